@@ -1,0 +1,29 @@
+"""The axis letters: one meaning each, in annotations, einsum equations and docstrings alike.
+
+Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can be taken for
+the other. V-MoE's paper code writes S and K for what are N and A here.
+"""
+
+AXES = {
+    "A": "experts a token is sent to",
+    "B": "examples",
+    "C": "slots of an expert",
+    "D": "width of a token",
+    "E": "experts",
+    "F": "hidden width of an MLP",
+    "G": "routing groups",
+    "H": "attention heads",
+    "I": "image rows",
+    "J": "image columns",
+    "K": "width of an attention head",
+    "L": "labels (classes)",
+    "M": "width of a CLIP embedding",
+    "N": "tokens of a routing group",
+    "P": "pairs (token, expert) of a routing group, or prefix positions of a decoder",
+    "Q": "query, key, value: the three parts of one projection",
+    "R": "rows of a grouped matrix product, sorted by expert",
+    "S": "tokens attended to (keys, senders)",
+    "T": "tokens (queries, receivers)",
+    "V": "vocabulary",
+    "Z": "NAC code",
+}
