@@ -1,7 +1,7 @@
 """The axis letters: one meaning each, in annotations, einsum equations and docstrings alike.
 
-Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can be taken for
-the other. V-MoE's paper code writes S and K for what are N and A here.
+Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can
+be taken for the other. V-MoE's paper code writes S and K for what are N and A here.
 """
 
 AXES = {

@@ -1,0 +1,138 @@
+"""The mixture-of-experts layer against a dense MLP that does the same useful work.
+
+Every token goes to `--chosen` experts, so the peer is a dense MLP of one expert's size on
+`tokens * chosen` rows. Both are timed forward and backward, gradients by the input and by every
+parameter, in one run and in turns, so that a busy machine slows all alike. The layers include the
+router. Ratios of medians are printed last; below 1.5 is what the layer promises on CPU.
+
+    python benchmarks/moe_layer.py
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from m2mkd_jax.models.grouped import RAGGED, Experts, arrange, block_size, grouped_mlp
+from m2mkd_jax.models.moe import MoeConfig, MoeMlp
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--chosen", type=int, default=2, help="experts a token is sent to")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden width of an expert")
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
+    parser.add_argument("--capacity-factor", type=float, default=1.25)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=9, help="timings of each, at least 7")
+    return parser.parse_args()
+
+
+def with_gradients(function: Callable[..., Array], *arguments: Array) -> Callable[[], object]:
+    """Compiles y and the gradients of sum(y * dy) by all arguments; dy is a fixed random array."""
+    dy = jax.random.normal(jax.random.key(9), jax.eval_shape(function, *arguments).shape)
+
+    def run(arguments: tuple) -> tuple:
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(dy.astype(y.dtype))
+
+    return jax.jit(run).lower(arguments).compile(), (arguments,)
+
+
+def milliseconds(compiled: Callable, arguments: tuple) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    pairs = sizes.examples * sizes.tokens * sizes.chosen
+    dtype = jnp.dtype(sizes.dtype)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (sizes.examples, sizes.tokens, sizes.width), dtype)
+    shared = {"experts": sizes.experts, "chosen": sizes.chosen, "expert_init": "fan_in"}
+    configs = {
+        "dropless": MoeConfig(dispatch="dropless", **shared),
+        "capacity": MoeConfig(dispatch="capacity", capacity_factor=sizes.capacity_factor, **shared),
+    }
+    layers = {name: MoeMlp(config, sizes.hidden, dtype) for name, config in configs.items()}
+    params = layers["dropless"].init(keys[1], x)["params"]
+    names = ("up", "up_bias", "down", "down_bias")
+    one = [params[name][0].astype(dtype) for name in names]
+    rows = jax.random.normal(keys[2], (pairs, sizes.width), dtype)
+
+    _, written = layers["dropless"].apply({"params": params}, x, mutable=["routing", "moe"])
+    expert = written["routing"]["expert"].reshape(-1)
+    weight = written["routing"]["weight"].reshape(-1)
+    block = block_size(pairs, sizes.experts)
+    tokens = sizes.examples * sizes.tokens
+    layout = arrange(
+        jnp.repeat(jnp.arange(tokens, dtype=jnp.int32), sizes.chosen),
+        expert,
+        tokens=tokens,
+        experts=sizes.experts,
+        block=block,
+    )
+
+    def dense(rows: Array, up: Array, up_bias: Array, down: Array, down_bias: Array) -> Array:
+        return jax.nn.gelu(rows @ up + up_bias, approximate=False) @ down + down_bias
+
+    def layer(name: str) -> Callable[..., Array]:
+        return lambda params, x: layers[name].apply({"params": params}, x)
+
+    def ragged(x: Array, weight: Array, experts: Experts) -> Array:
+        return grouped_mlp(x, weight, experts, layout, RAGGED)
+
+    experts = Experts(*(params[name].astype(dtype) for name in names))
+    cases = {
+        "dense MLP": with_gradients(dense, rows, *one),
+        "dropless": with_gradients(layer("dropless"), params, x),
+        "capacity": with_gradients(layer("capacity"), params, x),
+        "ragged_dot": with_gradients(ragged, x.reshape(-1, sizes.width), weight, experts),
+    }
+
+    # Six products of 2 D F operations a row: two forward, four backward.
+    row = 12 * sizes.width * sizes.hidden
+    slots = configs["capacity"].slots(tokens) * sizes.experts
+    in_rows = int(jnp.sum(layout.sizes))
+    flops = {name: compiled.cost_analysis()["flops"] for name, (compiled, _) in cases.items()}
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.dtype}")
+    print(f"{pairs} pairs of {tokens} tokens, {sizes.experts} experts, blocks of {block} rows\n")
+    print(f"{'':12s}{'FLOPs / ideal, by XLA':>24s}{'of the products, counted':>28s}")
+    worked = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
+    for name, count in flops.items():
+        by_hand = f"{worked[name] / pairs:.2f} ({worked[name]} rows)" if name in worked else ""
+        print(f"{name:12s}{count / (row * pairs):24.2f}{by_hand:>28s}")
+    print("XLA counts the body of a loop once, whatever its trips: for dropless the count by hand")
+    print(f"holds, from the {in_rows // block} blocks really in use.\n")
+
+    times = {name: [] for name in cases}
+    for compiled, arguments in cases.values():
+        milliseconds(compiled, arguments)
+    # ragged_dot by itself: its masked copies drive the others' memory back to the system.
+    for turn in (("dense MLP", "dropless", "capacity"), ("ragged_dot",)):
+        for _ in range(max(7, sizes.repeats)):
+            for name in turn:
+                times[name].append(milliseconds(*cases[name]))
+    for name, measured in times.items():
+        low, middle, high = min(measured), statistics.median(measured), max(measured)
+        rate = row * pairs / middle / 1e6
+        print(f"{name:12s}{middle:9.1f} ms  ({low:.1f} to {high:.1f}), {rate:.0f} useful GFLOP/s")
+    print()
+    peer = statistics.median(times["dense MLP"])
+    for name in ("ragged_dot", "capacity", "dropless"):
+        print(f"{name} / dense MLP: {statistics.median(times[name]) / peer:.2f}")
+
+
+if __name__ == "__main__":
+    main()

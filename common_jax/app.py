@@ -1,0 +1,126 @@
+"""The entry of a command: flags, caches, and errors that a user can act on."""
+
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import ml_collections
+from absl import flags
+from absl import logging as absl_logging
+from etils import epath
+from ml_collections import config_flags
+
+from common_jax.config import did_you_mean
+
+Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
+
+# What a user can cause; anything else is our fault and shows its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+
+
+def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None:
+    """Calls `main(config, workdir)` with what --config and --workdir say.
+
+    Any field of the config can be set by --config.FIELD=VALUE. What a user can cause ends in a
+    message on standard error and exit status 2, before anything is compiled or written; --debug
+    shows its traceback as well.
+
+    Args:
+      main: the command.
+      description: shown by --help.
+      argv: command line; that of the process by default.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.INFO)
+    for noisy in ("orbax", "jax", "tensorstore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # orbax reports every save at this level through absl's logger; warnings are what a user needs.
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    values = _flags()
+    try:
+        config, workdir = _parse(values, argv, description)
+        main(config, workdir)
+    except USER_ERRORS as error:
+        if "debug" in values and values["debug"].value:
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs in `folder` for later runs; None keeps none."""
+    if folder is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file and its arguments: FILE.py:key=value,key=value",
+        flag_values=values,
+        lock_config=True,
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; started there again, it goes on.", flag_values=values
+    )
+    flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    return values
+
+
+def _parse(
+    values: flags.FlagValues, argv: list[str], description: str
+) -> tuple[ml_collections.ConfigDict, epath.Path]:
+    overrides = [arg for arg in argv[1:] if arg.startswith("--config.")]
+    plain = [arg for arg in argv if arg not in overrides]
+    try:
+        rest = values(plain)  # first without overrides, so that a misspelt one can be explained
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    if values["help"].value:
+        print(f"{description}\n\n{values.main_module_help() or values.get_help()}")
+        sys.exit(0)
+    if len(rest) > 1:
+        raise ValueError(f"arguments {rest[1:]} are not understood; write --flag=value")
+    for name in ("config", "workdir"):
+        if values[name].value is None:
+            raise ValueError(f"--{name} is missing; --help shows what it is")
+    config = values["config"].value
+    if not isinstance(config, ml_collections.ConfigDict):
+        filename = config_flags.get_config_filename(values["config"])
+        raise FileNotFoundError(f"--config={filename} is no config file that can be read")
+    for override in overrides:
+        _check_path(config, override)
+    fresh = _flags()
+    try:
+        fresh(argv)
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    values["debug"].value = fresh["debug"].value
+    return fresh["config"].value, epath.Path(fresh["workdir"].value)
+
+
+def _check_path(config: ml_collections.ConfigDict, override: str) -> None:
+    """Raises ValueError unless `--config.a.b=value` names a field that is there."""
+    path = override.removeprefix("--config.").partition("=")[0]
+    section, name = config, "config"
+    for key in path.split("."):
+        if not isinstance(section, ml_collections.ConfigDict) or key not in section:
+            known = list(section) if isinstance(section, ml_collections.ConfigDict) else []
+            raise ValueError(
+                f"--config.{path}: {name} has no field {key!r}{did_you_mean(key, known)}; "
+                f"it takes {sorted(known)}"
+            )
+        section, name = section[key], f"{name}.{key}"
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "orbax" not in record.pathname

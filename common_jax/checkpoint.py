@@ -1,0 +1,242 @@
+"""Checkpoints: orbax, written while training goes on, and read on any mesh, whole or in part.
+
+A step's folder holds three items: `params`, all that a user loads; `trainer`, what a run needs to
+go on; `config`, the JSON that made it. Finished folders carry orbax's marker in every item; only
+those are ever read.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
+
+from common_jax.mesh import Rules, match_rules, replicated
+from common_jax.state import TrainState
+
+FOLDER = "checkpoints"
+ITEMS = ("params", "trainer", "config")
+MARKER = "commit_success.txt"
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
+
+    Args:
+      workdir: the run's folder; checkpoints go to its subfolder `checkpoints`.
+      keep: how many of the newest stay.
+      best: name of the metric whose highest value keeps its checkpoint, or None.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, keep: int, best: str | None):
+        self.folder = epath.Path(workdir) / FOLDER
+        self._best = best
+        if jax.process_index() == 0:
+            _remove_unfinished(self.folder)
+        policies = [checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            policies.append(checkpoint_managers.BestN(get_metric_fn=self._metric, n=1))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=self._metric if best is not None else None,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        step: int,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float] | None,
+    ) -> None:
+        """Starts to write `state`; returns when the arrays are copied, before they are on disk."""
+        trainer = {name: value for name, value in vars(state).items() if name != "params"}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                trainer=ocp.args.StandardSave(trainer),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+            metrics=dict(metrics) if metrics else None,
+        )
+
+    def restore_latest(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that can be read, on the shardings of `abstract`; None when there is
+        none.
+
+        A checkpoint that cannot be read is named in a warning, and the one before it is tried.
+
+        Raises:
+          ValueError: when there are checkpoints and none can be read.
+        """
+        steps = finished_steps(self.folder)
+        for step in reversed(steps):
+            try:
+                return self._restore(step, abstract)
+            except Exception as error:  # whatever orbax or tensorstore raises for a damaged file
+                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), error)
+        if steps:
+            raise ValueError(
+                f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above "
+                "say why. "
+                "Move the folder away to start anew"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when every save has reached the disk; raises what a failed one raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for saves and lets go of orbax's threads."""
+        self._manager.close()
+
+    def _restore(self, step: int, abstract: TrainState) -> TrainState:
+        trainer = {name: value for name, value in vars(abstract).items() if name != "params"}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                trainer=ocp.args.StandardRestore(trainer),
+            ),
+        )
+        return TrainState(params=restored["params"], **restored["trainer"])
+
+    def _metric(self, metrics: Mapping[str, float] | None) -> float:
+        return (metrics or {}).get(self._best, float("-inf"))
+
+
+def finished_steps(folder: epath.PathLike) -> list[int]:
+    """The steps below `folder` whose every item carries orbax's marker, ascending; read from
+    disk."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return []
+    steps = (path for path in folder.iterdir() if path.name.isdigit())
+    return sorted(
+        int(path.name) for path in steps if all((path / item / MARKER).exists() for item in ITEMS)
+    )
+
+
+def load(
+    source: epath.PathLike,
+    *,
+    subtree: str = "",
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+) -> dict[str, Any]:
+    """Parameters of a checkpoint, or the part of them below `subtree`, without building the
+    trainer.
+
+    Only the files of that part are read, whatever mesh wrote them.
+
+    Args:
+      source: a run's workdir (its newest finished checkpoint), its `checkpoints` folder, or one
+        step's folder.
+      subtree: path of keys, such as "student/stage_2"; empty for all.
+      mesh: devices to put them on; None for the first device alone.
+      rules: how they are split over `mesh`; None holds them whole on every device.
+
+    Returns:
+      The nested dict below `subtree`.
+
+    Raises:
+      FileNotFoundError: when there is no finished checkpoint, naming what was looked for.
+      KeyError: when `subtree` is not in the checkpoint, naming what is.
+    """
+    step = find_step(source)
+    shapes = _shapes(step)
+    chosen = {
+        path: shape
+        for path, shape in traverse_util.flatten_dict(shapes, sep="/").items()
+        if not subtree or path == subtree or path.startswith(subtree + "/")
+    }
+    if not chosen:
+        raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
+    wanted = traverse_util.unflatten_dict(chosen, sep="/")
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), wanted)
+    elif rules is None:
+        shardings = jax.tree.map(lambda _: replicated(mesh), wanted)
+    else:
+        shardings = match_rules(rules, wanted, mesh)
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        wanted,
+        shardings,
+    )
+    restored = read(step, wanted)
+    for key in filter(None, subtree.split("/")):
+        restored = restored[key]
+    return restored
+
+
+def read(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from a step's folder and
+    nothing else of it."""
+    return ocp.PyTreeCheckpointer().restore(
+        step / "params",
+        args=ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        ),
+    )
+
+
+def load_config(source: epath.PathLike) -> dict[str, Any]:
+    """The config that made the checkpoint `source` names, as `load` finds it."""
+    return json.loads((find_step(source) / "config" / "metadata").read_text())
+
+
+def load_shapes(source: epath.PathLike) -> dict[str, Any]:
+    """Nested dict of ShapeDtypeStructs of all the parameters that `source` holds; reads no
+    array."""
+    return _shapes(find_step(source))
+
+
+def find_step(source: epath.PathLike) -> epath.Path:
+    """The folder of the step that `source` means: itself, or the newest finished one below it."""
+    source = epath.Path(source)
+    if source.name.isdigit() and (source / "params").exists():
+        return source
+    for folder in (source / FOLDER, source):
+        if steps := finished_steps(folder):
+            return folder / str(steps[-1])
+    state = "exists and has none" if source.exists() else "does not exist"
+    raise FileNotFoundError(
+        f"no finished checkpoint at {source}, which {state}; give a run's workdir, its {FOLDER} "
+        "folder, or a step "
+        "in it"
+    )
+
+
+def _shapes(step: epath.Path) -> dict[str, Any]:
+    metadata = ocp.PyTreeCheckpointer().metadata(step / "params").item_metadata.tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+
+def _outline(shapes: Mapping[str, Any]) -> list[str]:
+    return sorted({"/".join(path[:2]) for path in traverse_util.flatten_dict(shapes)})
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    """Deletes what a killed save left: it would block the next save of its step."""
+    if not folder.exists():
+        return
+    finished = {str(step) for step in finished_steps(folder)}
+    for path in folder.iterdir():
+        temporary = ".orbax-checkpoint-tmp" in path.name
+        if temporary or (re.fullmatch(r"\d+", path.name) and path.name not in finished):
+            logging.warning("removing the unfinished checkpoint %s", path)
+            path.rmtree()

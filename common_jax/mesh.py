@@ -1,0 +1,148 @@
+"""Device meshes and the two tables that say how arrays lie on them.
+
+Parameters: ordered `(regex, PartitionSpec)` rules, kept at the foot of each model's file and
+  applied by `match_rules`; a parameter without a rule is an error. Activations: logical names,
+  mapped to mesh axes by `ACTIVATIONS` alone.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert")
+BATCH = PartitionSpec(AXES)  # examples are split over every axis, also those that split parameters
+
+ACTIVATIONS = {
+    "batch": AXES,
+    "tokens": None,
+    "width": None,
+    "labels": None,
+}
+
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one axis means all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config` over `devices` (all of them by default), with Auto axes `data`, `fsdp`,
+    `expert`.
+
+    Raises:
+      ValueError: when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [getattr(config, axis) for axis in AXES]
+    free = [axis for axis, size in zip(AXES, shape, strict=True) if size == -1]
+    fixed = math.prod(size for size in shape if size != -1)
+    if len(free) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise ValueError(
+            f"config.mesh={_describe(shape)} must have positive sizes and at most one -1"
+        )
+    if free and len(devices) % fixed == 0:
+        shape[AXES.index(free[0])] = len(devices) // fixed
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"config.mesh={_describe(shape)} needs a divisor of the {len(devices)} devices here, "
+            f"and its fixed axes make {fixed}; change config.mesh, or give -1 for config.mesh.data"
+        )
+    return jax.make_mesh(
+        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def check_batch(mesh: Mesh, key: str, batch: int) -> None:
+    """Raises ValueError unless `batch` examples, set by config field `key`, split evenly over all
+    devices."""
+    if batch % mesh.size:
+        raise ValueError(
+            f"{key}={batch} must be a multiple of the mesh's {mesh.size} devices "
+            f"({_describe(list(mesh.shape.values()))}), over all of which a batch is split; "
+            f"change {key} or config.mesh"
+        )
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+    """Pins the sharding of activation `x`, one logical name of `ACTIVATIONS` per axis; no mesh, no
+    effect."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*(ACTIVATIONS[name] for name in names))
+    )
+
+
+def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
+    """The sharding of every parameter: that of the first rule whose regex is found in its path.
+
+    Args:
+      rules: ordered (regex, PartitionSpec) pairs; no catch-all, so that a new parameter is noticed.
+      params: nested dict of arrays or ShapeDtypeStructs; the path of a leaf is `/a/b/c`.
+      mesh: what the specs' axis names refer to.
+
+    Raises:
+      ValueError: for a parameter no rule matches, a spec of more axes than its parameter has, or a
+        mesh axis that does not divide.
+    """
+    shardings = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        spec = next((spec for regex, spec in rules if re.search(regex, "/" + path)), None)
+        if spec is None:
+            raise ValueError(f"no partition rule matches parameter {path!r} of shape {leaf.shape}")
+        _check_divides(path, leaf.shape, spec, mesh)
+        shardings[path] = NamedSharding(mesh, spec)
+    return traverse_util.unflatten_dict(shardings, sep="/")
+
+
+def idle_rules(rules: Rules, *trees: Any) -> list[str]:
+    """The regexes of `rules` that are the first to match no parameter of any of the `trees`."""
+    paths = [path for tree in trees for path in traverse_util.flatten_dict(tree, sep="/")]
+    first = {
+        next((regex for regex, _ in rules if re.search(regex, "/" + path)), None) for path in paths
+    }
+    return [regex for regex, _ in rules if regex not in first]
+
+
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch on the mesh, split over all devices: each host brings its own rows of every array."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _check_divides(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    if len(spec) > len(shape):
+        raise ValueError(
+            f"partition rule {spec} has more axes than parameter {path!r} of shape {shape}"
+        )
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"parameter {path!r} of shape {shape} splits its axis of {size} over "
+                f"config.mesh.{axis}={mesh.shape[axis]}, which does not divide it; "
+                f"change config.mesh.{axis} or the model's size"
+            )
+
+
+def _describe(shape: list[int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))

@@ -1,0 +1,34 @@
+"""Multi-head self-attention with one fused projection for queries, keys and values."""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+INIT = nn.initializers.normal(0.02)
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v, heads concatenated and projected back to the width D of the
+    input.
+
+    Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias` (Q, H, K) if `qkv_bias`, `out/kernel` (H,
+      K, D), `out/bias` (D). The softmax is computed in float32 at least, whatever `dtype` is.
+    """
+
+    heads: int
+    qkv_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+        features = (3, self.heads, width // self.heads)
+        qkv = nn.DenseGeneral(
+            features, use_bias=self.qkv_bias, kernel_init=INIT, dtype=self.dtype, name="qkv"
+        )(x)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        heads = jax.nn.dot_product_attention(query, key, value)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), kernel_init=INIT, dtype=self.dtype, name="out"
+        )(heads)

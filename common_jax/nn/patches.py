@@ -1,0 +1,46 @@
+"""Images to patch tokens."""
+
+import math
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
+
+    Parameters: `kernel` (patch * patch * channels, D) and `bias` (D); the rows of the kernel run
+      over patch row, patch column, channel. Both start uniform within 1 / sqrt(fan in), the
+      default of the original's framework. A convolution of kernel and stride `patch`, written as
+      one matrix product.
+    """
+
+    patch: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
+        batch, rows, columns, channels = images.shape
+        if rows % self.patch or columns % self.patch:
+            raise ValueError(
+                f"images of {rows} x {columns} do not split into patches of {self.patch} x "
+                f"{self.patch}"
+            )
+        grid = (rows // self.patch, columns // self.patch)
+        squares = images.reshape(batch, grid[0], self.patch, grid[1], self.patch, channels)
+        fan_in = self.patch * self.patch * channels
+        patches = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], fan_in)
+        kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.width))
+        bias = self.param("bias", _uniform(fan_in), (self.width,))
+        patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
+        return patches @ kernel + bias
+
+
+def _uniform(fan_in: int) -> jax.nn.initializers.Initializer:
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )

@@ -1,0 +1,167 @@
+"""AdamW with decay groups, and learning-rate schedules."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import traverse_util
+from jax import numpy as jnp
+
+# PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
+NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """How a run optimises.
+
+    Attributes:
+      epochs: passes over the training set; with `steps` None it sets the run's length.
+      steps: updates in all, in place of `epochs`.
+      batch: examples an update, over all devices and micro-batches.
+      accumulate: micro-batches an update is split into.
+      lr: peak learning rate.
+      lr_per: examples the peak is stated for; the peak is lr * batch / lr_per. None: it is not
+        scaled.
+      schedule: "epoch_cosine", the original's curve, or "warmup_cosine", per step.
+      warmup_epochs: length of the linear warm-up.
+      warmup_lr: where the warm-up starts; never scaled.
+      min_lr: where the cosine ends; never scaled.
+      weight_decay, b1, b2, eps: AdamW's.
+      no_decay: regex of parameter paths that do not decay although they are matrices.
+      clip: largest global norm of the gradient; None for no clipping.
+      ema: decay of the running average of the parameters that is evaluated; 0 for none.
+    """
+
+    epochs: int = 300
+    steps: int | None = None
+    batch: int = 512
+    accumulate: int = 1
+    lr: float = 5e-4
+    lr_per: int | None = 512
+    schedule: str = "epoch_cosine"
+    warmup_epochs: int = 20
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    no_decay: str = r".*/(pos_embed|cls_token)"
+    clip: float | None = None
+    ema: float = 0.0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"config.optim.schedule={self.schedule!r} must be one of {sorted(SCHEDULES)}"
+            )
+        if self.accumulate < 1 or self.batch % self.accumulate:
+            raise ValueError(
+                f"config.optim.batch={self.batch} must be a multiple of "
+                f"config.optim.accumulate={self.accumulate}"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"config.optim.ema={self.ema} must be in [0, 1); 0 turns it off")
+        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
+            raise ValueError(
+                f"config.optim.epochs={self.epochs} and config.optim.steps={self.steps} must be at "
+                "least 1"
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate scaled to the batch."""
+        return self.lr if self.lr_per is None else self.lr * self.batch / self.lr_per
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Updates in the whole run."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """The original's curve, constant within an epoch (m2mKD, learning rate).
+
+        f(t) = warmup_lr + t (peak - warmup_lr) / W                         t < W
+        f(t) = min_lr + (peak - min_lr) (1 + cos(pi t / E)) / 2             t >= W
+
+    with W warm-up epochs of E. The scheduler is stepped after an epoch with that epoch's number,
+    so epoch e >= 1 uses f(e - 1), epoch 0 uses f(0), and f jumps at W because the cosine is not
+    shifted by the warm-up.
+
+    Returns:
+      The learning rate as a function of the step, 0-based.
+    """
+    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
+    table = [_epoch_value(config, epochs, max(epoch - 1, 0)) for epoch in range(epochs)]
+    values = jnp.asarray(table, jnp.float32)
+    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
+
+
+def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """Linear from warmup_lr to the peak over the warm-up, then one half cosine to min_lr, step by
+    step."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    total = config.total_steps(steps_per_epoch)
+    if warmup >= total:
+        raise ValueError(
+            f"config.optim.warmup_epochs={config.warmup_epochs} is {warmup} steps and the run has "
+            f"only {total}"
+        )
+    return optax.warmup_cosine_decay_schedule(
+        config.warmup_lr if warmup else config.peak_lr, config.peak_lr, warmup, total, config.min_lr
+    )
+
+
+SCHEDULES = {"epoch_cosine": epoch_cosine, "warmup_cosine": warmup_cosine}
+
+
+def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """The schedule that `config.schedule` names."""
+    return SCHEDULES[config.schedule](config, steps_per_epoch)
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW's direction, clipped first; the learning rate is the step's, and applied there.
+
+        g <- g min(1, clip / |g|);  u = m / (sqrt(v) + eps) + weight_decay p  (decay on matrices
+        only)
+
+    so that p <- p - lr u is AdamW, whatever steps were skipped.
+    """
+    parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
+    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    mask = lambda params: decay_mask(params, config.no_decay)  # noqa: E731
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    return optax.chain(*parts)
+
+
+def decay_mask(params: Any, no_decay: str) -> Any:
+    """True where weight decay applies: arrays of two axes or more that are no biases.
+
+    Args:
+      params: nested dict.
+      no_decay: regex of further paths `a/b/c` without decay, such as class token and positions.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    mask = {
+        path: leaf.ndim > 1
+        and not re.fullmatch(NO_DECAY, path)
+        and not re.fullmatch(no_decay, path)
+        for path, leaf in flat.items()
+    }
+    return traverse_util.unflatten_dict(mask, sep="/")
+
+
+def _epoch_value(config: OptimConfig, epochs: int, t: int) -> float:
+    peak, warmup = config.peak_lr, config.warmup_epochs
+    if t < warmup:
+        return config.warmup_lr + t * (peak - config.warmup_lr) / warmup
+    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * t / epochs))

@@ -1,0 +1,78 @@
+"""The state of a run, and the random keys of its steps.
+
+Nothing random is carried: every key is a function of (seed, step, stream name), so that a resumed
+run replays exactly and a new stream moves no other.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import struct, traverse_util
+
+STREAMS = ("augment", "mix", "drop_path", "gate")
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run needs to go on where it stopped.
+
+    Attributes:
+      step: updates done so far, those skipped for a non-finite gradient included.
+      params: nested dict of all parameters that the run gives, trained or not.
+      opt_state: optax state over the trained parameters.
+      ema: running average of the trained parameters, or None.
+      sums: metrics summed over the steps since the last line of the log.
+      skipped: steps skipped so far for a non-finite loss or gradient.
+      skipped_in_row: how many of these were the latest steps.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    sums: dict[str, jax.Array]
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def step_rngs(
+    seed: jax.Array, step: jax.Array, streams: Iterable[str] = STREAMS
+) -> dict[str, jax.Array]:
+    """One key a stream for a step: fold_in(fold_in(key(seed), step), name)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return {name: fold_name(key, name) for name in streams}
+
+
+def fold_name(key: jax.Array, name: str) -> jax.Array:
+    """A key of its own for `name`: no other name's stream moves when one is added."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def partition(params: Mapping[str, Any], regex: str) -> tuple[dict, dict]:
+    """Splits a nested dict of parameters into those whose path `a/b/c` matches `regex` whole, and
+    the rest.
+
+    Raises:
+      ValueError: when none matches.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = {path: leaf for path, leaf in flat.items() if re.fullmatch(regex, path)}
+    if not chosen:
+        raise ValueError(f"no parameter matches {regex!r}; there are {sorted(flat)[:5]}, ...")
+    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return _nest(chosen), _nest(rest)
+
+
+def merge(*trees: Mapping[str, Any]) -> dict:
+    """One nested dict of the leaves of several; a later tree's leaf replaces an earlier one's."""
+    flat = {}
+    for tree in trees:
+        flat |= traverse_util.flatten_dict(tree, sep="/")
+    return _nest(flat)
+
+
+def _nest(flat: Mapping[str, Any]) -> dict:
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,168 @@
+"""The update of a run and its evaluation, as pure functions."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax import numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from common_jax.mesh import AXES, to_devices
+from common_jax.optim import OptimConfig, Schedule, make_optimizer
+from common_jax.state import TrainState, merge, partition, step_rngs
+
+Batch = dict[str, jax.Array]
+Rngs = dict[str, jax.Array]
+# loss(params, helpers, batch, rngs) -> (scalar, metrics); a metric is a mean over the examples.
+Loss = Callable[[Any, Any, Batch, Rngs], tuple[jax.Array, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+# sums(params, helpers, batch) -> totals over the batch's real examples, among them "count".
+Sums = Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+Evaluate = Callable[[Any, Any], dict[str, float]]
+
+
+def make_step(
+    loss: Loss, config: OptimConfig, schedule: Schedule, *, trainable: str, log_every: int
+) -> Step:
+    """step(state, helpers, batch, seed) -> (state, metrics), to be jitted with `state` donated.
+
+    The batch is split into `config.accumulate` micro-batches whose gradients are averaged. A step
+    with a non-finite loss or gradient leaves parameters and optimizer as they were, and is
+    counted.
+
+    Args:
+      loss: what is minimised; `helpers` are parameters that it needs and that stay as they are.
+      config: optimizer settings.
+      schedule: learning rate as a function of the step.
+      trainable: regex of the paths of the parameters that are updated.
+      log_every: steps over which `state.sums` adds up the metrics.
+
+    Returns:
+      The step. Its second result is `state.sums` and the counts of skipped steps, in buffers of
+      their own, so that they can be read while the next step runs.
+    """
+    optimizer = make_optimizer(config)
+
+    def step(state: TrainState, helpers: Any, batch: Batch, seed: jax.Array):
+        trained, fixed = partition(state.params, trainable)
+
+        def objective(trained, micro_batch, rngs):
+            return loss(merge(fixed, trained), helpers, micro_batch, rngs)
+
+        rngs = step_rngs(seed, state.step)
+        value, metrics, gradient = _accumulate(objective, trained, batch, rngs, config.accumulate)
+        rate, norm = schedule(state.step), optax.global_norm(gradient)
+        metrics |= {"loss": value, "learning_rate": rate, "gradient_norm": norm}
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        direction, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(updated, ema, 1 - config.ema)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        trained, opt_state, ema = jax.tree.map(
+            keep, (updated, opt_state, ema), (trained, state.opt_state, state.ema)
+        )
+        sums = _add_metrics(state, metrics, finite, log_every)
+        skipped = 1 - finite.astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=merge(fixed, trained),
+            opt_state=opt_state,
+            ema=ema,
+            sums=sums,
+            skipped=state.skipped + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        )
+        report = sums | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, jax.tree.map(jnp.copy, report)
+
+    return step
+
+
+def init_state(
+    params: Any, config: OptimConfig, *, trainable: str, metrics: dict[str, Any]
+) -> TrainState:
+    """The state before the first step; `metrics` are shapes of what the loss reports."""
+    trained, _ = partition(params, trainable)
+    shapes = metrics | {
+        name: jax.ShapeDtypeStruct((), jnp.float32)
+        for name in ("loss", "learning_rate", "gradient_norm", "steps")
+    }
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=make_optimizer(config).init(trained),
+        ema=jax.tree.map(jnp.copy, trained) if config.ema else None,
+        sums={name: jnp.zeros(shape.shape, jnp.float32) for name, shape in shapes.items()},
+        skipped=jnp.copy(zero),
+        skipped_in_row=jnp.copy(zero),
+    )
+
+
+def make_evaluator(
+    sums: Sums, batches: Callable[[], Iterable[Mapping[str, Any]]], *, mesh: Mesh
+) -> Evaluate:
+    """evaluate(params, helpers) -> means over all examples, each counted once.
+
+    Args:
+      sums: totals over one batch, padding left out by its `_mask`; jitted here.
+      batches: starts a pass over the set; the last batch is padded.
+      mesh: where batches go.
+    """
+    jitted = jax.jit(sums)
+
+    def evaluate(params: Any, helpers: Any) -> dict[str, float]:
+        total = None
+        for batch in batches():
+            part = jitted(params, helpers, to_devices(batch, mesh))
+            total = part if total is None else jax.tree.map(jax.numpy.add, total, part)
+        if total is None:
+            raise ValueError("there is nothing to evaluate on: the set is empty")
+        values = {name: float(value) for name, value in total.items()}
+        count = values.pop("count")
+        return {name: value / count for name, value in values.items()}
+
+    return evaluate
+
+
+def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
+    """Mean loss, metrics and gradient over `count` micro-batches, each with keys of its own."""
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    if count == 1:
+        (value, metrics), gradient = differentiate(trained, batch, rngs)
+        return value, metrics, gradient
+
+    def micro_step(total, inputs):
+        index, micro_batch = inputs
+        keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}
+        return jax.tree.map(jnp.add, total, differentiate(trained, micro_batch, keys)), None
+
+    micro_batches = jax.tree.map(lambda x: _split(x, count), batch)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(differentiate, trained, first, rngs)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(micro_step, zeros, (jnp.arange(count), micro_batches))
+    (value, metrics), gradient = jax.tree.map(lambda x: x / count, total)
+    return value, metrics, gradient
+
+
+def _split(x: jax.Array, count: int) -> jax.Array:
+    """(B, ...) to (count, B / count, ...), every `count`-th example to a micro-batch: no example
+    leaves its device."""
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, AXES))
+
+
+def _add_metrics(state: TrainState, metrics, finite: jax.Array, log_every: int):
+    """The sums of the current stretch of the log, skipped steps left out."""
+    metrics = metrics | {"steps": jnp.ones(())}
+    fresh = state.step % log_every == 0
+    return {
+        name: jnp.where(fresh, 0, state.sums[name]) + jnp.where(finite, value, 0)
+        for name, value in metrics.items()
+    }

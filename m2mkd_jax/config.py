@@ -1,0 +1,240 @@
+"""The config of a run of m2mkd_jax: one frozen dataclass, whose defaults are the only ones."""
+
+import dataclasses
+import re
+
+import ml_collections
+from jax import numpy as jnp
+
+from common_jax.config import unfreeze
+from common_jax.loop import RunConfig
+from common_jax.mesh import MeshConfig
+from common_jax.optim import OptimConfig
+from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.losses import DISTILLATIONS
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.models.vmoe import VMoEConfig
+
+PHASES = (
+    "pretrain_meta",
+    "train_module",
+    "assemble",
+    "distill",
+    "end_to_end",
+    "few_shot",
+)
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """m2mKD's objective, (1 - alpha) label loss + alpha distillation.
+
+    Attributes:
+      kind: "soft" (the original's, a mean over labels too), "soft_batch_mean", "hard" or "none".
+      alpha: weight of the distillation.
+      tau: temperature of soft distillation.
+    """
+
+    kind: str = "soft"
+    alpha: float = 0.5
+    tau: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in (*DISTILLATIONS, "none"):
+            raise ValueError(
+                f"config.distill.kind={self.kind!r} must be one of {[*DISTILLATIONS, 'none']}"
+            )
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"config.distill.alpha={self.alpha} must be in [0, 1]")
+        if self.tau <= 0:
+            raise ValueError(f"config.distill.tau={self.tau} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotConfig:
+    """An episode: `ways` classes of `shots` training images each, drawn with `seed`.
+
+    Attributes:
+      ways: classes drawn.
+      shots: training images a class.
+      test_shots: test images a class, from the test split.
+      seed: of the draw.
+    """
+
+    ways: int = 8
+    shots: int = 5
+    test_shots: int = 15
+    seed: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcesConfig:
+    """Workdirs (or steps in them) that a phase takes weights from.
+
+    Attributes:
+      meta: of the meta model; for train_module and distill.
+      modules: of the trained modules, one a stage in order; for assemble.
+      teacher: of the teacher; for distill, and for end_to_end with whole-teacher distillation.
+      students: of the distilled students, one a stage in order; for end_to_end. () trains from
+        scratch.
+      network: of a trained V-MoE; for few_shot.
+      fresh: regex of parameter paths that start anew even though a source may have them.
+      leave: regex of parameter paths of the sources that may find no place.
+    """
+
+    meta: str = ""
+    modules: tuple[str, ...] = ()
+    teacher: str = ""
+    students: tuple[str, ...] = ()
+    network: str = ""
+    fresh: str = ""
+    leave: str = ""
+
+    def __post_init__(self):
+        for name in ("fresh", "leave"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(
+                    f"config.sources.{name}={getattr(self, name)!r} is no regex: {error}"
+                ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one phase trains.
+
+    Attributes:
+      optim: optimizer and length.
+      augment: what happens to training images and labels.
+      drop_path: stochastic depth of the last block, to which it ramps from the first.
+    """
+
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    drop_path: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run of one phase, or of all of them (`phase="pipeline"`).
+
+    Attributes:
+      phase: one of PHASES, or "pipeline".
+      module: which modules train_module and distill train: "all", or stage numbers such as "2" or
+        "0+3".
+      seed: of everything random.
+      precision: what the networks compute in, "float32" or "bfloat16"; parameters, softmax,
+        router, norm statistics and losses are float32 in any case.
+      data: images and labels.
+      meta: the meta model; its stages are the depths.
+      teacher: the teacher, with as many stages.
+      model: the V-MoE student, with as many stages.
+      distill: m2mKD's objective.
+      baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
+      few_shot: the episode.
+      sources: weights to start from.
+      optim, augment, drop_path: how the phase trains, see Recipe; the pipeline has recipes instead.
+      recipes: how each phase of the pipeline trains.
+      mesh: devices.
+      run: logging, evaluation, checkpoints.
+    """
+
+    phase: str = "end_to_end"
+    module: str = "all"
+    seed: int = 0
+    precision: str = "float32"
+    data: DataConfig = DataConfig()
+    meta: ViTConfig = ViTConfig()
+    teacher: ViTConfig = ViTConfig()
+    model: VMoEConfig = VMoEConfig()
+    distill: DistillConfig = DistillConfig()
+    baseline: DistillConfig = DistillConfig(kind="none")
+    few_shot: FewShotConfig = FewShotConfig()
+    sources: SourcesConfig = SourcesConfig()
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    drop_path: float = 0.0
+    recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        if self.phase not in (*PHASES, "pipeline"):
+            raise ValueError(f"config.phase={self.phase!r} must be one of {[*PHASES, 'pipeline']}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"config.precision={self.precision!r} must be one of {sorted(PRECISIONS)}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"config.seed={self.seed} must not be negative")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"config.drop_path={self.drop_path} must be in [0, 1)")
+        if self.augment.mixes and self.optim.batch // self.optim.accumulate % 2:
+            raise ValueError(
+                f"config.optim.batch={self.optim.batch} / accumulate={self.optim.accumulate} must "
+                "be "
+                "even, since config.augment mixes examples in pairs"
+            )
+        if unknown := set(self.recipes) - set(PHASES):
+            raise ValueError(f"config.recipes has no phases {sorted(unknown)}, only {PHASES}")
+        self.modules()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the networks compute in."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def interface(self) -> Interface:
+        """What every network of the run takes and gives."""
+        return Interface(self.data.image_size, self.data.channels, self.data.labels)
+
+    def modules(self) -> tuple[int, ...]:
+        """The stages that `module` names; raises ValueError for one that is not there."""
+        count = len(self.meta.depths)
+        if self.module == "all":
+            return tuple(range(count))
+        try:
+            stages = tuple(int(text) for text in self.module.split("+"))
+        except ValueError:
+            stages = (count,)
+        if not set(stages) <= set(range(count)):
+            raise ValueError(
+                f"config.module={self.module!r} must be 'all' or stages from 0 to {count - 1}, "
+                "such as '2' or '0+3'"
+            )
+        return stages
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict, for a config file to change."""
+    return unfreeze(Config())
+
+
+def choose_recipe(
+    config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
+) -> ml_collections.ConfigDict:
+    """Puts the recipe of `config.phase` in place; the pipeline gets all of them under `recipes`.
+
+    Args:
+      config: a ConfigDict of `default_config` with its phase set.
+      recipes: one a phase.
+
+    Raises:
+      ValueError: when there is none for the phase.
+    """
+    if config.phase == "pipeline":
+        for name in (field.name for field in dataclasses.fields(Recipe)):
+            del config[name]
+        config.recipes = {phase: unfreeze(recipe) for phase, recipe in recipes.items()}
+        return config
+    if config.phase not in recipes:
+        raise ValueError(
+            f"phase={config.phase!r} has no recipe here; choose one of {[*recipes, 'pipeline']}"
+        )
+    config.update(unfreeze(recipes[config.phase]))
+    return config

@@ -1,0 +1,356 @@
+"""What happens to a batch of images on the device: geometry, normalising, erasing and mixing.
+
+All functions are pure, draw from the key they are given and run under jit. Images are [B, I, J,
+Ch]: integer pixels in [0, 255] until `normalise`, float32 after it.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped, UInt8
+
+# Up to this side the original pads and crops instead of resizing; the device can do that.
+SMALL_SIDE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """`config.augment`: how training images are changed; the defaults change nothing.
+
+    Attributes:
+      padding: pixels of black around a small image before a random crop of its own size.
+      flip: mirror left to right with probability 0.5.
+      randaugment: RandAugment on the host (m2mkd_jax/data/randaugment.py).
+      operations, magnitude, magnitude_std: of RandAugment: operations an image, their mean strength
+        in [0, 10], its standard deviation.
+      erasing: probability of a rectangle of noise.
+      mixup, cutmix: the alpha of the Beta distribution of each; 0 turns it off.
+      switch: probability of cutmix where both are on.
+      mix_probability: probability that a batch is mixed at all.
+      smoothing: label smoothing, in [0, 1).
+      rotate: largest rotation, in degrees, of small images.
+      scale: largest relative change of size of small images; 0.1 draws from [0.9, 1.1].
+      shift: largest translation of small images, in pixels.
+    """
+
+    padding: int = 0
+    flip: bool = False
+    randaugment: bool = False
+    operations: int = 2
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch: float = 0.5
+    mix_probability: float = 1.0
+    smoothing: float = 0.0
+    rotate: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        for key in ("padding", "operations", "magnitude_std", "mixup", "cutmix", "rotate", "shift"):
+            if getattr(self, key) < 0:
+                raise ValueError(
+                    f"config.augment.{key}={getattr(self, key)} must not be negative (0: off)"
+                )
+        for key in ("erasing", "switch", "mix_probability"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(
+                    f"config.augment.{key}={getattr(self, key)} must be a probability in [0, 1]"
+                )
+        for key in ("smoothing", "scale"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"config.augment.{key}={getattr(self, key)} must be in [0, 1)")
+        if not 0 <= self.magnitude <= 10:
+            raise ValueError(f"config.augment.magnitude={self.magnitude} must be in [0, 10]")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, so that their size must be even."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def moves(self) -> bool:
+        """Whether small images are rotated, scaled or shifted."""
+        return bool(self.rotate or self.scale or self.shift)
+
+
+def geometry_on_device(config: AugmentConfig, image_size: int) -> bool:
+    """Whether crop and flip of training images happen here, or in the host's train transform.
+
+    Large images are cropped while they are resized, and RandAugment comes after crop and flip: both
+    are the host's.
+    """
+    return image_size <= SMALL_SIDE and not config.randaugment
+
+
+def augment(
+    images: UInt8[Array, "B I J Ch"],
+    key: Array,
+    *,
+    config: AugmentConfig,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Float[Array, "B I J Ch"]:
+    """Everything of config.augment but the mixing, for uint8 images as the host sends them.
+
+    Order: small affine movement, padded crop, flip (these three for small images), normalising,
+    random erasing.
+    """
+    affine_key, crop_key, flip_key, erase_key = jax.random.split(key, 4)
+    if geometry_on_device(config, images.shape[1]):
+        if config.moves:
+            images = random_affine(
+                images, affine_key, degrees=config.rotate, scale=config.scale, shift=config.shift
+            )
+        if config.padding:
+            images = pad_and_crop(images, crop_key, padding=config.padding)
+        if config.flip:
+            images = flip(images, flip_key)
+    images = normalise(images, mean=mean, std=std)
+    if config.erasing:
+        images = random_erasing(images, erase_key, probability=config.erasing)
+    return images
+
+
+def normalise(
+    images: Shaped[Array, "B I J Ch"], *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B I J Ch"]:
+    """(pixel / 255 - mean) / std, channel by channel, for pixels in [0, 255]."""
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def pad_and_crop(
+    images: Shaped[Array, "B I J Ch"], key: Array, *, padding: int
+) -> Shaped[Array, "B I J Ch"]:
+    """Black (0) padding on all sides and a random crop of the old size, one for each image."""
+    count, height, width, channels = images.shape
+    around = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), around, around, (0, 0)))
+    corners = jax.random.randint(key, (count, 2), 0, 2 * padding + 1)
+
+    def crop(image, corner):
+        return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
+
+    return jax.vmap(crop)(padded, corners)
+
+
+def flip(images: Shaped[Array, "B I J Ch"], key: Array) -> Shaped[Array, "B I J Ch"]:
+    """Mirrors each image left to right with probability 0.5."""
+    mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def random_affine(
+    images: Shaped[Array, "B I J Ch"], key: Array, *, degrees: float, scale: float, shift: float
+) -> Shaped[Array, "B I J Ch"]:
+    """Rotates, scales and shifts each image a little, about its centre; what comes in is black.
+
+    Uniform draws: angle in [-degrees, degrees], size in [1 - scale, 1 + scale], translation in
+    [-shift, shift] pixels a direction. Bilinear; integer images come back rounded, in their type.
+    All three 0 give the images back exactly.
+    """
+    draws = jax.random.uniform(key, (4, len(images)), minval=-1.0, maxval=1.0)
+    return affine(
+        images,
+        angle=draws[0] * math.radians(degrees),
+        size=1 + draws[1] * scale,
+        shift=draws[2:].T * shift,
+    )
+
+
+def affine(
+    images: Shaped[Array, "B I J Ch"],
+    *,
+    angle: Float[Array, "B"],
+    size: Float[Array, "B"],
+    shift: Float[Array, "B 2"],
+) -> Shaped[Array, "B I J Ch"]:
+    """The image turned counter-clockwise by `angle` (radians), `size` times as large, moved by
+    `shift` (pixels down, pixels right), all about its centre, by bilinear interpolation."""
+    count, height, width, channels = images.shape
+    row, column = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
+    centre_row, centre_column = (height - 1) / 2, (width - 1) / 2
+    down = row - centre_row - shift[:, 0, None, None]
+    right = column - centre_column - shift[:, 1, None, None]
+    cosine = (jnp.cos(angle) / size)[:, None, None]
+    sine = (jnp.sin(angle) / size)[:, None, None]
+    source_row = cosine * down + sine * right + centre_row
+    source_column = cosine * right - sine * down + centre_column
+
+    top, left = jnp.floor(source_row), jnp.floor(source_column)
+    flat = images.reshape(count, height * width, channels).astype(jnp.float32)
+    moved = jnp.zeros(images.shape, jnp.float32)
+    for step_down in (0, 1):
+        for step_right in (0, 1):
+            at_row, at_column = top + step_down, left + step_right
+            weight = (1 - jnp.abs(source_row - at_row)) * (1 - jnp.abs(source_column - at_column))
+            inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
+            place = (at_row * width + at_column).astype(jnp.int32)
+            place = jnp.where(inside, place, 0).reshape(count, height * width, 1)
+            pixels = jnp.take_along_axis(flat, place, axis=1).reshape(images.shape)
+            moved += jnp.where(inside, weight, 0.0)[..., None] * pixels
+    if jnp.issubdtype(images.dtype, jnp.integer):
+        moved = jnp.round(moved)
+    return moved.astype(images.dtype)
+
+
+def random_erasing(
+    images: Float[Array, "B I J Ch"], key: Array, *, probability: float
+) -> Float[Array, "B I J Ch"]:
+    """Fills one rectangle of an image with standard normal noise, with the given probability.
+
+    As timm's RandomErasing in mode pixel: of 10 draws (area share uniform in [0.02, 1/3], aspect
+    log-uniform in [0.3, 1/0.3]) the first that is smaller than the image in both directions is
+    taken; if there is none, nothing happens. For normalised images.
+    """
+    count, height, width, _ = images.shape
+    keys = jax.random.split(key, 5)
+    tries = (count, 10)
+    area = height * width * jax.random.uniform(keys[0], tries, minval=0.02, maxval=1 / 3)
+    log_aspect = jax.random.uniform(keys[1], tries, minval=math.log(0.3), maxval=math.log(1 / 0.3))
+    tall = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect)))
+    wide = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect)))
+    fits = (tall < height) & (wide < width)
+    first = jnp.argmax(fits, axis=1, keepdims=True)
+    tall = jnp.take_along_axis(tall, first, axis=1)[:, 0]
+    wide = jnp.take_along_axis(wide, first, axis=1)[:, 0]
+    corner = jax.random.uniform(keys[2], (2, count))
+    top = jnp.floor(corner[0] * (height - tall + 1))
+    left = jnp.floor(corner[1] * (width - wide + 1))
+    erased = fits.any(axis=1) & jax.random.bernoulli(keys[3], probability, (count,))
+    box = (top, top + tall, left, left + wide)
+    inside = jax.vmap(lambda *edges: box_mask(edges, height, width))(*box)
+    noise = jax.random.normal(keys[4], images.shape, images.dtype)
+    return jnp.where((inside & erased[:, None, None])[..., None], noise, images)
+
+
+def box_mask(box: tuple, height: int, width: int) -> Shaped[Array, "I J"]:
+    """True inside the box (top, bottom, left, right), half-open; its edges may be traced."""
+    top, bottom, left, right = box
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside_rows = (rows >= top) & (rows < bottom)
+    inside_columns = (columns >= left) & (columns < right)
+    return inside_rows[:, None] & inside_columns
+
+
+def soft_targets(labels: Int[Array, "B"], count: int, smoothing: float) -> Float[Array, "B L"]:
+    """1 - smoothing + smoothing / L at the label, smoothing / L elsewhere; L = count."""
+    return jax.nn.one_hot(labels, count) * (1 - smoothing) + smoothing / count
+
+
+def mix_targets(targets: Float[Array, "B L"], lam: float | Float[Array, ""]) -> Float[Array, "B L"]:
+    """lam * y_b + (1 - lam) * y_{B-1-b}."""
+    return lam * targets + (1 - lam) * targets[::-1]
+
+
+def mixup(
+    images: Float[Array, "B I J Ch"], lam: float | Float[Array, ""]
+) -> Float[Array, "B I J Ch"]:
+    """lam * x_b + (1 - lam) * x_{B-1-b}: the partner is the same batch in reversed order."""
+    return lam * images + (1 - lam) * images[::-1]
+
+
+def cutmix_box(lam: float | Float[Array, ""], centre: tuple, *, height: int, width: int) -> tuple:
+    """The box (top, bottom, left, right), half-open, that cutmix pastes around `centre` (row,
+    column).
+
+    Its sides are int(side * sqrt(1 - lam)) before it is clipped to the image; an odd side loses one
+    pixel, being laid out as centre -+ side // 2.
+    """
+    # A python lambda stays in double precision, as in the original; float32 can round another way.
+    xp = jnp if isinstance(lam, jax.Array) else np
+    ratio = xp.sqrt(1.0 - lam)
+    edges = []
+    for middle, side in zip(centre, (height, width), strict=True):
+        half = xp.floor(side * ratio).astype(xp.int32) // 2
+        edges += [xp.clip(middle - half, 0, side), xp.clip(middle + half, 0, side)]
+    return tuple(edges)
+
+
+def cutmix(
+    images: Float[Array, "B I J Ch"], lam: float | Float[Array, ""], centre: tuple
+) -> tuple[Float[Array, "B I J Ch"], float | Float[Array, ""]]:
+    """Pastes a box of x_{B-1-b} into x_b; returns the images and lambda = 1 - box area / (I J)."""
+    height, width = images.shape[1:3]
+    box = cutmix_box(lam, centre, height=height, width=width)
+    inside = box_mask(box, height, width)[:, :, None]
+    area = (box[1] - box[0]) * (box[3] - box[2])
+    return jnp.where(inside, images[::-1], images), 1.0 - area / (height * width)
+
+
+def mix(
+    images: Float[Array, "B I J Ch"],
+    labels: Int[Array, "B"],
+    key: Array,
+    *,
+    config: AugmentConfig,
+    labels_count: int,
+) -> tuple[Float[Array, "B I J Ch"], Float[Array, "B L"]]:
+    """Mixup or cutmix of a whole batch, and its soft targets (timm's Mixup, mode batch).
+
+    One draw for the batch: whether to mix, which of the two, lambda ~ Beta(alpha, alpha), the
+      centre
+    of the box. With both alphas 0 the images stay and the targets are the smoothed one-hot labels.
+
+    Raises:
+      ValueError: an odd batch where mixing is on.
+    """
+    targets = soft_targets(labels, labels_count, config.smoothing)
+    if not config.mixes:
+        return images, targets
+    if len(images) % 2:
+        raise ValueError(
+            f"a batch of {len(images)} cannot be mixed: mixup and cutmix pair each image with one "
+            "of the reversed batch, so it must be even; change config.optim.batch or set "
+            "config.augment.mixup and config.augment.cutmix to 0"
+        )
+    height, width = images.shape[1:3]
+    apply_key, switch_key, mixup_key, cutmix_key, row_key, column_key = jax.random.split(key, 6)
+    applied = jax.random.bernoulli(apply_key, config.mix_probability)
+
+    def mixed_up(images):
+        lam = jax.random.beta(mixup_key, config.mixup, config.mixup)
+        lam = jnp.where(applied, lam, 1.0)
+        return mixup(images, lam), lam
+
+    def cut(images):
+        lam = jax.random.beta(cutmix_key, config.cutmix, config.cutmix)
+        row = jax.random.randint(row_key, (), 0, height)
+        column = jax.random.randint(column_key, (), 0, width)
+        # lambda 1 is an empty box.
+        return cutmix(images, jnp.where(applied, lam, 1.0), (row, column))
+
+    if config.mixup > 0 and config.cutmix > 0:
+        switched = jax.random.bernoulli(switch_key, config.switch)
+        images, lam = jax.lax.cond(switched, cut, mixed_up, images)
+    else:
+        images, lam = cut(images) if config.cutmix > 0 else mixed_up(images)
+    return images, mix_targets(targets, lam)
+
+
+def draw_mix(
+    rng: np.random.RandomState, config: AugmentConfig, *, height: int, width: int
+) -> tuple[bool, float, tuple[int, int] | None]:
+    """(whether cutmix, lambda, centre or None) as the original draws them from numpy's generator.
+
+    The order of draws is timm's Mixup._params_per_batch and rand_bbox: whether to mix, which,
+    lambda, then for cutmix the centre's row and column. Nothing is drawn that the case does not
+    need.
+    """
+    use_cutmix, lam = False, 1.0
+    if (config.mixup > 0 or config.cutmix > 0) and rng.rand() < config.mix_probability:
+        use_cutmix = config.cutmix > 0
+        if config.mixup > 0 and config.cutmix > 0:
+            use_cutmix = bool(rng.rand() < config.switch)
+        alpha = config.cutmix if use_cutmix else config.mixup
+        lam = float(rng.beta(alpha, alpha))
+    if not use_cutmix or lam == 1.0:
+        return use_cutmix, lam, None
+    return use_cutmix, lam, (int(rng.randint(0, height)), int(rng.randint(0, width)))

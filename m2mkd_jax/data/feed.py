@@ -1,0 +1,110 @@
+"""A run's data: training batches from any step on, evaluation passes, and what the device does to
+a batch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+
+from common_jax import inputs
+from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
+from m2mkd_jax.data.sources import DataConfig, Source, load_source
+from m2mkd_jax.data.transforms import eval_transform, train_transform
+
+Batches = Iterator[dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Where a run's batches come from.
+
+    Attributes:
+      batches: first step -> training batches of "image" uint8 (B, I, J, channels) and "label"
+        int32 (B) from there on.
+      evaluation: starts a pass over the test set, padded, with "_mask".
+      steps_per_epoch: whole batches in the training set.
+      label_names: name of every class.
+    """
+
+    batches: Callable[[int], Batches]
+    evaluation: Callable[[], Batches]
+    steps_per_epoch: int
+    label_names: tuple[str, ...]
+
+
+def make_feed(
+    data: DataConfig,
+    augmentation: AugmentConfig,
+    *,
+    batch: int,
+    eval_batch: int,
+    seed: int,
+    workdir: epath.Path,
+    train: Source | None = None,
+    test: Source | None = None,
+) -> Feed:
+    """The feed of `data`, or of the sources that are given in place of its splits.
+
+    Args:
+      data, augmentation: config sections.
+      batch: training examples a step, over all hosts.
+      eval_batch: examples a batch of an evaluation pass.
+      seed: of the order and of the host's transforms.
+      workdir: gets bad_examples.jsonl when an image cannot be read.
+      train, test: sources in place of the splits.
+
+    Raises:
+      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`.
+    """
+    train = load_source(data, data.train_split) if train is None else train
+    test = load_source(data, data.test_split) if test is None else test
+    shared = {
+        "workers": data.workers,
+        "bad_share": data.bad_share,
+        "shard": (jax.process_index(), jax.process_count()),
+        "report_path": workdir / "bad_examples.jsonl",
+    }
+    batches = functools.partial(
+        inputs.train_batches,
+        train,
+        transform=train_transform(data, augmentation),
+        seed=seed,
+        batch=batch,
+        **shared,
+    )
+    return Feed(
+        batches=lambda start: batches(start_step=start),
+        evaluation=functools.partial(
+            inputs.eval_batches, test, transform=eval_transform(data), batch=eval_batch, **shared
+        ),
+        steps_per_epoch=inputs.steps_per_epoch(len(train), batch),
+        label_names=tuple(train.label_names),
+    )
+
+
+def prepare_training(
+    batch: Mapping[str, jax.Array],
+    rngs: Mapping[str, jax.Array],
+    data: DataConfig,
+    augmentation: AugmentConfig,
+) -> tuple[Float[Array, "B I J Ch"], Float[Array, "B L"]]:
+    """Images and soft targets of a training batch: augmented, normalised and mixed on the device.
+
+    Draws from the streams "augment" and "mix". Without mixing the targets are smoothed one-hot
+    vectors, whose cross entropy is the smoothed one.
+    """
+    images = augment(
+        batch["image"], rngs["augment"], config=augmentation, mean=data.mean, std=data.std
+    )
+    return mix(images, batch["label"], rngs["mix"], config=augmentation, labels_count=data.labels)
+
+
+def prepare_evaluation(
+    batch: Mapping[str, jax.Array], data: DataConfig
+) -> Float[Array, "B I J Ch"]:
+    """Images of an evaluation batch, normalised."""
+    return normalise(batch["image"], mean=data.mean, std=data.std)

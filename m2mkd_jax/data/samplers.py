@@ -1,0 +1,30 @@
+"""Repeated augmentation: copies of an image that land on neighbouring processes of one step."""
+
+import math
+
+import numpy as np
+
+
+def repeated_indices(
+    permutation: np.ndarray, *, rank: int, world: int, repeats: int = 3, rounding: int = 256
+) -> np.ndarray:
+    """The examples that process `rank` of `world` visits in an epoch, in order.
+
+    Each index of the permutation stands `repeats` times in a row; the list is padded by its own
+    head to a multiple of `world`; a process takes every world-th from its rank on, and keeps
+    floor(floor(n / rounding) * rounding / world) of them. So an epoch has about n samples of about
+    n / repeats distinct images, and a set of fewer than `rounding` examples has none: take a plain
+    permutation for small sets. (Deep Incubation, samplers.py RASampler.)
+
+    Args:
+      permutation: [n], the order of the epoch.
+
+    Raises:
+      ValueError: no such process.
+    """
+    count = len(permutation)
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} must be from 0 to world - 1 = {world - 1}")
+    repeated = np.repeat(permutation, repeats)
+    padded = np.resize(repeated, math.ceil(len(repeated) / world) * world)
+    return padded[rank::world][: count // rounding * rounding // world]

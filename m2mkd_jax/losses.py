@@ -1,0 +1,73 @@
+"""Objectives of m2mKD: three label losses, two distillation terms, and their weighted sum."""
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def soft_cross_entropy(
+    logits: Float[Array, "B L"], targets: Float[Array, "B L"]
+) -> Float[Array, ""]:
+    r"""Label loss under mixing:  -1/B sum_bl y_bl log softmax(z)_bl.
+
+    z = `logits`, y = `targets`, distributions over the labels (m2mKD, base criterion; Deep
+    Incubation's soft-target cross entropy).
+    """
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+
+
+def smoothed_cross_entropy(
+    logits: Float[Array, "B L"], labels: Int[Array, "B"], smoothing: float
+) -> Float[Array, ""]:
+    r"""Label loss without mixing:  1/B sum_b [(1 - s) (-log p_b,label) + s/L sum_l (-log p_bl)].
+
+    p = softmax(`logits`), s = `smoothing`; 0 is the plain cross entropy.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return -jnp.mean((1 - smoothing) * picked + smoothing * jnp.mean(log_p, axis=-1))
+
+
+def soft_distillation(
+    student: Float[Array, "B L"], teacher: Float[Array, "B L"], tau: float
+) -> Float[Array, ""]:
+    r"""m2mKD loss, soft:  tau^2 / (B L) sum_bl t_bl (log t_bl - log s_bl),  s, t = softmax(. /
+    tau).
+
+    The mean is over B and L, as in the original, not over B: at L labels the term, and its
+    gradient, is L times weaker than a KL divergence averaged over examples. See
+    docs/differences.md.
+    """
+    log_s, log_t = jax.nn.log_softmax(student / tau), jax.nn.log_softmax(teacher / tau)
+    return tau**2 * jnp.mean(jnp.exp(log_t) * (log_t - log_s))
+
+
+def soft_distillation_batch_mean(
+    student: Float[Array, "B L"], teacher: Float[Array, "B L"], tau: float
+) -> Float[Array, ""]:
+    r"""Hinton's distillation:  tau^2 / B sum_bl t_bl (log t_bl - log s_bl); L times
+    `soft_distillation`."""
+    return student.shape[-1] * soft_distillation(student, teacher, tau)
+
+
+def hard_distillation(
+    student: Float[Array, "B L"], teacher: Float[Array, "B L"], tau: float
+) -> Float[Array, ""]:
+    r"""m2mKD loss, hard:  cross entropy of the student against the teacher's best label; no tau in
+    it."""
+    del tau
+    return smoothed_cross_entropy(student, jnp.argmax(teacher, axis=-1), 0.0)
+
+
+DISTILLATIONS = {
+    "soft": soft_distillation,
+    "soft_batch_mean": soft_distillation_batch_mean,
+    "hard": hard_distillation,
+}
+
+
+def blend(
+    label_loss: Float[Array, ""], distillation: Float[Array, ""], alpha: float
+) -> Float[Array, ""]:
+    r"""m2mKD total:  (1 - alpha) label_loss + alpha distillation."""
+    return (1 - alpha) * label_loss + alpha * distillation

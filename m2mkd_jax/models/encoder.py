@@ -1,0 +1,223 @@
+"""The pre-norm encoder that ViT teachers, meta models and V-MoE students share, cut into stages."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from common_jax.mesh import constrain
+from common_jax.nn.attention import SelfAttention
+from common_jax.nn.mlp import INIT, Mlp
+from common_jax.nn.patches import PatchEmbedding
+from m2mkd_jax.models.moe import MoeConfig, MoeMlp
+from m2mkd_jax.models.stitch import Stitch
+from m2mkd_jax.stages import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What a network takes and gives: images of `image_size` squared with `channels`, logits over
+    `labels`."""
+
+    image_size: int
+    channels: int
+    labels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes that all blocks of a network share; `hidden` is the inner width of MLPs and experts."""
+
+    patch: int
+    width: int
+    heads: int
+    hidden: int
+    qkv_bias: bool
+    norm_eps: float
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What differs between blocks.
+
+    Attributes:
+      drop_path: probability of dropping each branch in training.
+      moe: the mixture of experts in place of the MLP; None for a dense block.
+      pre_stitch: width of the tokens that come in, where a stitch brings them to the encoder's
+        width.
+      post_stitch: width of the tokens that leave, where a stitch brings them there.
+    """
+
+    drop_path: float = 0.0
+    moe: MoeConfig | None = None
+    pre_stitch: int | None = None
+    post_stitch: int | None = None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), between stitches where
+    there are any."""
+
+    encoder: EncoderConfig
+    config: BlockConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
+        encoder, config = self.encoder, self.config
+        if config.pre_stitch is not None:
+            x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
+        y = SelfAttention(encoder.heads, encoder.qkv_bias, self.dtype, name="attention")(
+            self._norm("norm1", x)
+        )
+        x = x + self._drop_path(y, train)
+        y = self._norm("norm2", x)
+        if config.moe is None:
+            y = Mlp(encoder.hidden, self.dtype, name="mlp")(y)
+        else:
+            y = MoeMlp(config.moe, encoder.hidden, self.dtype, name="moe")(y, train=train)
+        x = constrain(x + self._drop_path(y, train), "batch", "tokens", "width")
+        if config.post_stitch is not None:
+            x = Stitch(config.post_stitch, self.dtype, name="post_stitch")(x)
+        return x
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return layer_norm(self.encoder, self.dtype, name)(x)
+
+    def _drop_path(self, branch: jax.Array, train: bool) -> jax.Array:
+        if not train or self.config.drop_path == 0:
+            return branch
+        uniform = jax.random.uniform(self.make_rng("drop_path"), (branch.shape[0], 1, 1))
+        return drop_path(branch, uniform, self.config.drop_path)
+
+
+class EncoderStage(nn.Module):
+    """A run of blocks; `embeds` puts patch, class token and positions before it, `classifies` norm
+    and head behind.
+
+    Records under `intermediates`: `embedded` (B, T, D), `block` (one (B, T, D) a block),
+    `features` (B, D).
+    """
+
+    encoder: EncoderConfig
+    interface: Interface
+    blocks: tuple[BlockConfig, ...]
+    embeds: bool
+    classifies: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.embeds:
+            x = self._embed(x)
+            self.sow("intermediates", "embedded", x)
+        block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
+        for i, config in enumerate(self.blocks):
+            x = block(self.encoder, config, self.dtype, name=f"block_{i}")(x, train)
+            self.sow("intermediates", "block", x)
+        if not self.classifies:
+            return x
+        x = layer_norm(self.encoder, self.dtype, "norm")(x[:, 0])
+        self.sow("intermediates", "features", x)
+        logits = nn.Dense(self.interface.labels, kernel_init=INIT, dtype=self.dtype, name="head")(x)
+        return constrain(
+            logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "batch", "labels"
+        )
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Images for a stage that embeds, else tokens of the width its first block takes."""
+        interface = self.interface
+        if self.embeds:
+            size = interface.image_size
+            return jax.ShapeDtypeStruct((batch, size, size, interface.channels), jnp.float32)
+        width = self.blocks[0].pre_stitch or self.encoder.width
+        return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
+
+    def _embed(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
+        expected = self.example(images.shape[0]).shape
+        if images.shape != expected:
+            raise ValueError(
+                f"images of shape {images.shape} came where the model takes {expected}; check "
+                "config.data.image_size "
+                "and config.data.channels"
+            )
+        width = self.encoder.width
+        patches = PatchEmbedding(self.encoder.patch, width, self.dtype, name="patches")(images)
+        cls_token = self.param("cls_token", INIT, (1, 1, width))
+        pos_embed = self.param("pos_embed", INIT, (1, patches.shape[1] + 1, width))
+        cls_tokens = jnp.broadcast_to(cls_token, (images.shape[0], 1, width)).astype(patches.dtype)
+        x = jnp.concatenate([cls_tokens, patches], axis=1) + pos_embed.astype(patches.dtype)
+        return constrain(x, "batch", "tokens", "width")
+
+
+def build(
+    encoder: EncoderConfig,
+    interface: Interface,
+    stages: Iterable[tuple[BlockConfig, ...]],
+    dtype: jnp.dtype,
+) -> Network:
+    """The network whose stage i runs the blocks `stages[i]`; the first embeds and the last
+    classifies.
+
+    Raises:
+      ValueError: for a stage without blocks.
+    """
+    stages = tuple(stages)
+    if not all(stages):
+        raise ValueError(f"depths={tuple(map(len, stages))} must all be at least 1")
+    return Network(
+        tuple(
+            EncoderStage(encoder, interface, blocks, i == 0, i == len(stages) - 1, dtype)
+            for i, blocks in enumerate(stages)
+        )
+    )
+
+
+def ramp_drop_path(network: Network, rate: float) -> Network:
+    """The network with stochastic depth rising linearly from 0 at its first block to `rate` at its
+    last."""
+    depth = sum(len(stage.blocks) for stage in network.stages)
+    rates = iter(drop_path_rates(rate, depth))
+    stages = []
+    for stage in network.stages:
+        blocks = tuple(
+            dataclasses.replace(block, drop_path=next_rate)
+            for block, next_rate in zip(
+                stage.blocks, itertools.islice(rates, len(stage.blocks)), strict=True
+            )
+        )
+        stages.append(stage.clone(blocks=blocks))
+    return Network(tuple(stages))
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """rate * i / (depth - 1) for block i; a single block gets 0."""
+    return [rate * i / (depth - 1) if depth > 1 else 0.0 for i in range(depth)]
+
+
+def drop_path(
+    branch: Float[Array, "B T D"], uniform: Float[Array, "B 1 1"], rate: float
+) -> Float[Array, "B T D"]:
+    """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) a
+    sample."""
+    keep = 1.0 - rate
+    return branch / keep * jnp.floor(keep + uniform).astype(branch.dtype)
+
+
+def tokens(encoder: EncoderConfig, interface: Interface) -> int:
+    """How many tokens a network's blocks see: the patches and the class token."""
+    return (interface.image_size // encoder.patch) ** 2 + 1
+
+
+def layer_norm(encoder: EncoderConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """The encoder's LayerNorm; its statistics are in float32, and two-pass, whatever `dtype` is."""
+    return nn.LayerNorm(encoder.norm_eps, use_fast_variance=False, dtype=dtype, name=name)

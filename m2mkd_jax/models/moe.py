@@ -1,0 +1,283 @@
+"""The mixture-of-experts layer that stands in an MLP's place in a V-MoE block.
+
+Routing says who goes where, dispatching moves the tokens; this module holds the parameters, the
+choices (`MoeConfig`) and the bookkeeping. Collections it writes, where the caller makes them
+mutable: `moe` (load, dropped, entropy, balance_loss) and `routing` (expert, weight, logits).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from m2mkd_jax.models import routing
+from m2mkd_jax.models.dispatch import DISPATCHERS, MESH_AXES
+from m2mkd_jax.models.grouped import Experts
+
+# Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
+# three-dimensional tensor, whose fan-in comes out as d_in * d_out; fan_in is a linear layer's rule.
+EXPERT_INITS = {
+    "fastmoe": lambda d_in, d_out: 1 / math.sqrt(d_in * d_out),
+    "fan_in": lambda d_in, d_out: 1 / math.sqrt(d_in),
+}
+
+# The balance losses that have a meaning for each router.
+BALANCE_OF = {
+    "topk_softmax": ("importance", "gshard", "z"),
+    "softmax_topk": ("importance", "load", "gshard", "z"),
+    "expert_choice": ("z",),
+}
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Weights of the balance losses in the training loss; at 0 a loss is not computed."""
+
+    importance: float = 0.0
+    load: float = 0.0
+    gshard: float = 0.0
+    z: float = 0.0
+
+    def __post_init__(self):
+        for name, weight in self.active().items():
+            _require(weight > 0, f"balance.{name}", weight, "at least 0", "0 turns it off")
+
+    def active(self) -> dict[str, float]:
+        weights = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """What a mixture-of-experts layer is; the defaults are the m2mKD students' (fastmoe).
+
+    experts, chosen: E and A. Where experts choose, `chosen` is the mean number a token.
+    router, order, noise_std: see `routing`; the noise is drawn in training by softmax_topk.
+    dispatch: see `dispatch`.
+    capacity_factor: slots of an expert = capacity_factor * (tokens of a group) * A / E, rounded up.
+    groups: routing groups of a batch, for capacity and expert_choice; a whole number of groups a
+        device. Token choice without drops has no use for groups.
+    router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
+    expert_init: see `EXPERT_INITS`.
+
+    Raises ValueError with the config key for a value out of range or unknown.
+    """
+
+    experts: int = 8
+    chosen: int = 2
+    router: str = "topk_softmax"
+    order: str = "token"
+    noise_std: float = 1.0
+    dispatch: str = "dropless"
+    capacity_factor: float = 1.25
+    groups: int = 1
+    router_bias: bool = True
+    expert_init: str = "fastmoe"
+    balance: BalanceConfig = BalanceConfig()
+
+    def __post_init__(self):
+        tables = {
+            "router": routing.ROUTERS,
+            "order": routing.ORDERS,
+            "dispatch": DISPATCHERS,
+            "expert_init": EXPERT_INITS,
+        }
+        for key, table in tables.items():
+            value = getattr(self, key)
+            _require(value in table, key, repr(value), f"one of {sorted(table)}", "choose one")
+        _require(self.experts >= 1, "experts", self.experts, "at least 1", "1 is a plain MLP")
+        _require(
+            1 <= self.chosen <= self.experts,
+            "chosen",
+            self.chosen,
+            f"between 1 and config.model.moe.experts, {self.experts}",
+            "change either",
+        )
+        _require(self.groups >= 1, "groups", self.groups, "at least 1", "1 routes the batch as one")
+        _require(self.noise_std >= 0, "noise_std", self.noise_std, "at least 0", "0 draws no noise")
+        _require(
+            self.capacity_factor > 0,
+            "capacity_factor",
+            self.capacity_factor,
+            "positive",
+            "1.0 gives as many slots as there are pairs",
+        )
+        for name, weight in self.balance.active().items():
+            known = ", ".join(BALANCE_OF[self.router])
+            _require(
+                name in BALANCE_OF[self.router],
+                f"balance.{name}",
+                weight,
+                f"0 with config.model.moe.router={self.router!r}, which has only {known}",
+                "set it to 0 or change the router",
+            )
+        _require(
+            self.balance.load == 0 or self.noise_std > 0,
+            "balance.load",
+            self.balance.load,
+            "0 where config.model.moe.noise_std is 0",
+            "the load loss is a probability under that noise: set one to 0 or raise the other",
+        )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tokens of a group compete, so that it matters what a group is."""
+        return self.dispatch == "capacity" or self.router not in routing.TOKEN_CHOICE
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training draws noise for the gate."""
+        return self.router == "softmax_topk" and self.noise_std > 0
+
+    def slots(self, tokens: int) -> int:
+        """Slots of an expert in a group of so many tokens: C."""
+        return min(tokens, math.ceil(self.capacity_factor * tokens * self.chosen / self.experts))
+
+
+def _require(holds: bool, key: str, value: object, expected: str, way_out: str) -> None:
+    if not holds:
+        raise ValueError(f"config.model.moe.{key}={value} must be {expected}; {way_out}")
+
+
+def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> None:
+    """Raises ValueError if the layer cannot run for this batch on this mesh; nothing is compiled.
+
+    mesh_shape: sizes by axis name; an axis that is not named has size 1.
+    batch: examples in the global batch.
+    """
+    expert_axis = mesh_shape.get("expert", 1)
+    devices = math.prod(mesh_shape.get(axis, 1) for axis in MESH_AXES)
+    _require(
+        config.experts % expert_axis == 0,
+        "experts",
+        config.experts,
+        f"a multiple of the mesh's expert axis, {expert_axis}",
+        "change config.mesh.expert or config.model.moe.experts",
+    )
+    if not config.grouped:
+        if batch % devices:
+            raise ValueError(
+                f"a batch of {batch} examples must be a multiple of the mesh's {devices} devices; "
+                "change config.mesh or the batch size"
+            )
+        return
+    _require(
+        config.groups % devices == 0,
+        "groups",
+        config.groups,
+        f"a multiple of the mesh's {devices} devices",
+        "change config.mesh or config.model.moe.groups",
+    )
+    _require(
+        batch % config.groups == 0,
+        "groups",
+        config.groups,
+        f"a divisor of the batch, {batch} examples",
+        "change the batch size or config.model.moe.groups",
+    )
+
+
+class MoeMlp(nn.Module):
+    """Mixture of expert MLPs, D -> hidden -> D, exact gelu (V-MoE; fastmoe's FMoETransformerMLP).
+
+    Rng stream `gate`: the router's noise, in training with softmax_topk. Collection `moe` gets
+    load `[E]` (share of the pairs, before drops), dropped (share of the pairs), entropy (nats) and
+    balance_loss (weighted, to be added to the training loss; the load loss only where noise was
+    drawn). Collection `routing` gets expert, weight `[B,T,A]` and logits `[B,T,E]` (with the noise)
+    where tokens choose.
+
+    At initialisation nothing is computed, so that a batch of one will do on any mesh.
+    """
+
+    config: MoeConfig
+    hidden: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False) -> Float[Array, "B T D"]:
+        config = self.config
+        batch, length, width = x.shape
+        gate_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        router = nn.Dense(
+            config.experts,
+            use_bias=config.router_bias,
+            dtype=gate_dtype,
+            # A TPU would multiply float32 in bfloat16 otherwise.
+            precision=jax.lax.Precision.HIGHEST,
+            kernel_init=nn.initializers.normal(0.02),
+            name="router",
+        )
+        experts = self._experts(width)
+        clean = router(x.astype(gate_dtype))
+        if self.is_initializing():
+            return x.astype(self.dtype)
+
+        check_moe(config, dict(jax.sharding.get_abstract_mesh().shape), batch)
+        groups = config.groups if config.grouped else batch
+        clean = clean.reshape(groups, -1, config.experts)
+        noise = train and config.noisy
+        logits = routing.noisy(clean, self.make_rng("gate"), config.noise_std) if noise else clean
+        slots = config.slots(clean.shape[1])
+        routes = routing.ROUTERS[config.router](
+            logits, chosen=config.chosen, slots=slots, order=config.order
+        )
+        y, dropped = DISPATCHERS[config.dispatch](
+            x.astype(self.dtype).reshape(groups, -1, width), routes, experts, slots
+        )
+
+        if self.is_mutable_collection("moe"):
+            self._put("moe", "load", routing.load(routes, config.experts))
+            self._put("moe", "dropped", dropped)
+            self._put("moe", "entropy", routing.entropy(clean))
+            self._put("moe", "balance_loss", self._balance_loss(clean, logits, noise=noise))
+        if self.is_mutable_collection("routing") and config.router in routing.TOKEN_CHOICE:
+            expert, weight = routing.by_token(routes, config.chosen)
+            self._put("routing", "expert", expert.reshape(batch, length, -1))
+            self._put("routing", "weight", weight.reshape(batch, length, -1))
+            self._put("routing", "logits", logits.reshape(batch, length, -1))
+        return y.reshape(x.shape)
+
+    def _experts(self, width: int) -> Experts:
+        count, bound = self.config.experts, EXPERT_INITS[self.config.expert_init]
+
+        def matrices(name: str, d_in: int, d_out: int) -> Array:
+            limit = bound(d_in, d_out)
+
+            def init(key: Array, shape: tuple[int, ...]) -> Array:
+                return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
+
+            return self.param(name, init, (count, d_in, d_out)).astype(self.dtype)
+
+        def biases(name: str, d_out: int) -> Array:
+            return self.param(name, nn.initializers.zeros, (count, d_out)).astype(self.dtype)
+
+        return Experts(
+            up=matrices("up", width, self.hidden),
+            up_bias=biases("up_bias", self.hidden),
+            down=matrices("down", self.hidden, width),
+            down_bias=biases("down_bias", width),
+        )
+
+    def _balance_loss(
+        self, clean: Float[Array, "G N E"], logits: Float[Array, "G N E"], *, noise: bool
+    ) -> Float[Array, ""]:
+        config = self.config
+        losses = {
+            "importance": lambda: routing.importance_loss(clean),
+            "load": lambda: routing.load_loss(
+                clean, logits, chosen=config.chosen, std=config.noise_std
+            ),
+            "gshard": lambda: routing.gshard_loss(logits),
+            "z": lambda: routing.z_loss(clean),
+        }
+        wanted = {n: w for n, w in config.balance.active().items() if noise or n != "load"}
+        terms = [weight * losses[name]() for name, weight in wanted.items()]
+        return sum(terms, jnp.zeros((), clean.dtype))
+
+    def _put(self, collection: str, name: str, value: Array) -> None:
+        self.sow(collection, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)

@@ -1,0 +1,194 @@
+"""Who goes where: gate logits to (token, expert, weight) pairs, balance losses and router metrics.
+
+Axes: G routing groups, N tokens of a group, E experts, A experts a token, P pairs of a group. The
+groups are routed apart from one another; the losses and metrics are taken over all tokens of the
+batch, so that they are the same on any mesh. V-MoE's paper code writes S for N and K for A.
+
+Everything here is computed in float32 (float64 where the logits are).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class Routes(NamedTuple):
+    """The pairs of every group, in order of priority: where slots are few, an earlier pair wins.
+
+    token: `[G, P]` int32, place of the token in its group.
+    expert: `[G, P]` int32.
+    weight: `[G, P]` float, factor of the expert's answer in the token's sum.
+    """
+
+    token: Array
+    expert: Array
+    weight: Array
+
+
+def topk_softmax(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
+    """The `chosen` largest logits of a token, softmax over those alone (fastmoe naive gate)."""
+    del slots
+    _, expert = jax.lax.top_k(logits, chosen)
+    weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
+    return _pairs(expert, weight, logits, order)
+
+
+def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
+    """Softmax over all experts, its `chosen` largest entries, not renormalised (V-MoE eq. 1)."""
+    del slots
+    _, expert = jax.lax.top_k(logits, chosen)
+    weight = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), expert, axis=-1)
+    return _pairs(expert, weight, logits, order)
+
+
+def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
+    """Each expert takes the `slots` tokens of its group with the largest softmax score.
+
+    P = E * slots; a token may be taken by any number of experts, or by none (Zhou et al. 2022).
+    """
+    del chosen, order
+    scores = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), -1, -2)
+    _, token = jax.lax.top_k(scores, slots)
+    weight = jnp.take_along_axis(scores, token, axis=-1)
+    expert = jnp.broadcast_to(jnp.arange(logits.shape[-1])[:, None], token.shape)
+    return Routes(*(_flat(leaf) for leaf in (token, expert.astype(jnp.int32), weight)))
+
+
+# Every router: (logits, chosen=A, slots=C, order=name in ORDERS) -> Routes. `slots` is read where
+# the experts choose, `chosen` and `order` where the tokens do.
+ROUTERS: dict[str, Callable[..., Routes]] = {
+    "topk_softmax": topk_softmax,
+    "softmax_topk": softmax_topk,
+    "expert_choice": expert_choice,
+}
+TOKEN_CHOICE = ("topk_softmax", "softmax_topk")
+
+
+def _by_position(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
+    return jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape[:2])
+
+
+def _by_probability(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
+    # log of the top softmax probability: the same order, and ties only where the gates tie.
+    top = jnp.max(jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1), axis=-1)
+    return jnp.argsort(-top, axis=-1, stable=True)
+
+
+# Who is served first among the tokens of a group: by position, or by descending top gate
+# probability (batch-priority routing, V-MoE Alg. 2).
+ORDERS: dict[str, Callable[[Array], Array]] = {"token": _by_position, "priority": _by_probability}
+
+
+def _pairs(
+    expert: Int[Array, "G N A"],
+    weight: Float[Array, "G N A"],
+    logits: Float[Array, "G N E"],
+    order: str,
+) -> Routes:
+    """Lines the pairs up: all first choices before all second ones, tokens in `order` in each."""
+    token = ORDERS[order](logits).astype(jnp.int32)
+    if order != "token":
+        expert = jnp.take_along_axis(expert, token[..., None], axis=1)
+        weight = jnp.take_along_axis(weight, token[..., None], axis=1)
+    return Routes(
+        token=jnp.tile(token, (1, expert.shape[-1])),
+        expert=_flat(jnp.swapaxes(expert, 1, 2)).astype(jnp.int32),
+        weight=_flat(jnp.swapaxes(weight, 1, 2)),
+    )
+
+
+def _flat(leaf: Array) -> Array:
+    return leaf.reshape(leaf.shape[0], -1)
+
+
+def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Array, "G N A"]]:
+    """Experts and weights of every token, best choice first; for routers where tokens choose."""
+    groups, pairs = routes.token.shape
+    place = jnp.argsort(routes.token[:, : pairs // chosen], axis=-1)[:, None]
+
+    def unsort(leaf: Array) -> Array:
+        choices = leaf.reshape(groups, chosen, pairs // chosen)
+        return jnp.swapaxes(jnp.take_along_axis(choices, place, axis=-1), 1, 2)
+
+    return unsort(routes.expert), unsort(routes.weight)
+
+
+def rank_in_expert(
+    expert: Int[Array, "P"], experts: int
+) -> tuple[Int[Array, "P"], Int[Array, "E"]]:
+    """How many earlier pairs went to the same expert, and how many pairs every expert has.
+
+    Pairs of an expert outside 0..experts-1 count for nobody; their own rank has no meaning.
+    """
+    mine = (expert[:, None] == jnp.arange(experts)).astype(jnp.int32)
+    upto = jnp.cumsum(mine, axis=0)
+    place = jnp.clip(expert, 0, experts - 1)[:, None]
+    return jnp.take_along_axis(upto, place, axis=1)[:, 0] - 1, upto[-1]
+
+
+def noisy(logits: Float[Array, "G N E"], key: PRNGKeyArray, std: float) -> Float[Array, "G N E"]:
+    """Logits + N(0, (std / E)^2): `std` is in units of one expert's fair share (V-MoE App. A.2)."""
+    return logits + std / logits.shape[-1] * jax.random.normal(key, logits.shape, logits.dtype)
+
+
+def importance_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
+    """(std(I) / mean(I))^2 over experts, I_e = sum over tokens of softmax(logits)_e.
+
+    logits: the clean ones, without noise. Importance loss, V-MoE App. A.2.
+    """
+    gates = jax.nn.softmax(logits, axis=-1).reshape(-1, logits.shape[-1])
+    return _variation(jnp.sum(gates, axis=0))
+
+
+def load_loss(
+    logits: Float[Array, "... E"], noisy_logits: Float[Array, "... E"], *, chosen: int, std: float
+) -> Float[Array, ""]:
+    """(std(L) / mean(L))^2 over experts, L_e = mean over tokens of P(e among the chosen).
+
+    The noise of one expert is thought drawn anew: P = 1 - Phi((threshold - logit_e) E / std), with
+    the token's threshold its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
+
+    std: as in `noisy`, positive.
+    """
+    experts = logits.shape[-1]
+    _, best = jax.lax.top_k(noisy_logits, chosen)
+    threshold = jnp.take_along_axis(noisy_logits, best[..., -1:], axis=-1)
+    won = jax.scipy.stats.norm.sf((threshold - logits) * experts / std)
+    return _variation(jnp.mean(won.reshape(-1, experts), axis=0))
+
+
+def gshard_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
+    """E^2 mean over experts of f_e m_e: f_e share of tokens whose best expert is e, m_e mean gate.
+
+    logits: those the tokens were routed by (with noise where there is any); the gradient flows
+    through the mean gates alone. l_aux of GShard Alg. 1, scaled so that perfect balance gives 1.
+    """
+    experts = logits.shape[-1]
+    gates = jax.nn.softmax(logits, axis=-1).reshape(-1, experts)
+    first = jax.nn.one_hot(jnp.argmax(gates, axis=-1), experts, dtype=gates.dtype)
+    return experts**2 * jnp.mean(jnp.mean(first, axis=0) * jnp.mean(gates, axis=0))
+
+
+def z_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
+    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, router z-loss)."""
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
+
+
+def _variation(amount: Float[Array, "E"]) -> Float[Array, ""]:
+    # Variance over squared mean: the gradient of a standard deviation is undefined at balance.
+    return jnp.var(amount) / jnp.mean(amount) ** 2
+
+
+def load(routes: Routes, experts: int) -> Float[Array, "E"]:
+    """Share of all pairs that each expert was given, before any is dropped; sums to 1."""
+    dtype = routes.weight.dtype
+    return jnp.mean(jax.nn.one_hot(routes.expert, experts, dtype=dtype), axis=(0, 1))
+
+
+def entropy(logits: Float[Array, "... E"]) -> Float[Array, ""]:
+    """Mean over tokens of the entropy of softmax(logits), in nats: 0 (sure) to log E (no view)."""
+    log_gates = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.mean(jnp.sum(jnp.exp(log_gates) * log_gates, axis=-1))

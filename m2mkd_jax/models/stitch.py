@@ -1,0 +1,22 @@
+"""Stitch layers: between the width of a student and the width of the meta model."""
+
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from common_jax.nn.mlp import INIT
+
+NORM_EPS = 1e-5  # not the encoder's: the original leaves its framework's default here
+
+
+class Stitch(nn.Module):
+    """linear(norm(x)), no residual: replaces tokens of the width that comes in by tokens of
+    `width`."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T _"]) -> Float[Array, "B T D"]:
+        x = nn.LayerNorm(NORM_EPS, use_fast_variance=False, dtype=self.dtype, name="norm")(x)
+        return nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype, name="linear")(x)

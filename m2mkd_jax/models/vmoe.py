@@ -1,0 +1,163 @@
+"""V-MoE: a ViT some of whose MLPs are mixtures of experts, whole or as students of single
+modules."""
+
+import dataclasses
+import types
+
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from m2mkd_jax.models import encoder, vit
+from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.stages import Network, Place
+
+
+@dataclasses.dataclass(frozen=True)
+class VMoEConfig(vit.ViTConfig):
+    """Sizes of a V-MoE.
+
+    Attributes:
+      moe: the mixture of experts, the same in every block that has one.
+      moe_blocks: which blocks have one: "all", "every_2" (the last of every two), "last_2" (the
+        last two, and so on), "none", or block numbers of the whole network such as "1,3".
+      stitches: "dropped" when modules are assembled, as published, or "kept" between the stages.
+    """
+
+    moe: MoeConfig = MoeConfig()
+    moe_blocks: str = "all"
+    stitches: str = "dropped"
+
+    def __post_init__(self):
+        if self.stitches not in ("dropped", "kept"):
+            raise ValueError(f"config.model.stitches={self.stitches!r} must be 'dropped' or 'kept'")
+        self.moe_positions()
+
+    def moe_positions(self) -> frozenset[int]:
+        """The numbers of the blocks with experts; raises ValueError where `moe_blocks` is not
+        understood."""
+        return moe_positions(self.moe_blocks, sum(self.depths))
+
+
+# name: (image side, usual depth, sizes that differ from VMoEConfig's defaults)
+VARIANTS = types.MappingProxyType(
+    {
+        "vmoe_base": (224, 12, {"width": 768, "heads": 12}),
+        "vmoe_large": (224, 24, {"width": 1024, "heads": 16}),
+        # Unlike ViT-Huge, V-MoE-Huge has a bias on queries, keys and values, and norms of epsilon
+        # 1e-6.
+        "vmoe_huge": (224, 32, {"width": 1280, "heads": 16, "patch": 14}),
+    }
+)
+
+
+def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[VMoEConfig, int]:
+    """The sizes of a published V-MoE and its image side, as `vit.variant`."""
+    if name not in VARIANTS:
+        raise ValueError(f"V-MoE variant {name!r} is not one of {sorted(VARIANTS)}")
+    image_size, depth, sizes = VARIANTS[name]
+    return VMoEConfig(depths=depths or (depth,), **sizes), image_size
+
+
+def build(
+    config: VMoEConfig,
+    interface: encoder.Interface,
+    *,
+    stitch_width: int | None,
+    dtype: jnp.dtype = jnp.float32,
+    drop_path: float = 0.0,
+) -> Network:
+    """The whole V-MoE of `config`.
+
+    Args:
+      config: its sizes.
+      interface: image side, channels and labels.
+      stitch_width: width of the tokens between stages where the stitches are kept; None drops them.
+      dtype: what it computes in.
+      drop_path: stochastic depth of the last block, to which it ramps from the first.
+    """
+    stages = _stage_blocks(config, stitch_width)
+    return encoder.ramp_drop_path(
+        encoder.build(config.encoder, interface, stages, dtype), drop_path
+    )
+
+
+def build_students(
+    config: VMoEConfig,
+    interface: encoder.Interface,
+    *,
+    meta_width: int,
+    dtype: jnp.dtype = jnp.float32,
+    drop_path: float = 0.0,
+) -> Network:
+    """The V-MoE cut into students: stage k is student k, with stitches to and from `meta_width`.
+
+    The students are one network whose stages are trained apart: the first takes images, the others
+    tokens of the meta model; all but the last give tokens of the meta model. Stochastic depth ramps
+    anew in every student.
+    """
+    students = build(config, interface, stitch_width=meta_width, dtype=dtype)
+    ramped = (encoder.ramp_drop_path(Network((stage,)), drop_path) for stage in students.stages)
+    return Network(tuple(network.stages[0] for network in ramped))
+
+
+def moe_positions(blocks: str, depth: int) -> frozenset[int]:
+    """Block numbers that `VMoEConfig.moe_blocks` means in a network of `depth` blocks.
+
+    Raises:
+      ValueError: for a text that is not understood or a number outside 0..depth-1.
+    """
+    kind, _, count = blocks.partition("_")
+    if kind in _PLACEMENTS and (count.isdigit() or kind in ("all", "none")):
+        return frozenset(_PLACEMENTS[kind](depth, int(count or 1)))
+    try:
+        positions = frozenset(int(number) for number in blocks.split(","))
+    except ValueError:
+        raise ValueError(
+            f"config.model.moe_blocks={blocks!r} must be 'all', 'none', 'every_N', 'last_N' or "
+            "block numbers '1,3'"
+        ) from None
+    if not positions <= set(range(depth)):
+        raise ValueError(f"config.model.moe_blocks={blocks!r} names blocks outside 0..{depth - 1}")
+    return positions
+
+
+_PLACEMENTS = {
+    "all": lambda depth, _: range(depth),
+    "none": lambda depth, _: (),
+    "every": lambda depth, count: range(count - 1, depth, count),
+    "last": lambda depth, count: range(max(depth - count, 0), depth),
+}
+
+
+def _stage_blocks(
+    config: VMoEConfig, stitch_width: int | None
+) -> list[tuple[encoder.BlockConfig, ...]]:
+    experts = config.moe_positions()
+    stages, number = [], 0
+    for stage, depth in enumerate(config.depths):
+        place = Place.of(stage, len(config.depths))
+        blocks = []
+        for i in range(depth):
+            enters = i == 0 and place in (Place.MIDDLE, Place.LAST)
+            leaves = i == depth - 1 and place in (Place.FIRST, Place.MIDDLE)
+            blocks.append(
+                encoder.BlockConfig(
+                    moe=config.moe if number in experts else None,
+                    pre_stitch=stitch_width if enters else None,
+                    post_stitch=stitch_width if leaves else None,
+                )
+            )
+            number += 1
+        stages.append(tuple(blocks))
+    return stages
+
+
+# Experts lie on the expert axis and each of their matrices is split over fsdp along the width.
+PARTITION_RULES = (
+    (r"/moe/up$", P("expert", "fsdp")),
+    (r"/moe/down$", P("expert", None, "fsdp")),
+    (r"/moe/(up_bias|down_bias)$", P("expert")),
+    (r"/moe/router/kernel$", P()),
+    (r"/(pre|post)_stitch/linear/kernel$", P("fsdp")),
+    *vit.PARTITION_RULES,
+)

@@ -1,0 +1,59 @@
+"""Phase distill (m2mKD): one student module learns from one teacher module, both inside the meta
+model."""
+
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from common_jax.weights import Origin
+from m2mkd_jax.config import Config
+from m2mkd_jax.hybrid import Pair, pair_logits
+from m2mkd_jax.models import vit, vmoe
+from m2mkd_jax.phases.networks import (
+    meta_network,
+    require_source,
+    student_modules,
+    take_weights,
+    teacher_network,
+    wanted,
+)
+from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.stages import stage_name
+
+
+def run(config: Config, workdir: epath.Path, mesh: Mesh, stage: int) -> dict[str, Any]:
+    """Trains student module `stage`; its parameters are saved under "student/stage_K"."""
+    pair = Pair(
+        meta=meta_network(config),
+        teacher=teacher_network(config),
+        student=student_modules(config, drop_path=config.drop_path),
+    )
+    name = stage_name(stage)
+    needed = wanted(pair.meta, "meta", mesh, vit.PARTITION_RULES) | wanted(
+        pair.teacher, "teacher", mesh, vit.PARTITION_RULES, only=(stage,)
+    )
+    origins = [
+        Origin(require_source(config, "meta"), "meta", "meta"),
+        Origin(require_source(config, "teacher"), f"teacher/{name}", f"teacher/{name}"),
+    ]
+    helpers = take_weights(config, needed, origins).params
+
+    def forward(params, helpers, images, train, rngs):
+        teacher, student, recorded = pair_logits(
+            pair, {**helpers, **params}, images, stage=stage, train=train, rngs=rngs
+        )
+        return Outputs(student, teacher, {name: recorded})
+
+    return train_phase(
+        config,
+        workdir,
+        mesh,
+        title=f"{config.phase} {stage}",
+        init=lambda key: {"student": pair.student.init(key, only=(stage,))},
+        rules=vmoe.PARTITION_RULES,
+        forward=forward,
+        helpers=helpers,
+        distill=config.distill,
+    )

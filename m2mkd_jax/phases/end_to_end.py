@@ -1,0 +1,71 @@
+"""Phase end_to_end: the whole V-MoE, from distilled students (FT) or from scratch (E2E)."""
+
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from common_jax.weights import Allowance, Origin
+from m2mkd_jax.config import Config
+from m2mkd_jax.models import vit, vmoe
+from m2mkd_jax.phases.networks import (
+    require_source,
+    require_stage_sources,
+    take_weights,
+    teacher_network,
+    wanted,
+    whole_student,
+)
+from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.stages import stage_name
+
+DROPPED = Allowance(
+    r"student/stage_\d+/block_\d+/(pre|post)_stitch/.*", "config.model.stitches='dropped'"
+)
+
+
+def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Trains the V-MoE; its parameters are saved under "student".
+
+    It starts from the students of config.sources.students, or from scratch where there are none;
+    config.baseline adds distillation from the logits of the whole teacher.
+    """
+    network = whole_student(config, drop_path=config.drop_path)
+    warm_start = None
+    if config.sources.students:
+        sources = require_stage_sources(config, "students", len(network))
+        origins = [
+            Origin(source, f"student/{stage_name(i)}", f"student/{stage_name(i)}")
+            for i, source in enumerate(sources)
+        ]
+        leave = (DROPPED,) if config.model.stitches == "dropped" else ()
+        warm_start = lambda wanted: take_weights(config, wanted, origins, leave=leave)  # noqa: E731
+
+    teacher, helpers = None, {}
+    if config.baseline.kind != "none":
+        teacher = teacher_network(config)
+        origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
+        needed = wanted(teacher, "teacher", mesh, vit.PARTITION_RULES)
+        helpers = take_weights(config, needed, [origin]).params
+
+    def forward(params, helpers, images, train, rngs):
+        logits, recorded = network.apply(params["student"], images, train=train, rngs=rngs)
+        taught = None
+        if teacher is not None:
+            taught = jax.lax.stop_gradient(teacher.apply(helpers["teacher"], images)[0])
+        return Outputs(logits, taught, recorded)
+
+    return train_phase(
+        config,
+        workdir,
+        mesh,
+        title=config.phase,
+        init=lambda key: {"student": network.init(key)},
+        rules=vmoe.PARTITION_RULES,
+        forward=forward,
+        helpers=helpers,
+        warm_start=warm_start,
+        distill=config.baseline,
+    )

@@ -1,0 +1,74 @@
+"""The loss and the evaluation that all phases share; a phase says how logits come about."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import traverse_util
+from jax import numpy as jnp
+
+from common_jax.step import Loss, Sums
+from m2mkd_jax import losses
+from m2mkd_jax.config import Config, DistillConfig
+from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
+from m2mkd_jax.evaluators.classification import classification_sums
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives: logits (B, L), those of a teacher or None, and what the trained
+    stages recorded."""
+
+    logits: jax.Array
+    teacher: jax.Array | None
+    recorded: Mapping[str, Any]
+
+
+# forward(params, helpers, images, train, rngs); rngs is None in evaluation.
+Forward = Callable[[Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Outputs]
+
+
+def make_loss(forward: Forward, config: Config, distill: DistillConfig) -> Loss:
+    """Label loss, blended with the distillation that `distill` names, plus the experts' balance
+    losses.
+
+    Its metrics are `label_loss`, `distillation` and, for every MoE layer, `moe/STAGE/BLOCK/`
+    `load`, `dropped` and `entropy`.
+    """
+
+    def loss(params, helpers, batch, rngs):
+        images, targets = prepare_training(batch, rngs, config.data, config.augment)
+        outputs = forward(params, helpers, images, True, rngs)
+        total = losses.soft_cross_entropy(outputs.logits, targets)
+        metrics = {"label_loss": total}
+        if distill.kind != "none":
+            term = losses.DISTILLATIONS[distill.kind](outputs.logits, outputs.teacher, distill.tau)
+            total = losses.blend(total, term, distill.alpha)
+            metrics["distillation"] = term
+        moe, balance = _moe_metrics(outputs.recorded)
+        return total + balance, metrics | moe
+
+    return loss
+
+
+def make_sums(forward: Forward, config: Config) -> Sums:
+    """Totals of one evaluation batch for `common_jax.step.make_evaluator`."""
+
+    def sums(params, helpers, batch):
+        images = prepare_evaluation(batch, config.data)
+        outputs = forward(params, helpers, images, False, None)
+        return classification_sums(outputs.logits, batch["label"], batch["_mask"])
+
+    return sums
+
+
+def _moe_metrics(recorded: Mapping[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:
+    """One metric a layer and quantity, and the sum of the balance losses."""
+    metrics, balance = {}, jnp.zeros(())
+    for path, value in traverse_util.flatten_dict(recorded).items():
+        stage, collection, block, _, name = path
+        assert collection == "moe", path
+        if name == "balance_loss":
+            balance += value
+        else:
+            metrics[f"moe/{stage}/{block}/{name}"] = value
+    return metrics, balance

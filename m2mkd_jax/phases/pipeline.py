@@ -1,0 +1,141 @@
+"""All phases in order, each in a folder of its own: resumable, and skipped when finished."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from common_jax.config import unfreeze
+from common_jax.loop import refuse_other_config
+from common_jax.report import Table, write_report
+from m2mkd_jax.config import Config
+from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
+
+Run = Callable[..., dict[str, Any]]
+
+# Phases that train one network, and those that train one module a call.
+WHOLE: dict[str, Run] = {
+    "pretrain_meta": pretrain_meta.run,
+    "assemble": assemble.run,
+    "end_to_end": end_to_end.run,
+    "few_shot": few_shot.run,
+}
+MODULAR: dict[str, Run] = {"train_module": train_module.run, "distill": distill.run}
+
+
+def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Runs the phase that `config` names.
+
+    A modular phase trains the modules of config.module one after the other: a single one in
+    `workdir` itself, several in `workdir`/module_K.
+
+    Returns:
+      The result of the run, or of the last one.
+    """
+    if config.phase == "pipeline":
+        return run_pipeline(config, workdir, mesh)
+    if config.phase in WHOLE:
+        return WHOLE[config.phase](config, workdir, mesh)
+    stages, result = config.modules(), {}
+    for stage in stages:
+        folder = workdir if len(stages) == 1 else workdir / f"module_{stage}"
+        one = dataclasses.replace(config, module=str(stage))
+        result = MODULAR[config.phase](one, folder, mesh, stage)
+    return result
+
+
+def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Meta model, teacher modules, teacher, student modules, V-MoE and, if it has a recipe,
+    few-shot.
+
+    Every run gets the recipe of its phase from config.recipes and the weights of the runs before
+    it; a phase without a recipe is left out, but for few_shot only at the price of an error where
+    it is needed.
+
+    Returns:
+      The result of the end-to-end run.
+    """
+    workdir = epath.Path(workdir)
+    asked = unfreeze(config).to_dict()
+    refuse_other_config(workdir, asked)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(asked, indent=2) + "\n")
+    rows, results = [], {}
+    for folder, run_config in plan(config, workdir):
+        done = workdir / folder / "result.json"
+        if done.exists():
+            logging.info("%s is finished already", folder)
+            results[folder] = json.loads(done.read_text())
+        else:
+            results[folder] = run_phase(run_config, workdir / folder, mesh)
+        rows.append(_row(folder, results[folder]))
+        if jax.process_index() == 0:
+            table = Table(
+                "Runs of the pipeline", ("run", "steps", "test accuracy", "test loss"), tuple(rows)
+            )
+            write_report(workdir, title="m2mKD pipeline", table=table)
+    return results["end_to_end"]
+
+
+def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
+    """The runs of the pipeline in order: the folder of each below `workdir`, and its config.
+
+    Raises:
+      ValueError: when a phase has no recipe; few_shot may lack one, and is then left out.
+    """
+    needed = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end")
+    if missing := [phase for phase in needed if phase not in config.recipes]:
+        raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
+    stages = range(len(config.meta.depths))
+    modules = tuple(str(workdir / f"module_{stage}") for stage in stages)
+    students = tuple(str(workdir / f"student_{stage}") for stage in stages)
+    meta, teacher = str(workdir / "meta"), str(workdir / "teacher")
+
+    runs = [("meta", _phase(config, "pretrain_meta"))]
+    runs += [
+        (f"module_{stage}", _phase(config, "train_module", module=str(stage), meta=meta))
+        for stage in stages
+    ]
+    runs.append(("teacher", _phase(config, "assemble", modules=modules)))
+    runs += [
+        (
+            f"student_{stage}",
+            _phase(config, "distill", module=str(stage), meta=meta, teacher=teacher),
+        )
+        for stage in stages
+    ]
+    whole = {"students": students} | (
+        {"teacher": teacher} if config.baseline.kind != "none" else {}
+    )
+    runs.append(("end_to_end", _phase(config, "end_to_end", **whole)))
+    if "few_shot" in config.recipes:
+        network = str(workdir / "end_to_end")
+        runs.append(("few_shot", _phase(config, "few_shot", network=network)))
+    return runs
+
+
+def _phase(
+    config: Config, phase: str, *, module: str = "all", **sources: str | tuple[str, ...]
+) -> Config:
+    recipe = config.recipes[phase]
+    return dataclasses.replace(
+        config,
+        phase=phase,
+        module=module,
+        optim=recipe.optim,
+        augment=recipe.augment,
+        drop_path=recipe.drop_path,
+        recipes={},
+        sources=dataclasses.replace(config.sources, **sources),
+    )
+
+
+def _row(folder: str, result: dict[str, Any]) -> tuple[str, str, str, str]:
+    accuracy, loss = result["test/accuracy"], result["test/loss"]
+    return folder, str(result["steps"]), f"{100 * accuracy:.1f} %", f"{loss:.3f}"

@@ -1,0 +1,87 @@
+"""From a phase's network and objective to a finished run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from common_jax import loop
+from common_jax.config import unfreeze
+from common_jax.mesh import Rules
+from common_jax.report import write_report
+from common_jax.step import make_evaluator
+from common_jax.weights import WarmStart
+from m2mkd_jax.config import Config, DistillConfig
+from m2mkd_jax.data.feed import Feed, make_feed
+from m2mkd_jax.phases.objective import Forward, make_loss, make_sums
+
+
+def train_phase(
+    config: Config,
+    workdir: epath.Path,
+    mesh: Mesh,
+    *,
+    title: str,
+    init: Callable[[jax.Array], Mapping[str, Any]],
+    rules: Rules,
+    forward: Forward,
+    trainable: str = ".*",
+    helpers: Mapping[str, Any] | None = None,
+    warm_start: Callable[[Any], WarmStart] | None = None,
+    distill: DistillConfig | None = None,
+    feed: Feed | None = None,
+) -> dict[str, Any]:
+    """Trains, or goes on, and writes the report; see `common_jax.loop.Task` for the arguments.
+
+    Args:
+      config: with the phase's recipe in `optim`, `augment` and `drop_path`.
+      workdir: of this run alone.
+      mesh: devices.
+      forward: how logits come about.
+      distill: the distillation to blend in; None for none.
+      feed: data in place of the config's.
+
+    Returns:
+      The run's result, see `common_jax.loop.train`.
+    """
+    feed = config_feed(config, workdir) if feed is None else feed
+    evaluator = make_evaluator(make_sums(forward, config), feed.evaluation, mesh=mesh)
+    task = loop.Task(
+        title=title,
+        init=init,
+        rules=rules,
+        trainable=trainable,
+        loss=make_loss(forward, config, distill or DistillConfig(kind="none")),
+        helpers=helpers or {},
+        warm_start=warm_start,
+        batches=feed.batches,
+        steps_per_epoch=feed.steps_per_epoch,
+        evaluators={"test": evaluator},
+    )
+    result = loop.train(
+        task,
+        config.run,
+        config.optim,
+        seed=config.seed,
+        workdir=workdir,
+        mesh=mesh,
+        config=unfreeze(config).to_dict(),
+    )
+    if jax.process_index() == 0:
+        write_report(workdir, title=title)
+    return result
+
+
+def config_feed(config: Config, workdir: epath.Path) -> Feed:
+    """The feed of the config's data section."""
+    optim = config.optim
+    return make_feed(
+        config.data,
+        config.augment,
+        batch=optim.batch,
+        eval_batch=optim.batch // optim.accumulate,
+        seed=config.seed,
+        workdir=workdir,
+    )

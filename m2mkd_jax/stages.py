@@ -1,0 +1,113 @@
+"""A network is a sequence of stages, and its parameters are a dict with one subtree a stage.
+
+Cutting a teacher is picking subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, assembling is
+a merge. The same `Network` serves teacher, meta model, student and hybrid, whole or in part:
+parameters of the stages that are run are all it asks for.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+from flax import linen as nn
+
+from common_jax.state import fold_name
+
+Params = Mapping[str, Any]
+
+
+class Place(enum.Enum):
+    """Where a stage stands: the first embeds images, the last ends in norm and head, the only one
+    does both."""
+
+    FIRST = "first"
+    MIDDLE = "middle"
+    LAST = "last"
+    ONLY = "only"
+
+    @classmethod
+    def of(cls, stage: int, count: int) -> "Place":
+        """The place of stage `stage` (0-based) among `count`; raises IndexError outside them."""
+        if not 0 <= stage < count:
+            raise IndexError(f"stage {stage} is not one of the {count} stages 0..{count - 1}")
+        if count == 1:
+            return cls.ONLY
+        return {0: cls.FIRST, count - 1: cls.LAST}.get(stage, cls.MIDDLE)
+
+
+class Stage(Protocol):
+    """What a network asks of a stage: a linen module that says what it takes."""
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array: ...
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a batch that the stage takes: images for the first, tokens for the
+        others."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A sequence of stages; stage i keeps its parameters under `stage_name(i)`."""
+
+    stages: tuple[nn.Module, ...]
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def init(self, key: jax.Array, *, only: tuple[int, ...] | None = None, batch: int = 1) -> dict:
+        """Fresh parameters of all stages, or of those in `only`; each stage's depend on `key` and
+        its index alone."""
+        chosen = range(len(self)) if only is None else only
+        return {stage_name(i): self._init_stage(key, i, batch) for i in chosen}
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        train: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+        record: tuple[str, ...] = ("moe",),
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Runs stages `start`..`stop`-1 (to the end by default).
+
+        Args:
+          params: parameters of at least these stages.
+          x: images (B, I, J, channels) when `start` is 0, else tokens (B, T, D).
+          start, stop: stage numbers; half-open; `start == stop` returns `x`.
+          train: draws stochastic depth and gate noise from `rngs`.
+          rngs: one key a stream name; every stage folds its own index into it.
+          record: linen collections to hand back, see the modules for what they hold.
+
+        Returns:
+          Tokens, or logits (B, L) past the last stage; and what was recorded, one subtree a stage.
+
+        Raises:
+          KeyError: when `params` lacks a stage that is to be run.
+        """
+        recorded = {}
+        for i in range(start, len(self) if stop is None else stop):
+            name = stage_name(i)
+            if name not in params:
+                raise KeyError(f"parameters of {name} are needed, only {sorted(params)} are here")
+            keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}
+            x, records = self.stages[i].apply(
+                {"params": params[name]}, x, train=train, rngs=keys, mutable=list(record)
+            )
+            recorded[name] = records
+        return x, recorded
+
+    def _init_stage(self, key: jax.Array, i: int, batch: int) -> dict:
+        example = self.stages[i].example(batch)
+        zeros = jax.numpy.zeros(example.shape, example.dtype)
+        return self.stages[i].init(fold_name(key, stage_name(i)), zeros, train=False)["params"]
+
+
+def stage_name(stage: int) -> str:
+    """The key of a stage's parameters, `stage_0` for the first."""
+    return f"stage_{stage}"

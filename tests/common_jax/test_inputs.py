@@ -1,0 +1,240 @@
+"""A stateless order, the same on any number of hosts, and no bad example passed over in silence."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from common_jax import inputs
+from common_jax.inputs import BadExample
+
+SIZE, BATCH = 30, 8  # 3 whole batches an epoch, 6 examples left over
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Example i is the number i, unreadable if in `bad`; `reads` records what was asked for."""
+
+    size: int = SIZE
+    in_memory: bool = False
+    bad: tuple[int, ...] = ()
+    reads: list = dataclasses.field(default_factory=list)
+
+    @property
+    def arrays(self):
+        return {"image": np.arange(self.size), "label": np.arange(self.size) % 3}
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        if index in self.bad:
+            raise BadExample(f"number {index}", "it is bad")
+        return {"image": np.int64(index), "label": np.int64(index % 3)}
+
+
+class OnDisk(Numbers):
+    arrays = None
+
+
+def add_noise(example, rng):
+    return example | {"noise": rng.uniform(size=2)}
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def train(source, **settings):
+    settings = {"transform": None, "seed": 5, "batch": BATCH} | settings
+    return inputs.train_batches(source, **settings)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first = inputs.epoch_permutation(3, 1, SIZE)
+    inputs.epoch_permutation.cache_clear()
+    np.testing.assert_array_equal(first, inputs.epoch_permutation(3, 1, SIZE))
+    np.testing.assert_array_equal(np.sort(first), np.arange(SIZE))
+    for other in ((4, 1), (3, 2)):
+        assert (inputs.epoch_permutation(*other, SIZE) != first).any()
+    places = [inputs.example_index(3, 1, place, size=SIZE) for place in range(SIZE)]
+    np.testing.assert_array_equal(places, first)
+
+
+def test_order_is_the_same_under_every_numpy():
+    # From the generator whose numbers numpy has frozen; another order would break resuming.
+    assert inputs.epoch_permutation(0, 0, 8).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
+
+
+def test_epochs_visit_every_example_at_most_once():
+    batches = take(train(Numbers()), 6)
+    for epoch in (batches[:3], batches[3:]):
+        seen = np.concatenate([batch["image"] for batch in epoch])
+        assert len(seen) == 24 == len(np.unique(seen))
+    assert (batches[0]["image"] != batches[3]["image"]).any()
+    assert "_mask" not in batches[0]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_reading_one_by_one_gives_what_gathering_gives(workers):
+    assert_same(take(train(OnDisk(), workers=workers), 5), take(train(Numbers()), 5))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("kind", [Numbers, OnDisk])
+def test_hosts_together_hold_the_batches_of_one_host(kind, hosts):
+    transform = add_noise if kind is OnDisk else None
+    alone = take(train(kind(), transform=transform), 4)
+    shares = [
+        take(train(kind(), transform=transform, shard=(host, hosts)), 4) for host in range(hosts)
+    ]
+    joined = [
+        {name: np.concatenate([share[name] for share in step]) for name in step[0]}
+        for step in zip(*shares, strict=True)
+    ]
+    assert_same(joined, alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_sees_the_same_pixels(workers):
+    whole = take(train(OnDisk(), transform=add_noise, workers=workers), 7)
+    resumed = take(train(OnDisk(), transform=add_noise, start_step=4, workers=workers), 3)
+    assert_same(resumed, whole[4:])
+    assert_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
+
+
+def test_resuming_reads_nothing_of_what_lies_before():
+    source = OnDisk()
+    take(train(source, start_step=5), 1)
+    assert len(source.reads) == BATCH
+
+
+def test_random_draws_change_with_the_epoch():
+    batches = take(train(OnDisk(), transform=add_noise), 6)
+    noise = [
+        {int(i): n[0] for b in epoch for i, n in zip(b["image"], b["noise"], strict=True)}
+        for epoch in (batches[:3], batches[3:])
+    ]
+    both = noise[0].keys() & noise[1].keys()
+    assert len(both) > 10
+    assert all(noise[0][index] != noise[1][index] for index in both)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_examples_are_replaced_and_reported_once(tmp_path, workers, caplog):
+    report = tmp_path / "run" / "bad_examples.jsonl"
+    settings = {"bad_share": 2 / SIZE, "report_path": report, "workers": workers}
+    batches = take(train(OnDisk(bad=(4, 9)), **settings), 6)
+    good = take(train(Numbers()), 6)
+    replaced = 0
+    for ours, clean in zip(batches, good, strict=True):
+        numbers, bad = clean["image"], np.isin(clean["image"], (4, 9))
+        np.testing.assert_array_equal(ours["image"][~bad], numbers[~bad])
+        for row in np.flatnonzero(bad):
+            following = np.roll(numbers, -row)
+            assert ours["image"][row] == following[~np.isin(following, (4, 9))][0]
+            replaced += 1
+    assert replaced >= 2
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sorted(line["name"] for line in lines) == ["number 4", "number 9"]
+    assert "number 9: it is bad" in caplog.text
+    take(train(OnDisk(bad=(4, 9)), **settings), 6)  # a resumed run adds nothing
+    assert len(report.read_text().splitlines()) == 2
+
+
+def test_replacements_are_the_same_on_two_hosts(tmp_path):
+    settings = {"bad_share": 0.5, "transform": add_noise}
+    bad = tuple(range(0, SIZE, 3))
+    alone = take(train(OnDisk(bad=bad), **settings), 3)
+    report = tmp_path / "bad_examples.jsonl"
+    for host in range(2):
+        mine = take(train(OnDisk(bad=bad), shard=(host, 2), report_path=report, **settings), 3)
+        rows = slice(host * 4, host * 4 + 4)
+        assert_same(mine, [{k: v[rows] for k, v in batch.items()} for batch in alone])
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bad_examples.jsonl",
+        "bad_examples.1.jsonl",
+    }
+
+
+def test_too_many_bad_examples_stop_the_run_with_their_names():
+    with pytest.raises(ValueError, match=r"3 bad examples of 30.*bad_share=0.07.*number") as caught:
+        take(train(OnDisk(bad=(4, 9, 11)), bad_share=0.07), 9)
+    assert all(f"number {index}" in str(caught.value) for index in (4, 9, 11))
+
+
+def test_a_batch_without_a_good_example_stops_the_run():
+    with pytest.raises(ValueError, match="leaves none for the batch of step 0"):
+        take(train(OnDisk(size=4, bad=(0, 1, 2, 3)), batch=4, bad_share=1.0), 1)
+
+
+def test_steps_per_epoch_names_the_keys():
+    assert inputs.steps_per_epoch(30, 8) == 3
+    with pytest.raises(ValueError, match=r"config\.few_shot\.batch=31 .* 30"):
+        inputs.steps_per_epoch(30, 31, batch_key="config.few_shot.batch")
+    with pytest.raises(ValueError, match="must be from 1 to 30"):
+        train(Numbers(), batch=31)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard": (0, 3)}, "multiple of the 3 hosts"),
+        ({"shard": (2, 2)}, "0 <= host < hosts"),
+        ({"seed": -1}, "config.seed=-1"),
+    ],
+)
+def test_wrong_settings_fail_at_the_call(settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(Numbers(), **settings)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("kind", [Numbers, OnDisk])
+def test_evaluation_pads_the_last_batch_on_every_host(kind, hosts):
+    source = kind(size=17)
+    shares = [
+        list(
+            inputs.eval_batches(source, transform=None, batch=8, shard=(host, hosts), workers=host)
+        )
+        for host in range(hosts)
+    ]
+    assert {len(share) for share in shares} == {3}
+    images = np.concatenate(
+        [batch["image"] for step in zip(*shares, strict=True) for batch in step]
+    )
+    mask = np.concatenate([batch["_mask"] for step in zip(*shares, strict=True) for batch in step])
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask, np.arange(24) < 17)
+    np.testing.assert_array_equal(images[:17], np.arange(17))
+    np.testing.assert_array_equal(images[17:], 0)
+
+
+def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
+    report = tmp_path / "bad.jsonl"
+    source = OnDisk(size=10, bad=(0, 6))
+    batches = list(
+        inputs.eval_batches(
+            source, transform=lambda e: e, batch=4, bad_share=0.2, report_path=report
+        )
+    )
+    mask = np.concatenate([batch["_mask"] for batch in batches])
+    np.testing.assert_array_equal(np.flatnonzero(mask == 0), [0, 6, 10, 11])
+    assert len(report.read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="number 0"):
+        list(inputs.eval_batches(source, transform=None, batch=4))
+    with pytest.raises(ValueError, match="leaves none to evaluate"):
+        list(
+            inputs.eval_batches(OnDisk(size=2, bad=(0, 1)), transform=None, batch=2, bad_share=1.0)
+        )

@@ -1,0 +1,274 @@
+"""Dispatchers against a plain loop over experts, on every mesh, and what `capacity` drops."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from m2mkd_jax.models import grouped
+from m2mkd_jax.models.dispatch import DISPATCHERS, MESH_AXES
+from m2mkd_jax.models.grouped import Experts
+from m2mkd_jax.models.routing import ROUTERS, Routes
+
+G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
+MESHES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
+
+
+def make_experts(count=E, dtype=np.float64):
+    draw = np.random.default_rng(1)
+    shapes = (count, D, F), (count, F), (count, F, D), (count, D)
+    return Experts(*(jnp.asarray(0.4 * draw.standard_normal(shape), dtype) for shape in shapes))
+
+
+def make_inputs(expert=None, dtype=np.float64):
+    """Tokens, routes (random, or the given experts for the pairs) and experts."""
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((G, N, D)), dtype)
+    logits = jnp.asarray(draw.standard_normal((G, N, E)), dtype)
+    routes = ROUTERS["softmax_topk"](logits, chosen=A, slots=0, order="token")
+    if expert is not None:
+        routes = routes._replace(expert=jnp.asarray(expert, jnp.int32))
+    return x, routes, make_experts(dtype=dtype)
+
+
+def plain(x, routes, experts):
+    """One expert after another, each on every token, weighted by what the token's pairs say."""
+    y = 0.0
+    group = jnp.arange(x.shape[0])[:, None]
+    for e in range(experts.up.shape[0]):
+        hidden = x @ experts.up[e] + experts.up_bias[e]
+        answer = jax.nn.gelu(hidden, approximate=False) @ experts.down[e] + experts.down_bias[e]
+        share = jnp.where(routes.expert == e, routes.weight, 0.0)
+        weight = jnp.zeros(x.shape[:2], x.dtype).at[group, routes.token].add(share)
+        y = y + weight[..., None] * answer
+    return y
+
+
+def with_gradients(function, x, routes, experts):
+    """y, and gradients of sum(sin(y)) by x, the weights and the experts."""
+
+    def total(x, weight, experts):
+        y = function(x, routes._replace(weight=weight), experts)
+        return jnp.sum(jnp.sin(y)), y
+
+    gradients, y = jax.grad(total, (0, 1, 2), has_aux=True)(x, routes.weight, experts)
+    return y, gradients
+
+
+def assert_same(got, expected, tolerance=1e-10):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+ROUTINGS = {
+    "random": None,
+    "all on one expert": np.full((G, N * A), 3),
+    "most experts starved": np.tile([0, 5], (G, N)),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("engine", [grouped.BY_PLATFORM, grouped.RAGGED], ids=["cpu", "ragged"])
+def test_grouped_mlp_equals_a_loop_over_experts(routing, engine):
+    def flat(x, routes, experts):
+        token = (routes.token + N * jnp.arange(G)[:, None]).reshape(-1)
+        rows = grouped.arrange(
+            token, routes.expert.reshape(-1), tokens=G * N, experts=E, block=8
+        )
+        y = grouped.grouped_mlp(x.reshape(-1, D), routes.weight.reshape(-1), experts, rows, engine)
+        return y.reshape(x.shape)
+
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS[routing])
+        got = jax.jit(partial(with_gradients, flat))(*inputs)
+        assert_same(got, with_gradients(plain, *inputs))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_dropless_equals_a_loop_over_experts(routing):
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS[routing])
+        got = with_gradients(lambda *args: DISPATCHERS["dropless"](*args, 0)[0], *inputs)
+        assert_same(got, with_gradients(plain, *inputs))
+        assert jnp.linalg.norm(got[0]) > 1
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_capacity_with_room_for_all_equals_a_loop_over_experts(routing):
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS[routing])
+        got = with_gradients(lambda *args: DISPATCHERS["capacity"](*args, N * A)[0], *inputs)
+        assert_same(got, with_gradients(plain, *inputs))
+
+
+def test_starved_experts_get_zero_gradients_exactly():
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS["most experts starved"])
+        for dispatch in DISPATCHERS.values():
+            _, (_, _, experts) = with_gradients(
+                lambda *args, dispatch=dispatch: dispatch(*args, N)[0], *inputs
+            )
+            for leaf in experts:
+                assert jnp.all(leaf[jnp.array([1, 2, 3, 4, 6, 7])] == 0)
+                assert jnp.all(jnp.abs(leaf[jnp.array([0, 5])]).max(axis=-1) > 0)
+
+
+def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
+    token = jnp.arange(40, dtype=jnp.int32)
+    rows = grouped.arrange(token, jnp.full(40, E), tokens=40, experts=E, block=8)
+    assert int(jnp.sum(rows.sizes)) == 0
+    x = jnp.ones((40, D))
+    experts = make_experts(dtype=np.float32)
+    y, vjp = jax.vjp(
+        lambda *args: grouped.grouped_mlp(*args, rows), x, jnp.ones(40), experts
+    )
+    for leaf in jax.tree.leaves((y, vjp(jnp.ones_like(y)))):
+        assert jnp.all(leaf == 0)
+
+
+def test_blocks_hold_one_expert_each_and_every_pair_once():
+    expert = jnp.asarray(np.random.default_rng(2).integers(0, 5, 200))
+    rows = grouped.arrange(
+        jnp.arange(200, dtype=jnp.int32), expert, tokens=200, experts=4, block=16
+    )
+    used = int(jnp.sum(rows.sizes))
+    mine = np.flatnonzero(expert < 4)
+    pair = np.asarray(rows.pair)
+    np.testing.assert_array_equal(np.sort(pair[pair < 200]), mine)
+    assert np.all(pair[used:] >= 200)
+    holds = np.asarray(jnp.repeat(rows.expert, 16))
+    np.testing.assert_array_equal(holds[pair < 200], expert[pair[pair < 200]])
+    assert used == sum(-(-int(np.sum(expert == e)) // 16) * 16 for e in range(4))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "block"), [(8192, 8, 128), (0, 8, 8), (64, 8, 16), (10**6, 8, 256)]
+)
+def test_block_size(pairs, experts, block):
+    assert grouped.block_size(pairs, experts) == block
+
+
+# Two slots an expert and group drop a good part of the pairs (6 tokens, 8 experts, 2 choices).
+@pytest.mark.parametrize(("name", "slots"), [("dropless", 0), ("capacity", 2)])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_any_mesh_gives_the_local_values_and_gradients(name, slots, shape):
+    def run(x, routes, experts):
+        return with_gradients(lambda *args: DISPATCHERS[name](*args, slots)[0], x, routes, experts)
+
+    with jax.enable_x64(True):
+        x, routes, experts = make_inputs()
+        expected = jax.jit(run)(x, routes, experts)
+        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            by_group = NamedSharding(mesh, P(MESH_AXES))
+            specs = Experts(P("expert", "fsdp"), P("expert"), P("expert", None, "fsdp"), P("expert"))
+            x, routes = jax.device_put((x, routes), by_group)
+            experts = jax.tree.map(
+                lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), experts, specs
+            )
+            got = jax.jit(run)(x, routes, experts)
+        assert got[0].sharding.is_equivalent_to(by_group, 3)
+        assert_same(got, expected)
+
+
+def test_all_pairs_on_one_device_of_the_expert_axis():
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS["all on one expert"])
+        expected = with_gradients(plain, *inputs)
+        mesh = jax.make_mesh((2, 1, 4), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            got = jax.jit(
+                partial(with_gradients, lambda *args: DISPATCHERS["dropless"](*args, 0)[0])
+            )(*inputs)
+        assert_same(got, expected)
+
+
+def compiled_text(shape, name):
+    mesh = jax.make_mesh(
+        shape,
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[: int(np.prod(shape))],
+    )
+    x, routes, experts = make_inputs(dtype=np.float32)
+    with jax.set_mesh(mesh):
+        groups = NamedSharding(mesh, P(MESH_AXES))
+        x, routes = jax.device_put((x, routes), groups)
+        experts = jax.device_put(experts, NamedSharding(mesh, P("expert")))
+        run = jax.jit(lambda *args: DISPATCHERS[name](*args, 2)[0])
+        return run.lower(x, routes, experts).compile().as_text()
+
+
+def test_collectives_are_those_meant():
+    text = compiled_text((2, 1, 2), "capacity")
+    assert "all-to-all(" in text
+    assert "all-gather(" not in text
+    text = compiled_text((2, 1, 2), "dropless")
+    assert "all-gather(" in text
+    assert "reduce-scatter(" in text
+    for name in DISPATCHERS:
+        text = compiled_text((4, 1, 1), name)
+        assert "all-to-all(" not in text
+        assert "all-gather(" not in text
+
+
+def test_a_mesh_with_other_axes_is_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs .'data', 'fsdp', 'expert'"):
+        DISPATCHERS["dropless"](*make_inputs(dtype=np.float32), 0)
+
+
+def served(routes, slots, experts=2, tokens=4):
+    """Weight with which each token came back, (token, expert), and the dropped share."""
+    # Expert e answers 1 in place e whatever it is asked.
+    answers = Experts(
+        jnp.zeros((experts, experts, 1)),
+        jnp.zeros((experts, 1)),
+        jnp.zeros((experts, 1, experts)),
+        jnp.eye(experts),
+    )
+    y, dropped = DISPATCHERS["capacity"](jnp.ones((1, tokens, experts)), routes, answers, slots)
+    return y[0], dropped
+
+
+def test_capacity_drops_the_pairs_that_come_last():
+    # First choices 0 1 0, second choices 1 0 1. Expert 0 is full after tokens 0 and 2, expert 1
+    # after the first choice of token 1 and the second of token 0.
+    routes = Routes(
+        token=jnp.array([[0, 1, 2, 0, 1, 2]], jnp.int32),
+        expert=jnp.array([[0, 1, 0, 1, 0, 1]], jnp.int32),
+        weight=jnp.array([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4]]),
+    )
+    y, dropped = served(routes, 2, tokens=3)
+    np.testing.assert_allclose(y, [[0.9, 0.6], [0.0, 0.8], [0.7, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(dropped, 2 / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("order", "kept"), [("token", [0, 1]), ("priority", [1, 3])])
+def test_batch_priority_keeps_the_tokens_with_the_highest_gates(order, kept):
+    logits = jnp.array([[[1.0, 0.0], [4.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
+    routes = ROUTERS["softmax_topk"](logits, chosen=1, slots=2, order=order)
+    y, dropped = served(routes, 2)
+    np.testing.assert_array_equal(np.flatnonzero(y[:, 0]), kept)
+    assert dropped == 0.5
+
+
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_bfloat16(name):
+    x, routes, experts = make_inputs(dtype=np.float32)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, experts))
+
+    def run(x, routes, experts):
+        return DISPATCHERS[name](x, routes, experts, N)[0].astype(jnp.float32)
+
+    y, gradients = with_gradients(run, narrow[0], routes, narrow[1])
+    expected, wide = with_gradients(run, x, routes, experts)
+    assert gradients[0].dtype == gradients[2].up.dtype == jnp.bfloat16
+    assert gradients[1].dtype == jnp.float32
+    for got, true in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((expected, wide)), strict=True):
+        error = jnp.linalg.norm(got.astype(jnp.float32) - true) / jnp.linalg.norm(true)
+        assert error < 0.03

@@ -1,0 +1,291 @@
+"""Image sources and the host's transforms, on images drawn on the spot."""
+
+import itertools
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common_jax.inputs import BadExample, eval_batches, train_batches
+from m2mkd_jax.data import transforms
+from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.randaugment import OPERATIONS, level_argument, randaugment
+from m2mkd_jax.data.sources import DataConfig, Subset, load_source
+
+CLASSES = ("cat", "dog", "owl")
+RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def picture(seed, height=40, width=50):
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits of three classes, five images each, of several types and sizes."""
+    root = tmp_path / "set"
+    for split, name in itertools.product(("train", "val"), CLASSES):
+        (root / split / name).mkdir(parents=True)
+        for number, suffix in enumerate(("jpg", "jpeg", "png", "JPEG", "png")):
+            image = picture((len(split), CLASSES.index(name), number), height=40 + 3 * number)
+            image.save(root / split / name / f"{number}.{suffix}")
+    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    return root
+
+
+def config_of(path, **settings):
+    settings = {"image_size": 36, "labels": 3, "test_split": "val"} | RGB | settings
+    return DataConfig(source="folder", path=str(path), **settings)
+
+
+def zipped(folder, path, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):  # an order that is not the sorted one
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_digits_are_whole_and_stay_in_memory():
+    train, test = (load_source(DataConfig(), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    images = np.concatenate([train.arrays["image"], test.arrays["image"]])
+    assert images.shape == (1797, 8, 8, 1)
+    assert images.dtype == np.uint8 and images.min() == 0 and images.max() == 255
+    assert len(np.unique(images)) == 17
+    assert train.label_names == tuple("0123456789")
+    assert set(train.labels) == set(range(10))
+    one = train[7]
+    assert one["image"].shape == (8, 8, 1) and one["label"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "fodler"}, r"config\.data\.source='fodler'.*did you mean 'folder'"),
+        ({"channels": 2}, r"config\.data\.channels=2"),
+        ({"mean": (0.5, 0.5)}, r"config\.data\.mean"),
+        ({"std": (0.0,)}, r"config\.data\.std"),
+        ({"labels": 0}, r"config\.data\.labels=0"),
+        ({"workers": -1}, r"config\.data\.workers=-1"),
+        ({"bad_share": 1.0}, r"config\.data\.bad_share=1.0"),
+    ],
+)
+def test_a_wrong_config_names_its_key(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"image_size": 16}, {"labels": 9}])
+def test_digits_refuse_another_shape(settings):
+    key = next(iter(settings))
+    with pytest.raises(ValueError, match=rf"config\.data\.{key}=.*does not fit"):
+        load_source(DataConfig(**settings), "train")
+    with pytest.raises(ValueError, match=r"'val'.*'test', 'train'"):
+        load_source(DataConfig(), "val")
+
+
+def test_folder_reads_every_image_and_nothing_else(folder):
+    source = load_source(config_of(folder), "train")
+    assert len(source) == 15 and source.arrays is None
+    assert source.label_names == CLASSES
+    np.testing.assert_array_equal(np.bincount(source.labels), [5, 5, 5])
+    at = source.files.names.index("train/dog/2.png")
+    with Image.open(folder / "train/dog/2.png") as image:
+        np.testing.assert_array_equal(source[at]["image"], np.asarray(image))
+    assert source[at]["label"] == 1
+
+
+def test_grey_images_have_one_channel(folder):
+    grey = load_source(config_of(folder, channels=1, mean=(0.5,), std=(0.5,)), "val")
+    assert grey[0]["image"].shape == (40, 50, 1)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_zip_equals_folder(folder, tmp_path, copied):
+    path = zipped(folder, tmp_path / "set.zip")
+    from_folder = load_source(config_of(folder), "train")
+    from_zip = load_source(config_of(path), "train")
+    if copied:
+        from_zip = pickle.loads(pickle.dumps(from_zip))
+    assert from_zip.files.names == from_folder.files.names
+    np.testing.assert_array_equal(from_zip.labels, from_folder.labels)
+    for index in range(len(from_folder)):
+        np.testing.assert_array_equal(from_zip[index]["image"], from_folder[index]["image"])
+
+
+def test_threads_share_a_zip(folder, tmp_path):
+    config = config_of(zipped(folder, tmp_path / "set.zip"))
+    source, transform = (
+        load_source(config, "train"),
+        transforms.train_transform(config, AugmentConfig(flip=True, randaugment=True)),
+    )
+    batches = [
+        next(train_batches(source, transform=transform, seed=1, batch=12, workers=workers))
+        for workers in (0, 4)
+    ]
+    np.testing.assert_array_equal(batches[0]["image"], batches[1]["image"])
+    assert batches[0]["image"].shape == (12, 36, 36, 3)
+    assert batches[0]["image"].dtype == np.uint8 and batches[0]["label"].dtype == np.int32
+
+
+def test_a_broken_zip_is_refused_by_name(folder, tmp_path):
+    packed = zipped(folder, tmp_path / "packed.zip", zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"packed\.zip.*cat/0\.jpg.*zip -0"):
+        load_source(config_of(packed), "train")
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(zipped(folder, tmp_path / "set.zip").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut\.zip.*make the zip anew"):
+        load_source(config_of(cut), "train")
+
+
+def test_a_flipped_byte_in_a_zip_is_a_bad_example(folder, tmp_path):
+    path = zipped(folder, tmp_path / "set.zip")
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("train/cat/0.jpg").header_offset
+    content = bytearray(path.read_bytes())
+    content[offset + 400] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(BadExample, match=r"train/cat/0\.jpg.*checksum"):
+        load_source(config_of(path), "train")[0]
+
+
+def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path=.*nowhere.*beside it: set"):
+        load_source(config_of(tmp_path / "nowhere"), "train")
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path=''"):
+        load_source(config_of(""), "train")
+    for path in (folder, zipped(folder, tmp_path / "set.zip")):
+        with pytest.raises(FileNotFoundError, match=r"no split 'test', only: train, val"):
+            load_source(config_of(path), "test")
+
+
+def test_wrong_classes_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.data\.labels=7.* 3 class folders \(cat, dog"):
+        load_source(config_of(folder, labels=7), "train")
+    (folder / "train" / "eel").mkdir()
+    for path in (folder, zipped(folder, tmp_path / "set.zip")):
+        with pytest.raises(ValueError, match="no image for class eel"):
+            load_source(config_of(path, labels=4), "train")
+    (folder / "new").mkdir()
+    with pytest.raises(FileNotFoundError, match="split 'new': no image"):
+        load_source(config_of(folder), "new")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"x"])
+def test_a_bad_image_is_counted_reported_and_stops_above_the_share(folder, tmp_path, damage):
+    for name in ("cat/2.png", "owl/0.jpg"):
+        file = folder / "train" / name
+        file.write_bytes(damage(file.read_bytes()))
+    config = config_of(folder, workers=2)
+    source, report = load_source(config, "train"), tmp_path / "bad_examples.jsonl"
+    settings = {"transform": transforms.train_transform(config, AugmentConfig()), "seed": 0}
+    batches = train_batches(source, batch=15, bad_share=0.2, report_path=report, **settings)
+    assert next(batches)["image"].shape == (15, 36, 36, 3)
+    text = report.read_text()
+    assert len(text.splitlines()) == 2 and "cat/2.png" in text and "owl/0.jpg" in text
+    with pytest.raises(ValueError, match=r"2 bad examples of 15.*config\.data\.bad_share"):
+        next(train_batches(source, batch=15, bad_share=0.1, **settings))
+
+
+def test_evaluation_crops_the_centre(folder):
+    config = config_of(folder)
+    source = load_source(config, "val")
+    batches = list(eval_batches(source, transform=transforms.eval_transform(config), batch=8))
+    assert [batch["image"].shape for batch in batches] == [(8, 36, 36, 3)] * 2
+    np.testing.assert_array_equal(batches[1]["_mask"], [1] * 7 + [0])
+    flat = Image.fromarray(np.full((60, 90, 3), 77, np.uint8))
+    assert (np.asarray(transforms.resize_and_centre(flat, 36)) == 77).all()
+    # A wide image keeps its middle: columns rise evenly, so the centre's mean is the image's.
+    ramp = np.tile(np.arange(0, 202, 2, dtype=np.uint8), (40, 1))
+    centre = np.asarray(transforms.resize_and_centre(Image.fromarray(ramp), 35))
+    assert centre.shape == (35, 35) and abs(centre.mean() - ramp.mean()) < 0.5
+
+
+def test_small_images_are_not_resized(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        picture(0, 20, 20).save(tmp_path / split / "one" / "0.png")
+    fits = config_of(tmp_path, image_size=20, labels=1, test_split="test")
+    source = load_source(fits, "test")
+    (batch,) = eval_batches(source, transform=transforms.eval_transform(fits), batch=1)
+    np.testing.assert_array_equal(batch["image"][0], source[0]["image"])
+    wrong = config_of(tmp_path, image_size=24, labels=1)
+    with pytest.raises(ValueError, match=r"config\.data\.image_size=24.* 20 x 20"):
+        list(eval_batches(source, transform=transforms.eval_transform(wrong), batch=1))
+    for augment in (AugmentConfig(), AugmentConfig(randaugment=True)):
+        with pytest.raises(ValueError, match=r"config\.data\.image_size=24"):
+            transform = transforms.train_transform(wrong, augment)
+            next(train_batches(source, transform=transform, seed=0, batch=1))
+
+
+def test_digits_need_the_host_only_for_randaugment():
+    assert transforms.train_transform(DataConfig(), AugmentConfig(flip=True, padding=1)) is None
+    transform = transforms.train_transform(DataConfig(), AugmentConfig(randaugment=True, padding=1))
+    source = load_source(DataConfig(), "train")
+    batch = next(train_batches(source, transform=transform, seed=0, batch=64))
+    assert batch["image"].shape == (64, 8, 8, 1) and batch["image"].dtype == np.uint8
+    plain = next(train_batches(source, transform=None, seed=0, batch=64))
+    np.testing.assert_array_equal(batch["label"], plain["label"])
+    assert (batch["image"] != plain["image"]).any(axis=(1, 2, 3)).sum() > 32
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (224, 224), (10, 300), (300, 10)])
+def test_random_crops_lie_inside_and_keep_their_ranges(height, width):
+    rng = np.random.default_rng(0)
+    boxes = np.array([transforms.crop_box(rng, height=height, width=width) for _ in range(500)])
+    top, left, tall, wide = boxes.T
+    assert (top >= 0).all() and (top + tall <= height).all()
+    assert (left >= 0).all() and (left + wide <= width).all()
+    slack = 1 + 1 / boxes[:, 2:].min()  # sides are whole pixels
+    assert (wide / tall <= 4 / 3 * slack).all() and (wide / tall >= 3 / 4 / slack).all()
+    if height == width:
+        share = tall * wide / (height * width)
+        assert share.min() < 0.12 and share.max() > 0.9 and share.min() > 0.075
+        assert len(np.unique(top)) > 50
+
+
+def test_a_strip_falls_back_to_its_centre():
+    box = transforms.crop_box(np.random.default_rng(1), height=3, width=1000)
+    assert box == (0, 498, 3, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_every_operation_changes_a_picture_and_keeps_its_form(name, mode):
+    image = picture(3).point([40 + value // 2 for value in range(256)] * 3).convert(mode)
+    for magnitude, negative in itertools.product((7.0, 10.0), (False, True)):
+        changed = OPERATIONS[name](image, level_argument(name, magnitude, negative))
+        assert changed.size == image.size and changed.mode == mode
+        is_grey_colour = mode == "L" and name == "ColorIncreasing"
+        assert (changed.tobytes() == image.tobytes()) == is_grey_colour
+
+
+def test_signs_and_unknown_operations():
+    assert level_argument("Rotate", 9.0, True) == -level_argument("Rotate", 9.0, False) == -27
+    assert level_argument("PosterizeIncreasing", 10.0, False) == 0
+    black = OPERATIONS["PosterizeIncreasing"](picture(0), 0)
+    assert black.getextrema() == ((0, 0),) * 3
+    with pytest.raises(ValueError, match="'Rotat' is no operation"):
+        level_argument("Rotat", 9.0, False)
+
+
+def test_randaugment_follows_its_generator_and_leaves_a_quarter_alone():
+    image = picture(5, 24, 24)
+    results = [randaugment(image, np.random.default_rng(seed)).tobytes() for seed in range(400)]
+    assert results[7] == randaugment(image, np.random.default_rng(7)).tobytes()
+    # Neither of two operations runs with probability 1/4; few others leave the image as it was.
+    assert 0.2 < results.count(image.tobytes()) / 400 < 0.4
+
+
+def test_subset_relabels_and_reorders(folder):
+    for source in (load_source(DataConfig(), "train"), load_source(config_of(folder), "train")):
+        subset = Subset(source, np.array([5, 2]), np.array([1, 0], np.int32), ("a", "b"))
+        assert len(subset) == 2 and subset[0]["label"] == 1
+        np.testing.assert_array_equal(subset[1]["image"], source[2]["image"])
+        if source.arrays is not None:
+            np.testing.assert_array_equal(subset.arrays["label"], [1, 0])
+            np.testing.assert_array_equal(subset.arrays["image"][0], source[5]["image"])
