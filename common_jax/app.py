@@ -84,7 +84,8 @@ def _parse(
     try:
         rest = values(plain)  # first without overrides, so that a misspelt one can be explained
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        # An error inside a config file arrives as text, its traceback first.
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
     if values["help"].value:
         print(f"{description}\n\n{values.main_module_help() or values.get_help()}")
         sys.exit(0)

@@ -45,6 +45,8 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
 def unfreeze(value: Any) -> Any:
     """`freeze` backwards: a dataclass becomes a type-safe ConfigDict, field by field; other values
     stay."""
+    if isinstance(value, Mapping):
+        return ml_collections.ConfigDict({key: unfreeze(item) for key, item in value.items()})
     if not dataclasses.is_dataclass(value):
         return value
     config = ml_collections.ConfigDict()

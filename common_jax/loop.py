@@ -310,10 +310,9 @@ def _check_finite(
         checkpoints.close()
         raise FloatingPointError(
             f"the last {metrics['train/skipped_in_row']} steps up to step {step} had a non-finite "
-            "loss or gradient "
-            f"(config.run.nan_patience={run.nan_patience}); the checkpoints in {checkpoints.folder} "
-            "are from before "
-            "and stay. Lower config.optim.lr or set config.optim.clip, and start in another workdir"
+            f"loss or gradient (config.run.nan_patience={run.nan_patience}). The checkpoints in "
+            f"{checkpoints.folder} are from before and stay: lower config.optim.lr or set "
+            "config.optim.clip, and start in another workdir"
         )
 
 

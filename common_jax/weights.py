@@ -115,8 +115,8 @@ def take(
         raise ValueError(
             "the weights do not fit:\n  "
             + "\n  ".join(problems)
-            + "\ngive other config.sources, or name in config.sources.fresh (regex) what is to start anew and in "
-            "config.sources.leave what may be left"
+            + "\ngive other config.sources, or name (by regex) what is to start anew in "
+            "config.sources.fresh and what may be left in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(taken, sep="/"), account)
 

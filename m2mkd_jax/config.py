@@ -230,11 +230,12 @@ def choose_recipe(
     if config.phase == "pipeline":
         for name in (field.name for field in dataclasses.fields(Recipe)):
             del config[name]
-        config.recipes = {phase: unfreeze(recipe) for phase, recipe in recipes.items()}
+        config.recipes = unfreeze(recipes)
         return config
     if config.phase not in recipes:
         raise ValueError(
             f"phase={config.phase!r} has no recipe here; choose one of {[*recipes, 'pipeline']}"
         )
-    config.update(unfreeze(recipes[config.phase]))
+    for name, section in unfreeze(recipes[config.phase]).items():
+        config[name] = section
     return config

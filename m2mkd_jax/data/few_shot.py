@@ -59,7 +59,7 @@ def choose_episode(
         if len(places) < shots:
             raise ValueError(
                 f"class {name} has {len(places)} examples, but {shots} are asked for; lower "
-                "config.few_shot.shots or config.few_shot.validation_shots"
+                "config.few_shot.shots or config.few_shot.test_shots"
             )
         chosen.append(draw.permutation(places)[:shots])
     indices = draw.permutation(np.concatenate(chosen))

@@ -15,6 +15,7 @@ from m2mkd_jax.models.grouped import Experts
 from m2mkd_jax.models.routing import ROUTERS, Routes
 
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
+route = jax.jit(ROUTERS["softmax_topk"], static_argnames=("chosen", "slots", "order"))
 MESHES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
 
 
@@ -29,7 +30,7 @@ def make_inputs(expert=None, dtype=np.float64):
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((G, N, D)), dtype)
     logits = jnp.asarray(draw.standard_normal((G, N, E)), dtype)
-    routes = ROUTERS["softmax_topk"](logits, chosen=A, slots=0, order="token")
+    routes = route(logits, chosen=A, slots=0, order="token")
     if expert is not None:
         routes = routes._replace(expert=jnp.asarray(expert, jnp.int32))
     return x, routes, make_experts(dtype=dtype)
@@ -48,6 +49,7 @@ def plain(x, routes, experts):
     return y
 
 
+@partial(jax.jit, static_argnums=0)
 def with_gradients(function, x, routes, experts):
     """y, and gradients of sum(sin(y)) by x, the weights and the experts."""
 
@@ -75,16 +77,14 @@ ROUTINGS = {
 @pytest.mark.parametrize("engine", [grouped.BY_PLATFORM, grouped.RAGGED], ids=["cpu", "ragged"])
 def test_grouped_mlp_equals_a_loop_over_experts(routing, engine):
     def flat(x, routes, experts):
-        token = (routes.token + N * jnp.arange(G)[:, None]).reshape(-1)
-        rows = grouped.arrange(
-            token, routes.expert.reshape(-1), tokens=G * N, experts=E, block=8
-        )
+        token = (routes.token + N * jnp.arange(G, dtype=jnp.int32)[:, None]).reshape(-1)
+        rows = grouped.arrange(token, routes.expert.reshape(-1), tokens=G * N, experts=E, block=8)
         y = grouped.grouped_mlp(x.reshape(-1, D), routes.weight.reshape(-1), experts, rows, engine)
         return y.reshape(x.shape)
 
     with jax.enable_x64(True):
         inputs = make_inputs(ROUTINGS[routing])
-        got = jax.jit(partial(with_gradients, flat))(*inputs)
+        got = with_gradients(flat, *inputs)
         assert_same(got, with_gradients(plain, *inputs))
 
 
@@ -94,7 +94,7 @@ def test_dropless_equals_a_loop_over_experts(routing):
         inputs = make_inputs(ROUTINGS[routing])
         got = with_gradients(lambda *args: DISPATCHERS["dropless"](*args, 0)[0], *inputs)
         assert_same(got, with_gradients(plain, *inputs))
-        assert jnp.linalg.norm(got[0]) > 1
+        assert np.linalg.norm(got[0]) > 1
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -112,9 +112,9 @@ def test_starved_experts_get_zero_gradients_exactly():
             _, (_, _, experts) = with_gradients(
                 lambda *args, dispatch=dispatch: dispatch(*args, N)[0], *inputs
             )
-            for leaf in experts:
-                assert jnp.all(leaf[jnp.array([1, 2, 3, 4, 6, 7])] == 0)
-                assert jnp.all(jnp.abs(leaf[jnp.array([0, 5])]).max(axis=-1) > 0)
+            for leaf in map(np.asarray, experts):
+                assert np.all(leaf[[1, 2, 3, 4, 6, 7]] == 0)
+                assert np.all(leaf[[0, 5]].any(axis=-1))
 
 
 def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
@@ -123,11 +123,14 @@ def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
     assert int(jnp.sum(rows.sizes)) == 0
     x = jnp.ones((40, D))
     experts = make_experts(dtype=np.float32)
-    y, vjp = jax.vjp(
-        lambda *args: grouped.grouped_mlp(*args, rows), x, jnp.ones(40), experts
-    )
-    for leaf in jax.tree.leaves((y, vjp(jnp.ones_like(y)))):
-        assert jnp.all(leaf == 0)
+
+    @jax.jit
+    def run(*inputs):
+        y, vjp = jax.vjp(lambda *args: grouped.grouped_mlp(*args, rows), *inputs)
+        return y, vjp(jnp.ones_like(y))
+
+    for leaf in jax.tree.leaves(run(x, jnp.ones(40), experts)):
+        np.testing.assert_array_equal(leaf, np.zeros(leaf.shape))
 
 
 def test_blocks_hold_one_expert_each_and_every_pair_once():
@@ -156,21 +159,23 @@ def test_block_size(pairs, experts, block):
 @pytest.mark.parametrize(("name", "slots"), [("dropless", 0), ("capacity", 2)])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_any_mesh_gives_the_local_values_and_gradients(name, slots, shape):
-    def run(x, routes, experts):
-        return with_gradients(lambda *args: DISPATCHERS[name](*args, slots)[0], x, routes, experts)
+    def run(*inputs):
+        return with_gradients(lambda *args: DISPATCHERS[name](*args, slots)[0], *inputs)
 
     with jax.enable_x64(True):
         x, routes, experts = make_inputs()
-        expected = jax.jit(run)(x, routes, experts)
+        expected = run(x, routes, experts)
         mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
         with jax.set_mesh(mesh):
             by_group = NamedSharding(mesh, P(MESH_AXES))
-            specs = Experts(P("expert", "fsdp"), P("expert"), P("expert", None, "fsdp"), P("expert"))
+            specs = Experts(
+                P("expert", "fsdp"), P("expert"), P("expert", None, "fsdp"), P("expert")
+            )
             x, routes = jax.device_put((x, routes), by_group)
             experts = jax.tree.map(
                 lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), experts, specs
             )
-            got = jax.jit(run)(x, routes, experts)
+            got = run(x, routes, experts)
         assert got[0].sharding.is_equivalent_to(by_group, 3)
         assert_same(got, expected)
 
@@ -181,9 +186,7 @@ def test_all_pairs_on_one_device_of_the_expert_axis():
         expected = with_gradients(plain, *inputs)
         mesh = jax.make_mesh((2, 1, 4), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
         with jax.set_mesh(mesh):
-            got = jax.jit(
-                partial(with_gradients, lambda *args: DISPATCHERS["dropless"](*args, 0)[0])
-            )(*inputs)
+            got = with_gradients(lambda *args: DISPATCHERS["dropless"](*args, 0)[0], *inputs)
         assert_same(got, expected)
 
 
@@ -218,7 +221,7 @@ def test_collectives_are_those_meant():
 
 def test_a_mesh_with_other_axes_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="needs .'data', 'fsdp', 'expert'"):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"needs \('data', 'fsdp', 'expert'\)"):
         DISPATCHERS["dropless"](*make_inputs(dtype=np.float32), 0)
 
 
@@ -260,7 +263,7 @@ def test_batch_priority_keeps_the_tokens_with_the_highest_gates(order, kept):
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_bfloat16(name):
     x, routes, experts = make_inputs(dtype=np.float32)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, experts))
+    narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), (x, experts))
 
     def run(x, routes, experts):
         return DISPATCHERS[name](x, routes, experts, N)[0].astype(jnp.float32)
@@ -269,6 +272,8 @@ def test_bfloat16(name):
     expected, wide = with_gradients(run, x, routes, experts)
     assert gradients[0].dtype == gradients[2].up.dtype == jnp.bfloat16
     assert gradients[1].dtype == jnp.float32
-    for got, true in zip(jax.tree.leaves((y, gradients)), jax.tree.leaves((expected, wide)), strict=True):
-        error = jnp.linalg.norm(got.astype(jnp.float32) - true) / jnp.linalg.norm(true)
+    for got, true in zip(
+        jax.tree.leaves((y, gradients)), jax.tree.leaves((expected, wide)), strict=True
+    ):
+        error = np.linalg.norm(np.float32(got) - true) / np.linalg.norm(true)
         assert error < 0.03

@@ -10,13 +10,14 @@ import pytest
 from m2mkd_jax.models import routing
 
 # One group of three tokens, four experts; best choices 2, 0, 2 and second choices 0, 3, 1.
-LOGITS = jnp.log(
-    jnp.array([[[0.3, 0.1, 0.5, 0.1], [0.6, 0.05, 0.1, 0.25], [0.02, 0.18, 0.7, 0.1]]])
+LOGITS = np.log(
+    np.float32([[[0.3, 0.1, 0.5, 0.1], [0.6, 0.05, 0.1, 0.25], [0.02, 0.18, 0.7, 0.1]]])
 )
 
 
 def route(name, logits, *, chosen=2, slots=1, order="token"):
-    return routing.ROUTERS[name](logits, chosen=chosen, slots=slots, order=order)
+    router = jax.jit(routing.ROUTERS[name], static_argnames=("chosen", "slots", "order"))
+    return router(logits, chosen=chosen, slots=slots, order=order)
 
 
 def test_all_first_choices_come_before_all_second_choices():
@@ -101,9 +102,7 @@ def test_load_loss_by_hand():
     def won(threshold, logit):
         return 0.5 * math.erfc((threshold - logit) / 0.25 / math.sqrt(2))
 
-    load = np.array(
-        [(won(1.1, 1.0) + won(0.85, 0.2)) / 2, (won(1.1, 0.8) + won(0.85, 0.9)) / 2]
-    )
+    load = np.array([(won(1.1, 1.0) + won(0.85, 0.2)) / 2, (won(1.1, 0.8) + won(0.85, 0.9)) / 2])
     loss = routing.load_loss(clean, drawn, chosen=1, std=0.5)
     np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
 

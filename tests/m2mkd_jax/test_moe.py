@@ -1,0 +1,325 @@
+"""The layer as a whole: parameters, parity with the plain loop, bookkeeping, meshes, errors."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from m2mkd_jax.models import routing
+from m2mkd_jax.models.dispatch import MESH_AXES
+from m2mkd_jax.models.moe import BalanceConfig, MoeConfig, MoeMlp, check_moe
+
+B, T, D, F, E, A = 8, 5, 12, 20, 8, 2
+VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
+ALL_LOSSES = BalanceConfig(importance=0.1, load=0.2, gshard=0.3, z=0.4)
+
+
+def make(config, dtype=jnp.float32):
+    """The layer, parameters large enough to matter, and an input."""
+    layer = MoeMlp(config, F, dtype)
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((B, T, D)), dtype)
+    shapes = jax.eval_shape(layer.init, jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda leaf: np.float32(0.5 * draw.standard_normal(leaf.shape)), shapes)
+    return layer, params, x
+
+
+def run(layer, params, x, *, train=False, seed=3):
+    """y, the two collections, and gradients of sum(sin(y)) + balance loss by params and x."""
+
+    def total(params, x):
+        y, wrote = layer.apply(
+            {"params": params},
+            x,
+            train=train,
+            rngs={"gate": jax.random.key(seed)},
+            mutable=["moe", "routing"],
+        )
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        loss = jnp.sum(jnp.sin(wide)) + wrote["moe"]["balance_loss"]
+        return loss, (y, wrote)
+
+    gradients, (y, wrote) = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
+    return y, wrote, gradients
+
+
+def gate(params, x):
+    return np.asarray(x) @ params["router"]["kernel"] + params["router"]["bias"]
+
+
+def assert_same(got, expected, tolerance):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_parameters_and_their_initial_values():
+    layer = MoeMlp(MoeConfig(), F)
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((1, 3, D)))
+    assert set(variables) == {"params"}
+    params = jax.tree.map(np.asarray, variables["params"])
+    assert jax.tree.map(jnp.shape, params) == {
+        "router": {"kernel": (D, E), "bias": (E,)},
+        "up": (E, D, F),
+        "up_bias": (E, F),
+        "down": (E, F, D),
+        "down_bias": (E, D),
+    }
+    for zero in (params["router"]["bias"], params["up_bias"], params["down_bias"]):
+        assert not np.any(zero)
+    np.testing.assert_allclose(np.std(params["router"]["kernel"]), 0.02, rtol=0.3)
+    bound = 1 / (D * F) ** 0.5
+    for name in ("up", "down"):
+        np.testing.assert_allclose(np.max(np.abs(params[name])), bound, rtol=0.01)
+        np.testing.assert_allclose(np.std(params[name]), bound / 3**0.5, rtol=0.05)
+
+
+def test_fan_in_bounds_and_no_router_bias():
+    config = MoeConfig(expert_init="fan_in", router_bias=False)
+    params = jax.jit(MoeMlp(config, F).init)(jax.random.key(0), jnp.ones((1, 3, D)))["params"]
+    params = jax.tree.map(np.asarray, params)
+    np.testing.assert_allclose(np.max(np.abs(params["up"])), D**-0.5, rtol=0.01)
+    np.testing.assert_allclose(np.max(np.abs(params["down"])), F**-0.5, rtol=0.01)
+    assert set(params["router"]) == {"kernel"}
+
+
+def weighted_experts(params, x, weight):
+    """Every expert on every token, one after another."""
+    y = jnp.zeros_like(x)
+    for e in range(E):
+        hidden = jax.nn.gelu(x @ params["up"][e] + params["up_bias"][e], approximate=False)
+        y = y + weight[..., e, None] * (hidden @ params["down"][e] + params["down_bias"][e])
+    return y
+
+
+def fastmoe(params, x):
+    """Spec of the students: two largest logits, softmax over those two, every expert in a loop."""
+    logits = x @ params["router"]["kernel"] + params["router"]["bias"]
+    top, best = jax.lax.top_k(logits, A)
+    score = jax.nn.softmax(top, axis=-1)
+    chosen = best[..., None] == jnp.arange(E)
+    return weighted_experts(params, x, jnp.sum(jnp.where(chosen, score[..., None], 0.0), axis=-2))
+
+
+def test_default_layer_is_fastmoe_in_values_and_gradients():
+    with jax.enable_x64(True):
+        layer, params, x = make(MoeConfig(), jnp.float64)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        y, _, gradients = run(layer, params, x)
+
+        def total(params, x):
+            return jnp.sum(jnp.sin(fastmoe(params, x)))
+
+        assert y.dtype == jnp.float64
+        assert_same(y, jax.jit(fastmoe)(params, x), 1e-11)
+        expected = jax.jit(jax.grad(total, (0, 1)))(params, x)
+        assert_same(gradients, expected, 1e-11)
+        assert np.linalg.norm(expected[0]["router"]["kernel"]) > 0.1
+
+
+def test_capacity_with_room_for_all_is_dropless():
+    layer, params, x = make(MoeConfig())
+    roomy = MoeMlp(MoeConfig(dispatch="capacity", capacity_factor=100.0, groups=2), F)
+    dropless, roomy = run(layer, params, x), run(roomy, params, x)
+    assert roomy[1]["moe"]["dropped"] == 0
+    assert_same(roomy[0], dropless[0], 1e-5)
+    assert_same(roomy[2], dropless[2], 1e-5)
+
+
+def test_a_starved_expert_gets_zero_gradients():
+    layer, params, x = make(MoeConfig())
+    params["router"]["bias"][3] = -1e4
+    _, wrote, (gradients, _) = run(layer, params, x)
+    assert wrote["moe"]["load"][3] == 0
+    for name in ("up", "up_bias", "down", "down_bias"):
+        assert not np.any(gradients[name][3])
+        assert np.any(gradients[name][2])
+
+
+def test_routing_collection_holds_the_choices_in_token_order():
+    config = MoeConfig(router="softmax_topk", order="priority")
+    layer, params, x = make(config)
+    _, wrote, _ = run(layer, params, x)
+    logits = gate(params, x)
+    expert = np.argsort(-logits, axis=-1)[..., :A]
+    weight = np.take_along_axis(softmax(logits, axis=-1), expert, axis=-1)
+    np.testing.assert_allclose(wrote["routing"]["logits"], logits, atol=1e-5)
+    np.testing.assert_array_equal(wrote["routing"]["expert"], expert)
+    np.testing.assert_allclose(wrote["routing"]["weight"], weight, rtol=1e-5)
+    counts = np.bincount(expert.ravel(), minlength=E)
+    np.testing.assert_allclose(wrote["moe"]["load"], counts / counts.sum(), rtol=1e-6)
+    assert wrote["moe"]["balance_loss"] == 0
+
+
+def test_nothing_is_written_unless_asked_for():
+    layer, params, x = make(MoeConfig())
+    y = jax.eval_shape(layer.apply, {"params": params}, x)
+    assert y.shape == x.shape
+    _, wrote = jax.eval_shape(partial(layer.apply, mutable=["moe"]), {"params": params}, x)
+    assert set(wrote) == {"moe"}
+    assert set(wrote["moe"]) == {"load", "dropped", "entropy", "balance_loss"}
+
+
+def test_expert_choice_is_balanced_within_every_group():
+    layer, params, x = make(MoeConfig(router="expert_choice", groups=2, capacity_factor=1.0))
+    y, wrote, _ = run(layer, params, x)
+    np.testing.assert_allclose(wrote["moe"]["load"], np.full(E, 1 / E), rtol=1e-6)
+    assert "routing" not in wrote
+    # Twenty tokens a group, two an average token: five slots an expert.
+    assert layer.config.slots(B * T // 2) == 5
+    scores = softmax(gate(params, x), axis=-1).reshape(2, -1, E)
+    fifth = np.sort(scores, axis=1)[:, -5, None]
+    weight = np.where(scores >= fifth, scores, 0.0).reshape(B, T, E)
+    expected = jax.jit(weighted_experts)(params, x, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    same = MoeMlp(dataclasses.replace(layer.config, dispatch="capacity"), F)
+    y_slots, wrote, _ = run(same, params, x)
+    assert wrote["moe"]["dropped"] == 0
+    np.testing.assert_allclose(y_slots, y, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_drawn_in_training_only():
+    layer, params, x = make(MoeConfig(router="softmax_topk", noise_std=4.0))
+    apply = jax.jit(layer.apply, static_argnames="train")
+    still = apply({"params": params}, x)
+    moved = [
+        apply({"params": params}, x, train=True, rngs={"gate": jax.random.key(seed)})
+        for seed in (0, 1)
+    ]
+    assert not np.allclose(*moved)
+    assert not np.allclose(still, moved[0])
+    quiet = MoeMlp(MoeConfig(router="softmax_topk", noise_std=0.0), F)
+    y = jax.jit(quiet.apply, static_argnames="train")({"params": params}, x, train=True)
+    np.testing.assert_allclose(y, still, rtol=1e-5, atol=1e-6)
+
+
+def test_balance_loss_is_the_weighted_sum():
+    config = MoeConfig(router="softmax_topk", balance=ALL_LOSSES)
+    layer, params, x = make(config)
+    clean = gate(params, x)
+
+    @jax.jit
+    def losses(logits):
+        load = routing.load_loss(clean, logits, chosen=A, std=config.noise_std)
+        gshard, z = routing.gshard_loss(logits), routing.z_loss(clean)
+        return {
+            "importance": routing.importance_loss(clean),
+            "load": load,
+            "gshard": gshard,
+            "z": z,
+        }
+
+    weights = dataclasses.asdict(ALL_LOSSES)
+    _, wrote, _ = run(layer, params, x, train=True)
+    parts = {n: weights[n] * value for n, value in losses(wrote["routing"]["logits"]).items()}
+    assert min(parts.values()) > 1e-4
+    np.testing.assert_allclose(wrote["moe"]["balance_loss"], sum(parts.values()), rtol=1e-5)
+    # Without noise, in evaluation, the load loss has no meaning and is left out.
+    _, wrote, _ = run(layer, params, x)
+    parts = {n: weights[n] * value for n, value in losses(clean).items() if n != "load"}
+    np.testing.assert_allclose(wrote["moe"]["balance_loss"], sum(parts.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(VMOE, balance=ALL_LOSSES),
+        MoeConfig(router="softmax_topk", balance=ALL_LOSSES),
+        MoeConfig(router="expert_choice", groups=8),
+    ],
+    ids=["capacity", "dropless", "expert choice"],
+)
+def test_a_mesh_changes_nothing(config):
+    layer, params, x = make(config)
+    expected = run(layer, params, x, train=True)
+    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(layer.init, jax.random.key(0), x[:1])
+        got = run(layer, params, x, train=True)
+    assert_same(got, expected, 2e-5)
+    assert expected[1]["moe"]["dropped"] > 0 or config.dispatch == "dropless"
+
+
+@pytest.mark.parametrize("config", [MoeConfig(), VMOE], ids=["dropless", "capacity"])
+def test_bfloat16(config):
+    layer, params, x = make(config)
+    exact = run(layer, params, x)
+    y, wrote, gradients = run(MoeMlp(config, F, jnp.bfloat16), params, x)
+    assert y.dtype == jnp.bfloat16
+    assert wrote["routing"]["logits"].dtype == jnp.float32
+    for got, true in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact[2]), strict=True):
+        assert got.dtype == jnp.float32
+        assert np.linalg.norm(got - true) < 0.03 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router": "top2"}, "config.model.moe.router='top2' must be one of ['expert_choice', "),
+        ({"order": "random"}, "config.model.moe.order='random' must be one of ['priority', "),
+        ({"dispatch": "drop"}, "config.model.moe.dispatch='drop' must be one of ['capacity', "),
+        ({"expert_init": "he"}, "config.model.moe.expert_init='he' must be one of ['fan_in', "),
+        ({"experts": 0}, "config.model.moe.experts=0 must be at least 1"),
+        ({"chosen": 9}, "config.model.moe.chosen=9 must be between 1 and config.model.moe.experts"),
+        ({"groups": 0}, "config.model.moe.groups=0 must be at least 1"),
+        ({"noise_std": -1.0}, "config.model.moe.noise_std=-1.0 must be at least 0"),
+        ({"capacity_factor": 0.0}, "config.model.moe.capacity_factor=0.0 must be positive"),
+        (
+            {"balance": BalanceConfig(load=0.5)},
+            "config.model.moe.balance.load=0.5 must be 0 with config.model.moe.router='topk_soft",
+        ),
+        (
+            {"router": "expert_choice", "balance": BalanceConfig(importance=1.0)},
+            "config.model.moe.balance.importance=1.0 must be 0 with",
+        ),
+        (
+            {"router": "softmax_topk", "noise_std": 0.0, "balance": BalanceConfig(load=0.5)},
+            "config.model.moe.balance.load=0.5 must be 0 where config.model.moe.noise_std is 0",
+        ),
+    ],
+)
+def test_wrong_choices_name_the_key_and_the_way_out(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoeConfig(**fields)
+
+
+def test_negative_balance_weights_are_refused():
+    with pytest.raises(ValueError, match=re.escape("config.model.moe.balance.z=-1.0 must be at")):
+        BalanceConfig(z=-1.0)
+
+
+MESH = {"data": 2, "fsdp": 1, "expert": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "message"),
+    [
+        (
+            MoeConfig(experts=6),
+            8,
+            "config.model.moe.experts=6 must be a multiple of the mesh's expert axis, 4; "
+            "change config.mesh.expert or config.model.moe.experts",
+        ),
+        (MoeConfig(), 12, "a batch of 12 examples must be a multiple of the mesh's 8 devices"),
+        (
+            dataclasses.replace(VMOE, groups=4),
+            16,
+            "config.model.moe.groups=4 must be a multiple of the mesh's 8 devices; "
+            "change config.mesh or config.model.moe.groups",
+        ),
+        (VMOE, 12, "config.model.moe.groups=8 must be a divisor of the batch, 12 examples"),
+    ],
+)
+def test_check_moe(config, batch, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_moe(config, MESH, batch)
+
+
+def test_check_moe_passes_what_runs():
+    check_moe(MoeConfig(), MESH, 16)
+    check_moe(VMOE, MESH, 16)
+    check_moe(MoeConfig(experts=3), {}, 5)
