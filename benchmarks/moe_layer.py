@@ -37,8 +37,8 @@ def parse_sizes() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def with_gradients(function: Callable[..., Array], *arguments: Array) -> Callable[[], object]:
-    """Compiles y and the gradients of sum(y * dy) by all arguments; dy is a fixed random array."""
+def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[Callable, tuple]:
+    """Compiles y and the gradients of sum(y * dy) by all arguments; returns that and its input."""
     dy = jax.random.normal(jax.random.key(9), jax.eval_shape(function, *arguments).shape)
 
     def run(arguments: tuple) -> tuple:

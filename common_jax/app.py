@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 from absl import flags
-from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -33,12 +32,9 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
       argv: command line; that of the process by default.
     """
     argv = list(sys.argv if argv is None else argv)
-    absl_logging.use_absl_handler()
-    absl_logging.set_verbosity(absl_logging.INFO)
-    for noisy in ("orbax", "jax", "tensorstore"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    # orbax reports every save at this level through absl's logger; warnings are what a user needs.
-    logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
+    for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
+        logging.getLogger(library).setLevel(logging.WARNING)
     values = _flags()
     try:
         config, workdir = _parse(values, argv, description)
@@ -46,7 +42,7 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -81,13 +77,12 @@ def _parse(
 ) -> tuple[ml_collections.ConfigDict, epath.Path]:
     overrides = [arg for arg in argv[1:] if arg.startswith("--config.")]
     plain = [arg for arg in argv if arg not in overrides]
-    try:
-        rest = values(plain)  # first without overrides, so that a misspelt one can be explained
-    except flags.Error as error:
-        # An error inside a config file arrives as text, its traceback first.
-        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    rest = _read(values, plain)  # first without overrides, so that a misspelt one can be explained
     if values["help"].value:
-        print(f"{description}\n\n{values.main_module_help() or values.get_help()}")
+        lines = (
+            f"  --{name}: {values[name].help}" for name in ("config", "workdir", "debug", "help")
+        )
+        print(description, *lines, "  --config.FIELD=VALUE: Any field of the config.", sep="\n")
         sys.exit(0)
     if len(rest) > 1:
         raise ValueError(f"arguments {rest[1:]} are not understood; write --flag=value")
@@ -101,12 +96,25 @@ def _parse(
     for override in overrides:
         _check_path(config, override)
     fresh = _flags()
-    try:
-        fresh(argv)
-    except flags.Error as error:
-        raise ValueError(str(error)) from None
+    _read(fresh, argv)
     values["debug"].value = fresh["debug"].value
     return fresh["config"].value, epath.Path(fresh["workdir"].value)
+
+
+def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    """Parses `argv` into `values` and returns what is left of it.
+
+    ml_collections looks for overrides in sys.argv whatever it is given, so that is set meanwhile.
+    """
+    process, sys.argv = sys.argv, argv
+    try:
+        return values(argv)
+    except flags.Error as error:
+        # An error inside a config file arrives as text, its traceback first.
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(last.removeprefix("ValueError: ")) from None
+    finally:
+        sys.argv = process
 
 
 def _check_path(config: ml_collections.ConfigDict, override: str) -> None:
@@ -121,7 +129,3 @@ def _check_path(config: ml_collections.ConfigDict, override: str) -> None:
                 f"it takes {sorted(known)}"
             )
         section, name = section[key], f"{name}.{key}"
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING or "orbax" not in record.pathname

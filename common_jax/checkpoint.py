@@ -222,7 +222,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
 
 
 def _shapes(step: epath.Path) -> dict[str, Any]:
-    metadata = ocp.PyTreeCheckpointer().metadata(step / "params").item_metadata.tree
+    metadata = ocp.PyTreeCheckpointHandler().metadata(step / "params").tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 

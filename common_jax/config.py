@@ -60,10 +60,10 @@ def unfreeze(value: Any) -> Any:
 
 
 def did_you_mean(key: str, known: Mapping[str, Any] | list[str]) -> str:
-    """`; did you mean 'experts'?` when one of the `known` keys is close to `key`, else the empty
+    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else the empty
     string."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -28,8 +28,10 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
-NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step"})
-LOAD = re.compile(r"train/moe/(.+)/load")  # a list: the share of the tokens that each expert took
+NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
+
+Curves = Mapping[str, Mapping[int, Any]]  # name -> step -> value (a list for a load)
+CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is lost on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -50,27 +52,20 @@ class Family:
     log: bool = False  # a logarithmic axis where the values span more than a factor of 30
 
 
+SKIPPED = Family("Skipped steps", "steps", r"train/skipped")
 FAMILIES = (
     Family("Loss", "loss", r"((?!train/moe/).*(?:loss|distillation).*)", 2.2, True, log=True),
     Family("Accuracy", "share of examples", r"(.*accuracy[^/]*)", 2.2, True),
     Family("Learning rate", "learning rate", r"train/learning_rate"),
     Family("Gradient norm", "L2 norm", r"train/gradient_norm", log=True),
     Family("Throughput", "examples / s", r"examples_per_second"),
-    Family("Skipped steps", "steps", r"train/skipped"),
+    SKIPPED,
     Family("Tokens dropped by experts", "share", r"train/moe/(.+)/dropped", 1.5),
     Family("Router entropy", "nats", r"train/moe/(.+)/entropy", 1.5),
 )
-LAST_LOAD = Family("Expert load at the end (% of tokens)", "", LOAD.pattern, 1.6)
-LOAD_OVER_TIME = Family("Expert load over time", "", LOAD.pattern, 1.6)
-HEAT_MAPS = (LAST_LOAD, LOAD_OVER_TIME)
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One plot: `curves` is label -> step -> value (a list for a load), steps ascending."""
-
-    family: Family
-    curves: Mapping[str, Mapping[int, Any]]
+LOAD = r"train/moe/(.+)/load"  # a list: the share of the tokens that each expert took
+LAST_LOAD = Family("Expert load at the end (% of tokens)", "", LOAD, 1.6)
+LOAD_OVER_TIME = Family("Expert load over time", "", LOAD, 1.6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +101,14 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return metrics
 
 
-def panels(lines: Iterable[Mapping[str, Any]]) -> tuple[Panel, ...]:
-    """What a run's metrics and timing lines give to draw. Of lines with the same step the later
-    counts, as a run that resumes writes some steps again."""
+def panels(lines: Iterable[Mapping[str, Any]]) -> dict[Family, Curves]:
+    """What a run's metrics and timing lines give to draw: a panel a family, steps ascending. Of
+    lines with the same step the later counts, as a run that resumes writes some steps again."""
     found: dict[Family, dict[str, dict[int, Any]]] = {family: {} for family in FAMILIES}
     loads: dict[str, dict[int, Any]] = {}
     for line in lines:
         for key, value in line.items():
-            if isinstance(value, list) and (match := LOAD.fullmatch(key)):
+            if isinstance(value, list) and (match := re.fullmatch(LOAD, key)):
                 loads.setdefault(match[1], {})[line["step"]] = value
             elif isinstance(value, int | float) and key not in NOT_DRAWN:
                 family, label = _family_of(key)
@@ -121,11 +116,11 @@ def panels(lines: Iterable[Mapping[str, Any]]) -> tuple[Panel, ...]:
                 curve[line["step"]] = value if math.isfinite(value) else math.nan
     found[LAST_LOAD] = loads
     found[LOAD_OVER_TIME] = loads if any(len(load) > 1 for load in loads.values()) else {}
-    return tuple(
-        Panel(family, {x: dict(sorted(curves[x].items())) for x in sorted(curves, key=_natural)})
+    return {
+        family: {x: dict(sorted(curves[x].items())) for x in sorted(curves, key=_natural)}
         for family, curves in found.items()
-        if curves
-    )
+        if curves and (family is not SKIPPED or any(curves[""].values()))
+    }
 
 
 def write_report(
@@ -135,8 +130,9 @@ def write_report(
     table: Table | None = None,
     figures: Sequence[tuple[str, epath.PathLike]] = (),
 ) -> epath.Path:
-    """Writes `workdir/report.html`, on every run in or below `workdir`, and each run's plots to
-    `workdir/plots/<run>/curves.png`; returns the page's path. The same files give the same bytes.
+    """Writes `workdir/report.html`, on every run in or below `workdir`, and each run's plots to its
+    own `plots/curves.png`, unless they are newer than its metrics; returns the page's path. The
+    same files give the same bytes.
 
     Args:
       workdir: searched for folders that hold `metrics.jsonl`.
@@ -156,9 +152,8 @@ def write_report(
         sections.append(("figures", "Comparison", "".join(images)))
     runs = _find_runs(workdir)
     for number, run in enumerate(runs):
-        relative = run.relative_to(workdir)
-        name = workdir.name or "run" if run == workdir else str(relative)
-        content = _run_html(run, name, workdir / "plots" / relative)
+        name = workdir.name or "run" if run == workdir else str(run.relative_to(workdir))
+        content = _run_html(run, name)
         sections.append((f"run-{number}", name, content))
     if not runs:
         sections.append(("runs", "No runs", "<p>No folder here holds metrics.jsonl.</p>"))
@@ -169,17 +164,12 @@ def write_report(
         contents += f'<li><a href="#{anchor}">{heading}</a></li>\n'
         body += f'<section id="{anchor}"><h2>{heading}</h2>\n{content}</section>\n'
     path = workdir / "report.html"
-    title = html.escape(title)
-    path.write_text(PAGE.format(title=title, style=STYLE, contents=contents, body=body))
+    page = PAGE.format(title=html.escape(title), style=STYLE, contents=contents, body=body)
+    path.write_bytes(page.encode())
     return path
 
 
-def overlay(
-    curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]],
-    *,
-    label: str,
-    path: epath.PathLike,
-) -> None:
+def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
     """Writes a PNG that compares groups of curves: thin lines for a group's curves, a bold one for
     their mean at the steps that all share, and a band from their least to their greatest there.
 
@@ -200,12 +190,10 @@ def overlay(
             axes.plot(list(curve), list(curve.values()), color=colour, linewidth=0.8, alpha=0.4)
         shared = sorted(set.intersection(*map(set, by_step)))
         values = np.array([[curve[step] for step in shared] for curve in by_step], float)
-        least, greatest = values.min(0), values.max(0)
-        axes.fill_between(shared, least, greatest, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(shared, values.min(0), values.max(0), color=colour, alpha=0.13, lw=0)
         name = f"{group} (mean of {len(members)})" if len(members) > 1 else group
-        style = {"color": colour, "linewidth": 2.2, "label": _plain(name)}
-        axes.plot(shared, values.mean(0), ".-", **style)
-    _finish(axes, title="", ylabel=label)
+        axes.plot(shared, values.mean(0), ".-", color=colour, lw=2.2, label=_plain(name))
+    _finish(axes, ylabel=label)
     figure.legend(loc="outside upper left", ncols=2, fontsize=9, frameon=False)
     epath.Path(path).write_bytes(_png(figure))
 
@@ -222,7 +210,7 @@ def _find_runs(folder: epath.Path) -> list[epath.Path]:
 def _read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON file's nested object as `a.b.c` -> value; empty where there is no such file."""
     try:
-        values = json.loads(path.read_text()) if path.exists() else {}
+        values = json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: {error}; mend or delete this file") from error
     return traverse_util.flatten_dict(values, sep=".")
@@ -243,54 +231,55 @@ def _natural(name: str) -> list[tuple[str, int]]:
     return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _draw(plots: Sequence[Panel]) -> bytes:
+def _draw(plots: Mapping[Family, Curves]) -> bytes:
     """A PNG of a run's panels, two in a row; laid out here, in inches, because matplotlib's layout
     engines draw everything twice."""
     rows = []
-    for _, group in itertools.groupby(plots, lambda panel: panel.family.height):
+    for _, group in itertools.groupby(plots, lambda family: family.height):
         members = list(group)
         rows += [members[i : i + 2] for i in range(0, len(members), 2)]
-    heights = [max(row[0].family.height, *(NAME * len(p.curves) for p in row)) for row in rows]
+    heights = [max(row[0].height, *(NAME * len(plots[x]) for x in row)) for row in rows]
     y = total = sum(heights) + (TOP + BOTTOM) * len(rows)
     figure = Figure(figsize=(2 * SLOT, total), dpi=DPI)
     for row, height in zip(rows, heights, strict=True):
         y -= TOP + height
-        for place, panel in enumerate(row):
-            names = LETTER * max(map(len, panel.curves))
-            left, right = (names + 0.3, 0.25) if panel.family in HEAT_MAPS else (0.75, names + 0.5)
+        for place, family in enumerate(row):
+            curves, heat = plots[family], family in (LAST_LOAD, LOAD_OVER_TIME)
+            names = LETTER * max(map(len, curves))
+            left, right = (names + 0.3, 0.25) if heat else (0.75, names + 0.5)
             x, width = (place * SLOT + left) / (2 * SLOT), (SLOT - left - right) / (2 * SLOT)
             axes = figure.add_axes((x, y / total, width, height / total))
-            (_draw_load if panel.family in HEAT_MAPS else _draw_curves)(axes, panel)
+            (_draw_load if heat else _draw_curves)(axes, family, curves)
+            axes.set_title(_plain(family.title), size=10, weight="bold", loc="left", y=1.04)
         y -= BOTTOM
     return _png(figure)
 
 
-def _draw_curves(axes: Axes, panel: Panel) -> None:
-    terms = [x.partition("/")[2] if panel.family.by_split else x for x in panel.curves]
+def _draw_curves(axes: Axes, family: Family, curves: Curves) -> None:
+    terms = [x.partition("/")[2] if family.by_split else x for x in curves]
     count = len(set(terms))
-    gradient = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
-    palette = COLOURS if count <= len(COLOURS) else gradient
+    many = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
+    palette = COLOURS if count <= len(COLOURS) else many
     colours = dict(zip(dict.fromkeys(terms), palette, strict=False))
-    for (label, curve), term in zip(panel.curves.items(), terms, strict=True):
-        marked = len(curve) == 1 or (panel.family.by_split and not label.startswith("train/"))
+    for (label, curve), term in zip(curves.items(), terms, strict=True):
+        marked = len(curve) == 1 or (family.by_split and not label.startswith("train/"))
         steps, values = np.array(list(curve.items())).T
         (line,) = axes.plot(steps, values, "o--" if marked else "-", lw=1.3, markersize=3.5)
         line.set(color=colours[term], label=_plain(label), markevery=max(1, len(curve) // 15))
-    finite = [v for curve in panel.curves.values() for v in curve.values() if not math.isnan(v)]
-    if panel.family.log and finite and 0 < 30 * min(finite) < max(finite):
-        axes.set_yscale("log")
-    if finite and not any(finite):
-        axes.set_ylim(0, 1)
-    _finish(axes, title=panel.family.title, ylabel=panel.family.ylabel)
-    if any(panel.curves):
+    _finish(axes, ylabel=family.ylabel)
+    finite = [v for curve in curves.values() for v in curve.values() if not math.isnan(v)]
+    if family.log and finite and 0 < 30 * min(finite) < max(finite):
+        axes.set_yscale("log", subs=())
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:.4g}")
+    if any(curves):
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1.06), fontsize=8, frameon=False)
 
 
-def _draw_load(axes: Axes, panel: Panel) -> None:
+def _draw_load(axes: Axes, family: Family, curves: Curves) -> None:
     """A band a layer, coloured by load over the fair share 1/E. At the end: a column an expert.
     Over time: a line an expert, a column the steps since the line before, at most 400 of them."""
-    norm, over_time = LogNorm(1 / 4, 4), panel.family is LOAD_OVER_TIME
-    for row, load in enumerate(panel.curves.values()):
+    norm, over_time = LogNorm(1 / 4, 4), family is LOAD_OVER_TIME
+    for row, load in enumerate(curves.values()):
         shares = np.array(list(load.values()), float)
         experts = shares.shape[1]
         x, y, cells = np.arange(experts + 1) - 0.5, (row - 0.5, row + 0.5), shares[-1:]
@@ -300,10 +289,10 @@ def _draw_load(axes: Axes, panel: Panel) -> None:
             x = [2 * steps[0] - (steps[1] if len(steps) > 1 else steps[0] + 1), *steps]
             y, cells = np.linspace(row - 0.5, row + 0.5, experts + 1), shares[::every].T
         elif experts <= 16:
-            for expert, share in enumerate(shares[-1]):
-                ink = INK if 0.4 < share * experts < 2.5 else "white"
-                style = {"color": ink, "size": 8, "ha": "center", "va": "center"}
-                axes.text(expert, row, f"{100 * share:.0f}", **style)
+            for expert, percent in enumerate(100 * shares[-1]):
+                ink = INK if 40 < percent * experts < 250 else "white"
+                text = axes.text(expert, row, f"{percent:.0f}", color=ink, size=8, ha="center")
+                text.set_verticalalignment("center")
         cells = np.clip(cells * experts, norm.vmin, norm.vmax)
         image = axes.pcolorfast(x, y, cells, cmap="RdBu_r", norm=norm)
         axes.axhline(row - 0.5, color=INK, linewidth=0.8)
@@ -311,27 +300,24 @@ def _draw_load(axes: Axes, panel: Panel) -> None:
     bar.set_ticks((1 / 4, 1 / 2, 1, 2, 4), labels=("≤ ¼", "½", "1", "2", "≥ 4"), size=8, color=INK)
     bar.minorticks_off()
     bar.set_label("load / fair share", size=8, color=INK)
-    _finish(axes, title=panel.family.title, ylabel="")
+    _finish(axes, ylabel="")
     axes.set_xlabel("step (a line an expert)" if over_time else "expert", size=8, color=INK)
-    axes.set_yticks(range(len(panel.curves)), map(_plain, panel.curves))
-    axes.set(ylim=(len(panel.curves) - 0.5, -0.5), facecolor="#d8d8d8")
+    axes.set_yticks(range(len(curves)), [_plain(layer) for layer in curves])
+    axes.set(ylim=(len(curves) - 0.5, -0.5), facecolor="#d8d8d8")
     axes.grid(False)
 
 
-def _finish(axes: Axes, *, title: str, ylabel: str) -> None:
+def _finish(axes: Axes, *, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=INK, length=3)
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
     axes.xaxis.set(major_locator=MaxNLocator(5, integer=True), major_formatter="{x:,.0f}")
-    locator = LogLocator(subs=(1, 2, 5)) if axes.get_yscale() == "log" else MaxNLocator(5)
-    axes.yaxis.set(major_locator=locator, major_formatter="{x:.4g}")
-    axes.minorticks_off()
+    axes.yaxis.set(major_locator=MaxNLocator(5, steps=(1, 2, 5, 10)), major_formatter="{x:.4g}")
     axes.set_xlabel("step", size=8, color=INK)
     axes.set_ylabel(_plain(ylabel), size=8, color=INK)
-    # With places given, matplotlib does not measure the whole panel for them, half of its time.
-    axes.xaxis.set_label_coords(0.5, -40 / axes.bbox.height)
+    # With a place given, matplotlib does not measure the whole panel to find one.
+    axes.xaxis.set_label_coords(0.5, -33 / axes.bbox.height)
     axes.yaxis.set_label_coords(-58 / axes.bbox.width, 0.5)
-    axes.set_title(_plain(title), size=10, weight="bold", color=INK, loc="left", y=1.04)
 
 
 def _plain(text: str) -> str:
@@ -349,28 +335,32 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _run_html(run: epath.Path, name: str, plots: epath.Path) -> str:
+def _run_html(run: epath.Path, name: str) -> str:
     metrics = read_metrics(run / "metrics.jsonl")
     timing = read_metrics(run / "timing.jsonl") if (run / "timing.jsonl").exists() else []
     result, config = _read_json(run / "result.json"), _read_json(run / "config.json")
     facts = [v if isinstance(v, str) else f"{key} {_text(v)}" for key, v in result.items()]
-    if not metrics:
-        facts.append("no metrics yet")
-    elif not result:
-        facts.append(f"not finished: last line at step {metrics[-1]['step']}")
-    if speeds := [line["examples_per_second"] for line in timing if "examples_per_second" in line]:
-        facts.append(f"median {_text(float(np.median(speeds)))} examples / s")
+    if not result:
+        last = f"not finished: last line at step {metrics[-1]['step']}" if metrics else ""
+        facts.append(last or "no metrics yet")
     content = "".join(f"<span>{html.escape(fact)}</span>\n" for fact in facts)
     if found := panels([*metrics, *timing]):
-        plots.mkdir(parents=True, exist_ok=True)
-        png = _draw(found)
-        (plots / "curves.png").write_bytes(png)
-        titles = ", ".join(panel.family.title for panel in found)
+        png = _drawn(found, run)
+        titles = ", ".join(family.title for family in found)
         content += _image_html(png, f"{name}: {titles}", "")
     if config:
-        table = Table("", ("key", "value"), tuple((key, _text(v)) for key, v in config.items()))
+        table = Table("", ("key", "value"), tuple((k, json.dumps(v)) for k, v in config.items()))
         content += f"<details><summary>Config</summary>\n{_table_html(table)}</details>\n"
     return content
+
+
+def _drawn(found: Mapping[Family, Curves], run: epath.Path) -> bytes:
+    """The run's picture; drawn again only when its metrics have changed since."""
+    path, written = run / "plots" / "curves.png", (run / "metrics.jsonl").stat().mtime
+    if not path.exists() or path.stat().mtime <= written:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(_draw(found))
+    return path.read_bytes()
 
 
 def _text(value: Any) -> str:
@@ -398,13 +388,13 @@ STYLE = """
   :root { --paper: #17191d; --ink: #e2e4e8; --faint: #9aa0aa; --line: #363a42 } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 96rem; font: 1rem/1.5 system-ui, sans-serif;
   background: var(--paper); color: var(--ink) } h1, h2 { margin: 0 0 .6rem; line-height: 1.2 }
-h2 { font-size: 1.25rem } ul { list-style: none; margin: 0; padding: 0 } nav { font-size: .9rem }
-a { color: inherit } small, figcaption, caption, summary { color: var(--faint); font-size: .9rem }
-section { border-top: 1px solid var(--line); padding: 1.5rem 0 } figure { margin: 1rem 0 }
-img { max-width: 100%; background: #fff; border-radius: 6px } span { margin-right: 1.4rem }
+h2 { font-size: 1.25rem } ul { list-style: none; margin: 0; padding: 0 } figure { margin: 1rem 0 }
+a { color: inherit; text-decoration: none } img { max-width: 100%; background: #fff }
+nav, small, figcaption, caption, summary { font-size: .9rem; color: var(--faint) }
+section { border-top: 1px solid var(--line); padding: 1.5rem 0 } span { margin-right: 1.4rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; text-align: left }
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
-caption { text-align: left; white-space: nowrap } details td { font: .82rem monospace }
+caption { text-align: left; white-space: nowrap } details table { font: .82rem monospace }
 @media (min-width: 70rem) { body { display: grid; grid-template-columns: 14rem 1fr; gap: 0 2rem }
   main { min-width: 0 } nav { position: sticky; top: 1rem; max-height: 96vh; overflow: auto } }
 """

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from common_jax.mesh import AXES
 from m2mkd_jax.models.grouped import Experts, arrange, block_size, grouped_mlp
 from m2mkd_jax.models.routing import Routes, rank_in_expert
-
-MESH_AXES = ("data", "fsdp", "expert")
 
 
 def dropless(
@@ -70,12 +69,12 @@ def _over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local(x, routes, experts, peers=1)
-    if set(mesh.axis_names) != set(MESH_AXES):
+    if set(mesh.axis_names) != set(AXES):
         raise ValueError(
-            f"the mesh has axes {mesh.axis_names}, the mixture of experts needs {MESH_AXES}; "
+            f"the mesh has axes {mesh.axis_names}, the mixture of experts needs {AXES}; "
             "axes of size 1 cost nothing"
         )
-    groups = PartitionSpec(MESH_AXES)
+    groups = PartitionSpec(AXES)
     # check_vma off: it would ask for a cast around every constant in the hand-written backward
     # pass. What it guards, gradients summed over the right axes, is tested against no mesh.
     return jax.shard_map(

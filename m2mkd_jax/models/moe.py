@@ -15,8 +15,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.mesh import AXES
 from m2mkd_jax.models import routing
-from m2mkd_jax.models.dispatch import DISPATCHERS, MESH_AXES
+from m2mkd_jax.models.dispatch import DISPATCHERS
 from m2mkd_jax.models.grouped import Experts
 
 # Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
@@ -151,7 +152,7 @@ def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> N
     batch: examples in the global batch.
     """
     expert_axis = mesh_shape.get("expert", 1)
-    devices = math.prod(mesh_shape.get(axis, 1) for axis in MESH_AXES)
+    devices = math.prod(mesh_shape.get(axis, 1) for axis in AXES)
     _require(
         config.experts % expert_axis == 0,
         "experts",

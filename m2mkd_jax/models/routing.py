@@ -37,7 +37,7 @@ def topk_softmax(logits: Float[Array, "G N E"], *, chosen: int, slots: int, orde
 
 
 def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
-    """Softmax over all experts, its `chosen` largest entries, not renormalised (V-MoE eq. 1)."""
+    """Softmax over all experts, its `chosen` largest entries, not renormalised (V-MoE)."""
     del slots
     _, expert = jax.lax.top_k(logits, chosen)
     weight = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), expert, axis=-1)
@@ -130,7 +130,7 @@ def rank_in_expert(
 
 
 def noisy(logits: Float[Array, "G N E"], key: PRNGKeyArray, std: float) -> Float[Array, "G N E"]:
-    """Logits + N(0, (std / E)^2): `std` is in units of one expert's fair share (V-MoE App. A.2)."""
+    """Logits + N(0, (std / E)^2): `std` is in units of one expert's fair share (V-MoE)."""
     return logits + std / logits.shape[-1] * jax.random.normal(key, logits.shape, logits.dtype)
 
 

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from common_jax.config import unfreeze
 from common_jax.loop import refuse_other_config
-from common_jax.report import Table, write_report
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 
@@ -66,7 +65,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(asked, indent=2) + "\n")
-    rows, results = [], {}
+    results = {}
     for folder, run_config in plan(config, workdir):
         done = workdir / folder / "result.json"
         if done.exists():
@@ -74,12 +73,6 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
             results[folder] = json.loads(done.read_text())
         else:
             results[folder] = run_phase(run_config, workdir / folder, mesh)
-        rows.append(_row(folder, results[folder]))
-        if jax.process_index() == 0:
-            table = Table(
-                "Runs of the pipeline", ("run", "steps", "test accuracy", "test loss"), tuple(rows)
-            )
-            write_report(workdir, title="m2mKD pipeline", table=table)
     return results["end_to_end"]
 
 
@@ -134,8 +127,3 @@ def _phase(
         recipes={},
         sources=dataclasses.replace(config.sources, **sources),
     )
-
-
-def _row(folder: str, result: dict[str, Any]) -> tuple[str, str, str, str]:
-    accuracy, loss = result["test/accuracy"], result["test/loss"]
-    return folder, str(result["steps"]), f"{100 * accuracy:.1f} %", f"{loss:.3f}"

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from common_jax import loop
 from common_jax.config import unfreeze
 from common_jax.mesh import Rules
-from common_jax.report import write_report
 from common_jax.step import make_evaluator
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
@@ -33,7 +32,7 @@ def train_phase(
     distill: DistillConfig | None = None,
     feed: Feed | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on, and writes the report; see `common_jax.loop.Task` for the arguments.
+    """Trains, or goes on; see `common_jax.loop.Task` for the arguments.
 
     Args:
       config: with the phase's recipe in `optim`, `augment` and `drop_path`.
@@ -60,7 +59,7 @@ def train_phase(
         steps_per_epoch=feed.steps_per_epoch,
         evaluators={"test": evaluator},
     )
-    result = loop.train(
+    return loop.train(
         task,
         config.run,
         config.optim,
@@ -69,9 +68,6 @@ def train_phase(
         mesh=mesh,
         config=unfreeze(config).to_dict(),
     )
-    if jax.process_index() == 0:
-        write_report(workdir, title=title)
-    return result
 
 
 def config_feed(config: Config, workdir: epath.Path) -> Feed:

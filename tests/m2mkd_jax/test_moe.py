@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from common_jax.mesh import AXES
 from m2mkd_jax.models import routing
-from m2mkd_jax.models.dispatch import MESH_AXES
 from m2mkd_jax.models.moe import BalanceConfig, MoeConfig, MoeMlp, check_moe
 
 B, T, D, F, E, A = 8, 5, 12, 20, 8, 2
+# These tests spend their time in the compiler.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
 ALL_LOSSES = BalanceConfig(importance=0.1, load=0.2, gshard=0.3, z=0.4)
 
@@ -29,22 +31,19 @@ def make(config, dtype=jnp.float32):
     return layer, params, x
 
 
+@partial(jax.jit, static_argnums=0, static_argnames="train", compiler_options=QUICK)
 def run(layer, params, x, *, train=False, seed=3):
     """y, the two collections, and gradients of sum(sin(y)) + balance loss by params and x."""
 
     def total(params, x):
+        rngs = {"gate": jax.random.key(seed)}
         y, wrote = layer.apply(
-            {"params": params},
-            x,
-            train=train,
-            rngs={"gate": jax.random.key(seed)},
-            mutable=["moe", "routing"],
+            {"params": params}, x, train=train, rngs=rngs, mutable=["moe", "routing"]
         )
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        loss = jnp.sum(jnp.sin(wide)) + wrote["moe"]["balance_loss"]
-        return loss, (y, wrote)
+        return jnp.sum(jnp.sin(wide)) + wrote["moe"]["balance_loss"], (y, wrote)
 
-    gradients, (y, wrote) = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, x)
+    gradients, (y, wrote) = jax.grad(total, (0, 1), has_aux=True)(params, x)
     return y, wrote, gradients
 
 
@@ -184,23 +183,19 @@ def test_expert_choice_is_balanced_within_every_group():
 
 def test_noise_is_drawn_in_training_only():
     layer, params, x = make(MoeConfig(router="softmax_topk", noise_std=4.0))
-    apply = jax.jit(layer.apply, static_argnames="train")
-    still = apply({"params": params}, x)
-    moved = [
-        apply({"params": params}, x, train=True, rngs={"gate": jax.random.key(seed)})
-        for seed in (0, 1)
-    ]
+    still = [run(layer, params, x, seed=seed)[0] for seed in (0, 1)]
+    moved = [run(layer, params, x, train=True, seed=seed)[0] for seed in (0, 1)]
+    np.testing.assert_array_equal(*still)
     assert not np.allclose(*moved)
-    assert not np.allclose(still, moved[0])
+    assert not np.allclose(still[0], moved[0])
     quiet = MoeMlp(MoeConfig(router="softmax_topk", noise_std=0.0), F)
-    y = jax.jit(quiet.apply, static_argnames="train")({"params": params}, x, train=True)
-    np.testing.assert_allclose(y, still, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(quiet, params, x, train=True)[0], still[0], rtol=1e-5, atol=1e-6)
 
 
 def test_balance_loss_is_the_weighted_sum():
     config = MoeConfig(router="softmax_topk", balance=ALL_LOSSES)
     layer, params, x = make(config)
-    clean = gate(params, x)
+    clean = jnp.asarray(gate(params, x))
 
     @jax.jit
     def losses(logits):
@@ -236,7 +231,7 @@ def test_balance_loss_is_the_weighted_sum():
 def test_a_mesh_changes_nothing(config):
     layer, params, x = make(config)
     expected = run(layer, params, x, train=True)
-    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
         jax.eval_shape(layer.init, jax.random.key(0), x[:1])
         got = run(layer, params, x, train=True)

@@ -10,8 +10,8 @@ import pytest
 from m2mkd_jax.models import routing
 
 # One group of three tokens, four experts; best choices 2, 0, 2 and second choices 0, 3, 1.
-LOGITS = np.log(
-    np.float32([[[0.3, 0.1, 0.5, 0.1], [0.6, 0.05, 0.1, 0.25], [0.02, 0.18, 0.7, 0.1]]])
+LOGITS = jnp.log(
+    jnp.array([[[0.3, 0.1, 0.5, 0.1], [0.6, 0.05, 0.1, 0.25], [0.02, 0.18, 0.7, 0.1]]])
 )
 
 

@@ -1,0 +1,81 @@
+"""Schedules, decay groups and the optimizer's arithmetic."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from common_jax.optim import OptimConfig, decay_mask, make_optimizer, make_schedule
+
+CONFIG = OptimConfig(epochs=5, batch=64, lr=5e-4, warmup_epochs=2)
+
+
+def test_epoch_cosine_lags_by_one_epoch_and_never_reaches_the_peak():
+    schedule = make_schedule(CONFIG, steps_per_epoch=3)
+    by_epoch = [float(schedule(3 * epoch)) for epoch in range(5)]
+    expected = [1e-6, 1e-6, 3.175e-05, 4.436169610234237e-05, 2.8138303897657636e-05]
+    np.testing.assert_allclose(by_epoch, expected, rtol=1e-6)
+    assert float(schedule(3)) == float(schedule(5))  # constant within an epoch
+    assert max(by_epoch) < CONFIG.peak_lr
+
+
+def test_warmup_cosine_reaches_peak_and_floor():
+    config = dataclasses.replace(CONFIG, schedule="warmup_cosine")
+    schedule = make_schedule(config, steps_per_epoch=10)
+    values = [float(schedule(step)) for step in (0, 20, 50)]
+    np.testing.assert_allclose(values, [1e-6, config.peak_lr, config.min_lr], rtol=1e-5)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    config = dataclasses.replace(CONFIG, schedule="warmup_cosine", steps=10)
+    with pytest.raises(ValueError, match=r"config\.optim\.warmup_epochs=2 is 20 steps"):
+        make_schedule(config, steps_per_epoch=10)
+
+
+def test_decay_reaches_matrices_only():
+    leaf = jnp.ones
+    params = {
+        "stage_0": {
+            "cls_token": leaf((1, 1, 4)),
+            "patches": {"kernel": leaf((4, 4)), "bias": leaf(4)},
+            "qkv": {"bias": leaf((3, 2, 2))},
+            "moe": {"up": leaf((2, 4, 4)), "up_bias": leaf((2, 4))},
+            "norm": {"scale": leaf(4)},
+        }
+    }
+    mask = decay_mask(params, CONFIG.no_decay)["stage_0"]
+    assert mask["patches"] == {"kernel": True, "bias": False}
+    assert mask["moe"] == {"up": True, "up_bias": False}
+    assert not mask["cls_token"]
+    assert not mask["qkv"]["bias"]
+    assert not mask["norm"]["scale"]
+
+
+def test_the_direction_is_clipped_adamw():
+    config = dataclasses.replace(CONFIG, clip=1.0, weight_decay=0.3)
+    params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}
+    gradient = {"kernel": jnp.array([[3.0, 4.0], [0.0, 12.0]])}  # of norm 13
+    optimizer = make_optimizer(config)
+    direction, _ = optimizer.update(gradient, optimizer.init(params), params)
+    g = np.asarray(gradient["kernel"]) / 13
+    expected = g / (np.abs(g) + config.eps) + 0.3 * np.asarray(params["kernel"])
+    # 1 - b2 in float32 is exact to 6e-5, and its root enters
+    np.testing.assert_allclose(direction["kernel"], expected, rtol=5e-5)
+    assert optax.global_norm(jax.tree.map(jnp.asarray, gradient)) == 13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "cosine"}, r"config\.optim\.schedule='cosine' must be one of"),
+        ({"accumulate": 3}, r"config\.optim\.batch=64 must be a multiple"),
+        ({"ema": 1.0}, r"config\.optim\.ema=1\.0"),
+        ({"steps": 0}, r"config\.optim\.steps=0 must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)

@@ -1,0 +1,166 @@
+"""The whole method at its smallest: every phase runs, hands its weights on, and is not run
+twice."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_pipeline
+
+import m2mkd_jax
+from common_jax import checkpoint
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.report import read_metrics
+from m2mkd_jax.config import DistillConfig, SourcesConfig
+from m2mkd_jax.phases.pipeline import run_phase
+
+RUNS = [
+    "meta",
+    "module_0",
+    "module_1",
+    "module_2",
+    "teacher",
+    "student_0",
+    "student_1",
+    "student_2",
+]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, one_device):
+    """The folder of a pipeline that has run."""
+    workdir = tmp_path_factory.mktemp("pipeline")
+    run_phase(tiny_pipeline(), workdir, one_device)
+    return workdir
+
+
+def test_every_run_leaves_its_records(finished):
+    for run in [*RUNS, "end_to_end", "few_shot"]:
+        folder = finished / run
+        result = json.loads((folder / "result.json").read_text())
+        assert result["skipped"] == 0
+        assert 0 <= result["test/accuracy"] <= 1
+        assert [
+            line["step"] for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line
+        ]
+        assert list(folder.glob("events.*"))
+
+
+def test_a_finished_pipeline_is_not_run_again(finished, one_device):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
+    run_phase(tiny_pipeline(), finished, one_device)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
+
+
+def test_a_pipeline_goes_on_where_it_was_stopped(finished, one_device, tmp_path):
+    for run in RUNS[:5]:
+        (tmp_path / run).symlink_to(finished / run)
+    run_phase(tiny_pipeline(), tmp_path, one_device)
+    for run in RUNS[5:]:
+        assert (tmp_path / run / "metrics.jsonl").read_bytes() == (
+            finished / run / "metrics.jsonl"
+        ).read_bytes()
+
+
+def test_modules_start_the_next_phase(finished):
+    account = json.loads((finished / "teacher" / "warm_start.json").read_text())
+    assert [entry["as"] for entry in account["taken"]] == [f"teacher/stage_{i}" for i in range(3)]
+    assert account["left"] == account["fresh"] == []
+    account = json.loads((finished / "end_to_end" / "warm_start.json").read_text())
+    left = {entry["name"].split("/")[3] for entry in account["left"]}
+    assert left == {"pre_stitch", "post_stitch"}
+    assert {entry["reason"] for entry in account["left"]} == {"config.model.stitches='dropped'"}
+    account = json.loads((finished / "few_shot" / "warm_start.json").read_text())
+    assert {entry["name"] for entry in account["fresh"]} == {
+        "student/stage_2/head/kernel",
+        "student/stage_2/head/bias",
+    }
+
+
+def test_training_moves_only_what_is_trainable(finished):
+    before = checkpoint.load(finished / "end_to_end", subtree="student")
+    after = checkpoint.load(finished / "few_shot", subtree="student")
+    head = after["stage_2"].pop("head")
+    before["stage_2"].pop("head")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert head["kernel"].shape == (16, 8)
+    assert np.any(head["bias"] != 0)
+
+
+@pytest.mark.parametrize("run", ["meta", "teacher", "end_to_end"])
+def test_a_whole_network_is_loaded_in_two_lines(finished, run):
+    apply, params = m2mkd_jax.load_model(finished / run)
+    logits = apply(params, np.zeros((2, 8, 8, 1), np.uint8))
+    assert logits.shape == (2, 10)
+
+
+def test_a_module_is_loaded_alone_and_split(finished):
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
+    apply, params = m2mkd_jax.load_model(finished / "student_1", mesh=mesh)
+    assert list(params) == ["stage_1"]
+    up = params["stage_1"]["block_0"]["moe"]["up"]
+    assert up.sharding.shard_shape(up.shape) == (2, 8, 32)
+    with jax.set_mesh(mesh):
+        tokens = jax.jit(apply)(params, np.zeros((8, 5, 16), np.float32))
+    assert tokens.shape == (8, 5, 16)
+
+
+def test_a_teacher_is_split_by_loading_a_subtree(finished):
+    whole = checkpoint.load(finished / "teacher", subtree="teacher")
+    part = checkpoint.load(finished / "teacher", subtree="teacher/stage_1")
+    jax.tree.map(np.testing.assert_array_equal, whole["stage_1"], part)
+
+
+def test_stitches_can_be_kept(finished, one_device, tmp_path):
+    config = tiny_config("end_to_end")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, stitches="kept"),
+        sources=SourcesConfig(students=tuple(str(finished / f"student_{i}") for i in range(3))),
+    )
+    run_phase(config, tmp_path, one_device)
+    account = json.loads((tmp_path / "warm_start.json").read_text())
+    assert account["left"] == []
+
+
+def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, one_device, tmp_path):
+    config = dataclasses.replace(tiny_config("end_to_end"), baseline=DistillConfig(kind="hard"))
+    with pytest.raises(ValueError, match=r"config\.sources\.teacher is empty"):
+        run_phase(config, tmp_path / "none", one_device)
+    config = dataclasses.replace(config, sources=SourcesConfig(teacher=str(finished / "teacher")))
+    run_phase(config, tmp_path / "some", one_device)
+    lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
+    assert all(line["train/distillation"] > 0 for line in lines if "train/loss" in line)
+
+
+def test_wrong_sources_are_named(finished, one_device, tmp_path):
+    config = dataclasses.replace(
+        tiny_config("distill"),
+        module="1",
+        sources=SourcesConfig(meta=str(finished / "teacher"), teacher=str(finished / "teacher")),
+    )
+    with pytest.raises(ValueError, match=r"holds no 'meta', only \['teacher'\]"):
+        run_phase(config, tmp_path / "a", one_device)
+    students = tuple(str(finished / f"student_{i}") for i in (0, 1))
+    config = dataclasses.replace(
+        tiny_config("end_to_end"), sources=SourcesConfig(students=students)
+    )
+    with pytest.raises(ValueError, match=r"config\.sources\.students names 2 workdirs .* needs 3"):
+        run_phase(config, tmp_path / "b", one_device)
+    wider = dataclasses.replace(config.model, width=32)
+    config = dataclasses.replace(
+        config,
+        model=wider,
+        sources=SourcesConfig(students=(*students, str(finished / "student_2"))),
+    )
+    with pytest.raises(
+        ValueError, match=r"stage_0/cls_token is wanted as \(1, 1, 32\) and is \(1, 1, 16\)"
+    ):
+        run_phase(config, tmp_path / "c", one_device)

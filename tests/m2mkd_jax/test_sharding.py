@@ -1,0 +1,122 @@
+"""Eight devices compute what one computes, with everything that is large really split."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import MOE, OPTIM, tiny_config
+
+from common_jax import checkpoint
+from common_jax.mesh import AXES, MeshConfig, idle_rules, make_mesh
+from common_jax.report import read_metrics
+from m2mkd_jax.models import vit, vmoe
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.phases import end_to_end
+
+LONG = dataclasses.replace(OPTIM, steps=20, accumulate=2)
+DISPATCH = {
+    "dropless": MOE,
+    "capacity": dataclasses.replace(MOE, dispatch="capacity", groups=8, order="priority"),
+}
+
+
+def split_mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+
+
+def losses(workdir):
+    return [
+        line["train/loss"]
+        for line in read_metrics(workdir / "metrics.jsonl")
+        if "train/loss" in line
+    ]
+
+
+@pytest.fixture(scope="module", params=list(DISPATCH))
+def runs(request, tmp_path_factory):
+    """The same run on one device and on mesh 2 x 2 x 2, and the shardings of the state on the
+    latter."""
+    config = tiny_config("end_to_end", moe=DISPATCH[request.param], optim=LONG)
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "eight")}
+    states = []
+    save = checkpoint.Checkpoints.save
+
+    def spy(self, state, **arguments):
+        states.append(jax.tree.map(lambda x: (x.shape, x.sharding), state))
+        save(self, state, **arguments)
+
+    end_to_end.run(config, folders["one"], make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", spy)
+        end_to_end.run(config, folders["eight"], split_mesh())
+    return folders, states[-1]
+
+
+def test_losses_agree_with_one_device(runs):
+    folders, _ = runs
+    one, eight = losses(folders["one"]), losses(folders["eight"])
+    assert len(one) == 10
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_parameters_and_optimizer_state_are_split(runs):
+    _, state = runs
+    block = state.params["student"]["stage_1"]["block_0"]
+    moments = state.opt_state[1].mu["student"]["stage_1"]["block_0"]
+    for tree in (block, moments):
+        assert split(tree["moe"]["up"]) == (2, 8, 32)  # of (4, 16, 32): experts and width in two
+        assert split(tree["moe"]["down"]) == (2, 32, 8)
+        assert split(tree["attention"]["qkv"]["kernel"]) == (8, 3, 2, 8)
+        assert split(tree["norm1"]["scale"]) == (16,)
+
+
+def test_activations_are_split():
+    mesh, interface = split_mesh(), Interface(8, 1, 10)
+    network = vmoe.build(tiny_config("end_to_end").model, interface, stitch_width=None)
+    params = network.init(jax.random.key(0))
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda params, x: network.apply(params, x, stop=1)[0])
+        tokens = run(params, np.zeros((16, 8, 8, 1), np.float32))
+    assert tokens.sharding.spec[0] == AXES
+    assert tokens.sharding.shard_shape(tokens.shape) == (2, 5, 16)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_checkpoint_of_eight_devices_is_read_on_fewer(runs, devices):
+    folders, _ = runs
+    mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+    params = checkpoint.load(folders["eight"], mesh=mesh, rules=vmoe.PARTITION_RULES)
+    whole = checkpoint.load(folders["eight"])
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    up = params["student"]["stage_0"]["block_0"]["moe"]["up"]
+    assert up.sharding.shard_shape(up.shape) == (4, 16 // devices, 32)
+
+
+def test_no_partition_rule_is_idle():
+    interface = Interface(8, 1, 10)
+    config = tiny_config("end_to_end")
+    dense = dataclasses.replace(config.model, moe_blocks="0")
+    networks = {
+        "vit": vit.build(config.teacher, interface),
+        "vmoe": vmoe.build_students(dense, interface, meta_width=16),
+    }
+    shapes = {name: jax.eval_shape(net.init, jax.random.key(0)) for name, net in networks.items()}
+    assert idle_rules(vit.PARTITION_RULES, shapes["vit"]) == []
+    assert idle_rules(vmoe.PARTITION_RULES, shapes["vmoe"]) == []
+
+
+def test_a_width_that_does_not_divide_is_named(tmp_path):
+    config = tiny_config("end_to_end")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    narrow = dataclasses.replace(config.model, width=12)
+    with pytest.raises(ValueError, match=r"splits its axis of 12 over config\.mesh\.fsdp=8"):
+        end_to_end.run(dataclasses.replace(config, model=narrow), tmp_path / "run", mesh)
+    assert not (tmp_path / "run").exists()
+
+
+def split(entry) -> tuple[int, ...]:
+    shape, sharding = entry
+    assert sharding.spec != P() or sharding.shard_shape(shape) == shape
+    return sharding.shard_shape(shape)

@@ -1,0 +1,146 @@
+"""Runs our code on golden cases, numbers that the original PyTorch code produced.
+
+    python tools/parity.py --golden tests/golden [--only 'm2mkd/vit_.*']
+
+prints a line a case: the largest error, absolute and relative to the largest wanted value, and the
+tolerance, of the comparison that comes nearest to failing (or fails). Every size and setting is
+read from the case's json; the case's name picks a runner and tells it nothing.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import parity_assemble
+import parity_case
+import parity_data
+import parity_m2mkd
+import parity_training
+from parity_case import Case, Check, Runner
+
+FOLDERS = ("m2mkd", "nac", "cliptrans")
+
+# (regex of folder/case, runner); the first that matches.
+RUNNERS: tuple[tuple[str, Runner], ...] = (
+    (r"m2mkd/vit_.*", parity_m2mkd.run_vit),
+    (r"m2mkd/vmoe_.*", parity_m2mkd.run_vmoe),
+    (r"m2mkd/m2mkd_loss_.*", parity_m2mkd.run_m2mkd_loss),
+    (r"m2mkd/kd_baseline.*", parity_m2mkd.run_kd_baseline),
+    (r"m2mkd/mt_hybrid_.*", parity_training.run_train_module),
+    (r"m2mkd/ft_train_.*", parity_training.run_end_to_end),
+    (r"m2mkd/assemble_.*", parity_assemble.run_assemble),
+    (r"m2mkd/split_teacher.*", parity_m2mkd.run_split_teacher),
+    (r"m2mkd/pos_embed_resize.*", parity_m2mkd.run_pos_embed_resize),
+    (r"m2mkd/drop_path.*", parity_m2mkd.run_drop_path),
+    (r"m2mkd/lr_schedule.*", parity_training.run_lr_schedule),
+    (r"m2mkd/mixup_cutmix.*", parity_data.run_mixup_cutmix),
+    (r"m2mkd/augment_ops.*", parity_data.run_augment_ops),
+    (r"m2mkd/few_shot.*", parity_data.run_few_shot),
+    (r"m2mkd/repeated_aug_sampler.*", parity_data.run_repeated_aug_sampler),
+)
+
+
+def main() -> int:
+    """Runs what the command line asks for; 0 if every case that has a runner passed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--golden", required=True, type=pathlib.Path, help="folder of the cases")
+    parser.add_argument("--only", default="", help="regex searched for in folder/case")
+    arguments = parser.parse_args()
+    try:
+        paths = find_cases(arguments.golden, arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    return run(paths, print)
+
+
+def find_cases(golden: pathlib.Path, only: str = "") -> list[pathlib.Path]:
+    """The jsons of the cases under `golden` whose folder/case contains the regex `only`.
+
+    Raises:
+      ValueError: when the folder is missing, holds no cases, or none that `only` chooses.
+    """
+    if not golden.is_dir():
+        raise ValueError(f"--golden {golden}: there is no such folder")
+    paths = [path for folder in FOLDERS for path in sorted((golden / folder).glob("*.json"))]
+    if not paths:
+        raise ValueError(f"--golden {golden}: no case (NAME.json and NAME.npz) in any of {FOLDERS}")
+    try:
+        chosen = [path for path in paths if re.search(only, case_name(path))]
+    except re.error as error:
+        raise ValueError(f"--only {only!r} is no regex: {error}") from None
+    if not chosen:
+        raise ValueError(f"--only {only!r} matches none of the {len(paths)} cases in {golden}")
+    return chosen
+
+
+def run(paths: Iterable[pathlib.Path], write: Callable[[str], None]) -> int:
+    """Runs the cases, writes the lines, and gives the exit status."""
+    paths = list(paths)
+    width = max(len(case_name(path)) for path in paths)
+    write(f"{'case':{width}}  max_abs_err  max_rel_err  {'tolerance':22}")
+    counts = {"passed": 0, "failed": 0, "without": 0}
+    start = time.perf_counter()
+    for path in paths:
+        runner = find_runner(case_name(path))
+        if runner is None:
+            counts["without"] += 1
+            write(f"{case_name(path):{width}}  {'-':>11}  {'-':>11}  {'-':22}  without runner")
+            continue
+        lines, passed = report(parity_case.read_case(path), runner, width)
+        counts["passed" if passed else "failed"] += 1
+        for line in lines:
+            write(line)
+    write(
+        f"{counts['passed']} passed, {counts['failed']} failed, {counts['without']} without runner"
+        f"  ({time.perf_counter() - start:.0f} s)"
+    )
+    return 1 if counts["failed"] else 0
+
+
+def report(case: Case, runner: Runner, width: int) -> tuple[list[str], bool]:
+    """The lines of one case, a line more for each comparison that failed, and whether none did."""
+    try:
+        checks = run_checks(case, runner)
+    except Exception as error:  # whatever breaks in one case, the others are still run
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        return [
+            f"{case.name:{width}}  {'-':>11}  {'-':>11}  {'-':22}  FAIL",
+            f"    {reason}",
+        ], False
+    failed = [check for check in checks if not check.passed]
+    worst = max(checks, key=lambda check: check.used)
+    lines = [f"{case.name:{width}}  {_numbers(worst)}  {'FAIL' if failed else 'ok'}"]
+    lines += [f"    {check.name}: {check.problem or _numbers(check)}" for check in failed]
+    return lines, not failed
+
+
+def run_checks(case: Case, runner: Runner) -> list[Check]:
+    """The comparisons of a case, computed in float32 without shortened products."""
+    with jax.default_matmul_precision("highest"):
+        checks = parity_case.run_case(case, runner)
+    if not checks:
+        raise ValueError(f"{case.name} holds nothing to compare")
+    return checks
+
+
+def find_runner(name: str) -> Runner | None:
+    """The runner of case `name` (folder/case), or None."""
+    return next((runner for regex, runner in RUNNERS if re.fullmatch(regex, name)), None)
+
+
+def case_name(path: pathlib.Path) -> str:
+    """folder/case of a json."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _numbers(check: Check) -> str:
+    tolerance = f"{check.atol:.1e} + {check.rtol:.1e} |x|" if check.atol or check.rtol else "exact"
+    return f"{check.absolute:11.2e}  {check.relative:11.2e}  {tolerance:22}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Golden cases: what they hold, and how a number is held against what it should be."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# (name, got, want, atol, rtol); 0, 0 is exact.
+Comparison = tuple[str, Any, Any, float, float]
+EXPECTED = ("outputs/", "grads/", "grads_")  # keys of arrays that a runner must look at
+
+
+class Arrays(Mapping):
+    """The arrays of a case by key; remembers which of them were asked for."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self._arrays = dict(arrays)
+        self._read = set()
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        self._read.add(key)
+        return self._arrays[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._arrays
+
+    def below(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays whose key starts with `prefix`, by the rest of their key."""
+        return {key.removeprefix(prefix): self[key] for key in self if key.startswith(prefix)}
+
+    def forgotten(self) -> list[str]:
+        """Keys of expected results that nobody asked for."""
+        return sorted(k for k in self if k.startswith(EXPECTED) and k not in self._read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One golden case.
+
+    Attributes:
+      name: folder/case, such as "m2mkd/vit_full".
+      config: its whole json.
+      arrays: its npz.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    arrays: Arrays
+
+    def tolerance(self, *names: str) -> tuple[float, float]:
+        """(atol, rtol) of the first of `names` that the json states one for, else the general
+        one."""
+        stated = self.config["tolerance"]
+        chosen = next((stated[name] for name in names if name in stated), stated)
+        return (0.0, 0.0) if chosen == "exact" else (chosen["atol"], chosen["rtol"])
+
+
+Runner = Callable[[Case], Iterable[Comparison]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison, done: the largest error, absolute and relative to the largest wanted value,
+    and `used`, the largest share of what the tolerance allows an element."""
+
+    name: str
+    absolute: float
+    relative: float
+    atol: float
+    rtol: float
+    used: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether |got - want| <= atol + rtol |want| everywhere."""
+        return self.used <= 1
+
+
+def read_case(path: pathlib.Path) -> Case:
+    """The case of `path` (.json), with the npz beside it; raises FileNotFoundError without one."""
+    arrays = path.with_suffix(".npz")
+    if not arrays.exists():
+        raise FileNotFoundError(f"{path} has no {arrays.name} beside it")
+    with np.load(arrays) as loaded:
+        held = Arrays(loaded)
+    return Case(f"{path.parent.name}/{path.stem}", json.loads(path.read_text()), held)
+
+
+def check(comparison: Comparison) -> Check:
+    """Holds one result against what it should be; shapes must agree, and NaN agrees with
+    nothing."""
+    name, got, want, atol, rtol = comparison
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape:
+        problem = f"shape {got.shape}, not {want.shape}"
+        return Check(name, np.inf, np.inf, atol, rtol, np.inf, problem)
+    if want.size == 0:
+        return Check(name, 0.0, 0.0, atol, rtol, 0.0)
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    error = np.where(np.isfinite(got) & np.isfinite(want), np.abs(got - want), np.inf)
+    allowed = atol + rtol * np.abs(want)
+    used = np.divide(error, allowed, out=np.where(error > 0, np.inf, 0.0), where=allowed > 0)
+    scale = np.max(np.abs(want))
+    worst = float(np.max(error))
+    relative = worst / float(scale) if scale > 0 else worst
+    return Check(name, worst, relative, atol, rtol, float(np.max(used)))
+
+
+def run_case(case: Case, runner: Runner) -> list[Check]:
+    """All comparisons of a case, and a failed one for every expected array that the runner did not
+    look at."""
+    checks = [check(comparison) for comparison in runner(case)]
+    for key in case.arrays.forgotten():
+        checks.append(Check(key, np.inf, np.inf, 0, 0, np.inf, "was not compared"))
+    return checks
+
+
+def compare_trees(
+    prefix: str,
+    got: Mapping[str, np.ndarray],
+    want: Mapping[str, np.ndarray],
+    tolerance: tuple[float, float],
+) -> Iterator[Comparison]:
+    """Compares states name by name; that the names are the same is a comparison too."""
+    yield f"{prefix}names", set(got) == set(want), True, 0, 0
+    for name in want:
+        if name in got:
+            yield f"{prefix}{name}", got[name], want[name], *tolerance
+
+
+def compare_lists(name: str, got: Iterable[Any], want: Iterable[Any]) -> Comparison:
+    """Compares lists that are no numbers, order included."""
+    return name, list(got) == list(want), True, 0, 0
