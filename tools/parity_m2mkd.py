@@ -1,7 +1,7 @@
 """Runners for m2mKD's networks, objectives and stages; each takes a case and gives comparisons."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -121,10 +121,9 @@ def run_m2mkd_loss(case: Case) -> Iterator[Comparison]:
     images = to_images(arrays["inputs/images"])
     shared, _ = networks.meta.apply(params["meta"], images, stop=stage)
     alone = {"start": stage, "stop": stage + 1}
-    results = {
-        "teacher_module_output": networks.teacher.apply(params["teacher"], shared, **alone)[0],
-        "student_module_output": networks.student.apply(trained, shared, **alone)[0],
-    }
+    taught, _ = networks.teacher.apply(params["teacher"], shared, **alone)
+    student_output, _ = networks.student.apply(trained, shared, **alone)
+    results = {"teacher_module_output": taught, "student_module_output": student_output}
     if stage > 0:
         results["meta_output"] = shared
     yield compare_lists("stage of the teacher", [stage], [sizes["teacher"]["block_index"]])
@@ -203,56 +202,57 @@ def _compare_objectives(case, logits, trained, results, to_original) -> Iterator
 
     logits(trained) gives the teacher's and the student's; `results` are further outputs.
     """
-    arrays, alpha = case.arrays, _alpha(case.config["config"])
+    arrays = case.arrays
     totals = [tuple(name.split("__")) for name in case.config["totals"]]
-    teacher, student = jax.jit(logits)(trained)
+    objectives = [_objective(case, base, kind) for base, kind in totals]
+
+    @jax.jit  # one program for all objectives
+    def differentiate(trained, index):
+        def total(trained):
+            both = logits(trained)
+            branches = [lambda t, s, o=objective: o(t, s)[2] for objective in objectives]
+            return jax.lax.switch(index, branches, *both), both
+
+        return jax.value_and_grad(total, has_aux=True)(trained)
+
+    (_, (teacher, student)), _ = differentiate(trained, 0)
     want = arrays.below("outputs/")
     scalars = {name for name in want if name.split("/")[0] in ("base", "kd", "total")}
     results = results | {"teacher_logits": teacher, "student_logits": student}
-    yield from compare_trees(
-        "outputs/",
-        results,
-        {name: want[name] for name in want if name not in scalars},
-        case.tolerance(),
-    )
+    values = {name: array for name, array in want.items() if name not in scalars}
+    yield from compare_trees("outputs/", results, values, case.tolerance())
     found = {}
-    for base, kind in totals:
-        label, term, total = _objective(case, base, kind, alpha)(teacher, student)
+    for (base, kind), objective in zip(totals, objectives, strict=True):
+        label, term, total = objective(teacher, student)
         found |= {f"base/{base}": label, f"total/{base}__{kind}": total}
         if term is not None:
             found[f"kd/{kind}"] = term
-    yield from compare_trees(
-        "outputs/", found, {name: want[name] for name in scalars}, case.tolerance("losses")
-    )
-    # Unnamed gradients are those of the first objective.
-    prefixes = {f"grads_{base}__{kind}/": (base, kind) for base, kind in totals}
-    prefixes["grads/"] = totals[0]
+    values = {name: want[name] for name in scalars}
+    yield from compare_trees("outputs/", found, values, case.tolerance("losses"))
+
+    # Gradients without a name are those of the first objective.
+    prefixes = {f"grads_{base}__{kind}/": i for i, (base, kind) in enumerate(totals)}
+    prefixes["grads/"] = 0
     without = set(case.config.get("student_params_without_grad", ()))
-
-    def total(trained, base, kind):
-        return _objective(case, base, kind, alpha)(*logits(trained))[2]
-
-    for prefix, (base, kind) in prefixes.items():
+    for prefix, index in prefixes.items():
         if not (expected := arrays.below(prefix)):
             continue
-        gradient = jax.jit(jax.grad(total), static_argnums=(1, 2))(trained, base, kind)
+        _, gradient = differentiate(trained, index)
         got = {n: array for n, array in to_original(gradient).items() if n not in without}
         yield from compare_trees(prefix, got, expected, case.tolerance("grads"))
-        for name, array in expected.items():
-            if norm := np.linalg.norm(array):
-                distance = np.linalg.norm(got[name] - array) / norm
+        for name in got.keys() & expected.keys():
+            if norm := np.linalg.norm(expected[name]):
+                distance = np.linalg.norm(got[name] - expected[name]) / norm
                 yield f"{prefix}{name} (relative L2)", distance, 0.0, RELATIVE_L2, 0
 
 
-def _alpha(sizes: Mapping[str, Any]) -> float:
-    return sizes["alpha_teacher"] if "alpha_teacher" in sizes else sizes["alpha"]
-
-
-def _objective(case: Case, base: str, kind: str, alpha: float):
+def _objective(case: Case, base: str, kind: str) -> Callable[..., tuple]:
     """objective(teacher, student) -> label loss, distillation term or None, their sum."""
+    sizes = case.config["config"]
+    alpha = sizes["alpha_teacher"] if "alpha_teacher" in sizes else sizes["alpha"]
     labels = jnp.asarray(case.arrays["inputs/labels"])
     targets = jnp.asarray(case.arrays["inputs/soft_targets"])
-    smoothing = case.config["config"]["label_smoothing"]
+    smoothing = sizes["label_smoothing"]
     label_loss = {
         "soft_ce": lambda z: losses.soft_cross_entropy(z, targets),
         "label_smoothing_ce": lambda z: losses.smoothed_cross_entropy(z, labels, smoothing),

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax import numpy as jnp
 from parity_case import Case, Comparison, compare_lists, compare_trees
 from parity_networks import build_vit, build_vmoe, load_network, load_stage, to_images
@@ -48,9 +47,9 @@ VARIANTS = {
 class Trajectory:
     """Loss of every micro-batch, mean loss that each step reports, norms, parameters at the end."""
 
-    losses: list[jax.Array] = dataclasses.field(default_factory=list)
-    step_losses: list[jax.Array] = dataclasses.field(default_factory=list)
-    norms: dict[str, list[jax.Array]] = dataclasses.field(
+    losses: list[Any] = dataclasses.field(default_factory=list)
+    step_losses: list[Any] = dataclasses.field(default_factory=list)
+    norms: dict[str, list[Any]] = dataclasses.field(
         default_factory=lambda: {TARGET: [], REACHED: []}
     )
     final: Any = None
@@ -280,10 +279,14 @@ def _micro_batches(training: Training) -> Iterator[tuple[jax.Array, jax.Array]]:
 
 
 def _backward(gradients, trained, reached, images, targets):
-    """Loss of every micro-batch, and the mean of their gradients."""
+    """Loss of every micro-batch, and the mean of their gradients, in numpy."""
     results = [gradients(trained, reached, *micro) for micro in zip(images, targets, strict=True)]
-    mean = jax.tree.map(lambda *g: sum(g) / len(g), *(gradient for _, gradient in results))
+    mean = jax.tree.map(lambda *g: np.mean(g, axis=0), *(gradient for _, gradient in results))
     return [loss for loss, _ in results], mean
+
+
+def _global_norm(tree: Any) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree))))
 
 
 def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Trajectory:
@@ -297,19 +300,19 @@ def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Traject
     )
     state = init_state(params, config, trainable="module/.*", metrics={})
     found, reached = Trajectory(), training.pick(training.reached)
-    piled = jax.tree.map(jnp.zeros_like, reached)
+    piled = jax.tree.map(np.zeros_like, reached)
     for images, targets in _micro_batches(training):
         values, (gradient, later) = _backward(
             gradients, state.params["module"], reached, images, targets
         )
-        piled = jax.tree.map(jnp.add, piled, later)
+        piled = jax.tree.map(np.add, piled, later)
         # The step takes every update_freq-th example for a micro-batch.
         batch = {"image": _interleave(images), "target": _interleave(targets)}
         state, report = step(state, helpers, batch, SEED)
         found.losses += values
         found.step_losses.append(report["loss"])
         found.norms[TARGET].append(report["gradient_norm"])
-        found.norms[REACHED].append(optax.global_norm((gradient, piled)))
+        found.norms[REACHED].append(_global_norm((gradient, piled)))
     found.final = state.params["module"]
     return found
 
@@ -320,18 +323,23 @@ def _run_piled_up(training, gradients, clip: float, no_decay: str) -> Trajectory
     optimizer = make_optimizer(training.optim(clip=None, no_decay=no_decay))
     params = {"module": training.pick(training.trained)}
     reached, state = training.pick(training.reached), optimizer.init(params)
+    rate = training.sizes["lr"]
+
+    @jax.jit
+    def update(gradient, state, params):
+        direction, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(lambda p, u: p - rate * u, params, direction), state
+
     found, piled = Trajectory(), jax.tree.map(jnp.zeros_like, reached)
     for images, targets in _micro_batches(training):
         values, (gradient, later) = _backward(gradients, params["module"], reached, images, targets)
-        piled = jax.tree.map(jnp.add, piled, later)
-        norm = optax.global_norm((gradient, piled))
-        factor = jnp.minimum(1.0, clip / (norm + CLIP_EPS))
+        piled = jax.tree.map(np.add, piled, later)
+        norm = _global_norm((gradient, piled))
+        factor = min(1.0, clip / (norm + CLIP_EPS))
         gradient, piled = jax.tree.map(lambda g, f=factor: g * f, (gradient, piled))
-        direction, state = optimizer.update({"module": gradient}, state, params)
-        rate = training.sizes["lr"]
-        params = jax.tree.map(lambda p, u, r=rate: p - r * u, params, direction)
+        params, state = update({"module": gradient}, state, params)
         found.losses += values
-        found.step_losses.append(jnp.mean(jnp.stack(values)))
+        found.step_losses.append(np.mean(values))
         found.norms[REACHED].append(norm)
     found.final = params["module"]
     return found
