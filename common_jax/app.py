@@ -1,5 +1,6 @@
 """The entry of a command: flags, caches, and errors that a user can act on."""
 
+import functools
 import logging
 import pathlib
 import sys
@@ -95,10 +96,15 @@ def _parse(
         raise FileNotFoundError(f"--config={filename} is no config file that can be read")
     for override in overrides:
         _check_path(config, override)
+    cleared = [override for override in overrides if override.endswith("=None")]
     fresh = _flags()
-    _read(fresh, argv)
+    _read(fresh, [arg for arg in argv if arg not in cleared])
     values["debug"].value = fresh["debug"].value
-    return fresh["config"].value, epath.Path(fresh["workdir"].value)
+    config = fresh["config"].value
+    for override in cleared:  # the flags would read a word, where the absence of a value is meant
+        *sections, key = override.removeprefix("--config.").partition("=")[0].split(".")
+        functools.reduce(lambda section, name: section[name], sections, config)[key] = None
+    return config, epath.Path(fresh["workdir"].value)
 
 
 def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:

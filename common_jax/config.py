@@ -149,6 +149,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         element = typing.get_args(hint)[1]
         return {key: _convert(element, item, f"{path}.{key}") for key, item in value.items()}
+    if value is None:
+        raise ValueError(f"{path}=None must be a {getattr(hint, '__name__', hint)}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (int, float, str, bool) and type(value) is not hint:
