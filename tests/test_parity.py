@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import sys
 
-import jax
 import numpy as np
 import parity
 import parity_case
@@ -19,14 +18,6 @@ KEPT = pathlib.Path(__file__).parent / "golden"
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR", KEPT))
 CASES = [p for p in parity.find_cases(GOLDEN) if parity.find_runner(parity.case_name(p))]
 SMALL = KEPT / "m2mkd" / "drop_path.json"
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

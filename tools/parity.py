@@ -23,6 +23,7 @@ import parity_training
 from parity_case import Case, Check, Runner
 
 FOLDERS = ("m2mkd", "nac", "cliptrans")
+UNOPTIMISED = "jax_disable_most_optimizations"
 
 # (regex of folder/case, runner); the first that matches.
 RUNNERS: tuple[tuple[str, Runner], ...] = (
@@ -54,9 +55,6 @@ def main() -> int:
         paths = find_cases(arguments.golden, arguments.only)
     except ValueError as error:
         parser.error(str(error))
-    # The tiny networks take longer to compile than to run, and XLA's optimised programs for CPUs
-    # round more coarsely than plain float32.
-    jax.config.update("jax_disable_most_optimizations", True)
     return run(paths, print)
 
 
@@ -121,8 +119,15 @@ def report(path: pathlib.Path, runner: Runner, width: int) -> tuple[list[str], b
 
 def run_checks(case: Case, runner: Runner) -> list[Check]:
     """The comparisons of a case, computed in float32 without shortened products."""
-    with jax.default_matmul_precision("highest"):
-        checks = parity_case.run_case(case, runner)
+    # The tiny networks take longer to compile than to run, and XLA's optimised programs for CPUs
+    # round more coarsely than plain float32.
+    before = jax.config.read(UNOPTIMISED)
+    jax.config.update(UNOPTIMISED, True)
+    try:
+        with jax.default_matmul_precision("highest"):
+            checks = parity_case.run_case(case, runner)
+    finally:
+        jax.config.update(UNOPTIMISED, before)
     if not checks:
         raise ValueError(f"{case.name} holds nothing to compare")
     return checks

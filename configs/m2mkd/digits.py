@@ -11,6 +11,7 @@ import dataclasses
 import ml_collections
 
 from common_jax.config import parse_args, unfreeze
+from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
@@ -21,7 +22,7 @@ from m2mkd_jax.models.vmoe import VMoEConfig
 
 AUGMENT = AugmentConfig(rotate=10.0, scale=0.1, shift=0.7, smoothing=0.1)
 OPTIM = OptimConfig(
-    batch=128,
+    batch=64,
     lr=2e-3,
     lr_per=None,
     schedule="warmup_cosine",
@@ -49,7 +50,7 @@ RECIPES = {
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
     args = parse_args(arg, {"phase": "pipeline", "module": "all"})
-    vit = ViTConfig(patch=2, width=64, heads=4, mlp_ratio=2.0)
+    vit = ViTConfig(patch=4, width=64, heads=4, mlp_ratio=2.0)
     config = unfreeze(
         Config(
             phase=args.phase,
@@ -58,7 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             meta=dataclasses.replace(vit, depths=(1, 1, 1, 1)),
             teacher=dataclasses.replace(vit, depths=(2, 2, 2, 2)),
             model=VMoEConfig(
-                patch=2,
+                patch=4,
                 width=48,
                 heads=4,
                 mlp_ratio=2.0,
@@ -66,6 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 moe=MoeConfig(experts=4, chosen=2, expert_init="fan_in"),
             ),
             few_shot=FewShotConfig(ways=4, shots=5, test_shots=15),
+            run=RunConfig(log_every=11, eval_every=2, checkpoint_every=20),
         )
     )
     return choose_recipe(config, RECIPES)

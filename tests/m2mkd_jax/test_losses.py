@@ -1,0 +1,77 @@
+"""The objectives against their formulas in float64, and against one another."""
+
+import jax
+import numpy as np
+import pytest
+
+from m2mkd_jax import losses
+
+B, L = 6, 9
+RNG = np.random.default_rng(0)
+STUDENT, TEACHER = (RNG.normal(0, 3, (B, L)).astype(np.float32) for _ in range(2))
+LABELS = RNG.integers(0, L, B)
+TARGETS = RNG.dirichlet(np.ones(L), B).astype(np.float32)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def assert_close(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+def test_soft_cross_entropy():
+    want = -np.sum(TARGETS * log_softmax(STUDENT)) / B
+    assert_close(losses.soft_cross_entropy(STUDENT, TARGETS), want)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothed_cross_entropy(smoothing):
+    log_p = log_softmax(STUDENT)
+    want = -(1 - smoothing) * log_p[range(B), LABELS].mean() - smoothing * log_p.mean()
+    assert_close(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
+    smooth = (1 - smoothing) * np.eye(L)[LABELS] + smoothing / L
+    assert_close(losses.soft_cross_entropy(STUDENT, smooth), want)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_soft_distillation(tau):
+    log_s, log_t = log_softmax(STUDENT / tau), log_softmax(TEACHER / tau)
+    divergence = np.sum(np.exp(log_t) * (log_t - log_s))
+    assert_close(losses.soft_distillation(STUDENT, TEACHER, tau), tau**2 * divergence / (B * L))
+    batch_mean = losses.soft_distillation_batch_mean(STUDENT, TEACHER, tau)
+    assert_close(batch_mean, tau**2 * divergence / B)
+
+
+def test_batch_mean_is_as_many_times_stronger_as_there_are_labels():
+    gradients = [
+        jax.grad(losses.DISTILLATIONS[kind])(STUDENT, TEACHER, 2.0)
+        for kind in ("soft", "soft_batch_mean")
+    ]
+    np.testing.assert_allclose(gradients[1], L * gradients[0], rtol=1e-6)
+
+
+def test_hard_distillation_is_cross_entropy_against_the_teacher_s_best():
+    best = TEACHER.argmax(-1)
+    want = losses.smoothed_cross_entropy(STUDENT, best, 0.0)
+    for tau in (1.0, 5.0):
+        assert losses.hard_distillation(STUDENT, TEACHER, tau) == want
+
+
+def test_soft_distillation_of_a_certain_teacher_is_hard():
+    certain = 100.0 * np.eye(L, dtype=np.float32)[TEACHER.argmax(-1)]
+    soft = losses.soft_distillation_batch_mean(STUDENT, certain, 1.0)
+    assert_close(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
+    assert losses.soft_distillation(TEACHER, TEACHER, 2.0) == 0
+    gradient = jax.grad(losses.soft_distillation)(TEACHER, TEACHER, 2.0)
+    np.testing.assert_allclose(gradient, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_blend(alpha):
+    assert_close(losses.blend(2.0, 5.0, alpha), (1 - alpha) * 2.0 + alpha * 5.0)

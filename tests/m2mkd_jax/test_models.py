@@ -1,0 +1,256 @@
+"""The networks: sizes of the published variants, stages, stochastic depth, position tables."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
+from m2mkd_jax.models import encoder, vit, vmoe
+from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.models.positions import resize_positions, resize_weights
+from m2mkd_jax.stages import Network, Place, stage_name
+
+# Parameters at the usual depth with 1000 labels, as the original counts them.
+VIT_PARAMETERS = {
+    "deit_tiny_patch16_224": 5_717_416,
+    "deit_small_patch16_224": 22_050_664,
+    "deit_base_patch16_224": 86_567_656,
+    "deit_base_patch16_384": 86_859_496,
+    "vit_small_patch16_224": 48_754_408,
+    "vit_base_patch16_224": 86_567_656,
+    "vit_base_patch16_384": 86_859_496,
+    "vit_base_patch32_384": 88_297_192,
+    "vit_large_patch16_224": 304_326_632,
+    "vit_large_patch16_384": 304_715_752,
+    "vit_large_patch32_384": 306_632_680,
+    "vit_huge_patch14_224": 631_922_920,
+    "vit_huge_patch14_392": 632_598_760,
+    "vit_huge_patch32_384": 634_959_080,
+}
+VMOE_BASE_PARAMETERS = 483_325_768  # 12 blocks of 8 experts
+STUDENT_PARAMETERS = (121_984_792, 122_031_384, 122_012_928)  # of V-MoE-Base: first, middle, last
+
+ONE_DEVICE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+TINY = {"patch": 4, "width": 8, "heads": 2, "mlp_ratio": 2.0}
+IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)
+
+
+def shapes_of(network, *, only=None):
+    return jax.eval_shape(lambda key: network.init(key, only=only), jax.random.key(0))
+
+
+def random_params(network):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes_of(network)
+    )
+
+
+def count(shapes) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def published(image_size: int) -> encoder.Interface:
+    return encoder.Interface(image_size=image_size, channels=3, labels=1000)
+
+
+def test_the_table_of_vit_variants_is_whole():
+    assert set(VIT_PARAMETERS) == set(vit.VARIANTS)
+
+
+@pytest.mark.parametrize("name", VIT_PARAMETERS)
+def test_published_vits_have_the_published_sizes(name):
+    config, image_size = vit.variant(name)
+    shapes = shapes_of(vit.build(config, published(image_size)))
+    assert count(shapes) == VIT_PARAMETERS[name]
+    # Raises for a parameter that no rule covers.
+    match_rules(vit.PARTITION_RULES, shapes, ONE_DEVICE)
+
+
+@pytest.mark.parametrize("name", vmoe.VARIANTS)
+def test_published_vmoes_have_the_published_sizes(name):
+    config, image_size = vmoe.variant(name)
+    shapes = shapes_of(vmoe.build(config, published(image_size), stitch_width=None))
+    # The trunk of the ViT with biased projections, and 8 experts and a gate for every MLP.
+    sizes = {"patch": config.patch, "width": config.width, "heads": config.heads}
+    trunk = vit.build(vit.ViTConfig(depths=config.depths, **sizes), published(image_size))
+    width = config.width
+    mlp, gate = 8 * width**2 + 5 * width, 8 * width + 8
+    depth = sum(config.depths)
+    assert count(shapes) == count(shapes_of(trunk)) + depth * (7 * mlp + gate)
+    if name == "vmoe_base":
+        assert count(shapes) == VMOE_BASE_PARAMETERS
+    assert config.qkv_bias and config.norm_eps == 1e-6
+
+
+def test_published_students_have_the_published_sizes():
+    config, image_size = vmoe.variant("vmoe_base", depths=(3, 3, 3, 3))
+    students = vmoe.build_students(config, published(image_size), meta_width=1024)
+    for stage, expected in zip((0, 2, 3), STUDENT_PARAMETERS, strict=True):
+        assert count(shapes_of(students, only=(stage,))) == expected
+    shapes = shapes_of(students)
+    match_rules(vmoe.PARTITION_RULES, shapes, ONE_DEVICE)
+    dense = vmoe.build(
+        vmoe.VMoEConfig(depths=(1,), moe_blocks="none"), published(224), stitch_width=None
+    )
+    assert idle_rules(vmoe.PARTITION_RULES, shapes, shapes_of(dense)) == []
+
+
+def test_vits_that_go_without_bias_have_the_other_epsilon():
+    for name in vit.VARIANTS:
+        config, _ = vit.variant(name)
+        plain = name.startswith(("vit_small", "vit_huge"))
+        assert (config.qkv_bias, config.norm_eps) == ((False, 1e-5) if plain else (True, 1e-6))
+
+
+@pytest.mark.parametrize("variant", [vit.variant, vmoe.variant])
+def test_an_unknown_variant_names_the_known(variant):
+    with pytest.raises(ValueError, match="_base"):
+        variant("giant")
+
+
+def networks():
+    vmoe_config = vmoe.VMoEConfig(
+        depths=(2, 1, 1), moe=MoeConfig(experts=3), moe_blocks="1,3", **TINY
+    )
+    return {
+        "vit": vit.build(vit.ViTConfig(depths=(2, 1, 1), **TINY), IMAGES),
+        "vmoe": vmoe.build(vmoe_config, IMAGES, stitch_width=None),
+        "stitched": vmoe.build(vmoe_config, IMAGES, stitch_width=12),
+        "one stage": vit.build(vit.ViTConfig(depths=(2,), **TINY), IMAGES),
+    }
+
+
+@pytest.mark.parametrize("name", ["vit", "vmoe", "stitched", "one stage"])
+def test_chained_stages_are_the_whole_bit_for_bit(name):
+    network = networks()[name]
+    params = random_params(network)
+    images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    whole, _ = network.apply(params, images)
+    x = images
+    for i in range(len(network)):
+        x, _ = network.apply({stage_name(i): params[stage_name(i)]}, x, start=i, stop=i + 1)
+    np.testing.assert_array_equal(x, whole)
+    assert whole.shape == (2, 5)
+    np.testing.assert_array_equal(network.apply(params, images, start=1, stop=1)[0], images)
+
+
+def test_a_stage_that_is_not_there_is_named():
+    network = networks()["vit"]
+    params = random_params(network)
+    del params["stage_1"]
+    with pytest.raises(KeyError, match="stage_1"):
+        network.apply(params, jnp.zeros((1, 8, 8, 3)))
+
+
+def test_a_stage_starts_the_same_alone_or_with_the_others():
+    network = networks()["vmoe"]
+    alone, together = (network.init(jax.random.key(3), only=only) for only in ((1,), None))
+    jax.tree.map(np.testing.assert_array_equal, alone["stage_1"], together["stage_1"])
+
+
+def test_places():
+    assert [Place.of(i, 3) for i in range(3)] == [Place.FIRST, Place.MIDDLE, Place.LAST]
+    assert Place.of(0, 1) is Place.ONLY
+    for stage in (-1, 3):
+        with pytest.raises(IndexError, match=r"0\.\.2"):
+            Place.of(stage, 3)
+
+
+def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
+    config = vmoe.VMoEConfig(depths=(2, 2, 1), moe_blocks="every_2", **TINY)
+    students = vmoe.build_students(config, IMAGES, meta_width=12)
+    blocks = [block for stage in students.stages for block in stage.blocks]
+    assert [block.pre_stitch for block in blocks] == [None, None, 12, None, 12]
+    assert [block.post_stitch for block in blocks] == [None, 12, None, 12, None]
+    assert [block.moe is not None for block in blocks] == [False, True, False, True, False]
+    assert [stage.example(2).shape for stage in students.stages] == [
+        (2, 8, 8, 3),
+        (2, 5, 12),
+        (2, 5, 12),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "positions"),
+    [
+        ("all", {0, 1, 2, 3}),
+        ("none", set()),
+        ("every_2", {1, 3}),
+        ("last_2", {2, 3}),
+        ("0,3", {0, 3}),
+    ],
+)
+def test_where_the_experts_are(blocks, positions):
+    assert vmoe.moe_positions(blocks, 4) == positions
+
+
+@pytest.mark.parametrize("blocks", ["4", "-1", "every", "some", "1,,2"])
+def test_places_of_experts_that_mean_nothing_are_refused(blocks):
+    with pytest.raises(ValueError, match="moe_blocks"):
+        vmoe.moe_positions(blocks, 4)
+
+
+def test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student():
+    def rates(network):
+        return [[block.drop_path for block in stage.blocks] for stage in network.stages]
+
+    config = vmoe.VMoEConfig(depths=(3, 2), **TINY)
+    whole = rates(vmoe.build(config, IMAGES, stitch_width=None, drop_path=0.4))
+    np.testing.assert_allclose([*itertools.chain(*whole)], [0, 0.1, 0.2, 0.3, 0.4])
+    students = rates(vmoe.build_students(config, IMAGES, meta_width=8, drop_path=0.4))
+    np.testing.assert_allclose(students[0], [0, 0.2, 0.4])
+    np.testing.assert_allclose(students[1], [0, 0.4])
+    assert encoder.drop_path_rates(0.4, 1) == [0]
+
+
+def test_stochastic_depth_acts_in_training_alone():
+    network = encoder.ramp_drop_path(networks()["one stage"], 0.9)
+    params = random_params(network)
+    images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+    plain, _ = networks()["one stage"].apply(params, images)
+    np.testing.assert_array_equal(network.apply(params, images)[0], plain)
+    keys = {"drop_path": jax.random.key(2)}
+    dropped, _ = network.apply(params, images, train=True, rngs=keys)
+    assert not np.allclose(dropped, plain)
+
+
+def test_a_network_without_blocks_or_with_uneven_patches_is_refused():
+    with pytest.raises(ValueError, match=r"depths=\(1, 0\)"):
+        vit.build(vit.ViTConfig(depths=(1, 0), **TINY), IMAGES)
+    with pytest.raises(ValueError, match="multiple of the patch"):
+        vit.build(vit.ViTConfig(**TINY), encoder.Interface(10, 3, 5))
+    with pytest.raises(ValueError, match="heads=3"):
+        vit.build(vit.ViTConfig(width=8, heads=3), encoder.Interface(32, 3, 5))
+
+
+def test_images_of_another_size_are_refused():
+    network = networks()["vit"]
+    params = random_params(network)
+    with pytest.raises(ValueError, match="image_size"):
+        network.apply(params, jnp.zeros((1, 12, 12, 3)))
+
+
+def test_positions_on_the_same_grid_stay_as_they_are():
+    table = np.random.default_rng(0).standard_normal((1, 26, 4)).astype(np.float32)
+    np.testing.assert_array_equal(resize_positions(table, 26), table)
+    np.testing.assert_array_equal(resize_weights(5, 5), np.eye(5))
+
+
+def test_positions_keep_the_class_token_and_constants():
+    table = np.full((1, 17, 2), 3.0)
+    table[0, 0] = 7
+    for side in (3, 6):
+        resized = resize_positions(table, side**2 + 1)
+        np.testing.assert_array_equal(resized[0, 0], 7)
+        np.testing.assert_allclose(resized[0, 1:], 3)
+    with pytest.raises(ValueError, match="no square grid"):
+        resize_positions(table, 13)
+
+
+def test_a_network_is_as_long_as_its_stages():
+    assert len(Network(())) == 0
+    assert len(networks()["vit"]) == 3
