@@ -88,6 +88,30 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
 
 
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics or timing file, in order. A last line that lacks its newline and is
+    no whole object was cut off when the run was killed, and is left out.
+
+    Raises:
+      ValueError: for any other line that is not a JSON object with an integer "step", naming file
+        and line.
+    """
+    lines = epath.Path(path).read_bytes().split(b"\n")
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+                raise ValueError('not an object with an integer "step"')
+        except ValueError as error:  # those of json and of the decoding among them
+            if number == len(lines):  # nothing, in a file that ends in a newline
+                break
+            message = f"{path}, line {number}: {error}: {line[:80]!r}; mend or delete this line"
+            raise ValueError(message) from error
+        metrics.append(values)
+    return metrics
+
+
 _SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")
 
 

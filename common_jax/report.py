@@ -27,6 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
+from common_jax.metrics import read_metrics
+
 NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
 NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
 
@@ -75,30 +77,6 @@ class Table:
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics or timing file, in order. A last line that lacks its newline and is
-    no whole object was cut off when the run was killed, and is left out.
-
-    Raises:
-      ValueError: for any other line that is not a JSON object with an integer "step", naming file
-        and line.
-    """
-    lines = epath.Path(path).read_bytes().split(b"\n")
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                raise ValueError('not an object with an integer "step"')
-        except ValueError as error:  # those of json and of the decoding among them
-            if number == len(lines):  # nothing, in a file that ends in a newline
-                break
-            message = f"{path}, line {number}: {error}: {line[:80]!r}; mend or delete this line"
-            raise ValueError(message) from error
-        metrics.append(values)
-    return metrics
 
 
 def panels(lines: Iterable[Mapping[str, Any]]) -> dict[Family, Curves]:
@@ -341,13 +319,12 @@ def _run_html(run: epath.Path, name: str) -> str:
     result, config = _read_json(run / "result.json"), _read_json(run / "config.json")
     facts = [v if isinstance(v, str) else f"{key} {_text(v)}" for key, v in result.items()]
     if not result:
-        last = f"not finished: last line at step {metrics[-1]['step']}" if metrics else ""
-        facts.append(last or "no metrics yet")
+        last = [f"not finished: last line at step {line['step']}" for line in metrics[-1:]]
+        facts += last or ["no metrics yet"]
     content = "".join(f"<span>{html.escape(fact)}</span>\n" for fact in facts)
     if found := panels([*metrics, *timing]):
-        png = _drawn(found, run)
         titles = ", ".join(family.title for family in found)
-        content += _image_html(png, f"{name}: {titles}", "")
+        content += _image_html(_drawn(found, run), f"{name}: {titles}", "")
     if config:
         table = Table("", ("key", "value"), tuple((k, json.dumps(v)) for k, v in config.items()))
         content += f"<details><summary>Config</summary>\n{_table_html(table)}</details>\n"
@@ -356,8 +333,8 @@ def _run_html(run: epath.Path, name: str) -> str:
 
 def _drawn(found: Mapping[Family, Curves], run: epath.Path) -> bytes:
     """The run's picture; drawn again only when its metrics have changed since."""
-    path, written = run / "plots" / "curves.png", (run / "metrics.jsonl").stat().mtime
-    if not path.exists() or path.stat().mtime <= written:
+    path = run / "plots" / "curves.png"
+    if not path.exists() or path.stat().mtime <= (run / "metrics.jsonl").stat().mtime:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(_draw(found))
     return path.read_bytes()
@@ -372,14 +349,14 @@ def _table_html(table: Table) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>\n"
 
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
-    body = "".join(row("td", cells) for cells in table.rows)
-    return f"<table>{caption}{row('th', table.header)}{body}</table>\n"
+    body = row("th", table.header) + "".join(row("td", cells) for cells in table.rows)
+    return f"<table>{caption}{body}</table>\n"
 
 
 def _image_html(png: bytes, alt: str, caption: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    below = f"<figcaption>{html.escape(caption)}</figcaption>"
-    return f'<figure><img alt="{html.escape(alt)}" src="{source}">{below}</figure>\n'
+    image = f'<img alt="{html.escape(alt)}" src="{source}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
 
 
 STYLE = """
@@ -396,11 +373,9 @@ table { border-collapse: collapse; display: block; overflow-x: auto; text-align:
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
 caption { text-align: left; white-space: nowrap } details table { font: .82rem monospace }
 @media (min-width: 70rem) { body { display: grid; grid-template-columns: 14rem 1fr; gap: 0 2rem }
-  main { min-width: 0 } nav { position: sticky; top: 1rem; max-height: 96vh; overflow: auto } }
-"""
+  main { min-width: 0 } nav { position: sticky; top: 1rem; max-height: 96vh; overflow: auto } }"""
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{style}</style></head>
-<body><nav><ul>{contents}</ul></nav><main><h1>{title}</h1>
-{body}</main></body></html>
+<body><nav><ul>{contents}</ul></nav><main><h1>{title}</h1>{body}</main></body></html>
 """

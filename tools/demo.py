@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 
-from common_jax.report import Table, overlay, read_metrics, write_report
+from common_jax.metrics import read_metrics
+from common_jax.report import Table, overlay, write_report
 
 CONFIG = "configs/m2mkd/digits.py"
 ROOT = pathlib.Path(__file__).resolve().parent.parent

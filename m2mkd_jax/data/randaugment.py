@@ -10,75 +10,76 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 Argument = float | int | None
+Fill = tuple[int, int, int]
 FILL = (124, 116, 104)  # the mean colour of ImageNet
 LARGEST = 10.0
 
 
-def auto_contrast(image: Image.Image, argument: None = None, fill=FILL) -> Image.Image:
+def auto_contrast(image: Image.Image, argument: None = None, fill: Fill = FILL) -> Image.Image:
     return ImageOps.autocontrast(image)
 
 
-def equalize(image: Image.Image, argument: None = None, fill=FILL) -> Image.Image:
+def equalize(image: Image.Image, argument: None = None, fill: Fill = FILL) -> Image.Image:
     return ImageOps.equalize(image)
 
 
-def invert(image: Image.Image, argument: None = None, fill=FILL) -> Image.Image:
+def invert(image: Image.Image, argument: None = None, fill: Fill = FILL) -> Image.Image:
     return ImageOps.invert(image)
 
 
-def rotate(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def rotate(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     """Turns by `argument` degrees, counter-clockwise if positive, about the centre."""
     return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=_fill(image, fill))
 
 
-def posterize(image: Image.Image, argument: int, fill=FILL) -> Image.Image:
+def posterize(image: Image.Image, argument: int, fill: Fill = FILL) -> Image.Image:
     """Keeps the top `argument` bits of each channel; 0 bits is a black image."""
     if argument == 0:
         return image.point([0] * (256 * len(image.getbands())))
     return ImageOps.posterize(image, argument) if argument < 8 else image
 
 
-def solarize(image: Image.Image, argument: int, fill=FILL) -> Image.Image:
+def solarize(image: Image.Image, argument: int, fill: Fill = FILL) -> Image.Image:
     """Inverts the pixels at and above `argument`."""
     return ImageOps.solarize(image, argument)
 
 
-def solarize_add(image: Image.Image, argument: int, fill=FILL) -> Image.Image:
+def solarize_add(image: Image.Image, argument: int, fill: Fill = FILL) -> Image.Image:
     """Adds `argument` to the pixels below 128, up to 255."""
     brighter = [min(255, value + argument) if value < 128 else value for value in range(256)]
     return image.point(brighter * len(image.getbands()))
 
 
-def color(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def color(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return ImageEnhance.Color(image).enhance(argument)
 
 
-def contrast(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def contrast(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return ImageEnhance.Contrast(image).enhance(argument)
 
 
-def brightness(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def brightness(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return ImageEnhance.Brightness(image).enhance(argument)
 
 
-def sharpness(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def sharpness(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return ImageEnhance.Sharpness(image).enhance(argument)
 
 
-def shear_x(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def shear_x(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return _affine(image, (1, argument, 0, 0, 1, 0), fill)
 
 
-def shear_y(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def shear_y(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     return _affine(image, (1, 0, 0, argument, 1, 0), fill)
 
 
-def translate_x(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def translate_x(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     """output(x) = input(x + argument * width)."""
     return _affine(image, (1, 0, argument * image.size[0], 0, 1, 0), fill)
 
 
-def translate_y(image: Image.Image, argument: float, fill=FILL) -> Image.Image:
+def translate_y(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
     """output(y) = input(y + argument * height)."""
     return _affine(image, (1, 0, 0, 0, 1, argument * image.size[1]), fill)
 

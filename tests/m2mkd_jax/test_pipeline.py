@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_pipeline
 import m2mkd_jax
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
-from common_jax.report import read_metrics
+from common_jax.metrics import read_metrics
 from m2mkd_jax.config import DistillConfig, SourcesConfig
 from m2mkd_jax.phases.pipeline import run_phase
 

@@ -10,7 +10,7 @@ from tiny import MOE, OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.mesh import AXES, MeshConfig, idle_rules, make_mesh
-from common_jax.report import read_metrics
+from common_jax.metrics import read_metrics
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.phases import end_to_end
