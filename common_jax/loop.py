@@ -70,6 +70,7 @@ class Task:
       helpers: parameters that the loss needs and that this run neither changes nor saves.
       warm_start: called once at the start of a fresh run with shapes and shardings of all
         parameters; what it gives replaces fresh parameters. None starts from fresh ones alone.
+      batch: shapes and dtypes of a micro-batch over all hosts.
       batches: first step -> batches of numpy arrays from there on.
       steps_per_epoch: updates in a pass over the training set.
       evaluators: what to evaluate, each under the prefix of its metrics.
@@ -82,6 +83,7 @@ class Task:
     loss: Loss
     helpers: Mapping[str, Any]
     warm_start: Callable[[Any], WarmStart] | None
+    batch: Mapping[str, jax.ShapeDtypeStruct]
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     steps_per_epoch: int
     evaluators: Mapping[str, Evaluate]
@@ -228,13 +230,8 @@ def _abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the whole state; no array exists yet."""
     params = jax.eval_shape(task.init, jax.random.key(0))
     shardings = meshes.match_rules(task.rules, params, mesh)
-    rows = next(iter(task.batches(0)))
-    batch = {
-        name: jax.ShapeDtypeStruct((len(x) * jax.process_count(), *x.shape[1:]), x.dtype)
-        for name, x in rows.items()
-    }
     rngs = jax.eval_shape(lambda: step_rngs(0, 0))
-    _, metrics = jax.eval_shape(task.loss, params, task.helpers, batch, rngs)
+    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs)
     state = jax.eval_shape(
         lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
     )
@@ -304,7 +301,7 @@ def _ahead(
 def _averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A log line: means over the steps summed, and the counts of skipped steps."""
     counts = {name: int(sums[name]) for name in ("skipped", "skipped_in_row")}
-    steps = sums["steps"]
+    steps = sums["steps"] or np.nan  # a stretch of skipped steps has no mean
     means = {name: sums[name] / steps for name in sums if name not in (*counts, "steps")}
     return {f"train/{name}": value for name, value in (means | counts).items()}
 

@@ -52,7 +52,7 @@ def make_step(
 
         rngs = step_rngs(seed, state.step)
         value, metrics, gradient = _accumulate(objective, trained, batch, rngs, config.accumulate)
-        rate, norm = schedule(state.step), optax.global_norm(gradient)
+        rate, norm = schedule(state.step), optax.tree.norm(gradient)
         metrics |= {"loss": value, "learning_rate": rate, "gradient_norm": norm}
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         direction, opt_state = optimizer.update(gradient, state.opt_state, trained)

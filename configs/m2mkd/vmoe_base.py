@@ -40,7 +40,9 @@ FINE_TUNE = OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0)
 
 RECIPES = {
     "pretrain_meta": Recipe(OptimConfig(epochs=300, batch=2048), AUGMENT, 0.0),
-    "train_module": Recipe(SHORT, AUGMENT, 0.1),
+    # The original hands its optimizer a bare stage here, and so decays class token and positions
+    # too.
+    "train_module": Recipe(dataclasses.replace(SHORT, no_decay=""), AUGMENT, 0.1),
     "assemble": Recipe(FINE_TUNE, AUGMENT, 0.1),
     "distill": Recipe(SHORT, AUGMENT, 0.1),
     "end_to_end": Recipe(FINE_TUNE, AUGMENT, 0.1),

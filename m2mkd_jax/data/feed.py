@@ -23,6 +23,7 @@ class Feed:
     """Where a run's batches come from.
 
     Attributes:
+      batch: shapes and dtypes of one, over all hosts.
       batches: first step -> training batches of "image" uint8 (B, I, J, channels) and "label"
         int32 (B) from there on.
       evaluation: starts a pass over the test set, padded, with "_mask".
@@ -30,6 +31,7 @@ class Feed:
       label_names: name of every class.
     """
 
+    batch: Mapping[str, jax.ShapeDtypeStruct]
     batches: Callable[[int], Batches]
     evaluation: Callable[[], Batches]
     steps_per_epoch: int
@@ -41,7 +43,7 @@ def make_feed(
     augmentation: AugmentConfig,
     *,
     batch: int,
-    eval_batch: int,
+    micro_batch: int,
     seed: int,
     workdir: epath.Path,
     train: Source | None = None,
@@ -52,7 +54,7 @@ def make_feed(
     Args:
       data, augmentation: config sections.
       batch: training examples a step, over all hosts.
-      eval_batch: examples a batch of an evaluation pass.
+      micro_batch: examples that are on the devices at once, in training and evaluation.
       seed: of the order and of the host's transforms.
       workdir: gets bad_examples.jsonl when an image cannot be read.
       train, test: sources in place of the splits.
@@ -76,10 +78,15 @@ def make_feed(
         batch=batch,
         **shared,
     )
+    side = data.image_size
     return Feed(
+        batch={
+            "image": jax.ShapeDtypeStruct((micro_batch, side, side, data.channels), np.uint8),
+            "label": jax.ShapeDtypeStruct((micro_batch,), np.int32),
+        },
         batches=lambda start: batches(start_step=start),
         evaluation=functools.partial(
-            inputs.eval_batches, test, transform=eval_transform(data), batch=eval_batch, **shared
+            inputs.eval_batches, test, transform=eval_transform(data), batch=micro_batch, **shared
         ),
         steps_per_epoch=inputs.steps_per_epoch(len(train), batch),
         label_names=tuple(train.label_names),

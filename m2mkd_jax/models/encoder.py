@@ -169,8 +169,13 @@ def build(
     classifies.
 
     Raises:
-      ValueError: for a stage without blocks.
+      ValueError: for a stage without blocks, or an image side that does not split into patches.
     """
+    if interface.image_size % encoder.patch:
+        raise ValueError(
+            f"config.data.image_size={interface.image_size} must be a multiple of the patch, "
+            f"{encoder.patch}"
+        )
     stages = tuple(stages)
     if not all(stages):
         raise ValueError(f"depths={tuple(map(len, stages))} must all be at least 1")

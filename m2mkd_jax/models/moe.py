@@ -252,10 +252,10 @@ class MoeMlp(nn.Module):
             def init(key: Array, shape: tuple[int, ...]) -> Array:
                 return jax.random.uniform(key, shape, minval=-limit, maxval=limit)
 
-            return self.param(name, init, (count, d_in, d_out)).astype(self.dtype)
+            return jnp.asarray(self.param(name, init, (count, d_in, d_out)), self.dtype)
 
         def biases(name: str, d_out: int) -> Array:
-            return self.param(name, nn.initializers.zeros, (count, d_out)).astype(self.dtype)
+            return jnp.asarray(self.param(name, nn.initializers.zeros, (count, d_out)), self.dtype)
 
         return Experts(
             up=matrices("up", width, self.hidden),

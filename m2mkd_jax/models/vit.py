@@ -106,11 +106,6 @@ def build(
     Raises:
       ValueError: for a depth below 1 or an image side that does not split into patches.
     """
-    if interface.image_size % config.patch:
-        raise ValueError(
-            f"config.data.image_size={interface.image_size} must be a multiple of the patch, "
-            f"{config.patch}"
-        )
     stages = ((encoder.BlockConfig(),) * depth for depth in config.depths)
     network = encoder.build(config.encoder, interface, stages, dtype)
     return encoder.ramp_drop_path(network, drop_path)

@@ -55,6 +55,7 @@ def train_phase(
         loss=make_loss(forward, config, distill or DistillConfig(kind="none")),
         helpers=helpers or {},
         warm_start=warm_start,
+        batch=feed.batch,
         batches=feed.batches,
         steps_per_epoch=feed.steps_per_epoch,
         evaluators={"test": evaluator},
@@ -77,7 +78,7 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         config.data,
         config.augment,
         batch=optim.batch,
-        eval_batch=optim.batch // optim.accumulate,
+        micro_batch=optim.batch // optim.accumulate,
         seed=config.seed,
         workdir=workdir,
     )

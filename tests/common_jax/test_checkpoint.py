@@ -1,0 +1,145 @@
+"""Checkpoints and warm starts: what is found, what is refused, and the account of what was
+taken."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from common_jax import checkpoint
+from common_jax.checkpoint import Checkpoints
+from common_jax.state import TrainState
+from common_jax.weights import Allowance, Origin, take
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def state(step, value):
+    zero = jnp.zeros((), jnp.int32)
+    params = {
+        "net": {"stage_0": {"kernel": jnp.full((4, 2), value)}, "stage_1": {"bias": jnp.ones(3)}}
+    }
+    return TrainState(
+        step=zero + step,
+        params=params,
+        opt_state={"m": jnp.full((4, 2), value)},
+        ema=None,
+        sums={"loss": jnp.zeros(())},
+        skipped=zero,
+        skipped_in_row=zero,
+    )
+
+
+def save(workdir, values, *, keep=2, best="test/accuracy"):
+    checkpoints = Checkpoints(workdir, keep=keep, best=best)
+    for step, value in enumerate(values, start=1):
+        metrics = {"test/accuracy": value}
+        checkpoints.save(state(step, value), step=step, config={"a": {"b": step}}, metrics=metrics)
+    checkpoints.close()
+
+
+def abstract():
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), state(0, 0.0)
+    )
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    save(tmp_path, [0.1, 0.9, 0.2, 0.3, 0.4])
+    return tmp_path
+
+
+def test_the_newest_and_the_best_stay(workdir):
+    assert checkpoint.finished_steps(workdir / "checkpoints") == [2, 4, 5]
+
+
+def test_the_newest_is_restored_whole(workdir):
+    restored = Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
+    jax.tree.map(np.testing.assert_array_equal, restored, state(5, 0.4))
+
+
+def test_an_empty_folder_restores_nothing(tmp_path):
+    assert Checkpoints(tmp_path, keep=1, best=None).restore_latest(abstract()) is None
+
+
+def test_a_part_is_loaded_by_its_path(workdir):
+    part = checkpoint.load(workdir, subtree="net/stage_1")
+    np.testing.assert_array_equal(part["bias"], np.ones(3))
+    assert checkpoint.load_config(workdir) == {"a": {"b": 5}}
+    older = checkpoint.load(workdir / "checkpoints" / "2", subtree="net/stage_0/kernel")
+    np.testing.assert_array_equal(older, np.full((4, 2), 0.9, np.float32))
+
+
+def test_what_is_not_there_is_named(workdir, tmp_path):
+    with pytest.raises(
+        KeyError, match=r"holds no 'net/stage_2'; it holds .*net/stage_0.*net/stage_1"
+    ):
+        checkpoint.load(workdir, subtree="net/stage_2")
+    with pytest.raises(FileNotFoundError, match="gone, which does not exist"):
+        checkpoint.load(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty, which exists and has none"):
+        checkpoint.load(tmp_path / "empty")
+
+
+def test_unfinished_folders_are_not_read_and_are_removed(workdir):
+    folder = workdir / "checkpoints"
+    (folder / "7" / "params").mkdir(parents=True)
+    (folder / "8.orbax-checkpoint-tmp").mkdir()
+    assert checkpoint.finished_steps(folder) == [2, 4, 5]
+    Checkpoints(workdir, keep=2, best=None).close()
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "5"}
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_is_not_restarted_silently(workdir):
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file() and "trainer" in path.parts and path.name != "commit_success.txt":
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[2, 4, 5\]"):
+        Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
+
+
+def wanted(**shapes):
+    return {
+        "student": {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=SHARDING)
+            for name, shape in shapes.items()
+        }
+    }
+
+
+def test_the_account_names_what_was_taken_left_and_drawn(workdir):
+    warm = take(
+        wanted(kernel=(4, 2), extra=(5,)),
+        [Origin(workdir, "net/stage_0", "student"), Origin(workdir, "net/stage_1", "student")],
+        leave=(Allowance(r"student/bias", "not in this network"),),
+        fresh=(Allowance(r"student/extra", "new"),),
+    )
+    assert list(warm.params["student"]) == ["kernel"]
+    assert [entry["parameters"] for entry in warm.account["taken"]] == [1, 0]
+    assert warm.account["left"] == [{"name": "student/bias", "reason": "not in this network"}]
+    assert warm.account["fresh"] == [{"name": "student/extra", "reason": "new"}]
+
+
+def test_all_that_does_not_fit_is_named_at_once(workdir):
+    origins = [Origin(workdir, "net/stage_0", "student"), Origin(workdir, "net/stage_1", "student")]
+    with pytest.raises(ValueError, match="the weights do not fit") as error:
+        take(wanted(kernel=(4, 3), extra=(5,)), origins)
+    message = str(error.value)
+    assert "student/kernel is wanted as (4, 3) and is (4, 2)" in message
+    assert "student/bias of shape (3,) has no place" in message
+    assert "student/extra of shape (5,) is in none of the sources" in message
+    assert "config.sources.fresh" in message
+
+
+def test_a_parameter_can_be_brought_to_another_shape(workdir):
+    warm = take(
+        wanted(kernel=(2, 2)),
+        [Origin(workdir, "net/stage_0", "student")],
+        adapt={r".*/kernel": lambda array, shape: array[: shape[0]]},
+    )
+    np.testing.assert_array_equal(
+        warm.params["student"]["kernel"], np.full((2, 2), 0.4, np.float32)
+    )
+    assert warm.account["adapted"] == [{"name": "student/kernel", "from": [4, 2], "to": [2, 2]}]

@@ -1,0 +1,177 @@
+"""The command as a user meets it: errors in one line, nothing written; a folder of images; a
+trace."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common_jax import app
+from m2mkd_jax.main import DESCRIPTION, main
+
+ROOT = pathlib.Path(__file__).parents[2]
+DIGITS = f"--config={ROOT}/configs/m2mkd/digits.py:phase=end_to_end"
+SMALL = (
+    "--config.optim.steps=3",
+    "--config.optim.warmup_epochs=0",
+    "--config.optim.batch=16",
+    "--config.model.width=16",
+    "--config.model.depths=(1,1)",
+    "--config.meta.depths=(1,1)",
+    "--config.mesh.data=8",
+    "--config.run.log_every=1",
+    "--config.run.compilation_cache=None",
+)
+
+
+def refusal(capsys, *flags) -> str:
+    """What the command says when it refuses: exit status 2 and one message."""
+    with pytest.raises(SystemExit) as stop:
+        app.run(main, DESCRIPTION, ["m2mkd", *flags])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--config.model.moe.expert=8"],
+            ["config.model.moe has no field 'expert'", "did you mean 'experts'"],
+        ),
+        (["--config.optin.lr=8"], ["config has no field 'optin'", "did you mean 'optim'"]),
+        (["--config.mesh.data=3"], ["config.mesh=data 3", "8 devices", "change config.mesh"]),
+        (
+            ["--config.mesh.expert=8"],
+            ["config.model.moe.experts=4", "expert axis, 8", "config.mesh.expert"],
+        ),
+        (["--config.optim.batch=60"], ["config.optim.batch", "60", "8 devices"]),
+        (["--config.optim.batch=5000"], ["5000", "1437"]),
+        (["--config.optim.lr=fast"], ["config.optim.lr", "fast"]),
+        (["--config.optim.lr=None"], ["config.optim.lr=None must be a float"]),
+        (
+            [
+                "--config.augment.mixup=0.8",
+                "--config.optim.batch=24",
+                "--config.optim.accumulate=8",
+            ],
+            ["must be even"],
+        ),
+        (["--config.model.moe.router=best"], ["config.model.moe.router='best'", "topk_softmax"]),
+        (["--config.model.moe_blocks=9"], ["config.model.moe_blocks='9'", "outside 0..3"]),
+        (["--config.model.depths=(1,0,1,1)"], ["depths=(1, 0, 1, 1)", "at least 1"]),
+        (["--config.model.patch=3"], ["config.data.image_size=8", "multiple of the patch, 3"]),
+        (["--config.data.labels=12"], ["config.data.labels=12"]),
+        (["--config.data.source=folder", "--config.data.path=/nowhere"], ["/nowhere"]),
+        (["--config.sources.students=('a','b')"], ["config.sources.students names 2", "needs 4"]),
+        (["--wrokdir=x"], ["wrokdir"]),
+        (["extra"], ["extra"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("-") else "",
+)
+def test_a_users_error_is_said_before_anything_is_written(capsys, tmp_path, flags, said):
+    message = refusal(capsys, DIGITS, f"--workdir={tmp_path / 'run'}", *flags)
+    for text in said:
+        assert text in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_flags_and_files_are_named(capsys, tmp_path):
+    assert "--workdir is missing" in refusal(capsys, DIGITS)
+    assert "--config is missing" in refusal(capsys, f"--workdir={tmp_path}")
+    assert "nowhere.py" in refusal(capsys, "--config=nowhere.py", f"--workdir={tmp_path}")
+    misspelt = DIGITS.replace("phase", "phas")
+    assert "did you mean 'phase'" in refusal(capsys, misspelt, f"--workdir={tmp_path}")
+
+
+def test_a_source_that_is_not_there_is_named(capsys, tmp_path):
+    distill = DIGITS.replace("end_to_end", "distill,module=1")
+    run = f"--workdir={tmp_path / 'run'}"
+    assert "config.sources.meta is empty" in refusal(capsys, distill, run)
+    message = refusal(
+        capsys,
+        distill,
+        run,
+        f"--config.sources.meta={tmp_path / 'meta'}",
+        "--config.sources.teacher=x",
+    )
+    assert "no finished checkpoint" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        app.run(main, DESCRIPTION, ["m2mkd", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--config", "--workdir", "--debug", "digits.py"))
+
+
+def test_a_run_of_nans_stops_and_keeps_its_checkpoint(tmp_path):
+    flags = ["m2mkd", DIGITS, f"--workdir={tmp_path / 'run'}", *SMALL, "--config.optim.lr=1e30"]
+    flags += ["--config.run.nan_patience=2", "--config.optim.steps=300", "--config.optim.clip=None"]
+    with pytest.raises(FloatingPointError, match=r"config\.run\.nan_patience=2.*config\.optim\.lr"):
+        app.run(main, DESCRIPTION, flags)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images: 2 classes of 12 and 4, with one file that is no image."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (50, 40 + i, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.jpg")
+    (tmp_path / "images" / "train" / "cat" / "3.jpg").write_bytes(b"not an image")
+    return tmp_path / "images"
+
+
+def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path):
+    flags = [
+        f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end",
+        f"--config.data.path={folder}",
+        "--config.data.image_size=48",
+        "--config.data.labels=2",
+        "--config.data.workers=2",
+        "--config.data.bad_share=0.1",
+        "--config.model.depths=(1,1)",
+        "--config.meta.depths=(1,1)",
+        "--config.model.width=16",
+        "--config.model.heads=2",
+        "--config.optim.batch=8",
+        "--config.optim.steps=4",
+        "--config.mesh.expert=2",
+        "--config.run.log_every=1",
+        "--config.run.profile=(2,3)",
+        "--config.run.compilation_cache=None",
+    ]
+    workdir = tmp_path / "run"
+    app.run(main, DESCRIPTION, ["m2mkd", *flags, f"--workdir={workdir}"])
+    assert (workdir / "result.json").exists()
+    assert (workdir / "report.html").stat().st_size > 10_000
+    bad = (workdir / "bad_examples.jsonl").read_text().splitlines()
+    assert len(bad) == 1
+    assert "3.jpg" in bad[0]
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_nothing_imports_tensorflow_or_torch():
+    code = "import sys, m2mkd_jax.main; print(sorted({'tensorflow', 'torch'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=dict(os.environ),
+    )
+    assert result.stdout.strip() == "[]"
