@@ -266,6 +266,9 @@ def _fresh_state(task, optim, seed: int, workdir: epath.Path, abstract: TrainSta
     if task.warm_start is not None:
         given = task.warm_start(abstract.params)
         warm = given.params
+        counts = {key: len(entries) for key, entries in given.account.items()}
+        counts["taken"] = sum(entry["parameters"] for entry in given.account["taken"])
+        logging.info("%s starts from %s", task.title, counts)
         if jax.process_index() == 0:
             _write_json(workdir / "warm_start.json", given.account)
 

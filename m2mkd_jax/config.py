@@ -62,12 +62,15 @@ class FewShotConfig:
       shots: training images a class.
       test_shots: test images a class, from the test split.
       seed: of the draw.
+      test_on_train: draws the test images from the training split, so that all training images are
+        among them, as the original does on CIFAR-100: for comparison with published numbers only.
     """
 
     ways: int = 8
     shots: int = 5
     test_shots: int = 15
     seed: int = 1
+    test_on_train: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

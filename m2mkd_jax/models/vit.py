@@ -2,6 +2,8 @@
 
 import dataclasses
 import types
+from collections.abc import Mapping
+from typing import Any
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -56,7 +58,9 @@ _BASE = {"width": 768, "heads": 12}
 _LARGE = {"width": 1024, "heads": 16}
 _HUGE = {"width": 1280, "heads": 16, "qkv_bias": False, "norm_eps": 1e-5}
 
-# name: (image side, usual depth, sizes that differ from ViTConfig's defaults)
+# Image side, usual depth, and the sizes that differ from the defaults of the config.
+Variant = tuple[int, int, Mapping[str, Any]]
+
 VARIANTS = types.MappingProxyType(
     {
         "deit_tiny_patch16_224": (224, 12, _TINY),
@@ -87,10 +91,15 @@ def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[ViTConfig
     Raises:
       ValueError: for a name that is not there.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"ViT variant {name!r} is not one of {sorted(VARIANTS)}")
-    image_size, depth, sizes = VARIANTS[name]
+    image_size, depth, sizes = choose(VARIANTS, name)
     return ViTConfig(depths=depths or (depth,), **sizes), image_size
+
+
+def choose(variants: Mapping[str, Variant], name: str) -> Variant:
+    """The entry of a table of variants; raises ValueError with its names for another."""
+    if name not in variants:
+        raise ValueError(f"variant {name!r} is not one of {sorted(variants)}")
+    return variants[name]
 
 
 def build(

@@ -38,7 +38,6 @@ class VMoEConfig(vit.ViTConfig):
         return moe_positions(self.moe_blocks, sum(self.depths))
 
 
-# name: (image side, usual depth, sizes that differ from VMoEConfig's defaults)
 VARIANTS = types.MappingProxyType(
     {
         "vmoe_base": (224, 12, {"width": 768, "heads": 12}),
@@ -52,9 +51,7 @@ VARIANTS = types.MappingProxyType(
 
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[VMoEConfig, int]:
     """The sizes of a published V-MoE and its image side, as `vit.variant`."""
-    if name not in VARIANTS:
-        raise ValueError(f"V-MoE variant {name!r} is not one of {sorted(VARIANTS)}")
-    image_size, depth, sizes = VARIANTS[name]
+    image_size, depth, sizes = vit.choose(VARIANTS, name)
     return VMoEConfig(depths=depths or (depth,), **sizes), image_size
 
 

@@ -9,7 +9,7 @@ from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
 from m2mkd_jax.phases.networks import require_stage_sources, take_weights, teacher_network
-from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.objective import whole_forward
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.stages import stage_name
 
@@ -24,10 +24,6 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         for i, source in enumerate(sources)
     ]
 
-    def forward(params, helpers, images, train, rngs):
-        logits, recorded = network.apply(params["teacher"], images, train=train, rngs=rngs)
-        return Outputs(logits, None, recorded)
-
     return train_phase(
         config,
         workdir,
@@ -35,6 +31,6 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         title=config.phase,
         init=lambda key: {"teacher": network.init(key)},
         rules=vit.PARTITION_RULES,
-        forward=forward,
+        forward=whole_forward(network, "teacher"),
         warm_start=lambda wanted: take_weights(config, wanted, origins),
     )

@@ -17,9 +17,9 @@ from m2mkd_jax.phases.networks import (
     wanted,
     whole_student,
 )
-from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.objective import Forward, whole_forward
 from m2mkd_jax.phases.training import train_phase
-from m2mkd_jax.stages import stage_name
+from m2mkd_jax.stages import Network, stage_name
 
 DROPPED = Allowance(
     r"student/stage_\d+/block_\d+/(pre|post)_stitch/.*", "config.model.stitches='dropped'"
@@ -43,19 +43,13 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         leave = (DROPPED,) if config.model.stitches == "dropped" else ()
         warm_start = lambda wanted: take_weights(config, wanted, origins, leave=leave)  # noqa: E731
 
-    teacher, helpers = None, {}
+    forward, helpers = whole_forward(network, "student"), {}
     if config.baseline.kind != "none":
         teacher = teacher_network(config)
         origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
         needed = wanted(teacher, "teacher", mesh, vit.PARTITION_RULES)
         helpers = take_weights(config, needed, [origin]).params
-
-    def forward(params, helpers, images, train, rngs):
-        logits, recorded = network.apply(params["student"], images, train=train, rngs=rngs)
-        taught = None
-        if teacher is not None:
-            taught = jax.lax.stop_gradient(teacher.apply(helpers["teacher"], images)[0])
-        return Outputs(logits, taught, recorded)
+        forward = _taught(forward, teacher)
 
     return train_phase(
         config,
@@ -69,3 +63,14 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         warm_start=warm_start,
         distill=config.baseline,
     )
+
+
+def _taught(student: Forward, teacher: Network) -> Forward:
+    """The student's forward pass with the logits of the whole teacher on the same images."""
+
+    def forward(params, helpers, images, train, rngs):
+        logits, _ = teacher.apply(helpers["teacher"], images)
+        outputs = student(params, helpers, images, train, rngs)
+        return outputs._replace(teacher=jax.lax.stop_gradient(logits))
+
+    return forward

@@ -15,7 +15,7 @@ from m2mkd_jax.data.few_shot import Episode, choose_task
 from m2mkd_jax.data.sources import Source, Subset, load_source
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.phases.networks import require_source, take_weights, whole_student
-from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.objective import whole_forward
 from m2mkd_jax.phases.training import train_phase
 
 HEAD = r"student/stage_\d+/head/.*"
@@ -33,10 +33,6 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     origin = Origin(require_source(config, "network"), "student", "student")
     fresh = (Allowance(HEAD, f"a head of config.few_shot.ways={ways} labels"),)
 
-    def forward(params, helpers, images, train, rngs):
-        logits, recorded = network.apply(params["student"], images, train=train, rngs=rngs)
-        return Outputs(logits, None, recorded)
-
     return train_phase(
         episode,
         workdir,
@@ -44,7 +40,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         title=config.phase,
         init=lambda key: {"student": network.init(key)},
         rules=vmoe.PARTITION_RULES,
-        forward=forward,
+        forward=whole_forward(network, "student"),
         trainable=HEAD,
         warm_start=lambda wanted: take_weights(episode, wanted, [origin], fresh=fresh),
         feed=_episode_feed(config, episode, workdir),
@@ -62,6 +58,7 @@ def _episode_feed(config: Config, episode: Config, workdir: epath.Path) -> Feed:
         validation_shots=few_shot.test_shots,
         seed=few_shot.seed,
         labels_count=data.labels,
+        validate_on_train=few_shot.test_on_train,
     )
     return make_feed(
         episode.data,
@@ -71,7 +68,7 @@ def _episode_feed(config: Config, episode: Config, workdir: epath.Path) -> Feed:
         seed=config.seed,
         workdir=workdir,
         train=_subset(train, chosen),
-        test=_subset(test, held_out),
+        test=_subset(train if few_shot.test_on_train else test, held_out),
     )
 
 

@@ -12,6 +12,7 @@ from m2mkd_jax import losses
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
 from m2mkd_jax.evaluators.classification import classification_sums
+from m2mkd_jax.stages import Network
 
 
 class Outputs(NamedTuple):
@@ -25,6 +26,16 @@ class Outputs(NamedTuple):
 
 # forward(params, helpers, images, train, rngs); rngs is None in evaluation.
 Forward = Callable[[Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Outputs]
+
+
+def whole_forward(network: Network, role: str) -> Forward:
+    """The forward pass of a network trained as a whole, its parameters under `role`; no teacher."""
+
+    def forward(params, helpers, images, train, rngs):
+        logits, recorded = network.apply(params[role], images, train=train, rngs=rngs)
+        return Outputs(logits, None, recorded)
+
+    return forward
 
 
 def make_loss(forward: Forward, config: Config, distill: DistillConfig) -> Loss:

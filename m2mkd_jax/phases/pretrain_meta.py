@@ -8,17 +8,13 @@ from jax.sharding import Mesh
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
 from m2mkd_jax.phases.networks import meta_network
-from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.objective import whole_forward
 from m2mkd_jax.phases.training import train_phase
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the meta model; its parameters are saved under "meta"."""
     network = meta_network(config, drop_path=config.drop_path)
-
-    def forward(params, helpers, images, train, rngs):
-        logits, recorded = network.apply(params["meta"], images, train=train, rngs=rngs)
-        return Outputs(logits, None, recorded)
 
     return train_phase(
         config,
@@ -27,5 +23,5 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         title=config.phase,
         init=lambda key: {"meta": network.init(key)},
         rules=vit.PARTITION_RULES,
-        forward=forward,
+        forward=whole_forward(network, "meta"),
     )
