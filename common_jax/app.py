@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -51,7 +50,7 @@ def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder` for later runs; None keeps none."""
     if folder is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+    jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

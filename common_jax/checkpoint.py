@@ -19,10 +19,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from common_jax.mesh import Rules, match_rules, replicated
-from common_jax.state import TrainState
+from common_jax.state import TrainState, merge
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "trainer", "config")
+AVERAGE = "average"  # the fourth item, of runs that keep a running average
 MARKER = "commit_success.txt"
 
 
@@ -59,14 +60,16 @@ class Checkpoints:
         metrics: Mapping[str, float] | None,
     ) -> None:
         """Starts to write `state`; returns when the arrays are copied, before they are on disk."""
-        trainer = {name: value for name, value in vars(state).items() if name != "params"}
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "trainer": ocp.args.StandardSave(_trainer(state)),
+            "config": ocp.args.JsonSave(dict(config)),
+        }
+        if state.ema is not None:
+            items[AVERAGE] = ocp.args.StandardSave(state.ema)
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                trainer=ocp.args.StandardSave(trainer),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
+            args=ocp.args.Composite(**items),
             metrics=dict(metrics) if metrics else None,
         )
 
@@ -102,15 +105,15 @@ class Checkpoints:
         self._manager.close()
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
-        trainer = {name: value for name, value in vars(abstract).items() if name != "params"}
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                trainer=ocp.args.StandardRestore(trainer),
-            ),
-        )
-        return TrainState(params=restored["params"], **restored["trainer"])
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "trainer": ocp.args.StandardRestore(_trainer(abstract)),
+        }
+        if abstract.ema is not None:
+            items[AVERAGE] = ocp.args.StandardRestore(abstract.ema)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        average = restored[AVERAGE] if abstract.ema is not None else None
+        return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
     def _metric(self, metrics: Mapping[str, float] | None) -> float:
         return (metrics or {}).get(self._best, float("-inf"))
@@ -134,6 +137,7 @@ def load(
     subtree: str = "",
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    average: bool = False,
 ) -> dict[str, Any]:
     """Parameters of a checkpoint, or the part of them below `subtree`, without building the
     trainer.
@@ -146,6 +150,8 @@ def load(
       subtree: path of keys, such as "student/stage_2"; empty for all.
       mesh: devices to put them on; None for the first device alone.
       rules: how they are split over `mesh`; None holds them whole on every device.
+      average: takes the running average of what was trained, which is what was evaluated, where
+        the run kept one (config.optim.ema).
 
     Returns:
       The nested dict below `subtree`.
@@ -165,7 +171,7 @@ def load(
         raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
     wanted = traverse_util.unflatten_dict(chosen, sep="/")
     if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), wanted)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), wanted)
     elif rules is None:
         shardings = jax.tree.map(lambda _: replicated(mesh), wanted)
     else:
@@ -176,16 +182,19 @@ def load(
         shardings,
     )
     restored = read(step, wanted)
+    kept = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
+    if averaged := _common(wanted, kept):
+        restored = merge(restored, read(step, averaged, item=AVERAGE))
     for key in filter(None, subtree.split("/")):
         restored = restored[key]
     return restored
 
 
-def read(step: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from a step's folder and
-    nothing else of it."""
+def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
+    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from an item of a step's folder
+    and nothing else of it."""
     return ocp.PyTreeCheckpointer().restore(
-        step / "params",
+        step / item,
         args=ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -221,9 +230,20 @@ def find_step(source: epath.PathLike) -> epath.Path:
     )
 
 
-def _shapes(step: epath.Path) -> dict[str, Any]:
-    metadata = ocp.PyTreeCheckpointHandler().metadata(step / "params").tree
+def _trainer(state: TrainState) -> dict[str, Any]:
+    return {name: value for name, value in vars(state).items() if name not in ("params", "ema")}
+
+
+def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:
+    metadata = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+
+def _common(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of `wanted` whose paths are in `held` too."""
+    paths = traverse_util.flatten_dict(held)
+    flat = traverse_util.flatten_dict(wanted)
+    return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if p in paths})
 
 
 def _outline(shapes: Mapping[str, Any]) -> list[str]:

@@ -316,7 +316,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """All examples in order, once, the last batch padded.
 
-    `_mask` [B] float32 is 1 on real rows and 0 on padding.     Every host yields ceil(size / batch)
+    `_mask` [B] float32 is 1 on real rows and 0 on padding. Every host yields ceil(size / batch)
     batches of batch / hosts rows, whatever falls to it. A bad example is counted, reported and
     masked out while at most `bad_share` of the source is bad. Arguments as in `train_batches`, but
     that the transform takes no generator.

@@ -110,7 +110,7 @@ def train(
       config: the JSON that made the run, kept beside every checkpoint.
 
     Returns:
-      What result.json holds: steps, metrics of the last evaluation, account of the warm start.
+      What result.json holds: phase, steps, skipped steps, metrics of the last evaluation.
 
     Raises:
       ValueError: when the batch does not divide, or no checkpoint can be read.
@@ -155,29 +155,35 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     evaluation, pending = None, None
 
     def flush() -> None:
-        """Writes the metrics of a step that was dispatched before; waits for it."""
+        """Reads the step dispatched before, waiting for it: its line of the log, if it has one."""
         nonlocal pending
         if pending is None:
             return
-        at, metrics = pending
-        pending = None
-        metrics = _averages(jax.device_get(metrics))
-        recorder.write(at, at / task.steps_per_epoch, metrics)
-        if timing := clock.read(at):
-            recorder.write_timing(at, **timing)
-        _check_finite(metrics, run, at, checkpoints)
+        (at, report), pending = pending, None
+        skipped_in_row = int(report["skipped_in_row"])
+        if _logs(at, run, total):
+            recorder.write(at, at / task.steps_per_epoch, _averages(jax.device_get(report)))
+            if timing := clock.read(at):
+                recorder.write_timing(at, **timing)
+        if skipped_in_row >= run.nan_patience:
+            checkpoints.close()
+            raise FloatingPointError(
+                f"the last {skipped_in_row} steps up to step {at} had a non-finite loss or "
+                f"gradient (config.run.nan_patience={run.nan_patience}). The checkpoints in "
+                f"{checkpoints.folder} are from before and stay: lower config.optim.lr or set "
+                "config.optim.clip, and start in another workdir"
+            )
 
     # The loop: dispatch a step, then read the metrics of the one before while it runs.
     batches = _ahead(task.batches(start), mesh) if start < total else iter(())
     for done in range(start + 1, total + 1):
-        if run.profile and done == run.profile[0]:
+        if run.profile and done == max(run.profile[0], start + 1):
             jax.profiler.start_trace(str(workdir / "profile"))
         state, metrics = step(state, task.helpers, next(batches), seed)
         recorder.advance(done)
         flush()
-        if done % run.log_every == 0 or done == total:
-            pending = (done, metrics)
-        if run.profile and done == run.profile[1]:
+        pending = (done, metrics)
+        if run.profile and done == min(run.profile[1], total):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         if _due(done, run.eval_every, task.steps_per_epoch, total):
@@ -218,8 +224,8 @@ def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> N
         )
 
 
-# Fields that change nothing about what is computed, so a run may go on with others.
-PASSING = ("run.profile", "run.compilation_cache")
+# Fields that change no more of what is computed than its rounding: a run may go on with others.
+PASSING = ("run.profile", "run.compilation_cache", "mesh.data", "mesh.fsdp", "mesh.expert")
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,17 +315,8 @@ def _averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {f"train/{name}": value for name, value in (means | counts).items()}
 
 
-def _check_finite(
-    metrics: Mapping[str, Any], run: RunConfig, step: int, checkpoints: Checkpoints
-) -> None:
-    if metrics["train/skipped_in_row"] >= run.nan_patience:
-        checkpoints.close()
-        raise FloatingPointError(
-            f"the last {metrics['train/skipped_in_row']} steps up to step {step} had a non-finite "
-            f"loss or gradient (config.run.nan_patience={run.nan_patience}). The checkpoints in "
-            f"{checkpoints.folder} are from before and stay: lower config.optim.lr or set "
-            "config.optim.clip, and start in another workdir"
-        )
+def _logs(step: int, run: RunConfig, total: int) -> bool:
+    return step == total or step % run.log_every == 0
 
 
 def _due(step: int, epochs: int, steps_per_epoch: int, total: int) -> bool:

@@ -46,12 +46,21 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> tuple[App
       train_module and distill) it runs that stage alone, on images if it is the first and else on
       tokens (B, T, D).
 
+    Where the run kept a running average (config.optim.ema), the parameters are that average, as
+    they were evaluated.
+
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
     """
     config = freeze(Config, checkpoint.load_config(source))
     role, build = NETWORKS[config.phase]
-    params = checkpoint.load(source, subtree=role, mesh=mesh, rules=vmoe.PARTITION_RULES)
+    params = checkpoint.load(
+        source,
+        subtree=role,
+        mesh=mesh,
+        rules=vmoe.PARTITION_RULES,
+        average=config.optim.ema > 0,
+    )
     network = build(config)
     modular = config.phase in ("train_module", "distill")
     start, stop = (config.modules()[0], config.modules()[0] + 1) if modular else (0, len(network))

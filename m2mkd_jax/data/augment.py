@@ -296,8 +296,8 @@ def mix(
     """Mixup or cutmix of a whole batch, and its soft targets (timm's Mixup, mode batch).
 
     One draw for the batch: whether to mix, which of the two, lambda ~ Beta(alpha, alpha), the
-      centre
-    of the box. With both alphas 0 the images stay and the targets are the smoothed one-hot labels.
+    centre of the box. With both alphas 0 the images stay and the targets are the smoothed one-hot
+    labels.
 
     Raises:
       ValueError: an odd batch where mixing is on.

@@ -53,8 +53,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     few-shot.
 
     Every run gets the recipe of its phase from config.recipes and the weights of the runs before
-    it; a phase without a recipe is left out, but for few_shot only at the price of an error where
-    it is needed.
+    it. few_shot is left out where it has no recipe.
 
     Returns:
       The result of the end-to-end run.

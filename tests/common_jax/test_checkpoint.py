@@ -71,6 +71,28 @@ def test_a_part_is_loaded_by_its_path(workdir):
     np.testing.assert_array_equal(older, np.full((4, 2), 0.9, np.float32))
 
 
+def test_the_running_average_is_loaded_where_there_is_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1, best=None)
+    average = {"net": {"stage_0": {"kernel": jnp.full((4, 2), 7.0)}}}
+    with_average = state(1, 0.5).replace(ema=average)
+    checkpoints.save(with_average, step=1, config={}, metrics=None)
+    checkpoints.close()
+    np.testing.assert_array_equal(
+        checkpoint.load(tmp_path, average=True)["net"]["stage_0"]["kernel"], np.full((4, 2), 7.0)
+    )
+    np.testing.assert_array_equal(
+        checkpoint.load(tmp_path, average=True, subtree="net/stage_1")["bias"], np.ones(3)
+    )
+    np.testing.assert_array_equal(
+        checkpoint.load(tmp_path)["net"]["stage_0"]["kernel"], np.full((4, 2), 0.5, np.float32)
+    )
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), with_average
+    )
+    restored = Checkpoints(tmp_path, keep=1, best=None).restore_latest(wanted)
+    jax.tree.map(np.testing.assert_array_equal, restored, with_average)
+
+
 def test_what_is_not_there_is_named(workdir, tmp_path):
     with pytest.raises(
         KeyError, match=r"holds no 'net/stage_2'; it holds .*net/stage_0.*net/stage_1"

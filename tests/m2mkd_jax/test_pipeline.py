@@ -14,6 +14,7 @@ from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import DistillConfig, SourcesConfig
+from m2mkd_jax.models.moe import BalanceConfig, MoeConfig
 from m2mkd_jax.phases.pipeline import run_phase
 
 RUNS = [
@@ -138,6 +139,31 @@ def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, one_devic
     run_phase(config, tmp_path / "some", one_device)
     lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
     assert all(line["train/distillation"] > 0 for line in lines if "train/loss" in line)
+
+
+MOE_SETTINGS = {
+    "V-MoE's own": MoeConfig(
+        experts=4,
+        router="softmax_topk",
+        order="priority",
+        dispatch="capacity",
+        capacity_factor=0.5,
+        balance=BalanceConfig(importance=0.01, load=0.01),
+    ),
+    "expert choice": MoeConfig(experts=4, router="expert_choice", balance=BalanceConfig(z=0.001)),
+}
+
+
+@pytest.mark.parametrize("name", list(MOE_SETTINGS))
+def test_every_kind_of_routing_trains(one_device, tmp_path, name):
+    moe = MOE_SETTINGS[name]
+    run_phase(tiny_config("end_to_end", moe=moe), tmp_path, one_device)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert all(line["train/loss"] > line["train/label_loss"] for line in lines)
+    dropped = [line["train/moe/stage_1/block_0/dropped"] for line in lines]
+    assert (
+        all(share >= 0.4 for share in dropped) if moe.dispatch == "capacity" else not any(dropped)
+    )
 
 
 def test_wrong_sources_are_named(finished, one_device, tmp_path):

@@ -23,9 +23,12 @@ RUN = (
     "--config.model.patch=4",
     "--config.drop_path=0.1",
     "--config.optim.ema=0.9",
+    "--config.optim.batch=128",
     "--config.optim.steps=44",
     "--config.optim.warmup_epochs=1",
     "--config.run.log_every=3",
+    "--config.run.eval_every=1",
+    "--config.run.checkpoint_every=1",
     "--config.run.compilation_cache=None",
 )
 

@@ -1,6 +1,8 @@
 """Eight devices compute what one computes, with everything that is large really split."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 from tiny import MOE, OPTIM, tiny_config
 
 from common_jax import checkpoint
+from common_jax.config import freeze
 from common_jax.mesh import AXES, MeshConfig, idle_rules, make_mesh
 from common_jax.metrics import read_metrics
+from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.phases import end_to_end
@@ -92,6 +96,20 @@ def test_a_checkpoint_of_eight_devices_is_read_on_fewer(runs, devices):
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     up = params["student"]["stage_0"]["block_0"]["moe"]["up"]
     assert up.sharding.shard_shape(up.shape) == (4, 16 // devices, 32)
+
+
+def test_a_run_of_eight_devices_goes_on_on_one(runs, tmp_path):
+    folders, _ = runs
+    shutil.copytree(folders["eight"], tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    config = dataclasses.replace(
+        freeze(Config, checkpoint.load_config(folders["eight"])), mesh=MeshConfig(data=1)
+    )
+    one = make_mesh(config.mesh, jax.devices()[:1])
+    result = end_to_end.run(config, tmp_path / "run", one)
+    expected = json.loads((folders["eight"] / "result.json").read_text())
+    assert result["steps"] == expected["steps"] == 20
+    assert result["test/loss"] == pytest.approx(expected["test/loss"], rel=1e-5)
 
 
 def test_no_partition_rule_is_idle():
