@@ -143,8 +143,6 @@ def load_digits_source(config: DataConfig, split: str) -> ArraySource:
       ValueError: config.data asks for another size, channel or class count, or another split than
         train and test.
     """
-    from sklearn.datasets import load_digits
-
     for key, value in (("image_size", 8), ("channels", 1), ("labels", 10)):
         if getattr(config, key) != value:
             raise ValueError(
@@ -157,13 +155,21 @@ def load_digits_source(config: DataConfig, split: str) -> ArraySource:
             f"config.data has split {split!r}, but 'digits' has only {sorted(splits)}; "
             "correct config.data.train_split or config.data.test_split"
         )
+    images, labels = _digits()
+    arrays = {"image": images[splits[split]], "label": labels[splits[split]]}
+    return ArraySource(arrays, tuple(map(str, range(10))))
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels, read once a process: parsing them takes longer than a short run."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    arrays = {
-        "image": images[splits[split]],
-        "label": digits.target.astype(np.int32)[splits[split]],
-    }
-    return ArraySource(arrays, tuple(str(name) for name in digits.target_names))
+    labels = digits.target.astype(np.int32)
+    images.flags.writeable = labels.flags.writeable = False
+    return images, labels
 
 
 @dataclasses.dataclass(frozen=True)
