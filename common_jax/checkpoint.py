@@ -59,7 +59,17 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to write `state`; returns when the arrays are copied, before they are on disk."""
+        """Starts to write `state`; returns when the arrays are copied, before they are on disk.
+
+        Raises:
+          ValueError: when there are metrics and the one that decides what is best is not among
+            them.
+        """
+        if metrics and self._best is not None and self._best not in metrics:
+            raise ValueError(
+                f"config.run.best={self._best!r} is none of the metrics {sorted(metrics)}; "
+                "None keeps no best checkpoint"
+            )
         items = {
             "params": ocp.args.StandardSave(state.params),
             "trainer": ocp.args.StandardSave(_trainer(state)),
@@ -73,7 +83,7 @@ class Checkpoints:
             metrics=dict(metrics) if metrics else None,
         )
 
-    def restore_latest(self, abstract: TrainState) -> TrainState | None:
+    def restore_latest(self, abstract: TrainState) -> TrainState:
         """The newest state that can be read, on the shardings of `abstract`; None when there is
         none.
 
@@ -88,13 +98,10 @@ class Checkpoints:
                 return self._restore(step, abstract)
             except Exception as error:  # whatever orbax or tensorstore raises for a damaged file
                 logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), error)
-        if steps:
-            raise ValueError(
-                f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above "
-                "say why. "
-                "Move the folder away to start anew"
-            )
-        return None
+        raise ValueError(
+            f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above say "
+            "why. Move the folder away to start anew"
+        )
 
     def wait(self) -> None:
         """Returns when every save has reached the disk; raises what a failed one raised."""

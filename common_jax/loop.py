@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from common_jax import config as configs
 from common_jax import mesh as meshes
-from common_jax.checkpoint import Checkpoints
+from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
 from common_jax.metrics import Recorder
 from common_jax.optim import OptimConfig, make_optimizer, make_schedule
 from common_jax.state import TrainState, fold_name, merge, partition, step_rngs
@@ -126,22 +126,26 @@ def train(
 
 
 def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
-    # Everything that a user can have got wrong fails here, before a file is written.
+    # What a user can have got wrong fails here, or when weights are taken, before config.json is
+    # there: the folder is still free for a corrected start.
     micro_batch = optim.batch // optim.accumulate
     meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
     total = optim.total_steps(task.steps_per_epoch)
     schedule = make_schedule(optim, task.steps_per_epoch)
     abstract = _abstract_state(task, optim, mesh)
+    fresh = not finished_steps(workdir / FOLDER)
+    warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(workdir / "config.json", config)
-    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best)
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
-    state = checkpoints.restore_latest(abstract)
-    if state is None:
-        state = _fresh_state(task, optim, seed, workdir, abstract)
+    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best)
+    if fresh:
+        state = _fresh_state(task, optim, seed, workdir, abstract, warm)
+    else:
+        state = checkpoints.restore_latest(abstract)
     start = int(state.step)
     seed = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
 
@@ -176,14 +180,15 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
 
     # The loop: dispatch a step, then read the metrics of the one before while it runs.
     batches = _ahead(task.batches(start), mesh) if start < total else iter(())
+    traced = _traced_steps(run, start, total)
     for done in range(start + 1, total + 1):
-        if run.profile and done == max(run.profile[0], start + 1):
+        if traced and done == traced[0]:
             jax.profiler.start_trace(str(workdir / "profile"))
         state, metrics = step(state, task.helpers, next(batches), seed)
         recorder.advance(done)
         flush()
         pending = (done, metrics)
-        if run.profile and done == min(run.profile[1], total):
+        if traced and done == traced[-1]:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
         if _due(done, run.eval_every, task.steps_per_epoch, total):
@@ -265,18 +270,17 @@ def _abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
 RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
-def _fresh_state(task, optim, seed: int, workdir: epath.Path, abstract: TrainState) -> TrainState:
+def _fresh_state(
+    task, optim, seed: int, workdir: epath.Path, abstract: TrainState, warm: WarmStart | None
+) -> TrainState:
     """The state at step 0, born sharded: only what the warm start does not give is drawn."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    warm = {}
-    if task.warm_start is not None:
-        given = task.warm_start(abstract.params)
-        warm = given.params
-        counts = {key: len(entries) for key, entries in given.account.items()}
-        counts["taken"] = sum(entry["parameters"] for entry in given.account["taken"])
+    if warm is not None:
+        counts = {key: len(entries) for key, entries in warm.account.items()}
+        counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
         logging.info("%s starts from %s", task.title, counts)
         if jax.process_index() == 0:
-            _write_json(workdir / "warm_start.json", given.account)
+            _write_json(workdir / "warm_start.json", warm.account)
 
     def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
         params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
@@ -284,7 +288,7 @@ def _fresh_state(task, optim, seed: int, workdir: epath.Path, abstract: TrainSta
 
     options = RUN_ONCE.get(jax.default_backend())
     compiled = jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)
-    return compiled(np.uint32(seed), warm)
+    return compiled(np.uint32(seed), {} if warm is None else warm.params)
 
 
 def _evaluate(task: Task, state: TrainState) -> dict[str, float]:
@@ -317,6 +321,14 @@ def _averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _logs(step: int, run: RunConfig, total: int) -> bool:
     return step == total or step % run.log_every == 0
+
+
+def _traced_steps(run: RunConfig, start: int, total: int) -> range:
+    """The steps of config.run.profile that this start of the run will do."""
+    if not run.profile:
+        return range(0)
+    first, last = run.profile
+    return range(max(first, start + 1), min(last, total) + 1)
 
 
 def _due(step: int, epochs: int, steps_per_epoch: int, total: int) -> bool:

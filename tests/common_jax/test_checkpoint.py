@@ -60,7 +60,13 @@ def test_the_newest_is_restored_whole(workdir):
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
-    assert Checkpoints(tmp_path, keep=1, best=None).restore_latest(abstract()) is None
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[\]"):
+        Checkpoints(tmp_path, keep=1, best=None).restore_latest(abstract())
+
+
+def test_a_misspelt_best_metric_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.run\.best='test/accuracies' is none of"):
+        save(tmp_path, [0.1], best="test/accuracies")
 
 
 def test_a_part_is_loaded_by_its_path(workdir):

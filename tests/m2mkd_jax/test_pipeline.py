@@ -190,3 +190,4 @@ def test_wrong_sources_are_named(finished, one_device, tmp_path):
         ValueError, match=r"stage_0/cls_token is wanted as \(1, 1, 32\) and is \(1, 1, 16\)"
     ):
         run_phase(config, tmp_path / "c", one_device)
+    assert not (tmp_path / "c" / "config.json").exists()
