@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="modular-jax",
     version="0.1.0",
-    description="m2mKD (module-to-module knowledge distillation) in JAX/Flax, for TPU pods and GPU meshes",
+    description="Module-to-module knowledge distillation (m2mKD) in JAX/Flax, for TPUs and GPUs",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),

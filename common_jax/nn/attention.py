@@ -2,7 +2,7 @@
 
 import jax
 from flax import linen as nn
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 INIT = nn.initializers.normal(0.02)
@@ -18,7 +18,7 @@ class SelfAttention(nn.Module):
 
     heads: int
     qkv_bias: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -1,7 +1,7 @@
 """The transformer's two-layer perceptron."""
 
 from flax import linen as nn
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 INIT = nn.initializers.normal(0.02)
@@ -12,7 +12,7 @@ class Mlp(nn.Module):
     with bias."""
 
     hidden: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -5,6 +5,7 @@ import math
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -19,7 +20,7 @@ class PatchEmbedding(nn.Module):
 
     patch: int
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:

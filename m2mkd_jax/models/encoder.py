@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.mesh import constrain
@@ -69,7 +70,7 @@ class Block(nn.Module):
 
     encoder: EncoderConfig
     config: BlockConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
@@ -113,7 +114,7 @@ class EncoderStage(nn.Module):
     blocks: tuple[BlockConfig, ...]
     embeds: bool
     classifies: bool
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -163,7 +164,7 @@ def build(
     encoder: EncoderConfig,
     interface: Interface,
     stages: Iterable[tuple[BlockConfig, ...]],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Network:
     """The network whose stage i runs the blocks `stages[i]`; the first embeds and the last
     classifies.
@@ -223,6 +224,6 @@ def tokens(encoder: EncoderConfig, interface: Interface) -> int:
     return (interface.image_size // encoder.patch) ** 2 + 1
 
 
-def layer_norm(encoder: EncoderConfig, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+def layer_norm(encoder: EncoderConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """The encoder's LayerNorm; its statistics are in float32, and two-pass, whatever `dtype` is."""
     return nn.LayerNorm(encoder.norm_eps, use_fast_variance=False, dtype=dtype, name=name)

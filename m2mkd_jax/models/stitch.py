@@ -1,7 +1,7 @@
 """Stitch layers: between the width of a student and the width of the meta model."""
 
 from flax import linen as nn
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.nn.mlp import INIT
@@ -14,7 +14,7 @@ class Stitch(nn.Module):
     `width`."""
 
     width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T _"]) -> Float[Array, "B T D"]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from m2mkd_jax.models import encoder
 from m2mkd_jax.stages import Network
@@ -106,7 +107,7 @@ def build(
     config: ViTConfig,
     interface: encoder.Interface,
     *,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> Network:
     """The ViT of `config`, one stage an entry of `config.depths`; stochastic depth ramps to

@@ -6,6 +6,7 @@ import types
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from m2mkd_jax.models import encoder, vit
 from m2mkd_jax.models.moe import MoeConfig
@@ -60,7 +61,7 @@ def build(
     interface: encoder.Interface,
     *,
     stitch_width: int | None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> Network:
     """The whole V-MoE of `config`.
@@ -83,7 +84,7 @@ def build_students(
     interface: encoder.Interface,
     *,
     meta_width: int,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> Network:
     """The V-MoE cut into students: stage k is student k, with stitches to and from `meta_width`.
