@@ -103,7 +103,7 @@ def _parse(
     for override in cleared:  # the flags would read a word, where the absence of a value is meant
         *sections, key = override.removeprefix("--config.").partition("=")[0].split(".")
         functools.reduce(lambda section, name: section[name], sections, config)[key] = None
-    return config, epath.Path(fresh["workdir"].value)
+    return config, epath.Path(fresh["workdir"].value).expanduser().resolve()
 
 
 def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:

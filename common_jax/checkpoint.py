@@ -37,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, best: str | None):
-        self.folder = epath.Path(workdir) / FOLDER
+        self.folder = epath.Path(workdir).resolve() / FOLDER  # orbax takes no relative path
         self._best = best
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
@@ -223,7 +223,7 @@ def load_shapes(source: epath.PathLike) -> dict[str, Any]:
 
 def find_step(source: epath.PathLike) -> epath.Path:
     """The folder of the step that `source` means: itself, or the newest finished one below it."""
-    source = epath.Path(source)
+    source = epath.Path(source).expanduser().resolve()
     if source.name.isdigit() and (source / "params").exists():
         return source
     for folder in (source / FOLDER, source):

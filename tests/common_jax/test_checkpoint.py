@@ -99,6 +99,12 @@ def test_the_running_average_is_loaded_where_there_is_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, with_average)
 
 
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("runs/a", [0.5])
+    assert checkpoint.load("runs/a", subtree="net/stage_1/bias").shape == (3,)
+
+
 def test_what_is_not_there_is_named(workdir, tmp_path):
     with pytest.raises(
         KeyError, match=r"holds no 'net/stage_2'; it holds .*net/stage_0.*net/stage_1"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import m2mkd_jax
 from common_jax import app
 from m2mkd_jax.main import DESCRIPTION, main
 
@@ -135,7 +136,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path):
+def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monkeypatch):
     flags = [
         f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end",
         f"--config.data.path={folder}",
@@ -154,8 +155,11 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path):
         "--config.run.profile=(2,3)",
         "--config.run.compilation_cache=None",
     ]
+    monkeypatch.chdir(tmp_path)
+    app.run(main, DESCRIPTION, ["m2mkd", *flags, "--workdir=run"])
+    apply, params = m2mkd_jax.load_model("run")
+    assert apply(params, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 2)
     workdir = tmp_path / "run"
-    app.run(main, DESCRIPTION, ["m2mkd", *flags, f"--workdir={workdir}"])
     assert (workdir / "result.json").exists()
     assert (workdir / "report.html").stat().st_size > 10_000
     bad = (workdir / "bad_examples.jsonl").read_text().splitlines()
