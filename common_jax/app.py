@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from common_jax.checkpoint import absolute
 from common_jax.config import did_you_mean
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
@@ -103,7 +104,7 @@ def _parse(
     for override in cleared:  # the flags would read a word, where the absence of a value is meant
         *sections, key = override.removeprefix("--config.").partition("=")[0].split(".")
         functools.reduce(lambda section, name: section[name], sections, config)[key] = None
-    return config, epath.Path(fresh["workdir"].value).expanduser().resolve()
+    return config, absolute(fresh["workdir"].value)
 
 
 def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:

@@ -37,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, best: str | None):
-        self.folder = epath.Path(workdir).resolve() / FOLDER  # orbax takes no relative path
+        self.folder = absolute(workdir) / FOLDER
         self._best = best
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
@@ -223,7 +223,7 @@ def load_shapes(source: epath.PathLike) -> dict[str, Any]:
 
 def find_step(source: epath.PathLike) -> epath.Path:
     """The folder of the step that `source` means: itself, or the newest finished one below it."""
-    source = epath.Path(source).expanduser().resolve()
+    source = absolute(source)
     if source.name.isdigit() and (source / "params").exists():
         return source
     for folder in (source / FOLDER, source):
@@ -235,6 +235,12 @@ def find_step(source: epath.PathLike) -> epath.Path:
         "folder, or a step "
         "in it"
     )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root, which orbax insists on; a bucket's (`gs://...`) is one already."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
 
 
 def _trainer(state: TrainState) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("runs/a", [0.5])
     assert checkpoint.load("runs/a", subtree="net/stage_1/bias").shape == (3,)
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_what_is_not_there_is_named(workdir, tmp_path):
