@@ -128,8 +128,7 @@ def train(
 def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     # What a user can have got wrong fails here, or when weights are taken, before config.json is
     # there: the folder is still free for a corrected start.
-    micro_batch = optim.batch // optim.accumulate
-    meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
+    meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", optim.micro_batch)
     total = optim.total_steps(task.steps_per_epoch)
     schedule = make_schedule(optim, task.steps_per_epoch)
     abstract = _abstract_state(task, optim, mesh)
@@ -137,7 +136,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(workdir / "config.json", config)
+        write_json(workdir / "config.json", config)
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
@@ -210,7 +209,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     recorder.close()
     result = {"phase": task.title, "steps": total, "skipped": int(state.skipped)} | evaluation
     if jax.process_index() == 0:
-        _write_json(workdir / "result.json", result)
+        write_json(workdir / "result.json", result)
     return result
 
 
@@ -280,7 +279,7 @@ def _fresh_state(
         counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
         logging.info("%s starts from %s", task.title, counts)
         if jax.process_index() == 0:
-            _write_json(workdir / "warm_start.json", warm.account)
+            write_json(workdir / "warm_start.json", warm.account)
 
     def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
         params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
@@ -335,8 +334,8 @@ def _due(step: int, epochs: int, steps_per_epoch: int, total: int) -> bool:
     return step == total or step % (epochs * steps_per_epoch) == 0
 
 
-def _write_json(path: epath.Path, value: Any) -> None:
-    """Writes whole or not at all."""
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all, whenever the process may be killed."""
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)

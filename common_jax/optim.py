@@ -74,6 +74,11 @@ class OptimConfig:
             )
 
     @property
+    def micro_batch(self) -> int:
+        """Examples that are on the devices at once, over all hosts."""
+        return self.batch // self.accumulate
+
+    @property
     def peak_lr(self) -> float:
         """The learning rate scaled to the batch."""
         return self.lr if self.lr_per is None else self.lr * self.batch / self.lr_per

@@ -176,7 +176,7 @@ class Config:
             raise ValueError(f"config.seed={self.seed} must not be negative")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"config.drop_path={self.drop_path} must be in [0, 1)")
-        if self.augment.mixes and self.optim.batch // self.optim.accumulate % 2:
+        if self.augment.mixes and self.optim.micro_batch % 2:
             raise ValueError(
                 f"config.optim.batch={self.optim.batch} / accumulate={self.optim.accumulate} must "
                 "be "

@@ -56,7 +56,7 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
 
 def check_run(config: Config, mesh: Mesh) -> None:
     """Raises ValueError for a batch or a mixture of experts that does not fit the mesh."""
-    micro_batch = config.optim.batch // config.optim.accumulate
+    micro_batch = config.optim.micro_batch
     check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
     if config.phase in STUDENT_PHASES and config.model.moe_positions():
         check_moe(config.model.moe, dict(mesh.shape), micro_batch)

@@ -1,7 +1,6 @@
 """Where the images come from: scikit-learn's digits, or a folder or zip, one class a folder."""
 
 import dataclasses
-import difflib
 import functools
 import io
 import os
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from common_jax import inputs
+from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample, Example
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -64,8 +64,7 @@ class DataConfig:
 
     def __post_init__(self):
         if self.source not in SOURCES:
-            near = difflib.get_close_matches(self.source, SOURCES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(self.source, SOURCES)
             raise ValueError(
                 f"config.data.source={self.source!r} is none of {sorted(SOURCES)}{hint}"
             )

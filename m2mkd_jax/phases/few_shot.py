@@ -64,7 +64,7 @@ def _episode_feed(config: Config, episode: Config, workdir: epath.Path) -> Feed:
         episode.data,
         config.augment,
         batch=config.optim.batch,
-        micro_batch=config.optim.batch // config.optim.accumulate,
+        micro_batch=config.optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
         train=_subset(train, chosen),

@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config
+from common_jax.loop import refuse_other_config, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 
@@ -63,7 +63,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     refuse_other_config(workdir, asked)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(asked, indent=2) + "\n")
+        write_json(workdir / "config.json", asked)
     results = {}
     for folder, run_config in plan(config, workdir):
         done = workdir / folder / "result.json"

@@ -78,7 +78,7 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         config.data,
         config.augment,
         batch=optim.batch,
-        micro_batch=optim.batch // optim.accumulate,
+        micro_batch=optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
     )
