@@ -18,6 +18,7 @@ setup(
         "jaxtyping>=0.3.11",
         "matplotlib>=3.9",
         "ml_collections>=1.1.0",
+        "networkx>=3.4",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",

@@ -24,6 +24,8 @@ AXES = {
     "R": "rows of a grouped matrix product, sorted by expert",
     "S": "tokens attended to (keys, senders)",
     "T": "tokens (queries, receivers)",
+    "U": "width of an image token that NAC reads in",
     "V": "vocabulary",
+    "Y": "NAC signature",
     "Z": "NAC code",
 }

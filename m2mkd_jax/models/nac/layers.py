@@ -1,0 +1,247 @@
+"""Layers that NAC's parts share: code-conditioned linear layers, layer norm, layer scale, and how
+random numbers are drawn."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+NORM_EPS = 1e-5
+L2_EPS = 1e-12
+WEIGHT_EPS = 1e-6
+NOISE = "noise"
+
+ACTIVATIONS = types.MappingProxyType(
+    {"none": lambda x: x, "gelu": lambda x: nn.gelu(x, approximate=False)}
+)
+
+
+def layer_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """(x - mean) / sqrt(variance + 1e-5) over the last axis, without parameters."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + NORM_EPS)
+
+
+def l2_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """x / max(|x|, 1e-12) over the last axis; the gradient at 0 is finite."""
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    small = square <= L2_EPS**2
+    norm = jnp.sqrt(jnp.where(small, 1.0, square))
+    return x / jnp.where(small, L2_EPS, norm)
+
+
+NORMALISATIONS = types.MappingProxyType(
+    {
+        "layer": layer_normalise,
+        "l2": l2_normalise,
+        "none": lambda x: x,
+        "sigmoid": jax.nn.sigmoid,
+        "tanh": jnp.tanh,
+    }
+)
+RENORMALISATIONS = ("none", "layer", "l2")
+KINDS = ("modulated", "plain", "weight_modulated")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """The linear layers of a NAC, `config.model.linear`.
+
+    Attributes:
+      kind: "modulated" scales the input by the code (ModFC), "weight_modulated" the weights
+        (WModFC), "plain" ignores the code (FC).
+      normalization: of the scales of a modulated layer: "layer", "l2", "none", "sigmoid", "tanh".
+      gain: factor of the normalised scales, or its first value.
+      learnable_gain: whether the gain is a parameter.
+      add_one: adds 1 to the scales, so that a gain of 0 is an ordinary linear layer.
+      renormalization: of the scaled input: "none", "layer" or "l2".
+      dropout: of the scales, in training.
+      weight_gain: factor of the initial weights.
+      activation: behind the layer, "none" or "gelu".
+    """
+
+    kind: str = "modulated"
+    normalization: str = "layer"
+    gain: float = 0.1
+    learnable_gain: bool = True
+    add_one: bool = True
+    renormalization: str = "none"
+    dropout: float = 0.0
+    weight_gain: float = 1.0
+    activation: str = "none"
+
+    def __post_init__(self):
+        choices = {
+            "kind": KINDS,
+            "normalization": NORMALISATIONS,
+            "renormalization": RENORMALISATIONS,
+            "activation": ACTIVATIONS,
+        }
+        for name, allowed in choices.items():
+            check_choice(f"config.model.linear.{name}", getattr(self, name), allowed)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"config.model.linear.dropout={self.dropout} must be in [0, 1)")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer is a linear map of its input once the code is given."""
+        return self.renormalization == "none" and self.activation == "none"
+
+
+class CodeLinear(nn.Module):
+    """A linear layer conditioned on codes (NAC, ModFC and its kin).
+
+    With x the input and c the code of a position:
+      modulated:         N'(x * s) W + b,  s = gain N(c W_code) [+ 1]
+      weight_modulated:  x V + b,  V = W * m / |W * m| per output,  m = c W_code + b_code + 1
+      plain:             x W + b
+
+    Parameters: `kernel` (in, out), `bias` (out) if `use_bias`, `code_kernel` (Z, in), `gain` () if
+      learnable, `code_bias` (in) of a weight-modulated layer. Scales are computed in float32 and
+      without a batch axis; only the product with `kernel` is in `dtype`.
+    """
+
+    config: LinearConfig
+    inputs: int
+    outputs: int
+    code_width: int
+    use_bias: bool
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        init = uniform_init(self.inputs, config.weight_gain)
+        self.kernel = self.param("kernel", init, (self.inputs, self.outputs))
+        if self.use_bias:
+            plain = config.kind == "plain"
+            init = uniform_init(self.inputs) if plain else nn.initializers.zeros
+            self.bias = self.param("bias", init, (self.outputs,))
+        if config.kind != "plain":
+            init = uniform_init(self.code_width)
+            self.code_kernel = self.param("code_kernel", init, (self.code_width, self.inputs))
+        if config.kind == "weight_modulated":
+            self.code_bias = self.param("code_bias", init, (self.inputs,))
+        if config.kind == "modulated" and config.learnable_gain:
+            self.gain = self.param("gain", nn.initializers.constant(config.gain), ())
+
+    def __call__(
+        self, x: Float[Array, "*B T _"], codes: Float[Array, "#T Z"], *, train: bool = False
+    ) -> Float[Array, "*B T _"]:
+        config, x = self.config, x.astype(self.dtype)
+        if config.kind == "weight_modulated":
+            y = jnp.matvec(self._matrices(codes).astype(self.dtype), x)
+        else:
+            if config.kind == "modulated":
+                x = x * self.scales(codes, train=train).astype(self.dtype)
+                x = NORMALISATIONS[config.renormalization](x)
+            y = x @ self.kernel.astype(self.dtype)
+        if self.use_bias:
+            y = y + self.bias.astype(self.dtype)
+        return ACTIVATIONS[config.activation](y)
+
+    def scales(self, codes: Float[Array, "T Z"], *, train: bool = False) -> Float[Array, "T _"]:
+        """Factors of the input of a modulated layer, (T, in); ones of a plain layer."""
+        config = self.config
+        if config.kind == "plain":
+            return jnp.ones((codes.shape[0], self.inputs), codes.dtype)
+        gain = self.gain if config.learnable_gain else config.gain
+        scales = gain * NORMALISATIONS[config.normalization](codes @ self.code_kernel)
+        if train and config.dropout:
+            keep = 1 - config.dropout
+            uniform = draw(self, "dropout", uniform_like(scales), stream="code")
+            scales = scales * (uniform < keep) / keep
+        return scales + 1 if config.add_one else scales
+
+    def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:
+        """One matrix (out, in) a code, its rows of unit length."""
+        modulation = codes @ self.code_kernel + self.code_bias + 1
+        matrices = self.kernel.T * modulation[:, None, :]
+        square = jnp.sum(matrices**2, axis=-1, keepdims=True)
+        return matrices * jax.lax.rsqrt(square + WEIGHT_EPS)
+
+
+class Linear(nn.Module):
+    """x W + b, uniform within 1 / sqrt(in) at first; `kernel` (in, out), `bias` (out)."""
+
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B _"]) -> Float[Array, "*B _"]:
+        init = uniform_init(x.shape[-1])
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", init, (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> nn.LayerNorm:
+    """LayerNorm over the last axis, its statistics two-pass and in float32."""
+    return nn.LayerNorm(epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
+    """Uniform within gain / sqrt(fan_in), the original framework's default for linear layers."""
+    bound = gain / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def draw(
+    module: nn.Module, name: str, sample: Callable[[jax.Array], jax.Array], *, stream: str
+) -> jax.Array:
+    """Random numbers: those given as `name` in the collection "noise", else new ones.
+
+    Args:
+      module: who draws; the numbers stand under its path.
+      name: what they are for.
+      sample: key -> array.
+      stream: the rngs' name of the key.
+
+    Raises:
+      ValueError: when the given array is of another shape.
+      flax.errors.InvalidRngError: when none are given and the stream has no key.
+    """
+    if not module.has_variable(NOISE, name):
+        return sample(module.make_rng(stream))
+    given = module.get_variable(NOISE, name)
+    expected = jax.eval_shape(sample, jax.random.key(0)).shape
+    if given.shape != expected:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"noise {path} is of shape {given.shape}, {expected} is drawn here")
+    return given
+
+
+def can_draw(module: nn.Module, name: str, *, stream: str) -> bool:
+    """Whether `draw` would find numbers or a key: what is drawn in evaluation too (states,
+    pooling) is left out where it does not."""
+    return module.has_variable(NOISE, name) or module.has_rng(stream)
+
+
+def uniform_like(x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """key -> uniform numbers in [0, 1) of the shape of `x`, float32."""
+    return lambda key: jax.random.uniform(key, x.shape)
+
+
+def add_code_noise(
+    module: nn.Module, name: str, codes: Float[Array, "T Z"], scale: float, *, train: bool
+) -> Float[Array, "T Z"]:
+    """c + scale |c| (2 u - 1) in training, u uniform in [0, 1), one draw for the whole batch (NAC,
+    VectorScaleNoise); no gradient passes through the noise."""
+    if not train or not scale:
+        return codes
+    uniform = draw(module, name, uniform_like(codes), stream="code")
+    spread = scale * jnp.abs(jax.lax.stop_gradient(codes))
+    return codes + (2 * spread * uniform - spread)
+
+
+def check_choice(key: str, value: str, allowed: object) -> None:
+    """Raises ValueError when `value` is none of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r} must be one of {sorted(allowed)}")
