@@ -22,7 +22,8 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     turn.
 
     Args:
-      cls: a frozen dataclass whose fields are scalars, tuples, dataclasses or `X | None` of these.
+      cls: a frozen dataclass whose fields are scalars, tuples, dataclasses, `X | None` of these, or
+        one of several dataclasses (`X | Y`) that their defaults of the field `kind` tell apart.
       config: ConfigDict or mapping; a field it lacks keeps the dataclass's default.
       path: what to call `config` in messages, for example "config.model".
 
@@ -126,13 +127,29 @@ def _scalar_of(hint: Any) -> type | None:
     return plain[0] if len(plain) == 1 and plain[0] in (int, float, str, bool) else None
 
 
+def _choose(choices: list[Any], value: Any, path: str) -> Any:
+    """The type of `X | Y` that a section is of: the one whose default `kind` it has, or the first
+    where it names none."""
+    if len(choices) == 1 or dataclasses.is_dataclass(value):
+        return type(value) if type(value) in choices else choices[0]
+    kinds = {choice.kind: choice for choice in choices}
+    kind = value.get("kind", choices[0].kind)
+    if kind not in kinds:
+        raise ValueError(
+            f"{path}.kind={kind!r} must be one of {sorted(kinds)}{did_you_mean(str(kind), kinds)}"
+        )
+    return kinds[kind]
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, ml_collections.FieldReference):
         value = value.get()
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         plain = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
-        return None if value is None else _convert(plain[0], value, path)
+        if value is None:
+            return None
+        return _convert(_choose(plain, value, path), value, path)
     if dataclasses.is_dataclass(hint):
         if dataclasses.is_dataclass(value):
             return value

@@ -241,7 +241,8 @@ def _abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
     params = jax.eval_shape(task.init, jax.random.key(0))
     shardings = meshes.match_rules(task.rules, params, mesh)
     rngs = jax.eval_shape(lambda: step_rngs(0, 0))
-    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs)
+    step = jax.ShapeDtypeStruct((), np.int32)
+    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, step)
     state = jax.eval_shape(
         lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
     )
@@ -292,10 +293,11 @@ def _fresh_state(
 
 def _evaluate(task: Task, state: TrainState) -> dict[str, float]:
     params = state.params if state.ema is None else merge(state.params, state.ema)
+    step = int(state.step)
     return {
         f"{prefix}/{name}": value
         for prefix, evaluate in task.evaluators.items()
-        for name, value in evaluate(params, task.helpers).items()
+        for name, value in evaluate(params, task.helpers, step).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and learning-rate schedules."""
+"""AdamW with decay groups, SGD, and learning-rate schedules."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 
 # PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
+OPTIMIZERS = ("adamw", "sgd")
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 
@@ -27,12 +28,17 @@ class OptimConfig:
       lr: peak learning rate.
       lr_per: examples the peak is stated for; the peak is lr * batch / lr_per. None: it is not
         scaled.
-      schedule: "epoch_cosine", the original's curve, or "warmup_cosine", per step.
+      schedule: "epoch_cosine", the original's curve; "epoch_cosine_unlagged", the same without its
+        lag of an epoch, as NAC's; "warmup_cosine", per step; or "constant", the peak throughout.
       warmup_epochs: length of the linear warm-up.
       warmup_lr: where the warm-up starts; never scaled.
       min_lr: where the cosine ends; never scaled.
-      weight_decay, b1, b2, eps: AdamW's.
-      no_decay: regex of parameter paths that do not decay although they are matrices.
+      optimizer: "adamw", or "sgd" with Nesterov momentum.
+      weight_decay: AdamW's, decoupled; of SGD it is added to the gradient.
+      b1, b2, eps: AdamW's.
+      momentum: SGD's.
+      decay_all: decays every parameter, vectors and biases too, as NAC's recipe does.
+      no_decay: regex of further parameter paths that do not decay, matrices too.
       clip: largest global norm of the gradient; None for no clipping.
       ema: decay of the running average of the parameters that is evaluated; 0 for none.
     """
@@ -47,10 +53,13 @@ class OptimConfig:
     warmup_epochs: int = 20
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    optimizer: str = "adamw"
     weight_decay: float = 0.05
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.9
+    decay_all: bool = False
     no_decay: str = r".*/(pos_embed|cls_token)"
     clip: float | None = None
     ema: float = 0.0
@@ -59,6 +68,10 @@ class OptimConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"config.optim.schedule={self.schedule!r} must be one of {sorted(SCHEDULES)}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"config.optim.optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}"
             )
         if self.accumulate < 1 or self.batch % self.accumulate:
             raise ValueError(
@@ -104,10 +117,12 @@ def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     Returns:
       The learning rate as a function of the step, 0-based.
     """
-    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
-    table = [_epoch_value(config, epochs, max(epoch - 1, 0)) for epoch in range(epochs)]
-    values = jnp.asarray(table, jnp.float32)
-    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
+    return _by_epoch(config, steps_per_epoch, lag=1)
+
+
+def epoch_cosine_unlagged(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """As `epoch_cosine`, but epoch e uses f(e) (NAC, learning rate)."""
+    return _by_epoch(config, steps_per_epoch, lag=0)
 
 
 def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
@@ -125,7 +140,18 @@ def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-SCHEDULES = {"epoch_cosine": epoch_cosine, "warmup_cosine": warmup_cosine}
+def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """The peak throughout, whatever the warm-up."""
+    del steps_per_epoch
+    return optax.constant_schedule(config.peak_lr)
+
+
+SCHEDULES = {
+    "epoch_cosine": epoch_cosine,
+    "epoch_cosine_unlagged": epoch_cosine_unlagged,
+    "warmup_cosine": warmup_cosine,
+    "constant": constant,
+}
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
@@ -134,22 +160,28 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW's direction, clipped first; the learning rate is the step's, and applied there.
+    """AdamW's or SGD's direction u, the gradient clipped first; the learning rate is the step's,
+    and applied there, so that p <- p - lr u whatever steps were skipped.
 
-        g <- g min(1, clip / |g|);  u = m / (sqrt(v) + eps) + weight_decay p  (decay on matrices
-        only)
+        g <- g min(1, clip / |g|)
+        adamw:  u = m / (sqrt(v) + eps) + weight_decay p
+        sgd:    g <- g + weight_decay p;  t <- momentum t + g;  u = g + momentum t
 
-    so that p <- p - lr u is AdamW, whatever steps were skipped.
+    Vectors and biases do not decay, unless `config.decay_all`; see `decay_mask`.
     """
+    mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
     parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
-    parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
-    mask = lambda params: decay_mask(params, config.no_decay)  # noqa: E731
-    parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.optimizer == "adamw":
+        parts += [optax.scale_by_adam(config.b1, config.b2, config.eps), decay]
+    else:
+        parts += [decay, optax.trace(config.momentum, nesterov=True)]
     return optax.chain(*parts)
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: arrays of two axes or more that are no biases.
+    """True where weight decay applies: what is neither of one axis nor a bias, so single numbers
+    do decay, as in the original.
 
     Args:
       params: nested dict.
@@ -157,12 +189,19 @@ def decay_mask(params: Any, no_decay: str) -> Any:
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     mask = {
-        path: leaf.ndim > 1
+        path: leaf.ndim != 1
         and not re.fullmatch(NO_DECAY, path)
         and not re.fullmatch(no_decay, path)
         for path, leaf in flat.items()
     }
     return traverse_util.unflatten_dict(mask, sep="/")
+
+
+def _by_epoch(config: OptimConfig, steps_per_epoch: int, *, lag: int) -> Schedule:
+    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
+    table = [_epoch_value(config, epochs, max(epoch - lag, 0)) for epoch in range(epochs)]
+    values = jnp.asarray(table, jnp.float32)
+    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
 
 
 def _epoch_value(config: OptimConfig, epochs: int, t: int) -> float:

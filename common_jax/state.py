@@ -12,7 +12,12 @@ from typing import Any
 import jax
 from flax import struct, traverse_util
 
-STREAMS = ("augment", "mix", "drop_path", "gate")
+# What draws from each: the device's transforms of images ("augment") and pairing of examples
+# ("mix"), stochastic depth ("drop_path"), noise of routers ("gate"); in NAC noise on codes
+# ("code"), edges of stochastic kernels ("kernel"), initial states of latents ("state") and the
+# Gumbel noise of the pooling ("pooling"), the last two in evaluation as well where it is asked
+# for.
+STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
 
 
 @struct.dataclass
@@ -44,6 +49,18 @@ def step_rngs(
     """One key a stream for a step: fold_in(fold_in(key(seed), step), name)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return {name: fold_name(key, name) for name in streams}
+
+
+def evaluation_key(
+    seed: jax.Array, batch: jax.Array, *, step: jax.Array | None = None
+) -> jax.Array:
+    """The key of evaluation batch number `batch`: fold_in(fold_name(key(seed), "evaluation"),
+    batch), with `step` folded in on top where new draws are wanted at every evaluation.
+
+    The name stands where training has its step, so it shares no stream with training.
+    """
+    key = jax.random.fold_in(fold_name(jax.random.key(seed), "evaluation"), batch)
+    return key if step is None else jax.random.fold_in(key, step)
 
 
 def fold_name(key: jax.Array, name: str) -> jax.Array:

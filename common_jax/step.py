@@ -4,22 +4,25 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from common_jax.mesh import AXES, to_devices
 from common_jax.optim import OptimConfig, Schedule, make_optimizer
-from common_jax.state import TrainState, merge, partition, step_rngs
+from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs
 
 Batch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
-# loss(params, helpers, batch, rngs) -> (scalar, metrics); a metric is a mean over the examples.
-Loss = Callable[[Any, Any, Batch, Rngs], tuple[jax.Array, dict[str, jax.Array]]]
+# loss(params, helpers, batch, rngs, step) -> (scalar, metrics); a metric is a mean over the
+# examples, `step` an int32 scalar: how many updates there were before.
+Loss = Callable[[Any, Any, Batch, Rngs, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Step = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-# sums(params, helpers, batch) -> totals over the batch's real examples, among them "count".
-Sums = Callable[[Any, Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
-Evaluate = Callable[[Any, Any], dict[str, float]]
+# sums(params, helpers, batch, key) -> totals over the batch's real examples, among them "count".
+Sums = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
+# evaluate(params, helpers, step) -> means over all examples; `step` counts the updates so far.
+Evaluate = Callable[[Any, Any, int], dict[str, float]]
 
 
 def make_step(
@@ -48,7 +51,7 @@ def make_step(
         trained, fixed = partition(state.params, trainable)
 
         def objective(trained, micro_batch, rngs):
-            return loss(merge(fixed, trained), helpers, micro_batch, rngs)
+            return loss(merge(fixed, trained), helpers, micro_batch, rngs, state.step)
 
         rngs = step_rngs(seed, state.step)
         value, metrics, gradient = _accumulate(objective, trained, batch, rngs, config.accumulate)
@@ -103,21 +106,34 @@ def init_state(
 
 
 def make_evaluator(
-    sums: Sums, batches: Callable[[], Iterable[Mapping[str, Any]]], *, mesh: Mesh
+    sums: Sums,
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    *,
+    mesh: Mesh,
+    seed: int,
+    fold_step: bool = False,
 ) -> Evaluate:
-    """evaluate(params, helpers) -> means over all examples, each counted once.
+    """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
     Args:
-      sums: totals over one batch, padding left out by its `_mask`; jitted here.
+      sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is
+        `evaluation_key` of the seed, the batch's number in the pass and, if asked for, the step.
       batches: starts a pass over the set; the last batch is padded.
       mesh: where batches go.
+      seed: of everything random.
+      fold_step: whether every evaluation draws anew, or all draw the same.
     """
-    jitted = jax.jit(sums)
 
-    def evaluate(params: Any, helpers: Any) -> dict[str, float]:
+    @jax.jit
+    def add_up(params: Any, helpers: Any, batch: Batch, seed: Any, index: Any, step: Any):
+        key = evaluation_key(seed, index, step=step if fold_step else None)
+        return sums(params, helpers, batch, key)
+
+    def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
         total = None
-        for batch in batches():
-            part = jitted(params, helpers, to_devices(batch, mesh))
+        for index, batch in enumerate(batches()):
+            place = np.uint32(seed), np.int32(index), np.int32(step)
+            part = add_up(params, helpers, to_devices(batch, mesh), *place)
             total = part if total is None else jax.tree.map(jax.numpy.add, total, part)
         if total is None:
             raise ValueError("there is nothing to evaluate on: the set is empty")

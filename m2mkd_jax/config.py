@@ -6,16 +6,19 @@ import re
 import ml_collections
 from jax import numpy as jnp
 
-from common_jax.config import unfreeze
+from common_jax.config import did_you_mean, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.regularizers import RegularizersConfig
 
 PHASES = (
     "pretrain_meta",
@@ -25,6 +28,7 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
+NOISES = ("mean", "fixed", "sampled")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -107,6 +111,26 @@ class SourcesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What networks that draw at random outside training too (NAC) do in evaluation.
+
+    Attributes:
+      noise: "mean" draws nothing: means stand in for random states, and pooling has no noise;
+        "fixed" draws the same at every evaluation, from the seed and a batch's number; "sampled"
+        draws anew, from the step as well.
+    """
+
+    noise: str = "mean"
+
+    def __post_init__(self):
+        if self.noise not in NOISES:
+            raise ValueError(
+                f"config.evaluation.noise={self.noise!r} must be one of {list(NOISES)}"
+                f"{did_you_mean(self.noise, list(NOISES))}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How one phase trains.
 
@@ -133,9 +157,12 @@ class Config:
       precision: what the networks compute in, "float32" or "bfloat16"; parameters, softmax,
         router, norm statistics and losses are float32 in any case.
       data: images and labels.
+      ood: a further test set, of some of the classes; few_shot has none.
+      evaluation: whether anything random is drawn in evaluation.
       meta: the meta model; its stages are the depths.
       teacher: the teacher, with as many stages.
-      model: the V-MoE student, with as many stages.
+      model: the student, a V-MoE or (with kind "nac") a NAC, with as many stages.
+      regularizers: what holds a NAC's graph in shape in end_to_end.
       distill: m2mKD's objective.
       baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
       few_shot: the episode.
@@ -151,9 +178,12 @@ class Config:
     seed: int = 0
     precision: str = "float32"
     data: DataConfig = DataConfig()
+    ood: OodConfig = OodConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     meta: ViTConfig = ViTConfig()
     teacher: ViTConfig = ViTConfig()
-    model: VMoEConfig = VMoEConfig()
+    model: VMoEConfig | NacConfig = VMoEConfig()
+    regularizers: RegularizersConfig = RegularizersConfig()
     distill: DistillConfig = DistillConfig()
     baseline: DistillConfig = DistillConfig(kind="none")
     few_shot: FewShotConfig = FewShotConfig()
@@ -181,6 +211,12 @@ class Config:
                 f"config.optim.batch={self.optim.batch} / accumulate={self.optim.accumulate} must "
                 "be "
                 "even, since config.augment mixes examples in pairs"
+            )
+        kernel = self.model.kernel if isinstance(self.model, NacConfig) else None
+        if kernel and kernel.evaluation == "sample" and self.evaluation.noise == "mean":
+            raise ValueError(
+                "config.model.kernel.evaluation='sample' draws edges and "
+                "config.evaluation.noise='mean' draws nothing: change either"
             )
         if unknown := set(self.recipes) - set(PHASES):
             raise ValueError(f"config.recipes has no phases {sorted(unknown)}, only {PHASES}")

@@ -11,19 +11,19 @@ from common_jax import checkpoint
 from common_jax.config import freeze
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
-from m2mkd_jax.models import vmoe
+from m2mkd_jax.models import vit
+from m2mkd_jax.models.nac.network import NacNetwork
+from m2mkd_jax.phases.families import family, student_modules, whole_student
 from m2mkd_jax.phases.networks import (
     meta_network,
-    student_modules,
     teacher_network,
-    whole_student,
 )
 from m2mkd_jax.stages import Network
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
 # phase: (subtree of its parameters, its network)
-NETWORKS: dict[str, tuple[str, Callable[[Config], Network]]] = {
+NETWORKS: dict[str, tuple[str, Callable[[Config], Network | NacNetwork]]] = {
     "pretrain_meta": ("meta", meta_network),
     "train_module": ("module", teacher_network),
     "assemble": ("teacher", teacher_network),
@@ -54,20 +54,26 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> tuple[App
     """
     config = freeze(Config, checkpoint.load_config(source))
     role, build = NETWORKS[config.phase]
+    rules = family(config).rules if role == "student" else vit.PARTITION_RULES
     params = checkpoint.load(
         source,
         subtree=role,
         mesh=mesh,
-        rules=vmoe.PARTITION_RULES,
+        rules=rules,
         average=config.optim.ema > 0,
     )
     network = build(config)
-    modular = config.phase in ("train_module", "distill")
-    start, stop = (config.modules()[0], config.modules()[0] + 1) if modular else (0, len(network))
+    if config.phase not in ("train_module", "distill"):
+        return lambda params, x: network.apply(params, prepare(x, config))[0], params
+    (stage,) = config.modules()
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        if start == 0:
-            x = prepare_evaluation({"image": x}, config.data)
-        return network.apply(params, x, start=start, stop=stop)[0]
+        x = prepare(x, config) if stage == 0 else x
+        return network.apply(params, x, start=stage, stop=stage + 1)[0]
 
     return apply, params
+
+
+def prepare(images: jax.Array, config: Config) -> jax.Array:
+    """Images with pixels from 0 to 255 as the run's networks take them."""
+    return prepare_evaluation({"image": images}, config.data)

@@ -13,6 +13,7 @@ from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, write_report
 from m2mkd_jax.config import Config
 from m2mkd_jax.models.moe import check_moe
+from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.phases.pipeline import plan, run_phase
 
 DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE.
@@ -44,21 +45,29 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
-    """One row a run of the pipeline; None where there are no `folders`."""
-    rows = []
-    for folder in folders:
-        result = json.loads((workdir / folder / "result.json").read_text())
-        accuracy = f"{100 * result['test/accuracy']:.1f} %"
-        rows.append((folder, str(result["steps"]), accuracy, f"{result['test/loss']:.3f}"))
-    header = ("run", "steps", "test accuracy", "test loss")
-    return Table("Runs of the pipeline", header, tuple(rows)) if rows else None
+    """One row a run of the pipeline, with a column of OOD accuracy where any run has it; None where
+    there are no `folders`."""
+    header, rows = ["run", "steps", "test accuracy", "test loss"], []
+    results = [json.loads((workdir / name / "result.json").read_text()) for name in folders]
+    has_ood = any("ood/accuracy" in result for result in results)
+    for folder, result in zip(folders, results, strict=True):
+        accuracy, loss = _percent(result["test/accuracy"]), f"{result['test/loss']:.3f}"
+        ood = [_percent(result.get("ood/accuracy"))] if has_ood else []
+        rows.append((folder, str(result["steps"]), accuracy, loss, *ood))
+    header += ["OOD accuracy"] if has_ood else []
+    return Table("Runs of the pipeline", tuple(header), tuple(rows)) if rows else None
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"
 
 
 def check_run(config: Config, mesh: Mesh) -> None:
     """Raises ValueError for a batch or a mixture of experts that does not fit the mesh."""
     micro_batch = config.optim.micro_batch
     check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
-    if config.phase in STUDENT_PHASES and config.model.moe_positions():
+    student = config.phase in STUDENT_PHASES and isinstance(config.model, VMoEConfig)
+    if student and config.model.moe_positions():
         check_moe(config.model.moe, dict(mesh.shape), micro_batch)
 
 

@@ -76,7 +76,7 @@ class Training:
     images: jax.Array
     targets: jax.Array
 
-    def loss(self, params, helpers, batch, rngs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, params, helpers, batch, rngs, step) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Soft cross entropy of a batch; `helpers` are the stages that stay as they are."""
         stages = {**helpers, **params["module"]}
         logits, _ = self.network.apply(stages, batch["image"], train=True, rngs=rngs)
@@ -210,7 +210,7 @@ def _make_gradients(training: Training):
 
     def loss(trained, reached, image, target):
         batch = {"image": image, "target": target}
-        return training.loss({"module": trained}, {**fixed, **reached}, batch, None)[0]
+        return training.loss({"module": trained}, {**fixed, **reached}, batch, None, None)[0]
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from common_jax import inputs
 from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
+from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source
 from m2mkd_jax.data.transforms import eval_transform, train_transform
 
@@ -29,6 +30,8 @@ class Feed:
       evaluation: starts a pass over the test set, padded, with "_mask".
       steps_per_epoch: whole batches in the training set.
       label_names: name of every class.
+      ood: starts a pass over the OOD set, as `evaluation` does; None where there is none.
+      ood_classes: the training set's class that each label of the OOD set means.
     """
 
     batch: Mapping[str, jax.ShapeDtypeStruct]
@@ -36,6 +39,8 @@ class Feed:
     evaluation: Callable[[], Batches]
     steps_per_epoch: int
     label_names: tuple[str, ...]
+    ood: Callable[[], Batches] | None = None
+    ood_classes: tuple[int, ...] = ()
 
 
 def make_feed(
@@ -48,6 +53,7 @@ def make_feed(
     workdir: epath.Path,
     train: Source | None = None,
     test: Source | None = None,
+    ood: OodConfig | None = None,
 ) -> Feed:
     """The feed of `data`, or of the sources that are given in place of its splits.
 
@@ -58,9 +64,11 @@ def make_feed(
       seed: of the order and of the host's transforms.
       workdir: gets bad_examples.jsonl when an image cannot be read.
       train, test: sources in place of the splits.
+      ood: config section of the OOD set; None for none.
 
     Raises:
-      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`.
+      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`
+        and `load_ood`.
     """
     train = load_source(data, data.train_split) if train is None else train
     test = load_source(data, data.test_split) if test is None else test
@@ -78,6 +86,13 @@ def make_feed(
         batch=batch,
         **shared,
     )
+    passes = functools.partial(inputs.eval_batches, batch=micro_batch, **shared)
+    ood_pass, ood_classes = None, ()
+    if ood is not None:
+        found = load_ood(data, ood, label_names=tuple(train.label_names))
+        transform = eval_transform(found.data)
+        ood_pass = functools.partial(passes, found.source, transform=transform)
+        ood_classes = found.classes
     side = data.image_size
     return Feed(
         batch={
@@ -85,11 +100,11 @@ def make_feed(
             "label": jax.ShapeDtypeStruct((micro_batch,), np.int32),
         },
         batches=lambda start: batches(start_step=start),
-        evaluation=functools.partial(
-            inputs.eval_batches, test, transform=eval_transform(data), batch=micro_batch, **shared
-        ),
+        evaluation=functools.partial(passes, test, transform=eval_transform(data)),
         steps_per_epoch=inputs.steps_per_epoch(len(train), batch),
         label_names=tuple(train.label_names),
+        ood=ood_pass,
+        ood_classes=ood_classes,
     )
 
 

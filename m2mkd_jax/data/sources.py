@@ -1,4 +1,8 @@
-"""Where the images come from: scikit-learn's digits, or a folder or zip, one class a folder."""
+"""Where the images come from: scikit-learn's digits, or a folder or zip, one class a folder.
+
+A loader takes (config.data, split). It leaves it to `load_source` to hold the number of classes
+against config.data.labels, since an OOD set has classes of its own number.
+"""
 
 import dataclasses
 import functools
@@ -7,7 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,12 +21,12 @@ from PIL import Image
 from common_jax import inputs
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample, Example
+from m2mkd_jax.data import digits
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Sources held decoded in memory, at the one size they have.
-EMBEDDED = ("digits",)
+EMBEDDED = ("digits", "digits_r")
 COLOUR_MODES = {1: "L", 3: "RGB"}
-DIGITS_TEST = 360  # the last ones of 1,797
 READ_ERRORS = (
     OSError,
     SyntaxError,
@@ -111,6 +115,20 @@ def load_source(config: DataConfig, split: str) -> Source:
       FileNotFoundError: no such path or split; the message says what is there.
       ValueError: config.data does not fit the data.
     """
+    source, labels = open_source(config, split), config.labels
+    if len(source.label_names) != labels:
+        count = len(source.label_names)
+        path = f", config.data.path={config.path!r}" if config.path else ""
+        raise ValueError(
+            f"config.data.labels={labels} does not fit config.data.source={config.source!r}{path}, "
+            f"split {split!r}, which has {count} classes ({listed(source.label_names)}); "
+            f"set config.data.labels={count} or correct the data"
+        )
+    return source
+
+
+def open_source(config: DataConfig, split: str) -> Source:
+    """`load_source` of any number of classes; config.labels is not looked at."""
     return SOURCES[config.source](config, split)
 
 
@@ -135,40 +153,46 @@ class ArraySource:
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:
     """scikit-learn's handwritten digits: 1,437 images to train and 360 to test, 8 x 8 pixels, grey.
 
-    The set's values 0 to 16 are stretched to 0 to 255 (v * 255 / 16, rounded), so that (pixel / 255
-    - mean) / std with mean = std = 0.5 gives [-1, 1] as for any image.
+    The set's values 0 to 16 are stretched to 0 to 255, so that (pixel / 255 - mean) / std with mean
+    = std = 0.5 gives [-1, 1] as for any image.
 
     Raises:
-      ValueError: config.data asks for another size, channel or class count, or another split than
-        train and test.
+      ValueError: config.data asks for another size or channel count, or `split` is not train or
+        test.
     """
-    for key, value in (("image_size", 8), ("channels", 1), ("labels", 10)):
+    _require_embedded(config, split, splits=digits.SPLITS)
+    images, labels = digits.load_split(split)
+    return ArraySource({"image": images, "label": labels}, digits.NAMES)
+
+
+def load_digits_r_source(config: DataConfig, split: str) -> ArraySource:
+    """Renditions of the digits' test images, to test on what training has not shown (config.ood).
+
+    Each is inverted, turned by 25 degrees to the left and to the right, thickened and thinned; 6
+    and 9, which turning brings close to each other, are left out. That makes 286 images in 5
+    renditions, of 8 classes, in the form that `digits` has.
+
+    Raises:
+      ValueError: config.data asks for another size or channel count, or `split` is not test.
+    """
+    _require_embedded(config, split, splits=("test",))
+    images, labels = digits.load_renditions()
+    return ArraySource({"image": images, "label": labels}, digits.RENDERED)
+
+
+def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]) -> None:
+    for key, value in (("image_size", digits.SIDE), ("channels", 1)):
         if getattr(config, key) != value:
             raise ValueError(
-                f"config.data.{key}={getattr(config, key)} does not fit config.data.source='digits'"
-                f", which has {value}; set it to {value} or take another source"
+                f"config.data.{key}={getattr(config, key)} does not fit {config.source!r}, whose "
+                f"images have {value}; set it to {value} or take another source"
             )
-    splits = {"train": slice(None, -DIGITS_TEST), "test": slice(-DIGITS_TEST, None)}
     if split not in splits:
         raise ValueError(
-            f"config.data has split {split!r}, but 'digits' has only {sorted(splits)}; "
-            "correct config.data.train_split or config.data.test_split"
+            f"{config.source!r} has no split {split!r}, only {sorted(splits)}; "
+            "correct config.data.train_split or config.data.test_split, or take another "
+            "config.data.source"
         )
-    images, labels = _digits()
-    arrays = {"image": images[splits[split]], "label": labels[splits[split]]}
-    return ArraySource(arrays, tuple(map(str, range(10))))
-
-
-@functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels, read once a process: parsing them takes longer than a short run."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
-    images.flags.writeable = labels.flags.writeable = False
-    return images, labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,12 +279,11 @@ def load_folder_source(config: DataConfig, split: str) -> FolderSource:
 
     Raises:
       FileNotFoundError: no such path, split, or no image in it.
-      ValueError: an empty class folder, a number of classes other than config.data.labels, a
-        compressed or broken zip.
+      ValueError: an empty class folder, a compressed or broken zip.
     """
     root = Path(config.path).expanduser()
     if not config.path or not root.exists():
-        beside = f"; beside it: {_listed(p.name for p in root.parent.iterdir())}"
+        beside = f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
         raise FileNotFoundError(
             f"config.data.path={config.path!r} does not exist; give the folder or zip that holds "
             f"SPLIT/CLASS/*.jpg{beside if config.path and root.parent.is_dir() else ''}"
@@ -275,16 +298,12 @@ def load_folder_source(config: DataConfig, split: str) -> FolderSource:
     counts = np.bincount(labels, minlength=len(classes))
     empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
-        raise ValueError(f"{at}: no image for class {_listed(empty)}; fill or remove the folder")
-    if len(classes) != config.labels:
-        raise ValueError(
-            f"config.data.labels={config.labels}, but {at} has {len(classes)} class folders "
-            f"({_listed(classes)}); set config.data.labels={len(classes)} or correct the folders"
-        )
+        raise ValueError(f"{at}: no image for class {listed(empty)}; fill or remove the folder")
     return FolderSource(files, labels, label_names=tuple(classes), channels=config.channels)
 
 
-def _listed(names) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first ten names in order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
@@ -292,7 +311,7 @@ def _listed(names) -> str:
 def _missing_split(root: Path, split: str, present) -> FileNotFoundError:
     return FileNotFoundError(
         f"config.data.path={str(root)!r} has no split {split!r}, only: "
-        f"{_listed(present) or 'nothing'}; "
+        f"{listed(present) or 'nothing'}; "
         "correct config.data.path, config.data.train_split or config.data.test_split"
     )
 
@@ -329,7 +348,7 @@ def _find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str]]:
     packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise ValueError(
-            f"config.data.path={str(root)!r}: {_listed(packed)} are compressed; images do not "
+            f"config.data.path={str(root)!r}: {listed(packed)} are compressed; images do not "
             "shrink and cannot be read by offset then: make the zip with `zip -0 -r`"
         )
     return ZipFiles(root, images), classes
@@ -364,5 +383,6 @@ class Subset:
 
 SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": load_digits_source,
+    "digits_r": load_digits_r_source,
     "folder": load_folder_source,
 }

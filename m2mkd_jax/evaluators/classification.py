@@ -5,6 +5,14 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def restrict_logits(
+    logits: Float[Array, "B L"], classes: tuple[int, ...]
+) -> Float[Array, "B chosen"]:
+    """The logits of some classes, column i that of `classes[i]`; softmax and ranks are then among
+    these alone."""
+    return logits[:, jnp.asarray(classes)]
+
+
 def classification_sums(
     logits: Float[Array, "B L"], labels: Int[Array, "B"], mask: Float[Array, "B"]
 ) -> dict[str, Float[Array, ""]]:

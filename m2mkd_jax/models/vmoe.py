@@ -18,17 +18,21 @@ class VMoEConfig(vit.ViTConfig):
     """Sizes of a V-MoE.
 
     Attributes:
+      kind: "vmoe".
       moe: the mixture of experts, the same in every block that has one.
       moe_blocks: which blocks have one: "all", "every_2" (the last of every two), "last_2" (the
         last two, and so on), "none", or block numbers of the whole network such as "1,3".
       stitches: "dropped" when modules are assembled, as published, or "kept" between the stages.
     """
 
+    kind: str = "vmoe"
     moe: MoeConfig = MoeConfig()
     moe_blocks: str = "all"
     stitches: str = "dropped"
 
     def __post_init__(self):
+        if self.kind != "vmoe":
+            raise ValueError(f"config.model.kind={self.kind!r} must be 'vmoe' for these fields")
         if self.stitches not in ("dropped", "kept"):
             raise ValueError(f"config.model.stitches={self.stitches!r} must be 'dropped' or 'kept'")
         self.moe_positions()

@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import Pair, pair_logits
-from m2mkd_jax.models import vit, vmoe
+from m2mkd_jax.models import vit
+from m2mkd_jax.phases.families import family, student_modules
 from m2mkd_jax.phases.networks import (
     meta_network,
     require_source,
-    student_modules,
     take_weights,
     teacher_network,
     wanted,
@@ -52,7 +52,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh, stage: int) -> dict[str
         mesh,
         title=f"{config.phase} {stage}",
         init=lambda key: {"student": pair.student.init(key, only=(stage,))},
-        rules=vmoe.PARTITION_RULES,
+        rules=family(config).rules,
         forward=forward,
         helpers=helpers,
         distill=config.distill,

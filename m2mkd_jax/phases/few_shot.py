@@ -13,25 +13,25 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
 from m2mkd_jax.data.sources import Source, Subset, load_source
-from m2mkd_jax.models import vmoe
-from m2mkd_jax.phases.networks import require_source, take_weights, whole_student
+from m2mkd_jax.phases.families import family, whole_student
+from m2mkd_jax.phases.networks import require_source, take_weights
 from m2mkd_jax.phases.objective import whole_forward
 from m2mkd_jax.phases.training import train_phase
-
-HEAD = r"student/stage_\d+/head/.*"
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the head alone on an episode; the whole network is saved under "student".
 
     The episode's classes are renumbered, so the head has config.few_shot.ways labels. Training
-    images come from the training split and test images from the test split.
+    images come from the training split and test images from the test split. There is no OOD
+    evaluation, whatever config.ood says: its set has other classes than an episode.
     """
     ways = config.few_shot.ways
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=ways))
+    kind = family(episode)
     network = whole_student(episode, drop_path=config.drop_path)
     origin = Origin(require_source(config, "network"), "student", "student")
-    fresh = (Allowance(HEAD, f"a head of config.few_shot.ways={ways} labels"),)
+    fresh = (Allowance(kind.head, f"a head of config.few_shot.ways={ways} labels"),)
 
     return train_phase(
         episode,
@@ -39,9 +39,9 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         mesh,
         title=config.phase,
         init=lambda key: {"student": network.init(key)},
-        rules=vmoe.PARTITION_RULES,
+        rules=kind.rules,
         forward=whole_forward(network, "student"),
-        trainable=HEAD,
+        trainable=kind.head,
         warm_start=lambda wanted: take_weights(episode, wanted, [origin], fresh=fresh),
         feed=_episode_feed(config, episode, workdir),
     )

@@ -1,4 +1,4 @@
-"""The networks of a config, and where their weights come from."""
+"""The ViTs of a config, and where their weights come from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from common_jax.mesh import Rules, match_rules
 from common_jax.weights import Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
-from m2mkd_jax.models import vit, vmoe
+from m2mkd_jax.models import vit
 from m2mkd_jax.models.positions import resize_positions
 from m2mkd_jax.stages import Network
 
@@ -24,29 +24,6 @@ def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
 def teacher_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The teacher, cut into as many stages."""
     return vit.build(config.teacher, config.interface, dtype=config.dtype, drop_path=drop_path)
-
-
-def whole_student(config: Config, *, drop_path: float = 0.0) -> Network:
-    """The V-MoE, with stitches between its stages if they are kept."""
-    kept = config.model.stitches == "kept"
-    return vmoe.build(
-        config.model,
-        config.interface,
-        stitch_width=config.meta.width if kept else None,
-        dtype=config.dtype,
-        drop_path=drop_path,
-    )
-
-
-def student_modules(config: Config, *, drop_path: float = 0.0) -> Network:
-    """The V-MoE cut into students, one a stage."""
-    return vmoe.build_students(
-        config.model,
-        config.interface,
-        meta_width=config.meta.width,
-        dtype=config.dtype,
-        drop_path=drop_path,
-    )
 
 
 def wanted(

@@ -7,11 +7,12 @@ import jax
 from flax import traverse_util
 from jax import numpy as jnp
 
+from common_jax.state import fold_name
 from common_jax.step import Loss, Sums
 from m2mkd_jax import losses
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
-from m2mkd_jax.evaluators.classification import classification_sums
+from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
 from m2mkd_jax.stages import Network
 
 
@@ -24,8 +25,13 @@ class Outputs(NamedTuple):
     recorded: Mapping[str, Any]
 
 
-# forward(params, helpers, images, train, rngs); rngs is None in evaluation.
+# forward(params, helpers, images, train, rngs); in evaluation rngs has EVALUATION_STREAMS alone, or
+# is None where nothing is drawn.
 Forward = Callable[[Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Outputs]
+# regularizer(params, step) -> (scalar, metrics)
+Regularizer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
 def whole_forward(network: Network, role: str) -> Forward:
@@ -38,15 +44,21 @@ def whole_forward(network: Network, role: str) -> Forward:
     return forward
 
 
-def make_loss(forward: Forward, config: Config, distill: DistillConfig) -> Loss:
+def make_loss(
+    forward: Forward,
+    config: Config,
+    distill: DistillConfig,
+    *,
+    regularizer: Regularizer | None = None,
+) -> Loss:
     """Label loss, blended with the distillation that `distill` names, plus the experts' balance
-    losses.
+    losses and what `regularizer` gives.
 
-    Its metrics are `label_loss`, `distillation` and, for every MoE layer, `moe/STAGE/BLOCK/`
-    `load`, `dropped` and `entropy`.
+    Its metrics are `label_loss`, `distillation`, those of the regularizer and, for every MoE layer,
+    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`.
     """
 
-    def loss(params, helpers, batch, rngs):
+    def loss(params, helpers, batch, rngs, step):
         images, targets = prepare_training(batch, rngs, config.data, config.augment)
         outputs = forward(params, helpers, images, True, rngs)
         total = losses.soft_cross_entropy(outputs.logits, targets)
@@ -56,18 +68,33 @@ def make_loss(forward: Forward, config: Config, distill: DistillConfig) -> Loss:
             total = losses.blend(total, term, distill.alpha)
             metrics["distillation"] = term
         moe, balance = _moe_metrics(outputs.recorded)
-        return total + balance, metrics | moe
+        total, metrics = total + balance, metrics | moe
+        if regularizer is not None:
+            term, terms = regularizer(params, step)
+            total, metrics = total + term, metrics | terms
+        return total, metrics
 
     return loss
 
 
-def make_sums(forward: Forward, config: Config) -> Sums:
-    """Totals of one evaluation batch for `common_jax.step.make_evaluator`."""
+def make_sums(forward: Forward, config: Config, *, classes: tuple[int, ...] | None = None) -> Sums:
+    """Totals of one evaluation batch for `common_jax.step.make_evaluator`.
 
-    def sums(params, helpers, batch):
+    Args:
+      forward: how logits come about.
+      config: its evaluation section says whether anything is drawn.
+      classes: the network's classes among which the batch's labels count, label i meaning the
+        i-th; None where labels are those of the network.
+    """
+
+    def sums(params, helpers, batch, key):
         images = prepare_evaluation(batch, config.data)
-        outputs = forward(params, helpers, images, False, None)
-        return classification_sums(outputs.logits, batch["label"], batch["_mask"])
+        rngs = {name: fold_name(key, name) for name in EVALUATION_STREAMS}
+        drawn = None if config.evaluation.noise == "mean" else rngs
+        logits = forward(params, helpers, images, False, drawn).logits
+        if classes is not None:
+            logits = restrict_logits(logits, classes)
+        return classification_sums(logits, batch["label"], batch["_mask"])
 
     return sums
 

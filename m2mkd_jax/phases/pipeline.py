@@ -49,11 +49,12 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Meta model, teacher modules, teacher, student modules, V-MoE and, if it has a recipe,
-    few-shot.
+    """Meta model, teacher modules, teacher, student modules, whole student and, if it has a
+    recipe, few-shot.
 
     Every run gets the recipe of its phase from config.recipes and the weights of the runs before
-    it. few_shot is left out where it has no recipe.
+    it. Where config.sources.meta or config.sources.teacher name a finished one, it is taken and
+    not trained. few_shot is left out where it has no recipe.
 
     Returns:
       The result of the end-to-end run.
@@ -81,20 +82,25 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     Raises:
       ValueError: when a phase has no recipe; few_shot may lack one, and is then left out.
     """
-    needed = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end")
+    given = config.sources
+    needed = () if given.meta else ("pretrain_meta",)
+    needed += () if given.teacher else ("train_module", "assemble")
+    needed += ("distill", "end_to_end")
     if missing := [phase for phase in needed if phase not in config.recipes]:
         raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
     stages = range(len(config.meta.depths))
     modules = tuple(str(workdir / f"module_{stage}") for stage in stages)
     students = tuple(str(workdir / f"student_{stage}") for stage in stages)
-    meta, teacher = str(workdir / "meta"), str(workdir / "teacher")
+    meta = given.meta or str(workdir / "meta")
+    teacher = given.teacher or str(workdir / "teacher")
 
-    runs = [("meta", _phase(config, "pretrain_meta"))]
-    runs += [
-        (f"module_{stage}", _phase(config, "train_module", module=str(stage), meta=meta))
-        for stage in stages
-    ]
-    runs.append(("teacher", _phase(config, "assemble", modules=modules)))
+    runs = [] if given.meta else [("meta", _phase(config, "pretrain_meta"))]
+    if not given.teacher:
+        runs += [
+            (f"module_{stage}", _phase(config, "train_module", module=str(stage), meta=meta))
+            for stage in stages
+        ]
+        runs.append(("teacher", _phase(config, "assemble", modules=modules)))
     runs += [
         (
             f"student_{stage}",

@@ -1,5 +1,6 @@
 """From a phase's network and objective to a finished run."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from common_jax.step import make_evaluator
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, make_feed
-from m2mkd_jax.phases.objective import Forward, make_loss, make_sums
+from m2mkd_jax.phases.objective import Forward, Regularizer, make_loss, make_sums
 
 
 def train_phase(
@@ -30,6 +31,7 @@ def train_phase(
     helpers: Mapping[str, Any] | None = None,
     warm_start: Callable[[Any], WarmStart] | None = None,
     distill: DistillConfig | None = None,
+    regularizer: Regularizer | None = None,
     feed: Feed | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on; see `common_jax.loop.Task` for the arguments.
@@ -40,25 +42,37 @@ def train_phase(
       mesh: devices.
       forward: how logits come about.
       distill: the distillation to blend in; None for none.
+      regularizer: what is added to the loss, from parameters and step alone; None for nothing.
       feed: data in place of the config's.
 
     Returns:
       The run's result, see `common_jax.loop.train`.
     """
     feed = config_feed(config, workdir) if feed is None else feed
-    evaluator = make_evaluator(make_sums(forward, config), feed.evaluation, mesh=mesh)
+    evaluate = functools.partial(
+        make_evaluator,
+        mesh=mesh,
+        seed=config.seed,
+        fold_step=config.evaluation.noise == "sampled",
+    )
+    evaluators = {"test": evaluate(make_sums(forward, config), feed.evaluation)}
+    if feed.ood is not None:
+        sums = make_sums(forward, config, classes=feed.ood_classes)
+        evaluators["ood"] = evaluate(sums, feed.ood)
     task = loop.Task(
         title=title,
         init=init,
         rules=rules,
         trainable=trainable,
-        loss=make_loss(forward, config, distill or DistillConfig(kind="none")),
+        loss=make_loss(
+            forward, config, distill or DistillConfig(kind="none"), regularizer=regularizer
+        ),
         helpers=helpers or {},
         warm_start=warm_start,
         batch=feed.batch,
         batches=feed.batches,
         steps_per_epoch=feed.steps_per_epoch,
-        evaluators={"test": evaluator},
+        evaluators=evaluators,
     )
     return loop.train(
         task,
@@ -72,7 +86,7 @@ def train_phase(
 
 
 def config_feed(config: Config, workdir: epath.Path) -> Feed:
-    """The feed of the config's data section."""
+    """The feed of the config's data section, and of its ood section where that names a source."""
     optim = config.optim
     return make_feed(
         config.data,
@@ -81,4 +95,5 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         micro_batch=optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
+        ood=config.ood if config.ood.source else None,
     )

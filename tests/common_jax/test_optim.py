@@ -21,6 +21,19 @@ def test_epoch_cosine_lags_by_one_epoch_and_never_reaches_the_peak():
     assert max(by_epoch) < CONFIG.peak_lr
 
 
+def test_unlagged_epochs_jump_where_the_warmup_ends():
+    config = dataclasses.replace(CONFIG, schedule="epoch_cosine_unlagged", lr_per=None)
+    schedule = make_schedule(config, steps_per_epoch=3)
+    by_epoch = [float(schedule(3 * epoch + 2)) for epoch in range(5)]
+    cosine = [1e-5 + 0.5 * 4.9e-4 * (1 + np.cos(np.pi * t / 5)) for t in (2, 3, 4)]
+    np.testing.assert_allclose(by_epoch, [1e-6, 2.505e-4, *cosine], rtol=1e-5)
+
+
+def test_constant_is_the_peak():
+    schedule = make_schedule(dataclasses.replace(CONFIG, schedule="constant"), steps_per_epoch=3)
+    assert float(schedule(0)) == float(schedule(14)) == CONFIG.peak_lr
+
+
 def test_warmup_cosine_reaches_peak_and_floor():
     config = dataclasses.replace(CONFIG, schedule="warmup_cosine")
     schedule = make_schedule(config, steps_per_epoch=10)
@@ -34,7 +47,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
         make_schedule(config, steps_per_epoch=10)
 
 
-def test_decay_reaches_matrices_only():
+def test_decay_spares_vectors_and_biases():
     leaf = jnp.ones
     params = {
         "stage_0": {
@@ -43,6 +56,7 @@ def test_decay_reaches_matrices_only():
             "qkv": {"bias": leaf((3, 2, 2))},
             "moe": {"up": leaf((2, 4, 4)), "up_bias": leaf((2, 4))},
             "norm": {"scale": leaf(4)},
+            "gain": leaf(()),
         }
     }
     mask = decay_mask(params, CONFIG.no_decay)["stage_0"]
@@ -51,6 +65,30 @@ def test_decay_reaches_matrices_only():
     assert not mask["cls_token"]
     assert not mask["qkv"]["bias"]
     assert not mask["norm"]["scale"]
+    assert mask["gain"]
+
+
+def test_everything_decays_if_asked():
+    config = dataclasses.replace(CONFIG, decay_all=True, weight_decay=0.5)
+    params = {"bias": jnp.array([2.0]), "cls_token": jnp.array([[4.0]])}
+    optimizer = make_optimizer(config)
+    zero = {name: jnp.zeros_like(leaf) for name, leaf in params.items()}
+    direction, _ = optimizer.update(zero, optimizer.init(params), params)
+    assert (direction["bias"], direction["cls_token"]) == (1.0, 2.0)
+
+
+def test_sgd_is_nesterovs():
+    config = dataclasses.replace(CONFIG, optimizer="sgd", weight_decay=0.1)
+    optimizer, p, trace = make_optimizer(config), np.array([[1.0]]), 0.0
+    state = optimizer.init({"kernel": jnp.asarray(p)})
+    for g in (0.5, -0.25, 1.0):
+        direction, state = optimizer.update(
+            {"kernel": jnp.array([[g]])}, state, {"kernel": jnp.asarray(p)}
+        )
+        decayed = g + 0.1 * p
+        trace = 0.9 * trace + decayed
+        np.testing.assert_allclose(direction["kernel"], decayed + 0.9 * trace, rtol=1e-6)
+        p = p - 0.1 * np.asarray(direction["kernel"])
 
 
 def test_the_direction_is_clipped_adamw():
@@ -71,6 +109,7 @@ def test_the_direction_is_clipped_adamw():
     [
         ({"schedule": "cosine"}, r"config\.optim\.schedule='cosine' must be one of"),
         ({"accumulate": 3}, r"config\.optim\.batch=64 must be a multiple"),
+        ({"optimizer": "adam"}, r"config\.optim\.optimizer='adam' must be one of"),
         ({"ema": 1.0}, r"config\.optim\.ema=1\.0"),
         ({"steps": 0}, r"config\.optim\.steps=0 must be at least 1"),
     ],

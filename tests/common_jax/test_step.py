@@ -9,7 +9,7 @@ from jax import numpy as jnp
 
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig, make_schedule
-from common_jax.state import fold_name, merge, partition, step_rngs
+from common_jax.state import STREAMS, evaluation_key, fold_name, merge, partition, step_rngs
 from common_jax.step import init_state, make_evaluator, make_step
 
 CONFIG = OptimConfig(
@@ -17,7 +17,7 @@ CONFIG = OptimConfig(
 )
 
 
-def loss(params, helpers, batch, rngs):
+def loss(params, helpers, batch, rngs, step):
     """Least squares with a frozen offset."""
     error = batch["x"] @ params["net"]["kernel"] + params["net"]["offset"] - batch["y"]
     return jnp.mean(error**2) * helpers["scale"], {"error": jnp.mean(jnp.abs(error))}
@@ -58,6 +58,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         split.params["net"]["kernel"], whole.params["net"]["kernel"], rtol=1e-5
     )
     assert four[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_knows_the_step(accumulate):
+    def stepping(params, helpers, batch, rngs, step):
+        value, metrics = loss(params, helpers, batch, rngs, step)
+        return value * step, metrics | {"step": step.astype(jnp.float32)}
+
+    params, batch, helpers = problem()
+    config = dataclasses.replace(CONFIG, accumulate=accumulate)
+    shapes = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("error", "step")}
+    step = make_step(stepping, config, lambda _: 0.1, trainable="net/kernel", log_every=1)
+    state = init_state(params, config, trainable="net/kernel", metrics=shapes)
+    for count in range(3):
+        state, report = jax.jit(step)(state, helpers, batch, np.uint32(0))
+        assert report["step"] == count
+        assert (report["gradient_norm"] > 0) == (count > 0)
 
 
 def test_a_non_finite_step_changes_nothing_but_the_counts():
@@ -117,11 +134,43 @@ def test_partition_and_merge_are_inverse():
 def test_evaluation_counts_every_example_once():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def sums(params, helpers, batch):
+    def sums(params, helpers, batch, key):
         return {"value": jnp.sum(batch["v"] * batch["_mask"]), "count": jnp.sum(batch["_mask"])}
 
     batches = [{"v": np.array([1.0, 2.0]), "_mask": np.ones(2)}]
     batches.append({"v": np.array([6.0, 99.0]), "_mask": np.array([1.0, 0.0])})
-    assert make_evaluator(sums, lambda: batches, mesh=mesh)({}, {}) == {"value": 3.0}
+    assert make_evaluator(sums, lambda: batches, mesh=mesh, seed=0)({}, {}, 5) == {"value": 3.0}
     with pytest.raises(ValueError, match="the set is empty"):
-        make_evaluator(sums, list, mesh=mesh)({}, {})
+        make_evaluator(sums, list, mesh=mesh, seed=0)({}, {}, 5)
+
+
+@pytest.mark.parametrize("fold_step", [False, True])
+def test_draws_of_an_evaluation_come_from_seed_step_and_batch_alone(fold_step):
+    def sums(params, helpers, batch, key):
+        return {
+            f"batch_{i}": jnp.where(batch["number"][0] == i, jax.random.uniform(key), 0.0)
+            for i in range(2)
+        } | {"count": 0.5}  # of two batches: what is read are totals
+
+    def evaluate(step, seed=3):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        batches = [{"number": np.array([i])} for i in range(2)]
+        evaluator = make_evaluator(sums, lambda: batches, mesh=mesh, seed=seed, fold_step=fold_step)
+        return evaluator({}, {}, step)
+
+    first = evaluate(10)
+    assert first == evaluate(10)
+    assert first["batch_0"] != first["batch_1"]
+    assert all((evaluate(20)[name] == value) != fold_step for name, value in first.items())
+    assert all(evaluate(10, seed=4)[name] != value for name, value in first.items())
+
+
+def test_evaluation_shares_no_key_with_training():
+    trained = [key for step in range(9) for key in step_rngs(np.uint32(3), step, STREAMS).values()]
+    drawn = [
+        evaluation_key(np.uint32(3), batch, step=step)
+        for batch in range(3)
+        for step in (None, *range(9))
+    ]
+    words = {tuple(np.asarray(jax.random.key_data(key))) for key in trained + drawn}
+    assert len(words) == len(trained) + len(drawn)

@@ -164,7 +164,7 @@ def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
 
 
 def test_wrong_classes_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.data\.labels=7.* 3 class folders \(cat, dog"):
+    with pytest.raises(ValueError, match=r"config\.data\.labels=7.* 3 classes \(cat, dog"):
         load_source(config_of(folder, labels=7), "train")
     (folder / "train" / "eel").mkdir()
     for path in (folder, zipped(folder, tmp_path / "set.zip")):

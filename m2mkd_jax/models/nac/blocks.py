@@ -19,7 +19,7 @@ from m2mkd_jax.models.nac.layers import (
     add_code_noise,
     draw,
     norm,
-    uniform_like,
+    uniform,
 )
 
 
@@ -168,9 +168,8 @@ class LatentAttention(nn.Module):
             return logs
         if train or kernel.evaluation == "sample":
             shape = (batch, *distance.shape)
-            sample = lambda key: jax.random.uniform(key, shape)  # noqa: E731
-            uniform = draw(self, "kernel", sample, stream="kernel")
-            return kernels.sample_log(logs, uniform, temperature=kernel.temperature)
+            u = draw(self, "kernel", uniform(shape), stream="kernel")
+            return kernels.sample_log(logs, u, temperature=kernel.temperature)
         return kernels.threshold_log(logs) if kernel.evaluation == "threshold" else logs
 
     def _linear(self, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
@@ -350,10 +349,5 @@ def drop_branch(module: nn.Module, branch: jax.Array, rate: float, *, train: boo
     """Stochastic depth in training, one draw an example (stream "drop_path")."""
     if not train or not rate:
         return branch
-    uniform = draw(
-        module,
-        "drop_path",
-        uniform_like(jax.ShapeDtypeStruct((branch.shape[0], 1, 1), jnp.float32)),
-        stream="drop_path",
-    )
-    return encoder.drop_path(branch, uniform, rate)
+    u = draw(module, "drop_path", uniform((branch.shape[0], 1, 1)), stream="drop_path")
+    return encoder.drop_path(branch, u, rate)

@@ -16,6 +16,7 @@ from m2mkd_jax.models.nac.layers import (
     check_choice,
     draw,
     norm,
+    normal,
     uniform_init,
 )
 
@@ -197,8 +198,8 @@ class Graph(nn.Module):
         mean, deviation = self.seeder(codes)
         states = jnp.broadcast_to(mean, (batch, *mean.shape))
         if deviation is not None and (train or can_draw(self, f"{name}_states", stream="state")):
-            sample = lambda key: jax.random.normal(key, states.shape)  # noqa: E731
-            states = states + deviation * draw(self, f"{name}_states", sample, stream="state")
+            noise = draw(self, f"{name}_states", normal(states.shape), stream="state")
+            states = states + deviation * noise
         return states.astype(self.dtype)
 
 

@@ -154,8 +154,8 @@ class CodeLinear(nn.Module):
         scales = gain * NORMALISATIONS[config.normalization](codes @ self.code_kernel)
         if train and config.dropout:
             keep = 1 - config.dropout
-            uniform = draw(self, "dropout", uniform_like(scales), stream="code")
-            scales = scales * (uniform < keep) / keep
+            kept = draw(self, "dropout", uniform(scales.shape), stream="code") < keep
+            scales = scales * kept / keep
         return scales + 1 if config.add_one else scales
 
     def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:
@@ -224,9 +224,14 @@ def can_draw(module: nn.Module, name: str, *, stream: str) -> bool:
     return module.has_variable(NOISE, name) or module.has_rng(stream)
 
 
-def uniform_like(x: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """key -> uniform numbers in [0, 1) of the shape of `x`, float32."""
-    return lambda key: jax.random.uniform(key, x.shape)
+def uniform(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """key -> uniform numbers in [0, 1) of a shape, float32."""
+    return lambda key: jax.random.uniform(key, shape)
+
+
+def normal(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """key -> normal numbers of a shape, float32."""
+    return lambda key: jax.random.normal(key, shape)
 
 
 def add_code_noise(
@@ -236,9 +241,9 @@ def add_code_noise(
     VectorScaleNoise); no gradient passes through the noise."""
     if not train or not scale:
         return codes
-    uniform = draw(module, name, uniform_like(codes), stream="code")
+    u = draw(module, name, uniform(codes.shape), stream="code")
     spread = scale * jnp.abs(jax.lax.stop_gradient(codes))
-    return codes + (2 * spread * uniform - spread)
+    return codes + (2 * spread * u - spread)
 
 
 def check_choice(key: str, value: str, allowed: object) -> None:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.models.nac.graphs import PriorConfig
 from m2mkd_jax.models.nac.kernel import KernelConfig
 from m2mkd_jax.models.nac.latents import SEEDINGS, GraphConfig, LatentConfig
 from m2mkd_jax.models.nac.layers import LinearConfig, check_choice
@@ -22,7 +23,6 @@ from m2mkd_jax.models.nac.network import (
     Wiring,
 )
 from m2mkd_jax.models.nac.pooling import POOLINGS
-from m2mkd_jax.models.nac.priors import PriorConfig
 from m2mkd_jax.models.nac.students import MediatorStudent, ReadInStudent, ReadOutStudent
 from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.stages import Network
@@ -30,6 +30,9 @@ from m2mkd_jax.stages import Network
 # The read-out's kernel cuts and samples nothing (as in the published configs).
 READ_OUT_KERNEL = KernelConfig(truncation=None, stochastic=False)
 LEGACY_READ_IN_SCALE = 1e-6
+SPELLINGS = types.MappingProxyType(
+    {"imnet": "imagenet", "tinyimnet": "tinyimagenet", "tinynet": "tinyimagenet"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,9 @@ class NacConfig:
       layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
         ("ffn_factor", "kernel.truncation") and one value an iteration.
       prior: the graph that the mediators' signatures start from.
+      students: which students the whole NAC starts from: "imagenet" takes all of them,
+        "tinyimagenet" neither positional grid nor pooling, which fit other images and labels
+        ("tinyimnet" and "tinynet" are taken for it, "imnet" for the first).
       legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
         original does by mistake; the whole NAC then takes that over.
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
@@ -119,6 +125,7 @@ class NacConfig:
     learn_signatures: bool = True
     layerwise: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     prior: PriorConfig = PriorConfig()
+    students: str = "imagenet"
     legacy_read_in_scale: bool = False
     remat: bool = False
 
@@ -127,6 +134,8 @@ class NacConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"config.model.{name}={getattr(self, name)} must be at least 1")
         check_choice("config.model.kind", self.kind, ("nac",))
+        object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
+        check_choice("config.model.students", self.students, ("imagenet", "tinyimagenet"))
         check_choice("config.model.read_in", self.read_in, ("attention", "projection"))
         check_choice("config.model.seeding", self.seeding, SEEDINGS)
         check_choice("config.model.pooling", self.pooling, POOLINGS)
@@ -361,9 +370,6 @@ def _replace(block: Any, names: list[str], value: Any, key: str) -> Any:
         value = _replace(getattr(block, names[0]), names[1:], value, key)
     return dataclasses.replace(block, **{names[0]: value})
 
-
-# A new classifier for few-shot is this layer; a student's is taken over by name.
-HEAD = r"student/stage_\d+/pooling/head/.*"
 
 # Matrices are split over fsdp along their longer way, code to scale along the scale; what latents
 # own, and all that is one number a channel, is small and held whole.

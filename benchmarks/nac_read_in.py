@@ -1,0 +1,122 @@
+"""NAC's read-in attention, rearranged, against the plain form with keys and values per receiver.
+
+Both are timed forward and backward, gradients by every argument, in one run and in turns; the ratio
+of medians is printed last, with the peak temporary memory that XLA plans for each. Then the
+rearranged form is compiled, and not run, at the size of `--large` (by default ImageNet's: 32
+images, 192 receivers, 784 tokens), where the plain form would need two arrays of the size printed
+beside it.
+
+    python benchmarks/nac_read_in.py
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+
+from m2mkd_jax.models.nac.read_in import pool_tokens
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+import naive
+
+ARGUMENTS = ("query", "tokens", "key_scales", "value_scales", "key_kernel", "value_kernel")
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--receivers", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--token-width", type=int, default=320)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-width", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each, at least 5")
+    parser.add_argument(
+        "--large",
+        type=int,
+        nargs=3,
+        default=(32, 192, 784),
+        metavar=("B", "T", "S"),
+        help="images, receivers and tokens that are compiled for alone",
+    )
+    return parser.parse_args()
+
+
+def shapes(sizes, batch: int, receivers: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    width, heads, head_width = sizes.token_width, sizes.heads, sizes.head_width
+    scales, kernel = (receivers, width), (width, heads, head_width)
+    query, image = (batch, receivers, heads, head_width), (batch, tokens, width)
+    return dict(zip(ARGUMENTS, (query, image, scales, scales, kernel, kernel), strict=True))
+
+
+def compile_with_gradients(function, arguments):
+    """One program for the result and the gradients of <result, dy> by all arguments."""
+
+    def run(arguments, dy):
+        y, vjp = jax.vjp(function, *arguments)
+        return y, vjp(dy)
+
+    dy = jax.eval_shape(function, *arguments)
+    return jax.jit(run).lower(arguments, dy).compile(), dy
+
+
+def milliseconds(compiled, arguments) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*arguments))
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    rng = np.random.default_rng(0)
+    small = shapes(sizes, sizes.batch, sizes.receivers, sizes.tokens)
+    arrays = [jax.numpy.asarray(rng.normal(size=s) * 0.1, "float32") for s in small.values()]
+    cases, results = {}, {}
+    for name, function in (("plain", naive.pool_tokens), ("rearranged", pool_tokens)):
+        compiled, dy = compile_with_gradients(function, arrays)
+        cases[name] = compiled, (arrays, jax.numpy.ones(dy.shape, dy.dtype))
+        results[name] = compiled(*cases[name][1])
+    wrong = jax.tree.map(
+        lambda a, b: float(abs(a - b).max() / abs(a).max()), *(results[n] for n in cases)
+    )
+    times = {name: [] for name in cases}
+    for _ in range(max(5, sizes.repeats)):
+        for name, case in cases.items():
+            times[name].append(milliseconds(*case))
+
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32; shapes {small}")
+    report = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
+    for name, (compiled, _) in cases.items():
+        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        flops = compiled.cost_analysis()["flops"] / 1e9
+        low, middle, high = min(times[name]), statistics.median(times[name]), max(times[name])
+        print(
+            f"{name:12s}{middle:9.1f} ms ({low:.1f} to {high:.1f}), {flops:8.2f} GFLOP, "
+            f"{memory:8.1f} MiB temporary"
+        )
+        report[name] = {"ms": middle, "gflop": flops, "temporary_mib": memory}
+
+    batch, receivers, tokens = sizes.large
+    large = shapes(sizes, batch, receivers, tokens)
+    abstract = [jax.ShapeDtypeStruct(shape, "float32") for shape in large.values()]
+    compiled, _ = compile_with_gradients(pool_tokens, abstract)
+    memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    inner = sizes.heads * sizes.head_width
+    plain = 4 * batch * receivers * tokens * inner / 1e9
+    print(f"rearranged at B={batch} T={receivers} S={tokens}: {memory:.0f} MiB temporary, forward")
+    print(f"and backward; the plain form's keys and values alone are 2 arrays of {plain:.1f} GB")
+    report["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
+    ratio = statistics.median(times["plain"]) / statistics.median(times["rearranged"])
+    print(f"plain / rearranged: {ratio:.1f}")
+    print(json.dumps(report | {"ratio": ratio}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""m2mKD of a NAC on scikit-learn's digits, with renditions of the digits as OOD test set.
+
+    python -m m2mkd_jax.main --config=configs/m2mkd/digits_nac.py:phase=pipeline \\
+        --workdir=runs/digits_nac
+
+The mediators start from a scale-free graph. Meta model and teacher are those of digits.py: trained
+ones are taken over by `--config.sources.meta=DIR --config.sources.teacher=DIR`. Renditions are
+inverted contrast, rotation, thinner and thicker strokes. Arguments: `phase` and `module`, as in
+digits.py, and `prior` (see PRIORS).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import ml_collections
+
+from common_jax.config import parse_args, unfreeze
+from common_jax.loop import RunConfig
+from common_jax.optim import OptimConfig
+from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
+from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.ood import OodConfig
+from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.regularizers import HingeConfig, RegularizersConfig
+
+AUGMENT = AugmentConfig(rotate=10.0, scale=0.1, shift=0.7, smoothing=0.1)
+OPTIM = OptimConfig(
+    batch=64,
+    lr=2e-3,
+    lr_per=None,
+    schedule="warmup_cosine",
+    warmup_epochs=2,
+    warmup_lr=0.0,
+    min_lr=1e-5,
+    clip=1.0,
+)
+
+
+def recipe(epochs: int, **optim) -> Recipe:
+    return Recipe(dataclasses.replace(OPTIM, epochs=epochs, **optim), AUGMENT)
+
+
+RECIPES = {
+    "pretrain_meta": recipe(20),
+    "train_module": recipe(10),
+    "assemble": recipe(20, lr=1e-3),
+    "distill": recipe(10),
+    "end_to_end": recipe(20, lr=1e-3),
+    "few_shot": recipe(60, batch=20, warmup_epochs=5),
+}
+
+PRIORS = {
+    "scale_free": PriorConfig("barabasi_albert", attachments=2),
+    "erdos_renyi": PriorConfig("erdos_renyi", edge_probability=0.1),
+    "planted": PriorConfig("planted_partition", communities=4),
+    "ring": PriorConfig("ring_of_cliques", communities=4),
+    "none": PriorConfig(),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The config; see the file's docstring for the arguments."""
+    args = parse_args(arg, {"phase": "pipeline", "module": "all", "prior": "scale_free"})
+    if args.prior not in PRIORS:
+        raise ValueError(f"prior={args.prior!r} must be one of {sorted(PRIORS)}")
+    vit = ViTConfig(patch=4, width=64, heads=4, mlp_ratio=2.0)
+    config = Config(
+        phase=args.phase,
+        module=args.module,
+        data=DataConfig(source="digits", image_size=8, channels=1, labels=10),
+        ood=OodConfig(source="digits_r"),
+        meta=dataclasses.replace(vit, depths=(1, 1, 1, 1)),
+        teacher=dataclasses.replace(vit, depths=(2, 2, 2, 2)),
+        model=NacConfig(
+            tokenizer=TokenizerConfig(preset="nano", stages=1, width=192, stem=2, grid_width=16),
+            inputs=8,
+            mediators=32,
+            outputs=8,
+            iterations=2,
+            width=48,
+            code_width=48,
+            signature_width=16,
+            heads=4,
+            head_width=16,
+            prior=PRIORS[args.prior],
+        ),
+        regularizers=RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4)),
+        few_shot=FewShotConfig(ways=4, shots=5, test_shots=15),
+        run=RunConfig(log_every=11, eval_every=2, checkpoint_every=20),
+    )
+    return choose_recipe(unfreeze(config), RECIPES)
+
+
+def sweep() -> Iterator[dict[str, object]]:
+    """One run a prior and seed; the keys are arguments (`prior`) and flags (`seed`)."""
+    for prior in PRIORS:
+        for seed in range(3):
+            yield {"prior": prior, "seed": seed}

@@ -1,0 +1,66 @@
+"""Sharing rows out among blocks of one size, at the least cost; on the device."""
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def assign_blocks(cost: Float[Array, "*B T blocks"]) -> Int[Array, "*B T"]:
+    """The block of each row: each block gets T / blocks rows, and the costs' sum is least.
+
+    Exact up to rounding, as a linear assignment to T / blocks copies of every block is; but quick,
+    since it knows that they are copies. Nothing is differentiated.
+    """
+    flat = jax.lax.stop_gradient(cost).reshape(-1, *cost.shape[-2:])
+    return jax.vmap(_assign)(flat).reshape(cost.shape[:-1])
+
+
+def _assign(cost: jax.Array) -> jax.Array:
+    """Successive shortest paths: rows start in their cheapest blocks, then one row at a time leaves
+    a crowded block, along the cheapest chain of moves that ends where there is room."""
+    rows, blocks = cost.shape
+    room = rows // blocks
+    everyone = jnp.arange(blocks)
+    # Chains shorter by no more than rounding could go round in circles.
+    tolerance = blocks * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(cost))
+
+    def sizes(labels):
+        return jnp.sum(labels[:, None] == everyone, axis=0)
+
+    def crowded(state):
+        moved, labels = state
+        # As many chains as rows suffice; NaN costs would find no end.
+        return (moved < rows) & jnp.any(sizes(labels) > room)
+
+    def relieve(state):
+        moved, labels = state
+        extra = cost - jnp.take_along_axis(cost, labels[:, None], axis=1)
+        member = labels[:, None] == everyone
+        extra = jnp.where(member[:, :, None], extra[:, None, :], jnp.inf)
+        who = jnp.argmin(extra, axis=0)  # (from, to): the member that moves most cheaply
+        price = jnp.min(extra, axis=0)
+        size = sizes(labels)
+
+        def lengthen(_, paths):
+            length, before = paths
+            longer = length[:, None] + price
+            origin, best = jnp.argmin(longer, axis=0), jnp.min(longer, axis=0)
+            better = best < length - tolerance
+            return jnp.where(better, best, length), jnp.where(better, origin, before)
+
+        start = jnp.where(size > room, 0.0, jnp.inf).astype(cost.dtype), jnp.full(blocks, -1)
+        length, before = jax.lax.fori_loop(0, blocks - 1, lengthen, start)
+
+        def step_back(_, walk):
+            here, labels = walk
+            origin = before[here]
+            row = jnp.where(origin < 0, rows, who[origin, here])  # rows is out of bounds: no one
+            labels = labels.at[row].set(here, mode="drop")
+            return jnp.where(origin < 0, here, origin), labels
+
+        end = jnp.argmin(jnp.where(size < room, length, jnp.inf))
+        _, labels = jax.lax.fori_loop(0, blocks - 1, step_back, (end, labels))
+        return moved + 1, labels
+
+    start = jnp.int32(0), jnp.argmin(cost, axis=1)
+    return jax.lax.while_loop(crowded, relieve, start)[1]

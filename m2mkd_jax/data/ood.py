@@ -1,0 +1,96 @@
+"""An out-of-distribution test set of some of the training set's classes, such as ImageNet-R."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from common_jax.config import did_you_mean
+from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, listed, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class OodConfig:
+    """`config.ood`: the test set. Everything else about its images stands in config.data.
+
+    Attributes:
+      source: a key of SOURCES; "" for no such set.
+      path: of `folder`, as config.data.path.
+      split: folder name under `path`; of `digits_r`: "test".
+    """
+
+    source: str = ""
+    path: str = ""
+    split: str = "test"
+
+    def __post_init__(self):
+        if self.source and self.source not in SOURCES:
+            raise ValueError(
+                f"config.ood.source={self.source!r} is none of {sorted(SOURCES)}"
+                f"{did_you_mean(self.source, SOURCES)}; '' stands for no OOD set"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OodSet:
+    """An OOD set that fits a training set.
+
+    Attributes:
+      source: its examples; label i is its i-th class.
+      data: config.data with the set's own source, path and split.
+      classes: the training set's number of each of its classes.
+    """
+
+    source: Source
+    data: DataConfig
+    classes: tuple[int, ...]
+
+
+# What loaders call the keys that an OOD set has of its own.
+OWN_KEYS = {
+    "config.data.train_split or config.data.test_split": "config.ood.split",
+    "config.data.path": "config.ood.path",
+    "config.data.source": "config.ood.source",
+}
+
+
+def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) -> OodSet:
+    """The set of `ood`, which must name a source.
+
+    Args:
+      data: size, channels and reading of its images.
+      ood: where they are.
+      label_names: names of the training set's classes.
+
+    Raises:
+      FileNotFoundError: no such path or split.
+      ValueError: the images do not fit config.data, or a class is none of the training set's.
+    """
+    own = dataclasses.replace(data, source=ood.source, path=ood.path, test_split=ood.split)
+    try:
+        source = open_source(own, ood.split)
+    except (FileNotFoundError, ValueError) as error:
+        message = str(error)
+        for key, own_key in OWN_KEYS.items():
+            message = message.replace(key, own_key)
+        raise type(error)(message) from error
+    own = dataclasses.replace(own, labels=len(source.label_names))
+    return OodSet(source, own, match_classes(source.label_names, label_names, ood=ood))
+
+
+def match_classes(
+    names: Sequence[str], base_names: Sequence[str], *, ood: OodConfig
+) -> tuple[int, ...]:
+    """The place in `base_names` of each of `names`.
+
+    Raises:
+      ValueError: when some are not there.
+    """
+    place = {name: index for index, name in enumerate(base_names)}
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        raise ValueError(
+            f"config.ood.source={ood.source!r}, path={ood.path!r}, split={ood.split!r} has "
+            f"{len(names)} classes, of which {len(unknown)} are no classes of config.data: "
+            f"{listed(unknown)}; the {len(place)} there are {listed(place)}. Rename the folders "
+            "to the training set's names (such as wnids), remove them, or set config.ood.source=''"
+        )
+    return tuple(place[name] for name in names)

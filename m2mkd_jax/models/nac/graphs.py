@@ -1,0 +1,247 @@
+"""The graphs between mediators that a NAC can start from."""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+
+import networkx as nx
+import numpy as np
+from jaxtyping import Bool, Int
+
+from common_jax.config import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorConfig:
+    """The graph that the mediators' signatures start from, `config.model.prior`.
+
+    Attributes:
+      graph: "none" (signatures are normal draws), "complete" (all alike, so that all are
+        connected), or a graph that the signatures are fitted to: a key of GENERATORS. Scale-free
+        graphs are "barabasi_albert".
+      attachments: edges that each new node brings, of barabasi_albert.
+      edge_probability: of erdos_renyi.
+      communities: number of communities of planted_partition, of cliques of ring_of_cliques.
+      community_size: nodes of one of them, or of each bell of barbell; 0 shares out all nodes.
+      p_in, p_out: probability of an edge within a community and between two, of planted_partition.
+      neighbours: nodes that each one is joined to at first, of watts_strogatz; 0 for a tenth of
+        the nodes.
+      rewire: probability that such an edge moves to a random node.
+      dims: sides of grid.
+      periodic: whether grid closes to a torus.
+      branching, height: children of a node and levels below the root, of balanced_tree.
+      path_length: nodes between the bells, of barbell.
+      truncation: distance below which two signatures count as connected in the fit. The kernels'
+        own is `config.model.kernel.truncation`.
+      steps: updates of the fit.
+      learning_rate: of the fit.
+      hinge: fits which nodes are connected; False fits distances to the lengths of shortest paths.
+    """
+
+    graph: str = "none"
+    attachments: int = 2
+    edge_probability: float = 0.1
+    communities: int = 8
+    community_size: int = 0
+    p_in: float = 0.9
+    p_out: float = 0.2
+    neighbours: int = 0
+    rewire: float = 0.4
+    dims: tuple[int, ...] = (16, 16)
+    periodic: bool = False
+    branching: int = 2
+    height: int = 7
+    path_length: int = 0
+    truncation: float = 0.8
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    hinge: bool = True
+
+    def __post_init__(self):
+        known = ("none", "complete", *GENERATORS)
+        if self.graph not in known:
+            raise ValueError(
+                f"config.model.prior.graph={self.graph!r} must be one of {list(known)}"
+                f"{did_you_mean(self.graph, list(known))}; scale-free graphs are 'barabasi_albert'"
+            )
+        for name in ("edge_probability", "p_in", "p_out", "rewire"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"config.model.prior.{name}={getattr(self, name)} is a probability: it must be "
+                    "in [0, 1]"
+                )
+        for name, least in (
+            ("attachments", 1),
+            ("communities", 1),
+            ("community_size", 0),
+            ("neighbours", 0),
+            ("branching", 1),
+            ("height", 0),
+            ("path_length", 0),
+            ("steps", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"config.model.prior.{name}={getattr(self, name)} must be at least {least}"
+                )
+        if not self.dims or min(self.dims) < 1:
+            raise ValueError(
+                f"config.model.prior.dims={self.dims} must be sides of at least 1, such as (16, 16)"
+            )
+        if not 0 < self.truncation < 2:
+            raise ValueError(
+                f"config.model.prior.truncation={self.truncation} must be in (0, 2), as cosine "
+                "distances are; the original's is 0.8"
+            )
+        if self.learning_rate <= 0:
+            raise ValueError(
+                f"config.model.prior.learning_rate={self.learning_rate} must be positive"
+            )
+
+
+def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray, "T T"]:
+    """The adjacency of a graph: symmetric, without self edges; nodes in networkx's order, those of
+    a community together.
+
+    Raises:
+      ValueError: when the graph cannot have `nodes` nodes, with sizes that fit.
+    """
+    if config.graph == "complete":
+        return ~np.eye(nodes, dtype=bool)
+    graph = GENERATORS[config.graph](config, nodes, seed)
+    return nx.to_numpy_array(graph) > 0
+
+
+def find_communities(
+    config: PriorConfig, adjacency: Bool[np.ndarray, "T T"], *, seed: int
+) -> Int[np.ndarray, "T"]:
+    """A group for each node, by which pictures are ordered: the blocks or cliques that the graph
+    was made of, else what Louvain's method finds, numbered by first node."""
+    nodes = len(adjacency)
+    if config.graph in ("planted_partition", "ring_of_cliques"):
+        return np.arange(nodes) // (config.community_size or nodes // config.communities)
+    if config.graph == "complete":
+        return np.zeros(nodes, int)
+    groups = nx.community.louvain_communities(nx.from_numpy_array(adjacency), seed=seed)
+    labels = np.zeros(nodes, int)
+    for number, group in enumerate(sorted(groups, key=min)):
+        labels[list(group)] = number
+    return labels
+
+
+def _barabasi_albert(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    if config.attachments >= nodes:
+        _refuse("attachments", config.attachments, nodes, f"must be below {nodes}")
+    return nx.barabasi_albert_graph(nodes, config.attachments, seed=seed)
+
+
+def _erdos_renyi(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    return nx.erdos_renyi_graph(nodes, config.edge_probability, seed=seed)
+
+
+def _watts_strogatz(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    neighbours = config.neighbours or round(0.1 * nodes)
+    if neighbours >= nodes:
+        _refuse("neighbours", neighbours, nodes, f"must be below {nodes}")
+    return nx.watts_strogatz_graph(nodes, neighbours, config.rewire, seed=seed)
+
+
+def _community_size(config: PriorConfig, nodes: int, least: int) -> int:
+    count, size = config.communities, config.community_size or nodes // config.communities
+    if count < least or size < least or count * size != nodes:
+        _refuse(
+            "communities",
+            count,
+            nodes,
+            f"x community_size={size} is {count * size} nodes; choose two factors of {nodes}, "
+            f"each at least {least}, or community_size=0 and communities one of "
+            f"{[n for n in range(least, nodes // least + 1) if nodes % n == 0]}",
+        )
+    return size
+
+
+def _planted_partition(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    size = _community_size(config, nodes, 1)
+    return nx.planted_partition_graph(config.communities, size, config.p_in, config.p_out, seed)
+
+
+def _ring_of_cliques(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    del seed
+    return nx.ring_of_cliques(config.communities, _community_size(config, nodes, 2))
+
+
+def _grid(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    del seed
+    size = math.prod(config.dims)
+    if size != nodes:
+        side = max(n for n in range(1, math.isqrt(nodes) + 1) if nodes % n == 0)
+        fits = f"makes {size} nodes; {(side, nodes // side)} would fit"
+        _refuse("dims", config.dims, nodes, fits)
+    return nx.grid_graph(config.dims, periodic=config.periodic)
+
+
+def _balanced_tree(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    del seed
+    sizes = [1]
+    while len(sizes) <= config.height or sizes[-1] < nodes:
+        sizes.append(1 + config.branching * sizes[-1])
+    size = sizes[config.height]
+    if size != nodes:
+        near = {max(s for s in sizes if s <= nodes), min(s for s in sizes if s >= nodes)}
+        _refuse(
+            "height",
+            config.height,
+            nodes,
+            f"with branching={config.branching} makes {size} nodes; set config.model.mediators to "
+            f"that, or choose a height that makes {' or '.join(map(str, sorted(near)))}",
+        )
+    return nx.balanced_tree(config.branching, config.height)
+
+
+def _barbell(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    del seed
+    bell = config.community_size or (nodes - config.path_length) // 2
+    size = 2 * bell + config.path_length
+    if bell < 2 or size != nodes:
+        _refuse(
+            "community_size",
+            config.community_size,
+            nodes,
+            f"makes 2 x {bell} + path_length={config.path_length} = {size} nodes; choose a path "
+            f"that leaves an even number of at least 4 of the {nodes}, and community_size=0",
+        )
+    return nx.barbell_graph(bell, config.path_length)
+
+
+def _hypercube(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
+    del seed
+    below = nodes.bit_length() - 1
+    if nodes != 2**below:
+        fits = f"has 2^d nodes, such as {2**below} or {2 ** (below + 1)}"
+        _refuse("graph", config.graph, nodes, fits)
+    return nx.hypercube_graph(below)
+
+
+def _refuse(field: str, value: object, nodes: int, fits: str) -> None:
+    raise ValueError(
+        f"config.model.prior.{field}={value!r} does not suit config.model.mediators={nodes}: {fits}"
+    )
+
+
+# Name of a graph -> (config, nodes, seed) -> graph of that many nodes.
+GENERATORS: types.MappingProxyType[str, Callable[[PriorConfig, int, int], nx.Graph]] = (
+    types.MappingProxyType(
+        {
+            "watts_strogatz": _watts_strogatz,
+            "planted_partition": _planted_partition,
+            "grid": _grid,
+            "balanced_tree": _balanced_tree,
+            "barbell": _barbell,
+            "erdos_renyi": _erdos_renyi,
+            "barabasi_albert": _barabasi_albert,
+            "ring_of_cliques": _ring_of_cliques,
+            "hypercube": _hypercube,
+        }
+    )
+)

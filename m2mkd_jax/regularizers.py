@@ -1,0 +1,341 @@
+"""What is added to a NAC's label loss to shape its graph: three terms and their weighted sum.
+
+Each depends on the latents' signatures (and, for the block model, the kernels' bandwidths) alone.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+from sklearn.mixture import GaussianMixture
+
+from m2mkd_jax.assignment import assign_blocks
+from m2mkd_jax.models.nac.kernel import KernelConfig, cosine_distance, exp_kernel
+from m2mkd_jax.models.nac.layers import check_choice
+
+LATENTS = types.MappingProxyType(
+    {"mediator": ("mediator",), "all": ("input", "mediator", "output")}
+)
+REDUCTIONS = types.MappingProxyType(
+    {
+        "sum": lambda values, chosen: jnp.sum(jnp.where(chosen, values, 0.0)),
+        # 0, not NaN, where nothing is chosen.
+        "mean": lambda values, chosen: (
+            jnp.sum(jnp.where(chosen, values, 0.0)) / jnp.maximum(1, jnp.sum(chosen))
+        ),
+    }
+)
+
+Metrics = dict[str, Float[Array, ""]]
+Regularizer = Callable[[Mapping[str, Any], Any], tuple[Float[Array, ""], Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HingeConfig:
+    """Repulsion of near signatures, `config.regularizers.hinge`.
+
+    Attributes:
+      weight: of the term, at first.
+      weight_end: that it moves to linearly by the end; None keeps it.
+      hinge: distance from which signatures are left alone.
+      reduction: "sum" or "mean" over the near pairs.
+    """
+
+    weight: float = 0.0
+    weight_end: float | None = None
+    hinge: float = 0.4
+    reduction: str = "sum"
+
+    def __post_init__(self):
+        check_choice("config.regularizers.hinge.reduction", self.reduction, REDUCTIONS)
+        if not 0 < self.hinge <= 2:
+            raise ValueError(
+                f"config.regularizers.hinge.hinge={self.hinge} must be in (0, 2], as cosine "
+                "distances are"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """Keeps distances distributed as they were at first, `config.regularizers.mixture`.
+
+    Attributes:
+      weight, weight_end: see HingeConfig.
+      components: of the mixture of Gaussians.
+      reduction: "mean" or "sum" over the pairs.
+    """
+
+    weight: float = 0.0
+    weight_end: float | None = None
+    components: int = 3
+    reduction: str = "mean"
+
+    def __post_init__(self):
+        check_choice("config.regularizers.mixture.reduction", self.reduction, REDUCTIONS)
+        if self.components < 1:
+            raise ValueError(
+                f"config.regularizers.mixture.components={self.components} must be at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksConfig:
+    """Pulls the kernels to those of a stochastic block model, `config.regularizers.blocks`.
+
+    Attributes:
+      weight, weight_end: see HingeConfig.
+      clusters: blocks, which must share out the latents evenly.
+      within, between: kernel values wanted within a block and between two.
+      latents: "mediator" or "all".
+      clip: squared errors below it count as it, so that they are left alone; None for none.
+    """
+
+    weight: float = 0.0
+    weight_end: float | None = None
+    clusters: int = 8
+    within: float = 0.9
+    between: float = 0.2
+    latents: str = "mediator"
+    clip: float | None = None
+
+    def __post_init__(self):
+        check_choice("config.regularizers.blocks.latents", self.latents, LATENTS)
+        if self.clusters < 1:
+            raise ValueError(
+                f"config.regularizers.blocks.clusters={self.clusters} must be at least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizersConfig:
+    """The terms, `config.regularizers`; one of weight 0 throughout is not computed.
+
+    Attributes:
+      hinge, mixture, blocks: the terms.
+    """
+
+    hinge: HingeConfig = HingeConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    blocks: BlocksConfig = BlocksConfig()
+
+
+def hinge_repulsion(
+    signatures: Float[Array, "T Y"], *, hinge: float, reduction: str = "sum"
+) -> Float[Array, ""]:
+    r"""- sum_{t > s} d_ts [d_ts < h]:  pushes near signatures apart.
+
+    d = cosine distances of `signatures`, h = `hinge`; "mean" divides by the number of near pairs,
+    and is 0 without one. (NAC, signature hinge repulsion; regularization.py of the original.)
+    """
+    distance = cosine_distance(signatures, signatures)
+    return -REDUCTIONS[reduction](distance, _pairs(distance) & (distance < hinge))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Gaussians on the line.
+
+    Attributes:
+      weights, means, sigmas: (components,) float32, of each.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    sigmas: np.ndarray
+
+
+def mixture_loss(
+    signatures: Float[Array, "T Y"], mixture: Mixture, *, reduction: str = "mean"
+) -> Float[Array, ""]:
+    r"""mean_{t > s} -log sum_k w_k N(d_ts; m_k, s_k):  keeps distances likely.
+
+    d = cosine distances of `signatures`; w, m, s = weights, means and standard deviations of
+    `mixture`. (NAC, signature distribution; regularization.py of the original.)
+    """
+    distance = cosine_distance(signatures, signatures)
+    deviation = (distance[..., None] - mixture.means) / mixture.sigmas
+    log_normal = -0.5 * deviation**2 - jnp.log(mixture.sigmas) - 0.5 * math.log(2 * math.pi)
+    log_likelihood = jax.nn.logsumexp(jnp.log(mixture.weights) + log_normal, axis=-1)
+    return REDUCTIONS[reduction](-log_likelihood, _pairs(distance))
+
+
+def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
+    """The mixture that the distances of pairs of signatures are likeliest under (by EM; on the
+    host).
+
+    Raises:
+      ValueError: when there are fewer pairs than components.
+    """
+    distance = np.asarray(cosine_distance(signatures, signatures))
+    pairs = distance[np.tril_indices(len(distance), -1)]
+    if len(pairs) < components:
+        raise ValueError(
+            f"config.regularizers.mixture.components={components} is more than the {len(pairs)} "
+            "pairs of latents; lower it"
+        )
+    model = GaussianMixture(components, covariance_type="spherical", random_state=0)
+    # In float32 a component of equal distances fails for want of a variance.
+    model.fit(pairs[:, None].astype(np.float64))
+    return Mixture(
+        *(
+            np.asarray(values, np.float32).reshape(components)
+            for values in (model.weights_, model.means_, np.sqrt(model.covariances_))
+        )
+    )
+
+
+def block_loss(
+    links: Float[Array, "*B T T"],
+    *,
+    clusters: int,
+    within: float,
+    between: float,
+    clip: float | None = None,
+) -> Float[Array, ""]:
+    r"""sum_b 1/T^2 sum_ts max(c, (k_bts - g_z(b,t),s)^2):  pulls kernels to a block model.
+
+    k = `links`, kernels in exponential form; g_zs = `within` where s is in block z, else `between`;
+    c = `clip`. Latent s is in block s // (T / clusters); z gives each row of a kernel to a block,
+    T / clusters rows to each, so that the squared errors are least. Rows alone are matched, columns
+    stay. (NAC, stochastic block model; regularization.py of the original.)
+
+    Raises:
+      ValueError: when `clusters` does not divide T.
+    """
+    targets = block_targets(links.shape[-1], clusters=clusters, within=within, between=between)
+    assigned = assign_blocks(assignment_cost(links, targets))
+    errors = (links - targets[assigned]) ** 2
+    if clip is not None:
+        errors = jnp.maximum(errors, clip)
+    return jnp.sum(jnp.mean(errors, axis=(-2, -1)))
+
+
+def block_targets(
+    latents: int, *, clusters: int, within: float, between: float
+) -> Float[Array, "blocks T"]:
+    """The wanted row of each block: `within` at its own latents, `between` elsewhere.
+
+    Raises:
+      ValueError: when `clusters` does not divide `latents`.
+    """
+    if latents % clusters:
+        raise ValueError(
+            f"config.regularizers.blocks.clusters={clusters} must divide the {latents} latents; "
+            "change it or their number"
+        )
+    own = jnp.arange(clusters)[:, None] == jnp.arange(latents) // (latents // clusters)
+    return jnp.where(own, within, between)
+
+
+def assignment_cost(
+    links: Float[Array, "*B T S"], targets: Float[Array, "blocks S"]
+) -> Float[Array, "*B T blocks"]:
+    """Mean squared error of each row of the kernels to each block's row."""
+    return jnp.mean((links[..., :, None, :] - targets) ** 2, axis=-1)
+
+
+def weight_at(weight: float, weight_end: float | None, progress: Any) -> Any:
+    """(1 - p) `weight` + p `weight_end`,  p = `progress`, the share of the epochs that are over."""
+    return weight if weight_end is None else (1 - progress) * weight + progress * weight_end
+
+
+def make_regularizer(
+    config: RegularizersConfig,
+    signatures: Mapping[str, Float[Array, "_ Y"]],
+    *,
+    kernels: Sequence[KernelConfig],
+) -> Regularizer:
+    """The weighted sum of the terms whose weight is not 0 throughout.
+
+    Args:
+      config: the terms.
+      signatures: of `input`, `mediator` and `output` latents before training.
+      kernels: one an iteration, of its propagator.
+
+    Returns:
+      A function of a NAC's parameters and the progress (epochs done over all, constant within an
+      epoch), which gives the sum and the unweighted terms as `regularizer/NAME`.
+
+    Raises:
+      ValueError: when the latents do not suit a term.
+    """
+    terms: dict[str, tuple[Any, Callable[[Mapping[str, Any]], jax.Array]]] = {}
+    hinge, mixture, blocks = config.hinge, config.mixture, config.blocks
+    if _is_on(hinge):
+        push = functools.partial(hinge_repulsion, hinge=hinge.hinge, reduction=hinge.reduction)
+        terms["hinge"] = hinge, lambda params: push(_join(_signatures(params), "all"))
+    if _is_on(mixture):
+        fitted = fit_mixture(_join(signatures, "all"), components=mixture.components)
+        terms["mixture"] = (
+            mixture,
+            lambda params: mixture_loss(
+                _join(_signatures(params), "all"), fitted, reduction=mixture.reduction
+            ),
+        )
+    if _is_on(blocks):
+        settings = {
+            "clusters": blocks.clusters,
+            "within": blocks.within,
+            "between": blocks.between,
+        }
+        block_targets(len(_join(signatures, blocks.latents)), **settings)
+        terms["blocks"] = (
+            blocks,
+            lambda params: block_loss(
+                _links(params, blocks.latents, kernels), clip=blocks.clip, **settings
+            ),
+        )
+
+    def regularize(params: Mapping[str, Any], progress: Any) -> tuple[jax.Array, Metrics]:
+        total, metrics = jnp.float32(0), {}
+        for name, (term, compute) in terms.items():
+            value = metrics[f"regularizer/{name}"] = compute(params)
+            total += weight_at(term.weight, term.weight_end, progress) * value
+        return total, metrics
+
+    return regularize
+
+
+def find_bandwidths(params: Mapping[str, Any], kernels: Sequence[KernelConfig]) -> list[Any]:
+    """The bandwidth of each iteration's propagator: its parameter, or the config's where it is not
+    learned. A propagator that all iterations share counts in each."""
+    stages = sorted((k for k in params if re.fullmatch(r"stage_\d+", k)), key=lambda k: int(k[6:]))
+    propagators = [params[stage] for stage in stages[1:-1]]  # between read-in and read-out
+    if len(propagators) == 1:
+        propagators *= len(kernels)
+    return [
+        stage["attention"].get("bandwidth", kernel.bandwidth)
+        for stage, kernel in zip(propagators, kernels, strict=True)
+    ]
+
+
+def _links(params: Mapping[str, Any], latents: str, kernels: Sequence[KernelConfig]) -> jax.Array:
+    joined = _join(_signatures(params), latents)
+    distance = cosine_distance(joined, joined)
+    bandwidths = find_bandwidths(params, kernels)
+    links = [exp_kernel(distance, b, kernel) for b, kernel in zip(bandwidths, kernels, strict=True)]
+    return jnp.stack(links)
+
+
+def _signatures(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {name: params["graph"][name]["signatures"] for name in LATENTS["all"]}
+
+
+def _join(signatures: Mapping[str, jax.Array], latents: str) -> jax.Array:
+    return jnp.concatenate([signatures[name] for name in LATENTS[latents]])
+
+
+def _pairs(distance: jax.Array) -> jax.Array:
+    return jnp.tri(*distance.shape, k=-1, dtype=bool)
+
+
+def _is_on(term: HingeConfig | MixtureConfig | BlocksConfig) -> bool:
+    return bool(term.weight or term.weight_end)

@@ -1,0 +1,175 @@
+"""What an evaluation draws, and what a phase adds to its loss: on a linear classifier of digits."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+from tiny import tiny_config
+
+from common_jax.checkpoint import finished_steps
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.metrics import read_metrics
+from common_jax.optim import OptimConfig
+from common_jax.state import evaluation_key, fold_name
+from common_jax.step import make_evaluator
+from m2mkd_jax.config import DistillConfig, EvaluationConfig
+from m2mkd_jax.data.ood import OodConfig
+from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, make_sums
+from m2mkd_jax.phases.training import config_feed, train_phase
+
+# 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
+OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
+
+
+def config_of(noise, **changes):
+    config = tiny_config("end_to_end", optim=OPTIM)
+    return dataclasses.replace(config, evaluation=EvaluationConfig(noise=noise), **changes)
+
+
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def init(key):
+    return {"net": {"kernel": 0.1 * jax.random.normal(key, (64, 10))}}
+
+
+def forward(params, helpers, images, train, rngs):
+    """Logits, with a draw of each evaluation stream on top where there are keys."""
+    logits = images.reshape(len(images), 64) @ params["net"]["kernel"]
+    if rngs is not None and not train:
+        for name in EVALUATION_STREAMS:
+            logits += jax.random.normal(rngs[name], logits.shape)
+    return Outputs(logits, None, {})
+
+
+def evaluator(config, tmp_path, mesh):
+    return make_evaluator(
+        make_sums(forward, config),
+        config_feed(config, tmp_path).evaluation,
+        mesh=mesh,
+        seed=config.seed,
+        fold_step=config.evaluation.noise == "sampled",
+    )
+
+
+@pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
+def test_forward_gets_the_evaluation_streams_or_nothing(tmp_path, noise):
+    config, seen = config_of(noise), []
+
+    def spy(params, helpers, images, train, rngs):
+        seen.append((train, rngs))
+        return forward(params, helpers, images, train, rngs)
+
+    key = evaluation_key(np.uint32(0), 0)
+    batch = jax.tree.map(jnp.asarray, next(config_feed(config, tmp_path).evaluation()))
+    make_sums(spy, config)(init(jax.random.key(0)), {}, batch, key)
+    ((train, rngs),) = seen
+    assert train is False
+    if noise == "mean":
+        assert rngs is None
+    else:
+        assert set(rngs) == {"state", "pooling"}
+        assert all(rngs[name] == fold_name(key, name) for name in rngs)
+
+
+def test_only_sampled_noise_differs_between_steps(tmp_path):
+    params = init(jax.random.key(1))
+    first, again, later = {}, {}, {}
+    for noise in ("mean", "fixed", "sampled"):
+        config = config_of(noise)
+        run = evaluator(config, tmp_path, one_device())
+        first[noise], later[noise] = run(params, {}, 3), run(params, {}, 6)
+        again[noise] = evaluator(config, tmp_path, one_device())(params, {}, 3)
+    assert first == again
+    assert first["mean"] == later["mean"] and first["fixed"] == later["fixed"]
+    assert first["sampled"]["loss"] != later["sampled"]["loss"]
+    assert len({result["loss"] for result in first.values()}) == 3
+
+
+@pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
+def test_eight_devices_draw_what_one_draws(tmp_path, noise):
+    params, config = init(jax.random.key(2)), config_of(noise)
+    one, eight = (
+        evaluator(config, tmp_path, mesh)(params, {}, 3)
+        for mesh in (one_device(), make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+    )
+    assert one["accuracy"] == eight["accuracy"]
+    assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)
+
+
+def test_padding_counts_for_nothing(tmp_path):
+    config, params = config_of("mean"), init(jax.random.key(3))
+    found = evaluator(config, tmp_path, one_device())(params, {}, 0)
+    batches = list(config_feed(config, tmp_path).evaluation())
+    real = [batch["_mask"] == 1 for batch in batches]
+    assert [int(mask.sum()) for mask in real] == [360] and len(real[0]) == 400
+    images = np.concatenate([b["image"][m] for b, m in zip(batches, real, strict=True)])
+    labels = np.concatenate([b["label"][m] for b, m in zip(batches, real, strict=True)])
+    pixels = (images.reshape(360, 64) / 255 - 0.5) / 0.5
+    logits = pixels @ np.asarray(params["net"]["kernel"], np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert found["accuracy"] == pytest.approx(np.mean(logits.argmax(axis=1) == labels), rel=1e-6)
+    assert found["loss"] == pytest.approx(-log_p[np.arange(360), labels].mean(), rel=1e-5)
+
+
+def test_an_unknown_noise_is_named():
+    with pytest.raises(ValueError, match=r"config\.evaluation\.noise='fixd' .*'fixed'\?"):
+        EvaluationConfig(noise="fixd")
+
+
+def regularizer(params, step):
+    term = step * jnp.sum(params["net"]["kernel"] ** 2)
+    return 2.0 * term, {"penalty": term}
+
+
+def test_a_regularizer_joins_loss_and_metrics():
+    config, params = config_of("mean"), init(jax.random.key(4))
+    batch = {"image": jnp.zeros((4, 8, 8, 1), jnp.uint8), "label": jnp.arange(4)}
+    rngs = {name: jax.random.key(0) for name in ("augment", "mix")}
+    none = DistillConfig(kind="none")
+    plain, few = make_loss(forward, config, none)(params, {}, batch, rngs, 3)
+    total, more = make_loss(forward, config, none, regularizer=regularizer)(
+        params, {}, batch, rngs, 3
+    )
+    assert float(total - plain) == pytest.approx(float(2.0 * more["penalty"]), rel=1e-4)
+    assert more == few | {"penalty": 3 * jnp.sum(params["net"]["kernel"] ** 2)}
+
+
+def test_a_run_with_draws_goes_on_byte_for_byte(tmp_path):
+    config = config_of("sampled", ood=OodConfig(source="digits_r"))
+
+    def run(workdir):
+        return train_phase(
+            config,
+            workdir,
+            one_device(),
+            title="linear",
+            init=init,
+            rules=(("/net/kernel", PartitionSpec()),),
+            forward=forward,
+            regularizer=regularizer,
+        )
+
+    result = run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "result.json").unlink()
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    shutil.rmtree(checkpoints / str(finished_steps(checkpoints)[-1]))
+    assert finished_steps(checkpoints)[-1] == 6
+    assert run(tmp_path / "cut") == result
+    name = "metrics.jsonl"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    lines = read_metrics(tmp_path / "whole" / name)
+    tested = [line for line in lines if "test/loss" in line]
+    assert [line["step"] for line in tested] == [3, 6, 9]
+    assert all({"ood/loss", "ood/accuracy", "ood/accuracy_top5"} <= set(line) for line in tested)
+    assert all(line["train/penalty"] > 0 for line in lines if "train/loss" in line)
+    saved = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert saved["ood/accuracy"] == tested[-1]["ood/accuracy"]

@@ -1,0 +1,195 @@
+"""An OOD set of some classes: which logits count, which names fit, and the renditions of digits."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+from PIL import Image
+from tiny import tiny_config
+
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.optim import OptimConfig
+from m2mkd_jax.config import Config, FewShotConfig
+from m2mkd_jax.data import digits
+from m2mkd_jax.data.ood import OodConfig, load_ood, match_classes
+from m2mkd_jax.data.sources import DataConfig, load_source
+from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
+from m2mkd_jax.main import results_table
+from m2mkd_jax.phases.few_shot import _episode_feed
+from m2mkd_jax.phases.objective import Outputs
+from m2mkd_jax.phases.training import config_feed, train_phase
+
+DIGITS = tuple("0123456789")
+DIGITS_R = OodConfig(source="digits_r")
+
+
+def naive(logits, labels, classes):
+    """Accuracy, top-5 accuracy and cross entropy among `classes`, one example at a time."""
+    best, best_five, loss = [], [], []
+    for row, label in zip(logits, labels, strict=True):
+        among = [float(row[c]) for c in classes]
+        order = sorted(range(len(among)), key=lambda i: -among[i])
+        best.append(order[0] == label)
+        best_five.append(label in order[:5])
+        loss.append(np.log(sum(np.exp(value) for value in among)) - among[label])
+    return np.mean(best), np.mean(best_five), np.mean(loss)
+
+
+@pytest.mark.parametrize("classes", [(0, 3, 4, 5, 8, 9, 11), (11, 2, 7)])
+def test_metrics_are_among_the_classes_of_the_set(classes):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 12)).astype(np.float32)
+    labels = rng.integers(0, len(classes), 40).astype(np.int32)
+    chosen = restrict_logits(jnp.asarray(logits), classes)
+    sums = classification_sums(chosen, jnp.asarray(labels), jnp.ones(40))
+    found = [float(sums[name]) / 40 for name in ("accuracy", "accuracy_top5", "loss")]
+    np.testing.assert_allclose(found, naive(logits, labels, classes), rtol=1e-5)
+
+
+def test_classes_are_matched_by_name_in_any_order():
+    base = ("n01", "n02", "n03", "n05")
+    assert match_classes(("n02", "n05"), base, ood=DIGITS_R) == (1, 3)
+    assert match_classes(("n05", "n01"), base, ood=DIGITS_R) == (3, 0)
+    with pytest.raises(ValueError, match=r"config\.ood\.source=.* 1 are no classes .*: n04; .*n05"):
+        match_classes(("n01", "n04"), base, ood=DIGITS_R)
+
+
+def test_digit_renditions_are_digits_drawn_otherwise():
+    source = load_ood(DataConfig(), DIGITS_R, label_names=DIGITS)
+    images, labels = source.source.arrays["image"], source.source.labels
+    assert source.source.label_names == tuple("01234578")
+    assert source.classes == (0, 1, 2, 3, 4, 5, 7, 8)
+    originals, classes = digits.load_split("test")
+    kept = ~np.isin(classes, (6, 9))
+    count, kinds = int(kept.sum()), len(digits.RENDITIONS)
+    assert images.shape == (count * kinds, 8, 8, 1) and images.dtype == np.uint8
+    assert labels.dtype == np.int32 and set(labels) == set(range(8))
+    by_kind = images.reshape(kinds, count, 8, 8, 1)
+    for rendition in by_kind:
+        assert rendition.min() == 0 and rendition.max() == 255
+        change = np.abs(rendition.astype(float) - originals[kept]).mean(axis=(1, 2, 3))
+        assert change.min() > 5
+    for numbers in labels.reshape(kinds, count):
+        np.testing.assert_array_equal(np.asarray(source.classes)[numbers], classes[kept])
+    ink = dict(zip(digits.RENDITIONS, by_kind.mean(axis=(1, 2, 3, 4)), strict=True))
+    assert ink["thinned"] < originals[kept].mean() < ink["thickened"]
+
+
+def test_digit_renditions_are_the_same_in_every_process():
+    images, labels = digits.load_renditions()
+    digits.load_renditions.cache_clear()
+    again, same = digits.load_renditions()
+    assert again is not images
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(labels, same)
+    assert not images.flags.writeable
+
+
+def test_digit_renditions_have_a_test_split_alone():
+    config = DataConfig(source="digits_r", labels=8)
+    assert len(load_source(config, "test")) == 286 * 5
+    with pytest.raises(ValueError, match=r"'digits_r' has no split 'train', only \['test'\]"):
+        load_source(config, "train")
+    with pytest.raises(ValueError, match=r"config\.ood\.split"):
+        load_ood(DataConfig(), OodConfig("digits_r", split="val"), label_names=DIGITS)
+
+
+def make_folder(root, classes, *, side=36, images=2):
+    rng = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), classes):
+        (root / split / name).mkdir(parents=True)
+        for i in range(images):
+            pixels = rng.integers(0, 256, (side, side + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
+    base = make_folder(tmp_path / "base", ("ant", "bee", "cat", "dog"))
+    fewer = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
+    data = DataConfig("folder", str(base), 36, 3, 4, (0.5,) * 3, (0.5,) * 3)
+    config = dataclasses.replace(
+        tiny_config("end_to_end", optim=OptimConfig(steps=1, batch=4)),
+        data=data,
+        ood=OodConfig("folder", str(fewer)),
+    )
+    feed = config_feed(config, tmp_path)
+    assert feed.ood_classes == (1, 3)
+    batches = list(feed.ood())
+    assert [batch["image"].shape for batch in batches] == [(4, 36, 36, 3)] * 2
+    np.testing.assert_array_equal(
+        np.concatenate([b["label"] for b in batches])[:6], [0] * 3 + [1] * 3
+    )
+    np.testing.assert_array_equal(np.concatenate([b["_mask"] for b in batches]), [1] * 6 + [0] * 2)
+
+    wrong = make_folder(tmp_path / "wrong", ("bee", "eel"))
+    with pytest.raises(ValueError, match=r"no classes of config\.data: eel; .*ant, bee, cat, dog"):
+        load_ood(data, OodConfig("folder", str(wrong)), label_names=("ant", "bee", "cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("ood", "message"),
+    [
+        (OodConfig("folder", "/nowhere"), r"config\.ood\.path='/nowhere' does not exist"),
+        (OodConfig("folder", "."), r"config\.ood\.path.*no split.*config\.ood\.split"),
+    ],
+)
+def test_a_set_that_is_not_there_is_named_by_its_own_key(tmp_path, monkeypatch, ood, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        load_ood(DataConfig(), ood, label_names=DIGITS)
+    assert "config.data" not in str(error.value)
+
+
+def test_an_unknown_source_is_named():
+    with pytest.raises(ValueError, match=r"config\.ood\.source='digitsr'.*did you mean 'digits_r'"):
+        OodConfig(source="digitsr")
+
+
+def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
+    optim = OptimConfig(steps=6, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
+    config = dataclasses.replace(tiny_config("end_to_end", optim=optim), ood=DIGITS_R)
+    kernel = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+
+    def forward(params, helpers, images, train, rngs):
+        logits = images.reshape(len(images), 64) @ kernel
+        return Outputs(logits + 0 * params["net"]["bias"], None, {})
+
+    result = train_phase(
+        config,
+        tmp_path,
+        make_mesh(MeshConfig()),
+        title="linear",
+        init=lambda key: {"net": {"bias": jnp.zeros(10)}},
+        rules=(("/net/bias", PartitionSpec()),),
+        forward=forward,
+    )
+    images, labels = digits.load_renditions()
+    logits = ((images.reshape(-1, 64) / 255 - 0.5) / 0.5) @ kernel.astype(float)
+    expected = naive(logits, labels, (0, 1, 2, 3, 4, 5, 7, 8))
+    found = [result[f"ood/{name}"] for name in ("accuracy", "accuracy_top5", "loss")]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_an_episode_has_no_ood_set(tmp_path):
+    few_shot = FewShotConfig(ways=3, shots=2, test_shots=2)
+    config = Config(phase="few_shot", few_shot=few_shot, ood=DIGITS_R, optim=OptimConfig(batch=6))
+    episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
+    assert _episode_feed(config, episode, tmp_path).ood is None
+    assert config_feed(config, tmp_path).ood is not None
+
+
+def test_the_table_has_a_column_for_ood_where_a_run_has_it(tmp_path):
+    plain = {"steps": 5, "test/accuracy": 0.5, "test/loss": 1.0}
+    for folder, result in (("a", plain), ("b", plain | {"ood/accuracy": 0.25})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "result.json").write_text(json.dumps(result))
+    table = results_table(tmp_path, ["a", "b"])
+    assert table.header[-1] == "OOD accuracy"
+    assert [row[-1] for row in table.rows] == ["none", "25.0 %"]
+    assert results_table(tmp_path, ["a"]).header[-1] == "test loss"
+    assert results_table(tmp_path, []) is None
