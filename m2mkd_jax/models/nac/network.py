@@ -209,20 +209,21 @@ class NacNetwork:
           signatures: of sets of latents ("mediator", ...) that start from a graph prior; the
             others are drawn.
         """
-        graph = Graph(self.graph, self.dtype)
-        params = {GRAPH: graph.init(fold_name(key, GRAPH), 1)["params"]}
+        latents = Graph(self.graph, self.dtype)
+        params = {GRAPH: latents.init(fold_name(key, GRAPH), 1)["params"]}
         for name, array in (signatures or {}).items():
             params[GRAPH][name]["signatures"] = jnp.asarray(array, jnp.float32)
+        last, graph = len(self) - 1, self.graph
         size, channels = self.interface.image_size, self.interface.channels
-        last, states, codes = len(self) - 1, *self._examples()
-        calls = {0: (self.read_in, (jnp.zeros((1, size, size, channels)), *states[:1], *codes[:1]))}
-        message = ((states[0],), codes[0])
+        # A single latent will do, since parameters' shapes do not depend on how many there are;
+        # but a read-in by projection wants one a token.
+        state, code = jnp.zeros((1, 1, graph.width)), jnp.zeros((1, graph.code_width))
+        message = (state, code, (state,), code, jnp.zeros((1, 1)))
+        image, inputs = jnp.zeros((1, size, size, channels)), graph.input.count
+        calls = {0: (self.read_in, (image, state, jnp.repeat(code, inputs, axis=0)))}
         iterations = range(1, 2 if self.share_propagators else last)
-        calls |= {
-            i: (self.propagators[i - 1], (states[0], codes[0], *message, jnp.zeros((1, 1))))
-            for i in iterations
-        }
-        calls[last] = (self.read_out, (states[0], codes[0], *message, jnp.zeros((1, 1))))
+        calls |= {i: (self.propagators[i - 1], message) for i in iterations}
+        calls[last] = (self.read_out, message)
         for i, (module, arguments) in calls.items():
             name = stage_name(i)
             fresh = module.init(fold_name(key, name), *arguments, train=False)["params"]
@@ -347,11 +348,6 @@ class NacNetwork:
 
     def _drops_scales(self) -> bool:
         return self.propagators[0].config.linear.dropout > 0
-
-    def _examples(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """A single latent's state and code, which is all that parameters' shapes depend on."""
-        graph = self.graph
-        return (jnp.zeros((1, 1, graph.width)),), (jnp.zeros((1, graph.code_width)),)
 
     def _check_images(self, images: jax.Array) -> None:
         side, channels = self.interface.image_size, self.interface.channels
