@@ -157,7 +157,8 @@ class Config:
       precision: what the networks compute in, "float32" or "bfloat16"; parameters, softmax,
         router, norm statistics and losses are float32 in any case.
       data: images and labels.
-      ood: a further test set, of some of the classes; few_shot has none.
+      ood: a further test set, of some of the classes, for whole networks; single modules and
+        few_shot are not tested on it.
       evaluation: whether anything random is drawn in evaluation.
       meta: the meta model; its stages are the depths.
       teacher: the teacher, with as many stages.

@@ -14,9 +14,11 @@ from common_jax.report import Table, write_report
 from m2mkd_jax.config import Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.phases.circuit import PICTURE
 from m2mkd_jax.phases.pipeline import plan, run_phase
 
-DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE.
+DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE
+and NAC.
 
 All phases in order:
   python -m m2mkd_jax.main --config=configs/m2mkd/digits.py:phase=pipeline --workdir=runs/digits
@@ -41,7 +43,12 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     run_phase(frozen, workdir, mesh)
     if jax.process_index() == 0:
         folders = [folder for folder, _ in runs] if frozen.phase == "pipeline" else []
-        write_report(workdir, title=f"m2mKD, {frozen.phase}", table=results_table(workdir, folders))
+        write_report(
+            workdir,
+            title=f"m2mKD, {frozen.phase}",
+            table=results_table(workdir, folders),
+            figures=connectivity_figures(workdir, [folder for folder, _ in runs]),
+        )
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
@@ -60,6 +67,16 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
 
 def _percent(share: float | None) -> str:
     return "none" if share is None else f"{100 * share:.1f} %"
+
+
+def connectivity_figures(workdir: epath.Path, folders: list[str]) -> list[tuple[str, epath.Path]]:
+    """Caption and picture of the learned graph, of every run of a NAC that has one."""
+    pictures = [(folder, workdir / folder / PICTURE) for folder in folders]
+    return [
+        (f"{folder} mediators before and after training: distances, and the graph".strip(), path)
+        for folder, path in pictures
+        if path.exists()
+    ]
 
 
 def check_run(config: Config, mesh: Mesh) -> None:

@@ -86,8 +86,9 @@ def train_phase(
 
 
 def config_feed(config: Config, workdir: epath.Path) -> Feed:
-    """The feed of the config's data section, and of its ood section where that names a source."""
-    optim = config.optim
+    """The feed of the config's data section, and of its ood section where that names a source and
+    a whole network is trained."""
+    optim, whole = config.optim, config.phase not in ("train_module", "distill")
     return make_feed(
         config.data,
         config.augment,
@@ -95,5 +96,5 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         micro_batch=optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
-        ood=config.ood if config.ood.source else None,
+        ood=config.ood if config.ood.source and whole else None,
     )
