@@ -155,7 +155,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
         figures.append((f"Test accuracy of the {student}, end to end, {seeds} seeds", picture))
     graph = workdir / "nac_m2mkd_0" / "end_to_end" / "connectivity.png"
     figures.append(("The mediators of the NAC before and after training, seed 0", graph))
-    header = ("digits", "after 2 of 20 epochs", "at the end", "OOD, at the end")
+    header = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
     table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", header, tuple(rows))
     print(f"\n{table.caption}\n")
     for row in (header, *rows):

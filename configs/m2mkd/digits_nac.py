@@ -48,8 +48,8 @@ RECIPES = {
     "pretrain_meta": recipe(20),
     "train_module": recipe(10),
     "assemble": recipe(20, lr=1e-3),
-    "distill": recipe(10),
-    "end_to_end": recipe(20, lr=1e-3),
+    "distill": recipe(30, lr=3e-3),
+    "end_to_end": recipe(15, lr=3e-3),
     "few_shot": recipe(60, batch=20, warmup_epochs=5),
 }
 
@@ -76,7 +76,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         meta=dataclasses.replace(vit, depths=(1, 1, 1, 1)),
         teacher=dataclasses.replace(vit, depths=(2, 2, 2, 2)),
         model=NacConfig(
-            tokenizer=TokenizerConfig(preset="nano", stages=1, width=192, stem=2, grid_width=16),
+            tokenizer=TokenizerConfig(preset="atto", stages=1, width=192, stem=2, grid_width=16),
             inputs=8,
             mediators=32,
             outputs=8,

@@ -83,11 +83,6 @@ class BlockConfig:
         return round(self.ffn_factor * self.width)
 
     @property
-    def samples(self) -> bool:
-        """Whether the attention ever draws its edges."""
-        return self.kernel is not None and self.kernel.stochastic and self.uses_kernel
-
-    @property
     def uses_kernel(self) -> bool:
         """Whether affinities have a part in the result."""
         return self.kernel is not None and (self.mask or self.scale_after_softmax)

@@ -77,10 +77,10 @@ def log_kernel(
     if config.truncation is None:
         return -scaled
     kept = _kept(distance, bandwidth, config)
+    if config.truncation_kind == "masked":
+        return -scaled + jnp.where(kept, 0.0, -jnp.inf)
     cut = jnp.where(kept, -scaled, -jnp.inf)
-    if config.truncation_kind == "direct" and config.straight_through:
-        return _with_gradient_of(-scaled, cut)
-    return cut
+    return _with_gradient_of(-scaled, cut) if config.straight_through else cut
 
 
 def exp_kernel(

@@ -24,7 +24,6 @@ from m2mkd_jax.models.nac.tokenizer import Tokenizer, TokenizerConfig
 from m2mkd_jax.stages import Params, stage_name
 
 GRAPH = "graph"
-Record = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
