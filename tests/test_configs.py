@@ -1,70 +1,156 @@
 """Every shipped config can be run: all phases freeze, build and fit together, without a step."""
 
 import dataclasses
+import functools
 import pathlib
+import re
 import runpy
 
 import jax
+import numpy as np
 import pytest
+from flax import traverse_util
+from jax import numpy as jnp
 
 from common_jax.config import freeze
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from m2mkd_jax.config import PHASES, Config
-from m2mkd_jax.hybrid import Pair
-from m2mkd_jax.models.moe import check_moe
+from m2mkd_jax.hybrid import Pair, pair_logits
+from m2mkd_jax.main import check_run
+from m2mkd_jax.models.nac.graphs import make_graph
+from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import networks
+from m2mkd_jax.phases.families import family, student_modules, whole_student
 from m2mkd_jax.phases.pipeline import plan
+from m2mkd_jax.regularizers import make_regularizer
 
-FILES = sorted((pathlib.Path(__file__).parents[1] / "configs" / "m2mkd").glob("*.py"))
+FILES = {
+    path.stem: path
+    for path in sorted((pathlib.Path(__file__).parents[1] / "configs" / "m2mkd").glob("*.py"))
+}
+# Files that do not have every phase.
+SOME = {"nac_tinyimagenet": ("end_to_end", "few_shot")}
+RUNS = [(name, phase) for name in FILES for phase in SOME.get(name, (*PHASES, "pipeline"))]
+WHOLE = [name for name in FILES if name not in SOME]
+# Keys of a sweep that are arguments of the file; all others are flags.
+ARGUMENTS = ("phase", "module", "prior", "size")
 
 
-def load(path, arg) -> Config:
-    return freeze(Config, runpy.run_path(str(path))["get_config"](arg))
+@functools.cache
+def read(name):
+    return runpy.run_path(str(FILES[name]))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("phase", [*PHASES, "pipeline"])
-def test_every_phase_has_a_config(path, phase):
-    config = load(path, f"phase={phase}")
+def load(name, arg) -> Config:
+    return freeze(Config, read(name)["get_config"](arg))
+
+
+def swept():
+    return [(name, item) for name in FILES for item in read(name).get("sweep", list)()]
+
+
+@pytest.mark.parametrize(("name", "phase"), RUNS)
+def test_every_phase_has_a_config(name, phase, tmp_path):
+    config = load(name, f"phase={phase}")
     assert config.phase == phase
-    check_moe(config.model.moe, {}, config.optim.batch)
-    if phase != "pipeline":
-        config.optim.total_steps(steps_per_epoch=10)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    runs = [run for _, run in plan(config, tmp_path)] if phase == "pipeline" else [config]
+    for run in runs:
+        check_run(run, mesh)
+        run.optim.total_steps(steps_per_epoch=10)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_networks_fit_together(path):
-    config = load(path, "phase=pipeline")
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_fit_together(name):
+    config = load(name, "phase=distill")
     pair = Pair(
-        networks.meta_network(config),
-        networks.teacher_network(config),
-        networks.student_modules(config),
+        networks.meta_network(config), networks.teacher_network(config), student_modules(config)
     )
-    key = jax.random.key(0)
-    example = pair.meta.stages[0].example(2)
-    for stage in range(len(pair.meta)):
-        params = {n: jax.eval_shape(getattr(pair, n).init, key) for n in ("meta", "student")}
-        tokens = jax.eval_shape(
-            lambda p, x, stage=stage: pair.meta.apply(p, x, stop=stage)[0], params["meta"], example
+    params = {
+        part: jax.eval_shape(network.init, jax.random.key(0))
+        for part, network in vars(pair).items()
+    }
+    images, count = pair.meta.stages[0].example(2), len(pair.meta)
+    for stage in sorted({0, 1, count - 2, count - 1}):
+        teacher, student, _ = jax.eval_shape(
+            lambda p, x, stage=stage: pair_logits(pair, p, x, stage=stage, train=False),
+            params,
+            images,
         )
-        out = jax.eval_shape(
-            lambda p, x, stage=stage: pair.student.apply(p, x, start=stage, stop=stage + 1)[0],
-            params["student"],
-            tokens,
-        )
-        last = stage == len(pair.meta) - 1
-        assert out.shape == (
-            (2, config.data.labels) if last else pair.meta.stages[1].example(2).shape
-        )
+        assert teacher.shape == student.shape == (2, config.data.labels)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_pipeline_is_planned_in_order(path, tmp_path):
-    config = load(path, "phase=pipeline")
+@pytest.mark.parametrize("name", FILES)
+def test_the_whole_student_is_built_and_split(name):
+    config = load(name, "phase=end_to_end")
+    network = whole_student(config, drop_path=config.drop_path)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    side, channels = config.data.image_size, config.data.channels
+    images = jax.ShapeDtypeStruct((2, side, side, channels), jnp.float32)
+    logits, _ = jax.eval_shape(network.apply, params, images)
+    assert logits.shape == (2, config.data.labels)
+    mesh = make_mesh(MeshConfig(fsdp=2))
+    shardings = match_rules(family(config).rules, {"student": params}, mesh)
+    assert any(leaf.spec for leaf in jax.tree.leaves(shardings))
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_pipeline_is_planned_in_order(name, tmp_path):
+    config = load(name, "phase=pipeline")
     count = len(config.meta.depths)
     folders = [folder for folder, _ in plan(config, tmp_path)]
     modules = [f"module_{i}" for i in range(count)]
     students = [f"student_{i}" for i in range(count)]
     assert folders[: 2 * count + 3] == ["meta", *modules, "teacher", *students, "end_to_end"]
+
+
+@pytest.mark.parametrize(("name", "item"), swept(), ids=str)
+def test_every_item_of_a_sweep_is_understood(name, item):
+    pairs = [f"{key}={value}" for key, value in item.items() if key in ARGUMENTS]
+    flags = {key: value for key, value in item.items() if key not in ARGUMENTS}
+    config = read(name)["get_config"](",".join(pairs))
+    config.update_from_flattened_dict(flags)
+    config = freeze(Config, config)
+    for key, value in flags.items():
+        assert functools.reduce(getattr, key.split("."), config) == value
+    assert config.model.prior == read(name)["PRIORS"][item["prior"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "prior"),
+    [(n, prior) for n in FILES for prior in read(n).get("PRIORS", ()) if prior != "none"],
+)
+def test_priors_and_regularizers_fit_the_latents(name, prior):
+    config = load(name, f"phase=end_to_end,prior={prior}")
+    model = config.model
+    adjacency = make_graph(model.prior, nodes=model.mediators, seed=0)
+    assert adjacency.any()
+    counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
+    signatures = {n: np.ones((count, model.signature_width)) for n, count in counts.items()}
+    make_regularizer(config.regularizers, signatures, kernels=[model.kernel] * model.iterations)
+    terms = dataclasses.asdict(config.regularizers).values()
+    assert sum(term["weight"] > 0 for term in terms) == 1
+
+
+def test_students_of_imagenet_fit_the_nac_of_tiny_imagenet():
+    teaching = load("nac_imagenet", "phase=distill,size=tinyimagenet")
+    config = load("nac_tinyimagenet", "phase=end_to_end")
+    taught, wanted = (
+        traverse_util.flatten_dict(
+            {"student": jax.eval_shape(network.init, jax.random.key(0))}, sep="/"
+        )
+        for network in (student_modules(teaching), whole_student(config))
+    )
+
+    def allowed(path, allowances):
+        return any(re.fullmatch(allowance.regex, path) for allowance in allowances)
+
+    fresh, left = family(config).fresh(config), family(config).left(config)
+    taken = {path: leaf.shape for path, leaf in taught.items() if not allowed(path, fresh)}
+    taken = {path: shape for path, shape in taken.items() if not allowed(path, left)}
+    assert taken == {p: leaf.shape for p, leaf in wanted.items() if not allowed(p, fresh)}
+    grid = "student/stage_0/tokenizer/grid"
+    assert (taught[grid].shape, wanted[grid].shape) == ((28, 28, 64), (8, 8, 64))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +165,7 @@ def test_the_pipeline_is_planned_in_order(path, tmp_path):
     ],
 )
 def test_the_published_recipe(phase, epochs, batch, peak, warmup, clip, drop_path):
-    config = load(FILES[[path.stem for path in FILES].index("vmoe_base")], f"phase={phase}")
+    config = load("vmoe_base", f"phase={phase}")
     optim = config.optim
     assert (optim.epochs, optim.batch, optim.warmup_epochs) == (epochs, batch, warmup)
     assert optim.peak_lr == pytest.approx(peak)
@@ -91,14 +177,69 @@ def test_the_published_recipe(phase, epochs, batch, peak, warmup, clip, drop_pat
         1e-6,
     )
     assert optim.schedule == "epoch_cosine"
+    check_augmentation(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "epochs", "batch", "peak", "last", "warmup", "decay"),
+    [
+        ("nac_imagenet", "distill", 100, 2048, 2e-3, 1e-5, 20, 0.05),
+        ("nac_imagenet", "end_to_end", 110, 256, 6e-4, 2e-5, 25, 0.05),
+        ("nac_tinyimagenet", "end_to_end", 400, 1024, 2.4e-3, 8e-5, 25, 0.075),
+    ],
+)
+def test_the_published_recipe_of_nac(name, phase, epochs, batch, peak, last, warmup, decay):
+    config = load(name, f"phase={phase}")
+    optim, whole = config.optim, phase == "end_to_end"
+    assert (optim.epochs, optim.batch, optim.warmup_epochs) == (epochs, batch, warmup)
+    assert optim.peak_lr == pytest.approx(peak)
+    assert (optim.optimizer, optim.weight_decay, optim.decay_all) == ("adamw", decay, whole)
+    assert (optim.min_lr, optim.warmup_lr, optim.clip) == (last, 1e-6, None)
+    assert optim.schedule == ("epoch_cosine_unlagged" if whole else "epoch_cosine")
+    assert (config.drop_path, config.evaluation.noise) == (0.1, "sampled")
+    check_augmentation(config)
+
+
+@pytest.mark.parametrize("name", ["nac_imagenet", "nac_tinyimagenet"])
+def test_the_few_shot_recipe_of_nac(name):
+    config = load(name, "phase=few_shot")
+    optim, episode = config.optim, config.few_shot
+    assert (optim.optimizer, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0.0)
+    assert (optim.schedule, optim.peak_lr, optim.epochs) == ("constant", 3e-4, 500)
+    assert optim.batch == episode.ways * episode.shots == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "heads", "factor"), [("imagenet", 512, 8, 1.0), ("tinyimagenet", 384, 6, 2.0)]
+)
+def test_the_sizes_of_nac_students(size, width, heads, factor):
+    config = load("nac_imagenet", f"phase=distill,size={size}")
+    model = config.model
+    assert isinstance(model, NacConfig)
+    assert (model.width, model.heads, model.ffn_factor) == (width, heads, factor)
+    assert (model.tokenizer.width, config.data.image_size, config.data.labels) == (width, 224, 1000)
+    assert len(config.meta.depths) == len(config.teacher.depths) == len(model.depths) == 10
+    assert (sum(config.teacher.depths), config.teacher.width) == (32, 1280)
+
+
+def check_augmentation(config):
     augment = dataclasses.asdict(config.augment)
     expected = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "smoothing": 0.1, "erasing": 0.25}
     assert {key: augment[key] for key in expected} == expected
 
 
-def test_unknown_phases_and_sizes_are_refused():
-    digits, base = FILES[[p.stem for p in FILES].index("digits")], FILES[-1]
-    with pytest.raises(ValueError, match=r"config\.phase='distil'"):
-        load(digits, "phase=distil")
-    with pytest.raises(ValueError, match="size='small' must be one of"):
-        load(base, "size=small")
+@pytest.mark.parametrize(
+    ("name", "arg", "said"),
+    [
+        ("digits", "phase=distil", r"config\.phase='distil'"),
+        ("vmoe_base", "size=small", "size='small' must be one of"),
+        ("digits_nac", "prior=star", "prior='star' must be one of"),
+        ("nac_imagenet", "prior=star", "prior='star' must be one of"),
+        ("nac_imagenet", "size=small", "size='small' must be one of"),
+        ("nac_imagenet", "phase=end_to_end,size=tinyimagenet", "has no recipe here"),
+        ("nac_tinyimagenet", "phase=distill", r"nac_imagenet\.py:phase=distill,size=tinyimagenet"),
+    ],
+)
+def test_unknown_arguments_are_refused(name, arg, said):
+    with pytest.raises(ValueError, match=said):
+        load(name, arg)

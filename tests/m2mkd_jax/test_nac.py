@@ -245,7 +245,7 @@ def test_published_sizes(name, parameters):
         {"pooling": "first_slot", "read_out_head": True, "inputs_to_mediators": "never"},
         {"inputs": 10, "inputs_as_mediators": True, "layer_scale": None, "geglu": False},
         {"linear": LinearConfig(kind="plain"), "qkv_bias": True, "share_norm": False},
-        {"layerwise": {"ffn_factor": (1.0, 2.0, 0.5), "kernel.truncation": (None, 0.9, 0.5)}},
+        {"layerwise": {"ffn_factor": (1.0, 2.0, 0.5), "kernel/truncation": (None, 0.9, 0.5)}},
         {"width": 20, "seeding": "code", "tokenizer": TokenizerConfig("atto", width=20)},
     ],
     ids=str,
@@ -351,8 +351,8 @@ def test_settings_that_do_not_fit_are_named(changes, said):
 
 
 def test_a_layerwise_field_that_is_not_there_is_named():
-    config = dataclasses.replace(SIZES, layerwise={"kernel.truncate": (1.0, 1.0, 1.0)})
-    with pytest.raises(ValueError, match=r"kernel\.truncate: KernelConfig has no field 'truncate'"):
+    config = dataclasses.replace(SIZES, layerwise={"kernel/truncate": (1.0, 1.0, 1.0)})
+    with pytest.raises(ValueError, match=r"kernel/truncate: KernelConfig has no field 'truncate'"):
         model.build(config, INTERFACE)
 
 

@@ -72,7 +72,7 @@ class NacConfig:
       identical_codes: starts all mediators with the same code.
       learn_codes, learn_signatures: whether the latents' are trained.
       layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
-        ("ffn_factor", "kernel.truncation") and one value an iteration.
+        ("ffn_factor", "kernel/truncation") and one value an iteration.
       prior: the graph that the mediators' signatures start from.
       students: which students the whole NAC starts from: "imagenet" takes all of them,
         "tinyimagenet" neither positional grid nor pooling, which fit other images and labels
@@ -195,7 +195,7 @@ class NacConfig:
         block = self.block(drop_path=drop_path)
         for name, values in self.layerwise.items():
             block = _replace(
-                block, name.split("."), values[layer], f"config.model.layerwise.{name}"
+                block, name.split("/"), values[layer], f"config.model.layerwise.{name}"
             )
         return block
 

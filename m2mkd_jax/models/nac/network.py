@@ -218,8 +218,9 @@ class NacNetwork:
         # but a read-in by projection wants one a token.
         state, code = jnp.zeros((1, 1, graph.width)), jnp.zeros((1, graph.code_width))
         message = (state, code, (state,), code, jnp.zeros((1, 1)))
-        image, inputs = jnp.zeros((1, size, size, channels)), graph.input.count
-        calls = {0: (self.read_in, (image, state, jnp.repeat(code, inputs, axis=0)))}
+        image = jnp.zeros((1, size, size, channels))
+        inputs = (jnp.repeat(x, graph.input.count, axis=-2) for x in (state, code))
+        calls = {0: (self.read_in, (image, *inputs))}
         iterations = range(1, 2 if self.share_propagators else last)
         calls |= {i: (self.propagators[i - 1], message) for i in iterations}
         calls[last] = (self.read_out, message)
