@@ -18,6 +18,9 @@ import parity_assemble
 import parity_case
 import parity_data
 import parity_m2mkd
+import parity_nac
+import parity_nac_graphs
+import parity_nac_students
 import parity_training
 from parity_case import Case, Check, Runner
 
@@ -41,6 +44,27 @@ RUNNERS: tuple[tuple[str, Runner], ...] = (
     (r"m2mkd/augment_ops.*", parity_data.run_augment_ops),
     (r"m2mkd/few_shot.*", parity_data.run_few_shot),
     (r"m2mkd/repeated_aug_sampler.*", parity_data.run_repeated_aug_sampler),
+    (r"nac/a_modfc.*", parity_nac.run_modulated_linear),
+    (r"nac/a_.*", parity_nac.run_linear),
+    (r"nac/b_kernel.*", parity_nac.run_kernel),
+    (r"nac/c_kmla_.*", parity_nac.run_attention),
+    (r"nac/c_read_in_attention_.*", parity_nac.run_read_in_attention),
+    (r"nac/c_(attentive|projection)_read_in.*", parity_nac.run_read_in),
+    (r"nac/c_modffn_.*", parity_nac.run_ffn),
+    (r"nac/c_propagator_.*", parity_nac.run_propagator),
+    (r"nac/c_read_out_.*", parity_nac.run_read_out),
+    (r"nac/d_latent_seeder_.*", parity_nac.run_seeder),
+    (r"nac/d_latents_.*", parity_nac.run_latents),
+    (r"nac/e_tokenizer_.*", parity_nac.run_tokenizer),
+    (r"nac/e_positional_grid.*", parity_nac.run_positional_grid),
+    (r"nac/f_nac_.*", parity_nac.run_network),
+    (r"nac/g_student_.*", parity_nac_students.run_student),
+    (r"nac/g_m2mkd_.*", parity_nac_students.run_composition),
+    (r"nac/h_signature_hinge.*", parity_nac_graphs.run_hinge),
+    (r"nac/h_signature_gmm.*", parity_nac_graphs.run_mixture),
+    (r"nac/h_sbm.*", parity_nac_graphs.run_blocks),
+    (r"nac/h_weighted_sum.*", parity_nac_graphs.run_weighted_sum),
+    (r"nac/i_.*", parity_nac_graphs.run_prior),
 )
 
 

@@ -39,6 +39,7 @@ class BlockConfig:
       code_noise: noise on the codes in training, relative to their size.
       drop_path: probability of dropping a branch in training.
       residual: whether the attention is added to the receivers' states.
+      ffn_residual: whether the MLP is added to what it takes.
       share_norm: norms the senders with the receivers' LayerNorm.
       kernel: of the attention; None for attention without one.
       mask: whether the log kernel is added to the scores.
@@ -59,6 +60,7 @@ class BlockConfig:
     code_noise: float = 0.0
     drop_path: float = 0.0
     residual: bool = True
+    ffn_residual: bool = True
     share_norm: bool = False
     kernel: kernels.KernelConfig | None = None
     mask: bool = True
@@ -200,7 +202,8 @@ class Ffn(nn.Module):
             y = nn.gelu(y, approximate=False)
         down = CodeLinear(config.linear, config.hidden, config.width, name="down", **shared)
         y = scaled(down(y, codes, train=train), layer_scale(self, config.layer_scale, config.width))
-        y = x + drop_branch(self, y, config.drop_path, train=train)
+        if config.ffn_residual:
+            y = x + drop_branch(self, y, config.drop_path, train=train)
         return constrain(y, "batch", "tokens", "width")
 
 

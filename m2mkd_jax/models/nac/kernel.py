@@ -38,7 +38,7 @@ class KernelConfig:
 
     truncation: float | None = 0.9
     truncation_kind: str = "direct"
-    straight_through: bool = False
+    straight_through: bool = True
     stochastic: bool = True
     temperature: float = 0.5
     evaluation: str = "kernel"

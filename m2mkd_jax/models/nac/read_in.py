@@ -10,6 +10,9 @@ GB each for ImageNet at 32 images. None is made here: since the projection is li
 with W_h (U, K) a head's part of the kernel. The keys' bias adds a number that is the same for all
 tokens, so softmax takes it out; the values' bias is added once, since the weights a sum to 1. It is
 attention with H T queries of width U and keys = values = the normed tokens, shared by all heads.
+
+Layers that are no linear maps of their input, or scale their weights, leave no choice: for them the
+plain form is taken, with its memory.
 """
 
 import math
@@ -29,7 +32,7 @@ class ReadInAttention(nn.Module):
     ReadInAttention).
 
     Attributes:
-      config: of the block; its linear layers must be linear maps of their input.
+      config: of the block.
       token_width: width U of a token.
       scale: first value of the layer scale; None for none.
 
@@ -43,13 +46,6 @@ class ReadInAttention(nn.Module):
 
     def setup(self):
         config = self.config
-        if not config.linear.is_linear or config.linear.kind == "weight_modulated":
-            raise ValueError(
-                "the read-in needs linear layers that scale their input: set "
-                "config.model.linear.kind to 'modulated' or 'plain', "
-                "config.model.linear.renormalization to 'none' and "
-                f"config.model.linear.activation to 'none'; they are {config.linear}"
-            )
         self.receiver_norm, self.sender_norm = norm(None, self.dtype), norm(None, self.dtype)
         inner, bias = config.inner, config.qkv_bias
         self.query = self._linear(config.width, inner, bias)
@@ -70,23 +66,43 @@ class ReadInAttention(nn.Module):
         config = self.config
         query = self.query(self.receiver_norm(receivers), codes, train=train)
         query = query.reshape(*query.shape[:-1], config.heads, config.head_width)
-        heads = pool_tokens(
-            query,
-            self.sender_norm(tokens),
-            self.key.scales(codes, train=train),
-            self.value.scales(codes, train=train),
-            self._by_head(self.key),
-            self._by_head(self.value),
-        )
-        pooled = heads.reshape(*heads.shape[:2], config.inner)
-        if config.qkv_bias:
-            pooled = pooled + self.value.bias.astype(self.dtype)
+        tokens = self.sender_norm(tokens)
+        if config.linear.is_linear and config.linear.kind != "weight_modulated":
+            heads = pool_tokens(
+                query,
+                tokens,
+                self.key.scales(codes, train=train),
+                self.value.scales(codes, train=train),
+                self._by_head(self.key),
+                self._by_head(self.value),
+            )
+            pooled = heads.reshape(*heads.shape[:2], config.inner)
+            if config.qkv_bias:
+                pooled = pooled + self.value.bias.astype(self.dtype)
+        else:
+            pooled = self._pool_plainly(query, tokens, codes, train=train)
         branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
         return receivers + branch if config.residual else branch
 
     def _linear(self, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
         config = self.config
         return CodeLinear(config.linear, inputs, outputs, config.code_width, use_bias, self.dtype)
+
+    def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
+        """Attention with keys and values of every token for every receiver, two arrays of shape
+        (B, S, T, C)."""
+        spread = jnp.broadcast_to(
+            tokens[:, :, None], (*tokens.shape[:2], query.shape[1], self.token_width)
+        )
+        keys, values = (
+            layer(spread, codes, train=train).reshape(*spread.shape[:3], *query.shape[2:])
+            for layer in (self.key, self.value)
+        )
+        precise = jnp.promote_types(query.dtype, jnp.float32)
+        scores = jnp.einsum("BTHK,BSTHK->BHTS", query, keys, preferred_element_type=precise)
+        weights = jax.nn.softmax(scores / math.sqrt(query.shape[-1])).astype(values.dtype)
+        heads = jnp.einsum("BHTS,BSTHK->BTHK", weights, values)
+        return heads.reshape(*heads.shape[:2], self.config.inner)
 
     def _by_head(self, linear: CodeLinear) -> Float[Array, "U H K"]:
         return linear.kernel.reshape(-1, self.config.heads, self.config.head_width)
@@ -124,7 +140,7 @@ class AttentiveReadIn(nn.Module):
 
 
 class ProjectionReadIn(nn.Module):
-    """Token i becomes the state of input latent i, by a projection under its code (NAC,
+    """Token i becomes the state of input latent i, by a projection under its code with noise (NAC,
     ProjectionReadIn); there must be as many tokens as latents.
 
     Parameters: `projection`, `ffn`.
@@ -156,6 +172,7 @@ class ProjectionReadIn(nn.Module):
                 "config.model.read_in='projection' needs as many: change config.model.inputs"
             )
         del receivers
+        codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
         return self.ffn(self.projection(tokens, codes, train=train), codes, train=train)
 
 
