@@ -1,6 +1,15 @@
-"""Configs of runs small enough for tests: digits cut into 4 patches, networks of width 16."""
+"""Configs of runs small enough for tests, digits cut into 4 patches and networks of width 16; and
+how small networks are compiled quickly.
 
+On CPUs such networks take far longer to compile than to run.
+"""
+
+import contextlib
 import dataclasses
+
+import jax
+import numpy as np
+from jax import numpy as jnp
 
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -8,6 +17,9 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 
@@ -15,6 +27,19 @@ SIZES = {"patch": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0}
 MOE = MoeConfig(experts=4, chosen=2, expert_init="fan_in")
 OPTIM = OptimConfig(
     steps=6, batch=64, lr=1e-3, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, clip=1.0
+)
+NAC = NacConfig(
+    tokenizer=TokenizerConfig("atto", stages=1, width=32, stem=2, grid_width=4),
+    inputs=4,
+    mediators=8,
+    outputs=3,
+    iterations=1,
+    width=16,
+    code_width=12,
+    signature_width=6,
+    heads=2,
+    head_width=8,
+    prior=PriorConfig("ring_of_cliques", communities=2, steps=20),
 )
 AUGMENT = AugmentConfig(mixup=0.2, cutmix=1.0, smoothing=0.1, padding=1)
 
@@ -45,3 +70,37 @@ def tiny_pipeline() -> Config:
     phases = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end")
     recipes = dict.fromkeys(phases, recipe) | {"few_shot": few_shot}
     return dataclasses.replace(config, recipes=recipes)
+
+
+def tiny_nac_config(phase: str, **changes) -> Config:
+    """The same of a NAC, with `changes` of its network: three steps an epoch, two epochs."""
+    return dataclasses.replace(
+        tiny_config(phase, optim=dataclasses.replace(OPTIM, batch=400, lr=3e-3)),
+        model=dataclasses.replace(NAC, **changes),
+        augment=AugmentConfig(smoothing=0.1),
+    )
+
+
+# Compiler options of programs with gradients, which then compile in half the time.
+QUICK = {"xla_cpu_use_fusion_emitters": False}
+
+
+@contextlib.contextmanager
+def unoptimised():
+    """Within it programs are compiled without most optimisations."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def fill(init, *arguments):
+    """Parameters of the shapes that `init(key, *arguments)` gives: normal numbers, 1 for gains."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(init, jax.random.key(0), *arguments)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) if leaf.shape else 1.0, "f4"),
+        shapes,
+    )

@@ -50,8 +50,9 @@ RECIPES = {
     "assemble": recipe(20, lr=1e-3),
     "distill": recipe(30, lr=3e-3),
     "end_to_end": recipe(15, lr=3e-3),
-    "few_shot": recipe(60, batch=20, warmup_epochs=5),
 }
+# By itself, not in the pipeline.
+FEW_SHOT = recipe(60, batch=20, warmup_epochs=5)
 
 PRIORS = {
     "scale_free": PriorConfig("barabasi_albert", attachments=2),
@@ -92,7 +93,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         few_shot=FewShotConfig(ways=4, shots=5, test_shots=15),
         run=RunConfig(log_every=11, eval_every=2, checkpoint_every=20),
     )
-    return choose_recipe(unfreeze(config), RECIPES)
+    recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}
+    return choose_recipe(unfreeze(config), recipes)
 
 
 def sweep() -> Iterator[dict[str, object]]:

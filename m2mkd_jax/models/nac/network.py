@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 from jax.typing import DTypeLike
@@ -199,7 +200,7 @@ class NacNetwork:
         return len(self.propagators) + 2
 
     def init(
-        self, key: jax.Array, *, signatures: Mapping[str, jax.Array] | None = None
+        self, key: jax.Array, *, signatures: Mapping[str, jax.Array | np.ndarray] | None = None
     ) -> dict[str, Any]:
         """Fresh parameters.
 

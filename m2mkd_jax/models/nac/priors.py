@@ -53,7 +53,7 @@ def prepare_prior(
     nodes: int,
     signature_width: int,
     seed: int,
-    cache: epath.Path | None = None,
+    cache: epath.PathLike | None = None,
 ) -> Prior | None:
     """The prior of a run, made once: graph and fit (NAC, graph priors; seeding.py of the original).
 
@@ -73,7 +73,7 @@ def prepare_prior(
     """
     if config.graph == "none":
         return None
-    path = cache / FILE if cache is not None else None
+    path = epath.Path(cache) / FILE if cache is not None else None
     settings = [dataclasses.asdict(config), nodes, signature_width, seed]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     prior = _read(path, fingerprint) if path is not None and path.exists() else None
@@ -217,7 +217,7 @@ def _make(config: PriorConfig, nodes: int, width: int, seed: int) -> Prior:
     )
 
 
-def _write(path: epath.Path, prior: Prior, fingerprint: str) -> None:
+def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
     file = io.BytesIO()
     np.savez(file, fingerprint=fingerprint, **dataclasses.asdict(prior))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def _write(path: epath.Path, prior: Prior, fingerprint: str) -> None:
     temporary.replace(path)
 
 
-def _read(path: epath.Path, fingerprint: str) -> Prior | None:
+def _read(path: epath.PathLike, fingerprint: str) -> Prior | None:
     """What `_write` wrote; None when it is of another fingerprint or cannot be read."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:

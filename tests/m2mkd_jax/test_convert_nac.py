@@ -1,0 +1,180 @@
+"""NAC's converter: exact in both directions, one copy of what is shared, and clear about what does
+not fit."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax import numpy as jnp
+
+from m2mkd_jax import convert_nac
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.models.nac import model
+from m2mkd_jax.models.nac.layers import CodeLinear, LinearConfig
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+
+ITERATIONS = 3
+SIZES = model.NacConfig(
+    tokenizer=TokenizerConfig(preset="nano", width=16, grid_width=5),
+    inputs=4,
+    mediators=6,
+    outputs=2,
+    iterations=ITERATIONS,
+    width=12,
+    code_width=10,
+    signature_width=7,
+    heads=2,
+    head_width=4,
+)
+INTERFACE = Interface(16, 3, 9)
+PROPAGATOR = "latent_graphs.0.propagators."
+STUDENTS = ("read_in_student", *["mediator_student"] * ITERATIONS, "read_out_student")
+
+
+def fill(shapes):
+    """A number of its own in every place, in numpy."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+
+def random_network(**changes):
+    """Parameters of a whole NAC and how its iterations share, as the converter takes it."""
+    config = dataclasses.replace(SIZES, **changes)
+    network = model.build(config, INTERFACE)
+    params = fill(jax.eval_shape(network.init, jax.random.key(0)))
+    sharing = {name: getattr(config, name) for name in ("share_propagators", "share_ffns")}
+    return params, {"iterations": ITERATIONS, **sharing}
+
+
+def random_students():
+    network = model.build_students(SIZES, INTERFACE, meta_width=8, meta_tokens=5, seed=0)
+    return fill(jax.eval_shape(network.init, jax.random.key(0)))
+
+
+def assert_same(got, want):
+    got, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (got, want))
+    assert got.keys() == want.keys()
+    for path in want:
+        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"share_propagators": True},
+        {"share_ffns": True},
+        {"share_codes": False, "seeding": "learned", "share_norm": False, "qkv_bias": True},
+        {"seeding": "mean", "layer_scale": None, "read_in_scale": None},
+        {"seeding": "code", "code_width": 12, "linear": LinearConfig(kind="plain")},
+        {"linear": LinearConfig(learnable_gain=False), "read_in": "projection"},
+        {"pooling": "first_slot", "read_out_head": True},
+        {"read_out_head": True, "read_out_head_norm": False},
+    ],
+)
+def test_a_whole_nac_comes_back(changes):
+    params, sharing = random_network(**changes)
+    state = convert_nac.network_to_original(params, **sharing)
+    assert_same(convert_nac.network_from_original(state, **sharing), params)
+
+
+def test_students_come_back():
+    for (name, params), part in zip(random_students().items(), STUDENTS, strict=True):
+        state = convert_nac.part_to_original(params, part)
+        assert_same(convert_nac.part_from_original(state, part), params)
+        assert len(state) == len(jax.tree.leaves(params)), name
+
+
+@pytest.mark.parametrize("kind", ["modulated", "plain", "weight_modulated"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_code_conditioned_layers_come_back(kind, use_bias):
+    layer = CodeLinear(LinearConfig(kind=kind), 3, 5, 4, use_bias, jnp.float32)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 1, 3)), jnp.zeros((1, 4)))
+    params = fill(shapes["params"])
+    state = convert_nac.part_to_original(params, "code_linear")
+    assert_same(convert_nac.part_from_original(state, "code_linear"), params)
+
+
+def test_names_and_shapes_are_the_original_s():
+    params, sharing = random_network(share_codes=False)
+    shapes = {n: a.shape for n, a in convert_nac.network_to_original(params, **sharing).items()}
+    graph = "latent_graphs.0."
+    assert shapes["input_tokenizer.backbone.downsample_layers.0.0.weight"] == (4, 3, 4, 4)
+    assert shapes["input_tokenizer.backbone.downsample_layers.1.1.weight"] == (8, 4, 2, 2)
+    assert shapes["input_tokenizer.backbone.stages.1.0.dwconv.weight"] == (8, 1, 7, 7)
+    assert shapes["input_tokenizer.positional_grid.grid"] == (5, 2, 2)
+    assert shapes[f"{graph}input_latents.signatures_"] == (4, 7)
+    assert shapes[f"{graph}mediator_latents.codes_"] == (ITERATIONS, 6, 10)
+    assert shapes[f"{graph}latent_seeder.code_to_state_logvar.weight"] == (12, 10)
+    assert shapes[f"{graph}read_in.read_in_attention.key_compiler.native_weight"] == (8, 13)
+    assert shapes[f"{graph}read_in.read_in_attention.key_compiler.scale.weight"] == (13, 10)
+    assert shapes[f"{PROPAGATOR}2.latent_attention.kernel.bandwidth"] == ()
+    assert shapes[f"{PROPAGATOR}0.ffn.ffn.0.native_weight"] == (48, 12)
+    assert shapes[f"{PROPAGATOR}0.ffn.ffn.2.native_bias"] == (12,)
+    assert shapes[f"{graph}read_out.latent_attention.sender_layernorm.weight"] == (12,)
+    assert shapes["output_tokenizer.to_logits.weight"] == (9, 12)
+
+
+def test_layouts_mean_the_same_sums():
+    params, sharing = random_network()
+    state = convert_nac.network_to_original(params, **sharing)
+    rng = np.random.default_rng(1)
+    tokenizer, attention = params["stage_0"]["tokenizer"], params["stage_1"]["attention"]
+    square, x = rng.standard_normal((4, 4, 3)), rng.standard_normal(12)
+    stem = state["input_tokenizer.backbone.downsample_layers.0.0.weight"]
+    want = np.einsum("IJC,DCIJ->D", square, stem)
+    got = np.einsum("IJC,IJCD->D", square, tokenizer["stem"]["kernel"])
+    np.testing.assert_allclose(got, want)
+    weight = state[f"{PROPAGATOR}0.latent_attention.query_compiler.native_weight"]
+    np.testing.assert_allclose(x @ attention["query"]["kernel"], weight @ x)
+    grid = state["input_tokenizer.positional_grid.grid"]
+    np.testing.assert_array_equal(tokenizer["grid"][1, 0], grid[:, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("switch", "shared", "own"),
+    [
+        ("share_propagators", "latent_attention.exit_layer.native_bias", None),
+        ("share_propagators", "ffn.layer_scale.gamma", None),
+        ("share_ffns", "ffn.ffn.2.scale_gain", "latent_attention.kernel.bandwidth"),
+    ],
+)
+def test_what_iterations_share_is_listed_for_each_and_kept_once(switch, shared, own):
+    params, sharing = random_network(**{switch: True})
+    assert "ffn" not in params.get("stage_2", {})
+    state = convert_nac.network_to_original(params, **sharing)
+    for i in range(1, ITERATIONS):
+        first, alias = (state[f"{PROPAGATOR}{j}.{shared}"] for j in (0, i))
+        np.testing.assert_array_equal(alias, first)
+        if own is not None:
+            assert np.any(state[f"{PROPAGATOR}0.{own}"] != state[f"{PROPAGATOR}{i}.{own}"])
+    state[f"{PROPAGATOR}2.{shared}"] = state[f"{PROPAGATOR}2.{shared}"] + 1
+    with pytest.raises(ValueError, match=re.escape(f"{PROPAGATOR}2.{shared} is not")):
+        convert_nac.network_from_original(state, **sharing)
+
+
+def test_a_part_of_a_network_goes_under_its_full_names():
+    params, sharing = random_network()
+    part = {"stage_2": {"ffn": {"norm": params["stage_2"]["ffn"]["norm"]}}}
+    state = convert_nac.network_to_original(part, **sharing)
+    names = (f"{PROPAGATOR}1.ffn.layernorm.weight", f"{PROPAGATOR}1.ffn.layernorm.bias")
+    assert tuple(state) == names
+
+
+def test_what_has_no_place_is_refused_and_named():
+    params, sharing = random_network()
+    state = convert_nac.network_to_original(params, **sharing)
+    strange = {"latent_graphs.0.stitch_norm.weight": np.ones(1), "head.weight": np.ones(1)}
+    with pytest.raises(ValueError, match=r"(?s)head\.weight.*stitch_norm\.weight"):
+        convert_nac.network_from_original(state | strange, **sharing)
+    with pytest.raises(ValueError, match=r"propagators\.2\."):
+        convert_nac.network_from_original(state, iterations=2)
+    with pytest.raises(ValueError, match="ffn/gate"):
+        convert_nac.part_to_original({"ffn": {"gate": np.ones(1)}}, "propagator")
+    with pytest.raises(ValueError, match="stage_9"):
+        convert_nac.network_to_original(
+            {"stage_9": {"ffn": {"layer_scale": np.ones(1)}}}, **sharing
+        )
