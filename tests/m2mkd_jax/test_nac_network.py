@@ -305,7 +305,8 @@ def test_no_partition_rule_is_idle():
         replace(read_out_head=True),
         replace(seeding="learned", tokenizer=TokenizerConfig("nano", width=16), **every),
     )
-    networks = [model.build(config, INTERFACE) for config in configs]
+    interface = Interface(16, 3, 8)  # labels that divide, for a head that pooling comes behind
+    networks = [model.build(config, interface) for config in configs]
     networks.append(model.build_students(SIZES, INTERFACE, meta_width=16, meta_tokens=5, seed=0))
     shapes = [jax.eval_shape(network.init, jax.random.key(0)) for network in networks]
     assert idle_rules(model.PARTITION_RULES, *shapes) == []
