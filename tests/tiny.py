@@ -17,9 +17,6 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.models.moe import MoeConfig
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 
@@ -27,19 +24,6 @@ SIZES = {"patch": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0}
 MOE = MoeConfig(experts=4, chosen=2, expert_init="fan_in")
 OPTIM = OptimConfig(
     steps=6, batch=64, lr=1e-3, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, clip=1.0
-)
-NAC = NacConfig(
-    tokenizer=TokenizerConfig("atto", stages=1, width=32, stem=2, grid_width=4),
-    inputs=4,
-    mediators=8,
-    outputs=3,
-    iterations=1,
-    width=16,
-    code_width=12,
-    signature_width=6,
-    heads=2,
-    head_width=8,
-    prior=PriorConfig("ring_of_cliques", communities=2, steps=20),
 )
 AUGMENT = AugmentConfig(mixup=0.2, cutmix=1.0, smoothing=0.1, padding=1)
 
@@ -70,15 +54,6 @@ def tiny_pipeline() -> Config:
     phases = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end")
     recipes = dict.fromkeys(phases, recipe) | {"few_shot": few_shot}
     return dataclasses.replace(config, recipes=recipes)
-
-
-def tiny_nac_config(phase: str, **changes) -> Config:
-    """The same of a NAC, with `changes` of its network: three steps an epoch, two epochs."""
-    return dataclasses.replace(
-        tiny_config(phase, optim=dataclasses.replace(OPTIM, batch=400, lr=3e-3)),
-        model=dataclasses.replace(NAC, **changes),
-        augment=AugmentConfig(smoothing=0.1),
-    )
 
 
 # Compiler options of programs with gradients, which then compile in half the time.

@@ -74,7 +74,7 @@ def test_forward_gets_the_evaluation_streams_or_nothing(tmp_path, noise):
     if noise == "mean":
         assert rngs is None
     else:
-        assert set(rngs) == {"state", "pooling"}
+        assert set(rngs) == {"state", "pooling", "kernel"}
         assert all(rngs[name] == fold_name(key, name) for name in rngs)
 
 
