@@ -11,8 +11,8 @@ import optax
 from flax import traverse_util
 from jax import numpy as jnp
 
-# PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
 OPTIMIZERS = ("adamw", "sgd")
+# PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 

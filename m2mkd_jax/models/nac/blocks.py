@@ -84,6 +84,10 @@ class BlockConfig:
         """Hidden width F of the MLP, half of what its first layer gives under GEGLU."""
         return round(self.ffn_factor * self.width)
 
+    def layer(self, dtype: DTypeLike, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
+        """A code-conditioned layer of the block."""
+        return CodeLinear(self.linear, inputs, outputs, self.code_width, use_bias, dtype)
+
     @property
     def uses_kernel(self) -> bool:
         """Whether affinities have a part in the result."""
@@ -108,9 +112,9 @@ class LatentAttention(nn.Module):
         if not config.share_norm:
             self.sender_norm = norm(None, self.dtype)
         self.query, self.key, self.value = (
-            self._linear(config.width, config.inner, config.qkv_bias) for _ in range(3)
+            config.layer(self.dtype, config.width, config.inner, config.qkv_bias) for _ in range(3)
         )
-        self.exit = self._linear(config.inner, config.width, True)
+        self.exit = config.layer(self.dtype, config.inner, config.width, True)
         self.layer_scale = layer_scale(self, config.layer_scale, config.width)
         if config.kernel is not None and config.kernel.learnable_bandwidth:
             init = nn.initializers.constant(config.kernel.bandwidth)
@@ -168,10 +172,6 @@ class LatentAttention(nn.Module):
             u = draw(self, "kernel", uniform(shape), stream="kernel")
             return kernels.sample_log(logs, u, temperature=kernel.temperature)
         return kernels.threshold_log(logs) if kernel.evaluation == "threshold" else logs
-
-    def _linear(self, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
-        config = self.config
-        return CodeLinear(config.linear, inputs, outputs, config.code_width, use_bias, self.dtype)
 
     def _split(self, x: jax.Array) -> Float[Array, "B T H K"]:
         return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_width)

@@ -48,10 +48,10 @@ class ReadInAttention(nn.Module):
         config = self.config
         self.receiver_norm, self.sender_norm = norm(None, self.dtype), norm(None, self.dtype)
         inner, bias = config.inner, config.qkv_bias
-        self.query = self._linear(config.width, inner, bias)
-        self.key = self._linear(self.token_width, inner, bias)
-        self.value = self._linear(self.token_width, inner, bias)
-        self.exit = self._linear(inner, config.width, True)
+        self.query = config.layer(self.dtype, config.width, inner, bias)
+        self.key = config.layer(self.dtype, self.token_width, inner, bias)
+        self.value = config.layer(self.dtype, self.token_width, inner, bias)
+        self.exit = config.layer(self.dtype, inner, config.width, True)
         self.layer_scale = layer_scale(self, self.scale, config.width)
 
     def __call__(
@@ -83,10 +83,6 @@ class ReadInAttention(nn.Module):
             pooled = self._pool_plainly(query, tokens, codes, train=train)
         branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
         return receivers + branch if config.residual else branch
-
-    def _linear(self, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
-        config = self.config
-        return CodeLinear(config.linear, inputs, outputs, config.code_width, use_bias, self.dtype)
 
     def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
         """Attention with keys and values of every token for every receiver, two arrays of shape
