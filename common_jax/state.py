@@ -16,8 +16,18 @@ from flax import struct, traverse_util
 # ("mix"), stochastic depth ("drop_path"), noise of routers ("gate"); in NAC noise on codes
 # ("code"), edges of stochastic kernels ("kernel"), initial states of latents ("state") and the
 # Gumbel noise of the pooling ("pooling"), the last two in evaluation as well where it is asked
-# for.
-STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
+# for; in CLIPTrans "dropout".
+STREAMS = (
+    "augment",
+    "mix",
+    "drop_path",
+    "gate",
+    "code",
+    "kernel",
+    "state",
+    "pooling",
+    "dropout",
+)
 
 
 @struct.dataclass

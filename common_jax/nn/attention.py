@@ -3,7 +3,7 @@
 import jax
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 INIT = nn.initializers.normal(0.02)
 
@@ -21,14 +21,17 @@ class SelfAttention(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 #T T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """`visible` says which tokens (last axis) each token hears; None: all of them."""
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
         qkv = nn.DenseGeneral(
             features, use_bias=self.qkv_bias, kernel_init=INIT, dtype=self.dtype, name="qkv"
         )(x)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        heads = jax.nn.dot_product_attention(query, key, value)
+        heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
         return nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=INIT, dtype=self.dtype, name="out"
         )(heads)

@@ -22,10 +22,11 @@ AXES = {
     "P": "pairs (token, expert) of a routing group, or prefix positions of a decoder",
     "Q": "query, key, value: the three parts of one projection",
     "R": "rows of a grouped matrix product, sorted by expert",
-    "S": "tokens attended to (keys, senders)",
-    "T": "tokens (queries, receivers)",
+    "S": "tokens attended to (keys, senders), or of a source sentence",
+    "T": "tokens (queries, receivers), or of a target sentence",
     "U": "width of an image token that NAC reads in",
     "V": "vocabulary",
+    "W": "beams of a search",
     "Y": "NAC signature",
     "Z": "NAC code",
 }
