@@ -61,9 +61,7 @@ def transpose(name: str) -> Entry:
 
 def convolution(name: str) -> Entry:
     """A convolution's [out, in, rows, columns] as a kernel (rows, columns, in, out)."""
-    return Entry(
-        (name,), lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),)
-    )
+    return Entry((name,), lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))
 
 
 def split_heads(names: tuple[str, ...], heads: int) -> Entry:
@@ -132,6 +130,25 @@ def self_attention(
         f"{target}/qkv/bias": split_head_biases(tuple(f"{s}.bias" for s in sources), heads),
         f"{target}/out/kernel": join_heads(f"{out}.weight", heads),
         f"{target}/out/bias": copy(f"{out}.bias"),
+    }
+
+
+def stacked_attention(source: str, target: str, *, heads: int) -> dict[str, Entry]:
+    """The same of torch.nn.MultiheadAttention, whose queries, keys and values are the rows of one
+    tensor `in_proj_weight` [3D, D]."""
+
+    def read(x: np.ndarray) -> np.ndarray:  # [3D, ...] to (..., 3, H, K)
+        return np.moveaxis(x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1))
+
+    def write(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        parts = np.moveaxis(x, (-3, -2, -1), (0, 1, 2))
+        return (parts.reshape(-1, *x.shape[:-3]),)
+
+    return {
+        f"{target}/qkv/kernel": Entry((f"{source}.in_proj_weight",), read, write),
+        f"{target}/qkv/bias": Entry((f"{source}.in_proj_bias",), read, write),
+        f"{target}/out/kernel": join_heads(f"{source}.out_proj.weight", heads),
+        f"{target}/out/bias": copy(f"{source}.out_proj.bias"),
     }
 
 

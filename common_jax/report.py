@@ -58,6 +58,8 @@ SKIPPED = Family("Skipped steps", "steps", r"train/skipped")
 FAMILIES = (
     Family("Loss", "loss", r"((?!train/moe/).*(?:loss|distillation).*)", 2.2, True, log=True),
     Family("Accuracy", "share of examples", r"(.*accuracy[^/]*)", 2.2, True),
+    Family("BLEU", "BLEU, 0 to 100", r"((?:.*/)?bleu(?:_lower)?)", 2.2),
+    Family("chrF, METEOR, exact matches", "0 to 100", r"((?:.*/)?(?:chrf|meteor|exact))", 2.2),
     Family("Learning rate", "learning rate", r"train/learning_rate"),
     Family("Gradient norm", "L2 norm", r"train/gradient_norm", log=True),
     Family("Throughput", "examples / s", r"examples_per_second"),
@@ -72,11 +74,12 @@ LOAD_OVER_TIME = Family("Expert load over time", "", LOAD, 1.6)
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of text, its rows as long as its header."""
+    """A table of text and small pictures, which are PNG files' bytes; rows as long as its
+    header."""
 
     caption: str
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | bytes, ...], ...]
 
 
 def panels(lines: Iterable[Mapping[str, Any]]) -> dict[Family, Curves]:
@@ -106,6 +109,7 @@ def write_report(
     *,
     title: str,
     table: Table | None = None,
+    tables: Sequence[Table] = (),
     figures: Sequence[tuple[str, epath.PathLike]] = (),
 ) -> epath.Path:
     """Writes `workdir/report.html`, on every run in or below `workdir`, and each run's plots to its
@@ -116,7 +120,8 @@ def write_report(
       workdir: searched for folders that hold `metrics.jsonl`.
       title: the page's heading.
       table: the outcome, shown first.
-      figures: (caption, PNG file) of further pictures, shown under the table.
+      tables: further ones, each a section headed with its caption, shown next.
+      figures: (caption, PNG file) of further pictures, shown under the tables.
 
     Raises:
       ValueError: for a file of a run that cannot be read, naming it.
@@ -125,6 +130,9 @@ def write_report(
     sections = []  # (anchor, heading, HTML)
     if table is not None:
         sections.append(("table", "Results", _table_html(table)))
+    for number, further in enumerate(tables):
+        content = _table_html(dataclasses.replace(further, caption=""))
+        sections.append((f"table-{number}", further.caption, content))
     if figures:
         images = [_image_html(epath.Path(png).read_bytes(), text, text) for text, png in figures]
         sections.append(("figures", "Comparison", "".join(images)))
@@ -345,18 +353,27 @@ def _text(value: Any) -> str:
 
 
 def _table_html(table: Table) -> str:
-    def row(tag: str, cells: tuple[str, ...]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>\n"
+    def row(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{x}</{tag}>" for x in cells) + "</tr>\n"
 
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
-    body = row("th", table.header) + "".join(row("td", cells) for cells in table.rows)
+    body = row("th", [html.escape(x) for x in table.header])
+    for number, cells in enumerate(table.rows, 1):
+        contents = [
+            _img(x, f"{name}, row {number}") if isinstance(x, bytes) else html.escape(x)
+            for name, x in zip(table.header, cells, strict=True)
+        ]
+        body += row("td", contents)
     return f"<table>{caption}{body}</table>\n"
 
 
 def _image_html(png: bytes, alt: str, caption: str) -> str:
+    return f"<figure>{_img(png, alt)}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+
+
+def _img(png: bytes, alt: str) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = f'<img alt="{html.escape(alt)}" src="{source}">'
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+    return f'<img alt="{html.escape(alt)}" src="{source}">'
 
 
 STYLE = """
@@ -371,6 +388,7 @@ nav, small, figcaption, caption, summary { font-size: .9rem; color: var(--faint)
 section { border-top: 1px solid var(--line); padding: 1.5rem 0 } span { margin-right: 1.4rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; text-align: left }
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
+td img { height: 4rem; max-width: none; vertical-align: middle }
 caption { text-align: left; white-space: nowrap } details table { font: .82rem monospace }
 @media (min-width: 70rem) { body { display: grid; grid-template-columns: 14rem 1fr; gap: 0 2rem }
   main { min-width: 0 } nav { position: sticky; top: 1rem; max-height: 96vh; overflow: auto } }"""

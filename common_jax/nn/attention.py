@@ -19,6 +19,8 @@ class SelfAttention(nn.Module):
     heads: int
     qkv_bias: bool
     dtype: DTypeLike
+    init: nn.initializers.Initializer = INIT
+    out_init: nn.initializers.Initializer = INIT
 
     @nn.compact
     def __call__(
@@ -28,10 +30,10 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
         qkv = nn.DenseGeneral(
-            features, use_bias=self.qkv_bias, kernel_init=INIT, dtype=self.dtype, name="qkv"
+            features, use_bias=self.qkv_bias, kernel_init=self.init, dtype=self.dtype, name="qkv"
         )(x)
         query, key, value = (qkv[:, :, i] for i in range(3))
         heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
         return nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=INIT, dtype=self.dtype, name="out"
+            width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="out"
         )(heads)

@@ -21,7 +21,7 @@ AXES = {
     "N": "tokens of a routing group",
     "P": "pairs (token, expert) of a routing group, or prefix positions of a decoder",
     "Q": "query, key, value: the three parts of one projection",
-    "R": "rows of a grouped matrix product, sorted by expert",
+    "R": "rows of a grouped matrix product, sorted by expert, or slots of a decoder's cache",
     "S": "tokens attended to (keys, senders), or of a source sentence",
     "T": "tokens (queries, receivers), or of a target sentence",
     "U": "width of an image token that NAC reads in",

@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -114,6 +115,18 @@ def test_a_metric_of_no_family_gets_a_panel_of_its_own():
     assert curves_of(lines, "odd") == {"": {1: 3}}
 
 
+def test_scores_of_translations_share_two_panels():
+    names = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
+    lines = [
+        {"step": 1} | {f"{split}/{name}": 20.0 for name in names for split in ("val", "flickr")}
+    ]
+    assert titles(lines) == ["BLEU", "chrF, METEOR, exact matches"]
+    splits = ("flickr", "val")
+    assert list(curves_of(lines, "BLEU")) == [f"{x}/{y}" for x in splits for y in names[:2]]
+    others = {f"{x}/{y}" for x in splits for y in names[2:]}
+    assert set(curves_of(lines, "chrF, METEOR, exact matches")) == others
+
+
 def test_skipped_steps_are_drawn_once_there_are_any():
     assert "Skipped steps" not in titles([training_line(20)])
     assert "Skipped steps" in titles([training_line(20), {"step": 40, "train/skipped": 2}])
@@ -173,6 +186,29 @@ def test_the_page_holds_summary_config_table_and_figures_and_nothing_from_outsid
     assert not re.search(r"https?:|url\(|@import|<link|<script", page)
 
 
+def test_further_tables_follow_the_first_with_headings_of_their_own_and_pictures(tmp_path):
+    write_run(tmp_path / "run")
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, "png")
+    pictures = Table("Seen & said", ("picture", "text"), ((file.getvalue(), "<b>"), ("", "two")))
+    further = (pictures, Table("Last", ("a",), (("c",),)))
+    page = page_of(tmp_path, table=Table("", ("first",), (("b",),)), tables=further)
+    sections = re.findall(r'<section id="(table.*?)"><h2>(.*?)</h2>', page)
+    headings = [(anchor, re.sub("<.*?>", "", heading)) for anchor, heading in sections]
+    assert headings == [("table", "Results"), ("table-0", "Seen &amp; said"), ("table-1", "Last")]
+    assert all(f'<a href="#{anchor}">' in page for anchor, _ in headings)
+    cell = re.search(r'<td><img alt="picture, row 1" src="data:image/png;base64,(.*?)"></td>', page)
+    assert base64.b64decode(cell[1]) == file.getvalue()
+    assert "<td>&lt;b&gt;</td>" in page
+    assert "<td></td><td>two</td>" in page
+    assert "td img { height" in page
+
+
+def test_a_table_whose_row_is_shorter_than_its_header_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        page_of(tmp_path, table=Table("", ("a", "b"), (("c",),)))
+
+
 def test_the_page_closes_what_it_opens(tmp_path):
     class Tags(html.parser.HTMLParser):
         def __init__(self):
@@ -188,7 +224,8 @@ def test_the_page_closes_what_it_opens(tmp_path):
 
     write_run(tmp_path / "run")
     tags = Tags()
-    tags.feed(page_of(tmp_path, table=Table("", ("a",), (("b",),))))
+    table = Table("", ("a",), (("b",),))
+    tags.feed(page_of(tmp_path, table=table, tables=[Table("c", ("a",), ((b"png",),))]))
     assert tags.open == []
 
 

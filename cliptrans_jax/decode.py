@@ -1,0 +1,313 @@
+"""Beam search with cached keys and values, one program of static shapes a length of sources.
+
+The search is the original's step by step (the beam search of Hugging Face with early stopping);
+with one beam it is greedy decoding. Its cost is that of the decoder's matrix products:
+
+  - Encoder states, prefix and language code are the same for all beams of an example, so their
+    keys and values are kept once an example, and beams are the tokens that attend to them.
+  - Beams that survive are not copied. Each step writes the keys of its W tokens into the next W
+    slots of the cache, and a table says which slots a beam descends from; all others are hidden.
+  - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, and a softmax keeps
+    their order, so only they are normalised.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from flax import struct
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cliptrans_jax.models import prefix
+from cliptrans_jax.models.cliptrans import Params, Translator
+from cliptrans_jax.models.mbart import MBart
+
+NEVER = -1e9  # score of the beams that do not exist yet, as in the original
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How translations are searched for; the defaults are mBART-50's and the original's.
+
+    Attributes:
+      beams: hypotheses followed at a time; 1 is greedy decoding.
+      max_new_tokens: longest output, language code and `</s>` included.
+      length_penalty: exponent of the length by which a hypothesis's log-probability is divided.
+      early_stopping: ends an example's search as soon as `beams` hypotheses have ended; otherwise
+        it goes on while an open one could still be better than the worst of these.
+      batch: sentences decoded at a time, over all devices.
+      bucket: sources are padded to multiples of this many tokens.
+    """
+
+    beams: int = 5
+    max_new_tokens: int = 60
+    length_penalty: float = 1.0
+    early_stopping: bool = True
+    batch: int = 64
+    bucket: int = 16
+
+    def __post_init__(self):
+        for name, least in (("beams", 1), ("max_new_tokens", 2), ("batch", 1), ("bucket", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"config.decode.{name}={getattr(self, name)} must be at least {least}"
+                )
+
+    @property
+    def max_length(self) -> int:
+        """Ids of the longest output, the start token included."""
+        return self.max_new_tokens + 1
+
+
+@struct.dataclass
+class Hypotheses:
+    """Finished translations of every example, best first.
+
+    Attributes:
+      tokens: start token, language code, words; pads behind them, no end token.
+      lengths: of `tokens`.
+      scores: sum of log-probabilities over length ** length_penalty; -inf where there are fewer.
+    """
+
+    tokens: Int[Array, "B W L"]
+    lengths: Int[Array, "B W"]
+    scores: Float[Array, "B W"]
+
+
+@struct.dataclass
+class SearchState:
+    """A search between two steps.
+
+    Attributes:
+      length: ids of every open hypothesis.
+      tokens: open hypotheses.
+      scores: their log-probabilities, summed.
+      origins: the beam in which each of their decoded tokens was put into the cache.
+      finished: the best finished hypotheses.
+      done: examples whose search is over.
+      cache: keys and values.
+    """
+
+    length: Int[Array, ""]
+    tokens: Int[Array, "B W L"]
+    scores: Float[Array, "B W"]
+    origins: Int[Array, "B W L"]
+    finished: Hypotheses
+    done: Bool[Array, "B"]
+    cache: Any
+
+
+@struct.dataclass
+class Candidates:
+    """The 2 W best continuations of a step and those taken as beams; for looking at a search."""
+
+    scores: Float[Array, "B C"]
+    tokens: Int[Array, "B C"]
+    beams: Int[Array, "B C"]
+    next_scores: Float[Array, "B W"]
+    next_tokens: Int[Array, "B W"]
+    next_beams: Int[Array, "B W"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The steps of a search for one model and one config, as pure functions."""
+
+    translator: Translator
+    config: DecodeConfig
+
+    def run(
+        self,
+        params: Params,
+        features: Float[Array, "B M"] | None,
+        source: Int[Array, "B S"],
+        language: Int[Array, "B"],
+    ) -> Hypotheses:
+        """The whole search; to be jitted.
+
+        Args:
+          features: a CLIP feature an example; None where the model has no prefix.
+          source: source tokens with pads.
+          language: the code that each translation starts with.
+        """
+        states = self.translator.encode(params, source)
+        state, logits = self.start(params, features, source, states, language)
+        state, _ = self.advance(state, logits)
+
+        def unfinished(state: SearchState) -> jax.Array:
+            return (state.length < self.config.max_length) & ~jnp.all(state.done)
+
+        def body(state: SearchState) -> SearchState:
+            state, logits = self.step(params, source, state)
+            return self.advance(state, logits)[0]
+
+        return jax.lax.while_loop(unfinished, body, state).finished
+
+    def start(
+        self,
+        params: Params,
+        features: Float[Array, "B M"] | None,
+        source: Int[Array, "B S"],
+        states: Float[Array, "B S D"],
+        language: Int[Array, "B"],
+    ) -> tuple[SearchState, Float[Array, "B W V"]]:
+        """The state in which every beam is [start, language], all but the first with a score of
+        NEVER, and the scores of the token behind them."""
+        batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
+        hidden, cache = self.prefill(params, features, source, states, language)
+        logits = self._mbart(params, hidden[:, -1], method=MBart.logits)
+        logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
+        sizes = self.translator.config.mbart
+        tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
+        tokens = tokens.at[:, :, 0].set(sizes.start).at[:, :, 1].set(language[:, None])
+        state = SearchState(
+            length=jnp.int32(2),
+            tokens=tokens,
+            scores=jnp.full((batch, beams), NEVER).at[:, 0].set(0.0),
+            origins=jnp.zeros((batch, beams, longest), jnp.int32),
+            finished=Hypotheses(
+                tokens=jnp.full_like(tokens, sizes.pad),
+                lengths=jnp.zeros((batch, beams), jnp.int32),
+                scores=jnp.full((batch, beams), -jnp.inf),
+            ),
+            done=jnp.zeros(batch, bool),
+            cache=cache,
+        )
+        return state, logits
+
+    def prefill(
+        self,
+        params: Params,
+        features: Float[Array, "B M"] | None,
+        source: Int[Array, "B S"],
+        states: Float[Array, "B S D"],
+        language: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The decoder's states at `</s>`, prefix and language code, and its cache."""
+        sizes = self.translator.config.mbart
+        start = jnp.full_like(language, sizes.start)
+        ids = jnp.stack([start, language], axis=1)
+        embeddings = self._mbart(params, ids, method=MBart.embed)
+        vectors = self.translator.prefix(params, features, source.shape[0])
+        block, visible = prefix.start_block(
+            embeddings[:, :1], vectors, embeddings[:, 1:], self.translator.config.prefix
+        )
+        room = self.config.beams * (self.config.max_length - 2)
+        fill = functools.partial(MBart.prefill, room=room)
+        return self._mbart(params, block, states, source != sizes.pad, visible, method=fill)
+
+    def step(
+        self, params: Params, source: Int[Array, "B S"], state: SearchState
+    ) -> tuple[SearchState, Float[Array, "B W V"]]:
+        """Reads the last token of every beam: the state with it in the cache, and the scores of
+        the token behind it."""
+        config, beams = self.config, self.config.beams
+        first = self.translator.config.mapper.prefix + 2  # slots of the prefill
+        index = state.length - 3  # of the token among those decoded
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, 2, keepdims=False)
+        own = jnp.arange(beams, dtype=jnp.int32)
+        origins = state.origins.at[:, :, index].set(own)
+
+        # Slot first + t * W + w holds the token that beam w decoded t-th.
+        times = jnp.arange(config.max_length - 2)
+        came = origins[:, :, : config.max_length - 2, None] == own
+        heard = came & (times <= index)[:, None]
+        heard = heard.reshape(*heard.shape[:2], -1)
+        visible = jnp.pad(heard, ((0, 0), (0, 0), (first, 0)), constant_values=True)
+
+        hidden, cache = self._mbart(
+            params,
+            self._mbart(params, last, method=MBart.embed),
+            state.cache,
+            first + index * beams,
+            first + index,
+            visible[:, None],
+            source != self.translator.config.mbart.pad,
+            method=MBart.extend,
+        )
+        logits = self._mbart(params, hidden, method=MBart.logits)
+        return state.replace(cache=cache, origins=origins), logits
+
+    def advance(
+        self, state: SearchState, logits: Float[Array, "B W V"]
+    ) -> tuple[SearchState, Candidates]:
+        """Chooses the next token of every beam, and moves what has ended to the finished ones."""
+        config, beams = self.config, self.config.beams
+        eos = self.translator.config.mbart.eos
+        totals, tokens = self._continuations(state, logits)
+
+        # The 2 W best over all beams, of which those that end take no place among the beams.
+        count = min(2 * beams, totals.shape[1] * totals.shape[2])
+        best, place = jax.lax.top_k(totals.reshape(totals.shape[0], -1), count)
+        token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
+        beam = place // totals.shape[2]
+        ends = token == eos
+        finished = self._finish(state, best, beam, ends)
+
+        rank = jnp.arange(count)
+        order = jnp.argsort(jnp.where(ends, count + rank, rank), axis=1)[:, :beams]
+        next_scores, next_tokens, next_beams = (
+            jnp.take_along_axis(x, order, axis=1) for x in (best, token, beam)
+        )
+        full = jnp.all(finished.scores > -jnp.inf, axis=1)
+        if config.early_stopping:
+            done = full
+        else:
+            bound = best[:, 0] / state.length.astype(best.dtype) ** config.length_penalty
+            done = full & (finished.scores[:, -1] >= bound)
+        done = state.done | done
+
+        followed = jnp.take_along_axis(state.tokens, next_beams[:, :, None], axis=1)
+        pad = self.translator.config.mbart.pad
+        shown = jnp.where(state.done[:, None], pad, next_tokens)
+        state = state.replace(
+            length=state.length + 1,
+            tokens=followed.at[:, :, state.length].set(shown),
+            scores=next_scores,
+            origins=jnp.take_along_axis(state.origins, next_beams[:, :, None], axis=1),
+            finished=finished,
+            done=done,
+        )
+        return state, Candidates(best, token, beam, next_scores, next_tokens, next_beams)
+
+    def _continuations(
+        self, state: SearchState, logits: Float[Array, "B W V"]
+    ) -> tuple[Float[Array, "B W C"], Int[Array, "B W C"]]:
+        """Total scores and tokens of each beam's best continuations. At the last step only the end
+        is left, and costs nothing."""
+        count = min(2 * self.config.beams, logits.shape[-1])
+        best, tokens = jax.lax.top_k(logits, count)
+        scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        eos = self.translator.config.mbart.eos
+        forced = jnp.full_like(scores, -jnp.inf).at[:, :, 0].set(0.0)
+        end = jnp.zeros_like(tokens).at[:, :, 0].set(eos)
+        last = state.length == self.config.max_length - 1
+        scores, tokens = jnp.where(last, forced, scores), jnp.where(last, end, tokens)
+        return state.scores[:, :, None] + scores, tokens
+
+    def _finish(
+        self,
+        state: SearchState,
+        best: Float[Array, "B C"],
+        beam: Int[Array, "B C"],
+        ends: Bool[Array, "B C"],
+    ) -> Hypotheses:
+        """The finished hypotheses with those that end among the W best; the W best stay."""
+        beams, old = self.config.beams, state.finished
+        values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty
+        counts = ends[:, :beams] & ~state.done[:, None]
+        values = jnp.where(counts, values, -jnp.inf)
+        tokens = jnp.take_along_axis(state.tokens, beam[:, :beams, None], axis=1)
+        scores, place = jax.lax.top_k(jnp.concatenate([old.scores, values], axis=1), beams)
+        tokens = jnp.concatenate([old.tokens, tokens], axis=1)
+        lengths = jnp.concatenate([old.lengths, jnp.full_like(old.lengths, state.length)], axis=1)
+        return Hypotheses(
+            tokens=jnp.take_along_axis(tokens, place[:, :, None], axis=1),
+            lengths=jnp.take_along_axis(lengths, place, axis=1),
+            scores=scores,
+        )
+
+    def _mbart(self, params: Params, *arguments, method):
+        return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)

@@ -1,0 +1,122 @@
+"""The attentions of a decoder: over its own tokens, cached or not, and over encoder states."""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+INIT = nn.initializers.normal(0.02)
+
+Heads = Float[Array, "B T H K"]
+# Keys and values as decoding keeps them: (B, H, S, K), so that a step reads them in order.
+Memory = tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]
+
+
+class DecoderAttention(nn.Module):
+    """`common_jax.nn.attention.SelfAttention` in parts, so that keys and values can be kept.
+
+    The same parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D),
+      `out/bias`.
+    """
+
+    width: int
+    heads: int
+    dtype: DTypeLike
+
+    def setup(self):
+        self.qkv = _split(self, 3)
+        self.out = _join(self)
+
+    def project(self, x: Float[Array, "B T D"]) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values."""
+        qkv = self.qkv(x)
+        return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+    def __call__(
+        self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"]
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """The output, and keys and values to keep."""
+        query, key, value = self.project(x)
+        heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
+        return self.out(heads), (key.swapaxes(1, 2), value.swapaxes(1, 2))
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Memory,
+        slot: jax.Array,
+        visible: Bool[Array, "B 1 T S"],
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """The same for T further tokens, whose keys and values are written to the S of `memory`
+        from `slot` on, before they are looked at."""
+        query, *new = self.project(x)
+        memory = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, part.swapaxes(1, 2), slot, axis=2)
+            for old, part in zip(memory, new, strict=True)
+        )
+        return self.out(attend(query, memory, visible)), memory
+
+
+class CrossAttention(nn.Module):
+    """Attention of decoder tokens over encoder states, which are projected once.
+
+    Parameters: `query/kernel` (D, H, K), `memory/kernel` (D, 2, H, K) for keys and values,
+      `out/kernel` (H, K, D), and biases.
+    """
+
+    width: int
+    heads: int
+    dtype: DTypeLike
+
+    def setup(self):
+        features = (self.heads, self.width // self.heads)
+        self.query = nn.DenseGeneral(features, kernel_init=INIT, dtype=self.dtype)
+        self.memory = _split(self, 2)
+        self.out = _join(self)
+
+    def remember(self, states: Float[Array, "B S D"]) -> Memory:
+        """Keys and values of encoder states."""
+        pairs = self.memory(states)
+        return pairs[:, :, 0].swapaxes(1, 2), pairs[:, :, 1].swapaxes(1, 2)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        visible: Bool[Array, "B 1 1 S"],
+    ) -> Float[Array, "B T D"]:
+        pairs = self.memory(states)
+        heads = jax.nn.dot_product_attention(
+            self.query(x), pairs[:, :, 0], pairs[:, :, 1], mask=visible
+        )
+        return self.out(heads)
+
+    def recall(
+        self, x: Float[Array, "B T D"], memory: Memory, visible: Bool[Array, "B 1 1 S"]
+    ) -> Float[Array, "B T D"]:
+        """The same with the states' keys and values of `remember`."""
+        return self.out(attend(self.query(x), memory, visible))
+
+
+def attend(
+    query: Float[Array, "B T H K"], memory: Memory, visible: Bool[Array, "B 1 #T S"]
+) -> Float[Array, "B T H K"]:
+    """softmax(q k^T / sqrt(K)) v over kept keys and values, the softmax in float32 at least."""
+    keys, values = memory
+    kind = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum(
+        "BTHK,BHSK->BHTS", query * query.shape[-1] ** -0.5, keys, preferred_element_type=kind
+    )
+    scores = jnp.where(visible, scores, jnp.finfo(kind).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("BHTS,BHSK->BTHK", weights, values)
+
+
+def _split(module: DecoderAttention | CrossAttention, parts: int) -> nn.DenseGeneral:
+    features = (parts, module.heads, module.width // module.heads)
+    return nn.DenseGeneral(features, kernel_init=INIT, dtype=module.dtype)
+
+
+def _join(module: DecoderAttention | CrossAttention) -> nn.DenseGeneral:
+    return nn.DenseGeneral(module.width, axis=(-2, -1), kernel_init=INIT, dtype=module.dtype)

@@ -1,0 +1,145 @@
+"""Mapping networks: one CLIP feature becomes the P vectors of a decoder's prefix (CLIPTrans,
+src/models/adapters.py)."""
+
+import dataclasses
+import math
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.config import did_you_mean
+from common_jax.nn.attention import SelfAttention
+
+EPSILON = 1e-5
+HEADS = 2
+SLOPE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class MapperConfig:
+    """How a prefix comes about.
+
+    Attributes:
+      kind: "mlp", "hidden_mlp" or "transformer".
+      prefix: vectors of the prefix; 0 for none, and no mapping network.
+      features: width of a CLIP feature.
+      dropout: of the transformer, in training.
+    """
+
+    kind: str = "mlp"
+    prefix: int = 10
+    features: int = 512
+    dropout: float = 0.1
+
+    def __post_init__(self):
+        if self.kind not in MAPPERS:
+            raise ValueError(
+                f"config.model.mapper.kind={self.kind!r} must be one of {sorted(MAPPERS)}"
+                f"{did_you_mean(self.kind, MAPPERS)}"
+            )
+        if self.prefix < 0:
+            raise ValueError(
+                f"config.model.mapper.prefix={self.prefix} must not be negative; 0 is for none"
+            )
+
+
+class MlpMapper(nn.Module):
+    """prelu(W x + b), cut into P vectors."""
+
+    config: MapperConfig
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B M"], train: bool) -> Float[Array, "B P D"]:
+        config = self.config
+        out = _linear(config.features, config.prefix * self.width, self.dtype, "out")
+        return _cut(_PRelu(name="prelu")(out(features)), config.prefix)
+
+
+class HiddenMlpMapper(nn.Module):
+    """prelu(W2 relu(W1 x + b1) + b2), cut into P vectors."""
+
+    config: MapperConfig
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B M"], train: bool) -> Float[Array, "B P D"]:
+        config = self.config
+        hidden = _linear(config.features, self.width, self.dtype, "hidden")(features)
+        out = _linear(self.width, config.prefix * self.width, self.dtype, "out")
+        return _cut(_PRelu(name="prelu")(out(nn.relu(hidden))), config.prefix)
+
+
+class TransformerMapper(nn.Module):
+    """W x + b, cut into P tokens, then one post-norm transformer layer over them without positions
+    or mask: 2 heads, an MLP of D // 3 hidden units with ReLU."""
+
+    config: MapperConfig
+    width: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "B M"], train: bool) -> Float[Array, "B P D"]:
+        config, width = self.config, self.width
+        drop = nn.Dropout(config.dropout, deterministic=not train)
+        project = _linear(config.features, config.prefix * width, self.dtype, "project")
+        x = _cut(project(features), config.prefix)
+        attention = SelfAttention(
+            HEADS,
+            True,
+            self.dtype,
+            init=_uniform(math.sqrt(6 / (4 * width))),  # Xavier's, of the stacked [3D, D]
+            out_init=_uniform(1 / math.sqrt(width)),
+            name="attention",
+        )
+        x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x + drop(attention(x)))
+        hidden = nn.relu(_linear(width, width // 3, self.dtype, "up")(x))
+        branch = _linear(width // 3, width, self.dtype, "down")(drop(hidden))
+        return nn.LayerNorm(EPSILON, dtype=self.dtype, name="mlp_norm")(x + drop(branch))
+
+
+MAPPERS = {"mlp": MlpMapper, "hidden_mlp": HiddenMlpMapper, "transformer": TransformerMapper}
+
+
+def build(config: MapperConfig, width: int, dtype: DTypeLike) -> nn.Module:
+    """The mapping network of `config` for a decoder of `width`; its prefix must not be 0."""
+    return MAPPERS[config.kind](config, width, dtype)
+
+
+class _PRelu(nn.Module):
+    """max(x, 0) + slope min(x, 0) with one learnt slope."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        slope = self.param("slope", nn.initializers.constant(SLOPE), (1,))
+        return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
+
+
+def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B P D2"]:
+    return x.reshape(x.shape[0], prefix, -1)
+
+
+def _linear(fan_in: int, features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+    """An affine map that starts as PyTorch's does, uniform within 1 / sqrt(fan in)."""
+    init = _uniform(1 / math.sqrt(fan_in))
+    return nn.Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)
+
+
+def _uniform(bound: float) -> nn.initializers.Initializer:
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+PARTITION_RULES = (
+    (r"/(project|out|up)/kernel$", P(None, "fsdp")),
+    (r"/(hidden|down)/kernel$", P("fsdp", None)),
+    (r"/qkv/kernel$", P("fsdp")),
+    (r"/(bias|scale|slope)$", P()),
+)

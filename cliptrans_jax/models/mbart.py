@@ -1,0 +1,390 @@
+"""mBART (Liu et al. 2020, arXiv 2001.08210): a pre-norm encoder-decoder with tied embeddings.
+
+The decoder takes embeddings, not ids, so that vectors which are no tokens can stand among them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention, Memory
+from common_jax.mesh import constrain
+from common_jax.nn.attention import SelfAttention
+from common_jax.nn.mlp import Mlp
+
+EPSILON = 1e-5
+OFFSET = 2  # slot p has row p + 2 of its table of positions, in all published weights
+
+
+@dataclasses.dataclass(frozen=True)
+class MBartConfig:
+    """Sizes and ids; the defaults are mBART-large-50's.
+
+    Attributes:
+      vocab: tokens, language codes included.
+      width: of a token.
+      encoder_layers, decoder_layers: their numbers.
+      encoder_heads, decoder_heads: attention heads.
+      encoder_hidden, decoder_hidden: hidden widths of the MLPs.
+      positions: longest sequence, the decoder's prefix included.
+      dropout: of embeddings and of every branch's output, in training.
+      scale_embedding: whether looked-up embeddings are multiplied by sqrt(width).
+      pad, eos, start: ids of padding, of the end, and of what decoding starts with.
+      remat: computes every layer again in the backward pass instead of keeping what is inside.
+    """
+
+    vocab: int = 250054
+    width: int = 1024
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    encoder_heads: int = 16
+    decoder_heads: int = 16
+    encoder_hidden: int = 4096
+    decoder_hidden: int = 4096
+    positions: int = 1024
+    dropout: float = 0.1
+    scale_embedding: bool = True
+    pad: int = 1
+    eos: int = 2
+    start: int = 2
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in ("encoder_heads", "decoder_heads"):
+            if self.width % getattr(self, name):
+                raise ValueError(
+                    f"config.model.mbart.width={self.width} must be a multiple of "
+                    f"config.model.mbart.{name}={getattr(self, name)}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"config.model.mbart.dropout={self.dropout} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What a layer needs to know."""
+
+    heads: int
+    hidden: int
+    width: int
+    dropout: float
+    dtype: Any
+
+
+# Keys and values of a decoder layer: of its own tokens, and of the encoder's states.
+LayerCache = tuple[Memory, Memory]
+Cache = tuple[LayerCache, ...]
+
+
+class EncoderLayer(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x))."""
+
+    sizes: _Sizes
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 1 S"], train: bool
+    ) -> Float[Array, "B S D"]:
+        sizes = self.sizes
+        drop = nn.Dropout(sizes.dropout, deterministic=not train)
+        attention = SelfAttention(sizes.heads, True, sizes.dtype, name="attention")
+        x = x + drop(attention(_norm(sizes.dtype, "attention_norm")(x), visible))
+        mlp = Mlp(sizes.hidden, sizes.dtype, name="mlp")
+        x = x + drop(mlp(_norm(sizes.dtype, "mlp_norm")(x)))
+        return constrain(x, "batch", "tokens", "width")
+
+
+class DecoderLayer(nn.Module):
+    """x += attention(norm(x)); x += cross_attention(norm(x), states); x += mlp(norm(x))."""
+
+    sizes: _Sizes
+
+    def setup(self):
+        sizes = self.sizes
+        self.attention = DecoderAttention(sizes.width, sizes.heads, sizes.dtype)
+        self.cross_attention = CrossAttention(sizes.width, sizes.heads, sizes.dtype)
+        self.mlp = Mlp(sizes.hidden, sizes.dtype)
+        self.attention_norm = _norm(sizes.dtype)
+        self.cross_attention_norm = _norm(sizes.dtype)
+        self.mlp_norm = _norm(sizes.dtype)
+        self.drop = nn.Dropout(sizes.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        visible: Bool[Array, "#B 1 T T"],
+        states_visible: Bool[Array, "B 1 1 S"],
+        train: bool,
+    ) -> Float[Array, "B T D"]:
+        own, _ = self.attention(self.attention_norm(x), visible)
+        x = x + self.drop(own, deterministic=not train)
+        heard = self.cross_attention(self.cross_attention_norm(x), states, states_visible)
+        x = x + self.drop(heard, deterministic=not train)
+        x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
+        return constrain(x, "batch", "tokens", "width")
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        visible: Bool[Array, "#B 1 T T"],
+        states_visible: Bool[Array, "B 1 1 S"],
+        room: int,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The same outside training, with keys and values kept and `room` for further tokens."""
+        own, (keys, values) = self.attention(self.attention_norm(x), visible)
+        x = x + own
+        heard = self.cross_attention.remember(states)
+        x = x + self.cross_attention.recall(self.cross_attention_norm(x), heard, states_visible)
+        x = x + self.mlp(self.mlp_norm(x))
+        grow = ((0, 0), (0, 0), (0, room), (0, 0))
+        return x, ((jnp.pad(keys, grow), jnp.pad(values, grow)), heard)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        slot: jax.Array,
+        visible: Bool[Array, "B 1 T R"],
+        states_visible: Bool[Array, "B 1 1 S"],
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The same for further tokens, put into the cache from `slot` on."""
+        memory, heard = cache
+        own, memory = self.attention.extend(self.attention_norm(x), memory, slot, visible)
+        x = x + own
+        x = x + self.cross_attention.recall(self.cross_attention_norm(x), heard, states_visible)
+        return x + self.mlp(self.mlp_norm(x)), (memory, heard)
+
+
+class Encoder(nn.Module):
+    """Layers between a norm of the embeddings and a norm of the outcome."""
+
+    config: MBartConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        sizes = _Sizes(
+            config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
+        )
+        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
+        self.positions = _positions(config, self.dtype)
+        self.embedding_norm = _norm(self.dtype)
+        self.drop = nn.Dropout(config.dropout)
+        self.layer = [layer(sizes) for _ in range(config.encoder_layers)]
+        self.norm = _norm(self.dtype)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 1 S"], train: bool
+    ) -> Float[Array, "B S D"]:
+        x = self.embedding_norm(x + self.positions(OFFSET + jnp.arange(x.shape[1])))
+        x = self.drop(x, deterministic=not train)
+        for layer in self.layer:
+            x = layer(x, visible, train)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """The same with attention to encoder states, whole or token by token."""
+
+    config: MBartConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        sizes = _Sizes(
+            config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
+        )
+        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
+        self.positions = _positions(config, self.dtype)
+        self.embedding_norm = _norm(self.dtype)
+        self.drop = nn.Dropout(config.dropout)
+        self.layer = [layer(sizes) for _ in range(config.decoder_layers)]
+        self.norm = _norm(self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        visible: Bool[Array, "#B 1 T T"],
+        states_visible: Bool[Array, "B 1 1 S"],
+        train: bool,
+    ) -> Float[Array, "B T D"]:
+        x = self._place(x, jnp.arange(x.shape[1]))
+        x = self.drop(x, deterministic=not train)
+        for layer in self.layer:
+            x = layer(x, states, visible, states_visible, train)
+        return self.norm(x)
+
+    def prefill(
+        self,
+        x: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        visible: Bool[Array, "#B 1 T T"],
+        states_visible: Bool[Array, "B 1 1 S"],
+        room: int,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """See `MBart.prefill`."""
+        x, cache = self._place(x, jnp.arange(x.shape[1])), []
+        for layer in self.layer:
+            x, kept = layer.prefill(x, states, visible, states_visible, room)
+            cache.append(kept)
+        return self.norm(x), tuple(cache)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        cache: Cache,
+        slot: jax.Array,
+        position: jax.Array,
+        visible: Bool[Array, "B 1 T R"],
+        states_visible: Bool[Array, "B 1 1 S"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """See `MBart.extend`."""
+        x, longer = self._place(x, position), []
+        for layer, kept in zip(self.layer, cache, strict=True):
+            x, kept = layer.extend(x, kept, slot, visible, states_visible)
+            longer.append(kept)
+        return self.norm(x), tuple(longer)
+
+    def _place(self, x: Float[Array, "B T D"], position: jax.Array) -> Float[Array, "B T D"]:
+        return self.embedding_norm(x + self.positions(OFFSET + position))
+
+
+class MBart(nn.Module):
+    """Encoder, decoder and the one matrix that embeds tokens and scores them.
+
+    Parameters: `embedding` (V, D), `logits_bias` (V) that no published training changes,
+      `encoder/...` and `decoder/...`.
+    """
+
+    config: MBartConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.embedding = self.param("embedding", INIT, (config.vocab, config.width))
+        self.logits_bias = self.param("logits_bias", nn.initializers.zeros, (config.vocab,))
+        self.encoder = Encoder(config, self.dtype)
+        self.decoder = Decoder(config, self.dtype)
+
+    def __call__(
+        self,
+        source: Int[Array, "B S"],
+        source_mask: Bool[Array, "B S"],
+        target: Int[Array, "B T"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the tokens after those of `target`, which hear no later ones."""
+        length = target.shape[1]
+        visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        states = self.encode(source, source_mask, train=train)
+        hidden = self.decode(self.embed(target), states, source_mask, visible, train=train)
+        return self.logits(hidden)
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings without positions; none of a pad's gradient comes back through this."""
+        x = jnp.asarray(self.embedding, self.dtype)[ids]
+        x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
+        x = x * self.config.width**0.5 if self.config.scale_embedding else x
+        return constrain(x, "batch", "tokens", "width")
+
+    def encode(
+        self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"], *, train: bool = False
+    ) -> Float[Array, "B S D"]:
+        """States of source tokens; those outside `mask` are heard by none."""
+        return self.encoder(self.embed(ids), mask[:, None, None, :], train)
+
+    def decode(
+        self,
+        embeddings: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        states_mask: Bool[Array, "B S"],
+        visible: Bool[Array, "#B 1 T T"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's last states; `visible` says which slots (last axis) each slot hears."""
+        return self.decoder(embeddings, states, visible, states_mask[:, None, None, :], train)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of all tokens, in float32 at least."""
+        kind = jnp.promote_types(self.dtype, jnp.float32)
+        embedding = jnp.asarray(self.embedding, self.dtype)
+        scores = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=kind)
+        return scores + jnp.asarray(self.logits_bias, kind)
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        states_mask: Bool[Array, "B S"],
+        visible: Bool[Array, "#B 1 T T"],
+        *,
+        room: int,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """`decode` outside training, and keys and values with `room` slots for later tokens."""
+        return self.decoder.prefill(
+            embeddings, states, visible, states_mask[:, None, None, :], room
+        )
+
+    def extend(
+        self,
+        embeddings: Float[Array, "B T D"],
+        cache: Cache,
+        slot: jax.Array,
+        position: jax.Array,
+        visible: Bool[Array, "B 1 T R"],
+        states_mask: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """One step of decoding for T continuations of each example side by side.
+
+        Args:
+          embeddings: their last tokens, which all stand at `position`.
+          cache: of `prefill`, R slots long.
+          slot: the first of the T slots of the cache that they take.
+          visible: the slots that each of them hears, its own among them.
+          states_mask: as in `prefill`.
+        """
+        return self.decoder.extend(
+            embeddings, cache, slot, position, visible, states_mask[:, None, None, :]
+        )
+
+
+def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
+    """What the decoder reads to predict `labels`: the last label that is no pad, then all labels
+    but the last slot's (mBART, shift_tokens_right).
+
+    A negative label (ignored by the loss) counts as a pad.
+    """
+    labels = jnp.where(labels < 0, pad, labels)
+    last = jnp.sum(labels != pad, axis=1, keepdims=True) - 1
+    first = jnp.take_along_axis(labels, last, axis=1)
+    return jnp.concatenate([first, labels[:, :-1]], axis=1)
+
+
+def _norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, name=name)
+
+
+def _positions(config: MBartConfig, dtype: DTypeLike) -> nn.Embed:
+    return nn.Embed(config.positions + OFFSET, config.width, embedding_init=INIT, dtype=dtype)
+
+
+# Published vocabularies have odd factors, so that tables are split along the width.
+PARTITION_RULES = (
+    (r"/(embedding|positions/embedding)$", P(None, "fsdp")),
+    (r"/(qkv|memory|query)/kernel$", P("fsdp")),
+    (r"/out/kernel$", P(None, None, "fsdp")),
+    (r"/up/kernel$", P("fsdp", None)),
+    (r"/down/kernel$", P(None, "fsdp")),
+    (r"/(bias|scale|logits_bias)$", P()),
+)

@@ -1,0 +1,100 @@
+"""Where a prefix stands among a decoder's slots, and which slots hear which (CLIPTrans,
+src/models/model.py and its change to mBART's decoder).
+
+Training reads `</s>`, the prefix, the language code and the words. The published decoding reads
+the prefix first and `</s>` after it; by default ours reads what training did.
+"""
+
+import dataclasses
+
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+IGNORED = -1
+
+LAYOUTS = ("training", "original")
+MASKS = ("prefix", "original")
+ORIGINAL_KEYS = 10  # the original's mask opens slots 1 to 10, whatever the prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """How a prefix is read.
+
+    Attributes:
+      layout: what decoding starts with: "training", `</s>` and then the prefix, or "original", the
+        prefix and then `</s>`.
+      mask: which slots hear each other although they are later: "prefix", all of the prefix, or
+        "original", slots 1 to 10, even where these hold words or pads. The two agree for a prefix
+        of 10.
+    """
+
+    layout: str = "training"
+    mask: str = "prefix"
+
+    def __post_init__(self):
+        for name, choices in (("layout", LAYOUTS), ("mask", MASKS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"config.model.prefix.{name}={getattr(self, name)!r} must be one of "
+                    f"{list(choices)}"
+                )
+
+
+def insert(
+    embeddings: Float[Array, "B T D"], prefix: Float[Array, "B P D"]
+) -> Float[Array, "B T2 D"]:
+    """The prefix behind the first slot: what the decoder reads in training."""
+    return jnp.concatenate([embeddings[:, :1], prefix, embeddings[:, 1:]], axis=1)
+
+
+def insert_ignored(labels: Int[Array, "B T"], count: int) -> Int[Array, "B T2"]:
+    """Labels for `insert`ed embeddings: those of the prefix are ignored."""
+    ignored = jnp.full((labels.shape[0], count), IGNORED, labels.dtype)
+    return jnp.concatenate([labels[:, :1], ignored, labels[:, 1:]], axis=1)
+
+
+def remove(hidden: Float[Array, "B T D"], count: int) -> Float[Array, "B T2 D"]:
+    """`insert` backwards: states without those of the prefix, none of which predicts a label."""
+    return jnp.concatenate([hidden[:, :1], hidden[:, 1 + count :]], axis=1)
+
+
+def visibility(mask: Bool[Array, "B T"], *, prefix: int, rule: str) -> Bool[Array, "B 1 T T"]:
+    """Which slots (last axis) each slot hears: no later ones, none outside `mask`, and
+
+    "prefix": slots 1 to `prefix` hear each other;
+    "original": all slots but the first hear slots 1 to 10, whatever `mask` says.
+    """
+    length = mask.shape[1]
+    slots = jnp.arange(length)
+    query, key = slots[:, None], slots[None, :]
+    heard = (key <= query) & mask[:, None, None, :]
+    if rule == "original":
+        return heard | ((query >= 1) & (key >= 1) & (key <= ORIGINAL_KEYS))
+    within = (query >= 1) & (key >= 1) & (key <= prefix)
+    return heard | (within & mask[:, None, None, :])
+
+
+def start_block(
+    start: Float[Array, "B 1 D"],
+    prefix: Float[Array, "B P D"],
+    language: Float[Array, "B 1 D"],
+    config: PrefixConfig,
+) -> tuple[Float[Array, "B T D"], Bool[Array, "1 1 T T"]]:
+    """What decoding begins with, P + 2 slots, and which of them hear which.
+
+    Args:
+      start, language: embeddings of `</s>` and of the language code, which is always the first
+        token and therefore read at once.
+      prefix: may be empty.
+      config: the layout, and the mask that the first P + 1 slots have.
+    """
+    first = (start, prefix) if config.layout == "training" else (prefix, start)
+    block = jnp.concatenate([*first, language], axis=1)
+    count = prefix.shape[1]
+    # A block without a prefix is read token by token, where no rule applies.
+    seen = jnp.ones((1, count + 1), bool)
+    rule = config.mask if count else "prefix"
+    heard = visibility(seen, prefix=count, rule=rule)
+    grown = jnp.pad(heard, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    return block, grown.at[:, :, -1, :].set(True)
