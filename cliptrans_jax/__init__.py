@@ -1,0 +1,5 @@
+"""CLIPTrans in JAX: features of M-CLIP become a prefix in the decoder of mBART."""
+
+from cliptrans_jax.loading import load_model as load_model
+
+__all__ = ["load_model"]

@@ -7,24 +7,30 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
     keys and values are kept once an example, and beams are the tokens that attend to them.
   - Beams that survive are not copied. Each step writes the keys of its W tokens into the next W
     slots of the cache, and a table says which slots a beam descends from; all others are hidden.
+  - The cache starts short and grows in a few parts, each with a loop of its own, so that early
+    steps do not attend to slots that are still empty. It is written in place.
   - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, and a softmax keeps
     their order, so only they are normalised.
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 from flax import struct
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.models import prefix
+from cliptrans_jax.models import attention, prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
-from cliptrans_jax.models.mbart import MBart
+from cliptrans_jax.models.mbart import Cache, MBart
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
+
+FIRST = 3  # length of the hypotheses that the first step reads
+
+# Least values of a config's numbers.
+LEAST = {"beams": 1, "max_new_tokens": 2, "batch": 1, "bucket": 1, "growth": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,8 @@ class DecodeConfig:
         it goes on while an open one could still be better than the worst of these.
       batch: sentences decoded at a time, over all devices.
       bucket: sources are padded to multiples of this many tokens.
+      growth: parts in which the cache of decoded tokens grows to its full length. More of them
+        attend less to empty slots, and take longer to compile.
     """
 
     beams: int = 5
@@ -47,9 +55,10 @@ class DecodeConfig:
     early_stopping: bool = True
     batch: int = 64
     bucket: int = 16
+    growth: int = 4
 
     def __post_init__(self):
-        for name, least in (("beams", 1), ("max_new_tokens", 2), ("batch", 1), ("bucket", 1)):
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(
                     f"config.decode.{name}={getattr(self, name)} must be at least {least}"
@@ -59,6 +68,18 @@ class DecodeConfig:
     def max_length(self) -> int:
         """Ids of the longest output, the start token included."""
         return self.max_new_tokens + 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest search. Start token and language code are read before them, and an
+        output's last token is read by none."""
+        return self.max_new_tokens - 2
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """For how many steps the cache has room, one part of the search after the other."""
+        count = min(self.growth, self.steps)
+        return tuple(-(-self.steps * part // count) for part in range(1, count + 1))
 
 
 @struct.dataclass
@@ -96,7 +117,7 @@ class SearchState:
     origins: Int[Array, "B W L"]
     finished: Hypotheses
     done: Bool[Array, "B"]
-    cache: Any
+    cache: Cache
 
 
 @struct.dataclass
@@ -133,17 +154,20 @@ class Search:
           language: the code that each translation starts with.
         """
         states = self.translator.encode(params, source)
-        state, logits = self.start(params, features, source, states, language)
+        state, logits = self.start(params, features, source, states, language, steps=0)
         state, _ = self.advance(state, logits)
 
-        def unfinished(state: SearchState) -> jax.Array:
-            return (state.length < self.config.max_length) & ~jnp.all(state.done)
+        def unfinished(steps: int, state: SearchState) -> jax.Array:
+            return (state.length < FIRST + steps) & ~jnp.all(state.done)
 
         def body(state: SearchState) -> SearchState:
             state, logits = self.step(params, source, state)
             return self.advance(state, logits)[0]
 
-        return jax.lax.while_loop(unfinished, body, state).finished
+        for steps in self.config.parts:
+            state = state.replace(cache=self._grow(state.cache, steps))
+            state = jax.lax.while_loop(functools.partial(unfinished, steps), body, state)
+        return state.finished
 
     def start(
         self,
@@ -152,11 +176,15 @@ class Search:
         source: Int[Array, "B S"],
         states: Float[Array, "B S D"],
         language: Int[Array, "B"],
+        *,
+        steps: int | None = None,
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
         """The state in which every beam is [start, language], all but the first with a score of
-        NEVER, and the scores of the token behind them."""
+        NEVER, and the scores of the token behind them; `steps` is for how many the cache has room,
+        by default for all."""
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
+        cache = self._grow(cache, self.config.steps if steps is None else steps)
         logits = self._mbart(params, hidden[:, -1], method=MBart.logits)
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
         sizes = self.translator.config.mbart
@@ -184,8 +212,8 @@ class Search:
         source: Int[Array, "B S"],
         states: Float[Array, "B S D"],
         language: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """The decoder's states at `</s>`, prefix and language code, and its cache."""
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The decoder's states at `</s>`, prefix and language code, and its cache of them."""
         sizes = self.translator.config.mbart
         start = jnp.full_like(language, sizes.start)
         ids = jnp.stack([start, language], axis=1)
@@ -194,8 +222,7 @@ class Search:
         block, visible = prefix.start_block(
             embeddings[:, :1], vectors, embeddings[:, 1:], self.translator.config.prefix
         )
-        room = self.config.beams * (self.config.max_length - 2)
-        fill = functools.partial(MBart.prefill, room=room)
+        fill = functools.partial(MBart.prefill, room=0)
         return self._mbart(params, block, states, source != sizes.pad, visible, method=fill)
 
     def step(
@@ -203,16 +230,15 @@ class Search:
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
         """Reads the last token of every beam: the state with it in the cache, and the scores of
         the token behind it."""
-        config, beams = self.config, self.config.beams
-        first = self.translator.config.mapper.prefix + 2  # slots of the prefill
-        index = state.length - 3  # of the token among those decoded
+        beams, first = self.config.beams, self._slots(0)
+        index = state.length - FIRST  # of the token among those decoded
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, 2, keepdims=False)
         own = jnp.arange(beams, dtype=jnp.int32)
         origins = state.origins.at[:, :, index].set(own)
 
         # Slot first + t * W + w holds the token that beam w decoded t-th.
-        times = jnp.arange(config.max_length - 2)
-        came = origins[:, :, : config.max_length - 2, None] == own
+        times = jnp.arange((state.cache[0][0][0].shape[2] - first) // beams)
+        came = origins[:, :, : len(times), None] == own
         heard = came & (times <= index)[:, None]
         heard = heard.reshape(*heard.shape[:2], -1)
         visible = jnp.pad(heard, ((0, 0), (0, 0), (first, 0)), constant_values=True)
@@ -278,6 +304,8 @@ class Search:
         """Total scores and tokens of each beam's best continuations. At the last step only the end
         is left, and costs nothing."""
         count = min(2 * self.config.beams, logits.shape[-1])
+        # Both functions below read them: without this each would add the bias for itself.
+        logits = jax.lax.optimization_barrier(logits)
         best, tokens = jax.lax.top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         eos = self.translator.config.mbart.eos
@@ -308,6 +336,15 @@ class Search:
             lengths=jnp.take_along_axis(lengths, place, axis=1),
             scores=scores,
         )
+
+    def _slots(self, steps: int) -> int:
+        """Slots of a cache with room for so many steps."""
+        return self.translator.config.mapper.prefix + 2 + steps * self.config.beams
+
+    def _grow(self, cache: Cache, steps: int) -> Cache:
+        """The cache with room for so many steps."""
+        slots = self._slots(steps)
+        return tuple((attention.grow(own, slots), heard) for own, heard in cache)
 
     def _mbart(self, params: Params, *arguments, method):
         return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)

@@ -112,7 +112,16 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return metrics
 
 
-_SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")
+_SHOWN = (
+    "train/loss",
+    "train/skipped",
+    "test/loss",
+    "test/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "val/bleu",
+    "val/chrf",
+)
 
 
 def _plain(value: Any) -> float | list:

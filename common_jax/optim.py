@@ -29,10 +29,13 @@ class OptimConfig:
       lr_per: examples the peak is stated for; the peak is lr * batch / lr_per. None: it is not
         scaled.
       schedule: "epoch_cosine", the original's curve; "epoch_cosine_unlagged", the same without its
-        lag of an epoch, as NAC's; "warmup_cosine", per step; or "constant", the peak throughout.
+        lag of an epoch, as NAC's; "warmup_cosine", per step; "inverse_sqrt", per step, from the
+        warm-up on; "polynomial", of `power`, without warm-up; or "constant", the peak throughout.
       warmup_epochs: length of the linear warm-up.
+      warmup_steps: the same in updates, in place of `warmup_epochs`; not for curves by epoch.
       warmup_lr: where the warm-up starts; never scaled.
-      min_lr: where the cosine ends; never scaled.
+      min_lr: where the cosine or the polynomial ends; never scaled.
+      power: of the polynomial.
       optimizer: "adamw", or "sgd" with Nesterov momentum.
       weight_decay: AdamW's, decoupled; of SGD it is added to the gradient.
       b1, b2, eps: AdamW's.
@@ -51,8 +54,10 @@ class OptimConfig:
     lr_per: int | None = 512
     schedule: str = "epoch_cosine"
     warmup_epochs: int = 20
+    warmup_steps: int | None = None
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
+    power: float = 2.0
     optimizer: str = "adamw"
     weight_decay: float = 0.05
     b1: float = 0.9
@@ -100,6 +105,11 @@ class OptimConfig:
         """Updates in the whole run."""
         return self.epochs * steps_per_epoch if self.steps is None else self.steps
 
+    def total_warmup(self, steps_per_epoch: int) -> int:
+        """Updates of the warm-up, of curves by step."""
+        in_epochs = self.warmup_epochs * steps_per_epoch
+        return in_epochs if self.warmup_steps is None else self.warmup_steps
+
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -128,8 +138,7 @@ def epoch_cosine_unlagged(config: OptimConfig, steps_per_epoch: int) -> Schedule
 def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     """Linear from warmup_lr to the peak over the warm-up, then one half cosine to min_lr, step by
     step."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    total = config.total_steps(steps_per_epoch)
+    warmup, total = config.total_warmup(steps_per_epoch), config.total_steps(steps_per_epoch)
     if warmup >= total:
         raise ValueError(
             f"config.optim.warmup_epochs={config.warmup_epochs} is {warmup} steps and the run has "
@@ -138,6 +147,25 @@ def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return optax.warmup_cosine_decay_schedule(
         config.warmup_lr if warmup else config.peak_lr, config.peak_lr, warmup, total, config.min_lr
     )
+
+
+def inverse_sqrt(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """Linear from 0 to the peak over W steps, then the peak times sqrt(W / s) (Vaswani et al. 2017,
+    section 5.3)."""
+    warmup, peak = max(config.total_warmup(steps_per_epoch), 1), config.peak_lr
+
+    def rate(step: jax.Array) -> jax.Array:
+        done = (jnp.asarray(step) + 1).astype(jnp.float32)
+        return peak * jnp.minimum(done / warmup, jnp.sqrt(warmup / done))
+
+    return rate
+
+
+def polynomial(config: OptimConfig, steps_per_epoch: int) -> Schedule:
+    """(peak - min_lr) (1 - s / S)^power + min_lr (CLIPTrans, src/runner.py, which has min_lr at the
+    peak)."""
+    total = config.total_steps(steps_per_epoch)
+    return optax.polynomial_schedule(config.peak_lr, config.min_lr, config.power, total)
 
 
 def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
@@ -150,6 +178,8 @@ SCHEDULES = {
     "epoch_cosine": epoch_cosine,
     "epoch_cosine_unlagged": epoch_cosine_unlagged,
     "warmup_cosine": warmup_cosine,
+    "inverse_sqrt": inverse_sqrt,
+    "polynomial": polynomial,
     "constant": constant,
 }
 

@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterable
 import jax
 import parity_assemble
 import parity_case
+import parity_cliptrans
+import parity_cliptrans_decode
+import parity_cliptrans_scores
+import parity_cliptrans_towers
+import parity_cliptrans_training
 import parity_data
 import parity_m2mkd
 import parity_nac
@@ -65,6 +70,17 @@ RUNNERS: tuple[tuple[str, Runner], ...] = (
     (r"nac/h_sbm.*", parity_nac_graphs.run_blocks),
     (r"nac/h_weighted_sum.*", parity_nac_graphs.run_weighted_sum),
     (r"nac/i_.*", parity_nac_graphs.run_prior),
+    (r"cliptrans/mbart_lm.*", parity_cliptrans.run_mbart),
+    (r"cliptrans/prefix_train_.*", parity_cliptrans.run_prefix),
+    (r"cliptrans/adapter_.*", parity_cliptrans.run_mapper),
+    (r"cliptrans/generate_.*", parity_cliptrans_decode.run_generate),
+    (r"cliptrans/mclip_.*", parity_cliptrans_towers.run_mclip),
+    (r"cliptrans/clip_image.*", parity_cliptrans_towers.run_clip_image),
+    (r"cliptrans/clip_text.*", parity_cliptrans_towers.run_clip_text),
+    (r"cliptrans/dataset_.*", parity_cliptrans_training.run_dataset),
+    (r"cliptrans/optim_.*", parity_cliptrans_training.run_optimizer),
+    (r"cliptrans/bleu.*", parity_cliptrans_scores.run_bleu),
+    (r"cliptrans/meteor.*", parity_cliptrans_scores.run_meteor),
 )
 
 

@@ -1,0 +1,270 @@
+"""The config of a run of cliptrans_jax: one frozen dataclass, whose defaults are the only ones."""
+
+import dataclasses
+
+import ml_collections
+from jax import numpy as jnp
+
+from cliptrans_jax.data.corpora import DataConfig
+from cliptrans_jax.data.examples import NoiseConfig
+from cliptrans_jax.data.feed import BatchingConfig
+from cliptrans_jax.data.pictures import AugmentConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.stages import FREEZES, STAGES, Side
+from common_jax.config import did_you_mean, unfreeze
+from common_jax.loop import RunConfig
+from common_jax.mesh import MeshConfig
+from common_jax.optim import OptimConfig
+
+# Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
+# and scoring a trained model.
+RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SIDES = {"": None} | {side.value: side for side in Side}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The small M-CLIP that stage "clip" trains on pictures and their names in all languages.
+
+    Attributes:
+      text: the text tower.
+      image: the image tower.
+      scale: the first value of exp(log_scale), by which similarities are multiplied.
+    """
+
+    text: MClipConfig = MClipConfig()
+    image: ClipVisionConfig = ClipVisionConfig()
+    scale: float = 1 / 0.07
+
+
+@dataclasses.dataclass(frozen=True)
+class SourcesConfig:
+    """Where weights come from. Workdirs are those of runs, or steps in them.
+
+    Attributes:
+      model: workdir of an earlier stage, or a released CLIPTrans checkpoint; what a stage starts
+        from, and what "evaluate" scores.
+      mbart: folder of a published mBART, where there is no `model`.
+      clip: workdir of a run of stage "clip".
+      clip_text, clip_image: folders of published towers, in place of `clip`.
+      fresh: regex of parameter paths that start anew even though `model` may have them.
+      leave: regex of parameter paths of `model` that may find no place.
+    """
+
+    model: str = ""
+    mbart: str = ""
+    clip: str = ""
+    clip_text: str = ""
+    clip_image: str = ""
+    fresh: str = ""
+    leave: str = ""
+
+    def __post_init__(self):
+        if self.model and self.mbart:
+            raise ValueError(
+                f"config.sources.model={self.model!r} and config.sources.mbart={self.mbart!r}: a "
+                "run starts from one of them"
+            )
+        if self.clip and (self.clip_text or self.clip_image):
+            raise ValueError(
+                f"config.sources.clip={self.clip!r} holds both towers: leave out "
+                "config.sources.clip_text and config.sources.clip_image"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one stage trains.
+
+    Attributes:
+      optim: optimizer and length.
+      label_smoothing: share of a label's weight that all tokens have.
+    """
+
+    optim: OptimConfig = OptimConfig()
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run of one stage, or of all of them.
+
+    Attributes:
+      stage: one of RUNS.
+      seed: of everything random.
+      precision: what networks compute in, "float32" or "bfloat16"; parameters, softmax, norm
+        statistics, losses and scores of hypotheses are float32 in any case.
+      parity: computes what the original does where that is inconsistent: the prefix before `</s>`
+        in decoding, slots 1 to 10 open to each other whatever they hold, gradients of micro-batches
+        summed and not averaged, pictures whenever test tokens are dropped.
+      data: texts and pictures.
+      languages: those that the tokenizer and stage "clip" know; () for the two of the pair.
+      tokenizer: of the translation model.
+      clip_tokenizer: of a published text tower; `clip` has the translation model's.
+      clip: the towers that stage "clip" trains.
+      augment: what happens to its training pictures.
+      model: the translation model.
+      freeze: what captioning stages leave as it is, a key of `stages.FREEZES`.
+      unfreeze_clip: also trains the text tower, in stage "translate".
+      caption_language: what captioning stages write; "" for English where it is of the pair.
+      all_languages: whether they write both languages.
+      noise: which tokens of the source are dropped.
+      test_side: what features are taken of in evaluation, "image" or "text"; "" as the stage says.
+      batching: how sentences are padded and grouped.
+      decode: how translations are searched for.
+      valid_decode: whether every evaluation translates the validation set, which the choice of the
+        best checkpoint needs; without it there is its loss alone.
+      sources: weights to start from.
+      optim, label_smoothing: how the stage trains, see Recipe; the pipeline has recipes instead.
+      recipes: how each stage of the pipeline trains.
+      mesh: devices.
+      run: logging, evaluation, checkpoints.
+      features: folder for features of frozen towers; "" for the workdir's.
+    """
+
+    stage: str = "translate"
+    seed: int = 0
+    precision: str = "float32"
+    parity: bool = False
+    data: DataConfig = DataConfig()
+    languages: tuple[str, ...] = ()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    clip_tokenizer: TokenizerConfig = TokenizerConfig()
+    clip: ClipConfig = ClipConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    freeze: str = "encoder"
+    unfreeze_clip: bool = False
+    caption_language: str = ""
+    all_languages: bool = False
+    noise: NoiseConfig = NoiseConfig()
+    test_side: str = ""
+    batching: BatchingConfig = BatchingConfig()
+    decode: DecodeConfig = DecodeConfig()
+    valid_decode: bool = True
+    sources: SourcesConfig = SourcesConfig()
+    optim: OptimConfig = OptimConfig()
+    label_smoothing: float = 0.0
+    recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig(best="val/bleu")
+    features: str = ""
+
+    def __post_init__(self):
+        for name, choices in (
+            ("stage", RUNS),
+            ("precision", tuple(PRECISIONS)),
+            ("freeze", tuple(FREEZES)),
+            ("test_side", tuple(SIDES)),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"config.{name}={value!r} must be one of {list(choices)}"
+                    f"{did_you_mean(value, list(choices))}"
+                )
+        if self.seed < 0:
+            raise ValueError(f"config.seed={self.seed} must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"config.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        if unknown := set(self.recipes) - {"clip", *STAGES}:
+            raise ValueError(
+                f"config.recipes has no stages {sorted(unknown)}, only {['clip', *STAGES]}"
+            )
+        if self.unfreeze_clip and self.stage not in ("translate", "evaluate", "pipeline"):
+            raise ValueError(
+                f"config.unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
+                "tower cannot learn from pictures"
+            )
+        if self.stage == "evaluate" and not self.sources.model:
+            raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
+        self._check_lengths()
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What networks compute in."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def known_languages(self) -> tuple[str, ...]:
+        """`languages`, or the pair."""
+        return self.languages or self.data.pair
+
+    @property
+    def sentence_limit(self) -> int:
+        """Tokens that a sentence of the translation model is cut to: what the tokenizer takes, and
+        what the model has positions for behind its prefix."""
+        room = self.model.mbart.positions - self.model.mapper.prefix
+        return min(self.tokenizer.limit, room)
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether the model takes features."""
+        return self.model.mapper.prefix > 0
+
+    def consistent(self) -> "Config":
+        """The config with what `parity` means written into its fields; to be asked for once."""
+        if not self.parity:
+            return self
+        # Adam's direction does not know the gradient's scale, but for eps: gradients summed over k
+        # micro-batches are averaged ones with eps / k.
+        optim = dataclasses.replace(self.optim, eps=self.optim.eps / self.optim.accumulate)
+        prefix = PrefixConfig(layout="original", mask="original")
+        side = "image" if self.noise.test and self.stage == "translate" else self.test_side
+        model = dataclasses.replace(self.model, prefix=prefix)
+        return dataclasses.replace(self, optim=optim, model=model, test_side=side)
+
+    def _check_lengths(self) -> None:
+        prefix, room = self.model.mapper.prefix, self.model.mbart.positions
+        longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
+        if self.stage != "clip" and longest + prefix > room:
+            raise ValueError(
+                f"config.model.mbart.positions={room} is less than the longest sentence of "
+                f"{longest} tokens and config.model.mapper.prefix={prefix}; set "
+                "config.tokenizer.max_length or config.decode.max_new_tokens"
+            )
+        if set(self.data.pair) - set(self.known_languages):
+            raise ValueError(
+                f"config.languages={self.languages} must hold the pair {self.data.pair}"
+            )
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict."""
+    return unfreeze(Config())
+
+
+def choose_recipe(
+    config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
+) -> ml_collections.ConfigDict:
+    """Puts the recipe of `config.stage` in place; the pipeline gets all of them under `recipes`.
+
+    Args:
+      config: a ConfigDict of `Config` with its stage set.
+      recipes: one a stage; "evaluate" needs none.
+
+    Raises:
+      ValueError: when there is none for the stage.
+    """
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    if config.stage == "pipeline":
+        for name in names:
+            del config[name]
+        config.recipes = unfreeze(recipes)
+        return config
+    if config.stage == "evaluate":
+        return config
+    if config.stage not in recipes:
+        raise ValueError(
+            f"stage={config.stage!r} has no recipe here; choose one of "
+            f"{[*recipes, 'pipeline', 'evaluate']}"
+        )
+    for name, section in unfreeze(recipes[config.stage]).items():
+        config[name] = section
+    return config

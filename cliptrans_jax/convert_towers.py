@@ -1,0 +1,334 @@
+"""Tensor names of the published encoders, and their configs: M-CLIP's text tower, CLIP's towers in
+Hugging Face's files, and those of RN50x64 in OpenAI's.
+
+Each `*_table` names every parameter of its tower; each `*_DROPPED` says what else its file may
+hold, the other tower of a CLIP included. Tensors keep the type that they have in the file.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cliptrans_jax.models import clip, xlmr
+from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.models.resnet import ResNetConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.names import (
+    Entry,
+    Table,
+    convolution,
+    copy,
+    linear,
+    norm,
+    self_attention,
+    stacked_attention,
+    transpose,
+)
+
+Dropped = Mapping[str, str]  # regex of whole tensor names -> why they have no place
+Hf = Mapping[str, Any]  # a config.json of Hugging Face
+
+_BUFFER = "a buffer that counts 0, 1, 2, ..."
+_TEMPERATURE = "the temperature of CLIP's own training"
+_OTHER_TOWER = "of the other tower, which is read by itself"
+
+MCLIP_DROPPED: Dropped = types.MappingProxyType(
+    {
+        r"transformer\.embeddings\.position_ids": _BUFFER,
+        r"transformer\.pooler\.dense\.(weight|bias)": "a pooler that M-CLIP's mean replaces",
+    }
+)
+CLIP_VISION_DROPPED: Dropped = types.MappingProxyType(
+    {
+        r"vision_model\.embeddings\.position_ids": _BUFFER,
+        r"logit_scale": _TEMPERATURE,
+        r"text_model\..*|text_projection\.weight": _OTHER_TOWER,
+    }
+)
+CLIP_TEXT_DROPPED: Dropped = types.MappingProxyType(
+    {
+        r"text_model\.embeddings\.position_ids": _BUFFER,
+        r"logit_scale": _TEMPERATURE,
+        r"vision_model\..*|visual_projection\.weight": _OTHER_TOWER,
+    }
+)
+_OPENAI_DROPPED = {
+    r"logit_scale": _TEMPERATURE,
+    r"input_resolution|context_length|vocab_size": "a size, which the config says",
+}
+OPENAI_RESNET_DROPPED: Dropped = types.MappingProxyType(
+    _OPENAI_DROPPED
+    | {
+        r"visual\..*\.num_batches_tracked": "a count of training steps",
+        r"transformer\..*|ln_final\..*|text_projection": _OTHER_TOWER,
+        r"token_embedding\.weight|positional_embedding": _OTHER_TOWER,
+    }
+)
+OPENAI_TEXT_DROPPED: Dropped = types.MappingProxyType(
+    _OPENAI_DROPPED | {r"visual\..*": _OTHER_TOWER}
+)
+
+MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
+    {"xlm-roberta-large": MClipConfig(), "FacebookAI/xlm-roberta-large": MClipConfig()}
+)
+_MCLIP_FIELDS = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "positions": "max_position_embeddings",
+    "types": "type_vocab_size",
+    "eps": "layer_norm_eps",
+    "pad": "pad_token_id",
+    "dropout": "hidden_dropout_prob",
+    "activation": "hidden_act",
+}
+_MCLIP_ALLOWED = {
+    "model_type": ("xlm-roberta", "roberta"),
+    "hidden_act": tuple(xlmr.ACTIVATIONS),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+_CLIP_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+_CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
+_CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
+_CLIP_ALLOWED = {
+    "hidden_act": tuple(clip.ACTIVATIONS),
+    "dropout": (0.0,),
+    "attention_dropout": (0.0,),
+}
+
+
+def mclip_table(config: MClipConfig) -> Table:
+    """Entries of `models.xlmr.MClip`, by the names of M-CLIP's own files (CLIPTrans, M-CLIP)."""
+    source = "transformer.embeddings"
+    table = {
+        "embeddings/words": copy(f"{source}.word_embeddings.weight"),
+        "embeddings/positions": copy(f"{source}.position_embeddings.weight"),
+        "embeddings/types": copy(f"{source}.token_type_embeddings.weight"),
+        **norm(f"{source}.LayerNorm", "embeddings/norm"),
+        **linear("LinearTransformation", "projection"),
+    }
+    for i in range(config.layers):
+        source, target = f"transformer.encoder.layer.{i}", f"layer_{i}"
+        queries, keys, values = (
+            f"{source}.attention.self.{part}" for part in ("query", "key", "value")
+        )
+        table |= self_attention(
+            (queries, keys, values),
+            f"{source}.attention.output.dense",
+            f"{target}/attention",
+            heads=config.heads,
+        )
+        table |= norm(f"{source}.attention.output.LayerNorm", f"{target}/attention_norm")
+        table |= linear(f"{source}.intermediate.dense", f"{target}/mlp/up")
+        table |= linear(f"{source}.output.dense", f"{target}/mlp/down")
+        table |= norm(f"{source}.output.LayerNorm", f"{target}/mlp_norm")
+    return table
+
+
+def clip_vision_table(config: ClipVisionConfig) -> Table:
+    """Entries of `models.clip.ClipVision`, by the names of Hugging Face's CLIP files."""
+    source = "vision_model"
+    return {
+        "class_token": copy(f"{source}.embeddings.class_embedding"),
+        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
+        "patches/kernel": _patches(f"{source}.embeddings.patch_embedding.weight", config.patch),
+        **norm(f"{source}.pre_layrnorm", "pre_norm"),  # so spelled in the files
+        **_clip_blocks(config, source),
+        **norm(f"{source}.post_layernorm", "post_norm"),
+        "projection/kernel": transpose("visual_projection.weight"),
+    }
+
+
+def clip_text_table(config: ClipTextConfig) -> Table:
+    """Entries of `models.clip.ClipText`, by the names of Hugging Face's CLIP files."""
+    source = "text_model"
+    return {
+        "words": copy(f"{source}.embeddings.token_embedding.weight"),
+        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
+        **_clip_blocks(config, source),
+        **norm(f"{source}.final_layer_norm", "final_norm"),
+        "projection/kernel": transpose("text_projection.weight"),
+    }
+
+
+def openai_resnet_table(config: ResNetConfig) -> Table:
+    """Entries of `models.resnet.ClipResNet`, by the names of OpenAI's RN50x64."""
+    table = {}
+    for i in (1, 2, 3):
+        table[f"stem/conv_{i}/kernel"] = convolution(f"visual.conv{i}.weight")
+        table |= _batch_norm(f"visual.bn{i}", f"stem/norm_{i}")
+    for stage, depth in enumerate(config.layers):
+        for i in range(depth):
+            source, target = f"visual.layer{stage + 1}.{i}", f"stage_{stage}_block_{i}"
+            for j in (1, 2, 3):
+                table[f"{target}/conv_{j}/kernel"] = convolution(f"{source}.conv{j}.weight")
+                table |= _batch_norm(f"{source}.bn{j}", f"{target}/norm_{j}")
+            if i == 0:
+                shortcut = convolution(f"{source}.downsample.0.weight")
+                table[f"{target}/shortcut/kernel"] = shortcut
+                table |= _batch_norm(f"{source}.downsample.1", f"{target}/shortcut_norm")
+    source, target = "visual.attnpool", "attention_pool"
+    table[f"{target}/positions"] = copy(f"{source}.positional_embedding")
+    for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("c", "out")):
+        table |= linear(f"{source}.{theirs}_proj", f"{target}/{ours}")
+    return table
+
+
+def openai_text_table(config: ClipTextConfig) -> Table:
+    """Entries of `models.clip.ClipText`, by the names of OpenAI's files."""
+    table = {
+        "words": copy("token_embedding.weight"),
+        "positions": copy("positional_embedding"),
+        **norm("ln_final", "final_norm"),
+        "projection/kernel": copy("text_projection"),  # stored (in, out)
+    }
+    for i in range(config.layers):
+        source, target = f"transformer.resblocks.{i}", f"layer_{i}"
+        table |= stacked_attention(f"{source}.attn", f"{target}/attention", heads=config.heads)
+        table |= norm(f"{source}.ln_1", f"{target}/attention_norm")
+        table |= norm(f"{source}.ln_2", f"{target}/mlp_norm")
+        table |= linear(f"{source}.mlp.c_fc", f"{target}/mlp/up")
+        table |= linear(f"{source}.mlp.c_proj", f"{target}/mlp/down")
+    return table
+
+
+def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
+    """Sizes of an M-CLIP text tower.
+
+    Args:
+      hf: the config.json of the M-CLIP repository: `modelBase`, `transformerDimensions`, `numDims`.
+      transformer_hf: that of the XLM-RoBERTa that `modelBase` names; None where `MCLIP_BASES` has
+        it.
+
+    Raises:
+      ValueError: naming the key and the value, for one that is missing or that the tower cannot be
+        computed with, and for a `transformerDimensions` that is not the width.
+    """
+    features = _required(hf, "numDims", "M-CLIP")
+    if transformer_hf is None:
+        name = _required(hf, "modelBase", "M-CLIP")
+        if name not in MCLIP_BASES:
+            raise ValueError(
+                f"modelBase={name!r} of M-CLIP's config.json is not one of {sorted(MCLIP_BASES)}; "
+                "give the config.json of that model too"
+            )
+        config = dataclasses.replace(MCLIP_BASES[name], features=features)
+    else:
+        _expect(transformer_hf, _MCLIP_ALLOWED, "XLM-RoBERTa")
+        sizes = {
+            field: _required(transformer_hf, key, "XLM-RoBERTa")
+            for field, key in _MCLIP_FIELDS.items()
+        }
+        config = MClipConfig(features=features, **sizes)
+    if (width := _required(hf, "transformerDimensions", "M-CLIP")) != config.width:
+        raise ValueError(
+            f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
+            f"transformer, {config.width}; the two files are not of one model"
+        )
+    return config
+
+
+def clip_vision_config(hf: Hf) -> ClipVisionConfig:
+    """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone; a key
+    that is left out means openai/clip-vit-base-patch32, as Hugging Face reads it.
+
+    Raises:
+      ValueError: naming the key and the value that the tower cannot be computed with.
+    """
+    _required(hf, "model_type", "CLIP")
+    _expect(hf, {"model_type": ("clip", "clip_vision_model")}, "CLIP")
+    tower = hf.get("vision_config", hf)
+    _expect(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, "CLIP")
+    sizes = _given(tower, _CLIP_VISION_FIELDS) | _given(hf, {"features": "projection_dim"})
+    return ClipVisionConfig(**sizes)
+
+
+def clip_text_config(hf: Hf) -> ClipTextConfig:
+    """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone; a key that
+    is left out means openai/clip-vit-base-patch32, as Hugging Face reads it.
+
+    Raises:
+      ValueError: naming the key and the value that the tower cannot be computed with.
+    """
+    _required(hf, "model_type", "CLIP")
+    _expect(hf, {"model_type": ("clip", "clip_text_model")}, "CLIP")
+    tower = hf.get("text_config", hf)
+    sizes = _given(tower, _CLIP_TEXT_FIELDS) | _given(hf, {"features": "projection_dim"})
+    _expect(tower, _CLIP_ALLOWED, "CLIP")
+    config = ClipTextConfig(**sizes)
+    # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
+    # where a file says 2, as OpenAI's do.
+    _expect(tower, {"eos_token_id": (2, config.vocab - 1)}, "CLIP")
+    return config
+
+
+def _required(hf: Hf, key: str, whose: str) -> Any:
+    if key not in hf:
+        raise ValueError(
+            f"{key} is missing in {whose}'s config.json, which has {sorted(hf)}; give the file of "
+            "the model whose weights are read"
+        )
+    return hf[key]
+
+
+def _expect(hf: Hf, allowed: Mapping[str, tuple], whose: str) -> None:
+    for key, values in allowed.items():
+        if key in hf and hf[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(
+                f"{key}={hf[key]!r} of {whose}'s config.json is not supported: it must be "
+                f"{expected}; take another model"
+            )
+
+
+def _given(hf: Hf, fields: Mapping[str, str]) -> dict[str, Any]:
+    return {field: hf[key] for field, key in fields.items() if key in hf}
+
+
+def _patches(name: str, patch: int) -> Entry:
+    """A convolution whose stride is its side, [D, 3, rows, columns], as the kernel (rows * columns
+    * 3, D) of a product."""
+    whole = convolution(name)
+
+    def write(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+        return whole.write(kernel.reshape(patch, patch, 3, kernel.shape[-1]))
+
+    return Entry(whole.names, lambda x: whole.read(x).reshape(-1, x.shape[0]), write)
+
+
+def _batch_norm(source: str, target: str) -> dict[str, Entry]:
+    return {
+        **norm(source, target),
+        f"{target}/mean": copy(f"{source}.running_mean"),
+        f"{target}/var": copy(f"{source}.running_var"),
+    }
+
+
+def _clip_blocks(config: ClipVisionConfig | ClipTextConfig, tower: str) -> dict[str, Entry]:
+    table = {}
+    for i in range(config.layers):
+        source, target = f"{tower}.encoder.layers.{i}", f"layer_{i}"
+        queries, keys, values, out = (
+            f"{source}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")
+        )
+        attention = f"{target}/attention"
+        table |= self_attention((queries, keys, values), out, attention, heads=config.heads)
+        table |= norm(f"{source}.layer_norm1", f"{target}/attention_norm")
+        table |= norm(f"{source}.layer_norm2", f"{target}/mlp_norm")
+        table |= linear(f"{source}.mlp.fc1", f"{target}/mlp/up")
+        table |= linear(f"{source}.mlp.fc2", f"{target}/mlp/down")
+    return table

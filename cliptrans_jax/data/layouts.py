@@ -1,0 +1,180 @@
+"""The folders that Multi30k, WIT and WMT are laid out in."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from cliptrans_jax.data.corpus import (
+    TEXTS_ALONE,
+    Corpus,
+    FolderImages,
+    find_text,
+    listed,
+    log_empty,
+    open_folder,
+    read_lines,
+    read_texts,
+    require_aligned,
+)
+
+MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
+WIT_FOLDERS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
+WIT_LANGUAGES = tuple(sorted({code for pair in WIT_FOLDERS for code in pair.split("_")}))
+WIT_SPLITS = ("train", "valid", "test")
+# The original calls Multi30k's validation set a test set of 2016.
+VALIDATION = ("val", "test_2016_val")
+
+
+def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
+    """Multi30k, as published or as the original keeps it (CLIPTrans, data/multi30k).
+
+    Texts are `ROOT/raw/SPLIT.LANGUAGE`, plain or gzipped, or those below `ROOT/text/data/task1`;
+    image names are in `image_splits/SPLIT.txt` beside `raw`, cut at "#"; images lie in
+    `ROOT/images/SPLIT` or all together in `ROOT/images`. "val" and "test_2016_val" are the same
+    split. A corpus without image names or images has its texts and says why (`no_images`).
+
+    Raises:
+      FileNotFoundError: no such folder, split or language.
+      ValueError: files of different lengths or not in UTF-8.
+    """
+    tops = (root, root / "text/data/task1")
+    top = next((folder for folder in tops if (folder / "raw").is_dir()), None)
+    if top is None:
+        raise FileNotFoundError(
+            f"config.data.path={str(root)!r} holds neither raw/ nor text/data/task1/raw/; give the "
+            f"folder of Multi30k that does (there: {_entries(root)})"
+        )
+    aliases = VALIDATION if split in VALIDATION else (split,)
+    stem = next((s for s in aliases if _has_texts(top / "raw", s)), split)
+    texts, counts = read_texts(top / "raw", stem, languages)
+    lists = (find_text(top / "image_splits" / f"{name}.txt") for name in aliases)
+    names_file = next(filter(None, lists), None)
+    if names_file is None:
+        size = next(iter(counts.values()))
+        keys = tuple(f"{stem}:{number}" for number in range(1, size + 1))
+        reason = f"{top}/image_splits/{split}.txt, which names them, is missing"
+    else:
+        keys = tuple(name.split("#")[0] for name in read_lines(names_file))
+        counts[str(names_file)] = len(keys)
+        reason = ""
+    require_aligned(counts)
+    images = None
+    if not with_images:
+        reason = TEXTS_ALONE
+    elif not reason:
+        folders = [root / "images" / name for name in aliases] + [root / "images"]
+        images, reason = open_folder(folders, keys)
+    return log_empty(Corpus(f"multi30k {split}", texts, images, keys, reason))
+
+
+def load_wit(
+    root: Path, split: str, languages: Sequence[str], *, pair: tuple[str, str], with_images: bool
+) -> Corpus:
+    """WIT's captions in two languages (CLIPTrans, data/wit).
+
+    `ROOT/A_B`, of the two languages in either order, holds `SPLIT.LANGUAGE`, `SPLIT_url.txt`,
+    `SPLIT_image.txt` and `images/`. In `SPLIT_image.txt`, line 0 has the indices, separated by
+    commas, of images that could not be fetched (none: an empty line), and line i + 1 the file of
+    image i. With images, rows whose image is in line 0 or not in `images/` are left out of texts
+    and images alike; the texts alone are kept whole.
+
+    Args:
+      pair: the two languages of the folder; `languages` are one or both of them.
+
+    Raises:
+      FileNotFoundError: no such pair, folder, split or language.
+      ValueError: files of different lengths, not in UTF-8, or a broken line 0.
+    """
+    folder = _pair_folder(root, pair, template="{}_{}", known=WIT_FOLDERS)
+    if split not in WIT_SPLITS:
+        raise ValueError(f"wit has no split {split!r}, only {', '.join(WIT_SPLITS)}")
+    texts, counts = read_texts(folder, split, languages)
+    size = next(iter(counts.values()))
+    keys = tuple(f"{split}:{number}" for number in range(1, size + 1))
+    if (urls := find_text(folder / f"{split}_url.txt")) is not None:
+        counts[str(urls)] = len(read_lines(urls))
+    lists = find_text(folder / f"{split}_image.txt")
+    unfetched: frozenset[int] = frozenset()
+    if lists is not None:
+        lines = read_lines(lists)
+        counts[f"{lists}, without its first line"] = len(lines) - 1
+        keys = tuple(lines[1:])
+    require_aligned(counts)
+    name = f"wit {folder.name} {split}"
+    if not with_images:
+        return log_empty(Corpus(name, texts, None, keys))
+    if lists is None:
+        reason = f"{folder}/{split}_image.txt, which names them, is missing"
+        return log_empty(Corpus(name, texts, None, keys, reason))
+    unfetched = _parse_unfetched(lists, lines[0], size)
+    present = {path.name for path in (folder / "images").glob("*")}
+    kept = [i for i in range(size) if i not in unfetched and keys[i] in present]
+    logging.info(
+        "%s: %d of %d rows are left out, %d that could not be fetched and %d without their file",
+        *(name, size - len(kept), size, len(unfetched), size - len(kept) - len(unfetched)),
+    )
+    if not kept:
+        reason = f"no image that {lists} names is in {folder}/images"
+        return log_empty(Corpus(name, texts, None, keys, reason))
+    texts = {language: tuple(lines[i] for i in kept) for language, lines in texts.items()}
+    keys = tuple(keys[i] for i in kept)
+    return log_empty(Corpus(name, texts, FolderImages(folder / "images", keys), keys))
+
+
+def load_wmt(root: Path, split: str, languages: Sequence[str], *, pair: tuple[str, str]) -> Corpus:
+    """WMT's sentences, which have no images (CLIPTrans, data/wmt): `ROOT/wmt_A_B/SPLIT.LANGUAGE`.
+
+    Args:
+      pair: A and B in either order; `languages` are one or both of them.
+
+    Raises:
+      FileNotFoundError: no such folder, split or language.
+      ValueError: files of different lengths or not in UTF-8.
+    """
+    folder = _pair_folder(root, pair, template="wmt_{}_{}")
+    texts, counts = read_texts(folder, split, languages)
+    require_aligned(counts)
+    size = next(iter(counts.values()))
+    keys = tuple(f"{split}:{number}" for number in range(1, size + 1))
+    reason = "WMT is text; take another config.data.source for a stage that looks at images"
+    return log_empty(Corpus(f"wmt {folder.name} {split}", texts, None, keys, reason))
+
+
+def _entries(folder: Path) -> str:
+    """What is in a folder, for a message."""
+    return listed({p.name for p in folder.iterdir()}) if folder.is_dir() else "no such folder"
+
+
+def _has_texts(folder: Path, split: str) -> bool:
+    return any(find_text(folder / f"{split}.{language}") for language in MULTI30K_LANGUAGES)
+
+
+def _pair_folder(
+    root: Path, pair: tuple[str, str], *, template: str, known: Sequence[str] = ()
+) -> Path:
+    """The folder of two languages, which exists in one order of them."""
+    names = [template.format(*pair), template.format(*reversed(pair))]
+    if known and not set(names) & set(known):
+        raise ValueError(
+            f"wit has no pair {' and '.join(pair)}, only {', '.join(known)} in either direction; "
+            "correct config.data.source_language or config.data.target_language"
+        )
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(
+        f"config.data.path={str(root)!r} has no folder {' or '.join(names)}, only: {_entries(root)}"
+    )
+
+
+def _parse_unfetched(path: Path, line: str, size: int) -> frozenset[int]:
+    try:
+        indices = frozenset(int(index) for index in line.split(",") if index.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, line 1 must be indices of images that could not be fetched, separated by "
+            f"commas, or empty; {error}"
+        ) from error
+    if bad := sorted(index for index in indices if not 0 <= index < size):
+        raise ValueError(f"{path}, line 1 has {bad[:10]}, which are not from 0 to {size - 1}")
+    return indices

@@ -1,0 +1,121 @@
+"""Pictures as CLIP takes them, and random changes of them for contrastive training. Numpy and
+PIL."""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image, ImageEnhance
+
+# CLIP's, of pixels in [0, 1], one number a channel.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
+    """CLIP's preprocessing: short side to `size` (bicubic), centre crop, normalise.
+
+    Args:
+      image: uint8 (I, J, 3), (I, J, 4) or (I, J).
+      size: side of the square that comes out, 224 for CLIP ViT-B/32.
+
+    Returns:
+      float32 (size, size, 3).
+    """
+    picture = Image.fromarray(image).convert("RGB")
+    width, height = picture.size
+    short = min(width, height)
+    if short != size:
+        # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
+        picture = picture.resize(
+            (size * width // short, size * height // short), Image.Resampling.BICUBIC
+        )
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
+    return (pixels / 255 - MEAN) / STD
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """How far a training picture is changed, at most; every change is drawn evenly up to there.
+
+    Attributes:
+      shift: of the side, in both directions.
+      scale: from 1 - scale to 1 + scale.
+      rotate: degrees to either side.
+      flip: whether half of the pictures are mirrored. Letters and arrows are others when mirrored.
+      brightness, contrast, saturation: factors from 1 - x to 1 + x.
+      fill: grey value of what comes into view from outside.
+    """
+
+    shift: float = 0.08
+    scale: float = 0.15
+    rotate: float = 12.0
+    flip: bool = False
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.3
+    fill: int = 255
+
+    def __post_init__(self):
+        for key in ("shift", "scale", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"config.augment.{key}={getattr(self, key)} must be in [0, 1)")
+        if not 0 <= self.rotate <= 180:
+            raise ValueError(f"config.augment.rotate={self.rotate} must be in [0, 180] degrees")
+        if not 0 <= self.fill <= 255:
+            raise ValueError(f"config.augment.fill={self.fill} must be in [0, 255]")
+
+
+def augment_picture(
+    image: np.ndarray, config: AugmentConfig, generator: np.random.Generator
+) -> np.ndarray:
+    """A picture moved, scaled, turned, perhaps mirrored, and with other colours.
+
+    Args:
+      image: uint8 (I, J, 3).
+      generator: every random number is from here; as many are drawn whatever the config.
+
+    Returns:
+      uint8 (I, J, 3).
+    """
+    down, right, scale, turn, brightness, contrast, saturation = generator.uniform(-1, 1, 7)
+    mirrored = generator.random() < 0.5 and config.flip
+    picture = Image.fromarray(image)
+    columns, rows = picture.size
+    matrix = _pixel_matrix(
+        (columns, rows),
+        shift=(right * config.shift * columns, down * config.shift * rows),
+        scale=1 + scale * config.scale,
+        degrees=turn * config.rotate,
+        mirrored=mirrored,
+    )
+    picture = picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        matrix,
+        resample=Image.Resampling.BILINEAR,
+        fillcolor=(config.fill,) * 3,
+    )
+    picture = ImageEnhance.Brightness(picture).enhance(1 + brightness * config.brightness)
+    picture = ImageEnhance.Contrast(picture).enhance(1 + contrast * config.contrast)
+    picture = ImageEnhance.Color(picture).enhance(1 + saturation * config.saturation)
+    return np.asarray(picture)
+
+
+def _pixel_matrix(
+    size: tuple[int, int],
+    *,
+    shift: tuple[float, float],
+    scale: float,
+    degrees: float,
+    mirrored: bool,
+) -> tuple[float, ...]:
+    """PIL's six numbers: where in the old picture a pixel (column, row) of the new one is from."""
+    centre = np.array(size) / 2
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = np.array([[cosine, -sine], [sine, cosine]]) / scale
+    if mirrored:
+        turn = np.diag([-1.0, 1.0]) @ turn
+    offset = centre - turn @ (centre + np.array(shift))
+    return (*turn[0], offset[0], *turn[1], offset[1])

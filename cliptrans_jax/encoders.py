@@ -1,0 +1,218 @@
+"""The frozen towers: sentences and pictures to features, computed once and kept."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Float32
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.data.corpus import Corpus, Images
+from cliptrans_jax.data.examples import pad
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.pictures import prepare_picture
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.features import cached, encode_all, fingerprint
+from cliptrans_jax.models import clip, resnet, xlmr
+from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
+from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from common_jax.inputs import BadExample, eval_batches
+
+# Tokens that sentences are padded to multiples of, so that few lengths are compiled.
+BUCKET = 16
+TEXT_BATCH, IMAGE_BATCH = 256, 128
+
+Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTower:
+    """Sentences to features.
+
+    Attributes:
+      config: sizes.
+      params: as read; not on any device yet.
+      tokenizer: frames sentences for it.
+      dtype: what is computed in.
+    """
+
+    config: MClipConfig | ClipTextConfig
+    params: Mapping[str, Any]
+    tokenizer: Tokenizer
+    dtype: DTypeLike
+
+    def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
+        """Features (B, M) of framed ids (B, S) with pads."""
+        visible = ids != self.tokenizer.pad
+        if isinstance(self.config, ClipTextConfig):
+            return ClipText(self.config, self.dtype).apply({"params": params}, ids, visible)
+        rngs = {} if dropout is None else {"dropout": dropout}
+        return MClip(self.config, self.dtype).apply(
+            {"params": params}, ids, visible, train=dropout is not None, rngs=rngs
+        )
+
+    def encode(
+        self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
+    ) -> Float32[np.ndarray, "N M"]:
+        """A feature a framed sentence, computed on all devices of the mesh."""
+
+        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            return self.apply(params, batch["ids"])
+
+        batches = _text_batches(ids, self.tokenizer.pad, mesh)
+        return encode_all(apply, self.params, batches, mesh=mesh, size=len(ids), title=title)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTower:
+    """Pictures to features.
+
+    Attributes:
+      config: sizes.
+      params: as read; not on any device yet.
+      dtype: what is computed in.
+    """
+
+    config: ClipVisionConfig | ResNetConfig
+    params: Mapping[str, Any]
+    dtype: DTypeLike
+
+    def apply(self, params: Any, images: jax.Array) -> jax.Array:
+        """Features (B, M) of prepared pictures (B, I, J, 3)."""
+        network = ClipVision if isinstance(self.config, ClipVisionConfig) else ClipResNet
+        return network(self.config, self.dtype).apply({"params": params}, images)
+
+
+# Rules of parameters under "clip", whichever tower it is.
+TEXT_RULES = {MClipConfig: xlmr.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
+IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PARTITION_RULES}
+
+
+def load_published_text(folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike) -> TextTower:
+    """M-CLIP's or CLIP's text tower from a folder."""
+    found = pretrained.load(folder, kind=None)
+    kind = found.kind if found.kind == "mclip" else "clip_text"
+    found = found if found.kind == kind else pretrained.load(folder, kind=kind)
+    return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
+
+
+def load_published_image(folder: str, *, dtype: DTypeLike) -> ImageTower:
+    """CLIP's image tower from a folder, or RN50x64's from its file."""
+    found = pretrained.load(folder, kind=None)
+    kind = found.kind if found.kind == "clip_res" else "clip_vision"
+    found = found if found.kind == kind else pretrained.load(folder, kind=kind)
+    return ImageTower(found.config, found.params, dtype)
+
+
+def text_features(
+    tower: TextTower,
+    corpus: Corpus,
+    language: str,
+    *,
+    folder: epath.PathLike,
+    mesh: Mesh,
+) -> Float32[np.ndarray, "N M"]:
+    """A feature a sentence of one language, from `folder` where it holds the same tower's of the
+    same sentences."""
+    ids = tower.tokenizer.encode(corpus.texts[language], None)
+    content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
+    title = f"features of {corpus.name}, {language}"
+    return cached(
+        folder,
+        f"{_slug(corpus.name)}.{language}",
+        content,
+        lambda: tower.encode(ids, mesh=mesh, title=title),
+    )
+
+
+def image_features(
+    tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh
+) -> Float32[np.ndarray, "N M"]:
+    """A feature a picture, from `folder` where it holds the same tower's of the same files.
+
+    Raises:
+      ValueError: the corpus has no pictures, or one cannot be read; it is named.
+    """
+    images = corpus.require_images()
+
+    def compute() -> np.ndarray:
+        source = _Pictures(images, tower.config.image)
+
+        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+            return tower.apply(params, batch["image"])
+
+        shard = (jax.process_index(), jax.process_count())
+        batches = eval_batches(source, transform=None, batch=_whole(IMAGE_BATCH, mesh), shard=shard)
+        return encode_all(
+            apply, tower.params, batches, mesh=mesh, size=len(images),
+            title=f"features of {corpus.name}, pictures",
+        )  # fmt: skip
+
+    content = fingerprint(
+        tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *corpus.keys
+    )
+    return cached(folder, f"{_slug(corpus.name)}.pictures", content, compute)
+
+
+class _Pictures:
+    """Prepared pictures of a corpus by index; `arrays` is None, since they are made on demand."""
+
+    arrays = None
+
+    def __init__(self, images: Images, size: int):
+        self._images, self._size = images, size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"image": prepare_picture(self._images[index], self._size)}
+
+
+def _text_batches(
+    ids: Sequence[np.ndarray], pad_id: int, mesh: Mesh
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's rows of batches in order, padded to the longest sentence of the batch."""
+    batch = _whole(TEXT_BATCH, mesh)
+    count = batch // jax.process_count()
+    first_row = jax.process_index() * count
+    for first in range(0, len(ids), batch):
+        chosen = list(ids[first : first + batch])
+        length = -(-max(map(len, chosen)) // BUCKET) * BUCKET
+        real = np.arange(batch) < len(chosen)
+        chosen += [chosen[-1]] * (batch - len(chosen))
+        rows = slice(first_row, first_row + count)
+        yield {
+            "ids": pad(chosen[rows], length, pad_id=pad_id),
+            "_mask": real[rows].astype(np.float32),
+        }
+
+
+def _whole(batch: int, mesh: Mesh) -> int:
+    """A batch near `batch` that splits over all devices."""
+    return max(1, batch // mesh.size) * mesh.size
+
+
+def _bytes(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What says which sentences these are."""
+    return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
+
+
+def _samples(images: Images) -> list[np.ndarray]:
+    """The pixels of some pictures, so that a folder filled anew under the same names is noticed;
+    reading all of them would take as long as computing their features."""
+    chosen = sorted({0, len(images) // 2, len(images) - 1})
+    try:
+        return [images[index] for index in chosen]
+    except BadExample as bad:
+        raise ValueError(f"a picture cannot be read: {bad}") from bad
+
+
+def _slug(name: str) -> str:
+    return "_".join(name.split())

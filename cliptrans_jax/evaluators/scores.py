@@ -1,0 +1,199 @@
+"""Scores of translations against one reference each: BLEU, chrF, METEOR and exact matches.
+
+All are from 0 to 100 and over a whole set; each has a signature that says which variant it is.
+Nothing is downloaded: where a tokenizer would need data of its own, another is taken, which the
+signature names.
+"""
+
+import dataclasses
+import functools
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+import nltk
+import sacremoses
+from nltk.stem.porter import PorterStemmer
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.translate import meteor_score
+from sacrebleu.metrics.bleu import BLEU, BLEUScore
+from sacrebleu.metrics.chrf import CHRF
+from sacremoses.corpus import NonbreakingPrefixes
+
+# sacrebleu's tokenizer of languages written without spaces between words; all others have its
+# default. For Japanese and Korean it has better ones, which need packages with dictionaries.
+TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
+DEFAULT_TOKENIZER = "13a"
+
+ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # METEOR's weight of recall, and shape and weight of its penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of a set, 0 to 100.
+
+    Attributes:
+      bleu: sacrebleu's corpus BLEU with its defaults, case counting.
+      bleu_lower: corpus BLEU of lower-cased text in Moses' tokens, as text-only work on Multi30k
+        reports it.
+      chrf: sacrebleu's corpus chrF2.
+      meteor: mean over the sentences of METEOR with the stages exact and stem.
+      exact: share of outputs that equal their reference, spaces and Unicode forms aside.
+      count: sentences.
+      signatures: name of a score -> its variant.
+    """
+
+    bleu: float
+    bleu_lower: float
+    chrf: float
+    meteor: float
+    exact: float
+    count: int
+    signatures: Mapping[str, str]
+
+
+def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str) -> Scores:
+    """Scores detokenised outputs against the raw target lines; CLIPTrans, evaluation.
+
+    Args:
+      hypotheses: the outputs.
+      references: one for each.
+      language: of both, here and below such as "de" or mBART's "de_DE".
+
+    Raises:
+      ValueError: when there are no sentences, or not one reference for each.
+    """
+    if len(hypotheses) != len(references):
+        raise ValueError(
+            f"{len(hypotheses)} outputs cannot be scored against {len(references)} references; "
+            "there must be one for each"
+        )
+    if not hypotheses:
+        raise ValueError("there is nothing to score: 0 outputs and 0 references")
+    cased, cased_signature = bleu(hypotheses, references, language=language)
+    lower, lower_signature = bleu_lower(hypotheses, references, language=language)
+    chrf = CHRF()
+    chrf_score = chrf.corpus_score(hypotheses, [references])
+    pairs = zip(
+        words(hypotheses, language=language), words(references, language=language), strict=True
+    )
+    meteors = [meteor(hypothesis, reference) for hypothesis, reference in pairs]
+    same = [_plain(x) == _plain(y) for x, y in zip(hypotheses, references, strict=True)]
+    count = len(hypotheses)
+    return Scores(
+        bleu=cased.score,
+        bleu_lower=lower.score,
+        chrf=chrf_score.score,
+        meteor=100 * sum(meteors) / count,
+        exact=100 * sum(same) / count,
+        count=count,
+        signatures={
+            "bleu": cased_signature,
+            "bleu_lower": lower_signature,
+            "chrf": str(chrf.get_signature()),
+            "meteor": _meteor_signature(language),
+            "exact": "case:mixed|form:NFC|space:one",
+        },
+    )
+
+
+def as_metrics(scores: Scores) -> dict[str, float]:
+    """The numbers that a run logs and draws."""
+    names = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
+    return {name: getattr(scores, name) for name in names}
+
+
+def bleu(
+    hypotheses: Sequence[str], references: Sequence[str], *, language: str
+) -> tuple[BLEUScore, str]:
+    """sacrebleu's corpus BLEU with its defaults (13a tokens, exponential smoothing, case counting),
+    or the tokenizer that `TOKENIZERS` has for the language; and the signature."""
+    metric = BLEU(tokenize=TOKENIZERS.get(_code(language), DEFAULT_TOKENIZER))
+    return metric.corpus_score(hypotheses, [references]), str(metric.get_signature())
+
+
+def bleu_lower(
+    hypotheses: Sequence[str], references: Sequence[str], *, language: str
+) -> tuple[BLEUScore, str]:
+    """Corpus BLEU of text that `moses` has prepared, and the signature. Languages of `TOKENIZERS`,
+    whose words Moses does not find, keep that tokenizer and are lower-cased."""
+    language = _code(language)
+    if language in TOKENIZERS:
+        metric = BLEU(lowercase=True, tokenize=TOKENIZERS[language])
+        return metric.corpus_score(hypotheses, [references]), str(metric.get_signature())
+    metric = BLEU(lowercase=True, tokenize="none")
+    value = metric.corpus_score(
+        moses(hypotheses, language=language), [moses(references, language=language)]
+    )
+    # Moses has lists of abbreviations in some languages, and takes the English one for others.
+    prefixes = language if language in NonbreakingPrefixes().available_langs else "en"
+    prepared = f"prep:moses-lc-norm-tok-{language}|prefixes:{prefixes}"
+    return value, f"{prepared}|sacremoses:{sacremoses.__version__}|{metric.get_signature()}"
+
+
+def moses(texts: Iterable[str], *, language: str) -> list[str]:
+    """Texts as in Multi30k's own tokenised files: lower-cased, punctuation normalised, tokens with
+    spaces between, all as Moses' scripts do it, which sacremoses ports."""
+    normalizer = sacremoses.MosesPunctNormalizer(_code(language), perl_parity=True)
+    tokenizer = sacremoses.MosesTokenizer(_code(language))
+    normalized = (normalizer.normalize(text.lower()) for text in texts)
+    return [tokenizer.tokenize(text, return_str=True) for text in normalized]
+
+
+def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
+    """METEOR's tokens of each text: those of nltk's word tokenizer, which works on the text as one
+    sentence, or single characters where `TOKENIZERS` has the language."""
+    if _code(language) in TOKENIZERS:
+        return [list("".join(text.split())) for text in texts]
+    tokenizer = NLTKWordTokenizer()
+    return [tokenizer.tokenize(text) for text in texts]
+
+
+def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
+    """METEOR of one sentence, 0 to 1, from tokens, which are lower-cased here:
+
+    (1 - gamma (chunks / m)^beta) P R / (alpha P + (1 - alpha) R),  P = m / |hypothesis|,
+    R = m / |reference|
+
+    m = tokens matched, first those that are the same, then those with the same Porter stem; chunks
+    = runs of matches that are adjacent in both. METEOR's third stage, synonyms of WordNet, is left
+    out: it needs data, and only English has any. Without a match the score is 0.
+    """
+    return meteor_score.single_meteor_score(
+        reference,
+        hypothesis,
+        stemmer=_stemmer(),
+        wordnet=_NoSynonyms(),
+        alpha=ALPHA,
+        beta=BETA,
+        gamma=GAMMA,
+    )
+
+
+def _code(language: str) -> str:
+    """The "de" of "de_DE"."""
+    return language.partition("_")[0]
+
+
+class _NoSynonyms:
+    """In the place of nltk's WordNet: no word has a synonym."""
+
+    def synsets(self, word: str) -> tuple[()]:
+        return ()
+
+
+@functools.cache
+def _stemmer() -> PorterStemmer:
+    return PorterStemmer()
+
+
+def _meteor_signature(language: str) -> str:
+    tokens = "char" if _code(language) in TOKENIZERS else "nltk-word"
+    weights = f"alpha:{ALPHA:g}|beta:{BETA:g}|gamma:{GAMMA:g}"
+    return (
+        f"nrefs:1|case:lc|tok:{tokens}|stages:exact+porter|{weights}|mean:sentences"
+        f"|nltk:{nltk.__version__}"
+    )
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()))

@@ -1,0 +1,152 @@
+"""Translations for people to read: a file of all of them, and a table of a few with pictures."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from common_jax.report import Table
+
+COLUMNS = ("index", "key", "source", "reference", "output", "score")
+ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+LETTERS = {escape: letter for letter, escape in ESCAPES.items()}
+THUMBNAIL = 128  # pixels, the longer side at most; twice what a page shows, for dense screens
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """An output that the search ranked lower."""
+
+    text: str
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sentence translated.
+
+    Attributes:
+      index: its place in the set.
+      key: its name there, such as the picture's file.
+      source: the sentence.
+      reference: how it should be translated.
+      output: how it was.
+      score: what the search gave the output.
+      others: further outputs of the search, best first.
+      picture: uint8 [I, J, channels] of 1 (grey) or 3 (RGB), or None.
+    """
+
+    index: int
+    key: str
+    source: str
+    reference: str
+    output: str
+    score: float
+    others: tuple[Hypothesis, ...] = ()
+    picture: np.ndarray | None = None
+
+
+def write_translations(path: epath.PathLike, rows: Sequence[Row]) -> None:
+    r"""Writes the rows, without their pictures, as tab-separated UTF-8, whole or not at all.
+
+    The first line names the columns: those of `COLUMNS`, then output_2, score_2, output_3 and so
+    on, as many as the row of the most outputs has; they are empty where a row has fewer. Tab,
+    newline, carriage return and backslash within a text stand as \t, \n, \r and \\. Lines end in a
+    newline alone, and quotes have no meaning: `read_translations` reads it, as does pandas with
+    `sep="\t", quoting=3, keep_default_na=False`, escapes aside.
+    """
+    path = epath.Path(path)
+    most = max((len(row.others) for row in rows), default=0)
+    further = [f"{name}_{i + 2}" for i in range(most) for name in ("output", "score")]
+    lines = ["\t".join([*COLUMNS, *further])]
+    for row in rows:
+        cells = [str(row.index), *map(_escape, (row.key, row.source, row.reference, row.output))]
+        cells.append(repr(float(row.score)))
+        for other in row.others:
+            cells += [_escape(other.text), repr(float(other.score))]
+        lines.append("\t".join(cells + [""] * 2 * (most - len(row.others))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_bytes("".join(line + "\n" for line in lines).encode())
+    temporary.replace(path)
+
+
+def read_translations(path: epath.PathLike) -> list[Row]:
+    """The rows that `write_translations` wrote, without pictures.
+
+    Raises:
+      ValueError: for a file of another form, naming it and the line.
+    """
+    header, *lines = epath.Path(path).read_bytes().decode().removesuffix("\n").split("\n")
+    names = header.split("\t")
+    if tuple(names[: len(COLUMNS)]) != COLUMNS:
+        raise ValueError(f"{path} should begin with the columns {COLUMNS}, not {names}")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        cells = line.split("\t")
+        try:
+            if len(cells) != len(names):
+                raise ValueError(f"{len(cells)} cells under {len(names)} columns")
+            index, *texts, score = cells[: len(COLUMNS)]
+            others = tuple(_others(cells[len(COLUMNS) :]))
+            rows.append(Row(int(index), *map(_unescape, texts), float(score), others))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; write the file anew") from error
+    return rows
+
+
+def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
+    """The first `limit` rows as a table for a report, with small pictures where there are any.
+
+    Raises:
+      ValueError: for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1, the number of translations to show")
+    shown = rows[:limit]
+    few = f", the first {len(shown)} of {len(rows):,}" if len(shown) < len(rows) else ""
+    return Table(
+        f"Translations{few}",
+        ("picture", "source", "reference", "output"),
+        tuple(
+            (
+                "" if row.picture is None else _thumbnail(row.picture),
+                row.source,
+                row.reference,
+                row.output,
+            )
+            for row in shown
+        ),
+    )
+
+
+def _others(cells: Sequence[str]) -> Iterator[Hypothesis]:
+    for text, score in zip(cells[::2], cells[1::2], strict=True):
+        if score:  # an output may be empty, a score never is
+            yield Hypothesis(_unescape(text), float(score))
+
+
+def _escape(text: str) -> str:
+    return "".join(ESCAPES.get(letter, letter) for letter in text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(.?)", _letter, text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    if match[0] not in LETTERS:
+        raise ValueError(f"{match[0]!r} is none of the escapes {sorted(LETTERS)}")
+    return LETTERS[match[0]]
+
+
+def _thumbnail(picture: np.ndarray) -> bytes:
+    image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = BytesIO()
+    image.save(file, "png", optimize=True)
+    return file.getvalue()

@@ -1,0 +1,94 @@
+"""Translating a set of sentences with a model in training or after it, and scoring the outcome."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.decode import Hypotheses, Search
+from cliptrans_jax.evaluators.show import Hypothesis
+from common_jax.mesh import replicated, to_devices
+
+# features(params, batch) -> (B, M), or None where the model takes none.
+Features = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
+Batches = Iterable[Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Translate:
+    """translate(params, batches) -> the hypotheses of every example, best first.
+
+    Attributes:
+      run: the jitted search.
+      tokenizer: of the outputs.
+      mesh: where batches go.
+    """
+
+    run: Callable[[Any, Mapping[str, jax.Array]], tuple[Hypotheses, jax.Array, jax.Array]]
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+    def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
+        """By number of the example; the whole of it on every host."""
+        found, pending = {}, None
+        with jax.set_mesh(self.mesh):
+            for batch in batches:
+                started = self.run(params, to_devices(batch, self.mesh))
+                if pending is not None:
+                    found |= self._read(*pending)  # while the devices work on the next
+                pending = started
+            if pending is not None:
+                found |= self._read(*pending)
+        return found
+
+    def _read(
+        self, hypotheses: Hypotheses, index: jax.Array, mask: jax.Array
+    ) -> dict[int, list[Hypothesis]]:
+        tokens, lengths, scores = (
+            np.asarray(x) for x in (hypotheses.tokens, hypotheses.lengths, hypotheses.scores)
+        )
+        return {
+            int(number): [
+                Hypothesis(self.tokenizer.decode(ids[:length]), float(score))
+                for ids, length, score in zip(tokens[row], lengths[row], scores[row], strict=True)
+                if np.isfinite(score)
+            ]
+            for row, number in enumerate(np.asarray(index))
+            if np.asarray(mask)[row] > 0
+        }
+
+
+def make_translate(
+    search: Search,
+    features: Features,
+    tokenizer: Tokenizer,
+    *,
+    mesh: Mesh,
+    language: int | None = None,
+) -> Translate:
+    """A function that translates batches of `evaluation_batches`, compiled once a length.
+
+    Args:
+      search: model and search.
+      features: what the prefix is made of.
+      tokenizer: of the outputs.
+      mesh: devices, over all of which a batch is split.
+      language: the code that every output starts with; None for that of its reference.
+    """
+
+    def run(params: Any, batch: Mapping[str, jax.Array]):
+        first = batch["labels"][:, 0]
+        first = first if language is None else jax.numpy.full_like(first, language)
+        found = search.run(params, features(params, batch), batch["source"], first)
+        return found, batch["_index"], batch["_mask"]
+
+    return Translate(jax.jit(run, out_shardings=replicated(mesh)), tokenizer, mesh)
+
+
+def best_texts(found: Mapping[int, Sequence[Hypothesis]], size: int) -> list[str]:
+    """The best output of every example, in order."""
+    return [found[index][0].text for index in range(size)]

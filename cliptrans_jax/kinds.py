@@ -1,0 +1,388 @@
+"""Kinds of published networks: what their files call the tensors, and how their sizes are told."""
+
+import dataclasses
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import numpy as jnp
+
+from cliptrans_jax import convert, names
+from cliptrans_jax import convert_towers as towers
+from cliptrans_jax.models import mbart, resnet
+from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
+from cliptrans_jax.models.xlmr import MClip, MClipConfig
+
+Tensors = Mapping[str, np.ndarray]
+Hf = Mapping[str, Any]  # a config.json of Hugging Face
+
+# mBART's sizes by their keys in config.json.
+MBART_FIELDS = types.MappingProxyType(
+    {
+        "vocab": "vocab_size",
+        "width": "d_model",
+        "encoder_layers": "encoder_layers",
+        "decoder_layers": "decoder_layers",
+        "encoder_heads": "encoder_attention_heads",
+        "decoder_heads": "decoder_attention_heads",
+        "encoder_hidden": "encoder_ffn_dim",
+        "decoder_hidden": "decoder_ffn_dim",
+        "positions": "max_position_embeddings",
+        "dropout": "dropout",
+        "scale_embedding": "scale_embedding",
+        "pad": "pad_token_id",
+        "eos": "eos_token_id",
+    }
+)
+# What else changes an mBART, and the one value that can be computed. All other keys are about
+# decoding, fresh weights, classifiers and versions, and are not looked at: init_std, use_cache,
+# num_beams, max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and their like.
+MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "model_type": "mbart",
+        "architectures": ["MBartForConditionalGeneration"],
+        "activation_function": "gelu",
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "tie_word_embeddings": True,
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+    }
+)
+# The same of keys that only older files have, or files of quantised weights.
+MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "add_bias_logits": False,
+        "add_final_layer_norm": True,
+        "normalize_before": True,
+        "normalize_embedding": True,
+        "static_position_embeddings": False,
+        "extra_pos_embeddings": mbart.OFFSET,
+        "pruned_heads": {},
+        "quantization_config": None,
+    }
+)
+# Kinds by what config.json calls its model or its class; of a whole CLIP, the image tower.
+TOLD_BY = types.MappingProxyType(
+    {
+        "mbart": "mbart",
+        "MBartForConditionalGeneration": "mbart",
+        "M-CLIP": "mclip",
+        "MultilingualCLIP": "mclip",
+        "clip": "clip_vision",
+        "CLIPModel": "clip_vision",
+        "clip_vision_model": "clip_vision",
+        "clip_text_model": "clip_text",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the tensors of one network are named in a file.
+
+    Attributes:
+      marker: a tensor that every such file has, and no file of another layout.
+      config_type: class of the config.
+      config: (tensors, config.json of their folder or None, their file) -> config.
+      shapes: config -> shapes of our parameters.
+      table: config -> table of names.
+      dropped: regex of names that have no place here -> why.
+      aliases: name -> the name of the tensor that it equals.
+    """
+
+    marker: str
+    config_type: type
+    config: Callable[[Tensors, Hf | None, str], Any]
+    shapes: Callable[[Any], Mapping[str, Any]]
+    table: Callable[[Any], names.Table]
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def mbart_config(hf: Hf) -> MBartConfig:
+    """Sizes of an mBART from its config.json; a `decoder_start_token_id` that is left out is the
+    end's, with which shifted labels start.
+
+    Raises:
+      ValueError: naming the key and the value that is missing, or that the network cannot be
+        computed with; see `MBART_FIXED`.
+    """
+    for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
+        if hf.get(key) not in (value, None):
+            raise ValueError(
+                f"{key}={hf[key]!r} of mBART's config.json is not supported: it must be {value!r}; "
+                "take another model, or change it there if the weights allow that"
+            )
+    if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
+        raise ValueError(f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)}")
+    start = hf.get("decoder_start_token_id")
+    sizes = {field: hf[key] for field, key in MBART_FIELDS.items()}
+    return MBartConfig(**sizes, start=sizes["eos"] if start is None else start)
+
+
+def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
+    """The config.json of an mBART, `mbart_config` backwards."""
+    sizes = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
+    ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
+    return MBART_FIXED | sizes | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
+
+
+def kind_of_config(hf: Hf | None, file: str) -> str | None:
+    """The kind that a config.json tells; None without one, or when it tells nothing.
+
+    Raises:
+      ValueError: for a model of none of these kinds.
+    """
+    if not hf:
+        return None
+    if "modelBase" in hf:
+        return "mclip"
+    told = [hf.get("model_type"), *(hf.get("architectures") or ())]
+    if kind := next((TOLD_BY[name] for name in told if name in TOLD_BY), None):
+        return kind
+    if any(told):
+        raise ValueError(
+            f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
+            f"model_type={hf.get('model_type')!r}, architectures={hf.get('architectures')!r}"
+        )
+    return None
+
+
+def kind_of_tensors(tensors: Tensors) -> str | None:
+    """The first kind that the tensors may be of."""
+    for kind, layouts in KINDS.items():
+        if any(layout.marker in tensors for layout in layouts):
+            return kind
+    return None
+
+
+def find_layout(kind: str, tensors: Tensors, file: str) -> tuple[Layout, str]:
+    """How the tensors of that kind are named in a file, and what stands before all their names.
+
+    Raises:
+      ValueError: when the file holds no such network.
+    """
+    for layout in KINDS[kind]:
+        for name in tensors:
+            nested = name.startswith(NESTED) and name.endswith("." + layout.marker)
+            if nested or name == layout.marker:
+                return layout, name.removesuffix(layout.marker)
+    markers = " or ".join(layout.marker for layout in KINDS[kind])
+    other = kind_of_tensors(tensors)
+    hint = f"; it holds {other!r}" if other else ""
+    raise ValueError(f"{file} holds no {kind!r}, whose {markers} is missing{hint}")
+
+
+def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:
+    return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+
+
+def _translator_shapes(config: ModelConfig) -> Mapping[str, Any]:
+    return jax.eval_shape(Translator(config).init, jax.random.key(0))
+
+
+def _mbart_shapes(config: MBartConfig) -> Mapping[str, Any]:
+    return _translator_shapes(ModelConfig(config, MapperConfig(prefix=0)))["mbart"]
+
+
+def _image_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]:
+    def shapes(config: Any) -> Mapping[str, Any]:
+        picture = jax.ShapeDtypeStruct((1, config.image, config.image, 3), jnp.float32)
+        return _abstract(network(config, jnp.float32), picture)
+
+    return shapes
+
+
+def _text_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]:
+    def shapes(config: Any) -> Mapping[str, Any]:
+        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return _abstract(network(config, jnp.float32), ids, ids)
+
+    return shapes
+
+
+def _told(
+    read: Callable[[Hf], Any], published: Callable[[], Any]
+) -> Callable[[Tensors, Hf | None, str], Any]:
+    """The config of a config.json, or else the published model's, which the shapes must confirm."""
+    return lambda tensors, hf, file: read(hf) if hf is not None else published()
+
+
+def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
+    return mbart_config(hf) if hf is not None else _mbart_sizes(tensors, "", file)
+
+
+def _cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
+    sizes = _mbart_sizes(tensors, "mbart.", file)
+    return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
+
+
+def _mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
+    embedding = next(
+        (prefix + n for n in (convert.EMBEDDING, *convert.ALIASES) if prefix + n in tensors),
+        prefix + convert.EMBEDDING,
+    )
+    vocab, width = _shape(tensors, embedding, 2, file)
+    published = MBartConfig()
+    if width != published.width:
+        raise ValueError(
+            f"{file} has an mBART of width {width}, whose number of heads its tensors do not tell; "
+            "give its config (a published one, of width 1024, has 16)"
+        )
+    sizes = {}
+    for side in ("encoder", "decoder"):
+        layers = f"{prefix}model.{side}.layers."
+        sizes[f"{side}_layers"] = _count(tensors, layers)
+        sizes[f"{side}_hidden"] = _shape(tensors, f"{layers}0.fc1.weight", 2, file)[0]
+    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
+    return dataclasses.replace(
+        published, vocab=vocab, width=width, positions=rows - mbart.OFFSET, **sizes
+    )
+
+
+def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
+    kind = next((kind for kind, name in MAPPER_OUT.items() if f"adapter.{name}" in tensors), None)
+    if kind is None:
+        return MapperConfig(prefix=0)
+    rows = _shape(tensors, f"adapter.{MAPPER_OUT[kind]}", 2, file)[0]
+    if rows % width:
+        raise ValueError(
+            f"{file} has adapter.{MAPPER_OUT[kind]} of {rows} rows, which must be a multiple of "
+            f"mBART's width {width}"
+        )
+    features = _shape(tensors, f"adapter.{MAPPER_IN[kind]}", 2, file)[1]
+    return MapperConfig(kind, prefix=rows // width, features=features)
+
+
+def _resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
+    places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
+    return ResNetConfig(
+        image=round(places**0.5) * resnet.STRIDE,
+        layers=tuple(_count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
+        width=_shape(tensors, "visual.bn3.weight", 1, file)[0],
+        features=_shape(tensors, "visual.attnpool.c_proj.weight", 2, file)[0],
+    )
+
+
+def _openai_text_config(tensors: Tensors, hf: Hf | None, file: str) -> ClipTextConfig:
+    vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
+    return ClipTextConfig(
+        vocab=vocab,
+        positions=_shape(tensors, "positional_embedding", 2, file)[0],
+        width=width,
+        layers=_count(tensors, "transformer.resblocks."),
+        heads=width // resnet.HEAD_WIDTH,  # in all of OpenAI's models
+        hidden=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
+        features=_shape(tensors, "text_projection", 2, file)[1],
+    )
+
+
+def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
+    if name not in tensors or tensors[name].ndim != axes:
+        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
+        raise ValueError(
+            f"{file} does not tell its sizes: {name} {found}, and must have {axes} axes"
+        )
+    return tensors[name].shape
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    """How many layers there are."""
+    numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max(
+        (int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1
+    )
+
+
+# The output and the input layer of each mapping network; the first whose output is there is it.
+MAPPER_OUT = {
+    "transformer": "projector.weight",
+    "hidden_mlp": "hidden.2.weight",
+    "mlp": "hidden.0.weight",
+}
+MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
+# What stands before the names of towers that CLIPTrans trained along.
+NESTED = "clip."
+
+MBART = Layout(
+    marker="model.encoder.layernorm_embedding.weight",
+    config_type=MBartConfig,
+    config=_mbart_config,
+    shapes=_mbart_shapes,
+    table=convert.mbart_table,
+    aliases=convert.ALIASES,
+)
+CLIPTRANS = Layout(
+    marker="mbart.model.encoder.layernorm_embedding.weight",
+    config_type=ModelConfig,
+    config=_cliptrans_config,
+    shapes=_translator_shapes,
+    table=convert.cliptrans_table,
+    aliases=convert.cliptrans_aliases(),
+    dropped={r"clip\..*": 'of the encoder, which is read by itself (kind="mclip", "clip_text")'},
+)
+KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
+    {
+        "mbart": (MBART,),
+        "mclip": (
+            Layout(
+                marker="LinearTransformation.weight",
+                config_type=MClipConfig,
+                config=_told(lambda hf: towers.mclip_config(hf, None), MClipConfig),
+                shapes=_text_shapes(MClip),
+                table=towers.mclip_table,
+                dropped=towers.MCLIP_DROPPED,
+            ),
+        ),
+        "clip_vision": (
+            Layout(
+                marker="vision_model.pre_layrnorm.weight",
+                config_type=ClipVisionConfig,
+                config=_told(towers.clip_vision_config, ClipVisionConfig),
+                shapes=_image_shapes(ClipVision),
+                table=towers.clip_vision_table,
+                dropped=towers.CLIP_VISION_DROPPED,
+            ),
+        ),
+        "clip_res": (
+            Layout(
+                marker="visual.attnpool.positional_embedding",
+                config_type=ResNetConfig,
+                config=_resnet_config,
+                shapes=_image_shapes(ClipResNet),
+                table=towers.openai_resnet_table,
+                dropped=towers.OPENAI_RESNET_DROPPED,
+            ),
+        ),
+        "clip_text": (
+            Layout(
+                marker="text_model.final_layer_norm.weight",
+                config_type=ClipTextConfig,
+                config=_told(towers.clip_text_config, ClipTextConfig),
+                shapes=_text_shapes(ClipText),
+                table=towers.clip_text_table,
+                dropped=towers.CLIP_TEXT_DROPPED,
+            ),
+            Layout(
+                marker="ln_final.weight",
+                config_type=ClipTextConfig,
+                config=_openai_text_config,
+                shapes=_text_shapes(ClipText),
+                table=towers.openai_text_table,
+                dropped=towers.OPENAI_TEXT_DROPPED,
+            ),
+        ),
+        "cliptrans": (CLIPTRANS,),
+    }
+)

@@ -1,0 +1,54 @@
+"""The command of CLIPTrans: python -m cliptrans_jax.main --config=FILE.py:stage=STAGE
+--workdir=DIR."""
+
+import jax
+import ml_collections
+from etils import epath
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.runs.pipeline import plan, run_stage
+from cliptrans_jax.runs.scoring import gallery, scores_table
+from common_jax import app
+from common_jax.config import freeze
+from common_jax.mesh import check_batch, make_mesh
+from common_jax.report import write_report
+
+DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
+first, then translation.
+
+All stages in order:
+  python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline \\
+      --workdir=runs/emoji
+One stage, with the weights of other runs and another prefix:
+  python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=translate \\
+      --workdir=runs/translate --config.sources.clip=runs/emoji/clip \\
+      --config.sources.model=runs/emoji/caption --config.decode.beams=1
+
+Flags:"""
+
+
+def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Freezes the config, makes the mesh, and runs the stage."""
+    frozen = freeze(Config, config)
+    mesh = make_mesh(frozen.mesh)
+    runs = plan(frozen, workdir) if frozen.stage == "pipeline" else [("", frozen)]
+    for _, one in runs:
+        if one.stage != "evaluate":
+            check_batch(mesh, "config.optim.batch / config.optim.accumulate", one.optim.micro_batch)
+        if one.stage != "clip":
+            check_batch(mesh, "config.decode.batch", one.decode.batch)
+    app.use_compilation_cache(frozen.run.compilation_cache)
+    run_stage(frozen, workdir, mesh)
+    if jax.process_index() == 0:
+        folders = [folder for folder, _ in runs]
+        shown = gallery(frozen, workdir / folders[-1])
+        write_report(
+            workdir,
+            title=f"CLIPTrans, {frozen.stage}",
+            table=scores_table(workdir, folders),
+            tables=[] if shown is None else [shown],
+        )
+
+
+if __name__ == "__main__":
+    app.run(main, DESCRIPTION)

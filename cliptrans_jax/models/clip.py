@@ -1,0 +1,269 @@
+"""CLIP's transformer towers: images, and English text."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from common_jax.mesh import constrain
+from common_jax.nn.attention import SelfAttention
+from common_jax.nn.mlp import INIT, Mlp, gelu
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), OpenAI's approximation of the GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
+    {"gelu": gelu, "quick_gelu": quick_gelu}
+)
+
+
+def _check(config: "ClipVisionConfig | ClipTextConfig") -> None:
+    if config.width % config.heads:
+        raise ValueError(f"width={config.width} must be a multiple of heads={config.heads}")
+    if config.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation={config.activation!r} is not one of {sorted(ACTIVATIONS)}, which CLIP can "
+            "be computed with"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipVisionConfig:
+    """Sizes of an image tower; the defaults are those of openai/clip-vit-base-patch32.
+
+    Attributes:
+      image: side of an image in pixels.
+      patch: side of a patch in pixels.
+      width: width D of a token.
+      layers: blocks.
+      heads: attention heads.
+      hidden: hidden width F of the MLPs.
+      eps: epsilon of every LayerNorm.
+      features: width M of a feature.
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    image: int = 224
+    patch: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    hidden: int = 3072
+    eps: float = 1e-5
+    features: int = 512
+    activation: str = "quick_gelu"
+
+    def __post_init__(self):
+        _check(self)
+        if self.image % self.patch:
+            raise ValueError(f"image={self.image} must be a multiple of patch={self.patch}")
+
+    @property
+    def tokens(self) -> int:
+        """The patches and the class token."""
+        return (self.image // self.patch) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """Sizes of a text tower; the defaults are those of openai/clip-vit-base-patch32.
+
+    Attributes:
+      vocab: token ids V.
+      positions: tokens of the longest sentence.
+      width: width D of a token.
+      layers: blocks.
+      heads: attention heads.
+      hidden: hidden width F of the MLPs.
+      eps: epsilon of every LayerNorm.
+      features: width M of a feature.
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    vocab: int = 49408
+    positions: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    hidden: int = 2048
+    eps: float = 1e-5
+    features: int = 512
+    activation: str = "quick_gelu"
+
+    def __post_init__(self):
+        _check(self)
+
+
+# The text tower that stands beside `models.resnet`'s defaults.
+RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
+
+
+class Patches(nn.Module):
+    """Cuts images into squares, in raster order, and projects each to the width, without bias.
+
+    Parameters: `kernel` (patch * patch * 3, D), whose rows run over patch row, patch column,
+      channel. A convolution of kernel and stride `patch`, written as one matrix product.
+    """
+
+    config: ClipVisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B T D"]:
+        side, patch = self.config.image // self.config.patch, self.config.patch
+        squares = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        patches = squares.reshape(-1, side * side, patch * patch * 3)
+        kernel = self.param("kernel", INIT, (patches.shape[-1], self.config.width))
+        patches, kernel = nn.dtypes.promote_dtype(patches, kernel, dtype=self.dtype)
+        return patches @ kernel
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ClipVisionConfig | ClipTextConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"] | None
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        y = _norm(config, self.dtype, "attention_norm")(x)
+        x = x + SelfAttention(config.heads, True, self.dtype, name="attention")(y, visible)
+        y = _norm(config, self.dtype, "mlp_norm")(x)
+        mlp = Mlp(config.hidden, self.dtype, ACTIVATIONS[config.activation], name="mlp")
+        return constrain(x + mlp(y), "batch", "tokens", "width")
+
+
+class ClipVision(nn.Module):
+    """Images to features: the class token behind the blocks, normed and projected (CLIP,
+    CLIPVisionModelWithProjection).
+
+    Features are not of unit length, and leave in float32 at least. Records under `intermediates`:
+    `embedded` (B, T, D) behind the first norm, `last_hidden` (B, T, D), `pooled` (B, D) behind the
+    last.
+    """
+
+    config: ClipVisionConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
+        """Features of images whose channels are already normalised.
+
+        Raises:
+          ValueError: for images of another size than the config's.
+        """
+        config = self.config
+        expected = (images.shape[0], config.image, config.image, 3)
+        if images.shape != expected:
+            raise ValueError(
+                f"images of shape {images.shape} came where the tower takes {expected}; resize "
+                "them, or take the tower of their size"
+            )
+        patches = Patches(config, self.dtype, name="patches")(images)
+        class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
+        positions = self.param("positions", INIT, (config.tokens, config.width))
+        first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
+        x = jnp.concatenate([first, patches], axis=1) + positions.astype(patches.dtype)
+        x = constrain(_norm(config, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
+        self.sow("intermediates", "embedded", x)
+        for i in range(config.layers):
+            x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
+        self.sow("intermediates", "last_hidden", x)
+        x = _norm(config, self.dtype, "post_norm")(x[:, 0])
+        self.sow("intermediates", "pooled", x)
+        return _projection(config, self.dtype)(x)
+
+
+class ClipText(nn.Module):
+    """Token ids to features: the state of the end token, normed and projected (CLIP,
+    CLIPTextModelWithProjection).
+
+    Every token hears itself and those before it. Features are not of unit length, and leave in
+    float32 at least. Records under `intermediates`: `last_hidden` (B, S, D) behind the last norm.
+
+    Parameters: `words` (V, D), `positions` (positions, D), the blocks, `final_norm`, `projection`.
+      An id outside the vocabulary gives NaN, not the row of another word.
+    """
+
+    config: ClipTextConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "B S"],
+        mask: Bool[Array, "B S"] | Int[Array, "B S"] | None,
+    ) -> Float[Array, "B M"]:
+        """Features of token ids.
+
+        Args:
+          ids: the tokens; the end token is the largest id of a sentence.
+          mask: which of them are heard; None: all. Behind the end token it makes no difference.
+
+        Raises:
+          ValueError: for more tokens than there are positions.
+        """
+        config = self.config
+        length = ids.shape[1]
+        if length > config.positions:
+            raise ValueError(
+                f"ids of {length} tokens came where positions={config.positions}; truncate the "
+                "sentences, and keep the end token"
+            )
+        words = self.param("words", INIT, (config.vocab, config.width))
+        positions = self.param("positions", INIT, (config.positions, config.width))
+        x = jnp.take(words, ids, axis=0, mode="fill") + positions[:length]
+        x = constrain(x.astype(self.dtype), "batch", "tokens", "width")
+        visible = jnp.tri(length, dtype=bool)[None, None]
+        if mask is not None:
+            visible = visible & (mask != 0)[:, None, None, :]
+        for i in range(config.layers):
+            x = Block(config, self.dtype, name=f"layer_{i}")(x, visible)
+        x = _norm(config, self.dtype, "final_norm")(x)
+        self.sow("intermediates", "last_hidden", x)
+        pooled = jnp.take_along_axis(x, end_position(ids)[:, None, None], axis=1)[:, 0]
+        return _projection(config, self.dtype)(pooled)
+
+
+def end_position(ids: Int[Array, "B S"]) -> Int[Array, "B"]:
+    """Where the end token stands: the first of a sentence's largest ids, so that end tokens may
+    serve as pads."""
+    return jnp.argmax(ids, axis=1)
+
+
+def _projection(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike) -> nn.Dense:
+    exact = jnp.promote_types(dtype, jnp.float32)
+    return nn.Dense(
+        config.features, use_bias=False, kernel_init=INIT, dtype=exact, name="projection"
+    )
+
+
+def _norm(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+# Of both towers. Big matrices are split over fsdp along the width; the rest is small and held
+# whole.
+PARTITION_RULES = (
+    (r"/words$", P(None, "fsdp")),
+    (r"/patches/kernel$", P(None, "fsdp")),
+    (r"/attention/qkv/kernel$", P("fsdp")),
+    (r"/attention/out/kernel$", P(None, None, "fsdp")),
+    (r"/mlp/up/kernel$", P("fsdp")),
+    (r"/mlp/down/kernel$", P(None, "fsdp")),
+    (r"/projection/kernel$", P("fsdp")),
+    (r"/(class_token|positions)$", P()),
+    (r"/(bias|scale)$", P()),
+)

@@ -1,0 +1,220 @@
+"""CLIP's ResNet image tower, as OpenAI's RN50x64.
+
+For inference only: the statistics of its batch norms are parameters, which no batch changes. Keep
+the tower frozen.
+"""
+
+import dataclasses
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.mesh import constrain
+
+EXPANSION = 4  # channels that leave a block over those of its 3 x 3 convolution
+STRIDE = 32  # pixels to a place of the last feature map
+HEAD_WIDTH = 64
+CONV_INIT = nn.initializers.he_normal()
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """Sizes of the tower; the defaults are those of RN50x64.
+
+    Attributes:
+      image: side of an image in pixels.
+      layers: blocks in each stage.
+      width: channels that leave the stem.
+      features: width M of a feature.
+      eps: epsilon of every batch norm.
+    """
+
+    image: int = 448
+    layers: tuple[int, ...] = (3, 15, 36, 10)
+    width: int = 128
+    features: int = 1024
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.image % STRIDE:
+            raise ValueError(f"image={self.image} must be a multiple of {STRIDE}")
+        if len(self.layers) != 4 or min(self.layers) < 1:
+            raise ValueError(f"layers={self.layers} must be four numbers, each at least 1")
+        if self.width % 2:
+            raise ValueError(f"width={self.width} must be even; the stem starts with half of it")
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels D that leave the last stage."""
+        return self.width * STRIDE
+
+    @property
+    def heads(self) -> int:
+        """Heads of the attention pool."""
+        return self.pooled_width // HEAD_WIDTH
+
+    @property
+    def tokens(self) -> int:
+        """Places of the last feature map, and their mean."""
+        return (self.image // STRIDE) ** 2 + 1
+
+
+class FrozenBatchNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias, all four given, each (D,); in float32 at
+    least."""
+
+    eps: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B I J D"]) -> Float[Array, "B I J D"]:
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        starts = {"scale": ones, "bias": zeros, "mean": zeros, "var": ones}
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        stored = {
+            name: self.param(name, start, (x.shape[-1],)).astype(exact)
+            for name, start in starts.items()
+        }
+        gain = stored["scale"] * jax.lax.rsqrt(stored["var"] + self.eps)
+        y = x.astype(exact) * gain + (stored["bias"] - stored["mean"] * gain)
+        return y.astype(self.dtype)
+
+
+class Stem(nn.Module):
+    """Three 3 x 3 convolutions, the first of stride 2, then 2 x 2 averages: a quarter of the
+    side."""
+
+    config: ResNetConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B I J 3"]) -> Float[Array, "B I4 J4 D"]:
+        width = self.config.width
+        for i, (channels, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), 1):
+            x = _conv(channels, 3, self.dtype, f"conv_{i}", stride=stride)(x)
+            x = nn.relu(FrozenBatchNorm(self.config.eps, self.dtype, name=f"norm_{i}")(x))
+        return _average(x, 2)
+
+
+class Bottleneck(nn.Module):
+    """relu(x + 1 x 1, 3 x 3, 1 x 1 convolutions of x); every convolution has stride 1, and 2 x 2
+    averages make the side smaller, so that nothing aliases.
+
+    The first block of a stage also averages and projects the x that it adds.
+    """
+
+    config: ResNetConfig
+    channels: int
+    stride: int
+    first: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B I2 J2 D"]:
+        y = nn.relu(self._norm("norm_1", _conv(self.channels, 1, self.dtype, "conv_1")(x)))
+        y = nn.relu(self._norm("norm_2", _conv(self.channels, 3, self.dtype, "conv_2")(y)))
+        y = _average(y, self.stride)
+        wide = self.channels * EXPANSION
+        y = self._norm("norm_3", _conv(wide, 1, self.dtype, "conv_3")(y))
+        if self.first:
+            x = _conv(wide, 1, self.dtype, "shortcut")(_average(x, self.stride))
+            x = self._norm("shortcut_norm", x)
+        return nn.relu(x + y)
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return FrozenBatchNorm(self.config.eps, self.dtype, name=name)(x)
+
+
+class AttentionPool(nn.Module):
+    """One query, the mean of all places, hears the places and itself (CLIP, AttentionPool2d).
+
+    Parameters: `positions` (places + 1, D) with the mean's first; `query`, `key`, `value` (D, D)
+      and `out` (D, M), each with bias. The features leave in float32 at least.
+    """
+
+    config: ResNetConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B I J D"]) -> Float[Array, "B M"]:
+        config = self.config
+        batch, width = x.shape[0], config.pooled_width
+        init = nn.initializers.normal(width**-0.5)
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        places = x.reshape(batch, -1, width)
+        mean = jnp.mean(places.astype(exact), axis=1, keepdims=True).astype(x.dtype)
+        positions = self.param("positions", init, (config.tokens, width)).astype(x.dtype)
+        tokens = jnp.concatenate([mean, places], axis=1) + positions
+
+        def project(tokens: jax.Array, name: str) -> jax.Array:
+            y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(tokens)
+            return y.reshape(batch, -1, config.heads, HEAD_WIDTH)
+
+        query = project(tokens[:, :1], "query")
+        key, value = project(tokens, "key"), project(tokens, "value")
+        pooled = jax.nn.dot_product_attention(query, key, value).reshape(batch, width)
+        return nn.Dense(config.features, kernel_init=init, dtype=exact, name="out")(pooled)
+
+
+class ClipResNet(nn.Module):
+    """Images to features: stem, four stages of bottlenecks, attention pool (CLIP, ModifiedResNet).
+
+    Features are not of unit length, and leave in float32 at least.
+    """
+
+    config: ResNetConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
+        """Features of images whose channels are already normalised.
+
+        Raises:
+          ValueError: for images of another size than the config's.
+        """
+        config = self.config
+        expected = (images.shape[0], config.image, config.image, 3)
+        if images.shape != expected:
+            raise ValueError(
+                f"images of shape {images.shape} came where the tower takes {expected}; resize "
+                "them, or take the tower of their size"
+            )
+        x = Stem(config, self.dtype, name="stem")(images.astype(self.dtype))
+        for stage, depth in enumerate(config.layers):
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                name = f"stage_{stage}_block_{i}"
+                channels = config.width * 2**stage
+                x = Bottleneck(config, channels, stride, i == 0, self.dtype, name=name)(x)
+            x = constrain(x, "batch", "tokens", "tokens", "width")
+        return AttentionPool(config, self.dtype, name="attention_pool")(x)
+
+
+def _conv(channels: int, side: int, dtype: DTypeLike, name: str, *, stride: int = 1) -> nn.Conv:
+    return nn.Conv(
+        channels,
+        (side, side),
+        strides=stride,
+        padding=side // 2,
+        use_bias=False,
+        kernel_init=CONV_INIT,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I2 J2 D"]:
+    return nn.avg_pool(x, (side, side), strides=(side, side)) if side > 1 else x
+
+
+# Kernels are split over fsdp along a channel axis; the rest is small and held whole.
+PARTITION_RULES = (
+    (r"/(conv_\d|shortcut)/kernel$", P(None, None, None, "fsdp")),
+    (r"/attention_pool/positions$", P(None, "fsdp")),
+    (r"/attention_pool/(query|key|value|out)/kernel$", P("fsdp")),
+    (r"/(bias|scale|mean|var)$", P()),
+)

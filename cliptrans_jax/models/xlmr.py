@@ -1,0 +1,188 @@
+"""M-CLIP's text tower: XLM-RoBERTa, a mean over tokens, a projection into CLIP's space."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from common_jax.mesh import constrain
+from common_jax.nn.attention import SelfAttention
+from common_jax.nn.mlp import INIT, Mlp, gelu
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType({"gelu": gelu})
+
+
+@dataclasses.dataclass(frozen=True)
+class MClipConfig:
+    """Sizes of the tower; the defaults are those of M-CLIP/XLM-Roberta-Large-Vit-B-32.
+
+    Attributes:
+      vocab: token ids V.
+      width: width D of a token.
+      layers: blocks.
+      heads: attention heads.
+      hidden: hidden width F of the MLPs.
+      positions: rows of the position table; `pad + 1` of them are no token's.
+      types: rows of the token type table, of which only row 0 is used.
+      eps: epsilon of every LayerNorm.
+      pad: the id of a pad.
+      features: width M of a feature.
+      dropout: rate in training, after the embeddings and behind each branch. Attention weights are
+        never dropped.
+      activation: a key of `ACTIVATIONS`.
+    """
+
+    vocab: int = 250002
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    hidden: int = 4096
+    positions: int = 514
+    types: int = 1
+    eps: float = 1e-5
+    pad: int = 1
+    features: int = 512
+    dropout: float = 0.1
+    activation: str = "gelu"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={self.activation!r} is not one of {sorted(ACTIVATIONS)}, which "
+                "XLM-RoBERTa can be computed with"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sentence that the position table can tell apart."""
+        return self.positions - self.pad - 1
+
+
+def position_ids(ids: Int[Array, "B S"], pad: int) -> Int[Array, "B S"]:
+    """The row of the position table for each token: its number among the tokens that are no pads,
+    counted from `pad` + 1; a pad has row `pad`.
+
+    The ids decide it, never a mask (XLM-RoBERTa, create_position_ids_from_input_ids).
+    """
+    real = (ids != pad).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + pad
+
+
+class Embeddings(nn.Module):
+    """norm(word + position + type 0).
+
+    Parameters: `words` (V, D), `positions` (rows, D), `types` (types, D), `norm`. An id outside the
+      vocabulary gives NaN, not the row of another word.
+    """
+
+    config: MClipConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B S"], *, train: bool) -> Float[Array, "B S D"]:
+        config = self.config
+        words = self.param("words", INIT, (config.vocab, config.width))
+        positions = self.param("positions", INIT, (config.positions, config.width))
+        kinds = self.param("types", INIT, (config.types, config.width))
+        places = position_ids(ids, config.pad)
+        x = jnp.take(words, ids, axis=0, mode="fill") + jnp.take(positions, places, axis=0)
+        x = _norm(config, self.dtype, "norm")(x + kinds[0])
+        return nn.Dropout(config.dropout, deterministic=not train)(x)
+
+
+class Block(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x)): norms stand behind the sums, as in BERT."""
+
+    config: MClipConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 1 S"], *, train: bool
+    ) -> Float[Array, "B S D"]:
+        config = self.config
+        drop = nn.Dropout(config.dropout, deterministic=not train)
+        y = SelfAttention(config.heads, True, self.dtype, name="attention")(x, visible)
+        x = _norm(config, self.dtype, "attention_norm")(x + drop(y))
+        y = Mlp(config.hidden, self.dtype, ACTIVATIONS[config.activation], name="mlp")(x)
+        x = _norm(config, self.dtype, "mlp_norm")(x + drop(y))
+        return constrain(x, "batch", "tokens", "width")
+
+
+class MClip(nn.Module):
+    """Sentences to features: projection of the mean over visible tokens, <s> and </s> included
+    (M-CLIP, MultilingualCLIP).
+
+    Features are not of unit length, and leave in float32 at least. Records under `intermediates`:
+    `last_hidden` (B, S, D), that of pads too.
+    """
+
+    config: MClipConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "B S"],
+        mask: Bool[Array, "B S"] | Int[Array, "B S"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B M"]:
+        """Features of token ids.
+
+        Args:
+          ids: the tokens.
+          mask: which of them are heard and averaged; a row without any has the mean 0.
+          train: drops out, with keys of the stream `dropout`.
+
+        Raises:
+          ValueError: for more tokens than the position table has rows for.
+        """
+        config = self.config
+        if ids.shape[1] > config.longest:
+            raise ValueError(
+                f"ids of {ids.shape[1]} tokens came where positions={config.positions} leave room "
+                f"for {config.longest}; truncate the sentences"
+            )
+        visible = mask != 0
+        x = Embeddings(config, self.dtype, name="embeddings")(ids, train=train)
+        x = constrain(x, "batch", "tokens", "width")
+        for i in range(config.layers):
+            block = Block(config, self.dtype, name=f"layer_{i}")
+            x = block(x, visible[:, None, None, :], train=train)
+        self.sow("intermediates", "last_hidden", x)
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        return nn.Dense(config.features, kernel_init=INIT, dtype=exact, name="projection")(
+            _masked_mean(x.astype(exact), visible)
+        )
+
+
+def _masked_mean(x: Float[Array, "B S D"], visible: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    total = jnp.sum(x, axis=1, where=visible[:, :, None])
+    return total / jnp.maximum(jnp.sum(visible, axis=1, keepdims=True), 1)
+
+
+def _norm(config: MClipConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+# Big matrices are split over fsdp along the width: the published vocabulary, 250002, is no multiple
+# of 4. The rest is small and held whole.
+PARTITION_RULES = (
+    (r"/embeddings/(words|positions)$", P(None, "fsdp")),
+    (r"/embeddings/types$", P()),
+    (r"/attention/qkv/kernel$", P("fsdp")),
+    (r"/attention/out/kernel$", P(None, None, "fsdp")),
+    (r"/mlp/up/kernel$", P("fsdp")),
+    (r"/mlp/down/kernel$", P(None, "fsdp")),
+    (r"/projection/kernel$", P("fsdp")),
+    (r"/(bias|scale)$", P()),
+)

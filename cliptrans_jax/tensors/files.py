@@ -1,0 +1,194 @@
+"""Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
+archives, whole or in shards, without PyTorch."""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cliptrans_jax.tensors import torch_archive
+from cliptrans_jax.tensors.torch_archive import DAMAGED, EXPORT
+
+# What a folder's weights may be called; the first that is there is read.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
+PARALLEL = "module."  # put before every name by a run on several devices
+
+# Of fewer than 32 bits.
+NARROW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+LFS = b"version https://git-lfs"
+Tensors = dict[str, np.ndarray]
+
+
+def read_tensors(path: str | os.PathLike) -> Tensors:
+    """All tensors of a file or folder by their names, each in the type that it is stored in.
+
+    Args:
+      path: a file in safetensors (`.safetensors`) or PyTorch's zip format (`.bin`, `.pth`, `.pt`;
+        state dicts, checkpoints that hold one as "model" or "state_dict", TorchScript archives), an
+        `.index.json` of shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands
+        for `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. The prefix "module." is taken
+        off the names.
+
+    Raises:
+      FileNotFoundError: when there is no such file, or shards are missing.
+      ValueError: for a file that is cut off, of another format, or that holds anything but tensors
+        and plain containers; nothing in it is run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        if file is None:
+            there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
+            raise FileNotFoundError(
+                f"{path} holds none of {', '.join(FOLDER_FILES)}, but {there}; give the folder or "
+                "the file of the weights"
+            )
+        path = file
+    if path.is_file():
+        tensors = _read_file(path)
+    else:
+        shards = _numbered(path)
+        tensors = _merge((shard, _read_file(shard)) for shard in shards)
+    plain = {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
+    if len(plain) != len(tensors):
+        raise ValueError(f"{path} holds tensors both with and without the prefix {PARALLEL!r}")
+    return plain
+
+
+def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The tensors with floating-point numbers of fewer than 32 bits as float32, which loses
+    nothing."""
+    return {
+        name: x.astype(np.float32) if x.dtype.name in NARROW else x for name, x in tensors.items()
+    }
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file: the whole of it or nothing.
+
+    Raises:
+      FileExistsError: when the file is there and holds something else.
+      FileNotFoundError: when its folder is missing.
+      ValueError: when its name does not end in `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors, the format that is written")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        # Hugging Face's loader wants to know whose layout it is.
+        whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        safetensors.numpy.save_file(whole, part, metadata={"format": "pt"})
+        if path.exists() and not same_content(path, part):
+            raise FileExistsError(f"{path} exists and holds something else; give another name")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def same_content(a: Path, b: Path) -> bool:
+    """Whether two files have the same bytes."""
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    size = 1 << 24
+    with a.open("rb") as one, b.open("rb") as other:
+        return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
+
+
+def _read_file(path: Path) -> Tensors:
+    if path.name.endswith(SUFFIXES):
+        _refuse_pointer(path)
+    if path.name.endswith(".index.json"):
+        return _read_indexed(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return torch_archive.read(path)
+    raise ValueError(
+        f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
+        "format "
+        f"must be converted, with PyTorch by {EXPORT}"
+    )
+
+
+def _numbered(path: Path) -> list[Path]:
+    """NAME_1.pth, NAME_2.pth, ... in place of a missing NAME.pth."""
+    shape = re.compile(re.escape(path.stem) + r"_([1-9]\d*)" + re.escape(path.suffix))
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
+    if not path.suffix or not found:
+        raise FileNotFoundError(
+            f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
+        )
+    if missing := set(range(1, max(found) + 1)) - set(found):
+        names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in sorted(missing))
+        raise FileNotFoundError(f"shards of {path} are missing: {names}; fetch them too")
+    return [found[i] for i in sorted(found)]
+
+
+def _merge(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
+    merged = {}
+    for path, tensors in parts:
+        for name in set(merged) & set(tensors):
+            if not np.array_equal(merged[name], tensors[name]):
+                raise ValueError(
+                    f"{path} holds {name} with other numbers than a shard before it; the shards "
+                    "are not of one model"
+                )
+        merged |= tensors
+    return merged
+
+
+def _read_indexed(path: Path) -> Tensors:
+    try:
+        where = json.loads(path.read_bytes())["weight_map"]
+        files = sorted(set(where.values()))
+    except DAMAGED as error:
+        raise ValueError(
+            f'{path} is no index of shards: it must be JSON with a "weight_map" of tensors to '
+            f"files ({error!r})"
+        ) from None
+    if outside := [file for file in files if Path(file).name != file]:
+        raise ValueError(f"{path} names {outside[0]!r}, which is not in its own folder")
+    if missing := [file for file in files if not (path.parent / file).is_file()]:
+        raise FileNotFoundError(f"{path} names {', '.join(missing)}, missing; fetch them too")
+    tensors = _merge((path.parent / file, _read_file(path.parent / file)) for file in files)
+    if missing := sorted(set(where) - set(tensors)):
+        raise ValueError(f"{path} names tensors that its files do not hold: {missing[:5]}")
+    return tensors
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or cut off ({error}); copy or download it again"
+        ) from None
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Says so when the file is empty, or only says where the weights are."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS))
+    if not start:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    if start == LFS:
+        raise ValueError(
+            f"{path} is a pointer of git-lfs to the weights, not the weights; run `git lfs pull`"
+        )

@@ -1,0 +1,96 @@
+"""CLIPTrans on emoji: pictures and their names in many languages, nothing to download.
+
+    python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline
+    --workdir=runs/emoji
+
+Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate) and `model`:
+  "cliptrans", all stages; "no_captioning", translation with features but without the captioning
+  stage before it; "text_only", an mBART without features. All three translate for as many steps.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from cliptrans_jax.config import ClipConfig, Config, Recipe, choose_recipe
+from cliptrans_jax.data.corpora import DataConfig
+from cliptrans_jax.data.feed import BatchingConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from common_jax.config import parse_args, unfreeze
+from common_jax.loop import RunConfig
+from common_jax.optim import OptimConfig
+
+VOCAB, FEATURES, LENGTH = 2000, 128, 24
+OPTIM = OptimConfig(
+    batch=128,
+    lr=2e-3,
+    lr_per=None,
+    schedule="warmup_cosine",
+    warmup_epochs=2,
+    warmup_lr=0.0,
+    min_lr=1e-5,
+    weight_decay=0.01,
+    b2=0.98,
+    clip=1.0,
+)
+RECIPES = {
+    "clip": Recipe(dataclasses.replace(OPTIM, batch=256, epochs=30)),
+    "caption": Recipe(dataclasses.replace(OPTIM, epochs=20), label_smoothing=0.1),
+    "translate": Recipe(dataclasses.replace(OPTIM, epochs=20), label_smoothing=0.1),
+}
+# Model: the stages of its pipeline, and the length of its prefix.
+MODELS = {
+    "cliptrans": (("clip", "caption", "translate"), 10),
+    "no_captioning": (("clip", "translate"), 10),
+    "text_only": (("translate",), 0),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The config; see the file's docstring for the arguments."""
+    args = parse_args(arg, {"stage": "pipeline", "model": "cliptrans"})
+    if args.model not in MODELS:
+        raise ValueError(f"model={args.model!r} must be one of {list(MODELS)}")
+    stages, prefix = MODELS[args.model]
+    config = unfreeze(
+        Config(
+            stage=args.stage,
+            data=DataConfig(source="emoji", source_language="en", target_language="de"),
+            languages=("en", "de", "fr", "es", "pt", "it"),
+            tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=LENGTH),
+            clip=ClipConfig(
+                text=MClipConfig(
+                    vocab=VOCAB, width=96, layers=2, heads=4, hidden=192, positions=64,
+                    features=FEATURES,
+                ),
+                image=ClipVisionConfig(
+                    image=48, patch=8, width=96, layers=3, heads=4, hidden=192, features=FEATURES
+                ),
+            ),
+            model=ModelConfig(
+                mbart=MBartConfig(
+                    vocab=VOCAB, width=128, encoder_layers=2, decoder_layers=2, encoder_heads=4,
+                    decoder_heads=4, encoder_hidden=256, decoder_hidden=256, positions=64,
+                    dropout=0.2,
+                ),
+                mapper=MapperConfig(prefix=prefix, features=FEATURES),
+            ),
+            # Nothing is pretrained here, so that captioning has the embedding to learn.
+            freeze="nothing",
+            all_languages=False,
+            caption_language="de",
+            batching=BatchingConfig(bucket=LENGTH // 2, window=23),
+            decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH),
+            run=RunConfig(log_every=10, eval_every=5, checkpoint_every=5, best="val/bleu"),
+        )
+    )  # fmt: skip
+    return choose_recipe(
+        config,
+        {stage: RECIPES[stage] for stage in stages} | ({} if args.stage == "pipeline" else RECIPES),
+    )

@@ -1,0 +1,72 @@
+"""CLIPTrans on Multi30k with the published settings (arXiv 2308.15226, section 4): mBART-large-50,
+M-CLIP's XLM-R-large and CLIP ViT-B/32.
+
+    python -m cliptrans_jax.main --config=configs/cliptrans/multi30k.py:stage=pipeline,target=fr \\
+        --workdir=runs/multi30k --config.data.path=/data/multi30k --config.precision=bfloat16 \\
+        --config.sources.mbart=/weights/mbart-large-50
+        --config.tokenizer.path=/weights/mbart-large-50 \\
+        --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
+        --config.clip_tokenizer.path=/weights/xlm-roberta-large \\
+        --config.sources.clip_image=/weights/clip-vit-base-patch32
+
+Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
+  `target` language, and `prefix` (10; 0 is mBART alone, which has no captioning stage).
+"""
+
+import ml_collections
+
+from cliptrans_jax.config import Config, Recipe, choose_recipe
+from cliptrans_jax.data.corpora import DataConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from common_jax.config import parse_args, unfreeze
+from common_jax.loop import RunConfig
+from common_jax.optim import OptimConfig
+
+OPTIM = OptimConfig(
+    epochs=15,
+    batch=128,
+    accumulate=4,
+    lr=1e-5,
+    lr_per=None,
+    schedule="constant",
+    warmup_epochs=0,
+    weight_decay=0.0,
+    b2=0.98,
+    eps=1e-6,
+)
+RECIPE = Recipe(OPTIM)
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The config; see the file's docstring for the arguments."""
+    defaults = {"stage": "pipeline", "source": "en", "target": "de", "prefix": 10}
+    args = parse_args(arg, defaults)
+    config = unfreeze(
+        Config(
+            stage=args.stage,
+            seed=29,
+            data=DataConfig(
+                source="multi30k",
+                path="data/multi30k",
+                source_language=args.source,
+                target_language=args.target,
+                test_split="test_2016_flickr",
+            ),
+            tokenizer=TokenizerConfig(kind="mbart50", path="weights/mbart-large-50"),
+            clip_tokenizer=TokenizerConfig(kind="xlmr", path="weights/xlm-roberta-large"),
+            model=ModelConfig(mapper=MapperConfig(prefix=args.prefix)),
+            run=RunConfig(best="val/bleu"),
+        )
+    )
+    stages = ("caption", "translate") if args.prefix else ("translate",)
+    single = {} if args.stage == "pipeline" else {args.stage: RECIPE}
+    return choose_recipe(config, dict.fromkeys(stages, RECIPE) | single)
+
+
+def sweep():
+    """The published pairs, with and without the prefix: arguments of the file and flags."""
+    for target in ("de", "fr"):
+        for prefix in (10, 0):
+            yield {"target": target, "prefix": prefix}

@@ -1,0 +1,42 @@
+"""CLIPTrans on WIT's seven pairs with the published settings: mBART-large-50 behind M-CLIP.
+
+    python -m cliptrans_jax.main --config=configs/cliptrans/wit.py:stage=pipeline,pair=en_ro \\
+        --workdir=runs/wit_en_ro --config.data.path=/data/wit/mmt --config.precision=bfloat16 \\
+        --config.sources.mbart=/weights/mbart-large-50
+        --config.tokenizer.path=/weights/mbart-large-50 \\
+        --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
+        --config.clip_tokenizer.path=/weights/xlm-roberta-large \\
+        --config.sources.clip_image=/weights/clip-vit-base-patch32
+
+Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de, en_af, de_es) and
+  `prefix`.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+from common_jax.config import parse_args
+
+PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The config; see the file's docstring for the arguments."""
+    args = parse_args(arg, {"stage": "pipeline", "pair": "en_ro", "prefix": 10})
+    if args.pair not in PAIRS:
+        raise ValueError(f"pair={args.pair!r} must be one of {list(PAIRS)}")
+    multi30k = runpy.run_path(str(pathlib.Path(__file__).with_name("multi30k.py")))
+    source, target = args.pair.split("_")
+    config = multi30k["get_config"](f"stage={args.stage},prefix={args.prefix}")
+    config.data.source, config.data.path = "wit", "data/wit/mmt"
+    config.data.source_language, config.data.target_language = source, target
+    config.data.valid_split, config.data.test_split = "valid", "test"
+    return config
+
+
+def sweep():
+    """All pairs."""
+    for pair in PAIRS:
+        yield {"pair": pair}

@@ -1,0 +1,31 @@
+"""Text-only translation on WMT with the published settings. There are no pictures: the prefix comes
+from the text, and a run starts from a captioning stage trained elsewhere.
+
+    python -m cliptrans_jax.main --config=configs/cliptrans/wmt.py:target=de \\
+        --workdir=runs/wmt --config.data.path=/data/wmt --config.precision=bfloat16 \\
+        --config.sources.model=runs/multi30k/caption
+        --config.tokenizer.path=/weights/mbart-large-50 \\
+        --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
+        --config.clip_tokenizer.path=/weights/xlm-roberta-large
+
+Arguments: `stage` (translate, evaluate), `source` and `target` language, and `prefix`.
+"""
+
+import pathlib
+import runpy
+
+import ml_collections
+
+from common_jax.config import parse_args
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The config; see the file's docstring for the arguments."""
+    args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de", "prefix": 10})
+    multi30k = runpy.run_path(str(pathlib.Path(__file__).with_name("multi30k.py")))
+    config = multi30k["get_config"](
+        f"stage={args.stage},source={args.source},target={args.target},prefix={args.prefix}"
+    )
+    config.data.source, config.data.path = "wmt", "data/wmt"
+    config.data.valid_split, config.data.test_split = "valid", "test"
+    return config

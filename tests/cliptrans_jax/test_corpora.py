@@ -1,0 +1,323 @@
+"""Corpora of the disk: their layouts, what stays aligned, and what a wrong file says."""
+
+import dataclasses
+import gzip
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cliptrans_jax.data.corpora import SOURCES, DataConfig, load_corpus
+from cliptrans_jax.data.corpus import Images, read_lines
+from common_jax.inputs import BadExample
+
+ENGLISH = ("a dog runs", "two men sit", "the red car")
+GERMAN = ("ein Hund rennt", "zwei Männer sitzen", "das rote Auto")
+FILES = ("1.jpg", "22.jpg", "3.jpg")
+COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250))
+
+
+def write(path, lines, *, packed=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if packed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+def draw(folder, names=FILES, colours=COLOURS):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        Image.new("RGB", (5 + i, 4), colour).save(folder / name, quality=95)
+
+
+def colours_of(images):
+    """Which of COLOURS each picture has."""
+    return [
+        int(np.argmax(np.asarray(images[i], int).mean(axis=(0, 1)))) for i in range(len(images))
+    ]
+
+
+def multi30k(root, *, split="val", texts="raw", lists="image_splits", packed=False, names=FILES):
+    write(root / texts / f"{split}.en", ENGLISH, packed=packed)
+    write(root / texts / f"{split}.de", GERMAN, packed=packed)
+    write(root / lists / f"{split}.txt", names)
+    return DataConfig("multi30k", str(root))
+
+
+def wit(root, *, unfetched="", folder="en_de", split="train"):
+    write(root / folder / f"{split}.en", ENGLISH)
+    write(root / folder / f"{split}.de", GERMAN)
+    write(root / folder / f"{split}_url.txt", [f"http://x/{name}" for name in FILES])
+    write(root / folder / f"{split}_image.txt", [unfetched, *FILES])
+    return DataConfig("wit", str(root))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_multi30k_as_published(tmp_path, packed):
+    config = multi30k(tmp_path, packed=packed)
+    draw(tmp_path / "images")
+    corpus = load_corpus(config, "val", ("en", "de"), with_images=True)
+    assert corpus.name == "multi30k val" and len(corpus) == 3
+    assert corpus.texts == {"en": ENGLISH, "de": GERMAN}
+    assert corpus.keys == FILES
+    assert isinstance(corpus.images, Images)
+    assert [corpus.images[i].shape for i in range(3)] == [(4, 5, 3), (4, 6, 3), (4, 7, 3)]
+    assert corpus.images[0].dtype == np.uint8
+    assert colours_of(corpus.require_images()) == [0, 1, 2]
+    assert corpus.images.name(1) == f"{tmp_path}/images/22.jpg"
+
+
+@pytest.mark.parametrize("asked", ["val", "test_2016_val"])
+def test_multi30k_as_the_original_keeps_it(tmp_path, asked):
+    below = "text/data/task1/"
+    config = multi30k(
+        tmp_path, split="test_2016_val", texts=f"{below}raw", lists=f"{below}image_splits"
+    )
+    draw(tmp_path / "images/test_2016_val")
+    draw(tmp_path / "images/train", colours=COLOURS[::-1])
+    corpus = load_corpus(config, asked, ("de",), with_images=True)
+    assert corpus.texts == {"de": GERMAN}
+    assert colours_of(corpus.images) == [0, 1, 2]
+
+
+def test_published_validation_and_images_of_the_original(tmp_path):
+    config = multi30k(tmp_path, split="val")
+    draw(tmp_path / "images/test_2016_val")
+    assert colours_of(load_corpus(config, "test_2016_val", ("en",), with_images=True).images) == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_image_names_are_cut_at_the_caption_number(tmp_path):
+    names = [f"{name}#{i}" for i, name in enumerate(FILES)]
+    config = multi30k(tmp_path, split="test_2017_mscoco", names=names)
+    draw(tmp_path / "images/test_2017_mscoco")
+    corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
+    assert corpus.keys == FILES
+    assert colours_of(corpus.images) == [0, 1, 2]
+
+
+def test_texts_need_no_images(tmp_path):
+    config = multi30k(tmp_path)
+    corpus = load_corpus(config, "val", ("en",))
+    assert corpus.images is None
+    with pytest.raises(ValueError, match=r"multi30k val has no images: .*with_images=True"):
+        corpus.require_images()
+    corpus = load_corpus(config, "val", ("en",), with_images=True)
+    with pytest.raises(ValueError, match=r"none of the 3 images, such as 1\.jpg, is in .*images"):
+        corpus.require_images()
+    (tmp_path / "image_splits/val.txt").unlink()
+    corpus = load_corpus(config, "val", ("en",), with_images=True)
+    assert corpus.texts == {"en": ENGLISH} and corpus.keys == ("val:1", "val:2", "val:3")
+    with pytest.raises(ValueError, match=r"image_splits/val\.txt, which names them, is missing"):
+        corpus.require_images()
+
+
+def test_a_bad_image_is_named(tmp_path, caplog):
+    config = multi30k(tmp_path)
+    draw(tmp_path / "images")
+    (tmp_path / "images/1.jpg").write_bytes(b"no jpeg")
+    (tmp_path / "images/3.jpg").unlink()
+    images = load_corpus(config, "val", ("en",), with_images=True).require_images()
+    assert "lacks 1 images: 3.jpg" in caplog.text
+    for index, reason in ((0, "UnidentifiedImageError"), (2, "FileNotFoundError")):
+        with pytest.raises(BadExample, match=reason) as error:
+            images[index]
+        assert error.value.name == str(tmp_path / "images" / FILES[index])
+    assert images[1].shape == (4, 6, 3)
+
+
+def test_grey_and_transparent_images_come_as_rgb(tmp_path):
+    config = multi30k(tmp_path)
+    (tmp_path / "images").mkdir()
+    for name, mode in zip(FILES, ("L", "P", "RGBA"), strict=True):
+        Image.new(mode, (3, 2)).save(tmp_path / "images" / name, format="PNG")
+    images = load_corpus(config, "val", ("en",), with_images=True).images
+    assert [images[i].shape for i in range(3)] == [(2, 3, 3)] * 3
+
+
+def test_files_of_different_lengths_are_all_named(tmp_path):
+    config = multi30k(tmp_path)
+    write(tmp_path / "raw/val.de", GERMAN[:2])
+    with pytest.raises(ValueError, match="different numbers of lines") as error:
+        load_corpus(config, "val", ("en", "de"))
+    for file, count in (("raw/val.en", 3), ("raw/val.de", 2), ("image_splits/val.txt", 3)):
+        assert f"{tmp_path / file}: {count}" in str(error.value)
+
+
+def test_a_missing_language_file_is_named_with_those_there(tmp_path):
+    config = multi30k(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"raw/val\.fr .*the languages de, en;"):
+        load_corpus(config, "val", ("en", "fr"))
+    with pytest.raises(FileNotFoundError, match=r"there are the splits val.*did you mean 'val'"):
+        load_corpus(config, "vall", ("en",))
+
+
+def test_a_folder_that_is_no_multi30k_says_what_it_has(tmp_path):
+    (tmp_path / "raws").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither raw/ nor .*\(there: raws\)"):
+        load_corpus(DataConfig("multi30k", str(tmp_path)), "val", ("en",))
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path='/nowhere' is no folder"):
+        load_corpus(DataConfig("multi30k", "/nowhere"), "val", ("en",))
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path):
+    config = multi30k(tmp_path)
+    (tmp_path / "raw/val.de").write_bytes(b"eins\nzwei M\xe4nner\ndrei\n")
+    with pytest.raises(ValueError, match=r"raw/val\.de, line 2 is not UTF-8 .*byte 6"):
+        load_corpus(config, "val", ("de",))
+
+
+def test_a_broken_gzip_is_named(tmp_path):
+    config = multi30k(tmp_path, packed=True)
+    path = tmp_path / "raw/val.de.gz"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"val\.de\.gz is no whole gzip file"):
+        load_corpus(config, "val", ("de",))
+
+
+def test_empty_lines_are_kept_and_counted(tmp_path, caplog):
+    config = multi30k(tmp_path)
+    write(tmp_path / "raw/val.de", ["", "zwei", ""])
+    corpus = load_corpus(config, "val", ("en", "de"))
+    assert corpus.texts["de"] == ("", "zwei", "")
+    assert corpus.empty == {"en": 0, "de": 2}
+    assert "multi30k val: 2 of 3 sentences in 'de' are empty" in caplog.text
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffone\u2028still one\r\n two\x85still two \nthree".encode())
+    assert read_lines(path) == ("one\u2028still one", "two\x85still two", "three")
+
+
+def test_wit_leaves_rows_without_an_image_out_of_texts_and_images(tmp_path, caplog):
+    config = wit(tmp_path, unfetched="0")
+    draw(tmp_path / "en_de/images", FILES[1:], COLOURS[1:])
+    caplog.set_level(logging.INFO)
+    corpus = load_corpus(config, "train", ("en", "de"), with_images=True)
+    assert corpus.texts == {"en": ENGLISH[1:], "de": GERMAN[1:]}
+    assert corpus.keys == FILES[1:] and colours_of(corpus.images) == [1, 2]
+    assert "wit en_de train: 1 of 3 rows are left out, 1 that could not be fetched" in caplog.text
+
+    (tmp_path / "en_de/images/22.jpg").unlink()
+    corpus = load_corpus(config, "train", ("de",), with_images=True)
+    assert corpus.texts == {"de": GERMAN[2:]} and colours_of(corpus.images) == [2]
+
+    whole = load_corpus(config, "train", ("en", "de"))
+    assert whole.texts == {"en": ENGLISH, "de": GERMAN} and whole.images is None
+
+
+def test_wit_believes_the_list_where_a_file_is_there_all_the_same(tmp_path):
+    config = wit(tmp_path, unfetched="2, 0")
+    draw(tmp_path / "en_de/images")  # whatever bytes a failed download left
+    corpus = load_corpus(config, "train", ("en",), with_images=True)
+    assert corpus.texts == {"en": ENGLISH[1:2]} and colours_of(corpus.images) == [1]
+
+
+def test_wit_with_nothing_unfetched_has_an_empty_first_line(tmp_path):
+    config = wit(tmp_path)
+    draw(tmp_path / "en_de/images")
+    corpus = load_corpus(config, "train", ("en",), with_images=True)
+    assert corpus.texts == {"en": ENGLISH} and colours_of(corpus.images) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("pair", "folder"), [(("de", "en"), "en_de"), (("de", "es"), "de_es"), (("es", "de"), "de_es")]
+)
+def test_wit_is_found_in_either_order_of_the_pair(tmp_path, pair, folder):
+    wit(tmp_path, folder=folder)
+    write(tmp_path / folder / "train.es", ENGLISH)
+    config = DataConfig("wit", str(tmp_path), *pair)
+    corpus = load_corpus(config, "train", pair)
+    assert corpus.name == f"wit {folder} train"
+    assert set(corpus.texts) == set(pair)
+
+
+def test_wit_says_what_it_has(tmp_path):
+    config = wit(tmp_path)
+    with pytest.raises(ValueError, match=r"wit has no pair ro and es, only es_fr, en_ro"):
+        pair = dataclasses.replace(config, source_language="ro", target_language="es")
+        load_corpus(pair, "train", ("ro",))
+    with pytest.raises(FileNotFoundError, match=r"no folder en_fr or fr_en, only: en_de"):
+        load_corpus(dataclasses.replace(config, target_language="fr"), "train", ("en",))
+    with pytest.raises(ValueError, match=r"wit has no split 'val', only train, valid, test"):
+        load_corpus(config, "val", ("en",))
+    with pytest.raises(ValueError, match=r"language 'fr' is not of the pair \('en', 'de'\)"):
+        load_corpus(config, "train", ("fr",))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("1,x", "line 1 must be indices"), ("1,3", r"\[3\].* from 0 to 2")]
+)
+def test_wit_refuses_a_broken_list_of_missing_images(tmp_path, line, message):
+    config = wit(tmp_path, unfetched=line)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(config, "train", ("en",), with_images=True)
+
+
+def test_wit_without_images_says_why(tmp_path):
+    config = wit(tmp_path, unfetched="1")
+    corpus = load_corpus(config, "train", ("en",), with_images=True)
+    assert corpus.texts == {"en": ENGLISH}
+    with pytest.raises(ValueError, match=r"no image that .*train_image\.txt names is in"):
+        corpus.require_images()
+    (tmp_path / "en_de/train_image.txt").unlink()
+    corpus = load_corpus(config, "train", ("en",), with_images=True)
+    with pytest.raises(ValueError, match=r"train_image\.txt, which names them, is missing"):
+        corpus.require_images()
+
+
+def test_wit_counts_every_file(tmp_path):
+    config = wit(tmp_path)
+    write(tmp_path / "en_de/train_image.txt", ["", *FILES[:2]])
+    with pytest.raises(ValueError, match=r"(?s)train\.en: 3.*train_url\.txt: 3.*first line: 2"):
+        load_corpus(config, "train", ("en",))
+
+
+def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
+    for split in ("train", "newstest2014"):
+        write(tmp_path / "wmt_en_de" / f"{split}.en", ENGLISH)
+        write(tmp_path / "wmt_en_de" / f"{split}.de", GERMAN)
+    config = DataConfig("wmt", str(tmp_path), "de", "en", test_split="newstest2014")
+    corpus = load_corpus(config, "newstest2014", config.pair, with_images=True)
+    assert corpus.texts == {"de": GERMAN, "en": ENGLISH} and len(corpus) == 3
+    with pytest.raises(ValueError, match="WMT is text"):
+        corpus.require_images()
+    with pytest.raises(FileNotFoundError, match="no folder wmt_fr_en or wmt_en_fr, only: wmt_en"):
+        load_corpus(dataclasses.replace(config, source_language="fr"), "train", ("fr",))
+    write(tmp_path / "wmt_en_de/train.de", GERMAN[:1])
+    with pytest.raises(ValueError, match="different numbers of lines"):
+        load_corpus(config, "train", config.pair)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "emojis"}, r"config\.data\.source='emojis'.*did you mean 'emoji'"),
+        ({"path": "/x"}, r"config\.data\.path='/x' must be empty"),
+        ({"source": "wit"}, r"config\.data\.path='' must be its folder"),
+        ({"source_language": "eng"}, r"config\.data\.source_language='eng' .*did you mean 'en'"),
+        ({"target_language": "cs"}, r"config\.data\.target_language='cs' is no language"),
+        ({"target_language": "en"}, r"config\.data\.target_language='en' must be another"),
+        ({"valid_split": ""}, r"config\.data\.valid_split must name a split"),
+        ({"bad_share": 1.0}, r"config\.data\.bad_share=1\.0 must be in \[0, 1\)"),
+        ({"emoji_size": 0}, r"config\.data\.emoji_size=0 must be at least 1"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_key(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+@pytest.mark.parametrize(("source", "known"), [("emoji", "en, es, ja"), ("multi30k", "en, de, fr")])
+def test_an_unknown_language_names_the_known(tmp_path, source, known):
+    config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
+    with pytest.raises(ValueError, match=f"language='xx' is no language of .*which has {known}"):
+        load_corpus(config, "train", ("en", "xx"))
+    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt"}

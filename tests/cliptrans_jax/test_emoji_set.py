@@ -1,0 +1,128 @@
+"""The embedded emoji: names, pictures, and that no variant of a test emoji is trained on."""
+
+import collections
+import unicodedata
+
+import emoji as package
+import numpy as np
+import pytest
+
+from cliptrans_jax.data import emoji_set
+from cliptrans_jax.data.corpora import DataConfig, load_corpus
+from cliptrans_jax.data.corpus import Images
+from cliptrans_jax.data.emoji_set import LANGUAGES, SPLITS, base, groups, load_emoji, splits
+
+
+@pytest.fixture(scope="module")
+def corpora():
+    return {split: load_emoji(split, LANGUAGES, flags=True) for split in SPLITS}
+
+
+def test_splits_are_of_the_known_size():
+    found = {}
+    for split in SPLITS:
+        corpus = load_emoji(split, ("en",))
+        found[split] = (len(corpus), emoji_set.count_groups(corpus.keys))
+    assert found == {"train": (2943, 1126), "val": (385, 152), "test": (354, 152)}
+
+
+def test_no_group_and_no_name_is_in_two_splits(corpora):
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        keys, others = corpora[one].keys, corpora[other].keys
+        assert not set(keys) & set(others)
+        assert not {groups()[e] for e in keys} & {groups()[e] for e in others}
+        assert not {base(e) for e in keys} & {base(e) for e in others}
+        for language in LANGUAGES:
+            names = set(corpora[one].texts[language]) & set(corpora[other].texts[language])
+            assert not names, (one, other, language)
+    assert sum(map(len, corpora.values())) == len(groups()) == 3944
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        "👋👋🏻👋🏿",
+        "👨‍🚀 👩‍🚀 🧑‍🚀 👩🏽‍🚀",
+        "👨 👩 🧑 👱 👱‍♀️ 👨‍🦰 🧔🏿‍♂️ 👦🏻 👧 🧒",
+        "🏃 🏃‍♀️ 🏃‍➡️ 🏃🏻‍♂️‍➡️",
+        "💃 🕺🏿",
+        "👫 👬🏻 👭 🧑‍🤝‍🧑 👩🏿‍🤝‍👨🏻",
+        "💏 👨‍❤️‍💋‍👨 👩🏻‍❤️‍💋‍👨🏿",
+        "👪 👨‍👩‍👧‍👦 👩‍👦",
+        "🤝 🫱🏻‍🫲🏿",
+        "🤰 🫃 🫄🏽",
+        "👯 👯‍♂️",
+        "🤼 🤼‍♀️",
+    ],
+)
+def test_variants_are_of_one_group(variants):
+    found = [e["emoji"] for e in package.emoji_list(variants)]
+    assert len(found) >= 2
+    assert len({groups()[e] for e in found}) == 1, found
+
+
+def test_what_is_no_variant_is_a_group_of_its_own():
+    apart = "😀 😃 1️⃣ 2️⃣ 🔟 🇩🇪 🇫🇷 🏴󠁧󠁢󠁥󠁮󠁧󠁿 🏴 👨 👶 ♀️ ♂️ ➡️ 👞 👠 🐱 🐈 🍎 🍏"
+    found = [e["emoji"] for e in package.emoji_list(apart)]
+    assert len(found) == 20
+    assert len({groups()[e] for e in found}) == len(found)
+
+
+def test_a_large_group_is_for_training():
+    sizes = collections.Counter(groups().values())
+    large = [e for e in groups() if sizes[groups()[e]] > emoji_set.LARGEST_OUTSIDE_TRAIN]
+    assert len(large) > 500
+    assert {splits()[e] for e in large} == {"train"}
+
+
+def test_flags_are_left_out_unless_asked_for(corpora):
+    flags = [e for corpus in corpora.values() for e in corpus.keys if emoji_set.is_flag(e)]
+    assert len(flags) == 262
+    assert {"🇩🇪", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"} <= set(flags) and not {"🏴", "🏳️‍🌈", "🏁"} & set(flags)
+    for split, corpus in corpora.items():
+        without = load_emoji(split, ("en",))
+        assert without.keys == tuple(e for e in corpus.keys if e not in set(flags))
+
+
+def test_names_are_plain_sentences_in_every_language(corpora):
+    assert set(LANGUAGES) == set(package.LANGUAGES)
+    for corpus in corpora.values():
+        for language in LANGUAGES:
+            for name in corpus.texts[language]:
+                assert name and name == name.strip() and "_" not in name
+                assert name[0] != ":" and name[-1] != ":"
+                assert unicodedata.is_normalized("NFC", name)
+    place = {e: (s, i) for s, corpus in corpora.items() for i, e in enumerate(corpus.keys)}
+    split, index = place["😀"]
+    shown = {language: corpora[split].texts[language][index] for language in ("en", "de", "zh")}
+    assert shown == {"en": "grinning face", "de": "grinsendes gesicht", "zh": "嘿嘿"}
+
+
+def test_pictures_are_on_white_and_drawn_once():
+    corpus = load_corpus(DataConfig(emoji_size=24), "test", ("en",), with_images=True)
+    images = corpus.require_images()
+    assert isinstance(images, Images) and len(images) == len(corpus) == 354
+    for index in range(0, len(images), 12):
+        picture = images[index]
+        assert picture.shape == (24, 24, 3) and picture.dtype == np.uint8
+        assert picture.std() > 10 and picture[0, 0].min() > 200
+        assert images.name(index) == corpus.keys[index]
+    assert images[0] is images[0] and not images[0].flags.writeable
+
+
+def test_pictures_are_of_their_emoji():
+    red, green, blue = (emoji_set.draw(e, 20)[10, 10].astype(int) for e in "🔴🟢🔵")
+    assert red[0] > 200 and red[1] < 120
+    assert green[1] > green[0] and green[1] > green[2]
+    assert blue[2] > blue[0]
+    pale, dark = (emoji_set.draw(e, 20).mean() for e in ("✋🏻", "✋🏿"))
+    assert pale > dark + 20
+
+
+def test_a_wrong_split_or_language_is_named():
+    with pytest.raises(ValueError, match=r"no split 'tests', only train, val, test \(did you mean"):
+        load_emoji("tests", ("en",))
+    with pytest.raises(ValueError, match=r"no language 'cs', only en, es"):
+        load_emoji("test", ("cs",))
+    with pytest.raises(ValueError, match=r"emoji val has no images: .*with_images=True"):
+        load_emoji("val", ("en",)).require_images()

@@ -1,0 +1,224 @@
+"""Published weights against Hugging Face's own reading of them, from the hub to the devices."""
+
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+import torch_files
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import unoptimised
+
+from cliptrans_jax import kinds, names, pretrained
+from cliptrans_jax.models import mbart
+from cliptrans_jax.models.mbart import MBart, MBartConfig
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
+
+NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
+CONFIG = MBartConfig(
+    vocab=40,
+    width=16,
+    encoder_layers=2,
+    decoder_layers=1,
+    encoder_heads=4,
+    decoder_heads=2,
+    encoder_hidden=24,
+    decoder_hidden=20,
+    positions=12,
+)
+SOURCE = np.array([[4, 9, 7, 2], [4, 8, 2, 1]])
+TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with unoptimised():
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """A small mBART of Hugging Face with a random number in every place."""
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    torch.manual_seed(0)
+    sizes = kinds.mbart_hf_config(CONFIG)
+    model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def logits_of():
+    network = MBart(CONFIG, jnp.float32)
+    arrays = jnp.asarray(SOURCE), jnp.asarray(SOURCE != CONFIG.pad), jnp.asarray(TARGET)
+    return jax.jit(lambda params: network.apply({"params": params}, *arrays))
+
+
+def reference_logits(model):
+    import torch
+
+    source, target = torch.tensor(SOURCE), torch.tensor(TARGET)
+    mask = (source != CONFIG.pad).long()
+    with torch.no_grad():
+        given = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
+        return model(**given).logits.numpy()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "shards", "bin"])
+def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_path, form):
+    reference.save_pretrained(tmp_path, max_shard_size="10KB" if form == "shards" else "1GB")
+    if form == "bin":
+        import torch
+
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    names_there = {path.name for path in tmp_path.iterdir()}
+    assert ("model.safetensors.index.json" in names_there) == (form == "shards")
+    found = pretrained.load(tmp_path)
+    assert (found.kind, found.config) == ("mbart", CONFIG)
+    aliases = {alias for alias, _ in found.account.aliases}
+    assert aliases == (set(kinds.MBART.aliases) if form == "bin" else set())
+    np.testing.assert_allclose(
+        logits_of(found.params), reference_logits(reference), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_hugging_face_reads_what_is_saved(reference, logits_of, tmp_path):
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    params = make_params()
+    pretrained.save(tmp_path / "saved", params, CONFIG)
+    model, report = transformers.MBartForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    np.testing.assert_allclose(
+        reference_logits(model.eval()), logits_of(params), rtol=1e-5, atol=1e-5
+    )
+    model.save_pretrained(tmp_path / "again")
+    again = pretrained.load(tmp_path / "again")
+    assert again.config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), kinds.MBART.shapes(CONFIG)
+    )
+
+
+def hub(folder, fetched, *, files):
+    """Stands for the hub's client: keeps the patterns and fills a folder by them."""
+
+    def snapshot_download(repo_id, allow_patterns):
+        fetched.append((repo_id, allow_patterns))
+        for name, write in files.items():
+            if name in allow_patterns:
+                write(folder / name)
+        return str(folder)
+
+    return snapshot_download
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, form):
+    monkeypatch.chdir(tmp_path)
+    params, folder, fetched = make_params(), tmp_path / "cache", []
+    pretrained.save(tmp_path / "there", params, CONFIG)
+    folder.mkdir()
+    config = (tmp_path / "there" / "config.json").read_bytes()
+    tensors = names.write(kinds.MBART.table(CONFIG), params)
+    weights = {
+        "safetensors": {"model.safetensors": lambda path: pretrained.write_tensors(path, tensors)},
+        "bin": {"pytorch_model.bin": lambda path: torch_files.save(path, tensors)},
+    }[form]
+    files = {"config.json": lambda path: path.write_bytes(config)} | weights
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub(folder, fetched, files=files))
+    with pytest.raises(FileNotFoundError, match="no facebook/mbart.*fetch=True to download"):
+        pretrained.load("facebook/mbart")
+    with pytest.raises(FileNotFoundError, match="no a/b/c; give a folder"):
+        pretrained.load("a/b/c", fetch=True)
+    with pytest.raises(ValueError, match="gs://a/b must be on a disk"):
+        pretrained.load("gs://a/b", fetch=True)
+    assert not fetched
+    found = pretrained.load("facebook/mbart", fetch=True)
+    assert (found.config, found.source) == (CONFIG, "facebook/mbart")
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    asked = [patterns for name, patterns in fetched if name == "facebook/mbart"]
+    assert len(asked) == {"safetensors": 1, "bin": 2}[form]
+    assert all("config.json" in patterns for patterns in asked)
+    assert not any("*" == pattern[0] for patterns in asked for pattern in patterns)
+    pretrained.load(tmp_path / "there", fetch=True)  # which is here
+    assert len(fetched) == len(asked)
+
+
+def test_without_network_a_model_of_the_hub_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def snapshot_download(repo_id, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    message = "facebook/mbart cannot be fetched .*no connection.*copy the folder here"
+    with pytest.raises(FileNotFoundError, match=message):
+        pretrained.load("facebook/mbart", fetch=True)
+
+
+def test_each_device_is_given_only_its_part():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params, shapes = make_params(), kinds.MBART.shapes(CONFIG)
+    shardings = match_rules(mbart.PARTITION_RULES, shapes, mesh)
+    wanted = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    placed = pretrained.place(params, wanted)
+    jax.tree.map(np.testing.assert_array_equal, placed, params)
+    jax.tree.map(lambda x, sharding: x.sharding == sharding or 1 / 0, placed, shardings)
+    parts = placed["embedding"].addressable_shards
+    assert {part.data.shape for part in parts} == {(40, 4)}
+    here = NamedSharding(mesh, P("fsdp"))
+    half = {"a": {"b": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=here)}}
+    source = np.arange(8, dtype=np.float32)
+    moved = pretrained.place({"a": {"b": source}}, half)["a"]["b"]
+    source[:] = -1  # which they no longer depend on
+    assert moved.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(moved.astype(np.float32), np.arange(8))
+    for params, message in (
+        ({"a": {"b": np.zeros(9)}}, r"a/b is \(9,\) and should be \(8,\)"),
+        ({"a": {"c": np.zeros(8)}}, r"a/b \(8,\) is missing\n  a/c \(8,\) has no place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrained.place(params, half)
+
+
+def test_an_account_is_a_short_table(tmp_path):
+    params = make_params()
+    tensors = names.write(kinds.MBART.table(CONFIG), params)
+    tensors |= {alias: tensors[name] for alias, name in kinds.MBART.aliases.items()}
+    extra = {f"old.{i}.weight": np.zeros(1) for i in range(12)}
+    _, account = names.read(
+        kinds.MBART.table(CONFIG),
+        tensors | extra,
+        shapes=kinds.MBART.shapes(CONFIG),
+        file="model.bin",
+        aliases=kinds.MBART.aliases,
+        dropped={r"old\..*": "of another time"},
+    )
+    table = pretrained.format_account(account)
+    print(table)
+    lines = [line.split() for line in table.splitlines()]
+    total = sum(x.size for x in jax.tree.leaves(params))
+    layer = sum(x.size for x in jax.tree.leaves(params["encoder"]["layer_0"]))
+    assert ["taken", "tensors", "numbers", "from"] == lines[0]
+    assert ["embedding", "1", "640", "model.shared.weight"] in lines
+    assert ["encoder/layer_*", "32", f"{2 * layer:,}", "model.encoder.layers.*"] in lines
+    assert ["all", "70", f"{total:,}"] in lines
+    assert "lm_head.weight the same as model.shared.weight" in table
+    assert "old.*.weight dropped: of another time (12 tensors)" in table
+    assert len(lines) == 16

@@ -1,0 +1,147 @@
+"""CLIP's preprocessing against the processor that it comes from, and what augmentation may do."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cliptrans_jax.data.pictures import MEAN, STD, AugmentConfig, augment_picture, prepare_picture
+
+STILL = AugmentConfig(
+    shift=0, scale=0, rotate=0, brightness=0, contrast=0, saturation=0, flip=False
+)
+
+
+def random_image(rows, columns, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (rows, columns, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (32, 32), (31, 97), (20, 21), (333, 32)])
+def test_pictures_are_prepared_as_clips_processor_does(shape):
+    module = pytest.importorskip(
+        "transformers.models.clip.image_processing_pil_clip",
+        reason="this transformers has no processor without torch",
+    )
+    processor = module.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    image = random_image(*shape)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    found = prepare_picture(image, 32)
+    assert found.shape == (32, 32, 3) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.transpose(1, 2, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_square_of_the_size_is_only_normalised():
+    image = random_image(16, 16)
+    np.testing.assert_allclose(
+        prepare_picture(image, 16) * STD + MEAN, image / 255, rtol=0, atol=1e-6
+    )
+
+
+def test_the_crop_is_central():
+    image = np.zeros((8, 24, 3), np.uint8)
+    image[:, 8:16] = 255
+    assert np.all(prepare_picture(image, 8) > 1.8)
+
+
+def test_grey_and_transparent_pictures_are_taken():
+    grey = random_image(9, 9)[..., 0]
+    np.testing.assert_array_equal(
+        prepare_picture(grey, 9), prepare_picture(np.stack([grey] * 3, axis=-1), 9)
+    )
+    colour = random_image(9, 9)
+    opaque = np.concatenate([colour, np.full((9, 9, 1), 255, np.uint8)], axis=-1)
+    np.testing.assert_array_equal(prepare_picture(opaque, 9), prepare_picture(colour, 9))
+
+
+def test_no_augmentation_changes_nothing():
+    image = random_image(12, 17)
+    found = augment_picture(image, STILL, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, image)
+
+
+def test_augmentation_is_the_generators():
+    image = random_image(24, 24)
+    one, same, other = (
+        augment_picture(image, AugmentConfig(), np.random.default_rng(s)) for s in (1, 1, 2)
+    )
+    assert one.shape == image.shape and one.dtype == np.uint8
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_a_config_does_not_change_how_many_numbers_are_drawn():
+    after = []
+    for config in (STILL, AugmentConfig(flip=True)):
+        generator = np.random.default_rng(5)
+        augment_picture(random_image(8, 8), config, generator)
+        after.append(generator.random())
+    assert after[0] == after[1]
+
+
+def square(rows=21, columns=21, at=(8, 13)):
+    image = np.full((rows, columns, 3), 255, np.uint8)
+    image[at[0] - 1 : at[0] + 2, at[1] - 1 : at[1] + 2] = 0
+    return image
+
+
+def centre(image):
+    """(row, column) of the middle of what is dark."""
+    weight = 255.0 - image.mean(axis=-1)
+    rows, columns = np.indices(weight.shape)
+    return np.array([(weight * rows).sum(), (weight * columns).sum()]) / weight.sum()
+
+
+def test_mirroring_is_of_half_of_the_pictures():
+    config = dataclasses.replace(STILL, flip=True)
+    columns = [
+        centre(augment_picture(square(), config, np.random.default_rng(seed)))[1]
+        for seed in range(40)
+    ]
+    counts = {round(c): columns.count(c) for c in set(columns)}
+    assert set(counts) == {13, 7} and min(counts.values()) >= 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "reach"), [({"shift": 0.2}, 4.2), ({"rotate": 30.0}, 2.2), ({"scale": 0.3}, 1.6)]
+)
+def test_moves_stay_within_the_config(fields, reach):
+    config = dataclasses.replace(STILL, **fields)
+    moves = [
+        centre(augment_picture(square(), config, np.random.default_rng(seed))) - (8, 13)
+        for seed in range(40)
+    ]
+    largest = np.abs(moves).max()
+    assert 0.5 * reach < largest < reach + 0.1
+    corner = augment_picture(square(), config, np.random.default_rng(0))[0, 0]
+    np.testing.assert_array_equal(corner, 255)  # what comes into view is white
+
+
+def test_scaling_is_about_the_middle():
+    config = dataclasses.replace(STILL, scale=0.3)
+    for seed in range(10):
+        moved = centre(augment_picture(square(at=(10, 10)), config, np.random.default_rng(seed)))
+        np.testing.assert_allclose(moved, (10, 10), atol=0.1)
+
+
+@pytest.mark.parametrize("key", ["brightness", "contrast", "saturation"])
+def test_colours_change_and_shapes_stay(key):
+    image = random_image(8, 8) // 2 + 60
+    config = dataclasses.replace(STILL, **{key: 0.3})
+    found = augment_picture(image, config, np.random.default_rng(3))
+    assert not np.array_equal(found, image)
+    assert np.corrcoef(found.ravel().astype(float), image.ravel().astype(float))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shift": 1.0}, r"config\.augment\.shift=1\.0 must be in \[0, 1\)"),
+        ({"rotate": 200.0}, r"config\.augment\.rotate=200\.0"),
+        ({"fill": 256}, r"config\.augment\.fill=256"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_key(fields, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentConfig(**fields)

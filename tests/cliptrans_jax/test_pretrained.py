@@ -1,0 +1,410 @@
+"""Published weights become our parameters and ours become files that others read."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch_files
+from flax import traverse_util
+from tiny import unoptimised
+
+from cliptrans_jax import convert, kinds, names, pretrained
+from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.resnet import ResNetConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.tensors import read_tensors, write_tensors
+
+MBART = MBartConfig(
+    vocab=40,
+    width=16,
+    encoder_layers=2,
+    decoder_layers=1,
+    encoder_heads=4,
+    decoder_heads=2,
+    encoder_hidden=24,
+    decoder_hidden=20,
+    positions=12,
+)
+MODEL = ModelConfig(MBART, MapperConfig(prefix=3, features=6))
+SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
+MCLIP = MClipConfig(vocab=40, positions=12, **SIZES)
+VISION = ClipVisionConfig(image=8, patch=4, **SIZES)
+TEXT = ClipTextConfig(vocab=40, positions=10, **SIZES)
+RESNET = ResNetConfig(image=64, layers=(2, 1, 1, 1), width=4, features=8)
+OPENAI_TEXT = dataclasses.replace(TEXT, width=128)
+CONFIGS = {
+    "mbart": MBART,
+    "mclip": MCLIP,
+    "clip_vision": VISION,
+    "clip_text": TEXT,
+    "clip_res": RESNET,
+    "cliptrans": MODEL,
+}
+# What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
+MBART50 = {
+    "activation_dropout": 0.0,
+    "activation_function": "gelu",
+    "add_bias_logits": False,
+    "add_final_layer_norm": True,
+    "architectures": ["MBartForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "d_model": 1024,
+    "decoder_attention_heads": 16,
+    "decoder_ffn_dim": 4096,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers": 12,
+    "decoder_start_token_id": 2,
+    "dropout": 0.1,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": 12,
+    "eos_token_id": 2,
+    "max_length": 200,
+    "max_position_embeddings": 1024,
+    "model_type": "mbart",
+    "normalize_before": True,
+    "num_beams": 5,
+    "pad_token_id": 1,
+    "scale_embedding": True,
+    "vocab_size": 250054,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with unoptimised():
+        yield
+
+
+def make_params(layout, config, *, seed=0):
+    """A number of its own in every place."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), layout.shapes(config)
+    )
+
+
+def make_tensors(kind, config=None, *, layout=0, seed=0):
+    layout, config = kinds.KINDS[kind][layout], config or CONFIGS[kind]
+    return names.write(layout.table(config), make_params(layout, config, seed=seed))
+
+
+def assert_same(found, want):
+    found, want = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (found, want))
+    assert found.keys() == want.keys()
+    for path, array in want.items():
+        assert found[path].dtype == np.float32, path
+        np.testing.assert_array_equal(found[path], array, err_msg=path)
+
+
+def write_folder(folder, hf, tensors):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf))
+    write_tensors(folder / "model.safetensors", tensors)
+    return folder
+
+
+def hf_mbart(**changes):
+    return kinds.mbart_hf_config(MBART) | changes
+
+
+def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
+    params = make_params(kinds.MBART, MBART)
+    config = dataclasses.replace(MBART, scale_embedding=False, start=7, pad=3, dropout=0.2)
+    vocabulary = tmp_path / "sentencepiece.bpe.model"
+    vocabulary.write_bytes(b"pieces")
+    folder = tmp_path / "new" / "mbart"
+    for _ in range(2):  # the same once more
+        pretrained.save(folder, jax.device_put(params), config, tokenizer_files=[vocabulary])
+    found = pretrained.load(folder)
+    assert (found.kind, found.config, found.source) == ("mbart", config, str(folder))
+    assert_same(found.params, params)
+    held = {path.name for path in folder.iterdir()}
+    assert held == {"config.json", "model.safetensors", "sentencepiece.bpe.model"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    params, folder = make_params(kinds.MBART, MBART), tmp_path / "mbart"
+    pretrained.save(folder, params, MBART)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = make_params(kinds.MBART, MBART, seed=1)
+    extra = tmp_path / "vocab.json"
+    extra.touch()
+    for changed, files in ((other, ()), (params, (extra,))):
+        with pytest.raises(FileExistsError, match="mbart exists and holds something else"):
+            pretrained.save(folder, changed, MBART, tokenizer_files=files)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(FileExistsError, match=r"vocab\.json exists"):
+        pretrained.save(extra, params, MBART)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mbart", "vocab.json"]
+
+
+def test_a_save_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch):
+    def fail(path, tensors):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pretrained, "write_tensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        pretrained.save(tmp_path / "mbart", make_params(kinds.MBART, MBART), MBART)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    params = make_params(kinds.MBART, MBART)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_files: there is no .*vocab\.json"):
+        pretrained.save(tmp_path / "a", params, MBART, tokenizer_files=[tmp_path / "vocab.json"])
+    clash = tmp_path / "config.json"
+    clash.touch()
+    with pytest.raises(ValueError, match=r"tokenizer_files=\[.*config.json'\] must differ"):
+        pretrained.save(tmp_path / "a", params, MBART, tokenizer_files=[clash])
+    other = dataclasses.replace(MBART, encoder_layers=1, decoder_heads=4)
+    with pytest.raises(ValueError, match="are not of this model") as raised:
+        pretrained.save(tmp_path / "a", params, other)
+    assert "encoder/layer_1/mlp/up/bias (24,) has no place" in str(raised.value)
+    assert "memory/bias is (2, 2, 8) and should be (2, 4, 4)" in str(raised.value)
+    del params["logits_bias"]
+    with pytest.raises(ValueError, match=r"logits_bias \(40,\) is missing"):
+        pretrained.save(tmp_path / "a", params, MBART)
+    assert list(tmp_path.iterdir()) == [clash]
+
+
+@pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
+def test_a_whole_model_comes_back_bit_for_bit(tmp_path, mapper):
+    config = MapperConfig(mapper or "mlp", prefix=3 if mapper else 0, features=6)
+    model = dataclasses.replace(MODEL, mapper=config)
+    params = make_params(kinds.CLIPTRANS, model)
+    path = tmp_path / "model.safetensors"
+    pretrained.save_cliptrans(path, params, model)
+    assert {name.split(".")[0] for name in read_tensors(path)} == {"mbart"} | (
+        {"adapter"} if mapper else set()
+    )
+    found = pretrained.load(path, config=model)
+    assert (found.kind, found.config) == ("cliptrans", model)
+    assert_same(found.params, params)
+    with pytest.raises(FileExistsError, match=r"model\.safetensors exists"):
+        pretrained.save_cliptrans(path, make_params(kinds.CLIPTRANS, model, seed=1), model)
+
+
+def released(*, clip=False):
+    """The tensors of a checkpoint of several devices, the embedding under its four names."""
+    tensors = make_tensors("cliptrans")
+    tensors |= {a: tensors[name] for a, name in convert.cliptrans_aliases().items()}
+    if clip:
+        below = {f"clip.text_encoder.{name}": x for name, x in make_tensors("mclip").items()}
+        tensors |= below | {"clip.image_encoder.logit_scale": np.zeros((), np.float32)}
+    return {f"module.{name}": x for name, x in tensors.items()}
+
+
+def test_a_released_file_is_read(tmp_path):
+    storages, path = {}, tmp_path / "model_best_test.pth"
+    model = torch_files.state_dict(released(), storages)
+    value = {"model": model, "optimizer": {}, "scaler": {}, "epoch": 3, "best_bleu_test": 1.5}
+    torch_files.write_archive(path, value, storages)
+    found = pretrained.load(path, kind="cliptrans", config=MODEL)
+    assert_same(found.params, make_params(kinds.CLIPTRANS, MODEL))
+    aliases = {alias for alias, _ in found.account.aliases}
+    assert aliases == set(convert.cliptrans_aliases()) and not found.account.dropped
+
+
+def test_released_shards_are_read(tmp_path):
+    tensors = list(released().items())
+    for i, part in enumerate((tensors[:30], tensors[30:])):
+        torch_files.save(tmp_path / f"model_best_test_{i + 1}.pth", dict(part))
+    found = pretrained.load(tmp_path / "model_best_test.pth", config=MODEL)
+    assert_same(found.params, make_params(kinds.CLIPTRANS, MODEL))
+
+
+def test_a_tower_that_was_trained_along_is_read_by_itself(tmp_path):
+    path = tmp_path / "model.pt"
+    torch_files.save(path, released(clip=True))
+    whole = pretrained.load(path, config=MODEL)
+    assert_same(whole.params, make_params(kinds.CLIPTRANS, MODEL))
+    dropped = dict(whole.account.dropped)
+    assert "read by itself" in dropped["clip.text_encoder.LinearTransformation.weight"]
+    tower = pretrained.load(path, kind="mclip", config=MCLIP)
+    assert_same(tower.params, make_params(kinds.KINDS["mclip"][0], MCLIP))
+    assert dict(tower.account.dropped)["adapter.hidden.0.weight"] == "of the rest of the model"
+
+
+def test_an_alias_that_differs_and_a_tensor_without_a_place_are_named(tmp_path):
+    tensors = released()
+    tensors["module.mbart.lm_head.weight"] = np.zeros((40, 16), np.float32)
+    tensors["module.adapter.gate.weight"] = np.zeros(3, np.float32)
+    torch_files.save(tmp_path / "model.pt", tensors)
+    with pytest.raises(ValueError, match=r"model\.pt does not hold this model") as raised:
+        pretrained.load(tmp_path / "model.pt", config=MODEL)
+    assert "mbart.lm_head.weight should equal mbart.model.shared.weight" in str(raised.value)
+    assert "adapter.gate.weight (3,) has no place" in str(raised.value)
+
+
+def hollow(config):
+    """Tensors of a model that take no memory."""
+    shapes = kinds.CLIPTRANS.shapes(config)
+    nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    return names.write(convert.cliptrans_table(config), nothing)
+
+
+@pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
+def test_sizes_are_told_by_shapes(mapper):
+    small = MBartConfig(
+        vocab=20,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_hidden=8,
+        decoder_hidden=4,
+        positions=9,
+    )
+    config = ModelConfig(small, MapperConfig(mapper or "mlp", prefix=2, features=6))
+    if mapper is None:
+        config = ModelConfig(small, MapperConfig(prefix=0))
+    tensors = hollow(config)
+    assert kinds.CLIPTRANS.config(tensors, None, "model.pth") == config
+    alone = {name.removeprefix("mbart."): x for name, x in tensors.items()}
+    alone["lm_head.weight"] = alone.pop("model.shared.weight")
+    assert kinds.MBART.config(alone, None, "model.pth") == small
+    if mapper == "mlp":
+        tensors["adapter.hidden.0.weight"] = np.zeros((2047, 6))
+        with pytest.raises(ValueError, match="2047 rows, which must be a multiple of .* 1024"):
+            kinds.CLIPTRANS.config(tensors, None, "model.pth")
+        del tensors["mbart.model.decoder.layers.0.fc1.weight"]
+        with pytest.raises(
+            ValueError, match=r"model\.pth .*decoder\.layers\.0\.fc1\.weight is miss"
+        ):
+            kinds.CLIPTRANS.config(tensors, None, "model.pth")
+
+
+def test_heads_that_no_shape_tells_must_be_given(tmp_path):
+    pretrained.save_cliptrans(
+        tmp_path / "a.safetensors", make_params(kinds.CLIPTRANS, MODEL), MODEL
+    )
+    with pytest.raises(ValueError, match=r"a\.safetensors has an mBART of width 16, whose number"):
+        pretrained.load(tmp_path / "a.safetensors")
+
+
+def test_towers_are_read_by_the_sizes_of_their_files(tmp_path):
+    clip = write_folder(
+        tmp_path / "clip",
+        {
+            "model_type": "clip",
+            "projection_dim": 8,
+            **{
+                name: {
+                    "hidden_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 24,
+                    **own,
+                }
+                for name, own in {
+                    "vision_config": {"image_size": 8, "patch_size": 4},
+                    "text_config": {"vocab_size": 40, "max_position_embeddings": 10},
+                }.items()
+            },
+        },
+        make_tensors("clip_vision") | make_tensors("clip_text"),
+    )
+    openai = tmp_path / "RN50x64.pt"
+    text = make_tensors("clip_text", OPENAI_TEXT, layout=1)
+    torch_files.save(openai, make_tensors("clip_res") | text)
+    about = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024, "numDims": 8}
+    mclip = write_folder(tmp_path / "mclip", about, make_tensors("mclip"))
+    for source, asked, kind, config, layout, given in (
+        (clip, None, "clip_vision", VISION, 0, None),
+        (clip, "clip_text", "clip_text", TEXT, 0, None),
+        (openai, None, "clip_res", RESNET, 0, None),
+        (openai, "clip_text", "clip_text", OPENAI_TEXT, 1, None),
+        (mclip, None, "mclip", MCLIP, 0, MCLIP),
+    ):
+        found = pretrained.load(source, kind=asked, config=given)
+        assert (found.kind, found.config) == (kind, config)
+        assert_same(found.params, make_params(kinds.KINDS[kind][layout], config))
+    # M-CLIP's own config.json says another width than these few numbers have.
+    with pytest.raises(ValueError, match=r"mclip does not hold this model"):
+        pretrained.load(mclip)
+
+
+def test_half_precision_is_widened(tmp_path):
+    tensors = {name: x.astype(np.float16) for name, x in make_tensors("mbart").items()}
+    folder = write_folder(tmp_path / "mbart", hf_mbart(), tensors)
+    want = jax.tree.map(
+        lambda x: x.astype(np.float16).astype(np.float32), make_params(kinds.MBART, MBART)
+    )
+    assert_same(pretrained.load(folder).params, want)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (1, np.int8, "is not of plain numbers: final_logits_bias is int8"),
+        (np.nan, np.float32, "not finite, in logits_bias"),
+        (np.inf, np.float16, "not finite, in logits_bias"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value, dtype, message):
+    tensors = make_tensors("mbart") | {"final_logits_bias": np.full((1, 40), value, dtype)}
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
+
+
+def test_a_kind_that_does_not_fit_is_named(tmp_path):
+    folder = write_folder(tmp_path / "mbart", hf_mbart(), make_tensors("mbart"))
+    file = folder / "model.safetensors"
+    with pytest.raises(ValueError, match=r"kind='mbert' is none of .*did you mean 'mbart'"):
+        pretrained.load(folder, kind="mbert")
+    with pytest.raises(ValueError, match=r"holds no 'mclip', whose Linear.*; it holds 'mbart'"):
+        pretrained.load(file, kind="mclip")
+    with pytest.raises(ValueError, match="config is a MClipConfig, and kind='mbart' takes a MBart"):
+        pretrained.load(file, config=MCLIP)
+    config = folder / "config.json"
+    config.write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
+    with pytest.raises(ValueError, match=r"of no known kind, .*'clip_res'.*model_type='t5', .*T5M"):
+        pretrained.load(folder)
+    for content, message in (("{", "is no JSON"), ("[]", "must hold a dictionary")):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=rf"config\.json {message}"):
+            pretrained.load(folder)
+    write_tensors(tmp_path / "other.safetensors", {"wte.weight": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"of no known kind: .*called \['wte.weight'\]"):
+        pretrained.load(tmp_path / "other.safetensors")
+    config.write_text("{}")  # which tells nothing, so that the tensors do
+    assert pretrained.load(folder, config=MBART).kind == "mbart"
+
+
+def test_mbart_50_s_config_is_the_default():
+    assert kinds.mbart_config(MBART50) == MBartConfig()
+    assert kinds.mbart_config(kinds.mbart_hf_config(MBART)) == MBART
+    for start, want in ((None, 5), (7, 7)):
+        told = {"eos_token_id": 5, "decoder_start_token_id": start}
+        assert kinds.mbart_config(MBART50 | told).start == want
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "relu"),
+        ("attention_dropout", 0.1),
+        ("activation_dropout", 0.1),
+        ("encoder_layerdrop", 0.05),
+        ("decoder_layerdrop", 0.05),
+        ("tie_word_embeddings", False),
+        ("architectures", ["MBartModel"]),
+        ("model_type", "m2m_100"),
+        ("normalize_before", False),
+        ("static_position_embeddings", True),
+        ("quantization_config", {"bits": 8}),
+    ],
+)
+def test_a_setting_that_cannot_be_computed_is_named(key, value):
+    with pytest.raises(ValueError) as raised:
+        kinds.mbart_config(MBART50 | {key: value})
+    assert f"{key}={value!r} of mBART's config.json is not supported" in str(raised.value)
+    with pytest.raises(ValueError, match="config.json lacks d_model"):
+        kinds.mbart_config({key: x for key, x in MBART50.items() if key != "d_model"})

@@ -1,0 +1,220 @@
+"""Scores against numbers worked out by hand, and what their signatures say."""
+
+import logging
+import math
+
+import nltk
+import numpy as np
+import parity_case
+import parity_cliptrans_scores
+import pytest
+from nltk.translate.meteor_score import single_meteor_score
+
+from cliptrans_jax.evaluators.scores import (
+    as_metrics,
+    bleu,
+    bleu_lower,
+    meteor,
+    moses,
+    score,
+    words,
+)
+
+TEXTS = ["Zwei Hunde spielen im Schnee.", "Ein Mann fährt auf einem Fahrrad durch die Stadt."]
+
+
+def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
+    metrics = as_metrics(score(TEXTS, TEXTS, language="de"))
+    lengths = [6, 10]  # tokens, the full stop among them; one chunk each
+    penalised = [100 * (1 - 0.5 / length**3) for length in lengths]
+    assert metrics.pop("meteor") == pytest.approx(sum(penalised) / 2, abs=1e-9)
+    assert metrics == pytest.approx(dict.fromkeys(("bleu", "bleu_lower", "chrf", "exact"), 100))
+
+
+def test_bleu_of_a_prefix_is_the_brevity_penalty():
+    value, signature = bleu(["a b c d"], ["a b c d e"], language="de")
+    assert value.score == pytest.approx(100 * math.exp(1 - 5 / 4), abs=1e-9)
+    assert signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+
+
+def test_bleu_sums_counts_over_the_corpus_and_smooths():
+    value, _ = bleu(["a b c d", "x y"], ["a b c d", "z y"], language="en")
+    assert (value.counts, value.totals) == ([5, 3, 2, 1], [6, 4, 2, 1])
+    assert value.score == pytest.approx(100 * (5 / 6 * 3 / 4) ** 0.25, abs=1e-9)
+    unmatched, _ = bleu(["a b c x"], ["a b c d"], language="en")
+    # No 4-gram of one matches: half of one is counted.
+    assert unmatched.score == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25, abs=1e-9)
+
+
+def test_case_counts_in_bleu_only():
+    lowered = [text.lower() for text in TEXTS]
+    scores = score(lowered, TEXTS, language="de_DE")
+    assert scores.bleu < 70
+    assert scores.exact == 0
+    assert scores.bleu_lower == pytest.approx(100)
+    assert scores.meteor == pytest.approx(score(TEXTS, TEXTS, language="de").meteor)
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "tokens"),
+    [
+        (
+            "de_DE",
+            "Er sagt „Hallo“ – z.B. um 3,5 Uhr.",
+            "er sagt &quot; hallo &quot; - z.b. um 3,5 uhr .",
+        ),
+        ("fr", "L’homme dort « bien » ici !", "l&apos; homme dort &quot; bien &quot; ici !"),
+        ("en", "The dog's ball… is  red", "the dog &apos;s ball ... is red"),
+        ("cs", "Muž, žena (a pes)", "muž , žena ( a pes )"),
+    ],
+)
+def test_text_is_prepared_as_moses_scripts_do(language, text, tokens):
+    assert moses([text], language=language) == [tokens]
+
+
+def test_bleu_lower_is_of_moses_tokens():
+    pair = ["Er sagt „Hallo“ – und geht heim."], ['er sagt "Hallo" - und geht heim.']
+    assert bleu(*pair, language="de")[0].score < 99
+    value, signature = bleu_lower(*pair, language="de")
+    assert value.score == pytest.approx(100)
+    assert value.sys_len == 10
+    assert signature.startswith("prep:moses-lc-norm-tok-de|prefixes:de|sacremoses:")
+    assert "|case:lc|eff:no|tok:none|smooth:exp|" in signature
+
+
+def test_the_signature_says_where_moses_knows_no_abbreviations():
+    assert "tok-gl_ES" not in (signature := bleu_lower(TEXTS, TEXTS, language="gl_ES")[1])
+    assert signature.startswith("prep:moses-lc-norm-tok-gl|prefixes:en|")
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer", "texts"),
+    [
+        ("zh_CN", "zh", ("两只狗在雪地里玩耍", "两只狗在雪地里跑")),
+        ("ja", "char", ("二匹の犬が雪の中で遊ぶ", "二匹の犬が雪の中で走る")),
+        ("ko", "char", ("개 두 마리가 눈밭에서 논다", "개 두 마리가 눈밭에서 뛴다")),
+        ("th", "char", ("สุนัขสองตัวเล่นหิมะ", "สุนัขสองตัววิ่ง")),
+    ],
+)
+def test_languages_without_spaces_are_scored_by_characters(language, tokenizer, texts):
+    scores = score(texts[:1], texts[1:], language=language)
+    for name in ("bleu", "bleu_lower"):
+        assert f"|tok:{tokenizer}|" in scores.signatures[name]
+    assert "|tok:char|" in scores.signatures["meteor"]
+    assert 30 < scores.bleu < 100
+    assert 30 < scores.meteor < 100
+
+
+# METEOR.
+
+
+def test_meteor_is_its_formula():
+    # 4 of 5 and of 6 words match, in 2 chunks.
+    hypothesis, reference = list("abxcd"), list("cdyzab")
+    precision, recall = 4 / 5, 4 / 6
+    mean = precision * recall / (0.9 * precision + 0.1 * recall)
+    assert meteor(hypothesis, reference) == pytest.approx(
+        mean * (1 - 0.5 * (2 / 4) ** 3), abs=1e-12
+    )
+
+
+def test_meteor_matches_case_aside_and_by_stem_and_no_synonyms():
+    one = 1 - 0.5  # one word matched, one chunk of one
+    assert meteor(["Dogs"], ["dogs"]) == pytest.approx(one)
+    assert meteor(["playing"], ["plays"]) == pytest.approx(one)
+    assert meteor(["car"], ["automobile"]) == 0
+    # The same word is matched before one of its stem, wherever it stands.
+    assert meteor(["plays", "x", "play"], ["play"]) == pytest.approx(meteor(list("yxp"), ["p"]))
+    pair = ["play", "ran", "plays"], ["plays", "ran", "z"]  # play: plays would be one chunk of two
+    assert meteor(*pair) == pytest.approx(2 / 3 * (1 - 0.5 * (2 / 2) ** 3))
+
+
+@pytest.mark.parametrize("pair", [([], ["a"]), (["a"], []), ([], []), (["a"], ["b"])])
+def test_meteor_without_a_match_is_0(pair):
+    assert meteor(*pair) == 0
+
+
+def test_scoring_needs_no_data_of_nltk(monkeypatch):
+    def missing(name, *arguments):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", missing)
+    with pytest.raises(LookupError):  # as nltk alone does, which this test relies on
+        single_meteor_score(["a"], ["b"])
+    assert score(TEXTS, TEXTS[::-1], language="de").meteor > 0
+
+
+def test_words_are_nltks():
+    assert words(['He said: "don\'t go", ok.'], language="en") == [
+        ["He", "said", ":", "``", "do", "n't", "go", "''", ",", "ok", "."]
+    ]
+    assert words(["两 只狗"], language="zh") == [["两", "只", "狗"]]
+
+
+def test_the_signatures_name_every_score_and_version():
+    scores = score(TEXTS, TEXTS, language="de")
+    assert set(scores.signatures) == set(as_metrics(scores))
+    assert scores.signatures["meteor"] == (
+        "nrefs:1|case:lc|tok:nltk-word|stages:exact+porter|alpha:0.9|beta:3|gamma:0.5"
+        f"|mean:sentences|nltk:{nltk.__version__}"
+    )
+    assert "|nc:6|nw:0|" in scores.signatures["chrf"]
+
+
+# Whole sets.
+
+
+def test_exact_matches_are_counted_spaces_and_unicode_forms_aside():
+    composed, decomposed = "f\u00e4hrt  weg", "fa\u0308hrt weg "
+    scores = score([composed, "Weg", "weg", ""], [decomposed, "weg", "weg", ""], language="de")
+    assert (scores.exact, scores.count) == (75, 4)
+
+
+def test_empty_outputs_are_scored(caplog):
+    with caplog.at_level(logging.WARNING):
+        scores = score(["", ""], TEXTS, language="de")
+    assert set(as_metrics(scores).values()) == {0}
+    assert not caplog.records
+
+
+def test_sets_that_do_not_fit_are_refused_with_their_counts():
+    with pytest.raises(ValueError, match=r"2 outputs .* 1 references"):
+        score(TEXTS, TEXTS[:1], language="de")
+    with pytest.raises(ValueError, match="0 outputs"):
+        score([], [], language="de")
+
+
+# Golden cases.
+
+
+def case_of(config, outputs):
+    arrays = {f"outputs/{name}": np.asarray(value) for name, value in outputs.items()}
+    held = {"config": config, "tolerance": 1e-6}
+    return parity_case.Case("cliptrans/case", held, parity_case.Arrays(arrays))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_runners_compare_all_that_a_case_expects(wrong):
+    error = 1e-3 if wrong else 0
+    sentences = {"hypotheses": ["a b c d", "x y"], "references": ["a b c d", "z y"]}
+    value = 100 * (5 / 6 * 3 / 4) ** 0.25
+    outputs = {
+        "score": value + error,
+        "counts": [5, 3, 2, 1],
+        "totals": [6, 4, 2, 1],
+        "sys_ref_len": [6, 6],
+        "bp": 1.0,
+        "precisions": [500 / 6, 75, 100, 100],
+        "score_first_only": 100.0,
+    }
+    run = parity_cliptrans_scores.run_bleu
+    checks = parity_case.run_case(case_of(sentences, outputs), run)
+    assert [check.name for check in checks if not check.passed] == ["score"] * wrong
+    assert len(checks) == len(outputs)
+
+    tokens = {"hypothesis_tokens": [["a"], ["b"]], "reference_tokens": [["a"], ["c"]]}
+    outputs = {"sentence_scores": [0.5 + error, 0], "mean": 0.25}
+    run = parity_cliptrans_scores.run_meteor
+    checks = parity_case.run_case(case_of(tokens, outputs), run)
+    assert [check.name for check in checks if not check.passed] == ["sentence_scores"] * wrong
+    assert len(checks) == len(outputs)

@@ -1,0 +1,274 @@
+"""Tokenizers: frames, round trips, and that a trained one is the same wherever it is trained."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cliptrans_jax.data import emoji_set
+from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, Tokenizer
+from cliptrans_jax.data.tokens import (
+    LIMITS,
+    MBART50_CODES,
+    PUBLISHED,
+    TokenizerConfig,
+    load_or_train_tokenizer,
+    load_tokenizer,
+)
+
+SENTENCES = (
+    "Two young, White males are outside near many bushes.",
+    "Zwei junge weiße Männer sind im Freien in der Nähe vieler Büsche.",
+    "Deux jeunes hommes blancs sont dehors près de buissons.",
+    "Dva mladí bílí muži jsou venku v blízkosti mnoha keřů.",
+    "A man in a blue shirt is standing on a ladder cleaning a window.",
+    "Ein Mann in einem blauen Hemd steht auf einer Leiter und putzt ein Fenster.",
+    "Un homme en t-shirt bleu, debout sur une échelle, nettoie une fenêtre.",
+    "Muž v modré košili stojí na žebříku a čistí okno.",
+)
+LANGUAGES = ("en", "de", "fr", "cs")
+CONFIG = TokenizerConfig(vocab=420)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
+    return load_tokenizer(CONFIG, sentences=SENTENCES, languages=LANGUAGES, path=path)
+
+
+def test_ids_are_special_then_pieces_then_languages_then_mask(trained):
+    assert isinstance(trained, Tokenizer)
+    assert (trained.pad, trained.eos, trained.bos) == (1, 2, 0)
+    assert trained.vocab == 420
+    assert [trained.language_id(language) for language in LANGUAGES] == [415, 416, 417, 418]
+    assert trained.languages == LANGUAGES
+    ids = np.concatenate([row[1:-1] for row in trained.encode(SENTENCES, "en")])
+    assert ids.min() >= len(SPECIAL) and ids.max() < 415 and ids.max() > 300
+
+
+@pytest.mark.parametrize(("language", "first"), [("de", 416), (None, BOS)])
+def test_a_sentence_is_framed(trained, language, first):
+    for row in trained.encode(SENTENCES, language):
+        assert row.dtype == np.int32
+        assert row[0] == first and row[-1] == EOS and len(row) > 3
+        assert EOS not in row[:-1] and PAD not in row
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *SENTENCES,
+        "",
+        "Q: never seen? «ÇéØ» 12,345.67 €",
+        "  two  spaces\tand a tab ",
+        "漢字とかな, العربية, русский, 한국어 👩🏽‍🚀",
+        "<s> text that looks </s> like <pad> tokens <mask>",
+    ],
+)
+def test_every_text_comes_back(trained, text):
+    (row,) = trained.encode([text], "fr")
+    assert trained.decode(row) == text
+    assert row[0] == 417 and row[-1] == EOS and not set(row[1:-1]) & {0, 1, 2, 3}
+
+
+def test_no_text_is_a_frame_alone(trained):
+    np.testing.assert_array_equal(trained.encode([""], "en")[0], [415, EOS])
+    assert trained.encode([], "en") == []
+
+
+def test_decoding_drops_what_has_no_text(trained):
+    (row,) = trained.encode(["a man"], "de")
+    pieces = row[1:-1].tolist()
+    generated = [EOS, 416, *pieces, EOS, PAD, PAD]
+    assert trained.decode(generated) == trained.decode(np.array(generated)) == "a man"
+    assert trained.decode([BOS, *pieces, 419, 3]) == "a man"  # mask and unknown
+    assert trained.decode([EOS, 416, *pieces, EOS, *pieces]) == "a man"
+    assert trained.decode([EOS, EOS, PAD]) == trained.decode([]) == ""
+
+
+def test_long_sentences_are_cut_before_their_end(tmp_path):
+    path = tmp_path / "t.json"
+    full = load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
+    short = load_or_train_tokenizer(
+        dataclasses.replace(CONFIG, max_length=6), SENTENCES, LANGUAGES, path
+    )
+    for long_row, row in zip(
+        full.encode(SENTENCES, "en"), short.encode(SENTENCES, "en"), strict=True
+    ):
+        np.testing.assert_array_equal(row, [*long_row[:5], EOS])
+
+
+def test_training_is_the_same_every_time(tmp_path):
+    sentences = emoji_set.load_emoji("test", ("en", "de")).texts
+    sentences = [*sentences["en"], *sentences["de"]]
+    files = [tmp_path / "a" / "t.json", tmp_path / "b" / "t.json"]
+    for path in files:
+        load_or_train_tokenizer(TokenizerConfig(vocab=900), sentences, ("en", "de"), path)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["t.json"]
+
+
+def test_emoji_names_come_back_in_every_language(tmp_path):
+    languages = emoji_set.LANGUAGES
+    train, test = (emoji_set.load_emoji(s, languages).texts for s in ("train", "test"))
+    tokenizer = load_or_train_tokenizer(
+        TokenizerConfig(vocab=2000),
+        [name for language in languages for name in train[language]],
+        languages,
+        tmp_path / "t.json",
+    )
+    assert tokenizer.vocab == 2000
+    for language in languages:
+        rows = tokenizer.encode(test[language], language)
+        assert tuple(map(tokenizer.decode, rows)) == test[language]
+        assert max(map(len, rows)) < 64
+
+
+def test_a_trained_tokenizer_is_read_from_its_file(tmp_path, trained):
+    path = tmp_path / "t.json"
+    load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
+    before = path.stat().st_mtime_ns
+    again = load_tokenizer(CONFIG, languages=LANGUAGES, path=path)
+    assert path.stat().st_mtime_ns == before
+    for row, expected in zip(
+        again.encode(SENTENCES, "cs"), trained.encode(SENTENCES, "cs"), strict=True
+    ):
+        np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentences", "languages", "message"),
+    [
+        (CONFIG, SENTENCES[1:], LANGUAGES, r"t\.json was made from other input: sentences \d+ not"),
+        (CONFIG, None, ("en", "de"), r"languages \['en', 'de', 'fr', 'cs'\] not \['en', 'de'\]"),
+        (TokenizerConfig(vocab=400), None, LANGUAGES, r"vocab 420 not 400; remove it"),
+    ],
+)
+def test_a_file_of_other_input_is_refused(tmp_path, config, sentences, languages, message):
+    path = tmp_path / "t.json"
+    load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
+    with pytest.raises(ValueError, match=message):
+        load_or_train_tokenizer(config, sentences, languages, path)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    path = tmp_path / "t.json"
+    with pytest.raises(FileNotFoundError, match=r"t\.json is missing and there is nothing"):
+        load_or_train_tokenizer(CONFIG, None, LANGUAGES, path)
+    for content in ("{", "[]", json.dumps({"made_from": {}, "bpe": "{}"})):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"t\.json is no tokenizer of this project .*remove"):
+            load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
+
+
+def test_an_unknown_language_names_the_known(trained):
+    with pytest.raises(ValueError, match=r"no language 'eng' \(did you mean 'en'\?\); it has en, "):
+        trained.language_id("eng")
+    with pytest.raises(ValueError, match="no language 'es'"):
+        trained.encode(["x"], "es")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "mbart"}, r"config\.tokenizer\.kind='mbart'.*did you mean 'mbart50'"),
+        ({"kind": "xlmr"}, r"config\.tokenizer\.path='' must be its folder"),
+        ({"path": "/x"}, r"config\.tokenizer\.path='/x' must be empty"),
+        ({"vocab": 261}, r"config\.tokenizer\.vocab=261 must be above 261"),
+        ({"max_length": 2}, r"config\.tokenizer\.max_length=2 must be from 3"),
+        ({"kind": "clip", "path": "x", "max_length": 78}, r"max_length=78 .* to 77"),
+    ],
+)
+def test_a_wrong_config_is_refused_by_key(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TokenizerConfig(**fields)
+
+
+def test_a_vocabulary_must_hold_the_languages(tmp_path):
+    with pytest.raises(ValueError, match=r"vocab=263 is too small for 256 bytes, 4 .* 4 languages"):
+        load_or_train_tokenizer(TokenizerConfig(vocab=263), SENTENCES, LANGUAGES, tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_missing_folder_says_what_to_fetch(tmp_path, kind):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json nor .*huggingface_hub") as error:
+        load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
+    assert PUBLISHED[kind].repository in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A SentencePiece model as mBART-50 and XLM-R have it, and its folder."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="it trains the model to read")
+    folder = tmp_path_factory.mktemp("published")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 3),
+        model_prefix=str(folder / "sentencepiece.bpe"),
+        vocab_size=120,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.bpe.model"))
+    return folder, model
+
+
+def test_mbart50_ids_are_sentencepieces_and_one(pieces):
+    pytest.importorskip("transformers", reason="it reads the published files")
+    folder, model = pieces
+    tokenizer = load_tokenizer(TokenizerConfig("mbart50", str(folder)))
+    # 4 special tokens for 3 of SentencePiece, 52 languages, a mask.
+    assert tokenizer.vocab == 120 + 1 + 52 + 1
+    assert (tokenizer.bos, tokenizer.pad, tokenizer.eos) == (0, 1, 2)
+    assert tokenizer.languages == tuple(MBART50_CODES) and len(MBART50_CODES) == 26
+    found = [tokenizer.language_id(language) for language in MBART50_CODES]
+    assert found == list(range(121, 121 + 26))  # 250001 and on with the real 250000 pieces
+    unknown = "漢"
+    for text in (*SENTENCES, f"men {unknown}"):
+        expected = [i + 1 if i else 3 for i in model.encode(text)]
+        for language, code in (("en", 124), ("af", 146), (None, 0)):
+            (row,) = tokenizer.encode([text], language)
+            np.testing.assert_array_equal(row, [code, *expected, 2])
+        assert tokenizer.decode([2, code, *expected, 2, 1]) == text.replace(unknown, "")
+    assert tokenizer.encode([], "en") == []
+    with pytest.raises(ValueError, match="no language 'pt'"):
+        tokenizer.language_id("pt")
+
+
+def test_xlmr_frames_as_m_clip_does(pieces):
+    pytest.importorskip("transformers", reason="it reads the published files")
+    folder, model = pieces
+    tokenizer = load_tokenizer(TokenizerConfig("xlmr", str(folder), max_length=8))
+    (row,) = tokenizer.encode(SENTENCES[:1], None)
+    np.testing.assert_array_equal(row, [0, *(i + 1 for i in model.encode(SENTENCES[0])[:6]), 2])
+    with pytest.raises(ValueError, match="no language 'en'; it has none; encode for language None"):
+        tokenizer.encode(SENTENCES, "en")
+
+
+def test_clip_frames_with_its_own_tokens(tmp_path):
+    pytest.importorskip("transformers", reason="it reads the published files")
+    merges = ["a n</w>", "r u"]
+    letters = sorted("abcdefghijklmnopqrstuvwxyz")
+    vocab = ["!", '"', *letters, *(f"{c}</w>" for c in letters)]
+    vocab += [merge.replace(" ", "") for merge in merges]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    tokenizer = load_tokenizer(TokenizerConfig("clip", str(tmp_path)))
+    (row,) = tokenizer.encode(["A man  Run"], None)
+    names = [vocab[i] for i in row]
+    assert names == ["<|startoftext|>", "a</w>", "m", "an</w>", "ru", "n</w>", "<|endoftext|>"]
+    assert tokenizer.pad == 1 and tokenizer.eos == len(vocab) - 1 == tokenizer.vocab - 1
+    assert tokenizer.decode([*row, 1, 1]).strip() == "a man run"
+    (long_row,) = tokenizer.encode(["a " * 100], None)
+    assert len(long_row) == LIMITS["clip"] == 77 and long_row[-1] == tokenizer.eos
+
+
+def test_a_folder_of_another_tokenizer_is_refused(pieces, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it reads the published files")
+    folder, _ = pieces
+    transformers.XLMRobertaTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    assert load_tokenizer(TokenizerConfig("xlmr", str(tmp_path))).vocab == 122
+    message = r"config\.tokenizer\.path=.* as 'facebook/mbart-large-50' has: .*<mask>.*anew"
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(TokenizerConfig("mbart50", str(tmp_path)))
