@@ -1,12 +1,17 @@
-# Two commands matter: `make demo` shows the method on real images, `make test` checks everything.
+# Two commands matter: `make demo` shows both methods on real data, `make test` checks everything.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test lint install clean
 
-demo: $(VENV)/.installed
-	$(BIN)/python tools/demo.py --workdir runs/demo
+demo: demo-m2mkd demo-cliptrans
+
+demo-m2mkd: $(VENV)/.installed
+	$(BIN)/python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
+
+demo-cliptrans: $(VENV)/.installed
+	$(BIN)/python tools/demo_cliptrans.py --workdir runs/demo/cliptrans
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ setup(
         "jaxtyping>=0.3.11",
         "matplotlib>=3.9",
         "ml_collections>=1.1.0",
+        "ml_dtypes>=0.5",
         "networkx>=3.4",
         "nltk>=3.9.1",
         "numpy>=2.0",

@@ -1,18 +1,19 @@
-"""Beam search with the cache of `cliptrans_jax.decode` against `transformers` on the same CPU.
+"""The beam search of `cliptrans_jax.decode` against that of `transformers` on the same CPU.
 
-Both translate the same sentences with the same random weights, settings and batches, sorted by
-length, in turns; torch pads a batch to its longest sentence, ours to a multiple of 16 tokens. What
-they write is compared token by token, with the score of every translation that differs. The ratio
-of sentences a second is printed last but one, below how fast a step could be if its matrix products
-ran at the speed of the machine's largest, and the last line is JSON.
+Both translate the same sentences with the same weights (mBART, random), the same settings and the
+same batches, sorted by length, in turns, on the same number of threads. torch pads a batch to its
+longest sentence, ours to a multiple of 16 tokens. First all translations are compared token by
+token; each that differs is printed with both scores and with what parted our two best, which where
+rounding decides is next to nothing. Compiling is timed apart. Then come sentences a second, what
+the matrix products would take at the speed of one large product, measured in the same turns, and
+the ratio; the last line is JSON.
 
     pip install torch "transformers>=5.23"
     python benchmarks/decode.py
 """
 
 import argparse
-import dataclasses
-import functools
+import itertools
 import json
 import math
 import os
@@ -24,22 +25,25 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from jax import numpy as jnp
 
 from cliptrans_jax import names
 from cliptrans_jax.convert import ALIASES, mbart_table
-from cliptrans_jax.decode import DecodeConfig, Search
+from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.mbart import OFFSET, MBartConfig
 
 LANGUAGE = 9  # stands for every language code
 FIRST_WORD = 10
-# Gains of weight matrices over 1 / sqrt(fan in), and what the end is favoured by: chosen so that
-# distributions are as peaked as a trained model's and sentences end after 5 to 60 tokens.
-GAIN, EMBEDDING, END = 1.0, 0.15, 4.0
+# What makes random weights behave as trained ones: distributions peaked enough for a search to be
+# sure, sentences without loops, of 10 to 40 tokens.
+GAIN = 0.5  # of weight matrices, over 1 / sqrt(fan in)
+EMBEDDING = 0.15  # of a token's embedding
+POSITION = 0.5  # of a position's embedding over a token's
+END, MIDDLE = 0.2, 30  # how much the end is favoured, and from which position on
 
 Batch = np.ndarray  # [B, S] tokens, pads at the end
+Translate = Callable[[Batch], Any]
 
 
 def parse_sizes() -> argparse.Namespace:
@@ -50,17 +54,18 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=60, help="longest translation")
-    parser.add_argument("--vocab", type=int, default=10_010)
+    parser.add_argument("--vocab", type=int, default=10_010, help="ten of them special")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6, help="of the encoder and of the decoder")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--growth", type=int, default=DecodeConfig.growth)
+    parser.add_argument("--threads", type=int, default=2, help="of both")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each over all sentences")
     return parser.parse_args()
 
 
 def make_model(sizes: argparse.Namespace) -> tuple[Translator, Params]:
-    """mBART with random weights and gains, so that what follows a token is another one."""
+    """mBART without a prefix, and weights for it."""
     config = MBartConfig(
         vocab=sizes.vocab,
         width=sizes.width,
@@ -77,27 +82,266 @@ def make_model(sizes: argparse.Namespace) -> tuple[Translator, Params]:
     flat = {}
     for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
         noise = rng.normal(size=leaf.shape).astype("float32")
-        if path.endswith("embedding"):
+        if path.endswith("positions/embedding"):
+            flat[path] = POSITION * EMBEDDING * math.sqrt(config.width) * noise
+        elif path.endswith("embedding"):
             flat[path] = EMBEDDING * noise
         elif path.endswith("kernel"):
-            fan_in = leaf.size // sizes.width if "/out/" in path else leaf.shape[0]
+            fan_in = math.prod(leaf.shape[:-1]) if "/out/" in path else leaf.shape[0]
             flat[path] = GAIN / math.sqrt(fan_in) * noise
-        elif path.endswith("scale"):
-            flat[path] = noise
-        else:
-            flat[path] = 0 * noise
-    flat["mbart/logits_bias"][config.eos] = END
+        else:  # gains of norms, of either sign: a token does not predict itself
+            flat[path] = noise if path.endswith("scale") else np.zeros_like(noise)
+    favour_end(flat, config, rng)
     return translator, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def make_batches(sizes: argparse.Namespace, pad: int, end: int) -> list[Batch]:
-    """Sentences of 8 to 40 tokens, most of about 16, as Multi30k's are; sorted, in batches."""
+def favour_end(flat: dict[str, np.ndarray], config: MBartConfig, rng: np.random.Generator) -> None:
+    """Makes the end likelier from position to position: one direction of the decoder's states grows
+    with the position, and the end's embedding listens to it."""
+    direction = rng.normal(size=config.width).astype("float32")
+    slope = (np.arange(config.positions + OFFSET, dtype="float32") - MIDDLE) / MIDDLE
+    flat["mbart/decoder/positions/embedding"] += np.outer(slope, direction)
+    gains = flat["mbart/decoder/embedding_norm/scale"] * flat["mbart/decoder/norm/scale"]
+    flat["mbart/embedding"][config.eos] += END * direction * gains
+
+
+def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
+    """Sentences of 8 to 40 tokens, 17 on average, about as long as Multi30k's; sorted."""
     rng = np.random.default_rng(1)
     lengths = np.sort(np.clip(rng.gamma(6.0, 2.8, sizes.sentences).round(), 8, 40).astype(int))
     batches = []
     for part in np.split(lengths, range(sizes.batch, sizes.sentences, sizes.batch)):
-        batch = np.full((len(part), part.max()), pad, np.int32)
+        batch = np.full((len(part), part.max()), config.pad, np.int32)
         for row, length in zip(batch, part, strict=True):
-            row[:length] = [LANGUAGE, *rng.integers(FIRST_WORD, sizes.vocab, length - 2), end]
+            words = rng.integers(FIRST_WORD, sizes.vocab, length - 2)
+            row[:length] = [LANGUAGE, *words, config.eos]
         batches.append(batch)
     return batches
+
+
+def compile_ours(
+    translator: Translator, params: Params, config: DecodeConfig, batches: Sequence[Batch]
+) -> tuple[Translate, dict[tuple[int, ...], float]]:
+    """A function from a batch to its hypotheses, and the seconds that compiling took for each
+    padded shape."""
+    run = jax.jit(Search(translator, config).run)
+    params, programs, seconds = jax.device_put(params), {}, {}
+
+    def arguments(batch: Batch) -> tuple:
+        room = ((0, 0), (0, -batch.shape[1] % config.bucket))
+        source = np.pad(batch, room, constant_values=translator.config.mbart.pad)
+        return params, None, source, np.full(len(batch), LANGUAGE, np.int32)
+
+    for batch in batches:
+        call = arguments(batch)
+        if call[2].shape not in programs:
+            start = time.perf_counter()
+            programs[call[2].shape] = run.lower(*call).compile()
+            seconds[call[2].shape] = time.perf_counter() - start
+
+    def translate(batch: Batch) -> Hypotheses:
+        call = arguments(batch)
+        return jax.device_get(programs[call[2].shape](*call))
+
+    return translate, seconds
+
+
+def make_theirs(
+    translator: Translator, params: Params, config: DecodeConfig, threads: int
+) -> tuple[Translate, Translate]:
+    """Two functions from a batch to what `generate` returns: ids, and ids with scores.
+
+    Raises:
+      SystemExit: without torch or transformers.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install torch 'transformers>=5.23'") from error
+    torch.set_num_threads(threads)
+    ours = translator.config.mbart
+    theirs = transformers.MBartConfig(
+        vocab_size=ours.vocab,
+        d_model=ours.width,
+        encoder_layers=ours.encoder_layers,
+        decoder_layers=ours.decoder_layers,
+        encoder_attention_heads=ours.encoder_heads,
+        decoder_attention_heads=ours.decoder_heads,
+        encoder_ffn_dim=ours.encoder_hidden,
+        decoder_ffn_dim=ours.decoder_hidden,
+        max_position_embeddings=ours.positions,
+        scale_embedding=ours.scale_embedding,
+    )
+    network = transformers.MBartForConditionalGeneration(theirs).eval()
+    tensors = names.write(mbart_table(ours), params["mbart"])
+    tensors |= {alias: tensors[name] for alias, name in ALIASES.items()}
+    network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+
+    def generate(batch: Batch, scores: bool) -> Any:
+        source = torch.tensor(batch, dtype=torch.int64)
+        with torch.inference_mode():
+            return network.generate(
+                input_ids=source,
+                attention_mask=(source != ours.pad).long(),
+                num_beams=config.beams,
+                do_sample=False,
+                max_new_tokens=config.max_new_tokens,
+                length_penalty=config.length_penalty,
+                early_stopping=config.early_stopping,
+                decoder_start_token_id=ours.start,
+                forced_bos_token_id=LANGUAGE,
+                forced_eos_token_id=ours.eos,
+                return_dict_in_generate=scores,
+                output_scores=scores,
+            )
+
+    return (lambda batch: generate(batch, False)), (lambda batch: generate(batch, True))
+
+
+def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
+    """A line for every translation of a batch that differs."""
+    lines = []
+    for row, wanted in enumerate(theirs.sequences.tolist()):
+        length, scores = mine.lengths[row, 0], mine.scores[row]
+        got = [*mine.tokens[row, 0, :length].tolist(), end]
+        wanted = wanted[: wanted.index(end, 1) + 1]
+        if got != wanted:
+            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, wanted))  # noqa: B905
+            score = theirs.sequences_scores[row]
+            lines.append(
+                f"differs from token {sum(1 for _ in pairs)} of {len(got)} on: score "
+                f"{scores[0]:.6f}, torch's {score:.6f}; our two best are "
+                f"{scores[0] - scores[1]:.1e} apart"
+            )
+    return lines
+
+
+def products(
+    sizes: argparse.Namespace, config: DecodeConfig, batch: int, source: int, steps: int
+) -> dict[str, int]:
+    """Operations of the matrix products of ours for a batch, a multiply-add as two.
+
+    Args:
+      source: padded length of the source.
+      steps: of the search.
+    """
+    rows, linear = batch * config.beams, 2 * sizes.layers * sizes.width**2
+    parts = np.asarray(config.parts)
+    room = parts[np.searchsorted(parts, np.arange(1, steps + 1))]
+    slots = int(np.sum(2 + config.beams * room + source))
+    return {
+        "encoder": batch * source * linear * (12 + 2)  # 2: keys and values of cross-attention
+        + 4 * batch * source**2 * sizes.width * sizes.layers,
+        "decoder": (rows * steps + 2 * batch) * linear * 14,
+        "attention": 4 * rows * slots * sizes.width * sizes.layers,
+        "vocabulary": 2 * (rows * steps + batch) * sizes.width * sizes.vocab,
+    }
+
+
+def make_product(sizes: argparse.Namespace) -> tuple[Callable[[], Any], int]:
+    """A product of a step's rows and an MLP's matrix, and its operations."""
+    rows, width = sizes.batch * sizes.beams, sizes.width
+    x, kernel = np.ones((rows, width), "float32"), np.ones((width, 4 * width), "float32")
+    arguments = jax.device_put((x, kernel))
+    compiled = jax.jit(lambda x, kernel: x @ kernel).lower(*arguments).compile()
+    return lambda: compiled(*arguments), 8 * rows * width**2
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def take_turns(
+    cases: dict[str, Translate], product: Callable[[], Any], batches: list[Batch], repeats: int
+) -> tuple[dict[str, list[float]], float]:
+    """Seconds for all batches in every repeat, batch by batch in turns, and the median seconds of
+    the product."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    single = []
+    for _ in range(repeats):
+        spent = dict.fromkeys(cases, 0.0)
+        for batch in batches:
+            for name, translate in cases.items():
+                spent[name] += seconds_of(translate, batch)
+            single += [seconds_of(product) for _ in range(20)]
+        for name, seconds in spent.items():
+            times[name].append(seconds)
+    return times, statistics.median(single)
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    # XLA starts as many threads as there are cores that the process may use.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: sizes.threads])
+    jax.config.update("jax_platforms", "cpu")
+    translator, params = make_model(sizes)
+    mbart = translator.config.mbart
+    config = DecodeConfig(
+        beams=sizes.beams,
+        max_new_tokens=sizes.new_tokens,
+        batch=sizes.batch,
+        growth=sizes.growth,
+    )
+    batches = make_batches(sizes, mbart)
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.threads} threads")
+    theirs, theirs_scored = make_theirs(translator, params, config, sizes.threads)
+    ours, compiling = compile_ours(translator, params, config, batches)
+    shapes = ", ".join(f"{seconds:.0f} s for {shape}" for shape, seconds in compiling.items())
+    print(f"ours compiled in {sum(compiling.values()):.0f} s: {shapes}\n")
+
+    lines, written, flops = [], [], dict.fromkeys(products(sizes, config, 1, 1, 1), 0)
+    for number, batch in enumerate(batches):
+        mine = ours(batch)
+        found = differences(mine, theirs_scored(batch), mbart.eos)
+        lines += [f"  batch {number}, {line}" for line in found]
+        written += mine.lengths[:, 0].tolist()
+        steps = int(mine.lengths.max()) - FIRST + 1
+        source = batch.shape[1] + -batch.shape[1] % config.bucket
+        counted = products(sizes, config, len(batch), source, steps)
+        flops = {name: flops[name] + counted[name] for name in flops}
+        print(f"batch {number}: sources of {batch.shape[1]} tokens, {steps} steps")
+    equal = len(written) - len(lines)
+    print("\n".join([f"equal: {equal} of {len(written)} translations", *lines]))
+    print(
+        f"of {min(written)} to {max(written)} tokens, {statistics.mean(written):.0f} on average\n"
+    )
+
+    product, single_flops = make_product(sizes)
+    cases = {"ours": ours, "torch": theirs}
+    times, single = take_turns(cases, product, batches, sizes.repeats)
+    rates = {name: [sizes.sentences / s for s in measured] for name, measured in times.items()}
+    for name, rate in rates.items():
+        middle = statistics.median(rate)
+        print(f"{name:6s}{middle:7.2f} sentences/s  ({min(rate):.2f} to {max(rate):.2f})")
+    total = sum(flops.values())
+    speed = single_flops / single
+    share = total / speed / statistics.median(times["ours"])
+    print("  ".join(f"{name} {count / 1e9:.0f}" for name, count in flops.items()), "GFLOP")
+    print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
+    print("  of our time")
+    ratios = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
+    ratio = statistics.median(ratios)
+    print(f"ours / torch: {ratio:.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    report = {
+        "sentences": sizes.sentences,
+        "batch": sizes.batch,
+        "beams": sizes.beams,
+        "equal": equal,
+        "ratio": ratio,
+        "ratios": ratios,
+        "sentences_per_second": rates["ours"],
+        "torch_sentences_per_second": rates["torch"],
+        "compile_seconds": sum(compiling.values()),
+        "gflop": total / 1e9,
+        "product_gflop_per_second": speed / 1e9,
+        "share_of_products": share,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,9 @@ from common_jax.optim import OptimConfig
 RUNS = ("clip", *STAGES, "pipeline", "evaluate")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
+# Metrics of the validation set whose highest value is the best.
+LABEL_METRICS = ("token_accuracy",)
+METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,8 @@ class SourcesConfig:
       mbart: folder of a published mBART, where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
+      fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
+        then downloaded; nothing is otherwise.
       fresh: regex of parameter paths that start anew even though `model` may have them.
       leave: regex of parameter paths of `model` that may find no place.
     """
@@ -62,6 +67,7 @@ class SourcesConfig:
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
+    fetch: bool = False
     fresh: str = ""
     leave: str = ""
 
@@ -184,7 +190,9 @@ class Config:
             )
         if self.stage == "evaluate" and not self.sources.model:
             raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
+        self._check_languages()
         self._check_lengths()
+        self._check_best()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -216,7 +224,8 @@ class Config:
         # micro-batches are averaged ones with eps / k.
         optim = dataclasses.replace(self.optim, eps=self.optim.eps / self.optim.accumulate)
         prefix = PrefixConfig(layout="original", mask="original")
-        side = "image" if self.noise.test and self.stage == "translate" else self.test_side
+        looks = self.noise.test and self.stage == "translate" and not self.unfreeze_clip
+        side = "image" if looks else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
 
@@ -229,9 +238,28 @@ class Config:
                 f"{longest} tokens and config.model.mapper.prefix={prefix}; set "
                 "config.tokenizer.max_length or config.decode.max_new_tokens"
             )
-        if set(self.data.pair) - set(self.known_languages):
+
+    def _check_languages(self) -> None:
+        pair = self.data.pair
+        if set(pair) - set(self.known_languages):
+            raise ValueError(f"config.languages={self.languages} must hold the pair {pair}")
+        if self.caption_language not in ("", *pair):
             raise ValueError(
-                f"config.languages={self.languages} must hold the pair {self.data.pair}"
+                f"config.caption_language={self.caption_language!r} must be of the pair {pair}, or "
+                "empty"
+            )
+        if self.all_languages and self.stage in STAGES and not STAGES[self.stage].captioning:
+            raise ValueError(
+                f"config.all_languages=True is for captioning stages, not {self.stage!r}: a "
+                "translation has one target"
+            )
+
+    def _check_best(self) -> None:
+        known = [f"val/{name}" for name in (*LABEL_METRICS, *METRICS * self.valid_decode)]
+        if self.stage in (*STAGES, "pipeline") and self.run.best not in (None, *known):
+            raise ValueError(
+                f"config.run.best={self.run.best!r} must be one of {known} with "
+                f"config.valid_decode={self.valid_decode}, or None to take the newest checkpoint"
             )
 
 

@@ -44,7 +44,7 @@ class DecodeConfig:
       early_stopping: ends an example's search as soon as `beams` hypotheses have ended; otherwise
         it goes on while an open one could still be better than the worst of these.
       batch: sentences decoded at a time, over all devices.
-      bucket: sources are padded to multiples of this many tokens.
+      bucket: sources are padded to this many tokens, or twice, four times as many and so on.
       growth: parts in which the cache of decoded tokens grows to its full length. More of them
         attend less to empty slots, and take longer to compile.
     """
@@ -343,8 +343,8 @@ class Search:
 
     def _grow(self, cache: Cache, steps: int) -> Cache:
         """The cache with room for so many steps."""
-        slots = self._slots(steps)
-        return tuple((attention.grow(own, slots), heard) for own, heard in cache)
+        longer = functools.partial(attention.grow, slots=self._slots(steps))
+        return tuple((jax.tree.map(longer, own), heard) for own, heard in cache)
 
     def _mbart(self, params: Params, *arguments, method):
         return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)

@@ -47,6 +47,12 @@ class TextTower:
     tokenizer: Tokenizer
     dtype: DTypeLike
 
+    @property
+    def longest(self) -> int:
+        """Tokens that it has positions for."""
+        config = self.config
+        return config.longest if isinstance(config, MClipConfig) else config.positions
+
     def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
         """Features (B, M) of framed ids (B, S) with pads."""
         visible = ids != self.tokenizer.pad
@@ -65,7 +71,7 @@ class TextTower:
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             return self.apply(params, batch["ids"])
 
-        batches = _text_batches(ids, self.tokenizer.pad, mesh)
+        batches = _text_batches(ids, self.tokenizer.pad, self.longest, mesh)
         return encode_all(apply, self.params, batches, mesh=mesh, size=len(ids), title=title)
 
 
@@ -94,19 +100,21 @@ TEXT_RULES = {MClipConfig: xlmr.PARTITION_RULES, ClipTextConfig: clip.PARTITION_
 IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PARTITION_RULES}
 
 
-def load_published_text(folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike) -> TextTower:
+def load_published_text(
+    folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike, fetch: bool = False
+) -> TextTower:
     """M-CLIP's or CLIP's text tower from a folder."""
-    found = pretrained.load(folder, kind=None)
+    found = pretrained.load(folder, fetch=fetch)
     kind = found.kind if found.kind == "mclip" else "clip_text"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind)
+    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
     return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
 
 
-def load_published_image(folder: str, *, dtype: DTypeLike) -> ImageTower:
+def load_published_image(folder: str, *, dtype: DTypeLike, fetch: bool = False) -> ImageTower:
     """CLIP's image tower from a folder, or RN50x64's from its file."""
-    found = pretrained.load(folder, kind=None)
+    found = pretrained.load(folder, fetch=fetch)
     kind = found.kind if found.kind == "clip_res" else "clip_vision"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind)
+    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
     return ImageTower(found.config, found.params, dtype)
 
 
@@ -176,15 +184,16 @@ class _Pictures:
 
 
 def _text_batches(
-    ids: Sequence[np.ndarray], pad_id: int, mesh: Mesh
+    ids: Sequence[np.ndarray], pad_id: int, room: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of batches in order, padded to the longest sentence of the batch."""
+    """This host's rows of batches in order, padded to the longest sentence of the batch, but not
+    beyond `room`."""
     batch = _whole(TEXT_BATCH, mesh)
     count = batch // jax.process_count()
     first_row = jax.process_index() * count
     for first in range(0, len(ids), batch):
         chosen = list(ids[first : first + batch])
-        length = -(-max(map(len, chosen)) // BUCKET) * BUCKET
+        length = min(-(-max(map(len, chosen)) // BUCKET) * BUCKET, room)
         real = np.arange(batch) < len(chosen)
         chosen += [chosen[-1]] * (batch - len(chosen))
         rows = slice(first_row, first_row + count)

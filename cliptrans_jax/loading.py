@@ -21,7 +21,7 @@ from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import Translate, make_translate
 from cliptrans_jax.runs.material import TOKENIZER, Material
 from cliptrans_jax.runs.translation import Model, best_step
-from cliptrans_jax.stages import Side
+from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
@@ -76,7 +76,15 @@ class LoadedModel:
             languages=((source, target),) * len(sentences),
             drops=False,
         )
-        inputs = Inputs(examples, *self._features(sentences, pictures), self.tokenizer.pad)
+        features, tokens = self._features(sentences, pictures)
+        inputs = Inputs(
+            examples,
+            features,
+            tokens,
+            self.tokenizer.pad,
+            self.config.sentence_limit,
+            None if tokens is None else self.material.text_tower.longest,
+        )
         batches = evaluation_batches(
             inputs,
             batch=self.config.decode.batch,
@@ -113,14 +121,19 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
+      ValueError: when it is of stage "clip", which trains no translation model.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
     config = freeze(Config, checkpoint.load_config(source)).consistent()
-    folder = epath.Path(source)
     step = checkpoint.find_step(source)
-    if step != checkpoint.absolute(source):
-        step = best_step(folder, config.run.best)
     workdir = step.parent.parent
+    if config.stage not in STAGES:
+        raise ValueError(
+            f"{workdir} is a run of stage {config.stage!r}, which trains no translation model; "
+            f"give a run of one of {list(STAGES)}"
+        )
+    if step != checkpoint.absolute(source):
+        step = best_step(workdir, config.run.best)
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     tokenizer = load_tokenizer(
         cut, sentences=None, languages=config.known_languages, path=workdir / TOKENIZER

@@ -1,6 +1,6 @@
 """Published weights as our parameters, and ours as files that others read.
 
-Folders of Hugging Face, OpenAI's RN50x64 and CLIPTrans' own checkpoints; see `kinds.KINDS`.
+Folders of Hugging Face, OpenAI's RN50x64 and CLIPTrans' own checkpoints; see `tensors.kinds.KINDS`.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from cliptrans_jax import kinds, names
-from cliptrans_jax.kinds import KINDS, Layout
+from cliptrans_jax import names
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.names import Account
-from cliptrans_jax.tensors import read_tensors, write_tensors
+from cliptrans_jax.tensors import kinds, read_tensors, write_tensors
 from cliptrans_jax.tensors.files import NARROW, SUFFIXES, same_content
+from cliptrans_jax.tensors.kinds import KINDS, Layout
 from common_jax.config import did_you_mean
 
 FLOATS = ("float32", "float64", *NARROW)
@@ -50,7 +50,7 @@ class Pretrained:
     """Published weights as ours.
 
     Attributes:
-      kind: a key of `kinds.KINDS`.
+      kind: a key of `tensors.kinds.KINDS`.
       config: the network's sizes.
       params: numpy arrays of float32 in our tree; of "cliptrans" {"mbart": ..., "mapper": ...}.
       account: what became of every tensor.
@@ -76,9 +76,9 @@ def load(
     Args:
       source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
         `cliptrans_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
-      kind: a key of `kinds.KINDS`; None to be told by config.json or by the tensors' names, where
-        a CLIP of two towers is its image tower. The towers are also found below "clip." in a
-        CLIPTrans checkpoint that trained them.
+      kind: a key of `tensors.kinds.KINDS`; None to be told by config.json or by the tensors'
+        names, where a CLIP of two towers is its image tower. The towers are also found below
+        "clip." in a CLIPTrans checkpoint that trained them.
       config: sizes, in place of those of config.json or, without one, of the tensors' shapes, which
         do not tell heads, ids and epsilons: these are then the published models'.
       fetch: whether `source` may be downloaded.
@@ -120,11 +120,8 @@ def load(
         aliases=layout.aliases,
         dropped=dropped,
     )
-    if odd := [
-        f"{name} is {tensors[name].dtype}"
-        for name, _, _ in account.taken
-        if name in tensors and tensors[name].dtype.name not in FLOATS
-    ]:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
         raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -187,6 +184,7 @@ def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: M
 
     Raises:
       FileExistsError: when the file is there and holds something else.
+      FileNotFoundError: when its folder is missing.
       ValueError: when the parameters are not of `config`, or for another suffix.
     """
     write_tensors(path, _tensors(kinds.CLIPTRANS, params, config))

@@ -1,105 +1,206 @@
 """What the documentation names is there: commands, flags, links, functions, tests and figures."""
 
 import ast
+import dataclasses
 import functools
 import pathlib
+import pkgutil
 import re
 import shlex
 import subprocess
+import types
 
 import pytest
 
+from cliptrans_jax import config as cliptrans_config
+from cliptrans_jax import main as cliptrans
 from common_jax import app
 from common_jax.config import freeze
-from m2mkd_jax import main as command
-from m2mkd_jax.config import Config
+from m2mkd_jax import config as m2mkd_config
+from m2mkd_jax import main as m2mkd
 
 ROOT = pathlib.Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+EQUATIONS, ARCHITECTURE = ROOT / "docs" / "equations.md", ROOT / "docs" / "architecture.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
-EQUATIONS = ROOT / "docs" / "equations.md"
-MODULE = "m2mkd_jax.main"
 
 # Paths of one machine have no place in a repository. Spelt so that this file does not find itself.
 FOREIGN = ("/" + "work/", "../" + "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One of the two systems.
+
+    Attributes:
+      command: its module with DESCRIPTION.
+      config: the dataclass of its config.
+      words: what a heading says that is about it alone.
+      samples: configs that flags are tried on; one must take them.
+    """
+
+    command: types.ModuleType
+    config: type
+    words: tuple[str, ...]
+    samples: tuple[str, ...]
+
+
+SYSTEMS = {
+    "m2mkd_jax": System(
+        m2mkd,
+        m2mkd_config.Config,
+        ("m2mKD", "NAC"),
+        ("configs/m2mkd/digits.py:phase=end_to_end", "configs/m2mkd/digits.py:phase=pipeline"),
+    ),
+    "cliptrans_jax": System(
+        cliptrans,
+        cliptrans_config.Config,
+        ("CLIPTrans",),
+        tuple(
+            f"configs/cliptrans/emoji.py:stage={stage}"
+            for stage in ("translate", "caption", "pipeline")
+        ),
+    ),
+}
 
 
 def name(path: pathlib.Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def quoted_commands(text: str) -> list[list[str]]:
-    """The commands of m2mkd_jax.main in a text, as lists of words; a backslash goes on."""
-    lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    found = [line.strip().strip("`") for line in lines if f"-m {MODULE}" in line]
-    return [shlex.split(line) for line in found]
+# Commands.
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(where it stands, the flags of the command)."""
-    texts = {name(page): page.read_text() for page in PAGES}
-    texts |= {name(path): ast.get_docstring(ast.parse(path.read_text())) for path in CONFIGS}
-    texts["--help"] = command.DESCRIPTION
+def texts() -> dict[str, str]:
+    """Everything that quotes commands."""
+    found = {name(page): page.read_text() for page in PAGES}
+    found |= {name(path): ast.get_docstring(ast.parse(path.read_text())) for path in CONFIGS}
+    return found | {f"{key} --help": system.command.DESCRIPTION for key, system in SYSTEMS.items()}
+
+
+def joined(text: str) -> str:
+    """The text with lines put together that a backslash continues."""
+    return re.sub(r"\\\n\s*", "", text)
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(where it stands, the package, the flags) of all commands of the two systems."""
     found = []
-    for place, text in texts.items():
-        for words in quoted_commands(text):
-            found.append((place, words[words.index(MODULE) + 1 :]))
+    for place, text in texts().items():
+        for line in joined(text).splitlines():
+            if match := re.search(r"-m (\w+)\.main\b(.*)", line.strip().strip("`")):
+                found.append((place, match[1], shlex.split(match[2])))
     return found
 
 
-def flags() -> list[tuple[str, str]]:
-    """(page, --config.FIELD=VALUE) for all that the pages mention outside commands."""
-    found = []
-    for page in PAGES:
-        lines = re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
-        text = "\n".join(line for line in lines if MODULE not in line)
-        found += [(name(page), flag) for flag in re.findall(r"--config\.[\w.]+=[^\s`]*", text)]
-    return found
-
-
-def parsed(monkeypatch, arguments: list[str]) -> Config:
+def parsed(monkeypatch, package: str, arguments: list[str]):
     """The frozen config of a command line, as the command reads it; raises what a user would see
     as text."""
-    received = []
+    system, received = SYSTEMS[package], []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(app.logging, "basicConfig", lambda **_: None)
     app.run(
-        lambda config, workdir: received.append(freeze(Config, config)),
-        command.DESCRIPTION,
-        [MODULE, *arguments, "--debug"],
+        lambda config, workdir: received.append(freeze(system.config, config)),
+        system.command.DESCRIPTION,
+        [package, *arguments, "--debug"],
     )
     return received[0]
 
 
 def test_commands_are_found():
-    places = {place for place, _ in commands()}
-    assert places >= {"README.md", "--help", *(name(path) for path in CONFIGS)}
+    found = commands()
+    assert {package for _, package, _ in found} == set(SYSTEMS)
+    places = {place for place, _, _ in found}
+    helps = {f"{key} --help" for key in SYSTEMS}
+    assert places >= {"README.md", *helps, *(name(path) for path in CONFIGS)}
 
 
 @pytest.mark.parametrize(
-    ("place", "arguments"), commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60]
+    ("place", "package", "arguments"),
+    commands(),
+    ids=lambda x: x if isinstance(x, str) else " ".join(x)[:60],
 )
-def test_quoted_commands_are_understood(monkeypatch, place, arguments):
+def test_quoted_commands_are_understood(monkeypatch, place, package, arguments):
     options = {argument.partition("=")[0] for argument in arguments}
     assert {"--config", "--workdir"} <= options, f"{place}: {arguments}"
-    parsed(monkeypatch, arguments)
+    parsed(monkeypatch, package, arguments)
 
 
-@pytest.mark.parametrize(("place", "flag"), flags(), ids=str)
-def test_mentioned_flags_are_fields(monkeypatch, place, flag):
-    phase = "pipeline" if flag.startswith("--config.recipes") else "end_to_end"
-    parsed(
-        monkeypatch,
-        [f"--config=configs/m2mkd/digits.py:phase={phase}", "--workdir=x", *shlex.split(flag)],
-    )
+@pytest.mark.parametrize("place", texts())
+def test_a_command_goes_on_with_a_backslash(place):
+    text = texts()[place]
+    blocks = re.findall(r"^```.*?^```", text, re.M | re.S) if place.endswith(".md") else [text]
+    for block in blocks:
+        for line in joined(block).splitlines():
+            assert not re.match(r"\s*--(config|workdir)\b", line), f"{place}: {line}"
+
+
+def test_make_has_what_is_mentioned():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.M):
+            assert re.search(rf"^{target}:", makefile, re.M), f"{name(page)}: make {target}"
+
+
+# Flags and fields.
+
+
+def prose(page: pathlib.Path) -> str:
+    """The page with spaces in the place of its code blocks."""
+    blank = functools.partial(re.sub, r"[^\n]", " ")
+    return re.sub(r"^```.*?^```", lambda m: blank(m[0]), page.read_text(), flags=re.M | re.S)
+
+
+def subjects(text: str, place: int) -> tuple[str, ...]:
+    """The systems that the text is about at a place: what the innermost of the headings above it
+    says that names any; else both."""
+    titles = {}
+    for match in re.finditer(r"^(#+) (.*)", text[:place], re.M):
+        level = len(match[1])
+        titles = {key: title for key, title in titles.items() if key < level} | {level: match[2]}
+    for level in sorted(titles, reverse=True):
+        words = {key: system.words for key, system in SYSTEMS.items()}
+        if found := [key for key in words if any(word in titles[level] for word in words[key])]:
+            return tuple(found)
+    return tuple(SYSTEMS)
+
+
+def spans(pattern: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(page, what stands in backquotes, the systems it may be of) outside code blocks."""
+    found = []
+    for page in PAGES:
+        text = prose(page)
+        for match in re.finditer(r"`([^`]+)`", text):
+            if re.search(pattern, match[1]):
+                found.append((name(page), match[1], subjects(text, match.start())))
+    return found
+
+
+def flags() -> list[tuple[str, str, tuple[str, ...]]]:
+    return [span for span in spans(r"--config\.[\w.]+=") if "-m " not in span[1]]
+
+
+@pytest.mark.parametrize(("place", "span", "systems"), flags(), ids=str)
+def test_mentioned_flags_are_fields(monkeypatch, place, span, systems):
+    problems = []
+    for package in systems:
+        for sample in SYSTEMS[package].samples:
+            try:
+                parsed(
+                    monkeypatch, package, [f"--config={sample}", "--workdir=x", *shlex.split(span)]
+                )
+                return
+            except Exception as error:  # the flags' library has exceptions of its own
+                problems.append(f"{sample}: {error}")
+    pytest.fail(f"{place}: {span}\n" + "\n".join(problems))
 
 
 def test_mentioned_fields_are_there():
     """`config.a.b` in backquotes, without a value."""
-    fields = {field.removeprefix("config.") for field in paths(Config(), "config")}
-    for page in PAGES:
-        for path in re.findall(r"`config\.(?!json|py)([a-z_.]+)`", page.read_text()):
-            assert path in fields, f"{name(page)}: config.{path}"
+    known = {key: set(paths(system.config(), "config")) for key, system in SYSTEMS.items()}
+    for place, span, systems in spans(r"^config\.(?!json|py)[a-z_.]+$"):
+        assert any(span in known[package] for package in systems), f"{place}: {span} of {systems}"
 
 
 def paths(value, path: str):
@@ -107,6 +208,15 @@ def paths(value, path: str):
     yield path
     for key, entry in getattr(value, "__dict__", {}).items():
         yield from paths(entry, f"{path}.{key}")
+
+
+def test_phases_and_stages_are_in_the_readme():
+    text = README.read_text()
+    for one in (*m2mkd_config.PHASES, *cliptrans_config.RUNS):
+        assert f"`{one}`" in text, one
+
+
+# Files and names.
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -119,13 +229,21 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_mentioned_files_are_there(page):
-    """Files of the repository in backquotes, from its root or from m2mkd_jax."""
-    roots = (ROOT, ROOT / "m2mkd_jax")
-    folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()} - {"runs"}
+    """Files of the repository in backquotes, from its root or from a package."""
+    roots = (ROOT, *(ROOT / package for package in ("common_jax", *SYSTEMS)))
+    folders = {path.name for root in roots for path in root.iterdir() if path.is_dir()}
     for target in re.findall(r"`(\w+/[\w./]+)`", page.read_text()):
-        if target.split("/")[0] in folders:
+        folder = target.split("/")[0]
+        workdir = folder == "runs" and not target.endswith(".py")
+        if folder in folders and not workdir:
             found = any((root / target).exists() for root in roots)
             assert found, f"{name(page)}: {target}"
+
+
+def test_mentioned_names_are_there():
+    """`package.module.name` in backquotes."""
+    for _, span, _ in spans(r"^(common|m2mkd|cliptrans)_jax(\.\w+)+$"):
+        pkgutil.resolve_name(span)
 
 
 @functools.cache
@@ -138,9 +256,21 @@ def definitions(path: pathlib.Path) -> frozenset[str]:
         if isinstance(node, ast.ClassDef):
             functions = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
             names |= {f"{node.name}.{function.name}" for function in functions}
-        if isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return frozenset(names)
+
+
+def test_architecture_has_the_layers_that_imports_are_held_to():
+    tree = ast.parse((ROOT / "tests" / "test_architecture.py").read_text())
+    assigned = (node for node in tree.body if isinstance(node, ast.Assign))
+    layers = next(node.value for node in assigned if node.targets[0].id == "LAYERS")
+    text = " ".join(ARCHITECTURE.read_text().split())
+    for package, rows in ast.literal_eval(layers).items():
+        assert f"{package}: {' > '.join(map(', '.join, rows))}" in text, package
+
+
+# Equations.
 
 
 def test_equations_name_code_and_tests_that_exist():
@@ -150,8 +280,10 @@ def test_equations_name_code_and_tests_that_exist():
     for file, symbol in places:
         path = ROOT / file
         assert path.exists() and symbol in definitions(path), f"{file}:{symbol}"
-    for case in set(re.findall(r"`golden/(\w+)`", text)) - {"NAME"}:
-        assert (ROOT / "tests" / "golden" / "m2mkd" / f"{case}.npz").exists(), case
+    for case in set(re.findall(r"`golden/([\w./]+)`", text)):
+        if not case.endswith("NAME"):
+            file = case if "/" in case else f"m2mkd/{case}"
+            assert (ROOT / "tests" / "golden" / f"{file}.npz").exists(), case
 
 
 def test_every_equation_has_a_function_and_a_test():
@@ -161,22 +293,32 @@ def test_every_equation_has_a_function_and_a_test():
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert len(cells) == 4, row
         assert re.fullmatch(r"`[\w/]+\.py:[\w.]+`", cells[2]), row
-        assert re.match(r"`(tests/.*:test_\w+|golden/\w+)`", cells[3]), row
+        assert re.match(r"`(tests/.*:test_\w+|golden/[\w./]+)`", cells[3]), row
 
 
 def test_every_loss_has_an_equation():
     text = EQUATIONS.read_text()
-    losses = definitions(ROOT / "m2mkd_jax" / "losses.py") - {"DISTILLATIONS"}
-    routing = definitions(ROOT / "m2mkd_jax" / "models" / "routing.py")
-    for loss in losses | {function for function in routing if function.endswith("_loss")}:
-        assert f":{loss}`" in text, loss
+    losses = [
+        (file, function)
+        for file in ("m2mkd_jax/losses.py", "cliptrans_jax/losses.py")
+        for function in definitions(ROOT / file) - {"DISTILLATIONS"}
+    ]
+    routing = "m2mkd_jax/models/routing.py"
+    losses += [(routing, one) for one in definitions(ROOT / routing) if one.endswith("_loss")]
+    for file, function in losses:
+        assert f"`{file}:{function}`" in text, function
 
 
-def test_both_demo_tables_are_the_same():
-    pattern = r"<!-- demo table -->(.*)<!-- end of demo table -->"
-    pages = (ROOT / "README.md", ROOT / "docs" / "results.md")
-    first, second = (re.search(pattern, page.read_text(), re.DOTALL)[1] for page in pages)
-    assert first == second
+# What a page looks like.
+
+
+@pytest.mark.parametrize("table", ["demo", "emoji"])
+def test_a_demo_s_table_is_the_same_on_both_pages(table):
+    pattern = rf"<!-- {table} table -->(.*)<!-- end of {table} table -->"
+    first, second = (
+        re.search(pattern, page.read_text(), re.DOTALL)[1] for page in (README, RESULTS)
+    )
+    assert first == second and "|---|" in first
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -149,7 +149,8 @@ def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "N 
         if len(ids) > length:
             raise ValueError(
                 f"a sentence has {len(ids)} tokens, and there is room for {length}; "
-                "lower config.tokenizer.max_length"
+                "lower max_length of config.tokenizer or, for what a text tower reads, of "
+                "config.clip_tokenizer"
             )
         row[: len(ids)] = ids
     return padded

@@ -8,11 +8,12 @@ padded to: all hosts agree on it without a word.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int64
 
 from cliptrans_jax.data.examples import Examples, NoiseConfig, drop_tokens, pad
 from common_jax.inputs import (
@@ -31,7 +32,8 @@ class BatchingConfig:
     """How sentences come together.
 
     Attributes:
-      bucket: batches are padded to multiples of this many tokens, so that few lengths are compiled.
+      bucket: batches are padded to this many tokens, or twice, four times as many and so on: few
+        lengths are compiled.
       window: batches whose sentences are sorted by length among themselves, so that less of a batch
         is padding; 1 leaves the order of the epoch alone.
     """
@@ -54,12 +56,17 @@ class Inputs:
       features: a CLIP feature an example; None where the model takes none, or computes it.
       clip_tokens: what it computes it of, framed for the text tower; None elsewhere.
       pad: the id of padding in every tokenizer.
+      room: tokens that the model has positions for behind its prefix, which no batch is padded
+        beyond.
+      clip_room: the same of the text tower; None without `clip_tokens`.
     """
 
     examples: Examples
     features: Float32[np.ndarray, "N M"] | None
     clip_tokens: Sequence[np.ndarray] | None
     pad: int
+    room: int
+    clip_room: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -112,7 +119,7 @@ class TrainFeed:
             for name, x in example.items()
         }
 
-    def _order(self, epoch: int) -> Int32[np.ndarray, "N"]:
+    def _order(self, epoch: int) -> Int64[np.ndarray, "N"]:
         order = epoch_permutation(self.seed, epoch, len(self.inputs))
         if self.batching.window == 1:
             return order
@@ -120,7 +127,7 @@ class TrainFeed:
 
 
 @functools.lru_cache(maxsize=2)
-def _sort_windows(feed: TrainFeed, epoch: int) -> Int32[np.ndarray, "N"]:
+def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "N"]:
     """Within a window of batches the sentences are sorted by length, and the batches shuffled."""
     order = epoch_permutation(feed.seed, epoch, len(feed.inputs))
     examples, batch = feed.inputs.examples, feed.batch
@@ -138,7 +145,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int32[np.ndarray, "N"]:
 
 def collate(
     inputs: Inputs,
-    chosen: Int32[np.ndarray, "N"],
+    chosen: Int64[np.ndarray, "N"],
     rows: slice,
     bucket: int,
     *,
@@ -166,7 +173,7 @@ def collate(
             for ids, i in zip(sources, chosen, strict=True)
         ]
     targets = [examples.target[i] for i in chosen]
-    source, target = _longest(sources, bucket), _longest(targets, bucket)
+    source, target = (_longest(x, bucket, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
     batch = {
@@ -177,7 +184,8 @@ def collate(
         batch["features"] = inputs.features[chosen[rows]]
     if inputs.clip_tokens is not None:
         tokens = [inputs.clip_tokens[i] for i in chosen]
-        batch["clip_tokens"] = pad(tokens[rows], _longest(tokens, bucket), pad_id=inputs.pad)
+        length = _longest(tokens, bucket, inputs.clip_room)
+        batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch
 
 
@@ -218,9 +226,11 @@ def _dropped(ids: np.ndarray, generator: np.random.Generator, mask_prob: float) 
     return drop_tokens(ids, generator.random(len(ids), dtype=np.float32), mask_prob)
 
 
-def _longest(sentences: Sequence[np.ndarray], bucket: int) -> int:
+def _longest(sentences: Sequence[np.ndarray], bucket: int, room: int) -> int:
     longest = max(len(ids) for ids in sentences)
-    return longest if longest <= TRIVIAL else -(-longest // bucket) * bucket
+    if longest <= TRIVIAL:
+        return longest
+    return min(bucket * 2 ** max(0, math.ceil(math.log2(longest / bucket))), room)
 
 
 def host_shard() -> tuple[int, int]:

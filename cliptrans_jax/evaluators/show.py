@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -109,17 +109,26 @@ def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
         raise ValueError(f"limit={limit} must be at least 1, the number of translations to show")
     shown = rows[:limit]
     few = f", the first {len(shown)} of {len(rows):,}" if len(shown) < len(rows) else ""
+    return picture_columns(
+        shown, {"output": [row.output for row in shown]}, caption=f"Translations{few}"
+    )
+
+
+def picture_columns(
+    rows: Sequence[Row], outputs: Mapping[str, Sequence[str]], *, caption: str = "Translations"
+) -> Table:
+    """Rows with small pictures where they have any, and a column of outputs a model."""
     return Table(
-        f"Translations{few}",
-        ("picture", "source", "reference", "output"),
+        caption,
+        ("picture", "source", "reference", *outputs),
         tuple(
             (
                 "" if row.picture is None else _thumbnail(row.picture),
                 row.source,
                 row.reference,
-                row.output,
+                *(texts[place] for texts in outputs.values()),
             )
-            for row in shown
+            for place, row in enumerate(rows)
         ),
     )
 

@@ -53,7 +53,7 @@ class Translate:
         )
         return {
             int(number): [
-                Hypothesis(self.tokenizer.decode(ids[:length]), float(score))
+                Hypothesis(self.tokenizer.decode(ids[:length].tolist()), float(score))
                 for ids, length, score in zip(tokens[row], lengths[row], scores[row], strict=True)
                 if np.isfinite(score)
             ]

@@ -99,11 +99,9 @@ class CrossAttention(nn.Module):
         return self.out(attend(self.query(x), memory, visible))
 
 
-def grow(memory: Memory, slots: int) -> Memory:
-    """The same keys and values in a memory of so many slots, the later ones empty."""
-    room = ((0, 0), (0, 0), (0, slots - memory[0].shape[2]), (0, 0))
-    keys, values = (jnp.pad(part, room) for part in memory)
-    return keys, values
+def grow(part: Float[Array, "B H S K"], *, slots: int) -> Float[Array, "B H R K"]:
+    """Kept keys or values with room for `slots` in all."""
+    return jnp.pad(part, ((0, 0), (0, 0), (0, slots - part.shape[2]), (0, 0)))
 
 
 def attend(

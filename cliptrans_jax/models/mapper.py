@@ -137,9 +137,10 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
+# A third of the width, the hidden units of `up` and `down`, is 341 for mBART: it cannot be split.
 PARTITION_RULES = (
-    (r"/(project|out|up)/kernel$", P(None, "fsdp")),
-    (r"/(hidden|down)/kernel$", P("fsdp", None)),
+    (r"/(project|out|down)/kernel$", P(None, "fsdp")),
+    (r"/(hidden|up)/kernel$", P("fsdp", None)),
     (r"/qkv/kernel$", P("fsdp")),
     (r"/(bias|scale|slope)$", P()),
 )

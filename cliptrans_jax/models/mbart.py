@@ -77,8 +77,9 @@ class _Sizes:
     dtype: Any
 
 
-# Keys and values of a decoder layer: of its own tokens, and of the encoder's states.
-LayerCache = tuple[Memory, Memory]
+# Keys and values of a decoder layer: of its own R slots, and of the encoder's S states.
+Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
+LayerCache = tuple[Slots, Memory]
 Cache = tuple[LayerCache, ...]
 
 

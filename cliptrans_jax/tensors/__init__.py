@@ -1,4 +1,4 @@
-"""Published weights on disk, as numpy arrays by their names."""
+"""Published weights on disk: arrays by their names, and the networks whose names these are."""
 
 from cliptrans_jax.tensors.files import read_tensors, widen, write_tensors
 

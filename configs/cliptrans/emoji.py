@@ -28,8 +28,8 @@ from common_jax.optim import OptimConfig
 
 VOCAB, FEATURES, LENGTH = 2000, 128, 24
 OPTIM = OptimConfig(
-    batch=128,
-    lr=2e-3,
+    batch=64,
+    lr=1.5e-3,
     lr_per=None,
     schedule="warmup_cosine",
     warmup_epochs=2,
@@ -40,14 +40,14 @@ OPTIM = OptimConfig(
     clip=1.0,
 )
 RECIPES = {
-    "clip": Recipe(dataclasses.replace(OPTIM, batch=256, epochs=30)),
-    "caption": Recipe(dataclasses.replace(OPTIM, epochs=20), label_smoothing=0.1),
-    "translate": Recipe(dataclasses.replace(OPTIM, epochs=20), label_smoothing=0.1),
+    "clip": Recipe(dataclasses.replace(OPTIM, epochs=20, lr=1e-3)),
+    "caption": Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1),
+    "translate": Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1),
 }
 # Model: the stages of its pipeline, and the length of its prefix.
 MODELS = {
-    "cliptrans": (("clip", "caption", "translate"), 10),
-    "no_captioning": (("clip", "translate"), 10),
+    "cliptrans": (("clip", "caption", "translate"), 4),
+    "no_captioning": (("clip", "translate"), 4),
     "text_only": (("translate",), 0),
 }
 
@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = unfreeze(
         Config(
             stage=args.stage,
-            data=DataConfig(source="emoji", source_language="en", target_language="de"),
+            data=DataConfig(source="emoji", emoji_size=32),
             languages=("en", "de", "fr", "es", "pt", "it"),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=LENGTH),
             clip=ClipConfig(
@@ -70,24 +70,23 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                     features=FEATURES,
                 ),
                 image=ClipVisionConfig(
-                    image=48, patch=8, width=96, layers=3, heads=4, hidden=192, features=FEATURES
+                    image=32, patch=8, width=96, layers=2, heads=4, hidden=192, features=FEATURES
                 ),
             ),
             model=ModelConfig(
                 mbart=MBartConfig(
-                    vocab=VOCAB, width=128, encoder_layers=2, decoder_layers=2, encoder_heads=4,
-                    decoder_heads=4, encoder_hidden=256, decoder_hidden=256, positions=64,
+                    vocab=VOCAB, width=96, encoder_layers=2, decoder_layers=2, encoder_heads=4,
+                    decoder_heads=4, encoder_hidden=192, decoder_hidden=192, positions=64,
                     dropout=0.2,
                 ),
                 mapper=MapperConfig(prefix=prefix, features=FEATURES),
             ),
             # Nothing is pretrained here, so that captioning has the embedding to learn.
             freeze="nothing",
-            all_languages=False,
-            caption_language="de",
-            batching=BatchingConfig(bucket=LENGTH // 2, window=23),
+            all_languages=args.stage in ("pipeline", "caption", "text_recon"),
+            batching=BatchingConfig(bucket=LENGTH // 2, window=46),
             decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH),
-            run=RunConfig(log_every=10, eval_every=5, checkpoint_every=5, best="val/bleu"),
+            run=RunConfig(log_every=15, eval_every=5, checkpoint_every=5, best="val/chrf"),
         )
     )  # fmt: skip
     return choose_recipe(

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import unoptimised
 
-from cliptrans_jax import kinds, names, pretrained
+from cliptrans_jax import names, pretrained
 from cliptrans_jax.models import mbart
 from cliptrans_jax.models.mbart import MBart, MBartConfig
+from cliptrans_jax.tensors import kinds
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
@@ -27,6 +28,35 @@ CONFIG = MBartConfig(
     decoder_hidden=20,
     positions=12,
 )
+# What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
+MBART50 = {
+    "activation_dropout": 0.0,
+    "activation_function": "gelu",
+    "add_bias_logits": False,
+    "add_final_layer_norm": True,
+    "architectures": ["MBartForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "d_model": 1024,
+    "decoder_attention_heads": 16,
+    "decoder_ffn_dim": 4096,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers": 12,
+    "decoder_start_token_id": 2,
+    "dropout": 0.1,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": 12,
+    "eos_token_id": 2,
+    "max_length": 200,
+    "max_position_embeddings": 1024,
+    "model_type": "mbart",
+    "normalize_before": True,
+    "num_beams": 5,
+    "pad_token_id": 1,
+    "scale_embedding": True,
+    "vocab_size": 250054,
+}
 SOURCE = np.array([[4, 9, 7, 2], [4, 8, 2, 1]])
 TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
 
@@ -54,7 +84,7 @@ def reference():
 @pytest.fixture(scope="module")
 def logits_of():
     network = MBart(CONFIG, jnp.float32)
-    arrays = jnp.asarray(SOURCE), jnp.asarray(SOURCE != CONFIG.pad), jnp.asarray(TARGET)
+    arrays = jnp.asarray(SOURCE), jnp.asarray(CONFIG.pad != SOURCE), jnp.asarray(TARGET)
     return jax.jit(lambda params: network.apply({"params": params}, *arrays))
 
 
@@ -138,7 +168,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
     }[form]
     files = {"config.json": lambda path: path.write_bytes(config)} | weights
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub(folder, fetched, files=files))
-    with pytest.raises(FileNotFoundError, match="no facebook/mbart.*fetch=True to download"):
+    with pytest.raises(FileNotFoundError, match=r"no facebook/mbart.*fetch=True to download"):
         pretrained.load("facebook/mbart")
     with pytest.raises(FileNotFoundError, match="no a/b/c; give a folder"):
         pretrained.load("a/b/c", fetch=True)
@@ -151,7 +181,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
     asked = [patterns for name, patterns in fetched if name == "facebook/mbart"]
     assert len(asked) == {"safetensors": 1, "bin": 2}[form]
     assert all("config.json" in patterns for patterns in asked)
-    assert not any("*" == pattern[0] for patterns in asked for pattern in patterns)
+    assert not any(pattern[0] == "*" for patterns in asked for pattern in patterns)
     pretrained.load(tmp_path / "there", fetch=True)  # which is here
     assert len(fetched) == len(asked)
 
@@ -179,7 +209,7 @@ def test_each_device_is_given_only_its_part():
     )
     placed = pretrained.place(params, wanted)
     jax.tree.map(np.testing.assert_array_equal, placed, params)
-    jax.tree.map(lambda x, sharding: x.sharding == sharding or 1 / 0, placed, shardings)
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     parts = placed["embedding"].addressable_shards
     assert {part.data.shape for part in parts} == {(40, 4)}
     here = NamedSharding(mesh, P("fsdp"))
@@ -211,14 +241,45 @@ def test_an_account_is_a_short_table(tmp_path):
         dropped={r"old\..*": "of another time"},
     )
     table = pretrained.format_account(account)
-    print(table)
     lines = [line.split() for line in table.splitlines()]
     total = sum(x.size for x in jax.tree.leaves(params))
     layer = sum(x.size for x in jax.tree.leaves(params["encoder"]["layer_0"]))
-    assert ["taken", "tensors", "numbers", "from"] == lines[0]
+    assert lines[0] == ["taken", "tensors", "numbers", "from"]
     assert ["embedding", "1", "640", "model.shared.weight"] in lines
     assert ["encoder/layer_*", "32", f"{2 * layer:,}", "model.encoder.layers.*"] in lines
     assert ["all", "70", f"{total:,}"] in lines
     assert "lm_head.weight the same as model.shared.weight" in table
     assert "old.*.weight dropped: of another time (12 tensors)" in table
     assert len(lines) == 16
+
+
+def test_mbart_50_s_config_is_the_default():
+    assert kinds.mbart_config(MBART50) == MBartConfig()
+    assert kinds.mbart_config(kinds.mbart_hf_config(CONFIG)) == CONFIG
+    for start, want in ((None, 5), (7, 7)):
+        told = {"eos_token_id": 5, "decoder_start_token_id": start}
+        assert kinds.mbart_config(MBART50 | told).start == want
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "relu"),
+        ("attention_dropout", 0.1),
+        ("activation_dropout", 0.1),
+        ("encoder_layerdrop", 0.05),
+        ("decoder_layerdrop", 0.05),
+        ("tie_word_embeddings", False),
+        ("architectures", ["MBartModel"]),
+        ("model_type", "m2m_100"),
+        ("normalize_before", False),
+        ("static_position_embeddings", True),
+        ("quantization_config", {"bits": 8}),
+    ],
+)
+def test_a_setting_that_cannot_be_computed_is_named(key, value):
+    with pytest.raises(ValueError) as raised:
+        kinds.mbart_config(MBART50 | {key: value})
+    assert f"{key}={value!r} of mBART's config.json is not supported" in str(raised.value)
+    with pytest.raises(ValueError, match=r"config\.json lacks d_model"):
+        kinds.mbart_config({key: x for key, x in MBART50.items() if key != "d_model"})

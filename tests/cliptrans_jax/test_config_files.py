@@ -1,0 +1,254 @@
+"""Every shipped config of CLIPTrans can be run: all stages freeze, plan and build, without a
+step."""
+
+import dataclasses
+import functools
+import pathlib
+import runpy
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.models import cliptrans
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs.pipeline import ORDER, plan
+from cliptrans_jax.stages import STAGES, Side
+from common_jax.config import freeze
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "cliptrans"
+FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
+PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
+# File: the stages that it has beside "evaluate", and what else can be said after the stage.
+STAGES_OF = {
+    "emoji": ("pipeline", "clip", "caption", "text_recon", "translate", "triplet"),
+    "multi30k": ("pipeline", "caption", "text_recon", "translate", "triplet"),
+    "multi30k_tiny": ("translate",),
+    "wit": ("pipeline", "caption", "text_recon", "translate", "triplet"),
+    "wmt": ("translate",),
+}
+ARGUMENTS = {
+    "emoji": ("", "model=cliptrans", "model=no_captioning", "model=text_only"),
+    "multi30k": ("", "target=fr", "source=de,target=en,prefix=4", "prefix=0"),
+    "multi30k_tiny": ("", "target=fr", "source=de,target=en"),
+    "wit": ("", *(f"pair={pair}" for pair in PAIRS), "prefix=0"),
+    "wmt": ("", "target=fr,prefix=0", "source=de,target=en"),
+}
+MODEL = "some/model"
+
+
+@functools.cache
+def read(name):
+    return runpy.run_path(str(FILES[name]))
+
+
+def load(name, arg, **flags) -> Config:
+    config = read(name)["get_config"](arg)
+    config.update_from_flattened_dict(flags)
+    return freeze(Config, config)
+
+
+def arguments(stage, rest):
+    return f"stage={stage}" + (f",{rest}" if rest else "")
+
+
+def test_every_file_is_looked_at():
+    assert set(FILES) == set(STAGES_OF) == set(ARGUMENTS)
+
+
+@functools.cache
+def build(model):
+    """Shapes of a model's parameters and of its logits."""
+    translator = Translator(model)
+    params = jax.eval_shape(translator.init, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    features = jax.ShapeDtypeStruct((2, model.mapper.features), jnp.float32)
+    features = features if model.mapper.prefix else None
+    logits = jax.eval_shape(translator.train_logits, params, features, ids, ids)
+    return params, logits
+
+
+def check(config: Config) -> None:
+    """Holds that a stage can be run."""
+    config = config.consistent()
+    config.optim.total_steps(steps_per_epoch=100)
+    if config.stage == "clip":
+        tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
+        match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=2)))
+        assert config.clip.text.features == config.clip.image.features
+        assert config.clip.text.vocab >= config.tokenizer.vocab
+        return
+    params, logits = build(config.model)
+    assert logits.shape == (2, 5, config.model.mbart.vocab)
+    assert ("mapper" in params) is config.has_prefix
+    match_rules(cliptrans.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=8)))
+    assert config.tokenizer.kind != "trained" or config.tokenizer.vocab <= logits.shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "rest"),
+    [(n, stage, rest) for n, stages in STAGES_OF.items() for stage in stages
+     for rest in ARGUMENTS[n]],
+)  # fmt: skip
+def test_every_stage_can_be_run(name, stage, rest, tmp_path):
+    config = load(name, arguments(stage, rest))
+    assert config.stage == stage
+    for _, one in plan(config, tmp_path) if stage == "pipeline" else [("", config)]:
+        check(one)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_model_can_be_scored(name):
+    for rest in ARGUMENTS[name]:
+        config = load(name, arguments("evaluate", rest), **{"sources.model": MODEL})
+        assert (config.stage, config.sources.model) == ("evaluate", MODEL)
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "stages"),
+    [
+        ("emoji", "", ["clip", "caption", "translate"]),
+        ("emoji", "model=no_captioning", ["clip", "translate"]),
+        ("emoji", "model=text_only", ["translate"]),
+        ("multi30k", "", ["caption", "translate"]),
+        ("multi30k", "prefix=0", ["translate"]),
+        ("wit", "", ["caption", "translate"]),
+    ],
+)
+def test_pipelines_hand_weights_on(name, rest, stages, tmp_path):
+    config = load(name, arguments("pipeline", rest))
+    runs = plan(config, tmp_path)
+    assert [folder for folder, _ in runs] == [one.stage for _, one in runs] == stages
+    assert stages == [stage for stage in ORDER if stage in stages]
+    last = ""
+    for stage, one in runs:
+        assert one.optim == config.recipes[stage].optim
+        assert one.label_smoothing == config.recipes[stage].label_smoothing
+        if stage == "clip":
+            continue
+        assert one.sources.clip == (str(tmp_path / "clip") if "clip" in stages else "")
+        assert one.sources.model == last
+        last = str(tmp_path / stage)
+
+
+def test_a_pipeline_keeps_the_towers_and_weights_that_are_given(tmp_path):
+    given = {"sources.clip": "towers", "sources.mbart": "mbart", "all_languages": True}
+    runs = dict(plan(load("emoji", "stage=pipeline", **given), tmp_path))
+    assert list(runs) == ["caption", "translate"]
+    assert {one.sources.clip for one in runs.values()} == {"towers"}
+    assert [one.sources.mbart for one in runs.values()] == ["mbart", ""]
+    assert [one.all_languages for one in runs.values()] == [True, False]
+    unfrozen = dict(plan(load("emoji", "stage=pipeline", unfreeze_clip=True), tmp_path))
+    assert [one.unfreeze_clip for one in unfrozen.values()] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "sweep" in read(name)])
+def test_every_item_of_a_sweep_is_understood(name):
+    for item in read(name)["sweep"]():
+        config = load(name, ",".join(f"{key}={value}" for key, value in item.items()))
+        if "pair" in item:
+            assert "_".join(config.data.pair) == item["pair"]
+        if "prefix" in item:
+            assert config.model.mapper.prefix == item["prefix"]
+        if "target" in item:
+            assert config.data.target_language == item["target"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "said"),
+    [
+        ("emoji", "stage=captions", r"config\.stage='captions'"),
+        ("emoji", "model=none", "model='none' must be one of"),
+        ("emoji", "target=fr", "config argument 'target=fr' is not understood"),
+        ("multi30k", "stage=clip", r"stage='clip' has no recipe here|config\.model|clip"),
+        ("multi30k", "target=ro", r"config\.data\.target_language='ro' is no language"),
+        ("multi30k", "prefix=-1", r"config\.model\.mapper\.prefix=-1"),
+        ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),
+        ("wit", "pair=en_ru", "pair='en_ru' must be one of"),
+    ],
+)
+def test_unknown_arguments_are_refused(name, arg, said):
+    with pytest.raises(ValueError, match=said):
+        load(name, arg)
+
+
+# The published settings.
+
+
+@pytest.mark.parametrize("stage", ["caption", "text_recon", "translate", "triplet"])
+def test_the_published_recipe(stage):
+    config = load("multi30k", f"stage={stage}")
+    optim = config.optim
+    assert (optim.optimizer, optim.lr, optim.lr_per, optim.schedule) == (
+        "adamw",
+        1e-5,
+        None,
+        "constant",
+    )
+    assert optim.peak_lr == 1e-5
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-6, 0.0)
+    assert (optim.batch, optim.accumulate, optim.micro_batch) == (128, 4, 32)
+    assert (optim.epochs, optim.steps, optim.clip, optim.ema) == (15, None, None, 0.0)
+    assert (config.seed, config.label_smoothing) == (29, 0.0)
+    decode = config.decode
+    assert (decode.beams, decode.max_new_tokens) == (5, 60)
+    assert (decode.length_penalty, decode.early_stopping) == (1.0, True)
+    assert config.noise.mask_prob == 1.0
+    assert (config.noise.train, config.noise.test, config.freeze) == (False, False, "encoder")
+    assert (config.test_side, config.caption_language, config.all_languages) == ("", "", False)
+    assert config.run.best == "val/bleu"
+
+
+def test_the_published_model():
+    config = load("multi30k", "stage=translate")
+    assert config.model.mbart == MBartConfig(
+        vocab=250054, width=1024, encoder_layers=12, decoder_layers=12, encoder_heads=16,
+        decoder_heads=16, encoder_hidden=4096, decoder_hidden=4096, positions=1024, dropout=0.1,
+        scale_embedding=True, pad=1, eos=2, start=2,
+    )  # fmt: skip
+    assert config.model.mapper == MapperConfig(kind="mlp", prefix=10, features=512)
+    params, _ = build(config.model)
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+    assert sizes == {"mbart": 610_879_488 + 250_054, "mapper": 5_253_121}
+    assert (config.tokenizer.kind, config.clip_tokenizer.kind) == ("mbart50", "xlmr")
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_wit_has_the_settings_of_multi30k(pair):
+    source, target = pair.split("_")
+    wit, other = load("wit", f"pair={pair}"), load("multi30k", None)
+    assert (wit.data.source, wit.data.pair) == ("wit", (source, target))
+    assert (wit.data.valid_split, wit.data.test_split) == ("valid", "test")
+    assert dataclasses.replace(wit, data=other.data) == other
+
+
+def test_parity_writes_what_it_means():
+    config = load("multi30k", "stage=translate")
+    assert config.consistent() is config
+    asked = load("multi30k", "stage=translate", parity=True)
+    meant = asked.consistent()
+    assert meant.optim == dataclasses.replace(asked.optim, eps=1e-6 / 4)
+    assert meant.model.prefix == PrefixConfig(layout="original", mask="original")
+    assert meant.test_side == ""
+    changed = {"optim": asked.optim, "model": asked.model}
+    assert dataclasses.replace(meant, **changed) == asked
+
+
+@pytest.mark.parametrize(
+    ("stage", "test", "side"),
+    [("translate", True, "image"), ("translate", False, ""), ("triplet", True, "")],
+)
+def test_parity_looks_at_pictures_when_test_tokens_are_dropped(stage, test, side):
+    flags = {"noise.test": test, "parity": True}
+    assert load("multi30k", f"stage={stage}", **flags).consistent().test_side == side
+    assert load("multi30k", f"stage={stage}", **flags | {"parity": False}).consistent() == load(
+        "multi30k", f"stage={stage}", **flags | {"parity": False}
+    )
+    assert STAGES[stage].test is Side.TEXT

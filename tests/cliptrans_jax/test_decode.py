@@ -1,0 +1,292 @@
+"""The beam search writes what a plain one writes that keeps nothing and forgets nothing."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from tiny import unoptimised
+
+from cliptrans_jax.decode import NEVER, DecodeConfig, Search
+from cliptrans_jax.models.cliptrans import PARTITION_RULES, ModelConfig, Translator
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBart, MBartConfig
+from cliptrans_jax.models.prefix import PrefixConfig
+from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
+
+VOCAB, PAD, END, START = 14, 1, 2, 2
+LIMIT = 8  # new tokens
+MBART = MBartConfig(
+    vocab=VOCAB,
+    width=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_heads=2,
+    decoder_heads=2,
+    encoder_hidden=16,
+    decoder_hidden=16,
+    positions=32,
+)
+PREFIXES = {
+    "none": (0, "training"),
+    "training": (3, "training"),
+    "original": (3, "original"),
+}
+
+
+SCALES = (("kernel", 0.25), ("embedding", 0.75), ("bias", 0.3), ("scale", 1.0), ("slope", 1.0))
+
+
+@functools.cache
+def model(kind):
+    """A translator, and parameters with which searches end early and late."""
+    count, layout = PREFIXES[kind]
+    config = ModelConfig(MBART, MapperConfig(prefix=count, features=4), PrefixConfig(layout))
+    translator = Translator(config)
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        scale = next(scale for end, scale in SCALES if path[-1].key.endswith(end))
+        return jnp.asarray(scale * rng.normal(size=leaf.shape), "float32")
+
+    shapes = jax.eval_shape(translator.init, jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    params["mbart"]["logits_bias"] = params["mbart"]["logits_bias"].at[END].set(2.0)
+    return translator, params
+
+
+def inputs(translator, batch=3):
+    """Features, sources of different lengths and languages."""
+    rng = np.random.default_rng(1)
+    source = rng.integers(3, VOCAB, (batch, 6)).astype("int32")
+    for row, length in enumerate(itertools.islice(itertools.cycle((6, 3, 4)), batch)):
+        source[row, length - 1] = END
+        source[row, length:] = PAD
+    features = rng.normal(size=(batch, 4)).astype("float32")
+    language = rng.integers(3, 6, batch).astype("int32")
+    return features if translator.config.mapper.prefix else None, source, language
+
+
+@functools.cache
+def program(kind, config):
+    return jax.jit(Search(model(kind)[0], config).run)
+
+
+def settings(**changes):
+    return DecodeConfig(**{"max_new_tokens": LIMIT, "growth": 1} | changes)
+
+
+def search(kind, *arguments, **changes):
+    with unoptimised():
+        found = program(kind, settings(**changes))(model(kind)[1], *arguments)
+    return jax.device_get(found)
+
+
+@functools.cache
+def forward(kind):
+    """(features, source, ids) -> log-probabilities of what follows each id, for rows of ids that
+    start with START and end in pads; the decoder reads all of them at once."""
+    translator, params = model(kind)
+
+    def train(features, source, ids):
+        # Training reads its labels moved on by one, the last of them, the end, in front. No id
+        # hears what stands for the pads behind it.
+        labels = jnp.where(ids == PAD, END, ids)
+        labels = jnp.concatenate([labels[:, 1:], jnp.full_like(ids[:, :1], END)], axis=1)
+        return translator.train_logits(params, features, source, labels)
+
+    def original(features, source, ids):
+        network, variables = translator.network, {"params": params["mbart"]}
+        words = network.apply(variables, ids, method=MBart.embed)
+        prefix = translator.prefix(params, features, len(ids))
+        count, slots = prefix.shape[1], prefix.shape[1] + ids.shape[1]
+        visible = np.tril(np.ones((slots, slots), bool))
+        visible[1 : count + 1, 1 : count + 1] = True
+        hidden = network.apply(
+            variables,
+            jnp.concatenate([prefix, words], axis=1),
+            translator.encode(params, source),
+            source != PAD,
+            jnp.asarray(visible)[None, None],
+            method=MBart.decode,
+        )
+        return network.apply(variables, hidden[:, count:], method=MBart.logits)
+
+    logits = original if kind == "original" else train
+    with unoptimised():
+        return jax.jit(lambda *inputs: jax.nn.log_softmax(logits(*inputs)))
+
+
+def plain_search(kind, features, source, language, config):
+    """Beam search for one example, as a list of (score, ids), best first."""
+
+    def follow(hypotheses):
+        """Log-probabilities of the tokens behind each hypothesis."""
+        rows = np.full((config.beams, LIMIT + 1), PAD, "int32")
+        for row, (_, ids) in zip(rows, hypotheses, strict=True):
+            row[: len(ids)] = ids
+        repeated = [None if x is None else np.stack([x] * config.beams) for x in (features, source)]
+        return np.asarray(forward(kind)(*repeated, rows))[:, len(hypotheses[0][1]) - 1]
+
+    beams = [(0.0 if beam == 0 else NEVER, [START, language]) for beam in range(config.beams)]
+    finished = []
+    for length in range(2, config.max_new_tokens + 1):
+        if length == config.max_new_tokens:
+            candidates = [(score, ids, END) for score, ids in beams]
+        else:
+            candidates = [
+                (score + step, ids, token)
+                for (score, ids), steps in zip(beams, follow(beams), strict=True)
+                for token, step in enumerate(steps)
+            ]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        beams = []
+        for rank, (score, ids, token) in enumerate(candidates[: 2 * config.beams]):
+            if token != END:
+                beams.append((score, [*ids, token]))
+            elif rank < config.beams:
+                finished.append((score / length**config.length_penalty, ids))
+        beams = beams[: config.beams]
+        finished = sorted(finished, key=lambda item: -item[0])[: config.beams]
+        best = candidates[0][0] / length**config.length_penalty
+        if len(finished) == config.beams and (config.early_stopping or finished[-1][0] >= best):
+            break
+    return finished
+
+
+CASES = [  # every pair of two settings is among them
+    ("none", 1, True, 0.0),
+    ("none", 2, False, 2.0),
+    ("none", 5, True, 1.0),
+    ("training", 1, False, 1.0),
+    ("training", 2, True, 0.0),
+    ("training", 5, False, 2.0),
+    ("original", 1, True, 2.0),
+    ("original", 2, False, 1.0),
+    ("original", 5, False, 0.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "beams", "early_stopping", "length_penalty"), CASES)
+def test_a_plain_search_finds_the_same(kind, beams, early_stopping, length_penalty):
+    config = settings(beams=beams, early_stopping=early_stopping, length_penalty=length_penalty)
+    features, source, language = inputs(model(kind)[0])
+    with unoptimised():
+        run = program(kind, config)
+        found = jax.device_get(run(model(kind)[1], features, source, language))
+    for row in range(len(source)):
+        feature = None if features is None else features[row]
+        wanted = plain_search(kind, feature, source[row], language[row], config)
+        assert found.lengths[row].tolist() == [len(ids) for _, ids in wanted]
+        for beam, (score, ids) in enumerate(wanted):
+            assert found.tokens[row, beam, : len(ids)].tolist() == ids
+            assert (found.tokens[row, beam, len(ids) :] == PAD).all()
+            np.testing.assert_allclose(found.scores[row, beam], score, rtol=1e-5, atol=1e-5)
+        assert (np.diff(found.scores[row]) <= 0).all()
+
+
+def assert_same(found, wanted):
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.lengths, wanted.lengths)
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_neither_other_examples_nor_pads_matter():
+    config = {"beams": 5, "early_stopping": False, "length_penalty": 2.0}
+    features, source, language = inputs(model("training")[0])
+    together = search("training", features, source, language, **config)
+    row = 1
+    length = int(np.sum(source[row] != PAD))
+    assert length < source.shape[1]
+    one = slice(row, row + 1)
+    alone = search("training", features[one], source[one, :length], language[one], **config)
+    assert_same(alone, jax.tree.map(lambda x: x[one], together))
+
+
+def test_how_the_cache_grows_does_not_matter():
+    arguments = inputs(model("none")[0])
+    wanted = search("none", *arguments)
+    assert wanted.lengths.max() == LIMIT  # all parts are in use
+    assert_same(search("none", *arguments, growth=3), wanted)
+
+
+def test_a_cache_that_grows_in_parts_ends_with_room_for_every_step():
+    assert DecodeConfig(max_new_tokens=60, growth=4).parts == (15, 29, 44, 58)
+    assert DecodeConfig(max_new_tokens=4, growth=4).parts == (1, 2)
+    assert DecodeConfig(max_new_tokens=2).parts == ()
+
+
+def test_eight_devices_find_what_one_finds():
+    config = {"beams": 2, "length_penalty": 0.0}
+    translator, params = model("training")
+    arguments = inputs(translator, batch=9)
+    thirds = [search("training", *(x[i : i + 3] for x in arguments), **config) for i in (0, 3, 6)]
+    wanted = jax.tree.map(lambda *parts: np.concatenate(parts)[:8], *thirds)
+
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    split = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
+    batch = jax.NamedSharding(mesh, BATCH)
+    arguments = jax.device_put(tuple(x[:8] for x in arguments), batch)
+    run = Search(translator, settings(growth=2, **config)).run
+    with jax.set_mesh(mesh), unoptimised():
+        found = jax.jit(run)(split, *arguments)
+    assert found.tokens.sharding.is_equivalent_to(batch, 3)
+    assert_same(jax.device_get(found), wanted)
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """Parameters with which no hypothesis ends before it must."""
+    translator, params = model("none")
+    bias = params["mbart"]["logits_bias"]
+    monkeypatch.setitem(params["mbart"], "logits_bias", bias.at[END].set(-1e4))
+    return translator, params
+
+
+@pytest.mark.parametrize("limit", [2, 3, LIMIT])
+def test_at_the_limit_the_end_is_forced_and_free(endless, limit):
+    _, source, language = inputs(endless[0])
+    found = search("none", None, source, language, max_new_tokens=limit, length_penalty=0.0)
+    assert (found.lengths == limit).all()
+    best = np.full((len(source), LIMIT + 1), PAD, "int32")
+    best[:, :limit] = found.tokens[:, 0, :limit]
+    assert (best[:, 1] == language).all()
+    forward.cache_clear()  # of what it compiled with the usual parameters
+    steps = np.asarray(forward("none")(None, source, best))
+    forward.cache_clear()
+    chosen = np.take_along_axis(steps[:, :-1], best[:, 1:, None], axis=2)[:, :, 0]
+    np.testing.assert_allclose(
+        found.scores[:, 0], chosen[:, 1 : limit - 1].sum(axis=1), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_search_that_is_over_stays_as_it_is():
+    translator, params = model("none")
+    features, source, language = (None if x is None else jnp.asarray(x) for x in inputs(translator))
+    steps = Search(translator, DecodeConfig(beams=2, max_new_tokens=LIMIT))
+    with unoptimised():
+        step, advance = jax.jit(steps.step), jax.jit(steps.advance)
+        states = jax.jit(translator.encode)(params, source)
+        state, logits = jax.jit(steps.start)(params, features, source, states, language)
+    over = {}
+    while int(state.length) < steps.config.max_length:
+        state, _ = advance(state, logits)
+        for row in np.flatnonzero(state.done):
+            now = jax.tree.map(lambda x, row=row: np.asarray(x[row]), state.finished)
+            jax.tree.map(np.testing.assert_array_equal, now, over.setdefault(row, now))
+        if int(state.length) < steps.config.max_length:
+            state, logits = step(params, source, state)
+    lengths = state.finished.lengths.max(axis=1)
+    assert int(lengths.min()) < int(lengths.max())  # some were over before others
+    assert len(over) == len(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("beams", 0), ("max_new_tokens", 1), ("batch", 0), ("bucket", 0), ("growth", 0)],
+)
+def test_impossible_settings_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"config\.decode\.{key}={value} must be at least"):
+        DecodeConfig(**{key: value})

@@ -1,0 +1,358 @@
+"""The whole method at its smallest: stages run, hand their weights on, go on where they were
+killed, and compute the same on eight devices."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from flax import traverse_util
+from tiny_cliptrans import (
+    OPTIM,
+    quickly,
+    read_split,
+    tiny_config,
+    tiny_pipeline,
+    write_corpus,
+)
+
+import cliptrans_jax
+from cliptrans_jax.config import METRICS
+from cliptrans_jax.evaluators import scores
+from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
+from cliptrans_jax.main import main
+from cliptrans_jax.runs import scoring, translation
+from cliptrans_jax.runs.pipeline import plan, run_stage
+from cliptrans_jax.runs.translation import best_step
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.metrics import read_metrics
+
+STAGES = ("clip", "caption", "translate")
+TEST = "test_2016_flickr"
+
+
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def split_mesh():
+    return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    """The folder of a pipeline that the command has run on eight devices but for its mesh."""
+    workdir = epath.Path(tmp_path_factory.mktemp("pipeline"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
+        main(unfreeze(tiny_pipeline(corpus)), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def runs(finished, corpus):
+    """The configs of its stages."""
+    return dict(plan(tiny_pipeline(corpus), finished))
+
+
+def values(workdir, name):
+    return [line[name] for line in read_metrics(workdir / "metrics.jsonl") if name in line]
+
+
+def flat(source, *, subtree=""):
+    return traverse_util.flatten_dict(checkpoint.load(source, subtree=subtree), sep="/")
+
+
+def outputs(workdir):
+    return [row.output for row in read_translations(workdir / "translations.tsv")]
+
+
+def test_every_stage_leaves_its_records(finished, corpus):
+    for stage in STAGES:
+        folder = finished / stage
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["steps"], result["skipped"]) == (6, 0)
+        assert len(values(folder, "train/loss")) == 6
+        assert checkpoint.finished_steps(folder / "checkpoints") == [3, 6]
+        assert (folder / "tokenizer.json").read_text() == (
+            finished / "clip" / "tokenizer.json"
+        ).read_text()
+    english, german, _ = read_split(corpus, TEST)
+    for stage, source, reference in (
+        ("caption", english, english),
+        ("translate", english, german),
+    ):
+        held = json.loads((finished / stage / "scores.json").read_text())
+        assert (held["set"], held["sentences"]) == (f"multi30k {TEST}", len(english))
+        rows = read_translations(finished / stage / "translations.tsv")
+        assert [row.index for row in rows] == list(range(len(english)))
+        assert [row.source for row in rows] == source
+        assert [row.reference for row in rows] == reference
+        assert [row.key for row in rows] == [f"{x.replace(' ', '_')}.png" for x in english]
+        assert all(len(row.others) == 1 and row.score >= row.others[0].score for row in rows)
+    assert not (finished / "clip" / "scores.json").exists()
+
+
+def test_stages_learn_and_report(finished):
+    for stage in STAGES:
+        losses = values(finished / stage, "train/loss")
+        assert losses[-1] < losses[0]
+    report = (finished / "report.html").read_text()
+    assert "CLIPTrans, pipeline" in report and "Scores of the test split" in report
+    assert report.count("<img") >= 5  # the pictures of all five sentences among them
+    names = {f"val/{name}" for name in (*METRICS, "loss", "token_accuracy")}
+    result = json.loads((finished / "translate" / "result.json").read_text())
+    assert names <= set(result)
+
+
+def test_metrics_of_the_config_are_those_that_are_logged():
+    found = scores.as_metrics(scores.score(["a"], ["a"], language="en"))
+    assert set(found) == set(METRICS)
+
+
+def test_a_finished_pipeline_is_not_run_again(finished, corpus):
+    def times():
+        files = (path for path in pathlib.Path(finished).rglob("*.*") if path.is_file())
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    result = run_stage(tiny_pipeline(corpus), finished, one_device())
+    assert result["test"] == json.loads((finished / "translate" / "scores.json").read_text())
+    after = {path for path, time in times().items() if before.get(path) != time}
+    assert {path.name for path in after} <= {"config.json"}
+
+
+def test_captioning_leaves_the_encoder_and_its_embedding(finished):
+    folder = finished / "caption" / "checkpoints"
+    before, after = flat(folder / "3"), flat(folder / "6")
+    moved = {path for path in before if np.any(before[path] != after[path])}
+    held = {path for path in before if path.startswith(("mbart/encoder/", "mbart/embedding"))}
+    assert held and moved == set(before) - held - {"mbart/logits_bias"}
+    assert any(path.startswith("mapper/") for path in moved)
+
+
+def test_translation_starts_from_captioning_and_moves_all(finished):
+    account = json.loads((finished / "translate" / "warm_start.json").read_text())
+    assert [entry["as"] for entry in account["taken"]] == ["mapper", "mbart"]
+    assert account["left"] == account["fresh"] == []
+    start, end = flat(finished / "caption"), flat(finished / "translate")
+    assert {path for path in start if np.all(start[path] == end[path])} == {"mbart/logits_bias"}
+
+
+def test_features_are_of_the_side_of_the_stage(finished):
+    held = {path.name for path in (finished / "features").iterdir()}
+    names = {f"multi30k_{split}" for split in ("train", "val", TEST)}
+    assert held == {f"{name}.{what}.npz" for name in names for what in ("pictures", "en")}
+
+
+def test_a_killed_run_goes_on_byte_for_byte(finished, runs, tmp_path):
+    whole, cut = finished / "translate", epath.Path(tmp_path / "cut")
+    shutil.copytree(whole, cut)
+    for name in ("result.json", "scores.json", "translations.tsv"):
+        (cut / name).unlink()
+    shutil.rmtree(cut / "checkpoints" / "6")
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "tra')
+    run_stage(runs["translate"], cut, one_device())
+    for name in ("metrics.jsonl", "result.json", "scores.json", "translations.tsv"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def evaluation(runs, source, **changes):
+    """The config that scores a run of stage "translate"."""
+    config = runs["translate"]
+    sources = dataclasses.replace(config.sources, model=str(source))
+    return dataclasses.replace(config, stage="evaluate", sources=sources, **changes)
+
+
+def test_a_run_is_scored_again(finished, runs, tmp_path):
+    run = finished / "translate"
+    result = run_stage(evaluation(runs, run), epath.Path(tmp_path), one_device())
+    for name in ("scores.json", "translations.tsv"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+    assert result["stage"] == "evaluate"
+    assert result["step"] == int(best_step(run, "val/bleu").name)
+
+
+def test_a_loaded_model_translates_as_the_run_did(finished, corpus):
+    english, _, _ = read_split(corpus, TEST)
+    model = cliptrans_jax.load_model(finished / "translate")
+    found = model.translate(english)
+    rows = read_translations(finished / "translate" / "translations.tsv")
+    assert [hypotheses[0].text for hypotheses in found] == [row.output for row in rows]
+    assert [hypotheses[0].score for hypotheses in found] == pytest.approx(
+        [row.score for row in rows], rel=1e-5
+    )
+    assert all(len(hypotheses) == 2 for hypotheses in found)
+    with pytest.raises(ValueError, match="5 sentences and 1 pictures"):
+        model.translate(english, pictures=[np.zeros((9, 9, 3), np.uint8)])
+    with pytest.raises(ValueError, match="0 sentences and no pictures"):
+        model.translate([])
+
+
+def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_path):
+    run = finished / "translate"
+    run_stage(evaluation(runs, run, test_side="image"), epath.Path(tmp_path), one_device())
+    english, _, pictures = read_split(corpus, TEST)
+    model = cliptrans_jax.load_model(run / "checkpoints")  # finds the run around it
+    found = model.translate(english, pictures=pictures)
+    rows = read_translations(tmp_path / "translations.tsv")
+    assert [hypotheses[0].text for hypotheses in found] == [row.output for row in rows]
+    shown = [hypotheses[0].score for hypotheses in found]
+    assert shown == pytest.approx([row.score for row in rows], rel=1e-5)
+    heard = [row.score for row in read_translations(run / "translations.tsv")]
+    assert shown != pytest.approx(heard, rel=1e-5)
+
+
+def test_only_translation_models_are_loaded(finished):
+    with pytest.raises(ValueError, match="run of stage 'clip', which trains no translation model"):
+        cliptrans_jax.load_model(finished / "clip")
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        cliptrans_jax.load_model(finished)
+
+
+def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_path):
+    config = dataclasses.replace(
+        runs["translate"],
+        unfreeze_clip=True,
+        optim=dataclasses.replace(OPTIM, steps=1),
+        valid_decode=False,
+        run=dataclasses.replace(runs["translate"].run, best=None),
+    )
+    run_stage(config, epath.Path(tmp_path), one_device())
+    account = json.loads((tmp_path / "warm_start.json").read_text())
+    assert [entry["as"] for entry in account["taken"]] == ["mapper", "mbart", "clip"]
+    before = flat(finished / "clip", subtree="clip/text")
+    after = flat(tmp_path, subtree="clip")
+    assert {path for path in before if np.any(before[path] != after[path])} == set(before)
+    english, _, _ = read_split(corpus, TEST)
+    found = cliptrans_jax.load_model(tmp_path).translate(english)
+    assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
+    # Without the trained tower such a model cannot be scored or trained on unnoticed.
+    lost = dataclasses.replace(evaluation(runs, tmp_path), unfreeze_clip=False)
+    with pytest.raises(ValueError, match=r"clip/.* absent here"):
+        run_stage(lost, epath.Path(tmp_path / "lost"), one_device())
+
+
+def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
+    config = tiny_config("translate", corpus)
+    mapper = dataclasses.replace(config.model.mapper, prefix=0)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mapper=mapper),
+        optim=dataclasses.replace(OPTIM, steps=1),
+        valid_decode=False,
+        run=dataclasses.replace(config.run, best="val/token_accuracy"),
+    )
+    run_stage(config, epath.Path(tmp_path), one_device())
+    assert set(checkpoint.load_shapes(tmp_path)) == {"mbart"}
+    assert not (tmp_path / "features").exists()
+    english, _, _ = read_split(corpus, TEST)
+    found = cliptrans_jax.load_model(tmp_path).translate(english)
+    assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
+
+
+# The best checkpoint.
+
+
+def test_the_best_checkpoint_is_the_earliest_of_the_highest(finished, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (3, 6, 9):
+        (run / "checkpoints" / str(step)).symlink_to(finished / "translate" / "checkpoints" / "6")
+    lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # of 12 no checkpoint is left
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "val/bleu": bleu}) + "\n" for step, bleu in lines)
+    )
+    assert best_step(epath.Path(run), "val/bleu").name == "6"
+    assert best_step(epath.Path(run), None).name == "9"
+
+
+@pytest.fixture(scope="module")
+def longer(runs, tmp_path_factory):
+    """Stage "translate" for an epoch more, on eight devices and with a BLEU of the validation set
+    that falls: its folder, its result, and which sets were scored in which order."""
+    workdir = epath.Path(tmp_path_factory.mktemp("longer"))
+    real, asked = scores.score, []
+
+    def falling(outputs, references, *, language):
+        asked.append("val")
+        found = real(outputs, references, language=language)
+        return dataclasses.replace(found, bleu=9.0 - len(asked))
+
+    def tested(outputs, references, *, language):
+        asked.append("test")
+        return real(outputs, references, language=language)
+
+    config = runs["translate"]
+    config = dataclasses.replace(
+        config,
+        optim=dataclasses.replace(OPTIM, steps=9),
+        run=dataclasses.replace(config.run, keep=1),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(translation, "score", falling)
+        patch.setattr(scoring, "score", tested)
+        result = run_stage(config, workdir, split_mesh())
+    return workdir, result, asked
+
+
+def test_validation_chooses_and_the_test_set_is_scored_once(longer):
+    workdir, result, asked = longer
+    assert asked == ["val", "val", "val", "test"]
+    assert checkpoint.finished_steps(workdir / "checkpoints") == [3, 9]
+    assert result["test"]["step"] == 3
+    assert json.loads((workdir / "scores.json").read_text())["step"] == 3
+
+
+def test_the_chosen_checkpoint_is_what_was_scored(longer):
+    workdir, _, _ = longer
+    rows = read_translations(workdir / "translations.tsv")
+    scored = [row.score for row in rows]
+    for step, same in (("3", True), ("9", False)):
+        model = cliptrans_jax.load_model(workdir / "checkpoints" / step)  # on one device
+        found = model.translate([row.source for row in rows])
+        assert ([h[0].score for h in found] == pytest.approx(scored, rel=1e-5)) is same
+        assert ([h[0].text for h in found] == [row.output for row in rows]) or not same
+
+
+def test_eight_devices_compute_what_one_computes(longer, finished):
+    workdir, _, _ = longer
+    for name, count in (("train/loss", 6), ("val/loss", 2)):
+        one, eight = values(finished / "translate", name), values(workdir, name)
+        np.testing.assert_allclose(eight[:count], one, rtol=1e-5)
+
+
+def test_the_gallery_shows_each_sentence_once_beside_its_own_picture(corpus, tmp_path):
+    config = tiny_config("translate", corpus)
+    english, german, pictures = read_split(corpus, TEST)
+    rows = [
+        Row(index=9 - i, key=f"{text.replace(' ', '_')}.png", source=text, reference=ref,
+            output=ref, score=0.0)
+        for i, (text, ref) in enumerate(zip(english, german, strict=True))
+    ]  # fmt: skip
+    write_translations(tmp_path / "translations.tsv", rows)
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "picture_table", lambda rows, limit: shown.extend(rows))
+        scoring.gallery(config, epath.Path(tmp_path))
+    assert [row.source for row in shown] == english
+    for row, picture in zip(shown, pictures, strict=True):
+        np.testing.assert_array_equal(row.picture, picture)

@@ -1,0 +1,373 @@
+"""What each stage reads, what it moves, and how its sentences become batches."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data.examples import (
+    NoiseConfig,
+    choose_examples,
+    default_caption_language,
+    drop_tokens,
+    pad,
+)
+from cliptrans_jax.data.feed import BatchingConfig, Inputs, TrainFeed, evaluation_batches
+from cliptrans_jax.stages import FREEZES, STAGES, Side, trainable
+
+SIZE, BATCH, PAD, EOS, ROOM = 22, 4, 1, 2, 24
+CODES = {"en": 90, "de": 91}
+
+
+def sentences(language, *, seed):
+    """Framed ids; a sentence's first word is its number, so that it can be told in a batch."""
+    rng = np.random.default_rng(seed)
+    return [
+        np.array([CODES[language], 10 + i, *rng.integers(40, 80, rng.integers(0, 18)), EOS], "i4")
+        for i in range(SIZE)
+    ]
+
+
+TOKENS = {"en": sentences("en", seed=0), "de": sentences("de", seed=1)}
+PAIR, QUIET = ("en", "de"), NoiseConfig()
+
+
+def choose(stage, *, train=True, noise=QUIET, pair=PAIR, **choices):
+    return choose_examples(STAGES[stage], TOKENS, pair=pair, train=train, noise=noise, **choices)
+
+
+def same(found, expected):
+    return len(found) == len(expected) and all(map(np.array_equal, found, expected))
+
+
+# The table.
+
+
+@pytest.mark.parametrize(
+    ("stage", "train", "test", "captions"),
+    [
+        ("caption", Side.IMAGE, Side.IMAGE, True),
+        ("text_recon", Side.TEXT, Side.TEXT, True),
+        ("translate", Side.TEXT, Side.TEXT, False),
+        ("triplet", Side.IMAGE, Side.TEXT, False),
+    ],
+)
+def test_what_a_stage_reads_and_writes(stage, train, test, captions):
+    for training, side in ((True, train), (False, test)):
+        examples = choose(stage, train=training)
+        assert examples.side is side
+        assert same(examples.source, TOKENS["en"])
+        assert same(examples.target, TOKENS["en" if captions else "de"])
+        assert examples.drops is captions
+        assert set(examples.languages) == {("en", "en") if captions else PAIR}
+        assert list(examples.rows) == list(range(SIZE))
+    assert choose(stage, train=False, side=Side.IMAGE).side is Side.IMAGE
+
+
+@pytest.mark.parametrize("stage", ["translate", "triplet"])
+@pytest.mark.parametrize(("train", "test"), [(True, False), (False, True)])
+def test_translation_drops_tokens_only_when_asked(stage, train, test):
+    noise = NoiseConfig(train=train, test=test)
+    assert choose(stage, noise=noise).drops is train
+    assert choose(stage, train=False, noise=noise).drops is test
+
+
+def test_features_are_those_of_the_example():
+    images = np.arange(SIZE * 2, dtype=np.float32).reshape(SIZE, 2)
+    texts = {"en": images + 100, "de": images + 200}
+    np.testing.assert_array_equal(choose("caption").features(images, {}), images)
+    np.testing.assert_array_equal(choose("translate").features(None, texts), texts["en"])
+    both = choose("text_recon", all_languages=True).features(None, texts)
+    np.testing.assert_array_equal(both, np.concatenate([texts["de"], texts["en"]]))
+    both = choose("caption", all_languages=True).features(images, {})
+    np.testing.assert_array_equal(both, np.concatenate([images, images]))
+
+
+@pytest.mark.parametrize(
+    ("pair", "language"),
+    [(("en", "de"), "en"), (("de", "en"), "en"), (("de", "es"), "es"), (("fr", "de"), "fr")],
+)
+def test_the_language_of_captions(pair, language):
+    assert default_caption_language(pair) == language
+
+
+def test_captions_in_a_chosen_language_and_in_all():
+    examples = choose("caption", caption_language="de")
+    assert same(examples.source, TOKENS["de"]) and same(examples.target, TOKENS["de"])
+    both = choose("text_recon", all_languages=True)
+    assert len(both) == 2 * SIZE
+    assert same(both.target, [*TOKENS["de"], *TOKENS["en"]])  # the target language first
+    assert same(both.source, both.target)
+    assert both.languages == (("de", "de"),) * SIZE + (("en", "en"),) * SIZE
+    assert list(both.rows) == [*range(SIZE), *range(SIZE)]
+    with pytest.raises(ValueError, match=r"config\.all_languages=True is for captioning stages"):
+        choose("translate", all_languages=True)
+
+
+# What is frozen.
+
+PATHS = {
+    "mbart/embedding": {"encoder"},
+    "mbart/encoder/layer_0/mlp/up/kernel": {"encoder", "encoder_layers"},
+    "mbart/encoder/positions/embedding": {"encoder", "encoder_layers"},
+    "mbart/logits_bias": {"encoder", "encoder_layers", "nothing"},
+    "mbart/decoder/positions/embedding": set(),
+    "mbart/decoder/layer_0/attention/qkv/bias": set(),
+    "mapper/out/kernel": set(),
+    "clip/embeddings/words": set(),
+}
+
+
+@pytest.mark.parametrize("freeze", list(FREEZES))
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_what_a_stage_moves(stage, freeze):
+    regex = trainable(STAGES[stage], freeze)
+    for path, holds in PATHS.items():
+        held = freeze in holds if STAGES[stage].captioning else path == "mbart/logits_bias"
+        assert bool(re.fullmatch(regex, path)) is not held, path
+
+
+# Dropped tokens.
+
+
+def test_tokens_are_dropped_without_a_gap():
+    ids = np.array([90, 11, 12, 13, 14, 2], np.int32)
+    draws = np.array([0.0, 0.5, 0.7, 0.69, 0.9, 0.1], np.float32)
+    assert drop_tokens(ids, draws, 0.7).tolist() == [90, 14, 2]  # 0.7 itself is not above
+    assert drop_tokens(ids, draws, 1.0).tolist() == [90, 2]
+    assert drop_tokens(ids, draws, 0.0).tolist() == ids.tolist()
+    with pytest.raises(ValueError, match=r"config\.noise\.mask_prob=1\.5 must be in \[0, 1\]"):
+        NoiseConfig(mask_prob=1.5)
+
+
+def test_a_sentence_that_does_not_fit_is_refused():
+    assert pad([np.array([5, 6], np.int32)], 4, pad_id=1).tolist() == [[5, 6, 1, 1]]
+    with pytest.raises(ValueError, match="has 3 tokens, and there is room for 2; lower max_length"):
+        pad([np.arange(3, dtype=np.int32)], 2, pad_id=1)
+
+
+# Batches.
+
+
+def inputs_of(examples, *, clip=False):
+    numbers = np.arange(len(examples), dtype=np.float32)[:, None]
+    tokens = [np.array([0, 30 + i, EOS], np.int32) for i in range(len(examples))]
+    if clip:
+        return Inputs(examples, None, tokens, PAD, ROOM, 3)
+    return Inputs(examples, numbers, None, PAD, ROOM)
+
+
+def feed_of(examples, *, shard=(0, 1), batch=BATCH, bucket=8, window=1, mask_prob=1.0, **kinds):
+    return TrainFeed(
+        inputs_of(examples, **kinds),
+        NoiseConfig(mask_prob=mask_prob),
+        BatchingConfig(bucket=bucket, window=window),
+        batch,
+        7,
+        shard,
+    )
+
+
+def take(feed, start, count):
+    stream = feed.batches(start)
+    return [next(stream) for _ in range(count)]
+
+
+def numbers(batch):
+    """The examples of a batch, by their words."""
+    return (batch["labels"][:, 1] - 10).tolist()
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_bring_the_rows_of_the_same_batches(window, clip, hosts):
+    setting = {"window": window, "clip": clip, "mask_prob": 0.5}
+    whole = take(feed_of(choose("caption"), **setting), 0, 12)
+    parts = [
+        take(feed_of(choose("caption"), shard=(host, hosts), **setting), 0, 12)
+        for host in range(hosts)
+    ]
+    assert set(whole[0]) == {"source", "labels", "clip_tokens" if clip else "features"}
+    for step, batch in enumerate(whole):
+        for name, rows in batch.items():
+            joined = np.concatenate([part[step][name] for part in parts])
+            np.testing.assert_array_equal(joined, rows)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_run_goes_on_with_the_batches_it_would_have_had(window):
+    feed = feed_of(choose("caption"), window=window, mask_prob=0.5)
+    whole, later = take(feed, 0, 14), take(feed_of(feed.inputs.examples, window=window,
+                                                   mask_prob=0.5), 8, 6)  # fmt: skip
+    for batch, again in zip(whole[8:], later, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], again[name])
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 99])
+def test_every_example_stands_in_an_epoch_once(window):
+    feed = feed_of(choose("translate"), window=window)
+    assert feed.steps_per_epoch == SIZE // BATCH == 5
+    epochs = [
+        [i for batch in take(feed, epoch * 5, 5) for i in numbers(batch)] for epoch in range(4)
+    ]
+    for seen in epochs:
+        assert len(set(seen)) == 5 * BATCH  # the last two are left out
+    assert len({tuple(seen) for seen in epochs}) == 4
+    left_out = [set(range(SIZE)) - set(seen) for seen in epochs]
+    assert len(set(map(frozenset, left_out))) > 1  # not always the same two
+
+
+def test_windows_hold_sentences_of_like_length():
+    def batches(window):
+        return take(feed_of(choose("caption"), window=window, bucket=1, mask_prob=0.0), 0, 5)
+
+    plain, ranked = batches(1), batches(5)
+    padding = [sum(int(np.sum(b["labels"] == PAD)) for b in found) for found in (plain, ranked)]
+    assert padding[1] < padding[0] * 2 / 3
+    # Of the same examples, and the batches of a window are shuffled.
+    seen = [sorted(i for batch in found for i in numbers(batch)) for found in (plain, ranked)]
+    assert seen[0] == seen[1]
+    lengths = [batch["labels"].shape[1] for batch in ranked]
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
+
+
+def test_features_and_clip_tokens_stay_with_their_sentences():
+    for clip, name in ((False, "features"), (True, "clip_tokens")):
+        for batch in take(feed_of(choose("translate"), window=3, clip=clip), 0, 10):
+            kept = batch[name][:, 1] - 30 if clip else batch[name][:, 0]
+            assert kept.tolist() == numbers(batch)
+            assert batch["source"][:, 1].tolist() == batch["labels"][:, 1].tolist()
+
+
+def test_lengths_are_few_and_never_beyond_the_room():
+    feed = feed_of(choose("translate"), batch=2, bucket=5)
+    lengths = {batch["source"].shape[1] for batch in take(feed, 0, 60)}
+    assert lengths <= {5, 10, 20}
+    for batch in take(feed, 0, 60):
+        assert batch["source"].shape == batch["labels"].shape
+        longest = max(np.sum(batch[name] != PAD, axis=1).max() for name in ("source", "labels"))
+        assert longest <= batch["source"].shape[1] < 2 * max(longest, 5)
+    wide = feed_of(choose("translate"), bucket=19)  # of 21 tokens, twice that would be 38
+    widths = {batch["source"].shape[1] for batch in take(wide, 0, 20)}
+    assert max(widths) == ROOM and max(len(ids) for ids in TOKENS["en"]) > 19
+
+
+def test_empty_sources_stay_of_two_tokens():
+    for batch in take(feed_of(choose("caption")), 0, 5):
+        assert batch["source"].tolist() == [[CODES["en"], EOS]] * BATCH
+        assert batch["labels"].shape[1] in (8, 16, ROOM)
+
+
+def test_shapes_say_what_batches_are_of():
+    for clip in (False, True):
+        feed = feed_of(choose("translate"), clip=clip)
+        batch, shapes = take(feed, 0, 1)[0], feed.shapes(2)
+        assert set(shapes) == set(batch)
+        for name, shape in shapes.items():
+            assert (shape.shape[0], shape.dtype) == (2, batch[name].dtype)
+            assert len(shape.shape) == batch[name].ndim
+
+
+def test_tokens_are_dropped_anew_in_every_epoch():
+    feed = feed_of(choose("caption"), mask_prob=0.5)
+
+    def kept(epoch):
+        rows = [
+            (number, tuple(row[row != PAD]))
+            for batch in take(feed, epoch * 5, 5)
+            for number, row in zip(numbers(batch), batch["source"], strict=True)
+        ]
+        return dict(rows)
+
+    first, again, later = kept(0), kept(0), kept(1)
+    assert first == again
+    both = [number for number in first if number in later and len(TOKENS["en"][number]) > 8]
+    assert sum(first[number] != later[number] for number in both) > len(both) // 2
+    for number, ids in first.items():
+        whole = TOKENS["en"][number].tolist()
+        assert (ids[0], ids[-1]) == (whole[0], EOS)
+        assert set(ids) <= set(whole)
+
+
+def evaluate(examples, *, shard=(0, 1), by_length=False, mask_prob=0.5):
+    return list(
+        evaluation_batches(
+            inputs_of(examples),
+            batch=BATCH,
+            bucket=8,
+            noise=NoiseConfig(mask_prob=mask_prob),
+            seed=7,
+            shard=shard,
+            by_length=by_length,
+        )
+    )
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_evaluation_covers_all_once_with_a_mask(by_length):
+    batches = evaluate(choose("translate", train=False), by_length=by_length)
+    assert len(batches) == 6
+    seen = [
+        int(index)
+        for batch in batches
+        for index, real in zip(batch["_index"], batch["_mask"], strict=True)
+        if real
+    ]
+    assert sorted(seen) == list(range(SIZE))
+    assert [batch["_mask"].sum() for batch in batches] == [4, 4, 4, 4, 4, 2]
+    for batch in batches:
+        assert batch["_index"].tolist() == numbers(batch)
+        assert batch["features"][:, 0].tolist() == numbers(batch)
+    lengths = [np.sum(row != PAD) for batch in batches for row in batch["source"]]
+    if by_length:
+        assert lengths == sorted(lengths, reverse=True)
+    else:
+        assert seen == list(range(SIZE))
+    halves = [evaluate(choose("translate", train=False), shard=(h, 2), by_length=by_length)
+              for h in range(2)]  # fmt: skip
+    for batch, parts in zip(batches, zip(*halves, strict=True), strict=True):
+        for name in batch:
+            joined = np.concatenate([part[name] for part in parts])
+            np.testing.assert_array_equal(joined, batch[name])
+
+
+def test_every_evaluation_drops_the_same_tokens():
+    first, again = (evaluate(choose("caption", train=False)) for _ in range(2))
+    for batch, other in zip(first, again, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+    kept = sum(int(np.sum(batch["source"] != PAD)) for batch in first)
+    assert kept < sum(len(ids) for ids in TOKENS["en"])
+
+
+def test_the_order_of_another_seed_is_another():
+    feed = feed_of(choose("translate"), window=2)
+    other = dataclasses.replace(feed, seed=8)
+    orders = [[numbers(batch) for batch in take(one, 0, 5)] for one in (feed, other)]
+    assert orders[0] != orders[1]
+
+
+# The config.
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": "captions"}, r"config\.stage='captions' .*did you mean 'caption'"),
+        ({"caption_language": "fr"}, r"config\.caption_language='fr' must be of the pair"),
+        ({"all_languages": True}, r"config\.all_languages=True .* not 'translate'"),
+        ({"languages": ("en", "fr")}, r"config\.languages=\('en', 'fr'\) must hold the pair"),
+        ({"stage": "caption", "unfreeze_clip": True}, r"config\.unfreeze_clip=True"),
+        ({"stage": "evaluate"}, r"config\.sources\.model"),
+        ({"valid_decode": False}, r"config\.run\.best='val/bleu' .*val/token_accuracy"),
+        ({"freeze": "decoder"}, r"config\.freeze='decoder'"),
+        ({"test_side": "picture"}, r"config\.test_side='picture'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(Config(), **changes)

@@ -1,0 +1,156 @@
+"""Runs of CLIPTrans small enough for tests: coloured shapes, laid out as Multi30k is, and networks
+of width 16."""
+
+import contextlib
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from tiny import QUICK, unoptimised
+
+from cliptrans_jax.config import ClipConfig, Config, Recipe
+from cliptrans_jax.data.corpora import DataConfig
+from cliptrans_jax.data.feed import BatchingConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from common_jax.loop import RunConfig
+from common_jax.mesh import MeshConfig
+from common_jax.optim import OptimConfig
+
+COLOURS = {"red": "rotes", "green": "grünes", "blue": "blaues", "pink": "rosa", "grey": "graues"}
+SHAPES = {"square": "Quadrat", "circle": "Rund", "cross": "Kreuz", "bar": "Band"}
+PLACES = {"": "", " above": " oben"}
+SPLITS = {"train": 24, "val": 6, "test_2016_flickr": 5}
+SIDE = 20  # pixels of a picture
+
+VOCAB, FEATURES, PREFIX = 300, 8, 4
+OPTIM = OptimConfig(
+    steps=6,
+    batch=8,
+    lr=5e-3,
+    lr_per=None,
+    schedule="constant",
+    warmup_epochs=0,
+    weight_decay=0.0,
+    b2=0.98,
+)
+MBART = MBartConfig(
+    vocab=VOCAB,
+    width=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_heads=2,
+    decoder_heads=2,
+    encoder_hidden=32,
+    decoder_hidden=32,
+    positions=32,
+)
+
+
+def write_corpus(root: pathlib.Path) -> pathlib.Path:
+    """A folder as Multi30k's, with English, German and pictures."""
+    examples = [
+        (f"a {colour} {shape}{place}", f"ein {COLOURS[colour]} {SHAPES[shape]}{PLACES[place]}")
+        for place in PLACES
+        for shape in SHAPES
+        for colour in COLOURS
+    ]
+    order, first = np.random.default_rng(0).permutation(len(examples)), 0
+    for folder in ("raw", "image_splits"):
+        (root / folder).mkdir(parents=True)
+    for split, count in SPLITS.items():
+        chosen = [examples[i] for i in order[first : first + count]]
+        first += count
+        for language, texts in zip(("en", "de"), zip(*chosen, strict=True), strict=True):
+            (root / "raw" / f"{split}.{language}").write_text("".join(f"{x}\n" for x in texts))
+        names = [f"{english.replace(' ', '_')}.png" for english, _ in chosen]
+        (root / "image_splits" / f"{split}.txt").write_text("".join(f"{x}\n" for x in names))
+        (root / "images" / split).mkdir(parents=True)
+        for name, (english, _) in zip(names, chosen, strict=True):
+            draw(english).save(root / "images" / split / name)
+    return root
+
+
+def draw(english: str) -> Image.Image:
+    """The picture of a sentence."""
+    _, colour, shape, *place = english.split()
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    up = 3 if place else 7
+    box = (5, up, 5 + SIDE // 2, up + SIDE // 2)
+    pen = ImageDraw.Draw(picture)
+    if shape == "circle":
+        pen.ellipse(box, fill=colour)
+    elif shape == "cross":
+        pen.line(box, fill=colour, width=3)
+        pen.line((box[0], box[3], box[2], box[1]), fill=colour, width=3)
+    else:
+        low = box[3] if shape == "square" else up + 3
+        pen.rectangle((*box[:3], low), fill=colour)
+    return picture
+
+
+def read_split(root: pathlib.Path, split: str) -> tuple[list[str], list[str], list[np.ndarray]]:
+    """Its English, German and pictures."""
+    english, german = (
+        (root / "raw" / f"{split}.{code}").read_text().splitlines() for code in ("en", "de")
+    )
+    return english, german, [np.asarray(draw(text)) for text in english]
+
+
+def tiny_config(stage: str, root: pathlib.Path | None) -> Config:
+    """A run of two epochs that is logged, evaluated and saved after each; without a folder, of the
+    emoji."""
+    source = {"source": "multi30k", "path": str(root), "test_split": "test_2016_flickr"}
+    return Config(
+        stage=stage,
+        data=DataConfig() if root is None else DataConfig(**source),
+        tokenizer=TokenizerConfig(vocab=VOCAB, max_length=20),
+        clip=ClipConfig(
+            text=MClipConfig(
+                vocab=VOCAB,
+                width=16,
+                layers=1,
+                heads=2,
+                hidden=32,
+                positions=32,
+                features=FEATURES,
+            ),
+            image=ClipVisionConfig(
+                image=16, patch=8, width=16, layers=1, heads=2, hidden=32, features=FEATURES
+            ),
+        ),
+        model=ModelConfig(mbart=MBART, mapper=MapperConfig(prefix=PREFIX, features=FEATURES)),
+        batching=BatchingConfig(bucket=20),
+        decode=DecodeConfig(beams=2, max_new_tokens=8, batch=8, bucket=20, growth=1),
+        optim=OPTIM,
+        mesh=MeshConfig(data=1),
+        run=RunConfig(log_every=1, best="val/bleu", compilation_cache=None),
+    )
+
+
+def tiny_pipeline(root: pathlib.Path) -> Config:
+    """Stages "clip", "caption" and "translate" of it."""
+    config = tiny_config("pipeline", root)
+    stages = ("clip", "caption", "translate")
+    return dataclasses.replace(config, recipes=dict.fromkeys(stages, Recipe(config.optim)))
+
+
+@contextlib.contextmanager
+def quickly():
+    """Within it every program is compiled in a fraction of the time, and runs slower."""
+    jit = jax.jit
+
+    def quick(*arguments, compiler_options=None, **options):
+        return jit(*arguments, compiler_options=(compiler_options or {}) | QUICK, **options)
+
+    with unoptimised(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick)
+        yield
