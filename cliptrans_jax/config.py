@@ -188,8 +188,6 @@ class Config:
                 f"config.unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
                 "tower cannot learn from pictures"
             )
-        if self.stage == "evaluate" and not self.sources.model:
-            raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
         self._check_languages()
         self._check_lengths()
         self._check_best()

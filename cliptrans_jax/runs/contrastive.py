@@ -1,0 +1,222 @@
+"""Stage "clip": a small M-CLIP, trained on pictures and their names in all languages. It stands in
+for a published one where nothing can be fetched."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data.corpora import load_corpus
+from cliptrans_jax.data.corpus import Corpus
+from cliptrans_jax.data.examples import pad
+from cliptrans_jax.data.feed import host_shard
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.pictures import augment_picture, prepare_picture
+from cliptrans_jax.losses import contrastive_loss
+from cliptrans_jax.models import clip, xlmr
+from cliptrans_jax.models.clip import ClipVision
+from cliptrans_jax.models.xlmr import MClip
+from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
+from common_jax import loop
+from common_jax.config import unfreeze
+from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
+from common_jax.mesh import match_rules
+from common_jax.step import make_evaluator
+
+LARGEST_SCALE = math.log(100)  # exp(log_scale) is held below 100, as CLIP's
+
+
+def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Trains both towers; saved under "clip/text", "clip/image" and "clip/log_scale".
+
+    Returns:
+      The run's result; accuracy is that of finding a picture's name, in the first language, among
+      those of its batch, and the reverse.
+    """
+    loop.refuse_other_config(workdir, unfreeze(config).to_dict())
+    tokenizer, text = train_tokenizer(config, workdir)
+    train = _Pairs.of(config, config.data.train_split, tokenizer)
+    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
+    optim, length = config.optim, max(train.longest, valid.longest)
+    epoch = steps_per_epoch(len(train), optim.batch)
+    _check(config, tokenizer, length)
+    match_rules(
+        PARTITION_RULES, jax.eval_shape(functools.partial(init, config), jax.random.key(0)), mesh
+    )
+    save_tokenizer(text, workdir)  # nothing is written above
+
+    def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
+        return train_batches(
+            train,
+            transform=functools.partial(_augment, config, length),
+            seed=config.seed,
+            batch=optim.batch,
+            start_step=start,
+            bad_share=config.data.bad_share,
+            shard=host_shard(),
+            report_path=workdir / "bad_examples.jsonl",
+        )
+
+    def validation() -> Iterator[Mapping[str, np.ndarray]]:
+        return eval_batches(
+            valid,
+            transform=functools.partial(_prepare, config, length),
+            batch=min(optim.micro_batch, max(1, len(valid) // mesh.size) * mesh.size),
+            bad_share=config.data.bad_share,
+            shard=host_shard(),
+        )
+
+    side = config.clip.image.image
+    shapes = {
+        "image": jax.ShapeDtypeStruct((optim.micro_batch, side, side, 3), np.float32),
+        "ids": jax.ShapeDtypeStruct((optim.micro_batch, length), np.int32),
+    }
+    task = loop.Task(
+        title="clip",
+        init=functools.partial(init, config),
+        rules=PARTITION_RULES,
+        trainable=".*",
+        loss=functools.partial(_loss, config),
+        helpers={},
+        warm_start=None,
+        batch=shapes,
+        batches=batches,
+        steps_per_epoch=epoch,
+        evaluators={
+            "val": make_evaluator(
+                functools.partial(_sums, config), validation, mesh=mesh, seed=config.seed
+            )
+        },
+    )
+    return loop.train(
+        task,
+        dataclasses.replace(config.run, best=None),
+        optim,
+        seed=config.seed,
+        workdir=workdir,
+        mesh=mesh,
+        config=unfreeze(config).to_dict(),
+    )
+
+
+def init(config: Config, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of both towers."""
+    towers, keys = config.clip, jax.random.split(key)
+    ids = jnp.zeros((1, 2), jnp.int32)
+    images = jnp.zeros((1, towers.image.image, towers.image.image, 3))
+    text = MClip(towers.text, config.dtype).init(keys[0], ids, ids == ids)["params"]
+    image = ClipVision(towers.image, config.dtype).init(keys[1], images)["params"]
+    scale = jnp.asarray(math.log(towers.scale))
+    return {"clip": {"text": text, "image": image, "log_scale": scale}}
+
+
+def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
+    towers, tree = config.clip, params["clip"]
+    rngs = {} if dropout is None else {"dropout": dropout}
+    ids = batch["ids"]
+    texts = MClip(towers.text, config.dtype).apply(
+        {"params": tree["text"]}, ids, ids != towers.text.pad, train=dropout is not None, rngs=rngs
+    )
+    image = ClipVision(towers.image, config.dtype)
+    return texts, image.apply({"params": tree["image"]}, batch["image"])
+
+
+def _loss(config: Config, params, helpers, batch, rngs, step):
+    texts, images = _embed(config, params, batch, rngs["dropout"])
+    scale = jnp.minimum(params["clip"]["log_scale"], LARGEST_SCALE)
+    return contrastive_loss(texts, images, scale), {"scale": jnp.exp(scale)}
+
+
+def _sums(config: Config, params, helpers, batch, key):
+    texts, images = _embed(config, params, batch, None)
+    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
+    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
+    real = batch["_mask"] > 0
+    scores = jnp.where(real[:, None] & real[None, :], texts @ images.T, -jnp.inf)
+    own = jnp.arange(len(real))
+    found = (jnp.argmax(scores, axis=1) == own, jnp.argmax(scores, axis=0) == own)
+    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
+    return {"count": jnp.sum(batch["_mask"]), "accuracy": jnp.sum(right)}
+
+
+def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
+    text, image = config.clip.text, config.clip.image
+    if text.features != image.features:
+        raise ValueError(
+            f"config.clip.text.features={text.features} must be config.clip.image.features="
+            f"{image.features}: both towers share one space"
+        )
+    if tokenizer.vocab > text.vocab:
+        raise ValueError(
+            f"config.clip.text.vocab={text.vocab} is less than the {tokenizer.vocab} tokens of "
+            "the tokenizer"
+        )
+    if length > text.longest:
+        raise ValueError(
+            f"config.clip.text.positions={text.positions} leave room for {text.longest} tokens, "
+            f"and the longest sentence has {length}; raise it, or lower "
+            "config.tokenizer.max_length"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pairs:
+    """Pictures with the ids of their names by language; `arrays` is None: they are read one by
+    one."""
+
+    corpus: Corpus
+    ids: Mapping[str, list[np.ndarray]]
+
+    arrays = None
+
+    @classmethod
+    def of(cls, config: Config, split: str, tokenizer: Tokenizer) -> "_Pairs":
+        languages = config.known_languages
+        corpus = load_corpus(config.data, split, languages, with_images=True)
+        corpus.require_images()
+        texts = {name: tokenizer.encode(corpus.texts[name], None) for name in languages}
+        return cls(corpus, texts)
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for texts in self.ids.values() for ids in texts)
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        names = [texts[index] for texts in self.ids.values()]
+        return {"image": self.corpus.images[index], "ids": names}
+
+
+def _augment(config: Config, length: int, example: dict, generator: np.random.Generator) -> dict:
+    ids = example["ids"][generator.integers(len(example["ids"]))]
+    picture = augment_picture(example["image"], config.augment, generator)
+    return _finish(config, length, picture, ids)
+
+
+def _prepare(config: Config, length: int, example: dict) -> dict:
+    return _finish(config, length, example["image"], example["ids"][0])
+
+
+def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -> dict:
+    return {
+        "image": prepare_picture(picture, config.clip.image.image),
+        "ids": pad([ids], length, pad_id=config.clip.text.pad)[0],
+    }
+
+
+PARTITION_RULES = (
+    (r"/log_scale$", P()),
+    *((rf"/text/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in xlmr.PARTITION_RULES),
+    *((rf"/image/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in clip.PARTITION_RULES),
+)

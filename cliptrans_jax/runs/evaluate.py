@@ -1,0 +1,85 @@
+"""Stage "evaluate": scores of a trained or released model on any split, without training."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.runs.material import Material
+from cliptrans_jax.runs.objective import is_run, make_warm_start
+from cliptrans_jax.runs.scoring import score_split
+from cliptrans_jax.runs.translation import Model, best_step
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.loop import refuse_other_config, write_json
+from common_jax.mesh import match_rules
+
+
+def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Translates config.data.test_split with config.sources.model and scores it.
+
+    Of a workdir the best checkpoint by its own validation set counts, of a step's folder that step.
+    """
+    if not asked.sources.model:
+        raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
+    refuse_other_config(workdir, unfreeze(asked).to_dict())
+    config = dataclasses.replace(asked, stage="translate", all_languages=False).consistent()
+    material = Material(config, workdir, mesh)
+    material.check(train=False)
+    model = Model.of(config, material)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = match_rules(model.rules, shapes, mesh)
+    source = config.sources.model
+    if is_run(source):
+        step = _find_step(source)
+        _require_same(shapes, step)
+        params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
+        name = step.name
+    else:
+        wanted = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        params, name = make_warm_start(config, model.tower)(wanted).params, "0"
+    test = material.load(config.data.test_split, train=False)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", unfreeze(asked).to_dict())
+    scores = score_split(config, workdir, test, model.translate(material), params, step=name)
+    logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
+    return {"stage": "evaluate"} | scores
+
+
+def _find_step(source: str) -> epath.Path:
+    step = checkpoint.find_step(source)
+    if step == checkpoint.absolute(source):
+        return step
+    metric = checkpoint.load_config(step)["run"]["best"]
+    return best_step(step.parent.parent, metric)
+
+
+def _require_same(shapes: Any, step: epath.Path) -> None:
+    """Raises ValueError, naming what differs, unless a checkpoint holds what the config says."""
+    ours, theirs = (
+        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (shapes, checkpoint.load_shapes(step))
+    )
+    if ours != theirs:
+        differing = [
+            f"{path}: {ours.get(path, 'absent')} here, {theirs.get(path, 'absent')} there"
+            for path in sorted(ours | theirs)
+            if ours.get(path) != theirs.get(path)
+        ]
+        more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
+        raise ValueError(
+            f"config.model is not the model of config.sources.model, {step}:\n  "
+            + "\n  ".join(differing[:10])
+            + f"{more}\ngive the config.model, config.tokenizer and config.unfreeze_clip of that "
+            "run"
+        )

@@ -1,0 +1,305 @@
+"""What a run reads: corpora, tokenizer and towers, and from them the inputs of its stage."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from cliptrans_jax.config import SIDES, Config
+from cliptrans_jax.data.corpora import load_corpus
+from cliptrans_jax.data.corpus import Corpus
+from cliptrans_jax.data.examples import choose_examples, default_caption_language
+from cliptrans_jax.data.feed import Inputs
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.tokens import load_tokenizer
+from cliptrans_jax.encoders import (
+    ImageTower,
+    TextTower,
+    image_features,
+    load_published_image,
+    load_published_text,
+    text_features,
+)
+from cliptrans_jax.stages import STAGES, Side
+from common_jax import checkpoint
+from common_jax.config import freeze
+from common_jax.inputs import steps_per_epoch
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """One split as a stage sees it.
+
+    Attributes:
+      corpus: texts, pictures, keys.
+      inputs: what is fed.
+    """
+
+    corpus: Corpus
+    inputs: Inputs
+
+    def reference(self, index: int) -> str:
+        """The text that example `index` should come out as."""
+        examples = self.inputs.examples
+        return self.corpus.texts[examples.languages[index][1]][examples.rows[index]]
+
+    def source(self, index: int) -> str:
+        """The text that it is a translation of; of captioning, the caption itself."""
+        examples = self.inputs.examples
+        return self.corpus.texts[examples.languages[index][0]][examples.rows[index]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """A run's config with what it reads, each loaded when it is first asked for.
+
+    Attributes:
+      config: `Config.consistent`.
+      workdir: gets features, unless config.features says where, and the tokenizer.
+      mesh: where features are computed.
+      known: the tokenizer, where it need be neither trained nor checked.
+    """
+
+    config: Config
+    workdir: epath.Path
+    mesh: Mesh
+    known: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the translation model. One that is trained must be that of the runs that weights are
+        taken from."""
+        return self._tokenizer[0] if self.known is None else self.known
+
+    @functools.cached_property
+    def _tokenizer(self) -> tuple[Tokenizer, str]:
+        tokenizer, text = train_tokenizer(self.config, self.workdir)
+        for name in ("model", "clip"):
+            other = _tokenizer_of(getattr(self.config.sources, name))
+            if text and other is not None and other.read_text() != text:
+                raise ValueError(
+                    f"config.sources.{name}: {other} is another tokenizer than the one for this "
+                    "config; give the config.data, config.languages and config.tokenizer of that "
+                    "run"
+                )
+        return tokenizer, text
+
+    def save_tokenizer(self) -> None:
+        """Keeps one that was trained in the workdir."""
+        save_tokenizer(self._tokenizer[1], self.workdir)
+
+    @functools.cached_property
+    def text_tower(self) -> TextTower:
+        """Raises ValueError where config.sources names none."""
+        config = self.config
+        if config.sources.clip:
+            return load_trained_text(config, self.tokenizer)
+        _require(config, "clip_text")
+        if config.clip_tokenizer.kind == "trained":
+            raise ValueError(
+                f"config.clip_tokenizer.kind='trained', and config.sources.clip_text="
+                f"{config.sources.clip_text!r} is a published tower, which has a tokenizer of its "
+                "own: set config.clip_tokenizer.kind to 'xlmr' for M-CLIP or 'clip' for CLIP, and "
+                "config.clip_tokenizer.path to its folder"
+            )
+        return load_published_text(
+            config.sources.clip_text,
+            config.clip_tokenizer,
+            dtype=config.dtype,
+            fetch=config.sources.fetch,
+        )
+
+    @functools.cached_property
+    def image_tower(self) -> ImageTower:
+        """Raises ValueError where config.sources names none."""
+        config = self.config
+        if config.sources.clip:
+            return load_trained_image(config)
+        _require(config, "clip_image")
+        return load_published_image(
+            config.sources.clip_image, dtype=config.dtype, fetch=config.sources.fetch
+        )
+
+    def check(self, *, train: bool) -> None:
+        """Looks whether all is there that the stage reads, before anything is computed or written.
+
+        Args:
+          train: whether it trains; otherwise it reads the test split alone.
+
+        Raises:
+          ValueError, FileNotFoundError: as `load`.
+        """
+        config, sides = self.config, {self._side(train=False)}
+        if train:
+            sides.add(self._side(train=True))
+            corpus = self._corpus(config.data.train_split, self._side(train=True))
+            several = 2 if config.all_languages else 1
+            steps_per_epoch(several * len(corpus), config.optim.batch)
+            self._corpus(config.data.valid_split, self._side(train=False))
+        self._corpus(config.data.test_split, self._side(train=False))
+        if not config.has_prefix:
+            return
+        for side in sides:
+            tower = self.image_tower if side is Side.IMAGE else self.text_tower
+            width = tower.config.features
+            if width != config.model.mapper.features:
+                raise ValueError(
+                    f"config.model.mapper.features={config.model.mapper.features} must be the "
+                    f"{width} that the {side.value} tower gives"
+                )
+
+    def load(self, split: str, *, train: bool) -> Set:
+        """The inputs of the config's stage from a split.
+
+        Raises:
+          ValueError, FileNotFoundError: for data, pictures or towers that the stage needs and that
+            are not there or do not fit.
+        """
+        config, side = self.config, self._side(train=train)
+        corpus = self._corpus(split, side)
+        tokens = {
+            language: self.tokenizer.encode(texts, language)
+            for language, texts in corpus.texts.items()
+        }
+        several = config.all_languages and train
+        language = config.caption_language or (
+            config.data.target_language
+            if config.all_languages
+            else default_caption_language(config.data.pair)
+        )
+        examples = choose_examples(
+            STAGES[config.stage],
+            tokens,
+            pair=config.data.pair,
+            train=train,
+            noise=config.noise,
+            side=side,
+            caption_language=language,
+            all_languages=several,
+        )
+        return Set(corpus, self._inputs(corpus, examples))
+
+    def _side(self, *, train: bool) -> Side:
+        """What features are taken of."""
+        stage = STAGES[self.config.stage]
+        if train:
+            return stage.train
+        return SIDES[self.config.test_side] or stage.test
+
+    def _corpus(self, split: str, side: Side) -> Corpus:
+        config = self.config
+        pictures = config.has_prefix and side is Side.IMAGE
+        corpus = load_corpus(config.data, split, config.data.pair, with_images=pictures)
+        if len(corpus) == 0:
+            raise ValueError(f"{corpus.name} is empty")
+        if pictures:
+            corpus.require_images()
+        return corpus
+
+    def _inputs(self, corpus: Corpus, examples: Any) -> Inputs:
+        config = self.config
+        framed = (self.tokenizer.pad, config.sentence_limit)
+        if not config.has_prefix:
+            return Inputs(examples, None, None, *framed)
+        if config.unfreeze_clip and examples.side is Side.TEXT:
+            tower, language = self.text_tower, config.data.source_language
+            tokens = tower.tokenizer.encode(corpus.texts[language], None)
+            return Inputs(examples, None, tokens, *framed, tower.longest)
+        folder = epath.Path(config.features) if config.features else self.workdir / "features"
+        place = {"folder": folder, "mesh": self.mesh}
+        images, texts = None, {}
+        if examples.side is Side.IMAGE:
+            images = image_features(self.image_tower, corpus, **place)
+        else:
+            for language in {pair[0] for pair in examples.languages}:
+                texts[language] = text_features(self.text_tower, corpus, language, **place)
+        return Inputs(examples, examples.features(images, texts), None, *framed)
+
+
+def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
+    """The translation model's tokenizer and, of one that is trained, the text of its file: that of
+    the workdir, or a new one, which is not written yet.
+
+    Raises:
+      ValueError: more tokens than config.model.mbart.vocab.
+    """
+    languages, sentences = config.known_languages, None
+    if config.tokenizer.kind == "trained":
+        corpus = load_corpus(config.data, config.data.train_split, languages)
+        sentences = [text for language in languages for text in corpus.texts[language]]
+    cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
+    with tempfile.TemporaryDirectory() as folder:
+        path = workdir / TOKENIZER
+        path = path if path.exists() else epath.Path(folder) / TOKENIZER
+        tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
+        text = path.read_text() if sentences is not None else ""
+    if tokenizer.vocab > config.model.mbart.vocab:
+        raise ValueError(
+            f"config.model.mbart.vocab={config.model.mbart.vocab} is less than the "
+            f"{tokenizer.vocab} tokens of the tokenizer"
+        )
+    return tokenizer, text
+
+
+def save_tokenizer(text: str, workdir: epath.Path) -> None:
+    """Writes a trained tokenizer's file, whole or not at all, unless it is there."""
+    path = workdir / TOKENIZER
+    if not text or path.exists() or jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _tokenizer_of(source: str) -> epath.Path | None:
+    """The file of the run that a source is of; None where it is of no run, or has none."""
+    try:
+        path = checkpoint.find_step(source).parent.parent / TOKENIZER if source else None
+    except FileNotFoundError:  # which is said where weights are taken
+        return None
+    return path if path is not None and path.exists() else None
+
+
+def load_trained_text(config: Config, tokenizer: Tokenizer) -> TextTower:
+    """The text tower of a run of stage "clip"."""
+    trained = _clip_config(config)
+    params = _host(checkpoint.load(config.sources.clip, subtree="clip/text"))
+    return TextTower(trained.clip.text, params, tokenizer, config.dtype)
+
+
+def load_trained_image(config: Config) -> ImageTower:
+    """The image tower of a run of stage "clip"."""
+    trained = _clip_config(config)
+    params = _host(checkpoint.load(config.sources.clip, subtree="clip/image"))
+    return ImageTower(trained.clip.image, params, config.dtype)
+
+
+def _clip_config(config: Config) -> Config:
+    found = checkpoint.load_config(config.sources.clip)
+    if found.get("stage") != "clip":
+        raise ValueError(
+            f"config.sources.clip={config.sources.clip!r} is a run of stage "
+            f"{json.dumps(found.get('stage'))}, not of 'clip'"
+        )
+    return freeze(Config, found)
+
+
+def _host(params: Any) -> Any:
+    return jax.tree.map(jax.device_get, params)
+
+
+def _require(config: Config, name: str) -> None:
+    if not getattr(config.sources, name):
+        raise ValueError(
+            f"stage {config.stage!r} with config.model.mapper.prefix="
+            f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the folder "
+            "of a published tower, or config.sources.clip, a run of stage 'clip'"
+        )

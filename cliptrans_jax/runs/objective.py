@@ -1,0 +1,146 @@
+"""Loss, evaluation and warm start of the stages of the table."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax import numpy as jnp
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.config import Config
+from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.evaluators.translation import Features
+from cliptrans_jax.losses import label_loss
+from cliptrans_jax.models.cliptrans import Translator
+from common_jax import checkpoint
+from common_jax.state import merge
+from common_jax.step import Loss, Sums
+from common_jax.weights import Allowance, Origin, WarmStart, take
+
+
+def make_features(tower: TextTower | None) -> Features:
+    """features(params, batch): those of the batch, or those that a trained text tower gives."""
+
+    def features(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array | None:
+        if "clip_tokens" not in batch:
+            return batch.get("features")
+        assert tower is not None
+        return tower.apply(params["clip"], batch["clip_tokens"])
+
+    return features
+
+
+def make_loss(translator: Translator, tower: TextTower | None, *, label_smoothing: float) -> Loss:
+    """The mean label loss over a micro-batch's tokens (CLIPTrans loss)."""
+    pad = translator.config.mbart.pad
+
+    def loss(params, helpers, batch, rngs, step):
+        dropout, features = rngs["dropout"], batch.get("features")
+        if "clip_tokens" in batch:
+            key = jax.random.fold_in(dropout, 3)
+            features = tower.apply(params["clip"], batch["clip_tokens"], dropout=key)
+        source, labels = batch["source"], batch["labels"]
+        logits = translator.train_logits(params, features, source, labels, dropout=dropout)
+        total, count = label_loss(logits, labels, pad=pad, smoothing=label_smoothing)
+        return total / jnp.maximum(count, 1), {}
+
+    return loss
+
+
+def make_sums(translator: Translator, features: Features) -> Sums:
+    """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
+    token."""
+    pad = translator.config.mbart.pad
+
+    def sums(params, helpers, batch, key):
+        labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
+        logits = translator.train_logits(
+            params, features(params, batch), batch["source"], batch["labels"]
+        )
+        total, count = label_loss(logits, labels, pad=pad)
+        right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
+        return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
+
+    return sums
+
+
+def make_warm_start(
+    config: Config, tower: TextTower | None
+) -> Callable[[Mapping[str, Any]], WarmStart] | None:
+    """What a stage starts from: another run, a released checkpoint or a published mBART, and the
+    text tower that it goes on to train; None where all is fresh."""
+    sources = config.sources
+    if not (sources.model or sources.mbart or tower is not None):
+        return None
+
+    def warm_start(wanted: Mapping[str, Any]) -> WarmStart:
+        parts = []
+        rest = {name: tree for name, tree in wanted.items() if name != "clip"}
+        if sources.model and is_run(sources.model):
+            held = checkpoint.load_shapes(sources.model)
+            if "clip" in held and tower is not None:
+                rest = dict(wanted)
+            fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
+            leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
+            origins = [Origin(sources.model, name, name) for name in held]
+            parts.append(take(rest, origins, fresh=fresh, leave=leave))
+        elif sources.model:
+            found = pretrained.load(sources.model, kind="cliptrans", config=config.model)
+            parts.append(_published(found, found.params, rest))
+        elif sources.mbart:
+            found = pretrained.load(sources.mbart, kind="mbart", fetch=sources.fetch)
+            _require_sizes(config, found.config)
+            parts.append(_published(found, {"mbart": found.params}, {"mbart": rest["mbart"]}))
+        if tower is not None and "clip" not in rest:
+            params = pretrained.place(tower.params, wanted["clip"])
+            account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
+            parts.append(WarmStart({"clip": params}, {"taken": account}))
+        return WarmStart(
+            merge(*(part.params for part in parts)),
+            {
+                key: [entry for part in parts for entry in part.account.get(key, ())]
+                for key in ("taken", "adapted", "left", "fresh")
+            },
+        )
+
+    return warm_start
+
+
+def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any]) -> WarmStart:
+    placed = pretrained.place(params, wanted)
+    account = {
+        "taken": [{"source": found.source, "as": found.kind, "parameters": _count(placed)}],
+        "left": [{"name": name, "reason": why} for name, why in found.account.dropped],
+    }
+    return WarmStart(placed, account)
+
+
+def _require_sizes(config: Config, found: Any) -> None:
+    ours = dataclasses.asdict(config.model.mbart)
+    theirs = dataclasses.asdict(found)
+    own = ("dropout", "remat")  # which are no part of the weights
+    differing = [
+        f"{name}={ours[name]!r}, and the file has {theirs[name]!r}"
+        for name in ours
+        if name not in own and ours[name] != theirs[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"config.sources.mbart={config.sources.mbart!r} is another model than "
+            "config.model.mbart: " + "; ".join(differing)
+        )
+
+
+def _count(params: Mapping[str, Any]) -> int:
+    return len(traverse_util.flatten_dict(params))
+
+
+def is_run(source: str) -> bool:
+    """Whether it is a workdir, or a step in one, and no released file."""
+    try:
+        checkpoint.find_step(source)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""All stages of a config's recipes in order, each in a folder of its own: resumable, and skipped
+when finished."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.runs import contrastive, translation
+from cliptrans_jax.runs.evaluate import evaluate
+from cliptrans_jax.stages import STAGES
+from common_jax.config import unfreeze
+from common_jax.loop import refuse_other_config, write_json
+
+Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
+ORDER = ("clip", "caption", "text_recon", "translate", "triplet")
+
+
+def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Runs the stage that `config` names; returns its result, of the pipeline that of the last
+    stage."""
+    runs: dict[str, Run] = dict.fromkeys(STAGES, translation.run) | {
+        "clip": contrastive.run,
+        "evaluate": evaluate,
+        "pipeline": run_pipeline,
+    }
+    return runs[config.stage](config, workdir, mesh)
+
+
+def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Every stage that has a recipe: each starts from the weights of the one before, and has its
+    features from the M-CLIP of stage "clip", unless config.sources names other towers."""
+    asked = unfreeze(config).to_dict()
+    refuse_other_config(workdir, asked)
+    result = {}
+    for folder, one in plan(config, workdir):
+        result = run_stage(one, workdir / folder, mesh)
+        # Not before: what is wrong with the config comes out in the first stage, which has one too.
+        if jax.process_index() == 0:
+            write_json(workdir / "config.json", asked)
+    return result
+
+
+def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
+    """The runs of the pipeline in order: the folder of each below `workdir`, and its config.
+
+    Raises:
+      ValueError: when there is no recipe at all.
+    """
+    if not config.recipes:
+        raise ValueError("config.recipes is empty, and stage='pipeline' runs what is in there")
+    given, runs, last = config.sources, [], ""
+    towers = given.clip or given.clip_text or given.clip_image
+    clip = given.clip
+    for stage in ORDER:
+        if stage not in config.recipes or (stage == "clip" and towers):
+            continue
+        recipe = config.recipes[stage]
+        start = dataclasses.replace(
+            given,
+            clip=clip,
+            model=last or given.model,
+            mbart="" if last else given.mbart,
+        )
+        one = dataclasses.replace(
+            config,
+            stage=stage,
+            sources=dataclasses.replace(given) if stage == "clip" else start,
+            optim=recipe.optim,
+            label_smoothing=recipe.label_smoothing,
+            recipes={},
+            features=config.features or str(workdir / "features"),
+            unfreeze_clip=config.unfreeze_clip and stage == "translate",
+            all_languages=config.all_languages and stage in STAGES and STAGES[stage].captioning,
+        )
+        runs.append((stage, one))
+        if stage == "clip":
+            clip = str(workdir / stage)
+        else:
+            last = str(workdir / stage)
+    return runs

@@ -1,0 +1,137 @@
+"""Translating a whole split with a trained model: scores.json and translations.tsv."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data.corpora import load_corpus
+from cliptrans_jax.data.corpus import Corpus
+from cliptrans_jax.data.feed import evaluation_batches, host_shard
+from cliptrans_jax.evaluators.scores import as_metrics, score
+from cliptrans_jax.evaluators.show import (
+    Row,
+    picture_table,
+    read_translations,
+    write_translations,
+)
+from cliptrans_jax.evaluators.translation import Translate
+from cliptrans_jax.runs.material import Set
+from common_jax.inputs import BadExample
+from common_jax.loop import write_json
+from common_jax.report import Table
+
+SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
+
+
+def decode_batches(config: Config, chosen: Set):
+    """Batches of a set for the search, sentences of like length together."""
+    return evaluation_batches(
+        chosen.inputs,
+        batch=config.decode.batch,
+        bucket=config.decode.bucket,
+        noise=config.noise,
+        seed=config.seed,
+        shard=host_shard(),
+        by_length=True,
+    )
+
+
+def score_split(
+    config: Config,
+    workdir: epath.Path,
+    chosen: Set,
+    translate: Translate,
+    params: Any,
+    *,
+    step: str,
+) -> dict[str, Any]:
+    """Translates all of a set, writes all hypotheses and the scores of the best ones.
+
+    Args:
+      config: of the run.
+      workdir: gets the two files.
+      chosen: the set.
+      translate: the search.
+      params: of the model.
+      step: of the checkpoint, for scores.json.
+
+    Returns:
+      What scores.json holds: set, step, sentences, scores, and each score's signature.
+    """
+    found = translate(params, decode_batches(config, chosen))
+    rows = [
+        Row(
+            index=index,
+            key=chosen.corpus.keys[chosen.inputs.examples.rows[index]],
+            source=chosen.source(index),
+            reference=chosen.reference(index),
+            output=found[index][0].text,
+            score=found[index][0].score,
+            others=tuple(found[index][1:]),
+        )
+        for index in range(len(chosen.inputs))
+    ]
+    language = chosen.inputs.examples.languages[0][1]
+    outputs, references = [row.output for row in rows], [row.reference for row in rows]
+    scores = score(outputs, references, language=language)
+    report = {
+        "set": chosen.corpus.name,
+        "step": int(step),
+        "sentences": scores.count,
+        **as_metrics(scores),
+        "signatures": dict(scores.signatures),
+    }
+    if jax.process_index() == 0:
+        write_translations(workdir / TRANSLATIONS, rows)
+        write_json(workdir / SCORES, report)
+    return report
+
+
+def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | None:
+    """Some translations of a finished run beside their pictures, evenly spread over the set."""
+    path = folder / TRANSLATIONS
+    if not path.exists():
+        return None
+    rows = read_translations(path)
+    count = min(limit, len(rows))
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    return picture_table(with_pictures(config, chosen), limit=limit)
+
+
+def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
+    """The rows of a test split with their pictures, where it has any that can be read."""
+    corpus = load_corpus(config.data, config.data.test_split, config.data.pair, with_images=True)
+    places = {key: place for place, key in enumerate(corpus.keys)}
+    return [dataclasses.replace(row, picture=_picture(corpus, places.get(row.key))) for row in rows]
+
+
+def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
+    """One row a scored run below `folder`, with the scores' signatures under it."""
+    header = ("run", "set", "sentences", "BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
+    keys = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
+    rows, signatures = [], {}
+    for name in names:
+        path = folder / name / SCORES
+        if path.exists():
+            found = json.loads(path.read_text())
+            signatures = found["signatures"]
+            numbers = (f"{found[key]:.1f}" for key in keys)
+            rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))
+    caption = "; ".join(f"{name}: {text}" for name, text in signatures.items())
+    return Table(f"Scores of the test split. {caption}", header, tuple(rows)) if rows else None
+
+
+def _picture(corpus: Corpus, place: int | None) -> np.ndarray | None:
+    """By its place in the corpus, which may lack examples without a picture that were scored."""
+    if corpus.images is None or place is None:
+        return None
+    try:
+        return corpus.images[place]
+    except BadExample:
+        return None

@@ -1,0 +1,215 @@
+"""A run of one of the four stages: train, choose the best checkpoint by the validation set, and
+translate the test set with it."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data.feed import TrainFeed, evaluation_batches, host_shard
+from cliptrans_jax.decode import Search
+from cliptrans_jax.encoders import TEXT_RULES, TextTower
+from cliptrans_jax.evaluators.scores import as_metrics, score
+from cliptrans_jax.evaluators.translation import (
+    Features,
+    Translate,
+    best_texts,
+    make_translate,
+)
+from cliptrans_jax.models import cliptrans
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs.material import Material, Set
+from cliptrans_jax.runs.objective import make_features, make_loss, make_sums, make_warm_start
+from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
+from cliptrans_jax.stages import STAGES, trainable
+from common_jax import checkpoint, loop
+from common_jax.config import unfreeze
+from common_jax.mesh import Rules, match_rules
+from common_jax.metrics import read_metrics
+from common_jax.step import make_evaluator
+
+
+def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Trains the stage of the config, or goes on; then scores the test split.
+
+    Parameters are saved under "mbart" and "mapper", and under "clip" where the text tower trains.
+
+    Returns:
+      The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
+    """
+    loop.refuse_other_config(workdir, unfreeze(asked).to_dict())
+    done = workdir / SCORES
+    if done.exists() and (workdir / "result.json").exists():
+        logging.info("%s is finished already: %s", asked.stage, workdir)
+        result = json.loads((workdir / "result.json").read_text())
+        return result | {"test": json.loads(done.read_text())}
+    config = asked.consistent()
+    material = Material(config, workdir, mesh)
+    material.check(train=True)
+    model = Model.of(config, material)
+    match_rules(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    material.save_tokenizer()  # nothing is written above
+    train = material.load(config.data.train_split, train=True)
+    valid = material.load(config.data.valid_split, train=False)
+    test = material.load(config.data.test_split, train=False)
+    translate = model.translate(material)  # one for both sets: compiling it takes long
+    feed = TrainFeed(
+        train.inputs,
+        config.noise,
+        config.batching,
+        config.optim.batch,
+        config.seed,
+        host_shard(),
+    )
+    task = loop.Task(
+        title=config.stage,
+        init=model.init,
+        rules=model.rules,
+        trainable=trainable(STAGES[config.stage], config.freeze),
+        loss=make_loss(model.translator, model.tower, label_smoothing=config.label_smoothing),
+        helpers={},
+        warm_start=make_warm_start(config, model.tower),
+        batch=feed.shapes(config.optim.micro_batch),
+        batches=feed.batches,
+        steps_per_epoch=feed.steps_per_epoch,
+        evaluators={"val": Validation.of(config, model, valid, translate, mesh=mesh)},
+    )
+    result = loop.train(
+        task,
+        config.run,
+        config.optim,
+        seed=config.seed,
+        workdir=workdir,
+        mesh=mesh,
+        config=unfreeze(asked).to_dict(),
+    )
+    step = best_step(workdir, config.run.best)
+    params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    scores = score_split(config, workdir, test, translate, params, step=step.name)
+    return result | {"test": scores}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a stage trains.
+
+    Attributes:
+      config: of the run.
+      translator: mBART and mapping network.
+      tower: the text tower where it trains too, else None.
+    """
+
+    config: Config
+    translator: Translator
+    tower: TextTower | None
+
+    @classmethod
+    def of(cls, config: Config, material: Material) -> "Model":
+        """The model of a config; the vocabulary is checked, no parameter is made."""
+        assert material.tokenizer.vocab <= config.model.mbart.vocab
+        tower = material.text_tower if config.unfreeze_clip and config.has_prefix else None
+        return cls(config, Translator(config.model, config.dtype), tower)
+
+    @property
+    def rules(self) -> Rules:
+        """Partition rules of all parameters."""
+        if self.tower is None:
+            return cliptrans.PARTITION_RULES
+        return (*cliptrans.PARTITION_RULES, *TEXT_RULES[type(self.tower.config)])
+
+    @property
+    def features(self) -> Features:
+        """What the prefix is made of."""
+        return make_features(self.tower)
+
+    def init(self, key: jax.Array) -> Mapping[str, Any]:
+        """Fresh parameters; those of the text tower are zeros, since they always come from
+        elsewhere."""
+        params = self.translator.init(key)
+        if self.tower is None:
+            return params
+        return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
+
+    def translate(self, material: Material) -> Translate:
+        """The search of the config."""
+        config, language = self.config, None
+        if config.parity and STAGES[config.stage].captioning:
+            language = material.tokenizer.language_id(config.data.target_language)
+        search = Search(self.translator, config.decode)
+        return make_translate(
+            search, self.features, material.tokenizer, mesh=material.mesh, language=language
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """evaluate(params, helpers, step) -> loss and, if asked for, scores of translations.
+
+    Attributes:
+      config: of the run.
+      loss: the loss's evaluation.
+      translate: the search; None for the loss alone.
+      valid: the set.
+    """
+
+    config: Config
+    loss: Any
+    translate: Translate | None
+    valid: Set
+
+    @classmethod
+    def of(
+        cls, config: Config, model: Model, valid: Set, translate: Translate, *, mesh: Mesh
+    ) -> "Validation":
+        """The evaluation that a config asks for."""
+
+        def batches():
+            return evaluation_batches(
+                valid.inputs,
+                batch=config.optim.micro_batch,
+                bucket=config.batching.bucket,
+                noise=config.noise,
+                seed=config.seed,
+                shard=host_shard(),
+            )
+
+        sums = make_sums(model.translator, model.features)
+        loss = make_evaluator(sums, batches, mesh=mesh, seed=config.seed)
+        return cls(config, loss, translate if config.valid_decode else None, valid)
+
+    def __call__(self, params: Any, helpers: Any, step: int) -> dict[str, float]:
+        """Means over the set."""
+        values = self.loss(params, helpers, step)
+        if self.translate is None:
+            return values
+        found = self.translate(params, decode_batches(self.config, self.valid))
+        references = [self.valid.reference(index) for index in range(len(self.valid.inputs))]
+        language = self.valid.inputs.examples.languages[0][1]
+        scores = score(best_texts(found, len(references)), references, language=language)
+        return values | as_metrics(scores)
+
+
+def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
+    """The folder of the checkpoint with the highest validation metric; of equal ones the earliest,
+    as when the first to reach it is kept. The newest without a metric, or where none is on record,
+    which the log says."""
+    if metric is None:
+        return checkpoint.find_step(workdir)
+    folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
+    steps, record = checkpoint.finished_steps(folder), workdir / "metrics.jsonl"
+    values = {
+        line["step"]: line[metric]
+        for line in (read_metrics(record) if record.exists() else ())
+        if metric in line and line["step"] in steps
+    }
+    if not values:
+        step = checkpoint.find_step(workdir)
+        logging.warning("%s has no %s of its checkpoints: taking the newest", record, metric)
+        return step
+    return folder / str(max(values, key=lambda step: (values[step], -step)))
