@@ -28,7 +28,8 @@ from common_jax.optim import OptimConfig
 COLOURS = {"red": "rotes", "green": "grünes", "blue": "blaues", "pink": "rosa", "grey": "graues"}
 SHAPES = {"square": "Quadrat", "circle": "Rund", "cross": "Kreuz", "bar": "Band"}
 PLACES = {"": "", " above": " oben"}
-SPLITS = {"train": 24, "val": 6, "test_2016_flickr": 5}
+TEST = "test_2016_flickr"
+SPLITS = {"train": 24, "val": 6, TEST: 5}
 SIDE = 20  # pixels of a picture
 
 VOCAB, FEATURES, PREFIX = 300, 8, 4
@@ -108,7 +109,7 @@ def read_split(root: pathlib.Path, split: str) -> tuple[list[str], list[str], li
 def tiny_config(stage: str, root: pathlib.Path | None) -> Config:
     """A run of two epochs that is logged, evaluated and saved after each; without a folder, of the
     emoji."""
-    source = {"source": "multi30k", "path": str(root), "test_split": "test_2016_flickr"}
+    source = {"source": "multi30k", "path": str(root), "test_split": TEST}
     return Config(
         stage=stage,
         data=DataConfig() if root is None else DataConfig(**source),

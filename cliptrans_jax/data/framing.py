@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from common_jax.config import did_you_mean
 
@@ -45,7 +46,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[np.ndarray, "S"]) -> str:
         """The text of ids, up to the first `</s>` after the first id; of what has no text (special
         tokens, languages) nothing is shown."""
         ...
@@ -95,7 +96,7 @@ class FramedTokenizer:
             for pieces in self.cut(list(texts))
         ]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | Int[np.ndarray, "S"]) -> str:
         ids = [int(i) for i in ids]
         if self.eos in ids[1:]:
             ids = ids[: ids.index(self.eos, 1)]

@@ -39,10 +39,13 @@ OPTIM = OptimConfig(
     b2=0.98,
     clip=1.0,
 )
+CAPTION = TRANSLATE = Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1)
 RECIPES = {
     "clip": Recipe(dataclasses.replace(OPTIM, epochs=20, lr=1e-3)),
-    "caption": Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1),
-    "translate": Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1),
+    "caption": CAPTION,
+    "text_recon": CAPTION,
+    "translate": TRANSLATE,
+    "triplet": TRANSLATE,
 }
 # Model: the stages of its pipeline, and the length of its prefix.
 MODELS = {

@@ -20,6 +20,7 @@ from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.stages import STAGES
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig
@@ -61,7 +62,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     stages = ("caption", "translate") if args.prefix else ("translate",)
-    single = {} if args.stage == "pipeline" else {args.stage: RECIPE}
+    single = {args.stage: RECIPE} if args.stage in STAGES else {}
     return choose_recipe(config, dict.fromkeys(stages, RECIPE) | single)
 
 

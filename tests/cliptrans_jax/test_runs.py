@@ -13,6 +13,7 @@ from etils import epath
 from flax import traverse_util
 from tiny_cliptrans import (
     OPTIM,
+    TEST,
     quickly,
     read_split,
     tiny_config,
@@ -34,7 +35,6 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 
 STAGES = ("clip", "caption", "translate")
-TEST = "test_2016_flickr"
 
 
 def one_device():

@@ -362,7 +362,6 @@ def test_the_order_of_another_seed_is_another():
         ({"all_languages": True}, r"config\.all_languages=True .* not 'translate'"),
         ({"languages": ("en", "fr")}, r"config\.languages=\('en', 'fr'\) must hold the pair"),
         ({"stage": "caption", "unfreeze_clip": True}, r"config\.unfreeze_clip=True"),
-        ({"stage": "evaluate"}, r"config\.sources\.model"),
         ({"valid_decode": False}, r"config\.run\.best='val/bleu' .*val/token_accuracy"),
         ({"freeze": "decoder"}, r"config\.freeze='decoder'"),
         ({"test_side": "picture"}, r"config\.test_side='picture'"),

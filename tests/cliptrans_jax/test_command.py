@@ -1,0 +1,315 @@
+"""The command as a user meets it: errors in one message, before anything is written."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from etils import epath
+from tiny_cliptrans import TEST, VOCAB, quickly, tiny_config, write_corpus
+
+from cliptrans_jax.main import DESCRIPTION, main
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
+from common_jax import app
+from common_jax.checkpoint import Checkpoints
+from common_jax.config import unfreeze
+from common_jax.loop import write_json
+from common_jax.state import TrainState
+from common_jax.step import init_state
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+import pathlib
+from common_jax.config import parse_args, unfreeze
+from tiny_cliptrans import tiny_config, tiny_pipeline
+
+def get_config(arg=None):
+    stage, root = parse_args(arg, {"stage": "translate"}).stage, pathlib.Path(ROOT)
+    return unfreeze(tiny_pipeline(root) if stage == "pipeline" else tiny_config(stage, root))
+"""
+NO_PREFIX = "--config.model.mapper.prefix=0"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """Workdirs as runs leave them, by name, their parameters fresh."""
+    folder = epath.Path(tmp_path_factory.mktemp("runs"))
+    plain = tiny_config("translate", corpus)
+    mapper = dataclasses.replace(plain.model.mapper, prefix=0)
+    configs = {
+        "clip": tiny_config("clip", corpus),
+        "translate": plain,
+        "no_prefix": dataclasses.replace(
+            plain, model=dataclasses.replace(plain.model, mapper=mapper)
+        ),
+    }
+    for name, config in configs.items():
+        workdir, settings = folder / name, unfreeze(config).to_dict()
+        save_tokenizer(train_tokenizer(config, workdir)[1], workdir)
+        write_json(workdir / "config.json", settings)
+        checkpoints = Checkpoints(workdir, keep=1, best=None)
+        checkpoints.save(fresh(config), step=1, config=settings, metrics=None)
+        checkpoints.close()
+    return folder
+
+
+def fresh(config) -> TrainState:
+    towers = functools.partial(contrastive.init, config)
+    init = towers if config.stage == "clip" else Translator(config.model).init
+
+    def state(key):
+        return init_state(init(key), config.optim, trainable=".*", metrics={})
+
+    return jax.jit(state)(jax.random.key(0))
+
+
+def argv(corpus, workdir, *flags, stage="translate"):
+    path = corpus.parent / "config.py"
+    path.write_text(CONFIG.replace("ROOT", repr(str(corpus))))
+    return [
+        "cliptrans", f"--config={path}:stage={stage}", f"--workdir={workdir}",
+        "--config.mesh.data=8", *flags,
+    ]  # fmt: skip
+
+
+def refusal(capsys, arguments) -> str:
+    """What the command says when it refuses: exit status 2 and one message."""
+    with pytest.raises(SystemExit) as stop:
+        app.run(main, DESCRIPTION, arguments)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2, message
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture
+def refused(capsys, corpus, tmp_path):
+    """refused(flags, said, stage=, corpus=, kept=): the command refuses, says all of it, and writes
+    nothing, or at most what is `kept`."""
+
+    def check(flags, said, *, stage="translate", corpus=corpus, kept=None):
+        workdir = tmp_path / "run"
+        message = refusal(capsys, argv(corpus, workdir, *flags, stage=stage))
+        for text in said:
+            assert text in message, message
+        if kept is None:
+            assert not workdir.exists()
+        else:
+            assert {path.name for path in workdir.iterdir()} <= kept
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.optin.batch=8"], ["config has no field 'optin'", "did you mean 'optim'"]),
+        (
+            ["--config.model.mapper.prefx=4"],
+            ["config.model.mapper has no field 'prefx'", "did you mean 'prefix'"],
+        ),
+        (
+            ["--config.data.target_language=dx"],
+            ["config.data.target_language='dx'", "'multi30k'", "en, de, fr, cs"],
+        ),
+        (["--config.data.path=/nowhere"], ["config.data.path='/nowhere'", "multi30k"]),
+        (["--config.data.test_split=test_2017"], ["test_2017.en", "the splits", TEST]),
+        ([], ["needs features", "config.sources.clip_text", "config.sources.clip"]),
+        (
+            ["--config.sources.clip_text=/tower"],
+            ["config.clip_tokenizer.kind='trained'", "'/tower'", "'xlmr'", "clip_tokenizer.path"],
+        ),
+        (["--config.mesh.data=3"], ["config.mesh=data 3", "8 devices", "change config.mesh"]),
+        (["--config.optim.batch=12"], ["config.optim.batch", "=12", "8 devices"]),
+        (["--config.optim.batch=16", "--config.optim.accumulate=4"], ["accumulate=4", "8 devices"]),
+        (["--config.decode.batch=12"], ["config.decode.batch=12", "8 devices"]),
+        ([NO_PREFIX, "--config.optim.batch=32"], ["config.optim.batch=32", "1 to 24"]),
+        (
+            [NO_PREFIX, "--config.model.mbart.vocab=280"],
+            ["config.model.mbart.vocab=280", f"{VOCAB} tokens of the tokenizer"],
+        ),
+        (
+            [NO_PREFIX, "--config.mesh.data=1", "--config.mesh.fsdp=8",
+             "--config.model.mbart.width=12"],
+            ["splits its axis of 12", "config.mesh.fsdp=8"],
+        ),
+        (["--config.run.best=val/blue"], ["config.run.best='val/blue'", "val/bleu"]),
+        (["--config.tokenizer.vocab=100"], ["config.tokenizer.vocab=100", "256 bytes"]),
+        (
+            ["--config.tokenizer.max_length=30"],
+            ["config.model.mbart.positions=32", "config.tokenizer.max_length"],
+        ),
+        (["--config.sources.model=/a", "--config.sources.mbart=/b"], ["'/a'", "'/b'"]),
+        (["--wrokdir=x"], ["wrokdir"]),
+    ],
+    ids=lambda value: value[-1] if value and value[0].startswith("-") else "",
+)  # fmt: skip
+def test_a_users_error_is_said_before_anything_is_written(refused, flags, said):
+    refused(flags, said)
+
+
+@pytest.mark.parametrize("stage", ["clip", "caption", "triplet"])
+def test_pictures_are_asked_for_where_there_are_none(refused, corpus, runs, tmp_path, stage):
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus, texts, ignore=shutil.ignore_patterns("images"))
+    refused(
+        [] if stage == "clip" else [f"--config.sources.clip={runs / 'clip'}"],
+        ["multi30k train has no images", "none of the 24 images", str(texts / "images")],
+        stage=stage,
+        corpus=texts,
+    )
+
+
+def test_a_missing_file_of_a_language_is_named(refused, corpus, tmp_path):
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    (copied / "raw" / f"{TEST}.de").unlink()
+    said = [f"{copied}/raw/{TEST}.de", f"of '{TEST}' there are the languages en"]
+    refused([NO_PREFIX], said, corpus=copied)  # although the test set is needed last
+
+
+def test_files_of_different_lengths_are_named_with_their_counts(refused, corpus, tmp_path):
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    with (copied / "raw" / "train.de").open("a") as file:
+        file.write("ein Kreis\n")
+    said = ["different numbers of lines", "raw/train.en: 24", "raw/train.de: 25"]
+    refused([NO_PREFIX], said, corpus=copied)
+
+
+def test_an_unreadable_picture_is_named(refused, corpus, runs, tmp_path):
+    copied = shutil.copytree(corpus, tmp_path / "copied")
+    name = (copied / "image_splits" / "train.txt").read_text().splitlines()[5]
+    (copied / "images" / "train" / name).write_bytes(b"no picture")
+    refused(
+        [f"--config.sources.clip={runs / 'clip'}"],
+        [f"images/train/{name}", "config.data.bad_share"],
+        stage="caption",
+        corpus=copied,
+        kept={"tokenizer.json"},
+    )
+
+
+def test_a_tower_of_another_width_is_refused(refused, runs):
+    flags = [f"--config.sources.clip={runs / 'clip'}", "--config.model.mapper.features=16"]
+    for stage, tower in (("caption", "image"), ("translate", "text")):
+        said = ["config.model.mapper.features=16", f"the 8 that the {tower} tower gives"]
+        refused(flags, said, stage=stage)
+
+
+def test_sources_of_another_kind_are_refused(refused, runs):
+    refused(
+        [f"--config.sources.clip={runs / 'translate'}"],
+        ["config.sources.clip=", "a run of stage \"translate\", not of 'clip'"],
+    )
+    refused([f"--config.sources.clip={runs}"], ["no finished checkpoint", str(runs)])
+
+
+def test_another_tokenizer_than_that_of_the_source_is_refused(refused, runs):
+    for source in ("model", "clip"):
+        flags = [f"--config.sources.clip={runs / 'clip'}", "--config.tokenizer.vocab=290"]
+        if source == "model":
+            flags[0] = NO_PREFIX
+            flags.append(f"--config.sources.model={runs / 'no_prefix' / 'checkpoints' / '1'}")
+        refused(flags, [f"config.sources.{source}: ", "is another tokenizer", "config.tokenizer"])
+
+
+def test_a_run_without_a_mapper_gives_none(refused, runs):
+    sources = [f"--config.sources.{name}={runs / run}"
+               for name, run in (("clip", "clip"), ("model", "no_prefix"))]  # fmt: skip
+    said = ["mapper/out/kernel of shape (8, 64) is in none of the sources", "config.sources.fresh"]
+    refused(sources, said, kept={"tokenizer.json", "features"})
+
+
+def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
+    said = ["mapper/out/kernel of shape (8, 64) has no place", "config.sources.leave"]
+    flags = [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"]
+    refused(flags, said, kept={"tokenizer.json"})
+
+
+def test_another_config_in_the_same_workdir_is_refused(capsys, corpus, runs):
+    for stage in ("translate", "clip"):
+        workdir = runs / stage
+        before = {path.name: path.stat().mtime for path in workdir.iterdir()}
+        flags = ["--config.optim.lr=0.5", "--config.tokenizer.vocab=290"]
+        message = refusal(capsys, argv(corpus, workdir, *flags, stage=stage))
+        assert "holds a run of another config" in message
+        assert "optim.lr: 0.005 -> 0.5" in message
+        assert "tokenizer.vocab: 300 -> 290" in message
+        assert before == {path.name: path.stat().mtime for path in workdir.iterdir()}
+
+
+def test_what_is_scored_must_be_there_and_of_the_config(refused, runs):
+    refused([NO_PREFIX], ["needs config.sources.model"], stage="evaluate")
+    refused(
+        [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"],
+        ["config.model is not the model of", "mapper/out/kernel: absent here, (8, 64) there"],
+        stage="evaluate",
+    )
+    flags = [NO_PREFIX, f"--config.sources.model={runs / 'no_prefix'}"]
+    refused(
+        [*flags, "--config.model.mbart.width=32"],
+        ["mbart/decoder/embedding_norm/bias: (32,) here, (16,) there"],
+        stage="evaluate",
+    )
+    refused([NO_PREFIX, "--config.sources.model=/nowhere"], ["/nowhere"], stage="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.clip.text.features=4"], ["config.clip.text.features=4", "one space"]),
+        (["--config.clip.text.vocab=280"], ["config.clip.text.vocab=280", f"{VOCAB} tokens"]),
+        (
+            ["--config.clip.text.positions=10"],
+            ["config.clip.text.positions=10", "room for 8 tokens", "config.tokenizer.max_length"],
+        ),
+        (["--config.optim.batch=32"], ["config.optim.batch=32", "1 to 24"]),
+    ],
+)
+def test_errors_of_stage_clip(refused, flags, said):
+    refused(flags, said, stage="clip")
+
+
+def test_a_pipeline_that_cannot_begin_leaves_its_folder_free(refused):
+    refused(["--config.model.mbart.vocab=280"], ["config.model.mbart.vocab=280"], stage="pipeline")
+    refused(["--config.recipes={}"], ["config.recipes is empty"], stage="pipeline")
+
+
+def test_help_shows_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        app.run(main, DESCRIPTION, ["cliptrans", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--config", "--workdir", "--debug", "emoji.py"))
+
+
+def test_nothing_imports_tensorflow_or_torch():
+    code = (
+        "import sys, cliptrans_jax.main; print(sorted({'tensorflow', 'torch'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=dict(os.environ),
+    )
+    assert result.stdout.strip() == "[]"
