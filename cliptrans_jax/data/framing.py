@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
 
 from common_jax.config import did_you_mean
 
@@ -46,7 +45,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, ids: Iterable[int] | Int[np.ndarray, "S"]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """The text of ids, up to the first `</s>` after the first id; of what has no text (special
         tokens, languages) nothing is shown."""
         ...
@@ -96,7 +95,7 @@ class FramedTokenizer:
             for pieces in self.cut(list(texts))
         ]
 
-    def decode(self, ids: Iterable[int] | Int[np.ndarray, "S"]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]
         if self.eos in ids[1:]:
             ids = ids[: ids.index(self.eos, 1)]
