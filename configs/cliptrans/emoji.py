@@ -39,9 +39,11 @@ OPTIM = OptimConfig(
     b2=0.98,
     clip=1.0,
 )
-CAPTION = TRANSLATE = Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1)
+# Captioning in both languages has two examples a picture.
+CAPTION = Recipe(dataclasses.replace(OPTIM, epochs=8), label_smoothing=0.1)
+TRANSLATE = Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1)
 RECIPES = {
-    "clip": Recipe(dataclasses.replace(OPTIM, epochs=20, lr=1e-3)),
+    "clip": Recipe(dataclasses.replace(OPTIM, epochs=12, lr=1e-3)),
     "caption": CAPTION,
     "text_recon": CAPTION,
     "translate": TRANSLATE,
