@@ -9,6 +9,7 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
     slots of the cache, and a table says which slots a beam descends from; all others are hidden.
   - The cache starts short and grows in a few parts, each with a loop of its own, so that early
     steps do not attend to slots that are still empty. It is written in place.
+  - When half of the examples are done, the others go on in a batch half as large.
   - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, and a softmax keeps
     their order, so only they are normalised.
 """
@@ -24,13 +25,14 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models import attention, prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
 from cliptrans_jax.models.mbart import Cache, MBart
+from common_jax.mesh import batch_shards, put_rows, take_rows
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
 
 FIRST = 3  # length of the hypotheses that the first step reads
 
 # Least values of a config's numbers.
-LEAST = {"beams": 1, "max_new_tokens": 2, "batch": 1, "bucket": 1, "growth": 1}
+LEAST = {"beams": 1, "max_new_tokens": 2, "batch": 1, "bucket": 1, "growth": 1, "halvings": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,8 @@ class DecodeConfig:
       bucket: sources are padded to this many tokens, or twice, four times as many and so on.
       growth: parts in which the cache of decoded tokens grows to its full length. More of them
         attend less to empty slots, and take longer to compile.
+      halvings: how often the batch is halved when half of its examples are done, on every device
+        for itself. Each takes longer to compile.
     """
 
     beams: int = 5
@@ -56,6 +60,7 @@ class DecodeConfig:
     batch: int = 64
     bucket: int = 16
     growth: int = 4
+    halvings: int = 2
 
     def __post_init__(self):
         for name, least in LEAST.items():
@@ -156,18 +161,44 @@ class Search:
         states = self.translator.encode(params, source)
         state, logits = self.start(params, features, source, states, language, steps=0)
         state, _ = self.advance(state, logits)
+        shards = batch_shards()
+        share = len(source) // shards
+        finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
+        halvings = min(self.config.halvings, (share & -share).bit_length() - 1)  # share's twos
+        for halving in range(halvings + 1):
+            if halving:
+                finished = put_rows(finished, state.finished, rows)
+                kept = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
+                kept = kept[:, : rows.shape[1] // 2]
+                rows = jnp.take_along_axis(rows, kept, axis=1)
+                source, state = take_rows(source, kept), take_rows(state, kept)
+            enough = rows.shape[1] // 2 if halving < halvings else 0
+            for steps in self.config.parts if not halving else self.config.parts[-1:]:
+                state = state.replace(cache=self._grow(state.cache, steps))
+                state = self._search(params, source, state, steps=steps, enough=enough)
+        return put_rows(finished, state.finished, rows)
 
-        def unfinished(steps: int, state: SearchState) -> jax.Array:
-            return (state.length < FIRST + steps) & ~jnp.all(state.done)
+    def _search(
+        self,
+        params: Params,
+        source: Int[Array, "B S"],
+        state: SearchState,
+        *,
+        steps: int,
+        enough: int,
+    ) -> SearchState:
+        """Goes on for as long as the cache of so many steps has room and more than `enough`
+        examples of a device are not done."""
+
+        def unfinished(state: SearchState) -> jax.Array:
+            open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)
+            return (state.length < FIRST + steps) & jnp.any(open_ > enough)
 
         def body(state: SearchState) -> SearchState:
             state, logits = self.step(params, source, state)
             return self.advance(state, logits)[0]
 
-        for steps in self.config.parts:
-            state = state.replace(cache=self._grow(state.cache, steps))
-            state = jax.lax.while_loop(functools.partial(unfinished, steps), body, state)
-        return state.finished
+        return jax.lax.while_loop(unfinished, body, state)
 
     def start(
         self,

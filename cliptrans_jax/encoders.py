@@ -55,9 +55,9 @@ class TextTower:
 
     def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
         """Features (B, M) of framed ids (B, S) with pads."""
+        if isinstance(self.config, ClipTextConfig):  # no token hears the pads behind it
+            return ClipText(self.config, self.dtype).apply({"params": params}, ids, None)
         visible = ids != self.tokenizer.pad
-        if isinstance(self.config, ClipTextConfig):
-            return ClipText(self.config, self.dtype).apply({"params": params}, ids, visible)
         rngs = {} if dropout is None else {"dropout": dropout}
         return MClip(self.config, self.dtype).apply(
             {"params": params}, ids, visible, train=dropout is not None, rngs=rngs

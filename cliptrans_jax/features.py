@@ -79,6 +79,9 @@ def encode_all(
         # Devices of a mesh need not come in the order of the hosts: rows carry their numbers.
         return apply(params, batch).astype(jnp.float32), batch["_mask"], row
 
+    # Once, and not with every batch.
+    if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
+        params = jax.device_put(params, replicated(mesh))
     parts, masks = [], []
 
     def collect(encoded: tuple[jax.Array, ...]) -> None:

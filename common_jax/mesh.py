@@ -86,6 +86,39 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
     )
 
 
+def batch_shards() -> int:
+    """Devices of the mesh that is set, over all of which batches are split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def take_rows(tree: Any, rows: jax.Array) -> Any:
+    """The chosen examples of each device's share of a batch, so that none leaves its device.
+
+    Args:
+      tree: arrays with examples along the first axis; those without axes stay.
+      rows: (devices, chosen) numbers within the share.
+    """
+
+    def take(x: jax.Array) -> jax.Array:
+        if x.ndim == 0:
+            return x
+        shares = x.reshape(len(rows), -1, *x.shape[1:])
+        return jax.vmap(lambda share, chosen: share[chosen])(shares, rows).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(take, tree)
+
+
+def put_rows(tree: Any, chosen: Any, rows: jax.Array) -> Any:
+    """`tree` with the examples that `take_rows` took out of it replaced by `chosen`."""
+
+    def put(x: jax.Array, y: jax.Array) -> jax.Array:
+        old, new = (z.reshape(len(rows), -1, *z.shape[1:]) for z in (x, y))
+        return jax.vmap(lambda a, b, row: a.at[row].set(b))(old, new, rows).reshape(x.shape)
+
+    return jax.tree.map(put, tree, chosen)
+
+
 def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
     """The sharding of every parameter: that of the first rule whose regex is found in its path.
 

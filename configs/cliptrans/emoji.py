@@ -1,7 +1,7 @@
 """CLIPTrans on emoji: pictures and their names in many languages, nothing to download.
 
-    python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline
-    --workdir=runs/emoji
+    python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline \\
+        --workdir=runs/emoji
 
 Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate) and `model`:
   "cliptrans", all stages; "no_captioning", translation with features but without the captioning
@@ -90,7 +90,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             freeze="nothing",
             all_languages=args.stage in ("pipeline", "caption", "text_recon"),
             batching=BatchingConfig(bucket=LENGTH // 2, window=46),
-            decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH),
+            decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH, growth=1, halvings=0),
             run=RunConfig(log_every=15, eval_every=5, checkpoint_every=5, best="val/chrf"),
         )
     )  # fmt: skip

@@ -3,7 +3,7 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
 
     python -m cliptrans_jax.main --config=configs/cliptrans/multi30k.py:stage=pipeline,target=fr \\
         --workdir=runs/multi30k --config.data.path=/data/multi30k --config.precision=bfloat16 \\
-        --config.sources.mbart=/weights/mbart-large-50
+        --config.sources.mbart=/weights/mbart-large-50 \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.clip_tokenizer.path=/weights/xlm-roberta-large \\

@@ -2,7 +2,7 @@
 
     python -m cliptrans_jax.main --config=configs/cliptrans/wit.py:stage=pipeline,pair=en_ro \\
         --workdir=runs/wit_en_ro --config.data.path=/data/wit/mmt --config.precision=bfloat16 \\
-        --config.sources.mbart=/weights/mbart-large-50
+        --config.sources.mbart=/weights/mbart-large-50 \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.clip_tokenizer.path=/weights/xlm-roberta-large \\

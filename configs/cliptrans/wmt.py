@@ -3,7 +3,7 @@ from the text, and a run starts from a captioning stage trained elsewhere.
 
     python -m cliptrans_jax.main --config=configs/cliptrans/wmt.py:target=de \\
         --workdir=runs/wmt --config.data.path=/data/wmt --config.precision=bfloat16 \\
-        --config.sources.model=runs/multi30k/caption
+        --config.sources.model=runs/multi30k/caption \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.clip_tokenizer.path=/weights/xlm-roberta-large

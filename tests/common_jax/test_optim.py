@@ -117,3 +117,12 @@ def test_the_direction_is_clipped_adamw():
 def test_settings_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_inverse_sqrt_rises_to_the_peak_and_falls():
+    config = OptimConfig(
+        schedule="inverse_sqrt", lr=0.01, lr_per=None, steps=100, warmup_steps=4, warmup_epochs=9
+    )
+    rate = make_schedule(config, 7)
+    wanted = [0.0025, 0.005, 0.0075, 0.01, 0.01 * (4 / 5) ** 0.5, 0.005]
+    assert [float(rate(step)) for step in (0, 1, 2, 3, 4, 15)] == pytest.approx(wanted, rel=1e-5)
