@@ -2,11 +2,11 @@
 
 Both translate the same sentences with the same weights (mBART, random), the same settings and the
 same batches, sorted by length, in turns, on the same number of threads. torch pads a batch to its
-longest sentence, ours to a multiple of 16 tokens. First all translations are compared token by
-token; each that differs is printed with both scores and with what parted our two best, which where
-rounding decides is next to nothing. Compiling is timed apart. Then come sentences a second, what
-the matrix products would take at the speed of one large product, measured in the same turns, and
-the ratio; the last line is JSON.
+longest sentence, ours to 16, 32 or 64 tokens as in a run. First all translations are compared
+token by token; each that differs is printed with both scores and with what parted our two best,
+which where rounding decides is next to nothing. Compiling is timed apart. Then come sentences a
+second, what the matrix products would take at the speed of one large product, measured in the same
+turns, and the ratio; the last line is JSON.
 
     pip install torch "transformers>=5.23"
     python benchmarks/decode.py
@@ -59,6 +59,7 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="of the encoder and of the decoder")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--growth", type=int, default=DecodeConfig.growth)
+    parser.add_argument("--halvings", type=int, default=DecodeConfig.halvings)
     parser.add_argument("--threads", type=int, default=2, help="of both")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each over all sentences")
     return parser.parse_args()
@@ -119,6 +120,11 @@ def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
     return batches
 
 
+def padded_length(batch: Batch, config: DecodeConfig) -> int:
+    """The bucket, or twice, four times as many tokens and so on."""
+    return config.bucket * 2 ** math.ceil(math.log2(max(1, batch.shape[1] / config.bucket)))
+
+
 def compile_ours(
     translator: Translator, params: Params, config: DecodeConfig, batches: Sequence[Batch]
 ) -> tuple[Translate, dict[tuple[int, ...], float]]:
@@ -128,8 +134,9 @@ def compile_ours(
     params, programs, seconds = jax.device_put(params), {}, {}
 
     def arguments(batch: Batch) -> tuple:
-        room = ((0, 0), (0, -batch.shape[1] % config.bucket))
-        source = np.pad(batch, room, constant_values=translator.config.mbart.pad)
+        room = padded_length(batch, config) - batch.shape[1]
+        pad = translator.config.mbart.pad
+        source = np.pad(batch, ((0, 0), (0, room)), constant_values=pad)
         return params, None, source, np.full(len(batch), LANGUAGE, np.int32)
 
     for batch in batches:
@@ -218,25 +225,38 @@ def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
     return lines
 
 
+def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
+    """For every step [T, 2], how many examples ours computes, and for how many steps the cache that
+    they attend to has room. With early stopping an example is done when its last hypothesis is."""
+    ends = mine.lengths.max(axis=1) - FIRST + 1
+    size, halvings, steps = len(ends), config.halvings, []
+    for step in range(1, ends.max() + 1):
+        parts = config.parts if size == len(ends) else config.parts[-1:]
+        steps.append((size, next(part for part in parts if part >= step)))
+        while halvings and size % 2 == 0 and np.sum(ends > step) <= size // 2:
+            size, halvings = size // 2, halvings - 1
+    return np.asarray(steps)
+
+
 def products(
-    sizes: argparse.Namespace, config: DecodeConfig, batch: int, source: int, steps: int
+    sizes: argparse.Namespace, config: DecodeConfig, steps: np.ndarray, source: int
 ) -> dict[str, int]:
     """Operations of the matrix products of ours for a batch, a multiply-add as two.
 
     Args:
+      steps: see `work`.
       source: padded length of the source.
-      steps: of the search.
     """
-    rows, linear = batch * config.beams, 2 * sizes.layers * sizes.width**2
-    parts = np.asarray(config.parts)
-    room = parts[np.searchsorted(parts, np.arange(1, steps + 1))]
-    slots = int(np.sum(2 + config.beams * room + source))
+    examples, room = steps.T
+    batch, rows = int(examples[0]), int(config.beams * examples.sum())
+    linear, width = 2 * sizes.layers * sizes.width**2, sizes.width * sizes.layers
+    heard = int(np.sum(examples * (2 + config.beams * room + source)))
     return {
-        "encoder": batch * source * linear * (12 + 2)  # 2: keys and values of cross-attention
-        + 4 * batch * source**2 * sizes.width * sizes.layers,
-        "decoder": (rows * steps + 2 * batch) * linear * 14,
-        "attention": 4 * rows * slots * sizes.width * sizes.layers,
-        "vocabulary": 2 * (rows * steps + batch) * sizes.width * sizes.vocab,
+        # The encoder's layers have 12 D^2 weights, the keys and values of its states 2 D^2.
+        "encoder": batch * source * (linear * (12 + 2) + 4 * source * width),
+        "decoder": (rows + 2 * batch) * linear * 14,
+        "attention": 4 * config.beams * heard * width,
+        "vocabulary": 2 * (rows + batch) * sizes.width * sizes.vocab,
     }
 
 
@@ -285,6 +305,7 @@ def main() -> None:
         max_new_tokens=sizes.new_tokens,
         batch=sizes.batch,
         growth=sizes.growth,
+        halvings=sizes.halvings,
     )
     batches = make_batches(sizes, mbart)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.threads} threads")
@@ -293,17 +314,18 @@ def main() -> None:
     shapes = ", ".join(f"{seconds:.0f} s for {shape}" for shape, seconds in compiling.items())
     print(f"ours compiled in {sum(compiling.values()):.0f} s: {shapes}\n")
 
-    lines, written, flops = [], [], dict.fromkeys(products(sizes, config, 1, 1, 1), 0)
+    lines, written, counts = [], [], []
     for number, batch in enumerate(batches):
         mine = ours(batch)
         found = differences(mine, theirs_scored(batch), mbart.eos)
         lines += [f"  batch {number}, {line}" for line in found]
         written += mine.lengths[:, 0].tolist()
-        steps = int(mine.lengths.max()) - FIRST + 1
-        source = batch.shape[1] + -batch.shape[1] % config.bucket
-        counted = products(sizes, config, len(batch), source, steps)
-        flops = {name: flops[name] + counted[name] for name in flops}
-        print(f"batch {number}: sources of {batch.shape[1]} tokens, {steps} steps")
+        steps = work(mine, config)
+        counts.append(products(sizes, config, steps, padded_length(batch, config)))
+        print(
+            f"batch {number}: {len(batch)} sources of up to {batch.shape[1]} tokens, {len(steps)} "
+            f"steps of {steps[:, 0].mean():.0f} examples on average"
+        )
     equal = len(written) - len(lines)
     print("\n".join([f"equal: {equal} of {len(written)} translations", *lines]))
     print(
@@ -317,6 +339,7 @@ def main() -> None:
     for name, rate in rates.items():
         middle = statistics.median(rate)
         print(f"{name:6s}{middle:7.2f} sentences/s  ({min(rate):.2f} to {max(rate):.2f})")
+    flops = {name: sum(count[name] for count in counts) for name in counts[0]}
     total = sum(flops.values())
     speed = single_flops / single
     share = total / speed / float(np.median(times["ours"][:, 0]))

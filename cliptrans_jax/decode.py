@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models import attention, prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
 from cliptrans_jax.models.mbart import Cache, MBart
-from common_jax.mesh import batch_shards, put_rows, take_rows
+from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
 
@@ -59,7 +59,7 @@ class DecodeConfig:
     early_stopping: bool = True
     batch: int = 64
     bucket: int = 16
-    growth: int = 4
+    growth: int = 2
     halvings: int = 2
 
     def __post_init__(self):
@@ -297,7 +297,7 @@ class Search:
 
         # The 2 W best over all beams, of which those that end take no place among the beams.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
-        best, place = jax.lax.top_k(totals.reshape(totals.shape[0], -1), count)
+        best, place = _top_k(totals.reshape(totals.shape[0], -1), count)
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
         beam = place // totals.shape[2]
         ends = token == eos
@@ -337,7 +337,7 @@ class Search:
         count = min(2 * self.config.beams, logits.shape[-1])
         # Both functions below read them: without this each would add the bias for itself.
         logits = jax.lax.optimization_barrier(logits)
-        best, tokens = jax.lax.top_k(logits, count)
+        best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         eos = self.translator.config.mbart.eos
         forced = jnp.full_like(scores, -jnp.inf).at[:, :, 0].set(0.0)
@@ -359,7 +359,7 @@ class Search:
         counts = ends[:, :beams] & ~state.done[:, None]
         values = jnp.where(counts, values, -jnp.inf)
         tokens = jnp.take_along_axis(state.tokens, beam[:, :beams, None], axis=1)
-        scores, place = jax.lax.top_k(jnp.concatenate([old.scores, values], axis=1), beams)
+        scores, place = _top_k(jnp.concatenate([old.scores, values], axis=1), beams)
         tokens = jnp.concatenate([old.tokens, tokens], axis=1)
         lengths = jnp.concatenate([old.lengths, jnp.full_like(old.lengths, state.length)], axis=1)
         return Hypotheses(
@@ -379,3 +379,17 @@ class Search:
 
     def _mbart(self, params: Params, *arguments, method):
         return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)
+
+
+def _top_k(
+    x: Float[Array, "B ..."], count: int
+) -> tuple[Float[Array, "B ..."], Int[Array, "B ..."]]:
+    """The largest along the last axis and where they stand, each device for its own examples.
+
+    XLA would bring the scores of all examples to every device.
+    """
+    choose = functools.partial(jax.lax.top_k, k=count)
+    if batch_shards() > 1:
+        choose = jax.shard_map(choose, in_specs=BATCH, out_specs=BATCH)
+    best, place = choose(x)
+    return best, place

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -218,22 +219,52 @@ def test_a_cache_that_grows_in_parts_ends_with_room_for_every_step():
     assert DecodeConfig(max_new_tokens=2).parts == ()
 
 
-def test_eight_devices_find_what_one_finds():
-    config = {"beams": 2, "length_penalty": 0.0}
-    translator, params = model("training")
-    arguments = inputs(translator, batch=9)
-    thirds = [search("training", *(x[i : i + 3] for x in arguments), **config) for i in (0, 3, 6)]
-    wanted = jax.tree.map(lambda *parts: np.concatenate(parts)[:8], *thirds)
+@pytest.fixture(scope="module")
+def sixteen():
+    """Inputs of sixteen examples, and what three at a time get, which are never halved."""
+    arguments = inputs(model("training")[0], batch=18)
+    parts = [[x[i : i + 3] for x in arguments] for i in range(0, 18, 3)]
+    found = [search("training", *part, beams=2, length_penalty=0.0) for part in parts]
+    wanted = jax.tree.map(lambda *parts: np.concatenate(parts)[:16], *found)
+    ends = np.sort(wanted.lengths.max(axis=1))
+    assert ends[7] < ends[11] < ends[15]  # halved twice, before the end
+    return tuple(x[:16] for x in arguments), wanted
 
+
+def test_a_batch_that_shrinks_finds_the_same(sixteen):
+    arguments, wanted = sixteen
+    found = search("training", *arguments, beams=2, length_penalty=0.0, growth=2, halvings=2)
+    assert_same(found, wanted)
+
+
+def test_eight_devices_find_what_one_finds(sixteen):
+    arguments, wanted = sixteen
+    translator, params = model("training")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     split = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
     batch = jax.NamedSharding(mesh, BATCH)
-    arguments = jax.device_put(tuple(x[:8] for x in arguments), batch)
-    run = Search(translator, settings(growth=2, **config)).run
+    config = settings(beams=2, length_penalty=0.0, growth=2, halvings=2)
+    run = Search(translator, config).run
     with jax.set_mesh(mesh), unoptimised():
-        found = jax.jit(run, compiler_options=QUICK)(split, *arguments)
+        compiled = jax.jit(run, compiler_options=QUICK)
+        found = compiled(split, *jax.device_put(arguments, batch))
     assert found.tokens.sharding.is_equivalent_to(batch, 3)
     assert_same(jax.device_get(found), wanted)
+
+
+def test_no_example_leaves_its_device(sixteen):
+    arguments, _ = sixteen
+    translator, params = model("training")
+    mesh = make_mesh(MeshConfig(data=8))
+    config = settings(beams=2, growth=2, halvings=1)
+    whole = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
+    with jax.set_mesh(mesh), unoptimised():
+        compiled = jax.jit(Search(translator, config).run, compiler_options=QUICK)
+        split = jax.device_put(arguments, jax.NamedSharding(mesh, BATCH))
+        text = compiled.lower(whole, *split).compile().as_text()
+    moves = re.findall(r"= (.+?) ((?:all|collective|reduce)-[a-z-]+)\(", text)
+    assert {name for _, name in moves} == {"all-reduce"}
+    assert all(shape.startswith("pred[]") for shape, _ in moves)  # whether to go on
 
 
 @pytest.fixture
@@ -286,7 +317,14 @@ def test_a_search_that_is_over_stays_as_it_is():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("beams", 0), ("max_new_tokens", 1), ("batch", 0), ("bucket", 0), ("growth", 0)],
+    [
+        ("beams", 0),
+        ("max_new_tokens", 1),
+        ("batch", 0),
+        ("bucket", 0),
+        ("growth", 0),
+        ("halvings", -1),
+    ],
 )
 def test_impossible_settings_are_named(key, value):
     with pytest.raises(ValueError, match=rf"config\.decode\.{key}={value} must be at least"):
