@@ -8,7 +8,7 @@ import pytest
 from cliptrans_jax.data.pictures import MEAN, STD, AugmentConfig, augment_picture, prepare_picture
 
 STILL = AugmentConfig(
-    shift=0, scale=0, rotate=0, brightness=0, contrast=0, saturation=0, flip=False
+    shift=0.0, scale=0.0, rotate=0.0, brightness=0.0, contrast=0.0, saturation=0.0, flip=False
 )
 
 
