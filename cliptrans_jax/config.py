@@ -132,6 +132,8 @@ class Config:
       mesh: devices.
       run: logging, evaluation, checkpoints.
       features: folder for features of frozen towers; "" for the workdir's.
+      keep_text_features: whether a frozen text tower encodes a split once, into that folder; else
+        the step runs it on every batch. Features of pictures are always kept.
     """
 
     stage: str = "translate"
@@ -161,6 +163,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig(best="val/bleu")
     features: str = ""
+    keep_text_features: bool = True
 
     def __post_init__(self):
         for name, choices in (
@@ -213,6 +216,11 @@ class Config:
     def has_prefix(self) -> bool:
         """Whether the model takes features."""
         return self.model.mapper.prefix > 0
+
+    @property
+    def encodes_texts(self) -> bool:
+        """Whether the step itself runs the text tower, where features are of texts."""
+        return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
     def consistent(self) -> "Config":
         """The config with what `parity` means written into its fields; to be asked for once."""

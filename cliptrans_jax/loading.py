@@ -125,6 +125,8 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
     config = freeze(Config, checkpoint.load_config(source)).consistent()
+    # Sentences' features are computed before the search, where they are not trained with it.
+    config = dataclasses.replace(config, keep_text_features=True)
     step = checkpoint.find_step(source)
     workdir = step.parent.parent
     if config.stage not in STAGES:

@@ -53,6 +53,16 @@ class Examples:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def read(self) -> list[str]:
+        """The languages that the encoder reads."""
+        return sorted({source for source, _ in self.languages})
+
+    def clip_tokens(self, tokens: Mapping[str, Tokens]) -> Tokens:
+        """What the text tower reads for each example, of its tokens by language and row."""
+        pairs = zip(self.languages, self.rows, strict=True)
+        return [tokens[source][row] for (source, _), row in pairs]
+
     def features(
         self,
         images: Float32[np.ndarray, "N M"] | None,

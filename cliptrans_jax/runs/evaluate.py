@@ -46,11 +46,12 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shapes,
             shardings,
         )
-        params, name = make_warm_start(config, model.tower)(wanted).params, "0"
+        params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
     test = material.load(config.data.test_split, train=False)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", unfreeze(asked).to_dict())
+    params = {**model.frozen(mesh), **params}
     scores = score_split(config, workdir, test, model.translate(material), params, step=name)
     logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
     return {"stage": "evaluate"} | scores

@@ -186,6 +186,12 @@ class Material:
         )
         return Set(corpus, self._inputs(corpus, examples))
 
+    @property
+    def encodes_texts(self) -> bool:
+        """Whether the model runs the text tower, be it only in evaluation."""
+        config, sides = self.config, {self._side(train=True), self._side(train=False)}
+        return config.encodes_texts and (config.unfreeze_clip or Side.TEXT in sides)
+
     def _side(self, *, train: bool) -> Side:
         """What features are taken of."""
         stage = STAGES[self.config.stage]
@@ -208,17 +214,20 @@ class Material:
         framed = (self.tokenizer.pad, config.sentence_limit)
         if not config.has_prefix:
             return Inputs(examples, None, None, *framed)
-        if config.unfreeze_clip and examples.side is Side.TEXT:
-            tower, language = self.text_tower, config.data.source_language
-            tokens = tower.tokenizer.encode(corpus.texts[language], None)
-            return Inputs(examples, None, tokens, *framed, tower.longest)
+        if config.encodes_texts and examples.side is Side.TEXT:
+            tower = self.text_tower
+            tokens = {
+                language: tower.tokenizer.encode(corpus.texts[language], None)
+                for language in examples.read
+            }
+            return Inputs(examples, None, examples.clip_tokens(tokens), *framed, tower.longest)
         folder = epath.Path(config.features) if config.features else self.workdir / "features"
         place = {"folder": folder, "mesh": self.mesh}
         images, texts = None, {}
         if examples.side is Side.IMAGE:
             images = image_features(self.image_tower, corpus, **place)
         else:
-            for language in {pair[0] for pair in examples.languages}:
+            for language in examples.read:
                 texts[language] = text_features(self.text_tower, corpus, language, **place)
         return Inputs(examples, examples.features(images, texts), None, *framed)
 

@@ -21,7 +21,7 @@ from common_jax.weights import Allowance, Origin, WarmStart, take
 
 
 def make_features(tower: TextTower | None) -> Features:
-    """features(params, batch): those of the batch, or those that a trained text tower gives."""
+    """features(params, batch): those of the batch, or what the text tower under "clip" gives."""
 
     def features(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array | None:
         if "clip_tokens" not in batch:
@@ -33,14 +33,17 @@ def make_features(tower: TextTower | None) -> Features:
 
 
 def make_loss(translator: Translator, tower: TextTower | None, *, label_smoothing: float) -> Loss:
-    """The mean label loss over a micro-batch's tokens (CLIPTrans loss)."""
+    """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
+    helpers is frozen, and drops nothing."""
     pad = translator.config.mbart.pad
 
     def loss(params, helpers, batch, rngs, step):
         dropout, features = rngs["dropout"], batch.get("features")
         if "clip_tokens" in batch:
-            key = jax.random.fold_in(dropout, 3)
-            features = tower.apply(params["clip"], batch["clip_tokens"], dropout=key)
+            trains = "clip" in params
+            key = jax.random.fold_in(dropout, 3) if trains else None
+            held = params["clip"] if trains else helpers["clip"]
+            features = tower.apply(held, batch["clip_tokens"], dropout=key)
         source, labels = batch["source"], batch["labels"]
         logits = translator.train_logits(params, features, source, labels, dropout=dropout)
         total, count = label_loss(logits, labels, pad=pad, smoothing=label_smoothing)
@@ -57,7 +60,7 @@ def make_sums(translator: Translator, features: Features) -> Sums:
     def sums(params, helpers, batch, key):
         labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
         logits = translator.train_logits(
-            params, features(params, batch), batch["source"], batch["labels"]
+            params, features({**helpers, **params}, batch), batch["source"], batch["labels"]
         )
         total, count = label_loss(logits, labels, pad=pad)
         right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
@@ -70,7 +73,7 @@ def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
     """What a stage starts from: another run, a released checkpoint or a published mBART, and the
-    text tower that it goes on to train; None where all is fresh."""
+    text tower `tower` that it goes on to train; None where all is fresh."""
     sources = config.sources
     if not (sources.model or sources.mbart or tower is not None):
         return None

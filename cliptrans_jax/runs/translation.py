@@ -24,6 +24,7 @@ from cliptrans_jax.evaluators.translation import (
 )
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.pretrained import place
 from cliptrans_jax.runs.material import Material, Set
 from cliptrans_jax.runs.objective import make_features, make_loss, make_sums, make_warm_start
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
@@ -73,8 +74,8 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         rules=model.rules,
         trainable=trainable(STAGES[config.stage], config.freeze),
         loss=make_loss(model.translator, model.tower, label_smoothing=config.label_smoothing),
-        helpers={},
-        warm_start=make_warm_start(config, model.tower),
+        helpers=model.frozen(mesh),
+        warm_start=make_warm_start(config, model.trained_tower),
         batch=feed.shapes(config.optim.micro_batch),
         batches=feed.batches,
         steps_per_epoch=feed.steps_per_epoch,
@@ -91,6 +92,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    params = {**task.helpers, **params}
     scores = score_split(config, workdir, test, translate, params, step=step.name)
     return result | {"test": scores}
 
@@ -102,7 +104,7 @@ class Model:
     Attributes:
       config: of the run.
       translator: mBART and mapping network.
-      tower: the text tower where it trains too, else None.
+      tower: the text tower where the step runs it, else None.
     """
 
     config: Config
@@ -113,12 +115,17 @@ class Model:
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
         assert material.tokenizer.vocab <= config.model.mbart.vocab
-        tower = material.text_tower if config.unfreeze_clip and config.has_prefix else None
+        tower = material.text_tower if material.encodes_texts else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
     @property
+    def trained_tower(self) -> TextTower | None:
+        """The text tower where it trains too."""
+        return self.tower if self.config.unfreeze_clip else None
+
+    @property
     def rules(self) -> Rules:
-        """Partition rules of all parameters."""
+        """Partition rules of all parameters, a frozen tower's among them."""
         if self.tower is None:
             return cliptrans.PARTITION_RULES
         return (*cliptrans.PARTITION_RULES, *TEXT_RULES[type(self.tower.config)])
@@ -129,12 +136,25 @@ class Model:
         return make_features(self.tower)
 
     def init(self, key: jax.Array) -> Mapping[str, Any]:
-        """Fresh parameters; those of the text tower are zeros, since they always come from
-        elsewhere."""
+        """Fresh parameters; those of a text tower that trains are zeros, since they always come
+        from elsewhere."""
         params = self.translator.init(key)
-        if self.tower is None:
+        if self.trained_tower is None:
             return params
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
+
+    def frozen(self, mesh: Mesh) -> dict[str, Any]:
+        """The parameters that the step needs and does not train, on the mesh: those of the text
+        tower under "clip", or none."""
+        if self.tower is None or self.config.unfreeze_clip:
+            return {}
+        params = {"clip": self.tower.params}
+        wanted = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, jax.numpy.float32, sharding=where),
+            params,
+            match_rules(self.rules, params, mesh),
+        )
+        return place(params, wanted)
 
     def translate(self, material: Material) -> Translate:
         """The search of the config."""
@@ -188,7 +208,7 @@ class Validation:
         values = self.loss(params, helpers, step)
         if self.translate is None:
             return values
-        found = self.translate(params, decode_batches(self.config, self.valid))
+        found = self.translate({**helpers, **params}, decode_batches(self.config, self.valid))
         references = [self.valid.reference(index) for index in range(len(self.valid.inputs))]
         language = self.valid.inputs.examples.languages[0][1]
         scores = score(best_texts(found, len(references)), references, language=language)

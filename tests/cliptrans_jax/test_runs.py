@@ -251,6 +251,22 @@ def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_p
         run_stage(lost, epath.Path(tmp_path / "lost"), one_device())
 
 
+def test_features_of_texts_need_not_be_kept(finished, runs, tmp_path):
+    config = dataclasses.replace(runs["translate"], features="", keep_text_features=False)
+    run_stage(config, epath.Path(tmp_path), split_mesh())
+    assert not (tmp_path / "features").exists()
+    assert {path.split("/")[0] for path in flat(tmp_path)} == {"mbart", "mapper"}
+    kept = finished / "translate"
+    for name in ("train/loss", "val/loss"):
+        assert values(tmp_path, name) == pytest.approx(values(kept, name), rel=1e-4)
+    assert outputs(tmp_path) == outputs(kept)
+    # Scoring runs the tower as well.
+    again = evaluation(runs, tmp_path, features="", keep_text_features=False)
+    run_stage(again, epath.Path(tmp_path / "again"), one_device())
+    assert not (tmp_path / "again" / "features").exists()
+    assert outputs(tmp_path / "again") == outputs(kept)
+
+
 def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     config = tiny_config("translate", corpus)
     mapper = dataclasses.replace(config.model.mapper, prefix=0)
