@@ -96,18 +96,36 @@ class Translator:
     ) -> Float[Array, "B T V"]:
         """Scores of every label given the labels before it, the prefix and the source.
 
-        Slots of the prefix predict nothing, and are left out before the projection to the
-        vocabulary.
-
         Args:
           features: a CLIP feature an example; None where the model has no prefix.
           source: the encoder's tokens, `[language, words, </s>]` and pads.
           labels: the same of the target; negative ones and pads are ignored by the loss.
           dropout: key of dropout; None outside training.
         """
-        hidden = self.decode_labels(params, features, source, labels, dropout=dropout)
-        hidden = prefix.remove(hidden, self.config.mapper.prefix)
-        return self._mbart(params, hidden, method=MBart.logits)
+        states = self.label_states(params, features, source, labels, dropout=dropout)
+        return self.scores(self.readout(params), states)
+
+    def label_states(
+        self,
+        params: Params,
+        features: Float[Array, "B M"] | None,
+        source: Int[Array, "B S"],
+        labels: Int[Array, "B T"],
+        *,
+        dropout: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The states that `scores` turns into those of `train_logits`. Slots of the prefix predict
+        nothing and are left out."""
+        states = self.decode_labels(params, features, source, labels, dropout=dropout)
+        return prefix.remove(states, self.config.mapper.prefix)
+
+    def readout(self, params: Params) -> Params:
+        """The parameters that `scores` needs: the embedding (V, D) and the bias (V)."""
+        return {name: params["mbart"][name] for name in ("embedding", "logits_bias")}
+
+    def scores(self, readout: Params, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of all tokens, in float32 at least."""
+        return self._mbart({"mbart": readout}, states, method=MBart.logits)
 
     def decode_labels(
         self,

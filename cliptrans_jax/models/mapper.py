@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.config import did_you_mean
+from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
 
 EPSILON = 1e-5
@@ -122,7 +123,8 @@ class _PRelu(nn.Module):
 
 
 def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B P D2"]:
-    return x.reshape(x.shape[0], prefix, -1)
+    x = constrain(x, "batch", "width")
+    return constrain(x.reshape(x.shape[0], prefix, -1), "batch", "tokens", "width")
 
 
 def _linear(fan_in: int, features: int, dtype: DTypeLike, name: str) -> nn.Dense:

@@ -12,7 +12,7 @@ from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.translation import Features
-from cliptrans_jax.losses import label_loss
+from cliptrans_jax.losses import label_loss, states_loss, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import checkpoint
 from common_jax.state import merge
@@ -45,8 +45,16 @@ def make_loss(translator: Translator, tower: TextTower | None, *, label_smoothin
             held = params["clip"] if trains else helpers["clip"]
             features = tower.apply(held, batch["clip_tokens"], dropout=key)
         source, labels = batch["source"], batch["labels"]
-        logits = translator.train_logits(params, features, source, labels, dropout=dropout)
-        total, count = label_loss(logits, labels, pad=pad, smoothing=label_smoothing)
+        states = translator.label_states(params, features, source, labels, dropout=dropout)
+        total, count = states_loss(
+            translator.scores,
+            translator.readout(params),
+            states,
+            labels,
+            pad=pad,
+            smoothing=label_smoothing,
+            dtype=translator.dtype,
+        )
         return total / jnp.maximum(count, 1), {}
 
     return loss
@@ -59,12 +67,17 @@ def make_sums(translator: Translator, features: Features) -> Sums:
 
     def sums(params, helpers, batch, key):
         labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
-        logits = translator.train_logits(
-            params, features({**helpers, **params}, batch), batch["source"], batch["labels"]
-        )
-        total, count = label_loss(logits, labels, pad=pad)
-        right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
-        return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
+        found = features({**helpers, **params}, batch)
+        states = translator.label_states(params, found, batch["source"], batch["labels"])
+        readout = translator.readout(params)
+
+        def chunk_sums(states, labels):
+            logits = translator.scores(readout, states)
+            total, count = label_loss(logits, labels, pad=pad)
+            right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
+            return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
+
+        return sum_chunks(chunk_sums, states, labels, pad=pad)
 
     return sums
 

@@ -1,11 +1,14 @@
 """The objectives against numbers worked out by hand."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from cliptrans_jax.losses import contrastive_loss, label_loss
+from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss, sum_chunks
+from common_jax.mesh import MeshConfig, make_mesh
 
 PAD = 1
 
@@ -30,6 +33,77 @@ def test_pads_and_negative_labels_have_no_gradient():
     labels = jnp.array([[4, PAD, -1]])
     slope = jax.grad(lambda x: label_loss(x, labels, pad=PAD, smoothing=0.1)[0])(logits)
     assert np.any(slope[0, 0]) and not np.any(slope[0, 1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A readout with a matrix, a bias and something of its own."""
+
+    factor: float
+
+    def scores(self, readout, states):
+        return self.factor * jnp.einsum("btd,vd->btv", states, readout["matrix"]) + readout["bias"]
+
+
+def readout_case(dtype="float32"):
+    draw = np.random.default_rng(2)
+    readout = {"matrix": draw.normal(size=(11, 4)), "bias": draw.normal(size=11)}
+    readout = {name: jnp.asarray(x, "float32") for name, x in readout.items()}
+    labels = draw.integers(-1, 11, size=(8, 7)).astype(np.int32)
+    return readout, jnp.asarray(draw.normal(size=(8, 7, 4)), dtype), jnp.asarray(labels)
+
+
+def in_chunks(chunk, dtype="float32"):
+    """Loss, count and gradients of `states_loss`."""
+
+    def loss(readout, states, labels):
+        options = {"pad": PAD, "smoothing": 0.1, "dtype": dtype, "chunk": chunk}
+        total, count = states_loss(Scale(0.5).scores, readout, states, labels, **options)
+        return 3 * total / count, count
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 24, 48])
+def test_chunks_lose_nothing(chunk):
+    case = readout_case()
+    found, wanted = in_chunks(chunk)(*case), in_chunks(56)(*case)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+    assert np.abs(wanted[1][0]["bias"]).min() > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_of_eight_devices_are_summed(chunk):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    case = readout_case()
+    wanted = in_chunks(56)(*case)
+    with jax.set_mesh(mesh):
+        program = in_chunks(chunk).lower(*case).compile()
+        found = program(*case)
+    assert "reduce-scatter" in program.as_text()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+def test_gradients_of_chunks_are_summed_in_float32():
+    case = readout_case("bfloat16")
+    (_, _), (by_readout, by_states) = in_chunks(8, "bfloat16")(*case)
+    assert (by_readout["matrix"].dtype, by_states.dtype) == (jnp.float32, jnp.bfloat16)
+    _, (wanted, _) = in_chunks(8)(case[0], case[1].astype("float32"), case[2])
+    np.testing.assert_allclose(by_readout["matrix"], wanted["matrix"], atol=0.02)
+
+
+def test_sums_over_chunks_count_every_label_once():
+    _, states, labels = readout_case()
+
+    def sums(states, labels):
+        real = (labels >= 0) & (labels != PAD)
+        return {"count": jnp.sum(real), "states": jnp.sum(states * real[..., None])}
+
+    wanted = sums(states, labels)
+    for chunk in (1, 16, 40, 100):
+        found = sum_chunks(sums, states, labels, pad=PAD, chunk=chunk)
+        assert int(found["count"]) == int(wanted["count"])
+        assert float(found["states"]) == pytest.approx(float(wanted["states"]), rel=1e-5)
 
 
 def test_contrastive_loss_by_hand():
