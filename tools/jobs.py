@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-# Steps allocate and free the same large buffers again and again: glibc is to keep them.
-KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -60,7 +58,7 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
     with open(workdir / f"{name}.log", "a") as log:
         # Most of the time is compilation; at this level it is a fifth shorter and as fast to run.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
-        environment = os.environ | KEPT_MEMORY | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         # Networks this small are quickest on a core each; two threads would wait for each other.
         return subprocess.Popen(
             ["taskset", "-c", str(core), *command] if shutil.which("taskset") else command,
