@@ -126,6 +126,7 @@ class Config:
       decode: how translations are searched for.
       valid_decode: whether every evaluation translates the validation set, which the choice of the
         best checkpoint needs; without it there is its loss alone.
+      valid_beams: beams of that search, of which fewer take less time; 0 for those of `decode`.
       sources: weights to start from.
       optim, label_smoothing: how the stage trains, see Recipe; the pipeline has recipes instead.
       recipes: how each stage of the pipeline trains.
@@ -156,6 +157,7 @@ class Config:
     batching: BatchingConfig = BatchingConfig()
     decode: DecodeConfig = DecodeConfig()
     valid_decode: bool = True
+    valid_beams: int = 0
     sources: SourcesConfig = SourcesConfig()
     optim: OptimConfig = OptimConfig()
     label_smoothing: float = 0.0
@@ -178,6 +180,8 @@ class Config:
                     f"config.{name}={value!r} must be one of {list(choices)}"
                     f"{did_you_mean(value, list(choices))}"
                 )
+        if self.valid_beams < 0:
+            raise ValueError(f"config.valid_beams={self.valid_beams} must not be negative")
         if self.seed < 0:
             raise ValueError(f"config.seed={self.seed} must not be negative")
         if not 0 <= self.label_smoothing < 1:

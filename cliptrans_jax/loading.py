@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
-from cliptrans_jax.data.feed import Inputs, evaluation_batches
+from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import load_tokenizer
@@ -88,7 +88,7 @@ class LoadedModel:
         batches = evaluation_batches(
             inputs,
             batch=self.config.decode.batch,
-            bucket=self.config.decode.bucket,
+            batching=BatchingConfig(self.config.decode.bucket),
             noise=NoiseConfig(),
             seed=0,
             shard=(0, 1),

@@ -34,17 +34,27 @@ class BatchingConfig:
     Attributes:
       bucket: batches are padded to this many tokens, or twice, four times as many and so on: few
         lengths are compiled.
+      half_steps: whether they may also be padded to one and a half times as many as each of these:
+        less padding, and twice as much to compile.
       window: batches whose sentences are sorted by length among themselves, so that less of a batch
         is padding; 1 leaves the order of the epoch alone.
     """
 
     bucket: int = 16
+    half_steps: bool = False
     window: int = 1
 
     def __post_init__(self):
         for name in ("bucket", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.batching.{name}={getattr(self, name)} must be at least 1")
+
+    def padded(self, longest: int) -> int:
+        """The length that a batch is padded to whose longest sentence has so many tokens."""
+        length = self.bucket * 2 ** max(0, math.ceil(math.log2(longest / self.bucket)))
+        between = length * 3 // 4
+        fits = length > self.bucket and longest <= between
+        return between if self.half_steps and fits else length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +114,14 @@ class TrainFeed:
             epoch, place = divmod(step, self.steps_per_epoch)
             chosen = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
             yield collate(
-                self.inputs, chosen, rows, self.batching.bucket, noise=self.noise,
+                self.inputs, chosen, rows, self.batching, noise=self.noise,
                 seed=self.seed, epoch=epoch,
             )  # fmt: skip
 
     def shapes(self, micro_batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Of a micro-batch over all hosts; other batches may be longer."""
         example = collate(
-            self.inputs, np.arange(1), slice(0, 1), self.batching.bucket, noise=self.noise,
+            self.inputs, np.arange(1), slice(0, 1), self.batching, noise=self.noise,
             seed=self.seed, epoch=0,
         )  # fmt: skip
         return {
@@ -147,7 +157,7 @@ def collate(
     inputs: Inputs,
     chosen: Int64[np.ndarray, "N"],
     rows: slice,
-    bucket: int,
+    batching: BatchingConfig,
     *,
     noise: NoiseConfig,
     seed: int,
@@ -159,7 +169,7 @@ def collate(
       inputs: all examples.
       chosen: the batch's examples, over all hosts.
       rows: this host's among them.
-      bucket: see BatchingConfig.
+      batching: says what the batch is padded to.
       noise, seed, epoch: which tokens are dropped is drawn from seed, epoch and example.
 
     Returns:
@@ -173,7 +183,7 @@ def collate(
             for ids, i in zip(sources, chosen, strict=True)
         ]
     targets = [examples.target[i] for i in chosen]
-    source, target = (_longest(x, bucket, inputs.room) for x in (sources, targets))
+    source, target = (_longest(x, batching, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
     batch = {
@@ -184,7 +194,7 @@ def collate(
         batch["features"] = inputs.features[chosen[rows]]
     if inputs.clip_tokens is not None:
         tokens = [inputs.clip_tokens[i] for i in chosen]
-        length = _longest(tokens, bucket, inputs.clip_room)
+        length = _longest(tokens, batching, inputs.clip_room)
         batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch
 
@@ -193,7 +203,7 @@ def evaluation_batches(
     inputs: Inputs,
     *,
     batch: int,
-    bucket: int,
+    batching: BatchingConfig,
     noise: NoiseConfig,
     seed: int,
     shard: tuple[int, int],
@@ -216,7 +226,7 @@ def evaluation_batches(
         chosen = order[first : first + batch]
         real = np.arange(batch) < len(chosen)
         chosen = np.pad(chosen, (0, batch - len(chosen)), mode="edge")
-        yield collate(inputs, chosen, rows, bucket, noise=noise, seed=seed, epoch=0) | {
+        yield collate(inputs, chosen, rows, batching, noise=noise, seed=seed, epoch=0) | {
             "_mask": real[rows].astype(np.float32),
             "_index": chosen[rows].astype(np.int32),
         }
@@ -226,11 +236,9 @@ def _dropped(ids: np.ndarray, generator: np.random.Generator, mask_prob: float) 
     return drop_tokens(ids, generator.random(len(ids), dtype=np.float32), mask_prob)
 
 
-def _longest(sentences: Sequence[np.ndarray], bucket: int, room: int) -> int:
+def _longest(sentences: Sequence[np.ndarray], batching: BatchingConfig, room: int) -> int:
     longest = max(len(ids) for ids in sentences)
-    if longest <= TRIVIAL:
-        return longest
-    return min(bucket * 2 ** max(0, math.ceil(math.log2(longest / bucket))), room)
+    return longest if longest <= TRIVIAL else min(batching.padded(longest), room)
 
 
 def host_shard() -> tuple[int, int]:

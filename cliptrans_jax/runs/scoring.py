@@ -12,7 +12,7 @@ from etils import epath
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.feed import evaluation_batches, host_shard
+from cliptrans_jax.data.feed import BatchingConfig, evaluation_batches, host_shard
 from cliptrans_jax.evaluators.scores import as_metrics, score
 from cliptrans_jax.evaluators.show import (
     Row,
@@ -34,7 +34,7 @@ def decode_batches(config: Config, chosen: Set):
     return evaluation_batches(
         chosen.inputs,
         batch=config.decode.batch,
-        bucket=config.decode.bucket,
+        batching=BatchingConfig(config.decode.bucket),
         noise=config.noise,
         seed=config.seed,
         shard=host_shard(),

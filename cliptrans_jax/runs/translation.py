@@ -59,7 +59,8 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     train = material.load(config.data.train_split, train=True)
     valid = material.load(config.data.valid_split, train=False)
     test = material.load(config.data.test_split, train=False)
-    translate = model.translate(material)  # one for both sets: compiling it takes long
+    translate = model.translate(material)
+    guess = model.translate(material, beams=config.valid_beams) if config.valid_beams else translate
     feed = TrainFeed(
         train.inputs,
         config.noise,
@@ -79,7 +80,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         batch=feed.shapes(config.optim.micro_batch),
         batches=feed.batches,
         steps_per_epoch=feed.steps_per_epoch,
-        evaluators={"val": Validation.of(config, model, valid, translate, mesh=mesh)},
+        evaluators={"val": Validation.of(config, model, valid, guess, mesh=mesh)},
     )
     result = loop.train(
         task,
@@ -156,12 +157,14 @@ class Model:
         )
         return place(params, wanted)
 
-    def translate(self, material: Material) -> Translate:
-        """The search of the config."""
+    def translate(self, material: Material, *, beams: int = 0) -> Translate:
+        """The search of the config, with another number of beams if one is given. It is compiled
+        once however many sets it translates."""
         config, language = self.config, None
         if config.parity and STAGES[config.stage].captioning:
             language = material.tokenizer.language_id(config.data.target_language)
-        search = Search(self.translator, config.decode)
+        decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
+        search = Search(self.translator, decode)
         return make_translate(
             search, self.features, material.tokenizer, mesh=material.mesh, language=language
         )
@@ -193,7 +196,7 @@ class Validation:
             return evaluation_batches(
                 valid.inputs,
                 batch=config.optim.micro_batch,
-                bucket=config.batching.bucket,
+                batching=config.batching,
                 noise=config.noise,
                 seed=config.seed,
                 shard=host_shard(),

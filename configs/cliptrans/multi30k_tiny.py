@@ -53,7 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 test_split="test_2016_flickr",
             ),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=64),
-            batching=BatchingConfig(bucket=16, window=113),
+            batching=BatchingConfig(bucket=16, half_steps=True, window=113),
+            valid_beams=1,
             model=ModelConfig(
                 mbart=MBartConfig(
                     vocab=VOCAB,

@@ -256,6 +256,13 @@ def test_lengths_are_few_and_never_beyond_the_room():
     assert max(widths) == ROOM and max(len(ids) for ids in TOKENS["en"]) > 19
 
 
+def test_half_steps_pad_less():
+    asked = [4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 25]
+    whole, half = BatchingConfig(bucket=5), BatchingConfig(bucket=4, half_steps=True)
+    assert [whole.padded(n) for n in asked] == [5, 5, 10, 10, 10, 10, 20, 20, 20, 20, 40, 40]
+    assert [half.padded(n) for n in asked] == [4, 6, 6, 8, 8, 12, 12, 16, 16, 24, 24, 32]
+
+
 def test_empty_sources_stay_of_two_tokens():
     for batch in take(feed_of(choose("caption")), 0, 5):
         assert batch["source"].tolist() == [[CODES["en"], EOS]] * BATCH
@@ -298,7 +305,7 @@ def evaluate(examples, *, shard=(0, 1), by_length=False, mask_prob=0.5):
         evaluation_batches(
             inputs_of(examples),
             batch=BATCH,
-            bucket=8,
+            batching=BatchingConfig(bucket=8),
             noise=NoiseConfig(mask_prob=mask_prob),
             seed=7,
             shard=shard,
