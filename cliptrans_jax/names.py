@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from common_jax.tensors import Account
+
 Tensors = Mapping[str, np.ndarray]
 
 
@@ -32,21 +34,6 @@ class Entry:
 
 
 Table = Mapping[str, Entry]  # by our path "encoder/layer_0/mlp/up/kernel"
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """What became of the tensors of a file, by their names.
-
-    Attributes:
-      taken: (tensor, our path, its shape in the file).
-      aliases: (tensor, the tensor that it equals and that was taken).
-      dropped: (tensor, why it has no place here).
-    """
-
-    taken: tuple[tuple[str, str, tuple[int, ...]], ...]
-    aliases: tuple[tuple[str, str], ...]
-    dropped: tuple[tuple[str, str], ...]
 
 
 def copy(name: str) -> Entry:

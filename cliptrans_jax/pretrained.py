@@ -4,7 +4,6 @@ Folders of Hugging Face, OpenAI's RN50x64 and CLIPTrans' own checkpoints; see `t
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -22,11 +21,21 @@ from flax import traverse_util
 from cliptrans_jax import names
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.names import Account
-from cliptrans_jax.tensors import kinds, read_tensors, write_tensors
-from cliptrans_jax.tensors.files import NARROW, SUFFIXES, same_content
+from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from common_jax.config import did_you_mean
+from common_jax.tensors import Account, format_account, read_tensors, write_tensors
+from common_jax.tensors.files import NARROW, SUFFIXES, same_content
+
+__all__ = [
+    "Pretrained",
+    "cliptrans_tensors",
+    "format_account",
+    "load",
+    "place",
+    "save",
+    "save_cliptrans",
+]
 
 FLOATS = ("float32", "float64", *NARROW)
 # What is fetched: what a model is and its tokenizer, and its weights in one of two formats.
@@ -75,7 +84,7 @@ def load(
 
     Args:
       source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
-        `cliptrans_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
+        `common_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
       kind: a key of `tensors.kinds.KINDS`; None to be told by config.json or by the tensors'
         names, where a CLIP of two towers is its image tower. The towers are also found below
         "clip." in a CLIPTrans checkpoint that trained them.
@@ -190,6 +199,22 @@ def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: M
     write_tensors(path, _tensors(kinds.CLIPTRANS, params, config))
 
 
+def cliptrans_tensors(
+    params: Mapping[str, Any], config: ModelConfig
+) -> tuple[dict[str, np.ndarray], Account]:
+    """{"mbart": ..., "mapper": ...} under the names of CLIPTrans' checkpoints, the shared embedding
+    under all of its own, and which tensor is which parameter.
+
+    Raises:
+      ValueError: when the parameters are not of `config`.
+    """
+    tensors, table = _tensors(kinds.CLIPTRANS, params, config), kinds.CLIPTRANS.table(config)
+    taken = [(name, path, tensors[name].shape) for path, e in table.items() for name in e.names]
+    aliases = kinds.CLIPTRANS.aliases
+    named = tensors | {alias: tensors[name] for alias, name in aliases.items()}
+    return named, Account(tuple(taken), tuple(aliases.items()))
+
+
 def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
     """Numpy parameters on devices, each device given only its own part.
 
@@ -208,32 +233,6 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
         )
 
     return jax.tree.map(put, dict(params), dict(shapes))
-
-
-def format_account(account: Account) -> str:
-    """A table of what became of a file's tensors, layers of one make folded into a line."""
-    groups = {}
-    for name, path, shape in account.taken:
-        parts = _fold(path).split("/")
-        cut = next((i + 1 for i, part in enumerate(parts) if "*" in part), max(1, len(parts) - 1))
-        groups.setdefault("/".join(parts[:cut]), []).append((_fold(name), int(np.prod(shape))))
-    rows = [
-        (group, len(held), sum(size for _, size in held), _common([name for name, _ in held]))
-        for group, held in groups.items()
-    ]
-    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows), ""))
-    wide = max(len(row[0]) for row in rows)
-    lines = [f"{'taken':{wide}}  tensors        numbers  from"]
-    lines += [f"{a:{wide}}  {n:7}  {size:13,}  {b}".rstrip() for a, n, size, b in rows]
-    for title, pairs in (("the same as", account.aliases), ("dropped:", account.dropped)):
-        folded = {}
-        for name, why in pairs:
-            folded.setdefault((_fold(name), why), []).append(name)
-        lines += [
-            f"{name} {title} {why}" + (f" ({len(held)} tensors)" if len(held) > 1 else "")
-            for (name, why), held in folded.items()
-        ]
-    return "\n".join(lines)
 
 
 def _find(source: str | os.PathLike, fetch: bool) -> Path:
@@ -300,17 +299,3 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
             f"the parameters are not of this model ({len(problems)} differ):\n  {shown}\ngive the "
             "config that they were made with"
         )
-
-
-def _fold(path: str) -> str:
-    """A path with its numbers as "*"."""
-    return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)
-
-
-def _common(paths: Sequence[str]) -> str:
-    """What folded names of tensors start with."""
-    if len(set(paths)) == 1:
-        return paths[0]
-    columns = zip(*(path.split(".") for path in paths), strict=False)
-    shared = [column[0] for column in itertools.takewhile(lambda c: len(set(c)) == 1, columns)]
-    return ".".join(shared) or "..."

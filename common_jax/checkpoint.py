@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
@@ -124,6 +125,28 @@ class Checkpoints:
 
     def _metric(self, metrics: Mapping[str, float] | None) -> float:
         return (metrics or {}).get(self._best, float("-inf"))
+
+
+def write_params(
+    workdir: epath.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Makes a workdir that others start from: one checkpoint, of step 0, with parameters alone.
+
+    Args:
+      workdir: new.
+      params: nested dict of arrays.
+      config: JSON of the run that could have made them.
+    """
+    none = np.zeros((), np.int32)
+    state = TrainState(
+        step=none, params=params, opt_state={}, ema=None, sums={}, skipped=none, skipped_in_row=none
+    )
+    checkpoints = Checkpoints(workdir, keep=1, best=None)
+    try:
+        checkpoints.save(state, step=0, config=config, metrics=None)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
 
 
 def finished_steps(folder: epath.PathLike) -> list[int]:

@@ -22,11 +22,13 @@ class Origin:
       source: a run's workdir or one step's folder.
       subtree: path of keys in that checkpoint, such as "module/stage_2".
       target: path of keys in the parameters that are wanted.
+      renamed: names below `subtree` -> names below `target`, of what is called otherwise there.
     """
 
     source: epath.PathLike
     subtree: str
     target: str
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def take(
         held = _below(checkpoint.load_shapes(step), origin.subtree, step)
         chosen = {}
         for name, shape in held.items():
-            path = f"{origin.target}/{name}"
+            path = f"{origin.target}/{origin.renamed.get(name, name)}"
             if reason := _allowed(path, fresh):
                 continue
             if path not in flat:

@@ -68,6 +68,8 @@ class FewShotConfig:
       seed: of the draw.
       test_on_train: draws the test images from the training split, so that all training images are
         among them, as the original does on CIFAR-100: for comparison with published numbers only.
+      episodes: how many are run, with `seed`, `seed` + 1 and so on; above 1 the result is their
+        mean with its 95 % confidence interval.
     """
 
     ways: int = 8
@@ -75,6 +77,14 @@ class FewShotConfig:
     test_shots: int = 15
     seed: int = 1
     test_on_train: bool = False
+    episodes: int = 1
+
+    def __post_init__(self):
+        for name in ("ways", "shots", "test_shots", "episodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config.few_shot.{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"config.few_shot.seed={self.seed} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +118,19 @@ class SourcesConfig:
                 raise ValueError(
                     f"config.sources.{name}={getattr(self, name)!r} is no regex: {error}"
                 ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How the whole V-MoE of end_to_end starts, where it is not from students.
+
+    Attributes:
+      upcycle: workdir (or a step in it) of a dense ViT, trained or converted: every expert starts
+        as the MLP of its block, router and stitches start anew, all else is taken. "" starts from
+        scratch.
+    """
+
+    upcycle: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +191,7 @@ class Config:
       baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
       few_shot: the episode.
       sources: weights to start from.
+      init: how end_to_end starts where it is not from students.
       optim, augment, drop_path: how the phase trains, see Recipe; the pipeline has recipes instead.
       recipes: how each phase of the pipeline trains.
       mesh: devices.
@@ -189,6 +213,7 @@ class Config:
     baseline: DistillConfig = DistillConfig(kind="none")
     few_shot: FewShotConfig = FewShotConfig()
     sources: SourcesConfig = SourcesConfig()
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
     drop_path: float = 0.0
@@ -218,6 +243,22 @@ class Config:
             raise ValueError(
                 "config.model.kernel.evaluation='sample' draws edges and "
                 "config.evaluation.noise='mean' draws nothing: change either"
+            )
+        if self.init.upcycle and self.phase != "end_to_end":
+            raise ValueError(
+                f"config.init.upcycle={self.init.upcycle!r} is for phase='end_to_end' and "
+                f"config.phase={self.phase!r}: leave it out"
+            )
+        if self.init.upcycle and self.sources.students:
+            raise ValueError(
+                f"config.init.upcycle={self.init.upcycle!r} and "
+                f"config.sources.students={self.sources.students}: a network starts from one of "
+                "them"
+            )
+        if self.init.upcycle and isinstance(self.model, NacConfig):
+            raise ValueError(
+                f"config.init.upcycle={self.init.upcycle!r} makes a V-MoE of a ViT and "
+                "config.model.kind='nac': leave it out, or give a V-MoE"
             )
         if unknown := set(self.recipes) - set(PHASES):
             raise ValueError(f"config.recipes has no phases {sorted(unknown)}, only {PHASES}")

@@ -132,6 +132,7 @@ _BLOCK = {
 }
 _OPTIONAL = ("attn.qkv.bias", "moe.gate.gate.bias")
 _EXPERT = re.compile(r"(.*moe\.experts\.)(\d+)\.(.*)")
+_FUSED = re.compile(r"(.*moe\.experts\.)(htoh4|h4toh)\.(weight|bias)")
 _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.*)")
 
 
@@ -194,7 +195,7 @@ def network_from_original(
     stages = [{} for _ in depths]
     for name, array in state.items():
         if match := _BLOCK_NAME.match(name):
-            stage, block = _locate(int(match[1]), depths)
+            stage, block = locate(int(match[1]), depths)
             stages[stage][f"blocks.{block}.{match[2]}"] = array
         else:
             stages[0 if name in before_blocks else -1][name] = array
@@ -256,6 +257,22 @@ def root_name(name: str, *, stage: int, depths: Sequence[int]) -> str:
     return name
 
 
+def part_experts(state: State) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The state with fused experts `experts.X` [E, ...] cut into `experts.<e>.X` [1, ...], and for
+    each of these the fused tensor that it is of."""
+    parted, origins = {}, {}
+    for name, array in state.items():
+        if match := _FUSED.fullmatch(name):
+            for e in range(len(array)):
+                part = f"{match[1]}{e}.{match[2]}.{match[3]}"
+                parted[part], origins[part] = array[e : e + 1], name
+        else:
+            parted[name] = array
+    if both := sorted(origins.keys() & state.keys()):
+        raise ValueError(f"experts are there apart and fused, in {both}; leave out either")
+    return parted, origins
+
+
 def _entries(blocks: int) -> Iterable[tuple[str, str, _Layout]]:
     """All that a stage of so many blocks can hold, in the original's order."""
     yield from _EMBEDDING
@@ -292,8 +309,8 @@ def _split_blocks(state: State) -> dict[int, set[str]]:
     return blocks
 
 
-def _locate(block: int, depths: Sequence[int]) -> tuple[int, int]:
-    """Stage of a block of the network, and the block's number within it."""
+def locate(block: int, depths: Sequence[int]) -> tuple[int, int]:
+    """Stage of a block of the network, numbered through, and the block's number within it."""
     for stage, depth in enumerate(depths):
         if block < depth:
             return stage, block

@@ -19,6 +19,7 @@ from m2mkd_jax.phases.networks import (
     require_stage_sources,
     take_weights,
     teacher_network,
+    upcycle,
     wanted,
 )
 from m2mkd_jax.phases.objective import Forward, whole_forward
@@ -29,9 +30,10 @@ from m2mkd_jax.stages import Network, stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the whole student network; its parameters are saved under "student".
 
-    It starts from the students of config.sources.students, or from scratch where there are none;
-    config.baseline adds distillation from the logits of the whole teacher. A NAC's mediators start
-    from config.model.prior, and config.regularizers act on its signatures.
+    It starts from the students of config.sources.students, from the dense ViT of
+    config.init.upcycle, or from scratch where there is neither; config.baseline adds distillation
+    from the logits of the whole teacher. A NAC's mediators start from config.model.prior, and
+    config.regularizers act on its signatures.
     """
     kind = family(config)
     network = whole_student(config, drop_path=config.drop_path)
@@ -46,6 +48,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         warm_start = lambda wanted: take_weights(  # noqa: E731
             config, wanted, origins, leave=left, fresh=fresh
         )
+    elif config.init.upcycle:
+        warm_start = functools.partial(upcycle, config)
 
     forward, helpers = whole_forward(network, "student"), {}
     if config.baseline.kind != "none":

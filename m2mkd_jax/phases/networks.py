@@ -1,19 +1,31 @@
 """The ViTs of a config, and where their weights come from."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
+from common_jax import checkpoint
 from common_jax.mesh import Rules, match_rules
-from common_jax.weights import Allowance, Origin, WarmStart, take
+from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
+from m2mkd_jax.convert import locate
 from m2mkd_jax.models import vit
 from m2mkd_jax.models.positions import resize_positions
-from m2mkd_jax.stages import Network
+from m2mkd_jax.stages import Network, stage_name
 
 ADAPT = {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
+# A block's MLP, and the same of all experts.
+EXPERT_NAMES = {
+    "mlp/up/kernel": "moe/up",
+    "mlp/up/bias": "moe/up_bias",
+    "mlp/down/kernel": "moe/down",
+    "mlp/down/bias": "moe/down_bias",
+}
 
 
 def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
@@ -47,6 +59,7 @@ def take_weights(
     *,
     leave: tuple[Allowance, ...] = (),
     fresh: tuple[Allowance, ...] = (),
+    adapt: Mapping[str, Adapt] | None = None,
 ) -> WarmStart:
     """`common_jax.weights.take` with what the config allows for and position tables resized."""
     sources = config.sources
@@ -54,7 +67,72 @@ def take_weights(
         leave = (*leave, Allowance(sources.leave, "config.sources.leave"))
     if sources.fresh:
         fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
-    return take(wanted, origins, leave=leave, fresh=fresh, adapt=ADAPT)
+    return take(wanted, origins, leave=leave, fresh=fresh, adapt=ADAPT | (adapt or {}))
+
+
+def upcycle(config: Config, wanted: Mapping[str, Any]) -> WarmStart:
+    """A V-MoE's start from a dense ViT, config.init.upcycle: in every block with experts each of
+    them is the ViT's MLP; router and stitches start anew; all else is taken as it is.
+
+    Where a token's gates sum to 1 (router "topk_softmax") and no pair is dropped, the V-MoE then
+    computes what the ViT computes; else the experts' branch is the MLP's times that sum (sparse
+    upcycling, Komatsuzaki et al. 2022). Blocks are counted through, so that the two may be cut into
+    other stages.
+
+    Raises:
+      ValueError: where the source holds no whole ViT, or one of another depth; for parameters that
+        do not fit, all of which are named.
+    """
+    source = config.init.upcycle
+    shapes = checkpoint.load_shapes(source)
+    roles = [role for role in ("teacher", "meta") if role in shapes]
+    if not roles:
+        raise ValueError(
+            f"config.init.upcycle={source!r} holds {sorted(shapes)}, and needs a dense ViT: give a "
+            "run of phase assemble or pretrain_meta, or a converted ViT"
+        )
+    dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
+    renamed = _upcycled_names(dense, config)
+    flat = traverse_util.flatten_dict(wanted["student"], sep="/")
+    copies = {  # what does not fit is left to be named with all else
+        re.escape(f"student/{path}"): lambda x, shape: np.broadcast_to(x, shape)
+        for name, path in renamed.items()
+        if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape
+    }
+    fresh = (
+        Allowance(r"student/.*/moe/router/.*", "config.init.upcycle: a ViT has no router"),
+        Allowance(r"student/.*/(pre|post)_stitch/.*", "config.init.upcycle: a ViT has no stitches"),
+    )
+    origin = Origin(source, roles[0], "student", renamed)
+    return take_weights(config, wanted, [origin], fresh=fresh, adapt=copies)
+
+
+def _upcycled_names(dense: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """Where a dense ViT's parameters stand in the V-MoE."""
+    blocks = {}
+    for name in dense:
+        if match := re.match(r"stage_(\d+)/block_(\d+)/", name):
+            stage, block = int(match[1]), int(match[2])
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+    source, depths = tuple(blocks[stage] for stage in sorted(blocks)), config.model.depths
+    if sum(source) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
+        raise ValueError(
+            f"config.init.upcycle={config.init.upcycle!r} has stages {sorted(blocks)} of {source} "
+            f"blocks, {sum(source)} in all, and config.model.depths={depths} are {sum(depths)}: "
+            "give a ViT that is whole and as deep"
+        )
+    experts, renamed = config.model.moe_positions(), {}
+    for name in dense:
+        stage, rest = name.split("/", 1)
+        first = sum(source[: int(stage.removeprefix("stage_"))])
+        if match := re.match(r"block_(\d+)/(.*)", rest):
+            number, rest = first + int(match[1]), match[2]
+            stage, block = locate(number, depths)
+            rest = EXPERT_NAMES.get(rest, rest) if number in experts else rest
+            renamed[name] = f"{stage_name(stage)}/block_{block}/{rest}"
+        elif rest.startswith(("norm/", "head/")):
+            renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
+    return renamed
 
 
 def require_source(config: Config, name: str) -> str:

@@ -18,7 +18,8 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ResNetConfig
 from cliptrans_jax.models.xlmr import MClipConfig
-from cliptrans_jax.tensors import kinds, read_tensors, write_tensors
+from cliptrans_jax.tensors import kinds
+from common_jax.tensors import read_tensors, write_tensors
 
 MBART = MBartConfig(
     vocab=40,

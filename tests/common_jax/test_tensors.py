@@ -1,4 +1,4 @@
-"""Reading published weights from disk, PyTorch's files without PyTorch among them."""
+"""Weights of others on disk, read and written, PyTorch's files without PyTorch among them."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ import torch_files
 from safetensors.numpy import load_file, save_file
 from torch_files import Call, Global, New, Persistent, Raw, state_dict, storage, tensor
 
-from cliptrans_jax.tensors import read_tensors, widen, write_tensors
+from common_jax.tensors import read_tensors, widen, write_tensors
 
 NO_TORCH = "the files are written by torch, which is not installed"
 RNG = np.random.default_rng(0)

@@ -6,6 +6,7 @@ same file costs nothing.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -13,7 +14,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import ml_dtypes
 import numpy as np
 
 # Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
-# "optimizer", "scaler", "epoch" and "best_bleu_test".
-WRAPPERS = ("model", "state_dict")
+# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the last of these in files of a module.
+WRAPPERS = ("model", "state_dict", "block_state_dict")
 STORAGES = {
     "BFloat16Storage": "bfloat16",
     "BoolStorage": "bool",
@@ -71,6 +72,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
       ValueError: for a file that is cut off, of another format, or that holds anything but tensors
         and plain containers; nothing in it is run.
     """
+    return _open(path, _read_archive)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The numbers, texts and lists of these that a checkpoint holds beside its tensors, by their
+    keys at the top; raises ValueError as `read`."""
+
+    def find(archive: zipfile.ZipFile) -> dict[str, Any]:
+        top, _, _ = _load(archive)
+        return {k: v for k, v in top.items() if _plain(v)} if isinstance(top, dict) else {}
+
+    return _open(path, find)
+
+
+def _open(path: Path, use: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
@@ -85,7 +101,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive)
+            return use(archive)
     except _RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
     except DAMAGED_ZIP as error:
@@ -205,6 +221,17 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    top, root, script = _load(archive)
+    with _blamed():
+        parts = dict(_walk(top, _declared(archive, root), "")) if script else _state_dict(top)
+    if not parts:
+        raise _RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
+    read = functools.cache(lambda storage: _read_storage(archive, root, storage))
+    return {name: _array(name, tensor, read(tensor.storage)) for name, tensor in parts.items()}
+
+
+def _load(archive: zipfile.ZipFile) -> tuple[Any, str, bool]:
+    """What is pickled, the folder in the archive, and whether it is TorchScript."""
     names = archive.namelist()
     roots = [n.removesuffix("data.pkl") for n in names if re.fullmatch("([^/]+/)?data.pkl", n)]
     if len(roots) != 1:
@@ -217,19 +244,27 @@ def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         raise _RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
     script = f"{root}constants.pkl" in names
     content = io.BytesIO(archive.read(f"{root}data.pkl"))
+    with _blamed():
+        return _Unpickler(content, script).load(), root, script
+
+
+@contextlib.contextmanager
+def _blamed() -> Iterator[None]:
+    """Says of whatever goes wrong within that data.pkl is damaged."""
     try:
-        top = _Unpickler(content, script).load()
-        parts = dict(_walk(top, _declared(archive, root), "")) if script else _state_dict(top)
+        yield
     except _RefusedError:
         raise
     except DAMAGED as error:
         raise _RefusedError(
             f"has a damaged data.pkl ({error!r}); copy or download it again"
         ) from None
-    if not parts:
-        raise _RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
-    read = functools.cache(lambda storage: _read_storage(archive, root, storage))
-    return {name: _array(name, tensor, read(tensor.storage)) for name, tensor in parts.items()}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _state_dict(top: Any) -> dict[str, _Tensor]:

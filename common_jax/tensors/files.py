@@ -5,15 +5,16 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cliptrans_jax.tensors import torch_archive
-from cliptrans_jax.tensors.torch_archive import DAMAGED, EXPORT
+from common_jax.tensors import torch_archive, torch_writer
+from common_jax.tensors.torch_archive import DAMAGED, EXPORT
 
 # What a folder's weights may be called; the first that is there is read.
 FOLDER_FILES = (
@@ -76,25 +77,70 @@ def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
     }
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+def read_plain(path: str | os.PathLike) -> dict[str, Any]:
+    """The numbers, texts and lists of these beside the tensors of a checkpoint in PyTorch's format,
+    by their keys; {} for every other kind of file, and for a folder.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
+    path = Path(path)
+    return torch_archive.read_plain(path) if path.suffix in TORCH_SUFFIXES else {}
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
+) -> None:
     """Writes one safetensors file: the whole of it or nothing.
+
+    Args:
+      path: of the file.
+      tensors: name -> array.
+      replace: whether it may take the place of another file.
 
     Raises:
       FileExistsError: when the file is there and holds something else.
       FileNotFoundError: when its folder is missing.
       ValueError: when its name does not end in `.safetensors`.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the format that is written")
+    # Hugging Face's loader wants to know whose layout it is.
+    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    _write(
+        Path(path),
+        lambda part: safetensors.numpy.save_file(whole, part, metadata={"format": "pt"}),
+        replace,
+    )
+
+
+def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -> None:
+    """Writes one file in PyTorch's zip format: the whole of it or nothing.
+
+    Args:
+      path: of the file.
+      value: see `torch_writer.write`; `{"model": tensors}` is what a training checkpoint looks
+        like.
+      replace: whether it may take the place of another file.
+
+    Raises:
+      FileExistsError: when the file is there and holds something else.
+      FileNotFoundError: when its folder is missing.
+      TypeError: for a value that is neither array nor plain.
+      ValueError: when its name ends in none of `TORCH_SUFFIXES`.
+    """
+    if Path(path).suffix not in TORCH_SUFFIXES:
+        raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
+    _write(Path(path), lambda part: torch_writer.write(part, value), replace)
+
+
+def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder; make it first")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        # Hugging Face's loader wants to know whose layout it is.
-        whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-        safetensors.numpy.save_file(whole, part, metadata={"format": "pt"})
-        if path.exists() and not same_content(path, part):
+        write(part)
+        if path.exists() and not (replace or same_content(path, part)):
             raise FileExistsError(f"{path} exists and holds something else; give another name")
         os.replace(part, path)
     finally:

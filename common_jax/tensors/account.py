@@ -1,0 +1,64 @@
+"""What became of the tensors of a file, as a value and as a table."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What became of the tensors of a file, by their names.
+
+    Attributes:
+      taken: (tensor, our path, its shape in the file).
+      aliases: (tensor, the tensor that it equals and that was taken).
+      dropped: (tensor, why it has no place here).
+    """
+
+    taken: tuple[tuple[str, str, tuple[int, ...]], ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
+
+
+def format_account(account: Account) -> str:
+    """A table of what became of a file's tensors, layers of one make folded into a line."""
+    groups = {}
+    for name, path, shape in account.taken:
+        parts = _fold(path).split("/")
+        numbered = [i + 1 for i, part in enumerate(parts) if "*" in part]
+        cut = numbered[-1] if numbered else max(1, len(parts) - 1)
+        groups.setdefault("/".join(parts[:cut]), []).append((_fold(name), int(np.prod(shape))))
+    rows = [
+        (group, len(held), sum(size for _, size in held), _common([name for name, _ in held]))
+        for group, held in groups.items()
+    ]
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows), ""))
+    wide = max(len(row[0]) for row in rows)
+    lines = [f"{'taken':{wide}}  tensors        numbers  from"]
+    lines += [f"{a:{wide}}  {n:7}  {size:13,}  {b}".rstrip() for a, n, size, b in rows]
+    for title, pairs in (("the same as", account.aliases), ("dropped:", account.dropped)):
+        folded = {}
+        for name, why in pairs:
+            folded.setdefault((_fold(name), _fold(why)), []).append(name)
+        lines += [
+            f"{name} {title} {why}" + (f" ({len(held)} tensors)" if len(held) > 1 else "")
+            for (name, why), held in folded.items()
+        ]
+    return "\n".join(lines)
+
+
+def _fold(path: str) -> str:
+    """A path with its numbers as "*"."""
+    return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)
+
+
+def _common(paths: Sequence[str]) -> str:
+    """What folded names of tensors start with."""
+    if len(set(paths)) == 1:
+        return paths[0]
+    columns = zip(*(path.split(".") for path in paths), strict=False)
+    shared = [column[0] for column in itertools.takewhile(lambda c: len(set(c)) == 1, columns)]
+    return ".".join(shared) or "..."

@@ -1,0 +1,21 @@
+"""Files of the original, of timm and of DeiT as parameters that a phase starts from, and back."""
+
+from m2mkd_jax.pretrained.kinds import KINDS
+from m2mkd_jax.pretrained.reading import Pretrained, Source, find_source, load, read_files
+from m2mkd_jax.pretrained.sizes import Told, tell_config
+from m2mkd_jax.pretrained.writing import as_checkpoint, kind_of_run, load_run, to_tensors
+
+__all__ = [
+    "KINDS",
+    "Pretrained",
+    "Source",
+    "Told",
+    "as_checkpoint",
+    "find_source",
+    "kind_of_run",
+    "load",
+    "load_run",
+    "read_files",
+    "tell_config",
+    "to_tensors",
+]

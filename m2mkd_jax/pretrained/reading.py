@@ -1,0 +1,302 @@
+"""Files as parameters: strict about every name and shape, and never run."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from common_jax.config import did_you_mean
+from common_jax.tensors import Account, read_plain, read_tensors
+from common_jax.tensors.files import FOLDER_FILES, NARROW, TORCH_SUFFIXES
+from m2mkd_jax import convert
+from m2mkd_jax.config import Config, InitConfig, SourcesConfig
+from m2mkd_jax.pretrained.kinds import KINDS, Kind, Tensors, expected_tensors, guess
+
+FLOATS = ("float32", "float64", *NARROW)
+# What DeiT's distilled models have beside a class token and a head.
+DISTILLED = ("dist_token", "head_dist.weight")
+# Of one stage, what only the first or the last has.
+FIRST = ("cls_token", "tokenizer.positional_grid.grid")
+LAST = ("head.weight", "tokenizer.to_logits.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file: its tensors, and the numbers and texts beside them."""
+
+    path: Path
+    tensors: Tensors
+    plain: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Files of one kind, a key of KINDS: several only where each holds a stage."""
+
+    kind: str
+    files: tuple[File, ...]
+    guessed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Parameters as a phase's checkpoint has them.
+
+    Attributes:
+      kind: a key of KINDS.
+      config: of the run that could have made them.
+      params: numpy arrays of float32, {role: {"stage_0": ...}}.
+      account: what became of every tensor.
+    """
+
+    kind: str
+    config: Config
+    params: Mapping[str, Any]
+    account: Account
+
+
+def read_files(path: str | os.PathLike) -> tuple[File, ...]:
+    """Reads a file, its shards, or all files of a folder with a module each.
+
+    Args:
+      path: what `common_jax.tensors.read_tensors` reads, or a folder of such files.
+
+    Raises:
+      FileNotFoundError: when nothing is there.
+      ValueError: for files that cannot be read.
+    """
+    return tuple(_read(one) for one in _files(Path(path)))
+
+
+def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
+    """The files as of a kind, a key of KINDS; None where names tell it.
+
+    Raises:
+      ValueError: for no such kind, tensors of no kind, several files where one holds all, and a
+        network that there is none of here.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
+    for file in files:
+        if found := [name for name in DISTILLED if name in file.tensors]:
+            raise ValueError(
+                f"{file.path} is a DeiT with a distillation token ({', '.join(found)}): its second "
+                "class token and second head have no place in m2mKD's ViT; take the model without "
+                "one, such as deit_base_patch16_224 for deit_base_distilled_patch16_224"
+            )
+    name = kind or guess(files[0].tensors, files[0].plain, str(files[0].path))
+    if len(files) > 1 and not KINDS[name].single:
+        raise ValueError(
+            f"there are {len(files)} files, {', '.join(str(f.path) for f in files)}, and "
+            f"kind={name!r} is in one: give that file"
+        )
+    return Source(name, files, guessed=kind is None)
+
+
+def load(source: Source, config: Config) -> Pretrained:
+    """The parameters that the files of a source hold.
+
+    Args:
+      source: see `find_source`.
+      config: sizes; of a single module also config.module, where the file does not tell which.
+
+    Raises:
+      ValueError: naming every tensor that is missing, unknown or of another shape, numbers that are
+        not finite, and modules that are there twice.
+    """
+    kind, trees, accounts = KINDS[source.kind], {}, []
+    several = len(source.files) > 1
+    for file in source.files:
+        stage = find_stage(file, kind, config, of_many=several) if kind.single else None
+        params, account = _load_file(file, source.kind, config, stage)
+        if twice := sorted(trees.keys() & params.keys()):
+            raise ValueError(
+                f"{file.path} holds {twice[0]}, and so does a file beside it; a folder must have "
+                "each module once"
+            )
+        trees |= params
+        accounts.append(account)
+    account = Account(
+        *(sum((getattr(a, f.name) for a in accounts), ()) for f in dataclasses.fields(Account))
+    )
+    made = run_config(config, kind, tuple(trees))
+    return Pretrained(source.kind, made, {kind.role: trees}, account)
+
+
+def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
+    """The config of the run that could have made these stages' parameters."""
+    module = "all"
+    if kind.phase in ("train_module", "distill"):
+        module = "+".join(sorted((name.removeprefix("stage_") for name in stages), key=int))
+    return dataclasses.replace(
+        config,
+        phase=kind.phase,
+        module=module,
+        sources=SourcesConfig(),
+        init=InitConfig(),
+        recipes={},
+    )
+
+
+def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
+    """Which stage a file of a single module holds.
+
+    The config's word (config.module) counts first, then the file's own, then what only the first
+    and the last stage have; of files in one folder, last, the number at the end of the name.
+
+    Raises:
+      ValueError: where nothing tells it, or two of these differ.
+    """
+    count = len(kind.depths(config))
+    said = {}
+    if config.module != "all":
+        if len(config.modules()) != 1 or of_many:
+            raise ValueError(
+                f"config.module={config.module!r} must be one number for one file of a module, and "
+                "'all' for a folder of them"
+            )
+        said["config.module"] = config.modules()[0]
+    if isinstance(file.plain.get("block_index"), int):
+        said["its block_index"] = file.plain["block_index"]
+    if match := re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem):
+        place = {"ReadIn": 0, "ReadOut": count - 1}.get(match[1], int(match[2] or -1))
+        said["its name"] = place
+    whole = any(re.match(r"stages\.[1-9]", name) for name in file.tensors)
+    if not whole and any(name in file.tensors for name in FIRST):
+        said["its embedding"] = 0
+    elif not whole and any(name in file.tensors for name in LAST):
+        said["its head"] = count - 1
+    number = re.search(r"(\d+)$", file.path.stem)
+    if of_many and number:
+        said["the number in its name"] = int(number[1])
+    if not said:
+        raise ValueError(
+            f"{file.path} does not tell which of the {count} modules it holds: give "
+            f"--config.module=K, from 0 to {count - 1}"
+        )
+    if len(set(said.values())) > 1:
+        raise ValueError(
+            f"{file.path}: which module it holds is unclear, {said}; modules count from 0"
+        )
+    stage = next(iter(said.values()))
+    if not 0 <= stage < count:
+        raise ValueError(
+            f"{file.path} holds module {stage}, and config.{kind.section} has {count}, counted "
+            "from 0; give the config that it was made with"
+        )
+    return stage
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir() or any((path / name).is_file() for name in FOLDER_FILES):
+        return [path]
+    suffixes = (".safetensors", *TORCH_SUFFIXES)
+    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
+    if not found:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
+        raise FileNotFoundError(
+            f"{path} holds no file that ends in one of {', '.join(suffixes)}, but {there}"
+        )
+    return found
+
+
+def _read(path: Path) -> File:
+    tensors = read_tensors(path)
+    return File(path, tensors, read_plain(path) if path.is_file() else {})
+
+
+def _load_file(
+    file: File, name: str, config: Config, stage: int | None
+) -> tuple[dict[str, Any], Account]:
+    kind, problems = KINDS[name], []
+    state, dropped = _own(file.tensors, stage)
+    state, aliases = _without_aliases(state, kind, config, stage, problems)
+    parted, fused = convert.part_experts(state)
+    expected = expected_tensors(kind, config, stage)
+    problems += _compare(parted, expected)
+    if problems:
+        raise ValueError(
+            f"{file.path} does not fit kind={name!r}:\n  "
+            + "\n  ".join(problems)
+            + f"\ngive the config.{kind.section} and config.data of the network in the file (its "
+            "position table is resized by the phase that takes it)"
+            + _depth_hint(state, kind, config)
+        )
+    params = kind.from_original(parted, config, stage)
+    taken = {
+        fused.get(n, n): (path, state[fused.get(n, n)].shape) for n, (path, _) in expected.items()
+    }
+    return _as_float32(params, file.path), Account(
+        tuple((n, f"{kind.role}/{path}", shape) for n, (path, shape) in taken.items()),
+        aliases,
+        dropped,
+    )
+
+
+def _own(tensors: Tensors, stage: int | None) -> tuple[Tensors, tuple[tuple[str, str], ...]]:
+    """The tensors of a stage under its own names, where the file is of a network of several."""
+    if stage is None or not any(re.match(r"stages\.[1-9]", name) for name in tensors):
+        return tensors, ()
+    prefix = f"stages.{stage}."
+    own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    others = (n for n in tensors if not n.startswith(prefix))
+    return own, tuple((name, "of other stages, or listed twice") for name in others)
+
+
+def _without_aliases(
+    state: Tensors, kind: Kind, config: Config, stage: int | None, problems: list[str]
+) -> tuple[dict[str, np.ndarray], tuple[tuple[str, str], ...]]:
+    """The state under root names alone: `stages.<i>.X` are the same tensors once more."""
+    depths = kind.depths(config) if stage is None else kind.depths(config)[stage : stage + 1]
+    plain = {n: x for n, x in state.items() if not n.startswith("stages.")}
+    aliases = []
+    for name in state.keys() - plain.keys():
+        match = re.fullmatch(r"stages\.(\d+)\.(.+)", name)
+        if match is None or int(match[1]) >= len(depths):
+            plain[name] = state[name]  # which is then one that has no place
+            continue
+        root = convert.root_name(match[2], stage=int(match[1]), depths=depths)
+        if not np.array_equal(plain.setdefault(root, state[name]), state[name]):
+            problems.append(f"{name} should equal {root} and does not")
+        aliases.append((name, root))
+    return plain, tuple(sorted(aliases))
+
+
+def _compare(state: Tensors, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    problems = [
+        f"{name} {shape} is missing, for {path}"
+        for name, (path, shape) in expected.items()
+        if name not in state
+    ]
+    problems += [f"{n} {state[n].shape} has no place" for n in sorted(state.keys() - expected)]
+    return problems + [
+        f"{name} is {state[name].shape} and should be {shape}"
+        for name, (_, shape) in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+
+
+def _depth_hint(state: Tensors, kind: Kind, config: Config) -> str:
+    held = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
+    depth = sum(kind.depths(config))
+    if kind.single or not held or len(held) == depth:
+        return ""
+    depths = kind.depths(config)
+    return (
+        f"; the file has {len(held)} blocks, and config.{kind.section}.depths={depths} are {depth}"
+    )
+
+
+def _as_float32(params: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if odd := [f"{name} is {x.dtype}" for name, x in flat.items() if x.dtype.name not in FLOATS]:
+        raise ValueError(f"{path} is not of plain numbers: {'; '.join(odd)}; take another file")
+    if odd := [name for name, x in flat.items() if not np.isfinite(x.astype(np.float32)).all()]:
+        raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(odd)}")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32, order="C"), dict(params))

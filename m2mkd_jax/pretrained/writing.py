@@ -1,0 +1,165 @@
+"""The parameters of a run as a file of the original."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from common_jax import checkpoint
+from common_jax.config import freeze
+from common_jax.tensors import Account
+from m2mkd_jax import convert
+from m2mkd_jax.config import Config
+from m2mkd_jax.models import vit
+from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.pretrained.kinds import KINDS, Kind, expected_tensors
+from m2mkd_jax.pretrained.reading import Pretrained
+from m2mkd_jax.stages import stage_name
+
+# phase -> the kind of its parameters; of a student's, by the kind of the student.
+KIND_OF_PHASE = {
+    "pretrain_meta": "meta",
+    "train_module": "module",
+    "assemble": "teacher",
+    "distill": "{student}_student",
+    "end_to_end": "{student}",
+    "few_shot": "{student}",
+}
+
+
+def kind_of_run(config: Config, held: Mapping[str, Any]) -> str:
+    """The kind of file that a run's parameters make.
+
+    Args:
+      config: of the run.
+      held: what its checkpoint holds, {role: {"stage_0": ...}}.
+    """
+    student = "nac" if isinstance(config.model, NacConfig) else "vmoe"
+    name = KIND_OF_PHASE[config.phase].format(student=student)
+    whole = len(held.get("teacher", ())) == len(config.teacher.depths)
+    return "teacher_module" if name == "teacher" and not whole else name
+
+
+def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
+    """The parameters of a run that one file of the original can hold; of a run that kept a running
+    average, that average, as it was evaluated.
+
+    Args:
+      source: the run's workdir, or a step's folder.
+      stage: the one that is meant, where the run has single modules.
+
+    Raises:
+      FileNotFoundError: when there is no finished checkpoint.
+      ValueError: when it is not of m2mKD, or has several modules, or not this one; for parameters
+        that are not of its config, all of which are named.
+    """
+    saved = checkpoint.load_config(source)
+    if saved.get("phase") not in KIND_OF_PHASE:
+        raise ValueError(
+            f"{source} is no run of m2mKD: its config has phase={saved.get('phase')!r}"
+        )
+    config = freeze(Config, saved)
+    shapes = checkpoint.load_shapes(source)
+    name = kind_of_run(config, shapes)
+    if stage is not None and name == "teacher":
+        name = "teacher_module"
+    kind = KINDS[name]
+    if kind.single:
+        held = sorted(shapes[kind.role], key=lambda one: int(one.removeprefix("stage_")))
+        chosen = held if stage is None else [stage_name(stage)]
+        if len(chosen) != 1 or chosen[0] not in held:
+            raise ValueError(
+                f"{source} holds {', '.join(held)} of kind={name!r}, and a file holds one: give "
+                "--config.module=K"
+            )
+        config = dataclasses.replace(config, module=chosen[0].removeprefix("stage_"))
+        subtree, average = f"{kind.role}/{chosen[0]}", config.optim.ema > 0
+        tree = {chosen[0]: checkpoint.load(source, subtree=subtree, average=average)}
+    else:
+        tree = checkpoint.load(source, subtree=kind.role, average=config.optim.ema > 0)
+    wanted, stage = kind.shapes(config, _stage(kind, config)), _stage(kind, config)
+    _require(tree, wanted, str(source))
+    expected = expected_tensors(kind, config, stage, wanted)
+    taken = [(n, f"{kind.role}/{path}", shape) for n, (path, shape) in expected.items()]
+    params = {kind.role: jax.tree.map(np.asarray, dict(tree))}
+    return Pretrained(name, config, params, Account(tuple(taken)))
+
+
+def to_tensors(found: Pretrained) -> dict[str, np.ndarray]:
+    """The tensors of a network, or of one stage under its own names, in float32."""
+    kind = KINDS[found.kind]
+    state = kind.to_original(found.params[kind.role], found.config, _stage(kind, found.config))
+    return {name: np.asarray(x, np.float32, order="C") for name, x in state.items()}
+
+
+def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What a file of the original holds, for `common_jax.tensors.write_torch`; `state` is what
+    `to_tensors` gives.
+
+    A network lists its tensors under root names and, by stage, once more (`stages.<i>.X`, and in
+    `model_stages`), and the files of a module name its place in the network; see the original's
+    `utils.save_on_master` and `split_teacher.py`.
+    """
+    kind, config, state = KINDS[found.kind], found.config, dict(state)
+    if kind.is_nac:
+        return {"model": state, "model_stages": []} if kind.single else {"model": state}
+    depths, stage = kind.depths(config), _stage(kind, config)
+    if found.kind == "teacher_module":
+        return {
+            "model_name": _variant(config),
+            "block_index": stage,
+            "block_state_dict": state,
+            "divided_depths": list(depths),
+        }
+    stages = [state] if kind.single else _by_stage(state, depths)
+    listed = {f"stages.{i}.{n}": x for i, part in enumerate(stages) for n, x in part.items()}
+    place = {"block_index": stage, "divided_depths": list(depths)} if kind.single else {}
+    return {"model": state | listed, "model_stages": stages} | place
+
+
+def _stage(kind: Kind, config: Config) -> int | None:
+    return int(config.module) if kind.single else None
+
+
+def _require(params: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError naming every parameter that is missing, without a place or of another
+    shape."""
+    held, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
+    problems = [f"{path} {wanted[path].shape} is missing" for path in sorted(wanted.keys() - held)]
+    problems += [f"{path} {held[path].shape} has no place" for path in sorted(held.keys() - wanted)]
+    problems += [
+        f"{path} is {x.shape} and should be {wanted[path].shape}"
+        for path, x in held.items()
+        if path in wanted and x.shape != wanted[path].shape
+    ]
+    if problems:
+        raise ValueError(f"{source} is not of its own config:\n  " + "\n  ".join(problems))
+
+
+def _by_stage(
+    state: Mapping[str, np.ndarray], depths: tuple[int, ...]
+) -> list[dict[str, np.ndarray]]:
+    """The same arrays under stage-local names."""
+    stages = [{} for _ in depths]
+    for name, array in state.items():
+        first, _, rest = name.partition(".")
+        if first != "blocks":
+            stages[-1 if first in ("norm", "head") else 0][name] = array
+            continue
+        number, _, rest = rest.partition(".")
+        stage, block = convert.locate(int(number), depths)
+        stages[stage][f"blocks.{block}.{rest}"] = array
+    return stages
+
+
+def _variant(config: Config) -> str:
+    """The published name of the teacher; "" where it has none."""
+    plain = dataclasses.replace(config.teacher, depths=(1,), remat=False)
+    for name, (image_size, _, changes) in vit.VARIANTS.items():
+        if image_size == config.data.image_size and vit.ViTConfig(depths=(1,), **changes) == plain:
+            return name
+    return ""

@@ -1,0 +1,100 @@
+"""The command that converts weights, on CLIPTrans' checkpoints: shards to a run's folder, which a
+stage starts from, and back."""
+
+import dataclasses
+
+import convert_weights
+import jax
+import numpy as np
+import pytest
+import tiny_cliptrans
+import torch_files
+from flax import traverse_util
+from tiny import fill
+
+from cliptrans_jax import names
+from cliptrans_jax.config import SourcesConfig
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs.objective import make_warm_start
+from cliptrans_jax.tensors.kinds import CLIPTRANS
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.tensors import read_tensors
+
+CONFIG = """
+from tiny_cliptrans import tiny_config
+
+from common_jax.config import unfreeze
+
+
+def get_config(arg=None):
+    return unfreeze(tiny_config("caption", None))
+"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two shards of a released checkpoint, all of its tensors, our parameters, and a config."""
+    folder, model = (
+        tmp_path_factory.mktemp("released"),
+        tiny_cliptrans.tiny_config("translate", None).model,
+    )
+    params = jax.tree.map(np.asarray, fill(Translator(model).init))
+    tensors = names.write(CLIPTRANS.table(model), params)
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    tensors |= {alias: tensors[name] for alias, name in CLIPTRANS.aliases.items()}
+    for shard in (1, 2):
+        part = {f"module.{name}": tensors[name] for name in list(tensors)[shard - 1 :: 2]}
+        torch_files.save(folder / f"model_best_test_{shard}.pth", part)
+    (folder / "config.py").write_text(CONFIG)
+    return folder, tensors, params
+
+
+def convert(*arguments):
+    convert_weights.main([str(argument) for argument in arguments])
+
+
+def test_shards_become_a_source_and_a_checkpoint_again(shards, tmp_path, capsys):
+    folder, tensors, params = shards
+    source, config_file = folder / "model_best_test.pth", folder / "config.py"
+    convert(source, tmp_path / "run", f"--config={config_file}")
+    shown = capsys.readouterr().out
+    assert "kind cliptrans, as the names tell" in shown
+    assert "mbart.lm_head.weight the same as mbart.model.shared.weight" in shown
+
+    config = tiny_cliptrans.tiny_config("caption", None)
+    config = dataclasses.replace(config, sources=SourcesConfig(model=str(tmp_path / "run")))
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), params)
+    found = make_warm_start(config, None)(wanted)
+    flat = traverse_util.flatten_dict(found.params, sep="/")
+    for path, want in traverse_util.flatten_dict(params, sep="/").items():
+        np.testing.assert_array_equal(flat[path], want, err_msg=path)
+
+    for name, want in (
+        ("out.pth", tensors),
+        ("out.safetensors", {n: x for n, x in tensors.items() if n not in CLIPTRANS.aliases}),
+    ):
+        convert(tmp_path / "run", tmp_path / name)
+        back = read_tensors(tmp_path / name)
+        assert back.keys() == want.keys()
+        for tensor, array in want.items():
+            np.testing.assert_array_equal(back[tensor], array, err_msg=tensor)
+
+
+def test_a_model_of_other_sizes_and_a_run_without_one_are_refused(shards, tmp_path, capsys):
+    folder, _, _ = shards
+    source, config_file = folder / "model_best_test.pth", folder / "config.py"
+    for flags, said in (
+        ([], "of width 16, whose number of heads its tensors do not tell"),
+        ([f"--config={config_file}", "--config.model.mapper.prefix=5"], "adapter.hidden.0.weight"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            convert(source, tmp_path / "run", "--kind=cliptrans", *flags)
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    config = unfreeze(tiny_cliptrans.tiny_config("clip", None)).to_dict()
+    checkpoint.write_params(tmp_path / "clip", {"clip": {"scale": np.ones(2)}}, config)
+    with pytest.raises(SystemExit):
+        convert(tmp_path / "clip", tmp_path / "out.pth")
+    assert "a run of stage 'clip', which trains no translation" in capsys.readouterr().err

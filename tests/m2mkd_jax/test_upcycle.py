@@ -1,0 +1,155 @@
+"""A V-MoE that starts as a dense ViT: it computes the same, and what was taken is on record."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from tiny import SIZES, fill, tiny_config, unoptimised
+
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.state import merge
+from m2mkd_jax.config import InitConfig, SourcesConfig
+from m2mkd_jax.models import vmoe
+from m2mkd_jax.models.moe import MoeConfig, MoeMlp
+from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.phases.end_to_end import run
+from m2mkd_jax.phases.families import whole_student
+from m2mkd_jax.phases.networks import teacher_network, upcycle, wanted
+
+EXPERTS = 3
+ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A workdir with a ViT of stages of 2, 1 and 1 blocks, and its parameters."""
+    config, workdir = tiny_config("assemble"), tmp_path_factory.mktemp("dense")
+    params = {"teacher": fill(teacher_network(config).init)}
+    checkpoint.write_params(workdir, params, unfreeze(config).to_dict())
+    return str(workdir), params["teacher"]
+
+
+def config_of(source, *, depths=(1, 1, 2), **moe):
+    """A V-MoE of as many blocks in other stages, with experts in blocks 1 and 3."""
+    moe = {"experts": EXPERTS, "chosen": 2} | moe
+    sizes = SIZES | {"depths": depths, "moe_blocks": "1,3" if sum(depths) > 3 else "1"}
+    return dataclasses.replace(
+        tiny_config("end_to_end"),
+        model=VMoEConfig(moe=MoeConfig(**moe), **sizes),
+        init=InitConfig(upcycle=source),
+    )
+
+
+def start(config):
+    network = whole_student(config)
+    return network, upcycle(config, wanted(network, "student", ONE, vmoe.PARTITION_RULES))
+
+
+def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
+    source, params = dense
+    config = config_of(source)
+    network, found = start(config)
+    student = merge(fill(network.init), found.params["student"])
+    images = np.random.default_rng(1).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    teacher = teacher_network(config)
+
+    def both(params, student, images):
+        return teacher.apply(params, images)[0], network.apply(student, images)[0]
+
+    with unoptimised():
+        want, got = jax.jit(both)(params, student, images)
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("moe", "sums_to_one"),
+    [
+        ({}, True),
+        ({"dispatch": "capacity", "capacity_factor": 1.5}, True),
+        ({"router": "softmax_topk", "chosen": EXPERTS}, True),
+        ({"router": "softmax_topk", "chosen": 1}, False),
+    ],
+)
+def test_a_layer_s_gates_weigh_one_mlp(dense, moe, sums_to_one):
+    """y = sum(gates) MLP(x): what holds with any router that lets no token fall."""
+    source, params = dense
+    config = config_of(source, **moe)
+    network, found = start(config)
+    experts = merge(fill(network.init), found.params["student"])["stage_1"]["block_0"]["moe"]
+    mlp = params["stage_0"]["block_1"]["mlp"]
+    x = np.random.default_rng(2).normal(size=(2, 5, 16)).astype(np.float32)
+    layer = MoeMlp(config.model.moe, 32)
+    with jax.set_mesh(ONE), unoptimised():
+        y, recorded = jax.jit(lambda p, x: layer.apply({"params": p}, x, mutable=["routing"]))(
+            experts, x
+        )
+    hidden = jax.nn.gelu(x @ mlp["up"]["kernel"] + mlp["up"]["bias"], approximate=False)
+    want = hidden @ mlp["down"]["kernel"] + mlp["down"]["bias"]
+    gates = np.sum(recorded["routing"]["weight"], axis=-1, keepdims=True)
+    np.testing.assert_allclose(y, gates * want, rtol=1e-5, atol=1e-6)
+    assert np.allclose(gates, 1, rtol=1e-6) == sums_to_one
+
+
+def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
+    source, params = dense
+    _, found = start(config_of(source))
+    flat = traverse_util.flatten_dict(found.params["student"], sep="/")
+    mlp = params["stage_2"]["block_0"]["mlp"]
+    for e in range(EXPERTS):
+        np.testing.assert_array_equal(flat["stage_2/block_1/moe/up"][e], mlp["up"]["kernel"])
+        np.testing.assert_array_equal(flat["stage_2/block_1/moe/down_bias"][e], mlp["down"]["bias"])
+    fresh = {entry["name"] for entry in found.account["fresh"]}
+    assert fresh == {
+        f"student/{block}/moe/router/{leaf}"
+        for block in ("stage_1/block_0", "stage_2/block_1")
+        for leaf in ("kernel", "bias")
+    }
+    adapted = {entry["name"]: (entry["from"], entry["to"]) for entry in found.account["adapted"]}
+    assert adapted["student/stage_1/block_0/moe/up"] == ([16, 32], [EXPERTS, 16, 32])
+    assert len(adapted) == 8
+    (taken,) = found.account["taken"]
+    assert taken["parameters"] == len(jax.tree.leaves(params)) == len(flat)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": (1, 1, 1)}, r"\(2, 1, 1\) blocks, 4 in all, and config.model.depths=\(1, 1, 1"),
+        (
+            {"mlp_ratio": 4.0},
+            r"(?s)block_0/moe/up is wanted as \(3, 16, 64\) and is \(16, 32\).*1/mlp/up/bias ",
+        ),
+        ({"qkv_bias": False}, r"stage_0/block_0/attention/qkv/bias of shape .* has no place"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_compiled(dense, tmp_path, change, message):
+    config = config_of(dense[0])
+    model = dataclasses.replace(config.model, moe_blocks="1", **change)
+    config = dataclasses.replace(config, model=model)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path / "run", ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_upcycling_what_is_no_vit_is_refused(tmp_path):
+    config = tiny_config("end_to_end")
+    checkpoint.write_params(tmp_path, {"student": {"a": np.ones(2)}}, unfreeze(config).to_dict())
+    with pytest.raises(ValueError, match=r"holds \['student'\], and needs a dense ViT"):
+        start(config_of(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase": "assemble"}, "is for phase='end_to_end' and config.phase='assemble'"),
+        ({"sources": SourcesConfig(students=("a",))}, "starts from one of them"),
+    ],
+)
+def test_upcycling_elsewhere_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny_config("end_to_end"), init=InitConfig(upcycle="x"), **changes)

@@ -1,0 +1,269 @@
+"""Weights of others as checkpoints that the phases start from, and checkpoints as files of theirs.
+
+    python tools/convert_weights.py IN OUT [--kind=KIND] [--config=FILE:ARGS] [--config.x=y ...]
+
+From PyTorch's files (.pth, .pt, .bin) or safetensors to a folder for `config.sources`, or from a
+run's workdir (or a step in it) to a file, by the suffix of OUT: .pth as the original writes it,
+.safetensors with the bare tensors. Nothing in a file is run. Every tensor must find its place: what
+is missing, unknown or of another shape is listed, and nothing is written then.
+
+IN may be a folder of files with one module each. Where names tell the kind, --kind may be left
+out. Sizes are those of --config; without it those that the tensors tell, which are printed beside
+what is assumed, and which --config.x=y corrects, such as --config.teacher.depths=6,6,6,6.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import pathlib
+import runpy
+import sys
+import textwrap
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from cliptrans_jax import config as cliptrans_config
+from cliptrans_jax import pretrained as cliptrans
+from common_jax import checkpoint
+from common_jax.app import USER_ERRORS
+from common_jax.config import did_you_mean, freeze, unfreeze
+from common_jax.tensors import Account, format_account, write_tensors, write_torch
+from common_jax.tensors.files import TORCH_SUFFIXES
+from m2mkd_jax import config as m2mkd_config
+from m2mkd_jax import pretrained as m2mkd
+
+CLIPTRANS = "cliptrans"
+MODEL = {"mbart", "mapper"}  # what a CLIPTrans checkpoint holds of a run
+EXAMPLES = {
+    "meta": "PT_huge.pth weights/meta --kind=meta --config=configs/m2mkd/nac_imagenet.py",
+    "teacher": "deit_base_patch16_224.pth weights/teacher --config.teacher.depths=3,3,3,3",
+    "teacher_module": "FT_huge/ weights/teacher",
+    "module": "MT_2/finished_checkpoint.pth weights/module_2 --kind=module --config.module=2",
+    "vmoe": "vmoe_base.pth weights/vmoe --config.model.depths=3,3,3,3",
+    "vmoe_student": "student_1.pth weights/student_1 --config=configs/m2mkd/vmoe_base.py:module=1",
+    "nac": "nac_scale_imnet.pth weights/nac --config=configs/m2mkd/nac_imagenet.py",
+    "nac_student": "students/ weights/students --config=configs/m2mkd/nac_imagenet.py",
+    CLIPTRANS: "model_best_test.pth weights/cliptrans",
+}
+ABOUT = {name: kind.about for name, kind in m2mkd.KINDS.items()} | {
+    CLIPTRANS: "a CLIPTrans checkpoint, whole or in shards NAME_1.pth, for config.sources.model"
+}
+FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What was asked for; `settings` are the overrides `config.x=y` by their paths."""
+
+    source: str
+    target: str
+    kind: str | None
+    config: str | None
+    settings: Mapping[str, str]
+    force: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """Parameters with the config of a run that could have made them, as JSON."""
+
+    kind: str
+    params: Mapping[str, Any]
+    config: Mapping[str, Any]
+    account: Account
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        target = pathlib.Path(command.target)
+        if target.exists() and not command.force:
+            raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
+        if target.suffix in FILE_SUFFIXES:
+            export(command)
+        else:
+            take(command)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    lines = [f"  {name:15} {about}\n{'':18}{EXAMPLES[name]}" for name, about in ABOUT.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="kinds, each with an example of IN OUT and flags:\n\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="IN")
+    parser.add_argument("target", metavar="OUT")
+    parser.add_argument("--kind", choices=[*ABOUT])
+    parser.add_argument("--config", help="config file and its arguments")
+    parser.add_argument("--force", action="store_true", help="replace OUT")
+    overrides = [arg for arg in argv if arg.startswith("--config.")]
+    flags = parser.parse_args([arg for arg in argv if arg not in overrides])
+    settings = {}
+    for override in overrides:
+        path, equals, text = override.removeprefix("--config.").partition("=")
+        if not equals:
+            parser.error(f"{override}: write --config.x=y")
+        settings[path] = text
+    return Command(**vars(flags), settings=settings)
+
+
+def take(command: Command) -> None:
+    """From a file, or files, to a folder that the phases start from."""
+    found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
+    print(format_account(found.account))
+    target = epath.Path(command.target)
+    part = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    source = {"source": str(pathlib.Path(command.source).absolute()), "kind": found.kind}
+    try:
+        checkpoint.write_params(part, found.params, found.config)
+        account = json.dumps(source | dataclasses.asdict(found.account), indent=2)
+        (part / "conversion.json").write_text(account + "\n")
+        if target.exists():
+            target.rmtree() if target.is_dir() else target.unlink()
+        part.rename(target)
+    finally:
+        if part.exists():
+            part.rmtree()
+    print(f"wrote {target}, of kind {found.kind}")
+
+
+def export(command: Command) -> None:
+    """From a run to a file."""
+    saved = checkpoint.load_config(command.source)
+    stage = _only_module(command)
+    if "stage" in saved:
+        kind, (state, account) = CLIPTRANS, _export_cliptrans(command, saved)
+        value = {"model": state}
+    else:
+        found = m2mkd.load_run(command.source, stage=stage)
+        kind, account = found.kind, found.account
+        state = m2mkd.to_tensors(found)
+        value = m2mkd.as_checkpoint(found, state)
+    if command.kind not in (None, kind):
+        raise ValueError(f"{command.source} is of kind {kind!r}, and not --kind={command.kind}")
+    print(format_account(account))
+    if pathlib.Path(command.target).suffix == ".safetensors":
+        once = {name: x for name, x in state.items() if name not in dict(account.aliases)}
+        write_tensors(command.target, once, replace=command.force)
+    else:
+        write_torch(command.target, value, replace=command.force)
+    print(f"wrote {command.target}, of kind {kind}")
+
+
+def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
+    """The frozen config of --config, or else the inferred one, with the overrides."""
+    if command.config is not None:
+        file, _, arguments = command.config.partition(":")
+        if not pathlib.Path(file).is_file():
+            raise FileNotFoundError(f"--config={file} is no config file that can be read")
+        config = runpy.run_path(file)["get_config"](arguments or None).to_dict()
+    else:
+        config = unfreeze(cls() if inferred is None else inferred).to_dict()
+    for path, text in command.settings.items():
+        *sections, key = path.split(".")
+        section, name = config, "config"
+        for one in (*sections, key):
+            if not isinstance(section, dict) or one not in section:
+                known = sorted(section) if isinstance(section, dict) else []
+                raise ValueError(
+                    f"--config.{path}: {name} has no field {one!r}{did_you_mean(one, known)}; it "
+                    f"takes {known}"
+                )
+            section, parent, name = section[one], section, f"{name}.{one}"
+        parent[key] = text if isinstance(section, str) else _value(text)
+    return freeze(cls, config)
+
+
+def _take_m2mkd(command: Command) -> Converted:
+    files = m2mkd.read_files(command.source)
+    if command.kind is None and any(name.startswith("mbart.") for name in files[0].tensors):
+        print(f"kind {CLIPTRANS}, as the names tell: {ABOUT[CLIPTRANS]}")
+        return _take_cliptrans(command)
+    source = m2mkd.find_source(files, command.kind)
+    if source.guessed:
+        print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")
+    inferred = None
+    if command.config is None:
+        told = m2mkd.tell_config(source)
+        inferred = told.config
+        _show_sizes("told by the file", told.told, command)
+        _show_sizes("assumed", told.assumed, command)
+    config = read_config(command, m2mkd_config.Config, inferred)
+    found = m2mkd.load(source, config)
+    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), found.account)
+
+
+def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:
+    """Prints the sizes that no flag overrides."""
+    given = {f"config.{path}" for path in command.settings}
+    shown = ", ".join(f"{name}={value}" for name, value in fields.items() if name not in given)
+    print(textwrap.fill(f"{title}: {shown}", 100, subsequent_indent="  "))
+
+
+def _take_cliptrans(command: Command) -> Converted:
+    cls = cliptrans_config.Config
+    given = command.config is not None or command.settings
+    config = read_config(command, cls)
+    model = config.model if given else None
+    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model)
+    config = dataclasses.replace(
+        config,
+        stage="translate",
+        model=found.config,
+        sources=cliptrans_config.SourcesConfig(),
+        recipes={},
+        run=dataclasses.replace(config.run, best=None),
+    )
+    return Converted(CLIPTRANS, found.params, unfreeze(config).to_dict(), found.account)
+
+
+def _export_cliptrans(
+    command: Command, saved: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], Account]:
+    """The tensors of a translation model, the shared embedding under all of its names."""
+    config = freeze(cliptrans_config.Config, saved)
+    params = checkpoint.load(command.source, average=config.optim.ema > 0)
+    if "mbart" not in params:
+        raise ValueError(
+            f"{command.source} is a run of stage {saved['stage']!r}, which trains no translation "
+            f"model; it holds {sorted(params)}"
+        )
+    params = jax.tree.map(np.asarray, params)
+    left = tuple((name, "a tower is no part of the file") for name in params.keys() - MODEL)
+    params = {name: tree for name, tree in params.items() if name in MODEL}
+    tensors, account = cliptrans.cliptrans_tensors(params, config.model)
+    return tensors, dataclasses.replace(account, dropped=left)
+
+
+def _only_module(command: Command) -> int | None:
+    """K of --config.module=K, the only setting that a run's file takes."""
+    if command.config is not None or command.settings.keys() - {"module"}:
+        raise ValueError(
+            "the config is that of the run; of --config, only --config.module=K may be given here"
+        )
+    stage = command.settings.get("module")
+    if stage is not None and not stage.isdigit():
+        raise ValueError(f"--config.module={stage} must be the number of a module")
+    return None if stage is None else int(stage)
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+if __name__ == "__main__":
+    main()
