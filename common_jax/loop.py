@@ -74,6 +74,8 @@ class Task:
       batches: first step -> batches of numpy arrays from there on.
       steps_per_epoch: updates in a pass over the training set.
       evaluators: what to evaluate, each under the prefix of its metrics.
+      programs: compiled functions. Runs that differ in data alone are given the same dict: the
+        first fills it, and later ones compile nothing.
     """
 
     title: str
@@ -87,6 +89,7 @@ class Task:
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     steps_per_epoch: int
     evaluators: Mapping[str, Evaluate]
+    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -153,6 +156,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
     )
+    step = task.programs.setdefault("step", step)
     recorder = Recorder(workdir, step=start, total=total, title=task.title)
     clock = _Clock(start, optim.batch)
     evaluation, pending = None, None
@@ -288,6 +292,7 @@ def _fresh_state(
 
     options = RUN_ONCE.get(jax.default_backend())
     compiled = jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)
+    compiled = task.programs.setdefault("create", compiled)
     return compiled(np.uint32(seed), {} if warm is None else warm.params)
 
 

@@ -112,6 +112,7 @@ def make_evaluator(
     mesh: Mesh,
     seed: int,
     fold_step: bool = False,
+    programs: dict[str, Callable] | None = None,
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
@@ -122,12 +123,16 @@ def make_evaluator(
       mesh: where batches go.
       seed: of everything random.
       fold_step: whether every evaluation draws anew, or all draw the same.
+      programs: as of `common_jax.loop.Task`, for one evaluator of a run.
     """
 
     @jax.jit
     def add_up(params: Any, helpers: Any, batch: Batch, seed: Any, index: Any, step: Any):
         key = evaluation_key(seed, index, step=step if fold_step else None)
         return sums(params, helpers, batch, key)
+
+    if programs is not None:
+        add_up = programs.setdefault("evaluate", add_up)
 
     def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
         total = None

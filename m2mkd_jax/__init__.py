@@ -1,6 +1,13 @@
 """m2mKD in JAX: modules of a ViT teach the modules of V-MoE students through a shared meta
 model."""
 
-from m2mkd_jax.loading import load_model as load_model
-
 __all__ = ["load_model"]
+
+
+def __getattr__(name: str):
+    # Not before it is asked for: processes that read images need none of the networks.
+    if name == "load_model":
+        from m2mkd_jax.loading import load_model
+
+        return load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.phases.circuit import PICTURE
+from m2mkd_jax.phases.few_shot import episodes_table
 from m2mkd_jax.phases.pipeline import plan, run_phase
 
 DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE
@@ -43,10 +44,12 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     run_phase(frozen, workdir, mesh)
     if jax.process_index() == 0:
         folders = [folder for folder, _ in runs] if frozen.phase == "pipeline" else []
+        episodes = (episodes_table(workdir / folder) for folder, _ in runs)
         write_report(
             workdir,
             title=f"m2mKD, {frozen.phase}",
             table=results_table(workdir, folders),
+            tables=[table for table in episodes if table is not None],
             figures=connectivity_figures(workdir, [folder for folder, _ in runs]),
         )
 

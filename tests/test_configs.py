@@ -207,6 +207,7 @@ def test_the_few_shot_recipe_of_nac(name):
     assert (optim.optimizer, optim.momentum, optim.weight_decay) == ("sgd", 0.9, 0.0)
     assert (optim.schedule, optim.peak_lr, optim.epochs) == ("constant", 3e-4, 500)
     assert optim.batch == episode.ways * episode.shots == 8
+    check_augmentation(config)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,7 @@ def test_the_sizes_of_nac_students(size, width, heads, factor):
 
 def check_augmentation(config):
     augment = dataclasses.asdict(config.augment)
+    assert augment["repeats"] == (1 if config.phase == "few_shot" else 3)
     expected = {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "smoothing": 0.1, "erasing": 0.25}
     assert {key: augment[key] for key in expected} == expected
 

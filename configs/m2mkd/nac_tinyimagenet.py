@@ -39,7 +39,7 @@ With the classes of ImageNet-R that Tiny-ImageNet has too, in `/data/tiny-imagen
         --config.data.path=/data/tiny-imagenet --workdir=runs/nac_tiny_ring \\
         --config.ood.source=folder --config.ood.path=/data --config.ood.split=tiny-imagenet-r
 
-Not reproduced here yet. Of the published augmentation, repeated augmentation is missing.
+Not reproduced here yet.
 """
 
 import dataclasses
@@ -58,8 +58,10 @@ from m2mkd_jax.models.nac.graphs import PriorConfig
 from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 
 AUGMENT = AugmentConfig(
-    flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
+    repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
 )
+# Few-shot repeats no image.
+PLAIN = dataclasses.replace(AUGMENT, repeats=1)
 RECIPES = {
     "end_to_end": Recipe(
         OptimConfig(
@@ -85,7 +87,7 @@ RECIPES = {
             optimizer="sgd",
             weight_decay=0.0,
         ),
-        AUGMENT,
+        PLAIN,
         0.1,
     ),
 }

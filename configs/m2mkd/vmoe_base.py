@@ -17,7 +17,7 @@ batches are over all devices.
 | few_shot, 8 ways, 5 shots | | 40 | 100 | 0.1 | - | 20 | 2e-3, not scaled |
 
 Paper: V-MoE-Base gains 3.5 points on ImageNet over end-to-end training from scratch. Not
-  reproduced here yet. Of the published augmentation, repeated augmentation is missing.
+  reproduced here yet.
 """
 
 import dataclasses
@@ -33,8 +33,10 @@ from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models import vit, vmoe
 
 AUGMENT = AugmentConfig(
-    flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
+    repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
 )
+# Few-shot repeats no image.
+PLAIN = dataclasses.replace(AUGMENT, repeats=1)
 SHORT = OptimConfig(epochs=100, batch=2048, accumulate=2)
 FINE_TUNE = OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0)
 
@@ -48,7 +50,7 @@ RECIPES = {
     "end_to_end": Recipe(FINE_TUNE, AUGMENT, 0.1),
 }
 # On another data set than the other phases, so no part of the pipeline.
-FEW_SHOT = Recipe(OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), AUGMENT, 0.1)
+FEW_SHOT = Recipe(OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), PLAIN, 0.1)
 
 STUDENTS = {"base": ("vmoe_base", (3, 3, 3, 3)), "large": ("vmoe_large", (6, 6, 6, 6))}
 

@@ -21,6 +21,9 @@ class AugmentConfig:
     """`config.augment`: how training images are changed; the defaults change nothing.
 
     Attributes:
+      repeats: copies of an image in an epoch, one after the other and so nearly always in one
+        batch, each changed on its own, while the number of steps stays; 1 turns it off, DeiT has
+        3.
       padding: pixels of black around a small image before a random crop of its own size.
       flip: mirror left to right with probability 0.5.
       randaugment: RandAugment on the host (m2mkd_jax/data/randaugment.py).
@@ -36,6 +39,7 @@ class AugmentConfig:
       shift: largest translation of small images, in pixels.
     """
 
+    repeats: int = 1
     padding: int = 0
     flip: bool = False
     randaugment: bool = False
@@ -53,6 +57,8 @@ class AugmentConfig:
     shift: float = 0.0
 
     def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"config.augment.repeats={self.repeats} must be at least 1 (1: off)")
         for key in ("padding", "operations", "magnitude_std", "mixup", "cutmix", "rotate", "shift"):
             if getattr(self, key) < 0:
                 raise ValueError(

@@ -14,7 +14,7 @@ from common_jax import inputs
 from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source
-from m2mkd_jax.data.transforms import eval_transform, train_transform
+from m2mkd_jax.data.transforms import eval_transform, train_transform, with_pictures
 
 Batches = Iterator[dict[str, np.ndarray]]
 
@@ -78,20 +78,22 @@ def make_feed(
         "shard": (jax.process_index(), jax.process_count()),
         "report_path": workdir / "bad_examples.jsonl",
     }
+    transform = train_transform(data, augmentation, arrays=train.arrays)
     batches = functools.partial(
         inputs.train_batches,
-        train,
-        transform=train_transform(data, augmentation),
+        with_pictures(train, transform),
+        transform=transform,
         seed=seed,
         batch=batch,
+        repeats=augmentation.repeats,
         **shared,
     )
     passes = functools.partial(inputs.eval_batches, batch=micro_batch, **shared)
     ood_pass, ood_classes = None, ()
     if ood is not None:
         found = load_ood(data, ood, label_names=tuple(train.label_names))
-        transform = eval_transform(found.data)
-        ood_pass = functools.partial(passes, found.source, transform=transform)
+        ood_transform = eval_transform(found.data, arrays=found.source.arrays)
+        ood_pass = functools.partial(passes, found.source, transform=ood_transform)
         ood_classes = found.classes
     side = data.image_size
     return Feed(
@@ -100,7 +102,9 @@ def make_feed(
             "label": jax.ShapeDtypeStruct((micro_batch,), np.int32),
         },
         batches=lambda start: batches(start_step=start),
-        evaluation=functools.partial(passes, test, transform=eval_transform(data)),
+        evaluation=functools.partial(
+            passes, test, transform=eval_transform(data, arrays=test.arrays)
+        ),
         steps_per_epoch=inputs.steps_per_epoch(len(train), batch),
         label_names=tuple(train.label_names),
         ood=ood_pass,

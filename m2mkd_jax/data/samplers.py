@@ -1,4 +1,13 @@
-"""Repeated augmentation: copies of an image that land on neighbouring processes of one step."""
+"""Repeated augmentation as the original defines it, by process.
+
+Training does without: `common_jax.inputs.train_batches` lays the same list out over the rows of the
+global batch, so that it does not depend on how many hosts there are. Batch s holds places s B to
+(s + 1) B - 1 of the repeated permutation, which is what the original's processes together see in
+step s, however many they are; place p is row p of it here and belongs to process p mod `world`
+there. Either way copies of an image are neighbours. Two things differ: there the permutation hangs
+on the epoch alone, here on the seed as well; and there an epoch is first cut to a multiple of
+`rounding` examples, here to whole batches, which is as many steps if `rounding` divides the batch.
+"""
 
 import math
 

@@ -5,39 +5,99 @@ on. Small ones (side <= 32) pass as they are unless RandAugment is on: the devic
 them. Normalising and random erasing are the device's too (m2mkd_jax/data/augment.py).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from common_jax.inputs import Example
 from m2mkd_jax.data.augment import SMALL_SIDE, AugmentConfig, geometry_on_device
+from m2mkd_jax.data.folders import pixels_of
 from m2mkd_jax.data.randaugment import randaugment
-from m2mkd_jax.data.sources import EMBEDDED, DataConfig
+from m2mkd_jax.data.sources import EMBEDDED, DataConfig, Source
 
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
+Arrays = Mapping[str, np.ndarray]
 
 
 def train_transform(
-    config: DataConfig, augment: AugmentConfig
+    config: DataConfig, augment: AugmentConfig, *, arrays: Arrays | None = None
 ) -> Callable[[Example, np.random.Generator], Example] | None:
     """The random transform of a training example; None where the device does everything.
 
     In order: a random crop, resized (side > 32) or padded crop (smaller); flip; RandAugment.
-    The embedded sets already have their size, so that they stay in memory without a transform.
+
+    Args:
+      arrays: those of the source, if it is in memory: small images then stay there without a
+        transform.
+
+    Raises:
+      ValueError: images of `arrays` that should be config.data.image_size wide and are not.
     """
     side = config.image_size
     if geometry_on_device(augment, side):
-        return None if config.source in EMBEDDED else _check_side(side)
+        return _sized(config, arrays)
+    return TrainTransform(side, augment)
 
-    def transform(example: Example, rng: np.random.Generator) -> Example:
-        image = _image(example)
-        if side > SMALL_SIDE:
-            image = random_resized_crop(image, rng, side=side)
+
+def eval_transform(
+    config: DataConfig, *, arrays: Arrays | None = None
+) -> Callable[[Example], Example] | None:
+    """The fixed transform of an evaluation example; None where there is nothing to do.
+
+    Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cut out.
+    Smaller images, and the embedded sets: as they are. Arguments as in `train_transform`.
+    """
+    if config.source in EMBEDDED:
+        return None
+    side = config.image_size
+    return _sized(config, arrays) if side <= SMALL_SIDE else EvalTransform(side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A source whose images stay PIL's, for `TrainTransform`: pixels are copied once they are few.
+
+    That is a tenth of the time an image takes. Other sources have no `picture` to give.
+    """
+
+    source: Source
+    arrays = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.source.picture(index), "label": self.source.labels[index]}
+
+
+def with_pictures(source: Source, transform: Callable | None) -> Source | Pictures:
+    """The source as it is best read for a transform of `train_transform`."""
+    pictures = isinstance(transform, TrainTransform) and hasattr(source, "picture")
+    return Pictures(source) if pictures else source
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Crop, flip and RandAugment of one image, to `side` x `side` pixels; can be pickled.
+
+    The image may be pixels, (I, J, Ch), or a picture of PIL's.
+    """
+
+    side: int
+    augment: AugmentConfig
+
+    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator) -> Example:
+        augment, image = self.augment, example["image"]
+        image = image if isinstance(image, Image.Image) else _image(image)
+        if self.side > SMALL_SIDE:
+            image = random_resized_crop(image, rng, side=self.side)
         else:
-            _require_side(example, side)
+            _require_side((image.height, image.width), self.side)
             image = padded_crop(image, rng, padding=augment.padding)
         if augment.flip and rng.uniform() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -49,24 +109,29 @@ def train_transform(
                 magnitude=augment.magnitude,
                 magnitude_std=augment.magnitude_std,
             )
-        return example | {"image": _pixels(image)}
-
-    return transform
+        return {**example, "image": pixels_of(image)}
 
 
-def eval_transform(config: DataConfig) -> Callable[[Example], Example] | None:
-    """The fixed transform of an evaluation example; None for the embedded sets.
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """`resize_and_centre` of one image; can be pickled."""
 
-    Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cut out.
-    Smaller: as it is.
-    """
-    side = config.image_size
-    if config.source in EMBEDDED:
-        return None
-    if side <= SMALL_SIDE:
-        check = _check_side(side)
-        return lambda example: check(example, None)
-    return lambda example: example | {"image": _pixels(resize_and_centre(_image(example), side))}
+    side: int
+
+    def __call__(self, example: Example) -> Example:
+        image = resize_and_centre(_image(example["image"]), self.side)
+        return example | {"image": pixels_of(image)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SideCheck:
+    """Lets images of the side pass, in training and in evaluation; can be pickled."""
+
+    side: int
+
+    def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+        _require_side(example["image"].shape[:2], self.side)
+        return example
 
 
 def crop_box(rng: np.random.Generator, *, height: int, width: int) -> tuple[int, int, int, int]:
@@ -93,7 +158,10 @@ def crop_box(rng: np.random.Generator, *, height: int, width: int) -> tuple[int,
 
 
 def random_resized_crop(image: Image.Image, rng: np.random.Generator, *, side: int) -> Image.Image:
-    """A random crop (`crop_box`), resized to the side with PIL's bicubic filter."""
+    """A random crop (`crop_box`), resized to the side with PIL's bicubic filter.
+
+    Not by `resize(box=...)`, whose filter looks beyond the crop's edge: other pixels.
+    """
     top, left, tall, wide = crop_box(rng, height=image.height, width=image.width)
     crop = image.crop((left, top, left + wide, top + tall))
     return crop.resize((side, side), Image.Resampling.BICUBIC)
@@ -115,16 +183,15 @@ def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _check_side(side: int) -> Callable[[Example, np.random.Generator | None], Example]:
-    def transform(example: Example, rng: np.random.Generator | None) -> Example:
-        _require_side(example, side)
-        return example
+def _sized(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
+    """What is left to do for images that pass as they are: to see that they have their size."""
+    if arrays is not None:
+        _require_side(arrays["image"].shape[1:3], config.image_size)
+    return None if arrays is not None or config.source in EMBEDDED else SideCheck(config.image_size)
 
-    return transform
 
-
-def _require_side(example: Example, side: int) -> None:
-    height, width = example["image"].shape[:2]
+def _require_side(found: tuple[int, int], side: int) -> None:
+    height, width = found
     if (height, width) != (side, side):
         raise ValueError(
             f"config.data.image_size={side}, but an image is {height} x {width} pixels; images of "
@@ -133,11 +200,5 @@ def _require_side(example: Example, side: int) -> None:
         )
 
 
-def _image(example: Example) -> Image.Image:
-    pixels = example["image"]
+def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _pixels(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels

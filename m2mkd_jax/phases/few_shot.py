@@ -1,13 +1,21 @@
 """Phase few_shot (FS): a new head for a handful of classes, trained on a handful of images of
-each."""
+each; one episode, or several and their mean."""
 
 import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
+from scipy import special
 
+from common_jax.config import unfreeze
+from common_jax.loop import refuse_other_config, write_json
+from common_jax.report import Table
 from common_jax.weights import Allowance, Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
@@ -18,6 +26,10 @@ from m2mkd_jax.phases.networks import require_source, take_weights
 from m2mkd_jax.phases.objective import whole_forward
 from m2mkd_jax.phases.training import train_phase
 
+CONFIDENCE = 0.95
+INTERVAL = "_ci95"  # what is added to the name of a metric for half its interval
+Sources = tuple[Source, Source]
+
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the head alone on an episode; the whole network is saved under "student".
@@ -25,31 +37,132 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     The episode's classes are renumbered, so the head has config.few_shot.ways labels. Training
     images come from the training split and test images from the test split. There is no OOD
     evaluation, whatever config.ood says: its set has other classes than an episode.
+
+    Several episodes (config.few_shot.episodes) are runs of their own in `workdir`/episode_K, each
+    resumable and skipped when finished; only the first compiles.
+
+    Returns:
+      The result of the run; of several, see `summary`.
     """
+    few_shot, train = config.few_shot, _trainer(config, mesh)
+    if few_shot.episodes == 1:
+        return train(few_shot.seed, workdir)
+    workdir, asked = epath.Path(workdir), unfreeze(config).to_dict()
+    refuse_other_config(workdir, asked)
+    first = jax.process_index() == 0
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", asked)
+    results = [
+        train(few_shot.seed + number, workdir / f"episode_{number}")
+        for number in range(few_shot.episodes)
+    ]
+    result = summary(results)
+    if first:
+        write_json(workdir / "result.json", result)
+    return result
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of two or more episodes as one: the mean of every metric and, as METRIC_ci95,
+    half of its 95 % confidence interval, t s / sqrt(n).
+
+    s is the standard deviation over n episodes (divided by n - 1), t the quantile of Student's
+    distribution of n - 1 degrees of freedom. `steps` are those of one episode, `skipped` those of
+    all.
+    """
+    count = len(results)
+    quantile = special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2)
+    merged = {
+        "phase": results[0]["phase"],
+        "steps": results[0]["steps"],
+        "skipped": sum(result["skipped"] for result in results),
+        "episodes": count,
+    }
+    for name in results[0]:
+        if name.startswith("test/"):
+            values = [result[name] for result in results]
+            merged[name] = float(np.mean(values))
+            merged[name + INTERVAL] = float(quantile * np.std(values, ddof=1) / math.sqrt(count))
+    return merged
+
+
+def episodes_table(workdir: epath.Path) -> Table | None:
+    """The episodes of a finished run and their mean; None where there is but one."""
+    path = epath.Path(workdir) / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if "episodes" not in result:
+        return None
+    rows = []
+    for number in range(result["episodes"]):
+        folder = path.parent / f"episode_{number}"
+        one = json.loads((folder / "result.json").read_text())
+        seed = json.loads((folder / "config.json").read_text())["few_shot"]["seed"]
+        accuracy, loss = f"{100 * one['test/accuracy']:.1f} %", f"{one['test/loss']:.3f}"
+        rows.append((str(number), str(seed), accuracy, loss))
+    accuracy, loss = (
+        (result[f"test/{name}"], result[f"test/{name}{INTERVAL}"]) for name in ("accuracy", "loss")
+    )
+    rows.append(
+        (
+            "mean, 95 % interval",
+            "",
+            f"{100 * accuracy[0]:.1f} ± {100 * accuracy[1]:.1f} %",
+            f"{loss[0]:.3f} ± {loss[1]:.3f}",
+        )
+    )
+    header = ("episode", "seed", "test accuracy", "test loss")
+    return Table("Few-shot episodes", header, tuple(rows))
+
+
+def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str, Any]]:
+    """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
     ways = config.few_shot.ways
+    network_path = require_source(config, "network")
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=ways))
     kind = family(episode)
     network = whole_student(episode, drop_path=config.drop_path)
-    origin = Origin(require_source(config, "network"), "student", "student")
+    forward = whole_forward(network, "student")
+    origin = Origin(network_path, "student", "student")
     fresh = (Allowance(kind.head, f"a head of config.few_shot.ways={ways} labels"),)
+    sources, programs = load_splits(config), {}
 
-    return train_phase(
-        episode,
-        workdir,
-        mesh,
-        title=config.phase,
-        init=lambda key: {"student": network.init(key)},
-        rules=kind.rules,
-        forward=whole_forward(network, "student"),
-        trainable=kind.head,
-        warm_start=lambda wanted: take_weights(episode, wanted, [origin], fresh=fresh),
-        feed=_episode_feed(config, episode, workdir),
-    )
+    def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
+        drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
+        one = dataclasses.replace(episode, few_shot=drawn)
+        return train_phase(
+            one,
+            workdir,
+            mesh,
+            title=config.phase,
+            init=lambda key: {"student": network.init(key)},
+            rules=kind.rules,
+            forward=forward,
+            trainable=kind.head,
+            warm_start=lambda wanted: take_weights(one, wanted, [origin], fresh=fresh),
+            feed=episode_feed(one, sources, workdir=workdir),
+            programs=programs,
+        )
+
+    return train
 
 
-def _episode_feed(config: Config, episode: Config, workdir: epath.Path) -> Feed:
-    data, few_shot = config.data, config.few_shot
-    train, test = load_source(data, data.train_split), load_source(data, data.test_split)
+def load_splits(config: Config) -> Sources:
+    """The whole training and test splits, of all classes."""
+    data = config.data
+    return load_source(data, data.train_split), load_source(data, data.test_split)
+
+
+def episode_feed(episode: Config, sources: Sources, *, workdir: epath.Path) -> Feed:
+    """The feed of one episode.
+
+    Args:
+      episode: its data has config.few_shot.ways labels.
+      sources: what is drawn from, see `load_splits`.
+      workdir: of the episode.
+    """
+    few_shot = episode.few_shot
+    train, test = sources
     chosen, held_out = choose_task(
         np.asarray(train.labels),
         np.asarray(test.labels),
@@ -57,15 +170,15 @@ def _episode_feed(config: Config, episode: Config, workdir: epath.Path) -> Feed:
         shots=few_shot.shots,
         validation_shots=few_shot.test_shots,
         seed=few_shot.seed,
-        labels_count=data.labels,
+        labels_count=len(train.label_names),
         validate_on_train=few_shot.test_on_train,
     )
     return make_feed(
         episode.data,
-        config.augment,
-        batch=config.optim.batch,
-        micro_batch=config.optim.micro_batch,
-        seed=config.seed,
+        episode.augment,
+        batch=episode.optim.batch,
+        micro_batch=episode.optim.micro_batch,
+        seed=episode.seed,
         workdir=workdir,
         train=_subset(train, chosen),
         test=_subset(train if few_shot.test_on_train else test, held_out),

@@ -33,6 +33,7 @@ def train_phase(
     distill: DistillConfig | None = None,
     regularizer: Regularizer | None = None,
     feed: Feed | None = None,
+    programs: dict[str, Callable] | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on; see `common_jax.loop.Task` for the arguments.
 
@@ -44,6 +45,7 @@ def train_phase(
       distill: the distillation to blend in; None for none.
       regularizer: what is added to the loss, from parameters and step alone; None for nothing.
       feed: data in place of the config's.
+      programs: see `common_jax.loop.Task`.
 
     Returns:
       The run's result, see `common_jax.loop.train`.
@@ -55,7 +57,9 @@ def train_phase(
         seed=config.seed,
         fold_step=config.evaluation.noise == "sampled",
     )
-    evaluators = {"test": evaluate(make_sums(forward, config), feed.evaluation)}
+    programs = {} if programs is None else programs
+    sums = make_sums(forward, config)
+    evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
     if feed.ood is not None:
         sums = make_sums(forward, config, classes=feed.ood_classes)
         evaluators["ood"] = evaluate(sums, feed.ood)
@@ -73,6 +77,7 @@ def train_phase(
         batches=feed.batches,
         steps_per_epoch=feed.steps_per_epoch,
         evaluators=evaluators,
+        programs=programs,
     )
     return loop.train(
         task,

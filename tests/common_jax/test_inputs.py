@@ -1,14 +1,18 @@
 """A stateless order, the same on any number of hosts, and no bad example passed over in silence."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import os
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 
 from common_jax import inputs
-from common_jax.inputs import BadExample
+from common_jax.inputs import BadExample, workers
 
 SIZE, BATCH = 30, 8  # 3 whole batches an epoch, 6 examples left over
 
@@ -86,9 +90,9 @@ def test_epochs_visit_every_example_at_most_once():
     assert "_mask" not in batches[0]
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_reading_one_by_one_gives_what_gathering_gives(workers):
-    assert_same(take(train(OnDisk(), workers=workers), 5), take(train(Numbers()), 5))
+@pytest.mark.parametrize("count", [0, 3])
+def test_reading_one_by_one_gives_what_gathering_gives(count):
+    assert_same(take(train(OnDisk(), workers=count), 5), take(train(Numbers()), 5))
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -106,10 +110,10 @@ def test_hosts_together_hold_the_batches_of_one_host(kind, hosts):
     assert_same(joined, alone)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_sees_the_same_pixels(workers):
-    whole = take(train(OnDisk(), transform=add_noise, workers=workers), 7)
-    resumed = take(train(OnDisk(), transform=add_noise, start_step=4, workers=workers), 3)
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_resumed_run_sees_the_same_pixels(count):
+    whole = take(train(OnDisk(), transform=add_noise, workers=count), 7)
+    resumed = take(train(OnDisk(), transform=add_noise, start_step=4, workers=count), 3)
     assert_same(resumed, whole[4:])
     assert_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
 
@@ -131,10 +135,10 @@ def test_random_draws_change_with_the_epoch():
     assert all(noise[0][index] != noise[1][index] for index in both)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_examples_are_replaced_and_reported_once(tmp_path, workers, caplog):
+@pytest.mark.parametrize("count", [0, 2])
+def test_bad_examples_are_replaced_and_reported_once(tmp_path, count, caplog):
     report = tmp_path / "run" / "bad_examples.jsonl"
-    settings = {"bad_share": 2 / SIZE, "report_path": report, "workers": workers}
+    settings = {"bad_share": 2 / SIZE, "report_path": report, "workers": count}
     batches = take(train(OnDisk(bad=(4, 9)), **settings), 6)
     good = take(train(Numbers()), 6)
     replaced = 0
@@ -238,3 +242,100 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
         list(
             inputs.eval_batches(OnDisk(size=2, bad=(0, 1)), transform=None, batch=2, bad_share=1.0)
         )
+
+
+class Rows(OnDisk):
+    """Arrays of several types, and the process that read them."""
+
+    def __getitem__(self, index):
+        small = super().__getitem__(index)
+        row = np.random.default_rng(index).normal(size=(5, 7))
+        return small | {"row": row.T, "bytes": row.view(np.uint8)[::2], "process": os.getpid()}
+
+
+class Failing(OnDisk):
+    def __getitem__(self, index):
+        if index == 11:
+            raise KeyError("eleven")
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def nurseries(monkeypatch):
+    """The processes that were started for reading."""
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            started.append(self)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Popen)
+    return started
+
+
+def test_the_number_of_processes_changes_no_bit(nurseries):
+    settings = {"transform": add_noise, "repeats": 3, "bad_share": 0.5}
+    runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 1, 3)]
+    processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+    assert processes[0] == {os.getpid()}  # which also reads what stands in for a bad example
+    assert [len(pids - processes[0]) for pids in processes] == [0, 1, 3]
+    assert all(nursery.poll() == 0 for nursery in nurseries) and len(nurseries) == 2
+
+
+def test_what_a_worker_raises_is_raised_here_and_leaves_none(nurseries):
+    with pytest.raises(KeyError, match="eleven") as caught:
+        take(train(Failing(), workers=2), 9)
+    assert "in __getitem__" in "".join(caught.value.__notes__)
+    with pytest.raises(KeyError, match="eleven"):
+        take(train(Failing()), 9)
+    (nursery,) = nurseries
+    caught = None  # its traceback holds the frames that read
+    gc.collect()
+    assert nursery.wait(10) == 0
+
+
+def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait(nurseries):
+    batches = train(Rows(), workers=2)
+    os.kill(int(next(batches)["process"][-1]), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"ended unexpectedly.*lower config\.data\.workers"):
+        take(batches, 9)
+    assert nurseries[0].poll() is not None
+
+
+def test_what_cannot_be_sent_to_workers_says_how_to_do_without():
+    with pytest.raises(ValueError, match=r"cannot be sent to worker.*config\.data\.workers=0"):
+        next(train(OnDisk(), workers=2, transform=lambda example, rng: example))
+
+
+def test_examples_that_do_not_fit_their_slot_come_all_the_same():
+    batches = [next(train(Growing(), batch=1, workers=count, start_step=7)) for count in (0, 1)]
+    assert_same(batches[:1], batches[1:])
+
+
+class Growing(OnDisk):
+    """Ever larger examples: those after the first are larger than its slot."""
+
+    def __getitem__(self, index):
+        return {"image": np.arange(1 + index)}
+
+
+@pytest.mark.parametrize("kind", [Numbers, OnDisk])
+def test_copies_of_an_example_follow_each_other_with_draws_of_their_own(kind):
+    transform = add_noise if kind is OnDisk else None
+    settings = {"transform": transform, "repeats": 3}
+    batches = take(train(kind(), **settings), 6)
+    for epoch in range(2):
+        order = np.concatenate([batch["image"] for batch in batches[3 * epoch : 3 * epoch + 3]])
+        wanted = np.repeat(inputs.epoch_permutation(5, epoch, SIZE), 3)[:24]
+        np.testing.assert_array_equal(order, wanted)
+    assert_same(take(train(kind(), start_step=4, **settings), 2), batches[4:])
+    host = take(train(kind(), shard=(1, 2), **settings), 6)
+    assert_same(host, [{name: rows[4:] for name, rows in batch.items()} for batch in batches])
+    if transform:
+        noise = np.concatenate([batch["noise"][:, 0] for batch in batches])
+        assert len(np.unique(noise)) == 48
+        alone = take(train(kind(), transform=transform), 1)[0]
+        assert alone["noise"][0, 0] == batches[0]["noise"][0, 0]  # the first copy is as ever

@@ -22,6 +22,7 @@ def same(left, right):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"repeats": 0}, r"config\.augment\.repeats=0"),
         ({"padding": -1}, r"config\.augment\.padding=-1"),
         ({"switch": 1.5}, r"config\.augment\.switch=1.5"),
         ({"smoothing": 1.0}, r"config\.augment\.smoothing=1.0"),

@@ -1,0 +1,323 @@
+"""The host's input pipeline against plain PIL: images a second of the full DeiT training transform.
+
+Ours is `train_batches` of a folder of JPEGs as a run uses it: files read, decoded, cropped and
+resized to `--side`, flipped, RandAugment, stacked to batches. The floor is a loop over the same
+files that calls PIL for the same operations, written out below, and keeps nothing. Both in
+`--workers` processes, by the clock, and in one thread, by its processor seconds; timm's transform
+too where timm is installed. All take turns, so that a busy machine slows all alike; before a turn
+of ours is timed its processes have nothing read ahead that is not consumed, and after it they come
+to rest.
+
+DIR holds SPLIT/CLASS/*.jpg, of which the first split is read; without it, JPEGs of about 500 x 375
+pixels and 100 KB, as ImageNet's, are made: smooth random fields and fine texture.
+
+    python benchmarks/input_pipeline.py
+    python benchmarks/input_pipeline.py --folder /data/imagenet --workers 16 --images 4096
+
+Rates a core are over the cores that the processes can use. The ratio to the floor is printed near
+the end, with small images that stay in memory; the last line is JSON.
+"""
+
+import argparse
+import concurrent.futures
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image, ImageEnhance, ImageOps
+
+from common_jax.inputs import train_batches
+from common_jax.inputs.workers import AHEAD
+from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.sources import ArraySource, DataConfig, load_source
+from m2mkd_jax.data.transforms import train_transform, with_pictures
+
+SIZES = ((500, 375), (375, 500), (500, 333), (480, 400))
+FIELDS = ((3, 90), (12, 45), (48, 22))  # cells a side and strength of each field
+TEXTURE = 13
+FILL = (124, 116, 104)
+PIECE = 8  # files of a task of the loops in processes
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", help="SPLIT/CLASS/*.jpg; made if it is not given")
+    parser.add_argument("--images", type=int, default=256, help="images a turn")
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--small", type=int, default=50_000, help="32-pixel images in memory")
+    return parser.parse_args()
+
+
+def make_images(folder: pathlib.Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        width, height = SIZES[number % len(SIZES)]
+        picture = np.full((height, width, 3), 128.0)
+        for cells, strength in FIELDS:
+            for channel in range(3):
+                field = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
+                smooth = field.resize((width, height), Image.Resampling.BICUBIC)
+                picture[..., channel] += strength * np.asarray(smooth)
+        picture += rng.normal(0, TEXTURE, (height, width, 1))
+        path = folder / "train" / f"class_{number % 4}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+# The floor: the recipe as anyone would write it with PIL, and nothing else.
+
+
+def crop_and_resize(image: Image.Image, side: int) -> Image.Image:
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            break
+    else:
+        wide = tall = min(width, height)
+    left, top = random.randint(0, width - wide), random.randint(0, height - tall)
+    image = image.crop((left, top, left + wide, top + tall))
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def affine(image: Image.Image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Image.Image:
+    how = {"resample": Image.Resampling.BICUBIC, "fillcolor": FILL}
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), **how)
+
+
+def solarize_add(image: Image.Image, added: int) -> Image.Image:
+    return image.point([min(255, v + added) if v < 128 else v for v in range(256)] * 3)
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    return ImageOps.posterize(image, bits) if bits else image.point([0] * 768)
+
+
+# (image, share of the largest strength, sign) -> image
+OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
+    lambda image, m, sign: ImageOps.autocontrast(image),
+    lambda image, m, sign: ImageOps.equalize(image),
+    lambda image, m, sign: ImageOps.invert(image),
+    lambda image, m, sign: image.rotate(sign * 30 * m, Image.Resampling.BICUBIC, fillcolor=FILL),
+    lambda image, m, sign: posterize(image, 4 - int(4 * m)),
+    lambda image, m, sign: ImageOps.solarize(image, 256 - int(256 * m)),
+    lambda image, m, sign: solarize_add(image, int(110 * m)),
+    lambda image, m, sign: ImageEnhance.Color(image).enhance(1 + sign * 0.9 * m),
+    lambda image, m, sign: ImageEnhance.Contrast(image).enhance(1 + sign * 0.9 * m),
+    lambda image, m, sign: ImageEnhance.Brightness(image).enhance(1 + sign * 0.9 * m),
+    lambda image, m, sign: ImageEnhance.Sharpness(image).enhance(1 + sign * 0.9 * m),
+    lambda image, m, sign: affine(image, b=sign * 0.3 * m),
+    lambda image, m, sign: affine(image, d=sign * 0.3 * m),
+    lambda image, m, sign: affine(image, c=sign * 0.45 * m * image.width),
+    lambda image, m, sign: affine(image, f=sign * 0.45 * m * image.height),
+)
+
+
+def decode(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def plain(path: str, side: int) -> Image.Image:
+    image = crop_and_resize(decode(path), side)
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for operation in random.choices(OPERATIONS, k=2):
+        if random.random() < 0.5:
+            strength = min(max(random.gauss(9, 0.5), 0), 10) / 10
+            image = operation(image, strength, random.choice((-1, 1)))
+    return image
+
+
+def loop_plain(paths: Sequence[str], side: int) -> None:
+    for path in paths:
+        plain(path, side)
+
+
+def loop_timm(paths: Sequence[str], side: int) -> None:
+    transform = timm_transform(side)
+    for path in paths:
+        transform(decode(path))
+
+
+def timm_transform(side: int, made: dict[int, Callable] = {}) -> Callable:  # noqa: B006
+    """Up to the pixels, as ours; made once a process."""
+    if side not in made:
+        import torch
+        from timm.data import create_transform
+
+        torch.set_num_threads(1)
+        recipe = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
+        made[side] = create_transform(side, is_training=True, use_prefetcher=True, **recipe)
+    return made[side]
+
+
+def in_processes(
+    pool: concurrent.futures.Executor, loop: Callable, paths: Sequence[str], side: int
+) -> float:
+    """Images a second of a loop over all paths, divided among the processes."""
+    pieces = [paths[first : first + PIECE] for first in range(0, len(paths), PIECE)]
+    start = time.perf_counter()
+    list(pool.map(loop, pieces, [side] * len(pieces)))
+    return len(paths) / (time.perf_counter() - start)
+
+
+def in_thread(loop: Callable, *arguments: Any, count: int) -> float:
+    """Images a second of this process: its processor's time, of which others take nothing."""
+    start = time.process_time()
+    loop(*arguments)
+    return count / (time.process_time() - start)
+
+
+def consume(batches: Iterator[dict[str, np.ndarray]], count: int) -> None:
+    for batch in itertools.islice(batches, count):
+        assert batch["image"].dtype == np.uint8
+
+
+def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
+    """Images a second from the steady state on, with nothing left in store."""
+    count = max(1, images // batch)
+    if not ahead:
+        return in_thread(consume, batches, count, count=count * batch)
+    consume(batches, ahead + 1)
+    start = time.perf_counter()
+    consume(batches, count)
+    rate = count * batch / (time.perf_counter() - start)
+    time.sleep(ahead * batch / rate + 0.2)
+    return rate
+
+
+def in_memory(count: int) -> float:
+    """Examples a second of 32-pixel images in memory, batches of 128, nothing done to them."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    source = ArraySource({"image": images, "label": labels}, tuple("0123456789"))
+    batches = train_batches(source, transform=None, seed=0, batch=128)
+    consume(batches, 10)
+    return in_thread(consume, batches, 500, count=500 * 128)
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(sizes.folder or made)
+        if not sizes.folder:
+            make_images(folder, sizes.images)
+        measure(sizes, folder)
+
+
+def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
+    split = min(path.name for path in folder.iterdir() if path.is_dir())
+    paths = [str(path) for path in sorted((folder / split).rglob("*")) if path.is_file()]
+    random.Random(0).shuffle(paths)
+    paths = (paths * (sizes.images // len(paths) + 1))[: sizes.images]
+    data = DataConfig(
+        source="folder",
+        path=str(folder),
+        image_size=sizes.side,
+        channels=3,
+        labels=len([path for path in (folder / split).iterdir() if path.is_dir()]),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        train_split=split,
+    )
+    augment = AugmentConfig(flip=True, randaugment=True)
+    transform = train_transform(data, augment)
+    settings = {
+        "source": with_pictures(load_source(data, split), transform),
+        "transform": transform,
+        "seed": 0,
+        "batch": sizes.batch,
+    }
+    cores = min(sizes.workers, len(os.sched_getaffinity(0)))
+    kilobytes = statistics.mean(os.path.getsize(path) for path in paths) / 1e3
+    print(f"pillow {PIL.__version__}, {sizes.workers} processes on {cores} cores")
+    print(f"{sizes.images} JPEGs of {kilobytes:.0f} KB, to {sizes.side} x {sizes.side}\n")
+
+    alone = train_batches(**settings)
+    many = train_batches(**settings, workers=sizes.workers)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(sizes.workers, spawn) as pool:
+        shared = (paths, sizes.side)
+        cases: dict[str, Callable[[], float]] = {
+            "ours": lambda: ours(many, sizes.batch, sizes.images, ahead=AHEAD),
+            "PIL": lambda: in_processes(pool, loop_plain, *shared),
+            "ours, one thread": lambda: ours(alone, sizes.batch, sizes.images, ahead=0),
+            "PIL, one thread": lambda: in_thread(loop_plain, *shared, count=len(paths)),
+            "PIL, decoding alone": lambda: in_thread(
+                lambda: [decode(path) for path in paths], count=len(paths)
+            ),
+        }
+        if importlib.util.find_spec("timm"):
+            cases["timm"] = lambda: in_processes(pool, loop_timm, *shared)
+        else:
+            print("timm is not installed and left out (pip install timm torch torchvision)\n")
+        for case in cases.values():  # processes start, files come into memory
+            case()
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(sizes.turns):
+            for name, case in cases.items():
+                rates[name].append(case())
+    many.close()
+    report(sizes, rates, cores)
+
+
+def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int) -> None:
+    middle = {name: statistics.median(rate) for name, rate in rates.items()}
+    for name, rate in rates.items():
+        used = cores if name in ("ours", "PIL", "timm") else 1
+        spread = f"({min(rate):.0f} to {max(rate):.0f})"
+        print(f"{name:20s}{middle[name]:7.0f} img/s  {spread}, {middle[name] / used:.0f} a core")
+    ratios = {
+        f"{left} / {right}": [a / b for a, b in zip(rates[left], rates[right], strict=True)]
+        for left, right in (
+            ("ours", "PIL"),
+            ("ours, one thread", "PIL, one thread"),
+            ("ours", "timm"),
+            ("PIL, one thread", "PIL, decoding alone"),
+        )
+        if right in rates
+    }
+    decoding = statistics.median(ratios.pop("PIL, one thread / PIL, decoding alone"))
+    print(f"\ndecoding takes {decoding:.0%} of the plain loop")
+    small = in_memory(sizes.small)
+    print(f"32-pixel images in memory, batches of 128: {small:.0f} examples/s in one thread\n")
+    for name, ratio in ratios.items():
+        print(f"{name}: {statistics.median(ratio):.2f}  ({min(ratio):.2f} to {max(ratio):.2f})")
+    found = {
+        "images": sizes.images,
+        "side": sizes.side,
+        "workers": sizes.workers,
+        "cores": cores,
+        "ratio": statistics.median(ratios["ours / PIL"]),
+        "ratios": ratios,
+        "images_per_second": rates,
+        "images_per_second_a_core": middle["ours"] / cores,
+        "decoding_share": decoding,
+        "in_memory_examples_per_second": small,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Batches to train and to evaluate on."""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from common_jax.inputs.examples import (
+    BadExample,
+    BadExamples,
+    Batch,
+    Example,
+    Source,
+    host_report_path,
+)
+from common_jax.inputs.order import (
+    epoch_permutation,
+    example_generator,
+    example_index,
+    host_rows,
+    steps_per_epoch,
+)
+from common_jax.inputs.workers import Outcome, reading
+
+TrainTransform = Callable[[Example, np.random.Generator], Example]
+EvalTransform = Callable[[Example], Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainReader:
+    """Reads rows of the global batches; a bad example is a result here, not an exception.
+
+    Called, it reads the rows of one host, counted through all steps.
+    """
+
+    source: Source
+    transform: TrainTransform | None
+    seed: int
+    batch: int
+    repeats: int
+    rows: slice
+
+    def __call__(self, position: int) -> Outcome:
+        step, row = divmod(position, self.rows.stop - self.rows.start)
+        return self.read(step, self.rows.start + row)
+
+    def place(self, step: int, row: int) -> tuple[int, int, int]:
+        """(epoch, example index, which copy of it)."""
+        epoch, place = divmod(step, len(self.source) // self.batch)
+        position, copy = divmod(place * self.batch + row, self.repeats)
+        return epoch, example_index(self.seed, epoch, position, size=len(self.source)), copy
+
+    def read(self, step: int, row: int) -> Outcome:
+        epoch, index, copy = self.place(step, row)
+        try:
+            example = self.source[index]
+            if self.transform is not None:
+                rng = example_generator(self.seed, epoch, index, copy=copy)
+                example = self.transform(example, rng)
+        except BadExample as bad:
+            return bad
+        return example
+
+
+def train_batches(
+    source: Source,
+    *,
+    transform: TrainTransform | None,
+    seed: int,
+    batch: int,
+    start_step: int = 0,
+    repeats: int = 1,
+    workers: int = 0,
+    bad_share: float = 0.0,
+    shard: tuple[int, int] = (0, 1),
+    report_path: os.PathLike | str | None = None,
+) -> Iterator[Batch]:
+    """Training batches from global step `start_step` on, without end.
+
+    Every epoch is a new permutation with its last incomplete batch dropped. Nothing before
+    `start_step` is read. A source in memory (`arrays`) without a transform is gathered by index;
+    any other is read example by example in `workers` processes (0: in the caller's), which start
+    with the first batch and end with the iterator. Their number changes no bit of a batch.
+
+    With `repeats` above 1, that many copies of an example follow each other in an epoch, each with
+    random numbers of its own. The number of steps stays, so an epoch then holds about a
+    `repeats`-th of the examples.
+
+    A bad example is counted, reported and, while at most `bad_share` of the source is bad, replaced
+    by the next good row of the same global batch, with that row's pixels: the same on any number of
+    hosts.
+
+    Args:
+      transform: (example, generator) -> example, with every random number from the generator; None
+        for none. It and the source must be picklable where there are workers.
+      batch: global batch size; the arrays that come out have batch / hosts rows.
+      shard: (this host, number of hosts).
+      report_path: a `bad_examples.jsonl` to add to: one line an example, `{"name", "reason",
+        "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` beside it.
+
+    Raises:
+      ValueError: the batch is larger than the source or does not divide among the hosts; more than
+        `bad_share` bad.
+    """
+    rows = host_rows(batch, shard)
+    steps_per_epoch(len(source), batch)
+    epoch_permutation(seed, 0, 1)  # a bad seed fails here, not at the first batch
+    if source.arrays is not None and transform is None:
+        order = (seed, len(source), batch, repeats)
+        return _gather_train_batches(source.arrays, order, start_step, rows)
+    reader = _TrainReader(source, transform, seed, batch, repeats, rows)
+    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard))
+    return _read_train_batches(reader, start_step, workers, bad)
+
+
+def _gather_train_batches(
+    arrays: dict[str, np.ndarray], order: tuple[int, int, int, int], start_step: int, rows: slice
+) -> Iterator[Batch]:
+    seed, size, batch, repeats = order
+    mine = np.arange(rows.start, rows.stop)
+    for step in itertools.count(start_step):
+        epoch, place = divmod(step, size // batch)
+        chosen = epoch_permutation(seed, epoch, size)[(place * batch + mine) // repeats]
+        yield {name: array[chosen] for name, array in arrays.items()}
+
+
+def _read_train_batches(
+    reader: _TrainReader, start_step: int, workers: int, bad: BadExamples
+) -> Iterator[Batch]:
+    first = reader.rows.start
+    count = reader.rows.stop - first
+    stream = reading(
+        reader, start=start_step * count, stop=sys.maxsize, most=count, workers=workers
+    )
+    try:
+        for step in itertools.count(start_step):
+            examples = stream.take(count)
+            for row, example in enumerate(examples):
+                if isinstance(example, BadExample):
+                    examples[row] = _next_good(reader, step, first + row, example, bad)
+            yield _stack(examples)
+    finally:
+        stream.close()
+
+
+def _next_good(
+    reader: _TrainReader, step: int, row: int, example: BadExample, bad: BadExamples
+) -> Example:
+    bad.add(reader.place(step, row)[1], example)
+    for ahead in range(1, reader.batch):
+        other = (row + ahead) % reader.batch
+        example = reader.read(step, other)
+        if not isinstance(example, BadExample):
+            return example
+        bad.add(reader.place(step, other)[1], example)
+    raise bad.error(f"which leaves none for the batch of step {step}")
+
+
+def _stack(examples: list[Example]) -> Batch:
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def eval_batches(
+    source: Source,
+    *,
+    transform: EvalTransform | None,
+    batch: int,
+    shard: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    bad_share: float = 0.0,
+    report_path: os.PathLike | str | None = None,
+) -> Iterator[Batch]:
+    """All examples in order, once, the last batch padded.
+
+    `_mask` [B] float32 is 1 on real rows and 0 on padding. Every host yields ceil(size / batch)
+    batches of batch / hosts rows, whatever falls to it. A bad example is counted, reported and
+    masked out while at most `bad_share` of the source is bad. Arguments as in `train_batches`, but
+    that the transform takes no generator.
+
+    Raises:
+      ValueError: an empty source, a batch that does not divide among the hosts, more than
+        `bad_share` bad.
+    """
+    rows = host_rows(batch, shard)
+    if len(source) == 0:
+        raise ValueError("nothing to evaluate: the source is empty; check config.data.test_split")
+    if source.arrays is not None and transform is None:
+        return _gather_eval_batches(source.arrays, len(source), batch, rows)
+    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard))
+    return _read_eval_batches(source, transform, batch, rows, workers, bad)
+
+
+def _eval_places(size: int, batch: int, rows: slice) -> Iterator[np.ndarray]:
+    """The real examples of this host's rows, batch by batch; padding stands only at the end."""
+    for first in range(0, size, batch):
+        yield np.arange(min(first + rows.start, size), min(first + rows.stop, size))
+
+
+def _gather_eval_batches(
+    arrays: dict[str, np.ndarray], size: int, batch: int, rows: slice
+) -> Iterator[Batch]:
+    count = rows.stop - rows.start
+    for places in _eval_places(size, batch, rows):
+        padding = count - len(places)
+        padded = {
+            name: np.pad(array[places], [(0, padding)] + [(0, 0)] * (array.ndim - 1))
+            for name, array in arrays.items()
+        }
+        yield padded | {"_mask": (np.arange(count) < len(places)).astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalReader:
+    """Reads the examples of one host: `order` [n], by their places in it."""
+
+    source: Source
+    transform: EvalTransform | None
+    order: np.ndarray
+
+    def __call__(self, place: int) -> Outcome:
+        return self.read(int(self.order[place]))
+
+    def read(self, index: int) -> Outcome:
+        try:
+            example = self.source[index]
+            return example if self.transform is None else self.transform(example)
+        except BadExample as problem:
+            return problem
+
+
+def _read_eval_batches(
+    source: Source,
+    transform: EvalTransform | None,
+    batch: int,
+    rows: slice,
+    workers: int,
+    bad: BadExamples,
+) -> Iterator[Batch]:
+    count = rows.stop - rows.start
+    batches = list(_eval_places(len(source), batch, rows))
+    order = np.concatenate(batches)
+    reader = _EvalReader(source, transform, order)
+    stream = reading(reader, start=0, stop=len(order), most=count, workers=workers)
+    blank = None
+    try:
+        for places in batches:
+            examples = stream.take(len(places))
+            for index, example in zip(places, examples, strict=True):
+                if isinstance(example, BadExample):
+                    bad.add(int(index), example)
+            real = [not isinstance(example, BadExample) for example in examples]
+            real += [False] * (count - len(real))
+            if blank is None and not all(real):
+                blank = _blank(reader, bad)
+            filled = [blank if isinstance(example, BadExample) else example for example in examples]
+            filled += [blank] * (count - len(filled))
+            yield _stack(filled) | {"_mask": np.asarray(real, np.float32)}
+    finally:
+        stream.close()
+
+
+def _blank(reader: _EvalReader, bad: BadExamples) -> Example:
+    """Zeros of the shapes of a real example: this host may have none, so it looks at all."""
+    for index in range(len(reader.source)):
+        example = reader.read(index)
+        if not isinstance(example, BadExample):
+            return {name: np.zeros_like(value) for name, value in example.items()}
+        bad.add(index, example)
+    raise bad.error("which leaves none to evaluate")
