@@ -41,8 +41,17 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "test": ["beartype>=0.23", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17"],
-        # Reading data sets that TFDS prepared; preparing them also needs TensorFlow itself.
+        "test": [
+            "beartype>=0.23",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "tensorflow-datasets>=4.9.10",
+        ],
+        # Reading data sets that TFDS prepared, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
+        # Preparing them: TFDS encodes images with TensorFlow, and needs importlib_resources without
+        # saying so.
+        "prepare": ["importlib_resources", "tensorflow>=2.20", "tensorflow-datasets>=4.9.10"],
     },
 )

@@ -1,4 +1,4 @@
-"""Where sentences and pictures come from: the embedded emoji, Multi30k, WIT or WMT."""
+"""Where sentences and pictures come from: the embedded emoji, Multi30k, WIT, WMT or COCO."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,11 @@ class DataConfig:
     Attributes:
       source: a key of SOURCES.
       path: the folder of the source; `emoji` has none.
-      source_language, target_language: two codes that the source has, such as "en" and "de".
+      source_language, target_language: two codes that the source has, such as "en" and "de";
+        `coco` has the first alone.
       train_split, valid_split, test_split: as the source calls them: train, val, test for `emoji`;
         train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
-        of files for `wmt`.
+        of files for `wmt`; train2017, val2017 and so on for `coco`.
       bad_share: share of the pictures that may be unreadable before the run stops.
       emoji_size: side in pixels that emoji are drawn at.
       emoji_flags: whether countries' flags are among the emoji. Their names are proper nouns, and
@@ -76,7 +77,8 @@ def load_corpus(
 
     Args:
       split: as the source calls it.
-      languages: what to read, at least one. `wit` and `wmt` hold those of `config.pair` alone.
+      languages: what to read, at least one. `wit`, `wmt` and `coco` hold those of `config.pair`
+        alone.
       with_images: open the pictures too; `wit` then leaves out the examples that have none. Where
         a source has no pictures, `Corpus.require_images` says why.
 
@@ -137,6 +139,14 @@ def _load_wmt(
     return layouts.load_wmt(_root(config), split, languages, pair=config.pair)
 
 
+def _load_coco(
+    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
+) -> Corpus:
+    return layouts.load_coco(
+        _root(config), split, languages, language=config.source_language, with_images=with_images
+    )
+
+
 def _root(config: DataConfig) -> Path:
     root = Path(config.path).expanduser()
     if not root.is_dir():
@@ -152,6 +162,7 @@ SOURCES: Mapping[str, Callable[[DataConfig, str, tuple[str, ...], bool], Corpus]
     "multi30k": _load_multi30k,
     "wit": _load_wit,
     "wmt": _load_wmt,
+    "coco": _load_coco,
 }
 
 # What is known beforehand; WMT has whatever folders there are.
@@ -160,4 +171,4 @@ LANGUAGES: Mapping[str, tuple[str, ...]] = {
     "multi30k": layouts.MULTI30K_LANGUAGES,
     "wit": layouts.WIT_LANGUAGES,
 }
-PAIRED = ("wit", "wmt")
+PAIRED = ("wit", "wmt", "coco")

@@ -67,6 +67,18 @@ class Corpus:
         """Language -> number of its empty sentences."""
         return {language: texts.count("") for language, texts in self.texts.items()}
 
+    def require_sentences(self, languages: Sequence[str], *, reader: str) -> None:
+        """Raises ValueError where there is none at all in one of the languages that `reader`, such
+        as "stage 'translate'", reads or writes."""
+        for language in languages:
+            if len(self) and self.empty[language] == len(self):
+                have = [code for code, count in self.empty.items() if count < len(self)]
+                raise ValueError(
+                    f"{self.name} has no sentence in {language!r}, which {reader} needs, only in "
+                    f"{', '.join(have) or 'none'}; take another config.data or, for captions "
+                    "in one language, set config.caption_language"
+                )
+
     def require_images(self) -> Images:
         """The pictures.
 
@@ -100,22 +112,28 @@ class FolderImages:
 
 
 def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImages | None, str]:
-    """The images `names` in the first of the folders `roots` that holds any of them.
+    """The images `names` in the first of the folders `roots` that holds any of them. Names may have
+    folders of their own.
 
     A file that is missing there is counted in a log line, and a BadExample when asked for.
 
     Returns:
       (images, "") or (None, why there are none).
     """
+    inside = {name.rpartition("/")[0] for name in names}
     for root in roots:
-        present = {entry.name for entry in os.scandir(root)} if root.is_dir() else set()
+        present = set()
+        for folder in filter(lambda folder: (root / folder).is_dir(), inside):
+            before = f"{folder}/" if folder else ""
+            present |= {f"{before}{entry.name}" for entry in os.scandir(root / folder)}
         missing = [name for name in names if name not in present]
         if len(missing) < len(names):
             if missing:
                 logging.warning("%s lacks %d images: %s", root, len(missing), listed(missing))
             return FolderImages(root, tuple(names)), ""
     where = " or ".join(map(str, roots))
-    return None, f"none of the {len(names)} images, such as {names[0]}, is in {where}"
+    such = f", such as {names[0]}," if names else ""
+    return None, f"none of the {len(names)} images{such} is in {where}"
 
 
 def read_lines(path: Path) -> tuple[str, ...]:

@@ -1,6 +1,8 @@
-"""The folders that Multi30k, WIT and WMT are laid out in."""
+"""The folders that Multi30k, WIT, WMT and COCO are laid out in."""
 
+import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,8 @@ WIT_LANGUAGES = tuple(sorted({code for pair in WIT_FOLDERS for code in pair.spli
 WIT_SPLITS = ("train", "valid", "test")
 # The original calls Multi30k's validation set a test set of 2016.
 VALIDATION = ("val", "test_2016_val")
+# A picture's name says which of COCO's folders it is published in.
+COCO_NAME = re.compile(r"COCO_(?P<folder>(train|val|test)\d{4})_\d+\.jpg")
 
 
 def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
@@ -30,8 +34,10 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
 
     Texts are `ROOT/raw/SPLIT.LANGUAGE`, plain or gzipped, or those below `ROOT/text/data/task1`;
     image names are in `image_splits/SPLIT.txt` beside `raw`, cut at "#"; images lie in
-    `ROOT/images/SPLIT` or all together in `ROOT/images`. "val" and "test_2016_val" are the same
-    split. A corpus without image names or images has its texts and says why (`no_images`).
+    `ROOT/images/SPLIT` or all together in `ROOT/images`. Those of COCO, in "test_2017_mscoco", may
+    also lie as COCO has them, in `train2014` and `val2014` below ROOT or `ROOT/images`. "val" and
+    "test_2016_val" are the same split. A corpus without image names or images has its texts and
+    says why (`no_images`).
 
     Raises:
       FileNotFoundError: no such folder, split or language.
@@ -64,7 +70,75 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
     elif not reason:
         folders = [root / "images" / name for name in aliases] + [root / "images"]
         images, reason = open_folder(folders, keys)
+        if images is None and (places := _coco_places(keys)):
+            images, also = open_folder([root / "images", root], places)
+            reason = "" if images is not None else f"{reason}; {also}"
     return log_empty(Corpus(f"multi30k {split}", texts, images, keys, reason))
+
+
+def _coco_places(names: Sequence[str]) -> tuple[str, ...]:
+    """FOLDER/NAME of COCO's pictures; () where any is none of COCO's."""
+    found = [COCO_NAME.fullmatch(name) for name in names]
+    return tuple(f"{one['folder']}/{one[0]}" for one in found if one) if all(found) else ()
+
+
+def load_coco(
+    root: Path, split: str, languages: Sequence[str], *, language: str, with_images: bool
+) -> Corpus:
+    """COCO's captions as they are published, for captioning in one language.
+
+    `ROOT/annotations/captions_SPLIT.json` (or in ROOT itself) has `images` (id, file_name) and
+    `annotations` (image_id, caption); images lie in `ROOT/SPLIT`, `ROOT/images/SPLIT` or
+    `ROOT/images`. Each caption is an example, so an image comes as often as it has captions.
+
+    Args:
+      split: as COCO calls it, such as "train2017" or "val2014".
+      languages: what to read; sentences in others than `language` are empty.
+      language: of the captions.
+
+    Raises:
+      FileNotFoundError: no such file, with the splits that are there.
+      ValueError: a broken file, or captions of images that it lacks.
+    """
+    path = _coco_file(root, split)
+    try:
+        record = json.loads(path.read_bytes().decode("utf-8"))
+        files = {image["id"]: image["file_name"] for image in record["images"]}
+        pairs = [(note["image_id"], note["caption"]) for note in record["annotations"]]
+        captions = tuple(" ".join(caption.split()) for _, caption in pairs)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); fetch it again"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no whole file of images (id, file_name) and annotations (image_id, "
+            f"caption): {type(error).__name__} {error}; fetch it again"
+        ) from error
+    if lost := sorted({str(image) for image, _ in pairs if image not in files}):
+        raise ValueError(f"{path} has captions of {len(lost)} images it lacks: {listed(lost)}")
+    keys, images, reason = tuple(files[image] for image, _ in pairs), None, TEXTS_ALONE
+    if with_images:
+        folders = [root / split, root / "images" / split, root / "images"]
+        images, reason = open_folder(folders, keys)
+    texts = {code: captions if code == language else ("",) * len(keys) for code in languages}
+    return Corpus(f"coco {split}", texts, images, keys, reason)
+
+
+def _coco_file(root: Path, split: str) -> Path:
+    folders = (root / "annotations", root)
+    for folder in folders:
+        if (folder / f"captions_{split}.json").is_file():
+            return folder / f"captions_{split}.json"
+    there = {
+        path.stem.removeprefix("captions_")
+        for folder in folders
+        for path in folder.glob("captions_*.json")
+    }
+    raise FileNotFoundError(
+        f"no captions_{split}.json in {folders[0]} or {root}; there are the splits "
+        f"{listed(there)}; correct config.data.path or the split"
+    )
 
 
 def load_wit(

@@ -182,6 +182,7 @@ class _Pairs:
     def of(cls, config: Config, split: str, tokenizer: Tokenizer) -> "_Pairs":
         languages = config.known_languages
         corpus = load_corpus(config.data, split, languages, with_images=True)
+        corpus.require_sentences(languages, reader="stage 'clip' with config.languages")
         corpus.require_images()
         texts = {name: tokenizer.encode(corpus.texts[name], None) for name in languages}
         return cls(corpus, texts)

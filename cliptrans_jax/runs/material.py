@@ -169,11 +169,6 @@ class Material:
             for language, texts in corpus.texts.items()
         }
         several = config.all_languages and train
-        language = config.caption_language or (
-            config.data.target_language
-            if config.all_languages
-            else default_caption_language(config.data.pair)
-        )
         examples = choose_examples(
             STAGES[config.stage],
             tokens,
@@ -181,7 +176,7 @@ class Material:
             train=train,
             noise=config.noise,
             side=side,
-            caption_language=language,
+            caption_language=caption_language(config),
             all_languages=several,
         )
         return Set(corpus, self._inputs(corpus, examples))
@@ -205,6 +200,7 @@ class Material:
         corpus = load_corpus(config.data, split, config.data.pair, with_images=pictures)
         if len(corpus) == 0:
             raise ValueError(f"{corpus.name} is empty")
+        corpus.require_sentences(used_languages(config), reader=f"stage {config.stage!r}")
         if pictures:
             corpus.require_images()
         return corpus
@@ -230,6 +226,22 @@ class Material:
             for language in examples.read:
                 texts[language] = text_features(self.text_tower, corpus, language, **place)
         return Inputs(examples, examples.features(images, texts), None, *framed)
+
+
+def caption_language(config: Config) -> str:
+    """The language of captions; of several, the one that is evaluated."""
+    return config.caption_language or (
+        config.data.target_language
+        if config.all_languages
+        else default_caption_language(config.data.pair)
+    )
+
+
+def used_languages(config: Config) -> tuple[str, ...]:
+    """The languages whose sentences a stage of STAGES reads or writes."""
+    if STAGES[config.stage].captioning and not config.all_languages:
+        return (caption_language(config),)
+    return config.data.pair
 
 
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:

@@ -1,10 +1,15 @@
 """An out-of-distribution test set of some of the training set's classes, such as ImageNet-R."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from common_jax.config import did_you_mean
-from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, listed, open_source
+from m2mkd_jax.data.folders import listed, read_names
+from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, Subset, open_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +18,18 @@ class OodConfig:
 
     Attributes:
       source: a key of SOURCES; "" for no such set.
-      path: of `folder`, as config.data.path.
-      split: folder name under `path`; of `digits_r`: "test".
+      path: as config.data.path.
+      split: folder name under `path`; of `digits_r`, `imagenet_r` and `tiny_imagenet_r`: "test".
+      name: of `tfds`, as config.data.name.
+      classes: a file of class names, one a line: the classes to test on; "" for all. Where it is
+        empty, `tiny_imagenet_r` leaves out the classes that the training set lacks.
     """
 
     source: str = ""
     path: str = ""
     split: str = "test"
+    name: str = ""
+    classes: str = ""
 
     def __post_init__(self):
         if self.source and self.source not in SOURCES:
@@ -49,6 +59,7 @@ OWN_KEYS = {
     "config.data.train_split or config.data.test_split": "config.ood.split",
     "config.data.path": "config.ood.path",
     "config.data.source": "config.ood.source",
+    "config.data.name": "config.ood.name",
 }
 
 
@@ -61,19 +72,50 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
       label_names: names of the training set's classes.
 
     Raises:
-      FileNotFoundError: no such path or split.
+      FileNotFoundError: no such path, split or class list.
       ValueError: the images do not fit config.data, or a class is none of the training set's.
     """
-    own = dataclasses.replace(data, source=ood.source, path=ood.path, test_split=ood.split)
     try:
+        own = dataclasses.replace(
+            data, source=ood.source, path=ood.path, name=ood.name, test_split=ood.split
+        )
         source = open_source(own, ood.split)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ImportError, ValueError) as error:
         message = str(error)
         for key, own_key in OWN_KEYS.items():
             message = message.replace(key, own_key)
         raise type(error)(message) from error
+    source = choose_classes(source, ood, base_names=label_names)
     own = dataclasses.replace(own, labels=len(source.label_names))
     return OodSet(source, own, match_classes(source.label_names, label_names, ood=ood))
+
+
+def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str]) -> Source:
+    """The examples of the classes that `ood` tests on; all of them where it names none.
+
+    Raises:
+      FileNotFoundError: no such class list.
+      ValueError: the list is broken or names a class that the set lacks.
+    """
+    names = source.label_names
+    if ood.classes:
+        chosen = set(read_names(Path(ood.classes).expanduser()))
+        if lost := chosen - set(names):
+            raise ValueError(
+                f"config.ood.classes={ood.classes!r} names {len(lost)} classes that "
+                f"config.ood.path={ood.path!r} lacks: {listed(lost)}; correct the list or the path"
+            )
+    elif ood.source == "tiny_imagenet_r":
+        chosen = set(names) & set(base_names)
+        logging.info("config.ood: %d of %d classes are the training set's", len(chosen), len(names))
+    else:
+        return source
+    if not chosen or len(chosen) == len(names):
+        return source  # where none is chosen, match_classes says so
+    kept = [label for label, name in enumerate(names) if name in chosen]
+    indices = np.flatnonzero(np.isin(source.labels, kept))
+    labels = np.searchsorted(kept, source.labels[indices]).astype(np.int32)
+    return Subset(source, indices, labels, tuple(names[label] for label in kept))
 
 
 def match_classes(

@@ -1,4 +1,5 @@
-"""Where the images come from: scikit-learn's digits, or a folder or zip, one class a folder.
+"""Where the images come from: embedded sets, folders and zips, TFDS's ArrayRecords, and sets in
+their own layouts.
 
 A loader takes (config.data, split). It leaves it to `load_source` to hold the number of classes
 against config.data.labels, since an OOD set has classes of its own number.
@@ -6,36 +7,37 @@ against config.data.labels, since an OOD set has classes of its own number.
 
 import dataclasses
 import functools
-import io
+import logging
 import os
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterable
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from common_jax import inputs
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample, Example
 from m2mkd_jax.data import digits
+from m2mkd_jax.data.folders import (
+    COLOUR_MODES,
+    FolderSource,
+    Found,
+    find_folder,
+    find_tiny_imagenet,
+    listed,
+    progress,
+)
+from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Sources held decoded in memory, at the one size they have.
 EMBEDDED = ("digits", "digits_r")
-COLOUR_MODES = {1: "L", 3: "RGB"}
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+IN_MEMORY = ("auto", "always", "never")
+# What "auto" keeps decoded: images of one size up to this side, up to so many bytes in all.
+MEMORY_SIDE = 64
+MEMORY_BYTES = 256 * 2**20
+CHUNK = 256  # images that a thread decodes at a time
+TINY_SIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,20 @@ class DataConfig:
 
     Attributes:
       source: a key of SOURCES.
-      path: of `folder`: a directory SPLIT/CLASS/*.jpg, or an uncompressed zip of the same tree.
+      path: of `folder`: a directory SPLIT/CLASS/*.jpg, an uncompressed zip of the same tree, or a
+        directory of SPLIT.zip; of `tfds`: the data_dir; of the others: the published folder.
       image_size: side of the square that the model sees, in pixels.
       channels: 1 (grey) or 3 (RGB).
       labels: number of classes.
       mean, std: one number a channel, in units of the full range: (pixel / 255 - mean) / std.
-      train_split, test_split: folder names under `path`; of `digits`: "train" and "test".
-      workers: threads that decode; 0 decodes in the training thread.
+      train_split, test_split: folder names under `path`; of `digits`: "train" and "test"; of
+        `tfds`: as TFDS names them; of `inaturalist`: names of json files, such as "train2018".
+      workers: processes that read and decode; 0 does it in the training thread.
       bad_share: share of the images that may be unreadable before the run stops.
+      name: of `tfds`: the set in the data_dir, such as "imagenet2012"; "" where `path` is the
+        folder of a prepared version itself.
+      in_memory: whether images stay decoded in memory, "always", "never" or "auto": where all have
+        one size of at most 64 pixels a side and they take at most 256 MiB.
     """
 
     source: str = "digits"
@@ -65,12 +73,23 @@ class DataConfig:
     test_split: str = "test"
     workers: int = 0
     bad_share: float = 0.001
+    name: str = ""
+    in_memory: str = "auto"
 
     def __post_init__(self):
         if self.source not in SOURCES:
             hint = did_you_mean(self.source, SOURCES)
             raise ValueError(
                 f"config.data.source={self.source!r} is none of {sorted(SOURCES)}{hint}"
+            )
+        if self.name and self.source != "tfds":
+            raise ValueError(
+                f"config.data.name={self.name!r} is for config.data.source='tfds'; "
+                f"{self.source!r} has no sets to choose from: leave it empty"
+            )
+        if self.in_memory not in IN_MEMORY:
+            raise ValueError(
+                f"config.data.in_memory={self.in_memory!r} must be one of {list(IN_MEMORY)}"
             )
         if self.channels not in COLOUR_MODES:
             raise ValueError(f"config.data.channels={self.channels} must be 1 (grey) or 3 (RGB)")
@@ -113,6 +132,7 @@ def load_source(config: DataConfig, split: str) -> Source:
 
     Raises:
       FileNotFoundError: no such path or split; the message says what is there.
+      ImportError: `tfds` without its package.
       ValueError: config.data does not fit the data.
     """
     source, labels = open_source(config, split), config.labels
@@ -129,7 +149,7 @@ def load_source(config: DataConfig, split: str) -> Source:
 
 def open_source(config: DataConfig, split: str) -> Source:
     """`load_source` of any number of classes; config.labels is not looked at."""
-    return SOURCES[config.source](config, split)
+    return hold_in_memory(SOURCES[config.source](config, split), config, split=split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +168,98 @@ class ArraySource:
 
     def __getitem__(self, index: int) -> Example:
         return {name: array[index] for name, array in self.arrays.items()}
+
+
+class DecodedSource:
+    """A set that was decoded once: images [len, I, J, Ch] and the bad ones among them.
+
+    `arrays` is there unless an image is bad, so that each of those is still counted and named.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        label_names: tuple[str, ...],
+        bad: Mapping[int, BadExample],
+    ):
+        self.images = images
+        self.labels = labels
+        self.label_names = label_names
+        self.bad = bad
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray] | None:
+        return None if self.bad else {"image": self.images, "label": self.labels}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self.bad:
+            raise self.bad[index]
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def hold_in_memory(source: Source, config: DataConfig, *, split: str) -> Source:
+    """The source decoded, where config.in_memory says so; else the source itself.
+
+    Raises:
+      ValueError: "always", and images of several sizes or none that can be read.
+    """
+    if source.arrays is not None or config.in_memory == "never":
+        return source
+    at = f"config.data.source={config.source!r}, path={config.path!r}, split {split!r}"
+    sample = (_read(source, index) for index in range(min(10, len(source))))
+    first = next((one for one in sample if not isinstance(one, BadExample)), None)
+    shape = (0, 0, 0) if first is None else first["image"].shape
+    size = len(source) * int(np.prod(shape))
+    fits = 0 < size <= MEMORY_BYTES and max(shape[:2]) <= MEMORY_SIDE
+    if config.in_memory == "auto" and not fits:
+        return source
+    if first is None:
+        raise ValueError(f"{at}: none of the first images can be read; repair or remove them")
+    images, bad = np.zeros((len(source), *shape), np.uint8), {}
+
+    def decode(start: int) -> tuple[int, ...] | None:
+        """The shape of an image that has another; None where all have `shape`."""
+        for index in range(start, min(start + CHUNK, len(source))):
+            example = _read(source, index)
+            if isinstance(example, BadExample):
+                bad[index] = example
+            elif example["image"].shape != shape:
+                return example["image"].shape
+            else:
+                images[index] = example["image"]
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        starts = range(0, len(source), CHUNK)
+        shapes = progress(pool.map(decode, starts), total=len(starts), title=f"decoding {split}")
+        other = next((found for found in shapes if found is not None), None)
+        pool.shutdown(cancel_futures=True)
+    if other is None:
+        logging.info("%s: %d images in memory, %.0f MiB", at, len(source), size / 2**20)
+        names = source.label_names
+        return DecodedSource(images, source.labels, label_names=names, bad=bad)
+    if config.in_memory == "always":
+        raise ValueError(
+            f"{at}: config.data.in_memory='always' needs images of one size, but there are "
+            f"{_pixels(shape)} and {_pixels(other)} pixels; set it to 'auto' or resize the files"
+        )
+    return source
+
+
+def _read(source: Source, index: int) -> Example | BadExample:
+    try:
+        return source[index]
+    except BadExample as bad:
+        return bad
+
+
+def _pixels(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} x {shape[1]}"
 
 
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:
@@ -195,167 +307,50 @@ def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class DirectoryFiles:
-    """The files of an image folder, by their path relative to `root`."""
-
-    root: Path
-    names: tuple[str, ...]
-
-    def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+def load_files(
+    config: DataConfig, split: str, *, find: Callable[[str, str], Found]
+) -> FolderSource:
+    """The image files of a split that `find(path, split)` lists."""
+    return _opened(find(config.path, split), config)
 
 
-class ZipFiles:
-    """The stored (uncompressed) members of a zip, read by offset.
+def load_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
+    """ImageNet-R as it is published: PATH/WNID/*.jpg, whose one split is called test."""
+    _require_test(config, split)
+    return _opened(find_folder(config.path, ""), config)
 
-    Reading takes no lock and moves no file position, so threads share one descriptor; a pickled
-    copy opens its own. The central directory, large for a million images, is parsed only once.
+
+def load_tiny_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
+    """ImageNet-R with each picture resized to 64 x 64 pixels, as Tiny-ImageNet has them.
+
+    `load_ood` keeps the 62 classes of it that Tiny-ImageNet has; a folder of these alone, resized
+    already, is as good.
     """
+    _require_test(config, split)
+    return _opened(find_folder(config.path, ""), config, side=TINY_SIDE)
 
-    def __init__(self, root: Path, members: list[zipfile.ZipInfo]):
-        self.root = root
-        self.names = tuple(member.filename for member in members)
-        self._places = np.array([(m.header_offset, m.file_size, m.CRC) for m in members], np.int64)
-        self._file = root.open("rb")
 
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "_file"}
+def load_tfds_source(config: DataConfig, split: str) -> RecordSource:
+    """A set that TFDS prepared as ArrayRecords (`load_records`)."""
+    return load_records(config.path, config.name, split, channels=config.channels)
 
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._file = self.root.open("rb")
 
-    def read(self, index: int) -> bytes:
-        offset, size, checksum = (int(number) for number in self._places[index])
-        # The local header repeats the name and may have another extra field than the directory's.
-        header = os.pread(self._file.fileno(), 30, offset)
-        skip = (
-            30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+def _require_test(config: DataConfig, split: str) -> None:
+    if split != "test":
+        raise ValueError(
+            f"{config.source!r} has no split {split!r}, only ['test'], to test on; correct "
+            "config.data.train_split or config.data.test_split, or take another config.data.source"
         )
-        content = os.pread(self._file.fileno(), size, offset + skip)
-        if len(content) != size or zlib.crc32(content) != checksum:
-            raise OSError("its bytes in the zip do not match the checksum there")
-        return content
 
 
-class FolderSource:
-    """Images of `SPLIT/CLASS/...`, decoded when asked for; classes are the folder names, sorted."""
-
-    arrays = None
-
-    def __init__(
-        self,
-        files: DirectoryFiles | ZipFiles,
-        labels: np.ndarray,
-        *,
-        label_names: tuple[str, ...],
-        channels: int,
-    ):
-        self.files = files
-        self.labels = labels
-        self.label_names = label_names
-        self.channels = channels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> Example:
-        """{"image": uint8 [I, J, Ch] at the file's own size, "label": int32}, or BadExample."""
-        try:
-            with Image.open(io.BytesIO(self.files.read(index))) as image:
-                pixels = np.asarray(image.convert(COLOUR_MODES[self.channels]))
-        except READ_ERRORS as error:
-            name = f"{self.files.root}/{self.files.names[index]}"
-            raise BadExample(name, f"{type(error).__name__}: {error}") from error
-        return {
-            "image": pixels.reshape(*pixels.shape[:2], self.channels),
-            "label": self.labels[index],
-        }
-
-
-def load_folder_source(config: DataConfig, split: str) -> FolderSource:
-    """The images below PATH/SPLIT/CLASS/, where PATH is a directory or a zip of the same tree.
-
-    Raises:
-      FileNotFoundError: no such path, split, or no image in it.
-      ValueError: an empty class folder, a compressed or broken zip.
-    """
-    root = Path(config.path).expanduser()
-    if not config.path or not root.exists():
-        beside = f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
-        raise FileNotFoundError(
-            f"config.data.path={config.path!r} does not exist; give the folder or zip that holds "
-            f"SPLIT/CLASS/*.jpg{beside if config.path and root.parent.is_dir() else ''}"
-        )
-    find = _find_in_directory if root.is_dir() else _find_in_zip
-    files, classes = find(root, split)
-    at = f"config.data.path={config.path!r}, split {split!r}"
-    if not files.names:
-        raise FileNotFoundError(f"{at}: no image ({', '.join(IMAGE_SUFFIXES)}) in SPLIT/CLASS/")
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = np.array([label_of[name.split("/")[1]] for name in files.names], np.int32)
-    counts = np.bincount(labels, minlength=len(classes))
-    empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if empty:
-        raise ValueError(f"{at}: no image for class {listed(empty)}; fill or remove the folder")
-    return FolderSource(files, labels, label_names=tuple(classes), channels=config.channels)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first ten names in order, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _missing_split(root: Path, split: str, present) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"config.data.path={str(root)!r} has no split {split!r}, only: "
-        f"{listed(present) or 'nothing'}; "
-        "correct config.data.path, config.data.train_split or config.data.test_split"
+def _opened(found: Found, config: DataConfig, *, side: int | None = None) -> FolderSource:
+    return FolderSource(
+        found.files,
+        found.labels,
+        label_names=found.label_names,
+        channels=config.channels,
+        side=side,
     )
-
-
-def _find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]]:
-    top = root / split
-    if not split or not top.is_dir():
-        raise _missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
-    classes = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
-    names = []
-    for folder, _, files in os.walk(top, followlinks=True):
-        inside = Path(folder).relative_to(root).as_posix()
-        if inside != split:
-            names += [f"{inside}/{name}" for name in files if _is_image(name)]
-    return DirectoryFiles(root, tuple(sorted(names))), classes
-
-
-def _find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str]]:
-    try:
-        with zipfile.ZipFile(root) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
-            "make the zip anew"
-        ) from error
-    members = [m for m in members if not m.filename.startswith("__MACOSX/")]
-    inside = [m for m in members if m.filename.startswith(f"{split}/")] if split else []
-    if not inside:
-        raise _missing_split(root, split, {m.filename.split("/")[0] for m in members})
-    deep = [m for m in inside if m.filename.count("/") >= 2]
-    classes = sorted({m.filename.split("/")[1] for m in deep})
-    images = sorted((m for m in deep if _is_image(m.filename)), key=lambda m: m.filename)
-    packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise ValueError(
-            f"config.data.path={str(root)!r}: {listed(packed)} are compressed; images do not "
-            "shrink and cannot be read by offset then: make the zip with `zip -0 -r`"
-        )
-    return ZipFiles(root, images), classes
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,5 +379,10 @@ class Subset:
 SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": load_digits_source,
     "digits_r": load_digits_r_source,
-    "folder": load_folder_source,
+    "folder": functools.partial(load_files, find=find_folder),
+    "tfds": load_tfds_source,
+    "tiny_imagenet": functools.partial(load_files, find=find_tiny_imagenet),
+    "tiny_imagenet_r": load_tiny_imagenet_r_source,
+    "imagenet_r": load_imagenet_r_source,
+    "inaturalist": functools.partial(load_files, find=find_inaturalist),
 }

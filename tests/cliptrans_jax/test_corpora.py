@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import logging
 
 import numpy as np
@@ -15,6 +16,7 @@ from common_jax.inputs import BadExample
 ENGLISH = ("a dog runs", "two men sit", "the red car")
 GERMAN = ("ein Hund rennt", "zwei Männer sitzen", "das rote Auto")
 FILES = ("1.jpg", "22.jpg", "3.jpg")
+COCO_FOLDERS = ("val2014", "train2014", "val2014")
 COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250))
 
 
@@ -100,6 +102,79 @@ def test_image_names_are_cut_at_the_caption_number(tmp_path):
     corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
     assert corpus.keys == FILES
     assert colours_of(corpus.images) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("below", ["", "images"])
+def test_images_of_coco_may_lie_as_coco_has_them(tmp_path, below):
+    names = [f"COCO_{folder}_00000000000{i}.jpg" for i, folder in enumerate(COCO_FOLDERS)]
+    listed = [f"{name}#{i}" for i, name in enumerate(names)]
+    config = multi30k(tmp_path, split="test_2017_mscoco", names=listed)
+    for name, folder, colour in zip(names, COCO_FOLDERS, COLOURS, strict=True):
+        draw(tmp_path / below / folder, (name,), (colour,))
+    corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
+    assert corpus.keys == tuple(names)
+    assert colours_of(corpus.require_images()) == [0, 1, 2]
+    (tmp_path / below / "val2014" / names[0]).unlink()
+    images = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True).images
+    with pytest.raises(BadExample, match=f"val2014/{names[0]}: FileNotFoundError"):
+        images[0]
+
+
+def test_images_of_coco_that_are_nowhere_say_where_they_are_looked_for(tmp_path):
+    config = multi30k(tmp_path, split="test_2017_mscoco", names=["COCO_val2014_07.jpg"] * 3)
+    corpus = load_corpus(config, "test_2017_mscoco", ("en",), with_images=True)
+    with pytest.raises(ValueError, match=r"images/test_2017_mscoco .*; .*val2014/COCO_val2014_07"):
+        corpus.require_images()
+
+
+def coco(root, *, below="annotations", **changes):
+    """Two images, with two captions and one."""
+    record = {
+        "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 3, "file_name": "22.jpg"}],
+        "annotations": [
+            {"id": 1, "image_id": 3, "caption": "A dog\n runs. "},
+            {"id": 2, "image_id": 7, "caption": "Two men"},
+            {"id": 3, "image_id": 3, "caption": "One dog"},
+        ],
+    } | changes
+    (root / below).mkdir(parents=True, exist_ok=True)
+    (root / below / "captions_val2017.json").write_text(json.dumps(record))
+    return DataConfig("coco", str(root))
+
+
+@pytest.mark.parametrize(
+    ("below", "images"), [("annotations", "val2017"), ("", "images"), ("", "images/val2017")]
+)
+def test_coco_has_an_example_for_each_caption(tmp_path, below, images):
+    config = coco(tmp_path, below=below)
+    draw(tmp_path / images, FILES[:2], COLOURS[:2])
+    corpus = load_corpus(config, "val2017", ("en", "de"), with_images=True)
+    assert corpus.texts == {"en": ("A dog runs.", "Two men", "One dog"), "de": ("", "", "")}
+    assert corpus.keys == ("22.jpg", "1.jpg", "22.jpg")
+    assert colours_of(corpus.require_images()) == [1, 0, 1]
+    corpus.require_sentences(("en",), reader="stage 'caption'")
+    with pytest.raises(ValueError, match=r"coco val2017 has no sentence in 'de', which stage 'tr"):
+        corpus.require_sentences(("en", "de"), reader="stage 'translate'")
+
+
+def test_coco_that_is_not_whole_is_refused(tmp_path):
+    config = coco(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no captions_train2017\.json .*splits val2017;"):
+        load_corpus(config, "train2017", ("en",))
+    with pytest.raises(ValueError, match=r"has no images: none of the 3 images, such as 22\.jpg"):
+        load_corpus(config, "val2017", ("en",), with_images=True).require_images()
+    for changes, message in (
+        ({"images": []}, r"captions_val2017\.json has captions of 2 images it lacks: 3, 7"),
+        ({"annotations": [{"image_id": 3}]}, r"captions_val2017\.json is no whole file .*caption"),
+        ({"images": None}, r"captions_val2017\.json is no whole file"),
+    ):
+        coco(tmp_path, **changes)
+        with pytest.raises(ValueError, match=message):
+            load_corpus(config, "val2017", ("en",))
+    path = tmp_path / "annotations/captions_val2017.json"
+    path.write_bytes(b'{"images": "\xe4"}')
+    with pytest.raises(ValueError, match=r"captions_val2017\.json is not UTF-8 .*byte 12\)"):
+        load_corpus(config, "val2017", ("en",))
 
 
 def test_texts_need_no_images(tmp_path):
@@ -320,4 +395,4 @@ def test_an_unknown_language_names_the_known(tmp_path, source, known):
     config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
     with pytest.raises(ValueError, match=f"language='xx' is no language of .*which has {known}"):
         load_corpus(config, "train", ("en", "xx"))
-    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt"}
+    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco"}

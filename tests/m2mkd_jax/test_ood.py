@@ -19,7 +19,7 @@ from m2mkd_jax.data.ood import OodConfig, load_ood, match_classes
 from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
 from m2mkd_jax.main import results_table
-from m2mkd_jax.phases.few_shot import _episode_feed
+from m2mkd_jax.phases.few_shot import episode_feed, load_splits
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.training import config_feed, train_phase
 
@@ -131,6 +131,70 @@ def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
         load_ood(data, OodConfig("folder", str(wrong)), label_names=("ant", "bee", "cat", "dog"))
 
 
+WNIDS = ("n01", "n02", "n03", "n04")
+RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def renditions(root, classes=WNIDS):
+    """A folder of each class with two images, as ImageNet-R comes."""
+    make_folder(root.parent / f"{root.name}_splits", classes, side=80)
+    (root.parent / f"{root.name}_splits" / "test").rename(root)
+    return root
+
+
+def test_imagenet_r_is_folders_of_wnids(tmp_path):
+    root = renditions(tmp_path / "imagenet-r", ("n02", "n04"))
+    data = DataConfig(image_size=64, labels=4, **RGB)
+    found = load_ood(data, OodConfig("imagenet_r", str(root)), label_names=WNIDS)
+    assert found.classes == (1, 3) and found.source.label_names == ("n02", "n04")
+    assert found.source[3]["image"].shape == (80, 81, 3) and found.source[3]["label"] == 1
+    with pytest.raises(ValueError, match=r"no classes of config\.data: n04"):
+        load_ood(data, OodConfig("imagenet_r", str(root)), label_names=WNIDS[:3])
+    with pytest.raises(ValueError, match=r"only \['test'\].*config\.ood\.split"):
+        load_ood(data, OodConfig("imagenet_r", str(root), split="val"), label_names=WNIDS)
+
+
+def test_tiny_imagenet_r_is_what_tiny_imagenet_has_of_imagenet_r(tmp_path):
+    root, base = renditions(tmp_path / "imagenet-r"), ("n00", "n02", "n04", "n07")
+    data = DataConfig(image_size=64, labels=4, **RGB)
+    ood = OodConfig("tiny_imagenet_r", str(root))
+    found = load_ood(data, ood, label_names=base)
+    assert found.classes == (1, 2) and found.data.labels == 2
+    assert found.source.label_names == ("n02", "n04")
+    np.testing.assert_array_equal(found.source.labels, [0, 0, 1, 1])
+    for i, name in enumerate(("n02/0", "n02/1", "n04/0", "n04/1")):
+        with Image.open(root / f"{name}.png") as image:
+            small = image.resize((64, 64), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found.source[i]["image"], np.asarray(small))
+        assert found.source[i]["label"] == i // 2
+    with pytest.raises(ValueError, match=r"4 are no classes of config\.data"):
+        load_ood(data, ood, label_names=("n08", "n09"))
+
+
+def test_a_class_list_chooses_classes(tmp_path):
+    root, names = renditions(tmp_path / "imagenet-r"), tmp_path / "classes.txt"
+    data = DataConfig(image_size=64, labels=4, **RGB)
+    ood = OodConfig("imagenet_r", str(root), classes=str(names))
+    names.write_text("n04\n\nn01\n")
+    found = load_ood(data, ood, label_names=("n04", "n01"))
+    assert found.source.label_names == ("n01", "n04") and found.classes == (1, 0)
+    np.testing.assert_array_equal(found.source.labels, [0, 0, 1, 1])
+    for text, message in (
+        ("n04\nn09\n", r"config\.ood\.classes=.*names 1 classes .* lacks: n09"),
+        ("n04\nn04\n", r"classes\.txt: these names .*more than once: n04"),
+        ("\n", r"classes\.txt names no class"),
+    ):
+        names.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_ood(data, ood, label_names=WNIDS)
+    names.write_bytes(b"n01\nn\xff\n")
+    with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 .*byte 5\)"):
+        load_ood(data, ood, label_names=WNIDS)
+    names.unlink()
+    with pytest.raises(FileNotFoundError, match=r"classes\.txt, the list of class names"):
+        load_ood(data, ood, label_names=WNIDS)
+
+
 @pytest.mark.parametrize(
     ("ood", "message"),
     [
@@ -179,7 +243,7 @@ def test_an_episode_has_no_ood_set(tmp_path):
     few_shot = FewShotConfig(ways=3, shots=2, test_shots=2)
     config = Config(phase="few_shot", few_shot=few_shot, ood=DIGITS_R, optim=OptimConfig(batch=6))
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
-    assert _episode_feed(config, episode, tmp_path).ood is None
+    assert episode_feed(episode, load_splits(config), workdir=tmp_path).ood is None
     assert config_feed(config, tmp_path).ood is not None
 
 

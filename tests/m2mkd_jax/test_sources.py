@@ -163,6 +163,94 @@ def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
             load_source(config_of(path), "test")
 
 
+@pytest.mark.parametrize("inside", ["train/", ""])
+def test_a_folder_of_a_zip_for_each_split(folder, tmp_path, inside):
+    root = tmp_path / "zips"
+    root.mkdir()
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for file in (folder / "train").rglob("*"):
+            archive.write(file, inside + str(file.relative_to(folder / "train")))
+    from_folder = load_source(config_of(folder), "train")
+    from_zip = load_source(config_of(root), "train")
+    assert from_zip.label_names == CLASSES
+    np.testing.assert_array_equal(from_zip.labels, from_folder.labels)
+    for index in range(len(from_folder)):
+        np.testing.assert_array_equal(from_zip[index]["image"], from_folder[index]["image"])
+    with pytest.raises(FileNotFoundError, match="no split 'val'"):
+        load_source(config_of(root), "val")
+
+
+def make_small(root, sizes):
+    """Images of the given sides, by turns of two classes."""
+    for i, side in enumerate(sizes):
+        folder = root / "train" / CLASSES[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(i, side, side).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode", "held"),
+    [
+        ((20, 20, 20), "auto", True),
+        ((20, 20, 20), "never", False),
+        ((20, 24, 20), "auto", False),
+        ((65, 65), "auto", False),
+        ((65, 65), "always", True),
+    ],
+)
+def test_small_sets_stay_decoded(tmp_path, sizes, mode, held):
+    root = make_small(tmp_path, sizes)
+    source = load_source(config_of(root, labels=2, in_memory=mode), "train")
+    plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
+    assert (source.arrays is not None) == held
+    np.testing.assert_array_equal(source.labels, plain.labels)
+    for i in range(len(sizes)):
+        np.testing.assert_array_equal(source[i]["image"], plain[i]["image"])
+        if held:
+            np.testing.assert_array_equal(source.arrays["image"][i], plain[i]["image"])
+            assert source.arrays["label"][i] == plain[i]["label"]
+
+
+def test_too_many_bytes_stay_on_the_disk(tmp_path, monkeypatch):
+    root = make_small(tmp_path, (20,) * 4)
+    for limit, held in ((4 * 1200, True), (4 * 1200 - 1, False)):
+        monkeypatch.setattr("m2mkd_jax.data.sources.MEMORY_BYTES", limit)
+        source = load_source(config_of(root, labels=2), "train")
+        assert (source.arrays is not None) == held
+
+
+def test_what_cannot_be_held_in_memory_is_refused(tmp_path):
+    root = make_small(tmp_path, (20, 24))
+    with pytest.raises(ValueError, match=r"in_memory='always' needs images of one size.*20 x 20"):
+        load_source(config_of(root, labels=2, in_memory="always"), "train")
+    with pytest.raises(ValueError, match=r"config\.data\.in_memory='yes' must be one of"):
+        config_of(root, in_memory="yes")
+
+
+def test_a_bad_image_among_decoded_ones_is_still_counted(tmp_path):
+    root, report = make_small(tmp_path / "set", (20,) * 6), tmp_path / "bad_examples.jsonl"
+    (root / "train/cat/2.png").write_bytes(b"")
+    source = load_source(config_of(root, labels=2), "train")
+    assert source.arrays is None
+    with pytest.raises(BadExample, match=r"cat/2\.png: OSError: the file is empty \(0 bytes\)"):
+        source[source.labels.tolist().index(0) + 1]
+    settings = {"transform": None, "seed": 0, "batch": 6}
+    batches = train_batches(source, bad_share=0.2, report_path=report, **settings)
+    assert next(batches)["image"].shape == (6, 20, 20, 3) and "cat/2.png" in report.read_text()
+    with pytest.raises(ValueError, match=r"1 bad examples of 6.*config\.data\.bad_share"):
+        next(train_batches(source, bad_share=0.1, **settings))
+
+
+def test_an_empty_file_is_a_bad_example(folder, tmp_path):
+    (folder / "train/owl/0.jpg").write_bytes(b"")
+    for path in (folder, zipped(folder, tmp_path / "set.zip")):
+        source = load_source(config_of(path), "train")
+        at = source.files.names.index("train/owl/0.jpg")
+        with pytest.raises(BadExample, match=r"owl/0\.jpg: OSError: the file is empty"):
+            source[at]
+
+
 def test_wrong_classes_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.labels=7.* 3 classes \(cat, dog"):
         load_source(config_of(folder, labels=7), "train")

@@ -1,0 +1,387 @@
+"""Image files in folders and zips, one class a folder, and Tiny-ImageNet with its lists.
+
+A split is listed without reading an image. Messages call the place `config.data.path`.
+"""
+
+import dataclasses
+import io
+import logging
+import os
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+from common_jax.inputs import BadExample, Example
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+LOG_SECONDS = 10
+T = TypeVar("T")
+COLOUR_MODES = {1: "L", 3: "RGB"}
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectoryFiles:
+    """The files of an image folder, by their path relative to `root`."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    def read(self, index: int) -> bytes:
+        return (self.root / self.names[index]).read_bytes()
+
+
+class ZipFiles:
+    """The stored (uncompressed) members of a zip, read by offset.
+
+    Reading takes no lock and moves no file position, so threads share one descriptor; a pickled
+    copy opens its own. The central directory, large for a million images, is parsed only once.
+    """
+
+    def __init__(self, root: Path, members: list[zipfile.ZipInfo]):
+        self.root = root
+        self.names = tuple(member.filename for member in members)
+        self._places = np.array([(m.header_offset, m.file_size, m.CRC) for m in members], np.int64)
+        self._file = root.open("rb")
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._file = self.root.open("rb")
+
+    def read(self, index: int) -> bytes:
+        offset, size, checksum = (int(number) for number in self._places[index])
+        # The local header repeats the name and may have another extra field than the directory's.
+        header = os.pread(self._file.fileno(), 30, offset)
+        skip = (
+            30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        )
+        content = os.pread(self._file.fileno(), size, offset + skip)
+        if len(content) != size or zlib.crc32(content) != checksum:
+            raise OSError("its bytes in the zip do not match the checksum there")
+        return content
+
+
+Files = DirectoryFiles | ZipFiles
+
+
+def decode_picture(content: bytes, channels: int, *, side: int | None = None) -> Image.Image:
+    """The picture of an image file's bytes, grey or RGB by `channels`.
+
+    Args:
+      side: resizes the whole picture to this square (bicubic) unless it has that size; None leaves
+        it as it is.
+
+    Raises:
+      one of READ_ERRORS: it cannot be read.
+    """
+    if not content:
+        raise OSError("the file is empty (0 bytes)")
+    mode = COLOUR_MODES[channels]
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        picture = image if image.mode == mode else image.convert(mode)
+    if side is not None and picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return picture
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """Uint8 (I, J, channels) of a grey or RGB picture."""
+    pixels = np.asarray(picture)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+class FolderSource:
+    """Image files with labels, decoded when asked for."""
+
+    arrays = None
+
+    def __init__(
+        self,
+        files: Files,
+        labels: np.ndarray,
+        *,
+        label_names: tuple[str, ...],
+        channels: int,
+        side: int | None = None,
+    ):
+        self.files = files
+        self.labels = labels
+        self.label_names = label_names
+        self.channels = channels
+        self.side = side
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """What to look for when image `index` is bad."""
+        return f"{self.files.root}/{self.files.names[index]}"
+
+    def __getitem__(self, index: int) -> Example:
+        """{"image": uint8 [I, J, Ch] at the file's own size, "label": int32}, or BadExample."""
+        return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
+
+    def picture(self, index: int) -> Image.Image:
+        """The image before its pixels are copied out of PIL, or BadExample."""
+        try:
+            return decode_picture(self.files.read(index), self.channels, side=self.side)
+        except READ_ERRORS as error:
+            raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A split's images: `labels` [n] int32 are places in `label_names`."""
+
+    files: Files
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+
+
+def find_folder(path: str, split: str) -> Found:
+    """The images below PATH/SPLIT/CLASS/, where PATH is a directory, an uncompressed zip of the
+    same tree, or a directory of such zips, PATH/SPLIT.zip, with SPLIT/CLASS/ or CLASS/ inside;
+    classes are the folder names, sorted. An empty `split` means PATH/CLASS/.
+
+    Raises:
+      FileNotFoundError: no such path, split, or no image in it.
+      ValueError: an empty class folder, a compressed or broken zip.
+    """
+    root = existing(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
+    packed = root / f"{split}.zip"
+    if root.is_dir() and not (root / split).is_dir() and packed.is_file():
+        root = packed
+    find = find_in_directory if root.is_dir() else _find_in_zip
+    files, classes, depth = find(root, split)
+    at = f"config.data.path={path!r}, split {split!r}"
+    if not files.names:
+        raise FileNotFoundError(f"{at}: no image ({', '.join(IMAGE_SUFFIXES)}) in SPLIT/CLASS/")
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = np.array([label_of[name.split("/")[depth]] for name in files.names], np.int32)
+    require_filled(labels, classes, at=at, way_out="fill or remove the folder")
+    return Found(files, labels, tuple(classes))
+
+
+def find_tiny_imagenet(path: str, split: str) -> Found:
+    """Tiny-ImageNet-200 as it is published: `wnids.txt`, `train/WNID/images/*.JPEG`,
+    `val/images/*.JPEG` and `val/val_annotations.txt`; classes are the wnids, sorted.
+
+    An annotated file that is missing is a BadExample when asked for.
+
+    Raises:
+      FileNotFoundError: no such path, or a list that is missing.
+      ValueError: another split than train and val, a class that wnids.txt lacks, or one twice.
+    """
+    root = existing(path, "the folder tiny-imagenet-200 that holds wnids.txt")
+    if split not in ("train", "val"):
+        raise ValueError(
+            f"'tiny_imagenet' has no split {split!r} with labels, only train and val; correct "
+            "config.data.train_split or config.data.test_split"
+        )
+    wnids = sorted(read_names(root / "wnids.txt"))
+    if split == "train":
+        files, folders, _ = find_in_directory(root, split)
+        rows = [(name, name.split("/")[1]) for name in files.names]
+        missing = sorted(set(wnids) - set(folders))
+        if missing:
+            raise FileNotFoundError(
+                f"{root / split} has no folder for {len(missing)} of the {len(wnids)} classes of "
+                f"wnids.txt: {listed(missing)}; unpack tiny-imagenet-200.zip again"
+            )
+    else:
+        rows = _annotated(root / split)
+    labels = label_rows(rows, wnids, at=f"{root / 'wnids.txt'}, which lacks classes of {split!r}")
+    require_filled(labels, wnids, at=f"{root}, split {split!r}", way_out="unpack it again")
+    return Found(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, tuple(wnids))
+
+
+def _annotated(folder: Path) -> list[tuple[str, str]]:
+    """(file, wnid) of the lines of val_annotations.txt."""
+    path, rows = folder / "val_annotations.txt", []
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; unpack tiny-imagenet-200.zip again, or, where the images were "
+            "sorted into val/CLASS/, set config.data.source='folder'"
+        )
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        fields = line.split("\t")
+        if len(fields) < 2:
+            raise ValueError(f"{path}, line {number} must have FILE, tab, WNID; it is {line!r}")
+        rows.append((f"{folder.name}/images/{fields[0]}", fields[1]))
+    require_distinct((name for name, _ in rows), at=str(path))
+    return sorted(rows)
+
+
+def label_rows(rows: Sequence[tuple[str, object]], classes: Sequence, *, at: str) -> np.ndarray:
+    """[n] int32: the place in `classes` of the class of each row (file, class).
+
+    Raises:
+      ValueError: a class that is none of them.
+    """
+    place = {name: label for label, name in enumerate(classes)}
+    unknown = sorted({str(name) for _, name in rows if name not in place})
+    if unknown:
+        raise ValueError(
+            f"{at}: labels that are none of its {len(classes)} classes: {listed(unknown)}; correct "
+            "the list or the labels"
+        )
+    return np.array([place[name] for _, name in rows], np.int32)
+
+
+def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_out: str) -> None:
+    """Raises ValueError where a class has no image, or a label no class."""
+    outside = np.unique(labels[(labels < 0) | (labels >= len(classes))])
+    if len(outside):
+        raise ValueError(
+            f"{at}: labels {outside[:10].tolist()} are not from 0 to {len(classes) - 1}; a split "
+            "without labels, such as a challenge's test split, cannot be used"
+        )
+    counts = np.bincount(labels, minlength=len(classes))
+    empty = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if empty:
+        raise ValueError(f"{at}: no image for class {listed(empty)}; {way_out}")
+
+
+def require_distinct(names: Iterable[str], *, at: str) -> None:
+    """Raises ValueError where a name is there twice."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{at}: these names stand there more than once: {listed(twice)}; make "
+            "them distinct or remove the copies"
+        )
+
+
+def read_names(path: Path) -> list[str]:
+    """The lines of a class list: one name a line, empty lines left out.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not UTF-8, no name, or a name twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, the list of class names, is missing")
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path} names no class; one name a line is expected")
+    require_distinct(names, at=str(path))
+    return names
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ValueError where it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert the file, for "
+            "example with iconv"
+        ) from error
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first ten names in order, and how many more there are."""
+    names = sorted(names)
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
+    """The items, with a bar on a terminal and a log line every LOG_SECONDS elsewhere."""
+    if sys.stderr.isatty():
+        yield from tqdm.tqdm(items, total=total, desc=title)
+        return
+    start = last = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        if (now := time.monotonic()) - last >= LOG_SECONDS:
+            last = now
+            logging.info("%s: %.0f %% in %.0f s", title, 100 * number / total, now - start)
+        yield item
+
+
+def existing(path: str, what: str) -> Path:
+    """`path`; FileNotFoundError, asking for `what`, where it is not there."""
+    root = Path(path).expanduser()
+    if not path or not root.exists():
+        beside = f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
+        raise FileNotFoundError(
+            f"config.data.path={path!r} does not exist; give {what}"
+            f"{beside if path and root.parent.is_dir() else ''}"
+        )
+    return root
+
+
+def _missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"config.data.path={str(root)!r} has no split {split!r}, only: "
+        f"{listed(present) or 'nothing'}; "
+        "correct config.data.path, config.data.train_split or config.data.test_split"
+    )
+
+
+def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str], int]:
+    """(images, classes, place of the class in an image's path)."""
+    top = root / split
+    if not top.is_dir():
+        raise _missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
+    classes = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
+    names = []
+    for folder, _, files in os.walk(top, followlinks=True):
+        inside = Path(folder).relative_to(root).as_posix()
+        if Path(folder) != top:
+            names += [f"{inside}/{name}" for name in files if _is_image(name)]
+    return DirectoryFiles(root, tuple(sorted(names))), classes, len(Path(split).parts)
+
+
+def _find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
+    try:
+        with zipfile.ZipFile(root) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
+            "make the zip anew"
+        ) from error
+    members = [m for m in members if not m.filename.startswith("__MACOSX/")]
+    tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
+    if split and split not in tops and root.name == f"{split}.zip":
+        split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
+    inside = [m for m in members if not split or m.filename.startswith(f"{split}/")]
+    if not inside:
+        raise _missing_split(root, split, tops)
+    depth = len(Path(split).parts)
+    deep = [m for m in inside if m.filename.count("/") > depth]
+    classes = sorted({m.filename.split("/")[depth] for m in deep})
+    images = sorted((m for m in deep if _is_image(m.filename)), key=lambda m: m.filename)
+    packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(
+            f"config.data.path={str(root)!r}: {listed(packed)} are compressed; images do not "
+            "shrink and cannot be read by offset then: make the zip with `zip -0 -r`"
+        )
+    return ZipFiles(root, images), classes, depth
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)

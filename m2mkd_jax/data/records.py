@@ -1,0 +1,359 @@
+"""Sets whose labels stand in records and not in folder names: TFDS's ArrayRecords, and
+iNaturalist's json files.
+
+Reading ArrayRecords needs the package tensorflow_datasets (`pip install -e '.[tfds]'`) and no
+TensorFlow; preparing them needs both (tools/prepare_data.py).
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from common_jax.inputs import BadExample, Example
+from m2mkd_jax.data.folders import (
+    READ_ERRORS,
+    DirectoryFiles,
+    Found,
+    decode_picture,
+    existing,
+    label_rows,
+    listed,
+    pixels_of,
+    progress,
+    read_text,
+    require_distinct,
+    require_filled,
+)
+
+CHUNK = 256  # records that a thread reads at a time
+SAMPLE = 2**16  # bytes of a file that its fingerprint looks at
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class RecordSource:
+    """Images of TFDS ArrayRecords, read and decoded when asked for.
+
+    Attributes:
+      folder: the prepared set, with dataset_info.json and features.json.
+      split: as TFDS names it, such as "train" or "train[:10%]".
+      labels: [len] int32.
+      label_names: of the feature `label`.
+      shards: the files that the split is of.
+    """
+
+    arrays = None
+
+    def __init__(self, folder: epath.Path, split: str, *, channels: int):
+        self.folder = folder
+        self.split = split
+        self.channels = channels
+        builder = open_builder(folder)
+        instructions = _instructions(builder, folder, split)
+        self.shards = tuple(str(part.filename) for part in instructions)
+        self._skips = np.array([part.skip for part in instructions])
+        self._ends = np.cumsum([part.take for part in instructions])
+        if not self.shards:
+            raise ValueError(f"{folder}, split {split!r} has no records; take another split")
+        self.label_names = tuple(builder.info.features["label"].names)
+        self._opened: tuple[int, Any] | None = None
+        self.labels = _split_labels(builder, folder, split)
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_opened": None}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def name(self, index: int) -> str:
+        """What to look for when image `index` is bad: a file, and the record's number in it."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[shard - 1]) if shard else 0
+        return f"{self.shards[shard]}, record {index - before + int(self._skips[shard])}"
+
+    def __getitem__(self, index: int) -> Example:
+        """{"image": uint8 [I, J, Ch] at its own size, "label": int32}, or BadExample."""
+        return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
+
+    def picture(self, index: int) -> Image.Image:
+        """The image before its pixels are copied out of PIL, or BadExample."""
+        try:
+            content = self._records[index]["image"]
+            # Of a file that was cut off, array_record returns records without content.
+            return decode_picture(content or b"", self.channels)
+        except (RuntimeError, *READ_ERRORS) as error:
+            raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
+
+    @property
+    def _records(self) -> Any:
+        # Readers have threads of their own, which do not live on in a forked process.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), _open_records(open_builder(self.folder), self.split)
+        return self._opened[1]
+
+
+def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSource:
+    """A split of a set that TFDS prepared as ArrayRecords.
+
+    Its labels are read from `labels-SPLIT.npz` in the set's folder, as tools/prepare_data.py writes
+    it. Where that is missing or of other records, every record is read once and the file is
+    written, if the folder lets it.
+
+    Args:
+      path: TFDS's data_dir, or the folder of a prepared version where `name` is empty.
+      name: of the set in the data_dir, such as "imagenet2012", "imagenet2012:5.1.0" or
+        "cifar10_1/v4"; the latest version unless it says one.
+      split: as TFDS names it.
+      channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+      ImportError: no tensorflow_datasets.
+      FileNotFoundError: no such folder, set, version or split, with what is there.
+      ValueError: no ArrayRecords, no image and label; labels outside the range, empty classes.
+    """
+    folder = find_prepared(path, name)
+    source = RecordSource(folder, split, channels=channels)
+    at = f"{folder}, split {split!r}"
+    require_distinct(source.label_names, at=f"{folder}, names of the feature label")
+    places = set(range(len(source.label_names)))
+    present = set(source.labels.tolist())
+    if "[" in split and present < places:
+        logging.warning("%s has no image for %d classes", at, len(places - present))
+    else:
+        require_filled(source.labels, source.label_names, at=at, way_out="take another split")
+    return source
+
+
+def find_prepared(path: str, name: str) -> epath.Path:
+    """The folder of one prepared version; arguments as in `load_records`.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    root = epath.Path(path).expanduser()
+    base, _, version = name.partition(":")
+    folder = root / base if base else root
+    way_out = (
+        f"prepare it with `python tools/prepare_data.py {name or 'NAME'} --data-dir {path}`, or "
+        "correct config.data.path and config.data.name"
+    )
+    if not path or not folder.is_dir():
+        there = _folders(root) if path and root.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"config.data.path={path!r} has no set config.data.name={name!r} (there: {there}); "
+            f"{way_out}"
+        )
+    if version:
+        folder /= version
+    elif not (folder / "dataset_info.json").exists():
+        versions = [entry.name for entry in folder.iterdir() if VERSION.fullmatch(entry.name)]
+        if versions:
+            folder /= max(versions, key=lambda text: [int(part) for part in text.split(".")])
+    if not (folder / "dataset_info.json").exists():
+        raise FileNotFoundError(
+            f"{folder} is no prepared set: it has no dataset_info.json (there: "
+            f"{_folders(folder if folder.is_dir() else folder.parent)}); {way_out}"
+        )
+    return folder
+
+
+def _folders(folder: epath.Path) -> str:
+    return listed(entry.name for entry in folder.iterdir() if entry.is_dir()) or "no folder"
+
+
+def open_builder(folder: epath.Path) -> Any:
+    """TFDS's builder of a prepared set with the features `image` and `label`.
+
+    Raises:
+      ImportError: no tensorflow_datasets.
+      ValueError: other features or another file format.
+    """
+    try:
+        import tensorflow_datasets as tfds  # an extra, and slow to import
+    except ImportError as error:
+        raise ImportError(
+            "config.data.source='tfds' needs the package tensorflow_datasets: "
+            "pip install -e '.[tfds]', or take config.data.source='folder'"
+        ) from error
+    try:
+        builder = tfds.builder_from_directory(os.fspath(folder))
+        features = builder.info.features
+        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    except (ValueError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder} cannot be opened as a TFDS set ({type(error).__name__}: {error}); "
+            "prepare it again"
+        ) from error
+    if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
+        raise ValueError(
+            f"{folder} has the features {kinds}; image: Image and label: ClassLabel are needed. "
+            "Take another set as config.data.name"
+        )
+    if builder.info.file_format.value != "array_record":
+        raise ValueError(
+            f"{folder} was prepared as {builder.info.file_format.value}, which has no random "
+            f"access; prepare it as ArrayRecords: python tools/prepare_data.py "
+            f"{builder.info.name} --data-dir DIR"
+        )
+    return builder
+
+
+def _instructions(builder: Any, folder: epath.Path, split: str) -> list[Any]:
+    try:
+        return builder.info.splits[split].file_instructions
+    except (ValueError, KeyError, AssertionError) as error:
+        raise FileNotFoundError(
+            f"{folder} has no split {split!r}, only: {listed(builder.info.splits)}, and parts of "
+            "them such as 'train[:10%]'; correct config.data.train_split or config.data.test_split"
+        ) from error
+
+
+def _open_records(builder: Any, split: str) -> Any:
+    """Random access to {"image": bytes, "label": int}, images left encoded."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [name for name in features if isinstance(features[name], tfds.features.Image)]
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}  # masks too
+    return builder.as_data_source(split, decoders=decoders)
+
+
+def _split_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
+    """[n] int32 of a split or of a part of it."""
+    import tensorflow_datasets as tfds
+
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    whole = {part.splitname for part in parts}
+    labels = {name: stored_labels(builder, folder, name) for name in whole}
+    return np.concatenate([labels[part.splitname][part.from_ : part.to] for part in parts])
+
+
+def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
+    """[n] int32 of a whole split: from `labels-SPLIT.npz`, or read once and written there.
+
+    Raises:
+      ValueError: a record that cannot be read; without it nothing is known of its label.
+    """
+    paths = builder.info.splits[split].filepaths
+    missing = [os.fspath(path) for path in paths if not epath.Path(path).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}, split {split!r}: {len(missing)} of {len(paths)} files are missing: "
+            f"{listed(missing)}; copy or prepare the set again"
+        )
+    shards = [(path.name, path.stat().length) for path in map(epath.Path, paths)]
+    digest = hashlib.sha256(json.dumps(shards).encode())
+    for path in (paths[0], paths[-1]):  # all of them would be slow to open in an object store
+        with epath.Path(path).open("rb") as file:
+            digest.update(file.read(SAMPLE))
+    fingerprint = digest.hexdigest()
+    file = folder / f"labels-{split}.npz"
+    if file.exists():
+        with np.load(io.BytesIO(file.read_bytes())) as stored:
+            if str(stored["fingerprint"]) == fingerprint:
+                return stored["labels"]
+        logging.warning("%s is of other records and is made anew", file)
+    labels = _read_labels(builder, split)
+    content = io.BytesIO()
+    np.savez(content, labels=labels, fingerprint=fingerprint)
+    draft = folder / f".{file.name}.{os.getpid()}.tmp"
+    try:
+        draft.write_bytes(content.getvalue())
+        draft.replace(file)
+    except OSError as error:
+        logging.warning("%s cannot be kept (%s): every run reads all labels first", file, error)
+    return labels
+
+
+def _read_labels(builder: Any, split: str) -> np.ndarray:
+    records, size = _open_records(builder, split), builder.info.splits[split].num_examples
+
+    def read(start: int) -> list[int]:
+        numbers = range(start, min(start + CHUNK, size))
+        try:
+            found = [record["label"] for record in records.__getitems__(list(numbers))]
+        except RuntimeError as error:
+            raise ValueError(_unreadable(builder, split, numbers, str(error))) from error
+        if None in found:  # as it is in a file that was cut off
+            raise ValueError(_unreadable(builder, split, numbers, "records without a label"))
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        chunks = pool.map(read, range(0, size, CHUNK))
+        title = f"labels of {builder.info.full_name} {split}"
+        found = progress(chunks, total=-(-size // CHUNK), title=title)
+        return np.array([label for chunk in found for label in chunk], np.int32)
+
+
+def _unreadable(builder: Any, split: str, numbers: range, reason: str) -> str:
+    return (
+        f"{builder.info.full_name}, split {split!r}, records {numbers.start} to "
+        f"{numbers.stop - 1}: {reason}. Copy or prepare the files again: "
+        f"{listed(os.fspath(path) for path in builder.info.splits[split].filepaths)}"
+    )
+
+
+def find_inaturalist(path: str, split: str) -> Found:
+    """iNaturalist 2018 or 2019 as it is published: `SPLITyear.json` with images, annotations and
+    categories, and the files that its `file_name`s say, relative to PATH.
+
+    Labels are the ranks of the category ids. An image that is missing is a BadExample when asked
+    for.
+
+    Args:
+      split: the name of a json file without its suffix, such as "train2018", or its beginning,
+        "train" or "val", where one year is there.
+
+    Raises:
+      FileNotFoundError: no such path or file.
+      ValueError: a file that is no such json; labels or images that it lacks.
+    """
+    root = existing(path, "the folder that holds train2018.json or train2019.json")
+    source = _inaturalist_json(root, split)
+    try:
+        record = json.loads(read_text(source))
+        categories = sorted((item["id"], str(item["name"])) for item in record["categories"])
+        files = {item["id"]: item["file_name"] for item in record["images"]}
+        pairs = [(item["image_id"], item["category_id"]) for item in record["annotations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise ValueError(
+            f"{source} is no whole file with images (id, file_name), annotations (image_id, "
+            f"category_id) and categories (id, name): {type(error).__name__} {error}; fetch it "
+            "again. A test set without annotations cannot be evaluated"
+        ) from error
+    require_distinct((name for _, name in categories), at=str(source))
+    lost = [str(image) for image, _ in pairs if image not in files]
+    if lost:
+        raise ValueError(f"{source}: annotations of images that it lacks: {listed(lost)}")
+    rows = sorted((files[image], category) for image, category in pairs)
+    labels = label_rows(rows, [number for number, _ in categories], at=str(source))
+    names = tuple(name for _, name in categories)
+    require_filled(labels, names, at=str(source), way_out="remove the category from the file")
+    return Found(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, names)
+
+
+def _inaturalist_json(root: Path, split: str) -> Path:
+    exact = root / f"{split}.json"
+    if exact.is_file():
+        return exact
+    years = sorted(root.glob(f"{split}20[0-9][0-9].json")) if split else []
+    if len(years) != 1:
+        there = listed(file.name for file in root.glob("*.json")) or "no json"
+        several = "several years, give one of them" if years else "no such file"
+        raise FileNotFoundError(
+            f"config.data.path={str(root)!r}, split {split!r}: {several} (there: {there}); set "
+            "config.data.train_split or config.data.test_split to a file's name without .json, "
+            "such as train2018"
+        )
+    return years[0]

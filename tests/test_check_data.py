@@ -1,0 +1,180 @@
+"""The command that says what is missing before a run starts: tools/check_data.py."""
+
+import itertools
+import pathlib
+import re
+import zipfile
+
+import check_data
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMAGES = f"--config={ROOT}/configs/m2mkd/digits.py:phase=end_to_end"
+SENTENCES = f"--config={ROOT}/configs/cliptrans/multi30k.py"
+LINES = {"en": ("a dog", "a cat", "a red car"), "de": ("ein Hund", "eine Katze", "ein rotes Auto")}
+
+
+def check(capsys, *flags):
+    """(exit status, what was printed, the problems)."""
+    with pytest.raises(SystemExit) as end:
+        check_data.main(["check_data.py", *map(str, flags)])
+    printed = capsys.readouterr().out
+    _, _, tail = printed.partition("from starting:\n")
+    problems = [line for line in tail.splitlines() if line.strip()]
+    assert (end.value.code == 0) == (not problems), printed
+    return end.value.code, printed, problems
+
+
+def draw(path, seed, size=(24, 24)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def image_set(root, classes=("ant", "bee", "cat"), each=4):
+    for split, (i, name) in itertools.product(("train", "test"), enumerate(classes)):
+        for number in range(each + i):
+            draw(root / split / name / f"{number}.png", (i, number))
+    return root
+
+
+def image_flags(root, **settings):
+    settings = {
+        "data.source": "folder",
+        "data.path": root,
+        "data.image_size": 24,
+        "data.channels": 3,
+        "data.labels": 3,
+        "data.mean": "(0.5,0.5,0.5)",
+        "data.std": "(0.5,0.5,0.5)",
+        "optim.batch": 8,
+    } | settings
+    return [IMAGES, *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def test_a_whole_set_is_described(tmp_path, capsys):
+    flags = image_flags(image_set(tmp_path))
+    status, printed, _ = check(capsys, *flags, "--sample=5")
+    assert status == 0 and "a run could start" in printed
+    assert "15 images of 3 classes; a class has 4 to 6, median 5" in printed
+    assert "fewest: ant 4, bee 5, cat 6" in printed
+    assert "sizes of 5 images, rows x columns: 24 x 24 (5)" in printed
+    assert "unreadable: 0 of 5" in printed
+    assert "sizes of 15 images" in check(capsys, *flags, "--all")[1]
+
+
+def test_every_problem_of_a_set_is_named(tmp_path, capsys):
+    root = image_set(tmp_path)
+    (root / "train/ant/0.png").write_bytes(b"")
+    content = (root / "train/bee/1.png").read_bytes()
+    (root / "train/bee/1.png").write_bytes(content[: len(content) // 2])
+    draw(root / "train/cat/2.png", 0, (20, 30))
+    (root / "test/cat").rename(root / "test/eel")
+    flags = image_flags(root, **{"optim.batch": 100})
+    status, printed, problems = check(capsys, *flags, "--all")
+    assert status == 1 and "unreadable: 2 of 15" in printed
+    expected = (
+        r"train: 2 of 15 images cannot be read, .*ant/0\.png.*bee/1\.png.*config\.data\.bad_share",
+        r"config\.data\.image_size=24, but there are images of 20 x 30",
+        r"the classes of 'train' and 'test' differ.*: cat, eel",
+        r"config\.optim\.batch=100 is more than the 15 images",
+    )
+    assert len(problems) == len(expected)
+    for problem, pattern in zip(problems, expected, strict=True):
+        assert re.search(pattern, problem), problem
+
+
+def test_missing_splits_and_empty_classes_are_both_named(tmp_path, capsys):
+    root = image_set(tmp_path)
+    (root / "train/fly").mkdir()
+    status, _, problems = check(capsys, *image_flags(root, **{"data.test_split": "val"}))
+    assert status == 1 and len(problems) == 2
+    assert "no image for class fly" in problems[0]
+    assert "no split 'val', only: test, train" in problems[1]
+    status, _, problems = check(capsys, *image_flags(root, **{"data.bad_share": 2.0}))
+    assert status == 1 and "config.data.bad_share=2.0 must be in [0, 1)" in problems[0]
+
+
+def test_a_cut_zip_is_named(tmp_path, capsys):
+    root = image_set(tmp_path / "set")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in root.rglob("*.png"):
+            archive.write(file, file.relative_to(root))
+    assert check(capsys, *image_flags(tmp_path / "set.zip"))[0] == 0
+    (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes()[:-50])
+    status, _, problems = check(capsys, *image_flags(tmp_path / "set.zip"))
+    assert status == 1 and len(problems) == 1 and "make the zip anew" in problems[0]
+
+
+def test_the_ood_set_is_looked_at_too(tmp_path, capsys):
+    root = image_set(tmp_path / "set")
+    (image_set(tmp_path / "r", ("bee", "cat")) / "test").rename(tmp_path / "renditions")
+    ood = {"ood.source": "imagenet_r", "ood.path": tmp_path / "renditions"}
+    status, printed, _ = check(capsys, *image_flags(root, **ood))
+    assert status == 0 and "tested among 2 of the 3 classes of training" in printed
+    (tmp_path / "renditions/cat").rename(tmp_path / "renditions/eel")
+    status, _, problems = check(capsys, *image_flags(root, **ood))
+    assert status == 1 and "no classes of config.data: eel" in problems[0]
+
+
+def multi30k(root, *, pictures=True):
+    for split, language in itertools.product(("train", "val", "test_2016_flickr"), LINES):
+        (root / "raw").mkdir(parents=True, exist_ok=True)
+        text = "".join(f"{line}\n" for line in LINES[language])
+        (root / f"raw/{split}.{language}").write_text(text)
+        (root / "image_splits").mkdir(exist_ok=True)
+        names = [f"{split}_{i}.jpg" for i in range(3)]
+        (root / f"image_splits/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for number, name in enumerate(names if pictures else ()):
+            draw(root / "images" / name, number)
+    return [
+        f"--config.data.path={root}",
+        "--config.recipes.caption.optim.batch=3",
+        "--config.recipes.caption.optim.accumulate=1",
+        "--config.recipes.translate.optim.batch=3",
+        "--config.recipes.translate.optim.accumulate=1",
+    ]
+
+
+def test_sentences_and_pictures_are_counted(tmp_path, capsys):
+    flags = multi30k(tmp_path)
+    (tmp_path / "raw/val.de").write_text("ein Hund\n\nein rotes Auto\n")
+    status, printed, _ = check(capsys, SENTENCES, *flags)
+    assert status == 0, printed
+    assert "en: 3 lines, 0 of them empty" in printed
+    assert "de: 3 lines, 1 of them empty" in printed
+    assert "3 pictures, 0 of them missing" in printed and "24 x 24 (3)" in printed
+
+
+def test_every_problem_of_a_corpus_is_named(tmp_path, capsys):
+    flags = multi30k(tmp_path)
+    (tmp_path / "images/train_1.jpg").unlink()
+    (tmp_path / "images/train_2.jpg").write_bytes(b"")
+    (tmp_path / "raw/val.de").write_bytes(b"ein Hund\nzwei M\xe4nner\nein rotes Auto\n")
+    (tmp_path / "raw/test_2016_flickr.de").write_text("ein Hund\n")
+    status, printed, problems = check(capsys, SENTENCES, *flags)
+    assert status == 1 and "3 pictures, 1 of them missing" in printed
+    text = "\n".join(problems)
+    assert "multi30k train lacks 2 of 3 pictures" in text and "train_1.jpg" in text
+    assert "raw/val.de, line 2 is not UTF-8" in text
+    assert "raw/test_2016_flickr.de" in text and "image_splits/test_2016_flickr.txt" in text
+    assert "different numbers of lines" in printed
+
+
+def test_pictures_count_only_where_a_stage_looks_at_them(tmp_path, capsys):
+    flags = multi30k(tmp_path, pictures=False)
+    status, _, problems = check(capsys, SENTENCES, *flags)
+    assert status == 1 and len(problems) == 3 and "has no images" in problems[0]
+    translate = f"{SENTENCES}:stage=translate"
+    batch = ["--config.optim.batch=3", "--config.optim.accumulate=1"]
+    assert check(capsys, translate, flags[0], *batch)[0] == 0
+    status, _, problems = check(capsys, translate, flags[0], "--config.optim.batch=4")
+    assert status == 1 and "a batch of 4 is more than the 3 examples" in problems[0]
+
+
+def test_a_command_line_that_is_not_understood_ends_with_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        check_data.main(["check_data.py", IMAGES, "--everything"])
+    assert end.value.code == 2 and "everything" in capsys.readouterr().err

@@ -1,0 +1,358 @@
+"""Says what a config's data holds and what keeps a run from starting, before any device is used.
+
+    python tools/check_data.py --config=configs/m2mkd/vmoe_base.py --config.data.path=/data/imagenet
+    python tools/check_data.py --config=configs/cliptrans/multi30k.py:target=fr \\
+        --config.data.path=/data/multi30k --all
+
+Takes the config and flags of a run of either package. Of image sets it counts classes and the
+images of each, looks at the sizes of a sample and whether it can be read, and at the OOD set; of
+sentences it counts lines and empty ones by language and split, pictures, missing and unreadable
+ones. Every problem is listed, not only the first.
+
+  --sample=N  read N pictures a split, spread evenly (default 500)
+  --all       read all of them
+
+Exit status 0 where the data lets a run start, 1 where it does not. Weights and tokenizers are not
+looked at.
+"""
+
+import collections
+import dataclasses
+import logging
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from cliptrans_jax import config as cliptrans
+from cliptrans_jax.config import SIDES
+from cliptrans_jax.data.corpora import load_corpus
+from cliptrans_jax.data.corpus import Corpus, FolderImages
+from cliptrans_jax.runs import pipeline as cliptrans_pipeline
+from cliptrans_jax.runs.material import used_languages
+from cliptrans_jax.stages import STAGES, Side
+from common_jax import app
+from common_jax.config import freeze
+from common_jax.inputs import BadExample
+from m2mkd_jax import config as m2mkd
+from m2mkd_jax.data.augment import SMALL_SIDE
+from m2mkd_jax.data.folders import listed
+from m2mkd_jax.data.ood import load_ood
+from m2mkd_jax.data.sources import DataConfig, Source, load_source
+from m2mkd_jax.phases import pipeline as m2mkd_pipeline
+
+USER_ERRORS = (*app.USER_ERRORS, ImportError)
+SAMPLE = 500
+NOWHERE = epath.Path("check_data")  # a workdir that is never written
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found so far; printed as it comes.
+
+    Attributes:
+      sample: pictures to read of a split; None for all.
+      problems: what keeps a run from starting.
+    """
+
+    sample: int | None
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def problem(self, text: str) -> None:
+        """Counts what keeps a run from starting, unless it is known already."""
+        if text not in self.problems:
+            self.problems.append(text)
+            self.say(f"  PROBLEM: {text}")
+
+    def attempt(self, load: Callable[..., Any], *args: Any, **settings: Any) -> Any | None:
+        """What `load` returns; None, and a problem more, where a user must mend something."""
+        try:
+            return load(*args, **settings)
+        except USER_ERRORS as error:
+            self.problem(str(error))
+            return None
+
+    def places(self, size: int) -> Sequence[int]:
+        """The examples to read of `size`."""
+        if self.sample is None or self.sample >= size:
+            return range(size)
+        return np.linspace(0, size - 1, self.sample).round().astype(int).tolist()
+
+
+def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
+    """Image sets: training, test and OOD."""
+    data = _undecoded(config.data)
+    findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
+    train = _check_images(data, "train_split", findings)
+    test = _check_images(data, "test_split", findings)
+    if train and test and tuple(train.label_names) != tuple(test.label_names):
+        only = set(train.label_names) ^ set(test.label_names)
+        findings.problem(
+            f"the classes of {data.train_split!r} and {data.test_split!r} differ, so that a label "
+            f"means two things: {listed(only) or 'another order'}"
+        )
+    if train is not None and config.phase != "few_shot":
+        runs = [("", config)]
+        if config.phase == "pipeline":
+            runs = findings.attempt(m2mkd_pipeline.plan, config, NOWHERE) or []
+        for name, run in runs:
+            if run.optim.batch > len(train) and run.phase != "few_shot":
+                section = f"config.recipes.{run.phase}" if name else "config"
+                findings.problem(
+                    f"{section}.optim.batch={run.optim.batch} is more than the {len(train)} "
+                    f"images of {data.train_split!r}; lower it or take more data"
+                )
+    if config.ood.source and train is not None:
+        _check_ood(config, train, findings)
+
+
+def _undecoded(data: DataConfig) -> DataConfig:
+    """Without decoding all that a run would keep in memory, unless it must fit there."""
+    return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
+
+
+def _check_images(data: DataConfig, key: str, findings: Findings) -> Source | None:
+    split = getattr(data, key)
+    findings.say(f"{split} (config.data.{key})")
+    source = findings.attempt(load_source, data, split)
+    if source is not None:
+        _describe_classes(source, findings)
+        _check_pixels(source, data, split, findings)
+    return source
+
+
+def _describe_classes(source: Source, findings: Findings) -> None:
+    names = source.label_names
+    counts = np.bincount(source.labels, minlength=len(names))
+    emptiest = sorted(zip(counts.tolist(), names, strict=True))[:3]
+    findings.say(
+        f"  {len(source)} images of {len(names)} classes; a class has {counts.min()} to "
+        f"{counts.max()}, median {statistics.median(counts.tolist()):g}\n"
+        f"  fewest: {', '.join(f'{name} {count}' for count, name in emptiest)}"
+    )
+
+
+def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
+    """Sizes of a sample and what of it cannot be read."""
+    places = findings.places(len(source))
+    sizes, bad = _read(lambda i: source[i]["image"].shape[:2], places)
+    common = ", ".join(
+        f"{rows} x {columns} ({count})" for (rows, columns), count in sizes.most_common(3)
+    )
+    rest = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    findings.say(f"  sizes of {len(places)} images, rows x columns: {common or 'none'}{rest}")
+    _say_bad(bad, places, findings)
+    if len(bad) > data.bad_share * len(source):
+        findings.problem(
+            f"{split}: {len(bad)} of {len(source)} images cannot be read, more than "
+            f"config.data.bad_share={data.bad_share:g} allows: {listed(bad)}; repair or remove "
+            "them, or raise config.data.bad_share"
+        )
+    wrong = {size for size in sizes if size != (data.image_size,) * 2}
+    if data.image_size <= SMALL_SIDE and wrong:
+        rows, columns = min(wrong)
+        findings.problem(
+            f"{split}: config.data.image_size={data.image_size}, but there are images of {rows} x "
+            f"{columns} pixels; up to {SMALL_SIDE} pixels they are not resized: set it to their "
+            "size or resize the files"
+        )
+
+
+def _check_ood(config: m2mkd.Config, train: Source, findings: Findings) -> None:
+    ood, names = config.ood, tuple(train.label_names)
+    findings.say(f"{ood.split} (config.ood.source={ood.source!r} {ood.path})")
+    data = _undecoded(config.data)
+    found = findings.attempt(load_ood, data, ood, label_names=names)
+    if found is None:
+        return
+    _describe_classes(found.source, findings)
+    findings.say(f"  tested among {len(found.classes)} of the {len(names)} classes of training")
+    _check_pixels(found.source, found.data, f"config.ood.split={ood.split!r}", findings)
+
+
+@dataclasses.dataclass
+class Need:
+    """What the stages of a run read of a split.
+
+    Attributes:
+      languages: of sentences.
+      filled: those of them in which there must be sentences.
+      pictures: whether any stage looks at pictures.
+      strict: whether one of those needs every picture.
+      batch: the most training examples a step.
+    """
+
+    languages: set[str] = dataclasses.field(default_factory=set)
+    filled: set[str] = dataclasses.field(default_factory=set)
+    pictures: bool = False
+    strict: bool = False
+    batch: int = 0
+
+
+def needs_of(runs: Iterable[cliptrans.Config]) -> dict[str, Need]:
+    """Key of config.data that names a split -> what the runs read of it."""
+    needs: dict[str, Need] = collections.defaultdict(Need)
+    for run in runs:
+        pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
+        if run.tokenizer.kind == "trained":
+            needs["train_split"].languages |= set(run.known_languages)
+        if run.stage == "clip":
+            for key in data_keys[:2]:
+                needs[key].languages |= set(run.known_languages)
+                needs[key].filled |= set(run.known_languages)
+                needs[key].pictures = True
+            needs["train_split"].batch = max(needs["train_split"].batch, run.optim.batch)
+            continue
+        stage = STAGES.get(run.stage, STAGES["translate"])
+        test_side = SIDES[run.test_side] or stage.test
+        for key in data_keys if run.stage in STAGES else data_keys[2:]:
+            side = stage.train if key == "train_split" else test_side
+            needs[key].languages |= pair
+            needs[key].filled |= set(used_languages(run) if run.stage in STAGES else pair)
+            if run.has_prefix and side is Side.IMAGE:
+                needs[key].pictures = needs[key].strict = True
+        if run.stage in STAGES:
+            batch = run.optim.batch // (2 if run.all_languages else 1)
+            needs["train_split"].batch = max(needs["train_split"].batch, batch)
+    return needs
+
+
+def check_cliptrans(config: cliptrans.Config, findings: Findings) -> None:
+    """Sentences and pictures of every split that the run reads."""
+    data = config.data
+    findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
+    runs = [config.consistent()]
+    if config.stage == "pipeline":
+        planned = findings.attempt(cliptrans_pipeline.plan, config, NOWHERE) or []
+        runs = [run.consistent() for _, run in planned]
+    for key, need in needs_of(runs).items():
+        _check_split(config, key, need, findings)
+
+
+def _check_split(config: cliptrans.Config, key: str, need: Need, findings: Findings) -> None:
+    data, split = config.data, getattr(config.data, key)
+    findings.say(f"{split} (config.data.{key})")
+    readable = []
+    for language in sorted(need.languages):
+        corpus = findings.attempt(load_corpus, data, split, (language,))
+        if corpus is not None:
+            readable.append(language)
+            empty = corpus.empty[language]
+            findings.say(f"  {language}: {len(corpus)} lines, {empty} of them empty")
+            if empty == len(corpus) and (len(corpus) == 0 or language in need.filled):
+                findings.problem(f"{corpus.name} has no sentence in {language!r}")
+    if not readable:
+        return
+    # What is wrong with one file is known by now; together they can still differ in length.
+    corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
+    if corpus is None:
+        return
+    if 0 < len(corpus) < need.batch:
+        findings.problem(
+            f"a batch of {need.batch} is more than the {len(corpus)} examples of {corpus.name}; "
+            "lower config.optim.batch, or that of the stage's recipe"
+        )
+    if need.pictures:
+        _check_pictures(corpus, need, data.bad_share, findings)
+
+
+def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Findings) -> None:
+    if findings.attempt(corpus.require_images) is None:
+        return
+    images, missing = corpus.images, []
+    if isinstance(images, FolderImages):
+        missing = [i for i in range(len(images)) if not os.path.exists(images.name(i))]
+    places = [i for i in findings.places(len(images)) if i not in set(missing)]
+    sizes, bad = _read(lambda i: images[i].shape[:2], places)
+    shown = ", ".join(f"{rows} x {columns} ({n})" for (rows, columns), n in sizes.most_common(3))
+    findings.say(
+        f"  {len(images)} pictures, {len(missing)} of them missing"
+        + (f": {listed(images.name(i) for i in missing)}" if missing else "")
+        + f"\n  sizes of {len(places)} pictures, rows x columns: {shown or 'none'}"
+    )
+    _say_bad(bad, places, findings)
+    lost = len(missing) + len(bad)
+    if lost > (0 if need.strict else bad_share * len(images)):
+        first = listed([images.name(i) for i in missing] + list(bad))
+        way_out = (
+            "every example needs its picture: add or repair them"
+            if need.strict
+            else f"more than config.data.bad_share={bad_share:g}: add or repair them, or raise it"
+        )
+        findings.problem(
+            f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {way_out}"
+        )
+
+
+def _read(
+    measure: Callable[[int], tuple[int, int]], places: Sequence[int]
+) -> tuple[collections.Counter, dict[str, str]]:
+    """Rows and columns of the examples that can be read, counted, and name -> reason of others."""
+
+    def read(index: int) -> tuple[int, int] | BadExample:
+        try:
+            return measure(index)
+        except BadExample as bad:
+            return bad
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(read, places))
+    bad = {one.name: one.reason for one in found if isinstance(one, BadExample)}
+    return collections.Counter(one for one in found if not isinstance(one, BadExample)), bad
+
+
+def _say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -> None:
+    findings.say(f"  unreadable: {len(bad)} of {len(places)}")
+    for name, reason in list(bad.items())[:10]:
+        findings.say(f"    {name}: {reason}")
+
+
+def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
+    """Prints what is found; 0 where a run could start, else 1."""
+    logging.getLogger().setLevel(logging.WARNING)
+    findings = Findings(sample)
+    package, look = (cliptrans, check_cliptrans) if "stage" in config else (m2mkd, check_m2mkd)
+    frozen = findings.attempt(freeze, package.Config, config)
+    if frozen is not None:
+        look(frozen, findings)
+    count = len(findings.problems)
+    if not count:
+        findings.say("a run could start: no problem found")
+        return 0
+    findings.say(
+        f"{count} problem{'s' if count > 1 else ''} that keep{'s' * (count == 1)} a run "
+        "from starting:"
+    )
+    for number, text in enumerate(findings.problems, start=1):
+        findings.say(f"  {number}. {text}")
+    return 1
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; exits with 0, 1, or 2 where the command line is not understood."""
+    sample: int | None = SAMPLE
+    rest = [argv[0], f"--workdir={NOWHERE}"]
+    for arg in argv[1:]:
+        if arg == "--all":
+            sample = None
+        elif arg.startswith("--sample="):
+            text = arg.removeprefix("--sample=")
+            if not text.isdigit() or int(text) < 1:
+                sys.exit(f"error: --sample={text} must be a number from 1; or give --all")
+            sample = int(text)
+        else:
+            rest.append(arg)
+    app.run(lambda config, _: sys.exit(check(config, sample)), __doc__, rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
