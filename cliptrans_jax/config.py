@@ -11,6 +11,7 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.clip import ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
@@ -127,6 +128,8 @@ class Config:
       valid_decode: whether every evaluation translates the validation set, which the choice of the
         best checkpoint needs; without it there is its loss alone.
       valid_beams: beams of that search, of which fewer take less time; 0 for those of `decode`.
+      label_chunk: labels whose logits over the vocabulary a device holds at a time; fewer take less
+        memory, and on a TPU or GPU more time.
       sources: weights to start from.
       optim, label_smoothing: how the stage trains, see Recipe; the pipeline has recipes instead.
       recipes: how each stage of the pipeline trains.
@@ -158,6 +161,7 @@ class Config:
     decode: DecodeConfig = DecodeConfig()
     valid_decode: bool = True
     valid_beams: int = 0
+    label_chunk: int = CHUNK
     sources: SourcesConfig = SourcesConfig()
     optim: OptimConfig = OptimConfig()
     label_smoothing: float = 0.0
@@ -180,6 +184,8 @@ class Config:
                     f"config.{name}={value!r} must be one of {list(choices)}"
                     f"{did_you_mean(value, list(choices))}"
                 )
+        if self.label_chunk < 1:
+            raise ValueError(f"config.label_chunk={self.label_chunk} must be at least 1")
         if self.valid_beams < 0:
             raise ValueError(f"config.valid_beams={self.valid_beams} must not be negative")
         if self.seed < 0:

@@ -1,22 +1,15 @@
 """What is minimised: the label loss of translation, and the contrastive loss of a CLIP."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from common_jax.mesh import AXES, BATCH, batch_shards
+from cliptrans_jax.models.chunks import CHUNK, Readout, total_of_chunks
+from common_jax.mesh import batch_shards
 
-# Labels whose logits a device holds at a time: as many rows as keep a matrix product busy.
-CHUNK = 1024
-
-Readout = Mapping[str, jax.Array]
 # scores(readout, states) -> logits (B, T, V) of states (B, T, D)
 Scores = Callable[[Readout, jax.Array], jax.Array]
 
@@ -65,7 +58,7 @@ def states_loss(
     gradient is summed over them once, behind the last chunk.
 
     Args:
-      scores: compared by value when programs are cached, as a frozen dataclass's method is.
+      scores: pure function.
       readout: its parameters.
       dtype: what matrices of the readout are brought to the devices in. Their gradient is summed in
         float32 at least.
@@ -73,132 +66,14 @@ def states_loss(
     """
     if labels.size <= chunk * batch_shards():
         return label_loss(scores(readout, states), labels, pad=pad, smoothing=smoothing)
-    task = _Task(scores, pad, smoothing, jnp.dtype(dtype), chunk)
+
+    def loss(readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = scores(readout, states)
+        return label_loss(logits, labels, pad=pad, smoothing=smoothing)[0]
+
+    total = total_of_chunks(loss, readout, states, labels, pad=pad, dtype=dtype, chunk=chunk)
     kind = jnp.promote_types(states.dtype, jnp.float32)
-    return _total(task, readout, states, labels), jnp.sum(
-        (labels >= 0) & (labels != pad), dtype=kind
-    )
-
-
-def sum_chunks(
-    sums: Callable[[jax.Array, jax.Array], Any],
-    states: Float[Array, "B T D"],
-    labels: Int[Array, "B T"],
-    *,
-    pad: int,
-    chunk: int = CHUNK,
-) -> Any:
-    """sums(states, labels) added up over chunks along T, each of `chunk` labels a device.
-
-    Args:
-      sums: gives a tree of totals, to which labels that are pads must not add.
-    """
-    parts = _cut(states, labels, pad=pad, rows=chunk * batch_shards() // len(labels))
-    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-
-    def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, sums(*part)), None
-
-    return jax.lax.scan(add, sums(*first), rest)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """What `states_loss` is asked for, but for its arrays."""
-
-    scores: Scores
-    pad: int
-    smoothing: float
-    dtype: jnp.dtype
-    chunk: int
-
-    def loss(self, readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = self.scores(readout, states)
-        return label_loss(logits, labels, pad=self.pad, smoothing=self.smoothing)[0]
-
-    def gradients(
-        self, readout: Readout, states: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, Readout, jax.Array]:
-        """The loss on one device, and its gradients by readout and states."""
-        rows = self.chunk // len(labels)
-        sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in readout.items()}
-
-        def add(carry, part):
-            total, sums = carry
-            value, (by_readout, by_states) = jax.value_and_grad(self.loss, (0, 1))(readout, *part)
-            sums = {name: x + by_readout[name].astype(x.dtype) for name, x in sums.items()}
-            return (total + value, sums), by_states
-
-        start = (jnp.zeros((), _wide(states.dtype)), sums)
-        (total, sums), by_states = jax.lax.scan(
-            add, start, _cut(states, labels, pad=self.pad, rows=rows)
-        )
-        by_states = jnp.moveaxis(by_states, 0, 1).reshape(len(states), -1, states.shape[-1])
-        return total, sums, by_states[:, : states.shape[1]]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
-    loss = functools.partial(task.loss, readout)
-    return sum_chunks(loss, states, labels, pad=task.pad, chunk=task.chunk)
-
-
-def _forward(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array):
-    low = {name: x.astype(task.dtype) if x.ndim > 1 else x for name, x in readout.items()}
-    if jax.sharding.get_abstract_mesh().empty:
-        total, sums, by_states = task.gradients(low, states, labels)
-    else:
-        total, sums, by_states = _over_mesh(task, low, states, labels)
-    by_readout = {name: x.astype(readout[name].dtype) for name, x in sums.items()}
-    return total, (by_readout, by_states)
-
-
-def _backward(task: _Task, gradients: tuple[Readout, jax.Array], slope: jax.Array):
-    return *jax.tree.map(lambda x: (slope * x).astype(x.dtype), gradients), None
-
-
-_total.defvjp(_forward, _backward)
-
-
-def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array):
-    """`_Task.gradients` of every device's share, with sums over all; those of matrices come out
-    split along their last axis, as the embedding lies."""
-    whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
-
-    def local(readout, states, labels):
-        total, sums, by_states = task.gradients(readout, states, labels)
-        sums = {
-            name: scatter(x) if x.ndim > 1 else jax.lax.psum(x, AXES) for name, x in sums.items()
-        }
-        return jax.lax.psum(total, AXES), sums, by_states
-
-    def scatter(x: jax.Array) -> jax.Array:
-        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim - 1, tiled=True)
-        return jax.lax.psum(x, tuple(axis for axis in AXES if axis != "fsdp"))
-
-    placed = {name: split if x.ndim > 1 else whole for name, x in readout.items()}
-    # check_vma off: sums start from constants, which it would have cast to every device's own. What
-    # it guards is tested against no mesh.
-    return jax.shard_map(
-        local, in_specs=(whole, BATCH, BATCH), out_specs=(whole, placed, BATCH), check_vma=False
-    )(readout, states, labels)
-
-
-def _cut(
-    states: Float[Array, "B T D"], labels: Int[Array, "B T"], *, pad: int, rows: int
-) -> tuple[Float[Array, "C B R D"], Int[Array, "C B R"]]:
-    """Chunks of so many slots along T, but of one at least, filled up with pads."""
-    rows = min(max(1, rows), states.shape[1])
-    more = -states.shape[1] % rows
-    states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, more)), constant_values=pad)
-    return tuple(
-        jnp.moveaxis(x.reshape(len(x), -1, rows, *x.shape[2:]), 1, 0) for x in (states, labels)
-    )
-
-
-def _wide(dtype: DTypeLike) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+    return total, jnp.sum((labels >= 0) & (labels != pad), dtype=kind)
 
 
 def contrastive_loss(

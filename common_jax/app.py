@@ -17,10 +17,10 @@ from common_jax.config import did_you_mean
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 
-# Parameters of glibc's mallopt, by their numbers in malloc.h: large buffers come from the heap
-# (M_MMAP_MAX 0), nothing is given back (M_TRIM_THRESHOLD -1), all threads share one heap
-# (M_ARENA_MAX 1).
-KEPT_MEMORY = {-4: 0, -1: -1, -8: 1}
+# Parameters of glibc's mallopt by their numbers in malloc.h, each with a value that keeps memory
+# and the usual one: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (nothing is
+# given back), M_ARENA_MAX (all threads share one heap).
+MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
 # What a user can cause; anything else is our fault and shows its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
@@ -65,11 +65,19 @@ def use_compilation_cache(folder: str | None) -> None:
 
 def keep_memory() -> None:
     """On a CPU, has glibc keep what it has from the system. A step allocates and frees its buffers
-    as a whole, and taking a gigabyte from the system anew for every step costs a fifth of it."""
+    as a whole, and taking a gigabyte from the system anew for every step costs a fifth of it.
+
+    To be called before any device is looked at: a thread stays with the heap that it starts with,
+    and the first look starts all of XLA's.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if jax.default_backend() == "cpu" and mallopt is not None:
-        for parameter, value in KEPT_MEMORY.items():
-            mallopt(parameter, value)
+    if mallopt is None:
+        return
+    for parameter, (kept, _) in MEMORY.items():
+        mallopt(parameter, kept)
+    if jax.default_backend() != "cpu":
+        for parameter, (_, usual) in MEMORY.items():
+            mallopt(parameter, usual)
 
 
 def _flags() -> flags.FlagValues:

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from jax import numpy as jnp
 
 from common_jax.loop import RunConfig
@@ -70,6 +71,19 @@ def unoptimised():
         yield
     finally:
         jax.config.update(name, before)
+
+
+@contextlib.contextmanager
+def quickly():
+    """Within it every program is compiled in a fraction of the time, and runs slower."""
+    jit = jax.jit
+
+    def quick(*arguments, compiler_options=None, **options):
+        return jit(*arguments, compiler_options=(compiler_options or {}) | QUICK, **options)
+
+    with unoptimised(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", quick)
+        yield
 
 
 def fill(init, *arguments):

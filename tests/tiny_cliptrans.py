@@ -1,15 +1,11 @@
 """Runs of CLIPTrans small enough for tests: coloured shapes, laid out as Multi30k is, and networks
 of width 16."""
 
-import contextlib
 import dataclasses
 import pathlib
 
-import jax
 import numpy as np
-import pytest
 from PIL import Image, ImageDraw
-from tiny import QUICK, unoptimised
 
 from cliptrans_jax.config import ClipConfig, Config, Recipe
 from cliptrans_jax.data.corpora import DataConfig
@@ -142,16 +138,3 @@ def tiny_pipeline(root: pathlib.Path) -> Config:
     config = tiny_config("pipeline", root)
     stages = ("clip", "caption", "translate")
     return dataclasses.replace(config, recipes=dict.fromkeys(stages, Recipe(config.optim)))
-
-
-@contextlib.contextmanager
-def quickly():
-    """Within it every program is compiled in a fraction of the time, and runs slower."""
-    jit = jax.jit
-
-    def quick(*arguments, compiler_options=None, **options):
-        return jit(*arguments, compiler_options=(compiler_options or {}) | QUICK, **options)
-
-    with unoptimised(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick)
-        yield

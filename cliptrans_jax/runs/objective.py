@@ -12,7 +12,8 @@ from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.translation import Features
-from cliptrans_jax.losses import label_loss, states_loss, sum_chunks
+from cliptrans_jax.losses import label_loss, states_loss
+from cliptrans_jax.models.chunks import CHUNK, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import checkpoint
 from common_jax.state import merge
@@ -32,7 +33,9 @@ def make_features(tower: TextTower | None) -> Features:
     return features
 
 
-def make_loss(translator: Translator, tower: TextTower | None, *, label_smoothing: float) -> Loss:
+def make_loss(
+    translator: Translator, tower: TextTower | None, *, label_smoothing: float, chunk: int = CHUNK
+) -> Loss:
     """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
     helpers is frozen, and drops nothing."""
     pad = translator.config.mbart.pad
@@ -54,6 +57,7 @@ def make_loss(translator: Translator, tower: TextTower | None, *, label_smoothin
             pad=pad,
             smoothing=label_smoothing,
             dtype=translator.dtype,
+            chunk=chunk,
         )
         return total / jnp.maximum(count, 1), {}
 

@@ -74,7 +74,12 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         init=model.init,
         rules=model.rules,
         trainable=trainable(STAGES[config.stage], config.freeze),
-        loss=make_loss(model.translator, model.tower, label_smoothing=config.label_smoothing),
+        loss=make_loss(
+            model.translator,
+            model.tower,
+            label_smoothing=config.label_smoothing,
+            chunk=config.label_chunk,
+        ),
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batch=feed.shapes(config.optim.micro_batch),

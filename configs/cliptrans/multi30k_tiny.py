@@ -18,6 +18,7 @@ from cliptrans_jax.config import Config, Recipe, choose_recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
@@ -54,7 +55,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=64),
             batching=BatchingConfig(bucket=16, half_steps=True, window=113),
+            # A step is quickest on a CPU with few logits at a time.
+            label_chunk=256,
             valid_beams=1,
+            decode=DecodeConfig(bucket=32, halvings=0),
             model=ModelConfig(
                 mbart=MBartConfig(
                     vocab=VOCAB,
@@ -70,7 +74,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 ),
                 mapper=MapperConfig(prefix=0),
             ),
-            run=RunConfig(best="val/bleu"),
+            run=RunConfig(best="val/bleu", eval_every=2, checkpoint_every=2),
         )
     )
     return choose_recipe(config, {"translate": Recipe(OPTIM, label_smoothing=0.1)})

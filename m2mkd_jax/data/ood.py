@@ -9,7 +9,8 @@ import numpy as np
 
 from common_jax.config import did_you_mean
 from m2mkd_jax.data.folders import listed, read_names
-from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, Subset, open_source
+from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, open_source
+from m2mkd_jax.data.subsets import Subset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,12 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
     """
     try:
         own = dataclasses.replace(
-            data, source=ood.source, path=ood.path, name=ood.name, test_split=ood.split
+            data,
+            source=ood.source,
+            path=ood.path,
+            name=ood.name,
+            test_split=ood.split,
+            test_per_class=0,
         )
         source = open_source(own, ood.split)
     except (FileNotFoundError, ImportError, ValueError) as error:

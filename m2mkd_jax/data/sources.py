@@ -29,6 +29,7 @@ from m2mkd_jax.data.folders import (
     progress,
 )
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
+from m2mkd_jax.data.subsets import first_of_each_class
 
 # Sources held decoded in memory, at the one size they have.
 EMBEDDED = ("digits", "digits_r")
@@ -60,6 +61,8 @@ class DataConfig:
         folder of a prepared version itself.
       in_memory: whether images stay decoded in memory, "always", "never" or "auto": where all have
         one size of at most 64 pixels a side and they take at most 256 MiB.
+      per_class, test_per_class: images of each class to train and to test on, the first in the
+        set's order; 0 for all. For what a method gains as data shrinks.
     """
 
     source: str = "digits"
@@ -75,6 +78,8 @@ class DataConfig:
     bad_share: float = 0.001
     name: str = ""
     in_memory: str = "auto"
+    per_class: int = 0
+    test_per_class: int = 0
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -104,10 +109,11 @@ class DataConfig:
                 )
         if min(self.std) <= 0:
             raise ValueError(f"config.data.std={self.std} must be positive")
-        if self.workers < 0:
-            raise ValueError(
-                f"config.data.workers={self.workers} must not be negative; 0 means none"
-            )
+        for key, zero in (("workers", "none"), ("per_class", "all"), ("test_per_class", "all")):
+            if getattr(self, key) < 0:
+                raise ValueError(
+                    f"config.data.{key}={getattr(self, key)} must not be negative; 0 means {zero}"
+                )
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"config.data.bad_share={self.bad_share} must be in [0, 1)")
 
@@ -149,7 +155,11 @@ def load_source(config: DataConfig, split: str) -> Source:
 
 def open_source(config: DataConfig, split: str) -> Source:
     """`load_source` of any number of classes; config.labels is not looked at."""
-    return hold_in_memory(SOURCES[config.source](config, split), config, split=split)
+    source = SOURCES[config.source](config, split)
+    counts = {config.test_split: config.test_per_class, config.train_split: config.per_class}
+    if count := counts.get(split, 0):
+        source = first_of_each_class(source, count)
+    return hold_in_memory(source, config, split=split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,29 +361,6 @@ def _opened(found: Found, config: DataConfig, *, side: int | None = None) -> Fol
         channels=config.channels,
         side=side,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some examples of a source, in the order of `indices` [n], with labels [n] of their own."""
-
-    source: Source
-    indices: np.ndarray
-    labels: np.ndarray
-    label_names: tuple[str, ...]
-
-    @functools.cached_property
-    def arrays(self) -> dict[str, np.ndarray] | None:
-        if self.source.arrays is None:
-            return None
-        chosen = {name: array[self.indices] for name, array in self.source.arrays.items()}
-        return chosen | {"label": self.labels}
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[int(self.indices[index])] | {"label": self.labels[index]}
 
 
 SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {

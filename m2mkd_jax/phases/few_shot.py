@@ -20,7 +20,8 @@ from common_jax.weights import Allowance, Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
-from m2mkd_jax.data.sources import Source, Subset, load_source
+from m2mkd_jax.data.sources import Source, load_source
+from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.phases.families import family, whole_student
 from m2mkd_jax.phases.networks import require_source, take_weights
 from m2mkd_jax.phases.objective import whole_forward

@@ -11,7 +11,8 @@ import sys
 import jax
 import pytest
 from etils import epath
-from tiny_cliptrans import TEST, VOCAB, quickly, tiny_config, write_corpus
+from tiny import quickly
+from tiny_cliptrans import TEST, VOCAB, tiny_config, write_corpus
 
 from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.models.cliptrans import Translator

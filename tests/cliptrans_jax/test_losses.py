@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss, sum_chunks
+from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss
+from cliptrans_jax.models.chunks import sum_chunks
 from common_jax.mesh import MeshConfig, make_mesh
 
 PAD = 1

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import fill
-from tiny_cliptrans import quickly, tiny_config
+from tiny import fill, quickly
+from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.decode import DecodeConfig, Search
 from cliptrans_jax.encoders import TEXT_RULES

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import traverse_util
+from tiny import quickly
 from tiny_cliptrans import (
     OPTIM,
     TEST,
-    quickly,
     read_split,
     tiny_config,
     tiny_pipeline,

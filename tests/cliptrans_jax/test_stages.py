@@ -369,6 +369,8 @@ def test_the_order_of_another_seed_is_another():
         ({"all_languages": True}, r"config\.all_languages=True .* not 'translate'"),
         ({"languages": ("en", "fr")}, r"config\.languages=\('en', 'fr'\) must hold the pair"),
         ({"stage": "caption", "unfreeze_clip": True}, r"config\.unfreeze_clip=True"),
+        ({"label_chunk": 0}, r"config\.label_chunk=0 must be at least 1"),
+        ({"valid_beams": -1}, r"config\.valid_beams=-1 must not be negative"),
         ({"valid_decode": False}, r"config\.run\.best='val/bleu' .*val/token_accuracy"),
         ({"freeze": "decoder"}, r"config\.freeze='decoder'"),
         ({"test_side": "picture"}, r"config\.test_side='picture'"),

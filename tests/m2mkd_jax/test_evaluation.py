@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
-from tiny import tiny_config
+from tiny import quickly, tiny_config
 
 from common_jax.checkpoint import finished_steps
 from common_jax.mesh import MeshConfig, make_mesh
@@ -24,6 +24,12 @@ from m2mkd_jax.phases.training import config_feed, train_phase
 
 # 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with quickly():
+        yield
 
 
 def config_of(noise, **changes):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from tiny import AUGMENT, OPTIM, SIZES, fill, unoptimised
+from tiny import AUGMENT, OPTIM, SIZES, fill, quickly
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -75,8 +75,8 @@ def one_device():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    with unoptimised():
+def compiled_quickly():
+    with quickly():
         yield
 
 

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_pipeline
+from tiny import quickly, tiny_config, tiny_pipeline
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -27,6 +27,12 @@ RUNS = [
     "student_1",
     "student_2",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    with quickly():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from common_jax.inputs import BadExample, eval_batches, train_batches
 from m2mkd_jax.data import transforms
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.randaugment import OPERATIONS, level_argument, randaugment
-from m2mkd_jax.data.sources import DataConfig, Subset, load_source
+from m2mkd_jax.data.sources import DataConfig, load_source
+from m2mkd_jax.data.subsets import Subset
 
 CLASSES = ("cat", "dog", "owl")
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -308,6 +309,21 @@ def test_small_images_are_not_resized(tmp_path):
         with pytest.raises(ValueError, match=r"config\.data\.image_size=24"):
             transform = transforms.train_transform(wrong, augment)
             next(train_batches(source, transform=transform, seed=0, batch=1))
+
+
+def test_a_few_of_each_class():
+    whole = load_source(DataConfig(), "train")
+    few = load_source(DataConfig(per_class=7, test_per_class=3), "train")
+    assert np.bincount(few.labels).tolist() == [7] * 10
+    assert few.arrays["image"].shape == (70, 8, 8, 1)
+    for label in range(10):
+        wanted = whole.arrays["image"][np.flatnonzero(whole.labels == label)[:7]]
+        np.testing.assert_array_equal(few.arrays["image"][few.labels == label], wanted)
+    assert len(load_source(DataConfig(per_class=7, test_per_class=3), "test")) == 30
+    with pytest.raises(ValueError, match=r"per_class=145 asks for more .*8 has 14\d"):
+        load_source(DataConfig(per_class=145), "train")
+    with pytest.raises(ValueError, match=r"config\.data\.test_per_class=-1 .* 0 means all"):
+        DataConfig(test_per_class=-1)
 
 
 def test_digits_need_the_host_only_for_randaugment():
