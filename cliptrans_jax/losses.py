@@ -1,17 +1,12 @@
 """What is minimised: the label loss of translation, and the contrastive loss of a CLIP."""
 
-from collections.abc import Callable
-
 import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from cliptrans_jax.models.chunks import CHUNK, Readout, total_of_chunks
+from cliptrans_jax.models.chunks import CHUNK, Readout, Scores, total_of_chunks
 from common_jax.mesh import batch_shards
-
-# scores(readout, states) -> logits (B, T, V) of states (B, T, D)
-Scores = Callable[[Readout, jax.Array], jax.Array]
 
 
 def label_loss(

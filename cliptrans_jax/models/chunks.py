@@ -18,6 +18,8 @@ from common_jax.mesh import AXES, BATCH, batch_shards
 CHUNK = 1024
 
 Readout = Mapping[str, jax.Array]
+# scores(readout, states) -> logits (B, T, V) of states (B, T, D)
+Scores = Callable[[Readout, jax.Array], jax.Array]
 # loss(readout, states, labels) -> a sum over the labels, to which pads add nothing
 Loss = Callable[[Readout, jax.Array, jax.Array], jax.Array]
 

@@ -8,8 +8,8 @@ are cropped and mirrored, nothing else. `config.data.per_class` is what a smalle
 500 images a class are a tenth of it. Every phase's length is in updates, so that runs on fewer
 images are as long.
 
-Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end) and
-  `module` ("all", or stage numbers such as 2 or 0+3).
+Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end,
+  few_shot) and `module` ("all", or stage numbers such as 2 or 0+3).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import ml_collections
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig
-from m2mkd_jax.config import Config, Recipe, choose_recipe
+from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models.moe import MoeConfig
@@ -51,6 +51,8 @@ RECIPES = {
     "distill": recipe(5),
     "end_to_end": recipe(10),
 }
+# By itself, not in the pipeline.
+FEW_SHOT = Recipe(dataclasses.replace(OPTIM, batch=20, epochs=60, warmup_steps=5), AUGMENT)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -74,7 +76,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             model=VMoEConfig(
                 patch=4, width=96, heads=3, depths=(1, 1, 1, 1), moe=MoeConfig(experts=4, chosen=2)
             ),
+            few_shot=FewShotConfig(ways=4, shots=5, test_shots=15),
             run=RunConfig(log_every=39, eval_every=5, checkpoint_every=5),
         )
     )
-    return choose_recipe(config, RECIPES)
+    recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}
+    return choose_recipe(config, recipes)
