@@ -14,7 +14,6 @@ setup(
         "emoji>=2.14",
         "etils[epath]>=1.9",
         "flax>=0.12.8",
-        "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",

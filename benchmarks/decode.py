@@ -28,6 +28,7 @@ from flax import traverse_util
 
 from cliptrans_jax import names
 from cliptrans_jax.convert import ALIASES, mbart_table
+from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
@@ -120,11 +121,6 @@ def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
     return batches
 
 
-def padded_length(batch: Batch, config: DecodeConfig) -> int:
-    """The bucket, or twice, four times as many tokens and so on."""
-    return config.bucket * 2 ** math.ceil(math.log2(max(1, batch.shape[1] / config.bucket)))
-
-
 def compile_ours(
     translator: Translator, params: Params, config: DecodeConfig, batches: Sequence[Batch]
 ) -> tuple[Translate, dict[tuple[int, ...], float]]:
@@ -134,7 +130,7 @@ def compile_ours(
     params, programs, seconds = jax.device_put(params), {}, {}
 
     def arguments(batch: Batch) -> tuple:
-        room = padded_length(batch, config) - batch.shape[1]
+        room = BatchingConfig(config.bucket).padded(batch.shape[1]) - batch.shape[1]
         pad = translator.config.mbart.pad
         source = np.pad(batch, ((0, 0), (0, room)), constant_values=pad)
         return params, None, source, np.full(len(batch), LANGUAGE, np.int32)
@@ -321,7 +317,9 @@ def main() -> None:
         lines += [f"  batch {number}, {line}" for line in found]
         written += mine.lengths[:, 0].tolist()
         steps = work(mine, config)
-        counts.append(products(sizes, config, steps, padded_length(batch, config)))
+        counts.append(
+            products(sizes, config, steps, BatchingConfig(config.bucket).padded(batch.shape[1]))
+        )
         print(
             f"batch {number}: {len(batch)} sources of up to {batch.shape[1]} tokens, {len(steps)} "
             f"steps of {steps[:, 0].mean():.0f} examples on average"

@@ -119,7 +119,7 @@ def _parse(
         filename = config_flags.get_config_filename(values["config"])
         raise FileNotFoundError(f"--config={filename} is no config file that can be read")
     for override in overrides:
-        _check_path(config, override)
+        check_field(config, override.removeprefix("--config.").partition("=")[0])
     cleared = [override for override in overrides if override.endswith("=None")]
     fresh = _flags()
     _read(fresh, [arg for arg in argv if arg not in cleared])
@@ -147,9 +147,8 @@ def _read(values: flags.FlagValues, argv: list[str]) -> list[str]:
         sys.argv = process
 
 
-def _check_path(config: ml_collections.ConfigDict, override: str) -> None:
-    """Raises ValueError unless `--config.a.b=value` names a field that is there."""
-    path = override.removeprefix("--config.").partition("=")[0]
+def check_field(config: ml_collections.ConfigDict, path: str) -> None:
+    """Raises ValueError unless the path of a flag, `a.b` of `--config.a.b=value`, is of a field."""
     section, name = config, "config"
     for key in path.split("."):
         if not isinstance(section, ml_collections.ConfigDict) or key not in section:

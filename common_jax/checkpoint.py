@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from common_jax.mesh import Rules, match_rules, replicated
+from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import TrainState, merge
 
 FOLDER = "checkpoints"
@@ -206,11 +206,7 @@ def load(
         shardings = jax.tree.map(lambda _: replicated(mesh), wanted)
     else:
         shardings = match_rules(rules, wanted, mesh)
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        wanted,
-        shardings,
-    )
+    wanted = with_shardings(wanted, shardings)
     restored = read(step, wanted)
     kept = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
     if averaged := _common(wanted, kept):

@@ -217,6 +217,15 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     return result
 
 
+def claim(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Keeps `config` in a workdir of several runs; raises as `refuse_other_config`."""
+    refuse_other_config(workdir, config)
+    if jax.process_index() == 0:
+        workdir = epath.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", config)
+
+
 def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Raises ValueError when `workdir` holds a run of another config, with the fields that
     differ."""
@@ -263,11 +272,7 @@ def _abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
         ),
         ema=None if state.ema is None else trained,
     )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        placed,
-    )
+    return meshes.with_shardings(state, placed)
 
 
 # Drawing parameters happens once and is three times quicker to compile without optimisation.

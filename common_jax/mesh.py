@@ -141,6 +141,15 @@ def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
     return traverse_util.unflatten_dict(shardings, sep="/")
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of arrays as ShapeDtypeStructs that say where each is to lie."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def idle_rules(rules: Rules, *trees: Any) -> list[str]:
     """The regexes of `rules` that are the first to match no parameter of any of the `trees`."""
     paths = [path for tree in trees for path in traverse_util.flatten_dict(tree, sep="/")]

@@ -15,7 +15,9 @@ what is assumed, and which --config.x=y corrects, such as --config.teacher.depth
 import argparse
 import ast
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
 import runpy
 import sys
@@ -31,8 +33,8 @@ from etils import epath
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import pretrained as cliptrans
 from common_jax import checkpoint
-from common_jax.app import USER_ERRORS
-from common_jax.config import did_you_mean, freeze, unfreeze
+from common_jax.app import USER_ERRORS, check_field
+from common_jax.config import freeze, unfreeze
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
 from m2mkd_jax import config as m2mkd_config
@@ -167,22 +169,16 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
         file, _, arguments = command.config.partition(":")
         if not pathlib.Path(file).is_file():
             raise FileNotFoundError(f"--config={file} is no config file that can be read")
-        config = runpy.run_path(file)["get_config"](arguments or None).to_dict()
+        config = runpy.run_path(file)["get_config"](arguments or None)
     else:
-        config = unfreeze(cls() if inferred is None else inferred).to_dict()
+        config = unfreeze(cls() if inferred is None else inferred)
+    plain = config.to_dict()
     for path, text in command.settings.items():
+        check_field(config, path)
         *sections, key = path.split(".")
-        section, name = config, "config"
-        for one in (*sections, key):
-            if not isinstance(section, dict) or one not in section:
-                known = sorted(section) if isinstance(section, dict) else []
-                raise ValueError(
-                    f"--config.{path}: {name} has no field {one!r}{did_you_mean(one, known)}; it "
-                    f"takes {known}"
-                )
-            section, parent, name = section[one], section, f"{name}.{one}"
-        parent[key] = text if isinstance(section, str) else _value(text)
-    return freeze(cls, config)
+        section = functools.reduce(operator.getitem, sections, plain)
+        section[key] = text if isinstance(section[key], str) else _value(text)
+    return freeze(cls, plain)
 
 
 def _take_m2mkd(command: Command) -> Converted:

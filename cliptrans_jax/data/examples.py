@@ -58,10 +58,12 @@ class Examples:
         """The languages that the encoder reads."""
         return sorted({source for source, _ in self.languages})
 
-    def clip_tokens(self, tokens: Mapping[str, Tokens]) -> Tokens:
-        """What the text tower reads for each example, of its tokens by language and row."""
+    def of_source(
+        self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]
+    ) -> list[np.ndarray]:
+        """For each example what its source sentence has, of arrays by language and row."""
         pairs = zip(self.languages, self.rows, strict=True)
-        return [tokens[source][row] for (source, _), row in pairs]
+        return [by_language[source][row] for (source, _), row in pairs]
 
     def features(
         self,
@@ -72,9 +74,7 @@ class Examples:
         if self.side is Side.IMAGE:
             assert images is not None
             return images[self.rows]
-        return np.stack(
-            [texts[pair[0]][row] for pair, row in zip(self.languages, self.rows, strict=True)]
-        )
+        return np.stack(self.of_source(texts))
 
 
 def choose_examples(

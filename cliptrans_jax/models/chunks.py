@@ -61,12 +61,7 @@ def sum_chunks(
       sums: gives a tree of totals, to which labels that are pads must not add.
     """
     parts = _cut(states, labels, pad=pad, rows=chunk * batch_shards() // len(labels))
-    first, rest = jax.tree.map(lambda x: x[0], parts), jax.tree.map(lambda x: x[1:], parts)
-
-    def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, sums(*part)), None
-
-    return jax.lax.scan(add, sums(*first), rest)[0]
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(lambda part: sums(*part), parts))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cliptrans_jax.runs.translation import Model, best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.loop import refuse_other_config, write_json
-from common_jax.mesh import match_rules
+from common_jax.mesh import match_rules, with_shardings
 
 
 def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -41,11 +41,7 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
     else:
-        wanted = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            shapes,
-            shardings,
-        )
+        wanted = with_shardings(shapes, shardings)
         params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
     test = material.load(config.data.test_split, train=False)
     if jax.process_index() == 0:

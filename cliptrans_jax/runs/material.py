@@ -216,7 +216,7 @@ class Material:
                 language: tower.tokenizer.encode(corpus.texts[language], None)
                 for language in examples.read
             }
-            return Inputs(examples, None, examples.clip_tokens(tokens), *framed, tower.longest)
+            return Inputs(examples, None, examples.of_source(tokens), *framed, tower.longest)
         folder = epath.Path(config.features) if config.features else self.workdir / "features"
         place = {"folder": folder, "mesh": self.mesh}
         images, texts = None, {}

@@ -22,13 +22,16 @@ from common_jax.weights import Allowance, Origin, WarmStart, take
 
 
 def make_features(tower: TextTower | None) -> Features:
-    """features(params, batch): those of the batch, or what the text tower under "clip" gives."""
+    """features(params, batch): those of the batch, or what the text tower under "clip" gives; with
+    a key as third argument that drops out, as in training."""
 
-    def features(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array | None:
+    def features(
+        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
+    ) -> jax.Array | None:
         if "clip_tokens" not in batch:
             return batch.get("features")
         assert tower is not None
-        return tower.apply(params["clip"], batch["clip_tokens"])
+        return tower.apply(params["clip"], batch["clip_tokens"], dropout=dropout)
 
     return features
 
@@ -38,17 +41,14 @@ def make_loss(
 ) -> Loss:
     """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
     helpers is frozen, and drops nothing."""
-    pad = translator.config.mbart.pad
+    pad, features = translator.config.mbart.pad, make_features(tower)
 
     def loss(params, helpers, batch, rngs, step):
-        dropout, features = rngs["dropout"], batch.get("features")
-        if "clip_tokens" in batch:
-            trains = "clip" in params
-            key = jax.random.fold_in(dropout, 3) if trains else None
-            held = params["clip"] if trains else helpers["clip"]
-            features = tower.apply(held, batch["clip_tokens"], dropout=key)
+        dropout = rngs["dropout"]
+        key = jax.random.fold_in(dropout, 3) if "clip" in params else None
+        found = features({**helpers, **params}, batch, key)
         source, labels = batch["source"], batch["labels"]
-        states = translator.label_states(params, features, source, labels, dropout=dropout)
+        states = translator.label_states(params, found, source, labels, dropout=dropout)
         total, count = states_loss(
             translator.scores,
             translator.readout(params),

@@ -31,7 +31,7 @@ from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
-from common_jax.mesh import Rules, match_rules
+from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
 
@@ -155,12 +155,7 @@ class Model:
         if self.tower is None or self.config.unfreeze_clip:
             return {}
         params = {"clip": self.tower.params}
-        wanted = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, jax.numpy.float32, sharding=where),
-            params,
-            match_rules(self.rules, params, mesh),
-        )
-        return place(params, wanted)
+        return place(params, with_shardings(params, match_rules(self.rules, params, mesh)))
 
     def translate(self, material: Material, *, beams: int = 0) -> Translate:
         """The search of the config, with another number of beams if one is given. It is compiled

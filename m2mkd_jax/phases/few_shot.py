@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from scipy import special
 
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config, write_json
+from common_jax.loop import claim, write_json
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin
 from m2mkd_jax.config import Config
@@ -48,18 +48,14 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     few_shot, train = config.few_shot, _trainer(config, mesh)
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)
-    workdir, asked = epath.Path(workdir), unfreeze(config).to_dict()
-    refuse_other_config(workdir, asked)
-    first = jax.process_index() == 0
-    if first:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", asked)
+    workdir = epath.Path(workdir)
+    claim(workdir, unfreeze(config).to_dict())
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")
         for number in range(few_shot.episodes)
     ]
     result = summary(results)
-    if first:
+    if jax.process_index() == 0:
         write_json(workdir / "result.json", result)
     return result
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.mesh import Rules, match_rules
+from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
 from m2mkd_jax.convert import locate
@@ -44,12 +44,7 @@ def wanted(
     """Shapes and shardings of a network's parameters under `role`, of all stages or those in
     `only`."""
     params = jax.eval_shape(lambda key: {role: network.init(key, only=only)}, jax.random.key(0))
-    shardings = match_rules(rules, params, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        shardings,
-    )
+    return with_shardings(params, match_rules(rules, params, mesh))
 
 
 def take_weights(

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config, write_json
+from common_jax.loop import claim
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 
@@ -60,11 +59,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
-    asked = unfreeze(config).to_dict()
-    refuse_other_config(workdir, asked)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", asked)
+    claim(workdir, unfreeze(config).to_dict())
     results = {}
     for folder, run_config in plan(config, workdir):
         done = workdir / folder / "result.json"

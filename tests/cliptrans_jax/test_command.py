@@ -11,7 +11,6 @@ import sys
 import jax
 import pytest
 from etils import epath
-from tiny import quickly
 from tiny_cliptrans import TEST, VOCAB, tiny_config, write_corpus
 
 from cliptrans_jax.main import DESCRIPTION, main
@@ -38,10 +37,7 @@ def get_config(arg=None):
 NO_PREFIX = "--config.model.mapper.prefix=0"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import fill, quickly
+from tiny import fill
 from tiny_cliptrans import tiny_config
 
 from cliptrans_jax.decode import DecodeConfig, Search
@@ -43,10 +43,7 @@ LABELS = np.array([[31, 11, 12, 13, 14, 15, EOS]] * BATCH, np.int32)
 CLIP = np.array([np.random.default_rng(1).normal(size=FEATURES)] * BATCH, np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def translator(count, *, kind="mlp", rule=None, dtype=jnp.float32, **sizes):

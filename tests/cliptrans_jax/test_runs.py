@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import traverse_util
-from tiny import quickly
 from tiny_cliptrans import (
     OPTIM,
     TEST,
@@ -45,10 +44,7 @@ def split_mesh():
     return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
-from tiny import quickly, tiny_config
+from tiny import tiny_config
 
 from common_jax.checkpoint import finished_steps
 from common_jax.mesh import MeshConfig, make_mesh
@@ -26,10 +26,7 @@ from m2mkd_jax.phases.training import config_feed, train_phase
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def config_of(noise, **changes):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from tiny import AUGMENT, OPTIM, SIZES, fill, quickly
+from tiny import AUGMENT, OPTIM, SIZES, fill
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -74,10 +74,7 @@ def one_device():
     return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import quickly, tiny_config, tiny_pipeline
+from tiny import tiny_config, tiny_pipeline
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -29,10 +29,7 @@ RUNS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

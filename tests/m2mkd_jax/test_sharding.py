@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny import MOE, OPTIM, quickly, tiny_config
+from tiny import MOE, OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
@@ -26,10 +26,7 @@ DISPATCH = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    with quickly():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def split_mesh():
