@@ -38,7 +38,7 @@ def total_of_chunks(
 
     A chunk's gradients are taken while its logits are there, so that these are computed once, as
     without chunks. What the devices know of the readout's gradient is summed over them once, behind
-    the last chunk.
+    the last chunk. Pads cost nothing: a device has as many chunks as its other labels fill.
 
     Args:
       dtype: what matrices of the readout are brought to the devices in. Their gradient is summed in
@@ -76,22 +76,33 @@ class _Task:
     def gradients(
         self, readout: Readout, states: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, Readout, jax.Array]:
-        """The loss on one device, and its gradients by readout and states."""
-        rows = self.chunk // len(labels)
-        sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in readout.items()}
+        """The loss on one device, and its gradients by readout and states.
 
-        def add(carry, part):
-            total, sums = carry
-            value, (by_readout, by_states) = jax.value_and_grad(self.loss, (0, 1))(readout, *part)
+        Labels come in an order with the pads behind, and chunks of nothing but pads are not
+        computed.
+        """
+        rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
+        chunk = min(self.chunk, len(flat))
+        order = jnp.argsort(flat == self.pad, stable=True)
+        # The last chunk is filled up with places behind the rows: read as zeros, never written.
+        order = jnp.pad(order, (0, -len(flat) % chunk), constant_values=len(flat))
+
+        def add(number, carry):
+            total, sums, by_rows = carry
+            places = jax.lax.dynamic_slice(order, (number * chunk,), (chunk,))
+            part = rows.at[places].get(mode="fill", fill_value=0)
+            part_labels = flat.at[places].get(mode="fill", fill_value=self.pad)
+            value, (by_readout, by_part) = jax.value_and_grad(self.loss, (0, 1))(
+                readout, part[None], part_labels[None]
+            )
             sums = {name: x + by_readout[name].astype(x.dtype) for name, x in sums.items()}
-            return (total + value, sums), by_states
+            return total + value, sums, by_rows.at[places].set(by_part[0], mode="drop")
 
-        start = (jnp.zeros((), _wide(states.dtype)), sums)
-        (total, sums), by_states = jax.lax.scan(
-            add, start, _cut(states, labels, pad=self.pad, rows=rows)
-        )
-        by_states = jnp.moveaxis(by_states, 0, 1).reshape(len(states), -1, states.shape[-1])
-        return total, sums, by_states[:, : states.shape[1]]
+        sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in readout.items()}
+        start = jnp.zeros((), _wide(states.dtype)), sums, jnp.zeros_like(rows)
+        chunks = (jnp.sum(flat != self.pad) + chunk - 1) // chunk
+        total, sums, by_rows = jax.lax.fori_loop(0, chunks, add, start)
+        return total, sums, by_rows.reshape(states.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

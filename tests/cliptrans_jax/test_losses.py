@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss
-from cliptrans_jax.models.chunks import sum_chunks
+from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
 from common_jax.mesh import MeshConfig, make_mesh
 
 PAD = 1
@@ -71,6 +71,30 @@ def test_chunks_lose_nothing(chunk):
     found, wanted = in_chunks(chunk)(*case), in_chunks(56)(*case)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
     assert np.abs(wanted[1][0]["bias"]).min() > 0
+
+
+@pytest.mark.parametrize("real", [0, 1, 16, 17, 56])
+def test_chunks_of_pads_are_not_computed(real):
+    readout, states, labels = readout_case()
+    order = np.random.default_rng(3).permutation(labels.size)
+    labels = jnp.full(labels.size, PAD).at[order[:real]].set(5).reshape(labels.shape)
+    seen = []
+
+    def loss(readout, states, labels):
+        jax.debug.callback(lambda x: seen.append(int(x)), jnp.sum(labels != PAD))
+        logits = Scale(1.0).scores(readout, states)
+        return label_loss(logits, labels, pad=PAD, smoothing=0.1)[0]
+
+    def in_chunks(readout, states):
+        options = {"pad": PAD, "dtype": "float32", "chunk": 16}
+        return total_of_chunks(loss, readout, states, labels, **options)
+
+    found = jax.jit(jax.value_and_grad(in_chunks, (0, 1)))(readout, states)
+    jax.effects_barrier()
+    computed = list(seen)
+    assert (len(computed), sum(computed)) == (-(-real // 16), real)
+    wanted = jax.value_and_grad(loss, (0, 1))(readout, states, labels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
