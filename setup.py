@@ -14,6 +14,7 @@ setup(
         "emoji>=2.14",
         "etils[epath]>=1.9",
         "flax>=0.12.8",
+        "grain>=0.2.18",
         "huggingface_hub>=1.0",
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "test": [
             "beartype>=0.23",
+            "psutil>=5.9",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

@@ -56,11 +56,11 @@ def parse_sizes() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", help="SPLIT/CLASS/*.jpg; made if it is not given")
-    parser.add_argument("--images", type=int, default=256, help="images a turn")
+    parser.add_argument("--images", type=int, default=1024, help="images a turn")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--small", type=int, default=50_000, help="32-pixel images in memory")
     return parser.parse_args()
 
@@ -260,7 +260,7 @@ def measure(sizes: argparse.Namespace, folder: pathlib.Path) -> None:
     with concurrent.futures.ProcessPoolExecutor(sizes.workers, spawn) as pool:
         shared = (paths, sizes.side)
         cases: dict[str, Callable[[], float]] = {
-            "ours": lambda: ours(many, sizes.batch, sizes.images, ahead=AHEAD),
+            "ours": lambda: ours(many, sizes.batch, sizes.images, ahead=2 * AHEAD + 1),
             "PIL": lambda: in_processes(pool, loop_plain, *shared),
             "ours, one thread": lambda: ours(alone, sizes.batch, sizes.images, ahead=0),
             "PIL, one thread": lambda: in_thread(loop_plain, *shared, count=len(paths)),

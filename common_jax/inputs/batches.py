@@ -1,9 +1,9 @@
 """Batches to train and to evaluate on."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,10 +23,12 @@ from common_jax.inputs.order import (
     host_rows,
     steps_per_epoch,
 )
-from common_jax.inputs.workers import Outcome, reading
+from common_jax.inputs.workers import Outcome, read_in_order
 
 TrainTransform = Callable[[Example, np.random.Generator], Example]
 EvalTransform = Callable[[Example], Example]
+
+ENDLESS = 2**50  # examples: more than are ever read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +134,15 @@ def _read_train_batches(
 ) -> Iterator[Batch]:
     first = reader.rows.start
     count = reader.rows.stop - first
-    stream = reading(
-        reader, start=start_step * count, stop=sys.maxsize, most=count, workers=workers
-    )
-    try:
+    positions = range(start_step * count, ENDLESS)
+    stream = read_in_order(reader, positions, batch=count, workers=workers)
+    with contextlib.closing(stream):
         for step in itertools.count(start_step):
-            examples = stream.take(count)
+            examples = list(itertools.islice(stream, count))
             for row, example in enumerate(examples):
                 if isinstance(example, BadExample):
                     examples[row] = _next_good(reader, step, first + row, example, bad)
             yield _stack(examples)
-    finally:
-        stream.close()
 
 
 def _next_good(
@@ -243,11 +242,11 @@ def _read_eval_batches(
     batches = list(_eval_places(len(source), batch, rows))
     order = np.concatenate(batches)
     reader = _EvalReader(source, transform, order)
-    stream = reading(reader, start=0, stop=len(order), most=count, workers=workers)
+    stream = read_in_order(reader, range(len(order)), batch=count, workers=workers)
     blank = None
-    try:
+    with contextlib.closing(stream):
         for places in batches:
-            examples = stream.take(len(places))
+            examples = list(itertools.islice(stream, len(places)))
             for index, example in zip(places, examples, strict=True):
                 if isinstance(example, BadExample):
                     bad.add(int(index), example)
@@ -258,8 +257,6 @@ def _read_eval_batches(
             filled = [blank if isinstance(example, BadExample) else example for example in examples]
             filled += [blank] * (count - len(filled))
             yield _stack(filled) | {"_mask": np.asarray(real, np.float32)}
-    finally:
-        stream.close()
 
 
 def _blank(reader: _EvalReader, bad: BadExamples) -> Example:

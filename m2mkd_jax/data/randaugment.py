@@ -122,6 +122,8 @@ OPERATIONS: dict[str, Callable[..., Image.Image]] = {
     "TranslateYRel": translate_y,
 }
 
+NAMES = tuple(OPERATIONS)
+
 # (magnitude / 10, negative) -> argument; operations without one take None.
 ARGUMENTS: dict[str, Callable[[float, bool], Argument]] = {
     "AutoContrast": lambda share, negative: None,
@@ -168,11 +170,12 @@ def randaugment(
     The magnitude of each is Normal(magnitude, magnitude_std), clipped to [0, 10]; its sign is
     negative half the time. (timm's RandAugment, auto_augment.py.)
     """
-    names = list(OPERATIONS)
-    for choice in rng.integers(len(names), size=operations):
-        if rng.uniform() >= probability:
+    # Two calls for all draws: each takes microseconds.
+    draws, levels = rng.random((operations, 3)).tolist(), rng.standard_normal(operations).tolist()
+    for (choice, applied, sign), level in zip(draws, levels, strict=True):
+        if applied >= probability:
             continue
-        level = float(np.clip(rng.normal(magnitude, magnitude_std), 0.0, LARGEST))
-        argument = level_argument(names[choice], level, bool(rng.uniform() < 0.5))
-        image = OPERATIONS[names[choice]](image, argument)
+        name = NAMES[int(choice * len(NAMES))]
+        level = min(max(magnitude + magnitude_std * level, 0.0), LARGEST)
+        image = OPERATIONS[name](image, level_argument(name, level, sign < 0.5))
     return image

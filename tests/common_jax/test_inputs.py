@@ -7,12 +7,17 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
+import traceback
 
 import numpy as np
+import psutil
 import pytest
 
 from common_jax import inputs
-from common_jax.inputs import BadExample, workers
+from common_jax.inputs import BadExample
 
 SIZE, BATCH = 30, 8  # 3 whole batches an epoch, 6 examples left over
 
@@ -210,7 +215,9 @@ def test_evaluation_pads_the_last_batch_on_every_host(kind, hosts):
     source = kind(size=17)
     shares = [
         list(
-            inputs.eval_batches(source, transform=None, batch=8, shard=(host, hosts), workers=host)
+            inputs.eval_batches(
+                source, transform=None, batch=8, shard=(host, hosts), workers=host % 2
+            )
         )
         for host in range(hosts)
     ]
@@ -250,7 +257,7 @@ class Rows(OnDisk):
     def __getitem__(self, index):
         small = super().__getitem__(index)
         row = np.random.default_rng(index).normal(size=(5, 7))
-        return small | {"row": row.T, "bytes": row.view(np.uint8)[::2], "process": os.getpid()}
+        return small | {"row": row.T, "bytes": row.view(np.uint8)[::2], "process": np.int64(os.getpid())}
 
 
 class Failing(OnDisk):
@@ -260,21 +267,15 @@ class Failing(OnDisk):
         return super().__getitem__(index)
 
 
-@pytest.fixture
-def nurseries(monkeypatch):
-    """The processes that were started for reading."""
-    started = []
-
-    class Popen(subprocess.Popen):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            started.append(self)
-
-    monkeypatch.setattr(workers.subprocess, "Popen", Popen)
-    return started
+def alive(pids):
+    return {pid for pid in pids if psutil.pid_exists(pid)}
 
 
-def test_the_number_of_processes_changes_no_bit(nurseries):
+def notes(caught):
+    return "".join(caught.value.__notes__)
+
+
+def test_the_number_of_processes_changes_no_bit():
     settings = {"transform": add_noise, "repeats": 3, "bad_share": 0.5}
     runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 1, 3)]
     processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
@@ -282,32 +283,46 @@ def test_the_number_of_processes_changes_no_bit(nurseries):
     assert_same(runs[0], runs[2])
     assert processes[0] == {os.getpid()}  # which also reads what stands in for a bad example
     assert [len(pids - processes[0]) for pids in processes] == [0, 1, 3]
-    assert all(nursery.poll() == 0 for nursery in nurseries) and len(nurseries) == 2
+    gc.collect()
+    assert alive(set.union(*processes)) == {os.getpid()}
 
 
-def test_what_a_worker_raises_is_raised_here_and_leaves_none(nurseries):
+def test_what_a_worker_raises_is_raised_here():
     with pytest.raises(KeyError, match="eleven") as caught:
         take(train(Failing(), workers=2), 9)
-    assert "in __getitem__" in "".join(caught.value.__notes__)
+    assert "in __getitem__" in "".join(traceback.format_exception(caught.value))
+    assert "Read in config.data.workers=2 processes" in notes(caught)
     with pytest.raises(KeyError, match="eleven"):
         take(train(Failing()), 9)
-    (nursery,) = nurseries
-    caught = None  # its traceback holds the frames that read
-    gc.collect()
-    assert nursery.wait(10) == 0
 
 
-def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait(nurseries):
+def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait():
     batches = train(Rows(), workers=2)
-    os.kill(int(next(batches)["process"][-1]), signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"ended unexpectedly.*lower config\.data\.workers"):
-        take(batches, 9)
-    assert nurseries[0].poll() is not None
+    pids = set(next(batches)["process"].tolist())
+    os.kill(min(pids), signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="terminated unexpectedly") as caught:
+        take(batches, 99)
+    assert "lower config.data.workers" in notes(caught)
+    assert not alive(pids)
+
+
+def test_workers_end_with_the_process_that_they_read_for():
+    parent = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE)
+    pids = json.loads(parent.stdout.readline())
+    assert len(alive(pids)) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pids)
 
 
 def test_what_cannot_be_sent_to_workers_says_how_to_do_without():
-    with pytest.raises(ValueError, match=r"cannot be sent to worker.*config\.data\.workers=0"):
-        next(train(OnDisk(), workers=2, transform=lambda example, rng: example))
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="pickle") as caught:
+        next(train(OnDisk(), workers=2, transform=lambda example, rng: lock))
+    assert "set config.data.workers=0" in notes(caught)
 
 
 def test_examples_that_do_not_fit_their_slot_come_all_the_same():
@@ -339,3 +354,9 @@ def test_copies_of_an_example_follow_each_other_with_draws_of_their_own(kind):
         assert len(np.unique(noise)) == 48
         alone = take(train(kind(), transform=transform), 1)[0]
         assert alone["noise"][0, 0] == batches[0]["noise"][0, 0]  # the first copy is as ever
+
+
+if __name__ == "__main__":  # reads until it is killed
+    stream = train(Rows(), workers=2)
+    print(json.dumps(sorted(set(next(stream)["process"].tolist()))), flush=True)
+    time.sleep(99)
