@@ -105,7 +105,7 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
         total, count = label_loss(logits, labels, pad=config.pad)
         return total / count, (states, logits)
 
-    (loss, (states, logits)), gradient = jax.value_and_grad(forward, has_aux=True)(params)
+    (loss, (states, logits)), gradient = jax.jit(jax.value_and_grad(forward, has_aux=True))(params)
     yield "states", states, arrays["outputs/encoder_last_hidden_state"], *tolerance
     yield "logits", logits, arrays["outputs/logits"], *tolerance
     yield "loss", loss, arrays["outputs/loss"], *tolerance
@@ -153,7 +153,7 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
         total_few, count_few = label_loss(few, labels, pad=config.mbart.pad)
         return total_few / count_few, (total / count, logits)
 
-    (loss, (full, logits)), gradient = jax.value_and_grad(forward, has_aux=True)(params)
+    (loss, (full, logits)), gradient = jax.jit(jax.value_and_grad(forward, has_aux=True))(params)
     yield "logits", logits, arrays["outputs/logits"], *tolerance
     yield "loss", loss, arrays["outputs/loss"], *tolerance
     yield "loss over all slots", full, arrays["outputs/loss"], *tolerance

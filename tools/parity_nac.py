@@ -340,10 +340,10 @@ def run_network(case: Case) -> Iterator[Comparison]:
 
     with nn.intercept_methods(split_ffn):
         if case.config["has_grads"]:
-            differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+            differentiate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
             (_, (logits, recorded)), (by_params, by_images) = differentiate(params, images)
         else:
-            _, (logits, recorded) = loss(params, images)
+            _, (logits, recorded) = jax.jit(loss)(params, images)
     last = f"stage_{len(network) - 1}"
     results = {
         "tokens": recorded["stage_0"]["intermediates"]["tokens"][0],

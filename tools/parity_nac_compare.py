@@ -40,7 +40,9 @@ def compare(
     arrays = case.arrays
     given = {name: jnp.asarray(arrays[f"inputs/{name}"]) for name in inputs}
     with nn.intercept_methods(split_ffn):
-        outputs, vjp = jax.vjp(run, to_device(params), given)
+        outputs, vjp = jax.jit(lambda *arguments: jax.vjp(run, *arguments))(
+            to_device(params), given
+        )
     for name, want in arrays.below("outputs/").items():
         yield from compare_extended(
             f"outputs/{name}", outputs[name], want, case.tolerance("float32")
@@ -49,7 +51,7 @@ def compare(
         return
     cotangents = {name: arrays.get(f"inputs/cot_{name}") for name in outputs}
     weights = {n: jnp.zeros_like(outputs[n]) if a is None else a for n, a in cotangents.items()}
-    by_params, by_inputs = vjp(to_device(weights))
+    by_params, by_inputs = jax.jit(lambda weights: vjp(weights))(to_device(weights))
     found = convert_nac.part_to_original(by_params, part)
     found |= {f"inputs/{name}": gradient for name, gradient in by_inputs.items()}
     for name, want in arrays.below("grads/").items():
