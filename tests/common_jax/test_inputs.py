@@ -257,7 +257,11 @@ class Rows(OnDisk):
     def __getitem__(self, index):
         small = super().__getitem__(index)
         row = np.random.default_rng(index).normal(size=(5, 7))
-        return small | {"row": row.T, "bytes": row.view(np.uint8)[::2], "process": np.int64(os.getpid())}
+        return small | {
+            "row": row.T,
+            "bytes": row.view(np.uint8)[::2],
+            "process": np.int64(os.getpid()),
+        }
 
 
 class Failing(OnDisk):
