@@ -1,0 +1,194 @@
+"""Does distilling modules help on CIFAR-10: more than other ways to train, and at what price?
+
+Trains a teacher by modules, then a V-MoE and a NAC from scratch, with logit distillation from the
+whole teacher, and with m2mKD; and the V-MoE with m2mKD of other weights (alpha), with a KL
+divergence that is a mean over the batch alone, with its stitches kept, and from scratch for as many
+updates as cost what all phases of m2mKD together do. All others train end to end for equally long.
+Prints one table and writes curves, over several seeds. Started again, it goes on where it stopped.
+
+    python tools/compare_m2mkd.py --workdir runs/cifar10 --data /data/cifar10 --per-class 500
+
+DATA is a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, or of train.zip and test.zip of these.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import time
+
+from demo_m2mkd import accuracy_curve, result
+from jobs import Job, mean_and_spread, read_json, run_all
+
+from common_jax.metrics import read_metrics
+from common_jax.report import Table, overlay, write_report
+
+CONFIGS = {"vmoe": "configs/m2mkd/cifar10_vmoe.py", "nac": "configs/m2mkd/cifar10_nac.py"}
+TEACHER = "vmoe_m2mkd"  # whose pipeline trains the meta model and the teacher of all
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to train a student: a row of the table.
+
+    Attributes:
+      row: its name there.
+      phase: "pipeline" for all phases that `takes` leaves to do, or "end_to_end".
+      takes: what it starts from of TEACHER's runs: "meta", "teacher", "students".
+      flags: what else it differs by from the config.
+    """
+
+    row: str
+    phase: str = "pipeline"
+    takes: tuple[str, ...] = ("meta", "teacher")
+    flags: tuple[str, ...] = ()
+
+
+LOGITS = ("--config.baseline.kind=soft",)
+VARIANTS = {
+    TEACHER: Variant("V-MoE, m2mKD (alpha 0.5, stitches dropped)", takes=()),
+    "vmoe_scratch": Variant("V-MoE from scratch", "end_to_end", ()),
+    "vmoe_logits": Variant("V-MoE, logit distillation", "end_to_end", ("teacher",), LOGITS),
+    "vmoe_kept": Variant(
+        "V-MoE, m2mKD, stitches kept",
+        "end_to_end",
+        ("students",),
+        ("--config.model.stitches=kept",),
+    ),
+    "vmoe_alpha_0": Variant("V-MoE, m2mKD, alpha 0", flags=("--config.distill.alpha=0.0",)),
+    "vmoe_alpha_0.9": Variant("V-MoE, m2mKD, alpha 0.9", flags=("--config.distill.alpha=0.9",)),
+    "vmoe_batch_mean": Variant(
+        "V-MoE, m2mKD, KL a mean over the batch", flags=("--config.distill.kind=soft_batch_mean",)
+    ),
+    "vmoe_long": Variant("V-MoE from scratch, compute of m2mKD", "end_to_end", ()),
+    "nac_scratch": Variant("NAC from scratch", "end_to_end", ()),
+    "nac_logits": Variant("NAC, logit distillation", "end_to_end", ("teacher",), LOGITS),
+    "nac_m2mkd": Variant("NAC, m2mKD"),
+}
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/cifar10"))
+    parser.add_argument("--data", type=pathlib.Path, required=True)
+    parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions of everything")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument(
+        "--long-steps", type=int, default=1326, help="updates of the run at equal compute"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
+    )
+    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_flags()
+    start = time.time()
+    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
+    report = summarise(flags)
+    print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
+
+
+def chosen(flags: argparse.Namespace) -> list[str]:
+    """The variants to train: those asked for, and what they start from."""
+    needed = any(VARIANTS[name].takes for name in flags.only)
+    return [name for name in VARIANTS if name in flags.only or (name == TEACHER and needed)]
+
+
+def plan(flags: argparse.Namespace) -> dict[str, Job]:
+    """The runs by name, all of a seed before those of the next."""
+    return {
+        f"{name}_{seed}": job(flags, name, seed)
+        for seed in range(flags.seeds)
+        for name in chosen(flags)
+    }
+
+
+def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
+    variant, teacher = VARIANTS[name], f"{TEACHER}_{seed}"
+    folder = flags.workdir.resolve() / teacher
+    settings = {
+        "seed": seed,
+        "data.path": flags.data.resolve(),
+        "data.per_class": flags.per_class,
+        "data.test_per_class": 500,
+    }
+    if name == "vmoe_long":
+        settings["optim.steps"] = flags.long_steps
+    for role in variant.takes:
+        students = tuple(str(folder / f"student_{stage}") for stage in range(4))
+        settings[f"sources.{role}"] = students if role == "students" else folder / role
+    config = f"--config={CONFIGS[name.split('_')[0]]}:phase={variant.phase}"
+    settings = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = ("-m", "m2mkd_jax.main", config, *settings, *variant.flags, *flags.flags)
+    return Job(command, teacher if variant.takes else None)
+
+
+def summarise(flags: argparse.Namespace) -> pathlib.Path:
+    """Prints the table and writes the report over all runs; returns its path."""
+    seeds, names = range(flags.seeds), chosen(flags)
+    header = ("CIFAR-10", "test accuracy", "minutes of updates")
+    rows, curves = [], {}
+    if TEACHER in names:
+        teachers = [flags.workdir / f"{TEACHER}_{seed}" / "teacher" for seed in seeds]
+        accuracy = mean_and_spread([result(run) for run in teachers], "test/accuracy", unit=" %")
+        times = [cost(flags.workdir, TEACHER, seed, takes=("teacher",)) for seed in seeds]
+        rows.append(("teacher (ViT)", accuracy, mean_and_spread(times, "minutes")))
+    for name in names:
+        pipeline = VARIANTS[name].phase == "pipeline"
+        runs = [flags.workdir / f"{name}_{seed}" for seed in seeds]
+        ends = [run / "end_to_end" if pipeline else run for run in runs]
+        accuracy = mean_and_spread([result(run) for run in ends], "test/accuracy", unit=" %")
+        times = [cost(flags.workdir, name, seed) for seed in seeds]
+        rows.append((VARIANTS[name].row, accuracy, mean_and_spread(times, "minutes")))
+        curves[VARIANTS[name].row] = [accuracy_curve(run) for run in ends]
+    picture = flags.workdir / "accuracy.png"
+    overlay(curves, label="test accuracy", path=picture)
+    caption = f"Mean ± standard deviation over {flags.seeds} seeds"
+    table = Table(caption, header, tuple(rows))
+    print(f"\n{table.caption}\n")
+    for row in (header, *rows):
+        print("  " + "".join(cell.ljust(46) for cell in row).rstrip())
+    figures = [("Test accuracy, end to end", picture)]
+    return write_report(flags.workdir, title="m2mKD on CIFAR-10", table=table, figures=figures)
+
+
+# What each thing that a run starts from was made by, of the folders of TEACHER's pipeline.
+MADE_BY = {
+    "meta": ("meta",),
+    "teacher": ("meta", "module_*", "teacher"),
+    "students": ("meta", "module_*", "teacher", "student_*"),
+}
+
+
+def cost(
+    workdir: pathlib.Path, name: str, seed: int, *, takes: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """Minutes that the updates of a run took, with those of all that it starts from.
+
+    Compilation, evaluation and saving are left out.
+
+    Args:
+      takes: counts what these were made by, and not the run itself.
+    """
+    given, own = workdir / f"{TEACHER}_{seed}", workdir / f"{name}_{seed}"
+    patterns = {p for role in takes or VARIANTS[name].takes for p in MADE_BY[role]}
+    folders = [folder for pattern in patterns for folder in given.glob(pattern)]
+    if takes is None:
+        folders += [path.parent for path in own.rglob("timing.jsonl")]
+    return {"minutes": sum(_minutes(folder) for folder in folders)}
+
+
+def _minutes(run: pathlib.Path) -> float:
+    lines = read_metrics(run / "timing.jsonl")
+    steps = read_json(run / "result.json")["steps"]
+    return steps * statistics.median(line["milliseconds_per_step"] for line in lines) / 60_000
+
+
+if __name__ == "__main__":
+    main()
