@@ -17,8 +17,7 @@ import pathlib
 import statistics
 import time
 
-from demo_m2mkd import accuracy_curve, result
-from jobs import Job, mean_and_spread, read_json, run_all
+from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, read_json, run_all, show
 
 from common_jax.metrics import read_metrics
 from common_jax.report import Table, overlay, write_report
@@ -68,21 +67,15 @@ VARIANTS = {
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/cifar10"))
+    parser = demo_parser(__doc__, workdir="runs/cifar10", seeds=1)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions of everything")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument(
         "--long-steps", type=int, default=1326, help="updates of the run at equal compute"
     )
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
-    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
     return parser.parse_args()
 
 
@@ -124,8 +117,8 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
         students = tuple(str(folder / f"student_{stage}") for stage in range(4))
         settings[f"sources.{role}"] = students if role == "students" else folder / role
     config = f"--config={CONFIGS[name.split('_')[0]]}:phase={variant.phase}"
-    settings = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = ("-m", "m2mkd_jax.main", config, *settings, *variant.flags, *flags.flags)
+    own = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = ("-m", "m2mkd_jax.main", config, *own, *variant.flags, *flags.flags)
     return Job(command, teacher if variant.takes else None)
 
 
@@ -136,24 +129,24 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
     rows, curves = [], {}
     if TEACHER in names:
         teachers = [flags.workdir / f"{TEACHER}_{seed}" / "teacher" for seed in seeds]
-        accuracy = mean_and_spread([result(run) for run in teachers], "test/accuracy", unit=" %")
+        accuracy = mean_and_spread(
+            [accuracies(run) for run in teachers], "test/accuracy", unit=" %"
+        )
         times = [cost(flags.workdir, TEACHER, seed, takes=("teacher",)) for seed in seeds]
         rows.append(("teacher (ViT)", accuracy, mean_and_spread(times, "minutes")))
     for name in names:
         pipeline = VARIANTS[name].phase == "pipeline"
         runs = [flags.workdir / f"{name}_{seed}" for seed in seeds]
         ends = [run / "end_to_end" if pipeline else run for run in runs]
-        accuracy = mean_and_spread([result(run) for run in ends], "test/accuracy", unit=" %")
+        accuracy = mean_and_spread([accuracies(run) for run in ends], "test/accuracy", unit=" %")
         times = [cost(flags.workdir, name, seed) for seed in seeds]
         rows.append((VARIANTS[name].row, accuracy, mean_and_spread(times, "minutes")))
-        curves[VARIANTS[name].row] = [accuracy_curve(run) for run in ends]
+        curves[VARIANTS[name].row] = [read_curve(run, "test/accuracy") for run in ends]
     picture = flags.workdir / "accuracy.png"
     overlay(curves, label="test accuracy", path=picture)
     caption = f"Mean ± standard deviation over {flags.seeds} seeds"
     table = Table(caption, header, tuple(rows))
-    print(f"\n{table.caption}\n")
-    for row in (header, *rows):
-        print("  " + "".join(cell.ljust(46) for cell in row).rstrip())
+    show(table)
     figures = [("Test accuracy, end to end", picture)]
     return write_report(flags.workdir, title="m2mKD on CIFAR-10", table=table, figures=figures)
 

@@ -13,14 +13,13 @@ import argparse
 import pathlib
 import time
 
-from jobs import Job, mean_and_spread, read_json, run_all
+from jobs import Job, demo_parser, mean_and_spread, read_curve, read_json, run_all, show
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
 from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
 from common_jax.config import freeze
-from common_jax.metrics import read_metrics
 from common_jax.report import Table, overlay, write_report
 
 CONFIG = "configs/cliptrans/emoji.py"
@@ -33,19 +32,8 @@ MODELS = {
 SHOWN = 8
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo/cliptrans"))
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions of the translators")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
-    return parser.parse_args()
-
-
 def main() -> None:
-    flags = parse_flags()
+    flags = demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1).parse_args()
     start = time.time()
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
     report = summarise(flags.workdir, flags.seeds)
@@ -82,7 +70,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
         scores = [read_json(run / "scores.json") for run in runs]
         numbers = [mean_and_spread(scores, metric) for metric in ("bleu", "chrf", "exact")]
         rows.append((title, *numbers[:2], f"{numbers[2]} %"))
-        curves[title] = [chrf_curve(run) for run in runs]
+        curves[title] = [read_curve(run, "val/chrf") for run in runs]
     steps = {curve[-1][0] for group in curves.values() for curve in group}
     assert len(steps) == 1, steps
     picture = workdir / "chrf.png"
@@ -115,21 +103,6 @@ def translations(workdir: pathlib.Path) -> Table:
         with_pictures(config, [rows[i] for i in chosen]),
         {title: [found[i].output for i in chosen] for title, found in outputs.items()},
     )
-
-
-def show(table: Table) -> None:
-    """Prints a table, its columns as wide as they must be."""
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(table.header))]
-    print(f"\n{table.caption}\n")
-    for line in lines:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  " + "".join(cells).rstrip())
-
-
-def chrf_curve(run: pathlib.Path) -> list[tuple[int, float]]:
-    lines = read_metrics(run / "metrics.jsonl")
-    return [(line["step"], line["val/chrf"]) for line in lines if "val/chrf" in line]
 
 
 if __name__ == "__main__":

@@ -13,27 +13,15 @@ import argparse
 import pathlib
 import time
 
-from jobs import Job, mean_and_spread, read_json, run_all
+from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
-from common_jax.metrics import read_metrics
 from common_jax.report import Table, overlay, write_report
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 
 
-def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/demo/m2mkd"))
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions of everything")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
-    return parser.parse_args()
-
-
 def main() -> None:
-    flags = parse_flags()
+    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=3).parse_args()
     start = time.time()
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
     report = summarise(flags.workdir, flags.seeds)
@@ -65,7 +53,7 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
     """Prints the table and writes the report over all runs; returns its path."""
-    teachers = [result(workdir / f"vmoe_m2mkd_{seed}" / "teacher") for seed in range(seeds)]
+    teachers = [accuracies(workdir / f"vmoe_m2mkd_{seed}" / "teacher") for seed in range(seeds)]
     rows = [("teacher", "", mean_and_spread(teachers, "test/accuracy", unit=" %"), "")]
     figures = []
     for student in CONFIGS:
@@ -74,10 +62,13 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
             "from scratch": [workdir / f"{short}_scratch_{seed}" for seed in range(seeds)],
             "with m2mKD": [workdir / f"{short}_m2mkd_{seed}/end_to_end" for seed in range(seeds)],
         }
-        curves = {name: [accuracy_curve(run) for run in runs] for name, runs in groups.items()}
+        curves = {
+            name: [read_curve(run, "test/accuracy") for run in runs]
+            for name, runs in groups.items()
+        }
         for name, runs in groups.items():
             early = [{"test/accuracy": 100 * curve[0][1]} for curve in curves[name]]
-            results = [result(run) for run in runs]
+            results = [accuracies(run) for run in runs]
             rows.append(
                 (
                     f"{student}, {name}",
@@ -95,21 +86,8 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
     figures.append(("The mediators of the NAC before and after training, seed 0", graph))
     header = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
     table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", header, tuple(rows))
-    print(f"\n{table.caption}\n")
-    for row in (header, *rows):
-        print("  " + "".join(cell.ljust(24) for cell in row).rstrip())
+    show(table)
     return write_report(workdir, title="m2mKD on digits", table=table, figures=figures)
-
-
-def accuracy_curve(run: pathlib.Path) -> list[tuple[int, float]]:
-    lines = read_metrics(run / "metrics.jsonl")
-    return [(line["step"], line["test/accuracy"]) for line in lines if "test/accuracy" in line]
-
-
-def result(run: pathlib.Path) -> dict[str, float]:
-    """Its last evaluation, shares in per cent."""
-    return {name: 100 * value for name, value in read_json(run / "result.json").items()
-            if name.endswith("accuracy")}  # fmt: skip
 
 
 if __name__ == "__main__":

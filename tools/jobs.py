@@ -1,5 +1,9 @@
-"""Runs of a demo: processes of their own, a few at a time, each after those it needs."""
+"""Runs of a demo: processes of their own, a few at a time, each after those it needs.
 
+And its flags, and what it makes of results.
+"""
+
+import argparse
 import dataclasses
 import json
 import os
@@ -10,6 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+
+from common_jax.metrics import read_metrics
+from common_jax.report import Table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -25,6 +32,18 @@ class Job:
 
     command: tuple[str, ...]
     needs: str | None = None
+
+
+def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:
+    """The flags of every demo, with these defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
+    parser.add_argument("--seeds", type=int, default=seeds, help="repetitions of what is compared")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
+    return parser
 
 
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
@@ -82,3 +101,28 @@ def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit
         return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}{unit}"
+
+
+def read_curve(run: pathlib.Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of a run's metrics that has the metric."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return [(line["step"], line[metric]) for line in lines if metric in line]
+
+
+def accuracies(run: pathlib.Path) -> dict[str, float]:
+    """The accuracies of a run's last evaluation, in per cent."""
+    return {
+        name: 100 * value
+        for name, value in read_json(run / "result.json").items()
+        if name.endswith("accuracy")
+    }
+
+
+def show(table: Table) -> None:
+    """Prints a table, its columns as wide as they must be."""
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(table.header))]
+    print(f"\n{table.caption}\n")
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  " + "".join(cells).rstrip())
