@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -20,7 +21,7 @@ Outcome = Example | BadExample
 Read = Callable[[int], Outcome]
 
 PIECE = 16  # positions at most that go through a queue together
-AHEAD = 2  # batches that the workers have read before their turn
+AHEAD = 2  # batches that wait in the workers' queues; grain takes as many again out of them
 
 
 def read_in_order(
@@ -95,7 +96,7 @@ def _settle(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Whatever a transform does, it must not take hold of an accelerator.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -21,7 +21,7 @@ from m2mkd_jax.data.sources import EMBEDDED, DataConfig, Source
 
 AREA = (0.08, 1.0)
 ASPECT = (3 / 4, 4 / 3)
-LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
+LOG_ASPECT = (math.log(ASPECT[0]), math.log(ASPECT[1]))
 Arrays = Mapping[str, np.ndarray]
 
 
