@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, UInt32
 
 from common_jax.mesh import replicated, to_devices
+from common_jax.pods import hosts
 
 Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors (B, M) of any float dtype
@@ -93,6 +94,7 @@ def encode_all(
     pending = None
     with jax.set_mesh(mesh):
         for batch in _progress(batches, title):
+            hosts.check()
             rows = len(batch["_mask"])
             if rows * jax.process_count() % mesh.size:
                 raise ValueError(

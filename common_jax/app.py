@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,6 +15,7 @@ from ml_collections import config_flags
 
 from common_jax.checkpoint import absolute
 from common_jax.config import did_you_mean
+from common_jax.pods import hosts
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 
@@ -22,8 +24,9 @@ Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 # given back), M_ARENA_MAX (all threads share one heap).
 MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
+HOST_FLAGS = ("hosts", "coordinator", "processes", "process")
 # What a user can cause; anything else is our fault and shows its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+USER_ERRORS = (ValueError, OSError)
 
 
 def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None:
@@ -37,6 +40,9 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
       main: the command.
       description: shown by --help.
       argv: command line; that of the process by default.
+
+    Several processes that are one run are connected first, see `common_jax.pods.hosts.start`.
+    Asked to stop, by SIGTERM to any of them, all save and end with exit status 0.
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
@@ -45,13 +51,28 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
     values = _flags()
     try:
         config, workdir = _parse(values, argv, description)
+        hosts.start(**{name: values[name].value for name in HOST_FLAGS})
         keep_memory()
         main(config, workdir)
+    except hosts.Stopped:
+        if jax.process_index() == 0:
+            print("stopped as asked; the same command goes on", file=sys.stderr)
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        hosts.leave(2)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends here; if another one "
+            "ended before, its output says why. Checkpoints are whole: the same command in all "
+            "processes goes on",
+            file=sys.stderr,
+        )
+        hosts.leave(1)
 
 
 def use_compilation_cache(folder: str | None) -> None:
@@ -92,6 +113,26 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "workdir", None, "Folder of the run; started there again, it goes on.", flag_values=values
     )
+    flags.DEFINE_enum(
+        "hosts",
+        "auto",
+        ("auto", "all", "one"),
+        "Whether to connect with other processes: where the environment describes them (TPU VM, "
+        "SLURM, Open MPI), always, or never.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where the environment does not say it.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "processes", None, "With --coordinator: how many there are.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process", None, "With --coordinator: the number of this one, from 0.", flag_values=values
+    )
     flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     return values
@@ -105,7 +146,8 @@ def _parse(
     rest = _read(values, plain)  # first without overrides, so that a misspelt one can be explained
     if values["help"].value:
         lines = (
-            f"  --{name}: {values[name].help}" for name in ("config", "workdir", "debug", "help")
+            f"  --{name}: {values[name].help}"
+            for name in ("config", "workdir", *HOST_FLAGS, "debug", "help")
         )
         print(description, *lines, "  --config.FIELD=VALUE: Any field of the config.", sep="\n")
         sys.exit(0)
@@ -123,7 +165,8 @@ def _parse(
     cleared = [override for override in overrides if override.endswith("=None")]
     fresh = _flags()
     _read(fresh, [arg for arg in argv if arg not in cleared])
-    values["debug"].value = fresh["debug"].value
+    for name in (*HOST_FLAGS, "debug"):
+        values[name].value = fresh[name].value
     config = fresh["config"].value
     for override in cleared:  # the flags would read a word, where the absence of a value is meant
         *sections, key = override.removeprefix("--config.").partition("=")[0].split(".")

@@ -5,10 +5,12 @@ go on; `config`, the JSON that made it. Finished folders carry orbax's marker in
 those are ever read.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
+from common_jax.pods import hosts
 from common_jax.state import TrainState, merge
 
 FOLDER = "checkpoints"
@@ -28,29 +31,30 @@ AVERAGE = "average"  # the fourth item, of runs that keep a running average
 MARKER = "commit_success.txt"
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; those from before are whole."""
+
+
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
+
+    Every method is called by all processes of a run at the same place; all raise where one fails.
 
     Args:
       workdir: the run's folder; checkpoints go to its subfolder `checkpoints`.
       keep: how many of the newest stay.
       best: name of the metric whose highest value keeps its checkpoint, or None.
+      on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int, best: str | None):
+    def __init__(
+        self, workdir: epath.PathLike, *, keep: int, best: str | None, on_failed: str = "stop"
+    ):
         self.folder = absolute(workdir) / FOLDER
-        self._best = best
-        if jax.process_index() == 0:
-            _remove_unfinished(self.folder)
-        policies = [checkpoint_managers.LatestN(keep)]
-        if best is not None:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=self._metric, n=1))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=self._metric if best is not None else None,
-            enable_async_checkpointing=True,
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._keep, self._best, self._on_failed = keep, best, on_failed
+        self._scores: dict[int, float] = {}  # of steps evaluated after they were saved
+        self._step = None  # of the save that is under way
+        self._manager = self._open()
 
     def save(
         self,
@@ -65,6 +69,7 @@ class Checkpoints:
         Raises:
           ValueError: when there are metrics and the one that decides what is best is not among
             them.
+          SaveError: when this save or the one before fails, unless failures are to be warned of.
         """
         if metrics and self._best is not None and self._best not in metrics:
             raise ValueError(
@@ -78,39 +83,100 @@ class Checkpoints:
         }
         if state.ema is not None:
             items[AVERAGE] = ocp.args.StandardSave(state.ema)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items),
-            metrics=dict(metrics) if metrics else None,
+        self._attempt(self._manager.wait_until_finished)
+        self._step = step
+        self._attempt(
+            lambda: self._manager.save(
+                step,
+                args=ocp.args.Composite(**items),
+                metrics=dict(metrics) if metrics else None,
+                force=True,  # without it orbax asks for a request to stop, and counts on its own
+            )
         )
 
-    def restore_latest(self, abstract: TrainState) -> TrainState:
-        """The newest state that can be read, on the shardings of `abstract`; None when there is
-        none.
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Says what a checkpoint that was saved without metrics was evaluated to."""
+        if self._best is not None and self._best in metrics:
+            self._scores[step] = metrics[self._best]
 
-        A checkpoint that cannot be read is named in a warning, and the one before it is tried.
+    def restore_latest(self, abstract: TrainState) -> TrainState:
+        """The newest state that can be read, on the shardings of `abstract`.
+
+        A checkpoint that cannot be read is named in a warning, and the one before it is tried. It
+        is put aside, as damaged_STEP, when one can be read.
 
         Raises:
-          ValueError: when there are checkpoints and none can be read.
+          ValueError: when none can be read.
         """
-        steps = finished_steps(self.folder)
+        steps, damaged = finished_steps(self.folder), []
         for step in reversed(steps):
+            state, failure = None, None
             try:
-                return self._restore(step, abstract)
+                state = self._restore(step, abstract)
             except Exception as error:  # whatever orbax or tensorstore raises for a damaged file
-                logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), error)
+                failure = error
+            if not hosts.agree(failure is not None).any():
+                self._put_aside(damaged)
+                return state
+            why = failure or "another process says why"
+            logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), why)
+            damaged.append(step)
         raise ValueError(
             f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above say "
             "why. Move the folder away to start anew"
         )
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk; raises what a failed one raised."""
-        self._manager.wait_until_finished()
+        """Returns when every save has reached the disk; raises SaveError when the last has not."""
+        self._attempt(self._manager.wait_until_finished, last=True)
 
     def close(self) -> None:
-        """Waits for saves and lets go of orbax's threads."""
-        self._manager.close()
+        """Waits for saves and lets go of orbax's threads; raises as `wait`."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:
+            _remove_unfinished(self.folder)
+        hosts.agree(0)  # nobody goes on before
+        policies = [checkpoint_managers.LatestN(self._keep)]
+        if self._best is not None:
+            policies.append(_Best(self._metric))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
+        """Does what may find that a save has failed, in this process or another.
+
+        A manager that has failed once trips over what it has not finished, so it gives way to a
+        new one.
+        """
+        failure = None
+        try:
+            action()
+        except Exception as error:  # whatever orbax, tensorstore or the system raises
+            failure = error
+        if not hosts.agree(failure is not None).any():
+            return
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._manager = self._open()
+        kept = finished_steps(self.folder)
+        message = (
+            f"the checkpoint of step {self._step} could not be written to {self.folder} "
+            f"({failure or 'another process says why'}); "
+            + (f"the newest whole one is of step {kept[-1]}" if kept else "there is none before it")
+        )
+        if last or self._on_failed == "stop":
+            raise SaveError(
+                f"{message}. Make room, and start the same command again: it goes on from there"
+            ) from failure
+        logging.warning("%s; going on", message)
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
         items = {
@@ -123,8 +189,38 @@ class Checkpoints:
         average = restored[AVERAGE] if abstract.ema is not None else None
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
-    def _metric(self, metrics: Mapping[str, float] | None) -> float:
-        return (metrics or {}).get(self._best, float("-inf"))
+    def _put_aside(self, steps: list[int]) -> None:
+        """Renames the folders of checkpoints that cannot be read: nothing of them is lost, and the
+        run can save these steps again."""
+        if not steps:
+            return
+        for step in steps if jax.process_index() == 0 else ():
+            aside = self.folder / f"damaged_{step}"
+            if aside.exists():
+                aside.rmtree()
+            (self.folder / str(step)).rename(aside)
+        self._manager.close()
+        self._manager = self._open()
+
+    def _metric(self, checkpoint: Any) -> float:
+        if checkpoint.metrics is not None and self._best in checkpoint.metrics:
+            return checkpoint.metrics[self._best]
+        return self._scores.get(checkpoint.step, float("-inf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of the highest value; of equal ones the earliest. None that has no
+    value."""
+
+    value: Callable[[Any], float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Says of every checkpoint whether it is to stay."""
+        values = [self.value(checkpoint) for checkpoint in checkpoints]
+        best = max(values, default=float("-inf"))
+        first = values.index(best) if np.isfinite(best) else None
+        return [place == first for place in range(len(values))]
 
 
 def write_params(

@@ -4,23 +4,25 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import config as configs
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
-from common_jax.metrics import Recorder
-from common_jax.optim import OptimConfig, make_optimizer, make_schedule
-from common_jax.state import TrainState, fold_name, merge, partition, step_rngs
-from common_jax.step import Evaluate, Loss, init_state, make_step
+from common_jax.metrics import Recorder, read_metrics
+from common_jax.optim import OptimConfig
+from common_jax.pods import hosts
+from common_jax.state import TrainState, merge
+from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
+
+FAILED_SAVE = ("stop", "go_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,10 @@ class RunConfig:
       log_every: steps a line of metrics.jsonl averages over.
       eval_every: epochs between evaluations; the last step is always evaluated.
       checkpoint_every: epochs between checkpoints; the last step is always saved.
+      checkpoint_minutes: time after which a checkpoint is written in between, at the next line of
+        the log; None for none.
+      on_failed_save: "stop" ends the run when a checkpoint could not be written, "go_on" warns and
+        tries again at the next one. The last one must be written.
       keep: newest checkpoints that stay.
       best: metric whose highest value keeps its checkpoint as well; None for none.
       nan_patience: steps in a row with a non-finite gradient after which the run stops.
@@ -41,6 +47,8 @@ class RunConfig:
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 1
+    checkpoint_minutes: float | None = 30.0
+    on_failed_save: str = "stop"
     keep: int = 2
     best: str | None = "test/accuracy"
     nan_patience: int = 10
@@ -51,45 +59,18 @@ class RunConfig:
         for name in ("log_every", "eval_every", "checkpoint_every", "keep", "nan_patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config.run.{name}={getattr(self, name)} must be at least 1")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
+            raise ValueError(
+                f"config.run.checkpoint_minutes={self.checkpoint_minutes} must be above 0, or None"
+            )
+        if self.on_failed_save not in FAILED_SAVE:
+            raise ValueError(
+                f"config.run.on_failed_save={self.on_failed_save!r} must be one of {FAILED_SAVE}"
+            )
         if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
             raise ValueError(
                 f"config.run.profile={self.profile} must be () or (first step, last step)"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a phase hands to the loop.
-
-    Attributes:
-      title: for the progress bar and the report.
-      init: key -> nested dict of all parameters; traced, so nothing exists before it is sharded.
-      rules: partition rules of the parameters.
-      trainable: regex of the paths that are updated.
-      loss: see `common_jax.step.Loss`.
-      helpers: parameters that the loss needs and that this run neither changes nor saves.
-      warm_start: called once at the start of a fresh run with shapes and shardings of all
-        parameters; what it gives replaces fresh parameters. None starts from fresh ones alone.
-      batch: shapes and dtypes of a micro-batch over all hosts.
-      batches: first step -> batches of numpy arrays from there on.
-      steps_per_epoch: updates in a pass over the training set.
-      evaluators: what to evaluate, each under the prefix of its metrics.
-      programs: compiled functions. Runs that differ in data alone are given the same dict: the
-        first fills it, and later ones compile nothing.
-    """
-
-    title: str
-    init: Callable[[jax.Array], Mapping[str, Any]]
-    rules: meshes.Rules
-    trainable: str
-    loss: Loss
-    helpers: Mapping[str, Any]
-    warm_start: Callable[[Any], WarmStart] | None
-    batch: Mapping[str, jax.ShapeDtypeStruct]
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-    steps_per_epoch: int
-    evaluators: Mapping[str, Evaluate]
-    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -118,6 +99,9 @@ def train(
     Raises:
       ValueError: when the batch does not divide, or no checkpoint can be read.
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
+      OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`.
+      hosts.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
+        again.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config)
@@ -133,8 +117,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     # there: the folder is still free for a corrected start.
     meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", optim.micro_batch)
     total = optim.total_steps(task.steps_per_epoch)
-    schedule = make_schedule(optim, task.steps_per_epoch)
-    abstract = _abstract_state(task, optim, mesh)
+    abstract = abstract_state(task, optim, mesh)
     fresh = not finished_steps(workdir / FOLDER)
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     if jax.process_index() == 0:
@@ -143,23 +126,19 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
-    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best)
+    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best, on_failed=run.on_failed_save)
     if fresh:
-        state = _fresh_state(task, optim, seed, workdir, abstract, warm)
+        _keep_account(task, workdir, warm)
+        taken = {} if warm is None else warm.params
+        state = fresh_state(task, optim, abstract, seed=seed, warm=taken)
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
     seed = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
-
-    step = jax.jit(
-        make_step(task.loss, optim, schedule, trainable=task.trainable, log_every=run.log_every),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
-    )
-    step = task.programs.setdefault("step", step)
+    step = step_program(task, optim, abstract, log_every=run.log_every)
     recorder = Recorder(workdir, step=start, total=total, title=task.title)
-    clock = _Clock(start, optim.batch)
-    evaluation, pending = None, None
+    clock, alarm = _Clock(start, optim.batch), _Alarm(run.checkpoint_minutes)
+    pending = None
 
     def flush() -> None:
         """Reads the step dispatched before, waiting for it: its line of the log, if it has one."""
@@ -181,34 +160,61 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
                 "config.optim.clip, and start in another workdir"
             )
 
-    # The loop: dispatch a step, then read the metrics of the one before while it runs.
-    batches = _ahead(task.batches(start), mesh) if start < total else iter(())
-    traced = _traced_steps(run, start, total)
-    for done in range(start + 1, total + 1):
-        if traced and done == traced[0]:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        state, metrics = step(state, task.helpers, next(batches), seed)
-        recorder.advance(done)
+    def evaluate(at: int) -> dict[str, float]:
         flush()
-        pending = (done, metrics)
-        if traced and done == traced[-1]:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-        if _due(done, run.eval_every, task.steps_per_epoch, total):
-            flush()
-            evaluation = _evaluate(task, state)
-            recorder.write(done, done / task.steps_per_epoch, evaluation)
-            clock.restart(done)
-        if _due(done, run.checkpoint_every, task.steps_per_epoch, total):
-            flush()
-            at_step = _due(done, run.eval_every, task.steps_per_epoch, total)
-            checkpoints.save(
-                state, step=done, config=config, metrics=evaluation if at_step else None
-            )
-            clock.restart(done)
+        values = _evaluate(task, state)
+        recorder.write(at, at / task.steps_per_epoch, values)
+        clock.restart(at)
+        return values
 
-    if evaluation is None:  # killed between the last checkpoint and result.json
-        evaluation = _evaluate(task, state)
+    def save(at: int, values: Mapping[str, float] | None) -> None:
+        flush()
+        checkpoints.save(state, step=at, config=config, metrics=values)
+        clock.restart(at)
+        alarm.restart()
+
+    evaluates = lambda at: _due(at, run.eval_every, task.steps_per_epoch, total)  # noqa: E731
+    saves = lambda at: _due(at, run.checkpoint_every, task.steps_per_epoch, total)  # noqa: E731
+    timed = run.checkpoint_minutes is not None
+    evaluation, saved, done = None, start, start
+    try:
+        recorded = _evaluations(task, workdir)
+        if start and evaluates(start) and not hosts.agree(start in recorded).any():
+            # The start before was stopped after this step, and before it was evaluated.
+            recorded[start] = evaluation = evaluate(start)
+        for at, values in recorded.items():
+            if saves(at):
+                checkpoints.score(at, values)
+
+        # The loop: dispatch a step, then read the metrics of the one before while it runs.
+        batches = _ahead(task.batches(start), mesh) if start < total else iter(())
+        traced = _traced_steps(run, start, total)
+        for done in range(start + 1, total + 1):
+            if traced and done == traced[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            state, metrics = step(state, task.helpers, next(batches), seed)
+            recorder.advance(done)
+            flush()
+            pending = (done, metrics)
+            if traced and done == traced[-1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            hosts.check()
+            if evaluates(done):
+                evaluation = evaluate(done)
+            late = timed and _logs(done, run, total) and hosts.agree(alarm.rings()).any()
+            if saves(done) or late:
+                save(done, evaluation if saves(done) and evaluates(done) else None)
+                saved = done
+        if evaluation is None:  # killed between the last checkpoint and result.json
+            evaluation = _evaluate(task, state)
+    except hosts.Stopped:
+        if done > saved:
+            save(done, None)
+        checkpoints.close()
+        recorder.close()
+        logging.warning("%s is asked to stop, and is saved at step %d", task.title, done)
+        raise
     checkpoints.close()
     recorder.close()
     result = {"phase": task.title, "steps": total, "skipped": int(state.skipped)} | evaluation
@@ -242,63 +248,42 @@ def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> N
 
 
 # Fields that change no more of what is computed than its rounding: a run may go on with others.
-PASSING = ("run.profile", "run.compilation_cache", "mesh.data", "mesh.fsdp", "mesh.expert")
+PASSING = (
+    "run.profile",
+    "run.compilation_cache",
+    "run.checkpoint_minutes",
+    "run.on_failed_save",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.expert",
+)
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in configs.flatten(config) if key not in PASSING}
 
 
-def _abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
-    """Shapes and shardings of the whole state; no array exists yet."""
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    shardings = meshes.match_rules(task.rules, params, mesh)
-    rngs = jax.eval_shape(lambda: step_rngs(0, 0))
-    step = jax.ShapeDtypeStruct((), np.int32)
-    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, step)
-    state = jax.eval_shape(
-        lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
-    )
-    trained, _ = partition(shardings, task.trainable)
-    whole = meshes.replicated(mesh)
-    placed = jax.tree.map(lambda _: whole, state).replace(
-        params=shardings,
-        opt_state=optax.tree_utils.tree_map_params(
-            make_optimizer(optim),
-            lambda _, sharding: sharding,
-            state.opt_state,
-            trained,
-            transform_non_params=lambda _: whole,
-        ),
-        ema=None if state.ema is None else trained,
-    )
-    return meshes.with_shardings(state, placed)
+def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
+    """Says what the run starts from, and writes it to warm_start.json."""
+    if warm is None:
+        return
+    counts = {key: len(entries) for key, entries in warm.account.items()}
+    counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
+    logging.info("%s starts from %s", task.title, counts)
+    if jax.process_index() == 0:
+        write_json(workdir / "warm_start.json", warm.account)
 
 
-# Drawing parameters happens once and is three times quicker to compile without optimisation.
-RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
-
-
-def _fresh_state(
-    task, optim, seed: int, workdir: epath.Path, abstract: TrainState, warm: WarmStart | None
-) -> TrainState:
-    """The state at step 0, born sharded: only what the warm start does not give is drawn."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    if warm is not None:
-        counts = {key: len(entries) for key, entries in warm.account.items()}
-        counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
-        logging.info("%s starts from %s", task.title, counts)
-        if jax.process_index() == 0:
-            write_json(workdir / "warm_start.json", warm.account)
-
-    def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
-        params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
-        return init_state(params, optim, trainable=task.trainable, metrics=abstract.sums)
-
-    options = RUN_ONCE.get(jax.default_backend())
-    compiled = jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)
-    compiled = task.programs.setdefault("create", compiled)
-    return compiled(np.uint32(seed), {} if warm is None else warm.params)
+def _evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
+    """What the log has of evaluations, by step; in processes that do not share a disk with the
+    first, nothing."""
+    path = workdir / "metrics.jsonl"
+    prefixes = tuple(f"{name}/" for name in task.evaluators)
+    return {
+        line["step"]: line
+        for line in (read_metrics(path) if path.exists() else ())
+        if any(name.startswith(prefixes) for name in line)
+    }
 
 
 def _evaluate(task: Task, state: TrainState) -> dict[str, float]:
@@ -371,3 +356,17 @@ class _Clock:
             return None
         seconds = (now - start) / (step - before)
         return {"examples_per_second": self._batch / seconds, "milliseconds": seconds * 1e3}
+
+
+class _Alarm:
+    """Rings when `minutes` are over; None never rings."""
+
+    def __init__(self, minutes: float | None):
+        self._minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.monotonic()
+
+    def rings(self) -> bool:
+        return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes

@@ -161,10 +161,15 @@ def idle_rules(rules: Rules, *trees: Any) -> list[str]:
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, split over all devices: each host brings its own rows of every array."""
-    sharding = NamedSharding(mesh, BATCH)
     return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+        name: jax.make_array_from_process_local_data(batched(mesh), rows)
+        for name, rows in batch.items()
     }
+
+
+def batched(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of examples, split over all devices."""
+    return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

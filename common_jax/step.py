@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from common_jax.mesh import AXES, to_devices
 from common_jax.optim import OptimConfig, Schedule, make_optimizer
+from common_jax.pods import hosts
 from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs
 
 Batch = dict[str, jax.Array]
@@ -116,6 +117,8 @@ def make_evaluator(
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
+    It raises `common_jax.pods.hosts.Stopped` when all processes are asked to stop.
+
     Args:
       sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is
         `evaluation_key` of the seed, the batch's number in the pass and, if asked for, the step.
@@ -123,7 +126,7 @@ def make_evaluator(
       mesh: where batches go.
       seed: of everything random.
       fold_step: whether every evaluation draws anew, or all draw the same.
-      programs: as of `common_jax.loop.Task`, for one evaluator of a run.
+      programs: as of `common_jax.task.Task`, for one evaluator of a run.
     """
 
     @jax.jit
@@ -137,6 +140,7 @@ def make_evaluator(
     def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
         total = None
         for index, batch in enumerate(batches()):
+            hosts.check()
             place = np.uint32(seed), np.int32(index), np.int32(step)
             part = add_up(params, helpers, to_devices(batch, mesh), *place)
             total = part if total is None else jax.tree.map(jax.numpy.add, total, part)

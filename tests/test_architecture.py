@@ -44,12 +44,12 @@ LAYERS = {
     "common_jax": (
         ("app",),
         ("loop",),
-        ("report",),
+        ("report", "task"),
         ("metrics", "weights"),
         ("checkpoint", "step"),
         ("inputs", "optim"),
         ("state", "mesh", "config"),
-        ("nn", "tensors"),
+        ("nn", "tensors", "pods"),
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}

@@ -12,6 +12,7 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.decode import Hypotheses, Search
 from cliptrans_jax.evaluators.show import Hypothesis
 from common_jax.mesh import replicated, to_devices
+from common_jax.pods import hosts
 
 # features(params, batch) -> (B, M), or None where the model takes none.
 Features = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
@@ -33,10 +34,12 @@ class Translate:
     mesh: Mesh
 
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
-        """By number of the example; the whole of it on every host."""
+        """By number of the example; the whole of it on every host. Raises
+        `common_jax.pods.hosts.Stopped` when all are asked to stop."""
         found, pending = {}, None
         with jax.set_mesh(self.mesh):
             for batch in batches:
+                hosts.check()
                 started = self.run(params, to_devices(batch, self.mesh))
                 if pending is not None:
                     found |= self._read(*pending)  # while the devices work on the next

@@ -31,6 +31,7 @@ from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import match_rules
 from common_jax.step import make_evaluator
+from common_jax.task import Task
 
 LARGEST_SCALE = math.log(100)  # exp(log_scale) is held below 100, as CLIP's
 
@@ -80,7 +81,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         "image": jax.ShapeDtypeStruct((optim.micro_batch, side, side, 3), np.float32),
         "ids": jax.ShapeDtypeStruct((optim.micro_batch, length), np.int32),
     }
-    task = loop.Task(
+    task = Task(
         title="clip",
         init=functools.partial(init, config),
         rules=PARTITION_RULES,

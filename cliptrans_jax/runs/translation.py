@@ -34,6 +34,7 @@ from common_jax.config import unfreeze
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
+from common_jax.task import Task
 
 
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         config.seed,
         host_shard(),
     )
-    task = loop.Task(
+    task = Task(
         title=config.stage,
         init=model.init,
         rules=model.rules,

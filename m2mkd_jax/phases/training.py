@@ -12,6 +12,7 @@ from common_jax import loop
 from common_jax.config import unfreeze
 from common_jax.mesh import Rules
 from common_jax.step import make_evaluator
+from common_jax.task import Task
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, make_feed
@@ -35,7 +36,7 @@ def train_phase(
     feed: Feed | None = None,
     programs: dict[str, Callable] | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on; see `common_jax.loop.Task` for the arguments.
+    """Trains, or goes on; see `common_jax.task.Task` for the arguments.
 
     Args:
       config: with the phase's recipe in `optim`, `augment` and `drop_path`.
@@ -45,7 +46,7 @@ def train_phase(
       distill: the distillation to blend in; None for none.
       regularizer: what is added to the loss, from parameters and step alone; None for nothing.
       feed: data in place of the config's.
-      programs: see `common_jax.loop.Task`.
+      programs: see `common_jax.task.Task`.
 
     Returns:
       The run's result, see `common_jax.loop.train`.
@@ -63,7 +64,7 @@ def train_phase(
     if feed.ood is not None:
         sums = make_sums(forward, config, classes=feed.ood_classes)
         evaluators["ood"] = evaluate(sums, feed.ood)
-    task = loop.Task(
+    task = Task(
         title=title,
         init=init,
         rules=rules,

@@ -1,0 +1,136 @@
+"""What a phase hands to the train loop, and the programs that come of it.
+
+All that a program needs to be compiled is shapes and shardings, so the same functions serve a run
+and a compilation for machines that are not there.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from common_jax import mesh as meshes
+from common_jax.optim import OptimConfig, make_optimizer, make_schedule
+from common_jax.state import TrainState, fold_name, merge, partition, step_rngs
+from common_jax.step import Evaluate, Loss, init_state, make_step
+from common_jax.weights import WarmStart
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a phase hands to the loop.
+
+    Attributes:
+      title: for the progress bar and the report.
+      init: key -> nested dict of all parameters; traced, so nothing exists before it is sharded.
+      rules: partition rules of the parameters.
+      trainable: regex of the paths that are updated.
+      loss: see `common_jax.step.Loss`.
+      helpers: parameters that the loss needs and that this run neither changes nor saves.
+      warm_start: called once at the start of a fresh run with shapes and shardings of all
+        parameters; what it gives replaces fresh parameters. None starts from fresh ones alone.
+      batch: shapes and dtypes of a micro-batch over all hosts.
+      batches: first step -> batches of numpy arrays from there on.
+      steps_per_epoch: updates in a pass over the training set.
+      evaluators: what to evaluate, each under the prefix of its metrics.
+      programs: compiled functions. Runs that differ in data alone are given the same dict: the
+        first fills it, and later ones compile nothing.
+    """
+
+    title: str
+    init: Callable[[jax.Array], Mapping[str, Any]]
+    rules: meshes.Rules
+    trainable: str
+    loss: Loss
+    helpers: Mapping[str, Any]
+    warm_start: Callable[[Any], WarmStart] | None
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+    steps_per_epoch: int
+    evaluators: Mapping[str, Evaluate]
+    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+
+def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the whole state, as ShapeDtypeStructs; no array exists yet.
+
+    Raises:
+      ValueError: for parameters that the mesh does not divide.
+    """
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    shardings = meshes.match_rules(task.rules, params, mesh)
+    rngs = jax.eval_shape(lambda: step_rngs(0, 0))
+    step = jax.ShapeDtypeStruct((), np.int32)
+    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, step)
+    state = jax.eval_shape(
+        lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
+    )
+    trained, _ = partition(shardings, task.trainable)
+    whole = meshes.replicated(mesh)
+    placed = jax.tree.map(lambda _: whole, state).replace(
+        params=shardings,
+        opt_state=optax.tree_utils.tree_map_params(
+            make_optimizer(optim),
+            lambda _, sharding: sharding,
+            state.opt_state,
+            trained,
+            transform_non_params=lambda _: whole,
+        ),
+        ema=None if state.ema is None else trained,
+    )
+    return meshes.with_shardings(state, placed)
+
+
+def step_program(
+    task: Task, optim: OptimConfig, abstract: TrainState, *, log_every: int
+) -> Callable[..., Any]:
+    """The update of a run, jitted: step(state, helpers, batch, seed) -> (state, metrics), with
+    `state` donated and laid out as `abstract` says. See `common_jax.step.make_step`."""
+    schedule = make_schedule(optim, task.steps_per_epoch)
+    step = make_step(task.loss, optim, schedule, trainable=task.trainable, log_every=log_every)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return task.programs.setdefault(
+        "step", jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    )
+
+
+def step_arguments(
+    task: Task, optim: OptimConfig, abstract: TrainState, mesh: Mesh
+) -> tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """What `step_program` is called with, as ShapeDtypeStructs with shardings: enough to compile
+    it where the mesh's devices are only described."""
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (optim.accumulate * part.shape[0], *part.shape[1:]),
+            part.dtype,
+            sharding=meshes.batched(mesh),
+        )
+        for name, part in task.batch.items()
+    }
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=meshes.replicated(mesh))
+    return abstract, task.helpers, batch, seed
+
+
+# Drawing parameters happens once and is three times quicker to compile without optimisation.
+RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+def fresh_state(
+    task: Task, optim: OptimConfig, abstract: TrainState, *, seed: int, warm: Mapping[str, Any]
+) -> TrainState:
+    """The state at step 0, born sharded: of the parameters only what `warm` does not hold is
+    drawn."""
+
+    def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
+        params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
+        return init_state(params, optim, trainable=task.trainable, metrics=abstract.sums)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    options = RUN_ONCE.get(jax.default_backend())
+    compiled = jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)
+    compiled = task.programs.setdefault("create", compiled)
+    return compiled(np.uint32(seed), warm)
