@@ -90,7 +90,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(**items),
                 metrics=dict(metrics) if metrics else None,
-                force=True,  # without it orbax asks for a request to stop, and counts on its own
+                force=True,  # never left out in silence
             )
         )
 
@@ -148,7 +148,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return _Manager(self.folder, options=options)
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
         """Does what may find that a save has failed, in this process or another.
@@ -206,6 +206,16 @@ class Checkpoints:
         if checkpoint.metrics is not None and self._best in checkpoint.metrics:
             return checkpoint.metrics[self._best]
         return self._scores.get(checkpoint.step, float("-inf"))
+
+
+class _Manager(ocp.CheckpointManager):
+    """orbax's manager that leaves it to the train loop to ask whether to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Always False: asked in between, from a thread and with the run's step in place of the
+        number of the question, the processes would miss the point that they agreed on."""
+        del step
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
