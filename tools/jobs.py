@@ -1,19 +1,22 @@
-"""Runs of a demo: processes of their own, a few at a time, each after those it needs.
+"""Runs of a demo or a sweep: processes of their own, a few at a time, each after those it needs.
 
-And its flags, and what it makes of results.
+And a demo's flags, and what it makes of results.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common_jax.metrics import read_metrics
 from common_jax.report import Table
@@ -46,31 +49,115 @@ def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.Argum
     return parser
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What became of runs.
+
+    Attributes:
+      statuses: exit status by name, minus the signal's number where one ended the run; None where
+        another process is at the run. Runs that were not started are left out.
+      signal: the number of the one that was passed on to the runs; None where there was none.
+    """
+
+    statuses: Mapping[str, int | None]
+    signal: int | None
+
+
+Running = dict[str, tuple[subprocess.Popen, int]]  # with the place that a run takes, from 0 on
+
+
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
     output in WORKDIR/NAME.log; exits at the first failure."""
-    start = time.time()
-    waiting, running, done = dict(jobs), {}, {None}
-    while waiting or running:
+    start, running = time.time(), {}
+
+    def begin(name: str, job: Job, core: int) -> subprocess.Popen:
+        return _start(job, workdir, name, core)
+
+    for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
+        if status != 0:
+            for other, _ in running.values():
+                other.terminate()
+            sys.exit(f"{name} failed; see {workdir / name}.log")
+        print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+
+
+def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Ended:
+    """Runs the jobs by name as `run_all` does, but whatever becomes of the others, from the folder
+    and in the environment that this process has, several at a time each on its share of the cores.
+
+    SIGINT and SIGTERM are passed on to the runs, which are waited for; no other is started then. A
+    run that another process is at, such as an earlier start that was killed and left it behind, is
+    let alone.
+    """
+    start, waiting, started, statuses, caught = time.time(), dict(jobs), [], {}, []
+
+    def begin(name: str, job: Job, place: int) -> subprocess.Popen | None:
+        before = len(caught)
+        process = _start_locked(job, workdir, name, _share_of_cores(place, at_a_time))
+        if process is not None:
+            started.append(process)
+            if len(caught) > before:  # while it was not among those that are passed the signal
+                process.send_signal(caught[-1])
+        return process
+
+    def pass_on(number: int, _) -> None:
+        caught.append(number)
+        waiting.clear()
+        living = [process for process in started if process.poll() is None]
+        for process in living:
+            process.send_signal(number)
+        name = signal.Signals(number).name
+        # Not to standard output, which the signal may have found in the middle of a line.
+        print(f"{name}: passed on to {len(living)} runs, which are waited for", file=sys.stderr)
+
+    with _handling((signal.SIGINT, signal.SIGTERM), pass_on):
+        for name, status in _ends(waiting, {}, begin, at_a_time=at_a_time):
+            statuses[name] = status
+            print(f"{time.time() - start:5.0f} s  {name} {describe(status)}", flush=True)
+    return Ended(statuses, caught[-1] if caught else None)
+
+
+def describe(status: int | None) -> str:
+    """What a run's end was, for a line of text."""
+    if status is None:
+        return "is being run by another process"
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    return f"failed with status {status}" if status else "done"
+
+
+def _ends(
+    waiting: dict[str, Job],
+    running: Running,
+    begin: Callable[[str, Job, int], subprocess.Popen | None],
+    *,
+    at_a_time: int,
+) -> Iterator[tuple[str, int | None]]:
+    """Starts what waits as soon as it may, and yields (name, status) of what has ended. `waiting`
+    and `running` are kept as their names say, for who asks to look at and to change."""
+    done = {None}
+    while running or any(job.needs in done for job in waiting.values()):
         for name in [name for name, job in waiting.items() if job.needs in done]:
-            if len(running) < at_a_time:
-                core = min(set(range(at_a_time)) - {core for _, core in running.values()})
-                running[name] = _start(waiting.pop(name), workdir, name, core), core
+            if len(running) < at_a_time and name in waiting:
+                place = min(set(range(at_a_time)) - {place for _, place in running.values()})
+                process = begin(name, waiting.pop(name), place)
+                if process is None:
+                    yield name, None
+                else:
+                    running[name] = process, place
         time.sleep(0.2)
         for name, (process, _) in list(running.items()):
             if process.poll() is None:
                 continue
             del running[name]
-            done.add(name)
-            if process.returncode != 0:
-                for other, _ in running.values():
-                    other.terminate()
-                sys.exit(f"{name} failed; see {workdir / name}.log")
-            print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+            if process.returncode == 0:
+                done.add(name)
+            yield name, process.returncode
 
 
 def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.Popen:
-    """One run in a process of its own, on one core."""
+    """One run of a demo in a process of its own, on one core."""
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
@@ -80,12 +167,57 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         # Networks this small are quickest on a core each; two threads would wait for each other.
         return subprocess.Popen(
-            ["taskset", "-c", str(core), *command] if shutil.which("taskset") else command,
+            _on_cores(str(core), command), stdout=log, stderr=log, cwd=ROOT, env=environment
+        )
+
+
+def _start_locked(
+    job: Job, workdir: pathlib.Path, name: str, cores: str
+) -> subprocess.Popen | None:
+    """One run in a process that keeps its log locked as long as it lives; None where another has
+    the lock."""
+    workdir = workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
+    with open(workdir / f"{name}.log", "a") as log, open(workdir / f"{name}.log", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        # In a session of its own, Ctrl-C reaches the run once, by being passed on. The lock has a
+        # descriptor of its own, since processes that the run starts would inherit the log's.
+        return subprocess.Popen(
+            _on_cores(cores, command),
             stdout=log,
             stderr=log,
-            cwd=ROOT,
-            env=environment,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
         )
+
+
+def _on_cores(cores: str, command: list[str]) -> list[str]:
+    """The command on these cores, all of them where they are "", or there is no taskset."""
+    return ["taskset", "-c", cores, *command] if cores and shutil.which("taskset") else command
+
+
+def _share_of_cores(place: int, places: int) -> str:
+    """The cores of one of several places, such as "0,1"; "" where there is not one for each."""
+    if places == 1 or not hasattr(os, "sched_getaffinity"):
+        return ""
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // places
+    return ",".join(str(core) for core in cores[place * each : (place + 1) * each])
+
+
+@contextlib.contextmanager
+def _handling(numbers: Sequence[signal.Signals], handler: Callable) -> Iterator[None]:
+    """Signals go to the handler meanwhile."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def read_json(path: pathlib.Path) -> dict:
