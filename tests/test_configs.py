@@ -32,8 +32,6 @@ FILES = {
 SOME = {"nac_tinyimagenet": ("end_to_end", "few_shot")}
 RUNS = [(name, phase) for name in FILES for phase in SOME.get(name, (*PHASES, "pipeline"))]
 WHOLE = [name for name in FILES if name not in SOME]
-# Keys of a sweep that are arguments of the file; all others are flags.
-ARGUMENTS = ("phase", "module", "prior", "size")
 
 
 @functools.cache
@@ -106,14 +104,15 @@ def test_the_pipeline_is_planned_in_order(name, tmp_path):
 
 @pytest.mark.parametrize(("name", "item"), swept(), ids=str)
 def test_every_item_of_a_sweep_is_understood(name, item):
-    pairs = [f"{key}={value}" for key, value in item.items() if key in ARGUMENTS]
-    flags = {key: value for key, value in item.items() if key not in ARGUMENTS}
+    pairs = [f"{key[1:]}={value}" for key, value in item.items() if key.startswith(":")]
+    flags = {key: value for key, value in item.items() if not key.startswith(":")}
     config = read(name)["get_config"](",".join(pairs))
     config.update_from_flattened_dict(flags)
     config = freeze(Config, config)
     for key, value in flags.items():
         assert functools.reduce(getattr, key.split("."), config) == value
-    assert config.model.prior == read(name)["PRIORS"][item["prior"]]
+    if ":prior" in item:
+        assert config.model.prior == read(name)["PRIORS"][item[":prior"]]
 
 
 @pytest.mark.parametrize(

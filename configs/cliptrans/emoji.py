@@ -9,6 +9,7 @@ Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, eva
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -98,3 +99,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config,
         {stage: RECIPES[stage] for stage in stages} | ({} if args.stage == "pipeline" else RECIPES),
     )
+
+
+def sweep() -> Iterator[dict[str, object]]:
+    """All stages, without captioning, and without features, for tools/sweep.py."""
+    for model in MODELS:
+        yield {":model": model}

@@ -13,6 +13,8 @@ Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate)
   `target` language, and `prefix` (10; 0 is mBART alone, which has no captioning stage).
 """
 
+from collections.abc import Iterator
+
 import ml_collections
 
 from cliptrans_jax.config import Config, Recipe, choose_recipe
@@ -66,8 +68,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return choose_recipe(config, dict.fromkeys(stages, RECIPE) | single)
 
 
-def sweep():
-    """The published pairs, with and without the prefix: arguments of the file and flags."""
+def sweep() -> Iterator[dict[str, object]]:
+    """The published pairs, with and without the prefix, for tools/sweep.py."""
     for target in ("de", "fr"):
         for prefix in (10, 0):
-            yield {"target": target, "prefix": prefix}
+            yield {":target": target, ":prefix": prefix}

@@ -14,6 +14,7 @@ Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de,
 
 import pathlib
 import runpy
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -36,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     return config
 
 
-def sweep():
-    """All pairs."""
+def sweep() -> Iterator[dict[str, object]]:
+    """All pairs, for tools/sweep.py."""
     for pair in PAIRS:
-        yield {"pair": pair}
+        yield {":pair": pair}

@@ -7,6 +7,7 @@ Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, en
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -71,3 +72,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     return choose_recipe(config, RECIPES)
+
+
+def sweep() -> Iterator[dict[str, object]]:
+    """Weights of the distillation, for tools/sweep.py; with 0 modules learn from labels alone."""
+    for alpha in (0.0, 0.3, 0.5, 0.7, 0.9):
+        yield {"distill.alpha": alpha}

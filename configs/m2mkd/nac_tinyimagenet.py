@@ -138,7 +138,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def sweep() -> Iterator[dict[str, object]]:
-    """One run a prior and seed; the keys are arguments (`prior`) and flags (`seed`)."""
+    """The priors, for tools/sweep.py."""
     for prior in PRIORS:
-        for seed in range(3):
-            yield {"prior": prior, "seed": seed}
+        yield {":prior": prior}

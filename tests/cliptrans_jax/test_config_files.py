@@ -153,13 +153,14 @@ def test_a_pipeline_keeps_the_towers_and_weights_that_are_given(tmp_path):
 @pytest.mark.parametrize("name", [name for name in FILES if "sweep" in read(name)])
 def test_every_item_of_a_sweep_is_understood(name):
     for item in read(name)["sweep"]():
-        config = load(name, ",".join(f"{key}={value}" for key, value in item.items()))
-        if "pair" in item:
-            assert "_".join(config.data.pair) == item["pair"]
-        if "prefix" in item:
-            assert config.model.mapper.prefix == item["prefix"]
-        if "target" in item:
-            assert config.data.target_language == item["target"]
+        assert all(key.startswith(":") for key in item)
+        config = load(name, ",".join(f"{key[1:]}={value}" for key, value in item.items()))
+        if ":pair" in item:
+            assert "_".join(config.data.pair) == item[":pair"]
+        if ":prefix" in item:
+            assert config.model.mapper.prefix == item[":prefix"]
+        if ":target" in item:
+            assert config.data.target_language == item[":target"]
 
 
 @pytest.mark.parametrize(
