@@ -11,6 +11,7 @@ import subprocess
 import types
 
 import pytest
+import sweep
 
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import main as cliptrans
@@ -125,6 +126,28 @@ def test_quoted_commands_are_understood(monkeypatch, place, package, arguments):
     options = {argument.partition("=")[0] for argument in arguments}
     assert {"--config", "--workdir"} <= options, f"{place}: {arguments}"
     parsed(monkeypatch, package, arguments)
+
+
+def sweeps() -> list[tuple[str, list[str]]]:
+    """(where it stands, the flags) of all commands of tools/sweep.py."""
+    found = []
+    for place, text in (texts() | {"tools/sweep.py --help": sweep.__doc__}).items():
+        for line in joined(text).splitlines():
+            if match := re.search(r"python tools/sweep\.py (--[^>]*)", line):
+                found.append((place, shlex.split(match[1])))
+    return found
+
+
+def test_sweeps_are_found():
+    places = {place for place, _ in sweeps()}
+    assert places == {"README.md", "docs/sweeps.md", "tools/sweep.py --help"}
+
+
+@pytest.mark.parametrize(("place", "arguments"), sweeps(), ids=str)
+def test_quoted_sweeps_have_cells(monkeypatch, place, arguments):
+    monkeypatch.chdir(ROOT)
+    flags = sweep.parse_flags(arguments)
+    assert len(sweep.plan_asked(flags)) > 1 and flags.workdir, place
 
 
 @pytest.mark.parametrize("place", texts())

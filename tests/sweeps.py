@@ -1,0 +1,81 @@
+"""Sweeps whose runs are stand-ins, which take no time and do as they are told."""
+
+import csv
+import json
+import pathlib
+import sys
+import time
+
+import sweep
+import sweep_cells
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = f"{ROOT}/configs/m2mkd/digits.py"
+EMOJI = f"{ROOT}/configs/cliptrans/emoji.py"
+WHOLE = f"{DIGITS}:phase=end_to_end"
+GRID = "distill.alpha=0.3,0.5"
+
+# Stands in for python: notes that it was called and does what a file says that names the run.
+STAND_IN = """#!{python} -ES
+import json, os, pathlib, signal, sys, time
+flags = dict(flag.partition("=")[::2] for flag in sys.argv if flag.startswith("--"))
+folder = pathlib.Path(flags["--workdir"])
+with open({folder!r} + "/called", "a") as file:
+    file.write(folder.name + "\\n")
+orders = json.loads(pathlib.Path({folder!r}, "orders.json").read_text())
+order = orders.get(folder.name, "")
+folder.mkdir(exist_ok=True)
+if order == "fail":
+    print("out of paper")
+    sys.exit(3)
+if order == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if order == "wait":
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(0)))
+    (folder / "started").touch()
+    time.sleep(60)
+seed, alpha = flags["--config.seed"], flags.get("--config.distill.alpha", "0.5")
+accuracy = float(alpha) + 0.01 * int(seed)
+(folder / "result.json").write_text(json.dumps({{"steps": 3, "test/accuracy": accuracy}}))
+"""
+
+
+def replace_python(folder, monkeypatch):
+    """Puts the stand-in in place of python; returns two functions: one gives orders by run, the
+    other takes the names of the runs that were called since the last time."""
+    script, called = folder / "python", folder / "called"
+    script.write_text(STAND_IN.format(python=sys.executable, folder=str(folder)))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    def give(orders):
+        (folder / "orders.json").write_text(json.dumps(orders))
+
+    def take():
+        lines = called.read_text().splitlines() if called.exists() else []
+        called.unlink(missing_ok=True)
+        return sorted(lines)
+
+    give({})
+    return give, take
+
+
+def start(workdir, *flags, config=WHOLE, grid=GRID):
+    grids = [] if grid is None else [f"--grid={grid}"]
+    return sweep.main([f"--config={config}", f"--workdir={workdir}", *grids, *map(str, flags)])
+
+
+def cells(grid, config=WHOLE, flags=()):
+    return sweep_cells.plan_cells(config, flags, sweep_cells.parse_grid(grid))
+
+
+def read_csv(workdir):
+    with open(workdir / "sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,294 @@
+"""A sweep: its cells and their checks; what is run, skipped and tried again.
+
+Runs are stand-ins, but in one test.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import re
+import runpy
+import signal
+import threading
+
+import jobs
+import pytest
+import sweep_cells
+from sweeps import DIGITS, EMOJI, ROOT, WHOLE, cells, read_csv, replace_python, start, until
+
+NAC = f"{ROOT}/configs/m2mkd/digits_nac.py"
+SWEPT = [
+    path for path in sorted((ROOT / "configs").rglob("*.py")) if "def sweep(" in path.read_text()
+]
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    return replace_python(tmp_path, monkeypatch)
+
+
+# The grid and its cells.
+
+
+def test_a_grid_is_a_product_and_brackets_keep_commas():
+    grid = sweep_cells.parse_grid("a.b=(1,1),(2,2); :prior=ring ;c='x;y',[1,(2,3)]")
+    expected = itertools.product(["(1,1)", "(2,2)"], ["ring"], ["'x;y'", "[1,(2,3)]"])
+    assert [tuple(one.values()) for one in grid] == list(expected)
+    assert list(grid[0]) == ["a.b", ":prior", "c"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("distill.alpha", "'distill.alpha' must be KEY=VALUE"),
+        ("distill.alpha=", "'distill.alpha=' must be KEY=VALUE"),
+        ("distill.alpha=1,,2", "no value left empty"),
+        ("a=1;a=2", "'a' stands twice"),
+        ("a=(1,2", r"lacks a closing '\)'"),
+        ("a=1]", r"closes a bracket '\]' that is not open"),
+        (" ; ", "sweeps nothing"),
+    ],
+)
+def test_a_grid_of_another_form_is_refused(grid, said):
+    with pytest.raises(ValueError, match=said):
+        sweep_cells.parse_grid(grid)
+
+
+def test_names_are_short_plain_and_the_same_for_equal_values():
+    names = [cell.name for cell in cells("model.moe.experts=4;distill.alpha=0.30,5e-1")]
+    assert names == ["alpha=0.3,experts=4", "alpha=0.5,experts=4"]
+    assert cells("distill.alpha=.3;model.moe.experts=4")[0].name == names[0]
+    tuples = cells("model.depths=(1,1),(2, 2);teacher.depths=(1,1)")
+    assert [cell.name for cell in tuples] == [
+        "model.depths=1-1,teacher.depths=1-1",
+        "model.depths=2-2,teacher.depths=1-1",
+    ]
+    assert "--config.model.depths=(2,2)" in tuples[1].command
+    paths = [cell.name for cell in cells("sources.students=('a/b',),('a-b',)")]
+    assert len(set(paths)) == 2 and not set(" /'()") & set("".join(paths))
+
+
+def test_arguments_are_swept_beside_those_given():
+    found = cells(":prior=ring,none;optim.clip=None,1", f"{NAC}:phase=end_to_end")
+    assert [cell.name for cell in found[1::2]] == ["clip=1.0,prior=ring", "clip=1.0,prior=none"]
+    assert found[0].command[1:] == (
+        "m2mkd_jax.main",
+        f"--config={NAC}:phase=end_to_end,prior=ring",
+        "--config.optim.clip=None",
+    )
+    assert found[0].config["optim"]["clip"] is None
+
+
+@pytest.mark.parametrize(
+    ("config", "package", "main", "files"),
+    [
+        (DIGITS, "m2mkd_jax", "end_to_end", {"meta": 1, "student_3": 1, "few_shot": 1}),
+        (f"{DIGITS}:phase=distill", "m2mkd_jax", None, {"module_0": 1, "module_3": 1}),
+        (f"{DIGITS}:phase=distill,module=2", "m2mkd_jax", "", {"": 1}),
+        (EMOJI, "cliptrans_jax", "translate", {"clip": 1, "translate": 2}),
+        (f"{EMOJI}:stage=translate", "cliptrans_jax", "", {"": 2}),
+        (f"{EMOJI}:stage=clip", "cliptrans_jax", "", {"": 1}),
+    ],
+)
+def test_the_config_tells_the_command_and_its_results(config, package, main, files):
+    cell = cells("run.log_every=1", config)[0]
+    assert cell.command[:2] == ("-m", f"{package}.main") and cell.main == main
+    assert {name: len(cell.files[name]) for name in files} == files
+
+
+def test_a_config_of_neither_system_is_refused(tmp_path):
+    file = tmp_path / "other.py"
+    file.write_text(
+        "import ml_collections\ndef get_config(arg=None):\n"
+        "    return ml_collections.ConfigDict({'size': 1})\n"
+    )
+    with pytest.raises(ValueError, match=r"one of the fields \['phase', 'stage'\].*\['size'\]"):
+        cells("size=2", str(file))
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("distil.alpha=1", ["config has no field 'distil'", "did you mean 'distill'"]),
+        ("distill.alfa=1", ["config.distill has no field 'alfa'", "did you mean 'alpha'"]),
+        ("alpha=1", ["config has no field 'alpha'", "an argument", "has a colon"]),
+        (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase']"]),
+        (":phase=distil", ["config.phase='distil'", "end_to_end"]),
+        ("distill.alpha=0.1,1.5", ["distill.alpha=1.5", "must be in [0, 1]"]),
+        ("model.moe.experts=4,x", ["experts=x", "int()", "unswept it is", "experts=4"]),
+        ("optim.lr=None,1", ["config.optim.lr=None must be a float"]),
+        ("model.depths=1,(1.5,2)", ["config.model.depths[0]=1.5 must be of type int"]),
+        ("distill=1", ["config.distill is a section", "'alpha'"]),
+        ("distill.alpha=1,1.0", ["alpha=1.0: the cell stands twice"]),
+        ("seed=1,2", ["--seeds N"]),
+        ("optim.epochs=1", ["'optim.epochs' is swept, and --config.optim.epochs=2 sets it"]),
+    ],
+)
+def test_a_bad_cell_is_found_before_any_is_started(tmp_path, capsys, stand_in, grid, said):
+    _, take = stand_in
+    config = DIGITS if grid.startswith(":") else WHOLE
+    flags = ["--config.optim.epochs=2"] if config == WHOLE else []
+    assert start(tmp_path / "sweep", *flags, config=config, grid=grid) == 2
+    printed = capsys.readouterr().err
+    assert all(text in printed for text in said), printed
+    assert not take() and not (tmp_path / "sweep").exists()
+
+
+def test_all_bad_cells_are_named_at_once(tmp_path, capsys):
+    assert start(tmp_path, grid="distill.alpha=2,0.5,3") == 2
+    printed = capsys.readouterr().err
+    assert "alpha=2.0" in printed and "alpha=3.0" in printed and "alpha=0.5" not in printed
+
+
+@pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)
+def test_every_config_s_own_sweep_has_cells(path):
+    settings = sweep_cells.read_sweep(str(path))
+    found = sweep_cells.plan_cells(str(path), (), settings)
+    assert len({cell.name for cell in found}) == len(settings) > 1
+    assert len(list(runpy.run_path(str(path))["sweep"]())) == len(settings)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("", "has no sweep"),
+        ("def sweep():\n    return [1]\n", "must yield dicts"),
+        ("def sweep():\n    return []\n", "must yield dicts"),
+        ("def sweep():\n    return [{'a': 1}, {'b': 1}]\n", "must have the same keys"),
+    ],
+)
+def test_a_sweep_of_another_form_is_refused(tmp_path, body, said):
+    (tmp_path / "config.py").write_text(body)
+    with pytest.raises(ValueError, match=said):
+        sweep_cells.read_sweep(f"{tmp_path}/config.py:phase=x")
+
+
+# What is run.
+
+
+def test_failures_stop_no_other_and_are_tried_again(tmp_path, capsys, stand_in):
+    give, take = stand_in
+    workdir = tmp_path / "sweep"
+    give({"alpha=0.3,seed=0": "fail", "alpha=0.5,seed=1": "die"})
+    assert start(workdir, "--seeds=2", "--jobs=2") == 1
+    runs = [f"alpha={alpha},seed={seed}" for alpha in (0.3, 0.5) for seed in (0, 1)]
+    assert take() == sorted(runs)
+    printed = capsys.readouterr().out
+    assert "2 cells, 4 runs: 0 finished, 4 to go" in printed
+    assert "Not finished: 2;" in printed
+    assert f"alpha=0.3,seed=0  failed with status 3; see {workdir}/alpha=0.3,seed=0.log" in printed
+    assert "alpha=0.5,seed=1  ended by SIGKILL; see" in printed
+    assert (workdir / "alpha=0.3,seed=0.log").read_text() == "out of paper\n"
+    assert [row["test/accuracy n"] for row in read_csv(workdir)] == ["1", "1"]
+
+    give({})
+    assert start(workdir, "--seeds=2") == 0
+    assert take() == ["alpha=0.3,seed=0", "alpha=0.5,seed=1"]
+    assert [row["test/accuracy n"] for row in read_csv(workdir)] == ["2", "2"]
+    assert start(workdir, "--seeds=2") == 0 and not take()
+
+
+def test_a_folder_takes_more_values_and_seeds_but_no_other_sweep(tmp_path, capsys, stand_in):
+    _, take = stand_in
+    assert start(tmp_path / "s") == 0 and len(take()) == 2
+    assert start(tmp_path / "s", "--seeds=2", grid="distill.alpha=0.4,0.3") == 0
+    assert take() == ["alpha=0.3,seed=1", "alpha=0.4,seed=0", "alpha=0.4,seed=1"]
+    table = [(row["distill.alpha"], row["test/accuracy n"]) for row in read_csv(tmp_path / "s")]
+    assert table == [("0.3", "2"), ("0.4", "2"), ("0.5", "1")]
+    record = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert record["seeds"] == 2 and set(record["cells"]) == {f"alpha=0.{i}" for i in (3, 4, 5)}
+    capsys.readouterr()
+    assert start(tmp_path / "s", grid="distill.tau=1,2") == 2
+    assert "holds a sweep of ['distill.alpha'], and this is one of" in capsys.readouterr().err
+    assert start(tmp_path / "s", "--config.optim.epochs=3") == 2
+    assert "optim.epochs: 20 -> 3" in capsys.readouterr().err
+    assert not take()
+
+
+def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, stand_in):
+    give, take = stand_in
+    workdir, first = tmp_path / "sweep", "alpha=0.3,seed=0"
+    give({first: "wait"})
+
+    def interrupt():
+        until(lambda: (workdir / first / "started").exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert start(workdir) == 128 + signal.SIGTERM
+    thread.join()
+    assert take() == [first] and (workdir / first / "saved").exists()
+    printed, said = capsys.readouterr()
+    assert "SIGTERM: passed on to 1 runs" in said
+    assert f"{first}  stopped early" in printed and "alpha=0.5,seed=0  not started" in printed
+    give({})
+    assert start(workdir) == 0 and len(take()) == 2
+
+
+def test_a_run_that_another_process_is_at_is_let_alone(tmp_path, capsys, stand_in):
+    _, take = stand_in
+    workdir = tmp_path / "sweep"
+    workdir.mkdir()
+    with open(workdir / "alpha=0.3,seed=0.log", "a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert start(workdir) == 1
+    assert take() == ["alpha=0.5,seed=0"]
+    assert "alpha=0.3,seed=0  is being run by another process" in capsys.readouterr().out
+
+
+def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, capsys, stand_in):
+    give, take = stand_in
+    flags = ("--config.seed=0",)
+    plan = {"second": jobs.Job(flags, "first"), "first": jobs.Job(flags)}
+    jobs.run_all(plan, tmp_path / "runs", at_a_time=2)
+    assert re.findall(r"s  (\w+) done", capsys.readouterr().out) == ["first", "second"]
+    take()
+    give({"first": "fail"})
+    with pytest.raises(SystemExit, match=f"first failed; see {tmp_path}/runs/first.log"):
+        jobs.run_all(plan, tmp_path / "runs", at_a_time=2)
+    assert take() == ["first"]
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
+    """Two cells of a meta model of one block; the first is killed after a checkpoint."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    settings = {
+        "meta.depths": "(1,)",
+        "meta.patch": 8,
+        "meta.heads": 2,
+        "optim.epochs": 12,
+        "optim.batch": 512,
+        "run.checkpoint_every": 1,
+        "run.eval_every": 12,
+        "run.log_every": 1,
+        "run.compilation_cache": None,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    config, grid = f"{DIGITS}:phase=pretrain_meta", "meta.width=8,16"
+    workdir, first = tmp_path / "sweep", "width=8,seed=0"
+
+    def kill():
+        until(lambda: any(one.name.isdigit() for one in (workdir / first).glob("checkpoints/*")))
+        for command in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # others come and go
+                if f"--workdir={workdir / first}".encode() in command.read_bytes().split(b"\0"):
+                    os.kill(int(command.parent.name), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert start(workdir, *flags, config=config, grid=grid) == 1
+    thread.join()
+    assert f"{first}  ended by SIGKILL" in capsys.readouterr().out
+    assert [row["test/accuracy n"] for row in read_csv(workdir)] == ["0", "1"]
+    done = workdir / "width=16,seed=0.log"
+    before = len((workdir / f"{first}.log").read_text()), done.read_text()
+    assert start(workdir, *flags, config=config, grid=grid) == 0
+    assert done.read_text() == before[1]
+    steps = re.findall(r"step (\d+)/24", (workdir / f"{first}.log").read_text()[before[0] :])
+    assert 1 < int(steps[0]) < 24 and steps[-1] == "24", steps
+    found = json.loads((workdir / first / "result.json").read_text())["test/accuracy"]
+    assert float(read_csv(workdir)[0]["test/accuracy mean"]) == found

@@ -1,0 +1,185 @@
+"""What a sweep gives: its table and plot, and scripts for others to start its runs."""
+
+import os
+import re
+import shlex
+import statistics
+import subprocess
+
+import pytest
+import sweep_table
+from etils import epath
+from PIL import Image
+from sweeps import EMOJI, cells, read_csv, replace_python, start, until
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    return replace_python(tmp_path, monkeypatch)
+
+
+# The table.
+
+
+def rows(values):
+    """Rows of a sweep of (experts, router), with accuracies a seed."""
+    return [
+        sweep_table.Row(
+            {"model.moe.experts": experts, ":router": router},
+            [{"test/accuracy": value, "test/loss": 2.0} for value in found],
+        )
+        for (experts, router), found in values.items()
+    ]
+
+
+VALUES = {
+    ("16", "a"): [0.5, 0.7],
+    ("4", "a"): [0.25],
+    ("4", "b"): [0.125, 0.375],
+    ("16", "b"): [],
+}
+
+
+def test_the_table_has_mean_spread_and_count_of_what_is_finished(tmp_path):
+    ordered = sweep_table.sort_rows(rows(VALUES))
+    places = [tuple(row.swept.values()) for row in ordered]
+    assert places == [("4", "a"), ("4", "b"), ("16", "a"), ("16", "b")]
+    table = sweep_table.write_table(epath.Path(tmp_path), ordered, ["test/accuracy", "test/loss"])
+    found = read_csv(tmp_path)
+    for line, row in zip(found, ordered, strict=True):
+        numbers = row.values("test/accuracy")
+        assert [line["model.moe.experts"], line["router"]] == list(row.swept.values())
+        assert line["test/accuracy n"] == str(len(numbers))
+        mean = str(statistics.mean(numbers)) if numbers else ""
+        spread = str(statistics.stdev(numbers)) if len(numbers) > 1 else ""
+        assert (line["test/accuracy mean"], line["test/accuracy spread"]) == (mean, spread)
+    assert table.header == ("experts", "router", "test/accuracy", "n", "test/loss", "n")
+    assert table.rows[1] == ("4", "b", "0.25 ± 0.18", "2", "2 ± 0", "2")
+    assert table.rows[2][2] == "0.60 ± 0.14" and table.rows[0][2] == "0.25"
+    assert table.rows[3] == ("16", "b", "", "0", "", "0")
+    lines = (tmp_path / "sweep.md").read_text().splitlines()
+    assert lines[2:] == [
+        f"| {' | '.join(cells)} |" for cells in (table.header, ["---"] * 6, *table.rows)
+    ]
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_the_plot_has_a_line_a_setting_of_the_rest_with_error_bars():
+    figure = sweep_table.plot(sweep_table.sort_rows(rows(VALUES)), ["test/accuracy", "test/loss"])
+    axes = figure.axes[0]
+    first, second = axes.containers
+    assert [first.get_label(), second.get_label()] == ["router a", "router b"]
+    assert first.lines[0].get_xydata().tolist() == [[4, 0.25], [16, 0.6]]
+    assert second.lines[0].get_xydata().tolist() == [[4, 0.25]]
+    (bars,) = first.lines[2]
+    low, high = bars.get_segments()[1][:, 1]
+    assert high - low == pytest.approx(2 * statistics.stdev([0.5, 0.7]))
+    assert axes.get_xlabel() == "model.moe.experts" and axes.get_ylabel() == "test/accuracy"
+    words = sweep_table.plot(rows({("one", "a"): [1.0], ("two", "a"): [2.0]}), ["test/accuracy"])
+    ticks = [tick.get_text() for tick in words.axes[0].get_xticklabels()]
+    assert ticks == ["one", "two"]
+
+
+def test_results_of_a_pipeline_go_by_their_folders(tmp_path):
+    (cell,) = cells("run.log_every=1", EMOJI)
+    root = epath.Path(tmp_path)
+    for name in ("clip", "caption", "translate"):
+        (root / name).mkdir()
+        (root / name / "result.json").write_text('{"stage": "x", "val/bleu": 3.5}')
+        assert sweep_table.read_results(root, cell) is None
+        if name != "clip":
+            scores = '{"set": "test", "step": 9, "sentences": 2, "bleu": 8.0, "signatures": {}}'
+            (root / name / "scores.json").write_text(scores)
+    found = sweep_table.read_results(root, cell)
+    assert found["test/bleu"] == 8.0 and found["caption/val/bleu"] == found["val/bleu"] == 3.5
+    assert "clip/test/bleu" not in found and "test/step" not in found
+
+
+def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):
+    assert start(tmp_path / "s", "--metric=test/acuracy") == 2
+    printed = capsys.readouterr().err
+    assert "--metric=test/acuracy: no finished run has it (did you mean 'test/accuracy'" in printed
+    assert start(tmp_path / "s", "--emit=table", "--metric=test/accuracy,steps") == 0
+    assert list(read_csv(tmp_path / "s")[0])[1::3] == ["test/accuracy mean", "steps mean"]
+
+
+# What others start.
+
+
+def emitted(capsys, workdir, form, *flags):
+    capsys.readouterr()
+    assert start(workdir, f"--emit={form}", "--seeds=2", *flags) == 0
+    return capsys.readouterr().out
+
+
+def stub(folder, name, body):
+    (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def bash(script, folder, **environment):
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-s"], input=script, text=True, env=os.environ | path | environment, timeout=60
+    ).returncode
+
+
+def test_commands_that_are_printed_are_those_that_would_be_run(tmp_path, capsys, stand_in):
+    _, take = stand_in
+    workdir = tmp_path / "a sweep"
+    assert start(workdir) == 0 and len(take()) == 2
+    lines = emitted(capsys, workdir, "commands").splitlines()
+    assert len(lines) == 2 and not take()  # the finished ones left out
+    for line in lines:
+        assert bash(line, tmp_path) == 0
+    assert take() == ["alpha=0.3,seed=1", "alpha=0.5,seed=1"]
+    assert emitted(capsys, workdir, "commands") == emitted(capsys, workdir, "slurm") == ""
+    assert start(workdir, "--seeds=2") == 0 and not take()
+
+
+def test_the_slurm_array_runs_a_cell_a_task_and_queues_again_when_stopped(
+    tmp_path, capsys, stand_in
+):
+    give, take = stand_in
+    stub(tmp_path, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    stub(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/requeued')
+    workdir = tmp_path / "s"
+    script = emitted(capsys, workdir, "slurm", "--jobs=3")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert "#SBATCH --array=0-3%3\n" in script and "#SBATCH --requeue\n" in script
+    task = {"SLURM_ARRAY_JOB_ID": "7"}
+    give({"alpha=0.5,seed=0": "fail"})
+    status = [bash(script, tmp_path, **task, SLURM_ARRAY_TASK_ID=str(i)) for i in range(5)]
+    assert status == [0, 3, 0, 0, 2] and len(take()) == 4 and not (tmp_path / "requeued").exists()
+
+    give({"alpha=0.5,seed=0": "wait"})
+    (tmp_path / "script").write_text(script)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
+    process = subprocess.Popen(["bash", tmp_path / "script"], env=os.environ | task | path)
+    until(lambda: (workdir / "alpha=0.5,seed=0" / "started").exists())
+    process.terminate()
+    assert process.wait(30) == 143
+    assert (workdir / "alpha=0.5,seed=0" / "saved").exists()
+    assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
+
+
+def test_xpk_gets_a_workload_a_run(tmp_path, capsys, stand_in):
+    stub(tmp_path, "xpk", f'printf "%s\\n" "$@" >> {tmp_path}/made')
+    script = emitted(capsys, tmp_path / "s", "xpk")
+    place = {"CLUSTER": "c", "TPU_TYPE": "v5litepod-16"}
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert bash(script, tmp_path, **place) != 0  # no image
+    assert bash(script, tmp_path, **place, IMAGE="i:1") == 0
+    made = (tmp_path / "made").read_text()
+    names = re.findall(r"--workload=(.*)", made)
+    assert len(set(names)) == 4
+    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,37}[a-z0-9])", name) for name in names)
+    commands = [shlex.split(text) for text in re.findall(r"--command=(.*)", made)]
+    assert [command[-1] for command in commands] == [
+        f"--workdir={tmp_path}/s/alpha={alpha},seed={seed}"
+        for seed in (0, 1)
+        for alpha in (0.3, 0.5)
+    ]
+    assert made.count("--docker-image=i:1") == 4
+    assert commands[0][:3] == ["python", "-m", "m2mkd_jax.main"]

@@ -1,0 +1,316 @@
+"""The cells of a sweep: read from --grid or from a config file's `sweep()`, and each checked."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+import runpy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from cliptrans_jax import config as cliptrans
+from cliptrans_jax.runs import pipeline as cliptrans_pipeline
+from common_jax import app
+from common_jax.config import freeze
+from m2mkd_jax import config as m2mkd
+from m2mkd_jax.phases import pipeline as m2mkd_pipeline
+
+NOWHERE = epath.Path("WORKDIR")  # never written to
+BRACKETS = {"(": ")", "[": "]"}
+
+Files = dict[str, tuple[str, ...]]  # what each run of a cell leaves when it is finished, by folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The command that runs a config.
+
+    Attributes:
+      module: what python's -m takes.
+      config: the dataclass of its configs.
+      metric: what a sweep compares unless it is told.
+      results: the folder of the run that a cell is about (None where there is none), and all files.
+    """
+
+    module: str
+    config: type
+    metric: str
+    results: Callable[[Any], tuple[str | None, Files]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A row of the table: one setting of what is swept, to be run once a seed.
+
+    Attributes:
+      name: of its folders, the seed aside, such as "alpha=0.3,experts=4".
+      values: text by key, as flags and arguments have it.
+      config: of its runs, as a plain dict.
+      command: arguments of python, seed and workdir left out.
+      main: the folder of the run that it is about, "" for its own; None where there is none.
+      files: what each of its runs leaves when it is finished, by folder.
+    """
+
+    name: str
+    values: Mapping[str, str]
+    config: Mapping[str, Any]
+    command: tuple[str, ...]
+    main: str | None
+    files: Files
+
+
+def parse_grid(text: str) -> list[dict[str, str]]:
+    """The product of `KEY=VALUE,VALUE;KEY=VALUE`, one dict a cell; commas in brackets and quotes
+    belong to a value.
+
+    Raises:
+      ValueError: for what is not of this form, quoting it.
+    """
+    grid: dict[str, list[str]] = {}
+    for part in filter(None, (part.strip() for part in _split(text, ";"))):
+        key, _, values = (piece.strip() for piece in part.partition("="))
+        found = [value.strip() for value in _split(values, ",")]
+        if not key or not all(found):
+            raise ValueError(f"--grid: {part!r} must be KEY=VALUE,VALUE with no value left empty")
+        if key in grid:
+            raise ValueError(f"--grid: {key!r} stands twice; give it all of its values at once")
+        grid[key] = found
+    if not grid:
+        raise ValueError(f"--grid={text!r} sweeps nothing; write KEY=VALUE,VALUE;KEY=VALUE,VALUE")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def read_sweep(config: str) -> list[dict[str, str]]:
+    """What the `sweep()` of a config file yields: one dict a cell, all with the same keys.
+
+    Raises:
+      ValueError: where there is no such function, or it yields something else.
+    """
+    file = config.partition(":")[0]
+    if not epath.Path(file).is_file():
+        raise FileNotFoundError(f"--config={file} is no config file that can be read")
+    sweep = runpy.run_path(file).get("sweep")
+    if sweep is None:
+        raise ValueError(f"--grid is missing, and {file} has no sweep() in its place; give --grid")
+    found = list(sweep())
+    if not found or not all(isinstance(one, Mapping) and one for one in found):
+        raise ValueError(f"{file}: sweep() must yield dicts such as {{'distill.alpha': 0.3}}")
+    for one in found:
+        if set(one) != set(found[0]):
+            raise ValueError(
+                f"{file}: sweep() yields {dict(one)} after {dict(found[0])}; all of its dicts must "
+                "have the same keys"
+            )
+    return [{key: _text(one[key]) for key in found[0]} for one in found]
+
+
+def plan_cells(
+    config: str, flags: Sequence[str], settings: Iterable[Mapping[str, str]]
+) -> list[Cell]:
+    """The cells of these settings, each read, frozen and planned as the command would do it.
+
+    Args:
+      config: a config file with its arguments, FILE.py:key=value.
+      flags: what all cells have in common, --config.FIELD=VALUE.
+      settings: text by key, all with the same keys: a field's path, or ":" and an argument's name.
+
+    Raises:
+      ValueError: for what any cell's command would refuse, with the reasons of all of them.
+    """
+    settings = list(settings)
+    _check_keys(config, flags, list(settings[0]))
+    short = short_keys(settings[0])
+    cells: dict[str, Cell] = {}
+    problems: dict[str, str] = {}
+    for values in settings:
+        try:
+            cell = _plan_cell(config, flags, values, short)
+        except (ValueError, FileNotFoundError) as error:
+            label = ", ".join(f"{key}={value}" for key, value in values.items())
+            problems.setdefault(str(error), label)
+            continue
+        if cell.name in cells:
+            problems.setdefault("the cell stands twice; leave one out", cell.name)
+        cells[cell.name] = cell
+    if problems:
+        lines = [f"{label}: {reason}" for reason, label in problems.items()]
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError("cells that cannot run:\n  " + "\n  ".join(lines[:10]) + more)
+    return list(cells.values())
+
+
+def find_program(config: ml_collections.ConfigDict) -> Program:
+    """The command for a config: of m2mKD if it has a phase, of CLIPTrans if it has a stage.
+
+    Raises:
+      ValueError: for a config with both or neither.
+    """
+    found = [program for field, program in PROGRAMS.items() if field in config]
+    if len(found) != 1:
+        raise ValueError(
+            f"a config must have one of the fields {sorted(PROGRAMS)}, which say what command runs "
+            f"it; this one has {sorted(config)}"
+        )
+    return found[0]
+
+
+def short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """For every key the shortest end of its path that no other has: `alpha` of `distill.alpha`."""
+    paths = {key: key.removeprefix(":").split(".") for key in keys}
+    short = {}
+    for key, path in paths.items():
+        others = [other for other in paths if other != key]
+        for count in range(1, len(path) + 1):
+            end = path[-count:]
+            if all(paths[other][-count:] != end for other in others) and end != ["seed"]:
+                break
+        short[key] = ".".join(end)
+    return short
+
+
+def _check_keys(config: str, flags: Sequence[str], keys: Sequence[str]) -> None:
+    """Raises ValueError for a key that is set elsewhere, too."""
+    given = {flag.removeprefix("--config.").partition("=")[0]: flag for flag in flags}
+    arguments = [pair.partition("=")[0] for pair in config.partition(":")[2].split(",")]
+    given |= {f":{name}": f"--config={config}" for name in arguments if name}
+    if "seed" in (*keys, *given):
+        raise ValueError("seed is what --seeds N repeats every cell with; leave config.seed out")
+    if both := [key for key in keys if key in given]:
+        raise ValueError(f"{both[0]!r} is swept, and {given[both[0]]} sets it, too; leave out one")
+
+
+def _plan_cell(
+    config: str, flags: Sequence[str], values: Mapping[str, str], short: Mapping[str, str]
+) -> Cell:
+    arguments = {key[1:]: value for key, value in values.items() if key.startswith(":")}
+    file, _, given = config.partition(":")
+    pairs = [*filter(None, given.split(",")), *(f"{k}={v}" for k, v in arguments.items())]
+    chosen = f"{file}:{','.join(pairs)}" if pairs else file
+    fields = {key: value for key, value in values.items() if not key.startswith(":")}
+    found = _read_fields(chosen, flags, fields)
+    # As the config has it, so that 0.3 and 0.30 are the same cell.
+    fields = {key: _text(_look_up(found, key)) for key in fields}
+    program = find_program(found)
+    main, files = program.results(freeze(program.config, found))
+    swept = {key: fields.get(key, values[key]) for key in values}
+    own = [f"--config.{key}={value}" for key, value in fields.items()]
+    return Cell(
+        name=_cell_name({short[key]: value for key, value in swept.items()}),
+        values=swept,
+        config=found.to_dict(),
+        command=("-m", program.module, f"--config={chosen}", *flags, *own),
+        main=main,
+        files=files,
+    )
+
+
+def _read_fields(
+    config: str, flags: Sequence[str], fields: Mapping[str, str]
+) -> ml_collections.ConfigDict:
+    try:
+        return read_config(config, [*flags, *(f"--config.{k}={v}" for k, v in fields.items())])
+    except ValueError as error:
+        plain = read_config(config, flags)  # raises what is not the fault of the swept fields
+        if unknown := [key for key in fields if key.partition(".")[0] not in plain]:
+            hint = f"an argument of the config file has a colon in front, ':{unknown[0]}=VALUE'"
+            raise ValueError(f"{error}; {hint}") from None
+        usual = ", ".join(f"config.{key}={_look_up(plain, key)!r}" for key in fields)
+        raise ValueError(f"{error}; unswept it is {usual}: write values of that type") from None
+
+
+def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config that a command with these flags would run.
+
+    Raises:
+      ValueError, FileNotFoundError: as the command would say it.
+    """
+    # The command's own reading, without what it does next: connect with other hosts.
+    argv = ["sweep", f"--config={config}", f"--workdir={NOWHERE}", *flags]
+    return app._parse(app._flags(), argv, "")[0]
+
+
+def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:
+    app.check_field(config, path)
+    value = functools.reduce(lambda section, key: section[key], path.split("."), config)
+    if isinstance(value, ml_collections.ConfigDict):
+        raise ValueError(f"config.{path} is a section; sweep one of its fields {sorted(value)}")
+    return value
+
+
+def _text(value: Any) -> str:
+    """A value as a flag has it; of a tuple without spaces."""
+    if isinstance(value, tuple | list):
+        items = ",".join(repr(item) for item in value)
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    return str(value)
+
+
+def _cell_name(values: Mapping[str, str]) -> str:
+    """A folder's name, the same in whatever order the keys are."""
+    name = ",".join(f"{key}={_in_a_name(values[key])}" for key in sorted(values))
+    return name if len(name) <= 150 else f"{name[:140]}~{_digest(name)}"
+
+
+def _in_a_name(text: str) -> str:
+    """A value in letters that no shell minds: (1,2) is 1-2; what loses more has a digest."""
+    item = r"[\w.+-]+"
+    if re.fullmatch(rf"\({item}(,{item})*,?\)", text):
+        return text.strip("(),").replace(",", "-")
+    plain = re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    return plain if plain == text and len(text) <= 40 else f"{plain[-40:]}~{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()[:6]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """`text` at separators that stand in no brackets and no quotes."""
+    parts, closing, quote = [""], [], ""
+    for letter in text:
+        if letter == separator and not closing and not quote:
+            parts.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in BRACKETS:
+            closing.append(BRACKETS[letter])
+        elif letter in BRACKETS.values() and (not closing or closing.pop() != letter):
+            raise ValueError(f"--grid: {text!r} closes a bracket {letter!r} that is not open")
+        parts[-1] += letter
+    if closing or quote:
+        raise ValueError(f"--grid: {text!r} lacks a closing {quote or closing[-1]!r}")
+    return parts
+
+
+def _m2mkd_results(config: m2mkd.Config) -> tuple[str | None, Files]:
+    main: str | None = ""
+    folders = [""]
+    if config.phase == "pipeline":
+        main, folders = "end_to_end", [name for name, _ in m2mkd_pipeline.plan(config, NOWHERE)]
+    elif config.phase in m2mkd_pipeline.MODULAR and len(config.modules()) > 1:
+        main, folders = None, [f"module_{stage}" for stage in config.modules()]
+    return main, dict.fromkeys(folders, ("result.json",))
+
+
+def _cliptrans_results(config: cliptrans.Config) -> tuple[str | None, Files]:
+    runs = {"": config.stage}
+    if config.stage == "pipeline":
+        planned = cliptrans_pipeline.plan(config, NOWHERE)
+        runs = {folder: one.stage for folder, one in planned}
+    files = {"clip": ("result.json",), "evaluate": ("scores.json",)}
+    both = ("result.json", "scores.json")
+    return list(runs)[-1], {name: files.get(stage, both) for name, stage in runs.items()}
+
+
+# The field that tells whose config it is.
+PROGRAMS = {
+    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results),
+    "stage": Program("cliptrans_jax.main", cliptrans.Config, "test/bleu", _cliptrans_results),
+}
