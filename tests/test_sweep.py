@@ -212,15 +212,22 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, sta
     give, take = stand_in
     workdir, first = tmp_path / "sweep", "alpha=0.3,seed=0"
     give({first: "wait"})
+    locked = []
 
     def interrupt():
         until(lambda: (workdir / first / "started").exists())
+        with open(workdir / f"{first}.log") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(first)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     assert start(workdir) == 128 + signal.SIGTERM
     thread.join()
+    assert locked, "a run must keep its log to itself"
     assert take() == [first] and (workdir / first / "saved").exists()
     printed, said = capsys.readouterr()
     assert "SIGTERM: passed on to 1 runs" in said
