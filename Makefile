@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-faults lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Kills, signals, damaged files and a full disk; takes longer than all tests.
+test-faults: $(VENV)/.installed-test
+	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

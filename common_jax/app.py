@@ -50,7 +50,7 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
         logging.getLogger(library).setLevel(logging.WARNING)
     values = _flags()
     try:
-        config, workdir = _parse(values, argv, description)
+        config, workdir = _read_flags(values, argv, description)
         hosts.start(**{name: values[name].value for name in HOST_FLAGS})
         keep_memory()
         main(config, workdir)
@@ -101,6 +101,16 @@ def keep_memory() -> None:
             mallopt(parameter, usual)
 
 
+def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:
+    """The config that `run` would call its command with, from the same command line; nothing is
+    connected or started.
+
+    Raises:
+      ValueError, FileNotFoundError: for what a user can have got wrong.
+    """
+    return _read_flags(_flags(), list(argv), description)[0]
+
+
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
@@ -138,7 +148,7 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def _parse(
+def _read_flags(
     values: flags.FlagValues, argv: list[str], description: str
 ) -> tuple[ml_collections.ConfigDict, epath.Path]:
     overrides = [arg for arg in argv[1:] if arg.startswith("--config.")]

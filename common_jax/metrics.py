@@ -32,6 +32,7 @@ class Recorder:
         self._workdir = epath.Path(workdir)
         self._main = jax.process_index() == 0
         self._title, self._total = title, total
+        self._appends = "://" not in str(workdir)  # an object of a bucket is written as a whole
         if not self._main:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -84,8 +85,12 @@ class Recorder:
             self._bar.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self._workdir / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        path, text = self._workdir / name, json.dumps(line) + "\n"
+        if self._appends:
+            with path.open("a") as file:
+                file.write(text)
+        else:
+            path.write_text((path.read_text() if path.exists() else "") + text)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

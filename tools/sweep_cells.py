@@ -228,9 +228,7 @@ def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
     Raises:
       ValueError, FileNotFoundError: as the command would say it.
     """
-    # The command's own reading, without what it does next: connect with other hosts.
-    argv = ["sweep", f"--config={config}", f"--workdir={NOWHERE}", *flags]
-    return app._parse(app._flags(), argv, "")[0]
+    return app.read_config(["sweep", f"--config={config}", f"--workdir={NOWHERE}", *flags])
 
 
 def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:

@@ -1,63 +1,11 @@
 """Killed runs go on as if nothing had happened: the same lines of metrics.jsonl, byte for byte."""
 
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from processes import says, start
 
 from common_jax.checkpoint import finished_steps
-
-ROOT = pathlib.Path(__file__).parents[2]
-RUN = (
-    "--config=configs/m2mkd/digits.py:phase=end_to_end",
-    "--config.model.depths=(1,1)",
-    "--config.meta.depths=(1,1)",
-    "--config.teacher.depths=(1,1)",
-    "--config.model.width=16",
-    "--config.data.image_size=8",
-    "--config.model.patch=4",
-    "--config.drop_path=0.1",
-    "--config.optim.ema=0.9",
-    "--config.optim.batch=128",
-    "--config.optim.steps=44",
-    "--config.optim.warmup_epochs=1",
-    "--config.run.log_every=3",
-    "--config.run.eval_every=1",
-    "--config.run.checkpoint_every=1",
-    "--config.run.compilation_cache=None",
-)
-
-
-def start(workdir, *more) -> subprocess.Popen:
-    """A run in a process of its own, on one device."""
-    quickly = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    environment = os.environ | {"XLA_FLAGS": quickly, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-m", "m2mkd_jax.main", *RUN, f"--workdir={workdir}", *more]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
-
-
-def kill_when(process: subprocess.Popen, condition) -> None:
-    """Kills the process at the moment the condition holds, which must be before it ends."""
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def unfinished_saves(workdir) -> list[str]:
@@ -68,7 +16,7 @@ def unfinished_saves(workdir) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(workdir))
+    start(workdir).finish()
     return workdir
 
 
@@ -85,24 +33,21 @@ def test_the_lines_are_those_of_44_steps(undisturbed):
 
 def test_killed_between_checkpoints(undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    metrics = workdir / "metrics.jsonl"
     process = start(workdir)
     # past the first checkpoint, in the middle of a stretch of the log
-    kill_when(process, lambda: metrics.exists() and '"step": 27' in metrics.read_text())
+    process.kill(when=lambda: says(workdir / "metrics.jsonl", '"step": 27'))
     assert 0 < finished_steps(workdir / "checkpoints")[-1] < 27
-    finish(start(workdir))
+    start(workdir).finish()
     assert same_run(workdir, undisturbed)
 
 
 def test_killed_in_the_middle_of_a_save(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir)
-    kill_when(
-        process,
-        lambda: finished_steps(workdir / "checkpoints") and unfinished_saves(workdir),
-    )
+    folder = workdir / "checkpoints"
+    process.kill(when=lambda: finished_steps(folder) and unfinished_saves(workdir))
     assert unfinished_saves(workdir)
-    output = finish(start(workdir))
+    output = start(workdir).finish()
     assert "removing the unfinished checkpoint" in output
     assert not unfinished_saves(workdir)
     assert same_run(workdir, undisturbed)
@@ -110,14 +55,13 @@ def test_killed_in_the_middle_of_a_save(undisturbed, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    metrics = workdir / "metrics.jsonl"
     process = start(workdir)
-    kill_when(process, lambda: metrics.exists() and '"step": 39' in metrics.read_text())
+    process.kill(when=lambda: says(workdir / "metrics.jsonl", '"step": 39'))
     newest = workdir / "checkpoints" / str(finished_steps(workdir / "checkpoints")[-1])
     for path in (newest / "params").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:500])
-    output = finish(start(workdir))
+    output = start(workdir).finish()
     assert f"checkpoint {newest} cannot be read" in output
     assert same_run(workdir, undisturbed)
 
@@ -125,8 +69,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(undisturbed, tmp
 def test_another_config_is_refused_with_the_difference(undisturbed):
     before = {path: path.read_bytes() for path in undisturbed.glob("*.json*")}
     process = start(undisturbed, "--config.optim.lr=3e-3", "--config.model.moe.experts=8")
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert "model.moe.experts: 4 -> 8" in output.decode()
-    assert "optim.lr: 0.001 -> 0.003" in output.decode()
+    assert process.end() == 2
+    assert "model.moe.experts: 4 -> 8" in process.output()
+    assert "optim.lr: 0.001 -> 0.003" in process.output()
     assert before == {path: path.read_bytes() for path in undisturbed.glob("*.json*")}

@@ -1,0 +1,148 @@
+"""What is found in checkpoints, by whatever mesh they were written."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from common_jax.mesh import Rules, match_rules, replicated, with_shardings
+from common_jax.state import merge
+
+FOLDER = "checkpoints"
+ITEMS = ("params", "trainer", "config")
+AVERAGE = "average"  # the fourth item, of runs that keep a running average
+MARKER = "commit_success.txt"
+
+
+def finished_steps(folder: epath.PathLike) -> list[int]:
+    """The steps below `folder` whose every item carries orbax's marker, ascending; read from
+    disk."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return []
+    steps = (path for path in folder.iterdir() if path.name.isdigit())
+    return sorted(
+        int(path.name) for path in steps if all((path / item / MARKER).exists() for item in ITEMS)
+    )
+
+
+def load(
+    source: epath.PathLike,
+    *,
+    subtree: str = "",
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    average: bool = False,
+) -> dict[str, Any]:
+    """Parameters of a checkpoint, or the part of them below `subtree`, without building the
+    trainer.
+
+    Only the files of that part are read, whatever mesh wrote them.
+
+    Args:
+      source: a run's workdir (its newest finished checkpoint), its `checkpoints` folder, or one
+        step's folder.
+      subtree: path of keys, such as "student/stage_2"; empty for all.
+      mesh: devices to put them on; None for the first device alone.
+      rules: how they are split over `mesh`; None holds them whole on every device.
+      average: takes the running average of what was trained, which is what was evaluated, where
+        the run kept one (config.optim.ema).
+
+    Returns:
+      The nested dict below `subtree`.
+
+    Raises:
+      FileNotFoundError: when there is no finished checkpoint, naming what was looked for.
+      KeyError: when `subtree` is not in the checkpoint, naming what is.
+    """
+    step = find_step(source)
+    shapes = _shapes(step)
+    chosen = {
+        path: shape
+        for path, shape in traverse_util.flatten_dict(shapes, sep="/").items()
+        if not subtree or path == subtree or path.startswith(subtree + "/")
+    }
+    if not chosen:
+        raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
+    wanted = traverse_util.unflatten_dict(chosen, sep="/")
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), wanted)
+    elif rules is None:
+        shardings = jax.tree.map(lambda _: replicated(mesh), wanted)
+    else:
+        shardings = match_rules(rules, wanted, mesh)
+    wanted = with_shardings(wanted, shardings)
+    restored = read(step, wanted)
+    kept = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
+    if averaged := _common(wanted, kept):
+        restored = merge(restored, read(step, averaged, item=AVERAGE))
+    for key in filter(None, subtree.split("/")):
+        restored = restored[key]
+    return restored
+
+
+def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
+    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from an item of a step's folder
+    and nothing else of it."""
+    return ocp.PyTreeCheckpointer().restore(
+        step / item,
+        args=ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        ),
+    )
+
+
+def load_config(source: epath.PathLike) -> dict[str, Any]:
+    """The config that made the checkpoint `source` names, as `load` finds it."""
+    return json.loads((find_step(source) / "config" / "metadata").read_text())
+
+
+def load_shapes(source: epath.PathLike) -> dict[str, Any]:
+    """Nested dict of ShapeDtypeStructs of all the parameters that `source` holds; reads no
+    array."""
+    return _shapes(find_step(source))
+
+
+def find_step(source: epath.PathLike) -> epath.Path:
+    """The folder of the step that `source` means: itself, or the newest finished one below it."""
+    source = absolute(source)
+    if source.name.isdigit() and (source / "params").exists():
+        return source
+    for folder in (source / FOLDER, source):
+        if steps := finished_steps(folder):
+            return folder / str(steps[-1])
+    state = "exists and has none" if source.exists() else "does not exist"
+    raise FileNotFoundError(
+        f"no finished checkpoint at {source}, which {state}; give a run's workdir, its {FOLDER} "
+        "folder, or a step "
+        "in it"
+    )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root, which orbax insists on; a bucket's (`gs://...`) is one already."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
+def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:
+    metadata = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+
+def _common(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of `wanted` whose paths are in `held` too."""
+    paths = traverse_util.flatten_dict(held)
+    flat = traverse_util.flatten_dict(wanted)
+    return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if p in paths})
+
+
+def _outline(shapes: Mapping[str, Any]) -> list[str]:
+    return sorted({"/".join(path[:2]) for path in traverse_util.flatten_dict(shapes)})

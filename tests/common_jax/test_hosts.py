@@ -1,0 +1,128 @@
+"""Two processes that are one run: the same numbers as one process, and they stop together."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from processes import finish_pair, pair, says, start
+
+from common_jax.checkpoint import finished_steps
+from common_jax.pods import hosts
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(workdir, other, *, tolerance: float) -> None:
+    """The losses and accuracies of two runs that had other devices."""
+    found, expected = lines(workdir), lines(other)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for one, two in zip(found, expected, strict=True):
+        for name in ("train/loss", "test/loss", "test/accuracy"):
+            assert (name in one) == (name in two)
+            if name in one:
+                np.testing.assert_allclose(one[name], two[name], rtol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of two processes of four devices each."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    first, second = finish_pair(workdir)
+    assert "process 0 of 2, with 4 of 8 devices" in first
+    assert "end_to_end  step 44/44" in first
+    assert "end_to_end  step" not in second  # process 0 speaks for both
+    return workdir
+
+
+def test_two_processes_compute_what_one_does(undisturbed, tmp_path):
+    alone = tmp_path / "run"
+    start(alone, devices=8).finish()
+    assert_same_numbers(undisturbed, alone, tolerance=1e-5)
+
+
+def test_stopped_in_its_first_compilation_two_go_on_as_one(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    with pair(workdir) as (first, second):
+        second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
+        outputs = [first.finish(), second.finish()]
+    (step,) = finished_steps(workdir / "checkpoints")
+    assert step < 5
+    assert all(f"is saved at step {step}" in output for output in outputs)
+    start(workdir, devices=8).finish()
+    assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
+
+
+def test_stopped_in_training_one_goes_on_as_two(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, devices=8)
+    process.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 15'))
+    assert "stopped as asked; the same command goes on" in process.finish()
+    assert 15 < finished_steps(workdir / "checkpoints")[-1] < 44
+    finish_pair(workdir)
+    assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
+
+
+def test_stopped_in_an_evaluation_it_is_evaluated_at_the_next_start(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    with pair(workdir, "--config.run.log_every=11") as (first, second):
+        # The line of step 11 is written, and then the evaluation is compiled.
+        first.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 11'))
+        assert first.finish() and second.finish()
+    assert finished_steps(workdir / "checkpoints") == [11]
+    assert not any("test/loss" in line for line in lines(workdir))
+    finish_pair(workdir, "--config.run.log_every=11")
+    evaluated = [line for line in lines(workdir) if "test/loss" in line]
+    assert evaluated == [line for line in lines(undisturbed) if "test/loss" in line]
+
+
+def test_when_one_dies_the_other_says_so_and_both_go_on_to_the_bit(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    with pair(workdir) as (first, second):
+        second.send(signal.SIGKILL, when=lambda: says(workdir / "metrics.jsonl", '"step": 27'))
+        assert first.process.wait(timeout=60) != 0
+    assert "another task died" in first.output() or "ends here" in first.output()
+    assert finished_steps(workdir / "checkpoints")[-1] == 22
+    finish_pair(workdir)
+    for name in ("metrics.jsonl", "result.json", "config.json"):
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"coordinator": "localhost:1"}, "--processes, --process missing"),
+        ({"processes": 2, "process": 0}, "--coordinator missing"),
+        ({"coordinator": "localhost:1", "processes": 2, "process": 2}, "--process=2 must be"),
+        ({"hosts": "all"}, "finds neither a TPU VM nor several tasks"),
+        (
+            {"hosts": "one", "coordinator": "localhost:1", "processes": 2, "process": 1},
+            "--hosts=one contradicts",
+        ),
+        ({"hosts": "some"}, "--hosts='some' must be auto, all or one"),
+    ],
+)
+def test_flags_that_connect_nobody_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        hosts.start(**{"hosts": "auto"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, "SLURM"),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}, None),  # in a batch script, before srun
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
+            "Open MPI",
+        ),
+        ({}, None),
+    ],
+)
+def test_the_environment_says_which_cluster_it_is(variables, kind, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.cluster() == kind

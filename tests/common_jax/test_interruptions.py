@@ -1,0 +1,217 @@
+"""The loop on a model of one parameter: stopped, out of room, and saved by the clock."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from common_jax import loop
+from common_jax.checkpoint import SaveError, finished_steps
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.optim import OptimConfig
+from common_jax.pods import hosts
+from common_jax.state import fold_name
+from common_jax.task import Task
+
+STEPS, EPOCH = 12, 4
+OPTIM = OptimConfig(steps=STEPS, batch=8, lr=0.1, lr_per=None, schedule="constant", warmup_epochs=0)
+
+
+def run_config(**changes) -> loop.RunConfig:
+    return loop.RunConfig(**{"log_every": 2, "compilation_cache": None} | changes)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """train(run, evaluate): a noisy descent in tmp_path/run, its result."""
+
+    def batches(first: int):
+        for step in itertools.count(first):
+            yield {"x": np.random.default_rng(step).normal(size=8).astype(np.float32)}
+
+    def loss(params, helpers, batch, rngs, step):
+        noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))
+        return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
+
+    def run(config: loop.RunConfig, evaluate=lambda params, helpers, step: accuracy(params)):
+        task = Task(
+            title="descent",
+            init=lambda key: {"w": jax.random.normal(key)},
+            rules=(("w", PartitionSpec()),),
+            trainable=".*",
+            loss=loss,
+            helpers={},
+            warm_start=None,
+            batch={"x": jax.ShapeDtypeStruct((8,), np.float32)},
+            batches=batches,
+            steps_per_epoch=EPOCH,
+            evaluators={"test": evaluate},
+        )
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        return loop.train(
+            task, config, OPTIM, seed=0, workdir=tmp_path / "run", mesh=mesh, config={"a": 1}
+        )
+
+    return run
+
+
+def accuracy(params) -> dict[str, float]:
+    return {"accuracy": -abs(float(params["w"]))}
+
+
+def kept(tmp_path) -> list[int]:
+    return finished_steps(tmp_path / "run" / "checkpoints")
+
+
+def log(tmp_path) -> str:
+    return (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """asked(n): the request to stop comes with question n from now; asked() takes it back."""
+
+    def ask(question: int | None = None) -> None:
+        monkeypatch.setattr(hosts, "_stopping", False)
+        monkeypatch.setattr(hosts, "_polls", 0)
+        monkeypatch.setattr(hosts, "_requested", lambda polls: polls == question)
+
+    return ask
+
+
+@pytest.fixture
+def undisturbed(train, tmp_path):
+    result = train(run_config())
+    text = log(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "undisturbed")
+    return result, text
+
+
+@pytest.mark.parametrize("question", [1, 4, 5, STEPS])
+def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
+    train, asked, undisturbed, tmp_path, question
+):
+    asked(question)
+    with pytest.raises(hosts.Stopped):
+        train(run_config())
+    assert kept(tmp_path)[-1] == question  # one a step
+    asked()
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+@pytest.mark.parametrize("at", [EPOCH, STEPS])
+def test_stopped_in_an_evaluation_it_makes_up_for_it(train, undisturbed, tmp_path, at):
+    def stopped(params, helpers, step):
+        if step == at:
+            raise hosts.Stopped
+        return accuracy(params)
+
+    with pytest.raises(hosts.Stopped):
+        train(run_config(), stopped)
+    assert kept(tmp_path)[-1] == at
+    assert not any(line["step"] == at and "test/accuracy" in line for line in lines(tmp_path))
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+def test_what_it_makes_up_for_counts_as_the_best(train, tmp_path):
+    """As if the checkpoint had been saved with its metrics."""
+
+    def best_first(params, helpers, step):
+        if step == EPOCH and not stopped:
+            stopped.append(step)
+            raise hosts.Stopped
+        return {"accuracy": -float(step)}
+
+    stopped = []
+    with pytest.raises(hosts.Stopped):
+        train(run_config(keep=1), best_first)
+    train(run_config(keep=1), best_first)
+    assert kept(tmp_path) == [EPOCH, STEPS]
+
+
+def lines(tmp_path) -> list[dict]:
+    return [json.loads(line) for line in log(tmp_path).splitlines()]
+
+
+def test_the_clock_saves_at_lines_of_the_log(train, undisturbed, tmp_path):
+    result = train(run_config(checkpoint_minutes=1e-9, keep=100))
+    assert kept(tmp_path) == [2, 4, 6, 8, 10, 12]
+    assert (result, log(tmp_path)) == undisturbed
+
+
+def test_without_a_clock_epochs_alone_count(train, tmp_path):
+    train(run_config(checkpoint_minutes=None, keep=100))
+    assert kept(tmp_path) == [4, 8, 12]
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """no_room(*steps): saves of these fail, in the thread that writes."""
+    import orbax.checkpoint as ocp
+
+    serialize = ocp.JsonCheckpointHandler._save_fn
+
+    def fail(*steps) -> None:
+        async def save(self, x, directory):
+            if any(f"/{step}." in str(directory) for step in steps):
+                raise OSError(28, "No space left on device", str(directory))
+            await serialize(self, x, directory)
+
+        monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", save)
+
+    return fail
+
+
+def test_a_failed_save_stops_the_run_and_the_next_start_goes_on(
+    train, no_room, undisturbed, tmp_path
+):
+    no_room(8)
+    with pytest.raises(SaveError, match=r"step 8 could not .*No space left.*is of step 4"):
+        train(run_config())
+    assert kept(tmp_path) == [4]
+    no_room()
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+def test_a_failed_save_may_be_a_warning(train, no_room, undisturbed, tmp_path, caplog):
+    no_room(8)
+    assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
+    assert "step 8 could not be written" in caplog.text
+    assert kept(tmp_path) == [4, 12]
+
+
+def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):
+    no_room(12)
+    with pytest.raises(SaveError, match="step 12 could not be written"):
+        train(run_config(on_failed_save="go_on"))
+    assert not (tmp_path / "run" / "result.json").exists()
+    no_room()
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+def test_a_damaged_checkpoint_is_put_aside(train, asked, undisturbed, tmp_path, caplog):
+    asked(11)
+    with pytest.raises(hosts.Stopped):
+        train(run_config())
+    damaged = tmp_path / "run" / "checkpoints" / "11"
+    (damaged / "params" / "manifest.ocdbt").unlink()
+    asked()
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+    assert f"checkpoint {damaged} cannot be read" in caplog.text
+    assert (damaged.parent / "damaged_11" / "trainer").exists()
+    assert kept(tmp_path) == [8, 12]
+
+
+def test_in_a_bucket_the_log_is_written_as_a_whole(train, undisturbed, tmp_path, monkeypatch):
+    opened = loop.Recorder.__init__
+
+    def in_a_bucket(self, *args, **settings):
+        opened(self, *args, **settings)
+        self._appends = False
+
+    monkeypatch.setattr(loop.Recorder, "__init__", in_a_bucket)
+    assert (train(run_config()), log(tmp_path)) == undisturbed

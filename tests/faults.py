@@ -1,0 +1,346 @@
+"""What runs survive: kills, requests to stop, damaged files, a full disk, a host that dies.
+
+    python tests/faults.py [--kills 20] [--seed 0]
+
+Every fault is injected for real into processes of their own, and the run is started again until it
+is finished. It has survived when metrics.jsonl and result.json (and CLIPTrans' translations) are
+then the same, byte for byte, as those of an undisturbed run. Steps are lost when they had to be
+computed again: those between the newest whole checkpoint and the last line of the log.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import tiny_cliptrans
+from jobs import show
+from processes import DIGITS, Started, finish_pair, pair, says, start
+
+from common_jax.checkpoint import finished_steps
+from common_jax.metrics import read_metrics
+from common_jax.report import Table
+
+FILES = ("metrics.jsonl", "result.json", "scores.json", "translations.jsonl")
+OFTEN = "--config.run.log_every=1"
+# Wider, so that a checkpoint is large beside the log and events of a run.
+WIDE = (*DIGITS, "--config.model.width=96", OFTEN)
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the table.
+
+    Attributes:
+      fault: what was done to runs.
+      injected: how often.
+      survived: how often the run ended as an undisturbed one.
+      lost: steps computed again, of all of them.
+      note: why it was not injected, or what went wrong.
+    """
+
+    fault: str
+    injected: int = 0
+    survived: int = 0
+    lost: int = 0
+    note: str = ""
+
+    def count(self, workdir: pathlib.Path, undisturbed: pathlib.Path, lost: int = 0) -> None:
+        """Enters an injected fault after which the run was finished."""
+        self.injected += 1
+        self.lost += lost
+        differing = [
+            name for name in FILES if _content(workdir / name) != _content(undisturbed / name)
+        ]
+        if differing:
+            self.note = f"{', '.join(differing)} differ"
+        else:
+            self.survived += 1
+
+
+@dataclasses.dataclass
+class Bench:
+    """Where the faults are injected.
+
+    Attributes:
+      folder: of all runs.
+      kills: how many.
+      random: of the moments.
+    """
+
+    folder: pathlib.Path
+    kills: int
+    random: random.Random
+
+    def new(self) -> pathlib.Path:
+        """The workdir of another run."""
+        return pathlib.Path(tempfile.mkdtemp(dir=self.folder)) / "run"
+
+    def undisturbed(self, run: tuple[str, ...] = DIGITS, *, two: bool = False) -> pathlib.Path:
+        """An undisturbed run of one process or two."""
+        workdir = self.new()
+        if two:
+            finish_pair(workdir, OFTEN, run=run)
+        else:
+            start(workdir, OFTEN, run=run).finish()
+        return workdir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    flags = parser.parse_args()
+    begin = time.time()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        bench = Bench(pathlib.Path(folder), flags.kills, random.Random(flags.seed))
+        rows = []
+        for inject in (kills, requests, damaged_files, full_disk, two_processes, decoding):
+            for row in inject(bench):
+                rows.append(row)
+                print(f"{time.time() - begin:5.0f} s  {row.fault}", flush=True)
+    lines = tuple((r.fault, str(r.injected), str(r.survived), str(r.lost), r.note) for r in rows)
+    show(Table("Faults", ("fault", "injected", "survived", "lost steps", ""), lines))
+    if any(row.survived < row.injected for row in rows):
+        sys.exit("not all faults were survived")
+
+
+def kills(bench: Bench) -> Iterator[Row]:
+    """kill -9 at random moments of a run's life, every fourth in the middle of a save."""
+    undisturbed = bench.undisturbed()  # which fills the cache of compiled programs, too
+    began = time.monotonic()
+    bench.undisturbed()
+    life = time.monotonic() - began
+    anywhere, saving = Row("kill -9 at a random moment"), Row("kill -9 in the middle of a save")
+    workdir, due = bench.new(), [anywhere, anywhere, anywhere, saving] * bench.kills
+    struck: list[tuple[Row, int]] = []  # of this run
+    for row in due[: bench.kills]:
+        process, lost = start(workdir, OFTEN), None
+        if row is saving:
+            lost = _kill_when(process, workdir, lambda w=workdir: bool(_unfinished(w)))
+        else:
+            at = time.monotonic() + bench.random.uniform(0, life)
+            lost = _kill_when(process, workdir, lambda at=at: time.monotonic() > at)
+        if lost is not None:
+            struck.append((row, lost))
+        if lost is None or (workdir / "result.json").exists():
+            process.end()
+            workdir, struck = _settle(bench, workdir, undisturbed, struck)
+    _settle(bench, workdir, undisturbed, struck)
+    yield anywhere
+    yield saving
+
+
+def _settle(bench, workdir, undisturbed, struck):
+    """Finishes a run that was killed several times, and counts these; a new workdir and list."""
+    start(workdir, OFTEN).finish()
+    for row, lost in struck:
+        row.count(workdir, undisturbed, lost)
+    return bench.new(), []
+
+
+def requests(bench: Bench) -> Iterator[Row]:
+    """SIGTERM to a run of one process."""
+    undisturbed = bench.undisturbed()
+    for where, moment in _moments().items():
+        workdir, row = bench.new(), Row(f"SIGTERM, one process, {where}")
+        process = start(workdir, OFTEN)
+        process.send(signal.SIGTERM, lambda w=workdir, p=process, m=moment: m(w, p))
+        process.finish()
+        lost = _lost(workdir)
+        start(workdir, OFTEN).finish()
+        row.count(workdir, undisturbed, lost)
+        yield row
+
+
+def damaged_files(bench: Bench) -> Iterator[Row]:
+    """Files of the newest checkpoint cut short or deleted, one kind at a time."""
+    undisturbed, stopped = bench.undisturbed(), bench.new()
+    process = start(stopped, OFTEN)
+    process.kill(lambda: says(stopped / "metrics.jsonl", '"step": 40'))
+    newest = finished_steps(stopped / "checkpoints")[-1]
+    folder = stopped / "checkpoints" / str(newest)
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    kinds = {_kind(path): path for path in files}  # one of each
+    cut, deleted = Row("a checkpoint's file cut to half"), Row("a checkpoint's file deleted")
+    for path in kinds.values():
+        for row, damage in ((cut, _halve), (deleted, pathlib.Path.unlink)):
+            workdir = bench.new()
+            shutil.copytree(stopped, workdir)
+            damage(workdir / "checkpoints" / str(newest) / path)
+            output = start(workdir, OFTEN).finish()
+            unreadable = f"checkpoints/{newest} cannot be read" in output
+            row.count(workdir, undisturbed, 11 if unreadable else 0)
+    yield cut
+    yield deleted
+
+
+def full_disk(bench: Bench) -> Iterator[Row]:
+    """A disk on which the log still fits and a checkpoint no more."""
+    for policy in ("stop", "go_on"):
+        row = Row(f"disk full in a save, on_failed_save={policy}")
+        if os.geteuid() != 0:
+            row.note = "not injected: only root may mount a small file system"
+            yield row
+            continue
+        run = (*WIDE, f"--config.run.on_failed_save={policy}")
+        undisturbed = bench.undisturbed(run)
+        with small_disk(bench.folder / policy) as disk:
+            workdir, filler = disk / "run", disk / "filler"
+            process = start(workdir, run=run)
+            process.send(signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15'))
+            _fill(filler)
+            process.process.send_signal(signal.SIGCONT)
+            if policy == "stop":
+                assert process.end() == 2, process.output()
+                lost = _lost(workdir)
+                filler.unlink()
+            else:
+                process.send(0, lambda p=process: "could not be written" in p.output())
+                filler.unlink()
+                process.finish()
+                lost = 0
+            if "could not be written" not in process.output():
+                row.note = "the run does not say so"
+            start(workdir, run=run).finish()
+            row.count(workdir, undisturbed, lost)
+        yield row
+
+
+def two_processes(bench: Bench) -> Iterator[Row]:
+    """SIGTERM to one of two processes, and one that dies."""
+    undisturbed = bench.undisturbed(two=True)
+    for where, moment in _moments().items():
+        workdir, row = bench.new(), Row(f"SIGTERM to one of two processes, {where}")
+        with pair(workdir, OFTEN) as (first, second):
+            second.send(signal.SIGTERM, lambda w=workdir, p=second, m=moment: m(w, p))
+            first.finish()
+            second.finish()
+        lost = _lost(workdir)
+        finish_pair(workdir, OFTEN)
+        row.count(workdir, undisturbed, lost)
+        yield row
+    for number, name in enumerate(("the first", "the second")):
+        workdir, row = bench.new(), Row(f"kill -9 of {name} of two processes")
+        with pair(workdir, OFTEN) as processes:
+            processes[number].kill(lambda w=workdir: says(w / "metrics.jsonl", '"step": 27'))
+            began, other = time.monotonic(), processes[1 - number]
+            if other.end() == 0:
+                row.note = "the other one ended as if finished"
+            row.note = f"the other one ended after {time.monotonic() - began:.0f} s"
+        lost = _lost(workdir)
+        finish_pair(workdir, OFTEN)
+        row.count(workdir, undisturbed, lost)
+        yield row
+
+
+def decoding(bench: Bench) -> Iterator[Row]:
+    """SIGTERM to one of two processes that translate."""
+    corpus = tiny_cliptrans.write_corpus(bench.folder / "corpus")
+    path = bench.folder / "translate.py"
+    path.write_text(
+        "import pathlib\n"
+        "from common_jax.config import unfreeze\n"
+        "from tiny_cliptrans import tiny_config\n"
+        "def get_config(arg=None):\n"
+        f"    return unfreeze(tiny_config('translate', pathlib.Path({str(corpus)!r})))\n"
+    )
+    run = (
+        "cliptrans_jax.main",
+        f"--config={path}",
+        "--config.mesh.data=8",
+        "--config.model.mapper.prefix=0",
+        "--config.run.compilation_cache=None",
+    )
+    undisturbed = bench.undisturbed(run, two=True)
+    workdir, row = bench.new(), Row("SIGTERM to one of two processes, in decoding")
+    with pair(workdir, OFTEN, run=run) as (first, second):
+        second.send(signal.SIGTERM, lambda: (workdir / "result.json").exists())
+        first.finish()
+        second.finish()
+    if (workdir / "scores.json").exists():
+        row.note = "too late: it was decoded already"
+    finish_pair(workdir, OFTEN, run=run)
+    row.count(workdir, undisturbed)
+    yield row
+
+
+def _moments() -> dict[str, Callable[[pathlib.Path, Started], bool]]:
+    """Moments of a run's life, each as a question to its workdir and process."""
+    return {
+        "in the first compilation": lambda w, _: (w / "config.json").exists(),
+        "in training": lambda w, _: says(w / "metrics.jsonl", '"step": 15'),
+        "in an evaluation": lambda w, _: says(w / "metrics.jsonl", '"step": 11'),
+        "in a save": lambda w, _: bool(_unfinished(w)),
+    }
+
+
+def _kill_when(process: Started, workdir: pathlib.Path, moment: Callable[[], bool]) -> int | None:
+    """Kills the process then; the steps lost. None where it has ended before."""
+    while not moment():
+        if not process.running():
+            assert process.end() == 0, process.output()
+            return None
+        time.sleep(0.0005)
+    process.process.kill()
+    process.process.wait()
+    return _lost(workdir)
+
+
+def _lost(workdir: pathlib.Path) -> int:
+    """Steps that are in the log and in no checkpoint."""
+    log = workdir / "metrics.jsonl"
+    logged = [line["step"] for line in read_metrics(log)] if log.exists() else []
+    return max(0, max(logged, default=0) - max(finished_steps(workdir / "checkpoints"), default=0))
+
+
+def _unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def _content(path: pathlib.Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _kind(path: pathlib.Path) -> tuple[str, ...]:
+    """Files alike: of the same item, and of the same name or, where that is a hash, folder."""
+    hashed = len(path.stem) >= 32
+    return (path.parts[0], path.parent.name if hashed else path.name)
+
+
+def _halve(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, size: str = "64m") -> Iterator[pathlib.Path]:
+    """A file system of its own."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _fill(filler: pathlib.Path, *, left: int = 300_000) -> None:
+    """Leaves `left` bytes of the disk that the file is on."""
+    free = shutil.disk_usage(filler.parent).free
+    filler.write_bytes(b"\0" * (free - left))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Runs in processes of their own, alone or as two processes that are one run, to be disturbed."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEADLINE = 300  # seconds that anything waited for may take
+# 44 updates in 4 epochs of the digits, with random augmentation, dropping and averaging.
+DIGITS = (
+    "m2mkd_jax.main",
+    "--config=configs/m2mkd/digits.py:phase=end_to_end",
+    "--config.model.depths=(1,1)",
+    "--config.meta.depths=(1,1)",
+    "--config.teacher.depths=(1,1)",
+    "--config.model.width=16",
+    "--config.data.image_size=8",
+    "--config.model.patch=4",
+    "--config.drop_path=0.1",
+    "--config.optim.ema=0.9",
+    "--config.optim.batch=128",
+    "--config.optim.steps=44",
+    "--config.optim.warmup_epochs=1",
+    "--config.run.log_every=3",
+    "--config.run.eval_every=1",
+    "--config.run.checkpoint_every=1",
+    "--config.run.compilation_cache=None",
+)
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A process, and the file that its output goes to."""
+
+    process: subprocess.Popen
+    log: pathlib.Path
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def end(self) -> int:
+        """Waits for it, and gives its exit status."""
+        return self.process.wait(timeout=DEADLINE)
+
+    def finish(self) -> str:
+        """Its output, once it has ended as it should."""
+        assert self.end() == 0, self.output()
+        return self.output()
+
+    def send(self, number: int, when: Callable[[], bool] = lambda: True) -> None:
+        """Sends a signal at the moment the condition holds, which must be before it ends."""
+        deadline = time.monotonic() + DEADLINE
+        while not when():
+            assert self.running(), self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.0005)
+        self.process.send_signal(number)
+
+    def kill(self, when: Callable[[], bool]) -> None:
+        """Kills it at such a moment."""
+        self.send(signal.SIGKILL, when)
+        self.process.wait()
+
+
+def start(
+    workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 1
+) -> Started:
+    """A run in one process."""
+    return _start(workdir, (*run, *more), devices, log=workdir.with_suffix(".log"))
+
+
+@contextlib.contextmanager
+def pair(
+    workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
+) -> Iterator[list[Started]]:
+    """A run in two processes; those that are left at the end of the block are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    started = [
+        _start(
+            workdir,
+            (*run, *more, f"--coordinator={address}", "--processes=2", f"--process={process}"),
+            devices,
+            log=workdir.with_suffix(f".{process}.log"),
+        )
+        for process in range(2)
+    ]
+    try:
+        yield started
+    finally:
+        for one in started:
+            if one.running():
+                one.process.kill()
+                one.process.wait()
+
+
+def finish_pair(workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS) -> list[str]:
+    """The outputs of two processes of a run that is not disturbed."""
+    with pair(workdir, *more, run=run) as processes:
+        return [process.finish() for process in processes]
+
+
+def says(path: pathlib.Path, text: str) -> bool:
+    """Whether a file is there and has the text."""
+    return path.exists() and text in path.read_text()
+
+
+def _start(workdir, arguments, devices: int, *, log: pathlib.Path) -> Started:
+    module, *flags = arguments
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
+    command = [sys.executable, "-m", module, *flags, f"--workdir={workdir}"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+    return Started(process, log)
