@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from common_jax import mesh as meshes
 from common_jax.optim import OptimConfig, make_optimizer, make_schedule
+from common_jax.pods.flops import Flops, count_flops
 from common_jax.state import TrainState, fold_name, merge, partition, step_rngs
 from common_jax.step import Evaluate, Loss, init_state, make_step
 from common_jax.weights import WarmStart
@@ -30,12 +31,13 @@ class Task:
       rules: partition rules of the parameters.
       trainable: regex of the paths that are updated.
       loss: see `common_jax.step.Loss`.
-      helpers: parameters that the loss needs and that this run neither changes nor saves.
+      batch: shapes and dtypes of a micro-batch over all hosts.
+      steps_per_epoch: updates in a pass over the training set.
+      helpers: parameters that the loss needs and that this run neither changes nor saves; to be
+        compiled alone, their shapes and shardings will do.
       warm_start: called once at the start of a fresh run with shapes and shardings of all
         parameters; what it gives replaces fresh parameters. None starts from fresh ones alone.
-      batch: shapes and dtypes of a micro-batch over all hosts.
-      batches: first step -> batches of numpy arrays from there on.
-      steps_per_epoch: updates in a pass over the training set.
+      batches: first step -> batches of numpy arrays from there on; None to be compiled alone.
       evaluators: what to evaluate, each under the prefix of its metrics.
       programs: compiled functions. Runs that differ in data alone are given the same dict: the
         first fills it, and later ones compile nothing.
@@ -46,12 +48,12 @@ class Task:
     rules: meshes.Rules
     trainable: str
     loss: Loss
-    helpers: Mapping[str, Any]
-    warm_start: Callable[[Any], WarmStart] | None
     batch: Mapping[str, jax.ShapeDtypeStruct]
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
     steps_per_epoch: int
-    evaluators: Mapping[str, Evaluate]
+    helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    warm_start: Callable[[Any], WarmStart] | None = None
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]] | None = None
+    evaluators: Mapping[str, Evaluate] = dataclasses.field(default_factory=dict)
     programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
 
@@ -113,6 +115,53 @@ def step_arguments(
     }
     seed = jax.ShapeDtypeStruct((), np.uint32, sharding=meshes.replicated(mesh))
     return abstract, task.helpers, batch, seed
+
+
+def lower_step(
+    task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int
+) -> tuple[jax.stages.Lowered, TrainState]:
+    """The update of a run, ready to be compiled, and the state that it takes; no array is made, and
+    the devices of `mesh` may be described ones.
+
+    Raises:
+      ValueError: as `abstract_state`.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        abstract = abstract_state(task, optim, mesh)
+        step = step_program(task, optim, abstract, log_every=log_every)
+        return step.lower(*step_arguments(task, optim, abstract, mesh)), abstract
+
+
+def step_flops(task: Task, optim: OptimConfig) -> Flops:
+    """Operations of one update over all devices: the loss of every micro-batch, and its gradients
+    by the parameters that are trained. The optimizer's are left out."""
+
+    gradient = lambda trained, loss: jax.value_and_grad(loss, has_aux=True)(trained)  # noqa: E731
+    return count_flops(*_with_loss(task, gradient)) * optim.accumulate
+
+
+def kept_shapes(task: Task) -> Any:
+    """Shapes of what the forward pass of a micro-batch keeps for the backward pass, parameters that
+    it needs among them."""
+    kept = lambda trained, loss: jax.vjp(loss, trained, has_aux=True)[1]  # noqa: E731
+    return jax.eval_shape(*_with_loss(task, kept))
+
+
+def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
+    """A function of parameters, helpers and batch that gives function(trained parameters, loss of
+    these), and shapes to call it with."""
+
+    def call(params, helpers, batch):
+        trained, fixed = partition(params, task.trainable)
+
+        def loss(trained):
+            return task.loss(merge(fixed, trained), helpers, batch, step_rngs(0, 0), np.int32(0))
+
+        return function(trained, loss)
+
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.helpers)
+    return call, params, shapes, dict(task.batch)
 
 
 # Drawing parameters happens once and is three times quicker to compile without optimisation.

@@ -24,7 +24,6 @@ class Feed:
     """Where a run's batches come from.
 
     Attributes:
-      batch: shapes and dtypes of one, over all hosts.
       batches: first step -> training batches of "image" uint8 (B, I, J, channels) and "label"
         int32 (B) from there on.
       evaluation: starts a pass over the test set, padded, with "_mask".
@@ -34,7 +33,6 @@ class Feed:
       ood_classes: the training set's class that each label of the OOD set means.
     """
 
-    batch: Mapping[str, jax.ShapeDtypeStruct]
     batches: Callable[[int], Batches]
     evaluation: Callable[[], Batches]
     steps_per_epoch: int
@@ -95,12 +93,7 @@ def make_feed(
         ood_transform = eval_transform(found.data, arrays=found.source.arrays)
         ood_pass = functools.partial(passes, found.source, transform=ood_transform)
         ood_classes = found.classes
-    side = data.image_size
     return Feed(
-        batch={
-            "image": jax.ShapeDtypeStruct((micro_batch, side, side, data.channels), np.uint8),
-            "label": jax.ShapeDtypeStruct((micro_batch,), np.int32),
-        },
         batches=lambda start: batches(start_step=start),
         evaluation=functools.partial(
             passes, test, transform=eval_transform(data, arrays=test.arrays)
@@ -110,6 +103,15 @@ def make_feed(
         ood=ood_pass,
         ood_classes=ood_classes,
     )
+
+
+def batch_shapes(data: DataConfig, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `batch` training examples, over all hosts."""
+    side = data.image_size
+    return {
+        "image": jax.ShapeDtypeStruct((batch, side, side, data.channels), np.uint8),
+        "label": jax.ShapeDtypeStruct((batch,), np.int32),
+    }
 
 
 def prepare_training(

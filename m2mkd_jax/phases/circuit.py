@@ -44,14 +44,7 @@ def start_circuit(config: Config, workdir: epath.Path) -> Circuit:
         run's.
     """
     refuse_other_config(workdir, unfreeze(config).to_dict())
-    model, key = config.model, jax.random.key(config.seed)
-    counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
-    signatures = {
-        name: np.asarray(
-            jax.random.normal(fold_name(key, f"{name} signatures"), (n, model.signature_width))
-        )
-        for name, n in counts.items()
-    }
+    model, signatures = config.model, draw_signatures(config)
     prior = prepare_prior(
         model.prior,
         nodes=model.mediators,
@@ -63,11 +56,23 @@ def start_circuit(config: Config, workdir: epath.Path) -> Circuit:
         signatures["mediator"] = prior.signatures
     if model.prior.graph == "complete":
         first = np.eye(1, model.signature_width, dtype=np.float32)
-        signatures = {name: np.repeat(first, n, axis=0) for name, n in counts.items()}
+        signatures = {name: np.repeat(first, len(x), axis=0) for name, x in signatures.items()}
     return Circuit(signatures, prior)
 
 
-def circuit_regularizer(config: Config, circuit: Circuit, *, steps_per_epoch: int) -> Regularizer:
+def draw_signatures(config: Config) -> dict[str, np.ndarray]:
+    """Signatures (T, Y) of "input", "mediator" and "output" latents, standard normal numbers."""
+    model, key = config.model, jax.random.key(config.seed)
+    counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
+    return {
+        name: np.asarray(
+            jax.random.normal(fold_name(key, f"{name} signatures"), (n, model.signature_width))
+        )
+        for name, n in counts.items()
+    }
+
+
+def circuit_regularizer(config: Config, circuit: Circuit, steps_per_epoch: int) -> Regularizer:
     """The weighted sum of config.regularizers on the student's signatures."""
     model = config.model
     kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]

@@ -19,41 +19,43 @@ from m2mkd_jax.phases.networks import (
     wanted,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.phases.training import Training, train_phase
 from m2mkd_jax.stages import stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh, stage: int) -> dict[str, Any]:
     """Trains student module `stage`; its parameters are saved under "student/stage_K"."""
+    training, name = describe(config, mesh, stage), stage_name(stage)
+    origins = [
+        Origin(require_source(config, "meta"), "meta", "meta"),
+        Origin(require_source(config, "teacher"), f"teacher/{name}", f"teacher/{name}"),
+    ]
+    helpers = take_weights(config, training.helpers, origins).params
+    return train_phase(training, workdir, mesh, helpers=helpers)
+
+
+def describe(config: Config, mesh: Mesh, stage: int) -> Training:
+    """Student module `stage`, helped by the meta model and one module of the teacher."""
     pair = Pair(
         meta=meta_network(config),
         teacher=teacher_network(config),
         student=student_modules(config, drop_path=config.drop_path),
     )
-    name = stage_name(stage)
-    needed = wanted(pair.meta, "meta", mesh, vit.PARTITION_RULES) | wanted(
-        pair.teacher, "teacher", mesh, vit.PARTITION_RULES, only=(stage,)
-    )
-    origins = [
-        Origin(require_source(config, "meta"), "meta", "meta"),
-        Origin(require_source(config, "teacher"), f"teacher/{name}", f"teacher/{name}"),
-    ]
-    helpers = take_weights(config, needed, origins).params
 
     def forward(params, helpers, images, train, rngs):
         teacher, student, recorded = pair_logits(
             pair, {**helpers, **params}, images, stage=stage, train=train, rngs=rngs
         )
-        return Outputs(student, teacher, {name: recorded})
+        return Outputs(student, teacher, {stage_name(stage): recorded})
 
-    return train_phase(
+    rules = vit.PARTITION_RULES
+    return Training(
         config,
-        workdir,
-        mesh,
         title=f"{config.phase} {stage}",
         init=lambda key: {"student": pair.student.init(key, only=(stage,))},
         rules=family(config).rules,
         forward=forward,
-        helpers=helpers,
+        helpers=wanted(pair.meta, "meta", mesh, rules)
+        | wanted(pair.teacher, "teacher", mesh, rules, only=(stage,)),
         distill=config.distill,
     )

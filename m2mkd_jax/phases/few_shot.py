@@ -25,7 +25,7 @@ from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.phases.families import family, whole_student
 from m2mkd_jax.phases.networks import require_source, take_weights
 from m2mkd_jax.phases.objective import whole_forward
-from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.phases.training import Training, train_phase
 
 CONFIDENCE = 0.95
 INTERVAL = "_ci95"  # what is added to the name of a metric for half its interval
@@ -112,30 +112,38 @@ def episodes_table(workdir: epath.Path) -> Table | None:
     return Table("Few-shot episodes", header, tuple(rows))
 
 
-def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str, Any]]:
-    """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
+def describe(config: Config, mesh: Mesh) -> Training:
+    """The whole student with a head of config.few_shot.ways labels, which alone is trained; the
+    same on any mesh, for every episode."""
     ways = config.few_shot.ways
-    network_path = require_source(config, "network")
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=ways))
     kind = family(episode)
     network = whole_student(episode, drop_path=config.drop_path)
-    forward = whole_forward(network, "student")
-    origin = Origin(network_path, "student", "student")
-    fresh = (Allowance(kind.head, f"a head of config.few_shot.ways={ways} labels"),)
+    return Training(
+        episode,
+        title=config.phase,
+        init=lambda key: {"student": network.init(key)},
+        rules=kind.rules,
+        forward=whole_forward(network, "student"),
+        trainable=kind.head,
+    )
+
+
+def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str, Any]]:
+    """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
+    origin = Origin(require_source(config, "network"), "student", "student")
+    training = describe(config, mesh)
+    reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
+    fresh = (Allowance(training.trainable, reason),)
     sources, programs = load_splits(config), {}
 
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
         drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
-        one = dataclasses.replace(episode, few_shot=drawn)
+        one = dataclasses.replace(training.config, few_shot=drawn)
         return train_phase(
-            one,
+            dataclasses.replace(training, config=one),
             workdir,
             mesh,
-            title=config.phase,
-            init=lambda key: {"student": network.init(key)},
-            rules=kind.rules,
-            forward=forward,
-            trainable=kind.head,
             warm_start=lambda wanted: take_weights(one, wanted, [origin], fresh=fresh),
             feed=episode_feed(one, sources, workdir=workdir),
             programs=programs,

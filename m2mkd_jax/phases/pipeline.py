@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from etils import epath
@@ -13,17 +13,17 @@ from common_jax.config import unfreeze
 from common_jax.loop import claim
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
+from m2mkd_jax.phases.training import Training
 
-Run = Callable[..., dict[str, Any]]
-
-# Phases that train one network, and those that train one module a call.
-WHOLE: dict[str, Run] = {
-    "pretrain_meta": pretrain_meta.run,
-    "assemble": assemble.run,
-    "end_to_end": end_to_end.run,
-    "few_shot": few_shot.run,
+# Phases that train one network, and those that train one module a call. Each has a `describe`, for
+# what it trains, and a `run`.
+WHOLE: dict[str, ModuleType] = {
+    "pretrain_meta": pretrain_meta,
+    "assemble": assemble,
+    "end_to_end": end_to_end,
+    "few_shot": few_shot,
 }
-MODULAR: dict[str, Run] = {"train_module": train_module.run, "distill": distill.run}
+MODULAR: dict[str, ModuleType] = {"train_module": train_module, "distill": distill}
 
 
 def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -38,13 +38,35 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
     if config.phase == "pipeline":
         return run_pipeline(config, workdir, mesh)
     if config.phase in WHOLE:
-        return WHOLE[config.phase](config, workdir, mesh)
+        return WHOLE[config.phase].run(config, workdir, mesh)
     stages, result = config.modules(), {}
     for stage in stages:
         folder = workdir if len(stages) == 1 else workdir / f"module_{stage}"
         one = dataclasses.replace(config, module=str(stage))
-        result = MODULAR[config.phase](one, folder, mesh, stage)
+        result = MODULAR[config.phase].run(one, folder, mesh, stage)
     return result
+
+
+def describe(config: Config, mesh: Mesh) -> Training:
+    """What the one run of `config` trains.
+
+    Raises:
+      ValueError: where `config` means several runs.
+    """
+    if config.phase == "pipeline":
+        raise ValueError(
+            "config.phase='pipeline' is several runs, each with a program of its own: name one of "
+            f"{[*WHOLE, *MODULAR]}"
+        )
+    if config.phase in WHOLE:
+        return WHOLE[config.phase].describe(config, mesh)
+    stages = config.modules()
+    if len(stages) > 1:
+        raise ValueError(
+            f"config.module={config.module!r} is {len(stages)} runs, each with a program of its "
+            f"own: name one of the stages {list(stages)}"
+        )
+    return MODULAR[config.phase].describe(config, mesh, stages[0])
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:

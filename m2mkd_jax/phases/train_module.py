@@ -18,40 +18,39 @@ from m2mkd_jax.phases.networks import (
     wanted,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import train_phase
-from m2mkd_jax.stages import stage_name
+from m2mkd_jax.phases.training import Training, train_phase
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh, stage: int) -> dict[str, Any]:
     """Trains module `stage` of the teacher from scratch; its parameters are saved under
-    "module/stage_K".
+    "module/stage_K"."""
+    training = describe(config, mesh, stage)
+    meta = require_source(config, "meta")
+    origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
+    helpers = take_weights(config, training.helpers, origins).params
+    return train_phase(training, workdir, mesh, helpers=helpers)
 
-    The hybrid's other stages are the meta model's and stay as they are, but stochastic depth ramps
-    over, and acts on, meta and module blocks alike (as the original has it).
+
+def describe(config: Config, mesh: Mesh, stage: int) -> Training:
+    """Module `stage` in the hybrid, whose other stages are the meta model's and stay as they are.
+
+    Stochastic depth ramps over, and acts on, meta and module blocks alike (as the original has it).
     """
     meta = meta_network(config)
     hybrid = replace_stage(meta, stage, teacher_network(config))
     hybrid = encoder.ramp_drop_path(hybrid, config.drop_path)
     others = tuple(i for i in range(len(meta)) if i != stage)
-    origin = require_source(config, "meta")
-    helpers = take_weights(
-        config,
-        wanted(meta, "meta", mesh, vit.PARTITION_RULES, only=others),
-        [Origin(origin, f"meta/{stage_name(i)}", f"meta/{stage_name(i)}") for i in others],
-    ).params
 
     def forward(params, helpers, images, train, rngs):
         stages = {**helpers["meta"], **params["module"]}
         logits, recorded = hybrid.apply(stages, images, train=train, rngs=rngs)
         return Outputs(logits, None, recorded)
 
-    return train_phase(
+    return Training(
         config,
-        workdir,
-        mesh,
         title=f"{config.phase} {stage}",
         init=lambda key: {"module": hybrid.init(key, only=(stage,))},
         rules=vit.PARTITION_RULES,
         forward=forward,
-        helpers=helpers,
+        helpers=wanted(meta, "meta", mesh, vit.PARTITION_RULES, only=others),
     )

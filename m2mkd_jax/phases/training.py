@@ -1,5 +1,6 @@
-"""From a phase's network and objective to a finished run."""
+"""From what a phase trains to a finished run."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,42 +16,79 @@ from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
-from m2mkd_jax.data.feed import Feed, make_feed
+from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
 from m2mkd_jax.phases.objective import Forward, Regularizer, make_loss, make_sums
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a phase trains, made of config and mesh alone: no data and no weights are read for it,
+    and its step can be compiled where the mesh's devices are only described.
+
+    Attributes:
+      config: with the phase's recipe in `optim`, `augment` and `drop_path`.
+      title, init, rules, trainable: see `common_jax.task.Task`.
+      forward: how logits come about.
+      helpers: shapes and shardings of the parameters that `forward` needs and that are not trained.
+      distill: the distillation to blend in.
+      regularizer: updates an epoch -> what is added to the loss, from parameters and step alone;
+        None for nothing.
+    """
+
+    config: Config
+    title: str
+    init: Callable[[jax.Array], Mapping[str, Any]]
+    rules: Rules
+    forward: Forward
+    trainable: str = ".*"
+    helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distill: DistillConfig = DistillConfig(kind="none")
+    regularizer: Callable[[int], Regularizer] | None = None
+
+    def task(self, *, steps_per_epoch: int) -> Task:
+        """The task without data and weights, which is enough to compile its step."""
+        config, regularizer = self.config, self.regularizer
+        return Task(
+            title=self.title,
+            init=self.init,
+            rules=self.rules,
+            trainable=self.trainable,
+            loss=make_loss(
+                self.forward,
+                config,
+                self.distill,
+                regularizer=None if regularizer is None else regularizer(steps_per_epoch),
+            ),
+            batch=batch_shapes(config.data, config.optim.micro_batch),
+            steps_per_epoch=steps_per_epoch,
+            helpers=self.helpers,
+        )
+
+
 def train_phase(
-    config: Config,
+    training: Training,
     workdir: epath.Path,
     mesh: Mesh,
     *,
-    title: str,
-    init: Callable[[jax.Array], Mapping[str, Any]],
-    rules: Rules,
-    forward: Forward,
-    trainable: str = ".*",
     helpers: Mapping[str, Any] | None = None,
     warm_start: Callable[[Any], WarmStart] | None = None,
-    distill: DistillConfig | None = None,
-    regularizer: Regularizer | None = None,
     feed: Feed | None = None,
     programs: dict[str, Callable] | None = None,
 ) -> dict[str, Any]:
-    """Trains, or goes on; see `common_jax.task.Task` for the arguments.
+    """Trains, or goes on.
 
     Args:
-      config: with the phase's recipe in `optim`, `augment` and `drop_path`.
+      training: what.
       workdir: of this run alone.
       mesh: devices.
-      forward: how logits come about.
-      distill: the distillation to blend in; None for none.
-      regularizer: what is added to the loss, from parameters and step alone; None for nothing.
+      helpers: the parameters that `training.helpers` describes.
+      warm_start, programs: see `common_jax.task.Task`.
       feed: data in place of the config's.
-      programs: see `common_jax.task.Task`.
 
     Returns:
       The run's result, see `common_jax.loop.train`.
     """
+    config, forward = training.config, training.forward
     feed = config_feed(config, workdir) if feed is None else feed
     evaluate = functools.partial(
         make_evaluator,
@@ -64,19 +102,11 @@ def train_phase(
     if feed.ood is not None:
         sums = make_sums(forward, config, classes=feed.ood_classes)
         evaluators["ood"] = evaluate(sums, feed.ood)
-    task = Task(
-        title=title,
-        init=init,
-        rules=rules,
-        trainable=trainable,
-        loss=make_loss(
-            forward, config, distill or DistillConfig(kind="none"), regularizer=regularizer
-        ),
+    task = dataclasses.replace(
+        training.task(steps_per_epoch=feed.steps_per_epoch),
         helpers=helpers or {},
         warm_start=warm_start,
-        batch=feed.batch,
         batches=feed.batches,
-        steps_per_epoch=feed.steps_per_epoch,
         evaluators=evaluators,
         programs=programs,
     )

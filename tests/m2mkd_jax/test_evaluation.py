@@ -20,7 +20,7 @@ from common_jax.step import make_evaluator
 from m2mkd_jax.config import DistillConfig, EvaluationConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, make_sums
-from m2mkd_jax.phases.training import config_feed, train_phase
+from m2mkd_jax.phases.training import Training, config_feed, train_phase
 
 # 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
@@ -148,16 +148,15 @@ def test_a_run_with_draws_goes_on_byte_for_byte(tmp_path):
     config = config_of("sampled", ood=OodConfig(source="digits_r"))
 
     def run(workdir):
-        return train_phase(
+        training = Training(
             config,
-            workdir,
-            one_device(),
             title="linear",
             init=init,
             rules=(("/net/kernel", PartitionSpec()),),
             forward=forward,
-            regularizer=regularizer,
+            regularizer=lambda steps_per_epoch: regularizer,
         )
+        return train_phase(training, workdir, one_device())
 
     result = run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")

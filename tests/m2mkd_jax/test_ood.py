@@ -21,7 +21,7 @@ from m2mkd_jax.evaluators.classification import classification_sums, restrict_lo
 from m2mkd_jax.main import results_table
 from m2mkd_jax.phases.few_shot import episode_feed, load_splits
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import config_feed, train_phase
+from m2mkd_jax.phases.training import Training, config_feed, train_phase
 
 DIGITS = tuple("0123456789")
 DIGITS_R = OodConfig(source="digits_r")
@@ -223,15 +223,14 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
         logits = images.reshape(len(images), 64) @ kernel
         return Outputs(logits + 0 * params["net"]["bias"], None, {})
 
-    result = train_phase(
+    training = Training(
         config,
-        tmp_path,
-        make_mesh(MeshConfig()),
         title="linear",
         init=lambda key: {"net": {"bias": jnp.zeros(10)}},
         rules=(("/net/bias", PartitionSpec()),),
         forward=forward,
     )
+    result = train_phase(training, tmp_path, make_mesh(MeshConfig()))
     images, labels = digits.load_renditions()
     logits = ((images.reshape(-1, 64) / 255 - 0.5) / 0.5) @ kernel.astype(float)
     expected = naive(logits, labels, (0, 1, 2, 3, 4, 5, 7, 8))
