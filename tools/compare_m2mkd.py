@@ -2,9 +2,10 @@
 
 Trains a teacher by modules, then a V-MoE and a NAC from scratch, with logit distillation from the
 whole teacher, and with m2mKD; and the V-MoE with m2mKD of other weights (alpha), with a KL
-divergence that is a mean over the batch alone, with its stitches kept, and from scratch for as many
-updates as cost what all phases of m2mKD together do. All others train end to end for equally long.
-Prints one table and writes curves, over several seeds. Started again, it goes on where it stopped.
+divergence that is a mean over the batch alone, with its stitches kept, and from scratch for
+--long-steps updates. All others train end to end for equally long. Prints one table, with what all
+phases of each together cost, and writes curves, over several seeds. Started again, it goes on where
+it stopped.
 
     python tools/compare_m2mkd.py --workdir runs/cifar10 --data /data/cifar10 --per-class 500
 
@@ -13,14 +14,19 @@ DATA is a folder of train/CLASS/*.jpg and test/CLASS/*.jpg, or of train.zip and 
 
 import argparse
 import dataclasses
+import functools
 import pathlib
-import statistics
 import time
 
+import jax
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, read_json, run_all, show
 
-from common_jax.metrics import read_metrics
+from common_jax.config import freeze
+from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.report import Table, overlay, write_report
+from common_jax.task import step_flops
+from m2mkd_jax.config import Config
+from m2mkd_jax.phases.pipeline import describe
 
 CONFIGS = {"vmoe": "configs/m2mkd/cifar10_vmoe.py", "nac": "configs/m2mkd/cifar10_nac.py"}
 TEACHER = "vmoe_m2mkd"  # whose pipeline trains the meta model and the teacher of all
@@ -59,7 +65,7 @@ VARIANTS = {
     "vmoe_batch_mean": Variant(
         "V-MoE, m2mKD, KL a mean over the batch", flags=("--config.distill.kind=soft_batch_mean",)
     ),
-    "vmoe_long": Variant("V-MoE from scratch, compute of m2mKD", "end_to_end", ()),
+    "vmoe_long": Variant("V-MoE from scratch, longer", "end_to_end", ()),
     "nac_scratch": Variant("NAC from scratch", "end_to_end", ()),
     "nac_logits": Variant("NAC, logit distillation", "end_to_end", ("teacher",), LOGITS),
     "nac_m2mkd": Variant("NAC, m2mKD"),
@@ -71,7 +77,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
     parser.add_argument(
-        "--long-steps", type=int, default=1326, help="updates of the run at equal compute"
+        "--long-steps", type=int, default=1326, help="updates of the longer run from scratch"
     )
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
@@ -124,31 +130,41 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
 
 def summarise(flags: argparse.Namespace) -> pathlib.Path:
     """Prints the table and writes the report over all runs; returns its path."""
-    seeds, names = range(flags.seeds), chosen(flags)
-    header = ("CIFAR-10", "test accuracy", "minutes of updates")
+    header = ("CIFAR-10", "test accuracy", "seeds", "training, TFLOP")
     rows, curves = [], {}
-    if TEACHER in names:
-        teachers = [flags.workdir / f"{TEACHER}_{seed}" / "teacher" for seed in seeds]
-        accuracy = mean_and_spread(
-            [accuracies(run) for run in teachers], "test/accuracy", unit=" %"
-        )
-        times = [cost(flags.workdir, TEACHER, seed, takes=("teacher",)) for seed in seeds]
-        rows.append(("teacher (ViT)", accuracy, mean_and_spread(times, "minutes")))
-    for name in names:
-        pipeline = VARIANTS[name].phase == "pipeline"
-        runs = [flags.workdir / f"{name}_{seed}" for seed in seeds]
-        ends = [run / "end_to_end" if pipeline else run for run in runs]
+    for name in ["teacher", *chosen(flags)]:
+        made_by = ("teacher",) if name == "teacher" else VARIANTS[name].takes
+        label = "teacher (ViT)" if name == "teacher" else VARIANTS[name].row
+        ends = [folder for seed in range(flags.seeds) if (folder := end(flags.workdir, name, seed))]
+        if not ends:
+            continue
         accuracy = mean_and_spread([accuracies(run) for run in ends], "test/accuracy", unit=" %")
-        times = [cost(flags.workdir, name, seed) for seed in seeds]
-        rows.append((VARIANTS[name].row, accuracy, mean_and_spread(times, "minutes")))
-        curves[VARIANTS[name].row] = [read_curve(run, "test/accuracy") for run in ends]
+        given = flags.workdir / f"{TEACHER}_0"
+        folders = [
+            run for role in made_by for pattern in MADE_BY[role] for run in given.glob(pattern)
+        ]
+        if name != "teacher":
+            folders += [path.parent for path in (flags.workdir / f"{name}_0").rglob("result.json")]
+        operations = sum(run_flops(folder) for folder in folders) / 1e12
+        rows.append((label, accuracy, str(len(ends)), f"{operations:.1f}"))
+        if name != "teacher":
+            curves[label] = [read_curve(run, "test/accuracy") for run in ends]
     picture = flags.workdir / "accuracy.png"
     overlay(curves, label="test accuracy", path=picture)
-    caption = f"Mean ± standard deviation over {flags.seeds} seeds"
-    table = Table(caption, header, tuple(rows))
+    table = Table("Mean ± sample standard deviation over seeds", header, tuple(rows))
     show(table)
     figures = [("Test accuracy, end to end", picture)]
     return write_report(flags.workdir, title="m2mKD on CIFAR-10", table=table, figures=figures)
+
+
+def end(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path | None:
+    """The folder of the run that a row is about; None while it is not finished."""
+    if name == "teacher":
+        folder = workdir / f"{TEACHER}_{seed}" / "teacher"
+    else:
+        folder = workdir / f"{name}_{seed}"
+        folder = folder / "end_to_end" if VARIANTS[name].phase == "pipeline" else folder
+    return folder if (folder / "result.json").exists() else None
 
 
 # What each thing that a run starts from was made by, of the folders of TEACHER's pipeline.
@@ -159,28 +175,14 @@ MADE_BY = {
 }
 
 
-def cost(
-    workdir: pathlib.Path, name: str, seed: int, *, takes: tuple[str, ...] | None = None
-) -> dict[str, float]:
-    """Minutes that the updates of a run took, with those of all that it starts from.
-
-    Compilation, evaluation and saving are left out.
-
-    Args:
-      takes: counts what these were made by, and not the run itself.
-    """
-    given, own = workdir / f"{TEACHER}_{seed}", workdir / f"{name}_{seed}"
-    patterns = {p for role in takes or VARIANTS[name].takes for p in MADE_BY[role]}
-    folders = [folder for pattern in patterns for folder in given.glob(pattern)]
-    if takes is None:
-        folders += [path.parent for path in own.rglob("timing.jsonl")]
-    return {"minutes": sum(_minutes(folder) for folder in folders)}
-
-
-def _minutes(run: pathlib.Path) -> float:
-    lines = read_metrics(run / "timing.jsonl")
-    steps = read_json(run / "result.json")["steps"]
-    return steps * statistics.median(line["milliseconds_per_step"] for line in lines) / 60_000
+@functools.cache
+def run_flops(folder: pathlib.Path) -> float:
+    """Operations of all updates of a run, those of matrix products and convolutions, as
+    `common_jax.task.step_flops` counts them."""
+    config = freeze(Config, read_json(folder / "config.json"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    task = describe(config, mesh).task(steps_per_epoch=1)
+    return step_flops(task, config.optim).model * read_json(folder / "result.json")["steps"]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,11 @@ def assert_same_numbers(workdir, other, *, tolerance: float) -> None:
                 np.testing.assert_allclose(one[name], two[name], rtol=tolerance)
 
 
+def assert_same_files(workdir, other) -> None:
+    for name in ("metrics.jsonl", "result.json", "config.json"):
+        assert (workdir / name).read_bytes() == (other / name).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run of two processes of four devices each."""
@@ -65,17 +70,15 @@ def test_stopped_in_training_one_goes_on_as_two(undisturbed, tmp_path):
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
 
 
-def test_stopped_in_an_evaluation_it_is_evaluated_at_the_next_start(undisturbed, tmp_path):
+def test_stopped_about_an_evaluation_two_go_on_to_the_bit(undisturbed, tmp_path):
+    """Before, in or after it; which of these, `test_interruptions.py` decides."""
     workdir = tmp_path / "run"
-    with pair(workdir, "--config.run.log_every=11") as (first, second):
-        # The line of step 11 is written, and then the evaluation is compiled.
-        first.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 11'))
+    with pair(workdir) as (first, second):
+        first.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 9'))
         assert first.finish() and second.finish()
-    assert finished_steps(workdir / "checkpoints") == [11]
-    assert not any("test/loss" in line for line in lines(workdir))
-    finish_pair(workdir, "--config.run.log_every=11")
-    evaluated = [line for line in lines(workdir) if "test/loss" in line]
-    assert evaluated == [line for line in lines(undisturbed) if "test/loss" in line]
+    assert 9 <= finished_steps(workdir / "checkpoints")[-1] < 20
+    finish_pair(workdir)
+    assert_same_files(workdir, undisturbed)
 
 
 def test_when_one_dies_the_other_says_so_and_both_go_on_to_the_bit(undisturbed, tmp_path):
@@ -86,8 +89,7 @@ def test_when_one_dies_the_other_says_so_and_both_go_on_to_the_bit(undisturbed, 
     assert "another task died" in first.output() or "ends here" in first.output()
     assert finished_steps(workdir / "checkpoints")[-1] == 22
     finish_pair(workdir)
-    for name in ("metrics.jsonl", "result.json", "config.json"):
-        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert_same_files(workdir, undisturbed)
 
 
 @pytest.mark.parametrize(
