@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert")
@@ -42,8 +43,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """The mesh of `config` over `devices` (all of them by default), with Auto axes `data`, `fsdp`,
     `expert`.
 
+    Of TPUs in several slices, which a slower network connects, `data` runs over the slices, and
+    `fsdp` and `expert` stay within one.
+
     Raises:
-      ValueError: when the axes do not multiply to the number of devices.
+      ValueError: when the axes do not multiply to the number of devices, or `data` not to a
+        multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
@@ -60,9 +65,28 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"config.mesh={_describe(shape)} needs a divisor of the {len(devices)} devices here, "
             f"and its fixed axes make {fixed}; change config.mesh, or give -1 for config.mesh.data"
         )
-    return jax.make_mesh(
-        tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    kinds, slices = (AxisType.Auto,) * len(AXES), count_slices(devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+    if shape[0] % slices:
+        raise ValueError(
+            f"config.mesh={_describe(shape)}: config.mesh.data={shape[0]} must be a multiple of "
+            f"the {slices} slices, so that config.mesh.fsdp and config.mesh.expert stay within "
+            "one; lower these two"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices),
+        AXES,
+        axis_types=kinds,
     )
+
+
+def count_slices(devices: list[jax.Device]) -> int:
+    """Slices of TPUs that the devices are of; 1 for all that is no TPU."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def check_batch(mesh: Mesh, key: str, batch: int) -> None:

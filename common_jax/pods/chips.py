@@ -1,0 +1,87 @@
+"""TPU chips by their published figures, and the devices of a topology that need not be there."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip has.
+
+    Attributes:
+      flops: operations a second in bfloat16, a multiplication with its addition as two.
+      hbm: bytes of memory.
+      hbm_bandwidth: bytes a second between that memory and the cores.
+      ici: bytes a second that it can send to its neighbours in a slice over all of its links, and
+        receive at the same time.
+      layout: libtpu's name of the setting in which a chip is one device.
+    """
+
+    flops: float
+    hbm: float
+    hbm_bandwidth: float
+    ici: float
+    layout: str = "default"
+
+
+# From https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e: peak compute, capacity
+# and bandwidth of HBM; of ICI the half of its bidirectional bandwidth. The page of v4 has none, but
+# the bandwidth of all-reduce over a pod of 4,096 chips, 1.1 PB/s; the same division gives the
+# figures of v5e (51.2 TB/s over 256) and v6e (102.4 TB/s over 256).
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, layout="megacore"),
+    "v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+}
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v5e:16x16".
+
+    Raises:
+      ValueError: for a kind of chip that is not in the table.
+    """
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS or not re.fullmatch(r"\w+:\d+(x\d+)+", topology):
+        raise ValueError(
+            f"--topology={topology} must be a chip of {sorted(CHIPS)} and the shape of a slice, "
+            "such as v5e:16x16 or v5p:8x8x8"
+        )
+    return CHIPS[kind]
+
+
+def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
+    """One device a chip of `slices` slices of `topology`; they are described and nothing runs.
+
+    Raises:
+      ValueError: without libtpu, or for a topology that there is not.
+    """
+    chip = chip_of(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "libtpu, which holds the compiler for TPUs, is not installed: pip install libtpu, or "
+            "this package with its extra 'pods'"
+        )
+    if slices < 1:
+        raise ValueError(f"--slices={slices} must be at least 1")
+    # The library is to ask no TPU about itself, and may be in use by another such process.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chip_config_name=chip.layout, **several
+        ).devices
+    except RuntimeError as error:
+        raise ValueError(
+            f"--topology={topology} with --slices={slices} is none that libtpu knows: {error}"
+        ) from error
+    expected = slices * math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+    assert len(devices) == expected, (len(devices), expected)
+    return list(devices)

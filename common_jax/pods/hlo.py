@@ -1,0 +1,184 @@
+"""The text of a compiled program: its instructions, and how often each of them runs."""
+
+import dataclasses
+import functools
+import math
+import re
+
+# Bits of an element of each type; what is not here, such as a token, has none.
+BITS = {
+    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
+    "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
+    "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
+}  # fmt: skip
+# A collective for TPU that runs beside other work stands in every fusion that it runs beside, each
+# time with the number of its chain, and first where it is started.
+_CHAIN, _STARTED = "chain_id=", "AsyncCollectiveStart"
+_LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
+_NAME = re.compile(r"%([\w.-]+)")
+_CALLED = re.compile(
+    r"(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)"
+    r"=(%[\w.-]+|\{[^}]*\})"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a program: bytes of its elements, and the memory that it is in (0 is HBM)."""
+
+    bytes: int
+    space: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      name: its result.
+      kind: of operation, such as "fusion".
+      result: the arrays of its result, tuples flattened.
+      operands: names of what it takes.
+      rest: the text behind the operands: attributes and metadata.
+      root: whether its result is the computation's.
+    """
+
+    name: str
+    kind: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @functools.cached_property
+    def called(self) -> dict[str, list[str]]:
+        """The computations that it runs, by attribute."""
+        found = {}
+        for match in _CALLED.finditer(self.rest):
+            found[match[1]] = _NAME.findall(match[2])
+        return found
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is a collective that runs beside other work, or one of its later mentions."""
+        return _CHAIN in self.rest
+
+
+Computation = dict[str, Instruction]
+
+
+def starts_collective(computation: Computation) -> bool:
+    """Whether a computation starts a collective that then runs beside others."""
+    return any(_STARTED in one.rest for one in computation.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+      computations: by name.
+      entry: the name of the one that is the program.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """How often every computation runs that is reached from the entry, those within fusions
+        among them; of a conditional every branch counts as taken, and a loop whose length is not
+        known as run once."""
+        times: dict[str, int] = {}
+        pending = [(self.entry, 1)]
+        while pending:
+            name, count = pending.pop()
+            times[name] = times.get(name, 0) + count
+            for instruction in self.computations[name].values():
+                often = count * (self.trips(instruction) or 1)
+                for names in instruction.called.values():
+                    pending.extend((one, often) for one in names if one in self.computations)
+        return times
+
+    @property
+    def unknown_loops(self) -> int:
+        """Loops that are reached and of unknown length."""
+        return sum(
+            self.trips(instruction) is None
+            for name in self.runs
+            for instruction in self.computations[name].values()
+        )
+
+    def trips(self, instruction: Instruction) -> int | None:
+        """How often what an instruction calls runs each time: the length of a loop, None where it
+        is not known, and 1 for all other kinds."""
+        if instruction.kind != "while":
+            return 1
+        if match := re.search(r"known_trip_count\W+n\W+(\d+)", instruction.rest):
+            return int(match[1])
+        return self._compared(instruction.called["condition"][0])
+
+    def _compared(self, condition: str) -> int | None:
+        """The bound of a loop that counts from 0: the only constant that its condition, and what
+        that calls, compares with."""
+        bounds, kinds = [], []
+        names = [condition]
+        for name in names:
+            for instruction in self.computations[name].values():
+                if match := re.match(r"constant\((\d+)\)", instruction.rest):
+                    bounds.append(int(match[1]))
+                if instruction.kind == "compare":
+                    kinds += re.findall(r"direction=(\w+)", instruction.rest)
+                names += [one for found in instruction.called.values() for one in found]
+        return bounds[0] if len(bounds) == 1 and kinds == ["LT"] else None
+
+
+def read_program(text: str) -> Program:
+    """The program of `jax.stages.Compiled.as_text()`.
+
+    Raises:
+      ValueError: for a text without an entry.
+    """
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            current[match[2]] = _instruction(match[2], match[3], root=match[1] is not None)
+    if entry is None:
+        raise ValueError("the text of a compiled program has an ENTRY, and this one has none")
+    return Program(computations, entry)
+
+
+def _instruction(name: str, text: str, *, root: bool) -> Instruction:
+    result, text = _split(text) if text.startswith("(") else text.split(" ", 1)
+    kind, _, text = text.strip().partition("(")
+    operands, rest = _split("(" + text)
+    if kind in ("constant", "parameter"):
+        rest = f"{kind}{operands}{rest}"
+    return Instruction(name, kind, arrays(result), tuple(_NAME.findall(operands)), rest, root)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The bracketed part that a text begins with, and the rest."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: place + 1], text[place + 1 :]
+    return text, ""
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type, such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
+    found = []
+    for kind, sizes, layout in _LEAF.findall(text):
+        count = math.prod(int(size) for size in sizes.split(",") if size)
+        space = _SPACE.search(layout)
+        size = -(-count * BITS.get(kind, 0) // 8)
+        found.append(Array(size, int(space[1]) if space else 0))
+    return tuple(found)
