@@ -118,7 +118,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", optim.micro_batch)
     total = optim.total_steps(task.steps_per_epoch)
     abstract = abstract_state(task, optim, mesh)
-    fresh = not finished_steps(workdir / FOLDER)
+    fresh = not hosts.agree(bool(finished_steps(workdir / FOLDER))).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,8 @@ class Checkpoints:
           ValueError: when none can be read.
         """
         steps, damaged = finished_steps(self.folder), []
-        for step in reversed(steps):
+        # The newest that any process sees: on shared storage one may see a folder later.
+        while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
             try:
                 state = self._restore(step, abstract)

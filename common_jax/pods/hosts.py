@@ -160,4 +160,5 @@ def _request_stop(number: int, frame: object) -> None:
     global _stop_requested
     _stop_requested = True
     signal.signal(number, signal.SIG_DFL)
-    print("asked to stop: saving at the next step", file=sys.stderr, flush=True)
+    # Not by print, which the signal may have found in the middle of a line.
+    os.write(sys.stderr.fileno(), b"asked to stop: saving at the next step\n")
