@@ -38,14 +38,24 @@ class TextTower:
     Attributes:
       config: sizes.
       params: as read; not on any device yet.
-      tokenizer: frames sentences for it.
+      tokenizer: frames sentences for it; None where it is but described.
       dtype: what is computed in.
     """
 
     config: MClipConfig | ClipTextConfig
     params: Mapping[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     dtype: DTypeLike
+
+    @classmethod
+    def described(cls, config: MClipConfig | ClipTextConfig, dtype: DTypeLike) -> "TextTower":
+        """The tower with shapes in the place of parameters."""
+        network = ClipText if isinstance(config, ClipTextConfig) else MClip
+        ids = jax.ShapeDtypeStruct((1, 2), np.int32)
+        visible = jax.ShapeDtypeStruct((1, 2), bool)
+        init = network(config, dtype).init
+        params = jax.eval_shape(lambda *given: init(jax.random.key(0), *given), ids, visible)
+        return cls(config, params["params"], None, dtype)
 
     @property
     def longest(self) -> int:
@@ -57,7 +67,7 @@ class TextTower:
         """Features (B, M) of framed ids (B, S) with pads."""
         if isinstance(self.config, ClipTextConfig):  # no token hears the pads behind it
             return ClipText(self.config, self.dtype).apply({"params": params}, ids, None)
-        visible = ids != self.tokenizer.pad
+        visible = ids != self.config.pad
         rngs = {} if dropout is None else {"dropout": dropout}
         return MClip(self.config, self.dtype).apply(
             {"params": params}, ids, visible, train=dropout is not None, rngs=rngs
@@ -67,12 +77,22 @@ class TextTower:
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
     ) -> Float32[np.ndarray, "N M"]:
         """A feature a framed sentence, computed on all devices of the mesh."""
-
-        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-            return self.apply(params, batch["ids"])
-
         batches = _text_batches(ids, self.tokenizer.pad, self.longest, mesh)
-        return encode_all(apply, self.params, batches, mesh=mesh, size=len(ids), title=title)
+        return encode_all(
+            self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
+        )
+
+    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Features of a batch of `encode`."""
+        return self.apply(params, batch["ids"])
+
+    def batch_shapes(self, mesh: Mesh, *, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of `encode` over all hosts, with sentences padded to `tokens`."""
+        batch = _whole(TEXT_BATCH, mesh)
+        return {
+            "ids": jax.ShapeDtypeStruct((batch, min(tokens, self.longest)), np.int32),
+            "_mask": jax.ShapeDtypeStruct((batch,), np.float32),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

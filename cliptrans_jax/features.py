@@ -49,6 +49,17 @@ UNREADABLE = (
 )
 
 
+def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
+    """encode(params, batch, row) -> (features (B, M), mask, row), jitted, the whole of it on every
+    device. Devices of a mesh need not come in the order of the hosts: rows carry their numbers."""
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def encode(params: Any, batch: Batch, row: jax.Array):
+        return apply(params, batch).astype(jnp.float32), batch["_mask"], row
+
+    return encode
+
+
 def encode_all(
     apply: Apply,
     params: Any,
@@ -74,12 +85,7 @@ def encode_all(
         shift all that follow.
       FloatingPointError: for features that are not finite.
     """
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def encode(params: Any, batch: Batch, row: jax.Array):
-        # Devices of a mesh need not come in the order of the hosts: rows carry their numbers.
-        return apply(params, batch).astype(jnp.float32), batch["_mask"], row
-
+    encode = encode_program(apply, mesh)
     # Once, and not with every batch.
     if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
         params = jax.device_put(params, replicated(mesh))

@@ -4,6 +4,7 @@
 import jax
 import ml_collections
 from etils import epath
+from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.runs.pipeline import plan, run_stage
@@ -33,10 +34,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     mesh = make_mesh(frozen.mesh)
     runs = plan(frozen, workdir) if frozen.stage == "pipeline" else [("", frozen)]
     for _, one in runs:
-        if one.stage != "evaluate":
-            check_batch(mesh, "config.optim.batch / config.optim.accumulate", one.optim.micro_batch)
-        if one.stage != "clip":
-            check_batch(mesh, "config.decode.batch", one.decode.batch)
+        check_run(one, mesh)
     app.use_compilation_cache(frozen.run.compilation_cache)
     run_stage(frozen, workdir, mesh)
     if jax.process_index() == 0:
@@ -48,6 +46,14 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             table=scores_table(workdir, folders),
             tables=[] if shown is None else [shown],
         )
+
+
+def check_run(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh."""
+    if config.stage != "evaluate":
+        check_batch(mesh, "config.optim.batch / config.optim.accumulate", config.optim.micro_batch)
+    if config.stage != "clip":
+        check_batch(mesh, "config.decode.batch", config.decode.batch)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,11 @@ def default_caption_language(pair: tuple[str, str]) -> str:
     return next((language for language in ("en", "es") if language in pair), pair[0])
 
 
+def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
+    """Whether training leaves of the encoder's sentence but its frame."""
+    return (stage.captioning or noise.train) and noise.mask_prob == 1
+
+
 def drop_tokens(
     ids: Int32[np.ndarray, "S"], draws: Float32[np.ndarray, "S"], mask_prob: float
 ) -> Int32[np.ndarray, "S2"]:

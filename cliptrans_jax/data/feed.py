@@ -199,6 +199,29 @@ def collate(
     return batch
 
 
+def batch_shapes(
+    batch: int, *, tokens: int, source: int | None = None, features: int = 0, clip_tokens: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what `collate` gives.
+
+    Args:
+      batch: examples.
+      tokens: that sentences are padded to.
+      source: the same of what the encoder reads, where that differs.
+      features: width of the features; 0 for none.
+      clip_tokens: tokens for the text tower; 0 for none.
+    """
+    shapes = {
+        "source": jax.ShapeDtypeStruct((batch, tokens if source is None else source), np.int32),
+        "labels": jax.ShapeDtypeStruct((batch, tokens), np.int32),
+    }
+    if features:
+        shapes["features"] = jax.ShapeDtypeStruct((batch, features), np.float32)
+    if clip_tokens:
+        shapes["clip_tokens"] = jax.ShapeDtypeStruct((batch, clip_tokens), np.int32)
+    return shapes
+
+
 def evaluation_batches(
     inputs: Inputs,
     *,

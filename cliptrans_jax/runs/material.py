@@ -25,6 +25,8 @@ from cliptrans_jax.encoders import (
     load_published_text,
     text_features,
 )
+from cliptrans_jax.models.clip import ClipTextConfig
+from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
 from common_jax.config import freeze
@@ -181,18 +183,8 @@ class Material:
         )
         return Set(corpus, self._inputs(corpus, examples))
 
-    @property
-    def encodes_texts(self) -> bool:
-        """Whether the model runs the text tower, be it only in evaluation."""
-        config, sides = self.config, {self._side(train=True), self._side(train=False)}
-        return config.encodes_texts and (config.unfreeze_clip or Side.TEXT in sides)
-
     def _side(self, *, train: bool) -> Side:
-        """What features are taken of."""
-        stage = STAGES[self.config.stage]
-        if train:
-            return stage.train
-        return SIDES[self.config.test_side] or stage.test
+        return feature_side(self.config, train=train)
 
     def _corpus(self, split: str, side: Side) -> Corpus:
         config = self.config
@@ -226,6 +218,28 @@ class Material:
             for language in examples.read:
                 texts[language] = text_features(self.text_tower, corpus, language, **place)
         return Inputs(examples, examples.features(images, texts), None, *framed)
+
+
+def feature_side(config: Config, *, train: bool) -> Side:
+    """What features are taken of."""
+    stage = STAGES[config.stage]
+    return stage.train if train else SIDES[config.test_side] or stage.test
+
+
+def encodes_texts(config: Config) -> bool:
+    """Whether the model runs the text tower, be it only in evaluation."""
+    sides = {feature_side(config, train=train) for train in (True, False)}
+    return config.encodes_texts and (config.unfreeze_clip or Side.TEXT in sides)
+
+
+def describe_text(config: Config) -> TextTower:
+    """The text tower without weights and tokenizer: of the size of config.clip.text where a run of
+    stage "clip" gives it, else M-CLIP's or CLIP's, as config.clip_tokenizer says."""
+    if config.sources.clip or config.clip_tokenizer.kind == "trained":
+        sizes = config.clip.text
+    else:
+        sizes = ClipTextConfig() if config.clip_tokenizer.kind == "clip" else MClipConfig()
+    return TextTower.described(sizes, config.dtype)
 
 
 def caption_language(config: Config) -> str:

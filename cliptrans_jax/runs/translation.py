@@ -12,7 +12,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
-from cliptrans_jax.data.feed import TrainFeed, evaluation_batches, host_shard
+from cliptrans_jax.data.examples import empties_source
+from cliptrans_jax.data.feed import (
+    TRIVIAL,
+    TrainFeed,
+    batch_shapes,
+    evaluation_batches,
+    host_shard,
+)
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TEXT_RULES, TextTower
 from cliptrans_jax.evaluators.scores import as_metrics, score
@@ -25,12 +32,13 @@ from cliptrans_jax.evaluators.translation import (
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.material import Material, Set
+from cliptrans_jax.runs.material import Material, Set, describe_text, encodes_texts
 from cliptrans_jax.runs.objective import make_features, make_loss, make_sums, make_warm_start
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
+from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
@@ -70,22 +78,12 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         config.seed,
         host_shard(),
     )
-    task = Task(
-        title=config.stage,
-        init=model.init,
-        rules=model.rules,
-        trainable=trainable(STAGES[config.stage], config.freeze),
-        loss=make_loss(
-            model.translator,
-            model.tower,
-            label_smoothing=config.label_smoothing,
-            chunk=config.label_chunk,
-        ),
+    batch = feed.shapes(config.optim.micro_batch)
+    task = dataclasses.replace(
+        model.task(batch, steps_per_epoch=feed.steps_per_epoch, mesh=mesh),
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
-        batch=feed.shapes(config.optim.micro_batch),
         batches=feed.batches,
-        steps_per_epoch=feed.steps_per_epoch,
         evaluators={"val": Validation.of(config, model, valid, guess, mesh=mesh)},
     )
     result = loop.train(
@@ -102,6 +100,30 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     params = {**task.helpers, **params}
     scores = score_split(config, workdir, test, translate, params, step=step.name)
     return result | {"test": scores}
+
+
+def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
+    """The task of a stage of the table without data and weights, which is enough to compile its
+    step.
+
+    Args:
+      asked: the config.
+      mesh: devices, which may be described ones.
+      examples: of the training set.
+      tokens: that sentences are padded to.
+    """
+    config = asked.consistent()
+    tower = describe_text(config) if encodes_texts(config) else None
+    model = Model(config, Translator(config.model, config.dtype), tower)
+    batch = batch_shapes(
+        config.optim.micro_batch,
+        tokens=min(tokens, config.sentence_limit),
+        source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
+        features=0 if tower or not config.has_prefix else config.model.mapper.features,
+        clip_tokens=min(tokens, tower.longest) if tower else 0,
+    )
+    epoch = steps_per_epoch(examples, config.optim.batch)
+    return model.task(batch, steps_per_epoch=epoch, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +144,7 @@ class Model:
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
         assert material.tokenizer.vocab <= config.model.mbart.vocab
-        tower = material.text_tower if material.encodes_texts else None
+        tower = material.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
     @property
@@ -150,13 +172,39 @@ class Model:
             return params
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
 
-    def frozen(self, mesh: Mesh) -> dict[str, Any]:
-        """The parameters that the step needs and does not train, on the mesh: those of the text
+    def task(
+        self, batch: Mapping[str, jax.ShapeDtypeStruct], *, steps_per_epoch: int, mesh: Mesh
+    ) -> Task:
+        """The task without data and weights; see `common_jax.task.Task` for the arguments."""
+        config = self.config
+        return Task(
+            title=config.stage,
+            init=self.init,
+            rules=self.rules,
+            trainable=trainable(STAGES[config.stage], config.freeze),
+            loss=make_loss(
+                self.translator,
+                self.tower,
+                label_smoothing=config.label_smoothing,
+                chunk=config.label_chunk,
+            ),
+            batch=batch,
+            steps_per_epoch=steps_per_epoch,
+            helpers=self.frozen_shapes(mesh),
+        )
+
+    def frozen_shapes(self, mesh: Mesh) -> dict[str, Any]:
+        """Shapes and shardings of what the step needs and does not train: parameters of the text
         tower under "clip", or none."""
         if self.tower is None or self.config.unfreeze_clip:
             return {}
         params = {"clip": self.tower.params}
-        return place(params, with_shardings(params, match_rules(self.rules, params, mesh)))
+        return with_shardings(params, match_rules(self.rules, params, mesh))
+
+    def frozen(self, mesh: Mesh) -> dict[str, Any]:
+        """The parameters of `frozen_shapes`, on the mesh."""
+        shapes = self.frozen_shapes(mesh)
+        return place({"clip": self.tower.params}, shapes) if shapes else {}
 
     def translate(self, material: Material, *, beams: int = 0) -> Translate:
         """The search of the config, with another number of beams if one is given. It is compiled

@@ -10,9 +10,16 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, and `prefix` (10; 0 is mBART alone, which has no captioning stage).
+  `target` language, `prefix` (10; 0 is mBART alone, which has no captioning stage), and `chips`.
+
+With `chips`, the number of a pod's, matrices are split over up to 16 of them (fsdp), and batches
+are rounded up to a multiple of all, in as many micro-batches of the four as that leaves: above 128
+chips no longer the published batch. Give a pod's runs the number that tools/compile_for_pod.py was
+told.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator
 
 import ml_collections
@@ -20,11 +27,13 @@ import ml_collections
 from cliptrans_jax.config import Config, Recipe, choose_recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.stages import STAGES
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
+from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 
 OPTIM = OptimConfig(
@@ -39,13 +48,17 @@ OPTIM = OptimConfig(
     b2=0.98,
     eps=1e-6,
 )
-RECIPE = Recipe(OPTIM)
+DECODE = DecodeConfig()
+ARGUMENTS = {"stage": "pipeline", "source": "en", "target": "de", "prefix": 10, "chips": 1}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    defaults = {"stage": "pipeline", "source": "en", "target": "de", "prefix": 10}
-    args = parse_args(arg, defaults)
+    args = parse_args(arg, ARGUMENTS)
+    chips = args.chips
+    batch, decoded = (-(-size // chips) * chips for size in (OPTIM.batch, DECODE.batch))
+    accumulate = math.gcd(OPTIM.accumulate, batch // chips)
+    recipe = Recipe(dataclasses.replace(OPTIM, batch=batch, accumulate=accumulate))
     config = unfreeze(
         Config(
             stage=args.stage,
@@ -60,12 +73,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             tokenizer=TokenizerConfig(kind="mbart50", path="weights/mbart-large-50"),
             clip_tokenizer=TokenizerConfig(kind="xlmr", path="weights/xlm-roberta-large"),
             model=ModelConfig(mapper=MapperConfig(prefix=args.prefix)),
+            decode=dataclasses.replace(DECODE, batch=decoded),
+            mesh=MeshConfig(fsdp=math.gcd(chips, 16)),
             run=RunConfig(best="val/bleu"),
         )
     )
     stages = ("caption", "translate") if args.prefix else ("translate",)
-    single = {args.stage: RECIPE} if args.stage in STAGES else {}
-    return choose_recipe(config, dict.fromkeys(stages, RECIPE) | single)
+    single = {args.stage: recipe} if args.stage in STAGES else {}
+    return choose_recipe(config, dict.fromkeys(stages, recipe) | single)
 
 
 def sweep() -> Iterator[dict[str, object]]:

@@ -4,8 +4,16 @@
         --config.data.path=/data/imagenet --workdir=gs://bucket/vmoe_base
 
 The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Arguments: `phase`, `module`, as in
-digits.py, and `size` (base or large), the student's. Peak learning rate = 5e-4 * batch / 512;
-batches are over all devices.
+digits.py, `size` (base or large), the student's, and `chips`. Peak learning rate = 5e-4 * batch /
+512; batches are over all devices.
+
+With `chips`, the number of a pod's, experts are split over as many devices as divide them, and
+dispatched with a capacity of 1.25 (all-to-all): pairs of token and expert beyond it are dropped,
+which the published settings never do. Without it (1) the settings are the published ones on any
+mesh. Give a pod's runs the same number as tools/compile_for_pod.py was told:
+
+    python -m m2mkd_jax.main --config=configs/m2mkd/vmoe_base.py:phase=end_to_end,chips=256 \\
+        --config.data.path=/data/imagenet --workdir=gs://bucket/vmoe_base_pod
 
 | phase | depths | batch | epochs | drop path | clip | warm-up | peak rate |
 |---|---|---|---|---|---|---|---|
@@ -21,11 +29,13 @@ Paper: V-MoE-Base gains 3.5 points on ImageNet over end-to-end training from scr
 """
 
 import dataclasses
+import math
 
 import ml_collections
 
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
+from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
@@ -52,16 +62,26 @@ RECIPES = {
 # On another data set than the other phases, so no part of the pipeline.
 FEW_SHOT = Recipe(OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), PLAIN, 0.1)
 
+GROUPS = 256
 STUDENTS = {"base": ("vmoe_base", (3, 3, 3, 3)), "large": ("vmoe_large", (6, 6, 6, 6))}
+
+ARGUMENTS = {"phase": "pipeline", "module": "all", "size": "base", "chips": 1}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"phase": "pipeline", "module": "all", "size": "base"})
+    args = parse_args(arg, ARGUMENTS)
     if args.size not in STUDENTS:
         raise ValueError(f"size={args.size!r} must be one of {sorted(STUDENTS)}")
     teacher, image_size = vit.variant("vit_large_patch16_224", (6, 6, 6, 6))
     student, _ = vmoe.variant(*STUDENTS[args.size])
+    mesh = MeshConfig()
+    if args.chips > 1 and args.phase != "few_shot":
+        mesh = MeshConfig(expert=math.gcd(args.chips, student.moe.experts))
+        # The same groups on every pod that they can be split over, and so the same results.
+        groups = GROUPS if GROUPS % args.chips == 0 else args.chips
+        moe = dataclasses.replace(student.moe, dispatch="capacity", groups=groups)
+        student = dataclasses.replace(student, moe=moe)
     config = Config(
         phase=args.phase,
         module=args.module,
@@ -80,6 +100,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         teacher=teacher,
         model=student,
         few_shot=FewShotConfig(ways=8, shots=5, test_shots=15, seed=1),
+        mesh=mesh,
         run=RunConfig(log_every=100),
     )
     recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}

@@ -1,0 +1,252 @@
+"""The command that compiles for a pod: tools/compile_for_pod.py, and the descriptions of runs that
+it compiles."""
+
+import dataclasses
+import json
+import pathlib
+
+import compile_for_pod
+import jax
+import pytest
+from tiny import AUGMENT, MOE, OPTIM, fill, tiny_config
+from tiny_cliptrans import tiny_config as tiny_stage
+from tiny_cliptrans import write_corpus
+
+from cliptrans_jax.config import SourcesConfig as StageSources
+from cliptrans_jax.runs import translation
+from cliptrans_jax.runs.contrastive import init as init_clip
+from cliptrans_jax.runs.material import describe_text
+from common_jax import checkpoint, loop
+from common_jax.config import unfreeze
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.task import lower_step
+from m2mkd_jax.config import FewShotConfig, SourcesConfig
+from m2mkd_jax.phases.families import student_modules, whole_student
+from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.pipeline import describe, run_phase
+
+ROOT = pathlib.Path(__file__).parents[1]
+VMOE = f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end"
+
+
+class Reached(Exception):
+    """The loop would start."""
+
+
+def mesh_of_two():
+    return make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+
+
+def task_of(monkeypatch, run, *arguments):
+    """The task that a run hands to the loop."""
+    tasks = []
+
+    def train(task, *_, **__):
+        tasks.append(task)
+        raise Reached
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(Reached):
+        run(*arguments)
+    return tasks[0]
+
+
+def text(task, optim, mesh):
+    return lower_step(task, optim, mesh, log_every=2)[0].as_text()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The workdir of a run for every role, with parameters of all that phases read."""
+    root, config = tmp_path_factory.mktemp("weights"), tiny_config("distill")
+    networks = {"meta": meta_network(config), "teacher": teacher_network(config)}
+    params = {name: fill(network.init) for name, network in networks.items()}
+    params |= {"module": params["teacher"], "student": fill(student_modules(config).init)}
+    checkpoint.write_params(root / "parts", params, config={})
+    network = {"student": fill(whole_student(config).init)}
+    checkpoint.write_params(root / "whole", network, config={})
+    return root
+
+
+PHASES = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end", "few_shot")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_is_described_by_the_step_that_it_runs(phase, weights, monkeypatch, tmp_path):
+    parts = str(weights / "parts")
+    optim = dataclasses.replace(OPTIM, accumulate=2, ema=0.9)
+    if phase == "few_shot":
+        optim = dataclasses.replace(optim, batch=8)
+    config = dataclasses.replace(
+        tiny_config(phase, optim=optim),
+        module="1",
+        augment=dataclasses.replace(AUGMENT, mixup=0.0, cutmix=0.0),
+        few_shot=FewShotConfig(ways=4, shots=4, test_shots=3),
+        sources=SourcesConfig(
+            meta=parts, teacher=parts, modules=(parts,) * 3, network=str(weights / "whole")
+        ),
+    )
+    if phase == "end_to_end":
+        config = dataclasses.replace(config, baseline=dataclasses.replace(config.distill))
+    mesh = mesh_of_two()
+    task = task_of(monkeypatch, run_phase, config, tmp_path, mesh)
+    described = describe(dataclasses.replace(config, sources=SourcesConfig()), mesh)
+    described = described.task(steps_per_epoch=task.steps_per_epoch)
+    assert described.batches is None and task.batches is not None
+    assert text(described, optim, mesh) == text(task, optim, mesh)
+
+
+@pytest.mark.parametrize("stage", ["caption", "translate"])
+def test_a_stage_is_described_by_the_step_that_it_runs(stage, monkeypatch, tmp_path):
+    root = write_corpus(tmp_path / "shapes")
+    config = dataclasses.replace(tiny_stage(stage, root), keep_text_features=False)
+    clip = tmp_path / "clip"
+    clip_config = dataclasses.replace(config, stage="clip")
+    params = fill(lambda key: init_clip(clip_config, key))
+    checkpoint.write_params(clip, params, config=unfreeze(clip_config).to_dict())
+    config = dataclasses.replace(config, sources=StageSources(clip=str(clip)))
+    mesh = mesh_of_two()
+    task = task_of(monkeypatch, translation.run, config, tmp_path / "run", mesh)
+    tokens = task.batch["labels"].shape[1]
+    epoch, batch = task.steps_per_epoch, config.optim.batch
+    described = translation.describe(config, mesh, examples=epoch * batch, tokens=tokens)
+    assert {name: x.shape for name, x in described.batch.items()} == {
+        name: x.shape for name, x in task.batch.items()
+    }
+    assert text(described, config.optim, mesh) == text(task, config.optim, mesh)
+
+
+def test_the_published_text_tower_is_described_by_the_kind_of_its_tokenizer():
+    config = compile_for_pod.cliptrans.Config()
+    published = dataclasses.replace(config.clip_tokenizer, kind="xlmr", path="x")
+    tower = describe_text(dataclasses.replace(config, clip_tokenizer=published))
+    assert tower.config.features == 512
+    encoder, projection = 558_840_832, 1024 * 512 + 512
+    assert sum(leaf.size for leaf in jax.tree.leaves(tower.params)) == encoder + projection
+
+
+# The command.
+
+
+def command(capsys, *flags):
+    """(exit status, standard output, standard error)."""
+    with pytest.raises(SystemExit) as end:
+        compile_for_pod.main(["compile_for_pod.py", *flags])
+    printed = capsys.readouterr()
+    return end.value.code, printed.out, printed.err
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """Devices that are there, in the place of described ones."""
+    monkeypatch.setattr(compile_for_pod, "describe_devices", lambda *_, **__: jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((VMOE, "--topology=v7:4x4"), "--topology=v7:4x4 must be a chip of"),
+        ((VMOE,), "--topology= must be a chip of"),
+        ((VMOE, "--topology=v5e:2x4", "--slices=0"), "--slices=0 must be a number from 1"),
+        (
+            (VMOE, "--topology=v5e:2x4", "--config.mesh.fsdp=3"),
+            "config.mesh=data -1 x fsdp 3 x expert 8 needs a divisor of the 8 devices",
+        ),
+        (
+            (VMOE, "--topology=v5e:2x4", "--config.optim.batch=12"),
+            "config.optim.accumulate=12 must be a multiple of the mesh's 8 devices",
+        ),
+        (
+            (VMOE.replace("end_to_end", "pipeline"), "--topology=v5e:2x4"),
+            "config.phase='pipeline' is several runs",
+        ),
+        (
+            (VMOE.replace("end_to_end", "distill"), "--topology=v5e:2x4"),
+            "config.module='all' is 4 runs",
+        ),
+        (
+            (f"--config={ROOT}/configs/cliptrans/multi30k.py:stage=pipeline", "--topology=v5e:2x4"),
+            "config.stage='pipeline' must be one of",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_compiled(
+    flags, message, eight_devices, capsys, monkeypatch
+):
+    monkeypatch.setattr(compile_for_pod, "lower_step", pytest.fail)
+    status, _, error = command(capsys, *flags)
+    assert status == 2 and message in error, error
+
+
+def test_the_file_gets_the_number_of_chips_where_it_takes_it():
+    vmoe, nac = (f"{ROOT}/configs/m2mkd/{name}.py" for name in ("vmoe_base", "nac_imagenet"))
+    assert compile_for_pod.with_chips(vmoe, 16) == f"{vmoe}:chips=16"
+    assert compile_for_pod.with_chips(f"{vmoe}:size=base", 16) == f"{vmoe}:size=base,chips=16"
+    for text in (f"{vmoe}:chips=1", f"{nac}:phase=distill", "nowhere.py"):
+        assert compile_for_pod.with_chips(text, 16) == text
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What the compiler gives, of a size of choice."""
+
+    size: int
+
+    def as_text(self):
+        return "ENTRY %main (p: f32[4]) -> f32[4] {\n  ROOT %p = f32[4]{0} parameter(0)\n}"
+
+    def memory_analysis(self):
+        names = ("argument", "temp", "output", "alias", "generated_code")
+        sizes = {f"{name}_size_in_bytes": 0 for name in names} | {"temp_size_in_bytes": self.size}
+        return dataclasses.make_dataclass("Stats", sizes)(**sizes)
+
+
+@dataclasses.dataclass
+class Lowered:
+    """A program whose compilation gives `result`, or raises it."""
+
+    result: object
+
+    def compile(self):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+XLA = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (52.66G) exceeds available HBM (15.75G)\nSee")
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "said"),
+    [
+        (Compiled(10**9), 0, "HBM a chip: 1.00 GB of 16.00 GB"),
+        (
+            Compiled(17 * 10**9),
+            1,
+            "DOES NOT FIT: a chip of v5e has 16.00 GB of HBM; the step takes",
+        ),
+        (XLA, 1, "(52.66G) exceeds available HBM (15.75G)"),
+    ],
+    ids=["fits", "too large", "refused by XLA"],
+)
+def test_a_step_over_the_limit_is_named_with_its_largest_arrays_and_the_way_out(
+    result, status, said, eight_devices, capsys, monkeypatch, tmp_path
+):
+    config = tiny_config("end_to_end", moe=dataclasses.replace(MOE, dispatch="capacity", groups=8))
+    make = compile_for_pod.m2mkd_step
+
+    def step(_, __, options):
+        made = make(config, make_mesh(MeshConfig(expert=4)), options)
+        return dataclasses.replace(made, lowered=Lowered(result))
+
+    monkeypatch.setattr(compile_for_pod, "m2mkd_step", step)
+    found = tmp_path / "found.json"
+    code, printed, _ = command(capsys, VMOE, "--topology=v5e:2x4", "--json", str(found))
+    assert code == status and said in printed, printed
+    found = json.loads(found.read_text())
+    assert found["fits"] == (status == 0) and found["chips"] == 8
+    assert found["largest"][0]["name"].startswith(("batch/", "params/", "opt_state/"))
+    if status:
+        for text in ("params/student/stage_*", "kept for the backward pass", "config.model.remat"):
+            assert text in printed
+        assert "config.mesh.expert" in printed and "config.precision=bfloat16" in printed
