@@ -35,8 +35,8 @@ class RunConfig:
       checkpoint_every: epochs between checkpoints; the last step is always saved.
       checkpoint_minutes: time after which a checkpoint is written in between, at the next line of
         the log; None for none.
-      on_failed_save: "stop" ends the run when a checkpoint could not be written, "go_on" warns and
-        tries again at the next one. The last one must be written.
+      on_failed_save: "stop" ends the run when a checkpoint or a line of the log could not be
+        written, "go_on" warns and tries again at the next one. The last ones must be written.
       keep: newest checkpoints that stay.
       best: metric whose highest value keeps its checkpoint as well; None for none.
       nan_patience: steps in a row with a non-finite gradient after which the run stops.
@@ -136,7 +136,8 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     start = int(state.step)
     seed = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
     step = step_program(task, optim, abstract, log_every=run.log_every)
-    recorder = Recorder(workdir, step=start, total=total, title=task.title)
+    patient = run.on_failed_save == "go_on"
+    recorder = Recorder(workdir, step=start, total=total, title=task.title, patient=patient)
     clock, alarm = _Clock(start, optim.batch), _Alarm(run.checkpoint_minutes)
     pending = None
 
@@ -152,7 +153,6 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
             if timing := clock.read(at):
                 recorder.write_timing(at, **timing)
         if skipped_in_row >= run.nan_patience:
-            checkpoints.close()
             raise FloatingPointError(
                 f"the last {skipped_in_row} steps up to step {at} had a non-finite loss or "
                 f"gradient (config.run.nan_patience={run.nan_patience}). The checkpoints in "
@@ -169,6 +169,9 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
 
     def save(at: int, values: Mapping[str, float] | None) -> None:
         flush()
+        if hosts.agree(not recorder.complete()).any():
+            logging.warning("step %d is not saved, since its log could not be written", at)
+            return
         checkpoints.save(state, step=at, config=config, metrics=values)
         clock.restart(at)
         alarm.restart()
@@ -214,6 +217,9 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
         checkpoints.close()
         recorder.close()
         logging.warning("%s is asked to stop, and is saved at step %d", task.title, done)
+        raise
+    except Exception:
+        checkpoints.abandon()
         raise
     checkpoints.close()
     recorder.close()

@@ -7,14 +7,18 @@ same, byte for byte, as an undisturbed one's; how long things took goes to timin
 import json
 import logging
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class Recorder:
@@ -26,10 +30,15 @@ class Recorder:
       step: updates done before this start.
       total: updates in all, for the progress bar.
       title: what the bar and the log lines are headed with.
+      patient: keeps lines that cannot be written, and tries again with the next, in place of
+        raising the system's OSError.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, step: int, total: int, title: str):
-        self._workdir = epath.Path(workdir)
+    def __init__(
+        self, workdir: epath.PathLike, *, step: int, total: int, title: str, patient: bool = False
+    ):
+        self._workdir, self._patient = epath.Path(workdir), patient
+        self._unwritten = {}  # text by file
         self._main = jax.process_index() == 0
         self._title, self._total = title, total
         self._appends = "://" not in str(workdir)  # an object of a bucket is written as a whole
@@ -37,7 +46,7 @@ class Recorder:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
             _drop_later(self._workdir / name, step)
-        self._events = tensorboardX.SummaryWriter(str(self._workdir), purge_step=step)
+        self._events = _Events(self._workdir, step)
         terminal = sys.stderr.isatty()
         self._bar = (
             tqdm.tqdm(total=total, initial=step, desc=title, unit="step") if terminal else None
@@ -48,10 +57,10 @@ class Recorder:
         if not self._main:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
-        self._append("metrics.jsonl", {"step": step, "epoch": round(epoch, 6)} | values)
+        line = {"step": step, "epoch": round(epoch, 6)} | values
+        self._append("metrics.jsonl", json.dumps(line) + "\n")
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, scalars)
         shown = {name: value for name, value in scalars.items() if name in _SHOWN}
         if self._bar is None:
             text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -67,30 +76,88 @@ class Recorder:
         if not self._main:
             return
         timing = {"examples_per_second": examples_per_second, "milliseconds_per_step": milliseconds}
-        self._append("timing.jsonl", {"step": step} | timing)
-        for name, value in timing.items():
-            self._events.add_scalar(f"timing/{name}", value, step)
+        self._append("timing.jsonl", json.dumps({"step": step} | timing) + "\n")
+        self._events.write(step, {f"timing/{name}": value for name, value in timing.items()})
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
         if self._main and self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def complete(self) -> bool:
+        """Whether all lines are written, those that could not be before among them."""
+        for name in list(self._unwritten):
+            self._append(name, "")
+        return not self._unwritten
+
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flushes and closes everything.
+
+        Raises:
+          OSError: where lines still cannot be written.
+        """
         if not self._main:
             return
+        self._patient = False
+        self.complete()
         self._events.close()
         if self._bar is not None:
             self._bar.close()
 
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        path, text = self._workdir / name, json.dumps(line) + "\n"
-        if self._appends:
-            with path.open("a") as file:
-                file.write(text)
-        else:
-            path.write_text((path.read_text() if path.exists() else "") + text)
+    def _append(self, name: str, text: str) -> None:
+        path, text = self._workdir / name, self._unwritten.pop(name, "") + text
+        try:
+            if self._appends:
+                _add_to_end(path, text)
+            else:
+                path.write_text((path.read_text() if path.exists() else "") + text)
+        except OSError as error:
+            if not self._patient:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            self._unwritten[name] = text
+            logging.warning("%s cannot be written (%s): its lines are kept", path, error)
+
+
+class _Events:
+    """TensorBoard's events, written by the thread that calls: tensorboardX's own thread ends where
+    the disk is full, and its queue then holds the run up for ever. They are dispensable: when they
+    cannot be written, a warning says so, and no more are.
+
+    Args:
+      workdir: gets the file.
+      step: updates done before this start; TensorBoard drops later events of earlier starts.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int):
+        self._path, self._broken = str(workdir / "events"), False
+        self._writer = self._attempt(EventsWriter, self._path)
+        start = SessionLog(status=SessionLog.START)
+        self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes numbers of a step."""
+        values = [summary.scalar(name, value).value[0] for name, value in scalars.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        if not self._broken:
+            self._attempt(self._writer.close)
+
+    def _add(self, event: Event) -> None:
+        if not self._broken:
+            self._attempt(self._write, event)
+
+    def _write(self, event: Event) -> None:
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except OSError as error:
+            self._broken = True
+            logging.warning("%s: no more events for TensorBoard (%s)", self._path, error)
+            return None
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -131,6 +198,19 @@ _SHOWN = (
 
 def _plain(value: Any) -> float | list:
     return np.asarray(value, np.float64).tolist()
+
+
+def _add_to_end(path: epath.Path, text: str) -> None:
+    """Appends all of the text, or nothing of it."""
+    left = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _drop_later(path: epath.Path, step: int) -> None:

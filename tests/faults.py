@@ -1,6 +1,6 @@
 """What runs survive: kills, requests to stop, damaged files, a full disk, a host that dies.
 
-    python tests/faults.py [--kills 20] [--seed 0]
+    python tests/faults.py [--kills 20] [--seed 0] [--only kills full_disk]
 
 Every fault is injected for real into processes of their own, and the run is started again until it
 is finished. It has survived when metrics.jsonl and result.json (and CLIPTrans' translations) are
@@ -101,6 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
     flags = parser.parse_args()
     begin = time.time()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -108,8 +109,8 @@ def main() -> None:
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         bench = Bench(pathlib.Path(folder), flags.kills, random.Random(flags.seed))
         rows = []
-        for inject in (kills, requests, damaged_files, full_disk, two_processes, decoding):
-            for row in inject(bench):
+        for name in flags.only:
+            for row in FAULTS[name](bench):
                 rows.append(row)
                 print(f"{time.time() - begin:5.0f} s  {row.fault}", flush=True)
     lines = tuple((r.fault, str(r.injected), str(r.survived), str(r.lost), r.note) for r in rows)
@@ -276,6 +277,16 @@ def decoding(bench: Bench) -> Iterator[Row]:
     finish_pair(workdir, OFTEN, run=run)
     row.count(workdir, undisturbed)
     yield row
+
+
+FAULTS = {
+    "kills": kills,
+    "requests": requests,
+    "damaged_files": damaged_files,
+    "full_disk": full_disk,
+    "two_processes": two_processes,
+    "decoding": decoding,
+}
 
 
 def _moments() -> dict[str, Callable[[pathlib.Path, Started], bool]]:

@@ -126,6 +126,13 @@ class Checkpoints:
         finally:
             self._manager.close()
 
+    def abandon(self) -> None:
+        """After a failure: lets a save that is under way reach the disk, where no other process is
+        needed for it, and says nothing of its own."""
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)

@@ -9,7 +9,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
-from common_jax import loop
+from common_jax import loop, metrics
 from common_jax.checkpoint import SaveError, finished_steps
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
@@ -182,6 +182,58 @@ def test_a_failed_save_may_be_a_warning(train, no_room, undisturbed, tmp_path, c
     assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
     assert "step 8 could not be written" in caplog.text
     assert kept(tmp_path) == [4, 12]
+
+
+@pytest.fixture
+def full_log(monkeypatch):
+    """full_log(first, last): lines of these steps and in between cannot be written."""
+    add = metrics._add_to_end
+
+    def fail(first: int, last: int) -> None:
+        def add_to_end(path, text):
+            steps = [json.loads(line)["step"] for line in text.splitlines()]
+            if path.name == "metrics.jsonl" and steps and first <= steps[-1] <= last:
+                raise OSError(28, "No space left on device")
+            add(path, text)
+
+        monkeypatch.setattr(metrics, "_add_to_end", add_to_end)
+
+    return fail
+
+
+def test_a_line_that_cannot_be_written_stops_the_run(train, full_log, undisturbed, tmp_path):
+    full_log(6, 7)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        train(run_config())
+    assert kept(tmp_path) == [4]
+    full_log(0, -1)
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+
+
+def test_lines_that_cannot_be_written_may_wait(train, full_log, undisturbed, tmp_path, caplog):
+    full_log(6, 8)
+    assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
+    assert "its lines are kept" in caplog.text
+    assert "step 8 is not saved" in caplog.text
+    assert kept(tmp_path) == [4, 12]
+
+
+def test_the_last_lines_must_be_written(train, full_log, undisturbed, tmp_path):
+    full_log(10, 12)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(run_config(on_failed_save="go_on"))
+    assert not (tmp_path / "run" / "result.json").exists()
+    full_log(0, -1)
+    assert (train(run_config(on_failed_save="go_on")), log(tmp_path)) == undisturbed
+
+
+def test_without_room_for_events_the_run_goes_on(train, undisturbed, tmp_path, monkeypatch, caplog):
+    def full(self, event):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics._Events, "_write", full)
+    assert (train(run_config()), log(tmp_path)) == undisturbed
+    assert caplog.text.count("no more events for TensorBoard") == 1
 
 
 def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):
