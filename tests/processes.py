@@ -74,10 +74,14 @@ class Started:
 
 
 def start(
-    workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 1
+    workdir: pathlib.Path,
+    *more: str,
+    run: tuple[str, ...] = DIGITS,
+    devices: int = 1,
+    log: pathlib.Path | None = None,
 ) -> Started:
-    """A run in one process."""
-    return _start(workdir, (*run, *more), devices, log=workdir.with_suffix(".log"))
+    """A run in one process, its output in a file beside the workdir unless another is given."""
+    return _start(workdir, (*run, *more), devices, log=log or workdir.with_suffix(".log"))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A run's own checkpoints: written while it trains, and read where it goes on."""
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -17,6 +18,9 @@ from orbax.checkpoint import checkpoint_managers
 from common_jax.checkpoint.reading import AVERAGE, FOLDER, absolute, finished_steps
 from common_jax.pods import hosts
 from common_jax.state import TrainState
+
+# Whatever orbax, tensorstore or the system raises, in this thread or another.
+FAILURES = (Exception, asyncio.CancelledError)
 
 
 class SaveError(OSError):
@@ -102,7 +106,7 @@ class Checkpoints:
             state, failure = None, None
             try:
                 state = self._restore(step, abstract)
-            except Exception as error:  # whatever orbax or tensorstore raises for a damaged file
+            except FAILURES as error:
                 failure = error
             if not hosts.agree(failure is not None).any():
                 self._put_aside(damaged)
@@ -130,7 +134,7 @@ class Checkpoints:
         """After a failure: lets a save that is under way reach the disk, where no other process is
         needed for it, and says nothing of its own."""
         if jax.process_count() == 1:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(*FAILURES):
                 self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -155,11 +159,11 @@ class Checkpoints:
         failure = None
         try:
             action()
-        except Exception as error:  # whatever orbax, tensorstore or the system raises
+        except FAILURES as error:
             failure = error
         if not hosts.agree(failure is not None).any():
             return
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*FAILURES):
             self._manager.close()
         self._manager = self._open()
         kept = finished_steps(self.folder)
