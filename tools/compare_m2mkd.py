@@ -140,9 +140,8 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
             continue
         accuracy = mean_and_spread([accuracies(run) for run in ends], "test/accuracy", unit=" %")
         given = flags.workdir / f"{TEACHER}_0"
-        folders = [
-            run for role in made_by for pattern in MADE_BY[role] for run in given.glob(pattern)
-        ]
+        patterns = {pattern for role in made_by for pattern in MADE_BY[role]}
+        folders = [run for pattern in patterns for run in given.glob(pattern)]
         if name != "teacher":
             folders += [path.parent for path in (flags.workdir / f"{name}_0").rglob("result.json")]
         operations = sum(run_flops(folder) for folder in folders) / 1e12
