@@ -1,5 +1,6 @@
 """Runs in processes of their own, alone or as two processes that are one run, to be disturbed."""
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -134,4 +135,5 @@ def _start(workdir, arguments, devices: int, *, log: pathlib.Path) -> Started:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
+    atexit.register(process.kill)  # which leaves those alone that have ended
     return Started(process, log)
