@@ -1,9 +1,9 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
 A request to stop (SIGTERM, as schedulers send it before they take a machine away) may reach one
-process alone and at any time. All processes ask `poll` or `check` at the same places, once a step
-of training and once a batch of evaluation, and get the same answer there: the run stops at a step
-on which all agree.
+process alone and at any time. All processes `check` at the same places, once a step of training and
+once a batch of evaluation, and get the same answer there: the run stops at a step on which all
+agree.
 """
 
 import glob
@@ -68,17 +68,16 @@ def start(
         raise ValueError(
             f"--process={process} must be at least 0 and below --processes={processes}"
         )
-    if not explicit and hosts == "auto" and not cluster():
-        hosts = "one"
-    if hosts == "one":
-        if threading.current_thread() is threading.main_thread():  # only there Python allows it
-            signal.signal(signal.SIGTERM, _request_stop)
-        return
-    if not explicit and not cluster():
+    several = explicit or (hosts != "one" and cluster() is not None)
+    if hosts == "all" and not several:
         raise ValueError(
             "--hosts=all finds neither a TPU VM nor several tasks of SLURM or Open MPI; give "
             "--coordinator=HOST:PORT, --processes=N and --process=I"
         )
+    if not several:
+        if threading.current_thread() is threading.main_thread():  # only there Python allows it
+            signal.signal(signal.SIGTERM, _request_stop)
+        return
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     logging.info(
         "process %d of %d, with %d of %d devices",
@@ -110,20 +109,15 @@ def cluster() -> str | None:
     return None
 
 
-def poll() -> bool:
-    """Whether all processes are to stop here. To be asked equally often by all of them."""
+def check() -> None:
+    """Raises Stopped where all processes are to stop. To be called equally often by all of them."""
     global _polls, _stopping
     _polls += 1
     if not _stopping:
         several = jax.distributed.is_initialized()
         asked = multihost_utils.reached_preemption_sync_point if several else _requested
         _stopping = asked(_polls)
-    return _stopping
-
-
-def check() -> None:
-    """Raises Stopped where `poll` says so."""
-    if poll():
+    if _stopping:
         raise Stopped
 
 
