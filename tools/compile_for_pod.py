@@ -125,8 +125,7 @@ def m2mkd_step(config: m2mkd.Config, mesh: Mesh, options: Options) -> Step:
     ways = [f"config.{name}.remat" for name in TRAINED[config.phase]]
     if "model" in TRAINED[config.phase] and config.model.kind == "vmoe":
         ways.append("config.mesh.expert")
-    step = train_step(task, config, config.optim, mesh, ways)
-    return dataclasses.replace(step, flops=step_flops(task, config.optim))
+    return train_step(task, config, config.optim, mesh, ways, flops=step_flops(task, config.optim))
 
 
 def cliptrans_step(asked: cliptrans.Config, mesh: Mesh, options: Options) -> Step:
@@ -143,12 +142,11 @@ def cliptrans_step(asked: cliptrans.Config, mesh: Mesh, options: Options) -> Ste
     examples = options.examples or max(MULTI30K, optim.batch)
     sizes = {"examples": examples, "tokens": options.tokens}
     task = translation.describe(asked, mesh, **sizes)
-    ways = ["config.model.mbart.remat", "config.label_chunk"]
-    step = train_step(task, asked, optim, mesh, ways)
     # Chunks of labels are a loop as long as their number says; in one chunk they can be counted.
     whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
-    task = translation.describe(whole, mesh, **sizes)
-    return dataclasses.replace(step, flops=step_flops(task, optim))
+    flops = step_flops(translation.describe(whole, mesh, **sizes), optim)
+    ways = ["config.model.mbart.remat", "config.label_chunk"]
+    return train_step(task, asked, optim, mesh, ways, flops=flops)
 
 
 def encode_step(config: cliptrans.Config, mesh: Mesh, options: Options) -> Step:
@@ -175,8 +173,10 @@ def train_step(
     optim: OptimConfig,
     mesh: Mesh,
     ways: Sequence[str],
+    *,
+    flops: Flops,
 ) -> Step:
-    """The step of a task, its operations not counted yet."""
+    """The step of a task."""
     lowered, abstract = lower_step(task, optim, mesh, log_every=config.run.log_every)
     state, helpers, batch, _ = step_arguments(task, optim, abstract, mesh)
     parts = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
@@ -188,7 +188,7 @@ def train_step(
         title=f"step of {task.title}",
         lowered=lowered,
         arguments=parts | {"helpers": helpers, "batch": batch},
-        flops=Flops(),
+        flops=flops,
         kept=kept,
         ways_out=("config.optim.accumulate", "config.mesh.fsdp", *ways, *ways_of(config)),
     )
