@@ -189,7 +189,7 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return SCHEDULES[config.schedule](config, steps_per_epoch)
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, *, clip_depth: int = 0) -> optax.GradientTransformation:
     """AdamW's or SGD's direction u, the gradient clipped first; the learning rate is the step's,
     and applied there, so that p <- p - lr u whatever steps were skipped.
 
@@ -201,12 +201,24 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """
     mask = None if config.decay_all else lambda params: decay_mask(params, config.no_decay)
     decay = optax.add_decayed_weights(config.weight_decay, mask)
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
+    parts = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
     if config.optimizer == "adamw":
         parts += [optax.scale_by_adam(config.b1, config.b2, config.eps), decay]
     else:
         parts += [decay, optax.trace(config.momentum, nesterov=True)]
     return optax.chain(*parts)
+
+
+def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
+    """Clips every subtree that lies `depth` keys deep to the global norm `largest`, by itself; all
+    as one where `depth` is 0."""
+
+    def clip(gradient: Any, depth: int) -> Any:
+        if depth:
+            return {name: clip(part, depth - 1) for name, part in gradient.items()}
+        return optax.clip_by_global_norm(largest).update(gradient, optax.EmptyState())[0]
+
+    return optax.stateless(lambda gradient, params: clip(gradient, depth))
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:

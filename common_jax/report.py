@@ -61,7 +61,7 @@ FAMILIES = (
     Family("BLEU", "BLEU, 0 to 100", r"((?:.*/)?bleu(?:_lower)?)", 2.2),
     Family("chrF, METEOR, exact matches", "0 to 100", r"((?:.*/)?(?:chrf|meteor|exact))", 2.2),
     Family("Learning rate", "learning rate", r"train/learning_rate"),
-    Family("Gradient norm", "L2 norm", r"train/gradient_norm", log=True),
+    Family("Gradient norm", "L2 norm", r"train/(.*)gradient_norm", log=True),
     Family("Throughput", "examples / s", r"examples_per_second"),
     SKIPPED,
     Family("Tokens dropped by experts", "share", r"train/moe/(.+)/dropped", 1.5),

@@ -27,7 +27,13 @@ Evaluate = Callable[[Any, Any, int], dict[str, float]]
 
 
 def make_step(
-    loss: Loss, config: OptimConfig, schedule: Schedule, *, trainable: str, log_every: int
+    loss: Loss,
+    config: OptimConfig,
+    schedule: Schedule,
+    *,
+    trainable: str,
+    log_every: int,
+    clip_depth: int = 0,
 ) -> Step:
     """step(state, helpers, batch, seed) -> (state, metrics), to be jitted with `state` donated.
 
@@ -41,12 +47,14 @@ def make_step(
       schedule: learning rate as a function of the step.
       trainable: regex of the paths of the parameters that are updated.
       log_every: steps over which `state.sums` adds up the metrics.
+      clip_depth: how deep the subtrees lie that are clipped each by itself, see
+        `common_jax.optim.clip_by_norm`; their norms are metrics, too.
 
     Returns:
       The step. Its second result is `state.sums` and the counts of skipped steps, in buffers of
       their own, so that they can be read while the next step runs.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, clip_depth=clip_depth)
 
     def step(state: TrainState, helpers: Any, batch: Batch, seed: jax.Array):
         trained, fixed = partition(state.params, trainable)
@@ -58,6 +66,7 @@ def make_step(
         value, metrics, gradient = _accumulate(objective, trained, batch, rngs, config.accumulate)
         rate, norm = schedule(state.step), optax.tree.norm(gradient)
         metrics |= {"loss": value, "learning_rate": rate, "gradient_norm": norm}
+        metrics |= part_norms(gradient, clip_depth)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         direction, opt_state = optimizer.update(gradient, state.opt_state, trained)
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
@@ -83,6 +92,17 @@ def make_step(
         return state, jax.tree.map(jnp.copy, report)
 
     return step
+
+
+def part_norms(gradient: Any, depth: int) -> dict[str, jax.Array]:
+    """`PATH/gradient_norm` of every subtree that lies `depth` keys deep; none of a single one,
+    whose norm is the whole gradient's."""
+    parts = {(): gradient}
+    for _ in range(depth):
+        parts = {(*path, key): part for path in parts for key, part in parts[path].items()}
+    if len(parts) == 1:
+        return {}
+    return {f"{'/'.join(path)}/gradient_norm": optax.tree.norm(parts[path]) for path in parts}
 
 
 def init_state(

@@ -17,7 +17,7 @@ from common_jax import mesh as meshes
 from common_jax.optim import OptimConfig, make_optimizer, make_schedule
 from common_jax.pods.flops import Flops, count_flops
 from common_jax.state import TrainState, fold_name, merge, partition, step_rngs
-from common_jax.step import Evaluate, Loss, init_state, make_step
+from common_jax.step import Evaluate, Loss, init_state, make_step, part_norms
 from common_jax.weights import WarmStart
 
 
@@ -30,6 +30,8 @@ class Task:
       init: key -> nested dict of all parameters; traced, so nothing exists before it is sharded.
       rules: partition rules of the parameters.
       trainable: regex of the paths that are updated.
+      clip_depth: how deep in the parameters the subtrees lie whose gradients are clipped each by
+        its own norm, as if it were trained alone; 0 clips all together.
       loss: see `common_jax.step.Loss`.
       batch: shapes and dtypes of a micro-batch over all hosts.
       steps_per_epoch: updates in a pass over the training set.
@@ -50,6 +52,7 @@ class Task:
     loss: Loss
     batch: Mapping[str, jax.ShapeDtypeStruct]
     steps_per_epoch: int
+    clip_depth: int = 0
     helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warm_start: Callable[[Any], WarmStart] | None = None
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]] | None = None
@@ -68,6 +71,8 @@ def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
     rngs = jax.eval_shape(lambda: step_rngs(0, 0))
     step = jax.ShapeDtypeStruct((), np.int32)
     _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, step)
+    trained, _ = partition(params, task.trainable)
+    metrics |= jax.eval_shape(lambda tree: part_norms(tree, task.clip_depth), trained)
     state = jax.eval_shape(
         lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
     )
@@ -93,7 +98,14 @@ def step_program(
     """The update of a run, jitted: step(state, helpers, batch, seed) -> (state, metrics), with
     `state` donated and laid out as `abstract` says. See `common_jax.step.make_step`."""
     schedule = make_schedule(optim, task.steps_per_epoch)
-    step = make_step(task.loss, optim, schedule, trainable=task.trainable, log_every=log_every)
+    step = make_step(
+        task.loss,
+        optim,
+        schedule,
+        trainable=task.trainable,
+        clip_depth=task.clip_depth,
+        log_every=log_every,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return task.programs.setdefault(
         "step", jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -58,6 +58,26 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairsConfig(DistillConfig):
+    """m2mKD's objective, and how many modules one program trains.
+
+    Attributes:
+      pairs_at_once: the most modules that distill and train_module train in one program, where
+        config.module names several; those left over follow in further programs. 0: all in one.
+    """
+
+    pairs_at_once: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pairs_at_once < 0:
+            raise ValueError(
+                f"config.distill.pairs_at_once={self.pairs_at_once} must not be negative; 0 trains "
+                "all modules in one program"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class FewShotConfig:
     """An episode: `ways` classes of `shots` training images each, drawn with `seed`.
 
@@ -93,10 +113,11 @@ class SourcesConfig:
 
     Attributes:
       meta: of the meta model; for train_module and distill.
-      modules: of the trained modules, one a stage in order; for assemble.
+      modules: of the trained modules, one a stage in order, or one that holds them all; for
+        assemble.
       teacher: of the teacher; for distill, and for end_to_end with whole-teacher distillation.
-      students: of the distilled students, one a stage in order; for end_to_end. () trains from
-        scratch.
+      students: of the distilled students, one a stage in order, or one that holds them all; for
+        end_to_end. () trains from scratch.
       network: of a trained V-MoE; for few_shot.
       fresh: regex of parameter paths that start anew even though a source may have them.
       leave: regex of parameter paths of the sources that may find no place.
@@ -187,7 +208,7 @@ class Config:
       teacher: the teacher, with as many stages.
       model: the student, a V-MoE or (with kind "nac") a NAC, with as many stages.
       regularizers: what holds a NAC's graph in shape in end_to_end.
-      distill: m2mKD's objective.
+      distill: m2mKD's objective, and how many modules are trained at once.
       baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
       few_shot: the episode.
       sources: weights to start from.
@@ -209,7 +230,7 @@ class Config:
     teacher: ViTConfig = ViTConfig()
     model: VMoEConfig | NacConfig = VMoEConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
-    distill: DistillConfig = DistillConfig()
+    distill: PairsConfig = PairsConfig()
     baseline: DistillConfig = DistillConfig(kind="none")
     few_shot: FewShotConfig = FewShotConfig()
     sources: SourcesConfig = SourcesConfig()
@@ -275,7 +296,7 @@ class Config:
         return Interface(self.data.image_size, self.data.channels, self.data.labels)
 
     def modules(self) -> tuple[int, ...]:
-        """The stages that `module` names; raises ValueError for one that is not there."""
+        """The stages that `module` names; raises ValueError for one that is not there, or twice."""
         count = len(self.meta.depths)
         if self.module == "all":
             return tuple(range(count))
@@ -283,12 +304,22 @@ class Config:
             stages = tuple(int(text) for text in self.module.split("+"))
         except ValueError:
             stages = (count,)
-        if not set(stages) <= set(range(count)):
+        if not set(stages) <= set(range(count)) or len(set(stages)) < len(stages):
             raise ValueError(
                 f"config.module={self.module!r} must be 'all' or stages from 0 to {count - 1}, "
-                "such as '2' or '0+3'"
+                "each once, such as '2' or '0+3'"
             )
-        return stages
+        return tuple(sorted(stages))
+
+    def programs(self) -> list["Config"]:
+        """The config of each program of a modular phase, with as many of the modules as
+        `distill.pairs_at_once` allows."""
+        stages = self.modules()
+        size = self.distill.pairs_at_once or len(stages)
+        if len(stages) <= size:
+            return [self]
+        parts = (stages[i : i + size] for i in range(0, len(stages), size))
+        return [dataclasses.replace(self, module="+".join(map(str, part))) for part in parts]
 
 
 def default_config() -> ml_collections.ConfigDict:

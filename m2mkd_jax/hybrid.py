@@ -3,15 +3,19 @@
 With M the meta model and k the stage of a module, a pair shares what stages 0..k-1 of M make of
 the images, and both of its sides are finished by stages k+1.. of M, norm and head included. Stages
 are counted, never blocks, so a meta stage may be of any depth.
+
+Several modules are run as one program: M is frozen and the modules share no parameters, so the sum
+of their losses has by each module's parameters the gradient of its own loss.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 
-from m2mkd_jax.stages import Network, Params, stage_name
+from m2mkd_jax.stages import Network, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +51,91 @@ def replace_stage(meta: Network, stage: int, module: Network) -> Network:
     return Network(tuple(stages))
 
 
-def finish_with_meta(
-    meta: Network,
+def shared_tokens(
+    networks: Mapping[int, Network],
     meta_params: Params,
-    module: Network,
-    module_params: Params,
-    hidden: jax.Array,
+    images: jax.Array,
     *,
-    stage: int,
     train: bool = False,
     rngs: Mapping[str, jax.Array] | None = None,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Logits of one side of a pair: stage `stage` of `module` on `hidden`, then the meta model's
-    stages behind it.
+) -> dict[int, jax.Array]:
+    """What the stages before each module make of the images, computed once where they are equal.
 
     Args:
-      meta, meta_params: the meta model; only stages behind `stage` are used.
-      module, module_params: the network of the module; only stage `stage` is used.
-      hidden: images (B, I, J, channels) for the first stage, else tokens (B, T, D) of the meta
-        model.
-      stage: which.
-      train, rngs: for the module; the meta model is never in training here.
+      networks: by the stage of its module, each module's hybrid network.
+      meta_params: of the stages before the last of these modules.
+      images: (B, I, J, channels).
+      train, rngs: of these stages.
 
     Returns:
-      Logits (B, L), and what the module recorded.
+      By stage: images for the first, tokens (B, T, D) for the others. No gradient passes through
+      them.
     """
-    tokens, recorded = module.apply(
-        module_params, hidden, start=stage, stop=stage + 1, train=train, rngs=rngs
-    )
-    logits, _ = meta.apply(meta_params, tokens, start=stage + 1)
-    return logits, recorded[stage_name(stage)]
+    made = {(): images}
+    for own, network in networks.items():
+        for stage in range(own):
+            before = network.stages[: stage + 1]
+            if before not in made:
+                made[before], _ = network.apply(
+                    meta_params,
+                    made[network.stages[:stage]],
+                    start=stage,
+                    stop=stage + 1,
+                    train=train,
+                    rngs=rngs,
+                )
+    return {
+        own: jax.lax.stop_gradient(made[network.stages[:own]]) for own, network in networks.items()
+    }
+
+
+def finish(
+    networks: Mapping[int, Network],
+    meta_params: Params,
+    params: Params,
+    hidden: Mapping[int, jax.Array],
+    *,
+    train: bool = False,
+    train_meta: bool = False,
+    rngs: Mapping[str, jax.Array] | None = None,
+) -> tuple[dict[int, jax.Array], dict[str, Any]]:
+    """Logits of hybrid networks from their modules on.
+
+    Tokens of all modules that enter the same meta stage go through it together. What it draws, it
+    draws once for all of them, as each would by itself with the same keys.
+
+    Args:
+      networks: by the stage of its module, each module's hybrid network.
+      meta_params: of the stages behind the first of these modules.
+      params: of the modules, a subtree a stage.
+      hidden: by stage, what each module takes: see `shared_tokens`.
+      train: whether the modules are in training.
+      train_meta: whether the stages behind them are.
+      rngs: for both, one key a stream.
+
+    Returns:
+      Logits (B, L) by stage, and what the modules recorded.
+    """
+    tokens, recorded = {}, {}
+    for stage in range(len(next(iter(networks.values())))):
+        alike = {}  # a NAC's read-in student gives fewer tokens than the others
+        for own in tokens:
+            alike.setdefault((networks[own].stages[stage], tokens[own].shape), []).append(own)
+        span = {"start": stage, "stop": stage + 1, "rngs": rngs}
+        for group in alike.values():
+            apply = networks[group[0]].apply
+
+            def behind(x, apply=apply, span=span):
+                return apply(meta_params, x, train=train_meta, **span)[0]
+
+            together = jax.vmap(behind)(jnp.stack([tokens[own] for own in group]))
+            tokens |= dict(zip(group, together, strict=True))
+        if stage in networks:
+            tokens[stage], records = networks[stage].apply(
+                params, hidden[stage], train=train, **span
+            )
+            recorded |= records
+    return tokens, recorded
 
 
 def pair_logits(
@@ -84,37 +143,30 @@ def pair_logits(
     params: Mapping[str, Params],
     images: jax.Array,
     *,
-    stage: int,
+    stages: Sequence[int],
     train: bool,
     rngs: Mapping[str, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """Both sides of module pair `stage` on the same images (m2mKD, composition).
+) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[str, Any]]:
+    """Both sides of module pairs on the same images (m2mKD, composition).
 
     Args:
       networks: meta model, teacher and students.
       params: their parameters under "meta", "teacher" and "student".
       images: (B, I, J, channels).
-      stage: which pair.
-      train, rngs: for the student alone.
+      stages: which pairs.
+      train, rngs: for the students alone.
 
     Returns:
-      Logits of teacher and student, each (B, L); and what the student recorded. No gradient passes
-      through the shared input or the teacher; the student's passes through the meta model.
+      Logits of teachers and students by stage, each (B, L); and what the students recorded. No
+      gradient passes through the shared input or a teacher; a student's passes through the meta
+      model.
     """
-    meta = networks.meta
-    shared, _ = meta.apply(params["meta"], images, stop=stage)
-    shared = jax.lax.stop_gradient(shared)
-    teacher, _ = finish_with_meta(
-        meta, params["meta"], networks.teacher, params["teacher"], shared, stage=stage
+    meta = params["meta"]
+    teachers, students = (
+        {stage: replace_stage(networks.meta, stage, network) for stage in stages}
+        for network in (networks.teacher, networks.student)
     )
-    student, recorded = finish_with_meta(
-        meta,
-        params["meta"],
-        networks.student,
-        params["student"],
-        shared,
-        stage=stage,
-        train=train,
-        rngs=rngs,
-    )
-    return jax.lax.stop_gradient(teacher), student, recorded
+    hidden = shared_tokens(students, meta, images)
+    taught, _ = finish(teachers, meta, params["teacher"], hidden)
+    logits, recorded = finish(students, meta, params["student"], hidden, train=train, rngs=rngs)
+    return jax.lax.stop_gradient(taught), logits, recorded

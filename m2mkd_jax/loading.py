@@ -18,7 +18,7 @@ from m2mkd_jax.phases.networks import (
     meta_network,
     teacher_network,
 )
-from m2mkd_jax.stages import Network
+from m2mkd_jax.stages import Network, stage_name
 
 Apply = Callable[[Any, jax.Array], jax.Array]
 
@@ -33,11 +33,14 @@ NETWORKS: dict[str, tuple[str, Callable[[Config], Network | NacNetwork]]] = {
 }
 
 
-def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> tuple[Apply, dict[str, Any]]:
+def load_model(
+    source: epath.PathLike, *, module: int | None = None, mesh: Mesh | None = None
+) -> tuple[Apply, dict[str, Any]]:
     """The network that a run trained.
 
     Args:
       source: the run's workdir (its newest checkpoint) or one step's folder.
+      module: which one, by its stage, of a run that trained several.
       mesh: devices to put the parameters on, split as in training; None for the first device.
 
     Returns:
@@ -51,27 +54,43 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> tuple[App
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
+      ValueError: when the run trained several modules and `module` is none of them.
     """
     config = freeze(Config, checkpoint.load_config(source))
     role, build = NETWORKS[config.phase]
-    rules = family(config).rules if role == "student" else vit.PARTITION_RULES
+    stage = _stage(config, module)
+    name = "" if stage is None else stage_name(stage)
     params = checkpoint.load(
         source,
-        subtree=role,
+        subtree=f"{role}/{name}" if name else role,
         mesh=mesh,
-        rules=rules,
+        rules=family(config).rules if role == "student" else vit.PARTITION_RULES,
         average=config.optim.ema > 0,
     )
     network = build(config)
-    if config.phase not in ("train_module", "distill"):
+    if stage is None:
         return lambda params, x: network.apply(params, prepare(x, config))[0], params
-    (stage,) = config.modules()
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         x = prepare(x, config) if stage == 0 else x
         return network.apply(params, x, start=stage, stop=stage + 1)[0]
 
-    return apply, params
+    return apply, {name: params}
+
+
+def _stage(config: Config, module: int | None) -> int | None:
+    """The stage of the module to load, None for a whole network; raises as `load_model`."""
+    modular = config.phase in ("train_module", "distill")
+    stages = config.modules() if modular else ()
+    if module is None and len(stages) < 2:
+        return stages[0] if modular else None
+    if module not in stages:
+        way_out = f"give one of its modules, {list(stages)}" if modular else "leave it out"
+        raise ValueError(
+            f"module={module} does not say what to load of a run of phase={config.phase!r}: "
+            f"{way_out}"
+        )
+    return module
 
 
 def prepare(images: jax.Array, config: Config) -> jax.Array:

@@ -69,13 +69,12 @@ def test_networks_fit_together(name):
         for part, network in vars(pair).items()
     }
     images, count = pair.meta.stages[0].example(2), len(pair.meta)
-    for stage in sorted({0, 1, count - 2, count - 1}):
-        teacher, student, _ = jax.eval_shape(
-            lambda p, x, stage=stage: pair_logits(pair, p, x, stage=stage, train=False),
-            params,
-            images,
-        )
-        assert teacher.shape == student.shape == (2, config.data.labels)
+    stages = sorted({0, 1, count - 2, count - 1})
+    teachers, students, _ = jax.eval_shape(
+        lambda p, x: pair_logits(pair, p, x, stages=stages, train=False), params, images
+    )
+    for stage in stages:
+        assert teachers[stage].shape == students[stage].shape == (2, config.data.labels)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -95,11 +94,13 @@ def test_the_whole_student_is_built_and_split(name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_pipeline_is_planned_in_order(name, tmp_path):
     config = load(name, "phase=pipeline")
-    count = len(config.meta.depths)
     folders = [folder for folder, _ in plan(config, tmp_path)]
-    modules = [f"module_{i}" for i in range(count)]
-    students = [f"student_{i}" for i in range(count)]
-    assert folders[: 2 * count + 3] == ["meta", *modules, "teacher", *students, "end_to_end"]
+    assert folders[:5] == ["meta", "modules", "teacher", "students", "end_to_end"]
+    few = dataclasses.replace(config.distill, pairs_at_once=2)
+    folders = [folder for folder, _ in plan(dataclasses.replace(config, distill=few), tmp_path)]
+    assert folders[1:3] == ["module_0+1", "module_2+3"]
+    count = len(config.meta.depths)
+    assert f"student_{count - 2}+{count - 1}" in folders
 
 
 @pytest.mark.parametrize(("name", "item"), swept(), ids=str)

@@ -85,8 +85,8 @@ def test_arguments_are_swept_beside_those_given():
 @pytest.mark.parametrize(
     ("config", "package", "main", "files"),
     [
-        (DIGITS, "m2mkd_jax", "end_to_end", {"meta": 1, "student_3": 1, "few_shot": 1}),
-        (f"{DIGITS}:phase=distill", "m2mkd_jax", None, {"module_0": 1, "module_3": 1}),
+        (DIGITS, "m2mkd_jax", "end_to_end", {"meta": 1, "students": 1, "few_shot": 1}),
+        (f"{DIGITS}:phase=distill", "m2mkd_jax", "", {"": 1}),
         (f"{DIGITS}:phase=distill,module=2", "m2mkd_jax", "", {"": 1}),
         (EMOJI, "cliptrans_jax", "translate", {"clip": 1, "translate": 2}),
         (f"{EMOJI}:stage=translate", "cliptrans_jax", "", {"": 2}),

@@ -120,8 +120,8 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
     if name == "vmoe_long":
         settings["optim.steps"] = flags.long_steps
     for role in variant.takes:
-        students = tuple(str(folder / f"student_{stage}") for stage in range(4))
-        settings[f"sources.{role}"] = students if role == "students" else folder / role
+        made = folder / role
+        settings[f"sources.{role}"] = (str(made),) if role == "students" else made
     config = f"--config={CONFIGS[name.split('_')[0]]}:phase={variant.phase}"
     own = [f"--config.{key}={value}" for key, value in settings.items()]
     command = ("-m", "m2mkd_jax.main", config, *own, *variant.flags, *flags.flags)
@@ -140,8 +140,7 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
             continue
         accuracy = mean_and_spread([accuracies(run) for run in ends], "test/accuracy", unit=" %")
         given = flags.workdir / f"{TEACHER}_0"
-        patterns = {pattern for role in made_by for pattern in MADE_BY[role]}
-        folders = [run for pattern in patterns for run in given.glob(pattern)]
+        folders = [given / run for run in {run for role in made_by for run in MADE_BY[role]}]
         if name != "teacher":
             folders += [path.parent for path in (flags.workdir / f"{name}_0").rglob("result.json")]
         operations = sum(run_flops(folder) for folder in folders) / 1e12
@@ -169,8 +168,8 @@ def end(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path | None:
 # What each thing that a run starts from was made by, of the folders of TEACHER's pipeline.
 MADE_BY = {
     "meta": ("meta",),
-    "teacher": ("meta", "module_*", "teacher"),
-    "students": ("meta", "module_*", "teacher", "student_*"),
+    "teacher": ("meta", "modules", "teacher"),
+    "students": ("meta", "modules", "teacher", "students"),
 }
 
 

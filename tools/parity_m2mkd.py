@@ -130,7 +130,8 @@ def run_m2mkd_loss(case: Case) -> Iterator[Comparison]:
 
     def logits(trained):
         everything = params | {"student": trained}
-        return pair_logits(networks, everything, images, stage=stage, train=True)[:2]
+        pairs = pair_logits(networks, everything, images, stages=(stage,), train=True)
+        return pairs[0][stage], pairs[1][stage]
 
     def to_original(gradient):
         return convert.stage_to_original(gradient[stage_name(stage)])

@@ -13,7 +13,7 @@ from parity_nac_networks import Draws, build_student, to_device
 from parity_networks import build_vit, load_network, to_images
 
 from m2mkd_jax import convert_nac, losses
-from m2mkd_jax.hybrid import Pair, finish_with_meta, pair_logits
+from m2mkd_jax.hybrid import Pair, finish, pair_logits, replace_stage
 from m2mkd_jax.models.nac.layers import NOISE
 from m2mkd_jax.stages import Network, stage_name
 
@@ -103,8 +103,9 @@ def run_composition(case: Case) -> Iterator[Comparison]:
 
     def loss(trained, fixed):
         everything = {**held, "student": {stage_name(stage): trained}}
-        given, own, _ = pair_logits(bind_pair(fixed), everything, images, stage=stage, train=train)
-        return score(given, own), (given, own)
+        pair = bind_pair(fixed)
+        given, own, _ = pair_logits(pair, everything, images, stages=(stage,), train=train)
+        return score(given[stage], own[stage]), (given[stage], own[stage])
 
     trained = to_device(params)
     (value, (given, own)), (by_params, by_fixed) = jax.value_and_grad(
@@ -135,10 +136,9 @@ def run_composition(case: Case) -> Iterator[Comparison]:
 
 def _student_side(pair: Pair, meta, params, images, stage: int, train: bool) -> jax.Array:
     shared, _ = pair.meta.apply(meta, images, stop=stage)
-    logits, _ = finish_with_meta(
-        pair.meta, meta, pair.student, params, shared, stage=stage, train=train
-    )
-    return logits
+    hybrid = {stage: replace_stage(pair.meta, stage, pair.student)}
+    logits, _ = finish(hybrid, meta, params, {stage: shared}, train=train)
+    return logits[stage]
 
 
 def _distillation(case: Case) -> str:

@@ -292,8 +292,9 @@ def _m2mkd_results(config: m2mkd.Config) -> tuple[str | None, Files]:
     folders = [""]
     if config.phase == "pipeline":
         main, folders = "end_to_end", [name for name, _ in m2mkd_pipeline.plan(config, NOWHERE)]
-    elif config.phase in m2mkd_pipeline.MODULAR and len(config.modules()) > 1:
-        main, folders = None, [f"module_{stage}" for stage in config.modules()]
+    elif config.phase in m2mkd_pipeline.MODULAR:
+        folders = list(m2mkd_pipeline.program_folders(config, one="", several="module"))
+        main = None if len(folders) > 1 else ""
     return main, dict.fromkeys(folders, ("result.json",))
 
 

@@ -2,9 +2,7 @@
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_tinyimagenet.py:phase=end_to_end \\
         --config.data.path=/data/tiny-imagenet --workdir=runs/nac_tiny \\
-        --config.sources.students="('runs/tiny/module_0','runs/tiny/module_1',\\
-        'runs/tiny/module_2','runs/tiny/module_3','runs/tiny/module_4','runs/tiny/module_5',\\
-        'runs/tiny/module_6','runs/tiny/module_7','runs/tiny/module_8','runs/tiny/module_9')"
+        --config.sources.students="('runs/tiny',)"
 
 The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Without students it trains from
 scratch. They are taught on ImageNet at 224 pixels and must have this NAC's widths (384, 6 heads,

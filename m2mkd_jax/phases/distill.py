@@ -1,4 +1,4 @@
-"""Phase distill (m2mKD): one student module learns from one teacher module, both inside the meta
+"""Phase distill (m2mKD): student modules learn from teacher modules, each pair inside the meta
 model."""
 
 from typing import Any
@@ -23,19 +23,23 @@ from m2mkd_jax.phases.training import Training, train_phase
 from m2mkd_jax.stages import stage_name
 
 
-def run(config: Config, workdir: epath.Path, mesh: Mesh, stage: int) -> dict[str, Any]:
-    """Trains student module `stage`; its parameters are saved under "student/stage_K"."""
-    training, name = describe(config, mesh, stage), stage_name(stage)
+def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Trains the student modules of config.module; their parameters are saved under
+    "student/stage_K"."""
+    training, teacher = describe(config, mesh), require_source(config, "teacher")
+    names = [f"teacher/{name}" for name in training.helpers["teacher"]]
     origins = [
         Origin(require_source(config, "meta"), "meta", "meta"),
-        Origin(require_source(config, "teacher"), f"teacher/{name}", f"teacher/{name}"),
+        *(Origin(teacher, name, name) for name in names),
     ]
     helpers = take_weights(config, training.helpers, origins).params
     return train_phase(training, workdir, mesh, helpers=helpers)
 
 
-def describe(config: Config, mesh: Mesh, stage: int) -> Training:
-    """Student module `stage`, helped by the meta model and one module of the teacher."""
+def describe(config: Config, mesh: Mesh) -> Training:
+    """The student modules of config.module, helped by the meta model and as many modules of the
+    teacher."""
+    stages = config.modules()
     pair = Pair(
         meta=meta_network(config),
         teacher=teacher_network(config),
@@ -43,19 +47,25 @@ def describe(config: Config, mesh: Mesh, stage: int) -> Training:
     )
 
     def forward(params, helpers, images, train, rngs):
-        teacher, student, recorded = pair_logits(
-            pair, {**helpers, **params}, images, stage=stage, train=train, rngs=rngs
+        taught, logits, recorded = pair_logits(
+            pair, {**helpers, **params}, images, stages=stages, train=train, rngs=rngs
         )
-        return Outputs(student, teacher, {stage_name(stage): recorded})
+        return {
+            f"module_{stage}": Outputs(
+                logits[stage], taught[stage], {stage_name(stage): recorded[stage_name(stage)]}
+            )
+            for stage in stages
+        }
 
     rules = vit.PARTITION_RULES
     return Training(
         config,
-        title=f"{config.phase} {stage}",
-        init=lambda key: {"student": pair.student.init(key, only=(stage,))},
+        title=f"{config.phase} {config.module}",
+        init=lambda key: {"student": pair.student.init(key, only=stages)},
         rules=family(config).rules,
         forward=forward,
         helpers=wanted(pair.meta, "meta", mesh, rules)
-        | wanted(pair.teacher, "teacher", mesh, rules, only=(stage,)),
+        | wanted(pair.teacher, "teacher", mesh, rules, only=stages),
+        clip_depth=2,
         distill=config.distill,
     )

@@ -106,6 +106,7 @@ def _taught(student: Forward, teacher: Network) -> Forward:
     def forward(params, helpers, images, train, rngs):
         logits, _ = teacher.apply(helpers["teacher"], images)
         outputs = student(params, helpers, images, train, rngs)
-        return outputs._replace(teacher=jax.lax.stop_gradient(logits))
+        taught = jax.lax.stop_gradient(logits)
+        return {name: part._replace(teacher=taught) for name, part in outputs.items()}
 
     return forward

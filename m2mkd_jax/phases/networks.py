@@ -142,12 +142,13 @@ def require_source(config: Config, name: str) -> str:
 
 
 def require_stage_sources(config: Config, name: str, count: int) -> tuple[str, ...]:
-    """config.sources.NAME with one workdir a stage; raises ValueError for another number."""
+    """config.sources.NAME with one workdir a stage, a single one standing for all; raises
+    ValueError for another number."""
     sources = getattr(config.sources, name)
-    if len(sources) != count:
+    if len(sources) not in (1, count):
         raise ValueError(
             f"config.sources.{name} names {len(sources)} workdirs {sources} and "
             f"phase={config.phase!r} needs "
-            f"{count}, one a stage in order"
+            f"{count}, one a stage in order, or one that holds all stages"
         )
-    return sources
+    return sources if len(sources) == count else sources * count

@@ -17,17 +17,20 @@ from m2mkd_jax.stages import Network
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives: logits (B, L), those of a teacher or None, and what the trained
-    stages recorded."""
+    """What a forward pass gives of a network: logits (B, L), those of a teacher or None, and what
+    the trained stages recorded."""
 
     logits: jax.Array
     teacher: jax.Array | None
     recorded: Mapping[str, Any]
 
 
-# forward(params, helpers, images, train, rngs); in evaluation rngs has EVALUATION_STREAMS alone, or
+# forward(params, helpers, images, train, rngs) -> the networks that are trained together, by name:
+# one, or several whose parameters are disjoint. In evaluation rngs has EVALUATION_STREAMS alone, or
 # is None where nothing is drawn.
-Forward = Callable[[Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Outputs]
+Forward = Callable[
+    [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
+]
 # regularizer(params, step) -> (scalar, metrics)
 Regularizer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -39,7 +42,7 @@ def whole_forward(network: Network, role: str) -> Forward:
 
     def forward(params, helpers, images, train, rngs):
         logits, recorded = network.apply(params[role], images, train=train, rngs=rngs)
-        return Outputs(logits, None, recorded)
+        return {role: Outputs(logits, None, recorded)}
 
     return forward
 
@@ -52,23 +55,27 @@ def make_loss(
     regularizer: Regularizer | None = None,
 ) -> Loss:
     """Label loss, blended with the distillation that `distill` names, plus the experts' balance
-    losses and what `regularizer` gives.
+    losses and what `regularizer` gives; summed over the networks where there are several.
 
     Its metrics are `label_loss`, `distillation`, those of the regularizer and, for every MoE layer,
-    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`.
+    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`. Of several networks `label_loss` and
+    `distillation` are means, and `NAME/label_loss` and `NAME/distillation` are each one's.
     """
 
     def loss(params, helpers, batch, rngs, step):
         images, targets = prepare_training(batch, rngs, config.data, config.augment)
-        outputs = forward(params, helpers, images, True, rngs)
-        total = losses.soft_cross_entropy(outputs.logits, targets)
-        metrics = {"label_loss": total}
-        if distill.kind != "none":
-            term = losses.DISTILLATIONS[distill.kind](outputs.logits, outputs.teacher, distill.tau)
-            total = losses.blend(total, term, distill.alpha)
-            metrics["distillation"] = term
-        moe, balance = _moe_metrics(outputs.recorded)
-        total, metrics = total + balance, metrics | moe
+        total, parts, moe = jnp.zeros(()), {}, {}
+        for name, outputs in forward(params, helpers, images, True, rngs).items():
+            value = losses.soft_cross_entropy(outputs.logits, targets)
+            parts[name] = {"label_loss": value}
+            if distill.kind != "none":
+                distillation = losses.DISTILLATIONS[distill.kind]
+                term = distillation(outputs.logits, outputs.teacher, distill.tau)
+                value = losses.blend(value, term, distill.alpha)
+                parts[name]["distillation"] = term
+            recorded, balance = _moe_metrics(outputs.recorded)
+            total, moe = total + value + balance, moe | recorded
+        metrics = _with_means(parts) | moe
         if regularizer is not None:
             term, terms = regularizer(params, step)
             total, metrics = total + term, metrics | terms
@@ -91,12 +98,26 @@ def make_sums(forward: Forward, config: Config, *, classes: tuple[int, ...] | No
         images = prepare_evaluation(batch, config.data)
         rngs = {name: fold_name(key, name) for name in EVALUATION_STREAMS}
         drawn = None if config.evaluation.noise == "mean" else rngs
-        logits = forward(params, helpers, images, False, drawn).logits
-        if classes is not None:
-            logits = restrict_logits(logits, classes)
-        return classification_sums(logits, batch["label"], batch["_mask"])
+        parts = {}
+        for name, outputs in forward(params, helpers, images, False, drawn).items():
+            logits = outputs.logits
+            if classes is not None:
+                logits = restrict_logits(logits, classes)
+            parts[name] = classification_sums(logits, batch["label"], batch["_mask"])
+        count = jnp.sum(batch["_mask"])
+        for part in parts.values():
+            del part["count"]
+        return _with_means(parts) | {"count": count}
 
     return sums
+
+
+def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The metrics of one network; of several their means, and each one's as `NAME/METRIC`."""
+    means = jax.tree.map(lambda *values: sum(values) / len(values), *parts.values())
+    if len(parts) == 1:
+        return means
+    return means | traverse_util.flatten_dict(parts, sep="/")
 
 
 def _moe_metrics(recorded: Mapping[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -15,8 +15,8 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.training import Training
 
-# Phases that train one network, and those that train one module a call. Each has a `describe`, for
-# what it trains, and a `run`.
+# Phases that train one network, and those that train the modules of config.module. Each has a
+# `describe`, for what it trains, and a `run`.
 WHOLE: dict[str, ModuleType] = {
     "pretrain_meta": pretrain_meta,
     "assemble": assemble,
@@ -29,8 +29,9 @@ MODULAR: dict[str, ModuleType] = {"train_module": train_module, "distill": disti
 def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Runs the phase that `config` names.
 
-    A modular phase trains the modules of config.module one after the other: a single one in
-    `workdir` itself, several in `workdir`/module_K.
+    A modular phase trains the modules of config.module in one program, in `workdir` itself; where
+    config.distill.pairs_at_once allows fewer, in several, one after the other, each in a folder
+    of its own such as `workdir`/module_0+1.
 
     Returns:
       The result of the run, or of the last one.
@@ -39,12 +40,19 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
         return run_pipeline(config, workdir, mesh)
     if config.phase in WHOLE:
         return WHOLE[config.phase].run(config, workdir, mesh)
-    stages, result = config.modules(), {}
-    for stage in stages:
-        folder = workdir if len(stages) == 1 else workdir / f"module_{stage}"
-        one = dataclasses.replace(config, module=str(stage))
-        result = MODULAR[config.phase].run(one, folder, mesh, stage)
+    result = {}
+    for folder, part in program_folders(config, one="", several="module").items():
+        result = MODULAR[config.phase].run(part, workdir / folder, mesh)
     return result
+
+
+def program_folders(config: Config, *, one: str, several: str) -> dict[str, Config]:
+    """The programs of a modular phase, each by the folder it trains in: `one` where there is one,
+    `several`_0+1 and so on where there are several."""
+    programs = config.programs()
+    if len(programs) == 1:
+        return {one: programs[0]}
+    return {f"{several}_{program.module}": program for program in programs}
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
@@ -60,13 +68,13 @@ def describe(config: Config, mesh: Mesh) -> Training:
         )
     if config.phase in WHOLE:
         return WHOLE[config.phase].describe(config, mesh)
-    stages = config.modules()
-    if len(stages) > 1:
+    if len(programs := config.programs()) > 1:
         raise ValueError(
-            f"config.module={config.module!r} is {len(stages)} runs, each with a program of its "
-            f"own: name one of the stages {list(stages)}"
+            f"config.module={config.module!r} with config.distill.pairs_at_once="
+            f"{config.distill.pairs_at_once} is {len(programs)} programs: name the modules of one "
+            f"of them, {[program.module for program in programs]}"
         )
-    return MODULAR[config.phase].describe(config, mesh, stages[0])
+    return MODULAR[config.phase].describe(config, mesh)
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -105,29 +113,21 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     needed += ("distill", "end_to_end")
     if missing := [phase for phase in needed if phase not in config.recipes]:
         raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
-    stages = range(len(config.meta.depths))
-    modules = tuple(str(workdir / f"module_{stage}") for stage in stages)
-    students = tuple(str(workdir / f"student_{stage}") for stage in stages)
     meta = given.meta or str(workdir / "meta")
     teacher = given.teacher or str(workdir / "teacher")
 
     runs = [] if given.meta else [("meta", _phase(config, "pretrain_meta"))]
     if not given.teacher:
-        runs += [
-            (f"module_{stage}", _phase(config, "train_module", module=str(stage), meta=meta))
-            for stage in stages
-        ]
-        runs.append(("teacher", _phase(config, "assemble", modules=modules)))
-    runs += [
-        (
-            f"student_{stage}",
-            _phase(config, "distill", module=str(stage), meta=meta, teacher=teacher),
-        )
-        for stage in stages
-    ]
-    whole = {"students": students} | (
-        {"teacher": teacher} if config.baseline.kind != "none" else {}
-    )
+        phase = _phase(config, "train_module", meta=meta)
+        modules = program_folders(phase, one="modules", several="module")
+        sources = _of_stages(modules, workdir)
+        runs += [*modules.items(), ("teacher", _phase(config, "assemble", modules=sources))]
+    phase = _phase(config, "distill", meta=meta, teacher=teacher)
+    students = program_folders(phase, one="students", several="student")
+    runs += students.items()
+    whole = {"students": _of_stages(students, workdir)}
+    if config.baseline.kind != "none":
+        whole["teacher"] = teacher
     runs.append(("end_to_end", _phase(config, "end_to_end", **whole)))
     if "few_shot" in config.recipes:
         network = str(workdir / "end_to_end")
@@ -135,14 +135,18 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     return runs
 
 
-def _phase(
-    config: Config, phase: str, *, module: str = "all", **sources: str | tuple[str, ...]
-) -> Config:
+def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, ...]:
+    """The workdir that holds each stage."""
+    held = {stage: folder for folder, one in programs.items() for stage in one.modules()}
+    return tuple(str(workdir / held[stage]) for stage in sorted(held))
+
+
+def _phase(config: Config, phase: str, **sources: str | tuple[str, ...]) -> Config:
     recipe = config.recipes[phase]
     return dataclasses.replace(
         config,
         phase=phase,
-        module=module,
+        module="all",
         optim=recipe.optim,
         augment=recipe.augment,
         drop_path=recipe.drop_path,

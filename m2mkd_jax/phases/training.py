@@ -27,7 +27,7 @@ class Training:
 
     Attributes:
       config: with the phase's recipe in `optim`, `augment` and `drop_path`.
-      title, init, rules, trainable: see `common_jax.task.Task`.
+      title, init, rules, trainable, clip_depth: see `common_jax.task.Task`.
       forward: how logits come about.
       helpers: shapes and shardings of the parameters that `forward` needs and that are not trained.
       distill: the distillation to blend in.
@@ -41,6 +41,7 @@ class Training:
     rules: Rules
     forward: Forward
     trainable: str = ".*"
+    clip_depth: int = 0
     helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     distill: DistillConfig = DistillConfig(kind="none")
     regularizer: Callable[[int], Regularizer] | None = None
@@ -53,6 +54,7 @@ class Training:
             init=self.init,
             rules=self.rules,
             trainable=self.trainable,
+            clip_depth=self.clip_depth,
             loss=make_loss(
                 self.forward,
                 config,

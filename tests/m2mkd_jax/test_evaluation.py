@@ -48,7 +48,7 @@ def forward(params, helpers, images, train, rngs):
     if rngs is not None and not train:
         for name in EVALUATION_STREAMS:
             logits += jax.random.normal(rngs[name], logits.shape)
-    return Outputs(logits, None, {})
+    return {"net": Outputs(logits, None, {})}
 
 
 def evaluator(config, tmp_path, mesh):

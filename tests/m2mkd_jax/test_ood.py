@@ -221,7 +221,7 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
 
     def forward(params, helpers, images, train, rngs):
         logits = images.reshape(len(images), 64) @ kernel
-        return Outputs(logits + 0 * params["net"]["bias"], None, {})
+        return {"net": Outputs(logits + 0 * params["net"]["bias"], None, {})}
 
     training = Training(
         config,

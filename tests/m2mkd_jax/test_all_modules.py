@@ -1,0 +1,240 @@
+"""Several modules in one program: each computes, learns and leaves what it would alone."""
+
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax import numpy as jnp
+from tiny import tiny_config
+
+import m2mkd_jax
+from common_jax import checkpoint
+from common_jax.checkpoint import Checkpoints
+from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
+from common_jax.metrics import read_metrics
+from common_jax.optim import OptimConfig
+from common_jax.pods.flops import count_flops
+from common_jax.state import step_rngs
+from common_jax.step import init_state
+from common_jax.task import step_flops
+from m2mkd_jax.config import PRECISIONS, Config, PairsConfig, SourcesConfig
+from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.pipeline import describe, run_phase
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+NAC = NacConfig(
+    tokenizer=TokenizerConfig("atto", stages=1, width=64, stem=2, grid_width=8),
+    inputs=4,
+    mediators=8,
+    outputs=2,
+    iterations=1,
+    width=16,
+    code_width=16,
+    signature_width=8,
+    heads=2,
+    head_width=8,
+)
+EVEN, RAGGED = (2, 2, 2), (2, 1, 1)  # depths of networks whose meta model has (1, 1, 1)
+
+
+def modular(phase: str, *, student="vmoe", depths=EVEN, drop_path=0.3, **changes) -> Config:
+    """A run of all three modules."""
+    config = tiny_config(phase)
+    vmoe = dataclasses.replace(config.model, depths=depths)
+    return dataclasses.replace(
+        config,
+        teacher=dataclasses.replace(config.teacher, depths=depths),
+        model=NAC if student == "nac" else vmoe,
+        drop_path=drop_path,
+        **changes,
+    )
+
+
+def alone(config: Config) -> list[Config]:
+    return [dataclasses.replace(config, module=str(stage)) for stage in range(3)]
+
+
+def one_device():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def make_task(config: Config, *, mesh=None):
+    return describe(config, mesh or one_device()).task(steps_per_epoch=10)
+
+
+def numbers(shapes):
+    """Normal numbers for parameters, the same under the same path."""
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    rngs = {path: np.random.default_rng(zlib.crc32(path.encode())) for path in flat}
+    values = {path: 0.3 * rngs[path].normal(size=leaf.shape) for path, leaf in flat.items()}
+    return traverse_util.unflatten_dict(values, sep="/")
+
+
+def attend(query, key, value, mask):
+    assert mask is None
+    logits = jnp.einsum("BTHK,BSHK->BHTS", query, key) / np.sqrt(query.shape[-1])
+    return jnp.einsum("BHTS,BSHK->BTHK", jax.nn.softmax(logits), value)
+
+
+def differentiate(config: Config, *, mesh=None):
+    """Loss, metrics and gradients by path of a run's first step."""
+    task, rng = make_task(config, mesh=mesh), np.random.default_rng(0)
+    batch = {
+        name: rng.integers(10, size=part.shape).astype(part.dtype)
+        for name, part in task.batch.items()
+    }
+    params = numbers(jax.eval_shape(task.init, jax.random.key(0)))
+    rules = task.rules
+    if mesh is not None:
+        batch, params = (
+            to_devices(batch, mesh),
+            jax.device_put(params, match_rules(rules, params, mesh)),
+        )
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
+        params, numbers(task.helpers), batch, step_rngs(0, 0), np.int32(0)
+    )
+    flat = traverse_util.flatten_dict(gradient, sep="/")
+    return float(value), metrics, {path: np.asarray(leaf) for path, leaf in flat.items()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "student", "depths", "drop_path"),
+    [
+        ("distill", "vmoe", RAGGED, 0.0),
+        ("distill", "vmoe", EVEN, 0.3),
+        ("distill", "nac", EVEN, 0.3),
+        ("train_module", "vmoe", RAGGED, 0.0),
+        ("train_module", "vmoe", EVEN, 0.3),
+        ("train_module", "vmoe", RAGGED, 0.3),
+    ],
+)
+def test_gradients_are_those_of_each_module_alone(phase, student, depths, drop_path, monkeypatch):
+    monkeypatch.setitem(PRECISIONS, "float64", np.float64)
+    # The library's has logits in float32 whatever comes in.
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    config = modular(phase, student=student, depths=depths, drop_path=drop_path)
+    config = dataclasses.replace(config, precision="float64", augment=AugmentConfig(smoothing=0.1))
+    with jax.enable_x64(True):
+        total, metrics, together = differentiate(config)
+        own = [differentiate(one) for one in alone(config)]
+        still = differentiate(dataclasses.replace(config, drop_path=0.0))[0] if drop_path else None
+    np.testing.assert_allclose(total, sum(value for value, _, _ in own), 1e-10)
+    for stage, (_, alone_metrics, gradient) in enumerate(own):
+        np.testing.assert_allclose(
+            metrics[f"module_{stage}/label_loss"], alone_metrics["label_loss"], 1e-10
+        )
+        for path, wanted in gradient.items():
+            assert wanted.dtype == np.float64
+            error = np.abs(together.pop(path) - wanted).max()
+            assert error <= 1e-10 * np.abs(wanted).max(), path
+    assert not together and total != still
+
+
+@pytest.mark.parametrize("phase", ["distill", "train_module"])
+def test_the_meta_model_sees_the_images_once(phase):
+    config = modular(phase)
+    flops = lambda config: step_flops(make_task(config), config.optim).model  # noqa: E731
+    meta = meta_network(config)
+    shapes = jax.eval_shape(meta.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((config.optim.micro_batch, 8, 8, 1), np.float32)
+    first = count_flops(lambda params, x: meta.apply(params, x, stop=1)[0], shapes, images).model
+    # Both module 1 and module 2 need the first stage, and of them alone more than one.
+    assert sum(map(flops, alone(config))) - flops(config) == first
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Workdirs of a meta model and a teacher, untrained."""
+    folder, config = tmp_path_factory.mktemp("taught"), modular("distill")
+    for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
+        params = {role: numbers(jax.eval_shape(network.init, jax.random.key(0)))}
+        params = jax.tree.map(np.float32, params)
+        checkpoints = Checkpoints(folder / role, keep=1, best=None)
+        state = init_state(params, OptimConfig(), trainable=".*", metrics={})
+        checkpoints.save(state, step=1, config={}, metrics=None)
+        checkpoints.close()
+    return SourcesConfig(meta=str(folder / "meta"), teacher=str(folder / "teacher"))
+
+
+@pytest.fixture(scope="module")
+def together(sources, tmp_path_factory):
+    """The folder of a run of all students, clipped hard, and its config."""
+    config = modular("distill", sources=sources)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, clip=1e-3))
+    workdir = tmp_path_factory.mktemp("together")
+    run_phase(config, workdir, one_device())
+    return workdir, config
+
+
+def test_a_run_leaves_what_runs_of_single_modules_leave(together, tmp_path):
+    workdir, config = together
+    lines = read_metrics(workdir / "metrics.jsonl")
+    for stage, one in enumerate(alone(config)):
+        folder, name = tmp_path / str(stage), f"student/stage_{stage}"
+        run_phase(one, folder, one_device())
+        wanted = checkpoint.load(folder, subtree=name)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+            checkpoint.load(workdir, subtree=name),
+            wanted,
+        )
+        for line, own in zip(lines, read_metrics(folder / "metrics.jsonl"), strict=True):
+            for metric, together in {
+                "train/distillation": f"train/module_{stage}/distillation",
+                "train/gradient_norm": f"train/{name}/gradient_norm",
+                "test/accuracy": f"test/module_{stage}/accuracy",
+            }.items():
+                if metric in own:
+                    np.testing.assert_allclose(line[together], own[metric], 1e-4)
+
+
+def test_metrics_without_a_module_are_means(together):
+    last = read_metrics(together[0] / "metrics.jsonl")[-1]
+    own = [last[f"test/module_{stage}/accuracy"] for stage in range(3)]
+    np.testing.assert_allclose(last["test/accuracy"], np.mean(own))
+
+
+def test_one_of_several_modules_is_loaded_by_its_number(together):
+    workdir, _ = together
+    apply, params = m2mkd_jax.load_model(workdir, module=1)
+    assert list(params) == ["stage_1"]
+    assert apply(params, jnp.zeros((8, 5, 16))).shape == (8, 5, 16)
+    for wrong in (None, 3):
+        with pytest.raises(ValueError, match=rf"module={wrong} .* its modules, \[0, 1, 2\]"):
+            m2mkd_jax.load_model(workdir, module=wrong)
+
+
+def test_a_program_holds_no_more_modules_than_allowed(sources, tmp_path):
+    config = modular("distill", sources=sources, distill=PairsConfig(pairs_at_once=2))
+    run_phase(config, tmp_path, one_device())
+    assert {path.parent.name for path in tmp_path.rglob("result.json")} == {
+        "module_0+1",
+        "module_2",
+    }
+    with pytest.raises(ValueError, match=r"is 2 programs: name .* \['0\+1', '2'\]"):
+        describe(config, one_device())
+    with pytest.raises(ValueError, match="pairs_at_once=-1 must not be negative"):
+        PairsConfig(pairs_at_once=-1)
+
+
+def test_a_module_is_named_once():
+    with pytest.raises(ValueError, match=r"'0\+0' must be .* each once"):
+        modular("distill", module="0+0")
+
+
+def test_on_a_mesh_the_gradients_are_the_same():
+    config, gradients = modular("distill"), []
+    for sizes in (MeshConfig(data=1), MeshConfig(data=2, fsdp=2, expert=2)):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.data * sizes.fsdp * sizes.expert])
+        with jax.set_mesh(mesh):
+            gradients.append(differentiate(config, mesh=mesh)[2])
+    for path, wanted in gradients[0].items():
+        error = np.abs(gradients[1][path] - wanted).max()
+        assert error <= 1e-4 * np.abs(wanted).max(), path
