@@ -1,0 +1,213 @@
+"""All pairs of a distillation in one program against a program for each pair.
+
+The students are those of a V-MoE of four stages and of a NAC of ten, at the sizes of the demos. For
+each, gradients are compared module by module; then the update of one program with all pairs is
+timed in turns with the updates of all programs with one pair, on the same images; and once each,
+whole runs of --steps updates as a user starts them (`config.distill.pairs_at_once` 0 and 1), with
+start, compilation, data, evaluation and saving.
+
+With m, t and s the forward operations of a stage of the meta model, the teacher and the student, K
+programs of one pair do for an update
+
+    K (t + 3 s) + 2 K (K - 1) m
+
+(the stages of the meta model before a module, those behind teacher's and student's module, and the
+student's gradient through the last of these, which needs none by their weights). One program makes
+the stages before all modules once:
+
+    K (t + 3 s) + (3 K (K - 1) / 2 + K - 1) m
+
+That is the ratio of operations that is printed, counted in the programs. What is beyond it comes of
+fewer and larger products, and for whole runs of one start, one data pipeline and one compilation.
+
+    python benchmarks/all_pairs.py
+"""
+
+import dataclasses
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import timing
+
+from common_jax.checkpoint import Checkpoints
+from common_jax.config import freeze
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.optim import OptimConfig
+from common_jax.state import step_rngs
+from common_jax.step import init_state
+from common_jax.task import abstract_state, fresh_state, step_flops, step_program
+from m2mkd_jax.config import Config
+from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.pipeline import describe
+
+ROOT = pathlib.Path(__file__).parents[1]
+ONE, EACH = "all pairs", "a program each"
+TEN = (1,) * 10
+NAC_FLAGS = {
+    "model.iterations": 8,
+    "meta.depths": TEN,
+    "teacher.depths": TEN,
+}
+# Name: config file, what it differs by, the ratio that is aimed at for whole runs.
+CASES = {
+    "V-MoE, K = 4": ("configs/m2mkd/digits.py", {}, 1.5),
+    "NAC, K = 10": ("configs/m2mkd/digits_nac.py", NAC_FLAGS, 2.0),
+}
+
+
+def load(file: str, changes: dict[str, object]) -> Config:
+    config = runpy.run_path(str(ROOT / file))["get_config"]("phase=distill")
+    config.update_from_flattened_dict(changes)
+    return freeze(Config, config)
+
+
+def random_like(shapes):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: (0.05 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
+class Program:
+    """The update of a run of some modules, compiled as the loop does it."""
+
+    def __init__(self, config: Config, batch: dict[str, np.ndarray], helpers):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        task = describe(config, mesh).task(steps_per_epoch=100)
+        optim = dataclasses.replace(config.optim, steps=1000, warmup_steps=10)
+        self.task, self.batch, self.seed = task, jax.device_put(batch), np.uint32(0)
+        self.helpers = {
+            role: {stage: helpers[role][stage] for stage in stages}
+            for role, stages in task.helpers.items()
+        }
+        with jax.set_mesh(mesh):
+            abstract = abstract_state(task, optim, mesh)
+            self.state = fresh_state(task, optim, abstract, seed=0, warm={})
+            step = step_program(task, optim, abstract, log_every=1)
+            start = time.perf_counter()
+            self.compiled = step.lower(self.state, self.helpers, self.batch, self.seed).compile()
+            self.compile_seconds = time.perf_counter() - start
+        self.flops = step_flops(task, optim).model
+
+    def __call__(self) -> jax.Array:
+        self.state, metrics = self.compiled(self.state, self.helpers, self.batch, self.seed)
+        return metrics["loss"]
+
+    def gradient(self):
+        loss = jax.jit(jax.grad(self.task.loss, has_aux=True))
+        rngs = step_rngs(0, 0)
+        return loss(self.state.params, self.helpers, self.batch, rngs, np.int32(0))[0]
+
+
+def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Claim, dict, dict]:
+    """Claim, times and what else was found."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    task = describe(config, mesh).task(steps_per_epoch=100)
+    rng = np.random.default_rng(0)
+    batch = {
+        part: rng.integers(10, size=shape.shape).astype(shape.dtype)
+        for part, shape in task.batch.items()
+    }
+    helpers = jax.device_put(random_like(task.helpers))
+    together = Program(config, batch, helpers)
+    apart = [
+        Program(dataclasses.replace(config, module=str(stage)), batch, helpers)
+        for stage in config.modules()
+    ]
+    ours, difference = together.gradient()["student"], 0.0
+    for program in apart:
+        ((stage, gradient),) = program.gradient()["student"].items()
+        for x, y in zip(jax.tree.leaves(ours[stage]), jax.tree.leaves(gradient), strict=True):
+            difference = max(difference, float(abs(x - y).max() / abs(y).max()))
+    labels = f"{name}, {ONE}", f"{name}, {EACH}"
+    times = timing.take_turns(
+        {labels[0]: together, labels[1]: lambda: [program() for program in apart]}, repeats
+    )
+    claim = timing.compare(times, *labels, claim=f"{name}, update", target=None)
+    operations = [together.flops, sum(program.flops for program in apart)]
+    found = {
+        "gradients_differ_by": difference,
+        "gflop": [count / 1e9 for count in operations],
+        "ratio_of_operations": operations[1] / operations[0],
+        "compile_seconds": [
+            together.compile_seconds,
+            sum(program.compile_seconds for program in apart),
+        ],
+    }
+    print(
+        f"{name}: gradients differ by {difference:.1e} of the largest; operations "
+        f"{found['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
+        f"{operations[0] / 1e9:.2f} GFLOP); compiled in {together.compile_seconds:.0f} s, each "
+        f"alone in {found['compile_seconds'][1]:.0f} s"
+    )
+    return claim, times, found
+
+
+def save_helpers(config: Config, folder: pathlib.Path) -> None:
+    """Workdirs of a meta model and a teacher, untrained."""
+    for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
+        params = {role: network.init(jax.random.key(0))}
+        checkpoints = Checkpoints(folder / role, keep=1, best=None)
+        state = init_state(params, OptimConfig(), trainable=".*", metrics={})
+        checkpoints.save(state, step=1, config={}, metrics=None)
+        checkpoints.close()
+
+
+def time_run(file: str, changes: dict[str, object], folder: pathlib.Path, **own: int) -> float:
+    """Seconds of a whole run in a process of its own."""
+    settings = changes | {
+        "sources.meta": folder / "meta",
+        "sources.teacher": folder / "teacher",
+        "run.compilation_cache": None,
+        "optim.steps": own["steps"],
+        "distill.pairs_at_once": own["at_once"],
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "m2mkd_jax.main", f"--config={ROOT / file}:phase=distill"]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        subprocess.run(
+            [*command, *flags, f"--workdir={workdir}/run"], check=True, capture_output=True
+        )
+    return time.perf_counter() - start
+
+
+def compare_runs(
+    name: str, file: str, changes: dict[str, object], steps: int, target: float
+) -> timing.Claim:
+    with tempfile.TemporaryDirectory() as folder:
+        save_helpers(load(file, changes), pathlib.Path(folder))
+        one, each = (
+            time_run(file, changes, pathlib.Path(folder), steps=steps, at_once=at_once)
+            for at_once in (0, 1)
+        )
+    print(f"{name}, run of {steps} updates: {ONE} {one:.0f} s, {EACH} {each:.0f} s")
+    ratio = each / one
+    return {
+        "claim": f"{name}, run of {steps} updates",
+        "peer": EACH,
+        **dict.fromkeys(("ratio", "low", "high", "processor"), ratio),
+        "repeats": 1,
+        "target": target,
+    }
+
+
+def main() -> None:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")
+    flags = parser.parse_args()
+    timing.start(flags.threads)
+    claims, times, found = [], {}, {}
+    for name, (file, changes, target) in CASES.items():
+        update, own_times, found[name] = compare_updates(name, load(file, changes), flags.repeats)
+        claims += [update, compare_runs(name, file, changes, flags.steps, target)]
+        times |= own_times
+    timing.report("all_pairs", claims, times=times, found=found)
+
+
+if __name__ == "__main__":
+    main()
