@@ -1,6 +1,7 @@
 """The command of m2mKD: python -m m2mkd_jax.main --config=FILE.py:phase=PHASE --workdir=DIR."""
 
 import json
+import re
 
 import jax
 import ml_collections
@@ -30,6 +31,7 @@ One phase, and one module of it, with weights of other runs and another alpha:
 
 Flags:"""
 
+MODULE_ACCURACY = r"test/module_\d+/accuracy"
 STUDENT_PHASES = ("distill", "end_to_end", "few_shot")
 
 
@@ -55,15 +57,20 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
-    """One row a run of the pipeline, with a column of OOD accuracy where any run has it; None where
-    there are no `folders`."""
+    """One row a run of the pipeline, with a column of OOD accuracy where any run has it, and below
+    a run of several modules, whose own row is their mean, one for each; None where there are no
+    `folders`."""
     header, rows = ["run", "steps", "test accuracy", "test loss"], []
     results = [json.loads((workdir / name / "result.json").read_text()) for name in folders]
     has_ood = any("ood/accuracy" in result for result in results)
     for folder, result in zip(folders, results, strict=True):
-        accuracy, loss = _percent(result["test/accuracy"]), f"{result['test/loss']:.3f}"
         ood = [_percent(result.get("ood/accuracy"))] if has_ood else []
-        rows.append((folder, str(result["steps"]), accuracy, loss, *ood))
+        modules = [key.split("/")[1] for key in result if re.fullmatch(MODULE_ACCURACY, key)]
+        for name in ("", *sorted(modules, key=lambda name: int(name.removeprefix("module_")))):
+            split = f"test/{name}" if name else "test"
+            accuracy, loss = _percent(result[f"{split}/accuracy"]), f"{result[f'{split}/loss']:.3f}"
+            label = f"{folder}, {name.replace('_', ' ')}" if name else folder
+            rows.append((label, str(result["steps"]), accuracy, loss, *ood))
     header += ["OOD accuracy"] if has_ood else []
     return Table("Runs of the pipeline", tuple(header), tuple(rows)) if rows else None
 

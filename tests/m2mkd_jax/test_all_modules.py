@@ -1,6 +1,7 @@
 """Several modules in one program: each computes, learns and leaves what it would alone."""
 
 import dataclasses
+import json
 import zlib
 
 import jax
@@ -22,6 +23,7 @@ from common_jax.step import init_state
 from common_jax.task import step_flops
 from m2mkd_jax.config import PRECISIONS, Config, PairsConfig, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.main import results_table
 from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.phases.networks import meta_network, teacher_network
@@ -238,3 +240,16 @@ def test_on_a_mesh_the_gradients_are_the_same():
     for path, wanted in gradients[0].items():
         error = np.abs(gradients[1][path] - wanted).max()
         assert error <= 1e-4 * np.abs(wanted).max(), path
+
+
+def test_the_table_of_a_pipeline_has_a_row_for_every_module(tmp_path):
+    result = {"steps": 5, "test/accuracy": 0.3, "test/loss": 1.5}
+    for stage in (10, 9):
+        result |= {f"test/module_{stage}/{term}": stage / 100 for term in ("accuracy", "loss")}
+    (tmp_path / "students").mkdir()
+    (tmp_path / "students" / "result.json").write_text(json.dumps(result))
+    assert results_table(tmp_path, ["students"]).rows == (
+        ("students", "5", "30.0 %", "1.500"),
+        ("students, module 9", "5", "9.0 %", "0.090"),
+        ("students, module 10", "5", "10.0 %", "0.100"),
+    )
