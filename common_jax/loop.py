@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -254,19 +255,17 @@ def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> N
 
 
 # Fields that change no more of what is computed than its rounding: a run may go on with others.
-PASSING = (
-    "run.profile",
-    "run.compilation_cache",
-    "run.checkpoint_minutes",
-    "run.on_failed_save",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.expert",
+# `remat` is a field of networks, wherever they stand.
+PASSING = re.compile(
+    r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"
+    r"|mesh\.(data|fsdp|expert)"
+    r"|(.+\.)?remat"
 )
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in configs.flatten(config) if key not in PASSING}
+    flat = configs.flatten(config)
+    return {key: value for key, value in flat if not PASSING.fullmatch(key)}
 
 
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
