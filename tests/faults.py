@@ -9,6 +9,7 @@ computed again: those between the newest whole checkpoint and the last line of t
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -176,14 +177,23 @@ def damaged_files(bench: Bench) -> Iterator[Row]:
     newest = finished_steps(stopped / "checkpoints")[-1]
     folder = stopped / "checkpoints" / str(newest)
     files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    kinds = {_kind(path): path for path in files}  # one of each
     cut, deleted = Row("a checkpoint's file cut to half"), Row("a checkpoint's file deleted")
-    for path in kinds.values():
-        for row, damage in ((cut, _halve), (deleted, pathlib.Path.unlink)):
-            workdir = bench.new()
-            shutil.copytree(stopped, workdir)
-            damage(workdir / "checkpoints" / str(newest) / path)
-            output = start(workdir, OFTEN).finish()
+    cases = [
+        (row, damage, path)
+        for path in _one_of_each(files)
+        for row, damage in ((cut, _halve), (deleted, pathlib.Path.unlink))
+    ]
+
+    def suffer(case):
+        _, damage, path = case
+        workdir = bench.new()
+        shutil.copytree(stopped, workdir)
+        damage(workdir / "checkpoints" / str(newest) / path)
+        return workdir, start(workdir, OFTEN).finish()
+
+    # Two at a time: nothing here depends on the moment.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for (row, *_), (workdir, output) in zip(cases, pool.map(suffer, cases), strict=True):
             unreadable = f"checkpoints/{newest} cannot be read" in output
             row.count(workdir, undisturbed, 11 if unreadable else 0)
     yield cut
@@ -331,10 +341,16 @@ def _content(path: pathlib.Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def _kind(path: pathlib.Path) -> tuple[str, ...]:
-    """Files alike: of the same item, and of the same name or, where that is a hash, folder."""
-    hashed = len(path.stem) >= 32
-    return (path.parts[0], path.parent.name if hashed else path.name)
+def _one_of_each(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """A file of each kind: in the same folder of its item, and of the same name unless that is a
+    hash. Items that hold arrays have the same kinds, and take turns."""
+    kinds: dict[tuple[str, ...], list[pathlib.Path]] = {}
+    for path in files:
+        item, *inner = path.parts
+        name = inner[:-1] if len(path.stem) >= 32 else inner
+        arrays = item in ("params", "trainer", "average")
+        kinds.setdefault(("arrays" if arrays else item, *name), []).append(path)
+    return [alike[turn % len(alike)] for turn, alike in enumerate(kinds.values())]
 
 
 def _halve(path: pathlib.Path) -> None:
