@@ -114,7 +114,8 @@ def main() -> None:
         for name in flags.only:
             for row in FAULTS[name](bench):
                 rows.append(row)
-                print(f"{time.time() - begin:5.0f} s  {row.fault}", flush=True)
+                survived = f"{row.survived} of {row.injected} survived"
+                print(f"{time.time() - begin:5.0f} s  {row.fault}: {survived}", flush=True)
     lines = tuple((r.fault, str(r.injected), str(r.survived), str(r.lost), r.note) for r in rows)
     show(Table("Faults", ("fault", "injected", "survived", "lost steps", ""), lines))
     if any(row.survived < row.injected for row in rows):
