@@ -161,8 +161,12 @@ def eight_devices(monkeypatch):
             "config.phase='pipeline' is several runs",
         ),
         (
-            (VMOE.replace("end_to_end", "distill"), "--topology=v5e:2x4"),
-            "config.module='all' is 4 runs",
+            (
+                VMOE.replace("end_to_end", "distill"),
+                "--topology=v5e:2x4",
+                "--config.distill.pairs_at_once=2",
+            ),
+            "config.module='all' with config.distill.pairs_at_once=2 is 2 programs",
         ),
         (
             (f"--config={ROOT}/configs/cliptrans/multi30k.py:stage=pipeline", "--topology=v5e:2x4"),
