@@ -6,6 +6,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from common_jax.nn import dense
+
 INIT = nn.initializers.normal(0.02)
 
 Heads = Float[Array, "B T H K"]
@@ -71,7 +73,7 @@ class CrossAttention(nn.Module):
 
     def setup(self):
         features = (self.heads, self.width // self.heads)
-        self.query = nn.DenseGeneral(features, kernel_init=INIT, dtype=self.dtype)
+        self.query = _layer(self, features)
         self.memory = _split(self, 2)
         self.out = _join(self)
 
@@ -120,9 +122,18 @@ def attend(
 
 
 def _split(module: DecoderAttention | CrossAttention, parts: int) -> nn.DenseGeneral:
-    features = (parts, module.heads, module.width // module.heads)
-    return nn.DenseGeneral(features, kernel_init=INIT, dtype=module.dtype)
+    return _layer(module, (parts, module.heads, module.width // module.heads))
 
 
 def _join(module: DecoderAttention | CrossAttention) -> nn.DenseGeneral:
-    return nn.DenseGeneral(module.width, axis=(-2, -1), kernel_init=INIT, dtype=module.dtype)
+    return _layer(module, module.width, axis=(-2, -1))
+
+
+def _layer(
+    module: DecoderAttention | CrossAttention,
+    features: int | tuple[int, ...],
+    axis: int | tuple[int, ...] = -1,
+) -> nn.DenseGeneral:
+    return nn.DenseGeneral(
+        features, axis, kernel_init=INIT, dtype=module.dtype, dot_general=dense.product
+    )

@@ -5,6 +5,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from common_jax.nn import dense
+
 INIT = nn.initializers.normal(0.02)
 
 
@@ -30,10 +32,20 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
         qkv = nn.DenseGeneral(
-            features, use_bias=self.qkv_bias, kernel_init=self.init, dtype=self.dtype, name="qkv"
+            features,
+            use_bias=self.qkv_bias,
+            kernel_init=self.init,
+            dtype=self.dtype,
+            dot_general=dense.product,
+            name="qkv",
         )(x)
         query, key, value = (qkv[:, :, i] for i in range(3))
         heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
         return nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=self.out_init, dtype=self.dtype, name="out"
+            width,
+            axis=(-2, -1),
+            kernel_init=self.out_init,
+            dtype=self.dtype,
+            dot_general=dense.product,
+            name="out",
         )(heads)

@@ -8,6 +8,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.nn import dense
+
 
 class PatchEmbedding(nn.Module):
     """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
@@ -37,7 +39,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.width))
         bias = self.param("bias", _uniform(fan_in), (self.width,))
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return patches @ kernel + bias
+        return dense.product(patches, kernel, (((2,), (0,)), ((), ()))) + bias
 
 
 def _uniform(fan_in: int) -> jax.nn.initializers.Initializer:
