@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-faults lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-faults bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -22,6 +22,11 @@ test: $(VENV)/.installed-test
 test-faults: $(VENV)/.installed-test
 	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
 
+# Runs every benchmark and writes docs/performance.md: half an hour on two cores, which should be
+# idle.
+bench: $(VENV)/.installed-bench
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/run_all.py
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -35,6 +40,10 @@ $(VENV)/.installed: setup.py
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 clean:

@@ -49,6 +49,8 @@ setup(
             "ruff>=0.17",
             "tensorflow-datasets>=4.9.10",
         ],
+        # What benchmarks are measured against.
+        "bench": ["torch>=2.6", "transformers>=5.23"],
         # The compiler for TPUs, with which tools/compile_for_pod.py needs no TPU.
         "pods": ["libtpu"],
         # Reading data sets that TFDS prepared, without TensorFlow.

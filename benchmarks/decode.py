@@ -14,16 +14,14 @@ turns, and the ratio; the last line is JSON.
 
 import argparse
 import itertools
-import json
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import timing
 from flax import traverse_util
 
 from cliptrans_jax import names
@@ -48,9 +46,7 @@ Translate = Callable[[Batch], Any]
 
 
 def parse_sizes() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__, repeats=5)
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--beams", type=int, default=5)
@@ -61,8 +57,6 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--growth", type=int, default=DecodeConfig.growth)
     parser.add_argument("--halvings", type=int, default=DecodeConfig.halvings)
-    parser.add_argument("--threads", type=int, default=2, help="of both")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each over all sentences")
     return parser.parse_args()
 
 
@@ -149,38 +143,37 @@ def compile_ours(
     return translate, seconds
 
 
+def make_network(
+    torch: Any, transformers: Any, config: MBartConfig, params: Params, **settings: Any
+) -> Any:
+    """`MBartForConditionalGeneration` with our weights."""
+    theirs = transformers.MBartConfig(
+        vocab_size=config.vocab,
+        d_model=config.width,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        encoder_attention_heads=config.encoder_heads,
+        decoder_attention_heads=config.decoder_heads,
+        encoder_ffn_dim=config.encoder_hidden,
+        decoder_ffn_dim=config.decoder_hidden,
+        max_position_embeddings=config.positions,
+        scale_embedding=config.scale_embedding,
+        **settings,
+    )
+    network = transformers.MBartForConditionalGeneration(theirs)
+    tensors = names.write(mbart_table(config), params["mbart"])
+    tensors |= {alias: tensors[name] for alias, name in ALIASES.items()}
+    network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
+    return network
+
+
 def make_theirs(
     translator: Translator, params: Params, config: DecodeConfig, threads: int
 ) -> tuple[Translate, Translate]:
-    """Two functions from a batch to what `generate` returns: ids, and ids with scores.
-
-    Raises:
-      SystemExit: without torch or transformers.
-    """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise SystemExit(f"{error}: pip install torch 'transformers>=5.23'") from error
-    torch.set_num_threads(threads)
+    """Two functions from a batch to what `generate` returns: ids, and ids with scores."""
+    torch, transformers = timing.import_torch(threads)
     ours = translator.config.mbart
-    theirs = transformers.MBartConfig(
-        vocab_size=ours.vocab,
-        d_model=ours.width,
-        encoder_layers=ours.encoder_layers,
-        decoder_layers=ours.decoder_layers,
-        encoder_attention_heads=ours.encoder_heads,
-        decoder_attention_heads=ours.decoder_heads,
-        encoder_ffn_dim=ours.encoder_hidden,
-        decoder_ffn_dim=ours.decoder_hidden,
-        max_position_embeddings=ours.positions,
-        scale_embedding=ours.scale_embedding,
-    )
-    network = transformers.MBartForConditionalGeneration(theirs).eval()
-    tensors = names.write(mbart_table(ours), params["mbart"])
-    tensors |= {alias: tensors[name] for alias, name in ALIASES.items()}
-    network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    network = make_network(torch, transformers, ours, params).eval()
 
     def generate(batch: Batch, scores: bool) -> Any:
         source = torch.tensor(batch, dtype=torch.int64)
@@ -265,25 +258,18 @@ def make_product(sizes: argparse.Namespace) -> tuple[Callable[[], Any], int]:
     return lambda: compiled(*arguments), 8 * rows * width**2
 
 
-def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
-    """By the clock, and of processors."""
-    start = np.asarray([time.perf_counter(), time.process_time()])
-    jax.block_until_ready(function(*arguments))
-    return np.asarray([time.perf_counter(), time.process_time()]) - start
-
-
 def take_turns(
     cases: dict[str, Translate], product: Callable[[], Any], batches: list[Batch], repeats: int
 ) -> tuple[dict[str, np.ndarray], float]:
     """Seconds for all batches [repeats, 2], batch by batch in turns, by the clock and of
     processors, and the median seconds of the product by the clock."""
     times, single = {name: [] for name in cases}, []
-    for _ in range(repeats):
+    for _ in range(max(timing.LEAST, repeats)):
         spent = {name: np.zeros(2) for name in cases}
         for batch in batches:
             for name, translate in cases.items():
-                spent[name] += seconds_of(translate, batch)
-            single += [seconds_of(product)[0] for _ in range(20)]
+                spent[name] += timing.seconds_of(translate, batch)
+            single += [timing.seconds_of(product)[0] for _ in range(20)]
         for name, seconds in spent.items():
             times[name].append(seconds)
     return {name: np.stack(turns) for name, turns in times.items()}, statistics.median(single)
@@ -291,9 +277,7 @@ def take_turns(
 
 def main() -> None:
     sizes = parse_sizes()
-    # XLA starts as many threads as there are cores that the process may use.
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: sizes.threads])
-    jax.config.update("jax_platforms", "cpu")
+    timing.start(sizes.threads)
     translator, params = make_model(sizes)
     mbart = translator.config.mbart
     config = DecodeConfig(
@@ -344,27 +328,19 @@ def main() -> None:
     print("  ".join(f"{name} {count / 1e9:.0f}" for name, count in flops.items()), "GFLOP")
     print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
     print("  of our time")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["torch"], strict=True)]
-    ratio = statistics.median(ratios)
-    processor = float(np.median(times["torch"][:, 1] / times["ours"][:, 1]))
-    print(f"by processor seconds, which a busy machine changes less: {processor:.2f}")
-    print(f"ours / torch: {ratio:.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
-    report = {
+    claim = timing.compare(times, "ours", "torch", claim="beam search of mBART", target=1.5)
+    found = {
         "sentences": sizes.sentences,
         "batch": sizes.batch,
         "beams": sizes.beams,
         "equal": equal,
-        "ratio": ratio,
-        "ratios": ratios,
-        "ratio_of_processor_seconds": processor,
-        "sentences_per_second": rates["ours"],
-        "torch_sentences_per_second": rates["torch"],
+        "sentences_per_second": rates,
         "compile_seconds": sum(compiling.values()),
         "gflop": total / 1e9,
         "product_gflop_per_second": speed / 1e9,
         "share_of_products": share,
     }
-    print(json.dumps(report))
+    timing.report("decode", [claim], times=times, **found)
 
 
 if __name__ == "__main__":

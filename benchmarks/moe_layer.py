@@ -2,29 +2,30 @@
 
 Every token goes to `--chosen` experts, so the peer is a dense MLP of one expert's size on
 `tokens * chosen` rows. Both are timed forward and backward, gradients by the input and by every
-parameter, in one run and in turns, so that a busy machine slows all alike. The layers include the
-router. Ratios of medians are printed last; below 1.5 is what the layer promises on CPU.
+parameter, in one run and in turns. The layers include the router. The layer promises no more than
+1.5 times the dense MLP's time on CPU: a ratio of 0.67.
 
     python benchmarks/moe_layer.py
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import timing
 from jax import Array
 
 from m2mkd_jax.models.grouped import RAGGED, Experts, arrange, block_size, grouped_mlp
 from m2mkd_jax.models.moe import MoeConfig, MoeMlp
 
+TARGETS = {"dropless": 0.67, "capacity": None, "ragged_dot": None}
+
 
 def parse_sizes() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__, repeats=9)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--chosen", type=int, default=2, help="experts a token is sent to")
     parser.add_argument("--width", type=int, default=256)
@@ -33,7 +34,6 @@ def parse_sizes() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an example")
     parser.add_argument("--capacity-factor", type=float, default=1.25)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=9, help="timings of each, at least 7")
     return parser.parse_args()
 
 
@@ -48,14 +48,9 @@ def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[
     return jax.jit(run).lower(arguments).compile(), (arguments,)
 
 
-def milliseconds(compiled: Callable, arguments: tuple) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    return 1e3 * (time.perf_counter() - start)
-
-
 def main() -> None:
     sizes = parse_sizes()
+    timing.start(sizes.threads)
     pairs = sizes.examples * sizes.tokens * sizes.chosen
     dtype = jnp.dtype(sizes.dtype)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -116,22 +111,18 @@ def main() -> None:
     print("XLA counts the body of a loop once, whatever its trips: for dropless the count by hand")
     print(f"holds, from the {in_rows // block} blocks really in use.\n")
 
-    times = {name: [] for name in cases}
-    for compiled, arguments in cases.values():
-        milliseconds(compiled, arguments)
+    calls = {name: partial(compiled, *given) for name, (compiled, given) in cases.items()}
     # ragged_dot by itself: its masked copies drive the others' memory back to the system.
-    for turn in (("dense MLP", "dropless", "capacity"), ("ragged_dot",)):
-        for _ in range(max(7, sizes.repeats)):
-            for name in turn:
-                times[name].append(milliseconds(*cases[name]))
+    alone = {"ragged_dot": calls.pop("ragged_dot")}
+    times = timing.take_turns(calls, sizes.repeats) | timing.take_turns(alone, sizes.repeats)
     for name, measured in times.items():
-        low, middle, high = min(measured), statistics.median(measured), max(measured)
-        rate = row * pairs / middle / 1e6
-        print(f"{name:12s}{middle:9.1f} ms  ({low:.1f} to {high:.1f}), {rate:.0f} useful GFLOP/s")
-    print()
-    peer = statistics.median(times["dense MLP"])
-    for name in ("ragged_dot", "capacity", "dropless"):
-        print(f"{name} / dense MLP: {statistics.median(times[name]) / peer:.2f}")
+        rate = row * pairs / np.median(measured[:, 0]) / 1e9
+        print(f"{name:12s}{timing.describe(measured)}, {rate:.0f} useful GFLOP/s")
+    claims = [
+        timing.compare(times, name, "dense MLP", claim=f"MoE layer, {name}", target=target)
+        for name, target in TARGETS.items()
+    ]
+    timing.report("moe_layer", claims)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """NAC's read-in attention, rearranged, against the plain form with keys and values per receiver.
 
 Both are timed forward and backward, gradients by every argument, in one run and in turns; the ratio
-of medians is printed last, with the peak temporary memory that XLA plans for each. Then the
-rearranged form is compiled, and not run, at the size of `--large` (by default ImageNet's: 32
-images, 192 receivers, 784 tokens), where the plain form would need two arrays of the size printed
-beside it.
+is printed last. Before it comes the peak temporary memory that XLA plans for each. The rearranged
+form is also compiled, and not run, at the size of `--large` (by default ImageNet's: 32 images, 192
+receivers, 784 tokens), where the plain form would need two arrays of the size printed beside it.
 
     python benchmarks/nac_read_in.py
 """
 
 import argparse
-import json
+import functools
 import pathlib
-import statistics
 import sys
-import time
 
 import jax
 import numpy as np
+import timing
 
 from m2mkd_jax.models.nac.read_in import pool_tokens
 
@@ -28,16 +26,13 @@ ARGUMENTS = ("query", "tokens", "key_scales", "value_scales", "key_kernel", "val
 
 
 def parse_sizes() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--receivers", type=int, default=96)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--token-width", type=int, default=320)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7, help="timings of each, at least 5")
     parser.add_argument(
         "--large",
         type=int,
@@ -67,14 +62,9 @@ def compile_with_gradients(function, arguments):
     return jax.jit(run).lower(arguments, dy).compile(), dy
 
 
-def milliseconds(compiled, arguments) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*arguments))
-    return 1e3 * (time.perf_counter() - start)
-
-
 def main() -> None:
     sizes = parse_sizes()
+    timing.start(sizes.threads)
     rng = np.random.default_rng(0)
     small = shapes(sizes, sizes.batch, sizes.receivers, sizes.tokens)
     arrays = [jax.numpy.asarray(rng.normal(size=s) * 0.1, "float32") for s in small.values()]
@@ -86,22 +76,16 @@ def main() -> None:
     wrong = jax.tree.map(
         lambda a, b: float(abs(a - b).max() / abs(a).max()), *(results[n] for n in cases)
     )
-    times = {name: [] for name in cases}
-    for _ in range(max(5, sizes.repeats)):
-        for name, case in cases.items():
-            times[name].append(milliseconds(*case))
+    calls = {name: functools.partial(compiled, *given) for name, (compiled, given) in cases.items()}
+    times = timing.take_turns(calls, sizes.repeats)
 
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32; shapes {small}")
-    report = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
+    found = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
     for name, (compiled, _) in cases.items():
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         flops = compiled.cost_analysis()["flops"] / 1e9
-        low, middle, high = min(times[name]), statistics.median(times[name]), max(times[name])
-        print(
-            f"{name:12s}{middle:9.1f} ms ({low:.1f} to {high:.1f}), {flops:8.2f} GFLOP, "
-            f"{memory:8.1f} MiB temporary"
-        )
-        report[name] = {"ms": middle, "gflop": flops, "temporary_mib": memory}
+        print(f"{name:12s}{flops:8.2f} GFLOP, {memory:8.1f} MiB temporary")
+        found[name] = {"gflop": flops, "temporary_mib": memory}
 
     batch, receivers, tokens = sizes.large
     large = shapes(sizes, batch, receivers, tokens)
@@ -112,10 +96,9 @@ def main() -> None:
     plain = 4 * batch * receivers * tokens * inner / 1e9
     print(f"rearranged at B={batch} T={receivers} S={tokens}: {memory:.0f} MiB temporary, forward")
     print(f"and backward; the plain form's keys and values alone are 2 arrays of {plain:.1f} GB")
-    report["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
-    ratio = statistics.median(times["plain"]) / statistics.median(times["rearranged"])
-    print(f"plain / rearranged: {ratio:.1f}")
-    print(json.dumps(report | {"ratio": ratio}))
+    found["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
+    claim = timing.compare(times, "rearranged", "plain", claim="read-in of NAC", target=20.0)
+    timing.report("nac_read_in", [claim], times=times, **found)
 
 
 if __name__ == "__main__":

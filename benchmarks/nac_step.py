@@ -1,40 +1,40 @@
 """One whole training step of a published NAC: its time, memory, parameters and operations.
 
 The step is the one that training runs: augmentation apart, all noise drawn, AdamW applied, the
-state donated. It is timed alternately with the forward pass alone; the ratio of medians is printed
-(three, where the backward pass costs twice the forward pass). Floating-point operations are counted
-from the sizes, a multiply-add as two; what XLA counts is printed beside them. The last line is
-JSON.
+state donated. It is timed in turns with the same step whose read-in is the plain one of
+tests/naive.py, with keys and values for every receiver. Floating-point operations are counted from
+the sizes, a multiply-add as two; what XLA counts is printed beside them.
 
     python benchmarks/nac_step.py --preset tinyimagenet --batch 8
 """
 
 import argparse
-import json
-import statistics
-import time
+import pathlib
+import sys
+from unittest import mock
 
 import jax
 import numpy as np
+import timing
 
-from common_jax.optim import OptimConfig, make_schedule
-from common_jax.step import init_state, make_step
+from common_jax.optim import OptimConfig
 from m2mkd_jax import losses
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import model
+from m2mkd_jax.models.nac import model, read_in
 from m2mkd_jax.models.nac.tokenizer import PRESETS
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
+import naive
+
+TOLERANCE = 1e-3
 STREAMS = ("code", "kernel", "drop_path", "state", "pooling")
 
 
 def parse_sizes() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__, repeats=5)
     parser.add_argument("--preset", choices=sorted(model.PRESETS), default="tinyimagenet")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each")
     return parser.parse_args()
 
 
@@ -76,25 +76,18 @@ def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> 
     return {name: batch * flops for name, flops in parts.items()}
 
 
-def milliseconds(function, *arguments):
-    start = time.perf_counter()
-    result = jax.block_until_ready(function(*arguments))
-    return 1e3 * (time.perf_counter() - start), result
-
-
 def main() -> None:
     sizes = parse_sizes()
+    timing.start(sizes.threads)
     config, image_size, labels = model.preset(sizes.preset)
     interface = Interface(image_size, 3, labels)
     network = model.build(config, interface, dtype=jax.numpy.dtype(sizes.dtype), drop_path=0.1)
-    optim = OptimConfig(steps=1000, batch=sizes.batch)
-
-    def forward(params, images, rngs):
-        return network.apply(params["student"], images, train=True, rngs=rngs)[0]
+    optim = OptimConfig(steps=1000, schedule="constant", lr=1e-5, lr_per=None)
 
     def loss(params, helpers, batch, rngs, step):
         del helpers, step
-        logits = forward(params, batch["image"], {name: rngs[name] for name in STREAMS})
+        rngs = {name: rngs[name] for name in STREAMS}
+        logits, _ = network.apply(params["student"], batch["image"], train=True, rngs=rngs)
         return losses.soft_cross_entropy(logits, batch["target"]), {}
 
     rng = np.random.default_rng(0)
@@ -103,53 +96,40 @@ def main() -> None:
         "image": rng.normal(size=shape).astype("float32"),
         "target": np.eye(labels, dtype="float32")[rng.integers(labels, size=sizes.batch)],
     }
-    params = {"student": jax.jit(network.init)(jax.random.key(0))}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = init_state(params, optim, trainable=".*", metrics={})
-    step = make_step(loss, optim, make_schedule(optim, 100), trainable=".*", log_every=1)
-    seed = np.uint32(0)
 
-    start = time.perf_counter()
-    arguments = (state, {}, batch, seed)
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    rngs = {name: jax.random.key(i) for i, name in enumerate(STREAMS)}
-    evaluated = jax.tree.map(jax.numpy.copy, params)
-    run_forward = jax.jit(forward).lower(evaluated, batch["image"], rngs).compile()
+    def compile_step() -> timing.Training:
+        init = lambda key: {"student": network.init(key)}  # noqa: E731
+        return timing.Training(loss, init, model.PARTITION_RULES, optim, batch)
 
-    times = {"step": [], "forward": []}
-    for turn in range(sizes.repeats + 1):
-        spent, (state, metrics) = milliseconds(compiled, state, {}, batch, seed)
-        alone, _ = milliseconds(run_forward, evaluated, batch["image"], rngs)
-        if turn:  # the first touches memory for the first time
-            times["step"].append(spent)
-            times["forward"].append(alone)
-    assert np.isfinite(float(metrics["loss"])), metrics
+    ours = compile_step()
+    with mock.patch.object(read_in, "pool_tokens", naive.pool_tokens):
+        plain = compile_step()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(ours.state.params))
+    cases = {"rearranged read-in": ours, "plain read-in": plain}
+    wrong = timing.check_losses(cases, TOLERANCE)
+    times = timing.take_turns(cases, sizes.repeats)
 
     parts = forward_flops(config, interface, sizes.batch)
-    flops, memory = 3 * sum(parts.values()), compiled.memory_analysis()
-    middle = statistics.median(times["step"])
+    flops, middle = 3 * sum(parts.values()), float(np.median(times["rearranged read-in"][:, 0]))
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.dtype}")
     for name, count in parts.items():
         print(f"  {name:12s}{count / 1e9:8.2f} GFLOP forward")
-    print(f"step {middle:.0f} ms, {flops / middle / 1e6:.0f} GFLOP/s; compiled in {seconds:.0f} s")
-    ratio = middle / statistics.median(times["forward"])
-    print(f"step / forward: {ratio:.2f}")
-    mib = 2**20
-    report = {
-        "preset": sizes.preset,
-        "batch": sizes.batch,
-        "ms": middle,
-        "ms_all": times["step"],
-        "step_over_forward": ratio,
-        "parameters": parameters,
-        "gflop_analytic": flops / 1e9,
-        "gflop_xla": compiled.cost_analysis()["flops"] / 1e9,
-        "peak_memory_mib": memory.peak_memory_in_bytes / mib,
-        "temporary_mib": memory.temp_size_in_bytes / mib,
-        "arguments_mib": memory.argument_size_in_bytes / mib,
-    }
-    print(json.dumps(report))
+    print(f"{flops / middle / 1e9:.0f} GFLOP/s; compiled in {ours.compile_seconds:.0f} s")
+    found = {"preset": sizes.preset, "batch": sizes.batch, "parameters": parameters}
+    for name, case in cases.items():
+        memory = case.compiled.memory_analysis()
+        found[name] = {
+            "gflop_xla": case.compiled.cost_analysis()["flops"] / 1e9,
+            "peak_memory_mib": memory.peak_memory_in_bytes / 2**20,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20,
+            "arguments_mib": memory.argument_size_in_bytes / 2**20,
+        }
+        print(f"{name}: {found[name]['temporary_mib']:.0f} MiB temporary")
+    claim = timing.compare(
+        times, "rearranged read-in", "plain read-in", claim="training step of NAC", target=1.0
+    )
+    found |= {"gflop_analytic": flops / 1e9, "largest_difference_of_losses": wrong}
+    timing.report("nac_step", [claim], times=times, **found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""What saving costs a run: the stall of an asynchronous save against a save that is waited for.
+
+Ours is `Checkpoints.save` as the loop calls it, which returns when the arrays are copied; the peer
+is the same save and `wait`, until it has reached the disk. Each begins with nothing under way. A
+state of AdamW over random parameters, of about --large and --small MB. Restoring is timed beside
+them, and how long the disk takes for as many bytes in one file with fsync.
+
+    python benchmarks/checkpoint.py --folder /where/runs/are/kept
+"""
+
+import argparse
+import os
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import timing
+
+from common_jax.checkpoint import Checkpoints
+from common_jax.mesh import MeshConfig, make_mesh, replicated, with_shardings
+from common_jax.optim import OptimConfig
+from common_jax.state import TrainState
+from common_jax.step import init_state
+
+LAYERS = 12
+CONFIG = {"optim": {"lr": 1e-3}}
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = timing.parser(__doc__, repeats=5)
+    parser.add_argument("--large", type=int, default=200, help="MB of a state")
+    parser.add_argument("--small", type=int, default=5, help="MB of another")
+    parser.add_argument("--folder", help="a folder on the disk that is written to")
+    return parser.parse_args()
+
+
+def make_state(megabytes: int) -> TrainState:
+    """Parameters in a dozen layers, and AdamW's two moments of each."""
+    side = round((megabytes * 1e6 / 4 / 3 / LAYERS) ** 0.5)
+    rng = np.random.default_rng(0)
+    params = {
+        f"block_{i}": {"kernel": rng.normal(size=(side, side)).astype("float32")}
+        for i in range(LAYERS)
+    }
+    return init_state(jax.device_put(params), OptimConfig(), trainable=".*", metrics={})
+
+
+def measure(state: TrainState, name: str, folder: pathlib.Path, repeats: int) -> timing.Times:
+    """Seconds of a save as the loop sees it, of one that is waited for, of restoring, and of
+    writing as many bytes."""
+    whole = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
+    abstract = with_shardings(state, jax.tree.map(lambda _: whole, state))
+    checkpoints = Checkpoints(folder / name, keep=1, best=None)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    data, steps = os.urandom(size), iter(range(10_000))
+
+    def save() -> None:
+        checkpoints.save(state, step=next(steps), config=CONFIG, metrics=None)
+
+    def save_and_wait() -> None:
+        save()
+        checkpoints.wait()
+
+    def write() -> None:
+        with open(folder / "plain", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    times = {f"{kind}, {name}": [] for kind in ("save", "save and wait", "restore", "plain file")}
+    cases = (save, save_and_wait, lambda: checkpoints.restore_latest(abstract), write)
+    for turn in range(max(timing.LEAST, repeats) + 1):
+        for kind, case in zip(times, cases, strict=True):
+            seconds = timing.seconds_of(case)
+            checkpoints.wait()
+            if turn:  # the first warms up
+                times[kind].append(seconds)
+    checkpoints.close()
+    return {kind: np.stack(turns) for kind, turns in times.items()}
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    timing.start(sizes.threads)
+    times, claims, megabytes = {}, [], {}
+    with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
+        for name, wanted in (("large", sizes.large), ("small", sizes.small)):
+            state = make_state(wanted)
+            megabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+            found = measure(state, name, pathlib.Path(folder), sizes.repeats)
+            claim = timing.compare(
+                found,
+                f"save, {name}",
+                f"save and wait, {name}",
+                claim=f"stall of a save, {megabytes[name]:.0f} MB",
+                target=None,
+            )
+            times, claims = times | found, [*claims, claim]
+    timing.report("checkpoint", claims, times=times, megabytes=megabytes)
+
+
+if __name__ == "__main__":
+    main()

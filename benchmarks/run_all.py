@@ -1,0 +1,210 @@
+"""Runs every benchmark in order and writes docs/performance.md; `make bench` calls it.
+
+Each is a process of its own, whose last line is the JSON that `timing.py` describes. The lines are
+kept in --results, so that --only runs some of them anew and the page is written from all.
+
+    python benchmarks/run_all.py
+    python benchmarks/run_all.py --only vit_step mbart_step
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from importlib import metadata
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+NOTES = ROOT / "benchmarks" / "notes.md"
+WIDTH = 110
+LIMIT = 600  # seconds of one
+
+# In the order of the page: the file's name, and flags that bound its time on two cores.
+BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("vit_step", ()),
+    ("moe_layer", ()),
+    ("vmoe_block", ()),
+    ("nac_read_in", ()),
+    ("nac_step", ("--batch", "2")),
+    ("mbart_step", ()),
+    ("decode", ("--sentences", "64")),
+    ("mclip_features", ()),
+    ("cold_start", ()),
+    ("checkpoint", ()),
+    ("input_pipeline", ("--images", "256")),
+)
+
+# What holds a claim that misses its target, by benchmark and claim; printed only where it misses.
+REASONS: dict[tuple[str, str], str] = {
+    ("vit_step", "training step of a dense ViT"): (
+        "XLA on CPU sums the gradients of the residuals anew in several fusions and copies AdamW's "
+        "moments before it updates them, some tenth of the step each; the rest is matrix products "
+        "and the elementwise work around them, which torch runs by oneDNN and fused kernels."
+    ),
+    ("mbart_step", "training step of mBART"): (
+        "Most of the step is matrix products; AdamW's moments and the embedding's gradient are "
+        "copied, and pads are computed as they are by the peer."
+    ),
+}
+
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "transformers", "pillow")
+
+HEADER = """# Performance
+
+Written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py); never edited by hand.
+The notes at the end are kept in [notes.md](../benchmarks/notes.md).
+
+A row is a claim of one benchmark: how many times our seconds the peer took, the median over the
+turns of one run, and in brackets the smallest and the largest. Above 1 ours is faster. Next to it
+is the same by processor seconds, which other work on the machine changes less.
+"""
+COLUMNS = (
+    "claim",
+    "peer",
+    "peer / ours",
+    "by processor",
+    "turns",
+    "target",
+    "met",
+    "benchmark",
+)
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [name for name, _ in BENCHMARKS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--results", default=ROOT / "build" / "bench", type=pathlib.Path)
+    return parser.parse_args()
+
+
+def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
+    """What a benchmark found; `error` where it has failed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
+    load, start = os.getloadavg()[0], time.perf_counter()
+    print(f"{name} {' '.join(flags)}", flush=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"benchmark": name, "claims": [], "error": f"took more than {LIMIT} seconds"}
+    print(textwrap.indent(done.stdout, "    "), flush=True)
+    if done.returncode:
+        return {"benchmark": name, "claims": [], "error": f"ended with status {done.returncode}"}
+    found = json.loads(done.stdout.splitlines()[-1])
+    took = time.perf_counter() - start
+    return found | {"flags": flags, "load_before": load, "took": took}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def machine(results: list[dict[str, Any]]) -> str:
+    """A paragraph on the machine and the versions."""
+    loads = [result["load_before"] for result in results if "load_before" in result]
+    seconds = sum(result.get("took", 0) for result in results)
+    versions = []
+    for package in VERSIONS:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    return (
+        f"Machine: {processor()}, {len(os.sched_getaffinity(0))} cores, no accelerator. "
+        f"Load average before each benchmark: {min(loads):.1f} to {max(loads):.1f}. "
+        f"Python {platform.python_version()}, {', '.join(versions)}. {seconds / 60:.0f} minutes."
+    )
+
+
+def met(claim: dict[str, Any]) -> str:
+    if claim["target"] is None:
+        return ""
+    return "yes" if claim["ratio"] >= claim["target"] else "**no**"
+
+
+def rows(result: dict[str, Any]) -> list[str]:
+    """Rows of the table for one benchmark."""
+    name = result["benchmark"]
+    link = f"[{name}](../benchmarks/{name}.py)"
+    if "error" in result:
+        return [f"| {result['error']} |" + " |" * (len(COLUMNS) - 2) + f" {link} |"]
+    lines = []
+    for claim in result["claims"]:
+        ratio = f"{claim['ratio']:.2f} ({claim['low']:.2f} to {claim['high']:.2f})"
+        target = "" if claim["target"] is None else str(claim["target"])
+        cells = (
+            claim["claim"],
+            claim["peer"],
+            ratio,
+            f"{claim['processor']:.2f}",
+            str(claim["repeats"]),
+            target,
+            met(claim),
+            link,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def misses(results: list[dict[str, Any]]) -> list[str]:
+    """A paragraph for every claim below its target."""
+    paragraphs = []
+    for result in results:
+        for claim in result["claims"]:
+            if met(claim) == "**no**":
+                key = result["benchmark"], claim["claim"]
+                reason = REASONS.get(key, "Its cause has not been looked for yet.")
+                paragraphs.append(
+                    f"**{claim['claim'].capitalize()}**, against {claim['peer']}: "
+                    f"{claim['ratio']:.2f}, aimed at {claim['target']}. {reason}"
+                )
+    return paragraphs
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The whole of docs/performance.md."""
+    table = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    table += [row for result in results for row in rows(result)]
+    paragraphs = misses(results) or ["None."]
+    filled = "\n\n".join(textwrap.fill(x, WIDTH, break_on_hyphens=False) for x in paragraphs)
+    parts = [
+        HEADER.rstrip(),
+        textwrap.fill(machine(results), WIDTH, break_on_hyphens=False),
+        "\n".join(table),
+        "## Claims that miss their target",
+        filled,
+        NOTES.read_text().strip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    flags = parse_flags()
+    flags.results.mkdir(parents=True, exist_ok=True)
+    for name, arguments in BENCHMARKS:
+        if name in flags.only:
+            found = run(name, arguments)
+            (flags.results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    files = [flags.results / f"{name}.json" for name, _ in BENCHMARKS]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    PAGE.write_text(page(results))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    if any("error" in result for result in results):
+        raise SystemExit("a benchmark has failed")
+
+
+if __name__ == "__main__":
+    main()

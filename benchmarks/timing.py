@@ -1,0 +1,203 @@
+"""What the benchmarks share: timing in turns, what comes out of it, and the step of a run.
+
+A benchmark prints for people and, as its last line, JSON:
+
+    {"benchmark": NAME, "claims": [CLAIM, ...], what else it found}
+
+where CLAIM has `claim` and `peer` in words, `ratio` of the peer's seconds to ours (above 1: ours is
+faster), the median over turns, `low` and `high`, the smallest and the largest of these ratios,
+`processor`, the median by processor seconds, which other work on the machine changes less,
+`repeats`, how many turns, and `target`, the ratio that is aimed at, or null.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from common_jax import app
+from common_jax.mesh import MeshConfig, Rules, make_mesh
+from common_jax.optim import OptimConfig
+from common_jax.step import Loss
+from common_jax.task import Task, abstract_state, fresh_state, step_program
+
+Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds by the clock and of processors
+Claim = dict[str, Any]
+
+LEAST = 5  # turns
+
+
+def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
+    """A parser with --repeats and --threads."""
+    flags = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--repeats", type=int, default=repeats, help=f"turns, at least {LEAST}")
+    flags.add_argument("--threads", type=int, default=2, help="of everything that is timed")
+    return flags
+
+
+def start(threads: int) -> None:
+    """Lets the process use so many cores, and keeps memory as a run does, for all that is timed in
+    it. XLA, which starts as many threads, must not have started yet."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    app.keep_memory()
+
+
+def import_torch(threads: int) -> tuple[Any, Any]:
+    """torch, with so many threads, and transformers.
+
+    Raises:
+      SystemExit: without them.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install torch 'transformers>=5.23'") from error
+    torch.set_num_threads(threads)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    return torch, transformers
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
+    """Seconds until the result is there: by the clock, and of processors."""
+    start = np.asarray([time.perf_counter(), time.process_time()])
+    jax.block_until_ready(function(*arguments))
+    return np.asarray([time.perf_counter(), time.process_time()]) - start
+
+
+def take_turns(cases: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
+    """Every case once to warm up, then all in turns, so that a busy machine slows all alike."""
+    for case in cases.values():
+        jax.block_until_ready(case())
+    times = {name: [] for name in cases}
+    for _ in range(max(LEAST, repeats)):
+        for name, case in cases.items():
+            times[name].append(seconds_of(case))
+    return {name: np.stack(turns) for name, turns in times.items()}
+
+
+def compare(times: Times, ours: str, peer: str, *, claim: str, target: float | None) -> Claim:
+    """How much slower the peer is, turn by turn."""
+    ratios, processor = (times[peer] / times[ours]).T
+    return {
+        "claim": claim,
+        "peer": peer,
+        "ratio": float(np.median(ratios)),
+        "low": float(ratios.min()),
+        "high": float(ratios.max()),
+        "processor": float(np.median(processor)),
+        "repeats": len(ratios),
+        "target": target,
+    }
+
+
+def describe(seconds: np.ndarray) -> str:
+    """Median and range by the clock in milliseconds."""
+    clock = 1e3 * seconds[:, 0]
+    return f"{np.median(clock):9.1f} ms  ({clock.min():.1f} to {clock.max():.1f})"
+
+
+def report(
+    benchmark: str, claims: list[Claim], *, times: Times | None = None, **found: Any
+) -> None:
+    """Prints times, claims and the line of JSON; `found` is what else belongs to it."""
+    times = times or {}
+    width = max(map(len, times), default=0) + 2
+    for name, seconds in times.items():
+        print(f"{name:{width}s}{describe(seconds)}")
+    for claim in claims:
+        target = "" if claim["target"] is None else f", target {claim['target']}"
+        print(
+            f"{claim['claim']}: {claim['peer']} / ours {claim['ratio']:.2f} "
+            f"({claim['low']:.2f} to {claim['high']:.2f}, {claim['repeats']} turns{target}); by "
+            f"processor seconds {claim['processor']:.2f}"
+        )
+    seconds = {name: float(np.median(turns[:, 0])) for name, turns in times.items()}
+    print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | found))
+
+
+class Training:
+    """A run's training step on one device, compiled as the loop does it.
+
+    Args:
+      loss: see `common_jax.step.Loss`.
+      init: key -> parameters.
+      rules: partition rules of these.
+      optim: of the run.
+      batch: numpy arrays.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        init: Callable[[jax.Array], Mapping[str, Any]],
+        rules: Rules,
+        optim: OptimConfig,
+        batch: Mapping[str, np.ndarray],
+    ):
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        shapes = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()}
+        task = Task(
+            title="benchmark",
+            init=init,
+            rules=rules,
+            trainable=".*",
+            loss=loss,
+            batch=shapes,
+            steps_per_epoch=100,
+        )
+        self.batch, self.seed = jax.device_put(dict(batch)), np.uint32(0)
+        with jax.set_mesh(self.mesh):
+            abstract = abstract_state(task, optim, self.mesh)
+            self.state = fresh_state(task, optim, abstract, seed=0, warm={})
+            step = step_program(task, optim, abstract, log_every=1)
+            start = time.perf_counter()
+            self.compiled = step.lower(self.state, {}, self.batch, self.seed).compile()
+            self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self) -> jax.Array:
+        """One step; returns the loss before it."""
+        self.state, metrics = self.compiled(self.state, {}, self.batch, self.seed)
+        return metrics["loss"]
+
+
+def torch_step(
+    torch: Any, optim: OptimConfig, loss: Callable, parameters: list, *batch: Any
+) -> Callable[[], float]:
+    """The same of torch, with its fused AdamW decaying everything; loss(*batch) is minimised."""
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=optim.lr,
+        betas=(optim.b1, optim.b2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(*batch)
+        value.backward()
+        optimizer.step()
+        return value.item()
+
+    return step
+
+
+def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> float:
+    """Does three steps of each, and returns the largest difference between their losses and those
+    of the first; fails where that is too large."""
+    found = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
+    for name, values in found.items():
+        print(f"{name:14s}losses " + ", ".join(f"{value:.6f}" for value in values))
+    first, *others = found.values()
+    wrong = max(float(abs(first - values).max()) for values in others)
+    assert wrong < tolerance, f"losses differ by {wrong}"
+    return wrong
