@@ -27,6 +27,7 @@ LIMIT = 600  # seconds of one
 
 # In the order of the page: the file's name, and flags that bound its time on two cores.
 BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("all_pairs", ("--repeats", "5", "--steps", "44")),
     ("vit_step", ()),
     ("moe_layer", ()),
     ("vmoe_block", ()),
