@@ -8,7 +8,9 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 
-def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any) -> jax.Array:
+def product(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, *, precision: Any = None
+) -> jax.Array:
     """`jax.lax.dot_general` for flax's layers: the last axes of `x` with the first of `kernel`.
 
     On CPU the gradients are products of two matrices, all tokens of a batch as rows. Written as
@@ -20,32 +22,31 @@ def product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings:
     (contracted, _), batch = dimension_numbers
     assert not any(batch) and x.dtype == kernel.dtype, (batch, x.dtype, kernel.dtype)
     assert contracted == tuple(range(x.ndim - len(contracted), x.ndim)), contracted
-    chosen = tuple((name, value) for name, value in settings.items() if value is not None)
-    return _product(len(contracted), chosen, x, kernel)
+    return _product(len(contracted), precision, x, kernel)
 
 
-def _plain(count: int, settings: tuple, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _plain(count: int, precision: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
     axes = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())), **dict(settings))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())), precision=precision)
 
 
 _product = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
 
 
-def _forward(count: int, settings: tuple, x: Any, kernel: Any):
+def _forward(count: int, precision: Any, x: Any, kernel: Any):
     """The product, and what the gradients that are asked for are made of."""
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
-    return _plain(count, settings, x.value, kernel.value), kept
+    return _plain(count, precision, x.value, kernel.value), kept
 
 
-def _backward(count: int, settings: tuple, kept: tuple[Any, Any], dy: Any):
+def _backward(count: int, precision: Any, kept: tuple[Any, Any], dy: Any):
     x, kernel = kept
     if isinstance(dy, SymbolicZero):
         return None, None
-    return _by_x(count, settings, kernel, dy), _by_kernel(count, settings, x, dy)
+    return _by_x(count, precision, kernel, dy), _by_kernel(count, precision, x, dy)
 
 
-def _by_x(count: int, settings: tuple, kernel: jax.Array | None, dy: jax.Array):
+def _by_x(count: int, precision: Any, kernel: jax.Array | None, dy: jax.Array):
     if kernel is None:
         return None
     free = dy.shape[: dy.ndim - kernel.ndim + count]
@@ -53,7 +54,7 @@ def _by_x(count: int, settings: tuple, kernel: jax.Array | None, dy: jax.Array):
 
     def derived(count: int, shape: tuple[int, ...], kernel: jax.Array, dy: jax.Array):
         x = jax.ShapeDtypeStruct(shape, kernel.dtype)
-        return jax.linear_transpose(lambda x: _plain(count, settings, x, kernel), x)(dy)[0]
+        return jax.linear_transpose(lambda x: _plain(count, precision, x, kernel), x)(dy)[0]
 
     def of_rows(kernel: jax.Array, dy: jax.Array):
         width, rows = math.prod(kernel.shape[:count]), math.prod(free)
@@ -64,14 +65,14 @@ def _by_x(count: int, settings: tuple, kernel: jax.Array | None, dy: jax.Array):
     return jax.lax.platform_dependent(kernel, dy, cpu=of_rows, default=default)
 
 
-def _by_kernel(count: int, settings: tuple, x: jax.Array | None, dy: jax.Array):
+def _by_kernel(count: int, precision: Any, x: jax.Array | None, dy: jax.Array):
     if x is None:
         return None
     shape = (*x.shape[x.ndim - count :], *dy.shape[x.ndim - count :])
 
     def derived(count: int, shape: tuple[int, ...], x: jax.Array, dy: jax.Array):
         kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-        times = functools.partial(_plain, count, settings, x)
+        times = functools.partial(_plain, count, precision, x)
         return jax.linear_transpose(times, kernel)(dy)[0]
 
     def of_rows(x: jax.Array, dy: jax.Array):
