@@ -16,6 +16,7 @@ import argparse
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
