@@ -65,21 +65,21 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"config.mesh={_describe(shape)} needs a divisor of the {len(devices)} devices here, "
             f"and its fixed axes make {fixed}; change config.mesh, or give -1 for config.mesh.data"
         )
-    kinds, slices = (AxisType.Auto,) * len(AXES), count_slices(devices)
-    if slices == 1:
-        return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
+    slices = count_slices(devices)
     if shape[0] % slices:
         raise ValueError(
             f"config.mesh={_describe(shape)}: config.mesh.data={shape[0]} must be a multiple of "
             f"the {slices} slices, so that config.mesh.fsdp and config.mesh.expert stay within "
             "one; lower these two"
         )
-    within = (shape[0] // slices, *shape[1:])
-    return Mesh(
-        mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices),
-        AXES,
-        axis_types=kinds,
-    )
+    # An axis that is no product of the torus' own, 8 of 16 x 16, takes a part of one of them.
+    split = {"allow_split_physical_axes": True, "devices": devices}
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(shape, **split)
+    else:
+        within = (shape[0] // slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def count_slices(devices: list[jax.Device]) -> int:

@@ -339,6 +339,18 @@ def test_slices_lie_along_the_data_axis():
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "slices"), [("v5e:16x16", 1), ("v5e:16x16", 2), ("v6e:16x16", 1), ("v4:4x4x4", 1)]
+)
+def test_an_axis_may_be_a_part_of_one_of_the_torus(topology, slices):
+    devices = describe_devices(topology, slices=slices)
+    mesh = make_mesh(MeshConfig(expert=8), devices)
+    assert dict(mesh.shape) == {"data": len(devices) // 8, "fsdp": 1, "expert": 8}
+    for experts in mesh.devices.reshape(-1, 8):
+        assert len({getattr(device, "slice_index", 0) for device in experts}) == 1
+
+
+@needs_libtpu
 def test_fsdp_gathers_and_scatters_on_tpus():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), describe_devices("v5e:2x2"))
     wide = jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
