@@ -29,6 +29,9 @@ SENT: dict[str, Callable[[float, int], float]] = {
 }
 # XLA's name of a fusion for TPU that sums over a group and keeps each chip's part.
 SCATTER = "all-reduce-scatter"
+# What crosses slices: XLA hands it to the hosts, which send it on, and names what becomes of it.
+_OVER_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Collective:
 
     Attributes:
       kind: of KINDS.
-      group: chips that take part in one.
+      group: chips that take part in one; of what crosses slices on its own, the slices.
       crosses: whether groups have chips of several slices.
       count: how often they run in a step.
       bytes: that a chip sends in a step by all of them.
@@ -55,7 +58,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
 
     An all-to-all moves its whole result but a chip's own part; a ragged one at most that. Groups of
     a single chip are left out: nothing moves. One that runs beside other work counts where it
-    starts.
+    starts. Of what the hosts send to other slices, the bytes are those that a chip hands to its.
 
     Args:
       program: compiled for `devices`.
@@ -67,6 +70,12 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
         computation = program.computations[name]
         for instruction in computation.values():
             kind = instruction.kind.removesuffix("-start")
+            if kind == "send" and (match := _OVER_SLICES.search(instruction.rest)):
+                kind = _TRANSFERS.get(match[1], match[1].lower().replace("_", "-"))
+                count, sent = totals.get((kind, slices, True), (0, 0.0))
+                sent += times * instruction.result[0].bytes
+                totals[kind, slices, True] = count + times, sent
+                continue
             later = instruction.goes_on and not starts_collective(computation)
             if kind not in KINDS or later:
                 continue

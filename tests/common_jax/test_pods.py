@@ -16,7 +16,7 @@ from tiny import MOE, tiny_config
 from common_jax.mesh import MeshConfig, count_slices, make_mesh
 from common_jax.pods import chips
 from common_jax.pods.chips import CHIPS, chip_of, describe_devices
-from common_jax.pods.collectives import find_collectives
+from common_jax.pods.collectives import Collective, find_collectives
 from common_jax.pods.flops import Flops, UnknownLength, count_flops
 from common_jax.pods.hlo import Array, arrays, read_program
 from common_jax.pods.sizing import Memory, Sizing, largest_arguments, largest_kept
@@ -203,6 +203,22 @@ def test_groups_are_read_in_every_spelling(attributes, crosses):
     size = {"{{0,1": 4, "{{0,4": 2, "[2,4]": 4, "[4,2]": 2}.get(attributes[15:20])
     size = size or {"{'b'}": 4, "{'a'}": 2}.get(attributes[-5:], 8)
     assert (found.group, found.crosses) == (size, crosses)
+
+
+def test_what_hosts_send_to_other_slices_counts_as_what_becomes_of_it():
+    lines = [
+        f"  %s{i} = (f32[8,4]{{1,0}}, u32[], token[]) send(%p, %t), channel_id={i}, "
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="'
+        f'{handler}",_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+        for i, (handler, kind) in enumerate(
+            [("xla_megascale_runtime", kind) for kind in ("ALL_REDUCE", "ALL_REDUCE", "ONE_TO_ONE")]
+            + [("of_another", "ALL_REDUCE")]
+        )
+    ]
+    text = "\n".join(["ENTRY %main (p: f32[8,4]) -> f32[8,4] {", *lines, "}"])
+    reduced, permuted = find_collectives(read_program(text), devices=8, slices=2)
+    assert reduced == Collective("all-reduce", 2, True, 2, 2 * 8 * 4 * 4)
+    assert permuted == Collective("collective-permute", 2, True, 1, 8 * 4 * 4)
 
 
 def test_groups_in_an_unknown_spelling_are_refused():
