@@ -112,7 +112,6 @@ def differentiate(config: Config, *, mesh=None):
         ("distill", "vmoe", RAGGED, 0.0),
         ("distill", "vmoe", EVEN, 0.3),
         ("distill", "nac", EVEN, 0.3),
-        ("train_module", "vmoe", RAGGED, 0.0),
         ("train_module", "vmoe", EVEN, 0.3),
         ("train_module", "vmoe", RAGGED, 0.3),
     ],
