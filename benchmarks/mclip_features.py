@@ -1,10 +1,11 @@
 """Text features of M-CLIP: ours against transformers' XLM-R with the same projection and weights.
 
-Ours is the program of `TextTower.encode`, with which a run fills its files of features: batches of
-256 sentences in order, padded to a multiple of 16 tokens. The peer is torch's `XLMRobertaModel`
-with fused attention, the same masked mean and the same projection, on the same batches padded to
-their longest sentence. Random weights, float32, forward pass alone, compiled once for each length;
-the features are compared first. Sentences have 8 to 40 tokens, and are sorted by length or not.
+Ours is the program of `TextTower.encode`, with which a run fills its files of features: sentences
+are sorted by length, and batches of 256 padded to a multiple of 8 tokens. The peer is torch's
+`XLMRobertaModel` with fused attention, the same masked mean and the same projection, on batches of
+256 in the order given, padded to their longest sentence. Random weights, float32, forward pass
+alone, compiled once for each length; the features are compared first. Sentences have 8 to 40
+tokens, and come sorted by length or not.
 
     pip install torch "transformers>=5.23"
     python benchmarks/mclip_features.py
@@ -20,7 +21,7 @@ import timing
 from cliptrans_jax import names
 from cliptrans_jax.convert_towers import mclip_table
 from cliptrans_jax.data.examples import pad
-from cliptrans_jax.encoders import BUCKET, TEXT_BATCH, TextTower
+from cliptrans_jax.encoders import BUCKET, TEXT_BATCH, TextTower, by_length
 from cliptrans_jax.features import encode_program
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from common_jax.mesh import MeshConfig, make_mesh
@@ -52,15 +53,15 @@ def make_ours(tower: TextTower, params) -> Callable:
     encode, params = encode_program(tower.apply_batch, mesh), jax.device_put(params)
 
     def features(sentences: list[np.ndarray]) -> np.ndarray:
-        parts = []
+        parts, order = [], by_length(sentences)
         with jax.set_mesh(mesh):
             for first in range(0, len(sentences), TEXT_BATCH):
-                chosen = sentences[first : first + TEXT_BATCH]
+                chosen = [sentences[place] for place in order[first : first + TEXT_BATCH]]
                 length = -(-max(map(len, chosen)) // BUCKET) * BUCKET
                 ids = pad(chosen, length, pad_id=tower.config.pad)
                 batch = {"ids": ids, "_mask": np.ones(len(chosen), np.float32)}
                 parts.append(encode(params, batch, np.arange(len(chosen), dtype=np.int32))[0])
-        return np.concatenate(parts)
+        return np.concatenate(parts)[np.argsort(order)]
 
     return features
 

@@ -25,7 +25,7 @@ from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from common_jax.inputs import BadExample, eval_batches
 
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
-BUCKET = 16
+BUCKET = 8
 TEXT_BATCH, IMAGE_BATCH = 256, 128
 
 Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -76,11 +76,15 @@ class TextTower:
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
     ) -> Float32[np.ndarray, "N M"]:
-        """A feature a framed sentence, computed on all devices of the mesh."""
-        batches = _text_batches(ids, self.tokenizer.pad, self.longest, mesh)
-        return encode_all(
+        """A feature a framed sentence, computed on all devices of the mesh, those of a like length
+        together: little of a batch is padding."""
+        order = by_length(ids)
+        chosen = [ids[place] for place in order]
+        batches = _text_batches(chosen, self.tokenizer.pad, self.longest, mesh)
+        found = encode_all(
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
         )
+        return found[np.argsort(order)]
 
     def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Features of a batch of `encode`."""
@@ -201,6 +205,11 @@ class _Pictures:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {"image": prepare_picture(self._images[index], self._size)}
+
+
+def by_length(ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Places of sentences, the shortest first; equal ones stay in their order."""
+    return np.argsort([len(x) for x in ids], kind="stable")
 
 
 def _text_batches(
