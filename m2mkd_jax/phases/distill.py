@@ -26,12 +26,10 @@ from m2mkd_jax.stages import stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the student modules of config.module; their parameters are saved under
     "student/stage_K"."""
-    training, teacher = describe(config, mesh), require_source(config, "teacher")
+    training = describe(config, mesh)
+    meta, teacher = (require_source(config, role) for role in ("meta", "teacher"))
     names = [f"teacher/{name}" for name in training.helpers["teacher"]]
-    origins = [
-        Origin(require_source(config, "meta"), "meta", "meta"),
-        *(Origin(teacher, name, name) for name in names),
-    ]
+    origins = [Origin(meta, "meta", "meta"), *(Origin(teacher, name, name) for name in names)]
     helpers = take_weights(config, training.helpers, origins).params
     return train_phase(training, workdir, mesh, helpers=helpers)
 
