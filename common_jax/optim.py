@@ -11,6 +11,8 @@ import optax
 from flax import traverse_util
 from jax import numpy as jnp
 
+from common_jax.state import subtrees
+
 OPTIMIZERS = ("adamw", "sgd")
 # PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
@@ -213,12 +215,16 @@ def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
     """Clips every subtree that lies `depth` keys deep to the global norm `largest`, by itself; all
     as one where `depth` is 0."""
 
-    def clip(gradient: Any, depth: int) -> Any:
-        if depth:
-            return {name: clip(part, depth - 1) for name, part in gradient.items()}
-        return optax.clip_by_global_norm(largest).update(gradient, optax.EmptyState())[0]
+    whole = optax.clip_by_global_norm(largest)
+    if not depth:
+        return whole
 
-    return optax.stateless(lambda gradient, params: clip(gradient, depth))
+    def clip(gradient: Any, params: Any) -> Any:
+        parts = subtrees(gradient, depth)
+        clipped = {path: whole.update(part, optax.EmptyState())[0] for path, part in parts.items()}
+        return traverse_util.unflatten_dict(clipped)
+
+    return optax.stateless(clip)
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:

@@ -93,6 +93,14 @@ def partition(params: Mapping[str, Any], regex: str) -> tuple[dict, dict]:
     return _nest(chosen), _nest(rest)
 
 
+def subtrees(tree: Mapping[str, Any], depth: int) -> dict[tuple[str, ...], Any]:
+    """What lies `depth` keys deep in a nested dict, by its path; the whole under () for depth 0."""
+    parts = {(): tree}
+    for _ in range(depth):
+        parts = {(*path, key): leaf for path in parts for key, leaf in parts[path].items()}
+    return parts
+
+
 def merge(*trees: Mapping[str, Any]) -> dict:
     """One nested dict of the leaves of several; a later tree's leaf replaces an earlier one's."""
     flat = {}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from common_jax.mesh import AXES, to_devices
 from common_jax.optim import OptimConfig, Schedule, make_optimizer
 from common_jax.pods import hosts
-from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs
+from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs, subtrees
 
 Batch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
@@ -97,9 +97,7 @@ def make_step(
 def part_norms(gradient: Any, depth: int) -> dict[str, jax.Array]:
     """`PATH/gradient_norm` of every subtree that lies `depth` keys deep; none of a single one,
     whose norm is the whole gradient's."""
-    parts = {(): gradient}
-    for _ in range(depth):
-        parts = {(*path, key): part for path in parts for key, part in parts[path].items()}
+    parts = subtrees(gradient, depth)
     if len(parts) == 1:
         return {}
     return {f"{'/'.join(path)}/gradient_norm": optax.tree.norm(parts[path]) for path in parts}
