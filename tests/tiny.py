@@ -18,11 +18,28 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 
 SIZES = {"patch": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0}
 MOE = MoeConfig(experts=4, chosen=2, expert_init="fan_in")
+NAC = NacConfig(
+    tokenizer=TokenizerConfig("atto", stages=1, width=64, stem=2, grid_width=8),
+    inputs=4,
+    mediators=8,
+    outputs=2,
+    iterations=1,
+    width=16,
+    code_width=16,
+    signature_width=8,
+    heads=2,
+    head_width=8,
+    ffn_factor=1.0,
+    prior=PriorConfig("ring_of_cliques", communities=2, steps=50),
+)
 OPTIM = OptimConfig(
     steps=6, batch=64, lr=1e-3, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, clip=1.0
 )

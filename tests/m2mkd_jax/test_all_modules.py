@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import tiny_config
+from tiny import NAC, tiny_config
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -24,25 +24,11 @@ from common_jax.task import step_flops
 from m2mkd_jax.config import PRECISIONS, Config, PairsConfig, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.main import results_table
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe, run_phase
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-NAC = NacConfig(
-    tokenizer=TokenizerConfig("atto", stages=1, width=64, stem=2, grid_width=8),
-    inputs=4,
-    mediators=8,
-    outputs=2,
-    iterations=1,
-    width=16,
-    code_width=16,
-    signature_width=8,
-    heads=2,
-    head_width=8,
-)
 EVEN, RAGGED = (2, 2, 2), (2, 1, 1)  # depths of networks whose meta model has (1, 1, 1)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from tiny import AUGMENT, OPTIM, SIZES, fill
+from tiny import AUGMENT, NAC, OPTIM, SIZES, fill
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -23,28 +23,12 @@ from m2mkd_jax.config import Config, EvaluationConfig, Recipe, SourcesConfig
 from m2mkd_jax.models.nac import model
 from m2mkd_jax.models.nac.graphs import PriorConfig
 from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.phases import end_to_end
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import run_phase
 from m2mkd_jax.regularizers import HingeConfig, MixtureConfig, RegularizersConfig
 
-STUDENT = NacConfig(
-    tokenizer=TokenizerConfig("atto", stages=1, width=64, stem=2, grid_width=8),
-    inputs=4,
-    mediators=8,
-    outputs=2,
-    iterations=1,
-    width=16,
-    code_width=16,
-    signature_width=8,
-    heads=2,
-    head_width=8,
-    ffn_factor=1.0,
-    prior=PriorConfig("ring_of_cliques", communities=2, steps=50),
-)
 STILL = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0, steps=2)
 
 
@@ -55,7 +39,7 @@ def nac_config(phase: str, **changes) -> Config:
         phase=phase,
         meta=vit,
         teacher=vit,
-        model=STUDENT,
+        model=NAC,
         regularizers=RegularizersConfig(
             hinge=HingeConfig(weight=0.1, weight_end=0.5, hinge=0.9),
             mixture=MixtureConfig(weight=0.01),
@@ -148,7 +132,7 @@ def test_mediators_start_from_the_prior_and_are_drawn(pipeline):
 @pytest.mark.parametrize("spelling", ["tinyimagenet", "tinyimnet", "tinynet"])
 def test_students_of_other_images_leave_grid_and_pooling(pipeline, spelling, tmp_path):
     sources = SourcesConfig(students=(str(pipeline / "students"),))
-    student = dataclasses.replace(STUDENT, students=spelling)
+    student = dataclasses.replace(NAC, students=spelling)
     config = nac_config("end_to_end", model=student, sources=sources, optim=STILL)
     if spelling == "tinyimagenet":
         end_to_end.run(config, tmp_path, one_device())
@@ -157,7 +141,7 @@ def test_students_of_other_images_leave_grid_and_pooling(pipeline, spelling, tmp
         assert {"student/stage_0/tokenizer/grid", "student/stage_2/pooling/head/kernel"} <= fresh
     else:
         assert config == dataclasses.replace(
-            config, model=dataclasses.replace(STUDENT, students="tinyimagenet")
+            config, model=dataclasses.replace(NAC, students="tinyimagenet")
         )
 
 
@@ -220,7 +204,7 @@ def test_eight_devices_compute_what_one_computes(alone, tmp_path):
 
 
 def test_signatures_that_are_not_learned_stay(tmp_path):
-    student = dataclasses.replace(STUDENT, learn_signatures=False)
+    student = dataclasses.replace(NAC, learn_signatures=False)
     config = nac_config("end_to_end", model=student, precision="bfloat16")
     result = end_to_end.run(config, tmp_path, one_device())
     assert result["skipped"] == 0
@@ -233,14 +217,14 @@ def test_signatures_that_are_not_learned_stay(tmp_path):
 def test_another_config_is_refused_before_the_prior_is_touched(alone):
     config, workdir = alone
     before = (workdir / "prior.npz").read_bytes()
-    other = dataclasses.replace(STUDENT, prior=PriorConfig("hypercube", steps=3))
+    other = dataclasses.replace(NAC, prior=PriorConfig("hypercube", steps=3))
     with pytest.raises(ValueError, match="ring_of_cliques' -> 'hypercube'"):
         end_to_end.run(dataclasses.replace(config, model=other), workdir, one_device())
     assert (workdir / "prior.npz").read_bytes() == before
 
 
 def test_a_prior_that_does_not_fit_the_mediators_is_named(tmp_path):
-    other = dataclasses.replace(STUDENT, prior=PriorConfig("grid", dims=(3, 3)))
+    other = dataclasses.replace(NAC, prior=PriorConfig("grid", dims=(3, 3)))
     with pytest.raises(ValueError, match=r"config\.model\.prior\.dims"):
         end_to_end.run(nac_config("end_to_end", model=other), tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()
@@ -262,6 +246,6 @@ def test_misspelt_fields_of_the_student_are_named(change, said):
 
 
 def test_sampled_edges_need_noise_in_evaluation():
-    student = dataclasses.replace(STUDENT, kernel=KernelConfig(evaluation="sample"))
+    student = dataclasses.replace(NAC, kernel=KernelConfig(evaluation="sample"))
     with pytest.raises(ValueError, match=r"config\.evaluation\.noise='mean' draws nothing"):
         nac_config("end_to_end", model=student, evaluation=EvaluationConfig("mean"))
