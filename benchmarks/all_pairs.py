@@ -41,7 +41,7 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.state import step_rngs
 from common_jax.step import init_state
-from common_jax.task import abstract_state, fresh_state, step_flops, step_program
+from common_jax.task import step_flops
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe
@@ -72,30 +72,19 @@ def random_like(shapes):
     return jax.tree.map(lambda x: (0.05 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
 
 
-class Program:
-    """The update of a run of some modules, compiled as the loop does it."""
+class Program(timing.Training):
+    """The update of a run of some modules."""
 
     def __init__(self, config: Config, batch: dict[str, np.ndarray], helpers):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        task = describe(config, mesh).task(steps_per_epoch=100)
+        self.task = describe(config, mesh).task(steps_per_epoch=100)
         optim = dataclasses.replace(config.optim, steps=1000, warmup_steps=10)
-        self.task, self.batch, self.seed = task, jax.device_put(batch), np.uint32(0)
-        self.helpers = {
+        own = {
             role: {stage: helpers[role][stage] for stage in stages}
-            for role, stages in task.helpers.items()
+            for role, stages in self.task.helpers.items()
         }
-        with jax.set_mesh(mesh):
-            abstract = abstract_state(task, optim, mesh)
-            self.state = fresh_state(task, optim, abstract, seed=0, warm={})
-            step = step_program(task, optim, abstract, log_every=1)
-            start = time.perf_counter()
-            self.compiled = step.lower(self.state, self.helpers, self.batch, self.seed).compile()
-            self.compile_seconds = time.perf_counter() - start
-        self.flops = step_flops(task, optim).model
-
-    def __call__(self) -> jax.Array:
-        self.state, metrics = self.compiled(self.state, self.helpers, self.batch, self.seed)
-        return metrics["loss"]
+        super().__init__(self.task, optim, batch, own)
+        self.flops = step_flops(self.task, optim).model
 
     def gradient(self):
         loss = jax.jit(jax.grad(self.task.loss, has_aux=True))
@@ -164,15 +153,18 @@ def time_run(file: str, changes: dict[str, object], folder: pathlib.Path, **own:
         "sources.teacher": folder / "teacher",
         "run.compilation_cache": None,
         "optim.steps": own["steps"],
+        "optim.warmup_steps": 10,
         "distill.pairs_at_once": own["at_once"],
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "m2mkd_jax.main", f"--config={ROOT / file}:phase=distill"]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
-        subprocess.run(
-            [*command, *flags, f"--workdir={workdir}/run"], check=True, capture_output=True
+        done = subprocess.run(
+            [*command, *flags, f"--workdir={workdir}/run"], capture_output=True, text=True
         )
+    if done.returncode:
+        raise SystemExit(f"a run ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return time.perf_counter() - start
 
 

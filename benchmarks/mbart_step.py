@@ -81,7 +81,9 @@ def main() -> None:
         mbart = dataclasses.replace(plain, dropout=dropout)
         model = Translator(dataclasses.replace(translator.config, mbart=mbart))
         loss = make_loss(model, None, label_smoothing=0.0)
-        return timing.Training(loss, lambda key: params, PARTITION_RULES, OPTIM, batch)
+        return timing.Training(
+            timing.make_task(loss, lambda key: params, PARTITION_RULES, batch), OPTIM, batch
+        )
 
     def theirs(dropout: float):
         settings = {"attention_dropout": 0.0, "activation_dropout": 0.0, "dropout": dropout}

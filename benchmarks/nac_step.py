@@ -99,7 +99,9 @@ def main() -> None:
 
     def compile_step() -> timing.Training:
         init = lambda key: {"student": network.init(key)}  # noqa: E731
-        return timing.Training(loss, init, model.PARTITION_RULES, optim, batch)
+        return timing.Training(
+            timing.make_task(loss, init, model.PARTITION_RULES, batch), optim, batch
+        )
 
     ours = compile_step()
     with mock.patch.object(read_in, "pool_tokens", naive.pool_tokens):

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -123,48 +124,55 @@ def report(
     print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | found))
 
 
+def make_task(
+    loss: Loss,
+    init: Callable[[jax.Array], Mapping[str, Any]],
+    rules: Rules,
+    batch: Mapping[str, np.ndarray],
+) -> Task:
+    """A task that trains all parameters of `init` on batches like `batch`."""
+    return Task(
+        title="benchmark",
+        init=init,
+        rules=rules,
+        trainable=".*",
+        loss=loss,
+        batch={key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()},
+        steps_per_epoch=100,
+    )
+
+
 class Training:
     """A run's training step on one device, compiled as the loop does it.
 
     Args:
-      loss: see `common_jax.step.Loss`.
-      init: key -> parameters.
-      rules: partition rules of these.
+      task: what is trained.
       optim: of the run.
       batch: numpy arrays.
+      helpers: the parameters that `task.helpers` describes.
     """
 
     def __init__(
         self,
-        loss: Loss,
-        init: Callable[[jax.Array], Mapping[str, Any]],
-        rules: Rules,
+        task: Task,
         optim: OptimConfig,
         batch: Mapping[str, np.ndarray],
+        helpers: Mapping[str, Any] = types.MappingProxyType({}),
     ):
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        shapes = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()}
-        task = Task(
-            title="benchmark",
-            init=init,
-            rules=rules,
-            trainable=".*",
-            loss=loss,
-            batch=shapes,
-            steps_per_epoch=100,
-        )
         self.batch, self.seed = jax.device_put(dict(batch)), np.uint32(0)
+        self.helpers = dict(helpers)
         with jax.set_mesh(self.mesh):
             abstract = abstract_state(task, optim, self.mesh)
             self.state = fresh_state(task, optim, abstract, seed=0, warm={})
             step = step_program(task, optim, abstract, log_every=1)
             start = time.perf_counter()
-            self.compiled = step.lower(self.state, {}, self.batch, self.seed).compile()
+            self.compiled = step.lower(self.state, self.helpers, self.batch, self.seed).compile()
             self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> jax.Array:
         """One step; returns the loss before it."""
-        self.state, metrics = self.compiled(self.state, {}, self.batch, self.seed)
+        self.state, metrics = self.compiled(self.state, self.helpers, self.batch, self.seed)
         return metrics["loss"]
 
 

@@ -138,7 +138,7 @@ def make_step(config: vit.ViTConfig, interface: Interface, batch: Mapping) -> ti
     def init(key):
         return {"network": network.init(key)}
 
-    return timing.Training(loss, init, vit.PARTITION_RULES, OPTIM, batch)
+    return timing.Training(timing.make_task(loss, init, vit.PARTITION_RULES, batch), OPTIM, batch)
 
 
 def main() -> None:
