@@ -25,6 +25,11 @@ def product(
     return _product(len(contracted), precision, x, kernel)
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, with the gradients of `product`; `kernel` is a matrix of x's dtype."""
+    return product(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 def _plain(count: int, precision: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
     axes = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
     return jax.lax.dot_general(x, kernel, (axes, ((), ())), precision=precision)

@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.width))
         bias = self.param("bias", _uniform(fan_in), (self.width,))
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return dense.product(patches, kernel, (((2,), (0,)), ((), ()))) + bias
+        return dense.matmul(patches, kernel) + bias
 
 
 def _uniform(fan_in: int) -> jax.nn.initializers.Initializer:

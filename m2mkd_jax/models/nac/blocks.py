@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.mesh import constrain
+from common_jax.nn.mlp import gelu
 from m2mkd_jax.models import encoder
 from m2mkd_jax.models.nac import kernel as kernels
 from m2mkd_jax.models.nac.layers import (
@@ -197,9 +198,9 @@ class Ffn(nn.Module):
         y = CodeLinear(config.linear, config.width, up, name="up", **shared)(y, codes, train=train)
         if config.geglu:
             y, gate = jnp.split(y, 2, axis=-1)
-            y = y * nn.gelu(gate, approximate=False)
+            y = y * gelu(gate)
         else:
-            y = nn.gelu(y, approximate=False)
+            y = gelu(y)
         down = CodeLinear(config.linear, config.hidden, config.width, name="down", **shared)
         y = scaled(down(y, codes, train=train), layer_scale(self, config.layer_scale, config.width))
         if config.ffn_residual:

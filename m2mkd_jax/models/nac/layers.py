@@ -12,14 +12,15 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.nn import dense
+from common_jax.nn.mlp import gelu
+
 NORM_EPS = 1e-5
 L2_EPS = 1e-12
 WEIGHT_EPS = 1e-6
 NOISE = "noise"
 
-ACTIVATIONS = types.MappingProxyType(
-    {"none": lambda x: x, "gelu": lambda x: nn.gelu(x, approximate=False)}
-)
+ACTIVATIONS = types.MappingProxyType({"none": lambda x: x, "gelu": gelu})
 
 
 def layer_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -140,7 +141,7 @@ class CodeLinear(nn.Module):
             if config.kind == "modulated":
                 x = x * self.scales(codes, train=train).astype(self.dtype)
                 x = NORMALISATIONS[config.renormalization](x)
-            y = x @ self.kernel.astype(self.dtype)
+            y = dense.matmul(x, self.kernel.astype(self.dtype))
         if self.use_bias:
             y = y + self.bias.astype(self.dtype)
         return ACTIVATIONS[config.activation](y)
@@ -177,7 +178,8 @@ class Linear(nn.Module):
         init = uniform_init(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        x, kernel, bias = (part.astype(self.dtype) for part in (x, kernel, bias))
+        return dense.matmul(x, kernel) + bias
 
 
 def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> nn.LayerNorm:

@@ -1,6 +1,7 @@
 """Images to tokens: a ConvNeXt trunk and a learned positional grid beside its features."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -9,6 +10,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.nn import dense
+from common_jax.nn.mlp import gelu
 from m2mkd_jax.models.nac.layers import check_choice, norm
 
 NORM_EPS = 1e-6  # of the trunk; the rest of NAC has 1e-5
@@ -147,9 +150,11 @@ class ConvNeXtBlock(nn.Module):
             name="depthwise",
         )(x)
         y = norm("norm", self.dtype, NORM_EPS)(y)
-        y = nn.Dense(4 * width, kernel_init=INIT, dtype=self.dtype, name="up")(y)
-        y = nn.gelu(y, approximate=False)
-        y = nn.Dense(width, kernel_init=INIT, dtype=self.dtype, name="down")(y)
+        layer = functools.partial(
+            nn.Dense, kernel_init=INIT, dtype=self.dtype, dot_general=dense.product
+        )
+        y = gelu(layer(4 * width, name="up")(y))
+        y = layer(width, name="down")(y)
         gamma = self.param("gamma", nn.initializers.constant(1e-6), (width,))
         return x + y * gamma.astype(self.dtype)
 
