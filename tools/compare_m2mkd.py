@@ -2,10 +2,10 @@
 
 Trains a teacher by modules, then a V-MoE and a NAC from scratch, with logit distillation from the
 whole teacher, and with m2mKD; and the V-MoE with m2mKD of other weights (alpha), with a KL
-divergence that is a mean over the batch alone, with its stitches kept, and from scratch for
---long-steps updates. All others train end to end for equally long. Prints one table, with what all
-phases of each together cost, and writes curves, over several seeds. Started again, it goes on where
-it stopped.
+divergence that is a mean over the batch alone, with its stitches kept, and from scratch and with
+m2mKD for --long-steps updates. All others train end to end for equally long. Prints one table, with
+what all phases of each together cost, and writes curves, over several seeds. Started again, it goes
+on where it stopped.
 
     python tools/compare_m2mkd.py --workdir runs/cifar10 --data /data/cifar10 --per-class 500
 
@@ -41,12 +41,14 @@ class Variant:
       phase: "pipeline" for all phases that `takes` leaves to do, or "end_to_end".
       takes: what it starts from of TEACHER's runs: "meta", "teacher", "students".
       flags: what else it differs by from the config.
+      long: whether it trains for --long-steps updates.
     """
 
     row: str
     phase: str = "pipeline"
     takes: tuple[str, ...] = ("meta", "teacher")
     flags: tuple[str, ...] = ()
+    long: bool = False
 
 
 LOGITS = ("--config.baseline.kind=soft",)
@@ -65,7 +67,8 @@ VARIANTS = {
     "vmoe_batch_mean": Variant(
         "V-MoE, m2mKD, KL a mean over the batch", flags=("--config.distill.kind=soft_batch_mean",)
     ),
-    "vmoe_long": Variant("V-MoE from scratch, longer", "end_to_end", ()),
+    "vmoe_long": Variant("V-MoE from scratch, longer", "end_to_end", (), long=True),
+    "vmoe_m2mkd_long": Variant("V-MoE, m2mKD, longer", "end_to_end", ("students",), long=True),
     "nac_scratch": Variant("NAC from scratch", "end_to_end", ()),
     "nac_logits": Variant("NAC, logit distillation", "end_to_end", ("teacher",), LOGITS),
     "nac_m2mkd": Variant("NAC, m2mKD"),
@@ -76,9 +79,7 @@ def parse_flags() -> argparse.Namespace:
     parser = demo_parser(__doc__, workdir="runs/cifar10", seeds=1)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
-    parser.add_argument(
-        "--long-steps", type=int, default=1326, help="updates of the longer run from scratch"
-    )
+    parser.add_argument("--long-steps", type=int, default=1326, help="updates of the longer runs")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
@@ -117,7 +118,7 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
         "data.per_class": flags.per_class,
         "data.test_per_class": 500,
     }
-    if name == "vmoe_long":
+    if variant.long:
         settings["optim.steps"] = flags.long_steps
     for role in variant.takes:
         made = folder / role
