@@ -4,6 +4,7 @@ The decoder takes embeddings, not ids, so that vectors which are no tokens can s
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention, Memory
 from common_jax.mesh import constrain
+from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import Mlp
 
@@ -37,6 +39,8 @@ class MBartConfig:
       scale_embedding: whether looked-up embeddings are multiplied by sqrt(width).
       pad, eos, start: ids of padding, of the end, and of what decoding starts with.
       remat: computes every layer again in the backward pass instead of keeping what is inside.
+      scan_layers: runs the encoder's layers as one loop, and the decoder's as another, which takes
+        less time to compile; random draws are others than without. Decoding does not.
     """
 
     vocab: int = 250054
@@ -54,6 +58,7 @@ class MBartConfig:
     eos: int = 2
     start: int = 2
     remat: bool = False
+    scan_layers: bool = False
 
     def __post_init__(self):
         for name in ("encoder_heads", "decoder_heads"):
@@ -175,7 +180,9 @@ class Encoder(nn.Module):
         sizes = _Sizes(
             config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
         )
-        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
+        layer = EncoderLayer
+        if config.remat and not config.scan_layers:
+            layer = nn.remat(EncoderLayer, static_argnums=(3,))
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
@@ -187,9 +194,7 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B S D"]:
         x = self.embedding_norm(x + self.positions(OFFSET + jnp.arange(x.shape[1])))
         x = self.drop(x, deterministic=not train)
-        for layer in self.layer:
-            x = layer(x, visible, train)
-        return self.norm(x)
+        return self.norm(_run(self, x, visible, train))
 
 
 class Decoder(nn.Module):
@@ -203,7 +208,9 @@ class Decoder(nn.Module):
         sizes = _Sizes(
             config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
         )
-        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
+        layer = DecoderLayer
+        if config.remat and not config.scan_layers:
+            layer = nn.remat(DecoderLayer, static_argnums=(5,))
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
@@ -220,9 +227,7 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T D"]:
         x = self._place(x, jnp.arange(x.shape[1]))
         x = self.drop(x, deterministic=not train)
-        for layer in self.layer:
-            x = layer(x, states, visible, states_visible, train)
-        return self.norm(x)
+        return self.norm(_run(self, x, states, visible, states_visible, train))
 
     def prefill(
         self,
@@ -358,6 +363,15 @@ class MBart(nn.Module):
         return self.decoder.extend(
             embeddings, cache, slot, position, visible, states_mask[:, None, None, :]
         )
+
+
+def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> jax.Array:
+    """x through the layers of encoder or decoder."""
+    config = half.config
+    if not config.scan_layers or half.is_initializing():
+        return functools.reduce(lambda x, layer: layer(x, *arguments), half.layer, x)
+    streams = ("dropout",) if config.dropout else ()
+    return layers.scan(half.layer, x, *arguments, streams=streams, remat=config.remat)[0]
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:

@@ -140,7 +140,7 @@ def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any])
 def _require_sizes(config: Config, found: Any) -> None:
     ours = dataclasses.asdict(config.model.mbart)
     theirs = dataclasses.asdict(found)
-    own = ("dropout", "remat")  # which are no part of the weights
+    own = ("dropout", "remat", "scan_layers")  # which are no part of the weights
     differing = [
         f"{name}={ours[name]!r}, and the file has {theirs[name]!r}"
         for name in ours

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.mesh import constrain
+from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp
 from common_jax.nn.patches import PatchEmbedding
@@ -40,6 +41,7 @@ class EncoderConfig:
     qkv_bias: bool
     norm_eps: float
     remat: bool = False
+    scan_layers: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -73,20 +75,23 @@ class Block(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
+    def __call__(
+        self, x: Float[Array, "B T _"], train: bool, rate: Float[Array, ""] | None = None
+    ) -> Float[Array, "B T _"]:
+        """`rate` stands in for `config.drop_path` where it is data of the program."""
         encoder, config = self.encoder, self.config
         if config.pre_stitch is not None:
             x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
         y = SelfAttention(encoder.heads, encoder.qkv_bias, self.dtype, name="attention")(
             self._norm("norm1", x)
         )
-        x = x + self._drop_path(y, train)
+        x = x + self._drop_path(y, train, rate)
         y = self._norm("norm2", x)
         if config.moe is None:
             y = Mlp(encoder.hidden, self.dtype, name="mlp")(y)
         else:
             y = MoeMlp(config.moe, encoder.hidden, self.dtype, name="moe")(y, train=train)
-        x = constrain(x + self._drop_path(y, train), "batch", "tokens", "width")
+        x = constrain(x + self._drop_path(y, train, rate), "batch", "tokens", "width")
         if config.post_stitch is not None:
             x = Stitch(config.post_stitch, self.dtype, name="post_stitch")(x)
         return x
@@ -94,11 +99,14 @@ class Block(nn.Module):
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return layer_norm(self.encoder, self.dtype, name)(x)
 
-    def _drop_path(self, branch: jax.Array, train: bool) -> jax.Array:
-        if not train or self.config.drop_path == 0:
+    def _drop_path(
+        self, branch: jax.Array, train: bool, rate: Float[Array, ""] | None
+    ) -> jax.Array:
+        if not train or (rate is None and self.config.drop_path == 0):
             return branch
+        rate = self.config.drop_path if rate is None else rate
         uniform = jax.random.uniform(self.make_rng("drop_path"), (branch.shape[0], 1, 1))
-        return drop_path(branch, uniform, self.config.drop_path)
+        return drop_path(branch, uniform, rate)
 
 
 class EncoderStage(nn.Module):
@@ -121,10 +129,7 @@ class EncoderStage(nn.Module):
         if self.embeds:
             x = self._embed(x)
             self.sow("intermediates", "embedded", x)
-        block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
-        for i, config in enumerate(self.blocks):
-            x = block(self.encoder, config, self.dtype, name=f"block_{i}")(x, train)
-            self.sow("intermediates", "block", x)
+        x = self._run_blocks(x, train)
         if not self.classifies:
             return x
         x = layer_norm(self.encoder, self.dtype, "norm")(x[:, 0])
@@ -133,6 +138,30 @@ class EncoderStage(nn.Module):
         return constrain(
             logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "batch", "labels"
         )
+
+    def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
+        """One after another; those in a row that are alike as one loop under `scan_layers`."""
+        remat, loops = self.encoder.remat, self.encoder.scan_layers and not self.is_initializing()
+        block = nn.remat(Block, static_argnums=(2,)) if remat and not loops else Block
+        blocks = [
+            (config, block(self.encoder, config, self.dtype, name=f"block_{i}"))
+            for i, config in enumerate(self.blocks)
+        ]
+        for _, alike in itertools.groupby(
+            blocks, key=lambda pair: dataclasses.replace(pair[0], drop_path=0.0)
+        ):
+            configs, modules = zip(*alike, strict=True)
+            if loops and len(modules) > 1:
+                rates = [config.drop_path for config in configs]
+                each = (jnp.asarray(rates),) if any(rates) else ()
+                x, outputs = layers.scan(
+                    modules, x, train, each=each, streams=("drop_path", "gate"), remat=remat
+                )
+            else:
+                outputs = [x := module(x, train) for module in modules]
+            for output in outputs:
+                self.sow("intermediates", "block", output)
+        return x
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
         """Images for a stage that embeds, else tokens of the width its first block takes."""
@@ -211,12 +240,14 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def drop_path(
-    branch: Float[Array, "B T D"], uniform: Float[Array, "B 1 1"], rate: float
+    branch: Float[Array, "B T D"],
+    uniform: Float[Array, "B 1 1"],
+    rate: float | Float[Array, ""],
 ) -> Float[Array, "B T D"]:
     """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) a
     sample."""
     keep = 1.0 - rate
-    return branch / keep * jnp.floor(keep + uniform).astype(branch.dtype)
+    return branch / jnp.asarray(keep, branch.dtype) * jnp.floor(keep + uniform).astype(branch.dtype)
 
 
 def tokens(encoder: EncoderConfig, interface: Interface) -> int:

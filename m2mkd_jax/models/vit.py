@@ -27,6 +27,8 @@ class ViTConfig:
       norm_eps: epsilon of every LayerNorm of the encoder.
       depths: blocks in each stage.
       remat: recomputes each block in the backward pass instead of keeping its activations.
+      scan_layers: runs blocks of a stage that are alike as one loop, which takes less time to
+        compile; random draws are others than without.
     """
 
     patch: int = 16
@@ -37,6 +39,7 @@ class ViTConfig:
     norm_eps: float = 1e-6
     depths: tuple[int, ...] = (3, 3, 3, 3)
     remat: bool = False
+    scan_layers: bool = False
 
     @property
     def encoder(self) -> encoder.EncoderConfig:
@@ -49,6 +52,7 @@ class ViTConfig:
             qkv_bias=self.qkv_bias,
             norm_eps=self.norm_eps,
             remat=self.remat,
+            scan_layers=self.scan_layers,
         )
 
 

@@ -158,7 +158,7 @@ def _by_stage(
 
 def _variant(config: Config) -> str:
     """The published name of the teacher; "" where it has none."""
-    plain = dataclasses.replace(config.teacher, depths=(1,), remat=False)
+    plain = dataclasses.replace(config.teacher, depths=(1,), remat=False, scan_layers=False)
     for name, (image_size, _, changes) in vit.VARIANTS.items():
         if image_size == config.data.image_size and vit.ViTConfig(depths=(1,), **changes) == plain:
             return name

@@ -1,0 +1,180 @@
+"""Networks that compute again instead of keeping, or run their layers as one loop: the same
+parameters, losses and gradients, to float64's rounding."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax import numpy as jnp
+from tiny import MOE, SIZES, fill, unoptimised
+
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from common_jax.pods.flops import count_flops
+from m2mkd_jax.models import encoder, vit, vmoe
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.models.nac import model as nac
+from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+
+INTERFACE = Interface(image_size=8, channels=3, labels=5)
+NAC = nac.NacConfig(
+    tokenizer=TokenizerConfig(preset="atto", width=16, stem=2, stages=1, grid_width=8),
+    inputs=4,
+    mediators=6,
+    outputs=3,
+    iterations=1,
+    width=24,
+    code_width=20,
+    signature_width=12,
+    heads=2,
+    head_width=8,
+)
+MBART = MBartConfig(
+    vocab=40,
+    width=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_heads=2,
+    decoder_heads=2,
+    encoder_hidden=24,
+    decoder_hidden=24,
+    positions=32,
+)
+
+
+def _vit(rate, **switches):
+    config = vit.ViTConfig(depths=(1, 2), **SIZES, **switches)
+    return vit.build(config, INTERFACE, dtype=jnp.float64, drop_path=rate)
+
+
+def _vmoe(rate, **switches):
+    config = vmoe.VMoEConfig(depths=(1, 2), moe=MOE, **SIZES, **switches)
+    return vmoe.build(config, INTERFACE, stitch_width=None, dtype=jnp.float64, drop_path=rate)
+
+
+def _nac(rate, **switches):
+    config = dataclasses.replace(NAC, **switches)
+    return nac.build(config, INTERFACE, dtype=jnp.float64, drop_path=rate)
+
+
+def _logits_of_images(network, params, rngs):
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)))
+    return network.apply(params, images, train=True, rngs=rngs)[0]
+
+
+def _mbart(rate, **switches):
+    config = dataclasses.replace(MBART, dropout=rate, **switches)
+    config = ModelConfig(config, MapperConfig("mlp", prefix=4, features=8))
+    return Translator(config, jnp.float64)
+
+
+def _logits_of_tokens(model, params, rngs):
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8)))
+    source, labels = jnp.asarray([[30, 5, 6, 7, 2]] * 4), jnp.asarray([[31, 11, 12, 13, 14, 2]] * 4)
+    return model.train_logits(params, features, source, labels, dropout=rngs["dropout"])
+
+
+MODELS = {
+    "vit": (_vit, _logits_of_images),
+    "vmoe": (_vmoe, _logits_of_images),
+    "nac": (_nac, _logits_of_images),
+    "mbart": (_mbart, _logits_of_tokens),
+}
+STREAMS = ("dropout", "drop_path", "code", "kernel", "state", "pooling", "gate")
+LOOPED = ("vit", "vmoe", "mbart")
+
+
+def compare(name, rate, **switches):
+    """Requires the same loss and gradients with and without `switches`; returns what is counted of
+    both."""
+    build, logits = MODELS[name]
+    with jax.enable_x64(True), unoptimised():
+        rngs = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
+        params = fill(build(rate).init)
+        assert _shapes(build(rate)) == _shapes(build(rate, **switches))
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        results, counts = [], []
+        for model in (build(rate), build(rate, **switches)):
+            loss = lambda params, model=model: jnp.mean(logits(model, params, rngs) ** 2)  # noqa: E731
+            gradient = jax.value_and_grad(loss)
+            results.append(jax.jit(gradient)(params))
+            counts.append(count_flops(gradient, params))
+    plain, other = map(traverse_util.flatten_dict, ({"": x[0], **x[1]} for x in results))
+    assert plain[("",)].dtype == np.float64
+    for path, one in plain.items():
+        scale = float(np.abs(one).max())
+        np.testing.assert_allclose(other[path], one, rtol=1e-12, atol=1e-12 * scale, err_msg=path)
+    return counts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_remat_changes_no_loss_and_no_gradient(name):
+    kept, again = compare(name, 0.1, remat=True)
+    assert kept.again == 0 < again.again
+    assert kept.model == again.model
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", LOOPED)
+def test_a_loop_over_layers_changes_no_loss_and_no_gradient(name, remat):
+    one_by_one, looped = compare(name, 0.0, scan_layers=True, remat=remat)
+    assert one_by_one.again == 0
+    assert (looped.again > 0) == remat
+    assert one_by_one.model == looped.model
+
+
+def test_in_a_loop_every_block_drops_paths_at_its_own_rate(monkeypatch):
+    # A branch is dropped where its rate is above one half, whatever would be drawn.
+    monkeypatch.setattr(
+        encoder, "drop_path", lambda x, u, rate, drop=encoder.drop_path: drop(x, 0 * u + 0.5, rate)
+    )
+    compare("vit", 0.9, scan_layers=True)
+
+
+def test_in_a_loop_every_layer_draws_for_itself():
+    config = vit.ViTConfig(depths=(4,), scan_layers=True, **SIZES)
+    stage = vit.build(config, INTERFACE).stages[0]
+    blocks = tuple(dataclasses.replace(block, drop_path=0.5) for block in stage.blocks)
+    stage = stage.clone(blocks=blocks)
+    images = jax.random.normal(jax.random.key(2), (32, 8, 8, 3))
+    params = stage.init(jax.random.key(0), images, train=False)
+    rngs = {"drop_path": jax.random.key(1)}
+    _, kept = stage.apply(params, images, train=True, rngs=rngs, mutable=["intermediates"])
+    states = np.stack([*kept["intermediates"]["embedded"], *kept["intermediates"]["block"]])
+    passed = np.abs(np.diff(states, axis=0)).max((2, 3)) == 0  # both branches dropped: a quarter
+    assert passed.shape == (4, 32)
+    assert 0 < passed.sum() < passed.size
+    assert len({row.tobytes() for row in passed}) == 4
+
+
+def test_what_layers_sow_is_there_after_a_loop():
+    found = []
+    for loop in (False, True):
+        network = _vmoe(0.0, scan_layers=loop)
+        with jax.enable_x64(True), unoptimised():
+            images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)))
+            params = fill(network.init)
+            _, records = network.apply(params, images, record=("moe", "routing", "intermediates"))
+        found.append(traverse_util.flatten_dict(records))
+    plain, looped = found
+    assert plain.keys() == looped.keys() and len(plain) > 20
+    for path, one in plain.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-6), one, looped[path])
+
+
+def test_a_loop_is_one_program_whatever_its_length():
+    def size(depth):
+        network = vit.build(vit.ViTConfig(depths=(depth,), scan_layers=True, **SIZES), INTERFACE)
+        params = jax.eval_shape(network.init, jax.random.key(0))
+        images = jax.ShapeDtypeStruct((4, 8, 8, 3), jnp.float32)
+        text = jax.jit(lambda *x: network.apply(*x)[0]).lower(params, images).as_text()
+        return text.count("dot_general")
+
+    assert size(8) == size(2)
+
+
+def _shapes(model):
+    return jax.eval_shape(model.init, jax.random.key(0))
