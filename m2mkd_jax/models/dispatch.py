@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from common_jax.mesh import AXES
+from common_jax.nn.mlp import gelu
 from m2mkd_jax.models.grouped import Experts, arrange, block_size, grouped_mlp
 from m2mkd_jax.models.routing import Routes, rank_in_expert
 
@@ -133,7 +134,7 @@ def _capacity_local(
     if peers > 1:
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
     hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
-    active = jax.nn.gelu(hidden.astype(wide), approximate=False).astype(x.dtype)
+    active = gelu(hidden.astype(wide)).astype(x.dtype)
     rows = jnp.einsum("ERF,EFD->ERD", active, experts.down) + experts.down_bias[:, None]
     if peers > 1:
         rows = jax.lax.all_to_all(rows, "expert", split_axis=1, concat_axis=0, tiled=True)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
+from common_jax.nn.mlp import gelu
 from m2mkd_jax.models.routing import rank_in_expert
 
 
@@ -104,7 +105,7 @@ def _add(total: Array, index: Int[Array, "R"], rows: Array, *, unique: bool) -> 
 
 def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> tuple[Array, Array]:
     hidden = (times(x, experts.up) + experts.up_bias).astype(x.dtype)
-    active = jax.nn.gelu(hidden.astype(_accumulator(x.dtype)), approximate=False)
+    active = gelu(hidden.astype(_accumulator(x.dtype)))
     return hidden, times(active.astype(x.dtype), experts.down) + experts.down_bias
 
 
