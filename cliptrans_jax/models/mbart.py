@@ -180,9 +180,7 @@ class Encoder(nn.Module):
         sizes = _Sizes(
             config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
         )
-        layer = EncoderLayer
-        if config.remat and not config.scan_layers:
-            layer = nn.remat(EncoderLayer, static_argnums=(3,))
+        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
@@ -208,9 +206,7 @@ class Decoder(nn.Module):
         sizes = _Sizes(
             config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
         )
-        layer = DecoderLayer
-        if config.remat and not config.scan_layers:
-            layer = nn.remat(DecoderLayer, static_argnums=(5,))
+        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
@@ -371,7 +367,7 @@ def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> 
     if not config.scan_layers or half.is_initializing():
         return functools.reduce(lambda x, layer: layer(x, *arguments), half.layer, x)
     streams = ("dropout",) if config.dropout else ()
-    return layers.scan(half.layer, x, *arguments, streams=streams, remat=config.remat)[0]
+    return layers.scan(half.layer, x, *arguments, streams=streams)[0]
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:

@@ -14,7 +14,6 @@ def scan(
     *arguments: Any,
     each: Sequence[jax.Array] = (),
     streams: Sequence[str] = (),
-    remat: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """What the last of `layers` makes of x, and what each makes, in a `jax.lax.scan`.
 
@@ -29,7 +28,6 @@ def scan(
       arguments: the same for all; those that are no arrays are constants of the program.
       each: arrays with an entry a layer.
       streams: of random numbers that the layers draw from, where they are given.
-      remat: computes a layer again in the backward pass instead of keeping what is inside.
     """
     first = layers[0]
     single = first.clone(parent=None, name=None)
@@ -48,7 +46,6 @@ def scan(
         x, sown = single.apply(variables, x, *arguments, *own, rngs=keys, mutable=mutable)
         return x, (x, sown)
 
-    run = jax.checkpoint(run, prevent_cse=False) if remat else run
     x, (outputs, sown) = jax.lax.scan(run, x, (stacked, keys, tuple(each)))
     for i, layer in enumerate(layers):
         for collection, values in jax.tree.map(lambda leaf, i=i: leaf[i], sown).items():

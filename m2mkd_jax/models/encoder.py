@@ -19,6 +19,8 @@ from m2mkd_jax.models.moe import MoeConfig, MoeMlp
 from m2mkd_jax.models.stitch import Stitch
 from m2mkd_jax.stages import Network
 
+STREAMS = ("drop_path", "gate")  # of random numbers that a block may draw from
+
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
@@ -141,8 +143,8 @@ class EncoderStage(nn.Module):
 
     def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
         """One after another; those in a row that are alike as one loop under `scan_layers`."""
-        remat, loops = self.encoder.remat, self.encoder.scan_layers and not self.is_initializing()
-        block = nn.remat(Block, static_argnums=(2,)) if remat and not loops else Block
+        loops = self.encoder.scan_layers and not self.is_initializing()
+        block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
         blocks = [
             (config, block(self.encoder, config, self.dtype, name=f"block_{i}"))
             for i, config in enumerate(self.blocks)
@@ -154,9 +156,7 @@ class EncoderStage(nn.Module):
             if loops and len(modules) > 1:
                 rates = [config.drop_path for config in configs]
                 each = (jnp.asarray(rates),) if any(rates) else ()
-                x, outputs = layers.scan(
-                    modules, x, train, each=each, streams=("drop_path", "gate"), remat=remat
-                )
+                x, outputs = layers.scan(modules, x, train, each=each, streams=STREAMS)
             else:
                 outputs = [x := module(x, train) for module in modules]
             for output in outputs:
