@@ -3,8 +3,8 @@
 The students are those of a V-MoE of four stages and of a NAC of ten, at the sizes of the demos. For
 each, gradients are compared module by module; then the update of one program with all pairs is
 timed in turns with the updates of all programs with one pair, on the same images; and once each,
-whole runs of --steps updates as a user starts them (`config.distill.pairs_at_once` 0 and 1), with
-start, compilation, data, evaluation and saving.
+whole runs of --steps updates as a user starts them, one with `module=all` and K with one module,
+one after another: with start, compilation, data, evaluation and saving.
 
 With m, t and s the forward operations of a stage of the meta model, the teacher and the student, K
 programs of one pair do for an update
@@ -47,7 +47,7 @@ from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
-ONE, EACH = "all pairs", "a program each"
+ONE, EACH, RUN_EACH = "all pairs", "a program each", "a run each"
 TEN = (1,) * 10
 NAC_FLAGS = {
     "model.iterations": 8,
@@ -146,22 +146,25 @@ def save_helpers(config: Config, folder: pathlib.Path) -> None:
         checkpoints.close()
 
 
-def time_run(file: str, changes: dict[str, object], folder: pathlib.Path, **own: int) -> float:
+def time_run(
+    file: str, changes: dict[str, object], folder: pathlib.Path, *, steps: int, module: str
+) -> float:
     """Seconds of a whole run in a process of its own."""
     settings = changes | {
         "sources.meta": folder / "meta",
         "sources.teacher": folder / "teacher",
         "run.compilation_cache": None,
-        "optim.steps": own["steps"],
+        "optim.steps": steps,
         "optim.warmup_steps": 10,
-        "distill.pairs_at_once": own["at_once"],
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "m2mkd_jax.main", f"--config={ROOT / file}:phase=distill"]
+    config = f"--config={ROOT / file}:phase=distill,module={module}"
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         done = subprocess.run(
-            [*command, *flags, f"--workdir={workdir}/run"], capture_output=True, text=True
+            [sys.executable, "-m", "m2mkd_jax.main", config, *flags, f"--workdir={workdir}/run"],
+            capture_output=True,
+            text=True,
         )
     if done.returncode:
         raise SystemExit(f"a run ended with status {done.returncode}:\n{done.stderr[-2000:]}")
@@ -171,17 +174,19 @@ def time_run(file: str, changes: dict[str, object], folder: pathlib.Path, **own:
 def compare_runs(
     name: str, file: str, changes: dict[str, object], steps: int, target: float
 ) -> timing.Claim:
+    config = load(file, changes)
+    modules = ["all", *map(str, config.modules())]
     with tempfile.TemporaryDirectory() as folder:
-        save_helpers(load(file, changes), pathlib.Path(folder))
-        one, each = (
-            time_run(file, changes, pathlib.Path(folder), steps=steps, at_once=at_once)
-            for at_once in (0, 1)
+        folder = pathlib.Path(folder)
+        save_helpers(config, folder)
+        one, *each = (
+            time_run(file, changes, folder, steps=steps, module=module) for module in modules
         )
-    print(f"{name}, run of {steps} updates: {ONE} {one:.0f} s, {EACH} {each:.0f} s")
-    ratio = each / one
+    print(f"{name}, {steps} updates: {ONE} {one:.0f} s, {RUN_EACH} {sum(each):.0f} s")
+    ratio = sum(each) / one
     return {
         "claim": f"{name}, run of {steps} updates",
-        "peer": EACH,
+        "peer": RUN_EACH,
         **dict.fromkeys(("ratio", "low", "high", "processor"), ratio),
         "repeats": 1,
         "target": target,
