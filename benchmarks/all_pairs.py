@@ -156,9 +156,10 @@ def time_run(
         "run.compilation_cache": None,
         "optim.steps": steps,
         "optim.warmup_steps": 10,
+        "module": module,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    config = f"--config={ROOT / file}:phase=distill,module={module}"
+    config = f"--config={ROOT / file}:phase=distill"
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         done = subprocess.run(
