@@ -363,11 +363,9 @@ class MBart(nn.Module):
 
 def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> jax.Array:
     """x through the layers of encoder or decoder."""
-    config = half.config
-    if not config.scan_layers or half.is_initializing():
+    if not half.config.scan_layers or half.is_initializing():
         return functools.reduce(lambda x, layer: layer(x, *arguments), half.layer, x)
-    streams = ("dropout",) if config.dropout else ()
-    return layers.scan(half.layer, x, *arguments, streams=streams)[0]
+    return layers.scan(half.layer, x, *arguments, streams=("dropout",))[0]
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
