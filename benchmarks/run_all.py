@@ -51,7 +51,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("vit_step", "training step of a dense ViT"): (
         "XLA on CPU sums the gradients of the residuals anew in several fusions, about a tenth of "
         "the step; the rest is matrix products and the loops around them, which torch runs by "
-        "oneDNN and fused kernels."
+        "oneDNN and fused kernels. With two threads the ratio by processor seconds is higher: XLA "
+        "leaves one of them idle in part of the step."
     ),
     ("mclip_features", "text features of M-CLIP, sentences sorted"): (
         "Ours pads to a multiple of 8 tokens, torch to the longest sentence: an eighth less "
