@@ -6,43 +6,20 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_cliptrans
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import MOE, SIZES, fill, unoptimised
+from tiny import MOE, NAC, SIZES, fill, unoptimised
 
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
 from common_jax.pods.flops import count_flops
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.nac import model as nac
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 
 INTERFACE = Interface(image_size=8, channels=3, labels=5)
-NAC = nac.NacConfig(
-    tokenizer=TokenizerConfig(preset="atto", width=16, stem=2, stages=1, grid_width=8),
-    inputs=4,
-    mediators=6,
-    outputs=3,
-    iterations=1,
-    width=24,
-    code_width=20,
-    signature_width=12,
-    heads=2,
-    head_width=8,
-)
-MBART = MBartConfig(
-    vocab=40,
-    width=16,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_heads=2,
-    decoder_heads=2,
-    encoder_hidden=24,
-    decoder_hidden=24,
-    positions=32,
-)
+MBART = dataclasses.replace(tiny_cliptrans.MBART, encoder_layers=2, decoder_layers=2)
 
 
 def _vit(rate, **switches):

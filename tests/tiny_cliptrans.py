@@ -50,6 +50,18 @@ MBART = MBartConfig(
     decoder_hidden=32,
     positions=32,
 )
+# No two sizes alike that a layout of weights could mix up.
+UNEVEN = MBartConfig(
+    vocab=40,
+    width=16,
+    encoder_layers=2,
+    decoder_layers=1,
+    encoder_heads=4,
+    decoder_heads=2,
+    encoder_hidden=24,
+    decoder_hidden=20,
+    positions=12,
+)
 
 
 def write_corpus(root: pathlib.Path) -> pathlib.Path:

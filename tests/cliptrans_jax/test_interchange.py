@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import unoptimised
+from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import names, pretrained
 from cliptrans_jax.models import mbart
@@ -17,17 +18,6 @@ from cliptrans_jax.tensors import kinds
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
-CONFIG = MBartConfig(
-    vocab=40,
-    width=16,
-    encoder_layers=2,
-    decoder_layers=1,
-    encoder_heads=4,
-    decoder_heads=2,
-    encoder_hidden=24,
-    decoder_hidden=20,
-    positions=12,
-)
 # What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
 MBART50 = {
     "activation_dropout": 0.0,
@@ -73,7 +63,7 @@ def reference():
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)
-    sizes = kinds.mbart_hf_config(CONFIG)
+    sizes = kinds.mbart_hf_config(UNEVEN)
     model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes))
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -83,8 +73,8 @@ def reference():
 
 @pytest.fixture(scope="module")
 def logits_of():
-    network = MBart(CONFIG, jnp.float32)
-    arrays = jnp.asarray(SOURCE), jnp.asarray(CONFIG.pad != SOURCE), jnp.asarray(TARGET)
+    network = MBart(UNEVEN, jnp.float32)
+    arrays = jnp.asarray(SOURCE), jnp.asarray(UNEVEN.pad != SOURCE), jnp.asarray(TARGET)
     return jax.jit(lambda params: network.apply({"params": params}, *arrays))
 
 
@@ -92,7 +82,7 @@ def reference_logits(model):
     import torch
 
     source, target = torch.tensor(SOURCE), torch.tensor(TARGET)
-    mask = (source != CONFIG.pad).long()
+    mask = (source != UNEVEN.pad).long()
     with torch.no_grad():
         given = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
         return model(**given).logits.numpy()
@@ -109,7 +99,7 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_pa
     names_there = {path.name for path in tmp_path.iterdir()}
     assert ("model.safetensors.index.json" in names_there) == (form == "shards")
     found = pretrained.load(tmp_path)
-    assert (found.kind, found.config) == ("mbart", CONFIG)
+    assert (found.kind, found.config) == ("mbart", UNEVEN)
     aliases = {alias for alias, _ in found.account.aliases}
     assert aliases == (set(kinds.MBART.aliases) if form == "bin" else set())
     np.testing.assert_allclose(
@@ -120,7 +110,7 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_pa
 def test_hugging_face_reads_what_is_saved(reference, logits_of, tmp_path):
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     params = make_params()
-    pretrained.save(tmp_path / "saved", params, CONFIG)
+    pretrained.save(tmp_path / "saved", params, UNEVEN)
     model, report = transformers.MBartForConditionalGeneration.from_pretrained(
         tmp_path / "saved", output_loading_info=True
     )
@@ -130,14 +120,14 @@ def test_hugging_face_reads_what_is_saved(reference, logits_of, tmp_path):
     )
     model.save_pretrained(tmp_path / "again")
     again = pretrained.load(tmp_path / "again")
-    assert again.config == CONFIG
+    assert again.config == UNEVEN
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
 def make_params():
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), kinds.MBART.shapes(CONFIG)
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), kinds.MBART.shapes(UNEVEN)
     )
 
 
@@ -158,10 +148,10 @@ def hub(folder, fetched, *, files):
 def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, form):
     monkeypatch.chdir(tmp_path)
     params, folder, fetched = make_params(), tmp_path / "cache", []
-    pretrained.save(tmp_path / "there", params, CONFIG)
+    pretrained.save(tmp_path / "there", params, UNEVEN)
     folder.mkdir()
     config = (tmp_path / "there" / "config.json").read_bytes()
-    tensors = names.write(kinds.MBART.table(CONFIG), params)
+    tensors = names.write(kinds.MBART.table(UNEVEN), params)
     weights = {
         "safetensors": {"model.safetensors": lambda path: pretrained.write_tensors(path, tensors)},
         "bin": {"pytorch_model.bin": lambda path: torch_files.save(path, tensors)},
@@ -176,7 +166,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
         pretrained.load("gs://a/b", fetch=True)
     assert not fetched
     found = pretrained.load("facebook/mbart", fetch=True)
-    assert (found.config, found.source) == (CONFIG, "facebook/mbart")
+    assert (found.config, found.source) == (UNEVEN, "facebook/mbart")
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     asked = [patterns for name, patterns in fetched if name == "facebook/mbart"]
     assert len(asked) == {"safetensors": 1, "bin": 2}[form]
@@ -200,7 +190,7 @@ def test_without_network_a_model_of_the_hub_is_named(tmp_path, monkeypatch):
 
 def test_each_device_is_given_only_its_part():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    params, shapes = make_params(), kinds.MBART.shapes(CONFIG)
+    params, shapes = make_params(), kinds.MBART.shapes(UNEVEN)
     shardings = match_rules(mbart.PARTITION_RULES, shapes, mesh)
     wanted = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -229,13 +219,13 @@ def test_each_device_is_given_only_its_part():
 
 def test_an_account_is_a_short_table(tmp_path):
     params = make_params()
-    tensors = names.write(kinds.MBART.table(CONFIG), params)
+    tensors = names.write(kinds.MBART.table(UNEVEN), params)
     tensors |= {alias: tensors[name] for alias, name in kinds.MBART.aliases.items()}
     extra = {f"old.{i}.weight": np.zeros(1) for i in range(12)}
     _, account = names.read(
-        kinds.MBART.table(CONFIG),
+        kinds.MBART.table(UNEVEN),
         tensors | extra,
-        shapes=kinds.MBART.shapes(CONFIG),
+        shapes=kinds.MBART.shapes(UNEVEN),
         file="model.bin",
         aliases=kinds.MBART.aliases,
         dropped={r"old\..*": "of another time"},
@@ -255,7 +245,7 @@ def test_an_account_is_a_short_table(tmp_path):
 
 def test_mbart_50_s_config_is_the_default():
     assert kinds.mbart_config(MBART50) == MBartConfig()
-    assert kinds.mbart_config(kinds.mbart_hf_config(CONFIG)) == CONFIG
+    assert kinds.mbart_config(kinds.mbart_hf_config(UNEVEN)) == UNEVEN
     for start, want in ((None, 5), (7, 7)):
         told = {"eos_token_id": 5, "decoder_start_token_id": start}
         assert kinds.mbart_config(MBART50 | told).start == want

@@ -10,6 +10,7 @@ import pytest
 import torch_files
 from flax import traverse_util
 from tiny import unoptimised
+from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import convert, names, pretrained
 from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
@@ -21,18 +22,7 @@ from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import kinds
 from common_jax.tensors import read_tensors, write_tensors
 
-MBART = MBartConfig(
-    vocab=40,
-    width=16,
-    encoder_layers=2,
-    decoder_layers=1,
-    encoder_heads=4,
-    decoder_heads=2,
-    encoder_hidden=24,
-    decoder_hidden=20,
-    positions=12,
-)
-MODEL = ModelConfig(MBART, MapperConfig(prefix=3, features=6))
+MODEL = ModelConfig(UNEVEN, MapperConfig(prefix=3, features=6))
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
 MCLIP = MClipConfig(vocab=40, positions=12, **SIZES)
 VISION = ClipVisionConfig(image=8, patch=4, **SIZES)
@@ -40,7 +30,7 @@ TEXT = ClipTextConfig(vocab=40, positions=10, **SIZES)
 RESNET = ResNetConfig(image=64, layers=(2, 1, 1, 1), width=4, features=8)
 OPENAI_TEXT = dataclasses.replace(TEXT, width=128)
 CONFIGS = {
-    "mbart": MBART,
+    "mbart": UNEVEN,
     "mclip": MCLIP,
     "clip_vision": VISION,
     "clip_text": TEXT,
@@ -88,12 +78,12 @@ def write_folder(folder, hf, tensors):
 
 
 def hf_mbart(**changes):
-    return kinds.mbart_hf_config(MBART) | changes
+    return kinds.mbart_hf_config(UNEVEN) | changes
 
 
 def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
-    params = make_params(kinds.MBART, MBART)
-    config = dataclasses.replace(MBART, scale_embedding=False, start=7, pad=3, dropout=0.2)
+    params = make_params(kinds.MBART, UNEVEN)
+    config = dataclasses.replace(UNEVEN, scale_embedding=False, start=7, pad=3, dropout=0.2)
     vocabulary = tmp_path / "sentencepiece.bpe.model"
     vocabulary.write_bytes(b"pieces")
     folder = tmp_path / "new" / "mbart"
@@ -108,18 +98,18 @@ def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
 
 
 def test_nothing_else_is_overwritten(tmp_path):
-    params, folder = make_params(kinds.MBART, MBART), tmp_path / "mbart"
-    pretrained.save(folder, params, MBART)
+    params, folder = make_params(kinds.MBART, UNEVEN), tmp_path / "mbart"
+    pretrained.save(folder, params, UNEVEN)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    other = make_params(kinds.MBART, MBART, seed=1)
+    other = make_params(kinds.MBART, UNEVEN, seed=1)
     extra = tmp_path / "vocab.json"
     extra.touch()
     for changed, files in ((other, ()), (params, (extra,))):
         with pytest.raises(FileExistsError, match="mbart exists and holds something else"):
-            pretrained.save(folder, changed, MBART, tokenizer_files=files)
+            pretrained.save(folder, changed, UNEVEN, tokenizer_files=files)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(FileExistsError, match=r"vocab\.json exists"):
-        pretrained.save(extra, params, MBART)
+        pretrained.save(extra, params, UNEVEN)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mbart", "vocab.json"]
 
 
@@ -130,26 +120,26 @@ def test_a_save_that_is_cut_short_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrained, "write_tensors", fail)
     with pytest.raises(OSError, match="No space left"):
-        pretrained.save(tmp_path / "mbart", make_params(kinds.MBART, MBART), MBART)
+        pretrained.save(tmp_path / "mbart", make_params(kinds.MBART, UNEVEN), UNEVEN)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_saved_is_named(tmp_path):
-    params = make_params(kinds.MBART, MBART)
+    params = make_params(kinds.MBART, UNEVEN)
     with pytest.raises(FileNotFoundError, match=r"tokenizer_files: there is no .*vocab\.json"):
-        pretrained.save(tmp_path / "a", params, MBART, tokenizer_files=[tmp_path / "vocab.json"])
+        pretrained.save(tmp_path / "a", params, UNEVEN, tokenizer_files=[tmp_path / "vocab.json"])
     clash = tmp_path / "config.json"
     clash.touch()
     with pytest.raises(ValueError, match=r"tokenizer_files=\[.*config.json'\] must differ"):
-        pretrained.save(tmp_path / "a", params, MBART, tokenizer_files=[clash])
-    other = dataclasses.replace(MBART, encoder_layers=1, decoder_heads=4)
+        pretrained.save(tmp_path / "a", params, UNEVEN, tokenizer_files=[clash])
+    other = dataclasses.replace(UNEVEN, encoder_layers=1, decoder_heads=4)
     with pytest.raises(ValueError, match="are not of this model") as raised:
         pretrained.save(tmp_path / "a", params, other)
     assert "encoder/layer_1/mlp/up/bias (24,) has no place" in str(raised.value)
     assert "memory/bias is (2, 2, 8) and should be (2, 4, 4)" in str(raised.value)
     del params["logits_bias"]
     with pytest.raises(ValueError, match=r"logits_bias \(40,\) is missing"):
-        pretrained.save(tmp_path / "a", params, MBART)
+        pretrained.save(tmp_path / "a", params, UNEVEN)
     assert list(tmp_path.iterdir()) == [clash]
 
 
@@ -312,7 +302,7 @@ def test_half_precision_is_widened(tmp_path):
     tensors = {name: x.astype(np.float16) for name, x in make_tensors("mbart").items()}
     folder = write_folder(tmp_path / "mbart", hf_mbart(), tensors)
     want = jax.tree.map(
-        lambda x: x.astype(np.float16).astype(np.float32), make_params(kinds.MBART, MBART)
+        lambda x: x.astype(np.float16).astype(np.float32), make_params(kinds.MBART, UNEVEN)
     )
     assert_same(pretrained.load(folder).params, want)
 
@@ -354,4 +344,4 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"of no known kind: .*called \['wte.weight'\]"):
         pretrained.load(tmp_path / "other.safetensors")
     config.write_text("{}")  # which tells nothing, so that the tensors do
-    assert pretrained.load(folder, config=MBART).kind == "mbart"
+    assert pretrained.load(folder, config=UNEVEN).kind == "mbart"
