@@ -1,23 +1,21 @@
 """Reading in processes: the same results in the same order as reading here, only sooner.
 
 Threads do not help: between the calls of an image library that let go of the interpreter's lock
-there is enough that does not. The processes are grain's; examples come back through shared memory.
+there is enough that does not. The processes are grain's; examples come back as `pieces`.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
-import numpy as np
 from absl import flags
 
-from common_jax.inputs.examples import BadExample, Batch, Example
+from common_jax.inputs.pieces import Outcome, Receiver, Sender
 
-Outcome = Example | BadExample
 Read = Callable[[int], Outcome]
 
 PIECE = 16  # positions at most that go through a queue together
@@ -43,51 +41,31 @@ def read_in_order(
     if not flags.FLAGS.is_parsed():  # outside absl's `app.run`: grain reads flags of its own
         flags.FLAGS.mark_as_parsed()
     piece = max(1, min(PIECE, batch // workers))
+    waiting = -(-AHEAD * batch // (piece * workers))
     data = grain.MapDataset.range(positions.start, positions.stop, positions.step)
-    data = data.map(read).batch(piece, batch_fn=_pack)
-    options = grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=-(-AHEAD * batch // (piece * workers))
-    )
+    # grain takes as many pieces out of a queue as may wait there; with one that is made, one that
+    # waits to be sent and one that is copied out, no piece finds all slots taken.
+    data = data.map(read).batch(piece, batch_fn=Sender(slots=2 * waiting + 3))
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
     # A worker is a core's work: it reads without threads.
     ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     stream = iter(ahead.mp_prefetch(options, worker_init_fn=_settle))
+    receive = Receiver()
     try:
-        for packed in stream:
-            yield from _unpack(packed)
+        for sent in stream:
+            yield from receive(sent)
     except Exception as error:
         error.add_note(
             f"Read in config.data.workers={workers} processes. If one was terminated, there may "
-            "not be enough memory: lower config.data.workers or config.optim.batch. What cannot be "
-            "pickled cannot be sent to them: set config.data.workers=0."
+            "not be enough memory, or (exit code -7) not enough of it shared: lower "
+            "config.data.workers or config.optim.batch, or enlarge /dev/shm (docker run "
+            "--shm-size=8g). What cannot be pickled cannot be sent to them: set "
+            "config.data.workers=0."
         )
         raise
     finally:
         stream.close()
-
-
-def _pack(outcomes: list[Outcome]) -> list[Outcome] | Batch:
-    """Stacked where that can be undone: one piece of shared memory then holds many examples."""
-    first = outcomes[0]
-    alike = all(
-        isinstance(outcome, dict)
-        and outcome.keys() == first.keys()
-        and all(_kind(outcome[name]) == _kind(first[name]) for name in first)
-        for outcome in outcomes
-    )
-    if not alike:
-        return outcomes
-    return {name: np.stack([outcome[name] for outcome in outcomes]) for name in first}
-
-
-def _kind(value: np.ndarray | np.generic) -> tuple[np.dtype, tuple[int, ...]]:
-    return value.dtype, value.shape
-
-
-def _unpack(packed: list[Outcome] | Batch) -> Iterable[Outcome]:
-    if isinstance(packed, list):
-        return packed
-    rows = zip(*packed.values(), strict=True)
-    return (dict(zip(packed, row, strict=True)) for row in rows)
+        receive.close()
 
 
 def _settle(worker: int, workers: int) -> None:

@@ -46,7 +46,9 @@ class DirectoryFiles:
     names: tuple[str, ...]
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.names[index]).read_bytes()
+        # `Path` would take half again as long.
+        with open(f"{self.root}/{self.names[index]}", "rb") as file:
+            return file.read()
 
 
 class ZipFiles:

@@ -1,0 +1,142 @@
+"""Pieces of a batch, from the process that reads to the one that trains.
+
+They go through shared memory that is used again and again. Memory fresh from the kernel costs five
+times what the copying does: every page is cleared and mapped, by both processes. So each sender has
+a ring of slots as large as its first piece, and the receiver says in the ring's head how many it
+has copied out. A piece that finds no slot free, or is larger, goes as it is: no one waits for a
+ring, and what comes out is the same.
+"""
+
+import contextlib
+import dataclasses
+import math
+import weakref
+from collections.abc import Iterable
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+
+from common_jax.inputs.examples import BadExample, Batch, Example
+
+Outcome = Example | BadExample
+
+HEAD = 64  # bytes before the first slot; arrays start at multiples of it
+COUNT = "q"  # the head's only content: how many pieces the receiver is done with
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One array of a piece, `start` bytes into the ring."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def array(self, ring: SharedMemory) -> np.ndarray:
+        return np.ndarray(self.shape, self.dtype, ring.buf, self.start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """What is sent in place of a piece that lies in a ring: the `number`-th that was put there."""
+
+    ring: str
+    number: int
+    fields: tuple[Field, ...]
+
+
+class Sender:
+    """Outcomes -> what is to be sent to a `Receiver`; can be pickled until it is first called.
+
+    Args:
+      slots: how many pieces the ring holds; as many as can be under way are of use.
+    """
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self._ring: SharedMemory | None = None
+        self._slot_size = self._placed = 0
+
+    def __call__(self, outcomes: list[Outcome]) -> Placed | Batch | list[Outcome]:
+        if not _alike(outcomes):
+            return outcomes
+        first = outcomes[0]
+        size = sum(_padded(len(outcomes) * value.nbytes) for value in first.values())
+        if self._ring is None:
+            self._make_ring(size)
+        if size > self._slot_size or self._placed - self._done[0] >= self.slots:
+            return {name: np.stack([outcome[name] for outcome in outcomes]) for name in first}
+        fields, start = [], HEAD + self._placed % self.slots * self._slot_size
+        for name, value in first.items():
+            field = Field(name, value.dtype, (len(outcomes), *value.shape), start)
+            np.stack([outcome[name] for outcome in outcomes], out=field.array(self._ring))
+            fields.append(field)
+            start += _padded(len(outcomes) * value.nbytes)
+        self._placed += 1
+        return Placed(self._ring.name, self._placed - 1, tuple(fields))
+
+    def _make_ring(self, size: int) -> None:
+        self._slot_size = size
+        self._ring = SharedMemory(create=True, size=HEAD + self.slots * size)
+        self._done = self._ring.buf[:HEAD].cast(COUNT)
+        weakref.finalize(self, _forget, self._ring, self._done)
+
+
+class Receiver:
+    """What a `Sender` sent -> the outcomes, in memory of their own."""
+
+    def __init__(self):
+        self._rings: dict[str, tuple[SharedMemory, memoryview]] = {}
+
+    def __call__(self, sent: Placed | Batch | list[Outcome]) -> Iterable[Outcome]:
+        if isinstance(sent, Placed):
+            sent = self._copied(sent)
+        if isinstance(sent, list):
+            return sent
+        rows = zip(*sent.values(), strict=True)
+        return (dict(zip(sent, row, strict=True)) for row in rows)
+
+    def _copied(self, piece: Placed) -> Batch:
+        if piece.ring not in self._rings:
+            ring = SharedMemory(piece.ring)
+            ring.unlink()  # the name is of no more use: nothing stays if a process is killed
+            self._rings[piece.ring] = ring, ring.buf[:HEAD].cast(COUNT)
+        ring, done = self._rings[piece.ring]
+        # Only the pieces before this one: the queue that brought this one lies between their
+        # copies and this store, so no processor can let the sender see it too early.
+        done[0] = piece.number
+        return {field.name: field.array(ring).copy() for field in piece.fields}
+
+    def close(self) -> None:
+        for ring, done in self._rings.values():
+            done.release()
+            ring.close()
+        self._rings.clear()
+
+
+def _forget(ring: SharedMemory, done: memoryview) -> None:
+    done.release()
+    ring.close()
+    with contextlib.suppress(FileNotFoundError):  # the receiver has removed the name
+        ring.unlink()
+
+
+def _alike(outcomes: list[Outcome]) -> bool:
+    """Whether they are examples that can be stacked, and unstacked to the same."""
+    first = outcomes[0]
+    return all(
+        isinstance(outcome, dict)
+        and outcome.keys() == first.keys()
+        and all(_kind(outcome[name]) == _kind(first[name]) for name in first)
+        and not any(value.dtype.hasobject for value in outcome.values())
+        for outcome in outcomes
+    )
+
+
+def _kind(value: np.ndarray | np.generic) -> tuple[np.dtype, tuple[int, ...]]:
+    return value.dtype, value.shape
+
+
+def _padded(size: int) -> int:
+    return math.ceil(size / HEAD) * HEAD

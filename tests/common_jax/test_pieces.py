@@ -1,0 +1,143 @@
+"""What goes through the ring comes out as it was, and none of the ring stays behind."""
+
+import pickle
+import time
+from multiprocessing.shared_memory import SharedMemory
+
+import numpy as np
+import pytest
+
+from common_jax.inputs import BadExample, train_batches
+from common_jax.inputs.pieces import Placed, Receiver, Sender
+
+
+def piece(number, *, size=5, count=3):
+    """Examples with an array, a scalar and a string each."""
+    rng = np.random.default_rng(number)
+    return [
+        {
+            "row": rng.normal(size=(size, 2)).T,
+            "label": np.int32(rng.integers(100)),
+            "text": np.array(f"{number}:{row}"),
+        }
+        for row in range(count)
+    ]
+
+
+def through_pickle(sent):
+    return pickle.loads(pickle.dumps(sent))
+
+
+def assert_same(found, expected):
+    found = list(found)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.fixture
+def receive():
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2])
+def test_slots_are_used_again_once_their_piece_is_out(receive, behind):
+    """However far the receiver is behind, as long as no more is under way than there are slots."""
+    send, under_way = Sender(slots=behind + 2), []
+    for number in range(20):
+        under_way.append((number, through_pickle(send(piece(number)))))
+        assert isinstance(under_way[-1][1], Placed)
+        if number >= behind:
+            number, sent = under_way.pop(0)
+            assert_same(receive(sent), piece(number))
+
+
+def test_a_full_ring_overwrites_nothing_and_no_one_waits(receive):
+    send = Sender(slots=3)
+    sent = [through_pickle(send(piece(number))) for number in range(8)]
+    assert [isinstance(each, Placed) for each in sent] == [True] * 3 + [False] * 5
+    received = [list(receive(each)) for each in sent]
+    for number, outcomes in enumerate(received):
+        assert_same(outcomes, piece(number))
+    assert isinstance(send(piece(8)), Placed)  # whose slots are free again
+
+
+def test_what_was_received_is_not_written_over(receive):
+    send = Sender(slots=2)
+    first = list(receive(send(piece(0))))
+    for number in range(1, 6):
+        list(receive(send(piece(number))))
+    assert_same(first, piece(0))
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        piece(1, size=6),  # larger than a slot
+        piece(1) + piece(2, size=4),
+        [BadExample("file", "broken"), *piece(1)],
+        [*piece(1), {"row": np.zeros(2)}],
+        [{"row": np.array([None, "object"])}],
+    ],
+    ids=["large", "uneven", "bad", "names", "objects"],
+)
+def test_what_fits_no_slot_goes_as_it_is(receive, outcomes):
+    send = Sender(slots=4)
+    list(receive(send(piece(0))))
+    sent = through_pickle(send(outcomes))
+    assert not isinstance(sent, Placed)
+    if isinstance(outcomes[0], BadExample):
+        assert str(next(iter(receive(sent)))) == "file: broken"
+    else:
+        assert_same(receive(sent), outcomes)
+    assert_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one does
+
+
+def test_no_ring_stays_behind(receive):
+    send = Sender(slots=2)
+    name = send(piece(0)).ring
+    SharedMemory(name).close()
+    del send
+    with pytest.raises(FileNotFoundError):  # never received from
+        SharedMemory(name)
+    send = Sender(slots=2)
+    sent = send(piece(0))
+    list(receive(sent))
+    with pytest.raises(FileNotFoundError):  # the receiver holds it, nameless
+        SharedMemory(sent.ring)
+    assert_same(receive(send(piece(1))), piece(1))
+
+
+class Wide:
+    """A source on disk, whose batches are never larger than what waits in a queue."""
+
+    arrays = None
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        return {"image": np.full((8, 8), index)}
+
+
+def test_all_pieces_of_workers_find_a_slot(monkeypatch):
+    """Also when the workers are ahead as far as they go."""
+    received, receive = [], Receiver.__call__
+
+    def watched(self, sent):
+        received.append(type(sent))
+        return receive(self, sent)
+
+    monkeypatch.setattr(Receiver, "__call__", watched)
+    batches = train_batches(Wide(), transform=None, seed=0, batch=6, workers=2)
+    for number in range(24):
+        next(batches)
+        if number in (0, 9, 17):
+            time.sleep(0.5)  # the workers fill what there is to fill
+    batches.close()
+    assert set(received) == {Placed}
