@@ -49,11 +49,6 @@ REASONS: dict[tuple[str, str], str] = {
         "oneDNN and fused kernels. With two threads the ratio by processor seconds is higher: XLA "
         "leaves one of them idle in part of the step."
     ),
-    ("input_pipeline", "reading JPEGs, DeiT's transform"): (
-        "In one thread the transform itself is at 0.95. The process that takes images out of "
-        "shared memory costs a thirtieth of an image's time; what the reading processes spend on "
-        "stacking and on shared memory has not been measured."
-    ),
     ("mclip_features", "text features of M-CLIP, sentences sorted"): (
         "Ours pads to a multiple of 8 tokens, torch to the longest sentence: an eighth less "
         "to compute here."
