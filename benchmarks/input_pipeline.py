@@ -56,7 +56,7 @@ PIECE = 8  # files of a task of the loops in processes
 
 
 def parse_sizes() -> argparse.Namespace:
-    parser = timing.parser(__doc__, repeats=5)
+    parser = timing.parser(__doc__, repeats=9)
     parser.add_argument("--folder", help="SPLIT/CLASS/*.jpg; made if it is not given")
     parser.add_argument("--images", type=int, default=1024, help="images a turn")
     parser.add_argument("--side", type=int, default=224)
