@@ -164,47 +164,66 @@ def text_features(
 
 
 def image_features(
-    tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh
+    tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh, workers: int = 0
 ) -> Float32[np.ndarray, "N M"]:
-    """A feature a picture, from `folder` where it holds the same tower's of the same files.
+    """A feature an example, from `folder` where it holds the same tower's of the same files.
+
+    A picture that several examples show, such as one of COCO with its five captions, is read,
+    encoded and kept once.
+
+    Args:
+      workers: processes that read and prepare pictures; 0 does it here.
 
     Raises:
       ValueError: the corpus has no pictures, or one cannot be read; it is named.
     """
     images = corpus.require_images()
+    place: dict[str, int] = {}  # of each picture, by its name, among those that are encoded
+    rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
+    firsts = np.unique(rows, return_index=True)[1]
 
     def compute() -> np.ndarray:
-        source = _Pictures(images, tower.config.image)
+        source = _Pictures(images, firsts, tower.config.image)
 
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             return tower.apply(params, batch["image"])
 
-        shard = (jax.process_index(), jax.process_count())
-        batches = eval_batches(source, transform=None, batch=_whole(IMAGE_BATCH, mesh), shard=shard)
+        batches = eval_batches(
+            source,
+            transform=None,
+            batch=_whole(IMAGE_BATCH, mesh),
+            shard=(jax.process_index(), jax.process_count()),
+            workers=workers,
+        )
         return encode_all(
-            apply, tower.params, batches, mesh=mesh, size=len(images),
+            apply, tower.params, batches, mesh=mesh, size=len(source),
             title=f"features of {corpus.name}, pictures",
         )  # fmt: skip
 
     content = fingerprint(
-        tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *corpus.keys
+        tower.params,
+        repr(tower.config),
+        str(tower.dtype),
+        *_samples(images),
+        *(corpus.keys[row] for row in firsts),
     )
-    return cached(folder, f"{_slug(corpus.name)}.pictures", content, compute)
+    return cached(folder, f"{_slug(corpus.name)}.pictures", content, compute)[rows]
 
 
 class _Pictures:
-    """Prepared pictures of a corpus by index; `arrays` is None, since they are made on demand."""
+    """Prepared pictures of a corpus, those at `rows`; `arrays` is None, since they are made on
+    demand."""
 
     arrays = None
 
-    def __init__(self, images: Images, size: int):
-        self._images, self._size = images, size
+    def __init__(self, images: Images, rows: np.ndarray, size: int):
+        self._images, self._rows, self._size = images, rows, size
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": prepare_picture(self._images[index], self._size)}
+        return {"image": prepare_picture(self._images[int(self._rows[index])], self._size)}
 
 
 def by_length(ids: Sequence[np.ndarray]) -> np.ndarray:

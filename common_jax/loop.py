@@ -259,6 +259,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> N
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"
     r"|mesh\.(data|fsdp|expert)"
+    r"|data\.workers"
     r"|(.+\.)?remat"
 )
 

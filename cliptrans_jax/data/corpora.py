@@ -21,6 +21,7 @@ class DataConfig:
       train_split, valid_split, test_split: as the source calls them: train, val, test for `emoji`;
         train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
         of files for `wmt`; train2017, val2017 and so on for `coco`.
+      workers: processes that read and prepare pictures; 0 does it in the training thread.
       bad_share: share of the pictures that may be unreadable before the run stops.
       emoji_size: side in pixels that emoji are drawn at.
       emoji_flags: whether countries' flags are among the emoji. Their names are proper nouns, and
@@ -34,6 +35,7 @@ class DataConfig:
     train_split: str = "train"
     valid_split: str = "val"
     test_split: str = "test"
+    workers: int = 0
     bad_share: float = 0.0
     emoji_size: int = 48
     emoji_flags: bool = False
@@ -61,6 +63,8 @@ class DataConfig:
                 raise ValueError(f"config.data.{key} must name a split and is empty")
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"config.data.bad_share={self.bad_share} must be in [0, 1)")
+        if self.workers < 0:
+            raise ValueError(f"config.data.workers={self.workers} must be 0 (none) or more")
         if self.emoji_size < 1:
             raise ValueError(f"config.data.emoji_size={self.emoji_size} must be at least 1")
 

@@ -62,6 +62,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             seed=config.seed,
             batch=optim.batch,
             start_step=start,
+            workers=config.data.workers,
             bad_share=config.data.bad_share,
             shard=host_shard(),
             report_path=workdir / "bad_examples.jsonl",
@@ -72,6 +73,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             valid,
             transform=functools.partial(_prepare, config, length),
             batch=min(optim.micro_batch, max(1, len(valid) // mesh.size) * mesh.size),
+            workers=config.data.workers,
             bad_share=config.data.bad_share,
             shard=host_shard(),
         )

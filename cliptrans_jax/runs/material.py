@@ -213,7 +213,8 @@ class Material:
         place = {"folder": folder, "mesh": self.mesh}
         images, texts = None, {}
         if examples.side is Side.IMAGE:
-            images = image_features(self.image_tower, corpus, **place)
+            workers = config.data.workers
+            images = image_features(self.image_tower, corpus, **place, workers=workers)
         else:
             for language in examples.read:
                 texts[language] = text_features(self.text_tower, corpus, language, **place)

@@ -382,6 +382,7 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
         ({"target_language": "en"}, r"config\.data\.target_language='en' must be another"),
         ({"valid_split": ""}, r"config\.data\.valid_split must name a split"),
         ({"bad_share": 1.0}, r"config\.data\.bad_share=1\.0 must be in \[0, 1\)"),
+        ({"workers": -1}, r"config\.data\.workers=-1 must be 0 \(none\) or more"),
         ({"emoji_size": 0}, r"config\.data\.emoji_size=0 must be at least 1"),
     ],
 )
