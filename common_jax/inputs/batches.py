@@ -13,6 +13,7 @@ from common_jax.inputs.examples import (
     BadExamples,
     Batch,
     Example,
+    Outcome,
     Source,
     host_report_path,
 )
@@ -23,7 +24,7 @@ from common_jax.inputs.order import (
     host_rows,
     steps_per_epoch,
 )
-from common_jax.inputs.workers import Outcome, read_in_order
+from common_jax.inputs.workers import read_in_order
 
 TrainTransform = Callable[[Example, np.random.Generator], Example]
 EvalTransform = Callable[[Example], Example]

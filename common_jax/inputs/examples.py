@@ -24,6 +24,9 @@ class BadExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
+Outcome = Example | BadExample  # of reading one
+
+
 @runtime_checkable
 class Source(Protocol):
     """Random access to examples; `arrays` holds all of them stacked where they fit in memory."""

@@ -1,14 +1,18 @@
-"""Pieces of a batch, from the process that reads to the one that trains.
+"""Pieces of a batch, from the processes that read to the one that trains.
 
-They go through shared memory that is used again and again. Memory fresh from the kernel costs five
-times what the copying does: every page is cleared and mapped, by both processes. So each sender has
-a ring of slots as large as its first piece, and the receiver says in the ring's head how many it
-has copied out. A piece that finds no slot free, or is larger, goes as it is: no one waits for a
-ring, and what comes out is the same.
+They go through shared memory that is used again and again. Memory fresh from the kernel costs
+several times what the copying does: every page is cleared and mapped, by both processes. So each
+sender has a ring of slots as large as its first piece, and the receiver says in the ring's head how
+many pieces it has copied out. A piece that finds no slot free, or is larger, goes as it is: no one
+waits for a ring, and what comes out is the same.
+
+Names of rings are the receiver's: a sender may have ended before its last pieces are received, and
+may be killed at any time.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import weakref
 from collections.abc import Iterable
@@ -16,9 +20,7 @@ from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
-from common_jax.inputs.examples import BadExample, Batch, Example
-
-Outcome = Example | BadExample
+from common_jax.inputs.examples import Batch, Outcome
 
 HEAD = 64  # bytes before the first slot; arrays start at multiples of it
 COUNT = "q"  # the head's only content: how many pieces the receiver is done with
@@ -50,10 +52,13 @@ class Sender:
     """Outcomes -> what is to be sent to a `Receiver`; can be pickled until it is first called.
 
     Args:
-      slots: how many pieces the ring holds; as many as can be under way are of use.
+      names: what the rings' names begin with; each sender takes the first that is free.
+      slots: how many pieces the ring holds; as many as can be under way are of use. All are soon
+        written to, whether or not anything waits.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, names: str, slots: int):
+        self.names = names
         self.slots = slots
         self._ring: SharedMemory | None = None
         self._slot_size = self._placed = 0
@@ -78,15 +83,25 @@ class Sender:
 
     def _make_ring(self, size: int) -> None:
         self._slot_size = size
-        self._ring = SharedMemory(create=True, size=HEAD + self.slots * size)
+        for name in _names(self.names):
+            with contextlib.suppress(FileExistsError):
+                self._ring = SharedMemory(name, create=True, size=HEAD + self.slots * size)
+                break
         self._done = self._ring.buf[:HEAD].cast(COUNT)
-        weakref.finalize(self, _forget, self._ring, self._done)
+        weakref.finalize(self, _close, self._ring, self._done)
 
 
 class Receiver:
-    """What a `Sender` sent -> the outcomes, in memory of their own."""
+    """What `Sender`s sent -> the outcomes, in memory of their own.
 
-    def __init__(self):
+    Args:
+      names: what the senders were given.
+      senders: how many there are at most.
+    """
+
+    def __init__(self, names: str, senders: int):
+        self.names = names
+        self.senders = senders
         self._rings: dict[str, tuple[SharedMemory, memoryview]] = {}
 
     def __call__(self, sent: Placed | Batch | list[Outcome]) -> Iterable[Outcome]:
@@ -94,13 +109,13 @@ class Receiver:
             sent = self._copied(sent)
         if isinstance(sent, list):
             return sent
-        rows = zip(*sent.values(), strict=True)
-        return (dict(zip(sent, row, strict=True)) for row in rows)
+        count = len(next(iter(sent.values())))
+        # With the dots a scalar stays an array, whose strings keep their width.
+        return ({name: value[row, ...] for name, value in sent.items()} for row in range(count))
 
     def _copied(self, piece: Placed) -> Batch:
         if piece.ring not in self._rings:
             ring = SharedMemory(piece.ring)
-            ring.unlink()  # the name is of no more use: nothing stays if a process is killed
             self._rings[piece.ring] = ring, ring.buf[:HEAD].cast(COUNT)
         ring, done = self._rings[piece.ring]
         # Only the pieces before this one: the queue that brought this one lies between their
@@ -109,17 +124,24 @@ class Receiver:
         return {field.name: field.array(ring).copy() for field in piece.fields}
 
     def close(self) -> None:
+        """Removes the rings, also of senders that nothing was received from; they have ended."""
         for ring, done in self._rings.values():
-            done.release()
-            ring.close()
+            _close(ring, done)
         self._rings.clear()
+        for name in itertools.islice(_names(self.names), self.senders):
+            with contextlib.suppress(FileNotFoundError):
+                ring = SharedMemory(name)
+                ring.unlink()
+                ring.close()
 
 
-def _forget(ring: SharedMemory, done: memoryview) -> None:
+def _names(names: str) -> Iterable[str]:
+    return (f"{names}-{number}" for number in itertools.count())
+
+
+def _close(ring: SharedMemory, done: memoryview) -> None:
     done.release()
     ring.close()
-    with contextlib.suppress(FileNotFoundError):  # the receiver has removed the name
-        ring.unlink()
 
 
 def _alike(outcomes: list[Outcome]) -> bool:
@@ -127,6 +149,7 @@ def _alike(outcomes: list[Outcome]) -> bool:
     first = outcomes[0]
     return all(
         isinstance(outcome, dict)
+        and outcome
         and outcome.keys() == first.keys()
         and all(_kind(outcome[name]) == _kind(first[name]) for name in first)
         and not any(value.dtype.hasobject for value in outcome.values())

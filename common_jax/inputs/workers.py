@@ -1,11 +1,12 @@
 """Reading in processes: the same results in the same order as reading here, only sooner.
 
 Threads do not help: between the calls of an image library that let go of the interpreter's lock
-there is enough that does not. The processes are grain's; examples come back as `pieces`.
+there is enough that does not. The processes are grain's; examples come back by pieces.py.
 """
 
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ import grain
 import jax
 from absl import flags
 
-from common_jax.inputs.pieces import Outcome, Receiver, Sender
+from common_jax.inputs.examples import Outcome
+from common_jax.inputs.pieces import Receiver, Sender
 
 Read = Callable[[int], Outcome]
 
@@ -43,14 +45,15 @@ def read_in_order(
     piece = max(1, min(PIECE, batch // workers))
     waiting = -(-AHEAD * batch // (piece * workers))
     data = grain.MapDataset.range(positions.start, positions.stop, positions.step)
-    # grain takes as many pieces out of a queue as may wait there; with one that is made, one that
-    # waits to be sent and one that is copied out, no piece finds all slots taken.
-    data = data.map(read).batch(piece, batch_fn=Sender(slots=2 * waiting + 3))
+    # grain takes as many pieces out of a process's queue as may wait there. One more is in its hand
+    # meanwhile, one is made, and one is copied out: with so many slots no piece finds all taken.
+    names, slots = f"pieces-{secrets.token_hex(8)}", 2 * waiting + 3
+    data = data.map(read).batch(piece, batch_fn=Sender(names, slots))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
     # A worker is a core's work: it reads without threads.
     ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     stream = iter(ahead.mp_prefetch(options, worker_init_fn=_settle))
-    receive = Receiver()
+    receive = Receiver(names, workers)
     try:
         for sent in stream:
             yield from receive(sent)
@@ -64,8 +67,10 @@ def read_in_order(
         )
         raise
     finally:
-        stream.close()
-        receive.close()
+        try:
+            stream.close()
+        finally:
+            receive.close()
 
 
 def _settle(worker: int, workers: int) -> None:

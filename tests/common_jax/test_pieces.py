@@ -1,6 +1,7 @@
 """What goes through the ring comes out as it was, and none of the ring stays behind."""
 
 import pickle
+import secrets
 import time
 from multiprocessing.shared_memory import SharedMemory
 
@@ -9,6 +10,7 @@ import pytest
 
 from common_jax.inputs import BadExample, train_batches
 from common_jax.inputs.pieces import Placed, Receiver, Sender
+from common_jax.inputs.workers import read_in_order
 
 
 def piece(number, *, size=5, count=3):
@@ -18,7 +20,7 @@ def piece(number, *, size=5, count=3):
         {
             "row": rng.normal(size=(size, 2)).T,
             "label": np.int32(rng.integers(100)),
-            "text": np.array(f"{number}:{row}"),
+            "text": np.array(f"{number}:{row}", "U9"),
         }
         for row in range(count)
     ]
@@ -39,16 +41,21 @@ def assert_same(found, expected):
 
 
 @pytest.fixture
-def receive():
-    receiver = Receiver()
+def names():
+    return f"test-{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def receive(names):
+    receiver = Receiver(names, 2)
     yield receiver
     receiver.close()
 
 
 @pytest.mark.parametrize("behind", [0, 1, 2])
-def test_slots_are_used_again_once_their_piece_is_out(receive, behind):
+def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
     """However far the receiver is behind, as long as no more is under way than there are slots."""
-    send, under_way = Sender(slots=behind + 2), []
+    send, under_way = Sender(names, slots=behind + 2), []
     for number in range(20):
         under_way.append((number, through_pickle(send(piece(number)))))
         assert isinstance(under_way[-1][1], Placed)
@@ -57,8 +64,8 @@ def test_slots_are_used_again_once_their_piece_is_out(receive, behind):
             assert_same(receive(sent), piece(number))
 
 
-def test_a_full_ring_overwrites_nothing_and_no_one_waits(receive):
-    send = Sender(slots=3)
+def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
+    send = Sender(names, slots=3)
     sent = [through_pickle(send(piece(number))) for number in range(8)]
     assert [isinstance(each, Placed) for each in sent] == [True] * 3 + [False] * 5
     received = [list(receive(each)) for each in sent]
@@ -67,8 +74,8 @@ def test_a_full_ring_overwrites_nothing_and_no_one_waits(receive):
     assert isinstance(send(piece(8)), Placed)  # whose slots are free again
 
 
-def test_what_was_received_is_not_written_over(receive):
-    send = Sender(slots=2)
+def test_what_was_received_is_not_written_over(names, receive):
+    send = Sender(names, slots=2)
     first = list(receive(send(piece(0))))
     for number in range(1, 6):
         list(receive(send(piece(number))))
@@ -83,34 +90,62 @@ def test_what_was_received_is_not_written_over(receive):
         [BadExample("file", "broken"), *piece(1)],
         [*piece(1), {"row": np.zeros(2)}],
         [{"row": np.array([None, "object"])}],
+        [{}, {}],
     ],
-    ids=["large", "uneven", "bad", "names", "objects"],
+    ids=["large", "uneven", "bad", "names", "objects", "empty"],
 )
-def test_what_fits_no_slot_goes_as_it_is(receive, outcomes):
-    send = Sender(slots=4)
+def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
+    send = Sender(names, slots=4)
     list(receive(send(piece(0))))
     sent = through_pickle(send(outcomes))
     assert not isinstance(sent, Placed)
     if isinstance(outcomes[0], BadExample):
-        assert str(next(iter(receive(sent)))) == "file: broken"
+        bad, *others = receive(sent)
+        assert str(bad) == "file: broken"
+        assert_same(others, outcomes[1:])
     else:
         assert_same(receive(sent), outcomes)
     assert_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one does
 
 
-def test_no_ring_stays_behind(receive):
-    send = Sender(slots=2)
-    name = send(piece(0)).ring
-    SharedMemory(name).close()
+def test_what_an_ended_sender_sent_is_received(names, receive):
+    send = Sender(names, slots=3)
+    sent = [through_pickle(send(piece(number))) for number in range(2)]
     del send
-    with pytest.raises(FileNotFoundError):  # never received from
-        SharedMemory(name)
-    send = Sender(slots=2)
-    sent = send(piece(0))
-    list(receive(sent))
-    with pytest.raises(FileNotFoundError):  # the receiver holds it, nameless
-        SharedMemory(sent.ring)
-    assert_same(receive(send(piece(1))), piece(1))
+    for number, each in enumerate(sent):
+        assert_same(receive(each), piece(number))
+
+
+def test_no_ring_stays_behind(names, receive):
+    senders = [Sender(names, slots=2) for _ in range(2)]
+    rings = [send(piece(0)).ring for send in senders]  # the second's is never received from
+    assert len(set(rings)) == 2
+    assert_same(receive(senders[0](piece(1))), piece(1))
+    senders.clear()
+    receive.close()
+    for ring in rings:
+        with pytest.raises(FileNotFoundError):
+            SharedMemory(ring)
+
+
+def read_slowly(position):
+    """What is first wanted comes last."""
+    if position == 0:
+        time.sleep(2)
+    if position == 12:
+        raise KeyError("twelve")
+    return {"image": np.full(3, position)}
+
+
+@pytest.mark.parametrize("count", [12, 99])
+def test_workers_may_end_before_their_pieces_are_received(count):
+    """At the end, or by an error: which is raised in its turn, after all that lies before it."""
+    stream, found = read_in_order(read_slowly, range(count), batch=8, workers=2), []
+    try:
+        found += stream
+    except KeyError:
+        assert count == 99
+    assert [int(outcome["image"][0]) for outcome in found] == list(range(12))
 
 
 class Wide:
