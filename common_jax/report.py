@@ -38,7 +38,6 @@ CurveGroups = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 # Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is lost on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK = "#333333"
-LEGEND_CHARACTERS = 40  # of a name in `overlay`'s legend, up to which two stand side by side
 DPI, SLOT, TOP, BOTTOM = 110, 5.6, 0.42, 0.55  # SLOT and on in inches: a panel, its margins
 NAME, LETTER = 0.22, 0.07  # inches: the height for a curve's name or a layer, a letter's width
 
@@ -181,9 +180,8 @@ def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
         name = f"{group} (mean of {len(members)})" if len(members) > 1 else group
         axes.plot(shared, values.mean(0), ".-", color=colour, lw=2.2, label=_plain(name))
     _finish(axes, ylabel=label)
-    names = axes.get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, names)) <= LEGEND_CHARACTERS else 1
-    figure.legend(loc="outside upper left", ncols=columns, fontsize=9, frameon=False)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    figure.legend(loc="outside upper left", ncols=1 + (longest <= 40), fontsize=9, frameon=False)
     epath.Path(path).write_bytes(_png(figure))
 
 
