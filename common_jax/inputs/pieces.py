@@ -20,7 +20,7 @@ from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
-from common_jax.inputs.examples import Batch, Outcome
+from common_jax.inputs.examples import BadExample, Batch, Outcome
 
 HEAD = 64  # bytes before the first slot; arrays start at multiples of it
 COUNT = "q"  # the head's only content: how many pieces the receiver is done with
@@ -28,23 +28,26 @@ COUNT = "q"  # the head's only content: how many pieces the receiver is done wit
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One array of a piece, `start` bytes into the ring."""
+    """One array of a piece, `start` bytes into its slot."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
 
-    def array(self, ring: SharedMemory) -> np.ndarray:
-        return np.ndarray(self.shape, self.dtype, ring.buf, self.start)
+    def array(self, ring: SharedMemory, slot: int) -> np.ndarray:
+        """The array itself, of the slot that begins at byte `slot` of the ring."""
+        return np.ndarray(self.shape, self.dtype, ring.buf, slot + self.start)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """What is sent in place of a piece that lies in a ring: the `number`-th that was put there."""
+    """What is sent in place of a piece that lies in a ring: the `number`-th that was put there, in
+    the slot that begins at byte `slot`."""
 
     ring: str
     number: int
+    slot: int
     fields: tuple[Field, ...]
 
 
@@ -66,20 +69,19 @@ class Sender:
     def __call__(self, outcomes: list[Outcome]) -> Placed | Batch | list[Outcome]:
         if not _alike(outcomes):
             return outcomes
-        first = outcomes[0]
-        size = sum(_padded(len(outcomes) * value.nbytes) for value in first.values())
+        fields, size = [], 0
+        for name, value in outcomes[0].items():
+            fields.append(Field(name, value.dtype, (len(outcomes), *value.shape), size))
+            size += _padded(len(outcomes) * value.nbytes)
         if self._ring is None:
             self._make_ring(size)
         if size > self._slot_size or self._placed - self._done[0] >= self.slots:
-            return {name: np.stack([outcome[name] for outcome in outcomes]) for name in first}
-        fields, start = [], HEAD + self._placed % self.slots * self._slot_size
-        for name, value in first.items():
-            field = Field(name, value.dtype, (len(outcomes), *value.shape), start)
-            np.stack([outcome[name] for outcome in outcomes], out=field.array(self._ring))
-            fields.append(field)
-            start += _padded(len(outcomes) * value.nbytes)
+            return {x.name: np.stack([outcome[x.name] for outcome in outcomes]) for x in fields}
+        slot = HEAD + self._placed % self.slots * self._slot_size
+        for x in fields:
+            np.stack([outcome[x.name] for outcome in outcomes], out=x.array(self._ring, slot))
         self._placed += 1
-        return Placed(self._ring.name, self._placed - 1, tuple(fields))
+        return Placed(self._ring.name, self._placed - 1, slot, tuple(fields))
 
     def _make_ring(self, size: int) -> None:
         self._slot_size = size
@@ -121,7 +123,7 @@ class Receiver:
         # Only the pieces before this one: the queue that brought this one lies between their
         # copies and this store, so no processor can let the sender see it too early.
         done[0] = piece.number
-        return {field.name: field.array(ring).copy() for field in piece.fields}
+        return {field.name: field.array(ring, piece.slot).copy() for field in piece.fields}
 
     def close(self) -> None:
         """Removes the rings, also of senders that nothing was received from; they have ended."""
@@ -146,19 +148,17 @@ def _close(ring: SharedMemory, done: memoryview) -> None:
 
 def _alike(outcomes: list[Outcome]) -> bool:
     """Whether they are examples that can be stacked, and unstacked to the same."""
-    first = outcomes[0]
-    return all(
-        isinstance(outcome, dict)
-        and outcome
-        and outcome.keys() == first.keys()
-        and all(_kind(outcome[name]) == _kind(first[name]) for name in first)
-        and not any(value.dtype.hasobject for value in outcome.values())
-        for outcome in outcomes
-    )
+    first, *others = map(_kinds, outcomes)
+    if not first or any(dtype.hasobject for dtype, _ in first.values()):
+        return False
+    return all(other == first for other in others)
 
 
-def _kind(value: np.ndarray | np.generic) -> tuple[np.dtype, tuple[int, ...]]:
-    return value.dtype, value.shape
+def _kinds(outcome: Outcome) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """What the arrays of an example are; nothing of a bad one."""
+    if isinstance(outcome, BadExample):
+        return {}
+    return {name: (value.dtype, value.shape) for name, value in outcome.items()}
 
 
 def _padded(size: int) -> int:
