@@ -180,8 +180,8 @@ def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
         name = f"{group} (mean of {len(members)})" if len(members) > 1 else group
         axes.plot(shared, values.mean(0), ".-", color=colour, lw=2.2, label=_plain(name))
     _finish(axes, ylabel=label)
-    longest = max(map(len, axes.get_legend_handles_labels()[1]))
-    figure.legend(loc="outside upper left", ncols=1 + (longest <= 40), fontsize=9, frameon=False)
+    short = all(len(name) <= 40 for name in axes.get_legend_handles_labels()[1])
+    figure.legend(loc="outside upper left", ncols=2 if short else 1, fontsize=9, frameon=False)
     epath.Path(path).write_bytes(_png(figure))
 
 
