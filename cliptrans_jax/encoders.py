@@ -14,6 +14,7 @@ from jaxtyping import Float32
 from cliptrans_jax import pretrained
 from cliptrans_jax.data.corpus import Corpus, Images
 from cliptrans_jax.data.examples import pad
+from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
@@ -192,7 +193,7 @@ def image_features(
             source,
             transform=None,
             batch=_whole(IMAGE_BATCH, mesh),
-            shard=(jax.process_index(), jax.process_count()),
+            shard=host_shard(),
             workers=workers,
         )
         return encode_all(
