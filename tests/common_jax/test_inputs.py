@@ -15,6 +15,7 @@ import traceback
 import numpy as np
 import psutil
 import pytest
+from same import assert_all_same
 
 from common_jax import inputs
 from common_jax.inputs import BadExample
@@ -57,14 +58,6 @@ def take(batches, count):
     return list(itertools.islice(batches, count))
 
 
-def assert_same(left, right):
-    assert len(left) == len(right)
-    for one, other in zip(left, right, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
-
-
 def train(source, **settings):
     settings = {"transform": None, "seed": 5, "batch": BATCH} | settings
     return inputs.train_batches(source, **settings)
@@ -97,7 +90,7 @@ def test_epochs_visit_every_example_at_most_once():
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_reading_one_by_one_gives_what_gathering_gives(count):
-    assert_same(take(train(OnDisk(), workers=count), 5), take(train(Numbers()), 5))
+    assert_all_same(take(train(OnDisk(), workers=count), 5), take(train(Numbers()), 5))
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -112,15 +105,15 @@ def test_hosts_together_hold_the_batches_of_one_host(kind, hosts):
         {name: np.concatenate([share[name] for share in step]) for name in step[0]}
         for step in zip(*shares, strict=True)
     ]
-    assert_same(joined, alone)
+    assert_all_same(joined, alone)
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_resumed_run_sees_the_same_pixels(count):
     whole = take(train(OnDisk(), transform=add_noise, workers=count), 7)
     resumed = take(train(OnDisk(), transform=add_noise, start_step=4, workers=count), 3)
-    assert_same(resumed, whole[4:])
-    assert_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
+    assert_all_same(resumed, whole[4:])
+    assert_all_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
 
 
 def test_resuming_reads_nothing_of_what_lies_before():
@@ -170,7 +163,7 @@ def test_replacements_are_the_same_on_two_hosts(tmp_path):
     for host in range(2):
         mine = take(train(OnDisk(bad=bad), shard=(host, 2), report_path=report, **settings), 3)
         rows = slice(host * 4, host * 4 + 4)
-        assert_same(mine, [{k: v[rows] for k, v in batch.items()} for batch in alone])
+        assert_all_same(mine, [{k: v[rows] for k, v in batch.items()} for batch in alone])
     assert {path.name for path in tmp_path.iterdir()} == {
         "bad_examples.jsonl",
         "bad_examples.1.jsonl",
@@ -283,8 +276,8 @@ def test_the_number_of_processes_changes_no_bit():
     settings = {"transform": add_noise, "repeats": 3, "bad_share": 0.5}
     runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 1, 3)]
     processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
-    assert_same(runs[0], runs[1])
-    assert_same(runs[0], runs[2])
+    assert_all_same(runs[0], runs[1])
+    assert_all_same(runs[0], runs[2])
     assert processes[0] == {os.getpid()}  # which also reads what stands in for a bad example
     assert [len(pids - processes[0]) for pids in processes] == [0, 1, 3]
     gc.collect()
@@ -311,7 +304,8 @@ def test_a_killed_worker_stops_the_run_instead_of_letting_it_wait():
 
 
 def test_workers_end_with_the_process_that_they_read_for():
-    parent = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE)
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, env=found)
     pids = json.loads(parent.stdout.readline())
     assert len(alive(pids)) == 2
     parent.kill()
@@ -331,7 +325,7 @@ def test_what_cannot_be_sent_to_workers_says_how_to_do_without():
 
 def test_examples_that_do_not_fit_their_slot_come_all_the_same():
     batches = [next(train(Growing(), batch=1, workers=count, start_step=7)) for count in (0, 1)]
-    assert_same(batches[:1], batches[1:])
+    assert_all_same(batches[:1], batches[1:])
 
 
 class Growing(OnDisk):
@@ -350,9 +344,9 @@ def test_copies_of_an_example_follow_each_other_with_draws_of_their_own(kind):
         order = np.concatenate([batch["image"] for batch in batches[3 * epoch : 3 * epoch + 3]])
         wanted = np.repeat(inputs.epoch_permutation(5, epoch, SIZE), 3)[:24]
         np.testing.assert_array_equal(order, wanted)
-    assert_same(take(train(kind(), start_step=4, **settings), 2), batches[4:])
+    assert_all_same(take(train(kind(), start_step=4, **settings), 2), batches[4:])
     host = take(train(kind(), shard=(1, 2), **settings), 6)
-    assert_same(host, [{name: rows[4:] for name, rows in batch.items()} for batch in batches])
+    assert_all_same(host, [{name: rows[4:] for name, rows in batch.items()} for batch in batches])
     if transform:
         noise = np.concatenate([batch["noise"][:, 0] for batch in batches])
         assert len(np.unique(noise)) == 48

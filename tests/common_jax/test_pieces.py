@@ -7,6 +7,7 @@ from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 import pytest
+from same import assert_all_same
 
 from common_jax.inputs import BadExample, train_batches
 from common_jax.inputs.pieces import Placed, Receiver, Sender
@@ -30,16 +31,6 @@ def through_pickle(sent):
     return pickle.loads(pickle.dumps(sent))
 
 
-def assert_same(found, expected):
-    found = list(found)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(one[name], other[name])
-
-
 @pytest.fixture
 def names():
     return f"test-{secrets.token_hex(4)}"
@@ -61,7 +52,7 @@ def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
         assert isinstance(under_way[-1][1], Placed)
         if number >= behind:
             number, sent = under_way.pop(0)
-            assert_same(receive(sent), piece(number))
+            assert_all_same(receive(sent), piece(number))
 
 
 def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
@@ -70,7 +61,7 @@ def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
     assert [isinstance(each, Placed) for each in sent] == [True] * 3 + [False] * 5
     received = [list(receive(each)) for each in sent]
     for number, outcomes in enumerate(received):
-        assert_same(outcomes, piece(number))
+        assert_all_same(outcomes, piece(number))
     assert isinstance(send(piece(8)), Placed)  # whose slots are free again
 
 
@@ -79,7 +70,7 @@ def test_what_was_received_is_not_written_over(names, receive):
     first = list(receive(send(piece(0))))
     for number in range(1, 6):
         list(receive(send(piece(number))))
-    assert_same(first, piece(0))
+    assert_all_same(first, piece(0))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +93,10 @@ def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
     if isinstance(outcomes[0], BadExample):
         bad, *others = receive(sent)
         assert str(bad) == "file: broken"
-        assert_same(others, outcomes[1:])
+        assert_all_same(others, outcomes[1:])
     else:
-        assert_same(receive(sent), outcomes)
-    assert_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one does
+        assert_all_same(receive(sent), outcomes)
+    assert_all_same(receive(send(piece(3, count=2))), piece(3, count=2))  # a smaller one does
 
 
 def test_what_an_ended_sender_sent_is_received(names, receive):
@@ -113,14 +104,14 @@ def test_what_an_ended_sender_sent_is_received(names, receive):
     sent = [through_pickle(send(piece(number))) for number in range(2)]
     del send
     for number, each in enumerate(sent):
-        assert_same(receive(each), piece(number))
+        assert_all_same(receive(each), piece(number))
 
 
 def test_no_ring_stays_behind(names, receive):
     senders = [Sender(names, slots=2) for _ in range(2)]
     rings = [send(piece(0)).ring for send in senders]  # the second's is never received from
     assert len(set(rings)) == 2
-    assert_same(receive(senders[0](piece(1))), piece(1))
+    assert_all_same(receive(senders[0](piece(1))), piece(1))
     senders.clear()
     receive.close()
     for ring in rings:

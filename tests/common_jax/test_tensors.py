@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch_files
 from safetensors.numpy import load_file, save_file
+from same import assert_same
 from torch_files import Call, Global, New, Persistent, Raw, state_dict, storage, tensor
 
 from common_jax.tensors import read_tensors, widen, write_tensors
@@ -26,13 +27,6 @@ ARRAYS = {
     "none": np.zeros((0, 3), np.float32),
 }
 ONES = tensor(storage("FloatStorage", "0", 2), (2,), (1,))
-
-
-def assert_same(found, want):
-    assert found.keys() == want.keys()
-    for name, array in want.items():
-        assert found[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def archive(tmp_path, value, *, extra=None):

@@ -6,6 +6,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from same import assert_same
 
 from common_jax.tensors import read_plain, read_tensors, write_torch
 
@@ -31,13 +32,6 @@ CHECKPOINT = {
     "scaler": None,
     "done": True,
 }
-
-
-def assert_same(found, want):
-    assert found.keys() == want.keys()
-    for name, array in want.items():
-        assert found[name].dtype == array.dtype, name
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def test_what_is_written_for_torch_is_read_again(tmp_path):
