@@ -1,9 +1,7 @@
 """The one train loop. A phase hands it a loss and says what is trainable."""
 
 import dataclasses
-import json
 import logging
-import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +11,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax import config as configs
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
 from common_jax.metrics import Recorder, read_metrics
@@ -22,6 +19,7 @@ from common_jax.pods import hosts
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
+from common_jax.workdir import read_json, refuse_other_config, write_json
 
 FAILED_SAVE = ("stop", "go_on")
 
@@ -108,7 +106,7 @@ def train(
     refuse_other_config(workdir, config)
     if (workdir / "result.json").exists():
         logging.info("%s is finished already: %s", task.title, workdir)
-        return json.loads((workdir / "result.json").read_text())
+        return read_json(workdir / "result.json")
     with jax.set_mesh(mesh):
         return _train(task, run, optim, seed, workdir, mesh, config)
 
@@ -230,45 +228,6 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     return result
 
 
-def claim(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Keeps `config` in a workdir of several runs; raises as `refuse_other_config`."""
-    refuse_other_config(workdir, config)
-    if jax.process_index() == 0:
-        workdir = epath.Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
-
-
-def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Raises ValueError when `workdir` holds a run of another config, with the fields that
-    differ."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return
-    lines = configs.difference(_lasting(json.loads(path.read_text())), _lasting(config))
-    if lines:
-        raise ValueError(
-            f"{workdir} holds a run of another config:\n  "
-            + "\n  ".join(lines)
-            + "\ngive another --workdir, or the flags that make these fields equal"
-        )
-
-
-# Fields that change no more of what is computed than its rounding: a run may go on with others.
-# `remat` is a field of networks, wherever they stand.
-PASSING = re.compile(
-    r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"
-    r"|mesh\.(data|fsdp|expert)"
-    r"|data\.workers"
-    r"|(.+\.)?remat"
-)
-
-
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = configs.flatten(config)
-    return {key: value for key, value in flat if not PASSING.fullmatch(key)}
-
-
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Says what the run starts from, and writes it to warm_start.json."""
     if warm is None:
@@ -335,13 +294,6 @@ def _traced_steps(run: RunConfig, start: int, total: int) -> range:
 
 def _due(step: int, epochs: int, steps_per_epoch: int, total: int) -> bool:
     return step == total or step % (epochs * steps_per_epoch) == 0
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all, whenever the process may be killed."""
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 class _Clock:

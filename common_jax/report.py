@@ -28,6 +28,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from common_jax.metrics import read_metrics
+from common_jax.workdir import read_json
 
 NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
 NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
@@ -197,7 +198,7 @@ def _find_runs(folder: epath.Path) -> list[epath.Path]:
 def _read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON file's nested object as `a.b.c` -> value; empty where there is no such file."""
     try:
-        values = json.loads(path.read_bytes()) if path.exists() else {}
+        values = read_json(path) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path}: {error}; mend or delete this file") from error
     return traverse_util.flatten_dict(values, sep=".")

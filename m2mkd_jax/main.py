@@ -1,6 +1,5 @@
 """The command of m2mKD: python -m m2mkd_jax.main --config=FILE.py:phase=PHASE --workdir=DIR."""
 
-import json
 import re
 
 import jax
@@ -12,6 +11,7 @@ from common_jax import app
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, write_report
+from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
@@ -61,7 +61,7 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
     a run of several modules, whose own row is their mean, one for each; None where there are no
     `folders`."""
     header, rows = ["run", "steps", "test accuracy", "test loss"], []
-    results = [json.loads((workdir / name / "result.json").read_text()) for name in folders]
+    results = [read_json(workdir / name / "result.json") for name in folders]
     has_ood = any("ood/accuracy" in result for result in results)
     for folder, result in zip(folders, results, strict=True):
         ood = [_percent(result.get("ood/accuracy"))] if has_ood else []

@@ -19,12 +19,13 @@ import pathlib
 import time
 
 import jax
-from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, read_json, run_all, show
+from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.report import Table, overlay, write_report
 from common_jax.task import step_flops
+from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.pipeline import describe
 

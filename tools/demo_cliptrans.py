@@ -13,7 +13,7 @@ import argparse
 import pathlib
 import time
 
-from jobs import Job, demo_parser, mean_and_spread, read_curve, read_json, run_all, show
+from jobs import Job, demo_parser, mean_and_spread, read_curve, run_all, show
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
@@ -21,6 +21,7 @@ from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
 from common_jax.config import freeze
 from common_jax.report import Table, overlay, write_report
+from common_jax.workdir import read_json
 
 CONFIG = "configs/cliptrans/emoji.py"
 # Row of the table: name of its runs.

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common_jax.metrics import read_metrics
 from common_jax.report import Table
+from common_jax.workdir import read_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -218,11 +218,6 @@ def _handling(numbers: Sequence[signal.Signals], handler: Callable) -> Iterator[
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """A run's result.json or scores.json."""
-    return json.loads(path.read_text())
 
 
 def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit: str = "") -> str:

@@ -20,7 +20,6 @@ plus the number of a signal that was passed on to the runs.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
 
 from common_jax.checkpoint import absolute
-from common_jax.loop import refuse_other_config, write_json
+from common_jax.workdir import read_json, refuse_other_config, write_json
 
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
 
@@ -162,7 +161,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
     asked = plan_asked(flags)
     record, keys = workdir / "sweep.json", list(asked[0].values)
-    before = json.loads(record.read_text()) if record.exists() else {"cells": {}, "seeds": 0}
+    before = read_json(record) if record.exists() else {"cells": {}, "seeds": 0}
     if not record.exists() and (workdir / "config.json").exists():
         raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
     found = {}
@@ -192,7 +191,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
 
 def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
     """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
-    content = json.loads((workdir / "sweep.json").read_text())
+    content = read_json(workdir / "sweep.json")
     rows = []
     for cell in cells:
         found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))

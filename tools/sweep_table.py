@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from sweep_cells import Cell, short_keys
 
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
+from common_jax.workdir import read_json
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
@@ -52,7 +52,7 @@ def read_results(folder: epath.Path, cell: Cell) -> dict[str, float] | None:
             return None
         numbers: dict[str, float] = {}
         for name in names:
-            content = json.loads((folder / run / name).read_text())
+            content = read_json(folder / run / name)
             prefix = "test/" if name == "scores.json" else ""
             numbers |= {
                 f"{prefix}{key}": value

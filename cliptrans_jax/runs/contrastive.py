@@ -32,6 +32,7 @@ from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import match_rules
 from common_jax.step import make_evaluator
 from common_jax.task import Task
+from common_jax.workdir import refuse_other_config
 
 LARGEST_SCALE = math.log(100)  # exp(log_scale) is held below 100, as CLIP's
 
@@ -43,7 +44,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
       those of its batch, and the reverse.
     """
-    loop.refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, unfreeze(config).to_dict())
     tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     valid = _Pairs.of(config, config.data.valid_split, tokenizer)

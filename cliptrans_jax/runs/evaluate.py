@@ -16,8 +16,8 @@ from cliptrans_jax.runs.scoring import score_split
 from cliptrans_jax.runs.translation import Model, best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config, write_json
 from common_jax.mesh import match_rules, with_shardings
+from common_jax.workdir import refuse_other_config, write_json
 
 
 def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config, write_json
+from common_jax.workdir import refuse_other_config, write_json
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
 ORDER = ("clip", "caption", "text_recon", "translate", "triplet")

@@ -1,7 +1,6 @@
 """Translating a whole split with a trained model: scores.json and translations.tsv."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +22,8 @@ from cliptrans_jax.evaluators.show import (
 from cliptrans_jax.evaluators.translation import Translate
 from cliptrans_jax.runs.material import Set
 from common_jax.inputs import BadExample
-from common_jax.loop import write_json
 from common_jax.report import Table
+from common_jax.workdir import read_json, write_json
 
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
@@ -119,7 +118,7 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
     for name in names:
         path = folder / name / SCORES
         if path.exists():
-            found = json.loads(path.read_text())
+            found = read_json(path)
             signatures = found["signatures"]
             numbers = (f"{found[key]:.1f}" for key in keys)
             rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))

@@ -2,7 +2,6 @@
 translate the test set with it."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +42,7 @@ from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
 from common_jax.task import Task
+from common_jax.workdir import read_json, refuse_other_config
 
 
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -53,12 +53,12 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
     """
-    loop.refuse_other_config(workdir, unfreeze(asked).to_dict())
+    refuse_other_config(workdir, unfreeze(asked).to_dict())
     done = workdir / SCORES
     if done.exists() and (workdir / "result.json").exists():
         logging.info("%s is finished already: %s", asked.stage, workdir)
-        result = json.loads((workdir / "result.json").read_text())
-        return result | {"test": json.loads(done.read_text())}
+        result = read_json(workdir / "result.json")
+        return result | {"test": read_json(done)}
     config = asked.consistent()
     material = Material(config, workdir, mesh)
     material.check(train=True)

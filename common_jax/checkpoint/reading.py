@@ -1,6 +1,5 @@
 """What is found in checkpoints, by whatever mesh they were written."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
+from common_jax.workdir import read_json
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "trainer", "config")
@@ -101,7 +101,7 @@ def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -
 
 def load_config(source: epath.PathLike) -> dict[str, Any]:
     """The config that made the checkpoint `source` names, as `load` finds it."""
-    return json.loads((find_step(source) / "config" / "metadata").read_text())
+    return read_json(find_step(source) / "config" / "metadata")
 
 
 def load_shapes(source: epath.PathLike) -> dict[str, Any]:

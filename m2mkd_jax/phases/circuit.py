@@ -11,8 +11,8 @@ from etils import epath
 
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.loop import refuse_other_config
 from common_jax.state import fold_name
+from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.connectivity import draw_connectivity
 from m2mkd_jax.models.nac.priors import Prior, prepare_prior

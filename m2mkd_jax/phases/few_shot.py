@@ -2,7 +2,6 @@
 each; one episode, or several and their mean."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +13,9 @@ from jax.sharding import Mesh
 from scipy import special
 
 from common_jax.config import unfreeze
-from common_jax.loop import claim, write_json
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin
+from common_jax.workdir import claim, read_json, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
@@ -87,14 +86,14 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def episodes_table(workdir: epath.Path) -> Table | None:
     """The episodes of a finished run and their mean; None where there is but one."""
     path = epath.Path(workdir) / "result.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = read_json(path) if path.exists() else {}
     if "episodes" not in result:
         return None
     rows = []
     for number in range(result["episodes"]):
         folder = path.parent / f"episode_{number}"
-        one = json.loads((folder / "result.json").read_text())
-        seed = json.loads((folder / "config.json").read_text())["few_shot"]["seed"]
+        one = read_json(folder / "result.json")
+        seed = read_json(folder / "config.json")["few_shot"]["seed"]
         accuracy, loss = f"{100 * one['test/accuracy']:.1f} %", f"{one['test/loss']:.3f}"
         rows.append((str(number), str(seed), accuracy, loss))
     accuracy, loss = (

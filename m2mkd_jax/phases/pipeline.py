@@ -1,7 +1,6 @@
 """All phases in order, each in a folder of its own: resumable, and skipped when finished."""
 
 import dataclasses
-import json
 import logging
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax.config import unfreeze
-from common_jax.loop import claim
+from common_jax.workdir import claim, read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.training import Training
@@ -95,7 +94,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
         done = workdir / folder / "result.json"
         if done.exists():
             logging.info("%s is finished already", folder)
-            results[folder] = json.loads(done.read_text())
+            results[folder] = read_json(done)
         else:
             results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]

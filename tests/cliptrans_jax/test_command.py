@@ -20,9 +20,9 @@ from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from common_jax import app
 from common_jax.checkpoint import Checkpoints
 from common_jax.config import unfreeze
-from common_jax.loop import write_json
 from common_jax.state import TrainState
 from common_jax.step import init_state
+from common_jax.workdir import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """

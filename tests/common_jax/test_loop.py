@@ -5,7 +5,8 @@ import json
 import pytest
 
 from common_jax import loop
-from common_jax.loop import RunConfig, refuse_other_config
+from common_jax.loop import RunConfig
+from common_jax.workdir import refuse_other_config
 
 
 @pytest.mark.parametrize(
