@@ -202,7 +202,7 @@ def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
         element = typing.get_args(bare)[1]
         return {key: _convert(element, item, f"{name}.{key}", path) for key, item in value.items()}
     else:
-        converted = _convert_scalar(bare, value, name, or_none)
+        converted = _convert_scalar(bare, value, name, " or None" if or_none else "")
     for allowed in ranges or ((FINITE,) if bare is float else ()):
         if (refusal := allowed.refusal(converted)) is not None:
             raise FieldError(f"{name}={shown(value)} must be {refusal}{or_none}")
@@ -238,7 +238,7 @@ def _convert_scalar(kind: Any, value: Any, name: str, or_none: str) -> Any:
         return float(value) if abs(value) < 2**1023 else value
     if kind in (int, float, str, bool) and type(value) is not kind:
         raise FieldError(
-            f"{name}={shown(value)} must be of type {kind.__name__}{or_none.lstrip(",")}, not "
+            f"{name}={shown(value)} must be of type {kind.__name__}{or_none}, not "
             f"{type(value).__name__}"
         )
     return value

@@ -262,6 +262,11 @@ class Config(Section):
             )
         if unknown := set(self.recipes) - set(PHASES):
             raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASES}")
+        if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
+            raise FieldError(
+                f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, such as "
+                "'test/accuracy', or None"
+            )
         self.modules()
 
     @property

@@ -10,7 +10,8 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from common_jax.ranges import one_of
+from common_jax.config import FieldError
+from common_jax.ranges import one_of, shown
 from m2mkd_jax.models import encoder, vit
 from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.stages import Network, Place
