@@ -82,7 +82,8 @@ class Filled:
     """Strings and tuples that are not empty."""
 
     def refusal(self, value: Sized) -> str | None:
-        return None if len(value) else f"a {type(value).__name__} that is not empty"
+        kind = "string" if isinstance(value, str) else "tuple"
+        return None if len(value) else f"a {kind} that is not empty"
 
 
 def at_least(low: int) -> Interval:

@@ -294,11 +294,17 @@ def judge(cls: type, config: dict[str, Any], key: str, value: Any, rows: list[in
 
 
 def judge_section(config: Any, path: list[str], value: Any, rows: list[int]) -> str | None:
-    """The same where a dataclass is made in Python, whose messages begin with the field's name."""
+    """The same where a dataclass is made in Python, whose messages begin with the field's name;
+    values of another type are for type checkers there."""
     section = functools.reduce(
         lambda at, name: at[name] if isinstance(at, dict) else getattr(at, name), path[:-1], config
     )
     if isinstance(section, dict) or rows or re.fullmatch(ABOVE, ".".join(path)):
+        return None
+    now = getattr(section, path[-1])
+    elements = set(map(type, value)) if isinstance(value, tuple) else set()
+    alike = type(now) is type(value) and elements <= {type(one) for one in elements and now}
+    if not alike or isinstance(value, dict):
         return None
     try:
         dataclasses.replace(section, **{path[-1]: value})
@@ -404,8 +410,8 @@ def main() -> int:
             if problem := try_command(*command, pathlib.Path(folder)):
                 misses.append(problem)
     print(table(counts, len(COMMANDS)))
-    print(*(f"MISS {miss}" for miss in misses), sep="\n")
-    print(f"{len(misses)} missed")
+    for line in (*(f"MISS {miss}" for miss in misses), f"{len(misses)} missed"):
+        print(line)
     return 1 if misses else 0
 
 

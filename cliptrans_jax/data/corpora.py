@@ -81,7 +81,7 @@ def load_corpus(
     assert languages, "no language asked for"
     for language in languages:
         if problem := _language_problem(config.source, language):
-            raise ValueError(f"language {problem}")
+            raise ValueError(f"language={problem}")
         if config.source in PAIRED and language not in config.pair:
             raise ValueError(
                 f"language {language!r} is not of the pair {config.pair} of "

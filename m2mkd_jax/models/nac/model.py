@@ -191,9 +191,11 @@ class NacConfig(Section):
         """The sizes of one iteration, with what `layerwise` says of it."""
         block = self.block(drop_path=drop_path)
         for name, values in self.layerwise.items():
-            block = _replace(
-                block, name.split("/"), values[layer], f"config.model.layerwise.{name}"
-            )
+            try:
+                block = _replace(block, name.split("/"), values[layer])
+            except FieldError as error:
+                value = shown(values[layer])
+                raise FieldError(f"layerwise.{name}[{layer}]={value}: {error}") from None
         return block
 
     def read_in_config(self) -> ReadInConfig:
@@ -356,15 +358,14 @@ def build_students(
     return Network((first, *middle, last))
 
 
-def _replace(block: Any, names: list[str], value: Any, key: str) -> Any:
+def _replace(block: Any, names: list[str], value: Any) -> Any:
     """`block` with the field `names` (a path through its dataclasses) set to `value`."""
-    if names[0] not in {field.name for field in dataclasses.fields(block)}:
-        raise ValueError(
-            f"{key}: {type(block).__name__} has no field {names[0]!r}, only "
-            f"{sorted(field.name for field in dataclasses.fields(block))}"
-        )
+    fields = dataclasses.fields(block) if dataclasses.is_dataclass(block) else ()
+    known = sorted(field.name for field in fields)
+    if names[0] not in known:
+        raise FieldError(f"{type(block).__name__} has no field {names[0]!r}, only {known}")
     if len(names) > 1:
-        value = _replace(getattr(block, names[0]), names[1:], value, key)
+        value = _replace(getattr(block, names[0]), names[1:], value)
     return dataclasses.replace(block, **{names[0]: value})
 
 
