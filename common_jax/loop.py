@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
+from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.pods import hosts
+from common_jax.ranges import Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
@@ -25,7 +27,7 @@ FAILED_SAVE = ("stop", "go_on")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """How a run logs, evaluates and saves.
 
     Attributes:
@@ -43,33 +45,21 @@ class RunConfig:
       compilation_cache: folder of compiled programs that later runs take up; None for none.
     """
 
-    log_every: int = 50
-    eval_every: int = 1
-    checkpoint_every: int = 1
-    checkpoint_minutes: float | None = 30.0
-    on_failed_save: str = "stop"
-    keep: int = 2
-    best: str | None = "test/accuracy"
-    nan_patience: int = 10
-    profile: tuple[int, ...] = ()
-    compilation_cache: str | None = "~/.cache/modular_jax"
+    log_every: Size = 50
+    eval_every: Size = 1
+    checkpoint_every: Size = 1
+    checkpoint_minutes: Positive | None = 30.0
+    on_failed_save: Annotated[str, one_of(*FAILED_SAVE)] = "stop"
+    keep: Size = 2
+    best: Name | None = "test/accuracy"
+    nan_patience: Size = 10
+    profile: tuple[Size, ...] = ()
+    compilation_cache: Name | None = "~/.cache/modular_jax"
 
     def __post_init__(self):
-        for name in ("log_every", "eval_every", "checkpoint_every", "keep", "nan_patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.run.{name}={getattr(self, name)} must be at least 1")
-        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
-            raise ValueError(
-                f"config.run.checkpoint_minutes={self.checkpoint_minutes} must be above 0, or None"
-            )
-        if self.on_failed_save not in FAILED_SAVE:
-            raise ValueError(
-                f"config.run.on_failed_save={self.on_failed_save!r} must be one of {FAILED_SAVE}"
-            )
+        super().__post_init__()
         if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
-            raise ValueError(
-                f"config.run.profile={self.profile} must be () or (first step, last step)"
-            )
+            raise FieldError(f"profile={self.profile} must be () or (first step, last step)")
 
 
 def train(

@@ -13,13 +13,15 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
-from common_jax.config import did_you_mean
+from common_jax.config import FieldError, Section
+from common_jax.ranges import Size, key_of, shown
 
 # Byte-level pieces start from these many, so no character is unknown.
 BYTES = 256
@@ -55,7 +57,7 @@ MBART50_CODES: Mapping[str, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """How sentences are cut into tokens.
 
     Attributes:
@@ -65,34 +67,27 @@ class TokenizerConfig:
       max_length: tokens a sentence is cut to, frame included; None: as many as the kind takes.
     """
 
-    kind: str = "trained"
+    kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
     path: str = ""
-    vocab: int = 2000
-    max_length: int | None = None
+    vocab: Size = 2000
+    max_length: Size | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"config.tokenizer.kind={self.kind!r} is none of {sorted(KINDS)}"
-                f"{did_you_mean(self.kind, KINDS)}"
-            )
+        super().__post_init__()
         limit = LIMITS[self.kind]
         if self.max_length is not None and not 3 <= self.max_length <= limit:
-            raise ValueError(
-                f"config.tokenizer.max_length={self.max_length} must be from 3 (a frame and a "
-                f"token) to {limit}, the most that {self.kind!r} takes"
+            raise FieldError(
+                f"max_length={self.max_length} must be from 3 (a frame and a token) to {limit}, "
+                f"the most that {self.kind!r} takes, or None"
             )
         if self.kind == "trained" and self.vocab <= BYTES + len(SPECIAL) + 1:
-            raise ValueError(
-                f"config.tokenizer.vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: "
-                f"{BYTES} bytes, {len(SPECIAL)} special tokens, a mask; and the languages"
+            raise FieldError(
+                f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
+                f"{len(SPECIAL)} special tokens, a mask; and the languages"
             )
         if (self.path == "") != (self.kind == "trained"):
             rule = "must be empty" if self.kind == "trained" else "must be its folder"
-            raise ValueError(
-                f"config.tokenizer.path={self.path!r} {rule} for "
-                f"config.tokenizer.kind={self.kind!r}"
-            )
+            raise FieldError(f"path={shown(self.path)} {rule} for kind={self.kind!r}")
 
     @property
     def limit(self) -> int:

@@ -4,17 +4,19 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from common_jax.config import did_you_mean
+from common_jax.config import Section
+from common_jax.ranges import Name, one_of
 from m2mkd_jax.data.folders import listed, read_names
 from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, open_source
 from m2mkd_jax.data.subsets import Subset
 
 
 @dataclasses.dataclass(frozen=True)
-class OodConfig:
+class OodConfig(Section):
     """`config.ood`: the test set. Everything else about its images stands in config.data.
 
     Attributes:
@@ -26,18 +28,11 @@ class OodConfig:
         empty, `tiny_imagenet_r` leaves out the classes that the training set lacks.
     """
 
-    source: str = ""
+    source: Annotated[str, one_of("", *SOURCES)] = ""
     path: str = ""
-    split: str = "test"
+    split: Name = "test"
     name: str = ""
     classes: str = ""
-
-    def __post_init__(self):
-        if self.source and self.source not in SOURCES:
-            raise ValueError(
-                f"config.ood.source={self.source!r} is none of {sorted(SOURCES)}"
-                f"{did_you_mean(self.source, SOURCES)}; '' stands for no OOD set"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

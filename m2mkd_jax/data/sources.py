@@ -11,13 +11,14 @@ import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 
 from common_jax import inputs
-from common_jax.config import did_you_mean
+from common_jax.config import FieldError, Section
 from common_jax.inputs import BadExample, Example
+from common_jax.ranges import BelowOne, Count, Finite, Name, Positive, Size, key_of, one_of, shown
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
     COLOUR_MODES,
@@ -42,7 +43,7 @@ TINY_SIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """`config.data`: the images of a run.
 
     Attributes:
@@ -65,57 +66,35 @@ class DataConfig:
         set's order; 0 for all. For what a method gains as data shrinks.
     """
 
-    source: str = "digits"
+    source: Annotated[str, key_of(lambda: SOURCES)] = "digits"
     path: str = ""
-    image_size: int = 8
-    channels: int = 1
-    labels: int = 10
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-    train_split: str = "train"
-    test_split: str = "test"
-    workers: int = 0
-    bad_share: float = 0.001
+    image_size: Size = 8
+    channels: Annotated[int, one_of(*COLOUR_MODES)] = 1
+    labels: Size = 10
+    mean: tuple[Finite, ...] = (0.5,)
+    std: tuple[Positive, ...] = (0.5,)
+    train_split: Name = "train"
+    test_split: Name = "test"
+    workers: Count = 0
+    bad_share: BelowOne = 0.001
     name: str = ""
-    in_memory: str = "auto"
-    per_class: int = 0
-    test_per_class: int = 0
+    in_memory: Annotated[str, one_of(*IN_MEMORY)] = "auto"
+    per_class: Count = 0
+    test_per_class: Count = 0
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            hint = did_you_mean(self.source, SOURCES)
-            raise ValueError(
-                f"config.data.source={self.source!r} is none of {sorted(SOURCES)}{hint}"
-            )
+        super().__post_init__()
         if self.name and self.source != "tfds":
-            raise ValueError(
-                f"config.data.name={self.name!r} is for config.data.source='tfds'; "
-                f"{self.source!r} has no sets to choose from: leave it empty"
+            raise FieldError(
+                f"name={shown(self.name)} is for source='tfds'; {self.source!r} has no sets to "
+                "choose from: leave it empty"
             )
-        if self.in_memory not in IN_MEMORY:
-            raise ValueError(
-                f"config.data.in_memory={self.in_memory!r} must be one of {list(IN_MEMORY)}"
-            )
-        if self.channels not in COLOUR_MODES:
-            raise ValueError(f"config.data.channels={self.channels} must be 1 (grey) or 3 (RGB)")
-        for key in ("image_size", "labels"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"config.data.{key}={getattr(self, key)} must be at least 1")
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
-                raise ValueError(
-                    f"config.data.{key}={getattr(self, key)} must have one number for each of the "
-                    f"config.data.channels={self.channels} channels"
+                raise FieldError(
+                    f"{key}={shown(getattr(self, key))} must have one number for each of the "
+                    f"channels={self.channels}"
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"config.data.std={self.std} must be positive")
-        for key, zero in (("workers", "none"), ("per_class", "all"), ("test_per_class", "all")):
-            if getattr(self, key) < 0:
-                raise ValueError(
-                    f"config.data.{key}={getattr(self, key)} must not be negative; 0 means {zero}"
-                )
-        if not 0 <= self.bad_share < 1:
-            raise ValueError(f"config.data.bad_share={self.bad_share} must be in [0, 1)")
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import unfreeze
+from common_jax.config import under, unfreeze
 from common_jax.workdir import claim, read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
@@ -142,13 +142,14 @@ def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, .
 
 def _phase(config: Config, phase: str, **sources: str | tuple[str, ...]) -> Config:
     recipe = config.recipes[phase]
-    return dataclasses.replace(
-        config,
-        phase=phase,
-        module="all",
-        optim=recipe.optim,
-        augment=recipe.augment,
-        drop_path=recipe.drop_path,
-        recipes={},
-        sources=dataclasses.replace(config.sources, **sources),
-    )
+    with under("config"):
+        return dataclasses.replace(
+            config,
+            phase=phase,
+            module="all",
+            optim=recipe.optim,
+            augment=recipe.augment,
+            drop_path=recipe.drop_path,
+            recipes={},
+            sources=dataclasses.replace(config.sources, **sources),
+        )
