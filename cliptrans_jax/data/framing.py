@@ -118,7 +118,27 @@ class FramedTokenizer:
         return self.join([i for i in ids if i not in self.special])
 
 
-def checked_texts(texts: Iterable[str], *, name: str = "texts") -> list[str]:
+def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int], key: str) -> None:
+    """Raises ValueError unless a network can read a tokenizer's ids.
+
+    Args:
+      vocab: rows of the network's table; an id beyond them gives NaN.
+      special: the network's ids of "pad" and "eos", as far as it has them.
+      key: of the network's config, for messages.
+    """
+    if tokenizer.vocab > vocab:
+        raise ValueError(
+            f"{key}.vocab={vocab} is less than the {tokenizer.vocab} tokens of the tokenizer; "
+            "raise it, or take the tokenizer that the weights were trained with"
+        )
+    for name, place in special.items():
+        if place != getattr(tokenizer, name):
+            raise ValueError(
+                f"{key}.{name}={place} must be the tokenizer's, {getattr(tokenizer, name)}"
+            )
+
+
+def checked_texts(texts: object, *, name: str = "texts") -> list[str]:
     """The texts as a list.
 
     Args:
