@@ -19,7 +19,7 @@ from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.losses import contrastive_loss
 from cliptrans_jax.models import clip, xlmr
@@ -159,11 +159,7 @@ def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
             f"config.clip.text.features={text.features} must be config.clip.image.features="
             f"{image.features}: both towers share one space"
         )
-    if tokenizer.vocab > text.vocab:
-        raise ValueError(
-            f"config.clip.text.vocab={text.vocab} is less than the {tokenizer.vocab} tokens of "
-            "the tokenizer"
-        )
+    require_fits(tokenizer, vocab=text.vocab, special={"pad": text.pad}, key="config.clip.text")
     if length > text.longest:
         raise ValueError(
             f"config.clip.text.positions={text.positions} leave room for {text.longest} tokens, "

@@ -15,7 +15,7 @@ from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.encoders import (
     ImageTower,
@@ -82,15 +82,21 @@ class Material:
 
     @functools.cached_property
     def _tokenizer(self) -> tuple[Tokenizer, str]:
-        tokenizer, text = train_tokenizer(self.config, self.workdir)
-        for name in ("model", "clip"):
-            other = _tokenizer_of(getattr(self.config.sources, name))
-            if text and other is not None and other.read_text() != text:
+        config = self.config
+        tokenizer, text = train_tokenizer(config, self.workdir)
+        for language in config.data.pair:
+            if language not in tokenizer.languages:
+                known = ", ".join(tokenizer.languages) or "none, as an encoder's has"
                 raise ValueError(
-                    f"config.sources.{name}: {other} is another tokenizer than the one for this "
-                    "config; give the config.data, config.languages and config.tokenizer of that "
-                    "run"
+                    f"config.tokenizer.kind={config.tokenizer.kind!r} has no token for the "
+                    f"language {language!r} of config.data (it has {known}); take another "
+                    "tokenizer, such as 'mbart50' or 'trained'"
                 )
+        sizes = config.model.mbart
+        special = {"pad": sizes.pad, "eos": sizes.eos}
+        require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.model.mbart")
+        for name in ("model", "clip"):
+            _require_same_tokenizer(config, name, text)
         return tokenizer, text
 
     def save_tokenizer(self) -> None:
@@ -276,11 +282,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         path = path if path.exists() else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    if tokenizer.vocab > config.model.mbart.vocab:
-        raise ValueError(
-            f"config.model.mbart.vocab={config.model.mbart.vocab} is less than the "
-            f"{tokenizer.vocab} tokens of the tokenizer"
-        )
+    vocab = config.model.mbart.vocab
+    require_fits(tokenizer, vocab=vocab, special={}, key="config.model.mbart")
     return tokenizer, text
 
 
@@ -295,18 +298,41 @@ def save_tokenizer(text: str, workdir: epath.Path) -> None:
     draft.replace(path)
 
 
-def _tokenizer_of(source: str) -> epath.Path | None:
-    """The file of the run that a source is of; None where it is of no run, or has none."""
+def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
+    """Raises ValueError where a run that weights are taken from has another tokenizer.
+
+    Args:
+      name: of the field of `config.sources`.
+      text: of the file of this run's tokenizer; "" of a published one.
+    """
+    source = getattr(config.sources, name)
     try:
-        path = checkpoint.find_step(source).parent.parent / TOKENIZER if source else None
+        step = checkpoint.find_step(source) if source else None
     except FileNotFoundError:  # which is said where weights are taken
-        return None
-    return path if path is not None and path.exists() else None
+        return
+    if step is None:
+        return
+    kind = (checkpoint.load_config(step).get("tokenizer") or {}).get("kind")
+    if kind not in (None, config.tokenizer.kind):
+        raise ValueError(
+            f"config.sources.{name}={source!r} is a run with config.tokenizer.kind={kind!r}, whose "
+            f"ids mean other words than those of config.tokenizer.kind={config.tokenizer.kind!r}; "
+            "give the config.tokenizer of that run"
+        )
+    other = step.parent.parent / TOKENIZER
+    if text and other.exists() and other.read_text() != text:
+        raise ValueError(
+            f"config.sources.{name}: {other} is another tokenizer than the one for this config; "
+            "give the config.data, config.languages and config.tokenizer of that run"
+        )
 
 
 def load_trained_text(config: Config, tokenizer: Tokenizer) -> TextTower:
     """The text tower of a run of stage "clip"."""
     trained = _clip_config(config)
+    sizes = trained.clip.text
+    special = {"pad": sizes.pad}
+    require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
     params = _host(checkpoint.load(config.sources.clip, subtree="clip/text"))
     return TextTower(trained.clip.text, params, tokenizer, config.dtype)
 

@@ -19,6 +19,7 @@ from cliptrans_jax.data.feed import (
     evaluation_batches,
     host_shard,
 )
+from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TEXT_RULES, TextTower
 from cliptrans_jax.evaluators.scores import as_metrics, score
@@ -143,7 +144,8 @@ class Model:
     @classmethod
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
-        assert material.tokenizer.vocab <= config.model.mbart.vocab
+        vocab = config.model.mbart.vocab
+        require_fits(material.tokenizer, vocab=vocab, special={}, key="config.model.mbart")
         tower = material.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
