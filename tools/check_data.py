@@ -42,7 +42,7 @@ from common_jax.config import freeze
 from common_jax.inputs import BadExample
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.data.augment import SMALL_SIDE
-from m2mkd_jax.data.folders import listed
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from common_jax.config import did_you_mean
-from m2mkd_jax.data.folders import listed, read_names
+from m2mkd_jax.data.folders import read_names
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, open_source
 from m2mkd_jax.data.subsets import Subset
 

@@ -20,20 +20,17 @@ from etils import epath
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import decode_picture, pixels_of
 from m2mkd_jax.data.folders import (
-    READ_ERRORS,
-    DirectoryFiles,
     Found,
-    decode_picture,
     existing,
     label_rows,
-    listed,
-    pixels_of,
     progress,
     read_text,
     require_distinct,
     require_filled,
 )
+from m2mkd_jax.data.listing import DirectoryFiles, listed
 
 CHUNK = 256  # records that a thread reads at a time
 SAMPLE = 2**16  # bytes of a file that its fingerprint looks at
@@ -90,7 +87,7 @@ class RecordSource:
             content = self._records[index]["image"]
             # Of a file that was cut off, array_record returns records without content.
             return decode_picture(content or b"", self.channels)
-        except (RuntimeError, *READ_ERRORS) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     @property

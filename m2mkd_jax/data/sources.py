@@ -18,16 +18,16 @@ import numpy as np
 from common_jax import inputs
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import MODES
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
-    COLOUR_MODES,
     FolderSource,
     Found,
     find_folder,
     find_tiny_imagenet,
-    listed,
     progress,
 )
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.subsets import first_of_each_class
 
@@ -96,7 +96,7 @@ class DataConfig:
             raise ValueError(
                 f"config.data.in_memory={self.in_memory!r} must be one of {list(IN_MEMORY)}"
             )
-        if self.channels not in COLOUR_MODES:
+        if self.channels not in MODES:
             raise ValueError(f"config.data.channels={self.channels} must be 1 (grey) or 3 (RGB)")
         for key in ("image_size", "labels"):
             if getattr(self, key) < 1:
