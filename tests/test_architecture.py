@@ -50,7 +50,7 @@ LAYERS = {
         ("inputs", "optim"),
         ("workdir",),
         ("state", "mesh", "config"),
-        ("nn", "tensors", "pods"),
+        ("nn", "tensors", "pods", "ranking"),
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}
