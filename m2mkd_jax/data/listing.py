@@ -12,7 +12,7 @@ from common_jax.inputs.pictures import SUFFIXES, read_file
 
 IMAGE_SUFFIXES = SUFFIXES
 DEEPEST = 32  # folders within each other, below a class
-LISTED = 1000  # characters of names in a message
+LISTED = 700  # characters of names in a message
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, runtime_checkable
 
@@ -29,7 +29,7 @@ from m2mkd_jax.data.folders import (
 )
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
-from m2mkd_jax.data.subsets import first_of_each_class
+from m2mkd_jax.data.subsets import first_of_each_class, with_labels_of
 
 # Sources held decoded in memory, at the one size they have.
 EMBEDDED = ("digits", "digits_r")
@@ -151,6 +151,25 @@ def load_source(config: DataConfig, split: str) -> Source:
             f"set config.data.labels={count} or correct the data"
         )
     return source
+
+
+def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
+    """The images of config.test_split, its labels those of the training set's classes.
+
+    Args:
+      label_names: the training set's; all others are refused, and some may be missing.
+
+    Raises:
+      as `load_source`; ValueError: a class that the training set lacks.
+    """
+    source = open_source(config, config.test_split)
+    place = "".join(
+        f", config.data.{key}={value!r}"
+        for key, value in (("path", config.path), ("name", config.name))
+        if value
+    )
+    at = f"config.data.source={config.source!r}{place}, split {config.test_split!r}"
+    return with_labels_of(source, label_names, at=at)
 
 
 def open_source(config: DataConfig, split: str) -> Source:
