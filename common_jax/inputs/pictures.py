@@ -23,6 +23,8 @@ SMALL = 2**24
 PIXELS_PER_BYTE = 20
 LARGEST = 89_478_485
 LARGEST_FILE = 2**28  # bytes
+# Resizing the short side of a strip to 256 pixels makes the long one as many times longer.
+LONGEST = 100  # long side over short side
 
 WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # of TIFF's tags
@@ -59,8 +61,8 @@ def decode_picture(content: bytes, channels: int) -> Image.Image:
 
     Raises:
       OSError: there are no bytes, they are none of FORMATS, or Pillow cannot read them.
-      ValueError: more pixels than the file can hold; grey values without a known
-        range (32-bit integers and floats); anything else that Pillow trips over.
+      ValueError: more pixels than the file can hold, or a strip of them; grey values without a
+        known range (32-bit integers and floats); anything else that Pillow trips over.
     """
     if not content:
         raise OSError("the file is empty (0 bytes)")
@@ -94,6 +96,10 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
     if width * height > limit:
         raise ValueError(
             f"{height} x {width} pixels are more than the {limit} allowed for {content} bytes"
+        )
+    if max(size) > LONGEST * min(size):
+        raise ValueError(
+            f"{height} x {width} pixels: one side is more than {LONGEST} times the other"
         )
 
 

@@ -122,6 +122,9 @@ def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
         decoded(content, 1)
     rows = (b"\0" + bytes(500)) * 4000
     assert decoded(png(4000, 4000, depth=1, colour=0, rows=rows), 1).shape == (4000, 4000, 1)
+    with pytest.raises(ValueError, match=r"1 x 101 pixels: one side is more than 100 times"):
+        decoded(encoded(Image.new("L", (101, 1)), "PNG"))
+    assert decoded(encoded(Image.new("L", (1, 100)), "PNG"), 1).shape == (100, 1, 1)
     with pytest.raises(ValueError, match="bomb"):
         decoded(png(60_000, 60_000, depth=8, colour=0, rows=b""))
 

@@ -111,7 +111,10 @@ def test_names_beyond_ascii_are_read(tmp_path):
         (("train/ant/0.png", "train/ant/0.png"), r"train/ant/0\.png stand there more than once"),
         (("train/ant/0.png", "../train/bee/0.png"), r"\.\./train/bee/0\.png have names that lead"),
         (("train/ant/0.png", "/train/bee/0.png"), r"/train/bee/0\.png have names that lead out"),
-        (("train/ant/0.png", "train/ant/../x.png"), r"train/ant/\.\./x\.png have names that lead out"),
+        (
+            ("train/ant/0.png", "train/ant/../x.png"),
+            r"train/ant/\.\./x\.png have names that lead out",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
