@@ -50,7 +50,7 @@ LAYERS = {
         ("inputs", "optim"),
         ("workdir",),
         ("state", "mesh", "config"),
-        ("nn", "tensors", "pods", "ranges"),
+        ("nn", "tensors", "pods", "ranges", "ranking"),
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gzip
-import io
 import logging
 import os
 import zlib
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample
+from common_jax.inputs.pictures import decode_picture, read_file
 
 TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @runtime_checkable
@@ -105,9 +103,8 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(Path(self.name(index)).read_bytes())) as image:
-                return np.asarray(image.convert("RGB"))
-        except READ_ERRORS as error:
+            return np.asarray(decode_picture(read_file(self.name(index)), channels=3))
+        except (OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
 

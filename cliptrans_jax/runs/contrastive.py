@@ -13,6 +13,7 @@ from etils import epath
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
@@ -30,6 +31,7 @@ from common_jax import loop
 from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import match_rules
+from common_jax.ranking import rank_of
 from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
@@ -142,14 +144,27 @@ def _loss(config: Config, params, helpers, batch, rngs, step):
 
 def _sums(config: Config, params, helpers, batch, key):
     texts, images = _embed(config, params, batch, None)
+    return retrieval_sums(texts, images, batch["_mask"])
+
+
+def retrieval_sums(
+    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
+) -> dict[str, Float[Array, ""]]:
+    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
+    or 0.
+
+    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
+    Equal similarities rank by their index, and one that is not finite is never a hit.
+    """
     texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
     images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    real = batch["_mask"] > 0
-    scores = jnp.where(real[:, None] & real[None, :], texts @ images.T, -jnp.inf)
-    own = jnp.arange(len(real))
-    found = (jnp.argmax(scores, axis=1) == own, jnp.argmax(scores, axis=0) == own)
+    real, own = mask > 0, jnp.arange(len(mask))
+    # What some accelerators do by default, round factors to bfloat16, would make ties.
+    scores = jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
+    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
     right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
-    return {"count": jnp.sum(batch["_mask"]), "accuracy": jnp.sum(right)}
+    return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
 
 
 def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:

@@ -16,6 +16,7 @@ from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import CHUNK, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import checkpoint
+from common_jax.ranking import rank_of
 from common_jax.state import merge
 from common_jax.step import Loss, Sums
 from common_jax.weights import Allowance, Origin, WarmStart, take
@@ -66,7 +67,7 @@ def make_loss(
 
 def make_sums(translator: Translator, features: Features) -> Sums:
     """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
-    token."""
+    token, those of rank 0 (`rank_of`)."""
     pad = translator.config.mbart.pad
 
     def sums(params, helpers, batch, key):
@@ -78,7 +79,7 @@ def make_sums(translator: Translator, features: Features) -> Sums:
         def chunk_sums(states, labels):
             logits = translator.scores(readout, states)
             total, count = label_loss(logits, labels, pad=pad)
-            right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
+            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
             return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
 
         return sum_chunks(chunk_sums, states, labels, pad=pad)

@@ -19,7 +19,7 @@ from common_jax.workdir import claim, read_json, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
-from m2mkd_jax.data.sources import Source, load_source
+from m2mkd_jax.data.sources import Source, load_source, load_test_source
 from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.phases.families import family, whole_student
 from m2mkd_jax.phases.networks import require_source, take_weights
@@ -152,9 +152,9 @@ def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str
 
 
 def load_splits(config: Config) -> Sources:
-    """The whole training and test splits, of all classes."""
-    data = config.data
-    return load_source(data, data.train_split), load_source(data, data.test_split)
+    """The whole training and test splits, of all classes, labelled alike."""
+    train = load_source(config.data, config.data.train_split)
+    return train, load_test_source(config.data, train.label_names)
 
 
 def episode_feed(episode: Config, sources: Sources, *, workdir: epath.Path) -> Feed:
