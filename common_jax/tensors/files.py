@@ -1,6 +1,7 @@
 """Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
 archives, whole or in shards, without PyTorch."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from common_jax.tensors import torch_archive, torch_writer
+from common_jax.tensors.naming import plain_names
 from common_jax.tensors.torch_archive import DAMAGED, EXPORT
 
 # What a folder's weights may be called; the first that is there is read.
@@ -22,35 +24,55 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
-PARALLEL = "module."  # put before every name by a run on several devices
-
 # Of fewer than 32 bits.
 NARROW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 LFS = b"version https://git-lfs"
 Tensors = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file or a folder holds.
+
+    Attributes:
+      tensors: by their names, each in the type that it is stored in.
+      notes: how it was read: which of several state dicts, and what was taken off the names.
+    """
+
+    tensors: Tensors
+    notes: tuple[str, ...] = ()
+
+
 def read_tensors(path: str | os.PathLike) -> Tensors:
+    """The tensors of `read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
     """All tensors of a file or folder by their names, each in the type that it is stored in.
 
     Args:
       path: a file in safetensors (`.safetensors`) or PyTorch's zip format (`.bin`, `.pth`, `.pt`;
         state dicts, checkpoints that hold one as "model" or "state_dict", TorchScript archives), an
         `.index.json` of shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands
-        for `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. The prefix "module." is taken
-        off the names.
+        for `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. What frameworks put into
+        names ("module.", "_orig_mod.") is taken out.
+      weights: key of the state dict that is meant, such as "model_ema", in a file of PyTorch that
+        holds several.
 
     Raises:
       FileNotFoundError: when there is no such file, or shards are missing.
-      ValueError: for a file that is cut off, of another format, or that holds anything but tensors
-        and plain containers; nothing in it is run.
+      ValueError: for a file that is cut off, of another format, that holds anything but tensors
+        and plain containers, or several state dicts of which none is chosen; nothing in it is run.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        file = weights_file(path)
         if file is None:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
             raise FileNotFoundError(
@@ -59,14 +81,19 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
             )
         path = file
     if path.is_file():
-        tensors = _read_file(path)
+        read = _read_file(path, weights)
     else:
-        shards = _numbered(path)
-        tensors = _merge((shard, _read_file(shard)) for shard in shards)
-    plain = {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
-    if len(plain) != len(tensors):
-        raise ValueError(f"{path} holds tensors both with and without the prefix {PARALLEL!r}")
-    return plain
+        read = _merge((shard, _read_file(shard, weights)) for shard in _numbered(path))
+    try:
+        tensors, notes = plain_names(read.tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    return Weights(tensors, (*read.notes, *notes))
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of a folder that its weights are read from."""
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -156,15 +183,18 @@ def same_content(a: Path, b: Path) -> bool:
         return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
 
 
-def _read_file(path: Path) -> Tensors:
+def _read_file(path: Path, weights: str) -> Weights:
     if path.name.endswith(SUFFIXES):
         _refuse_pointer(path)
     if path.name.endswith(".index.json"):
-        return _read_indexed(path)
+        return _read_indexed(path, weights)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        if weights:
+            raise ValueError(f"{path} holds bare tensors, and none under weights={weights!r}")
+        return Weights(_read_safetensors(path))
     if path.suffix in TORCH_SUFFIXES:
-        return torch_archive.read(path)
+        chosen = torch_archive.read(path, weights)
+        return Weights(dict(chosen.tensors), chosen.notes)
     raise ValueError(
         f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
         "format "
@@ -187,20 +217,21 @@ def _numbered(path: Path) -> list[Path]:
     return [found[i] for i in sorted(found)]
 
 
-def _merge(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
-    merged = {}
-    for path, tensors in parts:
-        for name in set(merged) & set(tensors):
-            if not np.array_equal(merged[name], tensors[name]):
+def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
+    merged, notes = {}, {}
+    for path, part in parts:
+        for name in set(merged) & set(part.tensors):
+            if not np.array_equal(merged[name], part.tensors[name]):
                 raise ValueError(
                     f"{path} holds {name} with other numbers than a shard before it; the shards "
                     "are not of one model"
                 )
-        merged |= tensors
-    return merged
+        merged |= part.tensors
+        notes |= dict.fromkeys(part.notes)
+    return Weights(merged, tuple(notes))
 
 
-def _read_indexed(path: Path) -> Tensors:
+def _read_indexed(path: Path, weights: str) -> Weights:
     try:
         where = json.loads(path.read_bytes())["weight_map"]
         files = sorted(set(where.values()))
@@ -213,10 +244,10 @@ def _read_indexed(path: Path) -> Tensors:
         raise ValueError(f"{path} names {outside[0]!r}, which is not in its own folder")
     if missing := [file for file in files if not (path.parent / file).is_file()]:
         raise FileNotFoundError(f"{path} names {', '.join(missing)}, missing; fetch them too")
-    tensors = _merge((path.parent / file, _read_file(path.parent / file)) for file in files)
-    if missing := sorted(set(where) - set(tensors)):
+    read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
+    if missing := sorted(set(where) - set(read.tensors)):
         raise ValueError(f"{path} names tensors that its files do not hold: {missing[:5]}")
-    return tensors
+    return read
 
 
 def _read_safetensors(path: Path) -> Tensors:

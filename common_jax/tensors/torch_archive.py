@@ -21,9 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
-# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the last of these in files of a module.
-WRAPPERS = ("model", "state_dict", "block_state_dict")
+from common_jax.tensors.naming import Chosen, choose
+
 STORAGES = {
     "BFloat16Storage": "bfloat16",
     "BoolStorage": "bool",
@@ -64,15 +63,33 @@ class _RefusedError(ValueError):
     """What is wrong with a file, in words for its user."""
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key of
-    `WRAPPERS`, or of a TorchScript archive; each in the type that it is stored in.
+def read(path: Path, weights: str = "") -> Chosen:
+    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key, or of a
+    TorchScript archive; each in the type that it is stored in.
+
+    Args:
+      path: of the file.
+      weights: key of the state dict that is meant, see `naming.choose`.
 
     Raises:
-      ValueError: for a file that is cut off, of another format, or that holds anything but tensors
-        and plain containers; nothing in it is run.
+      ValueError: for a file that is cut off, of another format, that holds anything but tensors
+        and plain containers, or several state dicts of which none is chosen; nothing in it is run.
     """
-    return _open(path, _read_archive)
+    return _open(path, lambda archive: _read_archive(archive, weights))
+
+
+def module_classes(path: Path) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other file.
+
+    Raises:
+      ValueError: as `read`.
+    """
+
+    def find(archive: zipfile.ZipFile) -> frozenset[str]:
+        top, _, script = _load(archive)
+        return _classes(top) if script else frozenset()
+
+    return _open(path, find)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def read_plain(path: Path) -> dict[str, Any]:
     return _open(path, find)
 
 
-def _open(path: Path, use: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[str, Any]:
+def _open(path: Path, use: Callable[[zipfile.ZipFile], Any]) -> Any:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
@@ -220,14 +237,16 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(str(key), dtype, count)
 
 
-def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def _read_archive(archive: zipfile.ZipFile, weights: str) -> Chosen:
     top, root, script = _load(archive)
     with _blamed():
-        parts = dict(_walk(top, _declared(archive, root), "")) if script else _state_dict(top)
-    if not parts:
+        walked = dict(_walk(top, _declared(archive, root), "")) if script else {}
+    chosen = Chosen(walked) if script else _state_dict(top, weights)
+    if not chosen.tensors:
         raise _RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
     read = functools.cache(lambda storage: _read_storage(archive, root, storage))
-    return {name: _array(name, tensor, read(tensor.storage)) for name, tensor in parts.items()}
+    arrays = {name: _array(name, x, read(x.storage)) for name, x in chosen.tensors.items()}
+    return Chosen(arrays, chosen.notes)
 
 
 def _load(archive: zipfile.ZipFile) -> tuple[Any, str, bool]:
@@ -267,19 +286,24 @@ def _plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def _state_dict(top: Any) -> dict[str, _Tensor]:
-    """The one dictionary of tensors in what a file holds."""
-    if not isinstance(top, dict):
-        what = "one tensor" if isinstance(top, _Tensor) else f"a {type(top).__name__}"
-        raise _RefusedError(f"holds {what}, and not tensors by their names; with PyTorch: {EXPORT}")
-    inner = next((top[key] for key in WRAPPERS if isinstance(top.get(key), dict)), top)
-    for name, value in inner.items():
-        if not (isinstance(name, str) and isinstance(value, _Tensor)):
-            raise _RefusedError(
-                f"holds {name!r}, a {type(value).__name__.lstrip('_')}, where tensors by their "
-                f"names are expected, alone or under one of {WRAPPERS}; with PyTorch: {EXPORT}"
-            )
-    return inner
+def _state_dict(top: Any, weights: str) -> Chosen:
+    """One dictionary of tensors in what a file holds."""
+    try:
+        return choose(top, lambda value: isinstance(value, _Tensor), weights)
+    except ValueError as error:
+        raise _RefusedError(f"{error}; with PyTorch: {EXPORT}") from None
+
+
+def _classes(top: Any) -> frozenset[str]:
+    """Names of the classes of a scripted module and of those in it."""
+    seen, left, names = set(), [top], set()
+    while left:
+        module = left.pop()
+        if isinstance(module, _Scripted) and id(module) not in seen:
+            seen.add(id(module))
+            names.add(type(module).__name__)
+            left += vars(module).values()
+    return frozenset(names)
 
 
 def _walk(module: Any, declared: Mapping[str, set[str]], path: str) -> Iterator:
