@@ -126,20 +126,43 @@ IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PART
 
 
 def load_published_text(
-    folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike, fetch: bool = False
+    folder: str,
+    tokenizer: TokenizerConfig,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+    base: str = "",
 ) -> TextTower:
-    """M-CLIP's or CLIP's text tower from a folder."""
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "mclip" else "clip_text"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
+    """M-CLIP's or CLIP's text tower from a folder or a file; see `pretrained.load`."""
+    found = pretrained.load(
+        folder,
+        kind=("mclip", "clip_text"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+        base=base,
+    )
     return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
 
 
-def load_published_image(folder: str, *, dtype: DTypeLike, fetch: bool = False) -> ImageTower:
-    """CLIP's image tower from a folder, or RN50x64's from its file."""
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "clip_res" else "clip_vision"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
+def load_published_image(
+    folder: str,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+) -> ImageTower:
+    """CLIP's image tower from a folder, or RN50x64's from its file; see `pretrained.load`."""
+    found = pretrained.load(
+        folder,
+        kind=("clip_res", "clip_vision"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+    )
     return ImageTower(found.config, found.params, dtype)
 
 

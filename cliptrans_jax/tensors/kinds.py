@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import reprlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from cliptrans_jax.tensors import beside, mclip, open_clip
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -99,6 +101,11 @@ class Layout:
       table: config -> table of names.
       dropped: regex of names that have no place here -> why.
       aliases: name -> the name of the tensor that it equals.
+      zeros: tensors that are zeros where they are missing.
+      about: the file beside the weights that says what no tensor tells.
+      untold: fields of the config that no tensor tells; without that file they are assumed to be
+        as published.
+      varied: those of them in which models of the same tensors differ: something must say them.
     """
 
     marker: str
@@ -108,6 +115,10 @@ class Layout:
     table: Callable[[Any], names.Table]
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
+    about: str = beside.CONFIG
+    untold: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
 
 
 def mbart_config(hf: Hf) -> MBartConfig:
@@ -125,10 +136,15 @@ def mbart_config(hf: Hf) -> MBartConfig:
                 "take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
-        raise ValueError(f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)}")
-    start = hf.get("decoder_start_token_id")
-    sizes = {field: hf[key] for field, key in MBART_FIELDS.items()}
-    return MBartConfig(**sizes, start=sizes["eos"] if start is None else start)
+        raise ValueError(
+            f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)[:20]}"
+        )
+    sizes = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
+    starts = {"start": "decoder_start_token_id"}
+    start = (
+        {} if hf.get(starts["start"]) is None else towers.checked(hf, starts, MBartConfig, "mBART")
+    )
+    return MBartConfig(**sizes, **{"start": sizes["eos"]} | start)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
@@ -148,40 +164,70 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
         return None
     if "modelBase" in hf:
         return "mclip"
-    told = [hf.get("model_type"), *(hf.get("architectures") or ())]
-    if kind := next((TOLD_BY[name] for name in told if name in TOLD_BY), None):
+    classes = hf.get("architectures")
+    told = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    if kind := next((TOLD_BY[x] for x in told if isinstance(x, str) and x in TOLD_BY), None):
         return kind
     if any(told):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
-            f"model_type={hf.get('model_type')!r}, architectures={hf.get('architectures')!r}"
+            f"model_type={reprlib.repr(hf.get('model_type'))}, "
+            f"architectures={reprlib.repr(classes)}"
         )
     return None
 
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
-    """The first kind that the tensors may be of."""
-    for kind, layouts in KINDS.items():
-        if any(layout.marker in tensors for layout in layouts):
-            return kind
-    return None
+    """The first kind that the tensors may be of, by their names as they are or below the shortest
+    prefix."""
+    below = {
+        kind: min(map(len, found))
+        for kind, layouts in KINDS.items()
+        for layout in layouts
+        if (found := _prefixes(layout, tensors))
+    }
+    return min(below, key=below.get) if below else None
 
 
-def find_layout(kind: str, tensors: Tensors, file: str) -> tuple[Layout, str]:
+def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
+    """The first of these kinds that the tensors are of; the first of all where they are of none."""
+    held = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
+    return next(held, allowed[0])
+
+
+def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
     """How the tensors of that kind are named in a file, and what stands before all their names.
 
+    Args:
+      kind: a key of KINDS.
+      tensors: by their names.
+      file: what to call their origin in messages.
+      weights: that prefix, "teacher.", where several networks of the kind are there.
+
     Raises:
-      ValueError: when the file holds no such network.
+      ValueError: when the file holds no such network, or several.
     """
     for layout in KINDS[kind]:
-        for name in tensors:
-            nested = name.startswith(NESTED) and name.endswith("." + layout.marker)
-            if nested or name == layout.marker:
-                return layout, name.removesuffix(layout.marker)
+        found = [p for p in _prefixes(layout, tensors) if not weights or p == weights]
+        if "" in found or len(found) == 1:
+            return layout, min(found)
+        if found:
+            raise ValueError(
+                f"{file} holds a {kind!r} below each of {', '.join(map(repr, found[:5]))}: choose "
+                f"with weights={found[0]} (--config.sources.weights={found[0]} of a run)"
+            )
     markers = " or ".join(layout.marker for layout in KINDS[kind])
     other = kind_of_tensors(tensors)
     hint = f"; it holds {other!r}" if other else ""
-    raise ValueError(f"{file} holds no {kind!r}, whose {markers} is missing{hint}")
+    where = f" below {weights!r}" if weights else ""
+    raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
+
+
+def _prefixes(layout: Layout, tensors: Tensors) -> list[str]:
+    """What stands before the names of networks of a layout."""
+    marker = layout.marker
+    ends = (name for name in tensors if name == marker or name.endswith(f".{marker}"))
+    return sorted({name.removesuffix(marker) for name in ends})
 
 
 def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:
@@ -217,6 +263,10 @@ def _told(
 ) -> Callable[[Tensors, Hf | None, str], Any]:
     """The config of a config.json, or else the published model's, which the shapes must confirm."""
     return lambda tensors, hf, file: read(hf) if hf is not None else published()
+
+
+def _mclip_config(tensors: Tensors, hf: Hf | None, file: str) -> MClipConfig:
+    return mclip.config(hf, file) if hf is not None else MClipConfig()
 
 
 def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
@@ -275,14 +325,16 @@ def _resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
     )
 
 
-def _openai_text_config(tensors: Tensors, hf: Hf | None, file: str) -> ClipTextConfig:
+def _openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipTextConfig:
+    if said is not None:
+        return open_clip.text_config(said)
     vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
     return ClipTextConfig(
         vocab=vocab,
         positions=_shape(tensors, "positional_embedding", 2, file)[0],
         width=width,
         layers=_count(tensors, "transformer.resblocks."),
-        heads=width // resnet.HEAD_WIDTH,  # in all of OpenAI's models
+        heads=max(1, width // resnet.HEAD_WIDTH),  # in all of OpenAI's models
         hidden=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
         features=_shape(tensors, "text_projection", 2, file)[1],
     )
@@ -312,8 +364,15 @@ MAPPER_OUT = {
     "mlp": "hidden.0.weight",
 }
 MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
-# What stands before the names of towers that CLIPTrans trained along.
-NESTED = "clip."
+MBART_UNTOLD = (
+    "encoder_heads",
+    "decoder_heads",
+    "scale_embedding",
+    "dropout",
+    "pad",
+    "eos",
+    "start",
+)
 
 MBART = Layout(
     marker="model.encoder.layernorm_embedding.weight",
@@ -322,6 +381,8 @@ MBART = Layout(
     shapes=_mbart_shapes,
     table=convert.mbart_table,
     aliases=convert.ALIASES,
+    zeros=("final_logits_bias",),
+    untold=MBART_UNTOLD,
 )
 CLIPTRANS = Layout(
     marker="mbart.model.encoder.layernorm_embedding.weight",
@@ -331,6 +392,8 @@ CLIPTRANS = Layout(
     table=convert.cliptrans_table,
     aliases=convert.cliptrans_aliases(),
     dropped={r"clip\..*": 'of the encoder, which is read by itself (kind="mclip", "clip_text")'},
+    zeros=("mbart.final_logits_bias",),
+    untold=tuple(f"mbart.{name}" for name in MBART_UNTOLD),
 )
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
@@ -339,10 +402,11 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker="LinearTransformation.weight",
                 config_type=MClipConfig,
-                config=_told(lambda hf: towers.mclip_config(hf, None), MClipConfig),
+                config=_mclip_config,
                 shapes=_text_shapes(MClip),
                 table=towers.mclip_table,
                 dropped=towers.MCLIP_DROPPED,
+                untold=("heads", "eps", "pad", "dropout", "activation"),
             ),
         ),
         "clip_vision": (
@@ -353,6 +417,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_image_shapes(ClipVision),
                 table=towers.clip_vision_table,
                 dropped=towers.CLIP_VISION_DROPPED,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
         ),
         "clip_res": (
@@ -373,6 +439,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_text_shapes(ClipText),
                 table=towers.clip_text_table,
                 dropped=towers.CLIP_TEXT_DROPPED,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
             Layout(
                 marker="ln_final.weight",
@@ -381,6 +449,9 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_text_shapes(ClipText),
                 table=towers.openai_text_table,
                 dropped=towers.OPENAI_TEXT_DROPPED,
+                about=open_clip.FILE,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
         ),
         "cliptrans": (CLIPTRANS,),

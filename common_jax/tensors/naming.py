@@ -87,9 +87,9 @@ def choose(top: Any, is_tensor: Callable[[Any], bool], key: str = "") -> Chosen:
     if twins:
         names = [first, *twins]
         raise ValueError(
-            f"holds weights under {' and '.join(map(repr, names[:5]))}, which may differ (a running "
-            f"average, say): choose with weights=KEY, such as weights={names[-1]} (--weights=KEY "
-            "of a command, --config.sources.weights=KEY of a run)"
+            f"holds weights under {' and '.join(map(repr, names[:5]))}, which may differ (one may "
+            f"be a running average): choose with weights=KEY, such as weights={names[-1]} "
+            "(--weights=KEY of a command, --config.sources.weights=KEY of a run)"
         )
     others = [name for name in found if name != first and not name.startswith(f"{first}.")]
     note = f"the weights are those under {first!r}"
@@ -126,9 +126,7 @@ def _dictionaries(
 
 def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether most names of one are the other's, but for wrappers."""
-    plain = [
-        {re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors} for tensors in (a, b)
-    ]
+    plain = [{re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors} for tensors in (a, b)]
     return 2 * len(plain[0] & plain[1]) > max(map(len, plain))
 
 
