@@ -1,7 +1,6 @@
 """Kinds of published networks: what their files call the tensors, and how their sizes are told."""
 
 import dataclasses
-import re
 import reprlib
 import types
 from collections.abc import Callable, Mapping
@@ -14,14 +13,14 @@ from jax import numpy as jnp
 
 from cliptrans_jax import convert, names
 from cliptrans_jax import convert_towers as towers
-from cliptrans_jax.models import mbart, resnet
+from cliptrans_jax.models import mbart
 from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
-from cliptrans_jax.tensors import beside, mclip, open_clip
+from cliptrans_jax.tensors import beside, mclip, open_clip, sizes
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -132,26 +131,25 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={hf[key]!r} of mBART's config.json is not supported: it must be {value!r}; "
+                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must be {value!r}; "
                 "take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
         raise ValueError(
             f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)[:20]}"
         )
-    sizes = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
-    starts = {"start": "decoder_start_token_id"}
-    start = (
-        {} if hf.get(starts["start"]) is None else towers.checked(hf, starts, MBartConfig, "mBART")
-    )
-    return MBartConfig(**sizes, **{"start": sizes["eos"]} | start)
+    given = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
+    start = {"start": given["eos"]}
+    if hf.get("decoder_start_token_id") is not None:
+        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, "mBART")
+    return MBartConfig(**given, **start)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
     """The config.json of an mBART, `mbart_config` backwards."""
-    sizes = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
+    plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
     ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
-    return MBART_FIXED | sizes | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
+    return MBART_FIXED | plain | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -270,100 +268,9 @@ def _mclip_config(tensors: Tensors, hf: Hf | None, file: str) -> MClipConfig:
 
 
 def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
-    return mbart_config(hf) if hf is not None else _mbart_sizes(tensors, "", file)
+    return mbart_config(hf) if hf is not None else sizes.mbart_sizes(tensors, "", file)
 
 
-def _cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
-    sizes = _mbart_sizes(tensors, "mbart.", file)
-    return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
-
-
-def _mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
-    embedding = next(
-        (prefix + n for n in (convert.EMBEDDING, *convert.ALIASES) if prefix + n in tensors),
-        prefix + convert.EMBEDDING,
-    )
-    vocab, width = _shape(tensors, embedding, 2, file)
-    published = MBartConfig()
-    if width != published.width:
-        raise ValueError(
-            f"{file} has an mBART of width {width}, whose number of heads its tensors do not tell; "
-            "give its config (a published one, of width 1024, has 16)"
-        )
-    sizes = {}
-    for side in ("encoder", "decoder"):
-        layers = f"{prefix}model.{side}.layers."
-        sizes[f"{side}_layers"] = _count(tensors, layers)
-        sizes[f"{side}_hidden"] = _shape(tensors, f"{layers}0.fc1.weight", 2, file)[0]
-    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
-    return dataclasses.replace(
-        published, vocab=vocab, width=width, positions=rows - mbart.OFFSET, **sizes
-    )
-
-
-def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
-    kind = next((kind for kind, name in MAPPER_OUT.items() if f"adapter.{name}" in tensors), None)
-    if kind is None:
-        return MapperConfig(prefix=0)
-    rows = _shape(tensors, f"adapter.{MAPPER_OUT[kind]}", 2, file)[0]
-    if rows % width:
-        raise ValueError(
-            f"{file} has adapter.{MAPPER_OUT[kind]} of {rows} rows, which must be a multiple of "
-            f"mBART's width {width}"
-        )
-    features = _shape(tensors, f"adapter.{MAPPER_IN[kind]}", 2, file)[1]
-    return MapperConfig(kind, prefix=rows // width, features=features)
-
-
-def _resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
-    places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
-    return ResNetConfig(
-        image=round(places**0.5) * resnet.STRIDE,
-        layers=tuple(_count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
-        width=_shape(tensors, "visual.bn3.weight", 1, file)[0],
-        features=_shape(tensors, "visual.attnpool.c_proj.weight", 2, file)[0],
-    )
-
-
-def _openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipTextConfig:
-    if said is not None:
-        return open_clip.text_config(said)
-    vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
-    return ClipTextConfig(
-        vocab=vocab,
-        positions=_shape(tensors, "positional_embedding", 2, file)[0],
-        width=width,
-        layers=_count(tensors, "transformer.resblocks."),
-        heads=max(1, width // resnet.HEAD_WIDTH),  # in all of OpenAI's models
-        hidden=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
-        features=_shape(tensors, "text_projection", 2, file)[1],
-    )
-
-
-def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != axes:
-        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
-        raise ValueError(
-            f"{file} does not tell its sizes: {name} {found}, and must have {axes} axes"
-        )
-    return tensors[name].shape
-
-
-def _count(tensors: Tensors, prefix: str) -> int:
-    """How many layers there are."""
-    numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max(
-        (int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1
-    )
-
-
-# The output and the input layer of each mapping network; the first whose output is there is it.
-MAPPER_OUT = {
-    "transformer": "projector.weight",
-    "hidden_mlp": "hidden.2.weight",
-    "mlp": "hidden.0.weight",
-}
-MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
 MBART_UNTOLD = (
     "encoder_heads",
     "decoder_heads",
@@ -387,7 +294,7 @@ MBART = Layout(
 CLIPTRANS = Layout(
     marker="mbart.model.encoder.layernorm_embedding.weight",
     config_type=ModelConfig,
-    config=_cliptrans_config,
+    config=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=convert.cliptrans_table,
     aliases=convert.cliptrans_aliases(),
@@ -425,7 +332,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker="visual.attnpool.positional_embedding",
                 config_type=ResNetConfig,
-                config=_resnet_config,
+                config=sizes.resnet_config,
                 shapes=_image_shapes(ClipResNet),
                 table=towers.openai_resnet_table,
                 dropped=towers.OPENAI_RESNET_DROPPED,
@@ -445,7 +352,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker="ln_final.weight",
                 config_type=ClipTextConfig,
-                config=_openai_text_config,
+                config=sizes.openai_text_config,
                 shapes=_text_shapes(ClipText),
                 table=towers.openai_text_table,
                 dropped=towers.OPENAI_TEXT_DROPPED,
