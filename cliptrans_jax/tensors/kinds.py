@@ -131,8 +131,8 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must be {value!r}; "
-                "take another model, or change it there if the weights allow that"
+                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must "
+                f"be {value!r}; take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
         raise ValueError(
