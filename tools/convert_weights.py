@@ -131,7 +131,9 @@ def parse(argv: Sequence[str]) -> Command:
 def take(command: Command) -> None:
     """From a file, or files, to a folder that the phases start from."""
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
-    print(format_account(found.account))
+    printed = found.kind != CLIPTRANS  # what m2mKD's tensors do not tell, before they are read
+    shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
+    print(format_account(shown))
     target = epath.Path(command.target)
     part = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     source = {"source": str(pathlib.Path(command.source).absolute()), "kind": found.kind}

@@ -6,12 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common_jax.tensors import weights_file
 from common_jax.tensors.files import FOLDER_FILES
 from common_jax.untrusted import RefusedError, brief, parse_json
 from m2mkd_jax.config import Config
+from m2mkd_jax.phases.networks import same_numbers
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # Where each of our fields stands in timm's pretrained_cfg, and in Hugging Face's preprocessor.
@@ -81,14 +80,6 @@ def require_same_images(said: Said, config: Config, overridden: Collection[str] 
                 f"be other numbers than the network knows. Give --config.data.{name}="
                 f"{','.join(map(str, numbers))}, as a run that uses these weights must too"
             )
-
-
-def same_numbers(a: Collection[float], b: Collection[float]) -> bool:
-    """Whether two means or stds are the same, one number a channel or one for all."""
-    a, b = np.asarray(tuple(a), float), np.asarray(tuple(b), float)
-    if 1 not in (a.size, b.size) and a.size != b.size:
-        return False
-    return bool(np.allclose(a, b, rtol=0, atol=1e-4))
 
 
 def _require_plain(about: Mapping[str, Any], file: Path) -> int | None:
