@@ -13,7 +13,7 @@ from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.chunks import CHUNK
-from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.models.xlmr import MClipConfig
@@ -59,6 +59,11 @@ class SourcesConfig(Section):
       mbart: folder of a published mBART, where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
+      clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
+      clip_text_base: what an M-CLIP was made from, where the `modelBase` of its config.json is a
+        folder that is not here: "xlm-roberta-large", or a folder with a config.json.
+      weights: which weights are read of a published file that holds several: a key such as
+        "model_ema", or what stands before the names, such as "teacher.".
       fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
         then downloaded; nothing is otherwise.
       fresh: regex of parameter paths that start anew even though `model` may have them.
@@ -70,6 +75,9 @@ class SourcesConfig(Section):
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
+    clip_activation: str = ""
+    clip_text_base: str = ""
+    weights: str = ""
     fetch: bool = False
     fresh: Regex = ""
     leave: Regex = ""
@@ -84,6 +92,11 @@ class SourcesConfig(Section):
         if self.clip and (self.clip_text or self.clip_image):
             raise FieldError(
                 f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
+            )
+        if self.clip_activation not in ("", *ACTIVATIONS):
+            raise ValueError(
+                f"config.sources.clip_activation={self.clip_activation!r} must be one of "
+                f"{sorted(ACTIVATIONS)}, or empty where a file says it"
             )
 
 

@@ -157,20 +157,32 @@ IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PART
 
 
 def load_published_text(
-    folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike, fetch: bool = False
+    folder: str,
+    tokenizer: TokenizerConfig,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+    base: str = "",
 ) -> TextTower:
-    """M-CLIP's or CLIP's text tower from a folder.
+    """M-CLIP's or CLIP's text tower from a folder or a file; see `pretrained.load`.
 
     Raises:
       ValueError: the tokenizer is not the tower's.
     """
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "mclip" else "clip_text"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
-    if tokenizer.kind != (proper := TOKENIZERS[kind]):
+    found = pretrained.load(
+        folder,
+        kind=("mclip", "clip_text"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+        base=base,
+    )
+    if tokenizer.kind != (proper := TOKENIZERS[found.kind]):
         raise ValueError(
             f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
-            f"{folder!r}, a tower of kind {kind!r}; set it to {proper!r}, and "
+            f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
             "config.clip_tokenizer.path to the folder of its tokenizer"
         )
     tower = TextTower(found.config, found.params, None, dtype)
@@ -185,11 +197,22 @@ def load_published_text(
     return dataclasses.replace(tower, tokenizer=read)
 
 
-def load_published_image(folder: str, *, dtype: DTypeLike, fetch: bool = False) -> ImageTower:
-    """CLIP's image tower from a folder, or RN50x64's from its file."""
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "clip_res" else "clip_vision"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
+def load_published_image(
+    folder: str,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+) -> ImageTower:
+    """CLIP's image tower from a folder, or RN50x64's from its file; see `pretrained.load`."""
+    found = pretrained.load(
+        folder,
+        kind=("clip_res", "clip_vision"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+    )
     return ImageTower(found.config, found.params, dtype)
 
 

@@ -122,6 +122,9 @@ class Material:
             config.clip_tokenizer,
             dtype=config.dtype,
             fetch=config.sources.fetch,
+            weights=config.sources.weights,
+            activation=config.sources.clip_activation,
+            base=config.sources.clip_text_base,
         )
 
     @functools.cached_property
@@ -132,7 +135,11 @@ class Material:
             return load_trained_image(config)
         _require(config, "clip_image")
         return load_published_image(
-            config.sources.clip_image, dtype=config.dtype, fetch=config.sources.fetch
+            config.sources.clip_image,
+            dtype=config.dtype,
+            fetch=config.sources.fetch,
+            weights=config.sources.weights,
+            activation=config.sources.clip_activation,
         )
 
     def check(self, *, train: bool) -> None:

@@ -108,10 +108,14 @@ def make_warm_start(
             origins = [Origin(sources.model, name, name) for name in held]
             parts.append(take(rest, origins, fresh=fresh, leave=leave))
         elif sources.model:
-            found = pretrained.load(sources.model, kind="cliptrans", config=config.model)
+            found = pretrained.load(
+                sources.model, kind="cliptrans", config=config.model, weights=sources.weights
+            )
             parts.append(_published(found, found.params, rest))
         elif sources.mbart:
-            found = pretrained.load(sources.mbart, kind="mbart", fetch=sources.fetch)
+            found = pretrained.load(
+                sources.mbart, kind="mbart", fetch=sources.fetch, weights=sources.weights
+            )
             _require_sizes(config, found.config)
             parts.append(_published(found, {"mbart": found.params}, {"mbart": rest["mbart"]}))
         if tower is not None and "clip" not in rest:
@@ -122,7 +126,7 @@ def make_warm_start(
             merge(*(part.params for part in parts)),
             {
                 key: [entry for part in parts for entry in part.account.get(key, ())]
-                for key in ("taken", "adapted", "left", "fresh")
+                for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
             },
         )
 
@@ -134,6 +138,8 @@ def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any])
     account = {
         "taken": [{"source": found.source, "as": found.kind, "parameters": _count(placed)}],
         "left": [{"name": name, "reason": why} for name, why in found.account.dropped],
+        "notes": [*found.account.notes],
+        "assumed": [{"field": name, "value": value} for name, value in found.account.assumed],
     }
     return WarmStart(placed, account)
 
@@ -143,14 +149,16 @@ def _require_sizes(config: Config, found: Any) -> None:
     theirs = dataclasses.asdict(found)
     own = ("dropout", "remat", "scan_layers")  # which are no part of the weights
     differing = [
-        f"{name}={ours[name]!r}, and the file has {theirs[name]!r}"
+        f"config.model.mbart.{name}={ours[name]!r}, and the file has {theirs[name]!r}"
         for name in ours
         if name not in own and ours[name] != theirs[name]
     ]
     if differing:
         raise ValueError(
-            f"config.sources.mbart={config.sources.mbart!r} is another model than "
-            "config.model.mbart: " + "; ".join(differing)
+            f"config.sources.mbart={config.sources.mbart!r} is another model than the config's: "
+            + "; ".join(differing)
+            + ". Set these fields to what the file has; a vocabulary may be larger than the "
+            "tokenizer's"
         )
 
 

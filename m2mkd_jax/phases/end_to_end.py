@@ -43,7 +43,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     warm_start, helpers = _warm_start(config), {}
     if config.baseline.kind != "none":
         origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
-        helpers = take_weights(config, _teacher_shapes(config, mesh), [origin]).params
+        helpers = take_weights(config, _teacher_shapes(config, mesh), [origin], frozen=True).params
     feed = config_feed(config, workdir)
     circuit = start_circuit(config, workdir) if isinstance(config.model, NacConfig) else None
     training = describe(config, mesh, circuit=circuit)

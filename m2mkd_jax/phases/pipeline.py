@@ -12,6 +12,7 @@ from common_jax.config import under, unfreeze
 from common_jax.workdir import claim, read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
+from m2mkd_jax.phases.networks import compare_images
 from m2mkd_jax.phases.training import Training
 
 # Phases that train one network, and those that train the modules of config.module. Each has a
@@ -88,6 +89,8 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
+    for source in filter(None, (config.sources.meta, config.sources.teacher)):
+        compare_images(config, source, frozen=True)  # now, and not after the phases before
     claim(workdir, unfreeze(config).to_dict())
     results = {}
     for folder, run_config in plan(config, workdir):
