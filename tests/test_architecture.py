@@ -51,6 +51,7 @@ LAYERS = {
         ("workdir",),
         ("state", "mesh", "config"),
         ("nn", "tensors", "pods"),
+        ("untrusted",),
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}
