@@ -62,7 +62,8 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
     a run of several modules, whose own row is their mean, one for each; None where there are no
     `folders`."""
     header, rows = ["run", "steps", "test accuracy", "test loss"], []
-    results = [read_json(workdir / name / "result.json") for name in folders]
+    fields = {"steps": int, "test/accuracy": int | float | None, "test/loss": int | float}
+    results = [read_json(workdir / name / "result.json", fields) for name in folders]
     has_ood = any("ood/accuracy" in result for result in results)
     for folder, result in zip(folders, results, strict=True):
         ood = [_percent(result.get("ood/accuracy"))] if has_ood else []

@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = pathlib.Path(command.target)
         if target.exists() and not command.force:
             raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
-        if target.suffix in FILE_SUFFIXES:
+        if target.name.endswith(FILE_SUFFIXES):
             export(command)
         else:
             take(command)

@@ -89,11 +89,16 @@ def episodes_table(workdir: epath.Path) -> Table | None:
     result = read_json(path) if path.exists() else {}
     if "episodes" not in result:
         return None
+    means = [f"test/{name}{end}" for name in ("accuracy", "loss") for end in ("", INTERVAL)]
+    result = read_json(path, {"episodes": int} | dict.fromkeys(means, int | float))
     rows = []
     for number in range(result["episodes"]):
         folder = path.parent / f"episode_{number}"
-        one = read_json(folder / "result.json")
-        seed = read_json(folder / "config.json")["few_shot"]["seed"]
+        one = read_json(
+            folder / "result.json", {"test/accuracy": int | float, "test/loss": int | float}
+        )
+        section = read_json(folder / "config.json", {"few_shot": dict})["few_shot"]
+        seed = section.get("seed", "")
         accuracy, loss = f"{100 * one['test/accuracy']:.1f} %", f"{one['test/loss']:.3f}"
         rows.append((str(number), str(seed), accuracy, loss))
     accuracy, loss = (
