@@ -244,7 +244,10 @@ class Config:
 
     def __post_init__(self):
         if self.phase not in (*PHASES, "pipeline"):
-            raise ValueError(f"config.phase={self.phase!r} must be one of {[*PHASES, 'pipeline']}")
+            raise ValueError(
+                f"config.phase={self.phase!r} must be one of {[*PHASES, 'pipeline']}"
+                f"{did_you_mean(self.phase, [*PHASES, 'pipeline'])}"
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"config.precision={self.precision!r} must be one of {sorted(PRECISIONS)}"

@@ -99,4 +99,4 @@ def check_run(config: Config, mesh: Mesh) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION)
+    app.run(main, DESCRIPTION, kind="phase")

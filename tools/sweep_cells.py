@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import re
-import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from etils import epath
 from cliptrans_jax import config as cliptrans
 from cliptrans_jax.runs import pipeline as cliptrans_pipeline
 from common_jax import app
+from common_jax.command_line import check_field, run_config_file
 from common_jax.config import freeze
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline
@@ -91,9 +91,7 @@ def read_sweep(config: str) -> list[dict[str, str]]:
       ValueError: where there is no such function, or it yields something else.
     """
     file = config.partition(":")[0]
-    if not epath.Path(file).is_file():
-        raise FileNotFoundError(f"--config={file} is no config file that can be read")
-    sweep = runpy.run_path(file).get("sweep")
+    sweep = run_config_file(config).get("sweep")
     if sweep is None:
         raise ValueError(f"--grid is missing, and {file} has no sweep() in its place; give --grid")
     found = list(sweep())
@@ -232,7 +230,7 @@ def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:
-    app.check_field(config, path)
+    check_field(config, path)
     value = functools.reduce(lambda section, key: section[key], path.split("."), config)
     if isinstance(value, ml_collections.ConfigDict):
         raise ValueError(f"config.{path} is a section; sweep one of its fields {sorted(value)}")
