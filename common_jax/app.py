@@ -4,7 +4,7 @@ import ctypes
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -26,7 +26,12 @@ USER_ERRORS = (ValueError, OSError)
 
 
 def run(
-    main: Main, description: str, argv: Sequence[str] | None = None, *, kind: str | None = None
+    main: Main,
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    kind: str | None = None,
+    reads: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Calls `main(config, workdir)` with what --config and --workdir say.
 
@@ -40,6 +45,7 @@ def run(
       argv: command line; that of the process by default.
       kind: the field that names the kind of run in the command's configs; a config of the other
         system is refused. None takes any.
+      reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
     Several processes that are one run are connected first, see `common_jax.pods.hosts.start`.
     Asked to stop, by SIGTERM to any of them, all save and end with exit status 0.
@@ -50,7 +56,11 @@ def run(
         logging.getLogger(library).setLevel(logging.WARNING)
     values = command_line.define()
     try:
-        config, workdir, _ = command_line.read(values, argv, description, kind)
+        config, workdir, paths = command_line.read(values, argv, description, kind)
+        for path in command_line.unread(paths, (reads or {}).get(config.get(kind), paths)):
+            logging.warning(
+                "--config.%s changes nothing: %s=%r does not read it", path, kind, config[kind]
+            )
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         keep_memory()
         main(config, workdir)

@@ -3,7 +3,7 @@
 from common_jax.command_line.fields import check_field, set_field
 from common_jax.command_line.files import read_config_file, run_config_file
 from common_jax.command_line.reading import HOST_FLAGS, define, read
-from common_jax.command_line.systems import check_system
+from common_jax.command_line.systems import check_system, unread
 
 __all__ = [
     "HOST_FLAGS",
@@ -14,4 +14,5 @@ __all__ = [
     "read_config_file",
     "run_config_file",
     "set_field",
+    "unread",
 ]

@@ -1,6 +1,7 @@
-"""The two systems, told apart by the field of a config that names the kind of run."""
+"""The two systems, told apart by the field of a config that names the kind of run; and what each
+kind of run reads of its config."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 SYSTEMS = {"phase": "m2mkd_jax", "stage": "cliptrans_jax"}
@@ -24,3 +25,14 @@ def check_system(config: Mapping[str, Any], kind: str, what: str) -> None:
         f"{what} is of {other}, and this is {own}; use python -m {other}.main, or "
         f"{other}.load_model"
     )
+
+
+def unread(paths: Iterable[str], reads: Iterable[str]) -> list[str]:
+    """Those of `paths` that are of no field or section in `reads`, in their order."""
+    sections = tuple(f"{path}." for path in reads)
+    # A section is read where any of its fields is.
+    return [
+        path
+        for path in paths
+        if not any(f"{path}.".startswith(one) or one.startswith(f"{path}.") for one in sections)
+    ]
