@@ -27,6 +27,32 @@ from common_jax.ranges import BelowOne, Count, Name, Positive, Regex, Seed, Size
 # Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
 # and scoring a trained model.
 RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+# Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
+_ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
+_MODEL = (
+    "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
+    "keep_text_features",
+)  # fmt: skip
+_CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
+_TRAIN = ("optim", "label_smoothing", *_CHOOSE)
+_CAPTION = ("freeze", "caption_language", "all_languages")
+_TOWERS = ("clip", "augment")
+_CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
+READS: dict[str, tuple[str, ...]] = {
+    # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
+    "clip": (
+        *_ANY, *_TOWERS, "optim", "model.mbart.vocab", "model.mbart.positions",
+        "model.mapper.prefix",
+    ),
+    "caption": _CAPTIONING,
+    "text_recon": _CAPTIONING,
+    "translate": (*_ANY, *_MODEL, *_TRAIN, "unfreeze_clip"),
+    "triplet": (*_ANY, *_MODEL, *_TRAIN),
+    "pipeline": (
+        *_ANY, *_TOWERS, *_MODEL, *_CHOOSE, *_CAPTION, "unfreeze_clip", "recipes",
+    ),
+    "evaluate": (*_ANY, *_MODEL, "unfreeze_clip"),
+}  # fmt: skip
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
 # Metrics of the validation set whose highest value is the best.

@@ -6,7 +6,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import Config
+from cliptrans_jax.config import READS, Config
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
 from common_jax import app
@@ -60,4 +60,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION)
+    app.run(main, DESCRIPTION, kind="stage", reads=READS)

@@ -12,7 +12,7 @@ from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, write_report
 from common_jax.workdir import read_json
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import READS, Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.phases.circuit import PICTURE
@@ -102,4 +102,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION)
+    app.run(main, DESCRIPTION, kind="phase", reads=READS)

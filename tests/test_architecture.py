@@ -43,6 +43,7 @@ LAYERS = {
     ),
     "common_jax": (
         ("app",),
+        ("command_line",),
         ("loop",),
         ("report", "task"),
         ("metrics", "weights"),
