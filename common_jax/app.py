@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from common_jax.checkpoint import absolute
 from common_jax.config import did_you_mean
-from common_jax.pods import hosts
+from common_jax.pods import hosts, signals
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 
@@ -42,21 +42,30 @@ def run(main: Main, description: str, argv: Sequence[str] | None = None) -> None
       argv: command line; that of the process by default.
 
     Several processes that are one run are connected first, see `common_jax.pods.hosts.start`.
-    Asked to stop, by SIGTERM to any of them, all save and end with exit status 0.
+    Asked to stop, by a signal to any of them, all save and end: with exit status 0 after SIGTERM,
+    130 after Ctrl-C, 129 after SIGHUP (see `common_jax.pods.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
     for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
         logging.getLogger(library).setLevel(logging.WARNING)
+    with signals.listening():
+        _run(main, description, argv)
+
+
+def _run(main: Main, description: str, argv: list[str]) -> None:
     values = _flags()
     try:
         config, workdir = _read_flags(values, argv, description)
         hosts.start(**{name: values[name].value for name in HOST_FLAGS})
         keep_memory()
         main(config, workdir)
-    except hosts.Stopped:
-        if jax.process_index() == 0:
-            print("stopped as asked; the same command goes on", file=sys.stderr)
+    except signals.Stopped:
+        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+            print("stopped as asked; the same command resumes", file=sys.stderr)
+        # Not by hosts.leave: the other processes stop as well, and are waited for.
+        if status := signals.status():
+            sys.exit(status)
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise
