@@ -20,6 +20,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from common_jax.workdir import write_bytes
+
 
 class Recorder:
     """Writes a run's numbers, on process 0 only; going on at `step`, it first drops lines of later
@@ -217,8 +219,8 @@ def _drop_later(path: epath.Path, step: int) -> None:
     """Rewrites `path` without lines of steps after `step`, nor a last line that a kill cut off."""
     if not path.exists():
         return
-    lines = path.read_text().split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    rewritten = path.parent / f"{path.name}.tmp"
-    rewritten.write_text("".join(line + "\n" for line in kept))
-    rewritten.replace(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    # A last line that is whole but for its newline is read, and has no partner here.
+    pairs = zip(lines, read_metrics(path), strict=False)
+    kept = [line for line, values in pairs if values["step"] <= step]
+    write_bytes(path, b"".join(line + b"\n" for line in kept))

@@ -1,9 +1,9 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
 A request to stop (SIGTERM, as schedulers send it before they take a machine away, or another of
-`common_jax.pods.signals`) may reach one process alone and at any time. All processes `check` at the same places, once a step of training and
-once a batch of evaluation, and get the same answer there: the run stops at a step on which all
-agree.
+`common_jax.pods.signals`) may reach one process alone and at any time. All processes `check` at the
+same places, once a step of training and once a batch of evaluation, and get the same answer there:
+the run stops at a step on which all agree.
 """
 
 import glob

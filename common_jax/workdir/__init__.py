@@ -1,5 +1,4 @@
-"""A run's folder: the lock of who writes there, the JSON files in it, and the config that it belongs
-to."""
+"""A run's folder: who writes there, its JSON files, and the config that it belongs to."""
 
 from common_jax.workdir.claim import claim, holds_results, refuse_other_config
 from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json

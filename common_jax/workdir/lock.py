@@ -142,8 +142,8 @@ def require(workdir: epath.PathLike) -> None:
 class _Hold:
     """A lock that this process holds, or could not write."""
 
-    def __init__(self, path: pathlib.Path | None, made: list[pathlib.Path]):
-        self._path, self._made = path, made
+    def __init__(self, path: pathlib.Path | None):
+        self._path, self._made = path, []
         self._holder, self._failure = Holder.this(), None
         self._released = threading.Event()
 
@@ -155,15 +155,15 @@ class _Hold:
                 logging.warning(
                     "%s has no locks: make sure that no other process writes there", workdir
                 )
-            return cls(None, [])
-        folder, made = pathlib.Path(workdir), []
-        lock = cls(folder / NAME, made)
+            return cls(None)
+        lock = cls(pathlib.Path(workdir) / NAME)
         try:
-            for parent in reversed([folder, *folder.parents]):
-                if not parent.exists():
-                    parent.mkdir(exist_ok=True)
-                    made.append(parent)
-            lock._take()
+            try:
+                lock._make_folders()
+                lock._take()
+            except FileNotFoundError:  # removed in between, by a start that was refused
+                lock._make_folders()
+                lock._take()
         except Locked:
             raise
         except OSError as error:
@@ -204,9 +204,16 @@ class _Hold:
                 self._path.unlink()
         self._remove_folders()
 
+    def _make_folders(self) -> None:
+        folder = self._path.parent
+        for parent in reversed([folder, *folder.parents]):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                self._made.append(parent)
+
     def _remove_folders(self) -> None:
         with contextlib.suppress(OSError):  # those that are not empty
-            for folder in reversed(self._made):
+            for folder in reversed(dict.fromkeys(self._made)):
                 folder.rmdir()
 
     def _take(self) -> None:
@@ -253,7 +260,7 @@ class _Hold:
     def _take_over(self, holder: Holder | None, age: float) -> None:
         """Puts a lock that was left behind out of the way; of several processes that try, one does.
         One that was slow may have moved the lock of the one that was quicker, and puts it back."""
-        aside = temporary_beside(self._path)
+        aside = pathlib.Path(temporary_beside(self._path))
         try:
             self._path.rename(aside)
         except FileNotFoundError:
@@ -273,7 +280,7 @@ class _Hold:
 
     def _now(self) -> float:
         """The time by the file system's clock."""
-        probe = temporary_beside(self._path)
+        probe = pathlib.Path(temporary_beside(self._path))
         try:
             probe.touch()
             return probe.stat().st_mtime

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 from scipy.sparse import csgraph
 
+from common_jax.workdir import write_bytes
 from m2mkd_jax.models.nac.graphs import PriorConfig, find_communities, make_graph
 from m2mkd_jax.models.nac.kernel import cosine_distance
 
@@ -221,9 +222,7 @@ def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
     file = io.BytesIO()
     np.savez(file, fingerprint=fingerprint, **dataclasses.asdict(prior))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(file.getvalue())
-    temporary.replace(path)
+    write_bytes(path, file.getvalue())
 
 
 def _read(path: epath.PathLike, fingerprint: str) -> Prior | None:
