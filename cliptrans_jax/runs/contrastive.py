@@ -30,7 +30,6 @@ from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from common_jax import loop
 from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
-from common_jax.mesh import match_rules
 from common_jax.ranking import rank_of
 from common_jax.step import make_evaluator
 from common_jax.task import Task
@@ -47,15 +46,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       those of its batch, and the reverse.
     """
     refuse_other_config(workdir, unfreeze(config).to_dict())
-    tokenizer, text = train_tokenizer(config, workdir)
-    train = _Pairs.of(config, config.data.train_split, tokenizer)
-    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
+    train, valid, text = _load(config, workdir)
     optim, length = config.optim, max(train.longest, valid.longest)
-    epoch = steps_per_epoch(len(train), optim.batch)
-    _check(config, tokenizer, length)
-    match_rules(
-        PARTITION_RULES, jax.eval_shape(functools.partial(init, config), jax.random.key(0)), mesh
-    )
+    task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    run_config = dataclasses.replace(config.run, best=None)
+    loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # nothing is written above
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -81,22 +76,9 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shard=host_shard(),
         )
 
-    side = config.clip.image.image
-    shapes = {
-        "image": jax.ShapeDtypeStruct((optim.micro_batch, side, side, 3), np.float32),
-        "ids": jax.ShapeDtypeStruct((optim.micro_batch, length), np.int32),
-    }
-    task = Task(
-        title="clip",
-        init=functools.partial(init, config),
-        rules=PARTITION_RULES,
-        trainable=".*",
-        loss=functools.partial(_loss, config),
-        helpers={},
-        warm_start=None,
-        batch=shapes,
+    task = dataclasses.replace(
+        task,
         batches=batches,
-        steps_per_epoch=epoch,
         evaluators={
             "val": make_evaluator(
                 functools.partial(_sums, config), validation, mesh=mesh, seed=config.seed
@@ -105,12 +87,52 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )
     return loop.train(
         task,
-        dataclasses.replace(config.run, best=None),
+        run_config,
         optim,
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
         config=unfreeze(config).to_dict(),
+    )
+
+
+def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+    """Looks for what is wrong with the stage; nothing is written. `key` names the section of its
+    recipe.
+
+    Raises:
+      ValueError, FileNotFoundError: as the run.
+    """
+    train, valid, _ = _load(config, workdir)
+    steps = steps_per_epoch(len(train), config.optim.batch)
+    task = _describe(config, steps=steps, length=max(train.longest, valid.longest))
+    run = dataclasses.replace(config.run, best=None)
+    loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]:
+    """Training and validation pairs, and the tokenizer's text, once they are found to fit."""
+    tokenizer, text = train_tokenizer(config, workdir)
+    train = _Pairs.of(config, config.data.train_split, tokenizer)
+    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
+    _check(config, tokenizer, max(train.longest, valid.longest))
+    return train, valid, text
+
+
+def _describe(config: Config, *, steps: int, length: int) -> Task:
+    """The task without data: `steps` an epoch, sentences of `length` tokens."""
+    side, batch = config.clip.image.image, config.optim.micro_batch
+    return Task(
+        title="clip",
+        init=functools.partial(init, config),
+        rules=PARTITION_RULES,
+        trainable=".*",
+        loss=functools.partial(_loss, config),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
+            "ids": jax.ShapeDtypeStruct((batch, length), np.int32),
+        },
+        steps_per_epoch=steps,
     )
 
 

@@ -31,6 +31,7 @@ from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
 from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
+from common_jax.workdir import holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
 
@@ -142,25 +143,29 @@ class Material:
             activation=config.sources.clip_activation,
         )
 
-    def check(self, *, train: bool) -> None:
+    def check(self, *, train: bool, towers: bool = True) -> int:
         """Looks whether all is there that the stage reads, before anything is computed or written.
 
         Args:
           train: whether it trains; otherwise it reads the test split alone.
+          towers: whether to look for the towers, too, which a run before may have to make.
+
+        Returns:
+          Training examples.
 
         Raises:
           ValueError, FileNotFoundError: as `load`.
         """
-        config, sides = self.config, {self._side(train=False)}
+        config, sides, count = self.config, {self._side(train=False)}, 0
         if train:
             sides.add(self._side(train=True))
             corpus = self._corpus(config.data.train_split, self._side(train=True))
-            several = 2 if config.all_languages else 1
-            steps_per_epoch(several * len(corpus), config.optim.batch)
+            count = (2 if config.all_languages else 1) * len(corpus)
+            steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, self._side(train=False))
         self._corpus(config.data.test_split, self._side(train=False))
-        if not config.has_prefix:
-            return
+        if not config.has_prefix or not towers:
+            return count
         for side in sides:
             tower = self.image_tower if side is Side.IMAGE else self.text_tower
             width = tower.config.features
@@ -169,6 +174,7 @@ class Material:
                     f"config.model.mapper.features={config.model.mapper.features} must be the "
                     f"{width} that the {side.value} tower gives"
                 )
+        return count
 
     def load(self, split: str, *, train: bool) -> Set:
         """The inputs of the config's stage from a split.
@@ -274,7 +280,7 @@ def used_languages(config: Config) -> tuple[str, ...]:
 
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
     """The translation model's tokenizer and, of one that is trained, the text of its file: that of
-    the workdir, or a new one, which is not written yet.
+    the workdir, unless no run has come to anything there, or a new one, which is not written yet.
 
     Raises:
       ValueError: more tokens than config.model.mbart.vocab.
@@ -286,7 +292,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER
-        path = path if path.exists() else epath.Path(folder) / TOKENIZER
+        kept = path.exists() and holds_results(workdir)
+        path = path if kept else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
     vocab = config.model.mbart.vocab
@@ -297,12 +304,10 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
 def save_tokenizer(text: str, workdir: epath.Path) -> None:
     """Writes a trained tokenizer's file, whole or not at all, unless it is there."""
     path = workdir / TOKENIZER
-    if not text or path.exists() or jax.process_index():
+    if not text or jax.process_index() or (path.exists() and path.read_text() == text):
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    write_bytes(path, text.encode())
 
 
 def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
