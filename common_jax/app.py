@@ -69,10 +69,7 @@ def _run(
     values = command_line.define()
     try:
         config, workdir, paths = command_line.read(values, argv, description, kind)
-        for path in command_line.unread(paths, (reads or {}).get(config.get(kind), paths)):
-            logging.warning(
-                "--config.%s changes nothing: %s=%r does not read it", path, kind, config[kind]
-            )
+        _warn_of_unread(config, paths, kind, reads)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         keep_memory()
         main(config, workdir)
@@ -98,6 +95,20 @@ def _run(
             file=sys.stderr,
         )
         hosts.leave(1)
+
+
+def _warn_of_unread(
+    config: ml_collections.ConfigDict,
+    paths: Sequence[str],
+    kind: str | None,
+    reads: Mapping[str, Sequence[str]] | None,
+) -> None:
+    if kind is None or reads is None or config.get(kind) not in reads:
+        return
+    for path in command_line.unread(paths, reads[config[kind]]):
+        logging.warning(
+            "--config.%s changes nothing: %s=%r does not read it", path, kind, config[kind]
+        )
 
 
 def use_compilation_cache(folder: str | None) -> None:

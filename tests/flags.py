@@ -107,14 +107,14 @@ ALLOWED = (
     (r"mesh\.data", (-1,), "all devices that the other axes leave"),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.clip_image|init\.upcycle|features|ood\.source|test_side|caption_language"
+        r"|sources\.(clip_image|clip_text_base|clip_activation|weights)|init\.upcycle|features|ood\.source|test_side|caption_language"
         r"|data\.name|sources\.(fresh|leave)|optim\.no_decay",
         ("",),
         "'': none, or as the stage has it; a phase that needs one asks for it",
     ),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.clip_image|features|run\.compilation_cache",
+        r"|sources\.(clip_image|clip_text_base|weights)|features|run\.compilation_cache",
         TEXT,
         "a path, or the name of a file: it is opened before anything is trained",
     ),
