@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from common_jax.checkpoint import absolute
+from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import did_you_mean
 from common_jax.pods import hosts
 
@@ -181,6 +181,7 @@ def _read_flags(
     for override in cleared:  # the flags would read a word, where the absence of a value is meant
         *sections, key = override.removeprefix("--config.").partition("=")[0].split(".")
         functools.reduce(lambda section, name: section[name], sections, config)[key] = None
+    refuse_pattern(fresh["workdir"].value, "--workdir")
     return config, absolute(fresh["workdir"].value)
 
 

@@ -37,6 +37,7 @@ from common_jax.app import USER_ERRORS, check_field
 from common_jax.config import freeze, unfreeze
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
+from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 
@@ -122,6 +123,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 def take(command: Command) -> None:
     """From a file, or files, to a folder that the phases start from."""
+    checkpoint.refuse_pattern(command.target, "OUT")
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
     print(format_account(found.account))
     target = epath.Path(command.target)
@@ -228,7 +230,7 @@ def _export_cliptrans(
     command: Command, saved: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of a translation model, the shared embedding under all of its names."""
-    config = freeze(cliptrans_config.Config, saved)
+    config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=config.optim.ema > 0)
     if "mbart" not in params:
         raise ValueError(

@@ -27,7 +27,6 @@ from cliptrans_jax.models.clip import ClipVision
 from cliptrans_jax.models.xlmr import MClip
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from common_jax import loop
-from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import match_rules
 from common_jax.step import make_evaluator
@@ -44,7 +43,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
       those of its batch, and the reverse.
     """
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     valid = _Pairs.of(config, config.data.valid_split, tokenizer)
@@ -108,7 +107,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(config).to_dict(),
+        config=config,
     )
 
 

@@ -13,8 +13,7 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
-from common_jax.config import unfreeze
-from common_jax.workdir import refuse_other_config, write_json
+from common_jax.workdir import plain, refuse_other_config, write_json
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
 ORDER = ("clip", "caption", "text_recon", "translate", "triplet")
@@ -34,14 +33,13 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Every stage that has a recipe: each starts from the weights of the one before, and has its
     features from the M-CLIP of stage "clip", unless config.sources names other towers."""
-    asked = unfreeze(config).to_dict()
-    refuse_other_config(workdir, asked)
+    refuse_other_config(workdir, config)
     result = {}
     for folder, one in plan(config, workdir):
         result = run_stage(one, workdir / folder, mesh)
         # Not before: what is wrong with the config comes out in the first stage, which has one too.
         if jax.process_index() == 0:
-            write_json(workdir / "config.json", asked)
+            write_json(workdir / "config.json", plain(config))
     return result
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import unfreeze
-from common_jax.workdir import claim, read_json
+from common_jax.workdir import claim, read_result
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.training import Training
@@ -88,13 +87,16 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
-    claim(workdir, unfreeze(config).to_dict())
+    claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):
-        done = workdir / folder / "result.json"
-        if done.exists():
+        # A moved pipeline names other folders as sources than its finished runs did.
+        result = read_result(
+            workdir / folder, run_config, phase=run_config.phase, apart=r"sources\..*"
+        )
+        if result is not None:
             logging.info("%s is finished already", folder)
-            results[folder] = read_json(done)
+            results[folder] = result
         else:
             results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
