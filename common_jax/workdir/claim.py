@@ -14,7 +14,7 @@ from common_jax.workdir import versions
 from common_jax.workdir.files import read_json, write_json
 
 FILE = "config.json"
-SHOWN = 20  # fields that a message lists
+SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
@@ -87,7 +87,8 @@ def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
 
 
 def _shorten(lines: list[str]) -> list[str]:
-    cut = [line if len(line) <= 160 else f"{line[:157]}..." for line in lines]
+    # First what both have: where a section is of another kind, all of its fields are absent.
+    ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
+    cut = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]
     more = len(cut) - SHOWN
-    # Two thirds of a message's length at the most, whatever the fields hold.
-    return cut if more <= 0 else [*cut[: SHOWN // 2], f"and {more + SHOWN // 2} more"]
+    return cut if more <= 0 else [*cut[:SHOWN], f"and {more} more"]
