@@ -104,6 +104,11 @@ def find_step(source: epath.PathLike) -> epath.Path:
     """The folder of the step that `source` means: itself, or the newest finished one of the run
     below it; raises as `load`."""
     source = absolute(source)
+    if "\\" in str(source):
+        raise ValueError(
+            f"{str(source)[:300]!r}: no checkpoint can be read there, since a backslash in a path "
+            "is taken for a slash; rename the folder, or give a link to it"
+        )
     if source.name.isdigit() and (source / "params").exists():
         return source
     for folder in (source / FOLDER, source):
@@ -124,10 +129,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def refuse_pattern(path: epath.PathLike, name: str) -> None:
-    """Raises ValueError for a folder, as it is resolved, that no checkpoint can be written to.
+    """Raises ValueError for a folder that no checkpoint can be written to.
 
     orbax finds the files that it merges by a pattern that begins with the folder's own path, so
-    that letters with a meaning there would leave a checkpoint without its arrays.
+    that letters with a meaning there would leave a checkpoint without its arrays. What a link
+    points to does not matter: orbax does not follow it.
 
     Args:
       path: of the folder.
@@ -138,7 +144,7 @@ def refuse_pattern(path: epath.PathLike, name: str) -> None:
         raise ValueError(
             f"{name}={str(path)[:300]!r}: checkpoints cannot be written below "
             f"{str(resolved)[:300]!r}, since {' '.join(found)} in a path stand for other names; "
-            "give a folder without them"
+            "give a folder without them, or a link to this one"
         )
 
 
