@@ -60,7 +60,7 @@ def strange_folders(row: Callable[[str], Any], bench: Any) -> Iterator[Any]:
     undisturbed = bench.undisturbed()
     line, workdir = row("a workdir with brackets in its name"), bench.new()
     bracketed = workdir.parent / "lr=[1e-3]"
-    process = start(bracketed, OFTEN, log=workdir.with_suffix(".log"))
+    process = start(bracketed, OFTEN, log=workdir.with_suffix(".refused.log"))
     status = process.end()
     start(workdir, OFTEN).finish()
     line.count(workdir, undisturbed)

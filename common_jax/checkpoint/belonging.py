@@ -38,14 +38,16 @@ class Stock:
 
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
-    """The steps below `folder` whose every item carries orbax's marker, ascending; read from
-    disk. Whose they are is not asked."""
+    """The steps below `folder` that carry orbax's marker, and so does their every item, ascending;
+    read from disk. Whose they are is not asked."""
     folder = epath.Path(folder)
     if not folder.exists():
         return []
     steps = (path for path in folder.iterdir() if NUMBER.fullmatch(path.name))
     return sorted(
-        int(path.name) for path in steps if all((path / item / MARKER).exists() for item in ITEMS)
+        int(path.name)
+        for path in steps
+        if all((path / item / MARKER).exists() for item in ("", *ITEMS))
     )
 
 

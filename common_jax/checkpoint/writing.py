@@ -78,7 +78,8 @@ class Checkpoints:
         for step, why in (foreign or {}).items():
             logging.warning("checkpoint %s is put aside: %s", self.folder / str(step), why)
         # Before orbax looks: it would take a foreign step for the newest, and delete ours.
-        self._put_aside(foreign or (), "foreign")
+        self._foreign = frozenset(foreign or ())
+        self._put_aside(self._foreign, "foreign")
         self._manager = self._open()
 
     def save(
@@ -135,7 +136,8 @@ class Checkpoints:
         Raises:
           ValueError: when none can be read.
         """
-        steps, damaged = finished_steps(self.folder), []
+        # Another process may still see what the first has put aside.
+        steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
         # The newest that any process sees: on shared storage one may see a folder later.
         while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
