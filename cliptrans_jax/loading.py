@@ -24,8 +24,8 @@ from cliptrans_jax.runs.material import TOKENIZER, Material
 from cliptrans_jax.runs.translation import Model, best_step
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.workdir import freeze_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +170,10 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
       ValueError: when it is of stage "clip", which trains no translation model.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
-    config = freeze(Config, checkpoint.load_config(source)).consistent()
+    step = checkpoint.find_step(source)
+    config = freeze_stored(Config, checkpoint.load_config(step), step).consistent()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)
-    step = checkpoint.find_step(source)
     workdir = step.parent.parent
     if config.stage not in STAGES:
         raise ValueError(

@@ -16,7 +16,7 @@ from sweep_cells import Cell, short_keys
 
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
-from common_jax.workdir import read_json
+from common_jax.workdir import contradictions, read_json
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
@@ -45,13 +45,24 @@ class Row:
         return [result[metric] for result in self.results if metric in result]
 
 
-def read_results(folder: epath.Path, cell: Cell) -> dict[str, float] | None:
+def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] | None:
     """All numbers that the runs of a cell end with, by name; None unless all are finished.
 
     A metric of the run that the cell is about goes by its own name, `test/accuracy`, one of another
     run has its folder in front, `teacher/test/accuracy`. Those of scores.json are under `test/`.
+
+    Raises:
+      ValueError: when the folder holds a run of another config than the cell's.
     """
     found: dict[str, float] = {}
+    if (folder / "config.json").exists():
+        one = {**cell.config, "seed": seed}
+        if lines := contradictions(read_json(folder / "config.json"), one):
+            shown = "\n  ".join(line[:120] for line in lines[:10])
+            raise ValueError(
+                f"{folder} holds a run of another config than this cell of the sweep (its value "
+                f"first):\n  {shown}\nmove it away, or give another --workdir"
+            )
     for run, names in cell.files.items():
         if not all((folder / run / name).exists() for name in names):
             return None

@@ -29,9 +29,8 @@ from cliptrans_jax.models.clip import ClipTextConfig
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
-from common_jax.workdir import holds_results, write_bytes
+from common_jax.workdir import freeze_stored, holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
 
@@ -363,7 +362,7 @@ def _clip_config(config: Config) -> Config:
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
             f"{json.dumps(found.get('stage'))}, not of 'clip'"
         )
-    return freeze(Config, found)
+    return freeze_stored(Config, found, config.sources.clip)
 
 
 def _host(params: Any) -> Any:

@@ -12,7 +12,6 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
-from common_jax.config import unfreeze
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
@@ -33,10 +32,9 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Every stage that has a recipe: each starts from the weights of the one before, and has its
     features from the M-CLIP of stage "clip", unless config.sources names other towers."""
-    asked = unfreeze(config).to_dict()
-    refuse_other_config(workdir, asked)
+    refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
-    claim(workdir, asked)
+    claim(workdir, config)
     result = {}
     for folder, one in plan(config, workdir):
         result = run_stage(one, workdir / folder, mesh)

@@ -12,7 +12,6 @@ from etils import epath
 from jax.sharding import Mesh
 from scipy import special
 
-from common_jax.config import unfreeze
 from common_jax.loop import SEEDS
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin
@@ -51,7 +50,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
     check(config, mesh, sources)
-    claim(workdir, unfreeze(config).to_dict())
+    claim(workdir, config)
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")
         for number in range(few_shot.episodes)

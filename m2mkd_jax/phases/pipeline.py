@@ -8,8 +8,8 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import under, unfreeze
-from common_jax.workdir import claim, read_json, refuse_other_config
+from common_jax.config import under
+from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
@@ -91,17 +91,20 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     for source in filter(None, (config.sources.meta, config.sources.teacher)):
         compare_images(config, source, frozen=True)  # now, and not after the phases before
-    claim(workdir, unfreeze(config).to_dict())
+    claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):
-        done = workdir / folder / "result.json"
-        if done.exists():
+        # A moved pipeline names other folders as sources than its finished runs did.
+        result = read_result(
+            workdir / folder, run_config, phase=run_config.phase, apart=r"sources\..*"
+        )
+        if result is not None:
             logging.info("%s is finished already", folder)
-            results[folder] = read_json(done)
+            results[folder] = result
         else:
             results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]

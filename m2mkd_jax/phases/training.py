@@ -10,7 +10,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import loop
-from common_jax.config import unfreeze
 from common_jax.mesh import Rules
 from common_jax.step import make_evaluator
 from common_jax.task import Task
@@ -105,7 +104,7 @@ def train_phase(
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(config).to_dict(),
+        config=config,
     )
 
 
