@@ -23,6 +23,7 @@ from cliptrans_jax.models import clip, resnet, xlmr
 from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from common_jax.config import renamed
 from common_jax.inputs import BadExample, eval_batches
 
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
@@ -132,7 +133,8 @@ def load_published_text(
     found = pretrained.load(folder, fetch=fetch)
     kind = found.kind if found.kind == "mclip" else "clip_text"
     found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
-    return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
+    with renamed({"config.tokenizer": "config.clip_tokenizer"}):
+        return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
 
 
 def load_published_image(folder: str, *, dtype: DTypeLike, fetch: bool = False) -> ImageTower:

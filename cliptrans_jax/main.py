@@ -32,10 +32,9 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the stage."""
     frozen = freeze(Config, config)
     mesh = make_mesh(frozen.mesh)
-    pipeline = frozen.stage == "pipeline"
-    runs = plan(frozen, workdir) if pipeline else [("", frozen)]
+    runs = plan(frozen, workdir) if frozen.stage == "pipeline" else [("", frozen)]
     for _, one in runs:
-        check_run(one, mesh, key=f"config.recipes.{one.stage}" if pipeline else "config")
+        check_run(one, mesh)
     app.use_compilation_cache(frozen.run.compilation_cache)
     run_stage(frozen, workdir, mesh)
     if jax.process_index() == 0:
@@ -49,12 +48,10 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         )
 
 
-def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh;
-    `key` is the path of the section that `optim` is from."""
+def check_run(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh."""
     if config.stage != "evaluate":
-        batch = f"{key}.optim.batch / {key}.optim.accumulate"
-        check_batch(mesh, batch, config.optim.micro_batch)
+        check_batch(mesh, "config.optim.batch / config.optim.accumulate", config.optim.micro_batch)
     if config.stage != "clip":
         check_batch(mesh, "config.decode.batch", config.decode.batch)
 

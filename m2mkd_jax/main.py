@@ -39,14 +39,13 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the phase."""
     frozen = freeze(Config, config)
     mesh = make_mesh(frozen.mesh)
-    pipeline = frozen.phase == "pipeline"
-    runs = plan(frozen, workdir) if pipeline else [("", frozen)]
+    runs = plan(frozen, workdir) if frozen.phase == "pipeline" else [("", frozen)]
     for _, run in runs:
-        check_run(run, mesh, key=f"config.recipes.{run.phase}" if pipeline else "config")
+        check_run(run, mesh)
     app.use_compilation_cache(frozen.run.compilation_cache)
     run_phase(frozen, workdir, mesh)
     if jax.process_index() == 0:
-        folders = [folder for folder, _ in runs] if pipeline else []
+        folders = [folder for folder, _ in runs] if frozen.phase == "pipeline" else []
         episodes = (episodes_table(workdir / folder) for folder, _ in runs)
         write_report(
             workdir,
@@ -90,11 +89,10 @@ def connectivity_figures(workdir: epath.Path, folders: list[str]) -> list[tuple[
     ]
 
 
-def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError for a batch or a mixture of experts that does not fit the mesh; `key` is
-    the path of the section that `optim` is from."""
+def check_run(config: Config, mesh: Mesh) -> None:
+    """Raises ValueError for a batch or a mixture of experts that does not fit the mesh."""
     micro_batch = config.optim.micro_batch
-    check_batch(mesh, f"{key}.optim.batch / {key}.optim.accumulate", micro_batch)
+    check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
     student = config.phase in STUDENT_PHASES and isinstance(config.model, VMoEConfig)
     if student and config.model.moe_positions():
         check_moe(config.model.moe, dict(mesh.shape), micro_batch)

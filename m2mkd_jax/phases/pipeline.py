@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import under, unfreeze
+from common_jax.config import renamed, under, unfreeze
 from common_jax.workdir import claim, read_json
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.training import Training
 
@@ -96,8 +96,15 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
             logging.info("%s is finished already", folder)
             results[folder] = read_json(done)
         else:
-            results[folder] = run_phase(run_config, workdir / folder, mesh)
+            with renamed(recipe_keys(run_config.phase)):
+                results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
+
+
+def recipe_keys(phase: str) -> dict[str, str]:
+    """Where what a phase is trained with stands in a pipeline's config, for messages."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {f"config.{name}": f"config.recipes.{phase}.{name}" for name in names}
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:

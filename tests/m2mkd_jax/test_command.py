@@ -69,7 +69,7 @@ def refusal(capsys, *flags) -> str:
         (["--config.model.moe.router=best"], ["config.model.moe.router='best'", "topk_softmax"]),
         (["--config.model.moe_blocks=9"], ["config.model.moe_blocks='9'", "outside 0..3"]),
         (["--config.model.depths=(1,0,1,1)"], ["config.model.depths[1]=0 must be at least 1"]),
-        (["--config.model.patch=3"], ["config.data.image_size=8", "multiple of the patch, 3"]),
+        (["--config.model.patch=3"], ["config.model.patch=3 must divide config.data.image_size=8"]),
         (["--config.data.labels=12"], ["config.data.labels=12"]),
         (["--config.data.source=folder", "--config.data.path=/nowhere"], ["/nowhere"]),
         (["--config.sources.students=('a','b')"], ["config.sources.students names 2", "needs 4"]),
