@@ -13,7 +13,7 @@ from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.chunks import CHUNK
-from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.models.xlmr import MClipConfig
@@ -27,6 +27,32 @@ from common_jax.ranges import BelowOne, Count, Name, Positive, Regex, Seed, Size
 # Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
 # and scoring a trained model.
 RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+# Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
+_ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
+_MODEL = (
+    "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
+    "keep_text_features",
+)  # fmt: skip
+_CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
+_TRAIN = ("optim", "label_smoothing", *_CHOOSE)
+_CAPTION = ("freeze", "caption_language", "all_languages")
+_TOWERS = ("clip", "augment")
+_CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
+READS: dict[str, tuple[str, ...]] = {
+    # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
+    "clip": (
+        *_ANY, *_TOWERS, "optim", "model.mbart.vocab", "model.mbart.positions",
+        "model.mapper.prefix",
+    ),
+    "caption": _CAPTIONING,
+    "text_recon": _CAPTIONING,
+    "translate": (*_ANY, *_MODEL, *_TRAIN, "unfreeze_clip"),
+    "triplet": (*_ANY, *_MODEL, *_TRAIN),
+    "pipeline": (
+        *_ANY, *_TOWERS, *_MODEL, *_CHOOSE, *_CAPTION, "unfreeze_clip", "recipes",
+    ),
+    "evaluate": (*_ANY, *_MODEL, "unfreeze_clip"),
+}  # fmt: skip
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
 # Metrics of the validation set whose highest value is the best.
@@ -59,6 +85,11 @@ class SourcesConfig(Section):
       mbart: folder of a published mBART, where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
+      clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
+      clip_text_base: what an M-CLIP was made from, where the `modelBase` of its config.json is a
+        folder that is not here: "xlm-roberta-large", or a folder with a config.json.
+      weights: which weights are read of a published file that holds several: a key such as
+        "model_ema", or what stands before the names, such as "teacher.".
       fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
         then downloaded; nothing is otherwise.
       fresh: regex of parameter paths that start anew even though `model` may have them.
@@ -70,6 +101,9 @@ class SourcesConfig(Section):
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
+    clip_activation: str = ""
+    clip_text_base: str = ""
+    weights: str = ""
     fetch: bool = False
     fresh: Regex = ""
     leave: Regex = ""
@@ -84,6 +118,11 @@ class SourcesConfig(Section):
         if self.clip and (self.clip_text or self.clip_image):
             raise FieldError(
                 f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
+            )
+        if self.clip_activation not in ("", *ACTIVATIONS):
+            raise ValueError(
+                f"config.sources.clip_activation={self.clip_activation!r} must be one of "
+                f"{sorted(ACTIVATIONS)}, or empty where a file says it"
             )
 
 

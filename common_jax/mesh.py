@@ -6,7 +6,9 @@ Parameters: ordered `(regex, PartitionSpec)` rules, kept at the foot of each mod
 """
 
 import dataclasses
+import importlib.util
 import math
+import pkgutil
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -52,6 +54,36 @@ class MeshConfig(Section):
             )
 
 
+def start_backend() -> str:
+    """The platform of JAX's devices, which this starts unless it has been.
+
+    Raises:
+      ValueError: when JAX_PLATFORMS asks for a platform that cannot be started here.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0][:500]
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be started"
+            f"{f' ({reason})' if reason else ''}; JAX is installed here for "
+            f"{', '.join(_installed_platforms())}. Set JAX_PLATFORMS to one of these, unset it to "
+            "take the best, or install JAX for the device: docs.jax.dev/en/latest/installation.html"
+        ) from error
+
+
+def _installed_platforms() -> list[str]:
+    """Platforms that JAX has code for; whether there is such a device is another question."""
+    try:
+        plugins = [
+            one.name
+            for one in pkgutil.iter_modules(importlib.import_module("jax_plugins").__path__)
+        ]
+    except ImportError:
+        plugins = []
+    return ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else []), *plugins]
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (all of them by default), with Auto axes `data`, `fsdp`,
     `expert`.
@@ -63,7 +95,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       ValueError: when the axes do not multiply to the number of devices, or `data` not to a
         multiple of the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        start_backend()
+        devices = jax.devices()
     shape = [getattr(config, axis) for axis in AXES]
     free = [axis for axis, size in zip(AXES, shape, strict=True) if size == -1]
     fixed = math.prod(size for size in shape if size != -1)

@@ -105,6 +105,25 @@ class OptimConfig(Section):
         """Updates in the whole run."""
         return self.epochs * steps_per_epoch if self.steps is None else self.steps
 
+    def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
+        """Raises ValueError, naming fields of the section `key`, where the schedule's warm-up is
+        not shorter than the run, which would then end without having reached its peak."""
+        if self.schedule not in WARMING:
+            return
+        by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
+        warmup = self.warmup_epochs * steps_per_epoch
+        name, given, total = "warmup_epochs", self.warmup_epochs, self.total_steps(steps_per_epoch)
+        if by_steps:
+            name, given, warmup = "warmup_steps", self.warmup_steps, self.warmup_steps
+        if warmup < total or warmup == 0:
+            return
+        length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+        raise ValueError(
+            f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
+            f"({key}.{length}, {steps_per_epoch} steps an epoch): give a shorter warm-up, such as "
+            f"--{key}.{name}=0, or a longer run"
+        )
+
     def total_warmup(self, steps_per_epoch: int) -> int:
         """Updates of the warm-up, of curves by step."""
         in_epochs = self.warmup_epochs * steps_per_epoch
@@ -182,6 +201,10 @@ SCHEDULES = {
     "polynomial": polynomial,
     "constant": constant,
 }
+
+
+BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # which know no warmup_steps
+WARMING = (*BY_EPOCH, "warmup_cosine", "inverse_sqrt")
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:

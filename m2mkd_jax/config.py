@@ -40,6 +40,31 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
+# Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
+_ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
+_ONE = (*_ANY, "optim", "augment", "drop_path")
+_TAKE = ("sources.fresh", "sources.leave")
+READS: dict[str, tuple[str, ...]] = {
+    "pretrain_meta": (*_ONE, "meta", "ood"),
+    "train_module": (
+        *_ONE, "module", "meta", "teacher", "distill.pairs_at_once", "sources.meta", *_TAKE,
+    ),
+    "assemble": (*_ONE, "teacher", "ood", "sources.modules", *_TAKE),
+    "distill": (
+        *_ONE, "module", "meta", "teacher", "model", "distill", "sources.meta", "sources.teacher",
+        *_TAKE,
+    ),
+    # Stitches that a V-MoE keeps are as wide as the meta model.
+    "end_to_end": (
+        *_ONE, "meta.width", "teacher", "model", "regularizers", "baseline", "ood", "init",
+        "sources.students", "sources.teacher", *_TAKE,
+    ),
+    "few_shot": (*_ONE, "meta.width", "model", "few_shot", "sources.network", *_TAKE),
+    "pipeline": (
+        *_ANY, "meta", "teacher", "model", "regularizers", "distill", "baseline", "few_shot", "ood",
+        "sources.meta", "sources.teacher", *_TAKE, "recipes",
+    ),
+}  # fmt: skip
 NOISES = ("mean", "fixed", "sampled")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

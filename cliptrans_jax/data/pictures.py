@@ -25,7 +25,15 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
 
     Returns:
       float32 (size, size, 3).
+
+    Raises:
+      ValueError: values of another type, whose range nobody knows.
     """
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"a picture of {image.dtype}; give pixels from 0 to 255 as uint8, such as those of "
+            "common_jax.inputs.pictures.decode_picture"
+        )
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size
     short = min(width, height)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -18,19 +18,19 @@ import numpy as np
 from common_jax import inputs
 from common_jax.config import FieldError, Section
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import MODES
 from common_jax.ranges import BelowOne, Count, Finite, Name, Positive, Size, key_of, one_of, shown
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
-    COLOUR_MODES,
     FolderSource,
     Found,
     find_folder,
     find_tiny_imagenet,
-    listed,
     progress,
 )
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
-from m2mkd_jax.data.subsets import first_of_each_class
+from m2mkd_jax.data.subsets import first_of_each_class, with_labels_of
 
 # Sources held decoded in memory, at the one size they have.
 EMBEDDED = ("digits", "digits_r")
@@ -69,7 +69,7 @@ class DataConfig(Section):
     source: Annotated[str, key_of(lambda: SOURCES)] = "digits"
     path: str = ""
     image_size: Size = 8
-    channels: Annotated[int, one_of(*COLOUR_MODES)] = 1
+    channels: Annotated[int, one_of(*MODES)] = 1
     labels: Size = 10
     mean: tuple[Finite, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.5,)
@@ -130,6 +130,25 @@ def load_source(config: DataConfig, split: str) -> Source:
             f"set config.data.labels={count} or correct the data"
         )
     return source
+
+
+def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
+    """The images of config.test_split, its labels those of the training set's classes.
+
+    Args:
+      label_names: the training set's; all others are refused, and some may be missing.
+
+    Raises:
+      as `load_source`; ValueError: a class that the training set lacks.
+    """
+    source = open_source(config, config.test_split)
+    place = "".join(
+        f", config.data.{key}={value!r}"
+        for key, value in (("path", config.path), ("name", config.name))
+        if value
+    )
+    at = f"config.data.source={config.source!r}{place}, split {config.test_split!r}"
+    return with_labels_of(source, label_names, at=at)
 
 
 def open_source(config: DataConfig, split: str) -> Source:

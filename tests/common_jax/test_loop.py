@@ -28,6 +28,7 @@ def test_only_passing_fields_may_change(tmp_path):
         "model": {"mbart": {"remat": False}},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "result.json").write_text("{}")
     passing = config | {"mesh": {"data": 4, "fsdp": 2}, "run": {"profile": [1, 2]}}
     passing |= {"meta": {"remat": True}, "model": {"mbart": {"remat": True}}}
     refuse_other_config(tmp_path, passing)
