@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import under
+from common_jax.config import renamed, under
 from common_jax.workdir import claim, read_result, refuse_other_config
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.circuit import check_circuit
@@ -106,8 +106,15 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
             logging.info("%s is finished already", folder)
             results[folder] = result
         else:
-            results[folder] = run_phase(run_config, workdir / folder, mesh)
+            with renamed(recipe_keys(run_config.phase)):
+                results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
+
+
+def recipe_keys(phase: str) -> dict[str, str]:
+    """Where what a phase is trained with stands in a pipeline's config, for messages."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {f"config.{name}": f"config.recipes.{phase}.{name}" for name in names}
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
@@ -130,13 +137,14 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     sources = few_shot.load_splits(config)  # of all runs
     for folder, one in left:
         key = f"config.recipes.{one.phase}"
-        if one.phase == "few_shot":
-            few_shot.check(one, mesh, sources, key=key)
-            continue
-        if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
-            check_circuit(one)
-        feed = config_feed(one, workdir / folder, sources)
-        check_training(describe(one, mesh), feed, mesh, key=key)
+        with renamed(recipe_keys(one.phase)):
+            if one.phase == "few_shot":
+                few_shot.check(one, mesh, sources, key=key)
+                continue
+            if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
+                check_circuit(one)
+            feed = config_feed(one, workdir / folder, sources)
+            check_training(describe(one, mesh), feed, mesh, key=key)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
