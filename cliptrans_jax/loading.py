@@ -23,6 +23,7 @@ from cliptrans_jax.runs.material import TOKENIZER, Material
 from cliptrans_jax.runs.translation import Model, best_step
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
+from common_jax.command_line import check_system
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
 
@@ -103,6 +104,8 @@ class LoadedModel:
             return None, None
         if pictures is not None:
             tower: ImageTower = self.material.image_tower
+            for picture in pictures:
+                check_picture(picture)
             prepared = np.stack([prepare_picture(x, tower.config.image) for x in pictures])
             return np.asarray(jax.jit(tower.apply)(tower.params, prepared), np.float32), None
         tower: TextTower = self.material.text_tower
@@ -110,6 +113,17 @@ class LoadedModel:
         if self.config.unfreeze_clip:
             return None, ids
         return tower.encode(ids, mesh=self.mesh), None
+
+
+def check_picture(picture: np.ndarray) -> None:
+    """Raises ValueError unless a picture is uint8 (I, J, 3)."""
+    shape = getattr(picture, "shape", None)
+    dtype = getattr(picture, "dtype", type(picture).__name__)
+    if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(
+            f"a picture is of type {dtype}{f' and shape {tuple(shape)}' if shape else ''} and must "
+            "be a uint8 array (I, J, 3), RGB with channels last"
+        )
 
 
 def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedModel:
@@ -121,10 +135,13 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when it is of stage "clip", which trains no translation model.
+      ValueError: when it is of stage "clip", which trains no translation model, or of the other
+        system.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
-    config = freeze(Config, checkpoint.load_config(source)).consistent()
+    saved = checkpoint.load_config(source)
+    check_system(saved, "stage", str(source))
+    config = freeze(Config, saved).consistent()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)
     step = checkpoint.find_step(source)

@@ -224,8 +224,7 @@ def _load_file(
         raise ValueError(
             f"{file.path} does not fit kind={name!r}:\n  "
             + "\n  ".join(problems)
-            + f"\ngive the config.{kind.section} and config.data of the network in the file (its "
-            "position table is resized by the phase that takes it)"
+            + _way_out(parted, expected, kind)
             + _depth_hint(state, kind, config)
         )
     params = kind.from_original(parted, config, stage)
@@ -280,6 +279,22 @@ def _compare(state: Tensors, expected: Mapping[str, tuple[str, tuple[int, ...]]]
         for name, (_, shape) in expected.items()
         if name in state and state[name].shape != shape
     ]
+
+
+def _way_out(state: Tensors, expected: Mapping[str, Any], kind: Kind) -> str:
+    """What to do about a file that does not fit. Sizes and depths are the config's; a ViT with
+    tensors of other names is none that a config could describe."""
+    ours, theirs = ({re.sub(r"\d+", "#", name) for name in names} for names in (expected, state))
+    if kind.section in ("meta", "teacher") and ours != theirs:
+        odd = ", ".join(sorted(ours ^ theirs)[:5])
+        return (
+            f"\nno config.{kind.section} makes up for tensors such as {odd}: give the --kind of "
+            f"{sorted(KINDS)} that the file is of, or a file that has what is missing"
+        )
+    return (
+        f"\ngive the config.{kind.section} and config.data of the network in the file (its "
+        "position table is resized by the phase that takes it)"
+    )
 
 
 def _depth_hint(state: Tensors, kind: Kind, config: Config) -> str:
