@@ -12,7 +12,7 @@ from etils import epath
 
 from common_jax import command_line
 from common_jax.mesh import start_backend
-from common_jax.pods import hosts
+from common_jax.pods import hosts, signals
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
@@ -49,12 +49,24 @@ def run(
       reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
     Several processes that are one run are connected first, see `common_jax.pods.hosts.start`.
-    Asked to stop, by SIGTERM to any of them, all save and end with exit status 0.
+    Asked to stop, by a signal to any of them, all save and end: with exit status 0 after SIGTERM,
+    130 after Ctrl-C, 129 after SIGHUP (see `common_jax.pods.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
     for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
         logging.getLogger(library).setLevel(logging.WARNING)
+    with signals.listening():
+        _run(main, description, argv, kind, reads)
+
+
+def _run(
+    main: Main,
+    description: str,
+    argv: list[str],
+    kind: str | None,
+    reads: Mapping[str, Sequence[str]] | None,
+) -> None:
     values = command_line.define()
     try:
         config, workdir, paths = command_line.read(values, argv, description, kind)
@@ -63,9 +75,12 @@ def run(
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         keep_memory()
         main(config, workdir)
-    except hosts.Stopped:
-        if jax.process_index() == 0:
-            print("stopped as asked; the same command goes on", file=sys.stderr)
+    except signals.Stopped:
+        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+            print("stopped as asked; the same command resumes", file=sys.stderr)
+        # Not by hosts.leave: the other processes stop as well, and are waited for.
+        if status := signals.status():
+            sys.exit(status)
     except USER_ERRORS as error:
         if "debug" in values and values["debug"].value:
             raise

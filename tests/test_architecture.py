@@ -51,7 +51,8 @@ LAYERS = {
         ("inputs", "optim"),
         ("workdir",),
         ("state", "mesh", "config"),
-        ("nn", "tensors", "pods"),
+        ("nn", "tensors", "pods", "ranges", "ranking"),
+        ("untrusted",),
     ),
 }
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}

@@ -66,6 +66,7 @@ class Command:
     config: str | None
     settings: Mapping[str, str]
     force: bool
+    weights: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = pathlib.Path(command.target)
         if target.exists() and not command.force:
             raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
-        if target.suffix in FILE_SUFFIXES:
+        if target.name.endswith(FILE_SUFFIXES):
             export(command)
         else:
             take(command)
@@ -105,6 +106,13 @@ def parse(argv: Sequence[str]) -> Command:
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--kind", choices=[*ABOUT])
     parser.add_argument("--config", help="config file and its arguments")
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="KEY",
+        help="which weights of a file with several: a key such as model_ema, or what stands before "
+        "a network's names, such as teacher.",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     overrides = [arg for arg in argv if arg.startswith("--config.")]
     flags = parser.parse_args([arg for arg in argv if arg not in overrides])
@@ -120,7 +128,9 @@ def parse(argv: Sequence[str]) -> Command:
 def take(command: Command) -> None:
     """From a file, or files, to a folder that the phases start from."""
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
-    print(format_account(found.account))
+    printed = found.kind != CLIPTRANS  # what m2mKD's tensors do not tell, before they are read
+    shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
+    print(format_account(shown))
     target = epath.Path(command.target)
     part = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     source = {"source": str(pathlib.Path(command.source).absolute()), "kind": found.kind}
@@ -172,22 +182,30 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
 
 
 def _take_m2mkd(command: Command) -> Converted:
-    files = m2mkd.read_files(command.source)
+    files = m2mkd.read_files(command.source, weights=command.weights)
     if command.kind is None and any(name.startswith("mbart.") for name in files[0].tensors):
         print(f"kind {CLIPTRANS}, as the names tell: {ABOUT[CLIPTRANS]}")
         return _take_cliptrans(command)
     source = m2mkd.find_source(files, command.kind)
     if source.guessed:
         print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")
-    inferred = None
+    inferred, assumed = None, {}
     if command.config is None:
-        told = m2mkd.tell_config(source)
-        inferred = told.config
+        told = m2mkd.tell_config(source, command.settings)
+        inferred, assumed = told.config, told.assumed
         _show_sizes("told by the file", told.told, command)
         _show_sizes("assumed", told.assumed, command)
     config = read_config(command, m2mkd_config.Config, inferred)
-    found = m2mkd.load(source, config)
-    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), found.account)
+    found = m2mkd.load(source, config, overridden=command.settings)
+    account = dataclasses.replace(
+        found.account,
+        assumed=tuple(
+            (path, repr(value))
+            for path, value in assumed.items()
+            if path.removeprefix("config.") not in command.settings
+        ),
+    )
+    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), account)
 
 
 def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:
@@ -202,7 +220,7 @@ def _take_cliptrans(command: Command) -> Converted:
     given = command.config is not None or command.settings
     config = read_config(command, cls)
     model = config.model if given else None
-    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model)
+    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model, weights=command.weights)
     config = dataclasses.replace(
         config,
         stage="translate",
@@ -234,6 +252,8 @@ def _export_cliptrans(
 
 def _only_module(command: Command) -> int | None:
     """K of --config.module=K, the only setting that a run's file takes."""
+    if command.weights:
+        raise ValueError("--weights is for files; of a run with a running average, that is written")
     if command.config is not None or command.settings.keys() - {"module"}:
         raise ValueError(
             "the config is that of the run; of --config, only --config.module=K may be given here"

@@ -152,7 +152,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.errorbar(
                 [places[row.swept[first]] for row in found],
                 [statistics.mean(one) for one in values],
-                [statistics.stdev(one) if len(one) > 1 else 0 for one in values],
+                [_spread(one) if len(one) > 1 else 0 for one in values],
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 linestyle="-" if numbers else ":",
@@ -178,10 +178,16 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     return figure
 
 
+def _spread(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
+    fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
     """Mean, spread and n as text; empty what there is not."""
     mean = repr(statistics.mean(values)) if values else ""
-    spread = repr(statistics.stdev(values)) if len(values) > 1 else ""
+    spread = repr(_spread(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
 
 
@@ -189,7 +195,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     """Both to the second digit of the spread; without a spread, four digits of the mean."""
     if not values:
         return ""
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    mean, spread = statistics.mean(values), _spread(values) if len(values) > 1 else 0.0
     if not spread or not math.isfinite(spread):
         return f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
     decimals = max(0, 1 - math.floor(math.log10(spread)))

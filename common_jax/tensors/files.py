@@ -1,7 +1,8 @@
 """Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
 archives, whole or in shards, without PyTorch."""
 
-import json
+import dataclasses
+import itertools
 import os
 import re
 import uuid
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from common_jax.tensors import torch_archive, torch_writer
-from common_jax.tensors.torch_archive import DAMAGED, EXPORT
+from common_jax.tensors import safetensors_file, torch_archive, torch_writer
+from common_jax.tensors.naming import plain_names
+from common_jax.tensors.torch_pickle import EXPORT
+from common_jax.untrusted import RefusedError, brief, parse_json, plain
 
 # What a folder's weights may be called; the first that is there is read.
 FOLDER_FILES = (
@@ -22,35 +24,61 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+# What a file is tells its content; these are the names that such files go by.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
-PARALLEL = "module."  # put before every name by a run on several devices
-
 # Of fewer than 32 bits.
-NARROW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+NARROW = (
+    *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
+    *("float8_e5m2fnuz", "float8_e8m0fnu"),
+)
 LFS = b"version https://git-lfs"
+ZIP = b"PK\x03\x04"
+LONGEST_FILE_NAME = 255  # bytes, as file systems have it
 Tensors = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file or a folder holds.
+
+    Attributes:
+      tensors: by their names, each in the type that it is stored in.
+      notes: how it was read: which of several state dicts, and what was taken off the names.
+    """
+
+    tensors: Tensors
+    notes: tuple[str, ...] = ()
+
+
 def read_tensors(path: str | os.PathLike) -> Tensors:
+    """The tensors of `read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
     """All tensors of a file or folder by their names, each in the type that it is stored in.
 
     Args:
-      path: a file in safetensors (`.safetensors`) or PyTorch's zip format (`.bin`, `.pth`, `.pt`;
-        state dicts, checkpoints that hold one as "model" or "state_dict", TorchScript archives), an
-        `.index.json` of shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands
-        for `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. The prefix "module." is taken
-        off the names.
+      path: a file in safetensors or PyTorch's zip format (state dicts, checkpoints that hold one as
+        "model" or "state_dict" beside whatever else, TorchScript archives), an `.index.json` of
+        shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands for
+        `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. What frameworks put into names
+        ("module.", "_orig_mod.") is taken out.
+      weights: key of the state dict that is meant, such as "model_ema", in a file of PyTorch that
+        holds several.
 
     Raises:
       FileNotFoundError: when there is no such file, or shards are missing.
-      ValueError: for a file that is cut off, of another format, or that holds anything but tensors
-        and plain containers; nothing in it is run.
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        file = weights_file(path)
         if file is None:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
             raise FileNotFoundError(
@@ -59,14 +87,19 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
             )
         path = file
     if path.is_file():
-        tensors = _read_file(path)
+        read = _read_file(path, weights)
     else:
-        shards = _numbered(path)
-        tensors = _merge((shard, _read_file(shard)) for shard in shards)
-    plain = {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
-    if len(plain) != len(tensors):
-        raise ValueError(f"{path} holds tensors both with and without the prefix {PARALLEL!r}")
-    return plain
+        read = _merge((shard, _read_file(shard, weights)) for shard in _numbered(path))
+    try:
+        tensors, notes = plain_names(read.tensors)
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+    return Weights(tensors, (*read.notes, *notes))
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of a folder that its weights are read from."""
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -85,7 +118,7 @@ def read_plain(path: str | os.PathLike) -> dict[str, Any]:
       ValueError: as `read_tensors`.
     """
     path = Path(path)
-    return torch_archive.read_plain(path) if path.suffix in TORCH_SUFFIXES else {}
+    return torch_archive.read_plain(path) if path.is_file() and _is_torch(path) else {}
 
 
 def write_tensors(
@@ -129,7 +162,7 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
       TypeError: for a value that is neither array nor plain.
       ValueError: when its name ends in none of `TORCH_SUFFIXES`.
     """
-    if Path(path).suffix not in TORCH_SUFFIXES:
+    if not Path(path).name.endswith(TORCH_SUFFIXES):
         raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
     _write(Path(path), lambda part: torch_writer.write(part, value), replace)
 
@@ -156,20 +189,38 @@ def same_content(a: Path, b: Path) -> bool:
         return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
 
 
-def _read_file(path: Path) -> Tensors:
+def _read_file(path: Path, weights: str) -> Weights:
     if path.name.endswith(SUFFIXES):
         _refuse_pointer(path)
     if path.name.endswith(".index.json"):
-        return _read_indexed(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return torch_archive.read(path)
+        return _read_indexed(path, weights)
+    if _is_torch(path):
+        chosen = torch_archive.read(path, weights)
+        return Weights(dict(chosen.tensors), chosen.notes)
+    if path.suffix == ".safetensors" or _start(path)[8:9] == b"{":
+        if weights:
+            raise ValueError(f"{path} holds bare tensors, and none under weights={brief(weights)}")
+        return Weights(safetensors_file.read(path))
     raise ValueError(
         f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
         "format "
         f"must be converted, with PyTorch by {EXPORT}"
     )
+
+
+def _is_torch(path: Path) -> bool:
+    """Whether a file is PyTorch's: by its content, and where that is none that is read by its
+    name."""
+    start = _start(path)
+    if start.startswith((ZIP, torch_archive.LEGACY)):
+        return True
+    # Safetensors begin with the length of their header, an object of JSON.
+    return path.name.endswith(TORCH_SUFFIXES) and start[8:9] != b"{"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
 
 
 def _numbered(path: Path) -> list[Path]:
@@ -181,51 +232,63 @@ def _numbered(path: Path) -> list[Path]:
         raise FileNotFoundError(
             f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
         )
-    if missing := set(range(1, max(found) + 1)) - set(found):
-        names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in sorted(missing))
-        raise FileNotFoundError(f"shards of {path} are missing: {names}; fetch them too")
+    if max(found) != len(found):
+        gaps = (i for i in range(1, max(found)) if i not in found)
+        names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in itertools.islice(gaps, 5))
+        more = ", ..." if max(found) - len(found) > 5 else ""
+        raise FileNotFoundError(f"shards of {path} are missing: {names}{more}; fetch them too")
     return [found[i] for i in sorted(found)]
 
 
-def _merge(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
-    merged = {}
-    for path, tensors in parts:
-        for name in set(merged) & set(tensors):
-            if not np.array_equal(merged[name], tensors[name]):
+def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
+    merged, notes = {}, {}
+    for path, part in parts:
+        for name in set(merged) & set(part.tensors):
+            if not np.array_equal(merged[name], part.tensors[name]):
                 raise ValueError(
                     f"{path} holds {name} with other numbers than a shard before it; the shards "
                     "are not of one model"
                 )
-        merged |= tensors
-    return merged
+        merged |= part.tensors
+        notes |= dict.fromkeys(part.notes)
+    return Weights(merged, tuple(notes))
 
 
-def _read_indexed(path: Path) -> Tensors:
+def _read_indexed(path: Path, weights: str) -> Weights:
     try:
-        where = json.loads(path.read_bytes())["weight_map"]
-        files = sorted(set(where.values()))
-    except DAMAGED as error:
+        where = _weight_map(parse_json(path.read_bytes()))
+    except RefusedError as refused:
         raise ValueError(
             f'{path} is no index of shards: it must be JSON with a "weight_map" of tensors to '
-            f"files ({error!r})"
+            f"files ({refused})"
         ) from None
-    if outside := [file for file in files if Path(file).name != file]:
-        raise ValueError(f"{path} names {outside[0]!r}, which is not in its own folder")
+    files = sorted(set(where.values()))
+    if outside := [file for file in files if not _is_plain_name(file)]:
+        raise ValueError(f"{path} names {brief(outside[0])}, which is not in its own folder")
+    if indices := [file for file in files if file.endswith(".json")]:
+        raise ValueError(f"{path} names {brief(indices[0])}, which holds no tensors")
     if missing := [file for file in files if not (path.parent / file).is_file()]:
-        raise FileNotFoundError(f"{path} names {', '.join(missing)}, missing; fetch them too")
-    tensors = _merge((path.parent / file, _read_file(path.parent / file)) for file in files)
-    if missing := sorted(set(where) - set(tensors)):
-        raise ValueError(f"{path} names tensors that its files do not hold: {missing[:5]}")
-    return tensors
+        names = ", ".join(map(plain, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{path} names {names}, missing; fetch them too")
+    read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
+    if missing := sorted(set(where) - set(read.tensors)):
+        raise ValueError(f"{path} names tensors that its files do not hold: {brief(missing)}")
+    return read
 
 
-def _read_safetensors(path: Path) -> Tensors:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged or cut off ({error}); copy or download it again"
-        ) from None
+def _weight_map(index: Any) -> dict[str, str]:
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict):
+        raise RefusedError(f"it holds {brief(index)}")
+    if odd := [name for name, file in where.items() if not isinstance(file, str)]:
+        raise RefusedError(f"it gives {brief(odd[0])} the file {brief(where[odd[0]])}")
+    return where
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether a name is one of a file in the same folder, on any system."""
+    short = 0 < len(file.encode(errors="replace")) <= LONGEST_FILE_NAME
+    return short and file.isprintable() and file not in (".", "..") and not set(file) & set("/\\:")
 
 
 def _refuse_pointer(path: Path) -> None:

@@ -1,19 +1,12 @@
 """PyTorch's zip archives without PyTorch: a pickle beside raw storages.
 
-The pickle may rebuild tensors and hold plain containers; whatever else it names is refused, never
-imported. Storages are read only for tensors that are returned, so that an optimizer's state in the
-same file costs nothing.
+The pickle may rebuild tensors and hold plain containers; whatever else it names becomes a
+placeholder, never imported (`torch_pickle`). Storages are read only for tensors that are returned,
+so that an optimizer's state in the same file costs nothing.
 """
 
-import collections
-import contextlib
-import dataclasses
-import functools
-import io
-import pickle
+import math
 import re
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,72 +14,63 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-# Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
-# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the last of these in files of a module.
-WRAPPERS = ("model", "state_dict", "block_state_dict")
-STORAGES = {
-    "BFloat16Storage": "bfloat16",
-    "BoolStorage": "bool",
-    "ByteStorage": "uint8",
-    "CharStorage": "int8",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "IntStorage": "int32",
-    "LongStorage": "int64",
-    "ShortStorage": "int16",
-    "UntypedStorage": "uint8",
-}
-DTYPES = (
-    *sorted({*STORAGES.values()}),
-    *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
-)
+from common_jax.tensors import torch_pickle
+from common_jax.tensors.naming import LONGEST_NAME, Chosen, choose
+from common_jax.tensors.torch_pickle import EXPORT, Scripted, Tensor
+from common_jax.untrusted import Archive, RefusedError, brief, open_archive, plain
+
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the old format's magic number, pickled
-EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
-DAMAGED = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-DAMAGED_ZIP = (EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+LARGEST_PICKLE = 1 << 26  # bytes; those of published weights have less than 2^22
+DEEPEST = 64  # modules within modules, and lists within lists
+MOST_VISITS = 100_000  # modules and tensors of a script, one that is shared as often as it is named
+# Views may repeat numbers, as `expand` makes them, and share them. All together they are at most
+# this many times the file.
+MOST_REPEATED = 64
 
 
-class _RefusedError(ValueError):
-    """What is wrong with a file, in words for its user."""
+def read(path: Path, weights: str = "") -> Chosen:
+    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key, or of a
+    TorchScript archive; each in the type that it is stored in.
 
-
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key of
-    `WRAPPERS`, or of a TorchScript archive; each in the type that it is stored in.
+    Args:
+      path: of the file.
+      weights: key of the state dict that is meant, see `naming.choose`.
 
     Raises:
-      ValueError: for a file that is cut off, of another format, or that holds anything but tensors
-        and plain containers; nothing in it is run.
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
     """
-    return _open(path, _read_archive)
+    return _open(path, lambda archive: _read_archive(archive, weights))
+
+
+def module_classes(path: Path) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other file.
+
+    Raises:
+      ValueError: as `read`.
+    """
+
+    def find(archive: Archive) -> frozenset[str]:
+        top, _, script = _load(archive)
+        return _classes(top) if script else frozenset()
+
+    return _open(path, find)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
     """The numbers, texts and lists of these that a checkpoint holds beside its tensors, by their
     keys at the top; raises ValueError as `read`."""
 
-    def find(archive: zipfile.ZipFile) -> dict[str, Any]:
+    def find(archive: Archive) -> dict[str, Any]:
         top, _, _ = _load(archive)
-        return {k: v for k, v in top.items() if _plain(v)} if isinstance(top, dict) else {}
+        sizes: dict[int, int | None] = {}
+        entries = top.items() if isinstance(top, dict) else ()
+        return {k: v for k, v in entries if isinstance(k, str) and _plain_size(v, sizes)}
 
     return _open(path, find)
 
 
-def _open(path: Path, use: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[str, Any]:
+def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
@@ -100,245 +84,194 @@ def _open(path: Path, use: Callable[[zipfile.ZipFile], dict[str, Any]]) -> dict[
             f"{EXPORT}"
         )
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_archive(path) as archive:
             return use(archive)
-    except _RefusedError as refused:
+    except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
-    except DAMAGED_ZIP as error:
-        raise ValueError(
-            f"{path} is damaged or cut off ({error}); copy or download it again"
-        ) from None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """Numbers in a row, in a file of the archive."""
-
-    key: str
-    dtype: str
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """A view of a storage; numbers are counted in `dtype`."""
-
-    storage: _Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _Inert:
-    """Stands for a number or a setting that no tensor is made of; keeps nothing."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Scripted:
-    """A module of a TorchScript archive, as its attributes."""
-
-    qualified = ""
-
-
-def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=None, dtype=None):
-    if not isinstance(storage, _Storage):
-        raise _RefusedError("holds a tensor without a storage")
-    if metadata:
-        raise _RefusedError(f"holds a tensor that is more than its numbers: {metadata}")
-    return _Tensor(storage, dtype or storage.dtype, offset, tuple(shape), tuple(strides))
-
-
-def _rebuild_untyped(storage, offset, shape, strides, grad, hooks, dtype, metadata=None):
-    return _rebuild(storage, offset, shape, strides, grad, hooks, metadata, dtype)
-
-
-def _first(value, *others):
-    return value
-
-
-# What a pickle may name: how tensors, and the plain contents of optimizers and scalers, are made.
-ADMITTED: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_untyped,
-    ("torch._utils", "_rebuild_parameter"): _first,
-    ("torch._utils", "_rebuild_parameter_with_state"): _first,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): _Inert,
-    ("numpy", "dtype"): _Inert,
-    ("numpy.core.multiarray", "scalar"): _Inert,
-    ("numpy._core.multiarray", "scalar"): _Inert,
-    ("_codecs", "encode"): _Inert,
-    **{("torch", name): dtype for name, dtype in STORAGES.items()},
-    **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
-    **{("torch", dtype): dtype for dtype in DTYPES},
-}
-CALLED = (_Inert, _first, _rebuild, _rebuild_untyped, tuple)
-# The same in TorchScript, for attributes that are lists.
-ADMITTED_IN_SCRIPT = {
-    ("torch.jit._pickle", name): _first
-    for name in (
-        *("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist"),
-        "restore_type_tag",
-    )
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes of a pickle tensors and plain containers, or raises."""
-
-    def __init__(self, file, script: bool):
-        super().__init__(file, encoding="utf-8")
-        self._script = script
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = ADMITTED | ADMITTED_IN_SCRIPT if self._script else ADMITTED
-        if (module, name) in known:
-            value = known[module, name]
-            # A function of its own for each pickle, which can then change nothing that lasts.
-            return (lambda *a: value(*a)) if value in CALLED else value
-        if self._script and module.split(".")[0] == "__torch__":
-            return type(name, (_Scripted,), {"qualified": f"{module}.{name}"})
-        raise _RefusedError(
-            f"holds {module}.{name}, which is neither a tensor nor a plain container, and which is "
-            f"not run; if you trust the file, with PyTorch: {EXPORT}"
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-            raise _RefusedError(f"refers to {pid!r}, which is no storage")
-        _, dtype, key, _, count = pid
-        if dtype not in STORAGES.values() or not _counts(count):
-            raise _RefusedError(f"refers to a storage {key!r} of {count!r} numbers of {dtype!r}")
-        return _Storage(str(key), dtype, count)
-
-
-def _read_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def _read_archive(archive: Archive, weights: str) -> Chosen:
     top, root, script = _load(archive)
-    with _blamed():
-        parts = dict(_walk(top, _declared(archive, root), "")) if script else _state_dict(top)
+    if script:
+        chosen = Chosen(dict(_walk(top, _declared(archive, root))))
+    else:
+        chosen = _state_dict(top, weights)
+    parts = chosen.tensors
     if not parts:
-        raise _RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
-    read = functools.cache(lambda storage: _read_storage(archive, root, storage))
-    return {name: _array(name, tensor, read(tensor.storage)) for name, tensor in parts.items()}
+        raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
+    _require_sizes(archive, root, parts)
+    numbers: dict[str, bytearray] = {}
+    for tensor in parts.values():
+        key = tensor.storage.key
+        if key not in numbers:
+            entry = archive.entries[f"{root}data/{key}"]
+            numbers[key] = archive.read(entry.filename, limit=entry.file_size)
+    arrays = {name: _array(x, numbers[x.storage.key]) for name, x in parts.items()}
+    return Chosen(arrays, chosen.notes)
 
 
-def _load(archive: zipfile.ZipFile) -> tuple[Any, str, bool]:
+def _load(archive: Archive) -> tuple[Any, str, bool]:
     """What is pickled, the folder in the archive, and whether it is TorchScript."""
-    names = archive.namelist()
+    names = archive.entries
     roots = [n.removesuffix("data.pkl") for n in names if re.fullmatch("([^/]+/)?data.pkl", n)]
     if len(roots) != 1:
-        raise _RefusedError(
-            f"is a zip archive without PyTorch's data.pkl; it holds {names[:5]}. With PyTorch: "
-            f"{EXPORT}"
+        raise RefusedError(
+            f"is a zip archive without PyTorch's data.pkl; it holds {brief([*names][:5])}. With "
+            f"PyTorch: {EXPORT}"
         )
     root = roots[0]
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
-        raise _RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
+        raise RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
     script = f"{root}constants.pkl" in names
-    content = io.BytesIO(archive.read(f"{root}data.pkl"))
-    with _blamed():
-        return _Unpickler(content, script).load(), root, script
+    content = archive.read(f"{root}data.pkl", limit=min(archive.size, LARGEST_PICKLE))
+    return torch_pickle.load(bytes(content), script=script), root, script
 
 
-@contextlib.contextmanager
-def _blamed() -> Iterator[None]:
-    """Says of whatever goes wrong within that data.pkl is damaged."""
+def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int | None:
+    """How many numbers and texts are in lists of lists, one that is shared as often as it is
+    referred to; None when there is anything else among them, or too many."""
+    if isinstance(value, bool | int | float | str):
+        return 1
+    if not isinstance(value, list | tuple):
+        return None
+    if id(value) not in sizes:
+        if depth > DEEPEST:
+            raise RefusedError(f"holds lists that nest deeper than {DEEPEST}")
+        sizes[id(value)] = None  # of a list that holds itself
+        parts = [_plain_size(part, sizes, depth + 1) for part in value]
+        size = None if None in parts else 1 + sum(parts)
+        sizes[id(value)] = size if size is not None and size <= LARGEST_PICKLE else None
+    return sizes[id(value)]
+
+
+def _state_dict(top: Any, weights: str) -> Chosen:
+    """One dictionary of tensors in what a file holds."""
     try:
-        yield
-    except _RefusedError:
-        raise
-    except DAMAGED as error:
-        raise _RefusedError(
-            f"has a damaged data.pkl ({error!r}); copy or download it again"
-        ) from None
+        return choose(top, weights)
+    except RefusedError as refused:
+        raise RefusedError(f"{refused}; with PyTorch: {EXPORT}") from None
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_plain, value))
-    return isinstance(value, bool | int | float | str)
+def _classes(top: Any) -> frozenset[str]:
+    """Names of the classes of a scripted module and of those in it."""
+    seen, waiting, names = set(), [top], set()
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, Scripted) and id(module) not in seen:
+            seen.add(id(module))
+            names.add(module.name.rpartition(".")[2])
+            waiting += module.attributes.values()
+    return frozenset(names)
 
 
-def _state_dict(top: Any) -> dict[str, _Tensor]:
-    """The one dictionary of tensors in what a file holds."""
-    if not isinstance(top, dict):
-        what = "one tensor" if isinstance(top, _Tensor) else f"a {type(top).__name__}"
-        raise _RefusedError(f"holds {what}, and not tensors by their names; with PyTorch: {EXPORT}")
-    inner = next((top[key] for key in WRAPPERS if isinstance(top.get(key), dict)), top)
-    for name, value in inner.items():
-        if not (isinstance(name, str) and isinstance(value, _Tensor)):
-            raise _RefusedError(
-                f"holds {name!r}, a {type(value).__name__.lstrip('_')}, where tensors by their "
-                f"names are expected, alone or under one of {WRAPPERS}; with PyTorch: {EXPORT}"
-            )
-    return inner
+def _require_name(name: str) -> None:
+    if len(name) > LONGEST_NAME:
+        raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
 
 
-def _walk(module: Any, declared: Mapping[str, set[str]], path: str) -> Iterator:
+def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a scripted module, as its `state_dict` names them."""
-    if not isinstance(module, _Scripted):
-        raise _RefusedError(f"is TorchScript without a module; with PyTorch: {EXPORT}")
-    own = declared.get(type(module).qualified)
-    for name, value in vars(module).items():
-        if isinstance(value, _Scripted):
-            yield from _walk(value, declared, f"{path}{name}.")
-        elif isinstance(value, _Tensor) and (own is None or name in own):
-            yield path + name, value
+    if not isinstance(top, Scripted):
+        raise RefusedError(f"is TorchScript without a module; with PyTorch: {EXPORT}")
+    visits, waiting = 0, [("", top, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if (visits := visits + 1) > MOST_VISITS or depth > DEEPEST:
+            raise RefusedError(
+                f"has modules that nest deeper than {DEEPEST}, or more than {MOST_VISITS} of them"
+            )
+        _require_name(path)
+        if isinstance(value, Tensor):
+            yield path, value
+            continue
+        own = declared.get(value.name)
+        inner = [
+            (f"{path}.{name}" if path else name, part, depth + 1)
+            for name, part in value.attributes.items()
+            if isinstance(name, str)
+            and (
+                isinstance(part, Scripted)
+                or (isinstance(part, Tensor) and (own is None or name in own))
+            )
+        ]
+        if len(waiting) + len(inner) > MOST_VISITS:
+            raise RefusedError(f"has more than {MOST_VISITS} modules and tensors")
+        waiting += reversed(inner)
 
 
-def _declared(archive: zipfile.ZipFile, root: str) -> dict[str, set[str]]:
+def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
     """Which attributes of each scripted class are parameters and buffers; others may be tensors
     too, such as a mask."""
     heading = re.compile(
         r"^class (\w+)\(.*\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]", re.MULTILINE
     )
+    pattern = re.escape(root) + r"code/(.+)\.py"
+    modules = {name: match[1] for name in archive.entries if (match := re.fullmatch(pattern, name))}
+    archive.require_room([*modules], limit=archive.size)
     found = {}
-    for name in archive.namelist():
-        if match := re.fullmatch(re.escape(root) + r"code/(.+)\.py", name):
-            module = match[1].replace("/", ".")
-            for kind, parameters, buffers in heading.findall(archive.read(name).decode()):
-                attributes = re.findall(r'"([^"]+)"', parameters + buffers)
-                found[f"{module}.{kind}"] = set(attributes)
+    for name, module in modules.items():
+        code = archive.read(name).decode(errors="replace")
+        for kind, parameters, buffers in heading.findall(code):
+            attributes = re.findall(r'"([^"]+)"', parameters + buffers)
+            found[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
     return found
 
 
-def _read_storage(archive: zipfile.ZipFile, root: str, storage: _Storage) -> bytes:
-    name = f"{root}data/{storage.key}"
-    if name not in archive.NameToInfo:
-        raise _RefusedError(f"lacks {name}, a tensor's numbers; copy or download it again")
-    raw, size = archive.read(name), storage.count * _dtype(storage.dtype).itemsize
-    if len(raw) != size:
-        raise _RefusedError(
-            f"has {len(raw)} bytes in {name}, which should be {size}; copy or download it again"
-        )
-    return raw
+def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> None:
+    """Compares what tensors are said to be with what the archive declares to hold; nothing is read
+    before."""
+    storages = {tensor.storage.key: tensor.storage for tensor in parts.values()}
+    for key in storages:
+        if f"{root}data/{key}" not in archive.entries:
+            raise RefusedError(
+                f"lacks {plain(f'{root}data/{key}')}, a tensor's numbers; copy or download it again"
+            )
+    archive.require_room([f"{root}data/{key}" for key in storages])
+    total = 0
+    for name, tensor in parts.items():
+        storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+        entry = archive.entries[f"{root}data/{storage.key}"]
+        size = storage.count * _dtype(storage.dtype).itemsize
+        if entry.file_size != size:
+            raise RefusedError(
+                f"has {entry.file_size} bytes in {plain(entry.filename)}, which should be {size}; "
+                "copy or download it again"
+            )
+        if len(shape) != len(strides) or not _counts(tensor.offset, *shape, *strides):
+            raise RefusedError(
+                f"gives {plain(name)} the shape {brief(shape)} with strides {brief(strides)} at "
+                f"{brief(tensor.offset)}"
+            )
+        count = size // _dtype(tensor.dtype).itemsize
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if 0 not in shape and tensor.offset + last >= count:
+            raise RefusedError(
+                f"has {count} numbers for {plain(name)} {brief(shape)}, which is too few"
+            )
+        # An axis of length 0 lets the others be of any length.
+        largest = math.prod(max(n, 1) for n in shape) * _dtype(tensor.dtype).itemsize
+        total += 0 if 0 in shape else largest
+        if largest >= 1 << 62 or total > MOST_REPEATED * archive.size:
+            raise RefusedError(
+                f"gives {plain(name)} the shape {brief(shape)}, more than {MOST_REPEATED} times "
+                "the numbers that the file holds"
+            )
 
 
-def _array(name: str, tensor: _Tensor, raw: bytes) -> np.ndarray:
-    dtype = _dtype(tensor.dtype)
-    numbers = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)
-    shape, strides = tensor.shape, tensor.strides
-    if not (len(shape) == len(strides) and _counts(tensor.offset, *shape, *strides)):
-        raise _RefusedError(f"gives {name} the shape {shape} with strides {strides}")
+def _array(tensor: Tensor, raw: bytearray) -> np.ndarray:
+    """The view of a storage that `_require_sizes` has found to lie within it."""
+    dtype, shape = _dtype(tensor.dtype), tensor.shape
     if 0 in shape:
         return np.empty(shape, dtype)
-    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if tensor.offset + last >= numbers.size:
-        raise _RefusedError(f"has {numbers.size} numbers for {name} {shape}, which is too few")
-    steps = [stride * dtype.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], shape, steps, writeable=False)
+    numbers = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)[tensor.offset :]
+    # Steps along an axis of length 1 are never taken, and may be of any length.
+    pairs = zip(shape, tensor.strides, strict=True)
+    steps = [stride * dtype.itemsize if n > 1 else 0 for n, stride in pairs]
+    return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
 
 
 def _counts(*values: Any) -> bool:
-    return all(isinstance(value, int) and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
 def _dtype(name: str) -> np.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common_jax.tensors.torch_archive import STORAGES
+from common_jax.tensors.torch_pickle import STORAGES
 
 ROOT = "archive"  # the folder within the archive, as PyTorch names it for unnamed files
 ALIGNMENT = 64  # of storages, so that PyTorch can map them into memory

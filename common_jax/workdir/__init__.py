@@ -1,15 +1,23 @@
-"""A run's folder: the JSON files in it, the config that it belongs to, and the places it names."""
+"""A run's folder: who writes there, its JSON files, the config that it belongs to, and the places
+that the config names."""
 
-from common_jax.workdir.claim import claim, refuse_other_config
-from common_jax.workdir.files import read_json, temporary_beside, write_json
+from common_jax.workdir.claim import claim, holds_results, refuse_other_config
+from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json
+from common_jax.workdir.lock import Locked, LockLost, hold, require
 from common_jax.workdir.places import check_input, check_output
 
 __all__ = [
+    "LockLost",
+    "Locked",
     "check_input",
     "check_output",
     "claim",
+    "hold",
+    "holds_results",
     "read_json",
     "refuse_other_config",
+    "require",
     "temporary_beside",
+    "write_bytes",
     "write_json",
 ]

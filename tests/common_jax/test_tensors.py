@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from same import assert_same
 from torch_files import Call, Global, New, Persistent, Raw, state_dict, storage, tensor
 
-from common_jax.tensors import read_tensors, widen, write_tensors
+from common_jax.tensors import read_plain, read_tensors, widen, write_tensors
 
 NO_TORCH = "the files are written by torch, which is not installed"
 RNG = np.random.default_rng(0)
@@ -112,21 +112,62 @@ def test_a_checkpoint_s_optimizer_is_not_even_read(tmp_path):
     ("module", "name"),
     [
         ("os", "system"),
+        ("posix", "system"),
         ("builtins", "eval"),
+        ("__builtin__", "exec"),
         ("subprocess", "Popen"),
-        ("torch.nn.modules.linear", "Linear"),
-        ("torch._utils", "_rebuild_sparse_tensor"),
-        ("__torch__", "Module"),
     ],
 )
 @pytest.mark.parametrize("place", ["model", "optimizer"])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, module, name, place):
     monkeypatch.chdir(tmp_path)
-    code = "open('ran', 'w').close()" if name == "eval" else "touch ran"
+    code = "open('ran', 'w').close()" if name in ("eval", "exec") else "touch ran"
     value = {"model": {"a": ONES}, place: {"a": Call(Global(module, name), (code,))}}
-    with pytest.raises(ValueError, match=rf"weights\.pth holds {module}\.{name}, .*torch\.save"):
+    with pytest.raises(ValueError, match=rf"weights\.pth holds {module}\.{name}, .*code to run"):
         read_tensors(archive(tmp_path, value))
     assert not pathlib.Path("ran").exists()
+
+
+# Importing it would write a file.
+SPY = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Module: pass\n"
+TRACES = [
+    Call(Global("spy", "Module"), ()),
+    New(Global("spy", "Module"), {"weight": ONES}),
+    Raw(b"(cspy\nModule\no"),
+    Raw(b"(ispy\nModule\n"),
+    Raw(b"\x8c\x03spy\x8c\x06Module\x93)}\x92"),  # NEWOBJ_EX
+    Raw(b"cspy\nModule\n)\x81(Va\nK\x01u(K\x01eK\x02a"),  # SETITEMS, APPENDS, APPEND
+    Global("spy", "Module"),
+]
+
+
+@pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
+def test_what_a_training_file_holds_beside_its_tensors_is_left(tmp_path, monkeypatch, trace):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "spy.py").write_text(SPY)
+    training = {
+        "args": New(Global("argparse", "Namespace"), {"lr": 0.1, "path": trace}),
+        "scheduler": {"milestones": Call(Global("collections", "Counter"), ({3: 1},)), "t": trace},
+        "arch": "vit_base",
+        "epoch": 3,
+    }
+    path = archive(tmp_path, {"model": {"a": ONES}, **training})
+    assert_same(read_tensors(path), {"a": np.ones(2, np.float32)})
+    assert read_plain(path) == {"arch": "vit_base", "epoch": 3}
+    with pytest.raises(ValueError, match=r"weights\.pth holds 'b', a spy\.Module, where tensors"):
+        read_tensors(archive(tmp_path, {"model": {"a": ONES, "b": trace}}))
+    with pytest.raises(ValueError, match=r"weights\.pth holds a spy\.Module, and not tensors"):
+        read_tensors(archive(tmp_path, trace))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pth.tar", "a.ckpt", "a.tar", "a", "a.bin", "a.safetensors"])
+def test_a_file_is_what_its_content_is(tmp_path, name):
+    torch_files.save(tmp_path / "a.pth", ARRAYS)
+    (tmp_path / "a.pth").rename(tmp_path / name)
+    assert_same(read_tensors(tmp_path / name), ARRAYS)
+    save_file(ARRAYS, tmp_path / name)
+    assert_same(read_tensors(tmp_path / name), ARRAYS)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +180,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch, module, 
 )
 def test_no_other_opcode_runs_code_either(tmp_path, monkeypatch, opcodes):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"holds os\.system, which is neither"):
+    with pytest.raises(ValueError, match=r"holds os\.system, which is code to run"):
         read_tensors(archive(tmp_path, {"a": ONES, "b": Raw(opcodes)}))
     assert not pathlib.Path("ran").exists()
 
@@ -175,7 +216,7 @@ FLOATS = storage("FloatStorage", "0", 2)
         ({"a": tensor(storage("FloatStorage", "0", 3), (2,), (1,))}, "8 bytes .* should be 12"),
         ({"a": tensor(storage("FloatStorage", "0", -2), (2,), (1,))}, "a storage '0' of -2"),
         ({"a": tensor(storage("Size", "0", 2), (2,), (1,))}, "a storage '0' of 2 numbers of"),
-        ({"a": tensor(storage("QInt8Storage", "0", 2), (2,), (1,))}, r"holds torch\.QInt8Storage"),
+        ({"a": tensor(storage("QInt8Storage", "0", 2), (2,), (1,))}, r"'a', a torch\.QInt8Storage"),
         ({"a": Persistent("module")}, "refers to 'module', which is no storage"),
         ({"a": Raw(b"\x8a")}, "has a damaged data.pkl .*download it again"),
         ({"a": Raw(b"h\x07")}, "has a damaged data.pkl"),

@@ -1,0 +1,138 @@
+"""Safetensors files, whose header is compared with the file before a tensor is made.
+
+The library's own reader of numpy arrays lacks the types of fewer than 16 bits.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common_jax.untrusted import RefusedError, brief, parse_json, plain
+
+DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+    }.items()
+}
+LENGTH = 8  # bytes of the header's length
+LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+MOST_AXES = 64  # of an array, as numpy has them
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor as the header has it; `begin` and `end` count bytes after the header."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file by their names, in the order of the header.
+
+    Raises:
+      ValueError: naming the file, when it is damaged, cut off, or has numbers of a type that numpy
+        cannot hold.
+      OSError: when it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(LENGTH), "little")
+            if size < LENGTH or length > min(size - LENGTH, LONGEST_HEADER):
+                raise _damaged(f"a header of {length} bytes is no part of a file of {size}")
+            entries = _entries(file.read(length))
+            _require_whole(entries, size - LENGTH - length)
+            arrays = {}
+            for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+                raw = bytearray(entry.end - entry.begin)
+                if file.readinto(raw) != len(raw):
+                    raise _damaged(f"the numbers of {plain(entry.name)} are missing")
+                arrays[entry.name] = np.frombuffer(raw, entry.dtype).reshape(entry.shape)
+            return {entry.name: arrays[entry.name] for entry in entries}
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+
+
+def _entries(header: bytes) -> list[_Entry]:
+    try:
+        content = parse_json(header)
+    except RefusedError as refused:
+        raise _damaged(f"its header {refused}") from None
+    if not isinstance(content, dict):
+        raise _damaged(f"its header is {brief(content)}, where an object is expected")
+    metadata = content.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())):
+        raise _damaged(f"its __metadata__ is {brief(metadata)}, where texts are expected")
+    return [_entry(name, value) for name, value in content.items()]
+
+
+def _entry(name: str, value: Any) -> _Entry:
+    match value:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end], **rest} if (
+            not rest and _counts(begin, end, *shape) and len(shape) <= MOST_AXES
+        ):
+            pass
+        case _:
+            raise _damaged(f"its header gives {plain(name)} as {brief(value)}")
+    dtype = DTYPES.get(kind)
+    if dtype is None:
+        raise RefusedError(
+            f"holds {plain(name)} in the type {plain(kind)}, which is not read, only "
+            f"{', '.join(DTYPES)}; save it in one of these"
+        )
+    size = math.prod(shape) * dtype.itemsize
+    # An axis of length 0 lets the others be of any length.
+    largest = math.prod(max(axis, 1) for axis in shape) * dtype.itemsize
+    if end - begin != size or largest >= 1 << 62:
+        raise _damaged(f"{plain(name)} has {end - begin} bytes for {kind} {brief(shape)}")
+    return _Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _require_whole(entries: list[_Entry], size: int) -> None:
+    """Numbers follow each other without gaps or overlaps up to the end of the file."""
+    place = 0
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != place:
+            raise _damaged(
+                f"the numbers of {plain(entry.name)} begin at {entry.begin}, not {place}"
+            )
+        place = entry.end
+    if place != size:
+        raise _damaged(f"it has {size} bytes of numbers, and its header {place}")
+
+
+def _counts(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _damaged(reason: str) -> RefusedError:
+    return RefusedError(f"is damaged or cut off ({reason}); copy or download it again")

@@ -1,0 +1,428 @@
+"""PyTorch's pickles, interpreted without Python's: nothing that they name is imported or run.
+
+A pickle is a program for a stack. Here each of its opcodes does one of a few harmless things:
+constants are pushed, containers are filled, tensors are described by where their numbers lie, and
+everything else becomes an `Opaque` object, which does nothing. Time and memory are in proportion to
+the pickle's length, whatever is in it: no value is compared, hashed, copied or printed as a whole.
+"""
+
+import dataclasses
+import pickle
+import pickletools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from common_jax.untrusted import RefusedError, brief, plain
+
+STORAGES = {
+    "BFloat16Storage": "bfloat16",
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "ShortStorage": "int16",
+    "UntypedStorage": "uint8",
+}
+DTYPES = (
+    *sorted({*STORAGES.values()}),
+    *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
+)
+EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
+MOST_AXES = 64  # of an array, as numpy has them
+LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
+# What goes wrong in here for a pickle that is no whole one.
+DAMAGED = (pickle.UnpicklingError, ArithmeticError, LookupError, TypeError, ValueError)
+# Code that no weights need. It would not be run, but whoever names it is up to no good, and the
+# user should know.
+HARMFUL_MODULES = (
+    *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "sys", "runpy", "importlib"),
+    *("ctypes", "webbrowser", "pip", "timeit", "code", "codeop", "bdb", "pdb", "pickle", "_pickle"),
+)
+HARMFUL_BUILTINS = ("eval", "exec", "compile", "open", "__import__", "breakpoint", "execfile")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Opaque:
+    """Stands for something of another kind, by the name of what it is made with."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Storage:
+    """Numbers in a row, in a file of the archive."""
+
+    key: str
+    dtype: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Tensor:
+    """A view of a storage; numbers are counted in `dtype`. Only the lengths of shape and strides
+    are checked: they may hold anything."""
+
+    storage: Storage
+    dtype: str
+    offset: Any
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+
+
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
+class Scripted:
+    """A module of a TorchScript archive, and its attributes."""
+
+    name: str
+    attributes: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _ScriptedClass:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Function:
+    """What a pickle may call: a function of ours, with how many arguments it takes."""
+
+    call: Callable[..., Any]
+    least: int
+    most: int
+
+
+def load(content: bytes, *, script: bool) -> Any:
+    """The value of a pickle: numbers, texts, lists, tuples and dictionaries as they are, beside
+    `Tensor`, `Opaque` and, where `script` admits them, `Scripted` objects.
+
+    Keys of dictionaries that are neither numbers nor texts are replaced by `Opaque` ones.
+
+    Raises:
+      RefusedError: for a pickle that is damaged, or that names code to run.
+    """
+    machine = _Machine(script=script, length=len(content))
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            _OPCODES[opcode.name](machine, argument)
+        return machine.stack.pop()
+    except RefusedError:
+        raise
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {plain(str(error))}"
+    raise RefusedError(f"has a damaged data.pkl ({reason}); copy or download it again")
+
+
+def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=None, dtype=None):
+    for kind in (storage, dtype):
+        if isinstance(kind, Opaque):  # numbers of a type that is not read
+            return kind
+    if not isinstance(storage, Storage):
+        raise RefusedError("holds a tensor without a storage")
+    if metadata:
+        raise RefusedError(
+            f"holds a tensor that is more than its numbers: {brief(metadata)}; with PyTorch: "
+            f"{EXPORT}"
+        )
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
+        raise RefusedError(f"holds a tensor of type {brief(dtype)}")
+    return Tensor(storage, dtype or storage.dtype, offset, _axes(shape), _axes(strides))
+
+
+def _rebuild_untyped(storage, offset, shape, strides, grad, hooks, dtype, metadata=None):
+    return _rebuild(storage, offset, shape, strides, grad, hooks, metadata, dtype)
+
+
+def _axes(sizes: Any) -> tuple[Any, ...]:
+    if not isinstance(sizes, list | tuple) or len(sizes) > MOST_AXES:
+        raise RefusedError(f"holds a tensor of a shape or strides that are none: {brief(sizes)}")
+    return tuple(sizes)
+
+
+def _first(value, *others):
+    return value
+
+
+_PARAMETER = _Function(_first, 1, 4)
+_ORDERED_DICT = Opaque("collections.OrderedDict")  # becomes a dict where it is called
+# How tensors, and the plain contents of optimizers and scalers, are made.
+KNOWN: Mapping[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _ORDERED_DICT,
+    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild, 4, 4),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild, 6, 7),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_untyped, 7, 8),
+    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
+    ("torch", "Size"): _Function(_axes, 1, 1),
+    **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
+    **{("torch", dtype): dtype for dtype in DTYPES},
+}
+# The same in TorchScript, for attributes that are lists.
+KNOWN_IN_SCRIPT = {
+    ("torch.jit._pickle", name): _Function(_first, 1, 2)
+    for name in (
+        *("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist"),
+        "restore_type_tag",
+    )
+}
+
+
+class _Machine:
+    """The stack of a pickle, its memory, and what its opcodes do to them.
+
+    Args:
+      script: whether it is of a TorchScript archive.
+      length: of the pickle, in bytes, which bounds how much is copied.
+    """
+
+    def __init__(self, *, script: bool, length: int):
+        self.stack: list[Any] = []
+        self._outer: list[list[Any]] = []  # stacks below a mark
+        self._memo: dict[int, Any] = {}
+        self._script = script
+        self._copies = length
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def push_integer(self, value: int) -> None:
+        if value.bit_length() > LARGEST:
+            raise RefusedError(f"holds an integer of {value.bit_length()} bits")
+        self.push(value)
+
+    def push_latin(self, text: str) -> None:
+        """Text of Python 2, which is bytes; those of names are in UTF-8."""
+        try:
+            self.push(text if text.isascii() else text.encode("latin-1").decode())
+        except UnicodeDecodeError:
+            self.push(Opaque("bytes"))
+
+    def mark(self, _: None) -> None:
+        self._outer.append(self.stack)
+        self.stack = []
+
+    def to_mark(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        items, self.stack = self.stack, self._outer.pop()
+        return items
+
+    def pop(self, _: None) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.to_mark()
+
+    def put(self, index: int) -> None:
+        self._memo[index] = self.stack[-1]
+
+    def memoize(self, _: None) -> None:
+        self.put(len(self._memo))
+
+    def get(self, index: int) -> None:
+        self.push(self._memo[index])
+
+    def tuple_of(self, count: int) -> None:
+        items = tuple(self.stack[-count:])
+        if len(items) < count:
+            raise IndexError("a tuple of more than there is")
+        self.stack[-count:] = [items]
+
+    def append(self, items: list[Any]) -> None:
+        holder = self.stack[-1]
+        if isinstance(holder, list):
+            holder.extend(items)
+        elif not isinstance(holder, Opaque):
+            raise TypeError(f"{type(holder).__name__} is no list")
+
+    def set_items(self, items: list[Any]) -> None:
+        holder = self.stack[-1]
+        if len(items) % 2:
+            raise ValueError("a key without a value")
+        if isinstance(holder, dict):
+            _fill(holder, zip(items[::2], items[1::2], strict=True))
+        elif not isinstance(holder, Opaque):
+            raise TypeError(f"{type(holder).__name__} is no dictionary")
+
+    def set_item(self, _: None) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def find(self, module: str, name: str) -> Any:
+        """What stands for something that a pickle names."""
+        known = KNOWN.get((module, name))
+        if known is None and self._script:
+            known = KNOWN_IN_SCRIPT.get((module, name))
+        if known is not None:
+            return known
+        top = module.split(".")[0]
+        harmful = top in HARMFUL_MODULES or (
+            top in ("builtins", "__builtin__") and name in HARMFUL_BUILTINS
+        )
+        if harmful:
+            raise RefusedError(
+                f"holds {plain(f'{module}.{name}')}, which is code to run and not weights; "
+                "it was not run. Do not trust this file"
+            )
+        if self._script and top == "__torch__":
+            return _ScriptedClass(f"{module}.{name}")
+        return Opaque(plain(f"{module}.{name}"))
+
+    def find_on_stack(self, _: None) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise TypeError("a global without a name")
+        self.push(self.find(module, name))
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What a function of the pickle gives, or a class."""
+        if not isinstance(arguments, tuple):
+            raise TypeError("arguments that are no tuple")
+        match function:
+            case _Function(call, least, most):
+                if not least <= len(arguments) <= most:
+                    raise TypeError(f"{len(arguments)} arguments, of {least} to {most}")
+                return call(*arguments)
+            case _ScriptedClass(name):
+                return Scripted(name)
+            case Opaque():
+                return self._ordered(arguments) if function is _ORDERED_DICT else function
+        raise TypeError(f"{type(function).__name__} cannot be called")
+
+    def _ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        made: dict[Any, Any] = {}
+        for pairs in arguments[:1]:
+            if not isinstance(pairs, list | tuple):
+                raise TypeError("a dictionary of no pairs")
+            # One list may be referred to many times.
+            self._copies -= len(pairs)
+            if self._copies < 0:
+                raise RefusedError("copies one list again and again, and is no file of weights")
+            if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+                raise TypeError("a dictionary of no pairs")
+            _fill(made, pairs)
+        return made
+
+    def reduce(self, _: None) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.push(self.call(function, arguments))
+
+    def new_with_names(self, _: None) -> None:
+        self.stack.pop()  # arguments by their names
+        self.reduce(None)
+
+    def build(self, _: None) -> None:
+        """Gives a scripted module its attributes. Other objects have none."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Scripted):
+            if not isinstance(state, dict):
+                raise RefusedError(
+                    f"holds {plain(self.stack[-1].name)}, whose attributes have no names; with "
+                    f"PyTorch: {EXPORT}"
+                )
+            self.stack[-1].attributes = state
+
+    def refer(self, pid: Any) -> None:
+        """A storage, which lies outside the pickle."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
+            raise RefusedError(f"refers to {brief(pid)}, which is no storage")
+        kind, dtype, key, _, count = pid
+        if isinstance(dtype, Opaque):
+            self.push(dtype)
+            return
+        good = kind == "storage" and isinstance(dtype, str) and dtype in STORAGES.values()
+        if not (good and isinstance(key, str) and type(count) is int and count >= 0):
+            raise RefusedError(
+                f"refers to a storage {brief(key)} of {brief(count)} numbers of {brief(dtype)}"
+            )
+        self.push(Storage(key, dtype, count))
+
+
+def _fill(holder: dict[Any, Any], pairs: Iterable[Any]) -> None:
+    for key, value in pairs:
+        # Hashing a tuple visits all that it holds, which can be exponentially much.
+        if not (key is None or isinstance(key, str | bytes | bool | int | float)):
+            key = Opaque(type(key).__name__)
+        holder[key] = value
+
+
+def _refuse(_: _Machine, __: Any) -> None:
+    raise RefusedError(f"uses an opcode that PyTorch does not write; with PyTorch: {EXPORT}")
+
+
+def _make(machine: _Machine, function: Any, arguments: list[Any]) -> None:
+    machine.push(machine.call(function, tuple(arguments)))
+
+
+def _make_first(machine: _Machine, _: None) -> None:
+    function, *arguments = machine.to_mark()
+    _make(machine, function, arguments)
+
+
+def _make_dict(machine: _Machine, _: None) -> None:
+    items = machine.to_mark()
+    machine.push({})
+    machine.set_items(items)
+
+
+def _ignore(machine: _Machine, _: Any) -> None:
+    pass
+
+
+# What each opcode does, by its name in `pickletools`.
+_OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _ignore),
+    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2"), _Machine.push_integer),
+    **dict.fromkeys(("LONG", "LONG1", "LONG4"), _Machine.push_integer),
+    **dict.fromkeys(("FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE"), _Machine.push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _Machine.push_latin),
+    **dict.fromkeys(
+        ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+        lambda machine, _: machine.push(Opaque("bytes")),
+    ),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "EMPTY_DICT": lambda machine, _: machine.push({}),
+    "EMPTY_SET": lambda machine, _: machine.push(Opaque("set")),
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": lambda machine, _: machine.to_mark(),
+    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
+    "MEMOIZE": _Machine.memoize,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    "LIST": lambda machine, _: machine.push(machine.to_mark()),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.to_mark())),
+    "TUPLE1": lambda machine, _: machine.tuple_of(1),
+    "TUPLE2": lambda machine, _: machine.tuple_of(2),
+    "TUPLE3": lambda machine, _: machine.tuple_of(3),
+    "DICT": _make_dict,
+    "FROZENSET": lambda machine, _: (machine.to_mark(), machine.push(Opaque("frozenset"))),
+    "APPEND": lambda machine, _: machine.append([machine.stack.pop()]),
+    "APPENDS": lambda machine, _: machine.append(machine.to_mark()),
+    "ADDITEMS": lambda machine, _: machine.append(machine.to_mark()),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": lambda machine, _: machine.set_items(machine.to_mark()),
+    "GLOBAL": lambda machine, name: machine.push(machine.find(*name.split(" ", 1))),
+    "STACK_GLOBAL": _Machine.find_on_stack,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.reduce,
+    "NEWOBJ_EX": _Machine.new_with_names,
+    "INST": lambda machine, name: _make(
+        machine, machine.find(*name.split(" ", 1)), machine.to_mark()
+    ),
+    "OBJ": _make_first,
+    "BUILD": _Machine.build,
+    "BINPERSID": lambda machine, _: machine.refer(machine.stack.pop()),
+    "PERSID": _Machine.refer,
+    **dict.fromkeys(("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"), _refuse),
+}

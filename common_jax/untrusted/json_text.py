@@ -1,0 +1,39 @@
+"""JSON that a stranger or an accident may have changed."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from common_jax.untrusted.refusal import RefusedError, brief
+
+
+def parse_json(content: bytes) -> Any:
+    """The value in JSON text.
+
+    A byte order mark is passed over, as editors leave it. NaN and Infinity are taken, as Python
+    writes them for numbers that are not finite.
+
+    Raises:
+      RefusedError: for text that is not UTF-8 or not JSON, that nests too deep, or that gives one
+        key of an object twice.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 ({error.reason} at byte {error.start})"
+    except RefusedError:
+        raise
+    except RecursionError:
+        message = "is not JSON that can be read: it nests too deep"
+    except ValueError as error:
+        message = f"is not JSON ({error})"
+    raise RefusedError(message)
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RefusedError(f"gives the key {brief(twice)} twice in one object")
+    return value

@@ -1,0 +1,61 @@
+"""Numpy's archives of arrays, of which nothing is believed that the bytes do not bear out."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from etils import epath
+
+from common_jax.untrusted.refusal import RefusedError, brief
+from common_jax.untrusted.zips import open_archive
+
+MAGIC = b"\x93NUMPY\x01\x00"
+# The one form in which numpy writes the header of plain numbers and texts. Reading it this way
+# leaves no literal to evaluate, and no structure, object or date to be surprised by.
+HEADER = re.compile(
+    r"\{'descr': '(?P<dtype>[<>|][?biufcSU]\d{1,9})', 'fortran_order': (?P<turned>True|False), "
+    r"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \} *\n"
+)
+
+
+def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of a `.npz` file that `numpy.savez` wrote, by their names.
+
+    Args:
+      path: of the file.
+      names: which arrays; others are not read.
+
+    Raises:
+      ValueError: naming the file, when it is damaged, lacks an array, or holds anything but plain
+        numbers and texts.
+      OSError: when it cannot be read.
+    """
+    try:
+        with open_archive(path) as archive:
+            return {name: _array(name, archive.read(f"{name}.npy")) for name in names}
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+
+
+def _array(name: str, content: bytearray) -> np.ndarray:
+    start = len(MAGIC) + 2
+    end = start + int.from_bytes(content[len(MAGIC) : start], "little")
+    match = HEADER.fullmatch(content[start:end].decode("latin-1"))
+    if not content.startswith(MAGIC) or match is None:
+        raise RefusedError(f"holds {brief(name)} in a form that numpy does not write")
+    try:
+        dtype = np.dtype(match["dtype"])
+    except TypeError:
+        raise RefusedError(f"holds {brief(name)} of type {match['dtype']!r}") from None
+    shape = tuple(int(size) for size in re.findall(r"\d+", match["shape"]))
+    size = math.prod(shape) * dtype.itemsize
+    # An item of no bytes, or an axis of length 0, would let the other axes be of any length.
+    largest = max(dtype.itemsize, 1) * math.prod(max(axis, 1) for axis in shape)
+    if size != len(content) - end or largest >= 1 << 62 or len(shape) > 32 or not dtype.itemsize:
+        raise RefusedError(
+            f"declares {brief(name)} as {dtype} {brief(shape)}, which its {len(content) - end} "
+            "bytes are not"
+        )
+    array = np.frombuffer(content, dtype, math.prod(shape), end)
+    return array.reshape(shape, order="F" if match["turned"] == "True" else "C")

@@ -1,0 +1,34 @@
+"""How a file is refused: in a short, printable message."""
+
+import reprlib
+from typing import Any
+
+LONGEST = 200  # characters of a value that a message quotes
+
+
+class RefusedError(ValueError):
+    """What is wrong with a file, in words that follow its name."""
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # More digits than Python is willing to print end in a ValueError.
+        return f"an integer of {x.bit_length()} bits" if x.bit_length() > 512 else repr(x)
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, LONGEST // 2, LONGEST // 2
+
+
+def brief(value: Any) -> str:
+    """The repr of a value, cut: in bounded time, whatever its size, depth and content."""
+    return _cut(_BRIEF.repr(value))
+
+
+def plain(text: str) -> str:
+    """A text of a stranger, cut, with a question mark for whatever cannot be printed."""
+    return _cut("".join(c if c.isprintable() else "?" for c in text[: LONGEST + 1]))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
