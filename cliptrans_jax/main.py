@@ -7,13 +7,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, Config
+from cliptrans_jax.runs.material import PUBLISHED
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import dispensable, write_report
-from common_jax.workdir import check_input, check_output, hold
+from common_jax.workdir import check_input, check_output, hold, holds_results
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
 first, then translation.
@@ -50,30 +51,26 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     """Raises OSError, naming the field, for a path of the config that is not there, and for a
     folder to be written that cannot be made.
 
-    A run that has begun may have lost what it started from.
+    A run with results may have lost what it started from.
     """
     check_output("--workdir", workdir)
     if config.features:
         check_output("config.features", config.features)
-    if (workdir / "config.json").exists():
+    if holds_results(workdir):
         return
     sources = config.sources
-    checkpoint.check_source("config.sources.clip", sources.clip)
     check_input("config.data.path", config.data.path, "the folder of the texts and pictures")
-    for name in ("tokenizer", "clip_tokenizer"):
-        path = getattr(config, name).path
-        check_input(f"config.{name}.path", path, "the folder of a published tokenizer")
+    if config.stage == "clip":
+        return
+    if config.has_prefix:
+        checkpoint.check_source("config.sources.clip", sources.clip)
     # A file NAME.pth may be in shards, NAME_1.pth and so on.
     model = epath.Path(sources.model)
     shard = model.with_name(f"{model.stem}_1{model.suffix}") if sources.model else model
     if not shard.is_file():
         check_input("config.sources.model", sources.model, "a workdir, or a released checkpoint")
-    for name in () if sources.fetch else ("mbart", "clip_text", "clip_image"):
-        check_input(
-            f"config.sources.{name}",
-            getattr(sources, name),
-            "a folder or a file of weights, or config.sources.fetch=True for a name on the hub",
-        )
+    if not sources.fetch:
+        check_input("config.sources.mbart", sources.mbart, PUBLISHED)
 
 
 def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:

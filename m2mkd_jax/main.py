@@ -12,7 +12,7 @@ from common_jax.command_line import unread
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
-from common_jax.workdir import check_input, check_output, hold, read_json
+from common_jax.workdir import check_input, check_output, hold, holds_results, read_json
 from m2mkd_jax.config import READS, Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
@@ -105,10 +105,10 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     """Raises OSError, naming the field, for a path of the config that is not there, and for a
     workdir that cannot be made.
 
-    A run that has begun may have lost what it started from.
+    A run with results may have lost what it started from.
     """
     check_output("--workdir", workdir)
-    if (workdir / "config.json").exists():
+    if holds_results(workdir):
         return
     paths = {
         "data.path": config.data.path,

@@ -111,8 +111,8 @@ def load_shapes(source: epath.PathLike) -> dict[str, Any]:
 
 
 def check_source(key: str, source: str) -> None:
-    """Raises FileNotFoundError or NotADirectoryError, naming the field, unless the run that
-    config.`key` names has a finished checkpoint; an empty one names none."""
+    """Raises FileNotFoundError, naming the field, unless the run that it names has a finished
+    checkpoint; an empty one names none."""
     try:
         if source:
             find_step(source)
@@ -126,7 +126,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
     if source.name.isdigit() and (source / "params").exists():
         return source
     if source.exists() and not source.is_dir():
-        raise NotADirectoryError(f"{source} is a file; give a run's workdir, or a step in it")
+        raise FileNotFoundError(f"{source} is a file; give a run's workdir, or a step in it")
     for folder in (source / FOLDER, source):
         if steps := finished_steps(folder):
             return folder / str(steps[-1])
