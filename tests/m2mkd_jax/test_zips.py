@@ -71,6 +71,19 @@ def test_a_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, cont
         np.testing.assert_array_equal(source[index]["image"], index)
 
 
+@pytest.mark.parametrize("content", [b"trbin/ant/1.png", b"train/ant/1.pnx", b".rain/ant/1.png"])
+def test_a_damaged_name_hides_no_image(tmp_path, content):
+    path = change(make(tmp_path / "set.zip"), 1, NAME, content)
+    with pytest.raises(ValueError, match=r"set\.zip': .*ant/1\.pn. has another name"):
+        load(path)
+
+
+def test_a_name_in_another_encoding_is_a_bad_image(tmp_path):
+    path = make(tmp_path / "set.zip", ("train/k\u00e4fer/0.png",))
+    with pytest.raises(BadExample, match="something else"):
+        load(change(path, 0, FLAGS, b"\0\0"), labels=1)[0]
+
+
 def test_a_zip64_size_of_any_number_is_one_bad_image(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
