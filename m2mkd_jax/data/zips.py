@@ -13,6 +13,7 @@ from common_jax.inputs.pictures import require_small
 from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
 
 HEADER = 30  # bytes of a member's local header, before its name
+END = 22  # bytes of the record at the end, before the zip's comment
 UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
 CHECKED = 2**12  # other members whose names are checked at the start
 NOWHERE = 2**62  # an offset beyond the end of any file
@@ -105,6 +106,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     try:
         with zipfile.ZipFile(root) as archive:
             members = archive.infolist()
+            _require_count(root, len(members), comment=len(archive.comment))
     except PermissionError:
         raise
     except BROKEN as error:
@@ -144,6 +146,17 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     return ZipFiles(root, images), classes, depth
 
 
+def _require_count(root: Path, found: int, *, comment: int) -> None:
+    """Raises zipfile.BadZipFile where the list of members has lost some: damaged, one entry can
+    swallow the next."""
+    with root.open("rb") as file:
+        file.seek(-(END + comment), os.SEEK_END)
+        count = int.from_bytes(file.read(END)[10:12], "little")
+    # 0xFFFF stands for a number in zip64's own record; some programs count modulo 65,536.
+    if count not in (0xFFFF, found % 2**16):
+        raise zipfile.BadZipFile(f"{found} of its {count} members are listed")
+
+
 def _require_left_out(
     root: Path, members: list[zipfile.ZipInfo], images: list[zipfile.ZipInfo]
 ) -> None:
@@ -151,7 +164,7 @@ def _require_left_out(
     another name in its own header: a damaged directory can hide an image, which is then never read
     and so never found to be bad."""
     known = {member.filename for member in images}
-    rest = [m for m in members if m.filename not in known and not m.is_dir()][:CHECKED]
+    rest = [m for m in members if m.filename not in known][:CHECKED]
     with root.open("rb") as file:
         for member in rest:
             offset, _, _, _, *name = _place(member)
