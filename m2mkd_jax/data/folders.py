@@ -102,6 +102,7 @@ def find_folder(path: str, split: str) -> Found:
         a compressed or broken zip.
     """
     root = existing(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
+    split = "/".join(Path(split).parts)  # as names of files begin, without a slash at the end
     packed = root / f"{split}.zip"
     if root.is_dir() and not (root / split).is_dir() and packed.is_file():
         root = packed
