@@ -29,9 +29,10 @@ import time
 import traceback
 from collections.abc import Iterator
 
-import fuzz_formats
 import mutations
-from fuzz_formats import FORMATS, Format
+from fuzz_format import Format, limited
+from fuzz_formats import FORMATS
+from fuzz_weights import SHARDS
 
 MEMORY = 256 << 20  # bytes beyond what a worker has when it is ready
 SECONDS = 5
@@ -90,7 +91,7 @@ def try_mutant(form: Format, folder: pathlib.Path, seed: int, number: int) -> Re
 
 def _wrong_message(message: str, name: str) -> str:
     """What is wrong with a message, or ""."""
-    if name not in message and not any(n in message for n in fuzz_formats.SHARDS):
+    if name not in message and not any(n in message for n in SHARDS):
         return f"without the file's name: {message[:300]}"
     if len(message) > LONGEST:
         return f"{len(message)} characters: {message[:200]}"
@@ -106,7 +107,7 @@ def _wrong_value(form: Format, path, sample: bytes, data: bytes, value, *, forge
     if form.checked and not forged:
         return f"differs from the sample, though checksums do: {str(value)[:200]}"
     try:
-        with fuzz_formats.limited(SECONDS):
+        with limited(SECONDS):
             plain = form.plain(path, data)
     except Exception as error:
         return f"read as {str(value)[:200]}, and by the independent reading {error!r:.200}"
