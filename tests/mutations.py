@@ -216,8 +216,11 @@ def zip_entries(inner: Mutate | None = None, *, only: str = "") -> Mutate:
 def _bomb(rng: random.Random) -> bytes:
     """Opcodes that take much memory or time from whoever does as they say."""
     depth = rng.choice((40, 60))
-    doubled = b"]" + b"".join(b"q%c](h%ch%ce" % (i, i, i) for i in range(depth))
-    tuples = b")" + b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(depth))
+    last = b"h%c" % depth
+    lists = (b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(depth))
+    doubled = b"]q\x000" + b"".join(lists) + last
+    pairs = (b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(depth))
+    tuples = b")q\x000" + b"".join(pairs) + last
     return rng.choice(
         (
             b"]r" + struct.pack("<I", rng.choice(EXTREMES) % (1 << 32)),  # a memo index
