@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,10 @@ def _plain_torch(path: Path, content: bytes) -> tuple[Tensors, dict[str, Any]]:
             return isinstance(value, tuple) and value[:1] == ("tensor",)
 
         if isinstance(top, _Any):  # TorchScript, of one module
-            declared = (
-                archive.read(f"{root}code/__torch__.py")
-                if "code" in str(archive.namelist())
-                else b'"weight" "mask"'
-            )
+            code = f"{root}code/__torch__.py"
+            declared = archive.read(code) if code in archive.namelist() else b""
+            if not re.search(rb"Net.*\n  __parameters__ = \[.*\]\n  __buffers__ = \[", declared):
+                declared = b'"weight" "mask"'  # of an earlier version, which does not say
             entries = {k: v for k, v in top.state.items() if f'"{k}"'.encode() in declared}
             return {k: array(v) for k, v in entries.items() if is_tensor(v)}, {}
         inner = next(
