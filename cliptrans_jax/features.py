@@ -8,12 +8,9 @@ encoder's weights and of the texts or pictures, and is used only if that is the 
 import functools
 import hashlib
 import logging
-import struct
 import sys
 import time
 import uuid
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +26,7 @@ from jaxtyping import Array, Float32, UInt32
 
 from common_jax.mesh import replicated, to_devices
 from common_jax.pods import hosts
+from common_jax.untrusted import brief, plain, read_npz
 
 Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors (B, M) of any float dtype
@@ -36,17 +34,6 @@ Apply = Callable[[Any, Batch], jax.Array]
 
 LOG_SECONDS = 20  # between log lines, where there is no terminal for a progress bar
 BROADCAST_BYTES = 1 << 26  # at most that go to the other hosts at once, through their devices
-UNREADABLE = (
-    OSError,
-    EOFError,
-    KeyError,
-    TypeError,
-    ValueError,
-    NotImplementedError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
@@ -158,7 +145,7 @@ def cached(
 
     Otherwise all hosts compute it and the first one writes the file, whole or not at all. Only the
     first host reads the file, so that the hosts agree and need not share a disk. A file that is cut
-    off or otherwise broken is computed anew, with a warning.
+    off or otherwise broken is computed again, with a warning.
 
     Args:
       folder: made where it is missing; may be on an object store.
@@ -272,20 +259,24 @@ def _read(path: epath.Path, fingerprint: str) -> np.ndarray | None:
         logging.info("%s: not there yet, computing it", path)
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            held, features = str(arrays["fingerprint"]), arrays["features"]
+        arrays = read_npz(path, ("fingerprint", "features"))
+        features, held = arrays["features"], arrays["fingerprint"]
         if features.ndim != 2 or features.dtype != np.float32:
-            raise ValueError(f"features are {features.dtype} {features.shape}")
-    except UNREADABLE as error:
-        kind = type(error).__name__
-        logging.warning("%s cannot be read (%s: %s), computing it anew", path, kind, error)
+            raise ValueError(
+                f"{path} is damaged (features are {features.dtype} {brief(features.shape)})"
+            )
+        if held.ndim or held.dtype.kind != "U":
+            raise ValueError(
+                f"{path} is damaged (a fingerprint is {held.dtype} {brief(held.shape)})"
+            )
+    except (OSError, ValueError) as error:
+        logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if held != fingerprint:
+    if str(held) != fingerprint:
         logging.info(
-            "%s was made from other weights, texts or pictures (%.12s, now %.12s), computing it "
-            "anew",
+            "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
             path,
-            held,
+            plain(str(held)[:12]),
             fingerprint,
         )
         return None

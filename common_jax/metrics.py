@@ -4,6 +4,7 @@ metrics.jsonl holds only what is a function of config and seed, so that a resume
 same, byte for byte, as an undisturbed one's; how long things took goes to timing.jsonl.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -19,6 +20,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from common_jax.untrusted import RefusedError, brief, parse_json
+from common_jax.workdir import write_bytes
+
+MOST_AXES = 8  # of arrays among the metrics
 
 
 class Recorder:
@@ -165,23 +171,35 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     no whole object was cut off when the run was killed, and is left out.
 
     Raises:
-      ValueError: for any other line that is not a JSON object with an integer "step", naming file
-        and line.
+      ValueError: for any other line that is not a JSON object of numbers and lists of numbers with
+        an integer "step", naming file and line.
     """
     lines = epath.Path(path).read_bytes().split(b"\n")
-    metrics = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-            if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-                raise ValueError('not an object with an integer "step"')
-        except ValueError as error:  # those of json and of the decoding among them
-            if number == len(lines):  # nothing, in a file that ends in a newline
-                break
-            message = f"{path}, line {number}: {error}: {line[:80]!r}; mend or delete this line"
-            raise ValueError(message) from error
-        metrics.append(values)
+    metrics = [_parse_line(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+    with contextlib.suppress(ValueError):  # nothing, in a file that ends in a newline
+        metrics.append(_parse_line(path, len(lines), lines[-1]))
     return metrics
+
+
+def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        values = parse_json(line)
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise RefusedError('is not an object with an integer "step"')
+        if odd := [name for name, value in values.items() if not _is_numbers(value)]:
+            raise RefusedError(f"has {brief(odd[0])}: {brief(values[odd[0]])}, which is no number")
+    except RefusedError as error:
+        raise ValueError(
+            f"{path}, line {number}: {error}: {line[:80]!r}; mend or delete this line"
+        ) from None
+    return values
+
+
+def _is_numbers(value: Any, depth: int = 0) -> bool:
+    """Whether a value is a number or a list of numbers, of as many axes as arrays have."""
+    if isinstance(value, list) and depth < MOST_AXES:
+        return all(_is_numbers(part, depth + 1) for part in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _SHOWN = (
@@ -214,11 +232,11 @@ def _add_to_end(path: epath.Path, text: str) -> None:
 
 
 def _drop_later(path: epath.Path, step: int) -> None:
-    """Rewrites `path` without lines of steps after `step`, nor a last line that a kill cut off."""
+    """Rewrites `path` without lines of steps after `step`, nor a last line that a kill cut off;
+    raises ValueError as `read_metrics`, and leaves the file as it is."""
     if not path.exists():
         return
-    lines = path.read_text().split("\n")[:-1]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    rewritten = path.parent / f"{path.name}.tmp"
-    rewritten.write_text("".join(line + "\n" for line in kept))
-    rewritten.replace(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    steps = [_parse_line(path, number, line)["step"] for number, line in enumerate(lines, 1)]
+    kept = [line for line, own in zip(lines, steps, strict=True) if own <= step]
+    write_bytes(path, b"".join(line + b"\n" for line in kept))

@@ -40,6 +40,12 @@ VALUES = {
 }
 
 
+def test_a_metric_that_is_not_finite_shows_in_the_table(tmp_path):
+    values = {("4", "a"): [0.5, float("nan")], ("16", "a"): [float("inf"), 1.0]}
+    table = sweep_table.write_table(epath.Path(tmp_path), rows(values), ["test/accuracy"])
+    assert [row[2:] for row in table.rows] == [("nan ± nan", "2"), ("inf ± nan", "2")]
+
+
 def test_the_table_has_mean_spread_and_count_of_what_is_finished(tmp_path):
     ordered = sweep_table.sort_rows(rows(VALUES))
     places = [tuple(row.swept.values()) for row in ordered]

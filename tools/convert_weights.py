@@ -13,13 +13,9 @@ what is assumed, and which --config.x=y corrects, such as --config.teacher.depth
 """
 
 import argparse
-import ast
 import dataclasses
-import functools
 import json
-import operator
 import pathlib
-import runpy
 import sys
 import textwrap
 import uuid
@@ -33,7 +29,8 @@ from etils import epath
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import pretrained as cliptrans
 from common_jax import checkpoint
-from common_jax.app import USER_ERRORS, check_field
+from common_jax.app import USER_ERRORS
+from common_jax.command_line import read_config_file, set_field
 from common_jax.config import freeze, unfreeze
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
@@ -88,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         target = pathlib.Path(command.target)
         if target.exists() and not command.force:
             raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")
-        if target.suffix in FILE_SUFFIXES:
+        if target.name.endswith(FILE_SUFFIXES):
             export(command)
         else:
             take(command)
@@ -176,19 +173,12 @@ def export(command: Command) -> None:
 def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
     """The frozen config of --config, or else the inferred one, with the overrides."""
     if command.config is not None:
-        file, _, arguments = command.config.partition(":")
-        if not pathlib.Path(file).is_file():
-            raise FileNotFoundError(f"--config={file} is no config file that can be read")
-        config = runpy.run_path(file)["get_config"](arguments or None)
+        config = read_config_file(command.config)
     else:
         config = unfreeze(cls() if inferred is None else inferred)
-    plain = config.to_dict()
     for path, text in command.settings.items():
-        check_field(config, path)
-        *sections, key = path.split(".")
-        section = functools.reduce(operator.getitem, sections, plain)
-        section[key] = text if isinstance(section[key], str) else _value(text)
-    return freeze(cls, plain)
+        set_field(config, path, text)
+    return freeze(cls, config)
 
 
 def _take_m2mkd(command: Command) -> Converted:
@@ -272,13 +262,6 @@ def _only_module(command: Command) -> int | None:
     if stage is not None and not stage.isdigit():
         raise ValueError(f"--config.module={stage} must be the number of a module")
     return None if stage is None else int(stage)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from sweep_table import Row, missing_metrics, read_results, sort_rows, write_tab
 from common_jax.checkpoint import absolute
 from common_jax.workdir import read_json, refuse_other_config, write_json
 
+FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
 
 
@@ -161,7 +162,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
     asked = plan_asked(flags)
     record, keys = workdir / "sweep.json", list(asked[0].values)
-    before = read_json(record) if record.exists() else {"cells": {}, "seeds": 0}
+    before = read_json(record, FIELDS) if record.exists() else {"cells": {}, "seeds": 0}
     if not record.exists() and (workdir / "config.json").exists():
         raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
     found = {}
@@ -191,7 +192,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
 
 def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
     """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
-    content = read_json(workdir / "sweep.json")
+    content = read_json(workdir / "sweep.json", FIELDS)
     rows = []
     for cell in cells:
         found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))

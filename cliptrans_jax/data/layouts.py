@@ -106,6 +106,8 @@ def load_coco(
         files = {image["id"]: image["file_name"] for image in record["images"]}
         pairs = [(note["image_id"], note["caption"]) for note in record["annotations"]]
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
+        # All must be text, in which half of a surrogate pair is no character.
+        "".join((*captions, *files.values())).encode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); fetch it again"

@@ -17,7 +17,7 @@ from cliptrans_jax.runs.translation import Model, best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
-from common_jax.workdir import refuse_other_config, write_json
+from common_jax.workdir import claim, refuse_other_config
 
 
 def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -44,9 +44,7 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         wanted = with_shardings(shapes, shardings)
         params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
     test = material.load(config.data.test_split, train=False)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", unfreeze(asked).to_dict())
+    claim(workdir, unfreeze(asked).to_dict())
     params = {**model.frozen(mesh), **params}
     scores = score_split(config, workdir, test, model.translate(material), params, step=name)
     logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -14,7 +13,7 @@ from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
 from common_jax.config import unfreeze
-from common_jax.workdir import refuse_other_config, write_json
+from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
 ORDER = ("clip", "caption", "text_recon", "translate", "triplet")
@@ -36,13 +35,26 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     features from the M-CLIP of stage "clip", unless config.sources names other towers."""
     asked = unfreeze(config).to_dict()
     refuse_other_config(workdir, asked)
+    check_pipeline(config, workdir, mesh)
+    claim(workdir, asked)
     result = {}
     for folder, one in plan(config, workdir):
         result = run_stage(one, workdir / folder, mesh)
-        # Not before: what is wrong with the config comes out in the first stage, which has one too.
-        if jax.process_index() == 0:
-            write_json(workdir / "config.json", asked)
     return result
+
+
+def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
+    """Looks for what is wrong with any stage that is not finished, before the first one trains:
+    data, recipes and networks. Nothing is written.
+
+    Raises:
+      FileNotFoundError, ValueError: as the runs themselves.
+    """
+    for folder, one in plan(config, workdir):
+        if (workdir / folder / "result.json").exists():
+            continue
+        check = contrastive.check if one.stage == "clip" else translation.check
+        check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:

@@ -114,11 +114,12 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
     """One row a scored run below `folder`, with the scores' signatures under it."""
     header = ("run", "set", "sentences", "BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
     keys = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
+    fields = {"set": str, "sentences": int, "signatures": dict} | dict.fromkeys(keys, int | float)
     rows, signatures = [], {}
     for name in names:
         path = folder / name / SCORES
         if path.exists():
-            found = read_json(path)
+            found = read_json(path, fields)
             signatures = found["signatures"]
             numbers = (f"{found[key]:.1f}" for key in keys)
             rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))

@@ -19,6 +19,7 @@ from cliptrans_jax.data.feed import (
     evaluation_batches,
     host_shard,
 )
+from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TEXT_RULES, TextTower
 from cliptrans_jax.evaluators.scores import as_metrics, score
@@ -32,7 +33,13 @@ from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
 from cliptrans_jax.runs.material import Material, Set, describe_text, encodes_texts
-from cliptrans_jax.runs.objective import make_features, make_loss, make_sums, make_warm_start
+from cliptrans_jax.runs.objective import (
+    check_start,
+    make_features,
+    make_loss,
+    make_sums,
+    make_warm_start,
+)
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from common_jax import checkpoint, loop
@@ -61,9 +68,14 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         return result | {"test": read_json(done)}
     config = asked.consistent()
     material = Material(config, workdir, mesh)
-    material.check(train=True)
+    count = material.check(train=True)
     model = Model.of(config, material)
-    match_rules(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    check_start(
+        config, model.trained_tower, with_shardings(shapes, match_rules(model.rules, shapes, mesh))
+    )
+    task = model.bare_task(mesh, examples=count)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
     material.save_tokenizer()  # nothing is written above
     train = material.load(config.data.train_split, train=True)
     valid = material.load(config.data.valid_split, train=False)
@@ -115,15 +127,24 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
     config = asked.consistent()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
-    batch = batch_shapes(
-        config.optim.micro_batch,
-        tokens=min(tokens, config.sentence_limit),
-        source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
-        features=0 if tower or not config.has_prefix else config.model.mapper.features,
-        clip_tokens=min(tokens, tower.longest) if tower else 0,
-    )
-    epoch = steps_per_epoch(examples, config.optim.batch)
-    return model.task(batch, steps_per_epoch=epoch, mesh=mesh)
+    return model.bare_task(mesh, examples=examples, tokens=tokens)
+
+
+def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+    """Looks for what is wrong with a stage of a pipeline, whose weights and towers may be those of
+    stages that have not run; nothing is written.
+
+    Args:
+      key: of the section of its recipe, for messages.
+
+    Raises:
+      ValueError, FileNotFoundError: as the run.
+    """
+    config = asked.consistent()
+    material = Material(config, workdir, mesh)
+    count = material.check(train=True, towers=False)
+    task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +164,8 @@ class Model:
     @classmethod
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
-        assert material.tokenizer.vocab <= config.model.mbart.vocab
+        vocab = config.model.mbart.vocab
+        require_fits(material.tokenizer, vocab=vocab, special={}, key="config.model.mbart")
         tower = material.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
@@ -171,6 +193,20 @@ class Model:
         if self.trained_tower is None:
             return params
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
+
+    def bare_task(self, mesh: Mesh, *, examples: int, tokens: int = 8) -> Task:
+        """The task without data and weights, for so many training examples whose sentences are
+        padded to `tokens`."""
+        config, tower = self.config, self.tower
+        batch = batch_shapes(
+            config.optim.micro_batch,
+            tokens=min(tokens, config.sentence_limit),
+            source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
+            features=0 if tower or not config.has_prefix else config.model.mapper.features,
+            clip_tokens=min(tokens, tower.longest) if tower else 0,
+        )
+        epoch = steps_per_epoch(examples, config.optim.batch)
+        return self.task(batch, steps_per_epoch=epoch, mesh=mesh)
 
     def task(
         self, batch: Mapping[str, jax.ShapeDtypeStruct], *, steps_per_epoch: int, mesh: Mesh

@@ -221,15 +221,16 @@ class _Manager(ocp.CheckpointManager):
 @dataclasses.dataclass(frozen=True)
 class _Best(checkpoint_managers.PreservationPolicy):
     """Keeps the checkpoint of the highest value; of equal ones the earliest. None that has no
-    value."""
+    value, or one that is not finite."""
 
     value: Callable[[Any], float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Says of every checkpoint whether it is to stay."""
         values = [self.value(checkpoint) for checkpoint in checkpoints]
-        best = max(values, default=float("-inf"))
-        first = values.index(best) if np.isfinite(best) else None
+        # `max` of a list with NaN depends on its order.
+        best = max(filter(np.isfinite, values), default=None)
+        first = None if best is None else values.index(best)
         return [place == first for place in range(len(values))]
 
 

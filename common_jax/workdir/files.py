@@ -3,17 +3,26 @@
 import json
 import os
 import secrets
+from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from etils import epath
 
+from common_jax.untrusted import RefusedError, brief, parse_json
+
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all, whenever the process may be killed."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file whole or not at all, whenever the process may be killed."""
     path = epath.Path(path)
     temporary = temporary_beside(path)
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -26,21 +35,39 @@ def temporary_beside(path: epath.PathLike) -> epath.Path:
     return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
-def read_json(path: epath.PathLike) -> dict[str, Any]:
+def read_json(
+    path: epath.PathLike, fields: Mapping[str, type | UnionType] | None = None
+) -> dict[str, Any]:
     """The object in a JSON file.
 
+    Args:
+      path: of the file.
+      fields: what the object must have beside whatever else, and of which types.
+
     Raises:
-      ValueError: when the file holds anything else, naming it.
+      ValueError: when the file holds anything else, naming it and what is wrong.
       OSError: when it cannot be read.
     """
     content = epath.Path(path).read_bytes()
     try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(content)
+        if not isinstance(value, dict):
+            raise RefusedError(f"holds a JSON {type(value).__name__}, where an object is expected")
+        for name, kind in (fields or {}).items():
+            if name not in value:
+                raise RefusedError(f"lacks {name!r}")
+            # To Python, true and false are integers.
+            if not isinstance(value[name], kind) or isinstance(value[name], bool):
+                raise RefusedError(
+                    f"has {name!r}: {brief(value[name])}, which is no {_named(kind)}"
+                )
+    except RefusedError as refused:
         raise ValueError(
-            f"{path} is not JSON ({error}); it was cut off or edited. Restore it, or delete it if "
-            "it can be made again"
+            f"{path} {refused}; it was cut off or edited. Restore it, or delete it if it can be "
+            "made again"
         ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, where an object is expected")
     return value
+
+
+def _named(kind: type | UnionType) -> str:
+    return getattr(kind, "__name__", str(kind))

@@ -136,10 +136,10 @@ class EncoderStage(nn.Module):
             return x
         x = layer_norm(self.encoder, self.dtype, "norm")(x[:, 0])
         self.sow("intermediates", "features", x)
-        logits = nn.Dense(self.interface.labels, kernel_init=INIT, dtype=self.dtype, name="head")(x)
-        return constrain(
-            logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), "batch", "labels"
-        )
+        # In bfloat16 many of 1,000 logits would be equal.
+        exact = jnp.promote_types(self.dtype, jnp.float32)
+        logits = nn.Dense(self.interface.labels, kernel_init=INIT, dtype=exact, name="head")(x)
+        return constrain(logits, "batch", "labels")
 
     def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
         """One after another; those in a row that are alike as one loop under `scan_layers`."""

@@ -57,6 +57,7 @@ def take_weights(
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
     frozen: bool = False,
+    read: bool = True,
 ) -> WarmStart:
     """`common_jax.weights.take` with what the config allows for and position tables resized.
 
@@ -70,7 +71,8 @@ def take_weights(
         leave = (*leave, Allowance(sources.leave, "config.sources.leave"))
     if sources.fresh:
         fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
-    return take(wanted, origins, leave=leave, fresh=fresh, adapt=ADAPT | (adapt or {}))
+    adapt = ADAPT | (adapt or {})
+    return take(wanted, origins, leave=leave, fresh=fresh, adapt=adapt, read=read)
 
 
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:
@@ -187,6 +189,14 @@ def _upcycled_names(dense: Mapping[str, Any], config: Config) -> dict[str, str]:
         elif rest.startswith(("norm/", "head/")):
             renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
     return renamed
+
+
+def check_source(config: Config, role: str, mesh: Mesh) -> None:
+    """Looks whether config.sources.ROLE, of "meta" or "teacher", holds that network; reads no
+    array. Raises as `take_weights`."""
+    network = {"meta": meta_network, "teacher": teacher_network}[role](config)
+    shapes = wanted(network, role, mesh, vit.PARTITION_RULES)
+    take_weights(config, shapes, [Origin(require_source(config, role), role, role)], read=False)
 
 
 def require_source(config: Config, name: str) -> str:

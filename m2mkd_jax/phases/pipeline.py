@@ -8,12 +8,14 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import unfreeze
-from common_jax.workdir import claim, read_json
+from common_jax.config import under, unfreeze
+from common_jax.workdir import claim, read_json, refuse_other_config
 from m2mkd_jax.config import Config
+from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
-from m2mkd_jax.phases.networks import compare_images
-from m2mkd_jax.phases.training import Training
+from m2mkd_jax.phases.circuit import check_circuit
+from m2mkd_jax.phases.networks import check_source, compare_images
+from m2mkd_jax.phases.training import Training, check_training, config_feed
 
 # Phases that train one network, and those that train the modules of config.module. Each has a
 # `describe`, for what it trains, and a `run`.
@@ -89,6 +91,8 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
+    refuse_other_config(workdir, unfreeze(config).to_dict())
+    check_pipeline(config, workdir, mesh)
     for source in filter(None, (config.sources.meta, config.sources.teacher)):
         compare_images(config, source, frozen=True)  # now, and not after the phases before
     claim(workdir, unfreeze(config).to_dict())
@@ -101,6 +105,35 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
         else:
             results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
+
+
+def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
+    """Looks for what is wrong with any run that is not finished, before the first one trains:
+    data, recipes, networks, and weights that config.sources gives. Nothing is written.
+
+    Raises:
+      FileNotFoundError, ValueError: as the runs themselves.
+    """
+    left = [
+        (folder, one)
+        for folder, one in plan(config, workdir)
+        if not (workdir / folder / "result.json").exists()
+    ]
+    if not left:
+        return
+    for role in ("meta", "teacher"):
+        if getattr(config.sources, role):
+            check_source(config, role, mesh)
+    sources = few_shot.load_splits(config)  # of all runs
+    for folder, one in left:
+        key = f"config.recipes.{one.phase}"
+        if one.phase == "few_shot":
+            few_shot.check(one, mesh, sources, key=key)
+            continue
+        if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
+            check_circuit(one)
+        feed = config_feed(one, workdir / folder, sources)
+        check_training(describe(one, mesh), feed, mesh, key=key)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
@@ -145,13 +178,14 @@ def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, .
 
 def _phase(config: Config, phase: str, **sources: str | tuple[str, ...]) -> Config:
     recipe = config.recipes[phase]
-    return dataclasses.replace(
-        config,
-        phase=phase,
-        module="all",
-        optim=recipe.optim,
-        augment=recipe.augment,
-        drop_path=recipe.drop_path,
-        recipes={},
-        sources=dataclasses.replace(config.sources, **sources),
-    )
+    with under("config"):
+        return dataclasses.replace(
+            config,
+            phase=phase,
+            module="all",
+            optim=recipe.optim,
+            augment=recipe.augment,
+            drop_path=recipe.drop_path,
+            recipes={},
+            sources=dataclasses.replace(config.sources, **sources),
+        )

@@ -17,6 +17,7 @@ from common_jax.task import Task
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
+from m2mkd_jax.data.sources import Source
 from m2mkd_jax.phases.objective import Forward, Regularizer, make_loss, make_sums
 
 
@@ -90,27 +91,12 @@ def train_phase(
     Returns:
       The run's result, see `common_jax.loop.train`.
     """
-    config, forward = training.config, training.forward
+    config = training.config
     feed = config_feed(config, workdir) if feed is None else feed
-    evaluate = functools.partial(
-        make_evaluator,
-        mesh=mesh,
-        seed=config.seed,
-        fold_step=config.evaluation.noise == "sampled",
-    )
-    programs = {} if programs is None else programs
-    sums = make_sums(forward, config)
-    evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
-    if feed.ood is not None:
-        sums = make_sums(forward, config, classes=feed.ood_classes)
-        evaluators["ood"] = evaluate(sums, feed.ood)
     task = dataclasses.replace(
-        training.task(steps_per_epoch=feed.steps_per_epoch),
+        with_feed(training, feed, mesh, programs={} if programs is None else programs),
         helpers=helpers or {},
         warm_start=warm_start,
-        batches=feed.batches,
-        evaluators=evaluators,
-        programs=programs,
     )
     return loop.train(
         task,
@@ -123,9 +109,45 @@ def train_phase(
     )
 
 
-def config_feed(config: Config, workdir: epath.Path) -> Feed:
+def with_feed(
+    training: Training, feed: Feed, mesh: Mesh, *, programs: dict[str, Callable] | None = None
+) -> Task:
+    """The task with data, and without weights."""
+    config, forward = training.config, training.forward
+    programs = {} if programs is None else programs
+    evaluate = functools.partial(
+        make_evaluator,
+        mesh=mesh,
+        seed=config.seed,
+        fold_step=config.evaluation.noise == "sampled",
+    )
+    sums = make_sums(forward, config)
+    evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
+    if feed.ood is not None:
+        sums = make_sums(forward, config, classes=feed.ood_classes)
+        evaluators["ood"] = evaluate(sums, feed.ood)
+    return dataclasses.replace(
+        training.task(steps_per_epoch=feed.steps_per_epoch),
+        batches=feed.batches,
+        evaluators=evaluators,
+        programs=programs,
+    )
+
+
+def check_training(training: Training, feed: Feed, mesh: Mesh, *, key: str = "config") -> None:
+    """Looks for what is wrong with a run before anything is written; `key` names the section of its
+    recipe. Raises as `common_jax.loop.check`."""
+    config, task = training.config, with_feed(training, feed, mesh)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def config_feed(
+    config: Config, workdir: epath.Path, sources: tuple[Source, Source] | None = None
+) -> Feed:
     """The feed of the config's data section, and of its ood section where that names a source and
-    a whole network is trained."""
+    a whole network is trained. `sources` are training and test split, where they are read
+    already."""
+    train, test = (None, None) if sources is None else sources
     optim, whole = config.optim, config.phase not in ("train_module", "distill")
     return make_feed(
         config.data,
@@ -134,5 +156,7 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         micro_batch=optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
+        train=train,
+        test=test,
         ood=config.ood if config.ood.source and whole else None,
     )

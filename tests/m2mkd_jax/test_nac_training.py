@@ -234,7 +234,7 @@ def test_a_prior_that_does_not_fit_the_mediators_is_named(tmp_path):
     ("change", "said"),
     [
         ({"mediator": 4}, r"config\.model has no field 'mediator' \(did you mean 'mediators'"),
-        ({"kind": "nak"}, r"config\.model\.kind='nak' must be one of \['nac', 'vmoe'\]"),
+        ({"kind": "nak"}, r"config\.model\.kind='nak' must be one of \['vmoe', 'nac'\]"),
         ({"kernel": {"truncate": 1}}, r"config\.model\.kernel has no field 'truncate'"),
     ],
 )

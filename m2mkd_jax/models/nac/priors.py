@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import zipfile
 from collections.abc import Mapping
 
 import jax
@@ -18,6 +17,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float
 from scipy.sparse import csgraph
 
+from common_jax.untrusted import brief, read_npz
+from common_jax.workdir import write_bytes
 from m2mkd_jax.models.nac.graphs import PriorConfig, find_communities, make_graph
 from m2mkd_jax.models.nac.kernel import cosine_distance
 
@@ -63,7 +64,7 @@ def prepare_prior(
       nodes: T, the mediators.
       signature_width: Y.
       seed: of the graph and of the signatures before the fit.
-      cache: folder that keeps it as FILE; one of other settings, or a broken one, is made anew.
+      cache: folder that keeps it as FILE; one of other settings, or a broken one, is made again.
 
     Returns:
       The prior; None for the graph "none".
@@ -76,7 +77,9 @@ def prepare_prior(
     path = epath.Path(cache) / FILE if cache is not None else None
     settings = [dataclasses.asdict(config), nodes, signature_width, seed]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    prior = _read(path, fingerprint) if path is not None and path.exists() else None
+    prior = None
+    if path is not None and path.exists():
+        prior = _read(path, fingerprint, nodes, signature_width)
     if prior is None:
         prior = _make(config, nodes, signature_width, seed)
         if path is not None and jax.process_index() == 0:
@@ -221,22 +224,42 @@ def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
     file = io.BytesIO()
     np.savez(file, fingerprint=fingerprint, **dataclasses.asdict(prior))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(file.getvalue())
-    temporary.replace(path)
+    write_bytes(path, file.getvalue())
 
 
-def _read(path: epath.PathLike, fingerprint: str) -> Prior | None:
+def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior | None:
     """What `_write` wrote; None when it is of another fingerprint or cannot be read."""
+    forms = _forms(nodes, width)
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
-            if str(arrays["fingerprint"]) != fingerprint:
-                return None
-            values = {field.name: arrays[field.name] for field in dataclasses.fields(Prior)}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        logging.warning("%s cannot be read (%s); the graph prior is made anew", path, error)
+        arrays = read_npz(path, ("fingerprint", *forms))
+        held = arrays.pop("fingerprint")
+        if held.ndim == 0 and held.dtype.kind == "U" and str(held) != fingerprint:
+            return None
+        for name, (kind, shape) in forms.items():
+            if arrays[name].dtype.kind != kind or arrays[name].shape != shape:
+                raise ValueError(
+                    f"{path} is damaged ({name} is {arrays[name].dtype} "
+                    f"{brief(arrays[name].shape)}, where {shape} is expected)"
+                )
+        if held.ndim or held.dtype.kind != "U":
+            raise ValueError(f"{path} is damaged (it has no fingerprint)")
+    except (OSError, ValueError) as error:
+        logging.warning("%s; the graph prior is made again", error)
         return None
-    return _as_prior(values)
+    return _as_prior(arrays)
+
+
+def _forms(nodes: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What kind of numbers each field of a Prior holds, and in which shape."""
+    return {
+        "adjacency": ("b", (nodes, nodes)),
+        "communities": ("i", (nodes,)),
+        "signatures": ("f", (nodes, width)),
+        "disagreement": ("f", ()),
+        "edges": ("i", ()),
+        "missed": ("i", ()),
+        "spurious": ("i", ()),
+    }
 
 
 def _as_prior(values: Mapping[str, np.ndarray]) -> Prior:
