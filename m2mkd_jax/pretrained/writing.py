@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from common_jax import checkpoint
 from common_jax.config import freeze
-from common_jax.tensors import Account
+from common_jax.tensors import Account, list_problems
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
@@ -137,7 +137,7 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any], source: str) 
         if path in wanted and x.shape != wanted[path].shape
     ]
     if problems:
-        raise ValueError(f"{source} is not of its own config:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
 
 
 def _by_stage(

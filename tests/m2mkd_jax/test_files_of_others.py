@@ -306,3 +306,14 @@ def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
     with pytest.raises(ValueError, match="teacher was made for images normalised with"):
         networks.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase
     assert unfreeze(config).data.mean == (0.5, 0.5, 0.5)
+
+
+def test_the_command_names_a_file_that_needs_no_conversion(tmp_path, capsys):
+    write_tensors(tmp_path / "a.safetensors", {"text_model.final_layer_norm.weight": np.ones(2)})
+    with pytest.raises(SystemExit):
+        convert_weights.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert (
+        "is of kind 'clip_text', which runs read as it is: give it to --config.sources.clip_text"
+        in said
+    )
