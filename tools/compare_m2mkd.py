@@ -23,6 +23,7 @@ from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
 from common_jax.task import step_flops
 from common_jax.workdir import read_json
@@ -87,6 +88,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     start = time.time()

@@ -35,6 +35,7 @@ from cliptrans_jax import pretrained as cliptrans
 from common_jax import checkpoint
 from common_jax.app import USER_ERRORS, check_field
 from common_jax.config import freeze, unfreeze
+from common_jax.pods.signals import ends_quietly
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
 from m2mkd_jax import config as m2mkd_config
@@ -81,6 +82,7 @@ class Converted:
     account: Account
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> None:
     command = parse(sys.argv[1:] if argv is None else argv)
     try:

@@ -159,7 +159,7 @@ def test_of_many_that_start_together_one_gets_it(workdir, stale):
 def test_a_lost_lock_is_an_error(workdir):
     with hold(workdir):
         left_by(workdir, host="node7")
-        with pytest.raises(LockLost, match="was taken over by process .* on node7"):
+        with pytest.raises(LockLost, match=r"was taken over by process .* on node7"):
             require(workdir)
     assert (workdir / NAME).exists()  # it is the other one's
     (workdir / NAME).unlink()
