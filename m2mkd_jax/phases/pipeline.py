@@ -123,15 +123,18 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         if getattr(config.sources, role):
             check_source(config, role, mesh)
     sources = few_shot.load_splits(config)  # of all runs
+    trainings = []
     for folder, one in left:
-        key = f"config.recipes.{one.phase}"
         if one.phase == "few_shot":
-            few_shot.check(one, mesh, sources, key=key)
-            continue
+            training, feed = few_shot.check_episodes(one, mesh, sources)
+        else:
+            training, feed = describe(one, mesh), config_feed(one, workdir / folder, sources)
+        trainings.append((training, feed, f"config.recipes.{one.phase}"))
         if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
             check_circuit(one)
-        feed = config_feed(one, workdir / folder, sources)
-        check_training(describe(one, mesh), feed, mesh, key=key)
+    for trace in (False, True):  # what is quick to see first
+        for training, feed, key in trainings:
+            check_training(training, feed, mesh, key=key, trace=trace)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
