@@ -22,6 +22,7 @@ import jax
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
 from common_jax.task import step_flops
 from common_jax.workdir import freeze_stored, read_json
@@ -86,6 +87,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     start = time.time()

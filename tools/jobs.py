@@ -69,18 +69,29 @@ Running = dict[str, tuple[subprocess.Popen, int]]  # with the place that a run t
 
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure."""
+    output in WORKDIR/NAME.log; exits at the first failure. Ctrl-C is waited for until the runs have
+    saved what they have."""
     start, running = time.time(), {}
 
     def begin(name: str, job: Job, core: int) -> subprocess.Popen:
         return _start(job, workdir, name, core)
 
-    for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
-        if status != 0:
-            for other, _ in running.values():
-                other.terminate()
-            sys.exit(f"{name} failed; see {workdir / name}.log")
-        print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    try:
+        for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
+            if status != 0:
+                for other, _ in running.values():
+                    other.terminate()
+                sys.exit(f"{name} failed; see {workdir / name}.log")
+            print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    except KeyboardInterrupt:
+        for (
+            process,
+            _,
+        ) in running.values():  # a terminal has sent it to them already; once is enough
+            process.send_signal(signal.SIGINT)
+        for process, _ in running.values():
+            process.wait()
+        raise
 
 
 def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Ended:

@@ -19,6 +19,7 @@ plus the number of a signal that was passed on to the runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -32,7 +33,8 @@ from sweep_table import Row, missing_metrics, read_results, sort_rows, write_tab
 
 from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
-from common_jax.workdir import read_json, refuse_other_config, write_json
+from common_jax.pods.signals import STATUSES, ends_quietly
+from common_jax.workdir import hold, holds_results, read_json, refuse_other_config, write_json
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
@@ -106,6 +108,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     flags = parse_flags(argv)
@@ -121,8 +124,15 @@ def sweep(flags: argparse.Namespace) -> int:
 
     Raises:
       ValueError: for what keeps the sweep, or any run of it, from starting.
+      OSError: also where another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
+    # The table alone is made of what is there, also while a sweep runs.
+    with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
+        return _sweep(flags, workdir)
+
+
+def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
     cells, asked = plan(flags, workdir)
     runs = [Run.of(cell, seed) for seed in range(flags.seeds) for cell in asked]
     left = [run for run in runs if run.results(workdir) is None]
@@ -170,7 +180,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
     if not record.exists() and (workdir / "config.json").exists():
         raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
     found = {}
-    if before["cells"]:
+    if before["cells"] and holds_results(workdir):
         if set(before["keys"]) != set(keys):
             raise ValueError(
                 f"--workdir={workdir} holds a sweep of {before['keys']}, and this is one of "
@@ -221,7 +231,8 @@ def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None
             print(f"  {name}  not started")
             continue
         status = ended.statuses[name]
-        text = "stopped early" if status == 0 else describe(status)
+        stopped = status in STATUSES.values()
+        text = "stopped early" if stopped else describe(status)
         print(f"  {name}  {text}; see {workdir / name}.log")
     sys.stdout.flush()
 
