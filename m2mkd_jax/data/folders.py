@@ -18,6 +18,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.workdir import check_input
 from m2mkd_jax.data.listing import (
     IMAGE_SUFFIXES,
     DirectoryFiles,
@@ -248,10 +249,10 @@ def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
 def existing(path: str, what: str) -> Path:
     """`path`; FileNotFoundError, asking for `what`, where it is not there."""
     root = Path(path).expanduser()
-    if not path or not root.exists():
-        beside = f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
-        raise FileNotFoundError(
-            f"config.data.path={path!r} does not exist; give {what}"
-            f"{beside if path and root.parent.is_dir() else ''}"
-        )
-    return root
+    if path and root.exists():
+        return root
+    if path and root.parent.is_dir():
+        what += f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
+    else:
+        check_input("config.data.path", path, what)
+    raise FileNotFoundError(f"config.data.path={path!r} does not exist; give {what}")
