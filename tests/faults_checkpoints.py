@@ -41,11 +41,11 @@ def strange_checkpoints(bench: Bench) -> Iterator[Row]:
             if not ids:
                 _forget(workdir)
             output = start(workdir, OFTEN).finish()
-            line.count(workdir, undisturbed)
             if f"{name} is put aside: {reason}" not in output:
                 line.fail("the run does not say so")
             if not (folder / f"foreign_{name}").exists():
                 line.fail("it is gone")
+            line.count(workdir, undisturbed)
             yield line
 
 
@@ -57,11 +57,11 @@ def strange_folders(bench: Bench) -> Iterator[Row]:
     process = start(bracketed, OFTEN, log=workdir.with_suffix(".refused.log"))
     status = process.end()
     start(workdir, OFTEN).finish()
-    line.count(workdir, undisturbed)
     if status != 2 or "checkpoints cannot be written below" not in process.output():
         line.fail("it is not refused")
     if bracketed.exists():
         line.fail("something is written all the same")
+    line.count(workdir, undisturbed)
     yield line
     moments = {
         "between saves": lambda at: says(at / "metrics.jsonl", '"step": 15'),
@@ -74,9 +74,9 @@ def strange_folders(bench: Bench) -> Iterator[Row]:
         _delete(workdir)
         status = process.end()
         start(workdir, OFTEN, log=workdir.with_suffix(".again.log")).finish()
-        line.count(workdir, undisturbed)
         if status != 2 or "error: " not in process.output():
             line.fail(f"it ends with status {status}")
+        line.count(workdir, undisturbed)
         yield line
 
 
