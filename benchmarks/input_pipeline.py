@@ -134,7 +134,7 @@ OPERATIONS: tuple[Callable[[Image.Image, float, int], Image.Image], ...] = (
 
 
 def decode(path: str) -> Image.Image:
-    with Image.open(path) as image:
+    with Image.open(path, formats=["JPEG"]) as image:
         return image.convert("RGB")
 
 

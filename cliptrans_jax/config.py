@@ -1,6 +1,7 @@
 """The config of a run of cliptrans_jax: one frozen dataclass, whose defaults are the only ones."""
 
 import dataclasses
+from typing import Annotated
 
 import ml_collections
 from jax import numpy as jnp
@@ -12,19 +13,46 @@ from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.chunks import CHUNK
-from cliptrans_jax.models.clip import ClipVisionConfig
+from cliptrans_jax.models.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import FREEZES, STAGES, Side
-from common_jax.config import did_you_mean, unfreeze
+from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
+from common_jax.ranges import BelowOne, Count, Name, Positive, Regex, Seed, Size, one_of, shown
 
 # Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
 # and scoring a trained model.
 RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+# Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
+_ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
+_MODEL = (
+    "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
+    "keep_text_features",
+)  # fmt: skip
+_CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
+_TRAIN = ("optim", "label_smoothing", *_CHOOSE)
+_CAPTION = ("freeze", "caption_language", "all_languages")
+_TOWERS = ("clip", "augment")
+_CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
+READS: dict[str, tuple[str, ...]] = {
+    # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
+    "clip": (
+        *_ANY, *_TOWERS, "optim", "model.mbart.vocab", "model.mbart.positions",
+        "model.mapper.prefix",
+    ),
+    "caption": _CAPTIONING,
+    "text_recon": _CAPTIONING,
+    "translate": (*_ANY, *_MODEL, *_TRAIN, "unfreeze_clip"),
+    "triplet": (*_ANY, *_MODEL, *_TRAIN),
+    "pipeline": (
+        *_ANY, *_TOWERS, *_MODEL, *_CHOOSE, *_CAPTION, "unfreeze_clip", "recipes",
+    ),
+    "evaluate": (*_ANY, *_MODEL, "unfreeze_clip"),
+}  # fmt: skip
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
 # Metrics of the validation set whose highest value is the best.
@@ -33,7 +61,7 @@ METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Section):
     """The small M-CLIP that stage "clip" trains on pictures and their names in all languages.
 
     Attributes:
@@ -44,11 +72,11 @@ class ClipConfig:
 
     text: MClipConfig = MClipConfig()
     image: ClipVisionConfig = ClipVisionConfig()
-    scale: float = 1 / 0.07
+    scale: Positive = 1 / 0.07
 
 
 @dataclasses.dataclass(frozen=True)
-class SourcesConfig:
+class SourcesConfig(Section):
     """Where weights come from. Workdirs are those of runs, or steps in them.
 
     Attributes:
@@ -57,6 +85,11 @@ class SourcesConfig:
       mbart: folder of a published mBART, where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
+      clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
+      clip_text_base: what an M-CLIP was made from, where the `modelBase` of its config.json is a
+        folder that is not here: "xlm-roberta-large", or a folder with a config.json.
+      weights: which weights are read of a published file that holds several: a key such as
+        "model_ema", or what stands before the names, such as "teacher.".
       fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
         then downloaded; nothing is otherwise.
       fresh: regex of parameter paths that start anew even though `model` may have them.
@@ -68,25 +101,28 @@ class SourcesConfig:
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
+    clip_activation: Annotated[str, one_of("", *ACTIVATIONS)] = ""
+    clip_text_base: str = ""
+    weights: str = ""
     fetch: bool = False
-    fresh: str = ""
-    leave: str = ""
+    fresh: Regex = ""
+    leave: Regex = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.model and self.mbart:
-            raise ValueError(
-                f"config.sources.model={self.model!r} and config.sources.mbart={self.mbart!r}: a "
-                "run starts from one of them"
+            raise FieldError(
+                f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from one "
+                "of them"
             )
         if self.clip and (self.clip_text or self.clip_image):
-            raise ValueError(
-                f"config.sources.clip={self.clip!r} holds both towers: leave out "
-                "config.sources.clip_text and config.sources.clip_image"
+            raise FieldError(
+                f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
             )
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Section):
     """How one stage trains.
 
     Attributes:
@@ -95,11 +131,11 @@ class Recipe:
     """
 
     optim: OptimConfig = OptimConfig()
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A run of one stage, or of all of them.
 
     Attributes:
@@ -140,31 +176,31 @@ class Config:
         the step runs it on every batch. Features of pictures are always kept.
     """
 
-    stage: str = "translate"
-    seed: int = 0
-    precision: str = "float32"
+    stage: Annotated[str, one_of(*RUNS)] = "translate"
+    seed: Seed = 0
+    precision: Annotated[str, one_of(*PRECISIONS)] = "float32"
     parity: bool = False
     data: DataConfig = DataConfig()
-    languages: tuple[str, ...] = ()
+    languages: tuple[Name, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     clip_tokenizer: TokenizerConfig = TokenizerConfig()
     clip: ClipConfig = ClipConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
-    freeze: str = "encoder"
+    freeze: Annotated[str, one_of(*FREEZES)] = "encoder"
     unfreeze_clip: bool = False
     caption_language: str = ""
     all_languages: bool = False
     noise: NoiseConfig = NoiseConfig()
-    test_side: str = ""
+    test_side: Annotated[str, one_of(*SIDES)] = ""
     batching: BatchingConfig = BatchingConfig()
     decode: DecodeConfig = DecodeConfig()
     valid_decode: bool = True
-    valid_beams: int = 0
-    label_chunk: int = CHUNK
+    valid_beams: Count = 0
+    label_chunk: Size = CHUNK
     sources: SourcesConfig = SourcesConfig()
     optim: OptimConfig = OptimConfig()
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig(best="val/bleu")
@@ -172,38 +208,18 @@ class Config:
     keep_text_features: bool = True
 
     def __post_init__(self):
-        for name, choices in (
-            ("stage", RUNS),
-            ("precision", tuple(PRECISIONS)),
-            ("freeze", tuple(FREEZES)),
-            ("test_side", tuple(SIDES)),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"config.{name}={value!r} must be one of {list(choices)}"
-                    f"{did_you_mean(value, list(choices))}"
-                )
-        if self.label_chunk < 1:
-            raise ValueError(f"config.label_chunk={self.label_chunk} must be at least 1")
-        if self.valid_beams < 0:
-            raise ValueError(f"config.valid_beams={self.valid_beams} must not be negative")
-        if self.seed < 0:
-            raise ValueError(f"config.seed={self.seed} must not be negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"config.label_smoothing={self.label_smoothing} must be in [0, 1)")
+        super().__post_init__()
         if unknown := set(self.recipes) - {"clip", *STAGES}:
-            raise ValueError(
-                f"config.recipes has no stages {sorted(unknown)}, only {['clip', *STAGES]}"
-            )
+            raise FieldError(f"recipes has no stages {shown(unknown)}, only {['clip', *STAGES]}")
         if self.unfreeze_clip and self.stage not in ("translate", "evaluate", "pipeline"):
-            raise ValueError(
-                f"config.unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
+            raise FieldError(
+                f"unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
                 "tower cannot learn from pictures"
             )
         self._check_languages()
         self._check_lengths()
         self._check_best()
+        self._check_beams()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -249,34 +265,47 @@ class Config:
         prefix, room = self.model.mapper.prefix, self.model.mbart.positions
         longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
         if self.stage != "clip" and longest + prefix > room:
-            raise ValueError(
-                f"config.model.mbart.positions={room} is less than the longest sentence of "
-                f"{longest} tokens and config.model.mapper.prefix={prefix}; set "
-                "config.tokenizer.max_length or config.decode.max_new_tokens"
+            raise FieldError(
+                f"model.mbart.positions={room} is less than the longest sentence of {longest} "
+                f"tokens and model.mapper.prefix={prefix}; set tokenizer.max_length or "
+                "decode.max_new_tokens"
             )
 
     def _check_languages(self) -> None:
         pair = self.data.pair
         if set(pair) - set(self.known_languages):
-            raise ValueError(f"config.languages={self.languages} must hold the pair {pair}")
+            raise FieldError(f"languages={shown(self.languages)} must hold the pair {pair}")
         if self.caption_language not in ("", *pair):
-            raise ValueError(
-                f"config.caption_language={self.caption_language!r} must be of the pair {pair}, or "
+            raise FieldError(
+                f"caption_language={shown(self.caption_language)} must be of the pair {pair}, or "
                 "empty"
             )
         if self.all_languages and self.stage in STAGES and not STAGES[self.stage].captioning:
-            raise ValueError(
-                f"config.all_languages=True is for captioning stages, not {self.stage!r}: a "
+            raise FieldError(
+                f"all_languages=True is for captioning stages, not {self.stage!r}: a "
                 "translation has one target"
             )
 
     def _check_best(self) -> None:
         known = [f"val/{name}" for name in (*LABEL_METRICS, *METRICS * self.valid_decode)]
         if self.stage in (*STAGES, "pipeline") and self.run.best not in (None, *known):
-            raise ValueError(
-                f"config.run.best={self.run.best!r} must be one of {known} with "
-                f"config.valid_decode={self.valid_decode}, or None to take the newest checkpoint"
+            raise FieldError(
+                f"run.best={shown(self.run.best)} must be one of {known} with "
+                f"valid_decode={self.valid_decode}, or None to take the newest checkpoint"
             )
+
+    def _check_beams(self) -> None:
+        # A search looks at the 2 W best tokens of the vocabulary.
+        most = self.model.mbart.vocab // 2
+        for name, beams in (
+            ("decode.beams", self.decode.beams),
+            ("valid_beams", self.valid_beams),
+        ):
+            if beams > most:
+                raise FieldError(
+                    f"{name}={beams} must be at most half of model.mbart.vocab="
+                    f"{self.model.mbart.vocab}"
+                )
 
 
 def default_config() -> ml_collections.ConfigDict:

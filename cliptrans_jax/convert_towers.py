@@ -6,6 +6,7 @@ hold, the other tower of a CLIP included. Tensors keep the type that they have i
 """
 
 import dataclasses
+import reprlib
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -104,10 +105,19 @@ _CLIP_FIELDS = {
 }
 _CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
 _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
+_CLIP_FEATURES = {"features": "projection_dim"}
 _CLIP_ALLOWED = {
     "hidden_act": tuple(clip.ACTIVATIONS),
     "dropout": (0.0,),
     "attention_dropout": (0.0,),
+}
+# No published model has more; shapes are made of these numbers before tensors are looked at.
+MOST, MOST_LAYERS = 10_000_000, 1000
+_EXPECTED = {
+    int: "a whole number from {least} to {most}",
+    float: "a number from {least} to {most}",
+    bool: "true or false",
+    str: "a text",
 }
 
 
@@ -218,22 +228,22 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
       ValueError: naming the key and the value, for one that is missing or that the tower cannot be
         computed with, and for a `transformerDimensions` that is not the width.
     """
-    features = _required(hf, "numDims", "M-CLIP")
+    _required(hf, "numDims", "M-CLIP")
+    features = checked(hf, {"features": "numDims"}, MClipConfig, "M-CLIP")
     if transformer_hf is None:
         name = _required(hf, "modelBase", "M-CLIP")
-        if name not in MCLIP_BASES:
+        if not (isinstance(name, str) and name in MCLIP_BASES):
             raise ValueError(
                 f"modelBase={name!r} of M-CLIP's config.json is not one of {sorted(MCLIP_BASES)}; "
                 "give the config.json of that model too"
             )
-        config = dataclasses.replace(MCLIP_BASES[name], features=features)
+        config = dataclasses.replace(MCLIP_BASES[name], **features)
     else:
         _expect(transformer_hf, _MCLIP_ALLOWED, "XLM-RoBERTa")
-        sizes = {
-            field: _required(transformer_hf, key, "XLM-RoBERTa")
-            for field, key in _MCLIP_FIELDS.items()
-        }
-        config = MClipConfig(features=features, **sizes)
+        for key in _MCLIP_FIELDS.values():
+            _required(transformer_hf, key, "XLM-RoBERTa")
+        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, "XLM-RoBERTa")
+        config = MClipConfig(**features, **sizes)
     if (width := _required(hf, "transformerDimensions", "M-CLIP")) != config.width:
         raise ValueError(
             f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
@@ -244,43 +254,91 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
 def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone; a key
-    that is left out means openai/clip-vit-base-patch32, as Hugging Face reads it.
+    that is left out means openai/clip-vit-base-patch32, as Hugging Face reads it. So does it in
+    `vision_config_dict`, which older files have and which takes the place of `vision_config`.
 
     Raises:
       ValueError: naming the key and the value that the tower cannot be computed with.
     """
     _required(hf, "model_type", "CLIP")
     _expect(hf, {"model_type": ("clip", "clip_vision_model")}, "CLIP")
-    tower = hf.get("vision_config", hf)
-    _expect(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, "CLIP")
-    sizes = _given(tower, _CLIP_VISION_FIELDS) | _given(hf, {"features": "projection_dim"})
-    return ClipVisionConfig(**sizes)
+    tower, whose = _tower(hf, "vision_config")
+    _expect(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, whose)
+    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, whose)
+    return ClipVisionConfig(**sizes, **checked(hf, _CLIP_FEATURES, ClipVisionConfig, "CLIP"))
 
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
     """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone; a key that
-    is left out means openai/clip-vit-base-patch32, as Hugging Face reads it.
+    is left out means openai/clip-vit-base-patch32, as Hugging Face reads it. So does it in
+    `text_config_dict`, which older files have and which takes the place of `text_config`.
 
     Raises:
       ValueError: naming the key and the value that the tower cannot be computed with.
     """
     _required(hf, "model_type", "CLIP")
     _expect(hf, {"model_type": ("clip", "clip_text_model")}, "CLIP")
-    tower = hf.get("text_config", hf)
-    sizes = _given(tower, _CLIP_TEXT_FIELDS) | _given(hf, {"features": "projection_dim"})
-    _expect(tower, _CLIP_ALLOWED, "CLIP")
+    tower, whose = _tower(hf, "text_config")
+    _expect(tower, _CLIP_ALLOWED, whose)
+    sizes = checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, whose)
+    sizes |= checked(hf, _CLIP_FEATURES, ClipTextConfig, "CLIP")
     config = ClipTextConfig(**sizes)
     # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
     # where a file says 2, as OpenAI's do.
-    _expect(tower, {"eos_token_id": (2, config.vocab - 1)}, "CLIP")
+    _expect(tower, {"eos_token_id": (2, config.vocab - 1)}, whose)
     return config
+
+
+def checked(hf: Hf, fields: Mapping[str, str], cls: type, whose: str) -> dict[str, Any]:
+    """What a config.json says, by the fields of `cls`; keys that are left out are left out.
+
+    Args:
+      hf: the file's content.
+      fields: field of `cls` -> key in the file.
+      cls: a dataclass, whose defaults say of which type each field is.
+      whose: what to call the file in messages.
+
+    Raises:
+      ValueError: naming the key and the value, for one of another type or below its range.
+    """
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    given = {field: hf[key] for field, key in fields.items() if key in hf}
+    for field, value in given.items():
+        kind, key = kinds[field], fields[field]
+        least = 0 if kind is float or key.endswith("_id") else 1
+        most = MOST_LAYERS if field.endswith("layers") else MOST
+        if kind in (int, float):
+            is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+            fits = is_number and least <= value <= most
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            expected = _EXPECTED[kind].format(least=least, most=most)
+            raise ValueError(
+                f"{key}={reprlib.repr(value)} of {whose}'s config.json must be {expected}"
+            )
+    return given
+
+
+def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
+    """What is said of one tower of a CLIP, and what to call it in messages."""
+    older = f"{name}_dict"
+    key = older if hf.get(older) is not None else name
+    whole = hf["model_type"] == "clip" or key in hf
+    tower = hf.get(key) if whole else hf
+    tower = {} if tower is None else tower
+    if not isinstance(tower, dict):
+        raise ValueError(
+            f"{key}={reprlib.repr(tower)} of CLIP's config.json must be a dictionary of sizes"
+        )
+    return tower, f"{key} in CLIP" if whole else "CLIP"
 
 
 def _required(hf: Hf, key: str, whose: str) -> Any:
     if key not in hf:
         raise ValueError(
-            f"{key} is missing in {whose}'s config.json, which has {sorted(hf)}; give the file of "
-            "the model whose weights are read"
+            f"{key} is missing in {whose}'s config.json, which has {sorted(hf)[:20]}; give the "
+            "file of the model whose weights are read"
         )
     return hf[key]
 
@@ -290,13 +348,9 @@ def _expect(hf: Hf, allowed: Mapping[str, tuple], whose: str) -> None:
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(
-                f"{key}={hf[key]!r} of {whose}'s config.json is not supported: it must be "
-                f"{expected}; take another model"
+                f"{key}={reprlib.repr(hf[key])} of {whose}'s config.json is not supported: it must "
+                f"be {expected}; take another model"
             )
-
-
-def _given(hf: Hf, fields: Mapping[str, str]) -> dict[str, Any]:
-    return {field: hf[key] for field, key in fields.items() if key in hf}
 
 
 def _patches(name: str, patch: int) -> Entry:

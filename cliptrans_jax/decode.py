@@ -16,6 +16,7 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 from flax import struct
@@ -25,18 +26,17 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models import attention, prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
 from cliptrans_jax.models.mbart import Cache, MBart
+from common_jax.config import Section
 from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
+from common_jax.ranges import Count, Size, at_least, within
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
 
 FIRST = 3  # length of the hypotheses that the first step reads
 
-# Least values of a config's numbers.
-LEAST = {"beams": 1, "max_new_tokens": 2, "batch": 1, "bucket": 1, "growth": 1, "halvings": 0}
-
 
 @dataclasses.dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(Section):
     """How translations are searched for; the defaults are mBART-50's and the original's.
 
     Attributes:
@@ -53,21 +53,14 @@ class DecodeConfig:
         for itself. Each takes longer to compile.
     """
 
-    beams: int = 5
-    max_new_tokens: int = 60
-    length_penalty: float = 1.0
+    beams: Size = 5
+    max_new_tokens: Annotated[int, at_least(2)] = 60
+    length_penalty: Annotated[float, within(-10, 10)] = 1.0
     early_stopping: bool = True
-    batch: int = 64
-    bucket: int = 16
-    growth: int = 2
-    halvings: int = 2
-
-    def __post_init__(self):
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"config.decode.{name}={getattr(self, name)} must be at least {least}"
-                )
+    batch: Size = 64
+    bucket: Size = 16
+    growth: Size = 2
+    halvings: Count = 2
 
     @property
     def max_length(self) -> int:

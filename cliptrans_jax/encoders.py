@@ -78,7 +78,12 @@ class TextTower:
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
     ) -> Float32[np.ndarray, "N M"]:
         """A feature a framed sentence, computed on all devices of the mesh, those of a like length
-        together: little of a batch is padding."""
+        together: little of a batch is padding.
+
+        Raises:
+          ValueError: no sentences, or one that the tower cannot read.
+        """
+        self._check(ids)
         order = by_length(ids)
         chosen = [ids[place] for place in order]
         batches = _text_batches(chosen, self.tokenizer.pad, self.longest, mesh)
@@ -86,6 +91,30 @@ class TextTower:
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
         )
         return found[np.argsort(order)]
+
+    def _check(self, ids: Sequence[np.ndarray]) -> None:
+        """Raises ValueError for ids that the table of words or of positions lacks."""
+        vocab = self.config.vocab
+        if len(ids) == 0:
+            raise ValueError("no sentences to encode; give the ids of at least one")
+        for place, sentence in enumerate(ids):
+            sentence = np.asarray(sentence)
+            if sentence.ndim != 1 or sentence.dtype.kind not in "iu":
+                raise ValueError(
+                    f"ids[{place}] must be a sentence's ids (S,), whole numbers, and is "
+                    f"{sentence.dtype} {sentence.shape}"
+                )
+            if not 1 <= len(sentence) <= self.longest:
+                raise ValueError(
+                    f"ids[{place}] has {len(sentence)} tokens, and the tower takes 1 to "
+                    f"{self.longest}; lower max_length of config.clip_tokenizer or, for a tower of "
+                    "a run, of config.tokenizer"
+                )
+            if sentence.min() < 0 or sentence.max() >= vocab:
+                raise ValueError(
+                    f"ids[{place}] has ids from {sentence.min()} to {sentence.max()}, and the "
+                    f"tower has 0 to {vocab - 1}; take the tokenizer that it was trained with"
+                )
 
     def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Features of a batch of `encode`."""
@@ -120,26 +149,70 @@ class ImageTower:
         return network(self.config, self.dtype).apply({"params": params}, images)
 
 
+# The tokenizer of a published text tower, by the tower's kind.
+TOKENIZERS = {"mclip": "xlmr", "clip_text": "clip"}
 # Rules of parameters under "clip", whichever tower it is.
 TEXT_RULES = {MClipConfig: xlmr.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
 IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PARTITION_RULES}
 
 
 def load_published_text(
-    folder: str, tokenizer: TokenizerConfig, *, dtype: DTypeLike, fetch: bool = False
+    folder: str,
+    tokenizer: TokenizerConfig,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+    base: str = "",
 ) -> TextTower:
-    """M-CLIP's or CLIP's text tower from a folder."""
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "mclip" else "clip_text"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
-    return TextTower(found.config, found.params, load_tokenizer(tokenizer), dtype)
+    """M-CLIP's or CLIP's text tower from a folder or a file; see `pretrained.load`.
+
+    Raises:
+      ValueError: the tokenizer is not the tower's.
+    """
+    found = pretrained.load(
+        folder,
+        kind=("mclip", "clip_text"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+        base=base,
+    )
+    if tokenizer.kind != (proper := TOKENIZERS[found.kind]):
+        raise ValueError(
+            f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
+            f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
+            "config.clip_tokenizer.path to the folder of its tokenizer"
+        )
+    tower = TextTower(found.config, found.params, None, dtype)
+    cut = dataclasses.replace(tokenizer, max_length=min(tokenizer.limit, tower.longest))
+    read = load_tokenizer(cut, key="config.clip_tokenizer")
+    if read.vocab != found.config.vocab:
+        raise ValueError(
+            f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
+            f"of the text tower in config.sources.clip_text={folder!r} has {found.config.vocab} "
+            "rows; give the folder of the tokenizer that the tower was trained with"
+        )
+    return dataclasses.replace(tower, tokenizer=read)
 
 
-def load_published_image(folder: str, *, dtype: DTypeLike, fetch: bool = False) -> ImageTower:
-    """CLIP's image tower from a folder, or RN50x64's from its file."""
-    found = pretrained.load(folder, fetch=fetch)
-    kind = found.kind if found.kind == "clip_res" else "clip_vision"
-    found = found if found.kind == kind else pretrained.load(folder, kind=kind, fetch=fetch)
+def load_published_image(
+    folder: str,
+    *,
+    dtype: DTypeLike,
+    fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+) -> ImageTower:
+    """CLIP's image tower from a folder, or RN50x64's from its file; see `pretrained.load`."""
+    found = pretrained.load(
+        folder,
+        kind=("clip_res", "clip_vision"),
+        fetch=fetch,
+        weights=weights,
+        activation=activation,
+    )
     return ImageTower(found.config, found.params, dtype)
 
 

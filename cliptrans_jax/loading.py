@@ -1,7 +1,8 @@
 """Trained models, ready to translate, from nothing but a workdir."""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.framing import Tokenizer, checked_texts
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.decode import Search
@@ -23,8 +24,8 @@ from cliptrans_jax.runs.material import TOKENIZER, Material
 from cliptrans_jax.runs.translation import Model, best_step
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.workdir import freeze_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +49,30 @@ class LoadedModel:
     mesh: Mesh
 
     def translate(
-        self, sentences: Sequence[str], *, pictures: Sequence[np.ndarray] | None = None
+        self, sentences: Iterable[str], *, pictures: Iterable[np.ndarray] | None = None
     ) -> list[list[Hypothesis]]:
         """The hypotheses of every sentence, best first, with their scores.
 
+        A sentence is read as training reads a line of a file: without white space around it, and
+        with a space for a line break inside. One with more tokens than the model has positions for
+        is cut, which the log says.
+
         Args:
-          sentences: in the source language of the run.
-          pictures: uint8 (I, J, 3) RGB, one a sentence: the features are taken of them and not of
-            the sentences.
+          sentences: in the source language of the run; several, not one text. With pictures they
+            may be empty.
+          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence: the features are
+            those of the pictures and not of the sentences.
 
         Raises:
-          ValueError: no sentences, or another number of pictures.
+          ValueError: no sentences, one that is empty or no text, another number of pictures, an
+            array that is no picture, or pictures for a model without a prefix.
         """
-        if not sentences or (pictures is not None and len(pictures) != len(sentences)):
+        sentences = _lines(sentences, allow_empty=pictures is not None)
+        pictures = None if pictures is None else _checked_pictures(pictures, len(sentences))
+        if pictures is not None and not self.config.has_prefix:
             raise ValueError(
-                f"{len(sentences)} sentences and "
-                f"{'no' if pictures is None else len(pictures)} pictures: give at least one "
-                "sentence, and as many pictures or none"
+                "pictures are given, and this model takes none: config.model.mapper.prefix is 0 in "
+                "its run; leave them out"
             )
         source, target = self.config.data.pair
         code = np.array([self.tokenizer.language_id(target)], np.int32)
@@ -112,6 +120,44 @@ class LoadedModel:
         return tower.encode(ids, mesh=self.mesh), None
 
 
+def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
+    """Sentences as the readers of corpora give them."""
+    lines = checked_texts(sentences, name="sentences")
+    if not lines:
+        raise ValueError("sentences is empty; give at least one sentence")
+    lines = [re.sub(r"\s*\n\s*", " ", line.strip()) for line in lines]
+    if "" in lines and not allow_empty:
+        raise ValueError(
+            f"sentences[{lines.index('')}] is empty, which leaves nothing to translate; drop it"
+        )
+    return lines
+
+
+def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
+    """Pictures as a list, as many as there are sentences."""
+    single = isinstance(pictures, np.ndarray) and pictures.ndim < 4
+    if single or not isinstance(pictures, Iterable):
+        raise ValueError(
+            f"pictures must be a list of arrays, one per sentence, and is a "
+            f"{type(pictures).__name__}; give [picture] for one"
+        )
+    pictures = list(pictures)
+    if len(pictures) != count:
+        raise ValueError(
+            f"{count} sentences and {len(pictures)} pictures: give as many pictures or none"
+        )
+    for place, picture in enumerate(pictures):
+        is_array = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size
+        if not is_array or not (picture.ndim == 2 or picture.shape[2:] in ((3,), (4,))):
+            kind = type(picture).__name__
+            shown = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else kind
+            raise ValueError(
+                f"pictures[{place}] must be a uint8 array (I, J, 3), (I, J, 4) or (I, J) and is "
+                f"{shown}"
+            )
+    return pictures
+
+
 def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedModel:
     """The model that a run trained, of its best checkpoint by the validation set.
 
@@ -124,10 +170,10 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
       ValueError: when it is of stage "clip", which trains no translation model.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
-    config = freeze(Config, checkpoint.load_config(source)).consistent()
+    step = checkpoint.find_step(source)
+    config = freeze_stored(Config, checkpoint.load_config(step), step).consistent()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)
-    step = checkpoint.find_step(source)
     workdir = step.parent.parent
     if config.stage not in STAGES:
         raise ValueError(

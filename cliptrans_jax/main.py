@@ -6,13 +6,14 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import Config
+from cliptrans_jax.config import READS, Config
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
 from common_jax import app
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
-from common_jax.report import write_report
+from common_jax.report import dispensable, write_report
+from common_jax.workdir import hold
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
 first, then translation.
@@ -32,29 +33,37 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the stage."""
     frozen = freeze(Config, config)
     mesh = make_mesh(frozen.mesh)
-    runs = plan(frozen, workdir) if frozen.stage == "pipeline" else [("", frozen)]
-    for _, one in runs:
-        check_run(one, mesh)
-    app.use_compilation_cache(frozen.run.compilation_cache)
-    run_stage(frozen, workdir, mesh)
-    if jax.process_index() == 0:
-        folders = [folder for folder, _ in runs]
-        shown = gallery(frozen, workdir / folders[-1])
-        write_report(
-            workdir,
-            title=f"CLIPTrans, {frozen.stage}",
-            table=scores_table(workdir, folders),
-            tables=[] if shown is None else [shown],
-        )
+    with hold(workdir):
+        pipeline = frozen.stage == "pipeline"
+        runs = plan(frozen, workdir) if pipeline else [("", frozen)]
+        for _, one in runs:
+            check_run(one, mesh, key=f"config.recipes.{one.stage}" if pipeline else "config")
+        app.use_compilation_cache(frozen.run.compilation_cache)
+        run_stage(frozen, workdir, mesh)
+        if jax.process_index() == 0:
+            with dispensable(workdir / "report.html"):
+                _report(frozen, workdir, [folder for folder, _ in runs])
 
 
-def check_run(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh."""
+def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
+    shown = gallery(config, workdir / folders[-1])
+    write_report(
+        workdir,
+        title=f"CLIPTrans, {config.stage}",
+        table=scores_table(workdir, folders),
+        tables=[] if shown is None else [shown],
+    )
+
+
+def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
+    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh; `key`
+    is of the section with `optim`."""
     if config.stage != "evaluate":
-        check_batch(mesh, "config.optim.batch / config.optim.accumulate", config.optim.micro_batch)
+        batch = f"{key}.optim.batch / {key}.optim.accumulate"
+        check_batch(mesh, batch, config.optim.micro_batch)
     if config.stage != "clip":
         check_batch(mesh, "config.decode.batch", config.decode.batch)
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION)
+    app.run(main, DESCRIPTION, kind="stage", reads=READS)

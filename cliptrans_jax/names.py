@@ -7,13 +7,13 @@ directions move numbers and change none, so that a round trip is the identity.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from common_jax.tensors import Account
+from common_jax.tensors import Account, list_problems
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -156,6 +156,7 @@ def read(
     file: str,
     aliases: Mapping[str, str] | None = None,
     dropped: Mapping[str, str] | None = None,
+    zeros: Collection[str] = (),
 ) -> tuple[dict[str, Any], Account]:
     """Our parameters from published tensors.
 
@@ -167,17 +168,22 @@ def read(
       aliases: name -> name of the tensor that it must equal if both are there, and whose place it
         takes if that one is missing.
       dropped: regex of whole names -> why they are not taken.
+      zeros: names of tensors that are zeros where they are missing; the account says so.
 
     Raises:
       ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to what
         it is an alias of.
     """
-    tensors, taken, problems = dict(tensors), [], []
+    tensors, taken, problems, notes = dict(tensors), [], [], []
     same = _resolve(tensors, aliases or {}, problems)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert set(table) == set(flat), sorted(set(table) ^ set(flat))
     params = {}
     for path, entry in table.items():
+        if len(entry.names) == 1 and entry.names[0] in set(zeros) - tensors.keys():
+            params[path] = np.zeros(flat[path].shape, np.float32)
+            notes.append(f"{entry.names[0]} is not in the file: zeros")
+            continue
         if missing := [name for name in entry.names if name not in tensors]:
             problems += [f"{name} is missing, for {path} {flat[path].shape}" for name in missing]
             continue
@@ -198,13 +204,11 @@ def read(
         elif not any(name in entry.names for entry in table.values()):
             problems.append(f"{name} {np.shape(tensors[name])} has no place")
     if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
-            f"{file} does not hold this model:\n  {shown}{more}\n"
+            f"{file} does not hold this model:{list_problems(problems)}\n"
             "check that the model's config (sizes, mapping network, prefix length) is the file's"
         )
-    account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left))
+    account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left), tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
 

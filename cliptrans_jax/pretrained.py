@@ -5,8 +5,11 @@ Folders of Hugging Face, OpenAI's RN50x64 and CLIPTrans' own checkpoints; see `t
 
 import dataclasses
 import json
+import logging
+import operator
 import os
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,13 +22,26 @@ import numpy as np
 from flax import traverse_util
 
 from cliptrans_jax import names
+from cliptrans_jax.data.pictures import MEAN, STD
+from cliptrans_jax.models import clip
+from cliptrans_jax.models.clip import ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.resnet import ResNetConfig
 from cliptrans_jax.tensors import kinds
+from cliptrans_jax.tensors.beside import CONFIG, Beside, picture_numbers, read_beside
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from common_jax.config import did_you_mean
-from common_jax.tensors import Account, format_account, read_tensors, write_tensors
-from common_jax.tensors.files import NARROW, SUFFIXES, same_content
+from common_jax.tensors import (
+    Account,
+    format_account,
+    format_assumed,
+    list_problems,
+    read_weights,
+    torch_archive,
+    write_tensors,
+)
+from common_jax.tensors.files import NARROW, SUFFIXES, TORCH_SUFFIXES, same_content
 
 __all__ = [
     "Pretrained",
@@ -49,6 +65,11 @@ ABOUT = (
     "sentencepiece.bpe.model",
     "vocab.json",
     "merges.txt",
+)
+# The files that OpenAI published, by name; all of their towers have the quick GELU.
+OPENAI_FILES = (
+    *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
+    *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
 )
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
@@ -76,48 +97,69 @@ class Pretrained:
 def load(
     source: str | os.PathLike,
     *,
-    kind: str | None = None,
+    kind: str | tuple[str, ...] | None = None,
     config: Any = None,
     fetch: bool = False,
+    weights: str = "",
+    activation: str = "",
+    base: str = "",
 ) -> Pretrained:
     """Reads published weights.
 
     Args:
       source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
         `common_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
-      kind: a key of `tensors.kinds.KINDS`; None to be told by config.json or by the tensors'
+      kind: a key of `tensors.kinds.KINDS`, or several, of which the first that is there is read;
+        None to be told by config.json or by the tensors'
         names, where a CLIP of two towers is its image tower. The towers are also found below
         "clip." in a CLIPTrans checkpoint that trained them.
-      config: sizes, in place of those of config.json or, without one, of the tensors' shapes, which
-        do not tell heads, ids and epsilons: these are then the published models'.
+      config: sizes, in place of those of the JSON files beside the weights or, without these, of
+        the tensors' shapes. Shapes do not tell heads, ids and epsilons: these are then the
+        published models', and listed under "assumed" in the account.
       fetch: whether `source` may be downloaded.
+      weights: which weights are read of a file that holds several: a key of a training checkpoint,
+        such as "model_ema", or what stands before a network's names, with its dot: "teacher.".
+      activation: of a CLIP tower's MLPs, "quick_gelu" or "gelu", where no file says it: OpenAI's
+        and OpenCLIP's files have the same names.
+      base: what an M-CLIP was made from, in place of its config.json's `modelBase`.
 
     Raises:
       FileNotFoundError: for no such source, or one that cannot be fetched.
       ValueError: for a file that cannot be read, is of no known kind, or does not fit the config; a
-        setting of config.json that is not supported; numbers that are not finite.
+        setting of a JSON file that is not supported; an activation that nothing says, or that two
+        say differently; numbers that are not finite.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
+    allowed = (kind,) if isinstance(kind, str) else kind or ()
+    if unknown := [name for name in allowed if name not in KINDS]:
+        hint = did_you_mean(unknown[0], KINDS)
+        raise ValueError(f"kind={unknown[0]!r} is none of {sorted(KINDS)}{hint}")
     path = _find(source, fetch)
-    file = str(path)
-    hf = _read_json(path / "config.json") if (path / "config.json").is_file() else None
-    kind = kind or kinds.kind_of_config(hf, file)
-    tensors = read_tensors(path)
-    kind = kind or kinds.kind_of_tensors(tensors)
+    file, about = str(path), read_beside(path)
+    kind = kinds.kind_of_config(about.get(CONFIG), file) if len(allowed) != 1 else None
+    prefix = weights if weights.endswith(".") else ""
+    read = read_weights(path, weights="" if prefix else weights)
+    tensors = read.tensors
+    kind = kinds.first_kind(allowed, tensors) if allowed else kind or kinds.kind_of_tensors(tensors)
     if kind is None:
         raise ValueError(
             f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
             f"{sorted(tensors)[:4]}. Give the weights of one of these"
         )
-    layout, prefix = kinds.find_layout(kind, tensors, file)
+    layout, prefix = kinds.find_layout(kind, tensors, file, prefix)
+    notes, assumed = read.notes, ()
+    if prefix:
+        notes += (f"the prefix {prefix!r} was taken off the names",)
     if config is None:
-        config = layout.config(tensors, hf, file)
+        own = {name.removeprefix(prefix): x for name, x in tensors.items()}
+        config, assumed, said = _config(layout, own, about, path, activation, base)
+        notes += said
     elif not isinstance(config, layout.config_type):
         raise ValueError(
             f"config is a {type(config).__name__}, and kind={kind!r} takes a "
             f"{layout.config_type.__name__}"
         )
+    if isinstance(config, ClipVisionConfig | ResNetConfig):
+        _require_pictures(about, file)
     dropped = {re.escape(prefix) + regex: why for regex, why in layout.dropped.items()}
     if prefix:
         dropped |= {rf"(?!{re.escape(prefix)}).*": "of the rest of the model"}
@@ -126,9 +168,11 @@ def load(
         tensors,
         shapes=layout.shapes(config),
         file=file,
-        aliases=layout.aliases,
+        aliases={prefix + alias: prefix + name for alias, name in layout.aliases.items()},
         dropped=dropped,
+        zeros=[prefix + name for name in layout.zeros],
     )
+    account = dataclasses.replace(account, notes=(*notes, *account.notes), assumed=assumed)
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
         raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
@@ -136,7 +180,94 @@ def load(
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [path for path, x in flat.items() if not np.isfinite(x).all()]:
         raise ValueError(f"{file} holds numbers that are not finite, in {', '.join(odd[:5])}")
+    for note in account.notes:
+        logging.info("%s: %s", source, note)
+    if assumed:
+        logging.warning("%s does not say, so assumed: %s", source, format_assumed(account))
     return Pretrained(kind, config, params, account, str(source))
+
+
+def _config(
+    layout: Layout,
+    tensors: Mapping[str, np.ndarray],
+    about: Beside,
+    path: Path,
+    activation: str,
+    base: str,
+) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """The config of a layout's tensors, the fields of it that were assumed, and notes about where
+    others are from."""
+    said, file = about.get(layout.about), str(path)
+    if base and not (said is not None and "modelBase" in said):
+        raise ValueError(
+            f"config.sources.clip_text_base={base!r} is for an M-CLIP with a config.json, and "
+            f"{file} has none with a modelBase; leave it out"
+        )
+    if base:
+        said = said | {"modelBase": str(Path(base).absolute()) if Path(base).exists() else base}
+    try:
+        config = layout.config(tensors, said, file)
+    except ValueError as error:
+        raise ValueError(error if file in str(error) else f"{file}: {error}") from None
+    untold, notes = list(layout.untold) if said is None else [], ()
+    if layout.varied and said is None:
+        found, notes = _activation(layout, path, activation)
+        config = dataclasses.replace(config, activation=found)
+        if activation or notes:
+            untold.remove("activation")
+    elif layout.varied and activation not in ("", config.activation):
+        raise ValueError(
+            f"{file}: its {layout.about} says activation={config.activation!r}, and "
+            f"config.sources.clip_activation={activation!r}; leave the latter out"
+        )
+    fields = {name: operator.attrgetter(name)(config) for name in untold}
+    return config, tuple((name, repr(value)) for name, value in fields.items()), notes
+
+
+def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str, ...]]:
+    """The activation of a CLIP whose folder does not say it, and a note where its file does."""
+    scripted = (
+        torch_archive.module_classes(path)
+        if path.is_file() and path.suffix in TORCH_SUFFIXES
+        else frozenset()
+    )
+    if "QuickGELU" in scripted:
+        if given not in ("", "quick_gelu"):
+            raise ValueError(
+                f"{path} holds modules QuickGELU, and config.sources.clip_activation={given!r}; "
+                "leave the latter out"
+            )
+        return "quick_gelu", ("activation='quick_gelu', as its modules QuickGELU say",)
+    if given:
+        if given not in clip.ACTIVATIONS:
+            raise ValueError(f"activation={given!r} must be one of {sorted(clip.ACTIVATIONS)}")
+        return given, ()
+    if layout.about != CONFIG and path.name in OPENAI_FILES:
+        return "quick_gelu", ()
+    raise ValueError(
+        f"{path} does not say which activation its towers were trained with, and models whose "
+        "tensors look the same differ in it (OpenAI's have the quick GELU, OpenCLIP's most often "
+        f"the GELU): put its {layout.about} beside it, or say "
+        "--config.sources.clip_activation=quick_gelu or gelu (`activation` of pretrained.load)"
+    )
+
+
+def _require_pictures(about: Beside, file: str) -> None:
+    """Raises ValueError where pictures were normalised by other numbers than CLIP's, with which
+    they are prepared here."""
+    name, *found = picture_numbers(about)
+    for key, numbers, ours in zip(("mean", "std"), found, (MEAN, STD), strict=True):
+        if numbers is None:
+            continue
+        try:
+            same = np.shape(numbers) == (3,) and np.allclose(numbers, ours, rtol=0, atol=1e-4)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{file}: {name} says {key}={reprlib.repr(numbers)}, and pictures are prepared "
+                f"with CLIP's {[round(float(x), 6) for x in ours]}; take a model with these"
+            )
 
 
 def save(
@@ -262,16 +393,6 @@ def _find(source: str | os.PathLike, fetch: bool) -> Path:
     return Path(folder)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary, as Hugging Face writes it")
-    return content
-
-
 def _tensors(layout: Layout, params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     """Our parameters as tensors of float32 under a layout's names."""
     _require(params, layout.shapes(config))
@@ -294,8 +415,8 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         if path in wanted and np.shape(x) != wanted[path].shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:20])
         raise ValueError(
-            f"the parameters are not of this model ({len(problems)} differ):\n  {shown}\ngive the "
+            f"the parameters are not of this model ({len(problems)} differ):"
+            f"{list_problems(problems)}\ngive the "
             "config that they were made with"
         )

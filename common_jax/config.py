@@ -2,19 +2,66 @@
 
 A config file turns the defaults of a dataclass into a `ConfigDict` (`unfreeze`), flags change it,
 and a run turns it back once, at the top (`freeze`). A default therefore stands in one place, the
-dataclass, and a wrong key or value dies in `freeze` with the key, the value and the way out.
+dataclass, with its range beside it (`common_jax.ranges`), and a wrong key or value dies in `freeze`
+with the key, the value and the way out.
 """
 
+import contextlib
 import dataclasses
-import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import ml_collections
 
+from common_jax.ranges import FINITE, did_you_mean, shown
+
 T = TypeVar("T")
+
+
+class FieldError(ValueError):
+    """A value that a section cannot have. The message begins with the name of a field of that
+    section, `heads=7 must divide width=64`; `under` puts the path of the section before it."""
+
+
+class Section:
+    """Base of every dataclass of a config: a value of another type or out of its range raises
+    FieldError.
+
+    A subclass that checks several fields against each other does so in a `__post_init__` of its
+    own, which calls this one first.
+    """
+
+    def __post_init__(self):
+        for name, hint in _hints(type(self)).items():
+            _convert(hint, getattr(self, name), name)
+
+
+@contextlib.contextmanager
+def under(path: str) -> Iterator[None]:
+    """Puts `path` before the field that a FieldError names; what comes out is no FieldError, so no
+    path is put there twice."""
+    try:
+        yield
+    except FieldError as error:
+        raise ValueError(f"{path}.{error}") from None
+
+
+@contextlib.contextmanager
+def renamed(keys: Mapping[str, str]) -> Iterator[None]:
+    """Calls keys of the config by other names in the messages of a user's errors: in a run of a
+    pipeline, `config.optim` comes from `config.recipes.distill.optim`."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            message = error.args[0]
+            for key, other in keys.items():
+                message = message.replace(key, other)
+            error.args = (message,)
+        raise
 
 
 def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
@@ -28,19 +75,19 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
       path: what to call `config` in messages, for example "config.model".
 
     Raises:
-      ValueError: for a key `cls` lacks or a value of another type, naming key, value and what is
-        taken.
+      ValueError: for a key `cls` lacks, a value of another type or out of its range, and values
+        that do not fit each other; names key, value and what is taken.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key in config:
-        if key not in fields:
+        if key not in hints:
             raise ValueError(
-                f"{path} has no field {key!r}{did_you_mean(key, fields)}; "
-                f"{cls.__name__} takes {sorted(fields)}"
+                f"{path} has no field {shown(key)}{did_you_mean(key, hints)}; "
+                f"{cls.__name__} takes {sorted(hints)}"
             )
-    values = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in config.items()}
-    return cls(**values)
+    with under(path):
+        values = {key: _convert(hints[key], value, key, path) for key, value in config.items()}
+        return cls(**values)
 
 
 def unfreeze(value: Any) -> Any:
@@ -51,20 +98,12 @@ def unfreeze(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     config = ml_collections.ConfigDict()
-    for field in dataclasses.fields(value):
-        entry = unfreeze(getattr(value, field.name))
-        hint = typing.get_type_hints(type(value))[field.name]
+    for name, hint in _hints(type(value)).items():
+        entry = unfreeze(getattr(value, name))
         if entry is None and (plain := _scalar_of(hint)):
             entry = ml_collections.config_dict.placeholder(plain)
-        config[field.name] = entry
+        config[name] = entry
     return config
-
-
-def did_you_mean(key: str, known: Mapping[str, Any] | list[str]) -> str:
-    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else the empty
-    string."""
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -121,57 +160,100 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The type of every field of a dataclass, with its range."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
 def _scalar_of(hint: Any) -> type | None:
     """int for `int | None`, and so on; None where the hint is not an optional scalar."""
-    plain = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+    plain = [_bare(arg) for arg in typing.get_args(hint) if arg is not types.NoneType]
     return plain[0] if len(plain) == 1 and plain[0] in (int, float, str, bool) else None
 
 
-def _choose(choices: list[Any], value: Any, path: str) -> Any:
-    """The type of `X | Y` that a section is of: the one whose default `kind` it has, or the first
-    where it names none."""
-    if len(choices) == 1 or dataclasses.is_dataclass(value):
-        return type(value) if type(value) in choices else choices[0]
-    kinds = {choice.kind: choice for choice in choices}
-    kind = value.get("kind", choices[0].kind)
-    if kind not in kinds:
-        raise ValueError(
-            f"{path}.kind={kind!r} must be one of {sorted(kinds)}{did_you_mean(str(kind), kinds)}"
-        )
-    return kinds[kind]
+def _bare(hint: Any) -> Any:
+    """The type without its range."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
+    """The value as the dataclass holds it.
+
+    Args:
+      hint: its type, with its range.
+      value: as the config has it.
+      name: the field, below the section.
+      path: of the section; None where `value` is in a dataclass already.
+
+    Raises:
+      FieldError: for a wrong value.
+      ValueError: for one in a section further down, with the whole path.
+    """
     if isinstance(value, ml_collections.FieldReference):
         value = value.get()
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
+    plain = [hint]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         plain = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
-        if value is None:
+        if value is None and len(plain) < len(typing.get_args(hint)):
             return None
-        return _convert(_choose(plain, value, path), value, path)
-    if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
-            return value
-        if not isinstance(value, Mapping | ml_collections.ConfigDict):
-            raise ValueError(
-                f"{path}={value!r} must be a section with the fields of {hint.__name__}"
-            )
-        return freeze(hint, value, path)
+    or_none = ", or None" if types.NoneType in typing.get_args(hint) else ""
+    ranges = typing.get_args(plain[0])[1:] if typing.get_origin(plain[0]) is Annotated else ()
+    bare = _bare(plain[0])
+    if dataclasses.is_dataclass(bare):
+        return _convert_section(plain, value, name, path)
+    origin = typing.get_origin(bare) or bare
     if origin is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ValueError(f"{path}={value!r} must be a tuple; write it as ({value},)")
-        element = typing.get_args(hint)[0]
-        return tuple(_convert(element, item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin in (dict, Mapping) or hint in (dict, Mapping):
-        element = typing.get_args(hint)[1]
-        return {key: _convert(element, item, f"{path}.{key}") for key, item in value.items()}
-    if value is None:
-        raise ValueError(f"{path}=None must be a {getattr(hint, '__name__', hint)}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and type(value) is not hint:
-        raise ValueError(
-            f"{path}={value!r} must be of type {hint.__name__}, not {type(value).__name__}"
+        if not isinstance(value, tuple | list):
+            raise FieldError(f"{name}={shown(value)} must be a tuple; write it as (a, b) or (a,)")
+        element = typing.get_args(bare)[0]
+        converted = tuple(
+            _convert(element, item, f"{name}[{i}]", path) for i, item in enumerate(value)
+        )
+    elif origin in (dict, Mapping):
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise FieldError(f"{name}={shown(value)} must be a section")
+        element = typing.get_args(bare)[1]
+        return {key: _convert(element, item, f"{name}.{key}", path) for key, item in value.items()}
+    else:
+        converted = _convert_scalar(bare, value, name, " or None" if or_none else "")
+    for allowed in ranges or ((FINITE,) if bare is float else ()):
+        if (refusal := allowed.refusal(converted)) is not None:
+            raise FieldError(f"{name}={shown(value)} must be {refusal}{or_none}")
+    return converted
+
+
+def _convert_section(choices: list[Any], value: Any, name: str, path: str | None) -> Any:
+    """The value of a field whose type is a dataclass, or one of several."""
+    if isinstance(value, tuple(choices)):
+        return value
+    if path is None or not isinstance(value, Mapping | ml_collections.ConfigDict):
+        raise FieldError(
+            f"{name}={shown(value)} must be a section with the fields of "
+            f"{' or '.join(choice.__name__ for choice in choices)}"
+        )
+    chosen = choices[0]
+    if len(choices) > 1:
+        kinds = {choice.kind: choice for choice in choices}
+        kind = value.get("kind", chosen.kind)
+        if not isinstance(kind, str) or kind not in kinds:
+            raise FieldError(
+                f"{name}.kind={shown(kind)} must be one of {list(kinds)}{did_you_mean(kind, kinds)}"
+            )
+        chosen = kinds[kind]
+    return freeze(chosen, value, f"{path}.{name}")
+
+
+def _convert_scalar(kind: Any, value: Any, name: str, or_none: str) -> Any:
+    if value is None and kind is not Any:
+        raise FieldError(f"{name}=None must be of type {getattr(kind, '__name__', kind)}")
+    if kind is float and type(value) is int:
+        # A float holds no integer beyond; what remains one is out of every range.
+        return float(value) if abs(value) < 2**1023 else value
+    if kind in (int, float, str, bool) and type(value) is not kind:
+        raise FieldError(
+            f"{name}={shown(value)} must be of type {kind.__name__}{or_none}, not "
+            f"{type(value).__name__}"
         )
     return value

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -12,20 +12,31 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import mesh as meshes
-from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
+from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
+from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.optim import OptimConfig
-from common_jax.pods import hosts
+from common_jax.optim import OptimConfig, make_schedule
+from common_jax.pods import hosts, signals
+from common_jax.ranges import Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
-from common_jax.workdir import read_json, refuse_other_config, write_json
+from common_jax.workdir import (
+    LockLost,
+    hold,
+    keep_identity,
+    plain,
+    read_result,
+    require,
+    write_json,
+)
 
 FAILED_SAVE = ("stop", "go_on")
+SEEDS = 2**32  # of jax's keys
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """How a run logs, evaluates and saves.
 
     Attributes:
@@ -43,33 +54,21 @@ class RunConfig:
       compilation_cache: folder of compiled programs that later runs take up; None for none.
     """
 
-    log_every: int = 50
-    eval_every: int = 1
-    checkpoint_every: int = 1
-    checkpoint_minutes: float | None = 30.0
-    on_failed_save: str = "stop"
-    keep: int = 2
-    best: str | None = "test/accuracy"
-    nan_patience: int = 10
-    profile: tuple[int, ...] = ()
-    compilation_cache: str | None = "~/.cache/modular_jax"
+    log_every: Size = 50
+    eval_every: Size = 1
+    checkpoint_every: Size = 1
+    checkpoint_minutes: Positive | None = 30.0
+    on_failed_save: Annotated[str, one_of(*FAILED_SAVE)] = "stop"
+    keep: Size = 2
+    best: Name | None = "test/accuracy"
+    nan_patience: Size = 10
+    profile: tuple[Size, ...] = ()
+    compilation_cache: Name | None = "~/.cache/modular_jax"
 
     def __post_init__(self):
-        for name in ("log_every", "eval_every", "checkpoint_every", "keep", "nan_patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.run.{name}={getattr(self, name)} must be at least 1")
-        if self.checkpoint_minutes is not None and self.checkpoint_minutes <= 0:
-            raise ValueError(
-                f"config.run.checkpoint_minutes={self.checkpoint_minutes} must be above 0, or None"
-            )
-        if self.on_failed_save not in FAILED_SAVE:
-            raise ValueError(
-                f"config.run.on_failed_save={self.on_failed_save!r} must be one of {FAILED_SAVE}"
-            )
+        super().__post_init__()
         if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
-            raise ValueError(
-                f"config.run.profile={self.profile} must be () or (first step, last step)"
-            )
+            raise FieldError(f"profile={self.profile} must be () or (first step, last step)")
 
 
 def train(
@@ -80,7 +79,7 @@ def train(
     seed: int,
     workdir: epath.PathLike,
     mesh: Mesh,
-    config: Mapping[str, Any],
+    config: Any,
 ) -> dict[str, Any]:
     """Trains `task` in `workdir`, or goes on there, or does nothing when it is finished.
 
@@ -90,42 +89,92 @@ def train(
       seed: of everything random.
       workdir: gets checkpoints, metrics, TensorBoard events and, at the end, result.json.
       mesh: where.
-      config: the JSON that made the run, kept beside every checkpoint.
+      config: the frozen dataclass that made the run, or the same as a mapping; kept as JSON in
+        every checkpoint. A dataclass knows the fields that earlier versions lacked.
 
     Returns:
       What result.json holds: phase, steps, skipped steps, metrics of the last evaluation.
 
     Raises:
-      ValueError: when the batch does not divide, or no checkpoint can be read.
+      ValueError: as `check`, or when the workdir, its result or all of its checkpoints are another
+        run's, or none can be read.
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
-      OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`.
+      OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
+        process writes in `workdir`.
       hosts.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
         again.
     """
     workdir = epath.Path(workdir)
-    refuse_other_config(workdir, config)
-    if (workdir / "result.json").exists():
-        logging.info("%s is finished already: %s", task.title, workdir)
-        return read_json(workdir / "result.json")
+    refuse_pattern(workdir, "workdir")
+    with hold(workdir):
+        total = optim.total_steps(task.steps_per_epoch)
+        result = read_result(workdir, config, phase=task.title, steps=total)
+        if result is not None:
+            logging.info("%s is finished already: %s", task.title, workdir)
+            return result
+        with jax.set_mesh(mesh), signals.deferred():
+            return _train(task, run, optim, seed, workdir, mesh, config)
+
+
+def check(
+    task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
+) -> TrainState:
+    """Looks for all that can be wrong with a run before its data and weights are read.
+
+    Args:
+      task, run, optim, seed, mesh: as of `train`; of the task, data and weights may be missing.
+      key: of the section that holds `optim`, for messages.
+
+    Returns:
+      Shapes and shardings of the state.
+
+    Raises:
+      ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
+        shorter than the run, a metric that is never measured, or parameters that do not fit the
+        mesh.
+    """
+    batch = f"{key}.optim.batch / {key}.optim.accumulate"
+    meshes.check_batch(mesh, batch, optim.micro_batch)
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
+    optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
+    make_schedule(optim, task.steps_per_epoch)
+    measured = list(task.evaluators)
+    if run.best is not None and measured and run.best.partition("/")[0] not in measured:
+        raise ValueError(
+            f"config.run.best={run.best!r} is not measured: metrics of {task.title} begin with "
+            f"{' or '.join(f'{name}/' for name in measured)}; None keeps no best checkpoint"
+        )
     with jax.set_mesh(mesh):
-        return _train(task, run, optim, seed, workdir, mesh, config)
+        return abstract_state(task, optim, mesh)
 
 
 def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     # What a user can have got wrong fails here, or when weights are taken, before config.json is
     # there: the folder is still free for a corrected start.
-    meshes.check_batch(mesh, "config.optim.batch / config.optim.accumulate", optim.micro_batch)
+    abstract = check(task, run, optim, seed=seed, mesh=mesh)
     total = optim.total_steps(task.steps_per_epoch)
-    abstract = abstract_state(task, optim, mesh)
-    fresh = not hosts.agree(bool(finished_steps(workdir / FOLDER))).any()
+    step = step_program(task, optim, abstract, log_every=run.log_every)
+    # Whose the checkpoints are is asked first: where none is this run's, nothing is written.
+    stock, config = take_stock(workdir, config=config, total=total), plain(config)
+    fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
+    require(workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", config)
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
-    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best, on_failed=run.on_failed_save)
+    identity = keep_identity(workdir, adopt=stock.id, unmarked=stock.unmarked)
+    checkpoints = Checkpoints(
+        workdir,
+        keep=run.keep,
+        best=run.best,
+        on_failed=run.on_failed_save,
+        run_id=identity.id,
+        foreign=stock.foreign,
+    )
     if fresh:
         _keep_account(task, workdir, warm)
         taken = {} if warm is None else warm.params
@@ -134,7 +183,6 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
     seed = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
-    step = step_program(task, optim, abstract, log_every=run.log_every)
     patient = run.on_failed_save == "go_on"
     recorder = Recorder(workdir, step=start, total=total, title=task.title, patient=patient)
     clock, alarm = _Clock(start, optim.batch), _Alarm(run.checkpoint_minutes)
@@ -148,6 +196,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
         (at, report), pending = pending, None
         skipped_in_row = int(report["skipped_in_row"])
         if _logs(at, run, total):
+            require(workdir)
             recorder.write(at, at / task.steps_per_epoch, _averages(jax.device_get(report)))
             if timing := clock.read(at):
                 recorder.write_timing(at, **timing)
@@ -168,6 +217,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
 
     def save(at: int, values: Mapping[str, float] | None) -> None:
         flush()
+        _require_all(workdir)
         if hosts.agree(not recorder.complete()).any():
             logging.warning("step %d is not saved, since its log could not be written", at)
             return
@@ -228,9 +278,22 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     return result
 
 
+def _require_all(workdir: epath.Path) -> None:
+    """Raises in all processes where the first, which holds the lock for all, has lost it."""
+    lost = None
+    try:
+        require(workdir)
+    except OSError as error:
+        lost = error
+    if hosts.agree(lost is not None).any():
+        raise lost or LockLost(f"{workdir} is no longer this run's; process 0 says why")
+
+
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Says what the run starts from, and writes it to warm_start.json."""
     if warm is None:
+        if jax.process_index() == 0:  # of a start with another config, which came to nothing
+            (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}
     counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])

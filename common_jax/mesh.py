@@ -6,16 +6,21 @@ Parameters: ordered `(regex, PartitionSpec)` rules, kept at the foot of each mod
 """
 
 import dataclasses
+import importlib.util
 import math
+import pkgutil
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from common_jax.config import FieldError, Section
+from common_jax.ranges import LARGEST_INT, Interval
 
 AXES = ("data", "fsdp", "expert")
 BATCH = PartitionSpec(AXES)  # examples are split over every axis, also those that split parameters
@@ -27,16 +32,56 @@ ACTIVATIONS = {
     "labels": None,
 }
 
+# Devices along an axis.
+Axis = Annotated[int, Interval("at least 1, or -1 for all that are left", 1, LARGEST_INT, other=-1)]
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices along each axis; -1 on one axis means all that the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    expert: Axis = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        free = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(free) > 1:
+            raise FieldError(
+                f"{free[-1]}=-1 and {free[0]}=-1: only one axis can take all that are left"
+            )
+
+
+def start_backend() -> str:
+    """The platform of JAX's devices, which this starts unless it has been.
+
+    Raises:
+      ValueError: when JAX_PLATFORMS asks for a platform that cannot be started here.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0][:500]
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be started"
+            f"{f' ({reason})' if reason else ''}; JAX is installed here for "
+            f"{', '.join(_installed_platforms())}. Set JAX_PLATFORMS to one of these, unset it to "
+            "take the best, or install JAX for the device: docs.jax.dev/en/latest/installation.html"
+        ) from error
+
+
+def _installed_platforms() -> list[str]:
+    """Platforms that JAX has code for; whether there is such a device is another question."""
+    try:
+        plugins = [
+            one.name
+            for one in pkgutil.iter_modules(importlib.import_module("jax_plugins").__path__)
+        ]
+    except ImportError:
+        plugins = []
+    return ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else []), *plugins]
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -50,14 +95,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       ValueError: when the axes do not multiply to the number of devices, or `data` not to a
         multiple of the slices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        start_backend()
+        devices = jax.devices()
     shape = [getattr(config, axis) for axis in AXES]
     free = [axis for axis, size in zip(AXES, shape, strict=True) if size == -1]
     fixed = math.prod(size for size in shape if size != -1)
-    if len(free) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise ValueError(
-            f"config.mesh={_describe(shape)} must have positive sizes and at most one -1"
-        )
     if free and len(devices) % fixed == 0:
         shape[AXES.index(free[0])] = len(devices) // fixed
     if math.prod(shape) != len(devices):

@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from common_jax.untrusted import RefusedError, brief, parse_json
-from common_jax.workdir import temporary_beside
+from common_jax.workdir import write_bytes
 
 MOST_AXES = 8  # of arrays among the metrics
 
@@ -239,10 +239,4 @@ def _drop_later(path: epath.Path, step: int) -> None:
     lines = path.read_bytes().split(b"\n")[:-1]
     steps = [_parse_line(path, number, line)["step"] for number, line in enumerate(lines, 1)]
     kept = [line for line, own in zip(lines, steps, strict=True) if own <= step]
-    rewritten = temporary_beside(path)
-    try:
-        rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
-        rewritten.replace(path)
-    except BaseException:
-        rewritten.unlink(missing_ok=True)
-        raise
+    write_bytes(path, b"".join(line + b"\n" for line in kept))

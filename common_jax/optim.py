@@ -4,22 +4,35 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import optax
 from flax import traverse_util
 from jax import numpy as jnp
 
+from common_jax.config import FieldError, Section
+from common_jax.ranges import (
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    Regex,
+    Size,
+    key_of,
+    one_of,
+    within,
+)
 from common_jax.state import subtrees
 
 OPTIMIZERS = ("adamw", "sgd")
+LONGEST = 1_000_000  # epochs; a curve by epoch is a table of them
 # PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section):
     """How a run optimises.
 
     Attributes:
@@ -48,49 +61,34 @@ class OptimConfig:
       ema: decay of the running average of the parameters that is evaluated; 0 for none.
     """
 
-    epochs: int = 300
-    steps: int | None = None
-    batch: int = 512
-    accumulate: int = 1
-    lr: float = 5e-4
-    lr_per: int | None = 512
-    schedule: str = "epoch_cosine"
-    warmup_epochs: int = 20
-    warmup_steps: int | None = None
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
-    power: float = 2.0
-    optimizer: str = "adamw"
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.9
+    epochs: Annotated[int, within(1, LONGEST)] = 300
+    steps: Size | None = None
+    batch: Size = 512
+    accumulate: Size = 1
+    lr: NonNegative = 5e-4
+    lr_per: Size | None = 512
+    schedule: Annotated[str, key_of(lambda: SCHEDULES)] = "epoch_cosine"
+    warmup_epochs: Count = 20
+    warmup_steps: Count | None = None
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+    power: Positive = 2.0
+    optimizer: Annotated[str, one_of(*OPTIMIZERS)] = "adamw"
+    weight_decay: NonNegative = 0.05
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999
+    eps: Positive = 1e-8
+    momentum: BelowOne = 0.9
     decay_all: bool = False
-    no_decay: str = r".*/(pos_embed|cls_token)"
-    clip: float | None = None
-    ema: float = 0.0
+    no_decay: Regex = r".*/(pos_embed|cls_token)"
+    clip: Positive | None = None
+    ema: BelowOne = 0.0
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"config.optim.schedule={self.schedule!r} must be one of {sorted(SCHEDULES)}"
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"config.optim.optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}"
-            )
-        if self.accumulate < 1 or self.batch % self.accumulate:
-            raise ValueError(
-                f"config.optim.batch={self.batch} must be a multiple of "
-                f"config.optim.accumulate={self.accumulate}"
-            )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"config.optim.ema={self.ema} must be in [0, 1); 0 turns it off")
-        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
-            raise ValueError(
-                f"config.optim.epochs={self.epochs} and config.optim.steps={self.steps} must be at "
-                "least 1"
+        super().__post_init__()
+        if self.batch % self.accumulate:
+            raise FieldError(
+                f"batch={self.batch} must be a multiple of accumulate={self.accumulate}"
             )
 
     @property
@@ -106,6 +104,25 @@ class OptimConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Updates in the whole run."""
         return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
+        """Raises ValueError, naming fields of the section `key`, where the schedule's warm-up is
+        not shorter than the run, which would then end without having reached its peak."""
+        if self.schedule not in WARMING:
+            return
+        by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
+        warmup = self.warmup_epochs * steps_per_epoch
+        name, given, total = "warmup_epochs", self.warmup_epochs, self.total_steps(steps_per_epoch)
+        if by_steps:
+            name, given, warmup = "warmup_steps", self.warmup_steps, self.warmup_steps
+        if warmup < total or warmup == 0:
+            return
+        length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+        raise ValueError(
+            f"{key}.{name}={given} is a warm-up of {warmup} steps, and the run has only {total} "
+            f"({key}.{length}, {steps_per_epoch} steps an epoch): give a shorter warm-up, such as "
+            f"--{key}.{name}=0, or a longer run"
+        )
 
     def total_warmup(self, steps_per_epoch: int) -> int:
         """Updates of the warm-up, of curves by step."""
@@ -184,6 +201,10 @@ SCHEDULES = {
     "polynomial": polynomial,
     "constant": constant,
 }
+
+
+BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # which know no warmup_steps
+WARMING = (*BY_EPOCH, "warmup_cosine", "inverse_sqrt")
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:

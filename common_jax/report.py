@@ -6,13 +6,15 @@ metric is drawn where; one that no family takes gets a panel named for its last 
 """
 
 import base64
+import contextlib
 import dataclasses
 import html
 import itertools
 import json
+import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -28,7 +30,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 
 from common_jax.metrics import read_metrics
-from common_jax.workdir import read_json
+from common_jax.workdir import read_json, write_bytes
 
 NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
 NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
@@ -115,7 +117,7 @@ def write_report(
 ) -> epath.Path:
     """Writes `workdir/report.html`, on every run in or below `workdir`, and each run's plots to its
     own `plots/curves.png`, unless they are newer than its metrics; returns the page's path. The
-    same files give the same bytes.
+    same files give the same bytes, and nothing is written that is there already.
 
     Args:
       workdir: searched for folders that hold `metrics.jsonl`.
@@ -126,6 +128,7 @@ def write_report(
 
     Raises:
       ValueError: for a file of a run that cannot be read, naming it.
+      OSError: when the page cannot be written; a run's plots that cannot be are a warning.
     """
     workdir = epath.Path(workdir)
     sections = []  # (anchor, heading, HTML)
@@ -152,8 +155,31 @@ def write_report(
         body += f'<section id="{anchor}"><h2>{heading}</h2>\n{content}</section>\n'
     path = workdir / "report.html"
     page = PAGE.format(title=html.escape(title), style=STYLE, contents=contents, body=body)
-    path.write_bytes(page.encode())
+    if not path.exists() or path.read_bytes() != page.encode():
+        write_bytes(path, page.encode())
     return path
+
+
+@contextlib.contextmanager
+def dispensable(path: epath.PathLike) -> Iterator[None]:
+    """A block that makes a report or a picture: what fails there is a warning, which names `path`,
+    and no error of the run. Its own mistakes show their traceback."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logging.warning("%s could not be made (%s); the run itself is whole", path, error)
+    except Exception:
+        logging.warning("%s could not be made; the run itself is whole", path, exc_info=True)
+
+
+def is_picture(path: epath.PathLike) -> bool:
+    """Whether a file is there and is a whole PNG, not one that a full disk cut off."""
+    try:
+        with Image.open(BytesIO(epath.Path(path).read_bytes()), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):  # PIL's of what it cannot read, all three
+        return False
+    return True
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
@@ -183,7 +209,7 @@ def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:
     _finish(axes, ylabel=label)
     short = all(len(name) <= 40 for name in axes.get_legend_handles_labels()[1])
     figure.legend(loc="outside upper left", ncols=2 if short else 1, fontsize=9, frameon=False)
-    epath.Path(path).write_bytes(_png(figure))
+    write_bytes(path, _png(figure))
 
 
 def _find_runs(folder: epath.Path) -> list[epath.Path]:
@@ -342,12 +368,17 @@ def _run_html(run: epath.Path, name: str) -> str:
 
 
 def _drawn(found: Mapping[Family, Curves], run: epath.Path) -> bytes:
-    """The run's picture; drawn again only when its metrics have changed since."""
+    """The run's picture; drawn again only when its metrics have changed since, or it is broken."""
     path = run / "plots" / "curves.png"
-    if not path.exists() or path.stat().mtime <= (run / "metrics.jsonl").stat().mtime:
+    if is_picture(path) and path.stat().mtime > (run / "metrics.jsonl").stat().mtime:
+        return path.read_bytes()
+    picture = _draw(found)
+    try:
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(_draw(found))
-    return path.read_bytes()
+        write_bytes(path, picture)
+    except OSError as error:
+        logging.warning("%s could not be written (%s)", path, error)
+    return picture
 
 
 def _text(value: Any) -> str:

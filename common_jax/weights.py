@@ -64,6 +64,7 @@ def take(
     leave: tuple[Allowance, ...] = (),
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
+    read: bool = True,
 ) -> WarmStart:
     """Fills `wanted` from `origins`, reading only what is used, straight onto its shardings.
 
@@ -73,6 +74,7 @@ def take(
       leave: what an origin may hold although it has no place in `wanted`.
       fresh: what stays out of the result, to be initialised, whether an origin has it or not.
       adapt: regex of paths: how a parameter of another shape becomes one of the wanted shape.
+      read: False only looks whether all fits, and gives no parameters.
 
     Raises:
       FileNotFoundError: when an origin has no finished checkpoint.
@@ -97,7 +99,7 @@ def take(
                     problems.append(f"{path} of shape {shape.shape} has no place (from {step})")
                 continue
             chosen[path] = (f"{origin.subtree}/{name}", shape)
-        values = _read(step, chosen, flat, adapt or {}, account, problems)
+        values = _read(step, chosen, flat, adapt or {}, account, problems, read)
         taken |= values
         covered |= set(chosen)
         account["taken"].append(
@@ -140,7 +142,7 @@ def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
     return next((a.reason for a in allowances if re.fullmatch(a.regex, path)), None)
 
 
-def _read(step, chosen, flat, adapt, account, problems) -> dict[str, jax.Array]:
+def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
     """The chosen parameters in the wanted shapes; notes those adapted and those that cannot be."""
     requests, to_adapt = {}, {}
     for path, (name, shape) in chosen.items():
@@ -157,10 +159,10 @@ def _read(step, chosen, flat, adapt, account, problems) -> dict[str, jax.Array]:
         to_adapt[path] = function
         here = SingleDeviceSharding(jax.local_devices()[0])
         requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=here)
-    if problems or not requests:
+    if problems or not requests or not read:
         return {}
-    read = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
-    values = traverse_util.flatten_dict(read, sep="/")
+    found = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
+    values = traverse_util.flatten_dict(found, sep="/")
     taken = {}
     for path, (name, shape) in chosen.items():
         target = flat[path]

@@ -1,15 +1,27 @@
 """The config of a run of m2mkd_jax: one frozen dataclass, whose defaults are the only ones."""
 
 import dataclasses
-import re
+from typing import Annotated
 
 import ml_collections
 from jax import numpy as jnp
 
-from common_jax.config import did_you_mean, unfreeze
+from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
+from common_jax.ranges import (
+    BelowOne,
+    Count,
+    Fraction,
+    Name,
+    Positive,
+    Regex,
+    Seed,
+    Size,
+    one_of,
+    shown,
+)
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
@@ -28,12 +40,37 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
+# Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
+_ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
+_ONE = (*_ANY, "optim", "augment", "drop_path")
+_TAKE = ("sources.fresh", "sources.leave")
+READS: dict[str, tuple[str, ...]] = {
+    "pretrain_meta": (*_ONE, "meta", "ood"),
+    "train_module": (
+        *_ONE, "module", "meta", "teacher", "distill.pairs_at_once", "sources.meta", *_TAKE,
+    ),
+    "assemble": (*_ONE, "teacher", "ood", "sources.modules", *_TAKE),
+    "distill": (
+        *_ONE, "module", "meta", "teacher", "model", "distill", "sources.meta", "sources.teacher",
+        *_TAKE,
+    ),
+    # Stitches that a V-MoE keeps are as wide as the meta model.
+    "end_to_end": (
+        *_ONE, "meta.width", "teacher", "model", "regularizers", "baseline", "ood", "init",
+        "sources.students", "sources.teacher", *_TAKE,
+    ),
+    "few_shot": (*_ONE, "meta.width", "model", "few_shot", "sources.network", *_TAKE),
+    "pipeline": (
+        *_ANY, "meta", "teacher", "model", "regularizers", "distill", "baseline", "few_shot", "ood",
+        "sources.meta", "sources.teacher", *_TAKE, "recipes",
+    ),
+}  # fmt: skip
 NOISES = ("mean", "fixed", "sampled")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Section):
     """m2mKD's objective, (1 - alpha) label loss + alpha distillation.
 
     Attributes:
@@ -42,19 +79,9 @@ class DistillConfig:
       tau: temperature of soft distillation.
     """
 
-    kind: str = "soft"
-    alpha: float = 0.5
-    tau: float = 1.0
-
-    def __post_init__(self):
-        if self.kind not in (*DISTILLATIONS, "none"):
-            raise ValueError(
-                f"config.distill.kind={self.kind!r} must be one of {[*DISTILLATIONS, 'none']}"
-            )
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"config.distill.alpha={self.alpha} must be in [0, 1]")
-        if self.tau <= 0:
-            raise ValueError(f"config.distill.tau={self.tau} must be positive")
+    kind: Annotated[str, one_of(*DISTILLATIONS, "none")] = "soft"
+    alpha: Fraction = 0.5
+    tau: Positive = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +93,11 @@ class PairsConfig(DistillConfig):
         config.module names several; those left over follow in further programs. 0: all in one.
     """
 
-    pairs_at_once: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.pairs_at_once < 0:
-            raise ValueError(
-                f"config.distill.pairs_at_once={self.pairs_at_once} must not be negative; 0 trains "
-                "all modules in one program"
-            )
+    pairs_at_once: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShotConfig:
+class FewShotConfig(Section):
     """An episode: `ways` classes of `shots` training images each, drawn with `seed`.
 
     Attributes:
@@ -92,23 +111,24 @@ class FewShotConfig:
         mean with its 95 % confidence interval.
     """
 
-    ways: int = 8
-    shots: int = 5
-    test_shots: int = 15
-    seed: int = 1
+    ways: Size = 8
+    shots: Size = 5
+    test_shots: Size = 15
+    seed: Seed = 1
     test_on_train: bool = False
-    episodes: int = 1
+    episodes: Size = 1
 
     def __post_init__(self):
-        for name in ("ways", "shots", "test_shots", "episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.few_shot.{name}={getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"config.few_shot.seed={self.seed} must not be negative")
+        super().__post_init__()
+        if self.seed + self.episodes > 2**32:
+            raise FieldError(
+                f"seed={self.seed} and episodes={self.episodes}: the last episode's seed, "
+                f"{self.seed + self.episodes - 1}, must be below 2^32"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class SourcesConfig:
+class SourcesConfig(Section):
     """Workdirs (or steps in them) that a phase takes weights from.
 
     Attributes:
@@ -124,25 +144,16 @@ class SourcesConfig:
     """
 
     meta: str = ""
-    modules: tuple[str, ...] = ()
+    modules: tuple[Name, ...] = ()
     teacher: str = ""
-    students: tuple[str, ...] = ()
+    students: tuple[Name, ...] = ()
     network: str = ""
-    fresh: str = ""
-    leave: str = ""
-
-    def __post_init__(self):
-        for name in ("fresh", "leave"):
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                raise ValueError(
-                    f"config.sources.{name}={getattr(self, name)!r} is no regex: {error}"
-                ) from None
+    fresh: Regex = ""
+    leave: Regex = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Section):
     """How the whole V-MoE of end_to_end starts, where it is not from students.
 
     Attributes:
@@ -155,7 +166,7 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """What networks that draw at random outside training too (NAC) do in evaluation.
 
     Attributes:
@@ -164,18 +175,21 @@ class EvaluationConfig:
         draws anew, from the step as well.
     """
 
-    noise: str = "mean"
+    noise: Annotated[str, one_of(*NOISES)] = "mean"
 
-    def __post_init__(self):
-        if self.noise not in NOISES:
-            raise ValueError(
-                f"config.evaluation.noise={self.noise!r} must be one of {list(NOISES)}"
-                f"{did_you_mean(self.noise, list(NOISES))}"
-            )
+
+def check_mixing(section: "Recipe | Config") -> None:
+    """Raises FieldError where examples are mixed in pairs and the batch is odd."""
+    optim = section.optim
+    if section.augment.mixes and optim.micro_batch % 2:
+        raise FieldError(
+            f"optim.batch={optim.batch} / accumulate={optim.accumulate} must be even, since "
+            "augment mixes examples in pairs"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Recipe(Section):
     """How one phase trains.
 
     Attributes:
@@ -186,11 +200,15 @@ class Recipe:
 
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
-    drop_path: float = 0.0
+    drop_path: BelowOne = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_mixing(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Section):
     """A run of one phase, or of all of them (`phase="pipeline"`).
 
     Attributes:
@@ -219,10 +237,10 @@ class Config:
       run: logging, evaluation, checkpoints.
     """
 
-    phase: str = "end_to_end"
+    phase: Annotated[str, one_of(*PHASES, "pipeline")] = "end_to_end"
     module: str = "all"
-    seed: int = 0
-    precision: str = "float32"
+    seed: Seed = 0
+    precision: Annotated[str, one_of(*PRECISIONS)] = "float32"
     data: DataConfig = DataConfig()
     ood: OodConfig = OodConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -237,52 +255,43 @@ class Config:
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
-    drop_path: float = 0.0
+    drop_path: BelowOne = 0.0
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
     mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self):
-        if self.phase not in (*PHASES, "pipeline"):
-            raise ValueError(f"config.phase={self.phase!r} must be one of {[*PHASES, 'pipeline']}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"config.precision={self.precision!r} must be one of {sorted(PRECISIONS)}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"config.seed={self.seed} must not be negative")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"config.drop_path={self.drop_path} must be in [0, 1)")
-        if self.augment.mixes and self.optim.micro_batch % 2:
-            raise ValueError(
-                f"config.optim.batch={self.optim.batch} / accumulate={self.optim.accumulate} must "
-                "be "
-                "even, since config.augment mixes examples in pairs"
-            )
+        super().__post_init__()
+        check_mixing(self)
         kernel = self.model.kernel if isinstance(self.model, NacConfig) else None
         if kernel and kernel.evaluation == "sample" and self.evaluation.noise == "mean":
-            raise ValueError(
-                "config.model.kernel.evaluation='sample' draws edges and "
-                "config.evaluation.noise='mean' draws nothing: change either"
+            raise FieldError(
+                "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
+                "nothing: change either"
             )
         if self.init.upcycle and self.phase != "end_to_end":
-            raise ValueError(
-                f"config.init.upcycle={self.init.upcycle!r} is for phase='end_to_end' and "
-                f"config.phase={self.phase!r}: leave it out"
+            raise FieldError(
+                f"init.upcycle={shown(self.init.upcycle)} is for phase='end_to_end' and "
+                f"phase={self.phase!r}: leave it out"
             )
         if self.init.upcycle and self.sources.students:
-            raise ValueError(
-                f"config.init.upcycle={self.init.upcycle!r} and "
-                f"config.sources.students={self.sources.students}: a network starts from one of "
+            raise FieldError(
+                f"init.upcycle={shown(self.init.upcycle)} and "
+                f"sources.students={shown(self.sources.students)}: a network starts from one of "
                 "them"
             )
         if self.init.upcycle and isinstance(self.model, NacConfig):
-            raise ValueError(
-                f"config.init.upcycle={self.init.upcycle!r} makes a V-MoE of a ViT and "
-                "config.model.kind='nac': leave it out, or give a V-MoE"
+            raise FieldError(
+                f"init.upcycle={shown(self.init.upcycle)} makes a V-MoE of a ViT and "
+                "model.kind='nac': leave it out, or give a V-MoE"
             )
         if unknown := set(self.recipes) - set(PHASES):
-            raise ValueError(f"config.recipes has no phases {sorted(unknown)}, only {PHASES}")
+            raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASES}")
+        if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
+            raise FieldError(
+                f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, such as "
+                "'test/accuracy', or None"
+            )
         self.modules()
 
     @property
@@ -305,8 +314,8 @@ class Config:
         except ValueError:
             stages = (count,)
         if not set(stages) <= set(range(count)) or len(set(stages)) < len(stages):
-            raise ValueError(
-                f"config.module={self.module!r} must be 'all' or stages from 0 to {count - 1}, "
+            raise FieldError(
+                f"module={shown(self.module)} must be 'all' or stages from 0 to {count - 1}, "
                 "each once, such as '2' or '0+3'"
             )
         return tuple(sorted(stages))

@@ -14,6 +14,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from common_jax.workdir import write_bytes
 from m2mkd_jax.models.nac.kernel import cosine_distance
 
 DPI = 110
@@ -64,7 +65,7 @@ def draw_connectivity(
     bar.set_label(f"cosine distance; red: connected (up to {truncation:g})", color=INK)
     file = BytesIO()
     FigureCanvasAgg(figure).print_png(file)
-    epath.Path(path).write_bytes(file.getvalue())
+    write_bytes(path, file.getvalue())
 
 
 def _edges(distance: np.ndarray, truncation: float) -> np.ndarray:

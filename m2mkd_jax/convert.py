@@ -263,6 +263,8 @@ def part_experts(state: State) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     parted, origins = {}, {}
     for name, array in state.items():
         if match := _FUSED.fullmatch(name):
+            if np.ndim(array) == 0:
+                raise ValueError(f"{name} is a single number, and should hold all experts")
             for e in range(len(array)):
                 part = f"{match[1]}{e}.{match[2]}.{match[3]}"
                 parted[part], origins[part] = array[e : e + 1], name

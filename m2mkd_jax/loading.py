@@ -8,7 +8,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.config import freeze
+from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.models import vit
@@ -54,9 +54,11 @@ def load_model(
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when the run trained several modules and `module` is none of them.
+      ValueError: when the run trained several modules and `module` is none of them, or no
+        checkpoint in the workdir is its run's.
     """
-    config = freeze(Config, checkpoint.load_config(source))
+    source = checkpoint.find_step(source)
+    config = freeze_stored(Config, checkpoint.load_config(source), source)
     role, build = NETWORKS[config.phase]
     stage = _stage(config, module)
     name = "" if stage is None else stage_name(stage)

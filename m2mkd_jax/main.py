@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from common_jax import app
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
-from common_jax.report import Table, write_report
-from common_jax.workdir import read_json
-from m2mkd_jax.config import Config
+from common_jax.report import Table, dispensable, is_picture, write_report
+from common_jax.workdir import hold, read_json
+from m2mkd_jax.config import READS, Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.phases.circuit import PICTURE
@@ -39,21 +39,29 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the phase."""
     frozen = freeze(Config, config)
     mesh = make_mesh(frozen.mesh)
-    runs = plan(frozen, workdir) if frozen.phase == "pipeline" else [("", frozen)]
-    for _, run in runs:
-        check_run(run, mesh)
-    app.use_compilation_cache(frozen.run.compilation_cache)
-    run_phase(frozen, workdir, mesh)
-    if jax.process_index() == 0:
-        folders = [folder for folder, _ in runs] if frozen.phase == "pipeline" else []
-        episodes = (episodes_table(workdir / folder) for folder, _ in runs)
-        write_report(
-            workdir,
-            title=f"m2mKD, {frozen.phase}",
-            table=results_table(workdir, folders),
-            tables=[table for table in episodes if table is not None],
-            figures=connectivity_figures(workdir, [folder for folder, _ in runs]),
-        )
+    with hold(workdir):
+        pipeline = frozen.phase == "pipeline"
+        runs = plan(frozen, workdir) if pipeline else [("", frozen)]
+        for _, run in runs:
+            key = f"config.recipes.{run.phase}" if pipeline else "config"
+            check_run(run, mesh, key=key)
+        app.use_compilation_cache(frozen.run.compilation_cache)
+        run_phase(frozen, workdir, mesh)
+        if jax.process_index() == 0:
+            folders = [folder for folder, _ in runs]
+            with dispensable(workdir / "report.html"):
+                _report(frozen, workdir, folders)
+
+
+def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
+    episodes = (episodes_table(workdir / folder) for folder in folders)
+    write_report(
+        workdir,
+        title=f"m2mKD, {config.phase}",
+        table=results_table(workdir, folders if config.phase == "pipeline" else []),
+        tables=[table for table in episodes if table is not None],
+        figures=connectivity_figures(workdir, folders),
+    )
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
@@ -86,18 +94,19 @@ def connectivity_figures(workdir: epath.Path, folders: list[str]) -> list[tuple[
     return [
         (f"{folder} mediators before and after training: distances, and the graph".strip(), path)
         for folder, path in pictures
-        if path.exists()
+        if is_picture(path)
     ]
 
 
-def check_run(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError for a batch or a mixture of experts that does not fit the mesh."""
+def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
+    """Raises ValueError for a batch or a mixture of experts that does not fit the mesh; `key` is
+    the path of the section that `optim` is from."""
     micro_batch = config.optim.micro_batch
-    check_batch(mesh, "config.optim.batch / config.optim.accumulate", micro_batch)
+    check_batch(mesh, f"{key}.optim.batch / {key}.optim.accumulate", micro_batch)
     student = config.phase in STUDENT_PHASES and isinstance(config.model, VMoEConfig)
     if student and config.model.moe_positions():
         check_moe(config.model.moe, dict(mesh.shape), micro_batch)
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION)
+    app.run(main, DESCRIPTION, kind="phase", reads=READS)

@@ -9,7 +9,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float
 from sklearn.mixture import GaussianMixture
 
+from common_jax.config import Section
+from common_jax.ranges import Fraction, NonNegative, Positive, Size, above, one_of
 from m2mkd_jax.assignment import assign_blocks
 from m2mkd_jax.models.nac.kernel import KernelConfig, cosine_distance, exp_kernel
-from m2mkd_jax.models.nac.layers import check_choice
 
 LATENTS = types.MappingProxyType(
     {"mediator": ("mediator",), "all": ("input", "mediator", "output")}
@@ -39,7 +40,7 @@ Regularizer = Callable[[Mapping[str, Any], Any], tuple[Float[Array, ""], Metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class HingeConfig:
+class HingeConfig(Section):
     """Repulsion of near signatures, `config.regularizers.hinge`.
 
     Attributes:
@@ -49,22 +50,14 @@ class HingeConfig:
       reduction: "sum" or "mean" over the near pairs.
     """
 
-    weight: float = 0.0
-    weight_end: float | None = None
-    hinge: float = 0.4
-    reduction: str = "sum"
-
-    def __post_init__(self):
-        check_choice("config.regularizers.hinge.reduction", self.reduction, REDUCTIONS)
-        if not 0 < self.hinge <= 2:
-            raise ValueError(
-                f"config.regularizers.hinge.hinge={self.hinge} must be in (0, 2], as cosine "
-                "distances are"
-            )
+    weight: NonNegative = 0.0
+    weight_end: NonNegative | None = None
+    hinge: Annotated[float, above(0, 2)] = 0.4
+    reduction: Annotated[str, one_of(*REDUCTIONS)] = "sum"
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(Section):
     """Keeps distances distributed as they were at first, `config.regularizers.mixture`.
 
     Attributes:
@@ -73,21 +66,14 @@ class MixtureConfig:
       reduction: "mean" or "sum" over the pairs.
     """
 
-    weight: float = 0.0
-    weight_end: float | None = None
-    components: int = 3
-    reduction: str = "mean"
-
-    def __post_init__(self):
-        check_choice("config.regularizers.mixture.reduction", self.reduction, REDUCTIONS)
-        if self.components < 1:
-            raise ValueError(
-                f"config.regularizers.mixture.components={self.components} must be at least 1"
-            )
+    weight: NonNegative = 0.0
+    weight_end: NonNegative | None = None
+    components: Size = 3
+    reduction: Annotated[str, one_of(*REDUCTIONS)] = "mean"
 
 
 @dataclasses.dataclass(frozen=True)
-class BlocksConfig:
+class BlocksConfig(Section):
     """Pulls the kernels to those of a stochastic block model, `config.regularizers.blocks`.
 
     Attributes:
@@ -98,24 +84,17 @@ class BlocksConfig:
       clip: squared errors below it count as it, so that they are left alone; None for none.
     """
 
-    weight: float = 0.0
-    weight_end: float | None = None
-    clusters: int = 8
-    within: float = 0.9
-    between: float = 0.2
-    latents: str = "mediator"
-    clip: float | None = None
-
-    def __post_init__(self):
-        check_choice("config.regularizers.blocks.latents", self.latents, LATENTS)
-        if self.clusters < 1:
-            raise ValueError(
-                f"config.regularizers.blocks.clusters={self.clusters} must be at least 1"
-            )
+    weight: NonNegative = 0.0
+    weight_end: NonNegative | None = None
+    clusters: Size = 8
+    within: Fraction = 0.9
+    between: Fraction = 0.2
+    latents: Annotated[str, one_of(*LATENTS)] = "mediator"
+    clip: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class RegularizersConfig:
+class RegularizersConfig(Section):
     """The terms, `config.regularizers`; one of weight 0 throughout is not computed.
 
     Attributes:

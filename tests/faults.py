@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import tiny_cliptrans
+from faults_checkpoints import strange_checkpoints, strange_folders
 from jobs import show
 from processes import DIGITS, Started, finish_pair, pair, says, start
 
@@ -302,6 +304,8 @@ FAULTS = {
     "full_disk": full_disk,
     "two_processes": two_processes,
     "decoding": decoding,
+    "strange_checkpoints": functools.partial(strange_checkpoints, Row),
+    "strange_folders": functools.partial(strange_folders, Row),
 }
 
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = f"{ROOT}/configs/m2mkd/digits.py"
 EMOJI = f"{ROOT}/configs/cliptrans/emoji.py"
 WHOLE = f"{DIGITS}:phase=end_to_end"
-GRID = "distill.alpha=0.3,0.5"
+GRID = "baseline.alpha=0.3,0.5"
 
 # Stands in for python: notes that it was called and does what a file says that names the run.
 STAND_IN = """#!{python} -ES
@@ -34,7 +34,7 @@ if order == "wait":
     signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(0)))
     (folder / "started").touch()
     time.sleep(60)
-seed, alpha = flags["--config.seed"], flags.get("--config.distill.alpha", "0.5")
+seed, alpha = flags["--config.seed"], flags.get("--config.baseline.alpha", "0.5")
 accuracy = float(alpha) + 0.01 * int(seed)
 (folder / "result.json").write_text(json.dumps({{"steps": 3, "test/accuracy": accuracy}}))
 """

@@ -43,6 +43,7 @@ LAYERS = {
     ),
     "common_jax": (
         ("app",),
+        ("command_line",),
         ("loop",),
         ("report", "task"),
         ("metrics", "weights"),
@@ -50,7 +51,7 @@ LAYERS = {
         ("inputs", "optim"),
         ("workdir",),
         ("state", "mesh", "config"),
-        ("nn", "tensors", "pods"),
+        ("nn", "tensors", "pods", "ranges", "ranking"),
         ("untrusted",),
     ),
 }

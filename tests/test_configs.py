@@ -233,7 +233,7 @@ def check_augmentation(config):
 @pytest.mark.parametrize(
     ("name", "arg", "said"),
     [
-        ("digits", "phase=distil", r"config\.phase='distil'"),
+        ("digits", "phase=distil", r"^phase='distil'"),
         ("vmoe_base", "size=small", "size='small' must be one of"),
         ("digits_nac", "prior=star", "prior='star' must be one of"),
         ("nac_imagenet", "prior=star", "prior='star' must be one of"),

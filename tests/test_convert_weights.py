@@ -288,8 +288,8 @@ def test_a_teacher_that_is_not_one_is_refused(tmp_path, config_file, capsys, cha
     ("flags", "said"),
     [
         (["--config.teacher.dephts=2,2"], "has no field 'dephts' (did you mean 'depths'?)"),
-        (["--config.teacher.depths=4"], "config.teacher.depths=4 must be a tuple"),
-        (["--config=nowhere.py"], "--config=nowhere.py is no config file"),
+        (["--config.teacher.depths=(4"], "config.teacher.depths=(4 must be a tuple"),
+        (["--config=nowhere.py"], "--config=nowhere.py: there is no such file in"),
         ([], "of no published network"),
         (["--kind=nac"], "give its config, such as --config=configs/m2mkd/nac_imagenet.py"),
         (["--kind=vmoe_student"], "give its config, such as --config=configs/m2mkd/vmoe_base.py"),

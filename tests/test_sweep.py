@@ -58,9 +58,9 @@ def test_a_grid_of_another_form_is_refused(grid, said):
 
 
 def test_names_are_short_plain_and_the_same_for_equal_values():
-    names = [cell.name for cell in cells("model.moe.experts=4;distill.alpha=0.30,5e-1")]
+    names = [cell.name for cell in cells("model.moe.experts=4;baseline.alpha=0.30,5e-1")]
     assert names == ["alpha=0.3,experts=4", "alpha=0.5,experts=4"]
-    assert cells("distill.alpha=.3;model.moe.experts=4")[0].name == names[0]
+    assert cells("baseline.alpha=.3;model.moe.experts=4")[0].name == names[0]
     tuples = cells("model.depths=(1,1),(2, 2);teacher.depths=(1,1)")
     assert [cell.name for cell in tuples] == [
         "model.depths=1-1,teacher.depths=1-1",
@@ -117,12 +117,15 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("alpha=1", ["config has no field 'alpha'", "an argument", "has a colon"]),
         (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase']"]),
         (":phase=distil", ["config.phase='distil'", "end_to_end"]),
-        ("distill.alpha=0.1,1.5", ["distill.alpha=1.5", "must be in [0, 1]"]),
-        ("model.moe.experts=4,x", ["experts=x", "int()", "unswept it is", "experts=4"]),
+        ("baseline.alpha=0.1,1.5", ["alpha=1.5", "must be in [0, 1]"]),
+        (
+            "model.moe.experts=4,x",
+            ["experts=x must be a whole number", "unswept it is", "experts=4"],
+        ),
         ("optim.lr=None,1", ["config.optim.lr=None must be a float"]),
         ("model.depths=1,(1.5,2)", ["config.model.depths[0]=1.5 must be of type int"]),
         ("distill=1", ["config.distill is a section", "'alpha'"]),
-        ("distill.alpha=1,1.0", ["alpha=1.0: the cell stands twice"]),
+        ("baseline.alpha=1,1.0", ["alpha=1.0: the cell stands twice"]),
         ("seed=1,2", ["--seeds N"]),
         ("optim.epochs=1", ["'optim.epochs' is swept, and --config.optim.epochs=2 sets it"]),
     ],
@@ -138,9 +141,33 @@ def test_a_bad_cell_is_found_before_any_is_started(tmp_path, capsys, stand_in, g
 
 
 def test_all_bad_cells_are_named_at_once(tmp_path, capsys):
-    assert start(tmp_path, grid="distill.alpha=2,0.5,3") == 2
+    assert start(tmp_path, grid="baseline.alpha=2,0.5,3") == 2
     printed = capsys.readouterr().err
     assert "alpha=2.0" in printed and "alpha=3.0" in printed and "alpha=0.5" not in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "grid", "said"),
+    [
+        (WHOLE, "distill.alpha=0.3,0.7", ["phase='end_to_end' does not read config.distill.alpha"]),
+        (WHOLE, "few_shot.ways=2,3", ["does not read config.few_shot.ways", "'baseline'"]),
+        (f"{DIGITS}:phase=train_module", "distill.tau=1,2", ["'distill.pairs_at_once'"]),
+        (DIGITS, "optim.lr=1,2", ["did you mean --config.recipes.assemble.optim.lr or"]),
+        (DIGITS, ":phase=end_to_end,distill;distill.tau=1,2", ["phase='end_to_end' does not read"]),
+        (
+            f"{EMOJI}:stage=clip",
+            "model.mapper.kind=mlp,x",
+            ["stage='clip' does not read config.mod"],
+        ),
+    ],
+)
+def test_a_field_that_the_run_does_not_read_is_no_sweep(config, grid, said):
+    with pytest.raises(ValueError, match="cells that cannot run") as caught:
+        cells(grid, config)
+    for text in said:
+        assert text in str(caught.value)
+    assert len(cells("distill.alpha=0.3,0.7", f"{DIGITS}:phase=distill")) == 2
+    assert len(cells("recipes.distill.optim.lr=1,2;distill.alpha=0.3", DIGITS)) == 2
 
 
 @pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)
@@ -194,15 +221,15 @@ def test_failures_stop_no_other_and_are_tried_again(tmp_path, capsys, stand_in):
 def test_a_folder_takes_more_values_and_seeds_but_no_other_sweep(tmp_path, capsys, stand_in):
     _, take = stand_in
     assert start(tmp_path / "s") == 0 and len(take()) == 2
-    assert start(tmp_path / "s", "--seeds=2", grid="distill.alpha=0.4,0.3") == 0
+    assert start(tmp_path / "s", "--seeds=2", grid="baseline.alpha=0.4,0.3") == 0
     assert take() == ["alpha=0.3,seed=1", "alpha=0.4,seed=0", "alpha=0.4,seed=1"]
-    table = [(row["distill.alpha"], row["test/accuracy n"]) for row in read_csv(tmp_path / "s")]
+    table = [(row["baseline.alpha"], row["test/accuracy n"]) for row in read_csv(tmp_path / "s")]
     assert table == [("0.3", "2"), ("0.4", "2"), ("0.5", "1")]
     record = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert record["seeds"] == 2 and set(record["cells"]) == {f"alpha=0.{i}" for i in (3, 4, 5)}
     capsys.readouterr()
-    assert start(tmp_path / "s", grid="distill.tau=1,2") == 2
-    assert "holds a sweep of ['distill.alpha'], and this is one of" in capsys.readouterr().err
+    assert start(tmp_path / "s", grid="baseline.tau=1,2") == 2
+    assert "holds a sweep of ['baseline.alpha'], and this is one of" in capsys.readouterr().err
     assert start(tmp_path / "s", "--config.optim.epochs=3") == 2
     assert "optim.epochs: 20 -> 3" in capsys.readouterr().err
     assert not take()

@@ -42,9 +42,10 @@ from common_jax.config import freeze
 from common_jax.inputs import BadExample
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.data.augment import SMALL_SIDE
-from m2mkd_jax.data.folders import listed
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
-from m2mkd_jax.data.sources import DataConfig, Source, load_source
+from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
+from m2mkd_jax.data.subsets import with_labels_of
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline
 
 USER_ERRORS = (*app.USER_ERRORS, ImportError)
@@ -92,13 +93,11 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
     """Image sets: training, test and OOD."""
     data = _undecoded(config.data)
     findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
-    train = _check_images(data, "train_split", findings)
-    test = _check_images(data, "test_split", findings)
-    if train and test and tuple(train.label_names) != tuple(test.label_names):
-        only = set(train.label_names) ^ set(test.label_names)
-        findings.problem(
-            f"the classes of {data.train_split!r} and {data.test_split!r} differ, so that a label "
-            f"means two things: {listed(only) or 'another order'}"
+    train = _check_images(data, data.train_split, "train_split", load_source, findings)
+    test = _check_images(data, data.test_split, "test_split", open_source, findings)
+    if train is not None and test is not None:
+        findings.attempt(
+            with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"
         )
     if train is not None and config.phase != "few_shot":
         runs = [("", config)]
@@ -120,10 +119,15 @@ def _undecoded(data: DataConfig) -> DataConfig:
     return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
 
 
-def _check_images(data: DataConfig, key: str, findings: Findings) -> Source | None:
-    split = getattr(data, key)
+def _check_images(
+    data: DataConfig,
+    split: str,
+    key: str,
+    load: Callable[[DataConfig, str], Source],
+    findings: Findings,
+) -> Source | None:
     findings.say(f"{split} (config.data.{key})")
-    source = findings.attempt(load_source, data, split)
+    source = findings.attempt(load, data, split)
     if source is not None:
         _describe_classes(source, findings)
         _check_pixels(source, data, split, findings)

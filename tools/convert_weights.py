@@ -13,13 +13,9 @@ what is assumed, and which --config.x=y corrects, such as --config.teacher.depth
 """
 
 import argparse
-import ast
 import dataclasses
-import functools
 import json
-import operator
 import pathlib
-import runpy
 import sys
 import textwrap
 import uuid
@@ -33,10 +29,12 @@ from etils import epath
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import pretrained as cliptrans
 from common_jax import checkpoint
-from common_jax.app import USER_ERRORS, check_field
+from common_jax.app import USER_ERRORS
+from common_jax.command_line import read_config_file, set_field
 from common_jax.config import freeze, unfreeze
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
+from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 
@@ -69,6 +67,7 @@ class Command:
     config: str | None
     settings: Mapping[str, str]
     force: bool
+    weights: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +107,13 @@ def parse(argv: Sequence[str]) -> Command:
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--kind", choices=[*ABOUT])
     parser.add_argument("--config", help="config file and its arguments")
+    parser.add_argument(
+        "--weights",
+        default="",
+        metavar="KEY",
+        help="which weights of a file with several: a key such as model_ema, or what stands before "
+        "a network's names, such as teacher.",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     overrides = [arg for arg in argv if arg.startswith("--config.")]
     flags = parser.parse_args([arg for arg in argv if arg not in overrides])
@@ -122,8 +128,11 @@ def parse(argv: Sequence[str]) -> Command:
 
 def take(command: Command) -> None:
     """From a file, or files, to a folder that the phases start from."""
+    checkpoint.refuse_pattern(command.target, "OUT")
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
-    print(format_account(found.account))
+    printed = found.kind != CLIPTRANS  # what m2mKD's tensors do not tell, before they are read
+    shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
+    print(format_account(shown))
     target = epath.Path(command.target)
     part = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     source = {"source": str(pathlib.Path(command.source).absolute()), "kind": found.kind}
@@ -166,38 +175,39 @@ def export(command: Command) -> None:
 def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
     """The frozen config of --config, or else the inferred one, with the overrides."""
     if command.config is not None:
-        file, _, arguments = command.config.partition(":")
-        if not pathlib.Path(file).is_file():
-            raise FileNotFoundError(f"--config={file} is no config file that can be read")
-        config = runpy.run_path(file)["get_config"](arguments or None)
+        config = read_config_file(command.config)
     else:
         config = unfreeze(cls() if inferred is None else inferred)
-    plain = config.to_dict()
     for path, text in command.settings.items():
-        check_field(config, path)
-        *sections, key = path.split(".")
-        section = functools.reduce(operator.getitem, sections, plain)
-        section[key] = text if isinstance(section[key], str) else _value(text)
-    return freeze(cls, plain)
+        set_field(config, path, text)
+    return freeze(cls, config)
 
 
 def _take_m2mkd(command: Command) -> Converted:
-    files = m2mkd.read_files(command.source)
+    files = m2mkd.read_files(command.source, weights=command.weights)
     if command.kind is None and any(name.startswith("mbart.") for name in files[0].tensors):
         print(f"kind {CLIPTRANS}, as the names tell: {ABOUT[CLIPTRANS]}")
         return _take_cliptrans(command)
     source = m2mkd.find_source(files, command.kind)
     if source.guessed:
         print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")
-    inferred = None
+    inferred, assumed = None, {}
     if command.config is None:
-        told = m2mkd.tell_config(source)
-        inferred = told.config
+        told = m2mkd.tell_config(source, command.settings)
+        inferred, assumed = told.config, told.assumed
         _show_sizes("told by the file", told.told, command)
         _show_sizes("assumed", told.assumed, command)
     config = read_config(command, m2mkd_config.Config, inferred)
-    found = m2mkd.load(source, config)
-    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), found.account)
+    found = m2mkd.load(source, config, overridden=command.settings)
+    account = dataclasses.replace(
+        found.account,
+        assumed=tuple(
+            (path, repr(value))
+            for path, value in assumed.items()
+            if path.removeprefix("config.") not in command.settings
+        ),
+    )
+    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), account)
 
 
 def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:
@@ -212,7 +222,7 @@ def _take_cliptrans(command: Command) -> Converted:
     given = command.config is not None or command.settings
     config = read_config(command, cls)
     model = config.model if given else None
-    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model)
+    found = cliptrans.load(command.source, kind=CLIPTRANS, config=model, weights=command.weights)
     config = dataclasses.replace(
         config,
         stage="translate",
@@ -228,7 +238,7 @@ def _export_cliptrans(
     command: Command, saved: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of a translation model, the shared embedding under all of its names."""
-    config = freeze(cliptrans_config.Config, saved)
+    config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=config.optim.ema > 0)
     if "mbart" not in params:
         raise ValueError(
@@ -244,6 +254,8 @@ def _export_cliptrans(
 
 def _only_module(command: Command) -> int | None:
     """K of --config.module=K, the only setting that a run's file takes."""
+    if command.weights:
+        raise ValueError("--weights is for files; of a run with a running average, that is written")
     if command.config is not None or command.settings.keys() - {"module"}:
         raise ValueError(
             "the config is that of the run; of --config, only --config.module=K may be given here"
@@ -252,13 +264,6 @@ def _only_module(command: Command) -> int | None:
     if stage is not None and not stage.isdigit():
         raise ValueError(f"--config.module={stage} must be the number of a module")
     return None if stage is None else int(stage)
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 if __name__ == "__main__":

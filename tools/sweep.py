@@ -30,7 +30,8 @@ from sweep_cells import PROGRAMS, Cell, parse_grid, plan_cells, read_sweep
 from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
 
-from common_jax.checkpoint import absolute
+from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.config import freeze
 from common_jax.workdir import read_json, refuse_other_config, write_json
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
@@ -44,21 +45,23 @@ class Run:
     Attributes:
       name: of its folder and its log.
       cell: what it is a run of.
+      seed: of everything random.
       command: arguments of python, the workdir left out.
     """
 
     name: str
     cell: Cell
+    seed: int
     command: tuple[str, ...]
 
     @classmethod
     def of(cls, cell: Cell, seed: int) -> "Run":
         """The run of a cell with a seed."""
-        return cls(f"{cell.name},seed={seed}", cell, (*cell.command, f"--config.seed={seed}"))
+        return cls(f"{cell.name},seed={seed}", cell, seed, (*cell.command, f"--config.seed={seed}"))
 
     def results(self, workdir: epath.Path) -> dict[str, float] | None:
         """Its metrics below the sweep's folder; None while it is not finished."""
-        return read_results(workdir / self.name, self.cell)
+        return read_results(workdir / self.name, self.cell, self.seed)
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -160,6 +163,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
     """
     if "://" in str(workdir) and flags.emit is None:
         raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
+    refuse_pattern(flags.workdir, "--workdir")
     asked = plan_asked(flags)
     record, keys = workdir / "sweep.json", list(asked[0].values)
     before = read_json(record, FIELDS) if record.exists() else {"cells": {}, "seeds": 0}
@@ -174,7 +178,8 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
             )
         keys = before["keys"]
         earlier = plan_cells(flags.config, flags.common, before["cells"].values())
-        refuse_other_config(workdir, earlier[0].config)
+        cls = next(one.config for one in PROGRAMS.values() if one.module in earlier[0].command)
+        refuse_other_config(workdir, freeze(cls, earlier[0].config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
     workdir.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import itertools
 import re
-import runpy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from etils import epath
 from cliptrans_jax import config as cliptrans
 from cliptrans_jax.runs import pipeline as cliptrans_pipeline
 from common_jax import app
+from common_jax.command_line import check_field, run_config_file, unread
 from common_jax.config import freeze
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline
@@ -34,12 +34,14 @@ class Program:
       config: the dataclass of its configs.
       metric: what a sweep compares unless it is told.
       results: the folder of the run that a cell is about (None where there is none), and all files.
+      reads: sections and fields that each kind of run reads.
     """
 
     module: str
     config: type
     metric: str
     results: Callable[[Any], tuple[str | None, Files]]
+    reads: Mapping[str, Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +93,7 @@ def read_sweep(config: str) -> list[dict[str, str]]:
       ValueError: where there is no such function, or it yields something else.
     """
     file = config.partition(":")[0]
-    if not epath.Path(file).is_file():
-        raise FileNotFoundError(f"--config={file} is no config file that can be read")
-    sweep = runpy.run_path(file).get("sweep")
+    sweep = run_config_file(config).get("sweep")
     if sweep is None:
         raise ValueError(f"--grid is missing, and {file} has no sweep() in its place; give --grid")
     found = list(sweep())
@@ -196,6 +196,7 @@ def _plan_cell(
     fields = {key: _text(_look_up(found, key)) for key in fields}
     program = find_program(found)
     main, files = program.results(freeze(program.config, found))
+    _check_read(program, found, fields)
     swept = {key: fields.get(key, values[key]) for key in values}
     own = [f"--config.{key}={value}" for key, value in fields.items()]
     return Cell(
@@ -206,6 +207,17 @@ def _plan_cell(
         main=main,
         files=files,
     )
+
+
+def _check_read(program: Program, config: ml_collections.ConfigDict, fields: Iterable[str]) -> None:
+    """Raises ValueError for a swept field that the cell's kind of run does not read."""
+    kind = next(field for field, one in PROGRAMS.items() if one is program)
+    reads = program.reads[config[kind]]
+    if lost := unread(fields, reads):
+        raise ValueError(
+            f"{kind}={config[kind]!r} does not read config.{lost[0]}, so that all cells would have "
+            f"the same numbers; it reads {sorted(reads)}"
+        )
 
 
 def _read_fields(
@@ -232,7 +244,7 @@ def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
 
 
 def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:
-    app.check_field(config, path)
+    check_field(config, path)
     value = functools.reduce(lambda section, key: section[key], path.split("."), config)
     if isinstance(value, ml_collections.ConfigDict):
         raise ValueError(f"config.{path} is a section; sweep one of its fields {sorted(value)}")
@@ -310,6 +322,8 @@ def _cliptrans_results(config: cliptrans.Config) -> tuple[str | None, Files]:
 
 # The field that tells whose config it is.
 PROGRAMS = {
-    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results),
-    "stage": Program("cliptrans_jax.main", cliptrans.Config, "test/bleu", _cliptrans_results),
+    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results, m2mkd.READS),
+    "stage": Program(
+        "cliptrans_jax.main", cliptrans.Config, "test/bleu", _cliptrans_results, cliptrans.READS
+    ),
 }

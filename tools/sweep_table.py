@@ -16,10 +16,15 @@ from sweep_cells import Cell, short_keys
 
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
-from common_jax.workdir import read_json
+from common_jax.workdir import contradictions, read_json
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
+TWIN = " †"
+TWINS = (
+    "; †: every number equals that of another cell to the last digit, so the runs may not read "
+    "what differs between them"
+)
 WIDE = 30  # a swept number whose values span more than this factor has a logarithmic axis
 
 
@@ -40,13 +45,24 @@ class Row:
         return [result[metric] for result in self.results if metric in result]
 
 
-def read_results(folder: epath.Path, cell: Cell) -> dict[str, float] | None:
+def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] | None:
     """All numbers that the runs of a cell end with, by name; None unless all are finished.
 
     A metric of the run that the cell is about goes by its own name, `test/accuracy`, one of another
     run has its folder in front, `teacher/test/accuracy`. Those of scores.json are under `test/`.
+
+    Raises:
+      ValueError: when the folder holds a run of another config than the cell's.
     """
     found: dict[str, float] = {}
+    if (folder / "config.json").exists():
+        one = {**cell.config, "seed": seed}
+        if lines := contradictions(read_json(folder / "config.json"), one):
+            shown = "\n  ".join(line[:120] for line in lines[:10])
+            raise ValueError(
+                f"{folder} holds a run of another config than this cell of the sweep (its value "
+                f"first):\n  {shown}\nmove it away, or give another --workdir"
+            )
     for run, names in cell.files.items():
         if not all((folder / run / name).exists() for name in names):
             return None
@@ -97,20 +113,34 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
     (workdir / "sweep.csv").write_text(text.getvalue())
     names = short_keys(keys)
     header = (*names.values(), *itertools.chain(*((metric, "n") for metric in metrics)))
-    lines = []
-    for row in rows:
+    twins, lines = find_twins(rows), []
+    for place, row in enumerate(rows):
         cells = list(row.swept.values())
         for metric in metrics:
             values = row.values(metric)
-            cells += [_mean_and_spread(values), str(len(values))]
+            mark = TWIN if values and place in twins else ""
+            cells += [f"{_mean_and_spread(values)}{mark}", str(len(values))]
         lines.append(tuple(cells))
-    caption = "Mean ± sample standard deviation over n seeds"
+    caption = "Mean ± sample standard deviation over n seeds" + (TWINS if twins else "")
     table = Table(caption, header, tuple(lines))
     (workdir / "sweep.md").write_text(_markdown(table))
     picture = io.BytesIO()
     FigureCanvasAgg(plot(rows, metrics)).print_png(picture)
     (workdir / "sweep.png").write_bytes(picture.getvalue())
     return table
+
+
+def find_twins(rows: Sequence[Row]) -> set[int]:
+    """Places of the rows all of whose numbers are those of another row, to the last digit, for as
+    many seeds as both have."""
+    texts = [[repr(sorted(result.items())) for result in row.results] for row in rows]
+    alike = lambda a, b: all(x == y for x, y in zip(a, b, strict=False))  # noqa: E731
+    return {
+        place
+        for place, own in enumerate(texts)
+        for other, one in enumerate(texts)
+        if place != other and own and one and alike(own, one)
+    }
 
 
 def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
@@ -133,7 +163,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.errorbar(
                 [places[row.swept[first]] for row in found],
                 [statistics.mean(one) for one in values],
-                [statistics.stdev(one) if len(one) > 1 else 0 for one in values],
+                [_spread(one) if len(one) > 1 else 0 for one in values],
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 linestyle="-" if numbers else ":",
@@ -159,10 +189,16 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     return figure
 
 
+def _spread(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
+    fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
     """Mean, spread and n as text; empty what there is not."""
     mean = repr(statistics.mean(values)) if values else ""
-    spread = repr(statistics.stdev(values)) if len(values) > 1 else ""
+    spread = repr(_spread(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
 
 
@@ -170,7 +206,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     """Both to the second digit of the spread; without a spread, four digits of the mean."""
     if not values:
         return ""
-    mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    mean, spread = statistics.mean(values), _spread(values) if len(values) > 1 else 0.0
     if not spread or not math.isfinite(spread):
         return f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
     decimals = max(0, 1 - math.floor(math.log10(spread)))

@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from cliptrans_jax.data import emoji_set, layouts
 from cliptrans_jax.data.corpus import Corpus
-from common_jax.config import did_you_mean
+from common_jax.config import FieldError, Section, did_you_mean
+from common_jax.ranges import BelowOne, Count, Name, Size, key_of, shown
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """`config.data`: the sentences and pictures of a run.
 
     Attributes:
@@ -28,45 +30,31 @@ class DataConfig:
         a network that has not seen one can guess it from neither picture nor text.
     """
 
-    source: str = "emoji"
+    source: Annotated[str, key_of(lambda: SOURCES)] = "emoji"
     path: str = ""
-    source_language: str = "en"
-    target_language: str = "de"
-    train_split: str = "train"
-    valid_split: str = "val"
-    test_split: str = "test"
-    workers: int = 0
-    bad_share: float = 0.0
-    emoji_size: int = 48
+    source_language: Name = "en"
+    target_language: Name = "de"
+    train_split: Name = "train"
+    valid_split: Name = "val"
+    test_split: Name = "test"
+    workers: Count = 0
+    bad_share: BelowOne = 0.0
+    emoji_size: Size = 48
     emoji_flags: bool = False
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            raise ValueError(
-                f"config.data.source={self.source!r} is none of {sorted(SOURCES)}"
-                f"{did_you_mean(self.source, SOURCES)}"
-            )
+        super().__post_init__()
         if (self.path == "") != (self.source == "emoji"):
             rule = "must be empty" if self.source == "emoji" else "must be its folder"
-            raise ValueError(
-                f"config.data.path={self.path!r} {rule} for config.data.source={self.source!r}"
-            )
+            raise FieldError(f"path={shown(self.path)} {rule} for source={self.source!r}")
         for key in ("source_language", "target_language"):
-            _require_language(self.source, getattr(self, key), key=f"config.data.{key}")
+            if problem := _language_problem(self.source, getattr(self, key)):
+                raise FieldError(f"{key}={problem}")
         if self.source_language == self.target_language:
-            raise ValueError(
-                f"config.data.target_language={self.target_language!r} must be another language "
-                "than config.data.source_language"
+            raise FieldError(
+                f"target_language={self.target_language!r} must be another language than "
+                "source_language"
             )
-        for key in ("train_split", "valid_split", "test_split"):
-            if not getattr(self, key):
-                raise ValueError(f"config.data.{key} must name a split and is empty")
-        if not 0 <= self.bad_share < 1:
-            raise ValueError(f"config.data.bad_share={self.bad_share} must be in [0, 1)")
-        if self.workers < 0:
-            raise ValueError(f"config.data.workers={self.workers} must be 0 (none) or more")
-        if self.emoji_size < 1:
-            raise ValueError(f"config.data.emoji_size={self.emoji_size} must be at least 1")
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -92,7 +80,8 @@ def load_corpus(
     """
     assert languages, "no language asked for"
     for language in languages:
-        _require_language(config.source, language, key="language")
+        if problem := _language_problem(config.source, language):
+            raise ValueError(f"language={problem}")
         if config.source in PAIRED and language not in config.pair:
             raise ValueError(
                 f"language {language!r} is not of the pair {config.pair} of "
@@ -102,13 +91,15 @@ def load_corpus(
     return SOURCES[config.source](config, split, tuple(languages), with_images)
 
 
-def _require_language(source: str, language: str, *, key: str) -> None:
+def _language_problem(source: str, language: str) -> str | None:
+    """What is wrong with a language of a source; None for nothing."""
     known = LANGUAGES.get(source)
-    if known is not None and language not in known:
-        raise ValueError(
-            f"{key}={language!r} is no language of config.data.source={source!r}, which has "
-            f"{', '.join(known)}{did_you_mean(language, list(known))}"
-        )
+    if known is None or language in known:
+        return None
+    return (
+        f"{shown(language)} is no language of config.data.source={source!r}, which has "
+        f"{', '.join(known)}{did_you_mean(language, known)}"
+    )
 
 
 def _load_emoji(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gzip
-import io
 import logging
 import os
 import zlib
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample
+from common_jax.inputs.pictures import decode_picture, read_file
 
 TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @runtime_checkable
@@ -105,9 +103,8 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            with Image.open(io.BytesIO(Path(self.name(index)).read_bytes())) as image:
-                return np.asarray(image.convert("RGB"))
-        except READ_ERRORS as error:
+            return np.asarray(decode_picture(read_file(self.name(index)), channels=3))
+        except (OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
 
@@ -143,7 +140,8 @@ def read_lines(path: Path) -> tuple[str, ...]:
     Unicode knows.
 
     Raises:
-      ValueError: a line that is not UTF-8, named by its number; a broken gzip.
+      ValueError: a line that is not UTF-8 or has a zero byte, named by its number; lines that end
+        with carriage returns alone; a broken gzip.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -151,11 +149,21 @@ def read_lines(path: Path) -> tuple[str, ...]:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from error
+    if b"\r" in content and b"\n" not in content:
+        raise ValueError(
+            f"{path} ends its lines with carriage returns alone, so all of it would be one line; "
+            "convert it, for example with tr '\\r' '\\n'"
+        )
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     decoded = []
     for number, line in enumerate(lines, start=1):
+        if b"\0" in line:
+            raise ValueError(
+                f"{path}, line {number} has a zero byte: it is no text, or text in UTF-16; convert "
+                "the file to UTF-8, for example with iconv"
+            )
         try:
             decoded.append(line.decode("utf-8").strip())
         except UnicodeDecodeError as error:

@@ -10,7 +10,6 @@ a split has whole groups, so that no test emoji is a variant of one that trainin
 import collections
 import functools
 import importlib.resources
-import io
 import logging
 import re
 import unicodedata
@@ -19,10 +18,10 @@ from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 
 import numpy as np
-from PIL import Image
 
 from cliptrans_jax.data.corpus import TEXTS_ALONE, Corpus
 from common_jax.config import did_you_mean
+from common_jax.inputs.pictures import decode_picture
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 SPLITS = ("train", "val", "test")
@@ -122,7 +121,7 @@ def draw(emoji: str, size: int) -> np.ndarray:
     png = resvg_py.svg_to_bytes(
         svg_string=drawing, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
-    pixels = np.array(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    pixels = np.array(decode_picture(bytes(png), channels=3))
     pixels.flags.writeable = False
     return pixels
 

@@ -8,12 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from cliptrans_jax.stages import Side, Stage
+from common_jax.config import Section
+from common_jax.ranges import Fraction
 
 Tokens = Sequence[np.ndarray]  # int32 ids of sentences, framed
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseConfig:
+class NoiseConfig(Section):
     """Which tokens of the encoder's sentence are dropped. Captioning stages drop always.
 
     Attributes:
@@ -22,13 +24,9 @@ class NoiseConfig:
       train, test: whether translation drops tokens as well, in training and in evaluation.
     """
 
-    mask_prob: float = 1.0
+    mask_prob: Fraction = 1.0
     train: bool = False
     test: bool = False
-
-    def __post_init__(self):
-        if not 0 <= self.mask_prob <= 1:
-            raise ValueError(f"config.noise.mask_prob={self.mask_prob} must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,19 +16,21 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from cliptrans_jax.data.examples import Examples, NoiseConfig, drop_tokens, pad
+from common_jax.config import Section
 from common_jax.inputs import (
     epoch_permutation,
     example_generator,
     host_rows,
     steps_per_epoch,
 )
+from common_jax.ranges import Size
 
 Batch = dict[str, np.ndarray]
 TRIVIAL = 2  # tokens of a source of which only language code and end are left
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchingConfig:
+class BatchingConfig(Section):
     """How sentences come together.
 
     Attributes:
@@ -40,14 +42,9 @@ class BatchingConfig:
         is padding; 1 leaves the order of the epoch alone.
     """
 
-    bucket: int = 16
+    bucket: Size = 16
     half_steps: bool = False
-    window: int = 1
-
-    def __post_init__(self):
-        for name in ("bucket", "window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.batching.{name}={getattr(self, name)} must be at least 1")
+    window: Size = 1
 
     def padded(self, longest: int) -> int:
         """The length that a batch is padded to whose longest sentence has so many tokens."""

@@ -5,7 +5,8 @@ With a language it is [language, pieces..., </s>], as mBART has source and targe
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -41,7 +42,11 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
         """int32 ids [LID, pieces..., </s>] of each text; for no language [<s>, pieces..., </s>].
 
-        A long one is cut before its last `</s>`.
+        All of a text is text: "</s>" in it is four characters and no end. A long one is cut before
+        its last `</s>`, and the log says how many were.
+
+        Raises:
+          ValueError: an unknown language, or texts that are no sequence of Unicode texts.
         """
         ...
 
@@ -90,13 +95,81 @@ class FramedTokenizer:
 
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
         first = self.bos if language is None else self.language_id(language)
-        return [
-            np.array([first, *pieces[: self.limit - 2], self.eos], np.int32)
-            for pieces in self.cut(list(texts))
-        ]
+        texts = checked_texts(texts)
+        sentences = self.cut(texts)
+        room, frame = self.limit - 2, self.special - {UNK}
+        for text, pieces in zip(texts, sentences, strict=True):
+            # A table gives NaN for an id that it lacks, and CLIP's unknown token is its end.
+            if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
+                raise ValueError(f"not of the tokenizer's {self.vocab} ids: {_show(text)}")
+            if not frame.isdisjoint(pieces):
+                raise ValueError(f"the tokenizer's vocabulary lacks characters of {_show(text)}")
+        if cut := sum(len(pieces) > room for pieces in sentences):
+            logging.warning(
+                "%d of %d sentences have more than %d tokens, and are cut there",
+                *(cut, len(sentences), room),
+            )
+        return [np.array([first, *pieces[:room], self.eos], np.int32) for pieces in sentences]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]
         if self.eos in ids[1:]:
             ids = ids[: ids.index(self.eos, 1)]
         return self.join([i for i in ids if i not in self.special])
+
+
+def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int], key: str) -> None:
+    """Raises ValueError unless a network can read a tokenizer's ids.
+
+    Args:
+      vocab: rows of the network's table; an id beyond them gives NaN.
+      special: the network's ids of "pad" and "eos", as far as it has them.
+      key: of the network's config, for messages.
+    """
+    if tokenizer.vocab > vocab:
+        raise ValueError(
+            f"{key}.vocab={vocab} is less than the {tokenizer.vocab} tokens of the tokenizer; "
+            "raise it, or take the tokenizer that the weights were trained with"
+        )
+    for name, place in special.items():
+        if place != getattr(tokenizer, name):
+            raise ValueError(
+                f"{key}.{name}={place} must be the tokenizer's, {getattr(tokenizer, name)}"
+            )
+
+
+def checked_texts(texts: object, *, name: str = "texts") -> list[str]:
+    """The texts as a list.
+
+    Args:
+      name: of the argument, for messages.
+
+    Raises:
+      ValueError: one text in place of several, anything that is no text, or a text with half of a
+        surrogate pair, which is no character.
+    """
+    if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
+        hint = f"; give [{_show(texts)}] for one" if isinstance(texts, str) else ""
+        raise ValueError(
+            f"{name} must be a list of sentences and is {_show(texts)}, of type "
+            f"{type(texts).__name__}{hint}"
+        )
+    texts = list(texts)
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{name}[{place}] must be a str and is {_show(text)}, of type {type(text).__name__}"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{name}[{place}] has half of a surrogate pair, which is no character: "
+                f"{_show(text)}; decode what it was read from as a whole, as UTF-8 or UTF-16"
+            ) from None
+    return texts
+
+
+def _show(value: object) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."

@@ -109,7 +109,7 @@ def load_coco(
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}; fetch it again") from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, UnicodeEncodeError) as error:
         raise ValueError(
             f"{path} is no whole file of images (id, file_name) and annotations (image_id, "
             f"caption): {type(error).__name__} {plain(str(error))}; fetch it again"
@@ -127,6 +127,7 @@ def load_coco(
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{brief(value)} is no text")
+    value.encode()  # half of a surrogate pair is no character
     return value
 
 

@@ -3,9 +3,13 @@ PIL."""
 
 import dataclasses
 import math
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageEnhance
+
+from common_jax.config import Section
+from common_jax.ranges import BelowOne, within
 
 # CLIP's, of pixels in [0, 1], one number a channel.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -21,7 +25,15 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
 
     Returns:
       float32 (size, size, 3).
+
+    Raises:
+      ValueError: values of another type, whose range nobody knows.
     """
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"a picture of {image.dtype}; give pixels from 0 to 255 as uint8, such as those of "
+            "common_jax.inputs.pictures.decode_picture"
+        )
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size
     short = min(width, height)
@@ -36,7 +48,7 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """How far a training picture is changed, at most; every change is drawn evenly up to there.
 
     Attributes:
@@ -48,23 +60,14 @@ class AugmentConfig:
       fill: grey value of what comes into view from outside.
     """
 
-    shift: float = 0.08
-    scale: float = 0.15
-    rotate: float = 12.0
+    shift: BelowOne = 0.08
+    scale: BelowOne = 0.15
+    rotate: Annotated[float, within(0, 180)] = 12.0
     flip: bool = False
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.3
-    fill: int = 255
-
-    def __post_init__(self):
-        for key in ("shift", "scale", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"config.augment.{key}={getattr(self, key)} must be in [0, 1)")
-        if not 0 <= self.rotate <= 180:
-            raise ValueError(f"config.augment.rotate={self.rotate} must be in [0, 180] degrees")
-        if not 0 <= self.fill <= 255:
-            raise ValueError(f"config.augment.fill={self.fill} must be in [0, 255]")
+    brightness: BelowOne = 0.2
+    contrast: BelowOne = 0.2
+    saturation: BelowOne = 0.3
+    fill: Annotated[int, within(0, 255)] = 255
 
 
 def augment_picture(

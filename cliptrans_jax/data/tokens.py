@@ -9,53 +9,28 @@ import dataclasses
 import json
 import logging
 import os
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from typing import Annotated, Any
 
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
+from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
-from common_jax.config import did_you_mean
+from cliptrans_jax.data.published import load_published
+from cliptrans_jax.data.token_files import short
+from common_jax.config import FieldError, Section
+from common_jax.ranges import Size, key_of, shown
+from common_jax.workdir import read_json, temporary_beside
 
 # Byte-level pieces start from these many, so no character is unknown.
 BYTES = 256
 
-MBART50_CODES: Mapping[str, str] = {
-    "ar": "ar_AR",
-    "cs": "cs_CZ",
-    "de": "de_DE",
-    "en": "en_XX",
-    "es": "es_XX",
-    "et": "et_EE",
-    "fi": "fi_FI",
-    "fr": "fr_XX",
-    "gu": "gu_IN",
-    "hi": "hi_IN",
-    "it": "it_IT",
-    "ja": "ja_XX",
-    "kk": "kk_KZ",
-    "ko": "ko_KR",
-    "lt": "lt_LT",
-    "lv": "lv_LV",
-    "my": "my_MM",
-    "ne": "ne_NP",
-    "nl": "nl_XX",
-    "ro": "ro_RO",
-    "ru": "ru_RU",
-    "si": "si_LK",
-    "tr": "tr_TR",
-    "vi": "vi_VN",
-    "zh": "zh_CN",
-    "af": "af_ZA",
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """How sentences are cut into tokens.
 
     Attributes:
@@ -65,34 +40,27 @@ class TokenizerConfig:
       max_length: tokens a sentence is cut to, frame included; None: as many as the kind takes.
     """
 
-    kind: str = "trained"
+    kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
     path: str = ""
-    vocab: int = 2000
-    max_length: int | None = None
+    vocab: Size = 2000
+    max_length: Size | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"config.tokenizer.kind={self.kind!r} is none of {sorted(KINDS)}"
-                f"{did_you_mean(self.kind, KINDS)}"
-            )
+        super().__post_init__()
         limit = LIMITS[self.kind]
         if self.max_length is not None and not 3 <= self.max_length <= limit:
-            raise ValueError(
-                f"config.tokenizer.max_length={self.max_length} must be from 3 (a frame and a "
-                f"token) to {limit}, the most that {self.kind!r} takes"
+            raise FieldError(
+                f"max_length={self.max_length} must be from 3 (a frame and a token) to {limit}, "
+                f"the most that {self.kind!r} takes, or None"
             )
         if self.kind == "trained" and self.vocab <= BYTES + len(SPECIAL) + 1:
-            raise ValueError(
-                f"config.tokenizer.vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: "
-                f"{BYTES} bytes, {len(SPECIAL)} special tokens, a mask; and the languages"
+            raise FieldError(
+                f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
+                f"{len(SPECIAL)} special tokens, a mask; and the languages"
             )
         if (self.path == "") != (self.kind == "trained"):
             rule = "must be empty" if self.kind == "trained" else "must be its folder"
-            raise ValueError(
-                f"config.tokenizer.path={self.path!r} {rule} for "
-                f"config.tokenizer.kind={self.kind!r}"
-            )
+            raise FieldError(f"path={shown(self.path)} {rule} for kind={self.kind!r}")
 
     @property
     def limit(self) -> int:
@@ -103,6 +71,7 @@ class TokenizerConfig:
 def load_tokenizer(
     config: TokenizerConfig,
     *,
+    key: str = "config.tokenizer",
     sentences: Iterable[str] | None = None,
     languages: Sequence[str] = (),
     path: os.PathLike | str | None = None,
@@ -110,13 +79,14 @@ def load_tokenizer(
     """The tokenizer of `config`; nothing is fetched.
 
     Args:
+      key: where `config` stands, for messages.
       sentences, languages, path: of `trained`: see `load_or_train_tokenizer`.
 
     Raises:
       FileNotFoundError: the folder lacks what the kind needs.
       ValueError: what is there is no tokenizer of the kind.
     """
-    return KINDS[config.kind](config, sentences, languages, path)
+    return KINDS[config.kind](config, key, sentences, languages, path)
 
 
 def load_or_train_tokenizer(
@@ -149,22 +119,44 @@ def load_or_train_tokenizer(
         record = _train(config, sentences, languages)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Each process writes a whole file of its own, then puts it in place.
-        draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        draft = temporary_beside(path)
         draft.write_text(json.dumps(record, ensure_ascii=False))
         draft.replace(path)
-    try:
-        record = json.loads(path.read_text())
-        made_from, tokenizer = record["made_from"], tokenizers.Tokenizer.from_str(record["bpe"])
-    except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"{path} is no tokenizer of this project ({error}); remove it") from error
-    wanted = _origin(config, sentences, languages)
-    if differing := [key for key in wanted if wanted[key] != made_from.get(key)]:
-        shown = ", ".join(f"{key} {made_from.get(key)!r} not {wanted[key]!r}" for key in differing)
+    made_from, tokenizer = _read(path)
+    expected = _origin(config, sentences, languages)
+    if differing := [key for key in expected if expected[key] != made_from.get(key)]:
+        changes = ", ".join(
+            f"{key} {short(repr(made_from.get(key)))} not {expected[key]!r}" for key in differing
+        )
         raise ValueError(
-            f"{path} was made from other input: {shown}; remove it to train it anew, or set the "
+            f"{path} was made from other input: {changes}; remove it to train it again, or set the "
             "config back"
         )
     return _framed(tokenizer, languages, config.limit)
+
+
+def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
+    """What a trained tokenizer was made from, and its pieces.
+
+    Raises:
+      ValueError: the file is not as `_train` makes it.
+    """
+    try:
+        record = read_json(path)
+        made_from, text = record.get("made_from"), record.get("bpe")
+        if not isinstance(made_from, dict) or not isinstance(text, str):
+            raise ValueError("it lacks 'made_from' or 'bpe'")
+        bpe = json.loads(text)
+        if not isinstance(bpe, dict):
+            raise ValueError("its 'bpe' is no object")
+        vocab, merges = byte_pairs.parse(bpe)
+        if [vocab.get(token) for token in SPECIAL] != [*range(len(SPECIAL))]:
+            raise ValueError(f"its first tokens are not {', '.join(SPECIAL)}")
+        return made_from, byte_pairs.trained(vocab, merges)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no tokenizer of this project ({short(error)}); remove it"
+        ) from error
 
 
 def _origin(
@@ -184,9 +176,7 @@ def _train(config: TokenizerConfig, sentences: list[str], languages: tuple[str, 
             f"config.tokenizer.vocab={config.vocab} is too small for {BYTES} bytes, {len(SPECIAL)} "
             f"special tokens, {len(languages)} languages and a mask"
         )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_pairs.byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         show_progress=False,
@@ -210,7 +200,6 @@ def _spaced(text: str) -> str:
 def _framed(
     tokenizer: tokenizers.Tokenizer, languages: tuple[str, ...], limit: int
 ) -> FramedTokenizer:
-    tokenizer.encode_special_tokens = True  # "</s>" in a sentence is four characters
     pieces = tokenizer.get_vocab_size()
     vocab = pieces + len(languages) + 1
 
@@ -232,107 +221,29 @@ def _framed(
 
 def _trained(
     config: TokenizerConfig,
+    key: str,
     sentences: Iterable[str] | None,
     languages: Sequence[str],
     path: os.PathLike | str | None,
 ) -> FramedTokenizer:
+    del key
     assert path is not None, "a trained tokenizer has a file"
     return load_or_train_tokenizer(config, sentences, languages, path)
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A published tokenizer.
-
-    Attributes:
-      repository: where its files are on the Hugging Face hub.
-      cls: its class in `transformers`.
-      files: one of these must be there, and holds all of it.
-      codes: language -> its token.
-      places: tokens -> their ids, or how many ids from the end for negative ones; other places mean
-        that the files are of another tokenizer, to which `transformers` adds what it lacks.
-      bos, eos: their tokens.
-    """
-
-    repository: str
-    cls: str
-    files: tuple[str, ...]
-    codes: Mapping[str, str]
-    places: Mapping[str, int]
-    bos: str = "<s>"
-    eos: str = "</s>"
-
-
-FIRST_PLACES = {token: place for place, token in enumerate(SPECIAL)}
-PUBLISHED: Mapping[str, Published] = {
-    "mbart50": Published(
-        "facebook/mbart-large-50",
-        "MBart50Tokenizer",
-        ("tokenizer.json", "sentencepiece.bpe.model"),
-        MBART50_CODES,
-        FIRST_PLACES | {"ar_AR": -53, "<mask>": -1},
-    ),
-    "xlmr": Published(
-        "M-CLIP/XLM-Roberta-Large-Vit-B-32",
-        "XLMRobertaTokenizer",
-        ("tokenizer.json", "sentencepiece.bpe.model"),
-        {},
-        FIRST_PLACES | {"<mask>": -1},
-    ),
-    "clip": Published(
-        "openai/clip-vit-base-patch32",
-        "CLIPTokenizer",
-        ("tokenizer.json", "vocab.json"),
-        {},
-        {"<|startoftext|>": -2, "<|endoftext|>": -1},
-        bos="<|startoftext|>",
-        eos="<|endoftext|>",
-    ),
-}
-
-
 def _published(
     config: TokenizerConfig,
+    key: str,
     sentences: Iterable[str] | None,
     languages: Sequence[str],
     path: os.PathLike | str | None,
 ) -> FramedTokenizer:
-    del sentences, path  # it is trained already
-    published, folder = PUBLISHED[config.kind], Path(config.path).expanduser()
-    if not any((folder / name).is_file() for name in published.files):
-        raise FileNotFoundError(
-            f"config.tokenizer.path={config.path!r} holds neither {' nor '.join(published.files)}; "
-            f"fetch them from {published.repository!r}, for example with "
-            f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
-        )
-    import transformers
-
-    tokenizer = getattr(transformers, published.cls).from_pretrained(folder, local_files_only=True)
-    ids = tokenizer.convert_tokens_to_ids
-    known = ids(list(published.places))
-    size = len(tokenizer)
-    if known != [place % size for place in published.places.values()]:
-        found = ", ".join(f"{t} {i}" for t, i in zip(published.places, known, strict=True))
-        raise ValueError(
-            f"config.tokenizer.path={config.path!r} holds no tokenizer as {published.repository!r} "
-            f"has: {found} of {size} ids are not where they belong; fetch its files anew"
-        )
-    return FramedTokenizer(
-        cut=lambda texts: (
-            tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        ),
-        join=lambda pieces: tokenizer.decode(pieces, clean_up_tokenization_spaces=False),
-        vocab=len(tokenizer),
-        language_ids={language: ids(code) for language, code in published.codes.items()},
-        special=frozenset(tokenizer.all_special_ids),
-        limit=config.limit,
-        bos=ids(published.bos),
-        eos=ids(published.eos),
-    )
+    del sentences, languages, path  # it is trained already
+    return load_published(config.kind, config.path, limit=config.limit, key=key)
 
 
 Loader = Callable[
-    [TokenizerConfig, Iterable[str] | None, Sequence[str], os.PathLike | str | None],
+    [TokenizerConfig, str, Iterable[str] | None, Sequence[str], os.PathLike | str | None],
     FramedTokenizer,
 ]
 KINDS: Mapping[str, Loader] = {

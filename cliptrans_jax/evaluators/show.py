@@ -10,6 +10,7 @@ from etils import epath
 from PIL import Image
 
 from common_jax.report import Table
+from common_jax.workdir import write_bytes
 
 COLUMNS = ("index", "key", "source", "reference", "output", "score")
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
@@ -70,9 +71,7 @@ def write_translations(path: epath.PathLike, rows: Sequence[Row]) -> None:
             cells += [_escape(other.text), repr(float(other.score))]
         lines.append("\t".join(cells + [""] * 2 * (most - len(row.others))))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes("".join(line + "\n" for line in lines).encode())
-    temporary.replace(path)
+    write_bytes(path, "".join(line + "\n" for line in lines).encode())
 
 
 def read_translations(path: epath.PathLike) -> list[Row]:

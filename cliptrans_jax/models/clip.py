@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -11,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp, gelu
+from common_jax.ranges import Positive, Size, one_of
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -26,18 +29,13 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxy
 )
 
 
-def _check(config: "ClipVisionConfig | ClipTextConfig") -> None:
+def _check_heads(config: "ClipVisionConfig | ClipTextConfig") -> None:
     if config.width % config.heads:
-        raise ValueError(f"width={config.width} must be a multiple of heads={config.heads}")
-    if config.activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation={config.activation!r} is not one of {sorted(ACTIVATIONS)}, which CLIP can "
-            "be computed with"
-        )
+        raise FieldError(f"heads={config.heads} must divide width={config.width}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipVisionConfig:
+class ClipVisionConfig(Section):
     """Sizes of an image tower; the defaults are those of openai/clip-vit-base-patch32.
 
     Attributes:
@@ -52,20 +50,21 @@ class ClipVisionConfig:
       activation: a key of `ACTIVATIONS`.
     """
 
-    image: int = 224
-    patch: int = 32
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    eps: float = 1e-5
-    features: int = 512
-    activation: str = "quick_gelu"
+    image: Size = 224
+    patch: Size = 32
+    width: Size = 768
+    layers: Size = 12
+    heads: Size = 12
+    hidden: Size = 3072
+    eps: Positive = 1e-5
+    features: Size = 512
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
 
     def __post_init__(self):
-        _check(self)
+        super().__post_init__()
+        _check_heads(self)
         if self.image % self.patch:
-            raise ValueError(f"image={self.image} must be a multiple of patch={self.patch}")
+            raise FieldError(f"patch={self.patch} must divide image={self.image}")
 
     @property
     def tokens(self) -> int:
@@ -74,7 +73,7 @@ class ClipVisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipTextConfig:
+class ClipTextConfig(Section):
     """Sizes of a text tower; the defaults are those of openai/clip-vit-base-patch32.
 
     Attributes:
@@ -89,18 +88,19 @@ class ClipTextConfig:
       activation: a key of `ACTIVATIONS`.
     """
 
-    vocab: int = 49408
-    positions: int = 77
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    hidden: int = 2048
-    eps: float = 1e-5
-    features: int = 512
-    activation: str = "quick_gelu"
+    vocab: Size = 49408
+    positions: Size = 77
+    width: Size = 512
+    layers: Size = 12
+    heads: Size = 8
+    hidden: Size = 2048
+    eps: Positive = 1e-5
+    features: Size = 512
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
 
     def __post_init__(self):
-        _check(self)
+        super().__post_init__()
+        _check_heads(self)
 
 
 # The text tower that stands beside `models.resnet`'s defaults.

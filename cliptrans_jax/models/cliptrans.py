@@ -13,12 +13,13 @@ from cliptrans_jax.models import mapper, mbart, prefix
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBart, MBartConfig
 from cliptrans_jax.models.prefix import PrefixConfig
+from common_jax.config import FieldError, Section
 
 Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """A translation model.
 
     Attributes:
@@ -30,6 +31,15 @@ class ModelConfig:
     mbart: MBartConfig = MBartConfig()
     mapper: MapperConfig = MapperConfig()
     prefix: PrefixConfig = PrefixConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        width = self.mbart.width
+        if self.mapper.prefix and self.mapper.kind == "transformer" and (width % 2 or width < 3):
+            raise FieldError(
+                f"mbart.width={width} must be even and at least 4 with mapper.kind='transformer', "
+                "which has 2 heads and an MLP of a third of the width"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@ src/models/adapters.py)."""
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -11,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from common_jax.config import did_you_mean
+from common_jax.config import Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
+from common_jax.ranges import BelowOne, Count, Size, key_of
 
 EPSILON = 1e-5
 HEADS = 2
@@ -21,7 +23,7 @@ SLOPE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class MapperConfig:
+class MapperConfig(Section):
     """How a prefix comes about.
 
     Attributes:
@@ -31,21 +33,10 @@ class MapperConfig:
       dropout: of the transformer, in training.
     """
 
-    kind: str = "mlp"
-    prefix: int = 10
-    features: int = 512
-    dropout: float = 0.1
-
-    def __post_init__(self):
-        if self.kind not in MAPPERS:
-            raise ValueError(
-                f"config.model.mapper.kind={self.kind!r} must be one of {sorted(MAPPERS)}"
-                f"{did_you_mean(self.kind, MAPPERS)}"
-            )
-        if self.prefix < 0:
-            raise ValueError(
-                f"config.model.mapper.prefix={self.prefix} must not be negative; 0 is for none"
-            )
+    kind: Annotated[str, key_of(lambda: MAPPERS)] = "mlp"
+    prefix: Count = 10
+    features: Size = 512
+    dropout: BelowOne = 0.1
 
 
 class MlpMapper(nn.Module):

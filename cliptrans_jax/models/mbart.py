@@ -15,17 +15,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention, Memory
+from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import Mlp
+from common_jax.ranges import BelowOne, Count, Size
 
 EPSILON = 1e-5
 OFFSET = 2  # slot p has row p + 2 of its table of positions, in all published weights
 
 
 @dataclasses.dataclass(frozen=True)
-class MBartConfig:
+class MBartConfig(Section):
     """Sizes and ids; the defaults are mBART-large-50's.
 
     Attributes:
@@ -43,32 +45,31 @@ class MBartConfig:
         less time to compile; random draws are others than without. Decoding does not.
     """
 
-    vocab: int = 250054
-    width: int = 1024
-    encoder_layers: int = 12
-    decoder_layers: int = 12
-    encoder_heads: int = 16
-    decoder_heads: int = 16
-    encoder_hidden: int = 4096
-    decoder_hidden: int = 4096
-    positions: int = 1024
-    dropout: float = 0.1
+    vocab: Size = 250054
+    width: Size = 1024
+    encoder_layers: Size = 12
+    decoder_layers: Size = 12
+    encoder_heads: Size = 16
+    decoder_heads: Size = 16
+    encoder_hidden: Size = 4096
+    decoder_hidden: Size = 4096
+    positions: Size = 1024
+    dropout: BelowOne = 0.1
     scale_embedding: bool = True
-    pad: int = 1
-    eos: int = 2
-    start: int = 2
+    pad: Count = 1
+    eos: Count = 2
+    start: Count = 2
     remat: bool = False
     scan_layers: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("encoder_heads", "decoder_heads"):
             if self.width % getattr(self, name):
-                raise ValueError(
-                    f"config.model.mbart.width={self.width} must be a multiple of "
-                    f"config.model.mbart.{name}={getattr(self, name)}"
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"config.model.mbart.dropout={self.dropout} must be in [0, 1)")
+                raise FieldError(f"{name}={getattr(self, name)} must divide width={self.width}")
+        for name in ("pad", "eos", "start"):
+            if getattr(self, name) >= self.vocab:
+                raise FieldError(f"{name}={getattr(self, name)} must be below vocab={self.vocab}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,13 @@ the prefix first and `</s>` after it; by default ours reads what training did.
 """
 
 import dataclasses
+from typing import Annotated
 
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from common_jax.config import Section
+from common_jax.ranges import one_of
 
 IGNORED = -1
 
@@ -18,7 +22,7 @@ ORIGINAL_KEYS = 10  # the original's mask opens slots 1 to 10, whatever the pref
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixConfig:
+class PrefixConfig(Section):
     """How a prefix is read.
 
     Attributes:
@@ -29,16 +33,8 @@ class PrefixConfig:
         of 10.
     """
 
-    layout: str = "training"
-    mask: str = "prefix"
-
-    def __post_init__(self):
-        for name, choices in (("layout", LAYOUTS), ("mask", MASKS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"config.model.prefix.{name}={getattr(self, name)!r} must be one of "
-                    f"{list(choices)}"
-                )
+    layout: Annotated[str, one_of(*LAYOUTS)] = "training"
+    mask: Annotated[str, one_of(*MASKS)] = "prefix"
 
 
 def insert(

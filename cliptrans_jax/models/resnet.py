@@ -13,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
+from common_jax.ranges import Positive, Size, Sizes
 
 EXPANSION = 4  # channels that leave a block over those of its 3 x 3 convolution
 STRIDE = 32  # pixels to a place of the last feature map
@@ -22,7 +24,7 @@ CONV_INIT = nn.initializers.he_normal()
 
 
 @dataclasses.dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(Section):
     """Sizes of the tower; the defaults are those of RN50x64.
 
     Attributes:
@@ -33,19 +35,20 @@ class ResNetConfig:
       eps: epsilon of every batch norm.
     """
 
-    image: int = 448
-    layers: tuple[int, ...] = (3, 15, 36, 10)
-    width: int = 128
-    features: int = 1024
-    eps: float = 1e-5
+    image: Size = 448
+    layers: Sizes = (3, 15, 36, 10)
+    width: Size = 128
+    features: Size = 1024
+    eps: Positive = 1e-5
 
     def __post_init__(self):
+        super().__post_init__()
         if self.image % STRIDE:
-            raise ValueError(f"image={self.image} must be a multiple of {STRIDE}")
-        if len(self.layers) != 4 or min(self.layers) < 1:
-            raise ValueError(f"layers={self.layers} must be four numbers, each at least 1")
+            raise FieldError(f"image={self.image} must be a multiple of {STRIDE}")
+        if len(self.layers) != 4:
+            raise FieldError(f"layers={self.layers} must be four numbers")
         if self.width % 2:
-            raise ValueError(f"width={self.width} must be even; the stem starts with half of it")
+            raise FieldError(f"width={self.width} must be even; the stem starts with half of it")
 
     @property
     def pooled_width(self) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -11,15 +12,17 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp, gelu
+from common_jax.ranges import BelowOne, Count, Positive, Size, one_of
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType({"gelu": gelu})
 
 
 @dataclasses.dataclass(frozen=True)
-class MClipConfig:
+class MClipConfig(Section):
     """Sizes of the tower; the defaults are those of M-CLIP/XLM-Roberta-Large-Vit-B-32.
 
     Attributes:
@@ -38,26 +41,29 @@ class MClipConfig:
       activation: a key of `ACTIVATIONS`.
     """
 
-    vocab: int = 250002
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    hidden: int = 4096
-    positions: int = 514
-    types: int = 1
-    eps: float = 1e-5
-    pad: int = 1
-    features: int = 512
-    dropout: float = 0.1
-    activation: str = "gelu"
+    vocab: Size = 250002
+    width: Size = 1024
+    layers: Size = 24
+    heads: Size = 16
+    hidden: Size = 4096
+    positions: Size = 514
+    types: Size = 1
+    eps: Positive = 1e-5
+    pad: Count = 1
+    features: Size = 512
+    dropout: BelowOne = 0.1
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation={self.activation!r} is not one of {sorted(ACTIVATIONS)}, which "
-                "XLM-RoBERTa can be computed with"
+            raise FieldError(f"heads={self.heads} must divide width={self.width}")
+        if self.pad >= self.vocab:
+            raise FieldError(f"pad={self.pad} must be below vocab={self.vocab}")
+        if self.longest < 1:
+            raise FieldError(
+                f"positions={self.positions} must be at least {self.pad + 2}: rows up to "
+                f"pad={self.pad} are no token's"
             )
 
     @property

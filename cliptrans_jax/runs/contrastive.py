@@ -13,13 +13,14 @@ from etils import epath
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.losses import contrastive_loss
 from cliptrans_jax.models import clip, xlmr
@@ -27,9 +28,8 @@ from cliptrans_jax.models.clip import ClipVision
 from cliptrans_jax.models.xlmr import MClip
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from common_jax import loop
-from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
-from common_jax.mesh import match_rules
+from common_jax.ranking import rank_of
 from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
@@ -44,16 +44,12 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
       those of its batch, and the reverse.
     """
-    refuse_other_config(workdir, unfreeze(config).to_dict())
-    tokenizer, text = train_tokenizer(config, workdir)
-    train = _Pairs.of(config, config.data.train_split, tokenizer)
-    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
+    refuse_other_config(workdir, config)
+    train, valid, text = _load(config, workdir)
     optim, length = config.optim, max(train.longest, valid.longest)
-    epoch = steps_per_epoch(len(train), optim.batch)
-    _check(config, tokenizer, length)
-    match_rules(
-        PARTITION_RULES, jax.eval_shape(functools.partial(init, config), jax.random.key(0)), mesh
-    )
+    task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    run_config = dataclasses.replace(config.run, best=None)
+    loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # nothing is written above
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -79,22 +75,9 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shard=host_shard(),
         )
 
-    side = config.clip.image.image
-    shapes = {
-        "image": jax.ShapeDtypeStruct((optim.micro_batch, side, side, 3), np.float32),
-        "ids": jax.ShapeDtypeStruct((optim.micro_batch, length), np.int32),
-    }
-    task = Task(
-        title="clip",
-        init=functools.partial(init, config),
-        rules=PARTITION_RULES,
-        trainable=".*",
-        loss=functools.partial(_loss, config),
-        helpers={},
-        warm_start=None,
-        batch=shapes,
+    task = dataclasses.replace(
+        task,
         batches=batches,
-        steps_per_epoch=epoch,
         evaluators={
             "val": make_evaluator(
                 functools.partial(_sums, config), validation, mesh=mesh, seed=config.seed
@@ -103,12 +86,52 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )
     return loop.train(
         task,
-        dataclasses.replace(config.run, best=None),
+        run_config,
         optim,
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(config).to_dict(),
+        config=config,
+    )
+
+
+def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+    """Looks for what is wrong with the stage; nothing is written. `key` names the section of its
+    recipe.
+
+    Raises:
+      ValueError, FileNotFoundError: as the run.
+    """
+    train, valid, _ = _load(config, workdir)
+    steps = steps_per_epoch(len(train), config.optim.batch)
+    task = _describe(config, steps=steps, length=max(train.longest, valid.longest))
+    run = dataclasses.replace(config.run, best=None)
+    loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]:
+    """Training and validation pairs, and the tokenizer's text, once they are found to fit."""
+    tokenizer, text = train_tokenizer(config, workdir)
+    train = _Pairs.of(config, config.data.train_split, tokenizer)
+    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
+    _check(config, tokenizer, max(train.longest, valid.longest))
+    return train, valid, text
+
+
+def _describe(config: Config, *, steps: int, length: int) -> Task:
+    """The task without data: `steps` an epoch, sentences of `length` tokens."""
+    side, batch = config.clip.image.image, config.optim.micro_batch
+    return Task(
+        title="clip",
+        init=functools.partial(init, config),
+        rules=PARTITION_RULES,
+        trainable=".*",
+        loss=functools.partial(_loss, config),
+        batch={
+            "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
+            "ids": jax.ShapeDtypeStruct((batch, length), np.int32),
+        },
+        steps_per_epoch=steps,
     )
 
 
@@ -142,14 +165,27 @@ def _loss(config: Config, params, helpers, batch, rngs, step):
 
 def _sums(config: Config, params, helpers, batch, key):
     texts, images = _embed(config, params, batch, None)
+    return retrieval_sums(texts, images, batch["_mask"])
+
+
+def retrieval_sums(
+    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
+) -> dict[str, Float[Array, ""]]:
+    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
+    or 0.
+
+    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
+    Equal similarities rank by their index, and one that is not finite is never a hit.
+    """
     texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
     images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    real = batch["_mask"] > 0
-    scores = jnp.where(real[:, None] & real[None, :], texts @ images.T, -jnp.inf)
-    own = jnp.arange(len(real))
-    found = (jnp.argmax(scores, axis=1) == own, jnp.argmax(scores, axis=0) == own)
+    real, own = mask > 0, jnp.arange(len(mask))
+    # What some accelerators do by default, round factors to bfloat16, would make ties.
+    scores = jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
+    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
     right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
-    return {"count": jnp.sum(batch["_mask"]), "accuracy": jnp.sum(right)}
+    return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
 
 
 def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
@@ -159,11 +195,7 @@ def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
             f"config.clip.text.features={text.features} must be config.clip.image.features="
             f"{image.features}: both towers share one space"
         )
-    if tokenizer.vocab > text.vocab:
-        raise ValueError(
-            f"config.clip.text.vocab={text.vocab} is less than the {tokenizer.vocab} tokens of "
-            "the tokenizer"
-        )
+    require_fits(tokenizer, vocab=text.vocab, special={"pad": text.pad}, key="config.clip.text")
     if length > text.longest:
         raise ValueError(
             f"config.clip.text.positions={text.positions} leave room for {text.longest} tokens, "

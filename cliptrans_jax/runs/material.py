@@ -15,7 +15,7 @@ from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.encoders import (
     ImageTower,
@@ -29,8 +29,8 @@ from cliptrans_jax.models.clip import ClipTextConfig
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
+from common_jax.workdir import freeze_stored, holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
 
@@ -82,15 +82,21 @@ class Material:
 
     @functools.cached_property
     def _tokenizer(self) -> tuple[Tokenizer, str]:
-        tokenizer, text = train_tokenizer(self.config, self.workdir)
-        for name in ("model", "clip"):
-            other = _tokenizer_of(getattr(self.config.sources, name))
-            if text and other is not None and other.read_text() != text:
+        config = self.config
+        tokenizer, text = train_tokenizer(config, self.workdir)
+        for language in config.data.pair:
+            if language not in tokenizer.languages:
+                known = ", ".join(tokenizer.languages) or "none, as an encoder's has"
                 raise ValueError(
-                    f"config.sources.{name}: {other} is another tokenizer than the one for this "
-                    "config; give the config.data, config.languages and config.tokenizer of that "
-                    "run"
+                    f"config.tokenizer.kind={config.tokenizer.kind!r} has no token for the "
+                    f"language {language!r} of config.data (it has {known}); take another "
+                    "tokenizer, such as 'mbart50' or 'trained'"
                 )
+        sizes = config.model.mbart
+        special = {"pad": sizes.pad, "eos": sizes.eos}
+        require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.model.mbart")
+        for name in ("model", "clip"):
+            _require_same_tokenizer(config, name, text)
         return tokenizer, text
 
     def save_tokenizer(self) -> None:
@@ -116,6 +122,9 @@ class Material:
             config.clip_tokenizer,
             dtype=config.dtype,
             fetch=config.sources.fetch,
+            weights=config.sources.weights,
+            activation=config.sources.clip_activation,
+            base=config.sources.clip_text_base,
         )
 
     @functools.cached_property
@@ -126,28 +135,36 @@ class Material:
             return load_trained_image(config)
         _require(config, "clip_image")
         return load_published_image(
-            config.sources.clip_image, dtype=config.dtype, fetch=config.sources.fetch
+            config.sources.clip_image,
+            dtype=config.dtype,
+            fetch=config.sources.fetch,
+            weights=config.sources.weights,
+            activation=config.sources.clip_activation,
         )
 
-    def check(self, *, train: bool) -> None:
+    def check(self, *, train: bool, towers: bool = True) -> int:
         """Looks whether all is there that the stage reads, before anything is computed or written.
 
         Args:
           train: whether it trains; otherwise it reads the test split alone.
+          towers: whether to look for the towers, too, which a run before may have to make.
+
+        Returns:
+          Training examples.
 
         Raises:
           ValueError, FileNotFoundError: as `load`.
         """
-        config, sides = self.config, {self._side(train=False)}
+        config, sides, count = self.config, {self._side(train=False)}, 0
         if train:
             sides.add(self._side(train=True))
             corpus = self._corpus(config.data.train_split, self._side(train=True))
-            several = 2 if config.all_languages else 1
-            steps_per_epoch(several * len(corpus), config.optim.batch)
+            count = (2 if config.all_languages else 1) * len(corpus)
+            steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, self._side(train=False))
         self._corpus(config.data.test_split, self._side(train=False))
-        if not config.has_prefix:
-            return
+        if not config.has_prefix or not towers:
+            return count
         for side in sides:
             tower = self.image_tower if side is Side.IMAGE else self.text_tower
             width = tower.config.features
@@ -156,6 +173,7 @@ class Material:
                     f"config.model.mapper.features={config.model.mapper.features} must be the "
                     f"{width} that the {side.value} tower gives"
                 )
+        return count
 
     def load(self, split: str, *, train: bool) -> Set:
         """The inputs of the config's stage from a split.
@@ -261,7 +279,7 @@ def used_languages(config: Config) -> tuple[str, ...]:
 
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
     """The translation model's tokenizer and, of one that is trained, the text of its file: that of
-    the workdir, or a new one, which is not written yet.
+    the workdir, unless no run has come to anything there, or a new one, which is not written yet.
 
     Raises:
       ValueError: more tokens than config.model.mbart.vocab.
@@ -273,40 +291,59 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER
-        path = path if path.exists() else epath.Path(folder) / TOKENIZER
+        kept = path.exists() and holds_results(workdir)
+        path = path if kept else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    if tokenizer.vocab > config.model.mbart.vocab:
-        raise ValueError(
-            f"config.model.mbart.vocab={config.model.mbart.vocab} is less than the "
-            f"{tokenizer.vocab} tokens of the tokenizer"
-        )
+    vocab = config.model.mbart.vocab
+    require_fits(tokenizer, vocab=vocab, special={}, key="config.model.mbart")
     return tokenizer, text
 
 
 def save_tokenizer(text: str, workdir: epath.Path) -> None:
     """Writes a trained tokenizer's file, whole or not at all, unless it is there."""
     path = workdir / TOKENIZER
-    if not text or path.exists() or jax.process_index():
+    if not text or jax.process_index() or (path.exists() and path.read_text() == text):
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text)
-    draft.replace(path)
+    write_bytes(path, text.encode())
 
 
-def _tokenizer_of(source: str) -> epath.Path | None:
-    """The file of the run that a source is of; None where it is of no run, or has none."""
+def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
+    """Raises ValueError where a run that weights are taken from has another tokenizer.
+
+    Args:
+      name: of the field of `config.sources`.
+      text: of the file of this run's tokenizer; "" of a published one.
+    """
+    source = getattr(config.sources, name)
     try:
-        path = checkpoint.find_step(source).parent.parent / TOKENIZER if source else None
+        step = checkpoint.find_step(source) if source else None
     except FileNotFoundError:  # which is said where weights are taken
-        return None
-    return path if path is not None and path.exists() else None
+        return
+    if step is None:
+        return
+    kind = (checkpoint.load_config(step).get("tokenizer") or {}).get("kind")
+    if kind not in (None, config.tokenizer.kind):
+        raise ValueError(
+            f"config.sources.{name}={source!r} is a run with config.tokenizer.kind={kind!r}, whose "
+            f"ids mean other words than those of config.tokenizer.kind={config.tokenizer.kind!r}; "
+            "give the config.tokenizer of that run"
+        )
+    other = step.parent.parent / TOKENIZER
+    if text and other.exists() and other.read_text() != text:
+        raise ValueError(
+            f"config.sources.{name}: {other} is another tokenizer than the one for this config; "
+            "give the config.data, config.languages and config.tokenizer of that run"
+        )
 
 
 def load_trained_text(config: Config, tokenizer: Tokenizer) -> TextTower:
     """The text tower of a run of stage "clip"."""
     trained = _clip_config(config)
+    sizes = trained.clip.text
+    special = {"pad": sizes.pad}
+    require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
     params = _host(checkpoint.load(config.sources.clip, subtree="clip/text"))
     return TextTower(trained.clip.text, params, tokenizer, config.dtype)
 
@@ -325,7 +362,7 @@ def _clip_config(config: Config) -> Config:
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
             f"{json.dumps(found.get('stage'))}, not of 'clip'"
         )
-    return freeze(Config, found)
+    return freeze_stored(Config, found, config.sources.clip)
 
 
 def _host(params: Any) -> Any:

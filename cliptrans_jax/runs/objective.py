@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from flax import traverse_util
 from jax import numpy as jnp
 
@@ -16,6 +17,7 @@ from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import CHUNK, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import checkpoint
+from common_jax.ranking import rank_of
 from common_jax.state import merge
 from common_jax.step import Loss, Sums
 from common_jax.weights import Allowance, Origin, WarmStart, take
@@ -66,7 +68,7 @@ def make_loss(
 
 def make_sums(translator: Translator, features: Features) -> Sums:
     """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
-    token."""
+    token, those of rank 0 (`rank_of`)."""
     pad = translator.config.mbart.pad
 
     def sums(params, helpers, batch, key):
@@ -78,7 +80,7 @@ def make_sums(translator: Translator, features: Features) -> Sums:
         def chunk_sums(states, labels):
             logits = translator.scores(readout, states)
             total, count = label_loss(logits, labels, pad=pad)
-            right = (jnp.argmax(logits, axis=-1) == labels) & (labels != pad)
+            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
             return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
 
         return sum_chunks(chunk_sums, states, labels, pad=pad)
@@ -99,18 +101,18 @@ def make_warm_start(
         parts = []
         rest = {name: tree for name, tree in wanted.items() if name != "clip"}
         if sources.model and is_run(sources.model):
-            held = checkpoint.load_shapes(sources.model)
-            if "clip" in held and tower is not None:
+            if tower is not None and "clip" in checkpoint.load_shapes(sources.model):
                 rest = dict(wanted)
-            fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
-            leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
-            origins = [Origin(sources.model, name, name) for name in held]
-            parts.append(take(rest, origins, fresh=fresh, leave=leave))
+            parts.append(_take_run(config, rest))
         elif sources.model:
-            found = pretrained.load(sources.model, kind="cliptrans", config=config.model)
+            found = pretrained.load(
+                sources.model, kind="cliptrans", config=config.model, weights=sources.weights
+            )
             parts.append(_published(found, found.params, rest))
         elif sources.mbart:
-            found = pretrained.load(sources.mbart, kind="mbart", fetch=sources.fetch)
+            found = pretrained.load(
+                sources.mbart, kind="mbart", fetch=sources.fetch, weights=sources.weights
+            )
             _require_sizes(config, found.config)
             parts.append(_published(found, {"mbart": found.params}, {"mbart": rest["mbart"]}))
         if tower is not None and "clip" not in rest:
@@ -121,11 +123,47 @@ def make_warm_start(
             merge(*(part.params for part in parts)),
             {
                 key: [entry for part in parts for entry in part.account.get(key, ())]
-                for key in ("taken", "adapted", "left", "fresh")
+                for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
             },
         )
 
     return warm_start
+
+
+def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, Any]) -> None:
+    """Looks for what a stage starts from, before anything is computed; reads no array.
+
+    Args:
+      tower: the text tower that trains, if one does.
+      wanted: shapes of all parameters.
+
+    Raises:
+      FileNotFoundError: for a folder or file that is not there.
+      ValueError: for a run whose parameters do not fit.
+    """
+    sources = config.sources
+    if sources.model and is_run(sources.model):
+        if tower is None or "clip" not in checkpoint.load_shapes(sources.model):
+            wanted = {name: tree for name, tree in wanted.items() if name != "clip"}
+        _take_run(config, wanted, read=False)
+        return
+    for name in ("model", "mbart"):
+        source = getattr(sources, name)
+        fetched = name == "mbart" and sources.fetch
+        if source and not fetched and not epath.Path(source).expanduser().exists():
+            raise FileNotFoundError(
+                f"config.sources.{name}={source!r} does not exist; give the workdir of a run, or "
+                "the folder or file of published weights"
+            )
+
+
+def _take_run(config: Config, wanted: Mapping[str, Any], *, read: bool = True) -> WarmStart:
+    sources = config.sources
+    fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
+    leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
+    held = checkpoint.load_shapes(sources.model)
+    origins = [Origin(sources.model, name, name) for name in held]
+    return take(wanted, origins, fresh=fresh, leave=leave, read=read)
 
 
 def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any]) -> WarmStart:
@@ -133,6 +171,8 @@ def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any])
     account = {
         "taken": [{"source": found.source, "as": found.kind, "parameters": _count(placed)}],
         "left": [{"name": name, "reason": why} for name, why in found.account.dropped],
+        "notes": [*found.account.notes],
+        "assumed": [{"field": name, "value": value} for name, value in found.account.assumed],
     }
     return WarmStart(placed, account)
 
@@ -142,14 +182,16 @@ def _require_sizes(config: Config, found: Any) -> None:
     theirs = dataclasses.asdict(found)
     own = ("dropout", "remat", "scan_layers")  # which are no part of the weights
     differing = [
-        f"{name}={ours[name]!r}, and the file has {theirs[name]!r}"
+        f"config.model.mbart.{name}={ours[name]!r}, and the file has {theirs[name]!r}"
         for name in ours
         if name not in own and ours[name] != theirs[name]
     ]
     if differing:
         raise ValueError(
-            f"config.sources.mbart={config.sources.mbart!r} is another model than "
-            "config.model.mbart: " + "; ".join(differing)
+            f"config.sources.mbart={config.sources.mbart!r} is another model than the config's: "
+            + "; ".join(differing)
+            + ". Set these fields to what the file has; a vocabulary may be larger than the "
+            "tokenizer's"
         )
 
 

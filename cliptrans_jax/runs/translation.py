@@ -19,6 +19,7 @@ from cliptrans_jax.data.feed import (
     evaluation_batches,
     host_shard,
 )
+from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TEXT_RULES, TextTower
 from cliptrans_jax.evaluators.scores import as_metrics, score
@@ -32,17 +33,22 @@ from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
 from cliptrans_jax.runs.material import Material, Set, describe_text, encodes_texts
-from cliptrans_jax.runs.objective import make_features, make_loss, make_sums, make_warm_start
+from cliptrans_jax.runs.objective import (
+    check_start,
+    make_features,
+    make_loss,
+    make_sums,
+    make_warm_start,
+)
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from common_jax import checkpoint, loop
-from common_jax.config import unfreeze
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
 from common_jax.task import Task
-from common_jax.workdir import read_json, refuse_other_config
+from common_jax.workdir import read_json, read_result
 
 
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -53,17 +59,21 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
     """
-    refuse_other_config(workdir, unfreeze(asked).to_dict())
     done = workdir / SCORES
-    if done.exists() and (workdir / "result.json").exists():
+    result = read_result(workdir, asked, phase=asked.stage)
+    if result is not None and done.exists():
         logging.info("%s is finished already: %s", asked.stage, workdir)
-        result = read_json(workdir / "result.json")
         return result | {"test": read_json(done)}
     config = asked.consistent()
     material = Material(config, workdir, mesh)
-    material.check(train=True)
+    count = material.check(train=True)
     model = Model.of(config, material)
-    match_rules(model.rules, jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    check_start(
+        config, model.trained_tower, with_shardings(shapes, match_rules(model.rules, shapes, mesh))
+    )
+    task = model.bare_task(mesh, examples=count)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
     material.save_tokenizer()  # nothing is written above
     train = material.load(config.data.train_split, train=True)
     valid = material.load(config.data.valid_split, train=False)
@@ -93,7 +103,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(asked).to_dict(),
+        config=asked,
     )
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
@@ -115,15 +125,24 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
     config = asked.consistent()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
-    batch = batch_shapes(
-        config.optim.micro_batch,
-        tokens=min(tokens, config.sentence_limit),
-        source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
-        features=0 if tower or not config.has_prefix else config.model.mapper.features,
-        clip_tokens=min(tokens, tower.longest) if tower else 0,
-    )
-    epoch = steps_per_epoch(examples, config.optim.batch)
-    return model.task(batch, steps_per_epoch=epoch, mesh=mesh)
+    return model.bare_task(mesh, examples=examples, tokens=tokens)
+
+
+def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+    """Looks for what is wrong with a stage of a pipeline, whose weights and towers may be those of
+    stages that have not run; nothing is written.
+
+    Args:
+      key: of the section of its recipe, for messages.
+
+    Raises:
+      ValueError, FileNotFoundError: as the run.
+    """
+    config = asked.consistent()
+    material = Material(config, workdir, mesh)
+    count = material.check(train=True, towers=False)
+    task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +162,8 @@ class Model:
     @classmethod
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
-        assert material.tokenizer.vocab <= config.model.mbart.vocab
+        vocab = config.model.mbart.vocab
+        require_fits(material.tokenizer, vocab=vocab, special={}, key="config.model.mbart")
         tower = material.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
@@ -171,6 +191,20 @@ class Model:
         if self.trained_tower is None:
             return params
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
+
+    def bare_task(self, mesh: Mesh, *, examples: int, tokens: int = 8) -> Task:
+        """The task without data and weights, for so many training examples whose sentences are
+        padded to `tokens`."""
+        config, tower = self.config, self.tower
+        batch = batch_shapes(
+            config.optim.micro_batch,
+            tokens=min(tokens, config.sentence_limit),
+            source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
+            features=0 if tower or not config.has_prefix else config.model.mapper.features,
+            clip_tokens=min(tokens, tower.longest) if tower else 0,
+        )
+        epoch = steps_per_epoch(examples, config.optim.batch)
+        return self.task(batch, steps_per_epoch=epoch, mesh=mesh)
 
     def task(
         self, batch: Mapping[str, jax.ShapeDtypeStruct], *, steps_per_epoch: int, mesh: Mesh
@@ -274,7 +308,7 @@ def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     if metric is None:
         return checkpoint.find_step(workdir)
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
-    steps, record = checkpoint.finished_steps(folder), workdir / "metrics.jsonl"
+    steps, record = checkpoint.own_steps(folder), workdir / "metrics.jsonl"
     values = {
         line["step"]: line[metric]
         for line in (read_metrics(record) if record.exists() else ())

@@ -1,7 +1,7 @@
 """Kinds of published networks: what their files call the tensors, and how their sizes are told."""
 
 import dataclasses
-import re
+import reprlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +13,14 @@ from jax import numpy as jnp
 
 from cliptrans_jax import convert, names
 from cliptrans_jax import convert_towers as towers
-from cliptrans_jax.models import mbart, resnet
+from cliptrans_jax.models import mbart
 from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from cliptrans_jax.tensors import beside, mclip, open_clip, sizes
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -99,6 +100,11 @@ class Layout:
       table: config -> table of names.
       dropped: regex of names that have no place here -> why.
       aliases: name -> the name of the tensor that it equals.
+      zeros: tensors that are zeros where they are missing.
+      about: the file beside the weights that says what no tensor tells.
+      untold: fields of the config that no tensor tells; without that file they are assumed to be
+        as published.
+      varied: those of them in which models of the same tensors differ: something must say them.
     """
 
     marker: str
@@ -108,6 +114,10 @@ class Layout:
     table: Callable[[Any], names.Table]
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    zeros: tuple[str, ...] = ()
+    about: str = beside.CONFIG
+    untold: tuple[str, ...] = ()
+    varied: tuple[str, ...] = ()
 
 
 def mbart_config(hf: Hf) -> MBartConfig:
@@ -121,21 +131,25 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={hf[key]!r} of mBART's config.json is not supported: it must be {value!r}; "
-                "take another model, or change it there if the weights allow that"
+                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must "
+                f"be {value!r}; take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
-        raise ValueError(f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)}")
-    start = hf.get("decoder_start_token_id")
-    sizes = {field: hf[key] for field, key in MBART_FIELDS.items()}
-    return MBartConfig(**sizes, start=sizes["eos"] if start is None else start)
+        raise ValueError(
+            f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)[:20]}"
+        )
+    given = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
+    start = {"start": given["eos"]}
+    if hf.get("decoder_start_token_id") is not None:
+        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, "mBART")
+    return MBartConfig(**given, **start)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
     """The config.json of an mBART, `mbart_config` backwards."""
-    sizes = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
+    plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
     ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
-    return MBART_FIXED | sizes | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
+    return MBART_FIXED | plain | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -148,40 +162,70 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
         return None
     if "modelBase" in hf:
         return "mclip"
-    told = [hf.get("model_type"), *(hf.get("architectures") or ())]
-    if kind := next((TOLD_BY[name] for name in told if name in TOLD_BY), None):
+    classes = hf.get("architectures")
+    told = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    if kind := next((TOLD_BY[x] for x in told if isinstance(x, str) and x in TOLD_BY), None):
         return kind
     if any(told):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
-            f"model_type={hf.get('model_type')!r}, architectures={hf.get('architectures')!r}"
+            f"model_type={reprlib.repr(hf.get('model_type'))}, "
+            f"architectures={reprlib.repr(classes)}"
         )
     return None
 
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
-    """The first kind that the tensors may be of."""
-    for kind, layouts in KINDS.items():
-        if any(layout.marker in tensors for layout in layouts):
-            return kind
-    return None
+    """The first kind that the tensors may be of, by their names as they are or below the shortest
+    prefix."""
+    below = {
+        kind: min(map(len, found))
+        for kind, layouts in KINDS.items()
+        for layout in layouts
+        if (found := _prefixes(layout, tensors))
+    }
+    return min(below, key=below.get) if below else None
 
 
-def find_layout(kind: str, tensors: Tensors, file: str) -> tuple[Layout, str]:
+def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
+    """The first of these kinds that the tensors are of; the first of all where they are of none."""
+    held = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
+    return next(held, allowed[0])
+
+
+def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
     """How the tensors of that kind are named in a file, and what stands before all their names.
 
+    Args:
+      kind: a key of KINDS.
+      tensors: by their names.
+      file: what to call their origin in messages.
+      weights: that prefix, "teacher.", where several networks of the kind are there.
+
     Raises:
-      ValueError: when the file holds no such network.
+      ValueError: when the file holds no such network, or several.
     """
     for layout in KINDS[kind]:
-        for name in tensors:
-            nested = name.startswith(NESTED) and name.endswith("." + layout.marker)
-            if nested or name == layout.marker:
-                return layout, name.removesuffix(layout.marker)
+        found = [p for p in _prefixes(layout, tensors) if not weights or p == weights]
+        if "" in found or len(found) == 1:
+            return layout, min(found)
+        if found:
+            raise ValueError(
+                f"{file} holds a {kind!r} below each of {', '.join(map(repr, found[:5]))}: choose "
+                f"with weights={found[0]} (--config.sources.weights={found[0]} of a run)"
+            )
     markers = " or ".join(layout.marker for layout in KINDS[kind])
     other = kind_of_tensors(tensors)
     hint = f"; it holds {other!r}" if other else ""
-    raise ValueError(f"{file} holds no {kind!r}, whose {markers} is missing{hint}")
+    where = f" below {weights!r}" if weights else ""
+    raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
+
+
+def _prefixes(layout: Layout, tensors: Tensors) -> list[str]:
+    """What stands before the names of networks of a layout."""
+    marker = layout.marker
+    ends = (name for name in tensors if name == marker or name.endswith(f".{marker}"))
+    return sorted({name.removesuffix(marker) for name in ends})
 
 
 def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:
@@ -219,101 +263,23 @@ def _told(
     return lambda tensors, hf, file: read(hf) if hf is not None else published()
 
 
+def _mclip_config(tensors: Tensors, hf: Hf | None, file: str) -> MClipConfig:
+    return mclip.config(hf, file) if hf is not None else MClipConfig()
+
+
 def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
-    return mbart_config(hf) if hf is not None else _mbart_sizes(tensors, "", file)
+    return mbart_config(hf) if hf is not None else sizes.mbart_sizes(tensors, "", file)
 
 
-def _cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
-    sizes = _mbart_sizes(tensors, "mbart.", file)
-    return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
-
-
-def _mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
-    embedding = next(
-        (prefix + n for n in (convert.EMBEDDING, *convert.ALIASES) if prefix + n in tensors),
-        prefix + convert.EMBEDDING,
-    )
-    vocab, width = _shape(tensors, embedding, 2, file)
-    published = MBartConfig()
-    if width != published.width:
-        raise ValueError(
-            f"{file} has an mBART of width {width}, whose number of heads its tensors do not tell; "
-            "give its config (a published one, of width 1024, has 16)"
-        )
-    sizes = {}
-    for side in ("encoder", "decoder"):
-        layers = f"{prefix}model.{side}.layers."
-        sizes[f"{side}_layers"] = _count(tensors, layers)
-        sizes[f"{side}_hidden"] = _shape(tensors, f"{layers}0.fc1.weight", 2, file)[0]
-    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
-    return dataclasses.replace(
-        published, vocab=vocab, width=width, positions=rows - mbart.OFFSET, **sizes
-    )
-
-
-def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
-    kind = next((kind for kind, name in MAPPER_OUT.items() if f"adapter.{name}" in tensors), None)
-    if kind is None:
-        return MapperConfig(prefix=0)
-    rows = _shape(tensors, f"adapter.{MAPPER_OUT[kind]}", 2, file)[0]
-    if rows % width:
-        raise ValueError(
-            f"{file} has adapter.{MAPPER_OUT[kind]} of {rows} rows, which must be a multiple of "
-            f"mBART's width {width}"
-        )
-    features = _shape(tensors, f"adapter.{MAPPER_IN[kind]}", 2, file)[1]
-    return MapperConfig(kind, prefix=rows // width, features=features)
-
-
-def _resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
-    places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
-    return ResNetConfig(
-        image=round(places**0.5) * resnet.STRIDE,
-        layers=tuple(_count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
-        width=_shape(tensors, "visual.bn3.weight", 1, file)[0],
-        features=_shape(tensors, "visual.attnpool.c_proj.weight", 2, file)[0],
-    )
-
-
-def _openai_text_config(tensors: Tensors, hf: Hf | None, file: str) -> ClipTextConfig:
-    vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
-    return ClipTextConfig(
-        vocab=vocab,
-        positions=_shape(tensors, "positional_embedding", 2, file)[0],
-        width=width,
-        layers=_count(tensors, "transformer.resblocks."),
-        heads=width // resnet.HEAD_WIDTH,  # in all of OpenAI's models
-        hidden=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
-        features=_shape(tensors, "text_projection", 2, file)[1],
-    )
-
-
-def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
-    if name not in tensors or tensors[name].ndim != axes:
-        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
-        raise ValueError(
-            f"{file} does not tell its sizes: {name} {found}, and must have {axes} axes"
-        )
-    return tensors[name].shape
-
-
-def _count(tensors: Tensors, prefix: str) -> int:
-    """How many layers there are."""
-    numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max(
-        (int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1
-    )
-
-
-# The output and the input layer of each mapping network; the first whose output is there is it.
-MAPPER_OUT = {
-    "transformer": "projector.weight",
-    "hidden_mlp": "hidden.2.weight",
-    "mlp": "hidden.0.weight",
-}
-MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
-# What stands before the names of towers that CLIPTrans trained along.
-NESTED = "clip."
+MBART_UNTOLD = (
+    "encoder_heads",
+    "decoder_heads",
+    "scale_embedding",
+    "dropout",
+    "pad",
+    "eos",
+    "start",
+)
 
 MBART = Layout(
     marker="model.encoder.layernorm_embedding.weight",
@@ -322,15 +288,19 @@ MBART = Layout(
     shapes=_mbart_shapes,
     table=convert.mbart_table,
     aliases=convert.ALIASES,
+    zeros=("final_logits_bias",),
+    untold=MBART_UNTOLD,
 )
 CLIPTRANS = Layout(
     marker="mbart.model.encoder.layernorm_embedding.weight",
     config_type=ModelConfig,
-    config=_cliptrans_config,
+    config=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=convert.cliptrans_table,
     aliases=convert.cliptrans_aliases(),
     dropped={r"clip\..*": 'of the encoder, which is read by itself (kind="mclip", "clip_text")'},
+    zeros=("mbart.final_logits_bias",),
+    untold=tuple(f"mbart.{name}" for name in MBART_UNTOLD),
 )
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
@@ -339,10 +309,11 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker="LinearTransformation.weight",
                 config_type=MClipConfig,
-                config=_told(lambda hf: towers.mclip_config(hf, None), MClipConfig),
+                config=_mclip_config,
                 shapes=_text_shapes(MClip),
                 table=towers.mclip_table,
                 dropped=towers.MCLIP_DROPPED,
+                untold=("heads", "eps", "pad", "dropout", "activation"),
             ),
         ),
         "clip_vision": (
@@ -353,13 +324,15 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_image_shapes(ClipVision),
                 table=towers.clip_vision_table,
                 dropped=towers.CLIP_VISION_DROPPED,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
         ),
         "clip_res": (
             Layout(
                 marker="visual.attnpool.positional_embedding",
                 config_type=ResNetConfig,
-                config=_resnet_config,
+                config=sizes.resnet_config,
                 shapes=_image_shapes(ClipResNet),
                 table=towers.openai_resnet_table,
                 dropped=towers.OPENAI_RESNET_DROPPED,
@@ -373,14 +346,19 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_text_shapes(ClipText),
                 table=towers.clip_text_table,
                 dropped=towers.CLIP_TEXT_DROPPED,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
             Layout(
                 marker="ln_final.weight",
                 config_type=ClipTextConfig,
-                config=_openai_text_config,
+                config=sizes.openai_text_config,
                 shapes=_text_shapes(ClipText),
                 table=towers.openai_text_table,
                 dropped=towers.OPENAI_TEXT_DROPPED,
+                about=open_clip.FILE,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
             ),
         ),
         "cliptrans": (CLIPTRANS,),

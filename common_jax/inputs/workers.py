@@ -4,6 +4,8 @@ Threads do not help: between the calls of an image library that let go of the in
 there is enough that does not. The processes are grain's; examples come back by pieces.py.
 """
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import secrets
@@ -55,7 +57,9 @@ def read_in_order(
     stream = iter(ahead.mp_prefetch(options, worker_init_fn=_settle))
     receive = Receiver(names, workers)
     try:
-        for sent in stream:
+        with _blocked():
+            first = next(stream, None)  # which starts the processes
+        for sent in () if first is None else itertools.chain([first], stream):
             yield from receive(sent)
     except Exception as error:
         error.add_note(
@@ -73,11 +77,23 @@ def read_in_order(
             receive.close()
 
 
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Processes that are started meanwhile inherit that they do not get these signals: before they
+    come to `_settle`, Ctrl-C would end each with a traceback. The other threads of this process get
+    them for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _settle(worker: int, workers: int) -> None:
     """What a worker does first."""
-    # Ctrl-C and a preemption are for the process that trains, which wants to save first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A request to stop is for the process that trains, which saves first.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Whatever a transform does, it must not take hold of an accelerator.
     jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,34 +1,30 @@
 """Several processes as one run: how they find each other, agree, and stop together.
 
-A request to stop (SIGTERM, as schedulers send it before they take a machine away) may reach one
-process alone and at any time. All processes `check` at the same places, once a step of training and
-once a batch of evaluation, and get the same answer there: the run stops at a step on which all
-agree.
+A request to stop (SIGTERM, as schedulers send it before they take a machine away, or another of
+`common_jax.pods.signals`) may reach one process alone and at any time. All processes `check` at the
+same places, once a step of training and once a batch of evaluation, and get the same answer there:
+the run stops at a step on which all agree.
 """
 
 import glob
 import importlib.util
 import logging
 import os
-import signal
 import sys
-import threading
 from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from common_jax.pods import signals
+from common_jax.pods.signals import Stopped
+
 # Seconds without a sign of life after which a process counts as dead and all others stop.
 HEARTBEAT = 30
 
-_stop_requested = False  # by a signal to this process, where it is the only one
 _polls = 0  # questions asked so far: the same number in every process at the same place
 _stopping = False  # the answer was yes once, and stays so
-
-
-class Stopped(Exception):
-    """All processes were asked to stop, and do so here. What is to be kept has been saved."""
 
 
 def start(
@@ -75,8 +71,6 @@ def start(
             "--coordinator=HOST:PORT, --processes=N and --process=I"
         )
     if not several:
-        if threading.current_thread() is threading.main_thread():  # only there Python allows it
-            signal.signal(signal.SIGTERM, _request_stop)
         return
     jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT)
     logging.info(
@@ -146,13 +140,4 @@ def leave(status: int) -> NoReturn:
 
 
 def _requested(_: int) -> bool:
-    return _stop_requested
-
-
-def _request_stop(number: int, frame: object) -> None:
-    """Takes note; a second signal ends the process at once."""
-    global _stop_requested
-    _stop_requested = True
-    signal.signal(number, signal.SIG_DFL)
-    # Not by print, which the signal may have found in the middle of a line.
-    os.write(sys.stderr.fileno(), b"asked to stop: saving at the next step\n")
+    return signals.requested()

@@ -1,14 +1,28 @@
 """Weights of others on disk: arrays by their names, in safetensors and PyTorch's files, without
 PyTorch."""
 
-from common_jax.tensors.account import Account, format_account
-from common_jax.tensors.files import read_plain, read_tensors, widen, write_tensors, write_torch
+from common_jax.tensors.account import Account, format_account, format_assumed, list_problems
+from common_jax.tensors.files import (
+    Weights,
+    read_plain,
+    read_tensors,
+    read_weights,
+    weights_file,
+    widen,
+    write_tensors,
+    write_torch,
+)
 
 __all__ = [
     "Account",
+    "Weights",
     "format_account",
+    "format_assumed",
+    "list_problems",
     "read_plain",
     "read_tensors",
+    "read_weights",
+    "weights_file",
     "widen",
     "write_tensors",
     "write_torch",

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# A message lists as much as this, in characters.
+ROOM, LINE = 1200, 160
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -16,11 +19,16 @@ class Account:
       taken: (tensor, our path, its shape in the file).
       aliases: (tensor, the tensor that it equals and that was taken).
       dropped: (tensor, why it has no place here).
+      notes: how the file was read: which of its state dicts, what was taken off the names, what
+        was filled in.
+      assumed: (field of the config, its value) that neither the file nor the caller says.
     """
 
     taken: tuple[tuple[str, str, tuple[int, ...]], ...]
     aliases: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    assumed: tuple[tuple[str, str], ...] = ()
 
 
 def format_account(account: Account) -> str:
@@ -47,7 +55,35 @@ def format_account(account: Account) -> str:
             f"{name} {title} {why}" + (f" ({len(held)} tensors)" if len(held) > 1 else "")
             for (name, why), held in folded.items()
         ]
+    lines += [f"note: {note}" for note in account.notes]
+    if account.assumed:
+        lines.append(f"assumed: {format_assumed(account)}")
     return "\n".join(lines)
+
+
+def format_assumed(account: Account) -> str:
+    """What was assumed, such as "heads=16, eps=1e-05"."""
+    return ", ".join(f"{field}={value}" for field, value in account.assumed)
+
+
+def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
+    """Problems of tensors as lines of a message, of which there may be thousands: those that differ
+    in numbers of layers are folded where there are many, and what finds no room is counted."""
+    lines = list(problems)
+    if len(lines) > 12:
+        folded = {}
+        for line in lines:
+            folded.setdefault(_fold(line), []).append(line)
+        lines = [
+            f"{fold} ({len(held)} times)" if len(held) > 1 else held[0]
+            for fold, held in folded.items()
+        ]
+    lines = [line if len(line) <= LINE else f"{line[: LINE - 3]}..." for line in lines]
+    sizes = itertools.accumulate(len(line) + len(indent) for line in lines)
+    shown = lines[: max(1, sum(size <= ROOM for size in sizes))]
+    if len(shown) < len(lines):
+        shown.append(f"and {len(lines) - len(shown)} more kinds of problem, {len(problems)} in all")
+    return "".join(indent + line for line in shown)
 
 
 def _fold(path: str) -> str:

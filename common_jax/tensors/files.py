@@ -1,6 +1,7 @@
 """Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
 archives, whole or in shards, without PyTorch."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from common_jax.tensors import safetensors_file, torch_archive, torch_writer
+from common_jax.tensors.naming import plain_names
 from common_jax.tensors.torch_pickle import EXPORT
 from common_jax.untrusted import RefusedError, brief, parse_json, plain
 
@@ -22,12 +24,12 @@ FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 # What a file is tells its content; these are the names that such files go by.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
-PARALLEL = "module."  # put before every name by a run on several devices
-
 # Of fewer than 32 bits.
 NARROW = (
     *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
@@ -39,24 +41,44 @@ LONGEST_FILE_NAME = 255  # bytes, as file systems have it
 Tensors = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file or a folder holds.
+
+    Attributes:
+      tensors: by their names, each in the type that it is stored in.
+      notes: how it was read: which of several state dicts, and what was taken off the names.
+    """
+
+    tensors: Tensors
+    notes: tuple[str, ...] = ()
+
+
 def read_tensors(path: str | os.PathLike) -> Tensors:
+    """The tensors of `read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
     """All tensors of a file or folder by their names, each in the type that it is stored in.
 
     Args:
       path: a file in safetensors or PyTorch's zip format (state dicts, checkpoints that hold one as
         "model" or "state_dict" beside whatever else, TorchScript archives), an `.index.json` of
         shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands for
-        `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. The prefix "module." is taken off
-        the names.
+        `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. What frameworks put into names
+        ("module.", "_orig_mod.") is taken out.
+      weights: key of the state dict that is meant, such as "model_ema", in a file of PyTorch that
+        holds several.
 
     Raises:
       FileNotFoundError: when there is no such file, or shards are missing.
-      ValueError: for a file that is cut off, damaged, of another format, or whose dictionary of
-        tensors holds anything else; nothing in it is run.
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
+        file = weights_file(path)
         if file is None:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
             raise FileNotFoundError(
@@ -65,14 +87,19 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
             )
         path = file
     if path.is_file():
-        tensors = _read_file(path)
+        read = _read_file(path, weights)
     else:
-        shards = _numbered(path)
-        tensors = _merge((shard, _read_file(shard)) for shard in shards)
-    plain = {name.removeprefix(PARALLEL): tensor for name, tensor in tensors.items()}
-    if len(plain) != len(tensors):
-        raise ValueError(f"{path} holds tensors both with and without the prefix {PARALLEL!r}")
-    return plain
+        read = _merge((shard, _read_file(shard, weights)) for shard in _numbered(path))
+    try:
+        tensors, notes = plain_names(read.tensors)
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+    return Weights(tensors, (*read.notes, *notes))
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of a folder that its weights are read from."""
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -162,15 +189,18 @@ def same_content(a: Path, b: Path) -> bool:
         return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
 
 
-def _read_file(path: Path) -> Tensors:
+def _read_file(path: Path, weights: str) -> Weights:
     if path.name.endswith(SUFFIXES):
         _refuse_pointer(path)
     if path.name.endswith(".index.json"):
-        return _read_indexed(path)
+        return _read_indexed(path, weights)
     if _is_torch(path):
-        return torch_archive.read(path)
+        chosen = torch_archive.read(path, weights)
+        return Weights(dict(chosen.tensors), chosen.notes)
     if path.suffix == ".safetensors" or _start(path)[8:9] == b"{":
-        return safetensors_file.read(path)
+        if weights:
+            raise ValueError(f"{path} holds bare tensors, and none under weights={brief(weights)}")
+        return Weights(safetensors_file.read(path))
     raise ValueError(
         f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
         "format "
@@ -210,20 +240,21 @@ def _numbered(path: Path) -> list[Path]:
     return [found[i] for i in sorted(found)]
 
 
-def _merge(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
-    merged = {}
-    for path, tensors in parts:
-        for name in set(merged) & set(tensors):
-            if not np.array_equal(merged[name], tensors[name]):
+def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
+    merged, notes = {}, {}
+    for path, part in parts:
+        for name in set(merged) & set(part.tensors):
+            if not np.array_equal(merged[name], part.tensors[name]):
                 raise ValueError(
                     f"{path} holds {name} with other numbers than a shard before it; the shards "
                     "are not of one model"
                 )
-        merged |= tensors
-    return merged
+        merged |= part.tensors
+        notes |= dict.fromkeys(part.notes)
+    return Weights(merged, tuple(notes))
 
 
-def _read_indexed(path: Path) -> Tensors:
+def _read_indexed(path: Path, weights: str) -> Weights:
     try:
         where = _weight_map(parse_json(path.read_bytes()))
     except RefusedError as refused:
@@ -239,10 +270,10 @@ def _read_indexed(path: Path) -> Tensors:
     if missing := [file for file in files if not (path.parent / file).is_file()]:
         names = ", ".join(map(plain, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise FileNotFoundError(f"{path} names {names}, missing; fetch them too")
-    tensors = _merge((path.parent / file, _read_file(path.parent / file)) for file in files)
-    if missing := sorted(set(where) - set(tensors)):
+    read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
+    if missing := sorted(set(where) - set(read.tensors)):
         raise ValueError(f"{path} names tensors that its files do not hold: {brief(missing)}")
-    return tensors
+    return read
 
 
 def _weight_map(index: Any) -> dict[str, str]:

@@ -15,15 +15,12 @@ import ml_dtypes
 import numpy as np
 
 from common_jax.tensors import torch_pickle
-from common_jax.tensors.torch_pickle import EXPORT, Opaque, Scripted, Tensor
+from common_jax.tensors.naming import LONGEST_NAME, Chosen, choose
+from common_jax.tensors.torch_pickle import EXPORT, Scripted, Tensor
 from common_jax.untrusted import Archive, RefusedError, brief, open_archive, plain
 
-# Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
-# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the last of these in files of a module.
-WRAPPERS = ("model", "state_dict", "block_state_dict")
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the old format's magic number, pickled
 LARGEST_PICKLE = 1 << 26  # bytes; those of published weights have less than 2^22
-LONGEST_NAME = 1000  # characters of a tensor's name
 DEEPEST = 64  # modules within modules, and lists within lists
 MOST_VISITS = 100_000  # modules and tensors of a script, one that is shared as often as it is named
 # Views may repeat numbers, as `expand` makes them, and share them. All together they are at most
@@ -31,15 +28,33 @@ MOST_VISITS = 100_000  # modules and tensors of a script, one that is shared as 
 MOST_REPEATED = 64
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key of
-    `WRAPPERS`, or of a TorchScript archive; each in the type that it is stored in.
+def read(path: Path, weights: str = "") -> Chosen:
+    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key, or of a
+    TorchScript archive; each in the type that it is stored in.
+
+    Args:
+      path: of the file.
+      weights: key of the state dict that is meant, see `naming.choose`.
 
     Raises:
-      ValueError: for a file that is cut off, damaged, of another format, or whose dictionary of
-        tensors holds anything else; nothing in it is run.
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
     """
-    return _open(path, _read_archive)
+    return _open(path, lambda archive: _read_archive(archive, weights))
+
+
+def module_classes(path: Path) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other file.
+
+    Raises:
+      ValueError: as `read`.
+    """
+
+    def find(archive: Archive) -> frozenset[str]:
+        top, _, script = _load(archive)
+        return _classes(top) if script else frozenset()
+
+    return _open(path, find)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -55,7 +70,7 @@ def read_plain(path: Path) -> dict[str, Any]:
     return _open(path, find)
 
 
-def _open(path: Path, use: Callable[[Archive], dict[str, Any]]) -> dict[str, Any]:
+def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
@@ -75,9 +90,13 @@ def _open(path: Path, use: Callable[[Archive], dict[str, Any]]) -> dict[str, Any
         raise ValueError(f"{path} {refused}") from None
 
 
-def _read_archive(archive: Archive) -> dict[str, np.ndarray]:
+def _read_archive(archive: Archive, weights: str) -> Chosen:
     top, root, script = _load(archive)
-    parts = dict(_walk(top, _declared(archive, root))) if script else _state_dict(top)
+    if script:
+        chosen = Chosen(dict(_walk(top, _declared(archive, root))))
+    else:
+        chosen = _state_dict(top, weights)
+    parts = chosen.tensors
     if not parts:
         raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
     _require_sizes(archive, root, parts)
@@ -87,7 +106,8 @@ def _read_archive(archive: Archive) -> dict[str, np.ndarray]:
         if key not in numbers:
             entry = archive.entries[f"{root}data/{key}"]
             numbers[key] = archive.read(entry.filename, limit=entry.file_size)
-    return {name: _array(tensor, numbers[tensor.storage.key]) for name, tensor in parts.items()}
+    arrays = {name: _array(x, numbers[x.storage.key]) for name, x in parts.items()}
+    return Chosen(arrays, chosen.notes)
 
 
 def _load(archive: Archive) -> tuple[Any, str, bool]:
@@ -129,27 +149,24 @@ def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int
     return sizes[id(value)]
 
 
-def _state_dict(top: Any) -> dict[str, Tensor]:
-    """The one dictionary of tensors in what a file holds."""
-    if not isinstance(top, dict):
-        what = "one tensor" if isinstance(top, Tensor) else _kind(top)
-        raise RefusedError(f"holds {what}, and not tensors by their names; with PyTorch: {EXPORT}")
-    inner = next((top[key] for key in WRAPPERS if isinstance(top.get(key), dict)), top)
-    for name, value in inner.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise RefusedError(
-                f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
-                f"alone or under one of {WRAPPERS}; with PyTorch: {EXPORT}"
-            )
-        _require_name(name)
-    return inner
+def _state_dict(top: Any, weights: str) -> Chosen:
+    """One dictionary of tensors in what a file holds."""
+    try:
+        return choose(top, weights)
+    except RefusedError as refused:
+        raise RefusedError(f"{refused}; with PyTorch: {EXPORT}") from None
 
 
-def _kind(value: Any) -> str:
-    """What something is, for a message."""
-    if isinstance(value, Opaque | Scripted):
-        return f"a {plain(value.name)}"
-    return f"a {type(value).__name__.lstrip('_')}"
+def _classes(top: Any) -> frozenset[str]:
+    """Names of the classes of a scripted module and of those in it."""
+    seen, waiting, names = set(), [top], set()
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, Scripted) and id(module) not in seen:
+            seen.add(id(module))
+            names.add(module.name.rpartition(".")[2])
+            waiting += module.attributes.values()
+    return frozenset(names)
 
 
 def _require_name(name: str) -> None:

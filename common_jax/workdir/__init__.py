@@ -1,6 +1,35 @@
-"""A run's folder: the JSON files in it, and the config that it belongs to."""
+"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity."""
 
-from common_jax.workdir.claim import claim, refuse_other_config
-from common_jax.workdir.files import read_json, temporary_beside, write_json
+from common_jax.workdir.claim import (
+    claim,
+    contradictions,
+    holds_results,
+    plain,
+    refuse_other_config,
+)
+from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json
+from common_jax.workdir.identity import Identity, keep_identity, read_identity
+from common_jax.workdir.lock import Locked, LockLost, hold, require
+from common_jax.workdir.results import read_result
+from common_jax.workdir.versions import freeze_stored
 
-__all__ = ["claim", "read_json", "refuse_other_config", "temporary_beside", "write_json"]
+__all__ = [
+    "Identity",
+    "LockLost",
+    "Locked",
+    "claim",
+    "contradictions",
+    "freeze_stored",
+    "hold",
+    "holds_results",
+    "keep_identity",
+    "plain",
+    "read_identity",
+    "read_json",
+    "read_result",
+    "refuse_other_config",
+    "require",
+    "temporary_beside",
+    "write_bytes",
+    "write_json",
+]

@@ -14,10 +14,15 @@ from common_jax.untrusted import RefusedError, brief, parse_json
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all, whenever the process may be killed."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file whole or not at all, whenever the process may be killed."""
     path = epath.Path(path)
     temporary = temporary_beside(path)
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

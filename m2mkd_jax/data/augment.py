@@ -6,18 +6,22 @@ Ch]: integer pixels in [0, 255] until `normalise`, float32 after it.
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from common_jax.config import Section
+from common_jax.ranges import BelowOne, Count, Fraction, NonNegative, Size, within
+
 # Up to this side the original pads and crops instead of resizing; the device can do that.
 SMALL_SIDE = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section):
     """`config.augment`: how training images are changed; the defaults change nothing.
 
     Attributes:
@@ -39,41 +43,22 @@ class AugmentConfig:
       shift: largest translation of small images, in pixels.
     """
 
-    repeats: int = 1
-    padding: int = 0
+    repeats: Size = 1
+    padding: Count = 0
     flip: bool = False
     randaugment: bool = False
-    operations: int = 2
-    magnitude: float = 9.0
-    magnitude_std: float = 0.5
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    switch: float = 0.5
-    mix_probability: float = 1.0
-    smoothing: float = 0.0
-    rotate: float = 0.0
-    scale: float = 0.0
-    shift: float = 0.0
-
-    def __post_init__(self):
-        if self.repeats < 1:
-            raise ValueError(f"config.augment.repeats={self.repeats} must be at least 1 (1: off)")
-        for key in ("padding", "operations", "magnitude_std", "mixup", "cutmix", "rotate", "shift"):
-            if getattr(self, key) < 0:
-                raise ValueError(
-                    f"config.augment.{key}={getattr(self, key)} must not be negative (0: off)"
-                )
-        for key in ("erasing", "switch", "mix_probability"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(
-                    f"config.augment.{key}={getattr(self, key)} must be a probability in [0, 1]"
-                )
-        for key in ("smoothing", "scale"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"config.augment.{key}={getattr(self, key)} must be in [0, 1)")
-        if not 0 <= self.magnitude <= 10:
-            raise ValueError(f"config.augment.magnitude={self.magnitude} must be in [0, 10]")
+    operations: Count = 2
+    magnitude: Annotated[float, within(0, 10)] = 9.0
+    magnitude_std: NonNegative = 0.5
+    erasing: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    switch: Fraction = 0.5
+    mix_probability: Fraction = 1.0
+    smoothing: BelowOne = 0.0
+    rotate: Annotated[float, within(0, 180)] = 0.0
+    scale: BelowOne = 0.0
+    shift: NonNegative = 0.0
 
     @property
     def mixes(self) -> bool:

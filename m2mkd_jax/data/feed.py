@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from common_jax import inputs
 from m2mkd_jax.data.augment import AugmentConfig, augment, mix, normalise
 from m2mkd_jax.data.ood import OodConfig, load_ood
-from m2mkd_jax.data.sources import DataConfig, Source, load_source
+from m2mkd_jax.data.sources import DataConfig, Source, load_source, load_test_source
 from m2mkd_jax.data.transforms import eval_transform, train_transform, with_pictures
 
 Batches = Iterator[dict[str, np.ndarray]]
@@ -65,11 +65,11 @@ def make_feed(
       ood: config section of the OOD set; None for none.
 
     Raises:
-      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`
-        and `load_ood`.
+      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`,
+        `load_test_source` and `load_ood`.
     """
     train = load_source(data, data.train_split) if train is None else train
-    test = load_source(data, data.test_split) if test is None else test
+    test = load_test_source(data, train.label_names) if test is None else test
     shared = {
         "workers": data.workers,
         "bad_share": data.bad_share,

@@ -4,14 +4,9 @@ A split is listed without reading an image. Messages call the place `config.data
 """
 
 import dataclasses
-import io
 import logging
-import os
-import struct
 import sys
 import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,100 +17,30 @@ import tqdm
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import decode_picture, pixels_of
+from m2mkd_jax.data.listing import (
+    IMAGE_SUFFIXES,
+    DirectoryFiles,
+    find_in_directory,
+    listed,
+    printable,
+)
+from m2mkd_jax.data.zips import ZipFiles, find_in_zip
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 LOG_SECONDS = 10
 T = TypeVar("T")
-COLOUR_MODES = {1: "L", 3: "RGB"}
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class DirectoryFiles:
-    """The files of an image folder, by their path relative to `root`."""
-
-    root: Path
-    names: tuple[str, ...]
-
-    def read(self, index: int) -> bytes:
-        # `Path` would take half again as long.
-        with open(f"{self.root}/{self.names[index]}", "rb") as file:
-            return file.read()
-
-
-class ZipFiles:
-    """The stored (uncompressed) members of a zip, read by offset.
-
-    Reading takes no lock and moves no file position, so threads share one descriptor; a pickled
-    copy opens its own. The central directory, large for a million images, is parsed only once.
-    """
-
-    def __init__(self, root: Path, members: list[zipfile.ZipInfo]):
-        self.root = root
-        self.names = tuple(member.filename for member in members)
-        self._places = np.array([(m.header_offset, m.file_size, m.CRC) for m in members], np.int64)
-        self._file = root.open("rb")
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in vars(self).items() if key != "_file"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._file = self.root.open("rb")
-
-    def read(self, index: int) -> bytes:
-        offset, size, checksum = (int(number) for number in self._places[index])
-        # The local header repeats the name and may have another extra field than the directory's.
-        header = os.pread(self._file.fileno(), 30, offset)
-        skip = (
-            30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        )
-        content = os.pread(self._file.fileno(), size, offset + skip)
-        if len(content) != size or zlib.crc32(content) != checksum:
-            raise OSError("its bytes in the zip do not match the checksum there")
-        return content
 
 
 Files = DirectoryFiles | ZipFiles
 
 
-def decode_picture(content: bytes, channels: int, *, side: int | None = None) -> Image.Image:
-    """The picture of an image file's bytes, grey or RGB by `channels`.
-
-    Args:
-      side: resizes the whole picture to this square (bicubic) unless it has that size; None leaves
-        it as it is.
-
-    Raises:
-      one of READ_ERRORS: it cannot be read.
-    """
-    if not content:
-        raise OSError("the file is empty (0 bytes)")
-    mode = COLOUR_MODES[channels]
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        picture = image if image.mode == mode else image.convert(mode)
-    if side is not None and picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return picture
-
-
-def pixels_of(picture: Image.Image) -> np.ndarray:
-    """Uint8 (I, J, channels) of a grey or RGB picture."""
-    pixels = np.asarray(picture)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
 class FolderSource:
-    """Image files with labels, decoded when asked for."""
+    """Image files with labels, decoded when asked for.
+
+    Attributes:
+      side: resizes each whole picture to this square (bicubic) unless it has that size; None leaves
+        it as it is.
+    """
 
     arrays = None
 
@@ -139,7 +64,7 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """What to look for when image `index` is bad."""
-        return f"{self.files.root}/{self.files.names[index]}"
+        return printable(f"{self.files.root}/{self.files.names[index]}")
 
     def __getitem__(self, index: int) -> Example:
         """{"image": uint8 [I, J, Ch] at the file's own size, "label": int32}, or BadExample."""
@@ -148,9 +73,12 @@ class FolderSource:
     def picture(self, index: int) -> Image.Image:
         """The image before its pixels are copied out of PIL, or BadExample."""
         try:
-            return decode_picture(self.files.read(index), self.channels, side=self.side)
-        except READ_ERRORS as error:
+            picture = decode_picture(self.files.read(index), self.channels)
+        except (OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
+        if self.side is not None and picture.size != (self.side, self.side):
+            picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,13 +97,14 @@ def find_folder(path: str, split: str) -> Found:
 
     Raises:
       FileNotFoundError: no such path, split, or no image in it.
-      ValueError: an empty class folder, a compressed or broken zip.
+      ValueError: an empty class folder, images without class folders, classes that share a folder,
+        a compressed or broken zip.
     """
     root = existing(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
     packed = root / f"{split}.zip"
     if root.is_dir() and not (root / split).is_dir() and packed.is_file():
         root = packed
-    find = find_in_directory if root.is_dir() else _find_in_zip
+    find = find_in_directory if root.is_dir() else find_in_zip
     files, classes, depth = find(root, split)
     at = f"config.data.path={path!r}, split {split!r}"
     if not files.names:
@@ -303,12 +232,6 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first ten names in order, and how many more there are."""
-    names = sorted(names)
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
 def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
     """The items, with a bar on a terminal and a log line every LOG_SECONDS elsewhere."""
     if sys.stderr.isatty():
@@ -332,58 +255,3 @@ def existing(path: str, what: str) -> Path:
             f"{beside if path and root.parent.is_dir() else ''}"
         )
     return root
-
-
-def _missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"config.data.path={str(root)!r} has no split {split!r}, only: "
-        f"{listed(present) or 'nothing'}; "
-        "correct config.data.path, config.data.train_split or config.data.test_split"
-    )
-
-
-def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str], int]:
-    """(images, classes, place of the class in an image's path)."""
-    top = root / split
-    if not top.is_dir():
-        raise _missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
-    classes = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
-    names = []
-    for folder, _, files in os.walk(top, followlinks=True):
-        inside = Path(folder).relative_to(root).as_posix()
-        if Path(folder) != top:
-            names += [f"{inside}/{name}" for name in files if _is_image(name)]
-    return DirectoryFiles(root, tuple(sorted(names))), classes, len(Path(split).parts)
-
-
-def _find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
-    try:
-        with zipfile.ZipFile(root) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
-            "make the zip anew"
-        ) from error
-    members = [m for m in members if not m.filename.startswith("__MACOSX/")]
-    tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
-    if split and split not in tops and root.name == f"{split}.zip":
-        split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
-    inside = [m for m in members if not split or m.filename.startswith(f"{split}/")]
-    if not inside:
-        raise _missing_split(root, split, tops)
-    depth = len(Path(split).parts)
-    deep = [m for m in inside if m.filename.count("/") > depth]
-    classes = sorted({m.filename.split("/")[depth] for m in deep})
-    images = sorted((m for m in deep if _is_image(m.filename)), key=lambda m: m.filename)
-    packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise ValueError(
-            f"config.data.path={str(root)!r}: {listed(packed)} are compressed; images do not "
-            "shrink and cannot be read by offset then: make the zip with `zip -0 -r`"
-        )
-    return ZipFiles(root, images), classes, depth
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)

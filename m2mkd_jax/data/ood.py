@@ -4,17 +4,20 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from common_jax.config import did_you_mean
-from m2mkd_jax.data.folders import listed, read_names
+from common_jax.config import Section, renamed, under
+from common_jax.ranges import Name, one_of
+from m2mkd_jax.data.folders import read_names
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.sources import SOURCES, DataConfig, Source, open_source
-from m2mkd_jax.data.subsets import Subset
+from m2mkd_jax.data.subsets import Subset, match_classes
 
 
 @dataclasses.dataclass(frozen=True)
-class OodConfig:
+class OodConfig(Section):
     """`config.ood`: the test set. Everything else about its images stands in config.data.
 
     Attributes:
@@ -26,18 +29,11 @@ class OodConfig:
         empty, `tiny_imagenet_r` leaves out the classes that the training set lacks.
     """
 
-    source: str = ""
+    source: Annotated[str, one_of("", *SOURCES)] = ""
     path: str = ""
-    split: str = "test"
+    split: Name = "test"
     name: str = ""
     classes: str = ""
-
-    def __post_init__(self):
-        if self.source and self.source not in SOURCES:
-            raise ValueError(
-                f"config.ood.source={self.source!r} is none of {sorted(SOURCES)}"
-                f"{did_you_mean(self.source, SOURCES)}; '' stands for no OOD set"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +72,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
       FileNotFoundError: no such path, split or class list.
       ValueError: the images do not fit config.data, or a class is none of the training set's.
     """
-    try:
+    with renamed(OWN_KEYS), under("config.data"):
         own = dataclasses.replace(
             data,
             source=ood.source,
@@ -86,14 +82,16 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             test_per_class=0,
         )
         source = open_source(own, ood.split)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        message = str(error)
-        for key, own_key in OWN_KEYS.items():
-            message = message.replace(key, own_key)
-        raise type(error)(message) from error
     source = choose_classes(source, ood, base_names=label_names)
     own = dataclasses.replace(own, labels=len(source.label_names))
-    return OodSet(source, own, match_classes(source.label_names, label_names, ood=ood))
+    classes = match_classes(
+        source.label_names,
+        label_names,
+        at=f"config.ood.source={ood.source!r}, path={ood.path!r}, split={ood.split!r}",
+        way_out="Rename the folders to the training set's names (such as wnids), remove them, or "
+        "set config.ood.source=''",
+    )
+    return OodSet(source, own, classes)
 
 
 def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str]) -> Source:
@@ -122,23 +120,3 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     indices = np.flatnonzero(np.isin(source.labels, kept))
     labels = np.searchsorted(kept, source.labels[indices]).astype(np.int32)
     return Subset(source, indices, labels, tuple(names[label] for label in kept))
-
-
-def match_classes(
-    names: Sequence[str], base_names: Sequence[str], *, ood: OodConfig
-) -> tuple[int, ...]:
-    """The place in `base_names` of each of `names`.
-
-    Raises:
-      ValueError: when some are not there.
-    """
-    place = {name: index for index, name in enumerate(base_names)}
-    unknown = [name for name in names if name not in place]
-    if unknown:
-        raise ValueError(
-            f"config.ood.source={ood.source!r}, path={ood.path!r}, split={ood.split!r} has "
-            f"{len(names)} classes, of which {len(unknown)} are no classes of config.data: "
-            f"{listed(unknown)}; the {len(place)} there are {listed(place)}. Rename the folders "
-            "to the training set's names (such as wnids), remove them, or set config.ood.source=''"
-        )
-    return tuple(place[name] for name in names)

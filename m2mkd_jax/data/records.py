@@ -20,20 +20,17 @@ from etils import epath
 from PIL import Image
 
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import decode_picture, pixels_of
 from m2mkd_jax.data.folders import (
-    READ_ERRORS,
-    DirectoryFiles,
     Found,
-    decode_picture,
     existing,
     label_rows,
-    listed,
-    pixels_of,
     progress,
     read_text,
     require_distinct,
     require_filled,
 )
+from m2mkd_jax.data.listing import DirectoryFiles, listed
 
 CHUNK = 256  # records that a thread reads at a time
 SAMPLE = 2**16  # bytes of a file that its fingerprint looks at
@@ -90,7 +87,7 @@ class RecordSource:
             content = self._records[index]["image"]
             # Of a file that was cut off, array_record returns records without content.
             return decode_picture(content or b"", self.channels)
-        except (RuntimeError, *READ_ERRORS) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     @property
@@ -188,10 +185,11 @@ def open_builder(folder: epath.Path) -> Any:
         builder = tfds.builder_from_directory(os.fspath(folder))
         features = builder.info.features
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    except (ValueError, KeyError, AttributeError, FileNotFoundError) as error:
+    # tfds raises nearly anything on damaged files: protobuf's, json's and its own exceptions.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{folder} cannot be opened as a TFDS set ({type(error).__name__}: {error}); "
-            "prepare it again"
+            f"{folder} cannot be opened as a TFDS set ({reason:.500}); prepare it again"
         ) from error
     if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
         raise ValueError(
@@ -258,10 +256,9 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
     fingerprint = digest.hexdigest()
     file = folder / f"labels-{split}.npz"
     if file.exists():
-        with np.load(io.BytesIO(file.read_bytes())) as stored:
-            if str(stored["fingerprint"]) == fingerprint:
-                return stored["labels"]
-        logging.warning("%s is of other records and is made anew", file)
+        labels = _kept_labels(file, fingerprint, size=builder.info.splits[split].num_examples)
+        if labels is not None:
+            return labels
     labels = _read_labels(builder, split)
     content = io.BytesIO()
     np.savez(content, labels=labels, fingerprint=fingerprint)
@@ -271,6 +268,25 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
         draft.replace(file)
     except OSError as error:
         logging.warning("%s cannot be kept (%s): every run reads all labels first", file, error)
+    return labels
+
+
+def _kept_labels(file: epath.Path, fingerprint: str, *, size: int) -> np.ndarray | None:
+    """[size] int32 of a file of `stored_labels`; None, and a warning, where it is another's or
+    broken."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+            if str(stored["fingerprint"]) != fingerprint:
+                logging.warning("%s is of other records and is made anew", file)
+                return None
+            labels = stored["labels"]
+        if labels.shape != (size,) or labels.dtype != np.int32:
+            raise ValueError(f"labels are {labels.dtype} {labels.shape}")
+    # A damaged npz makes numpy, zipfile and zlib raise nearly anything.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logging.warning("%s cannot be read (%.200s) and is made again", file, reason)
+        return None
     return labels
 
 
@@ -324,13 +340,11 @@ def find_inaturalist(path: str, split: str) -> Found:
         categories = sorted((item["id"], str(item["name"])) for item in record["categories"])
         files = {item["id"]: item["file_name"] for item in record["images"]}
         pairs = [(item["image_id"], item["category_id"]) for item in record["annotations"]]
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{source} is no whole file with images (id, file_name), annotations (image_id, "
-            f"category_id) and categories (id, name): {type(error).__name__} {error}; fetch it "
-            "again. A test set without annotations cannot be evaluated"
+            f"category_id) and categories (id, name): {type(error).__name__} {error!s:.200}; fetch "
+            "it again. A test set without annotations cannot be evaluated"
         ) from error
     require_distinct((name for _, name in categories), at=str(source))
     lost = [str(image) for image, _ in pairs if image not in files]

@@ -9,27 +9,28 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 
 from common_jax import inputs
-from common_jax.config import did_you_mean
+from common_jax.config import FieldError, Section
 from common_jax.inputs import BadExample, Example
+from common_jax.inputs.pictures import MODES
+from common_jax.ranges import BelowOne, Count, Finite, Name, Positive, Size, key_of, one_of, shown
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
-    COLOUR_MODES,
     FolderSource,
     Found,
     find_folder,
     find_tiny_imagenet,
-    listed,
     progress,
 )
+from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
-from m2mkd_jax.data.subsets import first_of_each_class
+from m2mkd_jax.data.subsets import first_of_each_class, with_labels_of
 
 # Sources held decoded in memory, at the one size they have.
 EMBEDDED = ("digits", "digits_r")
@@ -42,7 +43,7 @@ TINY_SIDE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """`config.data`: the images of a run.
 
     Attributes:
@@ -65,57 +66,35 @@ class DataConfig:
         set's order; 0 for all. For what a method gains as data shrinks.
     """
 
-    source: str = "digits"
+    source: Annotated[str, key_of(lambda: SOURCES)] = "digits"
     path: str = ""
-    image_size: int = 8
-    channels: int = 1
-    labels: int = 10
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-    train_split: str = "train"
-    test_split: str = "test"
-    workers: int = 0
-    bad_share: float = 0.001
+    image_size: Size = 8
+    channels: Annotated[int, one_of(*MODES)] = 1
+    labels: Size = 10
+    mean: tuple[Finite, ...] = (0.5,)
+    std: tuple[Positive, ...] = (0.5,)
+    train_split: Name = "train"
+    test_split: Name = "test"
+    workers: Count = 0
+    bad_share: BelowOne = 0.001
     name: str = ""
-    in_memory: str = "auto"
-    per_class: int = 0
-    test_per_class: int = 0
+    in_memory: Annotated[str, one_of(*IN_MEMORY)] = "auto"
+    per_class: Count = 0
+    test_per_class: Count = 0
 
     def __post_init__(self):
-        if self.source not in SOURCES:
-            hint = did_you_mean(self.source, SOURCES)
-            raise ValueError(
-                f"config.data.source={self.source!r} is none of {sorted(SOURCES)}{hint}"
-            )
+        super().__post_init__()
         if self.name and self.source != "tfds":
-            raise ValueError(
-                f"config.data.name={self.name!r} is for config.data.source='tfds'; "
-                f"{self.source!r} has no sets to choose from: leave it empty"
+            raise FieldError(
+                f"name={shown(self.name)} is for source='tfds'; {self.source!r} has no sets to "
+                "choose from: leave it empty"
             )
-        if self.in_memory not in IN_MEMORY:
-            raise ValueError(
-                f"config.data.in_memory={self.in_memory!r} must be one of {list(IN_MEMORY)}"
-            )
-        if self.channels not in COLOUR_MODES:
-            raise ValueError(f"config.data.channels={self.channels} must be 1 (grey) or 3 (RGB)")
-        for key in ("image_size", "labels"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"config.data.{key}={getattr(self, key)} must be at least 1")
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
-                raise ValueError(
-                    f"config.data.{key}={getattr(self, key)} must have one number for each of the "
-                    f"config.data.channels={self.channels} channels"
+                raise FieldError(
+                    f"{key}={shown(getattr(self, key))} must have one number for each of the "
+                    f"channels={self.channels}"
                 )
-        if min(self.std) <= 0:
-            raise ValueError(f"config.data.std={self.std} must be positive")
-        for key, zero in (("workers", "none"), ("per_class", "all"), ("test_per_class", "all")):
-            if getattr(self, key) < 0:
-                raise ValueError(
-                    f"config.data.{key}={getattr(self, key)} must not be negative; 0 means {zero}"
-                )
-        if not 0 <= self.bad_share < 1:
-            raise ValueError(f"config.data.bad_share={self.bad_share} must be in [0, 1)")
 
 
 @runtime_checkable
@@ -151,6 +130,25 @@ def load_source(config: DataConfig, split: str) -> Source:
             f"set config.data.labels={count} or correct the data"
         )
     return source
+
+
+def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
+    """The images of config.test_split, its labels those of the training set's classes.
+
+    Args:
+      label_names: the training set's; all others are refused, and some may be missing.
+
+    Raises:
+      as `load_source`; ValueError: a class that the training set lacks.
+    """
+    source = open_source(config, config.test_split)
+    place = "".join(
+        f", config.data.{key}={value!r}"
+        for key, value in (("path", config.path), ("name", config.name))
+        if value
+    )
+    at = f"config.data.source={config.source!r}{place}, split {config.test_split!r}"
+    return with_labels_of(source, label_names, at=at)
 
 
 def open_source(config: DataConfig, split: str) -> Source:

@@ -1,13 +1,17 @@
-"""Parts of a set of images: an episode's, or a few of each class."""
+"""Sets of images made of others: an episode's, a few of each class, and a test set with the labels
+of the training set."""
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from common_jax import inputs
 from common_jax.inputs import Example
+from m2mkd_jax.data.listing import listed
 
 
 class Labelled(inputs.Source, Protocol):
@@ -62,3 +66,50 @@ def first_of_each_class(source: Labelled, count: int) -> Subset:
         rank[places] = np.arange(len(places))
     chosen = np.flatnonzero(rank < count)
     return Subset(source, chosen, labels[chosen], names)
+
+
+def match_classes(
+    names: Sequence[str], base_names: Sequence[str], *, at: str, way_out: str
+) -> tuple[int, ...]:
+    """The place in `base_names`, those of the training set, of each of `names`.
+
+    Args:
+      names: classes of another set.
+      at: what messages call that set.
+      way_out: what can be done about classes that are not there.
+
+    Raises:
+      ValueError: there are such.
+    """
+    place = {name: index for index, name in enumerate(base_names)}
+    unknown = [name for name in names if name not in place]
+    if unknown:
+        numbers = ""
+        if all(name.isdecimal() for name in names):
+            numbers = (
+                "These are class numbers without names, as in ImageNetV2, whose folder i is the "
+                "i-th wnid in sorted order, from 0. "
+            )
+        raise ValueError(
+            f"{at} has {len(names)} classes, and {len(unknown)} are no classes of config.data: "
+            f"{listed(unknown)}; the {len(place)} there are {listed(place)}. {numbers}{way_out}"
+        )
+    return tuple(place[name] for name in names)
+
+
+def with_labels_of(source: Labelled, base_names: Sequence[str], *, at: str) -> Labelled:
+    """The test set `source` with the labels of the training set, whose classes are `base_names`.
+
+    Names decide, so that neither order nor classes without a test image shift a label.
+
+    Raises:
+      ValueError: a class that the training set lacks; `at` says where.
+    """
+    names = tuple(source.label_names)
+    if names == tuple(base_names):
+        return source
+    way_out = "Rename the folders to the training set's names (such as wnids) or remove them"
+    places = match_classes(names, base_names, at=at, way_out=way_out)
+    logging.warning("%s has %d of the %d classes of training", at, len(names), len(base_names))
+    labels = np.array(places, np.int32)[np.asarray(source.labels)]
+    return Subset(source, np.arange(len(source)), labels, tuple(base_names))

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from common_jax.inputs import Example
+from common_jax.inputs.pictures import pixels_of
 from m2mkd_jax.data.augment import SMALL_SIDE, AugmentConfig, geometry_on_device
-from m2mkd_jax.data.folders import pixels_of
 from m2mkd_jax.data.randaugment import randaugment
 from m2mkd_jax.data.sources import EMBEDDED, DataConfig, Source
 

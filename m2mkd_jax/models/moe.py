@@ -8,6 +8,7 @@ mutable: `moe` (load, dropped, entropy, balance_loss) and `routing` (expert, wei
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError, Section
 from common_jax.mesh import AXES
+from common_jax.ranges import NonNegative, Positive, Size, one_of
 from m2mkd_jax.models import routing
 from m2mkd_jax.models.dispatch import DISPATCHERS
 from m2mkd_jax.models.grouped import Experts
@@ -36,17 +39,13 @@ BALANCE_OF = {
 
 
 @dataclass(frozen=True)
-class BalanceConfig:
+class BalanceConfig(Section):
     """Weights of the balance losses in the training loss; at 0 a loss is not computed."""
 
-    importance: float = 0.0
-    load: float = 0.0
-    gshard: float = 0.0
-    z: float = 0.0
-
-    def __post_init__(self):
-        for name, weight in self.active().items():
-            _require(weight > 0, f"balance.{name}", weight, "at least 0", "0 turns it off")
+    importance: NonNegative = 0.0
+    load: NonNegative = 0.0
+    gshard: NonNegative = 0.0
+    z: NonNegative = 0.0
 
     def active(self) -> dict[str, float]:
         weights = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -54,7 +53,7 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True)
-class MoeConfig:
+class MoeConfig(Section):
     """What a mixture-of-experts layer is; the defaults are the m2mKD students' (fastmoe).
 
     experts, chosen: E and A. Where experts choose, `chosen` is the mean number a token.
@@ -66,64 +65,39 @@ class MoeConfig:
     router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
     expert_init: see `EXPERT_INITS`.
 
-    Raises ValueError with the config key for a value out of range or unknown.
+    Raises FieldError for a value out of range or unknown.
     """
 
-    experts: int = 8
-    chosen: int = 2
-    router: str = "topk_softmax"
-    order: str = "token"
-    noise_std: float = 1.0
-    dispatch: str = "dropless"
-    capacity_factor: float = 1.25
-    groups: int = 1
+    experts: Size = 8
+    chosen: Size = 2
+    router: Annotated[str, one_of(*routing.ROUTERS)] = "topk_softmax"
+    order: Annotated[str, one_of(*routing.ORDERS)] = "token"
+    noise_std: NonNegative = 1.0
+    dispatch: Annotated[str, one_of(*DISPATCHERS)] = "dropless"
+    capacity_factor: Positive = 1.25
+    groups: Size = 1
     router_bias: bool = True
-    expert_init: str = "fastmoe"
+    expert_init: Annotated[str, one_of(*EXPERT_INITS)] = "fastmoe"
     balance: BalanceConfig = BalanceConfig()
 
     def __post_init__(self):
-        tables = {
-            "router": routing.ROUTERS,
-            "order": routing.ORDERS,
-            "dispatch": DISPATCHERS,
-            "expert_init": EXPERT_INITS,
-        }
-        for key, table in tables.items():
-            value = getattr(self, key)
-            _require(value in table, key, repr(value), f"one of {sorted(table)}", "choose one")
-        _require(self.experts >= 1, "experts", self.experts, "at least 1", "1 is a plain MLP")
-        _require(
-            1 <= self.chosen <= self.experts,
-            "chosen",
-            self.chosen,
-            f"between 1 and config.model.moe.experts, {self.experts}",
-            "change either",
-        )
-        _require(self.groups >= 1, "groups", self.groups, "at least 1", "1 routes the batch as one")
-        _require(self.noise_std >= 0, "noise_std", self.noise_std, "at least 0", "0 draws no noise")
-        _require(
-            self.capacity_factor > 0,
-            "capacity_factor",
-            self.capacity_factor,
-            "positive",
-            "1.0 gives as many slots as there are pairs",
-        )
-        for name, weight in self.balance.active().items():
-            known = ", ".join(BALANCE_OF[self.router])
-            _require(
-                name in BALANCE_OF[self.router],
-                f"balance.{name}",
-                weight,
-                f"0 with config.model.moe.router={self.router!r}, which has only {known}",
-                "set it to 0 or change the router",
+        super().__post_init__()
+        if self.chosen > self.experts:
+            raise FieldError(
+                f"chosen={self.chosen} must be from 1 to experts={self.experts}; change either"
             )
-        _require(
-            self.balance.load == 0 or self.noise_std > 0,
-            "balance.load",
-            self.balance.load,
-            "0 where config.model.moe.noise_std is 0",
-            "the load loss is a probability under that noise: set one to 0 or raise the other",
-        )
+        known = BALANCE_OF[self.router]
+        for name, weight in self.balance.active().items():
+            if name not in known:
+                raise FieldError(
+                    f"balance.{name}={weight} must be 0 with router={self.router!r}, which has "
+                    f"only {', '.join(known)}; set it to 0 or change the router"
+                )
+        if self.balance.load and not self.noise_std:
+            raise FieldError(
+                f"balance.load={self.balance.load} must be 0 where noise_std is 0, since the load "
+                "loss is a probability under that noise: set one to 0 or raise the other"
+            )
 
     @property
     def grouped(self) -> bool:

@@ -9,12 +9,14 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from common_jax.config import FieldError, Section
+from common_jax.ranges import Positive, Size, Sizes
 from m2mkd_jax.models import encoder
 from m2mkd_jax.stages import Network
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Section):
     """Sizes of a ViT; the image side, the channels and the labels are the data's.
 
     Attributes:
@@ -31,15 +33,24 @@ class ViTConfig:
         compile; random draws are others than without.
     """
 
-    patch: int = 16
-    width: int = 768
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    patch: Size = 16
+    width: Size = 768
+    heads: Size = 12
+    mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
-    norm_eps: float = 1e-6
-    depths: tuple[int, ...] = (3, 3, 3, 3)
+    norm_eps: Positive = 1e-6
+    depths: Sizes = (3, 3, 3, 3)
     remat: bool = False
     scan_layers: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.heads:
+            raise FieldError(f"heads={self.heads} must divide width={self.width}")
+        if self.encoder.hidden < 1:
+            raise FieldError(
+                f"mlp_ratio={self.mlp_ratio} of width={self.width} must be at least 1 hidden unit"
+            )
 
     @property
     def encoder(self) -> encoder.EncoderConfig:

@@ -2,12 +2,16 @@
 modules."""
 
 import dataclasses
+import re
 import types
+from typing import Annotated
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from common_jax.config import FieldError
+from common_jax.ranges import one_of, shown
 from m2mkd_jax.models import encoder, vit
 from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.stages import Network, Place
@@ -25,20 +29,17 @@ class VMoEConfig(vit.ViTConfig):
       stitches: "dropped" when modules are assembled, as published, or "kept" between the stages.
     """
 
-    kind: str = "vmoe"
+    kind: Annotated[str, one_of("vmoe")] = "vmoe"
     moe: MoeConfig = MoeConfig()
     moe_blocks: str = "all"
-    stitches: str = "dropped"
+    stitches: Annotated[str, one_of("dropped", "kept")] = "dropped"
 
     def __post_init__(self):
-        if self.kind != "vmoe":
-            raise ValueError(f"config.model.kind={self.kind!r} must be 'vmoe' for these fields")
-        if self.stitches not in ("dropped", "kept"):
-            raise ValueError(f"config.model.stitches={self.stitches!r} must be 'dropped' or 'kept'")
+        super().__post_init__()
         self.moe_positions()
 
     def moe_positions(self) -> frozenset[int]:
-        """The numbers of the blocks with experts; raises ValueError where `moe_blocks` is not
+        """The numbers of the blocks with experts; raises FieldError where `moe_blocks` is not
         understood."""
         return moe_positions(self.moe_blocks, sum(self.depths))
 
@@ -106,26 +107,24 @@ def moe_positions(blocks: str, depth: int) -> frozenset[int]:
     """Block numbers that `VMoEConfig.moe_blocks` means in a network of `depth` blocks.
 
     Raises:
-      ValueError: for a text that is not understood or a number outside 0..depth-1.
+      FieldError: for a text that is not understood or a number outside 0..depth-1.
     """
-    kind, _, count = blocks.partition("_")
-    if kind in _PLACEMENTS and (count.isdigit() or kind in ("all", "none")):
-        return frozenset(_PLACEMENTS[kind](depth, int(count or 1)))
-    try:
-        positions = frozenset(int(number) for number in blocks.split(","))
-    except ValueError:
-        raise ValueError(
-            f"config.model.moe_blocks={blocks!r} must be 'all', 'none', 'every_N', 'last_N' or "
-            "block numbers '1,3'"
-        ) from None
+    if blocks in ("all", "none"):
+        return frozenset(range(depth) if blocks == "all" else ())
+    if placed := re.fullmatch(r"(every|last)_([1-9][0-9]{0,8})", blocks):
+        return frozenset(_PLACEMENTS[placed[1]](depth, int(placed[2])))
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", blocks):
+        raise FieldError(
+            f"moe_blocks={shown(blocks)} must be 'all', 'none', 'every_N' or 'last_N' with N of at "
+            "least 1, or block numbers '1,3'"
+        )
+    positions = frozenset(int(number) for number in blocks.split(","))
     if not positions <= set(range(depth)):
-        raise ValueError(f"config.model.moe_blocks={blocks!r} names blocks outside 0..{depth - 1}")
+        raise FieldError(f"moe_blocks={shown(blocks)} names blocks outside 0..{depth - 1}")
     return positions
 
 
 _PLACEMENTS = {
-    "all": lambda depth, _: range(depth),
-    "none": lambda depth, _: (),
     "every": lambda depth, count: range(count - 1, depth, count),
     "last": lambda depth, count: range(max(depth - count, 0), depth),
 }

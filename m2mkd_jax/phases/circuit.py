@@ -10,11 +10,12 @@ import numpy as np
 from etils import epath
 
 from common_jax import checkpoint
-from common_jax.config import unfreeze
+from common_jax.report import dispensable, is_picture
 from common_jax.state import fold_name
 from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.connectivity import draw_connectivity
+from m2mkd_jax.models.nac.graphs import make_graph
 from m2mkd_jax.models.nac.priors import Prior, prepare_prior
 from m2mkd_jax.phases.objective import Regularizer
 from m2mkd_jax.regularizers import make_regularizer
@@ -43,7 +44,7 @@ def start_circuit(config: Config, workdir: epath.Path) -> Circuit:
       ValueError: when the prior's graph does not fit the mediators, or the workdir is another
         run's.
     """
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     model, signatures = config.model, draw_signatures(config)
     prior = prepare_prior(
         model.prior,
@@ -58,6 +59,13 @@ def start_circuit(config: Config, workdir: epath.Path) -> Circuit:
         first = np.eye(1, model.signature_width, dtype=np.float32)
         signatures = {name: np.repeat(first, len(x), axis=0) for name, x in signatures.items()}
     return Circuit(signatures, prior)
+
+
+def check_circuit(config: Config) -> None:
+    """Raises ValueError when the prior's graph does not fit the mediators."""
+    prior = config.model.prior
+    if prior.graph != "none":
+        make_graph(prior, nodes=config.model.mediators, seed=config.seed)
 
 
 def draw_signatures(config: Config) -> dict[str, np.ndarray]:
@@ -86,19 +94,22 @@ def circuit_regularizer(config: Config, circuit: Circuit, steps_per_epoch: int) 
 
 
 def draw_circuit(config: Config, circuit: Circuit, workdir: epath.Path) -> None:
-    """Writes connectivity.png: the mediators' graph before and after training."""
-    if jax.process_index() != 0 or (workdir / PICTURE).exists():
+    """Writes connectivity.png, the mediators' graph before and after training, unless it is there;
+    what fails is a warning."""
+    path = workdir / PICTURE
+    if jax.process_index() != 0 or is_picture(path):
         return
-    learned = checkpoint.load(
-        workdir, subtree="student/graph/mediator", average=config.optim.ema > 0
-    )
-    before = circuit.signatures["mediator"]
-    groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
-    truncation = config.model.kernel.truncation
-    draw_connectivity(
-        before,
-        np.asarray(learned["signatures"]),
-        groups,
-        truncation=2.0 if truncation is None else truncation,
-        path=workdir / PICTURE,
-    )
+    with dispensable(path):
+        learned = checkpoint.load(
+            workdir, subtree="student/graph/mediator", average=config.optim.ema > 0
+        )
+        before = circuit.signatures["mediator"]
+        groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
+        truncation = config.model.kernel.truncation
+        draw_connectivity(
+            before,
+            np.asarray(learned["signatures"]),
+            groups,
+            truncation=2.0 if truncation is None else truncation,
+            path=path,
+        )

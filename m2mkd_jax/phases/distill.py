@@ -30,7 +30,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     meta, teacher = (require_source(config, role) for role in ("meta", "teacher"))
     names = [f"teacher/{name}" for name in training.helpers["teacher"]]
     origins = [Origin(meta, "meta", "meta"), *(Origin(teacher, name, name) for name in names)]
-    helpers = take_weights(config, training.helpers, origins).params
+    helpers = take_weights(config, training.helpers, origins, frozen=True).params
     return train_phase(training, workdir, mesh, helpers=helpers)
 
 

@@ -30,7 +30,7 @@ from m2mkd_jax.phases.networks import (
     wanted,
 )
 from m2mkd_jax.phases.objective import Forward, whole_forward
-from m2mkd_jax.phases.training import Training, config_feed, train_phase
+from m2mkd_jax.phases.training import Training, check_training, config_feed, train_phase
 from m2mkd_jax.stages import Network, stage_name
 
 
@@ -43,9 +43,12 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     warm_start, helpers = _warm_start(config), {}
     if config.baseline.kind != "none":
         origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
-        helpers = take_weights(config, _teacher_shapes(config, mesh), [origin]).params
+        helpers = take_weights(config, _teacher_shapes(config, mesh), [origin], frozen=True).params
     feed = config_feed(config, workdir)
-    circuit = start_circuit(config, workdir) if isinstance(config.model, NacConfig) else None
+    circuit = None
+    if isinstance(config.model, NacConfig):
+        check_training(describe(config, mesh), feed, mesh)  # before the prior is written
+        circuit = start_circuit(config, workdir)
     training = describe(config, mesh, circuit=circuit)
     result = train_phase(training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed)
     if circuit is not None:

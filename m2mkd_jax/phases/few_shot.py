@@ -12,19 +12,19 @@ from etils import epath
 from jax.sharding import Mesh
 from scipy import special
 
-from common_jax.config import unfreeze
+from common_jax.loop import SEEDS
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin
 from common_jax.workdir import claim, read_json, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
-from m2mkd_jax.data.sources import Source, load_source
+from m2mkd_jax.data.sources import Source, load_source, load_test_source
 from m2mkd_jax.data.subsets import Subset
 from m2mkd_jax.phases.families import family, whole_student
 from m2mkd_jax.phases.networks import require_source, take_weights
 from m2mkd_jax.phases.objective import whole_forward
-from m2mkd_jax.phases.training import Training, train_phase
+from m2mkd_jax.phases.training import Training, check_training, train_phase
 
 CONFIDENCE = 0.95
 INTERVAL = "_ci95"  # what is added to the name of a metric for half its interval
@@ -44,11 +44,13 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The result of the run; of several, see `summary`.
     """
-    few_shot, train = config.few_shot, _trainer(config, mesh)
+    few_shot, sources = config.few_shot, load_splits(config)
+    train = _trainer(config, mesh, sources)
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
-    claim(workdir, unfreeze(config).to_dict())
+    check(config, mesh, sources)
+    claim(workdir, config)
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")
         for number in range(few_shot.episodes)
@@ -133,13 +135,35 @@ def describe(config: Config, mesh: Mesh) -> Training:
     )
 
 
-def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str, Any]]:
+def check(config: Config, mesh: Mesh, sources: Sources, *, key: str = "config") -> None:
+    """Looks for what is wrong with all episodes before anything is written; `key` names the section
+    of the recipe.
+
+    Raises:
+      ValueError: for episodes that the data does not give, and as `common_jax.loop.check`.
+    """
+    training, few_shot = describe(config, mesh), config.few_shot
+    if few_shot.seed + few_shot.episodes > SEEDS:
+        raise ValueError(
+            f"config.few_shot.seed={few_shot.seed} and the seeds of the episodes after it must be "
+            "below 2**32"
+        )
+    for number in reversed(range(few_shot.episodes)):
+        drawn = dataclasses.replace(few_shot, seed=few_shot.seed + number, episodes=1)
+        one = dataclasses.replace(training.config, few_shot=drawn)
+        feed = episode_feed(one, sources, workdir=epath.Path())  # which writes nothing
+    check_training(training, feed, mesh, key=key)
+
+
+def _trainer(
+    config: Config, mesh: Mesh, sources: Sources
+) -> Callable[[int, epath.Path], dict[str, Any]]:
     """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
     origin = Origin(require_source(config, "network"), "student", "student")
     training = describe(config, mesh)
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     fresh = (Allowance(training.trainable, reason),)
-    sources, programs = load_splits(config), {}
+    programs = {}
 
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
         drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
@@ -157,9 +181,9 @@ def _trainer(config: Config, mesh: Mesh) -> Callable[[int, epath.Path], dict[str
 
 
 def load_splits(config: Config) -> Sources:
-    """The whole training and test splits, of all classes."""
-    data = config.data
-    return load_source(data, data.train_split), load_source(data, data.test_split)
+    """The whole training and test splits, of all classes, labelled alike."""
+    train = load_source(config.data, config.data.train_split)
+    return train, load_test_source(config.data, train.label_names)
 
 
 def episode_feed(episode: Config, sources: Sources, *, workdir: epath.Path) -> Feed:

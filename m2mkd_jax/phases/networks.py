@@ -1,7 +1,8 @@
 """The ViTs of a config, and where their weights come from."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
+from common_jax.config import under
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
@@ -30,12 +32,14 @@ EXPERT_NAMES = {
 
 def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The shared meta model."""
-    return vit.build(config.meta, config.interface, dtype=config.dtype, drop_path=drop_path)
+    with under("config.meta"):
+        return vit.build(config.meta, config.interface, dtype=config.dtype, drop_path=drop_path)
 
 
 def teacher_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The teacher, cut into as many stages."""
-    return vit.build(config.teacher, config.interface, dtype=config.dtype, drop_path=drop_path)
+    with under("config.teacher"):
+        return vit.build(config.teacher, config.interface, dtype=config.dtype, drop_path=drop_path)
 
 
 def wanted(
@@ -55,14 +59,74 @@ def take_weights(
     leave: tuple[Allowance, ...] = (),
     fresh: tuple[Allowance, ...] = (),
     adapt: Mapping[str, Adapt] | None = None,
+    frozen: bool = False,
+    read: bool = True,
 ) -> WarmStart:
-    """`common_jax.weights.take` with what the config allows for and position tables resized."""
+    """`common_jax.weights.take` with what the config allows for and position tables resized.
+
+    Raises:
+      ValueError: as `common_jax.weights.take`; see also `compare_images`.
+    """
     sources = config.sources
+    for source in dict.fromkeys(str(origin.source) for origin in origins):
+        compare_images(config, source, frozen=frozen)
     if sources.leave:
         leave = (*leave, Allowance(sources.leave, "config.sources.leave"))
     if sources.fresh:
         fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
-    return take(wanted, origins, leave=leave, fresh=fresh, adapt=ADAPT | (adapt or {}))
+    adapt = ADAPT | (adapt or {})
+    return take(wanted, origins, leave=leave, fresh=fresh, adapt=adapt, read=read)
+
+
+def compare_images(config: Config, source: str, *, frozen: bool) -> None:
+    """Compares the images that a network was trained on with this run's.
+
+    Another mean or std makes every pixel another number than the network knows. One that trains
+    along learns that, and a warning says so; a frozen one never does. Another side is a warning:
+    the position table is resized.
+
+    Raises:
+      FileNotFoundError: when there is no finished checkpoint.
+      ValueError: for another mean or std of a network that is frozen.
+    """
+    made, ours = checkpoint.load_config(source).get("data"), config.data
+    if not isinstance(made, Mapping):
+        return
+    differing = [
+        name
+        for name in ("mean", "std")
+        if isinstance(made.get(name), list) and not same_numbers(made[name], getattr(ours, name))
+    ]
+    if differing:
+        said = ", ".join(
+            f"{name}={tuple(made[name])} (config.data.{name} is {getattr(ours, name)})"
+            for name in differing
+        )
+        flags = " ".join(
+            f"--config.data.{name}={','.join(map(str, made[name]))}" for name in differing
+        )
+        message = f"{source} was made for images normalised with {said}"
+        if frozen:
+            raise ValueError(
+                f"{message}: it would see other numbers than it knows. Give {flags}, or another "
+                "source; weights of others whose numbers were only assumed are converted again "
+                "with the right ones as flags"
+            )
+        logging.warning("%s; it trains on other numbers from now on", message)
+    if (side := made.get("image_size")) not in (None, ours.image_size):
+        logging.warning(
+            "%s was made for images of side %s, and config.data.image_size=%s: its position table "
+            "is resized",
+            source,
+            side,
+            ours.image_size,
+        )
+
+
+def same_numbers(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two means or stds are the same to rounding; another number of channels is told by the
+    shapes of weights, and is no difference here."""
+    return len(a) != len(b) or bool(np.allclose(a, b, rtol=0, atol=1e-4))
 
 
 def upcycle(config: Config, wanted: Mapping[str, Any]) -> WarmStart:
@@ -128,6 +192,14 @@ def _upcycled_names(dense: Mapping[str, Any], config: Config) -> dict[str, str]:
         elif rest.startswith(("norm/", "head/")):
             renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
     return renamed
+
+
+def check_source(config: Config, role: str, mesh: Mesh) -> None:
+    """Looks whether config.sources.ROLE, of "meta" or "teacher", holds that network; reads no
+    array. Raises as `take_weights`."""
+    network = {"meta": meta_network, "teacher": teacher_network}[role](config)
+    shapes = wanted(network, role, mesh, vit.PARTITION_RULES)
+    take_weights(config, shapes, [Origin(require_source(config, role), role, role)], read=False)
 
 
 def require_source(config: Config, name: str) -> str:

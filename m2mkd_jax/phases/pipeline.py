@@ -8,11 +8,14 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import unfreeze
-from common_jax.workdir import claim, read_json
-from m2mkd_jax.config import Config
+from common_jax.config import renamed, under
+from common_jax.workdir import claim, read_result, refuse_other_config
+from m2mkd_jax.config import Config, Recipe
+from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
-from m2mkd_jax.phases.training import Training
+from m2mkd_jax.phases.circuit import check_circuit
+from m2mkd_jax.phases.networks import check_source, compare_images
+from m2mkd_jax.phases.training import Training, check_training, config_feed
 
 # Phases that train one network, and those that train the modules of config.module. Each has a
 # `describe`, for what it trains, and a `run`.
@@ -88,16 +91,60 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
-    claim(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
+    check_pipeline(config, workdir, mesh)
+    for source in filter(None, (config.sources.meta, config.sources.teacher)):
+        compare_images(config, source, frozen=True)  # now, and not after the phases before
+    claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):
-        done = workdir / folder / "result.json"
-        if done.exists():
+        # A moved pipeline names other folders as sources than its finished runs did.
+        result = read_result(
+            workdir / folder, run_config, phase=run_config.phase, apart=r"sources\..*"
+        )
+        if result is not None:
             logging.info("%s is finished already", folder)
-            results[folder] = read_json(done)
+            results[folder] = result
         else:
-            results[folder] = run_phase(run_config, workdir / folder, mesh)
+            with renamed(recipe_keys(run_config.phase)):
+                results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
+
+
+def recipe_keys(phase: str) -> dict[str, str]:
+    """Where what a phase is trained with stands in a pipeline's config, for messages."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {f"config.{name}": f"config.recipes.{phase}.{name}" for name in names}
+
+
+def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
+    """Looks for what is wrong with any run that is not finished, before the first one trains:
+    data, recipes, networks, and weights that config.sources gives. Nothing is written.
+
+    Raises:
+      FileNotFoundError, ValueError: as the runs themselves.
+    """
+    left = [
+        (folder, one)
+        for folder, one in plan(config, workdir)
+        if not (workdir / folder / "result.json").exists()
+    ]
+    if not left:
+        return
+    for role in ("meta", "teacher"):
+        if getattr(config.sources, role):
+            check_source(config, role, mesh)
+    sources = few_shot.load_splits(config)  # of all runs
+    for folder, one in left:
+        key = f"config.recipes.{one.phase}"
+        with renamed(recipe_keys(one.phase)):
+            if one.phase == "few_shot":
+                few_shot.check(one, mesh, sources, key=key)
+                continue
+            if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
+                check_circuit(one)
+            feed = config_feed(one, workdir / folder, sources)
+            check_training(describe(one, mesh), feed, mesh, key=key)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
@@ -142,13 +189,14 @@ def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, .
 
 def _phase(config: Config, phase: str, **sources: str | tuple[str, ...]) -> Config:
     recipe = config.recipes[phase]
-    return dataclasses.replace(
-        config,
-        phase=phase,
-        module="all",
-        optim=recipe.optim,
-        augment=recipe.augment,
-        drop_path=recipe.drop_path,
-        recipes={},
-        sources=dataclasses.replace(config.sources, **sources),
-    )
+    with under("config"):
+        return dataclasses.replace(
+            config,
+            phase=phase,
+            module="all",
+            optim=recipe.optim,
+            augment=recipe.augment,
+            drop_path=recipe.drop_path,
+            recipes={},
+            sources=dataclasses.replace(config.sources, **sources),
+        )

@@ -27,7 +27,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     training = describe(config, mesh)
     meta = require_source(config, "meta")
     origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
-    helpers = take_weights(config, training.helpers, origins).params
+    helpers = take_weights(config, training.helpers, origins, frozen=True).params
     return train_phase(training, workdir, mesh, helpers=helpers)
 
 

@@ -10,13 +10,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import loop
-from common_jax.config import unfreeze
 from common_jax.mesh import Rules
 from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
+from m2mkd_jax.data.sources import Source
 from m2mkd_jax.phases.objective import Forward, Regularizer, make_loss, make_sums
 
 
@@ -90,27 +90,12 @@ def train_phase(
     Returns:
       The run's result, see `common_jax.loop.train`.
     """
-    config, forward = training.config, training.forward
+    config = training.config
     feed = config_feed(config, workdir) if feed is None else feed
-    evaluate = functools.partial(
-        make_evaluator,
-        mesh=mesh,
-        seed=config.seed,
-        fold_step=config.evaluation.noise == "sampled",
-    )
-    programs = {} if programs is None else programs
-    sums = make_sums(forward, config)
-    evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
-    if feed.ood is not None:
-        sums = make_sums(forward, config, classes=feed.ood_classes)
-        evaluators["ood"] = evaluate(sums, feed.ood)
     task = dataclasses.replace(
-        training.task(steps_per_epoch=feed.steps_per_epoch),
+        with_feed(training, feed, mesh, programs={} if programs is None else programs),
         helpers=helpers or {},
         warm_start=warm_start,
-        batches=feed.batches,
-        evaluators=evaluators,
-        programs=programs,
     )
     return loop.train(
         task,
@@ -119,13 +104,49 @@ def train_phase(
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(config).to_dict(),
+        config=config,
     )
 
 
-def config_feed(config: Config, workdir: epath.Path) -> Feed:
+def with_feed(
+    training: Training, feed: Feed, mesh: Mesh, *, programs: dict[str, Callable] | None = None
+) -> Task:
+    """The task with data, and without weights."""
+    config, forward = training.config, training.forward
+    programs = {} if programs is None else programs
+    evaluate = functools.partial(
+        make_evaluator,
+        mesh=mesh,
+        seed=config.seed,
+        fold_step=config.evaluation.noise == "sampled",
+    )
+    sums = make_sums(forward, config)
+    evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
+    if feed.ood is not None:
+        sums = make_sums(forward, config, classes=feed.ood_classes)
+        evaluators["ood"] = evaluate(sums, feed.ood)
+    return dataclasses.replace(
+        training.task(steps_per_epoch=feed.steps_per_epoch),
+        batches=feed.batches,
+        evaluators=evaluators,
+        programs=programs,
+    )
+
+
+def check_training(training: Training, feed: Feed, mesh: Mesh, *, key: str = "config") -> None:
+    """Looks for what is wrong with a run before anything is written; `key` names the section of its
+    recipe. Raises as `common_jax.loop.check`."""
+    config, task = training.config, with_feed(training, feed, mesh)
+    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def config_feed(
+    config: Config, workdir: epath.Path, sources: tuple[Source, Source] | None = None
+) -> Feed:
     """The feed of the config's data section, and of its ood section where that names a source and
-    a whole network is trained."""
+    a whole network is trained. `sources` are training and test split, where they are read
+    already."""
+    train, test = (None, None) if sources is None else sources
     optim, whole = config.optim, config.phase not in ("train_module", "distill")
     return make_feed(
         config.data,
@@ -134,5 +155,7 @@ def config_feed(config: Config, workdir: epath.Path) -> Feed:
         micro_batch=optim.micro_batch,
         seed=config.seed,
         workdir=workdir,
+        train=train,
+        test=test,
         ood=config.ood if config.ood.source and whole else None,
     )

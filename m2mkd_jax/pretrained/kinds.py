@@ -17,6 +17,7 @@ from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.phases.families import student_modules, whole_student
 from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.pretrained.foreign import is_headless, named_elsewhere
 from m2mkd_jax.stages import Place, stage_name
 
 Tensors = Mapping[str, np.ndarray]
@@ -144,6 +145,18 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     if whole:
         depths = alias_depths(tensors)
         return "meta" if len(depths) > 1 and set(depths) == {1} else "teacher"
+    if is_headless(names):
+        raise ValueError(
+            f"{file} holds a ViT without its classifier (head.weight), as timm leaves it with "
+            "num_classes=0: a teacher's and a meta model's logits need one. Take the file with "
+            "its head, or train one first"
+        )
+    if whose := named_elsewhere(names):
+        raise ValueError(
+            f"{file} holds a ViT under {whose} names, which are not read: take timm's file of the "
+            "same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
+            "timm/deit_base_patch16_224.fb_in1k"
+        )
     if any(name.startswith("blocks.") for name in names):
         raise ValueError(
             f"{file} holds a part of a ViT, and its names do not tell which: give "
@@ -160,9 +173,10 @@ def alias_depths(tensors: Tensors) -> tuple[int, ...]:
     """Blocks in each stage as the names `stages.<i>.blocks.<j>` have it; () without such names."""
     blocks = {}
     for name in tensors:
-        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
-            blocks[int(match[1])] = max(blocks.get(int(match[1]), 0), int(match[2]) + 1)
-    return tuple(blocks.get(i, 0) for i in range(max(blocks, default=-1) + 1))
+        if match := re.match(r"stages\.(\d{1,4})\.blocks\.(\d{1,4})\.", name):
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    depths = tuple(len(blocks.get(i, ())) for i in range(max(blocks, default=-1) + 1))
+    return depths if all(depths) else ()
 
 
 def _sharing(config: NacConfig) -> dict[str, Any]:

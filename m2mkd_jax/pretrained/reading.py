@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 from flax import traverse_util
 
 from common_jax.config import did_you_mean
-from common_jax.tensors import Account, read_plain, read_tensors
+from common_jax.tensors import Account, list_problems, read_plain, read_weights
 from common_jax.tensors.files import FOLDER_FILES, NARROW, TORCH_SUFFIXES
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
+from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
+from m2mkd_jax.pretrained.hub import Said, read_said, require_same_images
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, Tensors, expected_tensors, guess
 
 FLOATS = ("float32", "float64", *NARROW)
@@ -24,15 +26,32 @@ DISTILLED = ("dist_token", "head_dist.weight")
 # Of one stage, what only the first or the last has.
 FIRST = ("cls_token", "tokenizer.positional_grid.grid")
 LAST = ("head.weight", "tokenizer.to_logits.weight")
+# What stands before the names of a network within a model of others.
+PREFIXES = (
+    re.compile(r"(.*?)(?:stages\.\d+\.)?blocks\.\d+\.norm1\.weight"),
+    re.compile(r"(.*?)latent_graphs\.\d+\..*"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One file: its tensors, and the numbers and texts beside them."""
+    """One file.
+
+    Attributes:
+      path: of the file, or of its folder.
+      tensors: by their names.
+      plain: the numbers and texts beside them.
+      said: what the folder says of them.
+      notes: how it was read.
+      dropped: (tensor, why it was left).
+    """
 
     path: Path
     tensors: Tensors
     plain: Mapping[str, Any]
+    said: Said = Said()
+    notes: tuple[str, ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +80,20 @@ class Pretrained:
     account: Account
 
 
-def read_files(path: str | os.PathLike) -> tuple[File, ...]:
+def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...]:
     """Reads a file, its shards, or all files of a folder with a module each.
 
     Args:
-      path: what `common_jax.tensors.read_tensors` reads, or a folder of such files.
+      path: what `common_jax.tensors.read_weights` reads, or a folder of such files.
+      weights: which weights are read of a file that holds several: a key of a training checkpoint,
+        such as "model_ema", or what stands before a network's names, with its dot: "teacher.".
 
     Raises:
       FileNotFoundError: when nothing is there.
-      ValueError: for files that cannot be read.
+      ValueError: for files that cannot be read, or that hold several networks of which none is
+        chosen.
     """
-    return tuple(_read(one) for one in _files(Path(path)))
+    return tuple(_read(one, weights) for one in _files(Path(path)))
 
 
 def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
@@ -99,20 +121,23 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
     return Source(name, files, guessed=kind is None)
 
 
-def load(source: Source, config: Config) -> Pretrained:
+def load(source: Source, config: Config, *, overridden: Collection[str] = ()) -> Pretrained:
     """The parameters that the files of a source hold.
 
     Args:
       source: see `find_source`.
       config: sizes; of a single module also config.module, where the file does not tell which.
+      overridden: fields such as "data.mean" that the user gave by name, and that count more than
+        what a folder says.
 
     Raises:
       ValueError: naming every tensor that is missing, unknown or of another shape, numbers that are
-        not finite, and modules that are there twice.
+        not finite, modules that are there twice, and a mean or std that is not the folder's.
     """
     kind, trees, accounts = KINDS[source.kind], {}, []
     several = len(source.files) > 1
     for file in source.files:
+        require_same_images(file.said, config, overridden)
         stage = find_stage(file, kind, config, of_many=several) if kind.single else None
         params, account = _load_file(file, source.kind, config, stage)
         if twice := sorted(trees.keys() & params.keys()):
@@ -206,9 +231,40 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path) -> File:
-    tensors = read_tensors(path)
-    return File(path, tensors, read_plain(path) if path.is_file() else {})
+def _read(path: Path, weights: str) -> File:
+    prefix = weights if weights.endswith(".") else ""
+    read = read_weights(path, weights="" if prefix else weights)
+    prefix = _prefix(read.tensors, prefix, path)
+    tensors = {
+        name.removeprefix(prefix): x for name, x in read.tensors.items() if name.startswith(prefix)
+    }
+    others = sorted(name for name in read.tensors if not name.startswith(prefix))
+    notes = (f"the prefix {prefix!r} was taken off the names",) if prefix else ()
+    return File(
+        path,
+        tensors,
+        read_plain(path) if path.is_file() else {},
+        read_said(path),
+        (*read.notes, *notes),
+        tuple((name, f"not below {prefix!r}") for name in others),
+    )
+
+
+def _prefix(tensors: Tensors, chosen: str, path: Path) -> str:
+    """What stands before the names of the network in a file; raises ValueError where several
+    networks are there and none is chosen."""
+    matches = [re.fullmatch(regex, name) for regex in PREFIXES for name in tensors]
+    prefixes = {match[1] for match in matches if match}
+    found = sorted(prefix for prefix in prefixes if not prefix or prefix.endswith("."))
+    if chosen and chosen not in found:
+        there = ", ".join(map(repr, found[:5])) or "none"
+        raise ValueError(f"{path} holds no network below weights={chosen!r}; there are: {there}")
+    if chosen or len(found) < 2 or "" in found:
+        return chosen or min(found, default="")
+    raise ValueError(
+        f"{path} holds networks below {', '.join(map(repr, found[:5]))}: choose with "
+        f"weights={found[0]} (--weights={found[0]} of the command)"
+    )
 
 
 def _load_file(
@@ -217,15 +273,16 @@ def _load_file(
     kind, problems = KINDS[name], []
     state, dropped = _own(file.tensors, stage)
     state, aliases = _without_aliases(state, kind, config, stage, problems)
-    parted, fused = convert.part_experts(state)
+    try:
+        parted, fused = convert.part_experts(state)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     expected = expected_tensors(kind, config, stage)
     problems += _compare(parted, expected)
     if problems:
         raise ValueError(
-            f"{file.path} does not fit kind={name!r}:\n  "
-            + "\n  ".join(problems)
-            + f"\ngive the config.{kind.section} and config.data of the network in the file (its "
-            "position table is resized by the phase that takes it)"
+            f"{file.path} does not fit kind={name!r}:{list_problems(problems)}\n"
+            + _advice(parted, expected, kind, stage)
             + _depth_hint(state, kind, config)
         )
     params = kind.from_original(parted, config, stage)
@@ -235,8 +292,34 @@ def _load_file(
     return _as_float32(params, file.path), Account(
         tuple((n, f"{kind.role}/{path}", shape) for n, (path, shape) in taken.items()),
         aliases,
-        dropped,
+        (*file.dropped, *dropped),
+        file.notes,
     )
+
+
+def _advice(state: Tensors, expected: Mapping[str, Any], kind: Kind, stage: int | None) -> str:
+    """What to do about a file that does not fit."""
+    lines = []
+    if not kind.is_nac and (parts := foreign_parts(state)):
+        lines.append(
+            f"the network in the file has {parts}, which no config of m2mKD's ViT has: take a "
+            "model without"
+        )
+    headless = stage is None and not kind.is_nac and is_headless(state)
+    if headless:
+        lines.append(
+            "the file has no classifier (head.weight), as timm leaves it with num_classes=0: take "
+            "the one with its head"
+        )
+    rest = [name for name in expected.keys() - state.keys() if not name.startswith("head.")]
+    rest += [name for name in state.keys() - expected.keys() if not is_foreign(name)]
+    shapes = [n for n, (_, shape) in expected.items() if n in state and state[n].shape != shape]
+    if rest or shapes or not lines:
+        lines.append(
+            f"give the config.{kind.section} and config.data of the network in the file (its "
+            "position table is resized by the phase that takes it)"
+        )
+    return "; ".join(lines)
 
 
 def _own(tensors: Tensors, stage: int | None) -> tuple[Tensors, tuple[tuple[str, str], ...]]:
@@ -296,7 +379,7 @@ def _depth_hint(state: Tensors, kind: Kind, config: Config) -> str:
 def _as_float32(params: Mapping[str, Any], path: Path) -> dict[str, Any]:
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [f"{name} is {x.dtype}" for name, x in flat.items() if x.dtype.name not in FLOATS]:
-        raise ValueError(f"{path} is not of plain numbers: {'; '.join(odd)}; take another file")
+        raise ValueError(f"{path} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
     if odd := [name for name, x in flat.items() if not np.isfinite(x.astype(np.float32)).all()]:
-        raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(odd)}")
+        raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(odd[:5])}")
     return jax.tree.map(lambda x: np.asarray(x, np.float32, order="C"), dict(params))

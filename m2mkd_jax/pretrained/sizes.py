@@ -3,16 +3,18 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from common_jax.untrusted import brief
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.pretrained.foreign import foreign_parts
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths
 from m2mkd_jax.pretrained.reading import File, Source
 from m2mkd_jax.stages import stage_name
@@ -38,12 +40,16 @@ class Told:
     assumed: Mapping[str, Any]
 
 
-def tell_config(source: Source) -> Told:
+def tell_config(source: Source, given: Collection[str] = ()) -> Told:
     """The config of a source of a ViT or a whole V-MoE.
 
+    Args:
+      source: see `find_source`.
+      given: fields such as "teacher.heads" that the caller sets, and that need not be told.
+
     Raises:
-      ValueError: for a kind whose tensors do not tell it, and for sizes of no published network,
-        whose number of heads is in no tensor.
+      ValueError: for a kind whose tensors do not tell it, for a network with parts that have no
+        place here, and for sizes of no published network, whose number of heads is in no tensor.
     """
     kind = KINDS[source.kind]
     if kind.is_nac or source.kind == "vmoe_student":
@@ -53,8 +59,15 @@ def tell_config(source: Source) -> Told:
             f"network that they are of; give its config, such as --config={example}"
         )
     tensors = _gather(source)
+    if parts := foreign_parts(tensors):
+        raise ValueError(
+            f"{source.files[0].path} has {parts}, which m2mKD's ViT has no place for, whatever the "
+            "config: take a model without, such as timm's deit_base_patch16_224 or "
+            "vit_base_patch16_224"
+        )
     told, assumed = {}, {}
-    data, sizes = _read_sizes(tensors, source.files[0], told, assumed)
+    asked = {name.replace(f"{kind.section}.", "{section}.") for name in given}
+    data, sizes = _read_sizes(tensors, source.files[0], told, assumed, asked)
     sizes["depths"] = _depths(source, kind, told, assumed)
     section, config = kind.section, Config()
     meta = dataclasses.replace(config.meta, depths=(1,) * len(sizes["depths"]))
@@ -66,11 +79,9 @@ def tell_config(source: Source) -> Told:
             sizes["stitches"] = "kept"
     told = {path.format(section=section): value for path, value in told.items()}
     assumed = {path.format(section=section): value for path, value in assumed.items()}
-    if data["channels"] != 3:
-        data |= dict.fromkeys(IMAGENET, (0.5,) * data["channels"])
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, **IMAGENET | data),
+        data=dataclasses.replace(config.data, **data),
         **{"meta": meta} | {section: kind.sizes(**sizes)},
     )
     return Told(config, told, assumed)
@@ -92,7 +103,7 @@ def _first(tensors: Mapping[str, np.ndarray], suffix: str) -> np.ndarray | None:
 
 
 def _read_sizes(
-    tensors: Mapping[str, np.ndarray], file: File, told: dict, assumed: dict
+    tensors: Mapping[str, np.ndarray], file: File, told: dict, assumed: dict, given: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of config.data and of the network's section; which of them are told and assumed."""
     norm = _first(tensors, "norm1.weight")
@@ -102,6 +113,11 @@ def _read_sizes(
         raise ValueError(
             f"{file.path} does not tell its sizes: blocks.<i>.norm1.weight and an mlp.fc1.bias or "
             "moe.experts.<e>.htoh4.bias are needed; give a --config"
+        )
+    if norm.ndim != 1 or not norm.size or hidden.ndim < 1:
+        raise ValueError(
+            f"{file.path} does not tell its sizes: a norm1.weight is {norm.shape}, and an MLP's "
+            f"bias is {hidden.shape}"
         )
     width = norm.shape[0]
     sizes = {
@@ -113,41 +129,67 @@ def _read_sizes(
     if (patch := tensors.get("patch_embed.proj.weight")) is not None and patch.ndim == 4:
         sizes["patch"], data["channels"] = patch.shape[-1], patch.shape[1]
     if (table := tensors.get("pos_embed")) is not None and "patch" in sizes and table.ndim == 3:
-        data["image_size"] = math.isqrt(table.shape[1] - 1) * sizes["patch"]
-    if (head := tensors.get("head.weight")) is not None:
+        side = math.isqrt(max(table.shape[1] - 1, 0))
+        if side == 0 or side * side + 1 != table.shape[1]:
+            raise ValueError(
+                f"{file.path} has a position table of {table.shape[1]} rows, which are no square "
+                "of patches and a class token: m2mKD's ViT needs both; take another model"
+            )
+        data["image_size"] = side * sizes["patch"]
+    if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
         data["labels"] = head.shape[0]
+    data |= file.said.images
     told |= {f"config.{{section}}.{name}": value for name, value in sizes.items()}
     told |= {f"config.data.{name}": value for name, value in data.items()}
     for name, value in PUBLISHED.items():
         place, section = (sizes, "{section}") if name == "patch" else (data, "data")
         if name not in place:
             place[name] = assumed[f"config.{section}.{name}"] = value
-    heads = _published(sizes, file, is_moe=_first(tensors, "htoh4.bias") is not None)
-    assumed |= {f"config.{{section}}.{name}": value for name, value in heads.items()}
-    assumed |= {f"config.data.{name}": value for name, value in IMAGENET.items()}
+    is_moe = _first(tensors, "htoh4.bias") is not None
+    heads = _published(sizes, file, is_moe=is_moe, given="{section}.heads" in given)
+    if file.said.heads:
+        heads["heads"] = told["config.{section}.heads"] = file.said.heads
+    assumed |= {
+        f"config.{{section}}.{name}": value
+        for name, value in heads.items()
+        if f"config.{{section}}.{name}" not in told
+    }
+    for name, value in IMAGENET.items():
+        if name not in data and data["channels"] == len(value):
+            data[name] = assumed[f"config.data.{name}"] = value
+        elif name not in data:
+            data[name] = assumed[f"config.data.{name}"] = (0.5,) * data["channels"]
     return data, sizes | heads
 
 
-def _published(sizes: Mapping[str, Any], file: File, *, is_moe: bool) -> dict[str, Any]:
-    """Heads and epsilon of the published networks of these sizes."""
+def _published(
+    sizes: Mapping[str, Any], file: File, *, is_moe: bool, given: bool
+) -> dict[str, Any]:
+    """Heads and epsilon of the published networks of these sizes; the config's defaults where the
+    heads are `given`, or said beside the file, and there is no such network."""
     fields = ("heads", "norm_eps")
     if is_moe:
         known = [VMoEConfig(**changes) for _, _, changes in vmoe.VARIANTS.values()]
     else:
         name = file.plain.get("model_name")
         variants = vit.VARIANTS
-        chosen = {name: variants[name]} if name in variants else variants
+        known = isinstance(name, str) and name in variants
+        chosen = {name: variants[name]} if known else variants
         known = [ViTConfig(**changes) for _, _, changes in chosen.values()]
     same = {
         tuple(getattr(one, field) for field in fields)
         for one in known
         if all(getattr(one, name) == sizes[name] for name in ("width", "mlp_ratio", "qkv_bias"))
     }
+    if len(same) != 1 and (given or file.said.heads):
+        return {"heads": 1, "norm_eps": ViTConfig().norm_eps}
     if len(same) != 1:
         shown = {name: sizes[name] for name in ("width", "mlp_ratio", "qkv_bias")}
+        section = "model" if is_moe else "teacher (or meta)"
         raise ValueError(
             f"{file.path} is of no published network, {shown}, and its tensors do not tell the "
-            "number of heads: give a --config"
+            f"number of heads: give --config.SECTION.heads=N, SECTION being {section}, or a "
+            "--config"
         )
     return dict(zip(fields, same.pop(), strict=True))
 
@@ -157,6 +199,15 @@ def _depths(source: Source, kind: Kind, told: dict, assumed: dict) -> tuple[int,
     without either, a stage a block of a meta model and one stage of any other."""
     file, path = source.files[0], "config.{section}.depths"
     divided = file.plain.get("divided_depths")
+    if divided and not (
+        isinstance(divided, list | tuple)
+        and len(divided) <= 1000
+        and all(type(depth) is int and 0 < depth <= 1000 for depth in divided)
+    ):
+        raise ValueError(
+            f"{file.path} has divided_depths={brief(divided)}, which should be the number of "
+            "blocks in each stage"
+        )
     listed = alias_depths(file.tensors)
     depths = tuple(divided) if divided else listed
     if depths:
@@ -167,7 +218,8 @@ def _depths(source: Source, kind: Kind, told: dict, assumed: dict) -> tuple[int,
             f"{file.path} does not tell how many blocks each stage of its network has: give a "
             f"--config, or --config.{kind.section}.depths=6,6,6,6"
         )
-    count = 1 + max(int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", n) for n in file.tensors) if m)
+    blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", n) for n in file.tensors) if m}
+    count = max(1, len(blocks))
     assumed[path] = (1,) * count if source.kind == "meta" else (count,)
     return assumed[path]
 

@@ -152,9 +152,12 @@ def refused(capsys, corpus, tmp_path):
         (["--config.tokenizer.vocab=100"], ["config.tokenizer.vocab=100", "256 bytes"]),
         (
             ["--config.tokenizer.max_length=30"],
-            ["config.model.mbart.positions=32", "config.tokenizer.max_length"],
+            ["config.model.mbart.positions=32", "set tokenizer.max_length"],
         ),
-        (["--config.sources.model=/a", "--config.sources.mbart=/b"], ["'/a'", "'/b'"]),
+        (
+            ["--config.sources.model=/a", "--config.sources.mbart=/b"],
+            ["config.sources.model='/a'", "mbart='/b'"],
+        ),
         (["--wrokdir=x"], ["wrokdir"]),
     ],
     ids=lambda value: value[-1] if value and value[0].startswith("-") else "",

@@ -170,6 +170,14 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
         ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
         ({"images": [{"id": [3], "file_name": "x"}]}, r"captions_val2017\.json is no whole file"),
         ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
+        (
+            {"annotations": [{"image_id": 3, "caption": "a \ud83d"}]},
+            r"captions_val2017\.json is no whole file .*surrogates",
+        ),
+        (
+            {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
+            r"captions_val2017\.json is no whole file",
+        ),
     ):
         coco(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
@@ -252,6 +260,29 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "raw/val.de").write_bytes(b"eins\nzwei M\xe4nner\ndrei\n")
     with pytest.raises(ValueError, match=r"raw/val\.de, line 2 is not UTF-8 .*byte 6"):
         load_corpus(config, "val", ("de",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("eins\nzwei\ndrei\n".encode("utf-16-le"), r"raw/val\.de, line 1 has a zero byte.*UTF-16"),
+        ("eins\nzwei\ndrei\n".encode("utf-16"), r"raw/val\.de, line 1 (is not UTF-8|has a zero)"),
+        (b"eins\nz\x00wei\ndrei\n", r"raw/val\.de, line 2 has a zero byte"),
+        (b"eins\rzwei\rdrei\r", r"raw/val\.de ends its lines with carriage returns alone"),
+        (b"eins\nzwei\n\ndrei\n", r"(?s)raw/val\.en: 3.*raw/val\.de: 4"),
+    ],
+)
+def test_what_is_no_file_of_lines_is_named(tmp_path, content, message):
+    config = multi30k(tmp_path)
+    (tmp_path / "raw/val.de").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(config, "val", ("en", "de"))
+
+
+def test_marks_and_white_space_are_no_text(tmp_path):
+    config = multi30k(tmp_path)
+    (tmp_path / "raw/val.de").write_bytes(b"\xef\xbb\xbfeins\r\n zwei \t\r\n\xc2\xa0drei")
+    assert load_corpus(config, "val", ("de",)).texts["de"] == ("eins", "zwei", "drei")
 
 
 def test_a_broken_gzip_is_named(tmp_path):
@@ -380,16 +411,16 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"source": "emojis"}, r"config\.data\.source='emojis'.*did you mean 'emoji'"),
-        ({"path": "/x"}, r"config\.data\.path='/x' must be empty"),
-        ({"source": "wit"}, r"config\.data\.path='' must be its folder"),
-        ({"source_language": "eng"}, r"config\.data\.source_language='eng' .*did you mean 'en'"),
-        ({"target_language": "cs"}, r"config\.data\.target_language='cs' is no language"),
-        ({"target_language": "en"}, r"config\.data\.target_language='en' must be another"),
-        ({"valid_split": ""}, r"config\.data\.valid_split must name a split"),
-        ({"bad_share": 1.0}, r"config\.data\.bad_share=1\.0 must be in \[0, 1\)"),
-        ({"workers": -1}, r"config\.data\.workers=-1 must be 0 \(none\) or more"),
-        ({"emoji_size": 0}, r"config\.data\.emoji_size=0 must be at least 1"),
+        ({"source": "emojis"}, r"^source='emojis'.*did you mean 'emoji'"),
+        ({"path": "/x"}, r"^path='/x' must be empty"),
+        ({"source": "wit"}, r"^path='' must be its folder"),
+        ({"source_language": "eng"}, r"^source_language='eng' .*did you mean 'en'"),
+        ({"target_language": "cs"}, r"^target_language='cs' is no language"),
+        ({"target_language": "en"}, r"^target_language='en' must be another"),
+        ({"valid_split": ""}, r"^valid_split='' must be a string that is not empty"),
+        ({"bad_share": 1.0}, r"^bad_share=1\.0 must be in \[0, 1\)"),
+        ({"workers": -1}, r"^workers=-1 must be at least 0"),
+        ({"emoji_size": 0}, r"^emoji_size=0 must be at least 1"),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(fields, message):

@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss
 from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
+from cliptrans_jax.runs.contrastive import retrieval_sums
 from common_jax.mesh import MeshConfig, make_mesh
 
 PAD = 1
@@ -141,3 +142,20 @@ def test_contrastive_loss_by_hand():
     own = [np.diag(log_softmax(scores, axis)).mean() for axis in (1, 0)]
     found = contrastive_loss(jnp.asarray(texts), jnp.asarray(images), jnp.log(3.0))
     assert float(found) == pytest.approx(-sum(own) / 2, rel=1e-5)
+
+
+def test_retrieval_counts_ties_once_and_never_what_is_not_finite():
+    def accuracy(texts, images, mask):
+        found = retrieval_sums(*(jnp.asarray(x, jnp.float32) for x in (texts, images, mask)))
+        return float(found["accuracy"]), float(found["count"])
+
+    axes = np.eye(3)
+    assert accuracy(axes, 2 * axes, [1, 1, 1]) == (3, 3)
+    # Similarities (1, 0), (0.8, 0.6): text 1 finds image 0, image 1 finds text 1.
+    assert accuracy([(1, 0), (0.8, 0.6)], [(1, 0), (0, 1)], [1, 1]) == (1.5, 2)
+    # All equal: the first pair alone.
+    assert accuracy(np.ones((3, 3)), np.ones((3, 3)), [1, 1, 1]) == (1, 3)
+    assert accuracy(np.zeros((3, 3)), axes, [1, 1, 1]) == (0, 3)  # of no length: NaN
+    assert accuracy(np.full((3, 3), np.nan), np.full((3, 3), np.nan), [1, 1, 1]) == (0, 3)
+    assert accuracy(axes, axes, [1, 1, 0]) == (2, 2)
+    assert accuracy([axes[0], np.nan * axes[1]], axes[:2], [1, 0]) == (1, 1)

@@ -212,8 +212,32 @@ def test_a_loaded_model_translates_as_the_run_did(finished, corpus):
     assert all(len(hypotheses) == 2 for hypotheses in found)
     with pytest.raises(ValueError, match="5 sentences and 1 pictures"):
         model.translate(english, pictures=[np.zeros((9, 9, 3), np.uint8)])
-    with pytest.raises(ValueError, match="0 sentences and no pictures"):
-        model.translate([])
+    padded = model.translate(f" {text}\n" for text in english)
+    assert padded == found
+    assert model.translate(np.array([english[0].replace(" ", "\n", 1)])) == found[:1]
+    for sentences, message in (
+        ([], "sentences is empty"),
+        ("red apple", r"must be a list of sentences and is 'red apple'.*give \['red apple'\]"),
+        (b"red apple", "must be a list of sentences"),
+        (None, "must be a list of sentences and is None"),
+        ({"red apple"}, "must be a list of sentences"),
+        (["red apple", None], r"sentences\[1\] must be a str and is None"),
+        ([7], r"sentences\[0\] must be a str and is 7"),
+        (["red apple", " \n"], r"sentences\[1\] is empty"),
+        (["red \ud83d apple"], r"sentences\[0\] has half of a surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.translate(sentences)
+    for picture, message in (
+        (np.zeros((9, 9, 3), np.float32), r"pictures\[0\] must be .* float32 \(9, 9, 3\)"),
+        (np.zeros((0, 9, 3), np.uint8), r"pictures\[0\] must be"),
+        (np.zeros((9, 9, 2), np.uint8), r"pictures\[0\] must be"),
+        ("a.png", r"pictures\[0\] must be .* is str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.translate(english[:1], pictures=[picture])
+    with pytest.raises(ValueError, match=r"give \[picture\] for one"):
+        model.translate(english[:1], pictures=np.zeros((1, 9, 3), np.uint8))
 
 
 def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_path):
@@ -290,8 +314,11 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     assert set(checkpoint.load_shapes(tmp_path)) == {"mbart"}
     assert not (tmp_path / "features").exists()
     english, _, _ = read_split(corpus, TEST)
-    found = cliptrans_jax.load_model(tmp_path).translate(english)
+    model = cliptrans_jax.load_model(tmp_path)
+    found = model.translate(english)
     assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.model\.mapper\.prefix is 0"):
+        model.translate(english[:1], pictures=[np.zeros((9, 9, 3), np.uint8)])
 
 
 # The best checkpoint.

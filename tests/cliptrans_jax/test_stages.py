@@ -138,7 +138,7 @@ def test_tokens_are_dropped_without_a_gap():
     assert drop_tokens(ids, draws, 0.7).tolist() == [90, 14, 2]  # 0.7 itself is not above
     assert drop_tokens(ids, draws, 1.0).tolist() == [90, 2]
     assert drop_tokens(ids, draws, 0.0).tolist() == ids.tolist()
-    with pytest.raises(ValueError, match=r"config\.noise\.mask_prob=1\.5 must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"^mask_prob=1\.5 must be in \[0, 1\]"):
         NoiseConfig(mask_prob=1.5)
 
 
@@ -364,16 +364,16 @@ def test_the_order_of_another_seed_is_another():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stage": "captions"}, r"config\.stage='captions' .*did you mean 'caption'"),
-        ({"caption_language": "fr"}, r"config\.caption_language='fr' must be of the pair"),
-        ({"all_languages": True}, r"config\.all_languages=True .* not 'translate'"),
-        ({"languages": ("en", "fr")}, r"config\.languages=\('en', 'fr'\) must hold the pair"),
-        ({"stage": "caption", "unfreeze_clip": True}, r"config\.unfreeze_clip=True"),
-        ({"label_chunk": 0}, r"config\.label_chunk=0 must be at least 1"),
-        ({"valid_beams": -1}, r"config\.valid_beams=-1 must not be negative"),
-        ({"valid_decode": False}, r"config\.run\.best='val/bleu' .*val/token_accuracy"),
-        ({"freeze": "decoder"}, r"config\.freeze='decoder'"),
-        ({"test_side": "picture"}, r"config\.test_side='picture'"),
+        ({"stage": "captions"}, r"^stage='captions' .*did you mean 'caption'"),
+        ({"caption_language": "fr"}, r"^caption_language='fr' must be of the pair"),
+        ({"all_languages": True}, r"^all_languages=True .* not 'translate'"),
+        ({"languages": ("en", "fr")}, r"^languages=\('en', 'fr'\) must hold the pair"),
+        ({"stage": "caption", "unfreeze_clip": True}, r"^unfreeze_clip=True"),
+        ({"label_chunk": 0}, r"^label_chunk=0 must be at least 1"),
+        ({"valid_beams": -1}, r"^valid_beams=-1 must be at least 0"),
+        ({"valid_decode": False}, r"^run\.best='val/bleu' .*val/token_accuracy"),
+        ({"freeze": "decoder"}, r"^freeze='decoder'"),
+        ({"test_side": "picture"}, r"^test_side='picture'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, said):

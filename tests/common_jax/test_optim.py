@@ -107,11 +107,11 @@ def test_the_direction_is_clipped_adamw():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schedule": "cosine"}, r"config\.optim\.schedule='cosine' must be one of"),
-        ({"accumulate": 3}, r"config\.optim\.batch=64 must be a multiple"),
-        ({"optimizer": "adam"}, r"config\.optim\.optimizer='adam' must be one of"),
-        ({"ema": 1.0}, r"config\.optim\.ema=1\.0"),
-        ({"steps": 0}, r"config\.optim\.steps=0 must be at least 1"),
+        ({"schedule": "cosine"}, r"^schedule='cosine' must be one of"),
+        ({"accumulate": 3}, r"^batch=64 must be a multiple"),
+        ({"optimizer": "adam"}, r"^optimizer='adam' must be one of"),
+        ({"ema": 1.0}, r"^ema=1\.0"),
+        ({"steps": 0}, r"^steps=0 must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):

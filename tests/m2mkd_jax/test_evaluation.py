@@ -122,7 +122,7 @@ def test_padding_counts_for_nothing(tmp_path):
 
 
 def test_an_unknown_noise_is_named():
-    with pytest.raises(ValueError, match=r"config\.evaluation\.noise='fixd' .*'fixed'\?"):
+    with pytest.raises(ValueError, match=r"^noise='fixd' .*'fixed'\?"):
         EvaluationConfig(noise="fixd")
 
 

@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny import QUICK, fill, unoptimised
 
+from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.nac import model
@@ -277,12 +278,12 @@ def test_signatures_that_are_given_are_the_first_ones():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pooling": "gumble"}, r"config\.model\.pooling='gumble' must be one of"),
-        ({"pooling": "first_slot"}, r"config\.model\.read_out_head=True"),
+        ({"pooling": "gumble"}, r"^pooling='gumble' must be one of"),
+        ({"pooling": "first_slot"}, r"^pooling='first_slot' .* read_out_head=True"),
         ({"inputs_as_mediators": True}, r"inputs=4 as mediators=6"),
         ({"layerwise": {"ffn_factor": (1.0,)}}, r"layerwise\.ffn_factor=\(1\.0,\) must have"),
-        ({"seeding": "codes"}, r"config\.model\.seeding='codes'"),
-        ({"students": "cifar"}, r"config\.model\.students='cifar'"),
+        ({"seeding": "codes"}, r"^seeding='codes'"),
+        ({"students": "cifar"}, r"^students='cifar'"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes, said):
@@ -291,9 +292,16 @@ def test_settings_that_do_not_fit_are_named(changes, said):
 
 
 def test_a_layerwise_field_that_is_not_there_is_named():
-    config = replace(layerwise={"kernel/truncate": (1.0, 1.0)})
-    with pytest.raises(ValueError, match=r"kernel/truncate: KernelConfig has no field 'truncate'"):
-        model.build(config, INTERFACE)
+    said = r"^layerwise\.kernel/truncate\[0\]=1\.0: KernelConfig has no field 'truncate'"
+    with pytest.raises(ValueError, match=said):
+        replace(layerwise={"kernel/truncate": (1.0, 1.0)})
+
+
+def test_a_layerwise_value_out_of_range_is_named_with_its_iteration():
+    layerwise = {"layerwise": {"ffn_factor": (1.0, -1.0)}, "iterations": 2}
+    said = r"^config\.model\.layerwise\.ffn_factor\[1\]=-1\.0: ffn_factor=-1\.0 must be positive"
+    with pytest.raises(ValueError, match=said):
+        freeze(model.NacConfig, layerwise, "config.model")
 
 
 # Devices.

@@ -1,6 +1,7 @@
 """An OOD set of some classes: which logits count, which names fit, and the renditions of digits."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -15,8 +16,9 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig
 from m2mkd_jax.data import digits
-from m2mkd_jax.data.ood import OodConfig, load_ood, match_classes
+from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
+from m2mkd_jax.data.subsets import match_classes
 from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
 from m2mkd_jax.main import results_table
 from m2mkd_jax.phases.few_shot import episode_feed, load_splits
@@ -52,10 +54,11 @@ def test_metrics_are_among_the_classes_of_the_set(classes):
 
 def test_classes_are_matched_by_name_in_any_order():
     base = ("n01", "n02", "n03", "n05")
-    assert match_classes(("n02", "n05"), base, ood=DIGITS_R) == (1, 3)
-    assert match_classes(("n05", "n01"), base, ood=DIGITS_R) == (3, 0)
-    with pytest.raises(ValueError, match=r"config\.ood\.source=.* 1 are no classes .*: n04; .*n05"):
-        match_classes(("n01", "n04"), base, ood=DIGITS_R)
+    match = functools.partial(match_classes, at="config.ood", way_out="Rename the folders")
+    assert match(("n02", "n05"), base) == (1, 3)
+    assert match(("n05", "n01"), base) == (3, 0)
+    with pytest.raises(ValueError, match=r"config\.ood .* and 1 are no classes .*: n04; .*n05"):
+        match(("n01", "n04"), base)
 
 
 def test_digit_renditions_are_digits_drawn_otherwise():
@@ -210,7 +213,7 @@ def test_a_set_that_is_not_there_is_named_by_its_own_key(tmp_path, monkeypatch, 
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(ValueError, match=r"config\.ood\.source='digitsr'.*did you mean 'digits_r'"):
+    with pytest.raises(ValueError, match=r"^source='digitsr'.*did you mean 'digits_r'"):
         OodConfig(source="digitsr")
 
 

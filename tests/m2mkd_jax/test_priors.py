@@ -110,8 +110,8 @@ def test_a_size_that_does_not_fit_says_what_does(graph, changes, nodes, said):
     ("changes", "said"),
     [
         ({"graph": "barabasi-albert"}, "did you mean 'barabasi_albert'"),
-        ({"graph": "scale_free"}, "barabasi_albert"),
-        ({"p_in": 1.5}, r"prior\.p_in=1.5 .*\[0, 1\]"),
+        ({"graph": "scale_free"}, "'barabasi_albert'"),
+        ({"p_in": 1.5}, r"^p_in=1.5 .*\[0, 1\]"),
         ({"attachments": 0}, "at least 1"),
         ({"dims": ()}, "dims"),
         ({"truncation": 2.0}, "truncation=2.0"),

@@ -132,6 +132,36 @@ def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, 
     np.testing.assert_array_equal(labels, [2] * 5 + [0, 1, 1, 1, 1])
 
 
+def test_a_broken_file_of_labels_is_made_again(tmp_path, caplog):
+    folder = prepared(tmp_path)
+    right = load_source(config_of(tmp_path), "train").labels
+    file = folder / "labels-train.npz"
+    whole = file.read_bytes()
+    with np.load(io.BytesIO(whole)) as stored:
+        fingerprint = stored["fingerprint"]
+    broken = [b"", b"x", whole[:-40], whole[:100] + b"\xff" * 60 + whole[160:]]
+    for labels in (right[:-1], right.astype(np.float32), np.array([{}])):
+        content = io.BytesIO()
+        np.savez(content, labels=labels, fingerprint=fingerprint)
+        broken.append(content.getvalue())
+    for number, content in enumerate(broken, start=1):
+        file.write_bytes(content)
+        np.testing.assert_array_equal(load_source(config_of(tmp_path), "train").labels, right)
+        assert file.read_bytes() == whole
+        assert caplog.text.count("labels-train.npz cannot be read") == number
+
+
+def test_a_damaged_description_of_a_set_is_refused_by_name(tmp_path):
+    folder = prepared(tmp_path)
+    for name in ("dataset_info.json", "features.json"):
+        whole = (folder / name).read_bytes()
+        for content in (b"", b"[1]", b"{", whole.replace(b":", b";"), b"[" * 10_000):
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=r"1\.0\.0 (cannot be opened|has the features)"):
+                load_source(config_of(tmp_path), "train")
+        (folder / name).write_bytes(whole)
+
+
 def test_the_latest_version_or_the_one_asked_for(tmp_path):
     prepared(tmp_path, version="2.0.0")
     prepared(tmp_path, version="10.0.0")
@@ -150,7 +180,7 @@ def test_what_is_missing_is_named_with_what_is_there(tmp_path):
         load_source(config_of(tmp_path, name="dogs"), "train")
     with pytest.raises(FileNotFoundError, match=r"no split 'val', only: train, .*test_split"):
         load_source(config_of(tmp_path), "val")
-    with pytest.raises(ValueError, match=r"config\.data\.name='pets' is for .*'tfds'"):
+    with pytest.raises(ValueError, match=r"^name='pets' is for .*'tfds'"):
         DataConfig(name="pets")
     next(folder.glob("*00001-of*")).unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 files are missing: .*00001-of-00002"):
@@ -336,10 +366,15 @@ def test_inaturalist_with_wrong_records_is_refused(tmp_path):
             ),
             ({"images": []}, r"annotations of images that it lacks: 50, 51"),
             ({"annotations": None}, r"train2018\.json is no whole file with images"),
+            ({"annotations": [{"image_id": []}]}, r"train2018\.json is no whole file with images"),
         )
     ):
         with pytest.raises(ValueError, match=message):
             load_source(inaturalist(tmp_path / str(number), **changes), "train")
+    config = inaturalist(tmp_path / "nested")
+    (tmp_path / "nested/train2018.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"train2018\.json is no whole file.* RecursionError"):
+        load_source(config, "train")
     config = inaturalist(tmp_path / "years")
     shutil.copy(tmp_path / "years/train2018.json", tmp_path / "years/train2019.json")
     with pytest.raises(FileNotFoundError, match=r"several years.*train2018\.json, train2019\.json"):

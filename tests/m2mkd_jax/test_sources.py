@@ -66,13 +66,13 @@ def test_digits_are_whole_and_stay_in_memory():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "fodler"}, r"config\.data\.source='fodler'.*did you mean 'folder'"),
-        ({"channels": 2}, r"config\.data\.channels=2"),
-        ({"mean": (0.5, 0.5)}, r"config\.data\.mean"),
-        ({"std": (0.0,)}, r"config\.data\.std"),
-        ({"labels": 0}, r"config\.data\.labels=0"),
-        ({"workers": -1}, r"config\.data\.workers=-1"),
-        ({"bad_share": 1.0}, r"config\.data\.bad_share=1.0"),
+        ({"source": "fodler"}, r"^source='fodler'.*did you mean 'folder'"),
+        ({"channels": 2}, r"^channels=2"),
+        ({"mean": (0.5, 0.5)}, r"^mean"),
+        ({"std": (0.0,)}, r"^std"),
+        ({"labels": 0}, r"^labels=0"),
+        ({"workers": -1}, r"^workers=-1"),
+        ({"bad_share": 1.0}, r"^bad_share=1.0"),
     ],
 )
 def test_a_wrong_config_names_its_key(settings, message):
@@ -225,7 +225,7 @@ def test_what_cannot_be_held_in_memory_is_refused(tmp_path):
     root = make_small(tmp_path, (20, 24))
     with pytest.raises(ValueError, match=r"in_memory='always' needs images of one size.*20 x 20"):
         load_source(config_of(root, labels=2, in_memory="always"), "train")
-    with pytest.raises(ValueError, match=r"config\.data\.in_memory='yes' must be one of"):
+    with pytest.raises(ValueError, match=r"^in_memory='yes' must be one of"):
         config_of(root, in_memory="yes")
 
 
@@ -322,7 +322,7 @@ def test_a_few_of_each_class():
     assert len(load_source(DataConfig(per_class=7, test_per_class=3), "test")) == 30
     with pytest.raises(ValueError, match=r"per_class=145 asks for more .*8 has 14\d"):
         load_source(DataConfig(per_class=145), "train")
-    with pytest.raises(ValueError, match=r"config\.data\.test_per_class=-1 .* 0 means all"):
+    with pytest.raises(ValueError, match=r"^test_per_class=-1 must be at least 0"):
         DataConfig(test_per_class=-1)
 
 

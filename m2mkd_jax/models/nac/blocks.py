@@ -10,8 +10,10 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.mlp import gelu
+from common_jax.ranges import BelowOne, NonNegative, Positive, Size
 from m2mkd_jax.models import encoder
 from m2mkd_jax.models.nac import kernel as kernels
 from m2mkd_jax.models.nac.layers import (
@@ -25,7 +27,7 @@ from m2mkd_jax.models.nac.layers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(Section):
     """Sizes and switches of a block.
 
     Attributes:
@@ -49,17 +51,17 @@ class BlockConfig:
         effect but with `scale_after_softmax`, since the softmax takes any factor of a row out.
     """
 
-    width: int
-    code_width: int
-    heads: int
-    head_width: int
+    width: Size
+    code_width: Size
+    heads: Size
+    head_width: Size
     qkv_bias: bool = False
-    ffn_factor: float = 1.0
+    ffn_factor: Positive = 1.0
     geglu: bool = True
-    layer_scale: float | None = 0.1
+    layer_scale: NonNegative | None = 0.1
     linear: LinearConfig = LinearConfig()
-    code_noise: float = 0.0
-    drop_path: float = 0.0
+    code_noise: NonNegative = 0.0
+    drop_path: BelowOne = 0.0
     residual: bool = True
     ffn_residual: bool = True
     share_norm: bool = False
@@ -69,10 +71,15 @@ class BlockConfig:
     normalise_kernel: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.drop_path and not self.residual:
-            raise ValueError(
+            raise FieldError(
                 f"drop_path={self.drop_path} drops a branch, and without residual there is none: "
                 "set it to 0"
+            )
+        if self.hidden < 1:
+            raise FieldError(
+                f"ffn_factor={self.ffn_factor} of width={self.width} must be at least 1 hidden unit"
             )
 
     @property

@@ -4,16 +4,18 @@ import dataclasses
 import math
 import types
 from collections.abc import Callable
+from typing import Annotated
 
 import networkx as nx
 import numpy as np
 from jaxtyping import Bool, Int
 
-from common_jax.config import did_you_mean
+from common_jax.config import Section
+from common_jax.ranges import SMALLEST, Count, Fraction, Interval, Positive, Size, Sizes, key_of
 
 
 @dataclasses.dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(Section):
     """The graph that the mediators' signatures start from, `config.model.prior`.
 
     Attributes:
@@ -39,65 +41,24 @@ class PriorConfig:
       hinge: fits which nodes are connected; False fits distances to the lengths of shortest paths.
     """
 
-    graph: str = "none"
-    attachments: int = 2
-    edge_probability: float = 0.1
-    communities: int = 8
-    community_size: int = 0
-    p_in: float = 0.9
-    p_out: float = 0.2
-    neighbours: int = 0
-    rewire: float = 0.4
-    dims: tuple[int, ...] = (16, 16)
+    graph: Annotated[str, key_of(lambda: ("none", "complete", *GENERATORS))] = "none"
+    attachments: Size = 2
+    edge_probability: Fraction = 0.1
+    communities: Size = 8
+    community_size: Count = 0
+    p_in: Fraction = 0.9
+    p_out: Fraction = 0.2
+    neighbours: Count = 0
+    rewire: Fraction = 0.4
+    dims: Sizes = (16, 16)
     periodic: bool = False
-    branching: int = 2
-    height: int = 7
-    path_length: int = 0
-    truncation: float = 0.8
-    steps: int = 1000
-    learning_rate: float = 1e-3
+    branching: Size = 2
+    height: Count = 7
+    path_length: Count = 0
+    truncation: Annotated[float, Interval("in (0, 2)", SMALLEST, 2, open_high=True)] = 0.8
+    steps: Count = 1000
+    learning_rate: Positive = 1e-3
     hinge: bool = True
-
-    def __post_init__(self):
-        known = ("none", "complete", *GENERATORS)
-        if self.graph not in known:
-            raise ValueError(
-                f"config.model.prior.graph={self.graph!r} must be one of {list(known)}"
-                f"{did_you_mean(self.graph, list(known))}; scale-free graphs are 'barabasi_albert'"
-            )
-        for name in ("edge_probability", "p_in", "p_out", "rewire"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"config.model.prior.{name}={getattr(self, name)} is a probability: it must be "
-                    "in [0, 1]"
-                )
-        for name, least in (
-            ("attachments", 1),
-            ("communities", 1),
-            ("community_size", 0),
-            ("neighbours", 0),
-            ("branching", 1),
-            ("height", 0),
-            ("path_length", 0),
-            ("steps", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"config.model.prior.{name}={getattr(self, name)} must be at least {least}"
-                )
-        if not self.dims or min(self.dims) < 1:
-            raise ValueError(
-                f"config.model.prior.dims={self.dims} must be sides of at least 1, such as (16, 16)"
-            )
-        if not 0 < self.truncation < 2:
-            raise ValueError(
-                f"config.model.prior.truncation={self.truncation} must be in (0, 2), as cosine "
-                "distances are; the original's is 0.8"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(
-                f"config.model.prior.learning_rate={self.learning_rate} must be positive"
-            )
 
 
 def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray, "T T"]:

@@ -2,12 +2,15 @@
 samples."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from m2mkd_jax.models.nac.layers import check_choice, l2_normalise
+from common_jax.config import Section
+from common_jax.ranges import Positive, above, one_of
+from m2mkd_jax.models.nac.layers import l2_normalise
 
 EPS = 2.0**-23  # float32's
 TINY = 2.0**-126  # smallest normal float32
@@ -17,7 +20,7 @@ EMPTY_ROWS = ("zero", "nan")
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelConfig:
+class KernelConfig(Section):
     """The kernel of a latent attention, `config.model.kernel`.
 
     Attributes:
@@ -36,22 +39,15 @@ class KernelConfig:
         original.
     """
 
-    truncation: float | None = 0.9
-    truncation_kind: str = "direct"
+    truncation: Annotated[float, above(0, 2)] | None = 0.9
+    truncation_kind: Annotated[str, one_of(*TRUNCATIONS)] = "direct"
     straight_through: bool = True
     stochastic: bool = True
-    temperature: float = 0.5
-    evaluation: str = "kernel"
-    bandwidth: float = 1.0
+    temperature: Positive = 0.5
+    evaluation: Annotated[str, one_of(*EVALUATIONS)] = "kernel"
+    bandwidth: Positive = 1.0
     learnable_bandwidth: bool = True
-    empty_row: str = "zero"
-
-    def __post_init__(self):
-        check_choice("config.model.kernel.truncation_kind", self.truncation_kind, TRUNCATIONS)
-        check_choice("config.model.kernel.evaluation", self.evaluation, EVALUATIONS)
-        check_choice("config.model.kernel.empty_row", self.empty_row, EMPTY_ROWS)
-        if self.temperature <= 0:
-            raise ValueError(f"config.model.kernel.temperature={self.temperature} must be positive")
+    empty_row: Annotated[str, one_of(*EMPTY_ROWS)] = "zero"
 
 
 def cosine_distance(

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -12,8 +13,10 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import Section
 from common_jax.nn import dense
 from common_jax.nn.mlp import gelu
+from common_jax.ranges import BelowOne, Finite, Positive, one_of
 
 NORM_EPS = 1e-5
 L2_EPS = 1e-12
@@ -51,7 +54,7 @@ KINDS = ("modulated", "plain", "weight_modulated")
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(Section):
     """The linear layers of a NAC, `config.model.linear`.
 
     Attributes:
@@ -67,27 +70,15 @@ class LinearConfig:
       activation: behind the layer, "none" or "gelu".
     """
 
-    kind: str = "modulated"
-    normalization: str = "layer"
-    gain: float = 0.1
+    kind: Annotated[str, one_of(*KINDS)] = "modulated"
+    normalization: Annotated[str, one_of(*NORMALISATIONS)] = "layer"
+    gain: Finite = 0.1
     learnable_gain: bool = True
     add_one: bool = True
-    renormalization: str = "none"
-    dropout: float = 0.0
-    weight_gain: float = 1.0
-    activation: str = "none"
-
-    def __post_init__(self):
-        choices = {
-            "kind": KINDS,
-            "normalization": NORMALISATIONS,
-            "renormalization": RENORMALISATIONS,
-            "activation": ACTIVATIONS,
-        }
-        for name, allowed in choices.items():
-            check_choice(f"config.model.linear.{name}", getattr(self, name), allowed)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"config.model.linear.dropout={self.dropout} must be in [0, 1)")
+    renormalization: Annotated[str, one_of(*RENORMALISATIONS)] = "none"
+    dropout: BelowOne = 0.0
+    weight_gain: Positive = 1.0
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "none"
 
     @property
     def is_linear(self) -> bool:

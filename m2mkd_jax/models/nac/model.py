@@ -2,18 +2,20 @@
 
 import dataclasses
 import types
-from typing import Any
+from typing import Annotated, Any
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from common_jax.config import FieldError, Section
+from common_jax.ranges import Count, NonNegative, Positive, Size, one_of, shown
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.nac.blocks import BlockConfig, Propagator
 from m2mkd_jax.models.nac.graphs import PriorConfig
 from m2mkd_jax.models.nac.kernel import KernelConfig
 from m2mkd_jax.models.nac.latents import SEEDINGS, GraphConfig, LatentConfig
-from m2mkd_jax.models.nac.layers import LinearConfig, check_choice
+from m2mkd_jax.models.nac.layers import LinearConfig
 from m2mkd_jax.models.nac.network import (
     NacNetwork,
     ReadIn,
@@ -36,7 +38,7 @@ SPELLINGS = types.MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
-class NacConfig:
+class NacConfig(Section):
     """Sizes and switches of a NAC, `config.model` with kind "nac". The defaults are the original's
     for Tiny-ImageNet.
 
@@ -82,39 +84,39 @@ class NacConfig:
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
     """
 
-    kind: str = "nac"
+    kind: Annotated[str, one_of("nac")] = "nac"
     tokenizer: TokenizerConfig = TokenizerConfig()
-    inputs: int = 64
-    mediators: int = 256
-    outputs: int = 64
-    iterations: int = 8
-    width: int = 384
-    code_width: int = 384
-    signature_width: int = 64
-    heads: int = 6
-    head_width: int = 64
-    read_in_heads: int = 0
-    read_out_heads: int = 0
-    ffn_factor: float = 2.0
+    inputs: Size = 64
+    mediators: Size = 256
+    outputs: Size = 64
+    iterations: Size = 8
+    width: Size = 384
+    code_width: Size = 384
+    signature_width: Size = 64
+    heads: Size = 6
+    head_width: Size = 64
+    read_in_heads: Count = 0
+    read_out_heads: Count = 0
+    ffn_factor: Positive = 2.0
     geglu: bool = True
     qkv_bias: bool = False
-    layer_scale: float | None = 0.1
+    layer_scale: NonNegative | None = 0.1
     linear: LinearConfig = LinearConfig()
     kernel: KernelConfig = KernelConfig()
     mask: bool = True
     share_norm: bool = True
-    code_noise: float = 0.05
-    seeding: str = "noise"
+    code_noise: NonNegative = 0.05
+    seeding: Annotated[str, one_of(*SEEDINGS)] = "noise"
     seeder_code_noise: bool = True
-    read_in: str = "attention"
-    read_in_scale: float | None = 1.0
+    read_in: Annotated[str, one_of("attention", "projection")] = "attention"
+    read_in_scale: NonNegative | None = 1.0
     read_in_residual: bool = True
     read_out_residual: bool = False
     read_out_head: bool = False
     read_out_head_norm: bool = True
-    pooling: str = "gumbel"
-    temperature: float = 1.0
-    inputs_to_mediators: str = "always"
+    pooling: Annotated[str, one_of(*POOLINGS)] = "gumbel"
+    temperature: Positive = 1.0
+    inputs_to_mediators: Annotated[str, one_of("always", "first", "never")] = "always"
     inputs_to_outputs: bool = True
     inputs_as_mediators: bool = False
     share_propagators: bool = False
@@ -125,46 +127,41 @@ class NacConfig:
     learn_signatures: bool = True
     layerwise: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     prior: PriorConfig = PriorConfig()
-    students: str = "imagenet"
+    students: Annotated[str, one_of("imagenet", "tinyimagenet")] = "imagenet"
     legacy_read_in_scale: bool = False
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("inputs", "mediators", "outputs", "iterations", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.model.{name}={getattr(self, name)} must be at least 1")
-        check_choice("config.model.kind", self.kind, ("nac",))
-        object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
-        check_choice("config.model.students", self.students, ("imagenet", "tinyimagenet"))
-        check_choice("config.model.read_in", self.read_in, ("attention", "projection"))
-        check_choice("config.model.seeding", self.seeding, SEEDINGS)
-        check_choice("config.model.pooling", self.pooling, POOLINGS)
-        check_choice(
-            "config.model.inputs_to_mediators",
-            self.inputs_to_mediators,
-            ("always", "first", "never"),
-        )
+        if isinstance(self.students, str):
+            object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
+        super().__post_init__()
+        if self.seeding == "code" and self.code_width != self.width:
+            raise FieldError(
+                f"code_width={self.code_width} must be width={self.width} with seeding='code'"
+            )
         if self.pooling == "first_slot" and not self.read_out_head:
-            raise ValueError(
-                "config.model.pooling='first_slot' takes an output state for logits: set "
-                "config.model.read_out_head=True"
+            raise FieldError(
+                "pooling='first_slot' takes an output state for logits: set read_out_head=True"
             )
         if self.inputs_as_mediators and self.inputs != self.mediators:
-            raise ValueError(
-                f"config.model.inputs_as_mediators needs as many inputs={self.inputs} as "
+            raise FieldError(
+                f"inputs_as_mediators=True needs as many inputs={self.inputs} as "
                 f"mediators={self.mediators}"
             )
         if self.share_propagators and self.layerwise:
-            raise ValueError(
-                "config.model.layerwise makes iterations differ and "
-                "config.model.share_propagators makes them one: drop either"
+            raise FieldError(
+                f"layerwise={shown(self.layerwise)} makes iterations differ and "
+                "share_propagators=True makes them one: drop either"
             )
         for name, values in self.layerwise.items():
             if len(values) != self.iterations:
-                raise ValueError(
-                    f"config.model.layerwise.{name}={values} must have "
-                    f"config.model.iterations={self.iterations} values"
+                raise FieldError(
+                    f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
+                    "values"
                 )
+        self.block()
+        for layer in range(self.iterations if self.layerwise else 0):
+            self.propagator(layer, drop_path=0.0)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -194,9 +191,11 @@ class NacConfig:
         """The sizes of one iteration, with what `layerwise` says of it."""
         block = self.block(drop_path=drop_path)
         for name, values in self.layerwise.items():
-            block = _replace(
-                block, name.split("/"), values[layer], f"config.model.layerwise.{name}"
-            )
+            try:
+                block = _replace(block, name.split("/"), values[layer])
+            except FieldError as error:
+                value = shown(values[layer])
+                raise FieldError(f"layerwise.{name}[{layer}]={value}: {error}") from None
         return block
 
     def read_in_config(self) -> ReadInConfig:
@@ -359,15 +358,14 @@ def build_students(
     return Network((first, *middle, last))
 
 
-def _replace(block: Any, names: list[str], value: Any, key: str) -> Any:
+def _replace(block: Any, names: list[str], value: Any) -> Any:
     """`block` with the field `names` (a path through its dataclasses) set to `value`."""
-    if names[0] not in {field.name for field in dataclasses.fields(block)}:
-        raise ValueError(
-            f"{key}: {type(block).__name__} has no field {names[0]!r}, only "
-            f"{sorted(field.name for field in dataclasses.fields(block))}"
-        )
+    fields = dataclasses.fields(block) if dataclasses.is_dataclass(block) else ()
+    known = sorted(field.name for field in fields)
+    if names[0] not in known:
+        raise FieldError(f"{type(block).__name__} has no field {names[0]!r}, only {known}")
     if len(names) > 1:
-        value = _replace(getattr(block, names[0]), names[1:], value, key)
+        value = _replace(getattr(block, names[0]), names[1:], value)
     return dataclasses.replace(block, **{names[0]: value})
 
 

@@ -120,7 +120,10 @@ class ReadOut(nn.Module):
         self.block = Propagator(config.block, self.dtype)
         nn.share_scope(self, self.block)
         if config.head is not None:
-            self.code_head = CodeHead(config, self.dtype)
+            # Where its states are the logits, these are in float32, as those of other heads are.
+            logits = config.pooling == "first_slot"
+            exact = jnp.promote_types(self.dtype, jnp.float32)
+            self.code_head = CodeHead(config, exact if logits else self.dtype)
         if config.pooling != "first_slot":
             self.pooling = ConfidencePooling(
                 self.labels, config.pooling, config.temperature, self.dtype
@@ -141,7 +144,7 @@ class ReadOut(nn.Module):
             states = self.code_head(states, receiver_codes, train=train)
         self.sow("intermediates", "output_states", states)
         if self.config.pooling == "first_slot":
-            logits = states[:, 0].astype(jnp.promote_types(self.dtype, jnp.float32))
+            logits = states[:, 0]
         else:
             logits = self.pooling(states, train=train)
         return constrain(logits, "batch", "labels")

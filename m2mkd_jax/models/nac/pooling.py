@@ -21,9 +21,9 @@ class ConfidencePooling(nn.Module):
         best latent, with the gradient of the soft weights; "softmax" has no noise.
       temperature: of the softmax.
 
-    Parameters: `confidence` (a linear layer to one number) and `head`. Confidences and weights are
-      in float32. The noise (stream "pooling") is left out where neither numbers nor a key are given
-      for it.
+    Parameters: `confidence` (a linear layer to one number) and `head`. Confidences, weights and
+      logits are in float32. The noise (stream "pooling") is left out where neither numbers nor a
+      key are given for it.
     """
 
     labels: int
@@ -43,4 +43,4 @@ class ConfidencePooling(nn.Module):
             best = jax.nn.one_hot(jnp.argmax(weights, axis=-1), weights.shape[-1])
             weights = jax.lax.stop_gradient(best - weights) + weights
         pooled = jnp.einsum("BT,BTD->BD", weights.astype(states.dtype), states)
-        return Linear(self.labels, self.dtype, name="head")(pooled).astype(precise)
+        return Linear(self.labels, precise, name="head")(pooled)

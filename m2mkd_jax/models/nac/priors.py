@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from scipy.sparse import csgraph
 
 from common_jax.untrusted import brief, read_npz
-from common_jax.workdir import temporary_beside
+from common_jax.workdir import write_bytes
 from m2mkd_jax.models.nac.graphs import PriorConfig, find_communities, make_graph
 from m2mkd_jax.models.nac.kernel import cosine_distance
 
@@ -224,12 +224,7 @@ def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
     file = io.BytesIO()
     np.savez(file, fingerprint=fingerprint, **dataclasses.asdict(prior))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        temporary.write_bytes(file.getvalue())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, file.getvalue())
 
 
 def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -10,9 +11,11 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError, Section
 from common_jax.nn import dense
 from common_jax.nn.mlp import gelu
-from m2mkd_jax.models.nac.layers import check_choice, norm
+from common_jax.ranges import Count, Size, one_of
+from m2mkd_jax.models.nac.layers import norm
 
 NORM_EPS = 1e-6  # of the trunk; the rest of NAC has 1e-5
 STEM = 4
@@ -33,7 +36,7 @@ INIT = nn.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Sizes of the tokenizer, `config.model.tokenizer`.
 
     Attributes:
@@ -48,23 +51,20 @@ class TokenizerConfig:
         the grid to its size.
     """
 
-    preset: str = "tiny"
-    stages: int = 2
-    width: int = 384
-    stem: int = STEM
-    grid_width: int = 64
-    grid_size: int = 0
-    grid_resize: str = "none"
+    preset: Annotated[str, one_of(*PRESETS)] = "tiny"
+    stages: Annotated[int, one_of(1, 2, 3)] = 2
+    width: Size = 384
+    stem: Size = STEM
+    grid_width: Size = 64
+    grid_size: Count = 0
+    grid_resize: Annotated[str, one_of("none", "adaptive")] = "none"
 
     def __post_init__(self):
-        check_choice("config.model.tokenizer.preset", self.preset, PRESETS)
-        check_choice("config.model.tokenizer.grid_resize", self.grid_resize, ("none", "adaptive"))
-        if not 1 <= self.stages <= 3:
-            raise ValueError(f"config.model.tokenizer.stages={self.stages} must be 1, 2 or 3")
+        super().__post_init__()
         if self.width % 4:
-            raise ValueError(
-                f"config.model.tokenizer.width={self.width} must be a multiple of 4, since the "
-                "first stage has a quarter of it"
+            raise FieldError(
+                f"width={self.width} must be a multiple of 4, since the first stage has a quarter "
+                "of it"
             )
 
     @property

@@ -1,0 +1,202 @@
+"""The published tokenizers of mBART-50, XLM-R and CLIP, read from a folder of their files."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from cliptrans_jax.data import byte_pairs, unigram
+from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
+from cliptrans_jax.data.token_files import added_message, short
+
+MBART50_CODES: Mapping[str, str] = {
+    "ar": "ar_AR",
+    "cs": "cs_CZ",
+    "de": "de_DE",
+    "en": "en_XX",
+    "es": "es_XX",
+    "et": "et_EE",
+    "fi": "fi_FI",
+    "fr": "fr_XX",
+    "gu": "gu_IN",
+    "hi": "hi_IN",
+    "it": "it_IT",
+    "ja": "ja_XX",
+    "kk": "kk_KZ",
+    "ko": "ko_KR",
+    "lt": "lt_LT",
+    "lv": "lv_LV",
+    "my": "my_MM",
+    "ne": "ne_NP",
+    "nl": "nl_XX",
+    "ro": "ro_RO",
+    "ru": "ru_RU",
+    "si": "si_LK",
+    "tr": "tr_TR",
+    "vi": "vi_VN",
+    "zh": "zh_CN",
+    "af": "af_ZA",
+}
+# Those that mBART-50 has beyond these, in the order of their ids.
+OTHER_CODES = (
+    *("az_AZ", "bn_IN", "fa_IR", "he_IL", "hr_HR", "id_ID", "ka_GE", "km_KH", "mk_MK", "ml_IN"),
+    *("mn_MN", "mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH"),
+    *("tl_XX", "uk_UA", "ur_PK", "xh_ZA", "gl_ES", "sl_SI"),
+)
+MASK = "<mask>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published tokenizer.
+
+    Attributes:
+      repository: where its files are on the Hugging Face hub.
+      files: one of these must be there, and holds all of it.
+      codes: language -> its token.
+      last: the tokens after the pieces, in the order of their ids.
+    """
+
+    repository: str
+    files: tuple[str, ...]
+    codes: Mapping[str, str]
+    last: tuple[str, ...]
+
+
+PIECES, JSON = "sentencepiece.bpe.model", "tokenizer.json"
+PUBLISHED: Mapping[str, Published] = {
+    "mbart50": Published(
+        "facebook/mbart-large-50",
+        (JSON, PIECES),
+        MBART50_CODES,
+        (*MBART50_CODES.values(), *OTHER_CODES, MASK),
+    ),
+    "xlmr": Published("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
+    "clip": Published(
+        "openai/clip-vit-base-patch32",
+        (JSON, "vocab.json"),
+        {},
+        (byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
+    ),
+}
+
+
+def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedTokenizer:
+    """The tokenizer in a folder.
+
+    Args:
+      kind: a key of PUBLISHED.
+      path: the folder, as it was given.
+      limit: tokens of a sentence, frame included.
+      key: of the config's section, for messages.
+
+    Raises:
+      FileNotFoundError: the folder lacks what the kind needs.
+      ValueError: what is there is no tokenizer of the kind.
+    """
+    published, folder = PUBLISHED[kind], Path(path).expanduser()
+    if not any((folder / name).is_file() for name in published.files):
+        raise FileNotFoundError(
+            f"{key}.path={path!r} holds neither {' nor '.join(published.files)}; "
+            f"fetch them from {published.repository!r}, for example with "
+            f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
+        )
+    try:
+        if kind == "clip":
+            return _clip(folder, limit)
+        return _unigram(_find_unigram(kind, folder), published, limit)
+    except ValueError as error:
+        raise ValueError(
+            f"{key}.path={path!r} holds no tokenizer that {key}.kind={kind!r} can be "
+            f"({published.repository}): {error}"
+        ) from error
+
+
+def _find_unigram(kind: str, folder: Path) -> unigram.Unigram:
+    """The model of a folder. SentencePiece's own file is taken where there are both, but they must
+    agree."""
+    model = unigram.read_model(folder / PIECES) if (folder / PIECES).is_file() else None
+    if (folder / JSON).is_file():
+        listed = unigram.read_tokenizer_json(folder / JSON, PUBLISHED["mbart50"].last)
+        _require_last(kind, listed.path, listed.extra)
+        if model is None:
+            return listed
+        if [piece for piece, _ in model.pieces] != [piece for piece, _ in listed.pieces]:
+            raise ValueError(
+                f"{model.path} and {listed.path.name} beside it have other pieces; remove the one "
+                "that is not the tokenizer's"
+            )
+    known = {*SPECIAL, *PUBLISHED[kind].last}
+    if added := [token for token in unigram.added_tokens(folder) if token not in known]:
+        raise ValueError(added_message(folder, added))
+    assert model is not None, "one of the files is there"
+    return model
+
+
+def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
+    """Raises ValueError unless a file's last tokens are those of the kind."""
+    ours = PUBLISHED[kind].last
+    if last == ours:
+        return
+    if last[: len(ours)] == ours:
+        raise ValueError(added_message(path, last[len(ours) :]))
+    others = [name for name, other in PUBLISHED.items() if other.last == last[: len(other.last)]]
+    hint = f"it is the tokenizer of kind {others[0]!r}" if others else "fetch its files again"
+    found = f"{short(', '.join(last[:3]))} and so on, {len(last)} in all" if last else "none"
+    raise ValueError(
+        f"{path} has other tokens after its pieces ({found}) than {ours[0]} to {ours[-1]}, "
+        f"{len(ours)} in all; {hint}"
+    )
+
+
+def _unigram(model: unigram.Unigram, published: Published, limit: int) -> FramedTokenizer:
+    """Ids are those of fairseq: the special tokens, the pieces, the last tokens."""
+    processor = model.processor()
+    names = [*SPECIAL, *(piece for piece, _ in model.pieces), *published.last]
+    first = len(names) - len(published.last)
+    places = {name: first + place for place, name in enumerate(published.last)}
+
+    def cut(texts: list[str]) -> list[list[int]]:
+        # SentencePiece's 0 is <unk>; its pieces start at 3, one before ours.
+        return [[i + 1 if i else UNK for i in ids] for ids in processor.encode(texts)]
+
+    def join(ids: list[int]) -> str:
+        pieces = (names[i] for i in ids if 0 <= i < len(names))
+        return "".join(pieces).replace("▁", " ").removeprefix(" ")
+
+    return FramedTokenizer(
+        cut=cut,
+        join=join,
+        vocab=len(names),
+        language_ids={language: places[code] for language, code in published.codes.items()},
+        special=frozenset({*range(len(SPECIAL)), *range(first, len(names))}),
+        limit=limit,
+    )
+
+
+def _clip(folder: Path, limit: int) -> FramedTokenizer:
+    path, vocab, merges = byte_pairs.read_clip_files(folder)
+    bos, eos = len(vocab) - 2, len(vocab) - 1
+    if (vocab.get(byte_pairs.CLIP_BOS), vocab.get(byte_pairs.CLIP_EOS)) != (bos, eos):
+        raise ValueError(
+            f"{path} does not end with {byte_pairs.CLIP_BOS} and {byte_pairs.CLIP_EOS}, as the "
+            "tower needs; fetch its files again"
+        )
+    try:
+        tokenizer = byte_pairs.clip(vocab, merges)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    def join(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return text.replace(byte_pairs.WORD_END, " ").strip()
+
+    return FramedTokenizer(
+        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        join=join,
+        vocab=len(vocab),
+        language_ids={},
+        special=frozenset({bos, eos}),
+        limit=limit,
+        bos=bos,
+        eos=eos,
+    )

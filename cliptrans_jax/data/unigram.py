@@ -1,0 +1,226 @@
+"""SentencePiece's unigram models, read from either of the files that they are published in.
+
+The library itself cuts sentences, as in the original, whichever file the pieces come from: other
+implementations of its normaliser differ from it in decomposed Hangul and kana, in accents after
+wide letters, and in white space. A token such as "</s>" in a sentence is text to it.
+"""
+
+import base64
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from cliptrans_jax.data.framing import SPECIAL, UNK
+from cliptrans_jax.data.token_files import as_text, bounded, read_record, short
+
+# What the models begin with, which no text is cut into.
+CONTROLS = ("<unk>", "<s>", "</s>")
+# What stands in tokenizer.json beside the normaliser of the model and does the same as its flags.
+HARMLESS = ("Replace", "Strip")
+# Wide letters and digits, and what NFKC makes of them; the library puts its space in front.
+PROBE = ("ＡＢＣ１２３", "▁ABC123")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unigram:
+    """A vocabulary of pieces with their scores.
+
+    Attributes:
+      path: the file, for messages.
+      pieces: (piece, score), without special tokens and languages.
+      extra: tokens after the pieces, such as languages; () where the file does not list them.
+      charsmap: the normaliser, as SentencePiece compiles it.
+    """
+
+    path: Path
+    pieces: tuple[tuple[str, float], ...]
+    extra: tuple[str, ...]
+    charsmap: bytes
+
+    def __post_init__(self):
+        names = {*CONTROLS, *(piece for piece, _ in self.pieces)}
+        if not self.pieces or len(names) != len(self.pieces) + len(CONTROLS):
+            raise ValueError(f"{self.path} has no pieces, or one twice; fetch it again")
+        if not all(piece and math.isfinite(score) for piece, score in self.pieces):
+            raise ValueError(
+                f"{self.path} has an empty piece, or a score that is not finite; fetch it again"
+            )
+
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The model, in which piece i is number i + 3.
+
+        Raises:
+          ValueError: the library refuses it, or it does not bring text into the form NFKC.
+        """
+        _check_charsmap(self.path, self.charsmap)
+        model = sentencepiece_model_pb2.ModelProto()
+        kinds = model.SentencePiece.Type
+        for name, kind in zip(CONTROLS, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True):
+            model.pieces.add(piece=name, type=kind)
+        try:
+            for piece, score in self.pieces:
+                model.pieces.add(piece=piece, score=score)
+            model.normalizer_spec.name = "nmt_nfkc"
+            model.normalizer_spec.precompiled_charsmap = self.charsmap
+            found = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            normal = found.normalize(PROBE[0])
+        except (ValueError, RuntimeError) as error:  # of pieces that are not UTF-8, and the library
+            raise ValueError(f"{self.path} is refused by sentencepiece: {short(error)}") from error
+        if normal != PROBE[1]:
+            raise ValueError(
+                f"{self.path} does not normalise text (NFKC): {PROBE[0]!r} becomes {normal!r}, not "
+                f"{PROBE[1]!r}. transformers 5.0 to 5.2 write such files; fetch the published one, "
+                "or put sentencepiece.bpe.model beside it"
+            )
+        return found
+
+
+def read_model(path: Path) -> Unigram:
+    """The model in a `sentencepiece.bpe.model`.
+
+    Raises:
+      ValueError: the file holds no unigram model of plain pieces.
+    """
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(bounded(path).read_bytes())
+    except DecodeError as error:
+        raise ValueError(
+            f"{path} is no SentencePiece model ({short(error)}); fetch it again"
+        ) from error
+    kinds = model.SentencePiece.Type
+    first = tuple(piece.piece for piece in model.pieces[: len(CONTROLS)])
+    plain = all(piece.type == kinds.NORMAL for piece in model.pieces[len(CONTROLS) :])
+    unigram = model.trainer_spec.model_type == model.trainer_spec.ModelType.UNIGRAM
+    spec = model.normalizer_spec
+    usual = spec.add_dummy_prefix and spec.remove_extra_whitespaces and spec.escape_whitespaces
+    if first != CONTROLS or not (plain and unigram and usual):
+        raise ValueError(
+            f"{path} is no unigram model that begins with {', '.join(CONTROLS)} and has plain "
+            f"pieces otherwise, as XLM-R's and mBART-50's (it begins with {short(first)}); fetch "
+            "it again"
+        )
+    pieces = tuple((piece.piece, piece.score) for piece in model.pieces[len(CONTROLS) :])
+    return Unigram(path, pieces, (), spec.precompiled_charsmap)
+
+
+def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
+    """The model in a `tokenizer.json`: special tokens, pieces, and extra tokens in its vocabulary.
+
+    Args:
+      extra: what may come after the pieces; pieces end before the first of them.
+
+    Raises:
+      ValueError: the file holds no unigram model in this order, or another normaliser.
+    """
+    record = read_record(path)
+    try:
+        model = record["model"]
+        if model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback"):
+            raise ValueError(f"its model is of type {model.get('type')!r}")
+        vocab = tuple((as_text(token), float(score)) for token, score in model["vocab"])
+        names = [token for token, _ in vocab]
+        names += _added(record.get("added_tokens") or (), names)
+        charsmap = _charsmap(record["normalizer"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is no tokenizer.json of a unigram model ({type(error).__name__}: "
+            f"{short(error)}); fetch it again"
+        ) from error
+    if tuple(names[: len(SPECIAL)]) != SPECIAL or model.get("unk_id", UNK) != UNK:
+        raise ValueError(
+            f"{path} begins with the tokens {short(names[: len(SPECIAL)])} and not with "
+            f"{', '.join(SPECIAL)}: it is another tokenizer's"
+        )
+    ends = [place for place, name in enumerate(names) if name in extra]
+    end = min([*ends, len(vocab)])
+    return Unigram(path, vocab[len(SPECIAL) : end], tuple(names[end:]), charsmap)
+
+
+def added_tokens(folder: Path) -> list[str]:
+    """The tokens that other files of a folder add to a `sentencepiece.bpe.model`.
+
+    Raises:
+      ValueError: a file that is not as `transformers` writes it.
+    """
+    found: list[str] = []
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        record = read_record(folder / name)
+        try:
+            if name == "added_tokens.json":
+                found += map(as_text, record)
+            else:
+                tokens = record.get("added_tokens_decoder") or {}
+                found += [as_text(token["content"]) for token in tokens.values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / name} has no added tokens as transformers writes them "
+                f"({type(error).__name__}: {short(error)}); fetch it again"
+            ) from error
+    return found
+
+
+def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """The added tokens after the vocabulary, in the order of their ids."""
+    places = {int(token["id"]): as_text(token["content"]) for token in tokens}
+    count = len(names)
+    within = all(names[place] == token for place, token in places.items() if 0 <= place < count)
+    after = sorted(place for place in places if not 0 <= place < count)
+    if not within or after != [*range(count, count + len(after))]:
+        raise ValueError(f"added_tokens have ids that do not fit a vocabulary of {count}")
+    return [places[place] for place in after]
+
+
+def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
+    """The normaliser that SentencePiece compiled; b"" where there is none.
+
+    Raises:
+      ValueError: there is another one as well.
+    """
+    found = b""
+    for part in _parts(normalizer):
+        if part["type"] == "Precompiled":
+            found = base64.b64decode(part["precompiled_charsmap"], validate=True)
+        elif part["type"] not in HARMLESS:
+            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece has not")
+    return found
+
+
+def _parts(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    if normalizer is not None:
+        yield from normalizer["normalizers"] if normalizer["type"] == "Sequence" else (normalizer,)
+
+
+def _check_charsmap(path: Path, charsmap: bytes) -> None:
+    """Raises ValueError unless every offset of a compiled normaliser stays within it.
+
+    The library follows the offsets without looking. A normaliser is the length of a double-array
+    trie in bytes, the trie, and what its leaves point to: texts that end with a zero byte.
+    """
+    if not charsmap:
+        return  # which the probe tells
+    size = int.from_bytes(charsmap[:4], "little")
+    texts = charsmap[4 + size :]
+    sound = size % 1024 == 0 and size > 0 and texts.endswith(b"\0")
+    if sound:
+        units = np.frombuffer(charsmap, "<u4", size // 4, 4)
+        # As in Darts-clone: a unit's children lie at its place XOR its offset XOR a byte, and its
+        # leaf at byte 0. Bit 31 marks the leaves, bit 8 the units that have one, and bit 9 offsets
+        # that are shifted by 8.
+        offsets = (units >> 10).astype(np.int64) << np.where(units & 0x200, 8, 0)
+        inner = np.flatnonzero(units < 1 << 31)
+        children = inner ^ offsets[inner]
+        sound = bool(np.all(children | 0xFF < len(units)))
+    if sound:
+        leaves = units[children[(units[inner] & 0x100) > 0]] & 0x7FFFFFFF
+        sound = bool(np.all(leaves < len(texts)))
+    if not sound:
+        raise ValueError(f"{path} has a normaliser that points outside of itself; fetch it again")

@@ -1,0 +1,120 @@
+"""The config of a network as the shapes of its tensors tell it.
+
+Shapes do not tell heads, ids, epsilons and activations: these are the published models'.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cliptrans_jax import convert
+from cliptrans_jax.models import mbart, resnet
+from cliptrans_jax.models.clip import ClipTextConfig
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.resnet import ResNetConfig
+from cliptrans_jax.tensors import open_clip
+
+Tensors = Mapping[str, np.ndarray]
+Hf = Mapping[str, Any]
+
+# The output and the input layer of each mapping network; the first whose output is there is it.
+MAPPER_OUT = {
+    "transformer": "projector.weight",
+    "hidden_mlp": "hidden.2.weight",
+    "mlp": "hidden.0.weight",
+}
+MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
+
+
+def cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
+    """Of a CLIPTrans checkpoint; raises ValueError naming a tensor that does not tell its part."""
+    sizes = mbart_sizes(tensors, "mbart.", file)
+    return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
+
+
+def mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
+    """Of an mBART below a prefix; raises ValueError naming a tensor that does not tell its part."""
+    embedding = next(
+        (prefix + n for n in (convert.EMBEDDING, *convert.ALIASES) if prefix + n in tensors),
+        prefix + convert.EMBEDDING,
+    )
+    vocab, width = _shape(tensors, embedding, 2, file)
+    published = MBartConfig()
+    if width != published.width:
+        raise ValueError(
+            f"{file} has an mBART of width {width}, whose number of heads its tensors do not tell; "
+            "give its config (a published one, of width 1024, has 16)"
+        )
+    sizes = {}
+    for side in ("encoder", "decoder"):
+        layers = f"{prefix}model.{side}.layers."
+        sizes[f"{side}_layers"] = _count(tensors, layers)
+        sizes[f"{side}_hidden"] = _shape(tensors, f"{layers}0.fc1.weight", 2, file)[0]
+    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
+    return dataclasses.replace(
+        published, vocab=vocab, width=width, positions=rows - mbart.OFFSET, **sizes
+    )
+
+
+def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
+    kind = next((kind for kind, name in MAPPER_OUT.items() if f"adapter.{name}" in tensors), None)
+    if kind is None:
+        return MapperConfig(prefix=0)
+    rows = _shape(tensors, f"adapter.{MAPPER_OUT[kind]}", 2, file)[0]
+    if rows % width:
+        raise ValueError(
+            f"{file} has adapter.{MAPPER_OUT[kind]} of {rows} rows, which must be a multiple of "
+            f"mBART's width {width}"
+        )
+    features = _shape(tensors, f"adapter.{MAPPER_IN[kind]}", 2, file)[1]
+    return MapperConfig(kind, prefix=rows // width, features=features)
+
+
+def resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
+    """Of OpenAI's ResNet; raises ValueError naming a tensor that does not tell its part."""
+    places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
+    return ResNetConfig(
+        image=round(places**0.5) * resnet.STRIDE,
+        layers=tuple(_count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
+        width=_shape(tensors, "visual.bn3.weight", 1, file)[0],
+        features=_shape(tensors, "visual.attnpool.c_proj.weight", 2, file)[0],
+    )
+
+
+def openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipTextConfig:
+    """Of a text tower under OpenAI's names, from open_clip_config.json where that is there; raises
+    ValueError naming a tensor, or a key of that file, that does not tell its part."""
+    if said is not None:
+        return open_clip.text_config(said)
+    vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
+    return ClipTextConfig(
+        vocab=vocab,
+        positions=_shape(tensors, "positional_embedding", 2, file)[0],
+        width=width,
+        layers=_count(tensors, "transformer.resblocks."),
+        heads=max(1, width // resnet.HEAD_WIDTH),  # in all of OpenAI's models
+        hidden=_shape(tensors, "transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
+        features=_shape(tensors, "text_projection", 2, file)[1],
+    )
+
+
+def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
+    if name not in tensors or tensors[name].ndim != axes:
+        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
+        raise ValueError(
+            f"{file} does not tell its sizes: {name} {found}, and must have {axes} axes"
+        )
+    return tensors[name].shape
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    """How many layers there are."""
+    numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return 1 + max(
+        (int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1
+    )

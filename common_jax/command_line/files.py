@@ -1,0 +1,97 @@
+"""Config files: Python with a function get_config(), named as FILE.py or FILE.py:ARGUMENTS."""
+
+import difflib
+import os
+import pathlib
+import runpy
+import traceback
+from typing import Any
+
+import ml_collections
+
+
+def read_config_file(text: str) -> ml_collections.ConfigDict:
+    """The locked ConfigDict that the file's get_config() returns for the arguments.
+
+    Args:
+      text: the value of --config, FILE.py or FILE.py:ARGUMENTS. What follows the first colon is
+        what get_config() is called with.
+
+    Raises:
+      ValueError: for an error in the file or in its arguments, with file and line.
+      OSError: for a file that cannot be read.
+    """
+    name, colon, arguments = text.partition(":")
+    get_config = run_config_file(text).get("get_config")
+    if not callable(get_config):
+        raise ValueError(f"--config={name} has no function get_config() that returns a config")
+    try:
+        config = get_config(arguments) if colon else get_config()
+    except Exception as error:
+        raise _located(error, name) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"--config={name}: get_config() returned {type(config).__name__}, where a ConfigDict "
+            "is expected"
+        )
+    return config.lock()
+
+
+def run_config_file(text: str) -> dict[str, Any]:
+    """What the file of `text`, FILE.py:ARGUMENTS, defines, by name; raises as
+    `read_config_file`."""
+    name = text.partition(":")[0]
+    path = _find(name, text)
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:
+        raise _located(error, name) from error
+
+
+def _find(name: str, text: str) -> pathlib.Path:
+    """The path of a config file that exists."""
+    if "://" in text:
+        raise ValueError(f"--config={text} must be a local file; copy it here first")
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(path.glob("*.py")) or sorted(path.glob("*/*.py"))
+        raise IsADirectoryError(
+            f"--config={name} is a folder; give a file in it{_listed(files)}, or an absolute path"
+        )
+    if path.is_file():
+        return path
+    folder = pathlib.Path(os.path.abspath(path)).parent
+    # People mistake the working directory more often than the file's name.
+    here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"
+    if not folder.is_dir():
+        nearest = next(one for one in folder.parents if one.is_dir())
+        raise FileNotFoundError(
+            f"--config={name}: there is no folder {folder}; {nearest} is the last part of it that "
+            f"exists{here}"
+        )
+    known = {one.stem: one.name for one in folder.glob("*.py")}
+    close = difflib.get_close_matches(path.name.removesuffix(".py"), known, n=1)
+    hint = f" (did you mean {known[close[0]]!r}?)" if close else ""
+    raise FileNotFoundError(f"--config={name}: there is no such file in {folder}{hint}{here}")
+
+
+def _listed(files: list[pathlib.Path]) -> str:
+    """` (a.py, b.py)`, or nothing."""
+    shown = [*(str(one) for one in files[:10]), *(["..."] if len(files) > 10 else [])]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def _located(error: Exception, name: str) -> Exception:
+    """An error of a config file as one that a user can act on, with file and line."""
+    message = str(error) or type(error).__name__
+    message = message if len(message) <= 1500 else f"{message[:1500]}..."
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return ValueError(
+            f"--config={name} is not Python: {error.msg} in {error.filename}, line {error.lineno}"
+        )
+    path = str(pathlib.Path(name).expanduser())
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    where = f"{path}, line {lines[-1]}" if lines else path
+    if isinstance(error, ValueError) and lines:
+        return ValueError(f"{message} ({where})")
+    return ValueError(f"--config={name}: {type(error).__name__} in {where}: {message}")

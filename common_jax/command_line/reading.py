@@ -1,0 +1,229 @@
+"""The command line of a run: absl's flags, and `--config.FIELD=VALUE` for any field of the config.
+
+absl alone reads the arguments, in all of the forms that it takes: one dash or two, the value after
+"=" or as the next argument, `--flagfile`, and `--config.x` or `--noconfig.x` for booleans. Each
+override is noted in the order of the command line and set afterwards, so that of several values of
+a field the last one counts, whatever their forms.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from etils import epath
+
+from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.command_line.fields import (
+    SHOWN,
+    check_field,
+    convert,
+    either,
+    find_paths,
+    set_value,
+    shorten,
+    type_of,
+)
+from common_jax.command_line.files import read_config_file
+from common_jax.command_line.systems import check_system
+from common_jax.config import did_you_mean
+
+HOST_FLAGS = ("hosts", "coordinator", "processes", "process")
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]*)(=.*)?", re.DOTALL)
+
+
+class _Override(flags.Flag):
+    """Notes the path of a field and the text of its value, in the order of the command line."""
+
+    def __init__(self, path: str, *, boolean: bool, noted: list[tuple[str, str]]):
+        self._path, self._noted = path, noted
+        super().__init__(flags.ArgumentParser(), None, f"config.{path}", None, "", boolean=boolean)
+
+    def parse(self, argument: str) -> None:
+        self._noted.append((self._path, argument))
+
+
+def define() -> flags.FlagValues:
+    """The flags of a run, none of them read yet."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "config",
+        None,
+        "Config file and its arguments: FILE.py:key=value,key=value",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; started there again, it goes on.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "hosts",
+        "auto",
+        ("auto", "all", "one"),
+        "Whether to connect with other processes: where the environment describes them (TPU VM, "
+        "SLURM, Open MPI), always, or never.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, where the environment does not say it.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "processes", None, "With --coordinator: how many there are.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process", None, "With --coordinator: the number of this one, from 0.", flag_values=values
+    )
+    flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
+    return values
+
+
+def read(
+    values: flags.FlagValues, argv: Sequence[str], description: str = "", kind: str | None = None
+) -> tuple[ml_collections.ConfigDict, epath.Path, list[str]]:
+    """The config with all overrides, the workdir, and the paths of the fields that were set.
+
+    Args:
+      values: the flags of `define`, which take what the command line says.
+      argv: the command line, the program's name first.
+      description: shown by --help, which ends the process.
+      kind: the field that names the kind of run in the command's configs, a key of
+        `systems.SYSTEMS`; None takes any config.
+
+    Raises:
+      ValueError, OSError: for anything that a user can have got wrong.
+    """
+    argv = [argv[0], *_expand(argv[1:])]
+    # Overrides cannot be read before their types are known, which the config file tells.
+    _parse(values, argv, known_only=True)
+    if values["help"].value:
+        lines = (
+            f"  --{name}: {values[name].help}"
+            for name in ("config", "workdir", *HOST_FLAGS, "debug", "help")
+        )
+        print(description, *lines, "  --config.FIELD=VALUE: Any field of the config.", sep="\n")
+        sys.exit(0)
+    if not values["config"].value:
+        raise ValueError("--config is missing; --help shows what it is")
+    config = read_config_file(values["config"].value)
+    if kind is not None:
+        check_system(config, kind, f"--config={values['config'].value}")
+    noted = _read_overrides(config, argv)
+    if not values["workdir"].value:
+        raise ValueError("--workdir is missing; --help shows what it is")
+    refuse_pattern(values["workdir"].value, "--workdir")
+    _set_all(config, noted)
+    return config, absolute(values["workdir"].value), [path for path, _ in noted]
+
+
+def _read_overrides(
+    config: ml_collections.ConfigDict, argv: Sequence[str]
+) -> list[tuple[str, str]]:
+    """The path and the text of every override, in the order of the command line."""
+    values, noted = define(), []
+    for argument in argv[1:]:
+        match = OVERRIDE.fullmatch(argument)
+        if match is None:
+            continue
+        negated, path, _ = match.groups()
+        check_field(config, path)  # absl could only say that it does not know the flag
+        boolean = type_of(config, path) is bool
+        if negated and not boolean:
+            raise ValueError(
+                f"--noconfig.{path} is for booleans, and config.{path} is none; write "
+                f"--config.{path}=VALUE"
+            )
+        if f"config.{path}" not in values:
+            flags.DEFINE_flag(_Override(path, boolean=boolean, noted=noted), values)
+    rest = _parse(values, argv, config=config)
+    if rest:
+        dashes = [f"--{one}" for one in rest if one.startswith("config")]
+        hint = f" (did you mean {shorten(dashes[0])}?)" if dashes else ""
+        shown = [shorten(one) for one in rest[:SHOWN]]
+        raise ValueError(f"arguments {shown} are not understood{hint}; write --flag=value")
+    for path, text in noted:
+        _check_is_value(f"config.{path}", text, values)
+    return noted
+
+
+def _set_all(config: ml_collections.ConfigDict, noted: Sequence[tuple[str, str]]) -> None:
+    """Sets the fields in order, each to a value of the type that the config file gave it."""
+    found = [(path, convert(type_of(config, path), text, path)) for path, text in noted]
+    for i, (path, value) in enumerate(found):
+        if isinstance(value, ml_collections.ConfigDict):
+            if before := [one for one, _ in found[:i] if one.startswith(f"{path}.")]:
+                raise ValueError(
+                    f"--config.{path} replaces the whole section, and undoes --config.{before[0]} "
+                    f"before it; put --config.{path} first"
+                )
+            logging.warning(
+                "--config.%s replaces the section: fields that it leaves out have their defaults, "
+                "and not what the config file says",
+                path,
+            )
+        set_value(config, path, value)
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """The arguments with those in the files of --flagfile in its place."""
+    try:
+        return flags.FlagValues().read_flags_from_files(list(arguments), force_gnu=True)
+    except flags.Error as error:
+        raise ValueError(f"--flagfile: {str(error).removeprefix('ERROR:: ')}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        named = [one for one in arguments if one.lstrip("-").startswith("flagfile")]
+        raise ValueError(f"{' '.join(named)} is no file of flags: {error}") from None
+
+
+def _parse(
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    *,
+    known_only: bool = False,
+    config: ml_collections.ConfigDict | None = None,
+) -> list[str]:
+    """Parses the arguments into `values` and returns those that are no flags.
+
+    Args:
+      values: the flags that there are.
+      argv: the command line.
+      known_only: passes over flags that are not defined, and what may be their values.
+      config: where a flag that is not defined may have been meant for.
+    """
+    values.set_gnu_getopt(known_only)
+    try:
+        rest = values(list(argv), known_only=known_only)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown_flag(error.flagname, values, config)) from None
+    except (flags.Error, ValueError) as error:
+        raise ValueError(shorten(str(error), 500)) from None
+    for name in ("config", "workdir", "coordinator"):
+        if values[name].value is not None:
+            _check_is_value(name, values[name].value, values)
+    return rest
+
+
+def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
+    """Raises ValueError where the value of a flag is the next flag, as absl has it for a flag that
+    was left without one."""
+    flag = text.lstrip("-").partition("=")[0]
+    known = flag in values or flag.removeprefix("no") in values or OVERRIDE.fullmatch(text)
+    if text.startswith("--") or (text.startswith("-") and known):
+        raise ValueError(
+            f"--{name} lacks a value: the next argument is {shorten(text)!r}; write --{name}=VALUE"
+        )
+
+
+def _unknown_flag(
+    name: str, values: flags.FlagValues, config: ml_collections.ConfigDict | None
+) -> str:
+    """The message for a flag that is not defined, with the field or flag that may be meant."""
+    paths = [] if config is None else find_paths(config, name.replace("-", "_"))
+    if paths:
+        return f"there is no flag --{shorten(name)}; did you mean {either(paths)}?"
+    close = did_you_mean(name, [one for one in values if not one.startswith("config.")])
+    return f"there is no flag --{shorten(name)}{close}; --help shows all flags"

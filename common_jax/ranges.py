@@ -1,0 +1,145 @@
+"""Ranges of config fields, stated beside the default: `alpha: Fraction = 0.5`.
+
+A field's type is `Annotated[T, range]`, and `common_jax.config` checks the value against both. No
+range holds NaN or infinity.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Sized
+from typing import Annotated, Any, Protocol
+
+LARGEST_INT = 2**31 - 1  # of int32, in which JAX counts steps and sizes
+# Beyond these a number is a slip, and its square or its reciprocal leaves float32.
+LARGEST = 1e9
+SMALLEST = 1e-30
+LONGEST = 200  # characters of a value that a message shows
+
+
+class Range(Protocol):
+    """What a field may hold, besides its type."""
+
+    def refusal(self, value: Any) -> str | None:
+        """What `value` must be, such as "in [0, 1]", where it is something else; None where it is
+        in range."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """Numbers from `low` to `high`.
+
+    Attributes:
+      text: what a number must be, for messages.
+      low, high: the ends.
+      open_high: leaves out `high` itself.
+      other: a number that is allowed beside them.
+    """
+
+    text: str
+    low: float
+    high: float
+    open_high: bool = False
+    other: int | None = None
+
+    def refusal(self, value: float) -> str | None:
+        # Comparisons with NaN are false, and integers of any size can be compared.
+        below = value < self.high if self.open_high else value <= self.high
+        if value == self.other or (below and self.low <= value):
+            return None
+        if math.inf > value > self.high and self.high in (LARGEST, LARGEST_INT):
+            return f"at most {self.high if isinstance(self.high, int) else format(self.high, 'g')}"
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Names of a table; a function where the table stands below the config that names it."""
+
+    names: tuple[Any, ...] | Callable[[], Iterable[str]]
+
+    def refusal(self, value: Any) -> str | None:
+        names = list(self.names() if callable(self.names) else self.names)
+        return None if value in names else f"one of {names}{did_you_mean(value, names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Regular expressions."""
+
+    def refusal(self, value: str) -> str | None:
+        try:
+            re.compile(value)
+        except (re.error, OverflowError, RecursionError) as error:
+            return f"a regular expression: {error}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """Strings and tuples that are not empty."""
+
+    def refusal(self, value: Sized) -> str | None:
+        kind = "string" if isinstance(value, str) else "tuple"
+        return None if len(value) else f"a {kind} that is not empty"
+
+
+def at_least(low: int) -> Interval:
+    """Whole numbers from `low`, up to the largest that int32 holds."""
+    return Interval(f"at least {low}", low, LARGEST_INT)
+
+
+def within(low: float, high: float) -> Interval:
+    """Numbers from `low` to `high`, both included."""
+    return Interval(f"in [{low:g}, {high:g}]", low, high)
+
+
+def above(low: float, high: float) -> Interval:
+    """Numbers greater than `low`, up to `high`."""
+    return Interval(f"in ({low:g}, {high:g}]", math.nextafter(low, high), high)
+
+
+def one_of(*names: str | int) -> Choice:
+    """One of `names`."""
+    return Choice(names)
+
+
+def key_of(table: Callable[[], Iterable[str]]) -> Choice:
+    """A key of the table that `table` returns, which may stand below the config in its file."""
+    return Choice(table)
+
+
+FINITE = Interval("a finite number", -LARGEST, LARGEST)
+
+Size = Annotated[int, at_least(1)]
+Count = Annotated[int, at_least(0)]
+Seed = Annotated[int, Interval("from 0 to 2^32 - 1", 0, 2**32 - 1)]
+Finite = Annotated[float, FINITE]
+Positive = Annotated[float, Interval("positive", SMALLEST, LARGEST)]
+NonNegative = Annotated[float, Interval("at least 0", 0, LARGEST)]
+Fraction = Annotated[float, within(0, 1)]
+BelowOne = Annotated[float, Interval("in [0, 1)", 0, 1, open_high=True)]
+Name = Annotated[str, Filled()]
+Regex = Annotated[str, Pattern()]
+Sizes = Annotated[tuple[Size, ...], Filled()]
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4,300 digits
+        return f"a number of {value.bit_length()} bits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def did_you_mean(key: Any, known: Iterable[Any]) -> str:
+    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else the empty
+    string."""
+    names = [name for name in known if isinstance(name, str)]
+    # Closeness takes time with the product of two lengths, and a long text is no slip of the keys.
+    short = isinstance(key, str) and len(key) <= LONGEST
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6) if short else []
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,207 @@
+"""The image files of a directory, by class; links are followed without loops or images that count
+twice."""
+
+import dataclasses
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from common_jax.inputs.pictures import SUFFIXES, read_file
+
+IMAGE_SUFFIXES = SUFFIXES
+DEEPEST = 32  # folders within each other, below a class
+LISTED = 700  # characters of names in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectoryFiles:
+    """The files of an image folder, by their path relative to `root`."""
+
+    root: Path
+    names: tuple[str, ...]
+
+    def read(self, index: int) -> bytes:
+        # `Path` would take half again as long.
+        return read_file(f"{self.root}/{self.names[index]}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names in order, ten or as many as LISTED characters hold, and how many more there
+    are; safe to print."""
+    names, shown = sorted(names), []
+    for name in map(_shortened, names[:10]):
+        if shown and sum(map(len, shown)) + len(name) > LISTED:
+            break
+        shown.append(name)
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _shortened(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= LISTED // 2 else f"{name[: LISTED // 4]}...{name[-LISTED // 4 :]}"
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what does not print, such as bytes of a name that are not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def is_image(name: str) -> bool:
+    """Whether a path ends as image files do, in upper or lower case, and no part of it is hidden,
+    as macOS's `._cat.jpg` and `.ipynb_checkpoints` are."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not any(map(is_hidden, name.split("/")))
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a file or folder of this name is hidden."""
+    return part.startswith(".")
+
+
+def missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoundError:
+    """To be raised where `root` has no `split`, only those `present`."""
+    return FileNotFoundError(
+        f"config.data.path={str(root)!r} has no split {split!r}, only: "
+        f"{listed(present) or 'nothing'}; "
+        "correct config.data.path, config.data.train_split or config.data.test_split"
+    )
+
+
+def require_class_folders(loose: list[str], classes: list[str], *, at: str) -> None:
+    """Sees to images that lie in a split itself, in no class folder.
+
+    Raises:
+      ValueError: all do, as in ILSVRC2012's validation set as it is published.
+    """
+    if not loose:
+        return
+    if classes:
+        logging.warning("%s: %d images in no class folder are left out", at, len(loose))
+        return
+    raise ValueError(
+        f"{at}: all {len(loose)} images lie in the split itself ({listed(loose[:2])}), and nothing "
+        "says which class each is of. Move them into one folder per class, SPLIT/CLASS/, named as "
+        "the training folders are: for ILSVRC2012's val, valprep.sh of "
+        "github.com/soumith/imagenetloader.torch does so; Kaggle's LOC_val_solution.csv also lists "
+        "each file's class"
+    )
+
+
+def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str], int]:
+    """(images, classes, place of the class in an image's path).
+
+    Links to files and folders are followed. A folder that can be reached twice within its class, or
+    that holds the split itself, is read once, with a warning. Hidden files and folders are left
+    out; a link that leads nowhere counts as an image that cannot be read.
+
+    Raises:
+      FileNotFoundError: no such split.
+      ValueError: two classes that share a folder, a class name that is not UTF-8, no class folder.
+      OSError: a folder that cannot be read.
+    """
+    top = root / split
+    if not top.is_dir():
+        raise missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
+    at = f"config.data.path={str(root)!r}, split {split!r}"
+    classes, loose = [], []
+    with os.scandir(top) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if _is_folder(entry):
+                classes.append(entry.name)
+            elif is_image(entry.name):
+                loose.append(entry.name)
+    classes.sort()
+    require_class_folders(loose, classes, at=at)
+    if odd := [name for name in classes if not _is_utf8(name)]:
+        raise ValueError(f"{at}: class folders whose names are not UTF-8: {listed(odd)}; rename")
+    walk = _Walk(os.path.realpath(top), at)
+    for name in classes:
+        walk.claim(os.path.realpath(top / name), name)
+    prefix = f"{split}/" if split else ""
+    names = [
+        f"{prefix}{name}/{file}" for name in classes for file in walk.images(str(top / name), name)
+    ]
+    if walk.left_out:
+        logging.warning(
+            "%s: %d links to folders that are read already are left out: %s",
+            at,
+            len(walk.left_out),
+            listed(walk.left_out),
+        )
+    return DirectoryFiles(root, tuple(sorted(names))), classes, len(Path(split).parts)
+
+
+class _Walk:
+    """The images of class after class, each real folder for one class and once.
+
+    Args:
+      top: real path of the split.
+      at: what messages call it.
+    """
+
+    def __init__(self, top: str, at: str):
+        self.left_out: list[str] = []
+        self._top = top
+        self._at = at
+        self._owner: dict[str, str] = {}  # class by the real path of a folder
+
+    def claim(self, real: str, name: str) -> None:
+        """Makes a folder one of class `name`; raises ValueError where it is another class's."""
+        owner = self._owner.setdefault(real, name)
+        if owner != name:
+            raise ValueError(
+                f"{self._at}: classes {owner!r} and {name!r} share the folder {printable(real)!r} "
+                "by a link, so that an image would have two labels; remove one of the links"
+            )
+
+    def images(self, folder: str, name: str) -> Iterator[str]:
+        """Paths below `folder`, of class `name`, relative to it."""
+        visited = set()
+        # (path as the user sees it, its real path, path below the class)
+        waiting = [(folder, os.path.realpath(folder), "")]
+        while waiting:
+            path, real, below = waiting.pop()
+            if real in visited or self._holds_top(real):
+                self.left_out.append(path)
+                continue
+            visited.add(real)
+            self.claim(real, name)
+            if below.count("/") > DEEPEST:
+                raise ValueError(
+                    f"{self._at}: {printable(path)[-200:]!r} lies more than {DEEPEST} folders deep"
+                )
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if _is_folder(entry):
+                        inside = os.path.join(real, entry.name)
+                        target = os.path.realpath(inside) if entry.is_symlink() else inside
+                        waiting.append((entry.path, target, f"{below}{entry.name}/"))
+                    elif is_image(entry.name):
+                        yield below + entry.name
+
+    def _holds_top(self, real: str) -> bool:
+        return self._top == real or self._top.startswith(real.rstrip("/") + "/")
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

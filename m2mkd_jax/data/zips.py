@@ -1,0 +1,139 @@
+"""The image files of an uncompressed zip, by class, read by offset."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from common_jax.inputs.pictures import require_small
+from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
+
+HEADER = 30  # bytes of a member's local header, before its name
+UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
+NOWHERE = 2**63  # an offset beyond the end of any file
+# What zipfile raises on a damaged central directory.
+BROKEN = (
+    zipfile.BadZipFile,
+    EOFError,
+    IndexError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    ValueError,
+    struct.error,
+)
+
+
+class ZipFiles:
+    """The stored (uncompressed) members of a zip, read by offset.
+
+    Reading takes no lock and moves no file position, so threads share one descriptor; a pickled
+    copy opens its own. The central directory, large for a million images, is parsed only once.
+    """
+
+    def __init__(self, root: Path, members: list[zipfile.ZipInfo]):
+        self.root = root
+        self.names = tuple(member.filename for member in members)
+        # Unsigned, since zip64 may declare any size.
+        self._places = np.array([_place(member) for member in members], np.uint64).reshape(-1, 6)
+        self._file = root.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "_file"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._file = self.root.open("rb")
+
+    def read(self, index: int) -> bytes:
+        """The content of a member.
+
+        Raises:
+          OSError: its place, size, name or checksum are not what the zip says.
+        """
+        offset, size, stored, checksum, length, name = map(int, self._places[index])
+        # Compared before anything is allocated for it.
+        if offset + size > self._size or size != stored:
+            raise OSError(f"the zip says that it has {size} bytes, which are not there")
+        require_small(size)
+        # The local header repeats the name and may have another extra field than the directory's.
+        header = os.pread(self._file.fileno(), HEADER + length, offset)
+        if header[:4] != b"PK\x03\x04" or zlib.crc32(header[HEADER:]) != name:
+            raise OSError("the zip has something else where it should be")
+        skip = HEADER + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        content = os.pread(self._file.fileno(), size, offset + skip)
+        if len(content) != size or zlib.crc32(content) != checksum:
+            raise OSError("its bytes in the zip do not match the checksum there")
+        return content
+
+
+def _place(member: zipfile.ZipInfo) -> tuple[int, ...]:
+    """Offset, size, size in the zip, CRC; length and CRC of the name as it is stored."""
+    name = member.orig_filename.encode("utf-8" if member.flag_bits & UTF8 else "cp437")
+    # A damaged directory may put a member before the start of the file.
+    offset = member.header_offset if member.header_offset >= 0 else NOWHERE
+    sizes = member.file_size, member.compress_size
+    return offset, *sizes, member.CRC, len(name), zlib.crc32(name)
+
+
+def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
+    """(images, classes, place of the class in an image's path).
+
+    Raises:
+      FileNotFoundError: no such split.
+      ValueError: a broken zip; images that are compressed, encrypted, or there twice; names that
+        lead out of the zip.
+    """
+    try:
+        with zipfile.ZipFile(root) as archive:
+            members = archive.infolist()
+    except PermissionError:
+        raise
+    except BROKEN as error:
+        raise ValueError(
+            f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
+            "make the zip anew"
+        ) from error
+    members = [m for m in members if not m.filename.startswith("__MACOSX/")]
+    outside = [m.filename for m in members if _leads_out(m.filename)]
+    _require_none(root, outside, "have names that lead out of the zip", "make the zip inside it")
+    tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
+    if split and split not in tops and root.name == f"{split}.zip":
+        split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
+    inside = [m for m in members if not split or m.filename.startswith(f"{split}/")]
+    if not inside:
+        raise missing_split(root, split, tops)
+    depth = len(Path(split).parts)
+    parts = {m.filename: m.filename.split("/")[depth:] for m in inside}
+    deep = [m for m in inside if len(parts[m.filename]) > 1]
+    classes = sorted({name for m in deep if not is_hidden(name := parts[m.filename][0])} - {""})
+    loose = [name for name, below in parts.items() if len(below) == 1 and is_image(below[0])]
+    require_class_folders(loose, classes, at=f"config.data.path={str(root)!r}, split {split!r}")
+    images = [m for m in deep if parts[m.filename][0] and is_image("/".join(parts[m.filename]))]
+    images.sort(key=lambda member: member.filename)
+    twice = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
+    _require_none(root, twice, "stand there more than once", "make the zip anew")
+    locked = [m.filename for m in images if m.flag_bits & ENCRYPTED]
+    _require_none(root, locked, "are encrypted", "make the zip without a password")
+    packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
+    _require_none(
+        root,
+        packed,
+        "are compressed",
+        "images do not shrink and cannot be read by offset then: make the zip with `zip -0 -r`",
+    )
+    return ZipFiles(root, images), classes, depth
+
+
+def _leads_out(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def _require_none(root: Path, names: list[str], what: str, way_out: str) -> None:
+    if names:
+        raise ValueError(f"config.data.path={str(root)!r}: {listed(names)} {what}; {way_out}")

@@ -1,0 +1,56 @@
+"""Parts of other people's ViTs that m2mKD's has no place for, by their tensors' names."""
+
+import re
+from collections.abc import Collection
+
+# Regex of names -> what they are of. No config makes a file with them fit.
+FOREIGN = {
+    r"dist_token|head_dist\..*": "a distillation token",
+    r"fc_norm\..*": "pooling over patches (fc_norm)",
+    r"attn_pool\..*": "attention pooling",
+    r"reg_token|register_tokens": "register tokens",
+    r"blocks\.\d+\.(ls\d\.gamma|gamma_\d)": "layer scale",
+    r"norm_pre\..*": "a norm before the blocks",
+    r"pre_logits\..*": "a layer before the head (pre_logits)",
+    r"blocks\.\d+\.attn\.[qk]_norm\..*": "norms of queries and keys",
+    r"blocks\.\d+\.attn\.(relative_position.*|rel_pos.*)|rel_pos.*": "relative positions",
+    r"(.*\.)?rope(\..*|_.*)?|(.*\.)?freqs(_.*)?": "rotary positions",
+    r"blocks\.\d+\.mlp\.(w12|w3|w1|w2|fc1_g|fc1_x|norm)\..*": "gated or normed MLPs",
+    r"patch_embed\.(backbone|norm|proj\.\d+)\..*": "another patch embedding",
+}
+# Names that Hugging Face's ViTs and torchvision's have.
+ELSEWHERE = {
+    r"(\w+\.)?(embeddings\.(cls_token|patch_embeddings\..*)|encoder\.layer\.\d+\..*)": (
+        "Hugging Face's"
+    ),
+    r"encoder\.layers\.encoder_layer_\d+\..*|conv_proj\.weight|class_token": "torchvision's",
+}
+
+
+def foreign_parts(names: Collection[str]) -> str:
+    """What a ViT has that has no place here, with a name of each, or ""."""
+    found = []
+    for regex, what in FOREIGN.items():
+        example = next((name for name in names if re.fullmatch(regex, name)), None)
+        if example is not None:
+            found.append(f"{what} ({example})")
+    return ", ".join(found)
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a tensor is of such a part."""
+    return any(re.fullmatch(regex, name) for regex in FOREIGN)
+
+
+def is_headless(names: Collection[str]) -> bool:
+    """Whether names are a whole ViT's but for its classifier, as timm's num_classes=0 leaves it."""
+    ends = "norm.weight" in names or any(name.startswith("fc_norm.") for name in names)
+    return ends and "head.weight" not in names and bool({"cls_token", "pos_embed"} & set(names))
+
+
+def named_elsewhere(names: Collection[str]) -> str:
+    """Whose names these are, "Hugging Face's" or "torchvision's", or ""."""
+    for regex, whose in ELSEWHERE.items():
+        if any(re.fullmatch(regex, name) for name in names):
+            return whose
+    return ""

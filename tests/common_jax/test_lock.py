@@ -1,0 +1,211 @@
+"""The lock of a workdir: who gets it, who is refused, what becomes of one that was left behind."""
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from common_jax.workdir import Locked, LockLost, hold, lock, require
+
+NAME = "run.lock"
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def left_by(workdir, *, age: float = 0.0, **changes) -> lock.Holder:
+    """A lock of this test's parent process, unless the changes say otherwise, last touched `age`
+    seconds ago."""
+    parent = os.getppid()
+    holder = dataclasses.replace(
+        lock.Holder.this(),
+        **{"pid": parent, "started": lock._start_of(parent), "since": "yesterday"} | changes,
+    )
+    path = workdir / NAME
+    path.write_text(json.dumps(dataclasses.asdict(holder)))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return holder
+
+
+def ended() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_held_and_let_go(tmp_path):
+    workdir = tmp_path / "runs" / "a"
+    with hold(workdir):
+        held = json.loads((workdir / NAME).read_text())
+        assert held["pid"] == os.getpid()
+        with hold(workdir):  # the loop's, inside the command's
+            require(workdir)
+        assert (workdir / NAME).exists()
+    assert not (tmp_path / "runs").exists()  # a refused start leaves no folder
+
+
+def test_what_was_written_stays(tmp_path):
+    with hold(tmp_path / "a"):
+        (tmp_path / "a" / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
+
+
+def test_let_go_after_an_error(workdir):
+    with pytest.raises(ZeroDivisionError), hold(workdir):
+        raise ZeroDivisionError
+    assert not (workdir / NAME).exists()
+
+
+@pytest.mark.parametrize("age", [0.0, 1e6])
+def test_a_running_holder_is_named(workdir, age):
+    """However long ago it touched the lock: it may be stopped by Ctrl-Z."""
+    left_by(workdir, age=age, host="node7")
+    before = (workdir / NAME).read_bytes()
+    message = rf"run is in use by process {os.getppid()} on node7 since yesterday: .*--workdir"
+    with pytest.raises(Locked, match=message), hold(workdir):
+        pass
+    assert [path.name for path in workdir.iterdir()] == [NAME]
+    assert (workdir / NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("changes", [{"pid": None}, {"started": 1}])
+def test_of_a_process_that_has_ended_it_is_taken_over_at_once(workdir, caplog, changes):
+    """Also where another process has its number by now."""
+    left_by(workdir, **{"pid": ended()} if "pid" in changes else changes)
+    with hold(workdir):
+        assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
+    assert "taking over the lock of process" in caplog.text
+
+
+def test_a_process_that_only_waits_for_its_parent_has_ended(workdir):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    holder = left_by(workdir, pid=process.pid, started=lock._start_of(process.pid))
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert holder.alive is False
+    process.wait()
+
+
+def test_of_another_machine_it_is_taken_over_when_it_is_stale(workdir, caplog):
+    left_by(workdir, age=91, machine="another", host="node7")
+    with hold(workdir):
+        pass
+    assert "on node7" in caplog.text
+
+
+def test_of_another_machine_it_is_watched(workdir, monkeypatch, caplog):
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    monkeypatch.setattr(lock, "LOOK", 0.02)
+    left_by(workdir, machine="another")
+    began = time.monotonic()
+    with hold(workdir):
+        assert time.monotonic() - began >= 0.25
+    assert "to see whether it still runs" in caplog.text
+
+
+def test_of_another_machine_that_touches_it_it_is_in_use(workdir, monkeypatch):
+    monkeypatch.setattr(lock, "LOOK", 0.05)
+    left_by(workdir, age=5, machine="another")
+    touch = threading.Timer(0.1, os.utime, (workdir / NAME,))
+    touch.start()
+    with pytest.raises(Locked), hold(workdir):
+        pass
+    touch.join()
+
+
+def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, monkeypatch):
+    monkeypatch.setattr(lock, "STALE", 0.2)
+    monkeypatch.setattr(lock, "LOOK", 0.02)
+    (workdir / NAME).touch()
+    with hold(workdir):
+        require(workdir)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_that_start_together_one_gets_it(workdir, stale):
+    if stale:
+        left_by(workdir, pid=ended())
+    start, got, refused = threading.Barrier(8), [], []
+
+    def contend():
+        start.wait()
+        try:
+            got.append(lock._Hold.of(str(workdir)))
+        except Locked:
+            refused.append(1)
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 7)
+    got[0].require()
+    got[0].release()
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_lost_lock_is_an_error(workdir):
+    with hold(workdir):
+        left_by(workdir, host="node7")
+        with pytest.raises(LockLost, match=r"was taken over by process .* on node7"):
+            require(workdir)
+    assert (workdir / NAME).exists()  # it is the other one's
+    (workdir / NAME).unlink()
+    with hold(workdir):
+        (workdir / NAME).unlink()
+        with pytest.raises(LockLost, match="was deleted, or its folder was"):
+            require(workdir)
+
+
+def test_it_is_touched(workdir, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    with hold(workdir):
+        os.utime(workdir / NAME, (0, 0))
+        deadline = time.monotonic() + 5
+        while (workdir / NAME).stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_without_a_lock_nothing_is_written(workdir, monkeypatch, number):
+    def fail(self, content):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock._Hold, "_create", fail)
+    with hold(workdir):  # as a finished run may
+        with pytest.raises(OSError, match=r"no lock can be written.*run\.lock") as error:
+            require(workdir)
+        assert error.value.errno == number
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_is_removed(workdir, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+
+    def full(path, mode):
+        path.touch()
+        return open("/dev/full", "w")
+
+    monkeypatch.setattr(lock, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        lock._Hold(workdir / NAME)._create("{}")
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_bucket_has_none_and_says_so_once(caplog):
+    with caplog.at_level(logging.WARNING), hold("gs://bucket/run"), hold("gs://bucket/run/meta"):
+        require("gs://bucket/run/meta")
+    assert caplog.text.count("has no locks") == 1

@@ -1,0 +1,161 @@
+"""From image files to 8-bit pixels, by values worked out by hand; files that promise too much."""
+
+import io
+import os
+import pathlib
+import re
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common_jax.inputs import pictures
+from common_jax.inputs.pictures import decode_picture, pixels_of, read_file
+
+ROOT = pathlib.Path(__file__).parents[2]
+WIDE = np.array([[0, 255, 256, 0x1234, 0x8000, 0xFFFF]], np.uint16)
+UPPER = [[0, 0, 1, 0x12, 0x80, 0xFF]]
+
+
+def encoded(image, form, **settings):
+    content = io.BytesIO()
+    image.save(content, form, **settings)
+    return content.getvalue()
+
+
+def decoded(content, channels=3):
+    return pixels_of(decode_picture(content, channels))
+
+
+def png(width, height, *, depth, colour, rows):
+    """A PNG made by hand: Pillow writes no 16-bit RGB."""
+
+    def chunk(kind, body):
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_keeps_its_upper_8_bits(form):
+    content = encoded(Image.fromarray(WIDE), form)
+    np.testing.assert_array_equal(decoded(content, 1)[..., 0], UPPER)
+    np.testing.assert_array_equal(decoded(content, 3), np.stack([UPPER] * 3, axis=-1))
+
+
+def test_big_endian_16_bit_grey_is_the_same():
+    content = encoded(Image.frombytes("I;16B", (6, 1), WIDE.astype(">u2").tobytes()), "TIFF")
+    np.testing.assert_array_equal(decoded(content, 1)[..., 0], UPPER)
+
+
+def test_16_bit_rgb_is_what_16_bit_grey_is():
+    rows = b"\0" + np.stack([WIDE[0]] * 3, axis=-1).astype(">u2").tobytes()
+    content = png(6, 1, depth=16, colour=2, rows=rows)
+    np.testing.assert_array_equal(decoded(content), np.stack([UPPER] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [(np.array([[0, 70000]], np.int32), "I"), (np.array([[0.0, 1.0]], "f4"), "F")],
+)
+def test_grey_values_without_a_known_range_are_refused(values, mode):
+    with pytest.raises(ValueError, match=rf"TIFF .*unknown range \(mode {mode}\); save it with 8"):
+        decoded(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_other_modes_are_as_pillows_convert_has_them():
+    one_bit = Image.fromarray(np.array([[True, False]]))
+    np.testing.assert_array_equal(decoded(encoded(one_bit, "PNG"), 1)[..., 0], [[255, 0]])
+    transparent = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
+    assert decoded(encoded(transparent, "PNG")).tolist() == [[[10, 20, 30]]]  # alpha is dropped
+    assert decoded(encoded(Image.new("LA", (1, 1), (40, 0)), "PNG")).tolist() == [[[40] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([1, 2, 3, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    for settings in ({}, {"transparency": 0}, {"transparency": b"\0\x80"}):
+        pixels = decoded(encoded(palette, "PNG", **settings))
+        assert pixels.tolist() == [[[1, 2, 3], [200, 100, 50]]]
+    # Without ink it is white; Pillow writes CMYK inverted, with Adobe's mark, as Photoshop does.
+    blank = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
+    np.testing.assert_array_equal(decoded(encoded(blank, "JPEG")), 255)
+    np.testing.assert_array_equal(decoded(encoded(blank, "TIFF")), 255)
+
+
+def test_the_orientation_of_exif_is_not_applied():
+    """The originals call PIL's `convert`, which does not look at it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image = Image.fromarray(np.zeros((2, 5, 3), np.uint8))
+    assert decoded(encoded(image, "PNG", exif=exif)).shape == (2, 5, 3)
+
+
+def test_no_format_that_starts_a_program_is_opened(monkeypatch):
+    from PIL import EpsImagePlugin
+
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append(1))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF"
+    with pytest.raises(OSError, match="none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"):
+        decoded(eps)
+    assert not started and "EPS" not in pictures.FORMATS
+
+
+def test_every_image_is_opened_with_known_formats():
+    for folder in ("common_jax", "m2mkd_jax", "cliptrans_jax", "tools", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            calls = re.findall(r"Image\.open\([^\n]*", path.read_text())
+            assert all("formats=" in call for call in calls), f"{path}: {calls}"
+
+
+def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
+    # 5,000 x 5,000 pixels of one bit: 3 MB unpacked of 3 kB
+    rows = (b"\0" + bytes(625)) * 5000
+    content = png(5000, 5000, depth=1, colour=0, rows=rows)
+    assert len(content) < 10_000
+    with pytest.raises(ValueError, match=r"5000 x 5000 pixels are more than the 16777216 allowed"):
+        decoded(content, 1)
+    rows = (b"\0" + bytes(500)) * 4000
+    assert decoded(png(4000, 4000, depth=1, colour=0, rows=rows), 1).shape == (4000, 4000, 1)
+    with pytest.raises(ValueError, match=r"1 x 101 pixels: one side is more than 100 times"):
+        decoded(encoded(Image.new("L", (101, 1)), "PNG"))
+    assert decoded(encoded(Image.new("L", (1, 100)), "PNG"), 1).shape == (100, 1, 1)
+    with pytest.raises(ValueError, match="bomb"):
+        decoded(png(60_000, 60_000, depth=8, colour=0, rows=b""))
+
+
+def test_what_is_cut_off_empty_or_nonsense_is_an_error_that_can_be_printed():
+    whole = encoded(Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)), "PNG")
+    cases = [b"", b"x", whole[:20], whole[:-30], b"GIF89a", b"II*\0" + b"\xff" * 40]
+    for content in cases:
+        with pytest.raises((OSError, ValueError)) as error:
+            decoded(content)
+        assert str(error.value).isprintable() and "0x" not in str(error.value)
+
+
+def test_any_exception_of_a_decoder_is_a_value_error(monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("bytearray index out of range")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match="IndexError: bytearray"):
+        decoded(b"x")
+
+
+def test_only_regular_files_of_a_size_are_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert read_file(tmp_path / "a") == b"abc"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(tmp_path / "pipe")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(2**40)  # takes no room
+    with pytest.raises(OSError, match=r"1099511627776 bytes are more than the 268435456"):
+        read_file(tmp_path / "large")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_file(tmp_path / "nowhere")

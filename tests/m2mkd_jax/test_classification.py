@@ -1,0 +1,80 @@
+"""Accuracy and cross entropy by hand where logits are equal or not finite; heads in float32."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from tiny import NAC, fill, tiny_config
+
+from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
+from m2mkd_jax.phases.families import whole_student
+from m2mkd_jax.phases.networks import meta_network
+
+NAN = np.nan
+
+
+def sums(logits, labels, mask=None):
+    mask = np.ones(len(labels)) if mask is None else mask
+    found = classification_sums(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32), jnp.asarray(mask)
+    )
+    return {name: float(value) for name, value in found.items()}
+
+
+def test_equal_logits_are_a_hit_for_the_first_label_alone():
+    found = sums(np.zeros((10, 10)), range(10))
+    assert (found["accuracy"], found["accuracy_top5"], found["count"]) == (1, 5, 10)
+    assert found["loss"] == pytest.approx(10 * np.log(10))
+
+
+def test_what_is_not_finite_is_never_a_hit():
+    for value in (NAN, np.inf, -np.inf):
+        found = sums(np.full((10, 10), value), range(10))
+        assert (found["accuracy"], found["accuracy_top5"]) == (0, 0)
+    # The label's own logit is the largest number, yet argmax gives the NaN.
+    found = sums([[1.0, 9.0, NAN, 0.0, 0.0, 0.0]], [1])
+    assert (found["accuracy"], found["accuracy_top5"]) == (0, 1)
+    assert np.isnan(found["loss"])
+
+
+def test_a_tie_at_the_fifth_place_goes_to_the_first():
+    logits = [5.0, 4.0, 3.0, 2.0, 1.0, 1.0]
+    found = sums([logits, logits, logits], [4, 5, 0])
+    assert (found["accuracy"], found["accuracy_top5"]) == (1, 2)
+
+
+def test_padding_counts_for_nothing_even_where_it_is_not_finite():
+    found = sums([[0.0, 1.0], [NAN, NAN]], [1, 0], mask=[1.0, 0.0])
+    assert (found["accuracy"], found["count"]) == (1, 1)
+    assert found["loss"] == pytest.approx(np.log(1 + np.exp(-1)))
+
+
+def test_a_class_that_is_not_asked_about_may_be_anything():
+    chosen = restrict_logits(jnp.asarray([[NAN, 2.0, 2.0, 1.0]]), (1, 2, 3))
+    assert (sums(chosen, [0])["accuracy"], sums(chosen, [1])["accuracy"]) == (1, 0)
+
+
+HEADS = {
+    "ViT": (meta_network, {}),
+    "V-MoE": (whole_student, {}),
+    "NAC": (whole_student, {"model": NAC}),
+    "NAC, first slot": (
+        whole_student,
+        {"model": dataclasses.replace(NAC, pooling="first_slot", read_out_head=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_a_bfloat16_network_are_not_rounded_to_bfloat16(name):
+    build, changes = HEADS[name]
+    config = dataclasses.replace(tiny_config("end_to_end"), precision="bfloat16", **changes)
+    network = build(config)
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    params = fill(network.init)
+    logits, _ = network.apply(params, images)
+    assert logits.dtype == jnp.float32
+    rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(np.asarray(logits != rounded)) > 0.9  # by chance one of 65,536 is equal

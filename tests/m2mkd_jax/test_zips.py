@@ -1,0 +1,172 @@
+"""Zips whose central directory says other things than are there, byte by byte."""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common_jax.inputs import BadExample, train_batches
+from m2mkd_jax.data.sources import DataConfig, load_source
+
+NAMES = ("train/ant/0.png", "train/ant/1.png", "train/bee/0.png", "train/bee/1.png")
+SIZE, PACKED_SIZE, FLAGS, OFFSET, NAME = 24, 20, 8, 42, 46  # places in a central directory's entry
+
+
+def png(value):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(content, "PNG")
+    return content.getvalue()
+
+
+def make(path, names=NAMES):
+    with zipfile.ZipFile(path, "w") as archive:
+        for value, name in enumerate(names):
+            archive.writestr(name, png(value))
+    return path
+
+
+def change(path, number, place, content):
+    """Overwrites bytes of the `number`-th entry of the central directory."""
+    whole, at = bytearray(path.read_bytes()), -1
+    for _ in range(number + 1):
+        at = whole.index(b"PK\x01\x02", at + 1)
+    whole[at + place : at + place + len(content)] = content
+    path.write_bytes(whole)
+    return path
+
+
+def load(path, labels=2, **settings):
+    settings = {"in_memory": "never"} | settings
+    rgb = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return load_source(DataConfig("folder", str(path), 8, labels=labels, **rgb | settings), "train")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [
+        (SIZE, struct.pack("<I", 0xFFFFFFF0)),
+        (SIZE, struct.pack("<I", 3)),
+        (PACKED_SIZE, struct.pack("<II", 0xFFFFFFF0, 0xFFFFFFF0)),
+        (PACKED_SIZE, struct.pack("<II", 60, 60)),
+        (OFFSET, struct.pack("<I", 0xFFFFFFF0)),
+        (OFFSET, struct.pack("<I", 1)),
+        (OFFSET, struct.pack("<I", 0)),  # where another member is
+        (16, b"\0\0\0\0"),  # the checksum
+        (NAME, b"train/ant/7"),
+    ],
+)
+def test_a_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, content, copied):
+    source = load(change(make(tmp_path / "set.zip"), 1, place, content))
+    source = pickle.loads(pickle.dumps(source)) if copied else source
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(BadExample, match=r"set\.zip/train/ant/[17]\.png: OSError: "):
+        source[1]
+    for index in (0, 2, 3):
+        np.testing.assert_array_equal(source[index]["image"], index)
+
+
+def test_a_zip64_size_of_any_number_is_one_bad_image(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for value, name in enumerate(NAMES):
+            archive.writestr(name, png(value))
+        archive.infolist()[2].file_size = 2**63 + 5
+        archive.infolist()[2].compress_size = 2**63 + 5
+    source = load(path)
+    with pytest.raises(
+        BadExample, match=r"bee/0\.png: .* 9223372036854775813 bytes, which are not"
+    ):
+        source[2]
+    report = tmp_path / "bad_examples.jsonl"
+    settings = {"transform": None, "seed": 0, "batch": 4, "report_path": report}
+    assert next(train_batches(source, bad_share=0.3, **settings))["image"].shape == (4, 8, 8, 3)
+    assert "bee/0.png" in report.read_text()
+
+
+def test_zip64_is_read(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for value, name in enumerate(NAMES):
+            with archive.open(name, "w", force_zip64=True) as member:
+                member.write(png(value))
+    source = load(path)
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_names_beyond_ascii_are_read(tmp_path):
+    source = load(make(tmp_path / "set.zip", ("train/käfer/ö.png", "train/犬/0.png")))
+    assert source.label_names == ("käfer", "犬")
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train/ant/0.png", "train/ant/0.png"), r"train/ant/0\.png stand there more than once"),
+        (("train/ant/0.png", "../train/bee/0.png"), r"\.\./train/bee/0\.png have names that lead"),
+        (("train/ant/0.png", "/train/bee/0.png"), r"/train/bee/0\.png have names that lead out"),
+        (
+            ("train/ant/0.png", "train/ant/../x.png"),
+            r"train/ant/\.\./x\.png have names that lead out",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_that_cannot_be_meant_are_refused(tmp_path, names, message):
+    with pytest.raises(ValueError, match=rf"config\.data\.path='.*set\.zip': {message}"):
+        load(make(tmp_path / "set.zip", names))
+
+
+def test_encrypted_members_are_refused(tmp_path):
+    path = change(make(tmp_path / "set.zip"), 1, FLAGS, b"\1")
+    with pytest.raises(
+        ValueError, match=r"set\.zip.*train/ant/1\.png are encrypted; make the zip w"
+    ):
+        load(path)
+
+
+def test_nested_folders_and_members_without_a_class(tmp_path):
+    names = ("train/ant/x/y/0.png", "train/bee/0.png", "train//0.png", "notes.png")
+    source = load(make(tmp_path / "set.zip", names))
+    assert source.label_names == ("ant", "bee") and len(source) == 2
+
+
+def test_every_damaged_byte_is_refused_by_name_or_is_a_bad_image(tmp_path):
+    whole, rng = make(tmp_path / "whole.zip").read_bytes(), np.random.default_rng(0)
+    path, plain = tmp_path / "set.zip", load(tmp_path / "whole.zip")
+    for _ in range(300):
+        content = bytearray(whole)
+        # Central directory and end record are the last 300 bytes or so.
+        start = 0 if rng.random() < 0.3 else len(content) - 350
+        for place in rng.integers(start, len(content), rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        path.write_bytes(content[: len(content) - (rng.random() < 0.1) * rng.integers(1, 200)])
+        try:
+            source = load(path)
+        except (OSError, ValueError) as error:
+            assert "set.zip" in str(error) and len(str(error)) < 2000
+            continue
+        known = {plain.files.names[i]: plain[i]["image"] for i in range(4)}
+        for index in range(len(source)):
+            try:
+                image = source[index]["image"]
+            except BadExample as bad:
+                assert str(path) in str(bad) and str(bad).isprintable() and len(str(bad)) < 2000
+            else:
+                np.testing.assert_array_equal(image, known[source.files.names[index]])
+
+
+def test_a_zip_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def locked(self, *_, **__):
+        raise PermissionError(13, "Permission denied", os.fspath(tmp_path / "set.zip"))
+
+    make(tmp_path / "set.zip")
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", locked)
+    with pytest.raises(PermissionError, match=r"set\.zip"):
+        load(tmp_path / "set.zip")

@@ -1,0 +1,50 @@
+"""What each kind of run reads of its config, as the tables say."""
+
+import pytest
+
+from cliptrans_jax import config as cliptrans
+from common_jax.command_line import unread
+from common_jax.command_line.fields import find_paths
+from m2mkd_jax import config as m2mkd
+
+TABLES = {
+    "m2mkd": (m2mkd, (*m2mkd.PHASES, "pipeline")),
+    "cliptrans": (cliptrans, cliptrans.RUNS),
+}
+
+
+def test_a_field_is_read_with_its_section_and_a_section_with_any_field():
+    reads = ("optim", "distill.tau")
+    paths = ["optim", "optim.lr", "distill", "distill.tau", "distill.alpha", "optimum", "opti"]
+    assert unread(paths, reads) == ["distill.alpha", "optimum", "opti"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_kind_of_run_reads_fields_that_there_are(name):
+    package, kinds = TABLES[name]
+    config = package.default_config()
+    assert set(package.READS) == set(kinds)
+    for reads in package.READS.values():
+        assert len(set(reads)) == len(reads)
+        assert all(path in find_paths(config, path) for path in reads)
+    every = [path for reads in package.READS.values() for path in reads]
+    assert unread(config, every) == []  # each section is there for some run
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "path"),
+    [
+        ("m2mkd", "end_to_end", "distill.alpha"),
+        ("m2mkd", "distill", "baseline.alpha"),
+        ("m2mkd", "train_module", "distill.tau"),
+        ("m2mkd", "pretrain_meta", "model.width"),
+        ("m2mkd", "few_shot", "ood.source"),
+        ("m2mkd", "pipeline", "module"),
+        ("cliptrans", "clip", "decode.beams"),
+        ("cliptrans", "translate", "freeze"),
+        ("cliptrans", "evaluate", "optim.lr"),
+    ],
+)
+def test_fields_of_other_runs_are_not_read(name, kind, path):
+    package, _ = TABLES[name]
+    assert unread([path], package.READS[kind]) == [path]
