@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from common_jax import checkpoint
+from common_jax.tensors import list_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,8 @@ def take(
             problems.append(f"{path} of shape {flat[path].shape} is in none of the sources")
     if problems:
         raise ValueError(
-            "the weights do not fit:\n  "
-            + "\n  ".join(problems)
-            + "\ngive other config.sources, or name (by regex) what is to start anew in "
+            f"the weights do not fit:{list_problems(problems)}"
+            "\ngive other config.sources, or name (by regex) what is to start anew in "
             "config.sources.fresh and what may be left in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(taken, sep="/"), account)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from common_jax.tensors import list_problems
 from m2mkd_jax.stages import stage_name
 
 State = Mapping[str, np.ndarray]
@@ -157,7 +158,7 @@ def stage_from_original(state: State, *, heads: int) -> dict[str, Any]:
     problems = [f"{name} is missing" for name in sorted(expected - state.keys())]
     problems += [f"{name} is unknown" for name in sorted(state.keys() - expected)]
     if problems:
-        raise ValueError("the state does not fit a stage:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the state does not fit a stage:{list_problems(problems)}")
     flat = {}
     for name, path, layout in _entries(len(blocks)):
         if name in state:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from common_jax.tensors import list_problems
 from m2mkd_jax.models.nac.network import GRAPH
 from m2mkd_jax.stages import stage_name
 
@@ -198,7 +199,7 @@ def network_from_original(
         if own not in kept or not np.array_equal(kept.pop(alias), kept[own]):
             problems.append(f"{alias} is not {own}, which it should share")
     if problems:
-        raise ValueError("the iterations do not share:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the iterations do not share:{list_problems(problems)}")
     return _load(kept, _network(iterations))
 
 
@@ -260,7 +261,7 @@ def _aliases(
 def _load(state: State, part: Part) -> dict[str, Any]:
     entries = {entry.name: entry for entry in part}
     if unknown := sorted(state.keys() - entries.keys()):
-        raise ValueError("these tensors have no place:\n  " + "\n  ".join(unknown))
+        raise ValueError(f"these tensors have no place:{list_problems(unknown)}")
     flat = {entries[name].path: entries[name].load(np.asarray(a)) for name, a in state.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 

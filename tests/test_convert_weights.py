@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch_files
-from weight_files import listed_by_stage, make_state, save_checkpoint, write_config
+from weight_files import deit, listed_by_stage, make_state, save_checkpoint, write_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
@@ -177,34 +177,6 @@ def test_the_original_s_module_files_become_one_teacher(tmp_path, config_file):
     assert_same(read_tensors(tmp_path / "whole.safetensors"), params)
     convert(tmp_path / "run", tmp_path / "tiny_1.pth", "--config.module=1")
     assert_same(read_tensors(tmp_path / "tiny_1.pth"), read_tensors(next(folder.glob("*_1.pth"))))
-
-
-def deit(width=192, side=32, labels=7, blocks=2):
-    """timm's names of a DeiT-Tiny, of fewer blocks and smaller images."""
-    shapes = {
-        "cls_token": (1, 1, width),
-        "pos_embed": (1, (side // 16) ** 2 + 1, width),
-        "patch_embed.proj.weight": (width, 3, 16, 16),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-        "head.weight": (labels, width),
-        "head.bias": (labels,),
-    }
-    for i in range(blocks):
-        block = {
-            "norm1": (width,),
-            "attn.qkv": (3 * width, width),
-            "attn.proj": (width, width),
-            "norm2": (width,),
-            "mlp.fc1": (4 * width, width),
-            "mlp.fc2": (width, 4 * width),
-        }
-        for name, shape in block.items():
-            shapes[f"blocks.{i}.{name}.weight"] = shape
-            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
-    rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])

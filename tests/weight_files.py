@@ -90,3 +90,31 @@ def save_checkpoint(path, tensors, *, key="model", **beside):
     moments = torch_files.tensor(torch_files.storage("FloatStorage", "x", 1), (1,), (1,))
     value |= {"optimizer": {"state": {0: {"exp_avg": moments}}}, "epoch": 99}
     torch_files.write_archive(path, value, storages)
+
+
+def deit(width=192, side=32, labels=7, blocks=2):
+    """timm's names of a DeiT-Tiny, of fewer blocks and smaller images."""
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, (side // 16) ** 2 + 1, width),
+        "patch_embed.proj.weight": (width, 3, 16, 16),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (labels, width),
+        "head.bias": (labels,),
+    }
+    for i in range(blocks):
+        block = {
+            "norm1": (width,),
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "norm2": (width,),
+            "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width),
+        }
+        for name, shape in block.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}

@@ -28,6 +28,7 @@ from etils import epath
 
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import pretrained as cliptrans
+from cliptrans_jax.tensors.kinds import kind_of_tensors
 from common_jax import checkpoint
 from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, set_field
@@ -53,6 +54,14 @@ EXAMPLES = {
 }
 ABOUT = {name: kind.about for name, kind in m2mkd.KINDS.items()} | {
     CLIPTRANS: "a CLIPTrans checkpoint, whole or in shards NAME_1.pth, for config.sources.model"
+}
+# Fields of config.sources that take files as they were published, by kind.
+TAKEN_AS_IT_IS = {
+    "mbart": "mbart",
+    "mclip": "clip_text",
+    "clip_text": "clip_text",
+    "clip_vision": "clip_image",
+    "clip_res": "clip_image",
 }
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
@@ -185,9 +194,15 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
 
 def _take_m2mkd(command: Command) -> Converted:
     files = m2mkd.read_files(command.source, weights=command.weights)
-    if command.kind is None and any(name.startswith("mbart.") for name in files[0].tensors):
+    other = kind_of_tensors(files[0].tensors) if command.kind is None else None
+    if other == CLIPTRANS:
         print(f"kind {CLIPTRANS}, as the names tell: {ABOUT[CLIPTRANS]}")
         return _take_cliptrans(command)
+    if other is not None:
+        raise ValueError(
+            f"{command.source} is of kind {other!r}, which runs read as it is: give it to "
+            f"--config.sources.{TAKEN_AS_IT_IS[other]} of cliptrans_jax.main"
+        )
     source = m2mkd.find_source(files, command.kind)
     if source.guessed:
         print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import pathlib
 import shutil
@@ -226,8 +227,14 @@ def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit
     values = [result[metric] for result in results if metric in result]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    spread = f" ± {deviation(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}{unit}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
+    fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def read_curve(run: pathlib.Path, metric: str) -> list[tuple[int, float]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from jobs import deviation
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sweep_cells import Cell, short_keys
@@ -163,7 +164,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.errorbar(
                 [places[row.swept[first]] for row in found],
                 [statistics.mean(one) for one in values],
-                [_spread(one) if len(one) > 1 else 0 for one in values],
+                [deviation(one) if len(one) > 1 else 0 for one in values],
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 linestyle="-" if numbers else ":",
@@ -189,16 +190,10 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     return figure
 
 
-def _spread(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
-    fails."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
     """Mean, spread and n as text; empty what there is not."""
     mean = repr(statistics.mean(values)) if values else ""
-    spread = repr(_spread(values)) if len(values) > 1 else ""
+    spread = repr(deviation(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
 
 
@@ -206,7 +201,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     """Both to the second digit of the spread; without a spread, four digits of the mean."""
     if not values:
         return ""
-    mean, spread = statistics.mean(values), _spread(values) if len(values) > 1 else 0.0
+    mean, spread = statistics.mean(values), deviation(values) if len(values) > 1 else 0.0
     if not spread or not math.isfinite(spread):
         return f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
     decimals = max(0, 1 - math.floor(math.log10(spread)))

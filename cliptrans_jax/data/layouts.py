@@ -107,9 +107,11 @@ def load_coco(
         files = {image["id"]: _text(image["file_name"]) for image in record["images"]}
         pairs = [(note["image_id"], _text(note["caption"])) for note in record["annotations"]]
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
+        # All must be text, in which half of a surrogate pair is no character.
+        "".join((*captions, *files.values())).encode()
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}; fetch it again") from None
-    except (KeyError, TypeError, UnicodeEncodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no whole file of images (id, file_name) and annotations (image_id, "
             f"caption): {type(error).__name__} {plain(str(error))}; fetch it again"
@@ -127,7 +129,6 @@ def load_coco(
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{brief(value)} is no text")
-    value.encode()  # half of a surrogate pair is no character
     return value
 
 

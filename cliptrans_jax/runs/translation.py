@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -303,8 +304,8 @@ class Validation:
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     """The folder of the checkpoint with the highest validation metric; of equal ones the earliest,
-    as when the first to reach it is kept. The newest without a metric, or where none is on record,
-    which the log says."""
+    as when the first to reach it is kept. The newest without a metric, or where none that is finite
+    is on record, which the log says."""
     if metric is None:
         return checkpoint.find_step(workdir)
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
@@ -312,7 +313,7 @@ def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     values = {
         line["step"]: line[metric]
         for line in (read_metrics(record) if record.exists() else ())
-        if metric in line and line["step"] in steps
+        if metric in line and line["step"] in steps and np.isfinite(line[metric])
     }
     if not values:
         step = checkpoint.find_step(workdir)

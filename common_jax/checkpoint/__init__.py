@@ -9,6 +9,7 @@ from common_jax.checkpoint.belonging import FOLDER, Stock, finished_steps, own_s
 from common_jax.checkpoint.reading import (
     AVERAGE,
     absolute,
+    check_source,
     find_step,
     load,
     load_config,
@@ -25,6 +26,7 @@ __all__ = [
     "SaveError",
     "Stock",
     "absolute",
+    "check_source",
     "find_step",
     "finished_steps",
     "load",

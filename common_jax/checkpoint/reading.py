@@ -100,6 +100,16 @@ def load_shapes(source: epath.PathLike) -> dict[str, Any]:
     return _shapes(find_step(source))
 
 
+def check_source(key: str, source: str) -> None:
+    """Raises FileNotFoundError, naming the field, unless the run that it names has a finished
+    checkpoint; an empty one names none."""
+    try:
+        if source:
+            find_step(source)
+    except OSError as error:
+        raise type(error)(f"{key}={source!r}: {error}") from error
+
+
 def find_step(source: epath.PathLike) -> epath.Path:
     """The folder of the step that `source` means: itself, or the newest finished one of the run
     below it; raises as `load`."""
@@ -111,14 +121,15 @@ def find_step(source: epath.PathLike) -> epath.Path:
         )
     if source.name.isdigit() and (source / "params").exists():
         return source
+    if source.exists() and not source.is_dir():
+        raise FileNotFoundError(f"{source} is a file; give a run's workdir, or a step in it")
     for folder in (source / FOLDER, source):
         if steps := own_steps(folder):
             return folder / str(steps[-1])
     state = "exists and has none" if source.exists() else "does not exist"
     raise FileNotFoundError(
         f"no finished checkpoint at {source}, which {state}; give a run's workdir, its {FOLDER} "
-        "folder, or a step "
-        "in it"
+        "folder, or a step in it"
     )
 
 

@@ -139,7 +139,7 @@ def write_tensors(
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the format that is written")
     # Hugging Face's loader wants to know whose layout it is.
-    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    whole = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     _write(
         Path(path),
         lambda part: safetensors.numpy.save_file(whole, part, metadata={"format": "pt"}),

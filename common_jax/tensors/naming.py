@@ -80,11 +80,11 @@ def choose(top: Any, key: str = "") -> Chosen:
     known = [*(name for name in WRAPPERS if name in found), *averages]
     if not known:
         return Chosen(_pure(top, found))
-    first = known[0]
+    first, plain_first = known[0], _plain(found[known[0]])
     twins = [
         name
-        for name in found
-        if name != first and (name in averages or _alike(found[name], found[first]))
+        for name, tensors in found.items()
+        if name != first and (name in averages or _alike(_plain(tensors), plain_first))
     ]
     if twins:
         names = " and ".join(map(brief, [first, *twins][:5]))
@@ -125,10 +125,14 @@ def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterato
             yield from _dictionaries(inner, depth - 1, f"{path}{key}.", seen)
 
 
-def _alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether most names of one are the other's, but for wrappers."""
-    names = [{re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors} for tensors in (a, b)]
-    return 2 * len(names[0] & names[1]) > max(map(len, names))
+def _plain(tensors: Mapping[str, Any]) -> set[str]:
+    """Names without wrappers."""
+    return {re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors}
+
+
+def _alike(a: set[str], b: set[str]) -> bool:
+    """Whether most names of the larger one are the other's."""
+    return 2 * len(a & b) > max(len(a), len(b))
 
 
 def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str, Tensor]:

@@ -1,4 +1,5 @@
-"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity."""
+"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity,
+and the places that the config names."""
 
 from common_jax.workdir.claim import (
     claim,
@@ -10,6 +11,7 @@ from common_jax.workdir.claim import (
 from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
+from common_jax.workdir.places import check_input, check_output
 from common_jax.workdir.results import read_result
 from common_jax.workdir.versions import freeze_stored
 
@@ -17,6 +19,8 @@ __all__ = [
     "Identity",
     "LockLost",
     "Locked",
+    "check_input",
+    "check_output",
     "claim",
     "contradictions",
     "freeze_stored",

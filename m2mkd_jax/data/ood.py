@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -103,7 +104,7 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     """
     names = source.label_names
     if ood.classes:
-        chosen = set(read_names(Path(ood.classes).expanduser()))
+        chosen = set(read_names(Path(os.path.expanduser(ood.classes))))
         if lost := chosen - set(names):
             raise ValueError(
                 f"config.ood.classes={ood.classes!r} names {len(lost)} classes that "

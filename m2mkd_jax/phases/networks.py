@@ -199,7 +199,8 @@ def check_source(config: Config, role: str, mesh: Mesh) -> None:
     array. Raises as `take_weights`."""
     network = {"meta": meta_network, "teacher": teacher_network}[role](config)
     shapes = wanted(network, role, mesh, vit.PARTITION_RULES)
-    take_weights(config, shapes, [Origin(require_source(config, role), role, role)], read=False)
+    origin = Origin(require_source(config, role), role, role)
+    take_weights(config, shapes, [origin], read=False, frozen=True)
 
 
 def require_source(config: Config, name: str) -> str:

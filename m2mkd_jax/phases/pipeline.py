@@ -14,7 +14,7 @@ from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.circuit import check_circuit
-from m2mkd_jax.phases.networks import check_source, compare_images
+from m2mkd_jax.phases.networks import check_source
 from m2mkd_jax.phases.training import Training, check_training, config_feed
 
 # Phases that train one network, and those that train the modules of config.module. Each has a
@@ -93,8 +93,6 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
-    for source in filter(None, (config.sources.meta, config.sources.teacher)):
-        compare_images(config, source, frozen=True)  # now, and not after the phases before
     claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):

@@ -285,7 +285,10 @@ def _load_file(
             + _advice(parted, expected, kind, stage)
             + _depth_hint(state, kind, config)
         )
-    params = kind.from_original(parted, config, stage)
+    try:
+        params = kind.from_original(parted, config, stage)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     taken = {
         fused.get(n, n): (path, state[fused.get(n, n)].shape) for n, (path, _) in expected.items()
     }

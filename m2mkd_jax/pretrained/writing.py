@@ -10,7 +10,7 @@ from etils import epath
 from flax import traverse_util
 
 from common_jax import checkpoint
-from common_jax.tensors import Account
+from common_jax.tensors import Account, list_problems
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config
@@ -138,7 +138,7 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any], source: str) 
         if path in wanted and x.shape != wanted[path].shape
     ]
     if problems:
-        raise ValueError(f"{source} is not of its own config:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
 
 
 def _by_stage(

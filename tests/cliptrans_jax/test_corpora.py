@@ -167,9 +167,6 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
         ({"images": []}, r"captions_val2017\.json has captions of 2 images it lacks: 3, 7"),
         ({"annotations": [{"image_id": 3}]}, r"captions_val2017\.json is no whole file .*caption"),
         ({"images": None}, r"captions_val2017\.json is no whole file"),
-        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
-        ({"images": [{"id": [3], "file_name": "x"}]}, r"captions_val2017\.json is no whole file"),
-        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
         (
             {"annotations": [{"image_id": 3, "caption": "a \ud83d"}]},
             r"captions_val2017\.json is no whole file .*surrogates",
@@ -178,6 +175,9 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
             {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
             r"captions_val2017\.json is no whole file",
         ),
+        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
+        ({"images": [{"id": [3], "file_name": "x"}]}, r"captions_val2017\.json is no whole file"),
+        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
     ):
         coco(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):

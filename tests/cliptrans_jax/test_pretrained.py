@@ -1,84 +1,39 @@
 """Published weights become our parameters and ours become files that others read."""
 
 import dataclasses
-import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 import torch_files
-from flax import traverse_util
+from published_files import (
+    MCLIP,
+    MODEL,
+    OPENAI_TEXT,
+    RESNET,
+    TEXT,
+    VISION,
+    assert_same,
+    hf_mbart,
+    make_params,
+    make_tensors,
+    write_folder,
+)
 from tiny import unoptimised
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import convert, names, pretrained
-from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.resnet import ResNetConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import kinds
 from common_jax.tensors import read_tensors, write_tensors
-
-MODEL = ModelConfig(UNEVEN, MapperConfig(prefix=3, features=6))
-SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
-MCLIP = MClipConfig(vocab=40, positions=12, **SIZES)
-VISION = ClipVisionConfig(image=8, patch=4, **SIZES)
-TEXT = ClipTextConfig(vocab=40, positions=10, **SIZES)
-RESNET = ResNetConfig(image=64, layers=(2, 1, 1, 1), width=4, features=8)
-OPENAI_TEXT = dataclasses.replace(TEXT, width=128)
-CONFIGS = {
-    "mbart": UNEVEN,
-    "mclip": MCLIP,
-    "clip_vision": VISION,
-    "clip_text": TEXT,
-    "clip_res": RESNET,
-    "cliptrans": MODEL,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with unoptimised():
         yield
-
-
-@functools.cache
-def shapes_of(marker, config):
-    layouts = (layout for layouts in kinds.KINDS.values() for layout in layouts)
-    return next(layout for layout in layouts if layout.marker == marker).shapes(config)
-
-
-def make_params(layout, config, *, seed=0):
-    """A number of its own in every place."""
-    rng, shapes = np.random.default_rng(seed), shapes_of(layout.marker, config)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
-
-
-def make_tensors(kind, config=None, *, layout=0, seed=0):
-    layout, config = kinds.KINDS[kind][layout], config or CONFIGS[kind]
-    return names.write(layout.table(config), make_params(layout, config, seed=seed))
-
-
-def assert_same(found, want):
-    found, want = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (found, want))
-    assert found.keys() == want.keys()
-    for path, array in want.items():
-        assert found[path].dtype == np.float32, path
-        np.testing.assert_array_equal(found[path], array, err_msg=path)
-
-
-def write_folder(folder, hf, tensors):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf))
-    write_tensors(folder / "model.safetensors", tensors)
-    return folder
-
-
-def hf_mbart(**changes):
-    return kinds.mbart_hf_config(UNEVEN) | changes
 
 
 def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):

@@ -1,0 +1,327 @@
+"""What no tensor tells is read where it is said, asked for, or listed as assumed: activation, heads
+and epsilons of encoders, and what an M-CLIP was made from."""
+
+import copy
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch_files
+import transformers
+from published_files import (
+    MCLIP,
+    OPENAI_TEXT,
+    TEXT,
+    VISION,
+    assert_same,
+    hf_mbart,
+    make_params,
+    make_tensors,
+    write_folder,
+)
+from tiny_cliptrans import UNEVEN
+from torch_files import Global, New, state_dict
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.convert_towers import clip_text_config, clip_vision_config, mclip_config
+from cliptrans_jax.tensors import kinds, open_clip
+from common_jax.tensors import write_tensors
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 8, "layers": 2, "width": 16, "patch_size": 4},
+        "text_cfg": {
+            "context_length": 10,
+            "vocab_size": 40,
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+            "mlp_ratio": 1.5,
+        },
+    },
+    "preprocess_cfg": {
+        "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711],
+    },
+}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+CLIP = {
+    "model_type": "clip",
+    "projection_dim": 8,
+    "text_config": SIZES | {"vocab_size": 40, "max_position_embeddings": 10},
+    "vision_config": SIZES | {"image_size": 8, "patch_size": 4},
+}
+
+
+def open_clip_folder(folder, content, *, name="open_clip_model.safetensors"):
+    """OpenCLIP's weights, under OpenAI's names, and what stands beside them."""
+    folder.mkdir()
+    write_tensors(folder / name, make_tensors("clip_text", TEXT, layout=1))
+    if content is not None:
+        (folder / open_clip.FILE).write_text(json.dumps(content))
+    return folder
+
+
+def test_open_clip_says_its_activation(tmp_path):
+    folder = open_clip_folder(tmp_path / "gelu", OPEN_CLIP)
+    for source in (folder, folder / "open_clip_model.safetensors"):
+        found = pretrained.load(source)
+        assert found.kind == "clip_text" and found.account.assumed == ()
+        assert found.config == dataclasses.replace(TEXT, activation="gelu")
+        assert_same(found.params, make_params(kinds.KINDS["clip_text"][1], TEXT))
+    quick = OPEN_CLIP | {"model_cfg": OPEN_CLIP["model_cfg"] | {"quick_gelu": True}}
+    folder = open_clip_folder(tmp_path / "quick", quick)
+    assert pretrained.load(folder, kind="clip_text").config == TEXT
+    with pytest.raises(ValueError, match=r"says activation='quick_gelu', and .*_activation='gelu'"):
+        pretrained.load(folder, activation="gelu")
+
+
+def test_an_activation_that_nothing_says_is_asked_for(tmp_path, caplog):
+    folder = open_clip_folder(tmp_path / "a", None)
+    with pytest.raises(
+        ValueError, match=r"does not say which activation .*open_clip_config\.json b"
+    ):
+        pretrained.load(folder)
+    torch_files.save(tmp_path / "epoch_32.pt", make_tensors("clip_text", OPENAI_TEXT, layout=1))
+    with pytest.raises(
+        ValueError, match=r"epoch_32\.pt .*config\.sources\.clip_activation=quick_g"
+    ):
+        pretrained.load(tmp_path / "epoch_32.pt")
+    found = pretrained.load(tmp_path / "epoch_32.pt", activation="gelu")
+    assert found.config == dataclasses.replace(OPENAI_TEXT, activation="gelu")
+    assert dict(found.account.assumed) == {"heads": "2", "eps": "1e-05"}
+    assert "epoch_32.pt does not say, so assumed: heads=2, eps=1e-05" in caplog.text
+    # Hugging Face's names are OpenAI's and OpenCLIP's alike, too, where their config.json is lost.
+    write_tensors(tmp_path / "tower.safetensors", make_tensors("clip_vision"))
+    with pytest.raises(
+        ValueError, match=r"tower\.safetensors does not say .* put its config\.json"
+    ):
+        pretrained.load(tmp_path / "tower.safetensors")
+
+
+def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tensors = make_tensors("clip_text", OPENAI_TEXT, layout=1)
+    torch_files.save(tmp_path / "ViT-B-32.pt", tensors)
+    found = pretrained.load(tmp_path / "ViT-B-32.pt")
+    assert found.config == OPENAI_TEXT
+    assert dict(found.account.assumed)["activation"] == "'quick_gelu'"
+    # A TorchScript archive under any name: modules by their classes.
+    storages, root = {}, {}
+    for name, held in state_dict(tensors, storages).items():
+        *path, last = name.split(".")
+        place = root
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = held
+
+    def module(state):
+        state = {k: module(v) if isinstance(v, dict) else v for k, v in state.items()}
+        return New(Global("__torch__.multimodal.model", "Block"), state)
+
+    root["act"] = {}
+    top = module(root)
+    top.state["act"] = New(Global("__torch__.multimodal.model.transformer", "QuickGELU"), {})
+    path = tmp_path / "mine.pt"
+    torch_files.write_archive(path, top, storages, extra={"constants.pkl": b""})
+    found = pretrained.load(path)
+    assert found.config == OPENAI_TEXT
+    assert dict(found.account.assumed) == {"heads": "2", "eps": "1e-05"}
+    assert "activation='quick_gelu', as its modules QuickGELU say" in caplog.text
+    with pytest.raises(ValueError, match=r"mine\.pt holds modules QuickGELU, and .*='gelu'"):
+        pretrained.load(path, activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool_type": "eos"}, "pool_type='eos' of text_cfg .* must be 'argmax'"),
+        ({"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
+        ({"width": "16"}, "width='16' of OpenCLIP's config.json must be a whole number"),
+        ({"mlp_ratio": [4]}, r"mlp_ratio=\[4\] .* must be a positive number"),
+        ({"ls_init_value": 1e-5}, "ls_init_value=1e-05"),
+    ],
+)
+def test_an_open_clip_that_cannot_be_computed_is_named(tmp_path, change, message):
+    model = OPEN_CLIP["model_cfg"]
+    content = {"model_cfg": model | {"text_cfg": model["text_cfg"] | change}}
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(open_clip_folder(tmp_path / "a", content))
+    with pytest.raises(
+        ValueError, match=r"model_cfg=\[\] in open_clip_config\.json must be a dict"
+    ):
+        open_clip.text_config({"model_cfg": []})
+
+
+@pytest.mark.parametrize("side", ["text", "vision"])
+def test_the_older_sections_of_a_clip_are_read_as_hugging_face_reads_them(side):
+    """`text_config_dict` takes the place of `text_config`, with Hugging Face's defaults for what it
+    leaves out."""
+    older = {"hidden_size": 32, "num_attention_heads": 4, "hidden_act": "gelu"}
+    hf = CLIP | {f"{side}_config_dict": older}
+    read = {"text": clip_text_config, "vision": clip_vision_config}[side]
+    found, theirs = (
+        read(hf),
+        getattr(transformers.CLIPConfig(**copy.deepcopy(hf)), f"{side}_config"),
+    )
+    assert (found.width, found.heads, found.activation) == (32, 4, "gelu")
+    assert found.layers == 12 == theirs.num_hidden_layers
+    assert found.hidden == theirs.intermediate_size
+    assert (found.width, found.activation) == (theirs.hidden_size, theirs.hidden_act)
+    assert found.features == 8
+    assert read(CLIP | {f"{side}_config_dict": None}) == {"text": TEXT, "vision": VISION}[side]
+    for key in (f"{side}_config_dict", f"{side}_config"):
+        with pytest.raises(ValueError, match=rf"{key}='x' of CLIP's config\.json must be a dict"):
+            read(CLIP | {key: "x"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden_size": "16"},
+            "hidden_size='16' of text_config in CLIP's config.json must be a w",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 .* from 1 to"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 .* from 1 to 1000"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan .* a number from 0"),
+        ({"layer_norm_eps": True}, "layer_norm_eps=True"),
+        ({"hidden_act": ["gelu"]}, r"hidden_act=\['gelu'\]"),
+        ({"vocab_size": None}, "vocab_size=None"),
+    ],
+)
+def test_a_size_of_another_type_is_named_with_its_file(tmp_path, change, message):
+    hf = CLIP | {"text_config": CLIP["text_config"] | change}
+    folder = write_folder(tmp_path / "clip", hf, make_tensors("clip_text"))
+    with pytest.raises(ValueError, match=message) as raised:
+        pretrained.load(folder, kind="clip_text")
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["d_model", "scale_embedding", "dropout"])
+def test_an_mbart_of_other_types_is_named(tmp_path, key):
+    folder = write_folder(tmp_path / "a", hf_mbart(**{key: "x"}), {"a": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match="holds no 'mbart'"):
+        pretrained.load(folder)
+    with pytest.raises(ValueError, match=rf"{key}='x' of mBART's config\.json must be"):
+        kinds.mbart_config(hf_mbart(**{key: "x"}))
+
+
+def test_a_model_type_of_another_type_is_named(tmp_path):
+    for odd in ({"model_type": ["mbart"]}, {"architectures": 5, "model_type": "x"}):
+        folder = write_folder(tmp_path / str(len(odd)), odd, {"a": np.ones(2, np.float32)})
+        with pytest.raises(ValueError, match="of no known kind"):
+            pretrained.load(folder)
+
+
+def test_pictures_that_were_normalised_otherwise_are_refused(tmp_path):
+    folder = write_folder(
+        tmp_path / "clip", CLIP, make_tensors("clip_vision") | make_tensors("clip_text")
+    )
+    assert pretrained.load(folder).config == VISION
+    about = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config\.json says mean=\[0\.5, 0\.5, 0\.5\]"
+    ):
+        pretrained.load(folder)
+    assert pretrained.load(folder, kind=("mclip", "clip_text")).config == TEXT
+
+
+def test_a_missing_bias_of_the_logits_is_zeros_and_said(tmp_path):
+    tensors = make_tensors("mbart")
+    del tensors["final_logits_bias"]
+    found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
+    np.testing.assert_array_equal(found.params["logits_bias"], np.zeros(40, np.float32))
+    assert found.account.notes == ("final_logits_bias is not in the file: zeros",)
+    del tensors["model.encoder.layer_norm.bias"]
+    with pytest.raises(ValueError, match=r"model\.encoder\.layer_norm\.bias is missing"):
+        pretrained.load(write_folder(tmp_path / "other", hf_mbart(), tensors))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "net.translator."])
+def test_a_consistent_prefix_is_taken_off(tmp_path, prefix):
+    tensors = {prefix + name: x for name, x in make_tensors("mbart").items()}
+    tensors |= {"criterion.weight": np.ones(3, np.float32)} if prefix == "model." else {}
+    found = pretrained.load(write_folder(tmp_path / "mbart", hf_mbart(), tensors))
+    assert_same(found.params, make_params(kinds.MBART, UNEVEN))
+    assert any(repr(prefix) in note for note in found.account.notes)
+    if prefix == "model.":
+        assert dict(found.account.dropped) == {"criterion.weight": "of the rest of the model"}
+
+
+def test_networks_below_two_prefixes_are_chosen_between(tmp_path):
+    tensors = {
+        prefix + name: x + seed
+        for seed, prefix in enumerate(("model.", "ema_model."))
+        for name, x in make_tensors("clip_text").items()
+    }
+    folder = write_folder(tmp_path / "clip", CLIP, tensors)
+    with pytest.raises(
+        ValueError, match=r"below each of 'ema_model\.', 'model\.': choose with weig"
+    ):
+        pretrained.load(folder, kind="clip_text")
+    found = pretrained.load(folder, kind="clip_text", weights="model.")
+    assert_same(found.params, make_params(kinds.KINDS["clip_text"][0], TEXT))
+    with pytest.raises(ValueError, match=r"holds no 'clip_text' below 'x\.'"):
+        pretrained.load(folder, kind="clip_text", weights="x.")
+
+
+XLMR = {
+    "model_type": "xlm-roberta",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 12,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "hidden_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+}
+
+
+def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
+    base = tmp_path / "xlmr"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(XLMR))
+    about = {"modelBase": str(base), "transformerDimensions": 16, "numDims": 8}
+    folder = write_folder(tmp_path / "mclip", about, make_tensors("mclip"))
+    assert pretrained.load(folder).config == MCLIP
+    # Where its makers' folder is not here, the user's is taken.
+    about["modelBase"] = "/home/makers/xlmr"
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"'/home/makers/xlmr' .*config\.sources\.clip_text_base"):
+        pretrained.load(folder)
+    found = pretrained.load(folder, base=str(base))
+    assert found.config == MCLIP == mclip_config(about, XLMR)
+    with pytest.raises(ValueError, match=r"transformerDimensions=16 .* 1024"):
+        pretrained.load(folder, base="xlm-roberta-large")
+    clip = write_folder(tmp_path / "clip", CLIP, make_tensors("clip_text"))
+    with pytest.raises(ValueError, match=r"clip_text_base='x' is for an M-CLIP"):
+        pretrained.load(clip, kind="clip_text", base="x")
+
+
+def test_what_shapes_do_not_tell_is_listed(tmp_path):
+    shapes = {"vocab": 20, "encoder_layers": 1, "decoder_layers": 1, "positions": 9}
+    small = dataclasses.replace(type(UNEVEN)(), encoder_hidden=8, decoder_hidden=4, **shapes)
+    assumed = {name: getattr(small, name) for name in kinds.MBART.untold}
+    assert assumed == {
+        "encoder_heads": 16,
+        "decoder_heads": 16,
+        "scale_embedding": True,
+        "dropout": 0.1,
+        "pad": 1,
+        "eos": 2,
+        "start": 2,
+    }

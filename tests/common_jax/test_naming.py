@@ -1,0 +1,145 @@
+"""Which tensors of a training checkpoint are the network's, and what frameworks put into names."""
+
+import numpy as np
+import pytest
+import torch_files
+from same import assert_same
+from torch_files import Call, Global, New, state_dict
+
+from common_jax.tensors import Account, format_account, list_problems, read_plain, read_weights
+
+RAW = {"cls_token": np.zeros(3, np.float32), "head.weight": np.ones((2, 3), np.float32)}
+AVERAGE = {name: x + 5 for name, x in RAW.items()}
+EPOCH = {"epoch": 7}
+
+
+def save(path, value, **dictionaries):
+    """A training file of plain values, beside dictionaries of tensors."""
+    storages = {}
+    named = {key: state_dict(tensors, storages) for key, tensors in dictionaries.items()}
+    torch_files.write_archive(path, value | named, storages)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [("model", "model_ema"), ("state_dict", "state_dict_ema"), ("model", "ema")],
+)
+def test_weights_and_their_average_are_chosen_between(tmp_path, raw, average):
+    file = save(tmp_path / "checkpoint.pth", EPOCH, **{raw: RAW, average: AVERAGE})
+    with pytest.raises(ValueError, match=rf"checkpoint\.pth holds weights under '{raw}' and ") as e:
+        read_weights(file)
+    assert f"'{average}'" in str(e.value) and "--weights=KEY of a command" in str(e.value)
+    for key, want in ((raw, RAW), (average, AVERAGE)):
+        found = read_weights(file, weights=key)
+        assert_same(found.tensors, want)
+        assert found.notes == (f"the weights are those under '{key}'",)
+    with pytest.raises(
+        ValueError, match=f"no tensors .* under weights='emma'; keys of such: '{raw}'"
+    ):
+        read_weights(file, weights="emma")
+
+
+def test_a_student_and_a_teacher_under_keys_of_their_own_are_chosen_between(tmp_path):
+    file = save(tmp_path / "dino.pth", EPOCH, student=RAW, teacher=AVERAGE)
+    with pytest.raises(ValueError, match=r"choose with weights=KEY, KEY one of student, teacher"):
+        read_weights(file)
+    assert_same(read_weights(file, weights="teacher").tensors, AVERAGE)
+
+
+def test_what_is_another_network_is_left_and_named(tmp_path):
+    file = save(tmp_path / "a.pt", {}, model=RAW, criterion={"center": np.ones(2, np.float32)})
+    found = read_weights(file)
+    assert_same(found.tensors, RAW)
+    assert found.notes == ("the weights are those under 'model'; not read: 'criterion'",)
+
+
+def test_an_average_alone_is_read_and_named(tmp_path):
+    found = read_weights(save(tmp_path / "a.pt", {}, model_ema=AVERAGE))
+    assert_same(found.tensors, AVERAGE)
+    assert found.notes == ("the weights are those under 'model_ema'",)
+
+
+def test_deit_s_and_lightning_s_training_files_give_their_tensors(tmp_path):
+    """DeiT keeps argparse's Namespace beside the weights, Lightning its hyperparameters."""
+    namespace = New(Global("argparse", "Namespace"), {"lr": 0.1, "model": "deit_tiny"})
+    optimizer = {"state": {0: {"step": 3}}, "param_groups": [{"params": [0]}]}
+    deit = {"optimizer": optimizer, "lr_scheduler": {}, "args": namespace, "epoch": 299}
+    found = read_weights(save(tmp_path / "checkpoint.pth", deit, model=RAW), weights="model")
+    assert_same(found.tensors, RAW)
+    lightning = {
+        "pytorch-lightning_version": "2.2.0",
+        "hyper_parameters": Call(Global("omegaconf", "DictConfig"), ({"lr": 0.1},)),
+        "callbacks": {},
+    }
+    file = save(tmp_path / "last.ckpt", lightning | EPOCH, state_dict=RAW)
+    assert_same(read_weights(file).tensors, RAW)
+    assert read_plain(file) == {"pytorch-lightning_version": "2.2.0", "epoch": 7}
+    for name in ("model_best.pth.tar", "weights.tar"):
+        assert_same(read_weights(save(tmp_path / name, EPOCH, state_dict=RAW)).tensors, RAW)
+
+
+def test_a_pickled_module_is_named_with_the_way_out(tmp_path):
+    module = New(Global("timm.models.vision_transformer", "VisionTransformer"), {"training": False})
+    with pytest.raises(
+        ValueError, match=r"whole\.pt holds 'model', a timm\..* with PyTorch: torch\.s"
+    ):
+        read_weights(save(tmp_path / "whole.pt", {"model": module}))
+
+
+def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
+    names = (
+        "module._orig_mod.cls_token",
+        "module._orig_mod.blocks.0._fsdp_wrapped_module.norm.bias",
+    )
+    tensors = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}
+    torch_files.save(tmp_path / "a.pth", tensors)
+    found = read_weights(tmp_path / "a.pth")
+    assert sorted(found.tensors) == ["blocks.0.norm.bias", "cls_token"]
+    np.testing.assert_array_equal(found.tensors["blocks.0.norm.bias"], [1, 1])
+    assert found.notes == (
+        "'_orig_mod.' was taken out of 2 names",
+        "'_fsdp_wrapped_module.' was taken out of 1 names",
+        "the prefix 'module.' was taken off 2 names",
+    )
+    torch_files.save(tmp_path / "b.pth", {"_orig_mod.a": np.ones(2), "a": np.ones(2)})
+    with pytest.raises(ValueError, match=r"b\.pth holds tensors both with and without .*_orig_mod"):
+        read_weights(tmp_path / "b.pth")
+
+
+def test_a_dictionary_that_is_referred_to_often_takes_no_time(tmp_path):
+    """Three levels of 2,000 references to one dictionary are 8e9 paths."""
+    level = state_dict({"a": np.ones(2, np.float32)}, {})
+    memo = torch_files.encode(level) + b"q\x00"
+    for number in range(3):
+        keys = b"".join(torch_files.encode(f"k{i}") + b"h" + bytes([number]) for i in range(2000))
+        memo += b"0}(" + keys + b"uq" + bytes([number + 1])
+    path = tmp_path / "many.pth"
+    torch_files.write_archive(path, torch_files.Raw(memo), {"0": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"many\.pth holds 'k0', a dict"):
+        read_weights(path)
+
+
+def test_messages_about_many_tensors_stay_short():
+    problems = [f"blocks.{i}.norm1.weight (768,) has no place" for i in range(210)]
+    problems += [f"odd{'x' * 500}.{i}" for i in range(40)]
+    shown = list_problems(problems)
+    assert "blocks.*.norm1.weight (768,) has no place (210 times)" in shown
+    assert len(shown) < 1500
+    few = [f"blocks.{i}.norm1.bias (3,) is missing" for i in range(5)]
+    assert list_problems(few) == "".join(f"\n  {line}" for line in few)
+    many = [f"{chr(97 + i) * 30} {'y' * 80}" for i in range(26)]
+    assert list_problems(many).splitlines()[-1].endswith("more kinds of problem, 26 in all")
+
+
+def test_an_account_says_how_a_file_was_read():
+    account = Account(
+        (("a", "x/kernel", (2, 3)),),
+        notes=("the weights are those under 'model_ema'",),
+        assumed=(("heads", "16"), ("eps", "1e-05")),
+    )
+    lines = format_account(account).splitlines()
+    assert lines[-2:] == [
+        "note: the weights are those under 'model_ema'",
+        "assumed: heads=16, eps=1e-05",
+    ]

@@ -1,0 +1,319 @@
+"""ViTs that people have: timm's folders, training files, wrapped names, and networks that m2mKD's
+ViT is not."""
+
+import dataclasses
+import json
+
+import convert_weights
+import jax
+import numpy as np
+import pytest
+import torch_files
+from torch_files import Global, New, state_dict
+from weight_files import deit
+
+from common_jax import checkpoint
+from common_jax.config import freeze, unfreeze
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.tensors import write_tensors
+from m2mkd_jax import pretrained
+from m2mkd_jax.config import Config, SourcesConfig
+from m2mkd_jax.models import vit
+from m2mkd_jax.phases import networks
+from m2mkd_jax.pretrained.foreign import foreign_parts, is_headless
+
+HALF = [0.5, 0.5, 0.5]
+TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "num_classes": 7,
+    "num_features": 192,
+    "global_pool": "token",
+    "pretrained_cfg": {
+        "tag": "augreg_in21k_ft_in1k",
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "mean": HALF,
+        "std": HALF,
+        "num_classes": 7,
+    },
+}
+
+
+def timm_folder(folder, about=TIMM, tensors=None, *, file="config.json"):
+    """What timm's push_to_hf_hub makes."""
+    folder.mkdir()
+    write_tensors(folder / "model.safetensors", tensors or deit())
+    (folder / file).write_text(json.dumps(about))
+    return folder
+
+
+def read(path, *, weights="", kind=None, **given):
+    """As the command reads a file without --config."""
+    files = pretrained.read_files(path, weights=weights)
+    source = pretrained.find_source(files, kind)
+    told = pretrained.tell_config(source, given)
+    return told, pretrained.load(source, told.config)
+
+
+def head(found):
+    return found.params["teacher"]["stage_0"]["head"]["kernel"].T
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_timm_s_folder_says_how_images_are_normalised(tmp_path, single):
+    folder = timm_folder(tmp_path / "hub")
+    told, found = read(folder / "model.safetensors" if single else folder)
+    assert found.config.data.mean == found.config.data.std == (0.5, 0.5, 0.5)
+    assert told.told["config.data.mean"] == (0.5, 0.5, 0.5)
+    assert "config.data.mean" not in told.assumed
+    bare = tmp_path / "vit.safetensors"
+    write_tensors(bare, deit())
+    told, found = read(bare)
+    assert found.config.data.mean == (0.485, 0.456, 0.406) == told.assumed["config.data.mean"]
+
+
+def test_hugging_face_s_preprocessor_says_it_too(tmp_path):
+    about = {"image_mean": [0.1, 0.2, 0.3], "image_std": HALF, "size": {"height": 224}}
+    folder = timm_folder(tmp_path / "hub", about, file="preprocessor_config.json")
+    assert read(folder)[1].config.data.mean == (0.1, 0.2, 0.3)
+
+
+def test_another_mean_than_the_folder_s_is_refused_unless_it_is_asked_for(tmp_path):
+    source = pretrained.find_source(pretrained.read_files(timm_folder(tmp_path / "hub")))
+    told = pretrained.tell_config(source)
+    other = dataclasses.replace(told.config.data, mean=(0.485, 0.456, 0.406))
+    config = dataclasses.replace(told.config, data=other)
+    with pytest.raises(
+        ValueError, match=r"hub/config\.json says mean=\(0\.5, 0\.5, 0\.5\)"
+    ) as raised:
+        pretrained.load(source, config)
+    assert "Give --config.data.mean=0.5,0.5,0.5" in str(raised.value)
+    assert pretrained.load(source, config, overridden=["data.mean"]).config.data == other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"global_pool": "avg"},
+            r"global_pool='avg', and m2mKD's ViT classifies by",
+        ),
+        ({"model_args": {"act_layer": "quick_gelu"}}, r"model_args with \['act_layer'\]"),
+        ({"model_args": [3]}, r"model_args=\[3\] must be a dictionary"),
+        ({"pretrained_cfg": "x"}, "pretrained_cfg='x' must be a dictionary"),
+        ({"pretrained_cfg": {"mean": "0.5"}}, "mean='0.5' must be a list of numbers"),
+        ({"pretrained_cfg": {"std": [0, 1, 1]}}, r"std=\[0, 1, 1\] must be"),
+        ({"pretrained_cfg": {"mean": [float("nan")]}}, r"mean=\[nan\] must be"),
+    ],
+)
+def test_a_folder_of_another_network_or_of_odd_numbers_is_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        pretrained.read_files(timm_folder(tmp_path / "hub", TIMM | change))
+    assert "config.json" in str(raised.value)
+
+
+def test_heads_that_timm_says_are_taken(tmp_path):
+    folder = timm_folder(tmp_path / "hub", TIMM | {"model_args": {"num_heads": 6, "img_size": 32}})
+    told, found = read(folder)
+    assert found.config.teacher.heads == 6 == told.told["config.teacher.heads"]
+    assert "config.teacher.heads" not in told.assumed
+
+
+def training_file(path, **weights):
+    """What DeiT's main.py writes."""
+    storages = {}
+    args = New(Global("argparse", "Namespace"), {"lr": 5e-4, "model": "deit_tiny_patch16_224"})
+    value = {"optimizer": {"state": {}}, "epoch": 299, "args": args, "scaler": {"scale": 65536.0}}
+    value |= {key: state_dict(tensors, storages) for key, tensors in weights.items()}
+    torch_files.write_archive(path, value, storages)
+    return path
+
+
+def test_a_training_file_s_average_is_taken_by_choice_and_said(tmp_path, capsys):
+    raw = deit()
+    average = {name: x + 1 for name, x in raw.items()}
+    file = training_file(tmp_path / "checkpoint.pth", model=raw, model_ema=average)
+    with pytest.raises(SystemExit) as stop:
+        convert_weights.main([str(file), str(tmp_path / "teacher")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "checkpoint.pth holds weights under 'model' and 'model_ema'" in said
+    assert not (tmp_path / "teacher").exists()
+    convert_weights.main([str(file), str(tmp_path / "teacher"), "--weights=model_ema"])
+    shown = capsys.readouterr().out
+    assert "note: the weights are those under 'model_ema'" in shown
+    account = json.loads((tmp_path / "teacher" / "conversion.json").read_text())
+    assert account["notes"] == ["the weights are those under 'model_ema'"]
+    assert ["config.teacher.heads", "3"] in account["assumed"]
+    kernel = checkpoint.load(tmp_path / "teacher", subtree="teacher/stage_0/head")["kernel"]
+    np.testing.assert_array_equal(kernel, average["head.weight"].T)
+    np.testing.assert_array_equal(head(read(file, weights="model")[1]), raw["head.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "model.backbone._orig_mod."])
+def test_wrapped_names_are_unwrapped(tmp_path, prefix):
+    tensors = {prefix + name: x for name, x in deit().items()}
+    tensors["criterion.center"] = np.ones(3, np.float32)
+    if prefix in ("_orig_mod.", "module."):
+        del tensors["criterion.center"]
+    torch_files.save(tmp_path / "last.ckpt", tensors)
+    _, found = read(tmp_path / "last.ckpt")
+    np.testing.assert_array_equal(head(found), deit()["head.weight"])
+    assert any("prefix" in note or "taken out" in note for note in found.account.notes)
+    dropped = dict(found.account.dropped)
+    assert ("criterion.center" in dropped) == ("criterion.center" in tensors)
+
+
+def test_a_student_and_a_teacher_in_one_state_dict_are_chosen_between(tmp_path):
+    raw = deit()
+    tensors = {f"student.{name}": x for name, x in raw.items()}
+    tensors |= {f"teacher.{name}": x + 2 for name, x in raw.items()}
+    write_tensors(tmp_path / "dino.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"networks below 'student\.', 'teacher\.': choose"):
+        read(tmp_path / "dino.safetensors")
+    _, found = read(tmp_path / "dino.safetensors", weights="teacher.")
+    np.testing.assert_array_equal(head(found), raw["head.weight"] + 2)
+    assert dict(found.account.dropped)["student.cls_token"] == "not below 'teacher.'"
+    with pytest.raises(ValueError, match=r"no network below weights='x\.'; there are: 'student\.'"):
+        read(tmp_path / "dino.safetensors", weights="x.")
+
+
+@pytest.mark.parametrize("kind", [None, "teacher"])
+def test_a_vit_without_its_head_is_named(tmp_path, kind):
+    tensors = {name: x for name, x in deit().items() if not name.startswith("head.")}
+    write_tensors(tmp_path / "headless.safetensors", tensors)
+    with pytest.raises(
+        ValueError, match=r"(?s)headless\.safetensors .*num_classes=0.* its head"
+    ) as raised:
+        read(tmp_path / "headless.safetensors", kind=kind)
+    assert "--kind" not in str(raised.value) and "give the config" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "what"),
+    [
+        ("blocks.0.ls1.gamma", (192,), "layer scale"),
+        ("reg_token", (1, 4, 192), "register tokens"),
+        ("fc_norm.weight", (192,), "pooling over patches"),
+        ("norm_pre.weight", (192,), "a norm before the blocks"),
+        ("attn_pool.latent", (1, 1, 192), "attention pooling"),
+        ("blocks.1.attn.q_norm.weight", (64,), "norms of queries and keys"),
+        ("pre_logits.fc.weight", (192, 192), "a layer before the head"),
+    ],
+)
+def test_a_part_that_no_config_fits_is_named(tmp_path, name, shape, what):
+    write_tensors(tmp_path / "a.safetensors", deit() | {name: np.ones(shape, np.float32)})
+    with pytest.raises(ValueError, match=r"whatever the config: take a model without") as raised:
+        read(tmp_path / "a.safetensors")
+    assert f"{what}" in str(raised.value) and name in str(raised.value)
+    source = pretrained.find_source(pretrained.read_files(tmp_path / "a.safetensors"))
+    plain = tmp_path / "plain.safetensors"
+    write_tensors(plain, deit())
+    config = pretrained.tell_config(pretrained.find_source(pretrained.read_files(plain))).config
+    with pytest.raises(ValueError, match=r"no config of m2mKD's ViT has") as raised:
+        pretrained.load(source, config)
+    assert "give the config.teacher" not in str(raised.value)
+
+
+def test_plain_networks_have_no_such_part():
+    assert foreign_parts(deit()) == "" and not is_headless(deit())
+
+
+def test_other_libraries_names_are_named(tmp_path):
+    for name, whose in (
+        ("vit.encoder.layer.0.attention.attention.query.weight", "Hugging Face's"),
+        ("encoder.layers.encoder_layer_0.ln_1.weight", "torchvision's"),
+    ):
+        file = tmp_path / f"{whose[:5]}.safetensors"
+        write_tensors(file, {name: np.ones((3, 3), np.float32)})
+        with pytest.raises(ValueError, match=rf"a ViT under {whose} names, which are not"):
+            read(file)
+
+
+def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):
+    tensors = deit() | {f"decoder.{i}.weight{'x' * 90}": np.ones(1, "f4") for i in range(300)}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match="does not fit kind='teacher'") as raised:
+        read(tmp_path / "a.safetensors")
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pos_embed": (1, 4, 192)}, "position table of 4 rows, which are no square"),
+        ({"blocks.0.norm1.weight": (3, 4)}, r"a norm1\.weight is \(3, 4\)"),
+        ({"blocks.0.norm1.weight": ()}, r"a norm1\.weight is \(\)"),
+        ({"blocks.0.norm1.weight": (0,)}, r"a norm1\.weight is \(0,\)"),
+        ({"head.weight": ()}, r"head\.weight is \(\) and should be"),
+        ({"blocks.9999.norm1.weight": (192,)}, "does not fit kind='teacher'"),
+    ],
+)
+def test_odd_shapes_are_named(tmp_path, change, message):
+    tensors = deit() | {name: np.ones(shape, np.float32) for name, shape in change.items()}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=message) as raised:
+        read(tmp_path / "a.safetensors")
+    assert "a.safetensors" in str(raised.value)
+
+
+def test_odd_numbers_beside_the_tensors_are_named(tmp_path):
+    storages = {}
+    tensors = {n: x for n, x in deit().items() if n.startswith("blocks.")}
+    for beside, message in (
+        ({"divided_depths": "ab"}, "divided_depths='ab', which should be the number of blocks"),
+        ({"divided_depths": [10**8]}, r"divided_depths=\[100000000\]"),
+        ({"model_name": ["a"]}, "does not tell how many blocks"),
+    ):
+        value = {"block_state_dict": state_dict(tensors, storages), "model_name": "x"} | beside
+        torch_files.write_archive(tmp_path / "a.pth", value, storages)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "a.pth")
+
+
+def test_heads_that_no_tensor_tells_are_taken_from_a_flag(tmp_path):
+    write_tensors(tmp_path / "wide.safetensors", deit(width=48))
+    with pytest.raises(ValueError, match=r"give --config\.SECTION\.heads=N"):
+        read(tmp_path / "wide.safetensors")
+    arguments = [str(tmp_path / "wide.safetensors"), str(tmp_path / "run")]
+    convert_weights.main([*arguments, "--config.teacher.heads=4"])
+    saved = freeze(Config, checkpoint.load_config(tmp_path / "run"))
+    assert saved.teacher.heads == 4 and saved.teacher.norm_eps == 1e-6
+
+
+def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
+    file = tmp_path / "vit.safetensors"
+    write_tensors(file, deit(width=192, blocks=1))
+    convert_weights.main([str(file), str(tmp_path / "teacher"), "--config.data.mean=0.5,0.5,0.5"])
+    config = freeze(Config, checkpoint.load_config(tmp_path / "teacher"))
+    networks.compare_images(config, str(tmp_path / "teacher"), frozen=True)
+    assert not caplog.text
+    other = dataclasses.replace(config.data, mean=(0.485, 0.456, 0.406), image_size=48)
+    run = dataclasses.replace(
+        config, data=other, sources=SourcesConfig(teacher=str(tmp_path / "teacher"))
+    )
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    wanted = networks.wanted(networks.teacher_network(run), "teacher", mesh, vit.PARTITION_RULES)
+    origins = [networks.Origin(run.sources.teacher, "teacher", "teacher")]
+    with pytest.raises(
+        ValueError, match=r"teacher was made for images normalised with mean"
+    ) as raised:
+        networks.take_weights(run, wanted, origins, frozen=True)
+    assert "Give --config.data.mean=0.5,0.5,0.5, or another source" in str(raised.value)
+    networks.compare_images(run, run.sources.teacher, frozen=False)
+    assert "it trains on other numbers from now on" in caplog.text
+    assert "of side 32, and config.data.image_size=48" in caplog.text
+    with pytest.raises(ValueError, match="teacher was made for images normalised with"):
+        networks.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase
+    assert unfreeze(config).data.mean == (0.5, 0.5, 0.5)
+
+
+def test_the_command_names_a_file_that_needs_no_conversion(tmp_path, capsys):
+    write_tensors(tmp_path / "a.safetensors", {"text_model.final_layer_norm.weight": np.ones(2)})
+    with pytest.raises(SystemExit):
+        convert_weights.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert (
+        "is of kind 'clip_text', which runs read as it is: give it to --config.sources.clip_text"
+        in said
+    )
