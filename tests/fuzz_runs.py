@@ -159,14 +159,28 @@ def _config_sample() -> bytes:
     return json.dumps(config, indent=2).encode()
 
 
-def _read_config(path: Path) -> Any:
-    from common_jax.workdir import read_json
+def _read_config(path: Path) -> dict[str, Any]:
+    """The fields of the config that a run's folder keeps."""
+    from common_jax.config import flatten
+    from common_jax.workdir import freeze_stored, plain, read_json
+    from m2mkd_jax.config import Config
 
-    return read_json(path)
+    return dict(flatten(plain(freeze_stored(Config, read_json(path), path))))
 
 
-def _plain_config(path: Path, content: bytes) -> Any:
-    return json.loads(content.decode("utf-8-sig"))
+def _plain_config(path: Path, content: bytes) -> dict[str, Any]:
+    from common_jax.config import flatten
+
+    return dict(flatten(json.loads(content.decode("utf-8-sig"))))
+
+
+def _agrees(found: dict[str, Any], stored: dict[str, Any]) -> bool:
+    """Whether a config has what the file says. Fields of other versions may be on one side only."""
+    return all(_listed(found[key]) == _listed(stored[key]) for key in found.keys() & stored.keys())
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 _NPZ_EDITS = (
@@ -225,4 +239,5 @@ def config_files() -> Format:
         _read_config,
         _plain_config,
         checked=False,
+        agree=_agrees,
     )

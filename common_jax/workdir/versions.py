@@ -76,7 +76,8 @@ def _fill_value(hint: Any, value: Any, path: str, gone: dict[str, Any]) -> Any:
         # as it is, to be refused by name.
         chosen = sections[0] if sections else None
         if len(sections) > 1 and "kind" in value:
-            chosen = {section.kind: section for section in sections}.get(value["kind"])
+            kinds = (section for section in sections if section.kind == value["kind"])
+            chosen = next(kinds, None)
         return dict(value) if chosen is None else _fill(chosen, value, path, gone)
     if dataclasses.is_dataclass(hint):
         return _fill(hint, value, path, gone)

@@ -184,9 +184,7 @@ def test_shared_modules_of_a_script_are_bounded(tmp_path, monkeypatch):
     for i in range(40):  # each module holds the one before twice: 2^40 paths
         opcodes += b"c__torch__\nNet\n)\x81}(Vx\nh%cVy\nh%cubq%c" % (i, i, i + 1)
     path = archive(tmp_path, Raw(opcodes), extra={"constants.pkl": b""})
-    with pytest.raises(
-        ValueError, match=r"weights\.pth has modules that nest deeper than 64, or mo"
-    ):
+    with pytest.raises(ValueError, match=r"weights\.pth has modules that nest deeper than 64"):
         read_tensors(path)
 
 
