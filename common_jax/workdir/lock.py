@@ -30,7 +30,9 @@ BEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a lock counts as left behind
 LOOK = 1.0  # seconds between two looks at a lock whose holder cannot be looked up
 
-_held: dict[str, "_Hold"] = {}  # locks of this process, by the absolute path of the workdir
+# By the absolute path of a workdir: the locks that this process holds; None for one that the first
+# of several processes holds for it.
+_held: dict[str, "_Hold | None"] = {}
 
 
 class Locked(OSError):
@@ -116,15 +118,13 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         refusal = refusal or Locked(f"{workdir} is in use by another run; process 0 says whose")
     if refusal is not None:
         raise refusal
-    if lock is None:
-        yield
-        return
     _held[path] = lock
     try:
         yield
     finally:
         del _held[path]
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def require(workdir: epath.PathLike) -> None:
