@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-faults bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-faults fuzz bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-test
 # Kills, signals, damaged files and a full disk; takes longer than all tests.
 test-faults: $(VENV)/.installed-test
 	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
+
+# 27,000 damaged and forged files of every format that is read from strangers; about ten minutes.
+fuzz: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
 
 # Runs every benchmark and writes docs/performance.md: half an hour on two cores, which should be
 # idle.

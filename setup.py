@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),
     install_requires=[
         "absl-py>=2.1",
-        "emoji>=2.14",
+        "emoji>=2.16",
         "etils[epath]>=1.9",
         "flax>=0.12.8",
         "grain>=0.2.18",
@@ -34,6 +34,7 @@ setup(
         "sacremoses>=0.1.1",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.5",
         "tokenizers>=0.22",

@@ -101,7 +101,7 @@ class SourcesConfig(Section):
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
-    clip_activation: str = ""
+    clip_activation: Annotated[str, one_of("", *ACTIVATIONS)] = ""
     clip_text_base: str = ""
     weights: str = ""
     fetch: bool = False
@@ -118,11 +118,6 @@ class SourcesConfig(Section):
         if self.clip and (self.clip_text or self.clip_image):
             raise FieldError(
                 f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
-            )
-        if self.clip_activation not in ("", *ACTIVATIONS):
-            raise ValueError(
-                f"config.sources.clip_activation={self.clip_activation!r} must be one of "
-                f"{sorted(ACTIVATIONS)}, or empty where a file says it"
             )
 
 

@@ -24,8 +24,9 @@ from cliptrans_jax.runs.material import TOKENIZER, Material
 from cliptrans_jax.runs.translation import Model, best_step
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
+from common_jax.command_line import check_system
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.workdir import freeze_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +168,16 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when it is of stage "clip", which trains no translation model.
+      ValueError: when it is of stage "clip", which trains no translation model, or of the other
+        system.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
-    config = freeze(Config, checkpoint.load_config(source)).consistent()
+    step = checkpoint.find_step(source)
+    saved = checkpoint.load_config(step)
+    check_system(saved, "stage", str(source))
+    config = freeze_stored(Config, saved, step).consistent()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)
-    step = checkpoint.find_step(source)
     workdir = step.parent.parent
     if config.stage not in STAGES:
         raise ValueError(

@@ -7,13 +7,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, Config
+from cliptrans_jax.runs.material import PUBLISHED
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
-from common_jax import app
+from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import dispensable, write_report
-from common_jax.workdir import hold
+from common_jax.workdir import check_input, check_output, hold, holds_results
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
 first, then translation.
@@ -32,6 +33,7 @@ Flags:"""
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the stage."""
     frozen = freeze(Config, config)
+    check_places(frozen, workdir)
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.stage == "pipeline"
@@ -43,6 +45,31 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         if jax.process_index() == 0:
             with dispensable(workdir / "report.html"):
                 _report(frozen, workdir, [folder for folder, _ in runs])
+
+
+def check_places(config: Config, workdir: epath.Path) -> None:
+    """Raises OSError, naming the field, for a source of the config that is not there, and for a
+    folder to be written that cannot be made.
+
+    A run with results may have lost what it started from.
+    """
+    check_output("--workdir", workdir)
+    if config.features:
+        check_output("config.features", config.features)
+    if holds_results(workdir):
+        return
+    sources = config.sources
+    if config.stage == "clip":
+        return
+    if config.has_prefix:
+        checkpoint.check_source("config.sources.clip", sources.clip)
+    # A file NAME.pth may be in shards, NAME_1.pth and so on.
+    model = epath.Path(sources.model)
+    shard = model.with_name(f"{model.stem}_1{model.suffix}") if sources.model else model
+    if not shard.is_file():
+        check_input("config.sources.model", sources.model, "a workdir, or a released checkpoint")
+    if not sources.fetch:
+        check_input("config.sources.mbart", sources.mbart, PUBLISHED)
 
 
 def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:

@@ -13,6 +13,7 @@ from etils import epath
 from common_jax import command_line
 from common_jax.mesh import start_backend
 from common_jax.pods import hosts, signals
+from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 
@@ -69,10 +70,8 @@ def _run(
     values = command_line.define()
     try:
         config, workdir, paths = command_line.read(values, argv, description, kind)
-        for path in command_line.unread(paths, (reads or {}).get(config.get(kind), paths)):
-            logging.warning(
-                "--config.%s changes nothing: %s=%r does not read it", path, kind, config[kind]
-            )
+        if reads is not None:
+            _warn_of_unread(paths, kind, config[kind], reads)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         keep_memory()
         main(config, workdir)
@@ -100,9 +99,25 @@ def _run(
         hosts.leave(1)
 
 
+def _warn_of_unread(
+    paths: Sequence[str], kind: str, name: str, reads: Mapping[str, Sequence[str]]
+) -> None:
+    # What is no kind of run, the config's own check refuses.
+    for path in command_line.unread(paths, reads.get(name, paths)):
+        logging.warning("--config.%s changes nothing: %s=%r does not read it", path, kind, name)
+
+
 def use_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs in `folder` for later runs; None keeps none."""
+    """Keeps compiled programs in `folder` for later runs; None keeps none.
+
+    A folder that cannot be made is warned of: the run computes the same without it.
+    """
     if folder is None:
+        return
+    try:
+        check_output("config.run.compilation_cache", folder)
+    except OSError as error:
+        logging.warning("%s; every start compiles again", error)
         return
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -49,6 +49,21 @@ def under(path: str) -> Iterator[None]:
         raise ValueError(f"{path}.{error}") from None
 
 
+@contextlib.contextmanager
+def renamed(keys: Mapping[str, str]) -> Iterator[None]:
+    """Calls keys of the config by other names in the messages of a user's errors: in a run of a
+    pipeline, `config.optim` comes from `config.recipes.distill.optim`."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if len(error.args) == 1 and isinstance(error.args[0], str):
+            message = error.args[0]
+            for key, other in keys.items():
+                message = message.replace(key, other)
+            error.args = (message,)
+        raise
+
+
 def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     """The frozen dataclass `cls` with the values of `config`; nested dataclasses are frozen in
     turn.

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import mesh as meshes
-from common_jax.checkpoint import FOLDER, Checkpoints, finished_steps
+from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.optim import OptimConfig, make_schedule
@@ -24,8 +24,9 @@ from common_jax.weights import WarmStart
 from common_jax.workdir import (
     LockLost,
     hold,
-    read_json,
-    refuse_other_config,
+    keep_identity,
+    plain,
+    read_result,
     require,
     write_json,
 )
@@ -78,7 +79,7 @@ def train(
     seed: int,
     workdir: epath.PathLike,
     mesh: Mesh,
-    config: Mapping[str, Any],
+    config: Any,
 ) -> dict[str, Any]:
     """Trains `task` in `workdir`, or goes on there, or does nothing when it is finished.
 
@@ -88,13 +89,15 @@ def train(
       seed: of everything random.
       workdir: gets checkpoints, metrics, TensorBoard events and, at the end, result.json.
       mesh: where.
-      config: the JSON that made the run, kept beside every checkpoint.
+      config: the frozen dataclass that made the run, or the same as a mapping; kept as JSON in
+        every checkpoint. A dataclass knows the fields that earlier versions lacked.
 
     Returns:
       What result.json holds: phase, steps, skipped steps, metrics of the last evaluation.
 
     Raises:
-      ValueError: as `check`, or when no checkpoint can be read.
+      ValueError: as `check`, or when the workdir, its result or all of its checkpoints are another
+        run's, or none can be read.
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
       OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
         process writes in `workdir`.
@@ -102,11 +105,13 @@ def train(
         again.
     """
     workdir = epath.Path(workdir)
+    refuse_pattern(workdir, "workdir")
     with hold(workdir):
-        refuse_other_config(workdir, config)
-        if (workdir / "result.json").exists():
+        total = optim.total_steps(task.steps_per_epoch)
+        result = read_result(workdir, config, phase=task.title, steps=total)
+        if result is not None:
             logging.info("%s is finished already: %s", task.title, workdir)
-            return read_json(workdir / "result.json")
+            return result
         with jax.set_mesh(mesh), signals.deferred():
             return _train(task, run, optim, seed, workdir, mesh, config)
 
@@ -124,9 +129,21 @@ def check(
       Shapes and shardings of the state.
 
     Raises:
+      ValueError: as `check_settings`, and for parameters that do not fit the mesh.
+    """
+    check_settings(task, run, optim, seed=seed, mesh=mesh, key=key)
+    with jax.set_mesh(mesh):
+        return abstract_state(task, optim, mesh)
+
+
+def check_settings(
+    task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
+) -> None:
+    """The part of `check` that traces no network.
+
+    Raises:
       ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
-        shorter than the run, a metric that is never measured, or parameters that do not fit the
-        mesh.
+        shorter than the run, or a metric that is never measured.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
@@ -140,8 +157,6 @@ def check(
             f"config.run.best={run.best!r} is not measured: metrics of {task.title} begin with "
             f"{' or '.join(f'{name}/' for name in measured)}; None keeps no best checkpoint"
         )
-    with jax.set_mesh(mesh):
-        return abstract_state(task, optim, mesh)
 
 
 def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
@@ -150,7 +165,9 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     abstract = check(task, run, optim, seed=seed, mesh=mesh)
     total = optim.total_steps(task.steps_per_epoch)
     step = step_program(task, optim, abstract, log_every=run.log_every)
-    fresh = not hosts.agree(bool(finished_steps(workdir / FOLDER))).any()
+    # Whose the checkpoints are is asked first: where none is this run's, nothing is written.
+    stock, config = take_stock(workdir, config=config, total=total), plain(config)
+    fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     require(workdir)
     if jax.process_index() == 0:
@@ -159,7 +176,15 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
-    checkpoints = Checkpoints(workdir, keep=run.keep, best=run.best, on_failed=run.on_failed_save)
+    identity = keep_identity(workdir, adopt=stock.id, unmarked=stock.unmarked)
+    checkpoints = Checkpoints(
+        workdir,
+        keep=run.keep,
+        best=run.best,
+        on_failed=run.on_failed_save,
+        run_id=identity.id,
+        foreign=stock.foreign,
+    )
     if fresh:
         _keep_account(task, workdir, warm)
         taken = {} if warm is None else warm.params

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.config import freeze
+from common_jax.command_line import check_system
+from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.models import vit
@@ -54,9 +56,14 @@ def load_model(
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when the run trained several modules and `module` is none of them.
+      ValueError: when the run trained several modules and `module` is none of them, no checkpoint
+        in the workdir is its run's, or it is of the other system; and by `apply`, for x of another
+        shape or type.
     """
-    config = freeze(Config, checkpoint.load_config(source))
+    source = checkpoint.find_step(source)
+    saved = checkpoint.load_config(source)
+    check_system(saved, "phase", str(source))
+    config = freeze_stored(Config, saved, source)
     role, build = NETWORKS[config.phase]
     stage = _stage(config, module)
     name = "" if stage is None else stage_name(stage)
@@ -72,7 +79,8 @@ def load_model(
         return lambda params, x: network.apply(params, prepare(x, config))[0], params
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        x = prepare(x, config) if stage == 0 else x
+        example = network.stages[stage].example(1)
+        x = prepare(x, config) if stage == 0 else check_tokens(x, example.shape[1:])
         return network.apply(params, x, start=stage, stop=stage + 1)[0]
 
     return apply, {name: params}
@@ -94,5 +102,65 @@ def _stage(config: Config, module: int | None) -> int | None:
 
 
 def prepare(images: jax.Array, config: Config) -> jax.Array:
-    """Images with pixels from 0 to 255 as the run's networks take them."""
-    return prepare_evaluation({"image": images}, config.data)
+    """Images with pixels from 0 to 255 as the run's networks take them; raises as
+    `check_images`."""
+    side, channels = config.data.image_size, config.data.channels
+    check_images(images, (side, side, channels))
+    return prepare_evaluation({"image": jnp.asarray(images)}, config.data)
+
+
+def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
+    """Raises ValueError unless `images` are a batch (B, *expected) of pixels from 0 to 255.
+
+    Pixels are looked at where they are not bytes, and not while a function is traced.
+    """
+    shape = _shape_of(images, "images")
+    side, _, channels = expected
+    if shape[1:] != expected:
+        if shape == expected:
+            way_out = "a single image needs an axis in front, x[None]"
+        elif shape[1:] == (channels, side, side):
+            way_out = "channels come last, np.moveaxis(x, 1, -1)"
+        elif len(shape) == 4 and shape[3] == channels:
+            way_out = "resize them"
+        else:
+            way_out = "I and J are rows and columns, and the last axis has the channels"
+        raise ValueError(
+            f"images are of shape {shape} and must be (B, {_listed(expected)}): {way_out}"
+        )
+    if isinstance(images, jax.core.Tracer) or images.dtype == jnp.uint8 or 0 in shape:
+        return
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 255):  # as it is with NaN
+        raise ValueError(
+            f"pixels are from {low:g} to {high:g} and must be from 0 to 255, not normalised: mean "
+            "and std of the run are applied here"
+        )
+    if jnp.issubdtype(images.dtype, jnp.floating) and 0 < high <= 1:
+        raise ValueError(
+            f"pixels are from {low:g} to {high:g} and must be from 0 to 255: give 255 * x"
+        )
+
+
+def check_tokens(x: jax.Array, expected: tuple[int, ...]) -> jax.Array:
+    """`x`, tokens (B, T, D) of the stage before; ValueError where (T, D) is not `expected`."""
+    shape = _shape_of(x, "tokens")
+    if shape[1:] != expected:
+        raise ValueError(
+            f"tokens are of shape {shape} and must be (B, {_listed(expected)}), as the stage in "
+            "front gives them"
+        )
+    return x
+
+
+def _shape_of(x: jax.Array, what: str) -> tuple[int, ...]:
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise ValueError(f"{what} are a {type(x).__name__} and must be an array")
+    real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+    if not real:
+        raise ValueError(f"{what} are of type {x.dtype} and must be numbers, such as uint8")
+    return tuple(x.shape)
+
+
+def _listed(sizes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, sizes))

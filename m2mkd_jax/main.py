@@ -7,11 +7,12 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax import app
+from common_jax import app, checkpoint
+from common_jax.command_line import unread
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
-from common_jax.workdir import hold, read_json
+from common_jax.workdir import check_output, hold, holds_results, read_json
 from m2mkd_jax.config import READS, Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
@@ -32,12 +33,14 @@ One phase, and one module of it, with weights of other runs and another alpha:
 Flags:"""
 
 MODULE_ACCURACY = r"test/module_\d+/accuracy"
+WORKDIRS = ("meta", "modules", "teacher", "students", "network")  # of config.sources
 STUDENT_PHASES = ("distill", "end_to_end", "few_shot")
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Freezes the config, makes the mesh, and runs the phase."""
     frozen = freeze(Config, config)
+    check_places(frozen, workdir)
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.phase == "pipeline"
@@ -96,6 +99,26 @@ def connectivity_figures(workdir: epath.Path, folders: list[str]) -> list[tuple[
         for folder, path in pictures
         if is_picture(path)
     ]
+
+
+def check_places(config: Config, workdir: epath.Path) -> None:
+    """Raises OSError, naming the field, for a source of the config that is not there, and for a
+    workdir that cannot be made.
+
+    A run with results may have lost what it started from.
+    """
+    check_output("--workdir", workdir)
+    if holds_results(workdir):
+        return
+    sources = {f"sources.{name}": getattr(config.sources, name) for name in WORKDIRS}
+    sources["init.upcycle"] = config.init.upcycle
+    idle = unread(sources, READS[config.phase])
+    for key, found in sources.items():
+        if key in idle:
+            continue
+        for i, source in enumerate((found,) if isinstance(found, str) else found):
+            place = key if isinstance(found, str) else f"{key}[{i}]"
+            checkpoint.check_source(f"config.{place}", source)
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:

@@ -20,7 +20,7 @@ import re
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cliptrans_jax.config
@@ -106,15 +106,15 @@ ALLOWED = (
     (r"model\.linear\.gain|decode\.length_penalty", (-1, 0, 1.5), "of either sign"),
     (r"mesh\.data", (-1,), "all devices that the other axes leave"),
     (
-        r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.clip_image|init\.upcycle|features|ood\.source|test_side|caption_language"
+        r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_\w+)"
+        r"|sources\.weights|init\.upcycle|features|ood\.source|test_side|caption_language"
         r"|data\.name|sources\.(fresh|leave)|optim\.no_decay",
         ("",),
         "'': none, or as the stage has it; a phase that needs one asks for it",
     ),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.clip_image|features|run\.compilation_cache",
+        r"|sources\.(clip_image|clip_text_base)|features|run\.compilation_cache",
         TEXT,
         "a path, or the name of a file: it is opened before anything is trained",
     ),
@@ -123,6 +123,7 @@ ALLOWED = (
         TEXT,
         "a split: compared with those that are there when the data are opened",
     ),
+    (r"sources\.weights", TEXT, "a key of a file: compared with those that are there"),
     (r"sources\.(fresh|leave)|optim\.no_decay", ("x", "x" * 5000), "a regex of paths"),
     (
         r"sources\.(modules|students)",
@@ -368,12 +369,12 @@ COMMANDS = (
 
 def run_command(config: str, flag: str, workdir: pathlib.Path) -> tuple[Any, str]:
     """Exit status and standard error of a command that is not to get far."""
-    main: Callable = (m2mkd_jax if "/m2mkd/" in config else cliptrans_jax).main.main
+    package, kind = (m2mkd_jax, "phase") if "/m2mkd/" in config else (cliptrans_jax, "stage")
     argv = ["main", f"--config={config}", f"--workdir={workdir}", f"--config.{flag}"]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            app.run(main, "", argv)
+            app.run(package.main.main, "", argv, kind=kind)
     except SystemExit as stop:
         return stop.code, output.getvalue()
     return 0, output.getvalue()

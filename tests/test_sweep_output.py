@@ -1,5 +1,6 @@
 """What a sweep gives: its table and plot, and scripts for others to start its runs."""
 
+import json
 import os
 import re
 import shlex
@@ -93,13 +94,23 @@ def test_results_of_a_pipeline_go_by_their_folders(tmp_path):
     for name in ("clip", "caption", "translate"):
         (root / name).mkdir()
         (root / name / "result.json").write_text('{"stage": "x", "val/bleu": 3.5}')
-        assert sweep_table.read_results(root, cell) is None
+        assert sweep_table.read_results(root, cell, 0) is None
         if name != "clip":
             scores = '{"set": "test", "step": 9, "sentences": 2, "bleu": 8.0, "signatures": {}}'
             (root / name / "scores.json").write_text(scores)
-    found = sweep_table.read_results(root, cell)
+    found = sweep_table.read_results(root, cell, 0)
     assert found["test/bleu"] == 8.0 and found["caption/val/bleu"] == found["val/bleu"] == 3.5
     assert "clip/test/bleu" not in found and "test/step" not in found
+
+
+def test_results_of_another_run_in_a_cells_folder_are_refused(tmp_path):
+    (cell,) = cells("run.log_every=1", EMOJI)
+    root = epath.Path(tmp_path)
+    config = dict(cell.config) | {"seed": 0}
+    (root / "config.json").write_text(json.dumps(config))
+    assert sweep_table.read_results(root, cell, 0) is None
+    with pytest.raises(ValueError, match=r"another config than this cell .*\n  seed: 0 -> 1"):
+        sweep_table.read_results(root, cell, 1)
 
 
 def test_a_metric_that_no_run_has_is_said(tmp_path, capsys, stand_in):

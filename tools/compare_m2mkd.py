@@ -21,11 +21,11 @@ import time
 import jax
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
-from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
 from common_jax.task import step_flops
-from common_jax.workdir import read_json
+from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.pipeline import describe
 
@@ -87,6 +87,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     start = time.time()
@@ -179,7 +180,7 @@ MADE_BY = {
 def run_flops(folder: pathlib.Path) -> float:
     """Operations of all updates of a run, those of matrix products and convolutions, as
     `common_jax.task.step_flops` counts them."""
-    config = freeze(Config, read_json(folder / "config.json"))
+    config = freeze_stored(Config, read_json(folder / "config.json"), folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=1)
     return step_flops(task, config.optim).model * read_json(folder / "result.json")["steps"]

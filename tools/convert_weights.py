@@ -33,8 +33,10 @@ from common_jax import checkpoint
 from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, set_field
 from common_jax.config import freeze, unfreeze
+from common_jax.pods.signals import ends_quietly
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
+from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 
@@ -88,6 +90,7 @@ class Converted:
     account: Account
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> None:
     command = parse(sys.argv[1:] if argv is None else argv)
     try:
@@ -136,6 +139,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 def take(command: Command) -> None:
     """From a file, or files, to a folder that the phases start from."""
+    checkpoint.refuse_pattern(command.target, "OUT")
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
     printed = found.kind != CLIPTRANS  # what m2mKD's tensors do not tell, before they are read
     shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
@@ -251,7 +255,7 @@ def _export_cliptrans(
     command: Command, saved: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of a translation model, the shared embedding under all of its names."""
-    config = freeze(cliptrans_config.Config, saved)
+    config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=config.optim.ema > 0)
     if "mbart" not in params:
         raise ValueError(

@@ -19,9 +19,9 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
 from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
-from common_jax.config import freeze
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
-from common_jax.workdir import read_json
+from common_jax.workdir import freeze_stored, read_json
 
 CONFIG = "configs/cliptrans/emoji.py"
 # Row of the table: name of its runs.
@@ -33,6 +33,7 @@ MODELS = {
 SHOWN = 8
 
 
+@ends_quietly
 def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1).parse_args()
     start = time.time()
@@ -99,7 +100,8 @@ def translations(workdir: pathlib.Path) -> Table:
     }
     rows = outputs["CLIPTrans"]
     chosen = [i * len(rows) // SHOWN for i in range(SHOWN)]
-    config = freeze(Config, load_config(workdir / "cliptrans_0" / "translate"))
+    run = workdir / "cliptrans_0" / "translate"
+    config = freeze_stored(Config, load_config(run), run)
     return picture_columns(
         with_pictures(config, [rows[i] for i in chosen]),
         {title: [found[i].output for i in chosen] for title, found in outputs.items()},

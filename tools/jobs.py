@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import pathlib
 import shutil
@@ -68,18 +69,29 @@ Running = dict[str, tuple[subprocess.Popen, int]]  # with the place that a run t
 
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure."""
+    output in WORKDIR/NAME.log; exits at the first failure. Ctrl-C is waited for until the runs have
+    saved what they have."""
     start, running = time.time(), {}
 
     def begin(name: str, job: Job, core: int) -> subprocess.Popen:
         return _start(job, workdir, name, core)
 
-    for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
-        if status != 0:
-            for other, _ in running.values():
-                other.terminate()
-            sys.exit(f"{name} failed; see {workdir / name}.log")
-        print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    try:
+        for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
+            if status != 0:
+                for other, _ in running.values():
+                    other.terminate()
+                sys.exit(f"{name} failed; see {workdir / name}.log")
+            print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    except KeyboardInterrupt:
+        for (
+            process,
+            _,
+        ) in running.values():  # a terminal has sent it to them already; once is enough
+            process.send_signal(signal.SIGINT)
+        for process, _ in running.values():
+            process.wait()
+        raise
 
 
 def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Ended:
@@ -226,8 +238,14 @@ def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit
     values = [result[metric] for result in results if metric in result]
     if not values:
         return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    spread = f" ± {deviation(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}{unit}"
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
+    fails."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def read_curve(run: pathlib.Path, metric: str) -> list[tuple[int, float]]:

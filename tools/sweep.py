@@ -19,6 +19,7 @@ plus the number of a signal that was passed on to the runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -30,8 +31,10 @@ from sweep_cells import PROGRAMS, Cell, parse_grid, plan_cells, read_sweep
 from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
 
-from common_jax.checkpoint import absolute
-from common_jax.workdir import read_json, refuse_other_config, write_json
+from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.config import freeze
+from common_jax.pods.signals import STATUSES, ends_quietly
+from common_jax.workdir import hold, holds_results, read_json, refuse_other_config, write_json
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
@@ -44,21 +47,23 @@ class Run:
     Attributes:
       name: of its folder and its log.
       cell: what it is a run of.
+      seed: of everything random.
       command: arguments of python, the workdir left out.
     """
 
     name: str
     cell: Cell
+    seed: int
     command: tuple[str, ...]
 
     @classmethod
     def of(cls, cell: Cell, seed: int) -> "Run":
         """The run of a cell with a seed."""
-        return cls(f"{cell.name},seed={seed}", cell, (*cell.command, f"--config.seed={seed}"))
+        return cls(f"{cell.name},seed={seed}", cell, seed, (*cell.command, f"--config.seed={seed}"))
 
     def results(self, workdir: epath.Path) -> dict[str, float] | None:
         """Its metrics below the sweep's folder; None while it is not finished."""
-        return read_results(workdir / self.name, self.cell)
+        return read_results(workdir / self.name, self.cell, self.seed)
 
 
 def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -103,6 +108,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     flags = parse_flags(argv)
@@ -118,8 +124,15 @@ def sweep(flags: argparse.Namespace) -> int:
 
     Raises:
       ValueError: for what keeps the sweep, or any run of it, from starting.
+      OSError: also where another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
+    # The table alone is made of what is there, also while a sweep runs.
+    with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
+        return _sweep(flags, workdir)
+
+
+def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
     cells, asked = plan(flags, workdir)
     runs = [Run.of(cell, seed) for seed in range(flags.seeds) for cell in asked]
     left = [run for run in runs if run.results(workdir) is None]
@@ -160,13 +173,14 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
     """
     if "://" in str(workdir) and flags.emit is None:
         raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
+    refuse_pattern(flags.workdir, "--workdir")
     asked = plan_asked(flags)
     record, keys = workdir / "sweep.json", list(asked[0].values)
     before = read_json(record, FIELDS) if record.exists() else {"cells": {}, "seeds": 0}
     if not record.exists() and (workdir / "config.json").exists():
         raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
     found = {}
-    if before["cells"]:
+    if before["cells"] and holds_results(workdir):
         if set(before["keys"]) != set(keys):
             raise ValueError(
                 f"--workdir={workdir} holds a sweep of {before['keys']}, and this is one of "
@@ -174,7 +188,8 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
             )
         keys = before["keys"]
         earlier = plan_cells(flags.config, flags.common, before["cells"].values())
-        refuse_other_config(workdir, earlier[0].config)
+        cls = next(one.config for one in PROGRAMS.values() if one.module in earlier[0].command)
+        refuse_other_config(workdir, freeze(cls, earlier[0].config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
     workdir.mkdir(parents=True, exist_ok=True)
@@ -216,7 +231,8 @@ def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None
             print(f"  {name}  not started")
             continue
         status = ended.statuses[name]
-        text = "stopped early" if status == 0 else describe(status)
+        stopped = status in STATUSES.values()
+        text = "stopped early" if stopped else describe(status)
         print(f"  {name}  {text}; see {workdir / name}.log")
     sys.stdout.flush()
 

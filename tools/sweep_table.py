@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from jobs import deviation
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sweep_cells import Cell, short_keys
 
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
-from common_jax.workdir import read_json
+from common_jax.workdir import contradictions, read_json, write_bytes
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
@@ -45,13 +46,24 @@ class Row:
         return [result[metric] for result in self.results if metric in result]
 
 
-def read_results(folder: epath.Path, cell: Cell) -> dict[str, float] | None:
+def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] | None:
     """All numbers that the runs of a cell end with, by name; None unless all are finished.
 
     A metric of the run that the cell is about goes by its own name, `test/accuracy`, one of another
     run has its folder in front, `teacher/test/accuracy`. Those of scores.json are under `test/`.
+
+    Raises:
+      ValueError: when the folder holds a run of another config than the cell's.
     """
     found: dict[str, float] = {}
+    if (folder / "config.json").exists():
+        one = {**cell.config, "seed": seed}
+        if lines := contradictions(read_json(folder / "config.json"), one):
+            shown = "\n  ".join(line[:120] for line in lines[:10])
+            raise ValueError(
+                f"{folder} holds a run of another config than this cell of the sweep (its value "
+                f"first):\n  {shown}\nmove it away, or give another --workdir"
+            )
     for run, names in cell.files.items():
         if not all((folder / run / name).exists() for name in names):
             return None
@@ -99,7 +111,7 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
     for row in rows:
         numbers = [number for metric in metrics for number in _numbers(row.values(metric))]
         writer.writerow([*row.swept.values(), *numbers])
-    (workdir / "sweep.csv").write_text(text.getvalue())
+    write_bytes(workdir / "sweep.csv", text.getvalue().encode())
     names = short_keys(keys)
     header = (*names.values(), *itertools.chain(*((metric, "n") for metric in metrics)))
     twins, lines = find_twins(rows), []
@@ -112,10 +124,10 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
         lines.append(tuple(cells))
     caption = "Mean ± sample standard deviation over n seeds" + (TWINS if twins else "")
     table = Table(caption, header, tuple(lines))
-    (workdir / "sweep.md").write_text(_markdown(table))
+    write_bytes(workdir / "sweep.md", _markdown(table).encode())
     picture = io.BytesIO()
     FigureCanvasAgg(plot(rows, metrics)).print_png(picture)
-    (workdir / "sweep.png").write_bytes(picture.getvalue())
+    write_bytes(workdir / "sweep.png", picture.getvalue())
     return table
 
 
@@ -152,7 +164,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             axes.errorbar(
                 [places[row.swept[first]] for row in found],
                 [statistics.mean(one) for one in values],
-                [_spread(one) if len(one) > 1 else 0 for one in values],
+                [deviation(one) if len(one) > 1 else 0 for one in values],
                 color=COLOURS[number % len(COLOURS)],
                 marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
                 linestyle="-" if numbers else ":",
@@ -178,16 +190,10 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     return figure
 
 
-def _spread(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
-    fails."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
     """Mean, spread and n as text; empty what there is not."""
     mean = repr(statistics.mean(values)) if values else ""
-    spread = repr(_spread(values)) if len(values) > 1 else ""
+    spread = repr(deviation(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
 
 
@@ -195,7 +201,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     """Both to the second digit of the spread; without a spread, four digits of the mean."""
     if not values:
         return ""
-    mean, spread = statistics.mean(values), _spread(values) if len(values) > 1 else 0.0
+    mean, spread = statistics.mean(values), deviation(values) if len(values) > 1 else 0.0
     if not spread or not math.isfinite(spread):
         return f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else "")
     decimals = max(0, 1 - math.floor(math.log10(spread)))

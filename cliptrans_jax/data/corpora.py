@@ -1,6 +1,7 @@
 """Where sentences and pictures come from: the embedded emoji, Multi30k, WIT, WMT or COCO."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -143,7 +144,7 @@ def _load_coco(
 
 
 def _root(config: DataConfig) -> Path:
-    root = Path(config.path).expanduser()
+    root = Path(os.path.expanduser(config.path))
     if not root.is_dir():
         raise FileNotFoundError(
             f"config.data.path={config.path!r} is no folder; give the one that holds "

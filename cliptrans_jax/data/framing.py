@@ -101,7 +101,7 @@ class FramedTokenizer:
         for text, pieces in zip(texts, sentences, strict=True):
             # A table gives NaN for an id that it lacks, and CLIP's unknown token is its end.
             if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
-                raise ValueError(f"not of the tokenizer's {self.vocab} ids: {_show(text)}")
+                raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {_show(text)}")
             if not frame.isdisjoint(pieces):
                 raise ValueError(f"the tokenizer's vocabulary lacks characters of {_show(text)}")
         if cut := sum(len(pieces) > room for pieces in sentences):

@@ -1,10 +1,10 @@
 """The folders that Multi30k, WIT, WMT and COCO are laid out in."""
 
-import json
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cliptrans_jax.data.corpus import (
     TEXTS_ALONE,
@@ -18,6 +18,7 @@ from cliptrans_jax.data.corpus import (
     read_texts,
     require_aligned,
 )
+from common_jax.untrusted import RefusedError, brief, parse_json, plain
 
 MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
 WIT_FOLDERS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
@@ -102,20 +103,18 @@ def load_coco(
     """
     path = _coco_file(root, split)
     try:
-        record = json.loads(path.read_bytes().decode("utf-8"))
-        files = {image["id"]: image["file_name"] for image in record["images"]}
-        pairs = [(note["image_id"], note["caption"]) for note in record["annotations"]]
+        record = parse_json(path.read_bytes())
+        files = {image["id"]: _text(image["file_name"]) for image in record["images"]}
+        pairs = [(note["image_id"], _text(note["caption"])) for note in record["annotations"]]
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
         # All must be text, in which half of a surrogate pair is no character.
         "".join((*captions, *files.values())).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); fetch it again"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}; fetch it again") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no whole file of images (id, file_name) and annotations (image_id, "
-            f"caption): {type(error).__name__} {error}; fetch it again"
+            f"caption): {type(error).__name__} {plain(str(error))}; fetch it again"
         ) from error
     if lost := sorted({str(image) for image, _ in pairs if image not in files}):
         raise ValueError(f"{path} has captions of {len(lost)} images it lacks: {listed(lost)}")
@@ -125,6 +124,12 @@ def load_coco(
         images, reason = open_folder(folders, keys)
     texts = {code: captions if code == language else ("",) * len(keys) for code in languages}
     return Corpus(f"coco {split}", texts, images, keys, reason)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{brief(value)} is no text")
+    return value
 
 
 def _coco_file(root: Path, split: str) -> Path:

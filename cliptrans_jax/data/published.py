@@ -106,7 +106,7 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
         return _unigram(_find_unigram(kind, folder), published, limit)
     except ValueError as error:
         raise ValueError(
-            f"{key}.path={path!r} holds no tokenizer that {key}.kind={kind!r} can be "
+            f"{key}.path={path!r} does not hold the tokenizer of {key}.kind={kind!r} "
             f"({published.repository}): {error}"
         ) from error
 

@@ -28,7 +28,6 @@ from cliptrans_jax.models.clip import ClipVision
 from cliptrans_jax.models.xlmr import MClip
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from common_jax import loop
-from common_jax.config import unfreeze
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.ranking import rank_of
 from common_jax.step import make_evaluator
@@ -45,7 +44,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
       those of its batch, and the reverse.
     """
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     train, valid, text = _load(config, workdir)
     optim, length = config.optim, max(train.longest, valid.longest)
     task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
@@ -92,7 +91,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(config).to_dict(),
+        config=config,
     )
 
 

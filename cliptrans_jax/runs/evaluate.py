@@ -15,9 +15,8 @@ from cliptrans_jax.runs.objective import is_run, make_warm_start
 from cliptrans_jax.runs.scoring import score_split
 from cliptrans_jax.runs.translation import Model, best_step
 from common_jax import checkpoint
-from common_jax.config import unfreeze
 from common_jax.mesh import match_rules, with_shardings
-from common_jax.workdir import claim, refuse_other_config
+from common_jax.workdir import claim, freeze_stored, refuse_other_config
 
 
 def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """
     if not asked.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
-    refuse_other_config(workdir, unfreeze(asked).to_dict())
+    refuse_other_config(workdir, asked)
     config = dataclasses.replace(asked, stage="translate", all_languages=False).consistent()
     material = Material(config, workdir, mesh)
     material.check(train=False)
@@ -44,7 +43,7 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         wanted = with_shardings(shapes, shardings)
         params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
     test = material.load(config.data.test_split, train=False)
-    claim(workdir, unfreeze(asked).to_dict())
+    claim(workdir, asked)
     params = {**model.frozen(mesh), **params}
     scores = score_split(config, workdir, test, model.translate(material), params, step=name)
     logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
@@ -55,8 +54,8 @@ def _find_step(source: str) -> epath.Path:
     step = checkpoint.find_step(source)
     if step == checkpoint.absolute(source):
         return step
-    metric = checkpoint.load_config(step)["run"]["best"]
-    return best_step(step.parent.parent, metric)
+    config = freeze_stored(Config, checkpoint.load_config(step), step)
+    return best_step(step.parent.parent, config.run.best)
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:

@@ -29,11 +29,11 @@ from cliptrans_jax.models.clip import ClipTextConfig
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import STAGES, Side
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
-from common_jax.workdir import holds_results, write_bytes
+from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
+PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,7 +363,7 @@ def _clip_config(config: Config) -> Config:
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
             f"{json.dumps(found.get('stage'))}, not of 'clip'"
         )
-    return freeze(Config, found)
+    return freeze_stored(Config, found, config.sources.clip)
 
 
 def _host(params: Any) -> Any:
@@ -377,3 +377,5 @@ def _require(config: Config, name: str) -> None:
             f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the folder "
             "of a published tower, or config.sources.clip, a run of stage 'clip'"
         )
+    if not config.sources.fetch:
+        check_input(f"config.sources.{name}", getattr(config.sources, name), PUBLISHED)

@@ -8,11 +8,11 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import Config
+from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
-from common_jax.config import unfreeze
+from common_jax.config import renamed, under
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
@@ -33,14 +33,20 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Every stage that has a recipe: each starts from the weights of the one before, and has its
     features from the M-CLIP of stage "clip", unless config.sources names other towers."""
-    asked = unfreeze(config).to_dict()
-    refuse_other_config(workdir, asked)
+    refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
-    claim(workdir, asked)
+    claim(workdir, config)
     result = {}
     for folder, one in plan(config, workdir):
-        result = run_stage(one, workdir / folder, mesh)
+        with renamed(recipe_keys(one.stage)):
+            result = run_stage(one, workdir / folder, mesh)
     return result
+
+
+def recipe_keys(stage: str) -> dict[str, str]:
+    """Where what a stage is trained with stands in a pipeline's config, for messages."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {f"config.{name}": f"config.recipes.{stage}.{name}" for name in names}
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
@@ -54,7 +60,8 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         if (workdir / folder / "result.json").exists():
             continue
         check = contrastive.check if one.stage == "clip" else translation.check
-        check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")
+        with renamed(recipe_keys(one.stage)):
+            check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
@@ -72,23 +79,24 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
         if stage not in config.recipes or (stage == "clip" and towers):
             continue
         recipe = config.recipes[stage]
-        start = dataclasses.replace(
-            given,
-            clip=clip,
-            model=last or given.model,
-            mbart="" if last else given.mbart,
-        )
-        one = dataclasses.replace(
-            config,
-            stage=stage,
-            sources=dataclasses.replace(given) if stage == "clip" else start,
-            optim=recipe.optim,
-            label_smoothing=recipe.label_smoothing,
-            recipes={},
-            features=config.features or str(workdir / "features"),
-            unfreeze_clip=config.unfreeze_clip and stage == "translate",
-            all_languages=config.all_languages and stage in STAGES and STAGES[stage].captioning,
-        )
+        with under("config"):
+            start = dataclasses.replace(
+                given,
+                clip=clip,
+                model=last or given.model,
+                mbart="" if last else given.mbart,
+            )
+            one = dataclasses.replace(
+                config,
+                stage=stage,
+                sources=dataclasses.replace(given) if stage == "clip" else start,
+                optim=recipe.optim,
+                label_smoothing=recipe.label_smoothing,
+                recipes={},
+                features=config.features or str(workdir / "features"),
+                unfreeze_clip=config.unfreeze_clip and stage == "translate",
+                all_languages=config.all_languages and stage in STAGES and STAGES[stage].captioning,
+            )
         runs.append((stage, one))
         if stage == "clip":
             clip = str(workdir / stage)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -43,13 +44,12 @@ from cliptrans_jax.runs.objective import (
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from common_jax import checkpoint, loop
-from common_jax.config import unfreeze
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
 from common_jax.step import make_evaluator
 from common_jax.task import Task
-from common_jax.workdir import read_json, refuse_other_config
+from common_jax.workdir import read_json, read_result
 
 
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -60,11 +60,10 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
     """
-    refuse_other_config(workdir, unfreeze(asked).to_dict())
     done = workdir / SCORES
-    if done.exists() and (workdir / "result.json").exists():
+    result = read_result(workdir, asked, phase=asked.stage)
+    if result is not None and done.exists():
         logging.info("%s is finished already: %s", asked.stage, workdir)
-        result = read_json(workdir / "result.json")
         return result | {"test": read_json(done)}
     config = asked.consistent()
     material = Material(config, workdir, mesh)
@@ -105,7 +104,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=unfreeze(asked).to_dict(),
+        config=asked,
     )
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
@@ -305,16 +304,16 @@ class Validation:
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     """The folder of the checkpoint with the highest validation metric; of equal ones the earliest,
-    as when the first to reach it is kept. The newest without a metric, or where none is on record,
-    which the log says."""
+    as when the first to reach it is kept. The newest without a metric, or where none that is finite
+    is on record, which the log says."""
     if metric is None:
         return checkpoint.find_step(workdir)
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
-    steps, record = checkpoint.finished_steps(folder), workdir / "metrics.jsonl"
+    steps, record = checkpoint.own_steps(folder), workdir / "metrics.jsonl"
     values = {
         line["step"]: line[metric]
         for line in (read_metrics(record) if record.exists() else ())
-        if metric in line and line["step"] in steps
+        if metric in line and line["step"] in steps and np.isfinite(line[metric])
     }
     if not values:
         step = checkpoint.find_step(workdir)

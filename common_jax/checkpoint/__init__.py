@@ -1,20 +1,21 @@
 """Checkpoints: orbax, written while training goes on, and read on any mesh, whole or in part.
 
-A step's folder holds three items: `params`, all that a user loads; `trainer`, what a run needs to
-go on; `config`, the JSON that made it. Finished folders carry orbax's marker in every item; only
-those are ever read.
+A step's folder holds four items: `params`, all that a user loads; `trainer`, what a run needs to
+resume; `config`, the JSON that made it; `run`, whose it is. Finished folders carry orbax's marker
+in every item; only those are ever read, and of a workdir only those of its run.
 """
 
+from common_jax.checkpoint.belonging import FOLDER, Stock, finished_steps, own_steps, take_stock
 from common_jax.checkpoint.reading import (
     AVERAGE,
-    FOLDER,
     absolute,
+    check_source,
     find_step,
-    finished_steps,
     load,
     load_config,
     load_shapes,
     read,
+    refuse_pattern,
 )
 from common_jax.checkpoint.writing import Checkpoints, SaveError, write_params
 
@@ -23,12 +24,17 @@ __all__ = [
     "FOLDER",
     "Checkpoints",
     "SaveError",
+    "Stock",
     "absolute",
+    "check_source",
     "find_step",
     "finished_steps",
     "load",
     "load_config",
     "load_shapes",
+    "own_steps",
     "read",
+    "refuse_pattern",
+    "take_stock",
     "write_params",
 ]

@@ -1,5 +1,6 @@
 """What is found in checkpoints, by whatever mesh they were written."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,26 +10,14 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from common_jax.checkpoint.belonging import FOLDER, own_steps
+from common_jax.checkpoint.contents import JSON
 from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
 from common_jax.workdir import read_json
 
-FOLDER = "checkpoints"
-ITEMS = ("params", "trainer", "config")
-AVERAGE = "average"  # the fourth item, of runs that keep a running average
-MARKER = "commit_success.txt"
-
-
-def finished_steps(folder: epath.PathLike) -> list[int]:
-    """The steps below `folder` whose every item carries orbax's marker, ascending; read from
-    disk."""
-    folder = epath.Path(folder)
-    if not folder.exists():
-        return []
-    steps = (path for path in folder.iterdir() if path.name.isdigit())
-    return sorted(
-        int(path.name) for path in steps if all((path / item / MARKER).exists() for item in ITEMS)
-    )
+AVERAGE = "average"  # a further item, of runs that keep a running average
+PATTERN = re.compile(r"[*?\[\]\\]")  # what file systems take and globbing does not
 
 
 def load(
@@ -58,6 +47,7 @@ def load(
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint, naming what was looked for.
+      ValueError: when there are, and all contradict the run that they lie in.
       KeyError: when `subtree` is not in the checkpoint, naming what is.
     """
     step = find_step(source)
@@ -101,7 +91,7 @@ def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -
 
 def load_config(source: epath.PathLike) -> dict[str, Any]:
     """The config that made the checkpoint `source` names, as `load` finds it."""
-    return read_json(find_step(source) / "config" / "metadata")
+    return read_json(find_step(source) / "config" / JSON)
 
 
 def load_shapes(source: epath.PathLike) -> dict[str, Any]:
@@ -110,19 +100,36 @@ def load_shapes(source: epath.PathLike) -> dict[str, Any]:
     return _shapes(find_step(source))
 
 
+def check_source(key: str, source: str) -> None:
+    """Raises FileNotFoundError, naming the field, unless the run that it names has a finished
+    checkpoint; an empty one names none."""
+    try:
+        if source:
+            find_step(source)
+    except OSError as error:
+        raise type(error)(f"{key}={source!r}: {error}") from error
+
+
 def find_step(source: epath.PathLike) -> epath.Path:
-    """The folder of the step that `source` means: itself, or the newest finished one below it."""
+    """The folder of the step that `source` means: itself, or the newest finished one of the run
+    below it; raises as `load`."""
     source = absolute(source)
+    if "\\" in str(source):
+        raise ValueError(
+            f"{str(source)[:300]!r}: no checkpoint can be read there, since a backslash in a path "
+            "is taken for a slash; rename the folder, or give a link to it"
+        )
     if source.name.isdigit() and (source / "params").exists():
         return source
+    if source.exists() and not source.is_dir():
+        raise FileNotFoundError(f"{source} is a file; give a run's workdir, or a step in it")
     for folder in (source / FOLDER, source):
-        if steps := finished_steps(folder):
+        if steps := own_steps(folder):
             return folder / str(steps[-1])
     state = "exists and has none" if source.exists() else "does not exist"
     raise FileNotFoundError(
         f"no finished checkpoint at {source}, which {state}; give a run's workdir, its {FOLDER} "
-        "folder, or a step "
-        "in it"
+        "folder, or a step in it"
     )
 
 
@@ -130,6 +137,26 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The path from the root, which orbax insists on; a bucket's (`gs://...`) is one already."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.expanduser().resolve()
+
+
+def refuse_pattern(path: epath.PathLike, name: str) -> None:
+    """Raises ValueError for a folder that no checkpoint can be written to.
+
+    orbax finds the files that it merges by a pattern that begins with the folder's own path, so
+    that letters with a meaning there would leave a checkpoint without its arrays. What a link
+    points to does not matter: orbax does not follow it.
+
+    Args:
+      path: of the folder.
+      name: what to call it, for example "--workdir".
+    """
+    resolved = absolute(path)
+    if found := sorted(set(PATTERN.findall(str(resolved)))):
+        raise ValueError(
+            f"{name}={str(path)[:300]!r}: checkpoints cannot be written below "
+            f"{str(resolved)[:300]!r}, since {' '.join(found)} in a path stand for other names; "
+            "give a folder without them, or a link to this one"
+        )
 
 
 def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:

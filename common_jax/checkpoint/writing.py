@@ -1,12 +1,12 @@
-"""A run's own checkpoints: written while it trains, and read where it goes on."""
+"""A run's own checkpoints: written while it trains, and read where it resumes."""
 
-import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from common_jax.checkpoint.reading import AVERAGE, FOLDER, absolute, finished_steps
+from common_jax.checkpoint.belonging import FOLDER, finished_steps
+from common_jax.checkpoint.contents import (
+    FAILURES,
+    MARK,
+    Outline,
+    check_written,
+    outline,
+    read_mark,
+)
+from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
 from common_jax.pods import hosts
 from common_jax.state import TrainState
+from common_jax.workdir import keep_identity, read_identity
 
-# Whatever orbax, tensorstore or the system raises, in this thread or another.
-FAILURES = (Exception, asyncio.CancelledError)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SaveError(OSError):
@@ -30,6 +39,9 @@ class SaveError(OSError):
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
 
+    A save counts when what was written has been looked at, which happens in orbax's thread: before
+    that the folder has no marker, and no older checkpoint is deleted for it.
+
     Every method is called by all processes of a run at the same place; all raise where one fails.
 
     Args:
@@ -37,15 +49,36 @@ class Checkpoints:
       keep: how many of the newest stay.
       best: name of the metric whose highest value keeps its checkpoint, or None.
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
+      run_id: of the run's run.json, kept in every checkpoint; None for checkpoints of no run.
+      foreign: checkpoints there that are not the run's, by step, and why: they are put aside, as
+        foreign_STEP.
+
+    Raises:
+      ValueError: for a folder that no checkpoint can be written to, see `refuse_pattern`.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, keep: int, best: str | None, on_failed: str = "stop"
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int,
+        best: str | None,
+        on_failed: str = "stop",
+        run_id: str | None = None,
+        foreign: Mapping[int, str] | None = None,
     ):
+        refuse_pattern(workdir, "workdir")
         self.folder = absolute(workdir) / FOLDER
-        self._keep, self._best, self._on_failed = keep, best, on_failed
+        self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._scores: dict[int, float] = {}  # of steps evaluated after they were saved
         self._step = None  # of the save that is under way
+        self._arrays: dict[str, Outline] = {}  # what it writes
+        self._texts: dict[str, Any] = {}
+        for step, why in (foreign or {}).items():
+            logging.warning("checkpoint %s is put aside: %s", self.folder / str(step), why)
+        # Before orbax looks: it would take a foreign step for the newest, and delete ours.
+        self._foreign = frozenset(foreign or ())
+        self._put_aside(self._foreign, "foreign")
         self._manager = self._open()
 
     def save(
@@ -68,15 +101,17 @@ class Checkpoints:
                 f"config.run.best={self._best!r} is none of the metrics {sorted(metrics)}; "
                 "None keeps no best checkpoint"
             )
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "trainer": ocp.args.StandardSave(_trainer(state)),
-            "config": ocp.args.JsonSave(dict(config)),
-        }
+        arrays = {"params": state.params, "trainer": _trainer(state)}
         if state.ema is not None:
-            items[AVERAGE] = ocp.args.StandardSave(state.ema)
-        self._attempt(self._manager.wait_until_finished)
-        self._step = step
+            arrays[AVERAGE] = state.ema
+        texts = {"config": dict(config)}
+        if self._run_id is not None:
+            texts[MARK] = {"id": self._run_id, "step": step}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
+        self._attempt(self._finish)
+        self._step, self._texts = step, texts
+        self._arrays = {name: outline(tree) for name, tree in arrays.items()}
         self._attempt(
             lambda: self._manager.save(
                 step,
@@ -100,7 +135,8 @@ class Checkpoints:
         Raises:
           ValueError: when none can be read.
         """
-        steps, damaged = finished_steps(self.folder), []
+        # Another process may still see what the first has put aside.
+        steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
         # The newest that any process sees: on shared storage one may see a folder later.
         while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
             state, failure = None, None
@@ -109,19 +145,23 @@ class Checkpoints:
             except FAILURES as error:
                 failure = error
             if not hosts.agree(failure is not None).any():
-                self._put_aside(damaged)
+                if damaged:
+                    self._manager.close()
+                    self._put_aside(damaged, "damaged")
+                    self._manager = self._open()
                 return state
             why = failure or "another process says why"
             logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), why)
             damaged.append(step)
         raise ValueError(
             f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above say "
-            "why. Move the folder away to start anew"
+            "why. Move the folder away to start from scratch"
         )
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk; raises SaveError when the last has not."""
-        self._attempt(self._manager.wait_until_finished, last=True)
+        """Returns when every save has reached the disk and was looked at there; raises SaveError
+        when the last has not."""
+        self._attempt(self._finish, last=True)
 
     def close(self) -> None:
         """Waits for saves and lets go of orbax's threads; raises as `wait`."""
@@ -140,15 +180,46 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
-        hosts.agree(0)  # nobody goes on before
+        hosts.agree(0)  # nobody continues before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
             policies.append(_Best(self._metric))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._look),
         )
         return _Manager(self.folder, options=options)
+
+    def _look(self) -> None:
+        """Raises OSError unless what was written of a save is what was to be written. orbax calls
+        it in its thread, in the process that then puts the marker there."""
+        name = str(self._step)
+        # In a bucket, where nothing can be renamed, a step is written in place.
+        places = [
+            path
+            for path in self.folder.iterdir()
+            if path.name == name or path.name.startswith(f"{name}.orbax-checkpoint-tmp")
+        ]
+        if len(places) != 1:
+            raise OSError(f"{self.folder} has {[path.name for path in places]} for step {name}")
+        check_written(places[0], self._arrays, self._texts)
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way; raises where it has failed, or where the folder is
+        no longer the run's."""
+        self._manager.wait_until_finished()
+        if self._step is None or jax.process_index() != 0:
+            return
+        if self._step not in finished_steps(self.folder):
+            raise OSError("it is not there")
+        if self._run_id is not None:
+            found = read_identity(self.folder.parent)
+            if found is None or found.id != self._run_id:
+                raise OSError(
+                    f"run.json beside it is {'gone' if found is None else 'of another run'}, so "
+                    "the workdir was deleted or replaced"
+                )
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
         """Does what may find that a save has failed, in this process or another.
@@ -163,20 +234,24 @@ class Checkpoints:
             failure = error
         if not hosts.agree(failure is not None).any():
             return
+        failed, self._step = self._step, None
         with contextlib.suppress(*FAILURES):
             self._manager.close()
         self._manager = self._open()
         kept = finished_steps(self.folder)
         message = (
-            f"the checkpoint of step {self._step} could not be written to {self.folder} "
+            f"the checkpoint of step {failed} could not be written to {self.folder} "
             f"({failure or 'another process says why'}); "
             + (f"the newest whole one is of step {kept[-1]}" if kept else "there is none before it")
         )
         if last or self._on_failed == "stop":
+            full = isinstance(failure, OSError) and failure.errno in FULL
+            full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
+            way_out = "Make room, and start" if full else "Start"
             raise SaveError(
-                f"{message}. Make room, and start the same command again: it goes on from there"
+                f"{message}. {way_out} the same command again: it resumes from there"
             ) from failure
-        logging.warning("%s; going on", message)
+        logging.warning("%s; the run continues", message)
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
         items = {
@@ -185,22 +260,17 @@ class Checkpoints:
         }
         if abstract.ema is not None:
             items[AVERAGE] = ocp.args.StandardRestore(abstract.ema)
+        read_mark(self.folder / str(step))  # raises where it is damaged
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         average = restored[AVERAGE] if abstract.ema is not None else None
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
-    def _put_aside(self, steps: list[int]) -> None:
-        """Renames the folders of checkpoints that cannot be read: nothing of them is lost, and the
-        run can save these steps again."""
-        if not steps:
-            return
+    def _put_aside(self, steps: Collection[int], why: str) -> None:
+        """Renames folders to WHY_STEP: nothing of them is lost, and the run can save these steps
+        again."""
         for step in steps if jax.process_index() == 0 else ():
-            aside = self.folder / f"damaged_{step}"
-            if aside.exists():
-                aside.rmtree()
-            (self.folder / str(step)).rename(aside)
-        self._manager.close()
-        self._manager = self._open()
+            _move(self.folder / str(step), self.folder / f"{why}_{step}")
+        hosts.agree(0)  # nobody continues before
 
     def _metric(self, checkpoint: Any) -> float:
         if checkpoint.metrics is not None and self._best in checkpoint.metrics:
@@ -234,6 +304,15 @@ class _Best(checkpoint_managers.PreservationPolicy):
         return [place == first for place in range(len(values))]
 
 
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Renames a folder; where the name is taken, to the next free one, TARGET_2 and so on."""
+    free, number = target, 1
+    while free.exists():
+        number += 1
+        free = target.parent / f"{target.name}_{number}"
+    source.rename(free)
+
+
 def write_params(
     workdir: epath.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
@@ -243,12 +322,18 @@ def write_params(
       workdir: new.
       params: nested dict of arrays.
       config: JSON of the run that could have made them.
+
+    Raises:
+      ValueError: for a folder that no checkpoint can be written to.
+      SaveError: when it could not be written, or does not read back.
     """
+    refuse_pattern(workdir, "workdir")
     none = np.zeros((), np.int32)
     state = TrainState(
         step=none, params=params, opt_state={}, ema=None, sums={}, skipped=none, skipped_in_row=none
     )
-    checkpoints = Checkpoints(workdir, keep=1, best=None)
+    run_id = keep_identity(workdir).id
+    checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
     try:
         checkpoints.save(state, step=0, config=config, metrics=None)
         checkpoints.wait()

@@ -15,7 +15,7 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from common_jax.checkpoint import absolute
+from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.command_line.fields import (
     SHOWN,
     check_field,
@@ -115,6 +115,7 @@ def read(
     noted = _read_overrides(config, argv)
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; --help shows what it is")
+    refuse_pattern(values["workdir"].value, "--workdir")
     _set_all(config, noted)
     return config, absolute(values["workdir"].value), [path for path, _ in noted]
 

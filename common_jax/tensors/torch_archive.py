@@ -118,6 +118,11 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
             f"PyTorch: {EXPORT}"
         )
     root = roots[0]
+    # What is there decides how the rest is read, so the entries must be those of the directory.
+    others = [name for name in names if not name.startswith((f"{root}data/", f"{root}data.pkl"))]
+    archive.require_room(others, limit=archive.size)
+    for name in others:
+        archive.read(name)
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
         raise RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
     script = f"{root}constants.pkl" in names

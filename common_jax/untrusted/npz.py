@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -57,5 +58,9 @@ def _array(name: str, content: bytearray) -> np.ndarray:
             f"declares {brief(name)} as {dtype} {brief(shape)}, which its {len(content) - end} "
             "bytes are not"
         )
+    if dtype.kind == "U":
+        codes = np.frombuffer(content, np.dtype("u4").newbyteorder(dtype.byteorder), offset=end)
+        if (codes > sys.maxunicode).any():  # of which numpy would make texts that break Python's
+            raise RefusedError(f"holds {brief(name)} with characters that there are not")
     array = np.frombuffer(content, dtype, math.prod(shape), end)
     return array.reshape(shape, order="F" if match["turned"] == "True" else "C")

@@ -1,16 +1,36 @@
-"""A run's folder: who writes there, its JSON files, and the config that it belongs to."""
+"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity,
+and the places that the config names."""
 
-from common_jax.workdir.claim import claim, holds_results, refuse_other_config
+from common_jax.workdir.claim import (
+    claim,
+    contradictions,
+    holds_results,
+    plain,
+    refuse_other_config,
+)
 from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json
+from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
+from common_jax.workdir.places import check_input, check_output
+from common_jax.workdir.results import read_result
+from common_jax.workdir.versions import freeze_stored
 
 __all__ = [
+    "Identity",
     "LockLost",
     "Locked",
+    "check_input",
+    "check_output",
     "claim",
+    "contradictions",
+    "freeze_stored",
     "hold",
     "holds_results",
+    "keep_identity",
+    "plain",
+    "read_identity",
     "read_json",
+    "read_result",
     "refuse_other_config",
     "require",
     "temporary_beside",

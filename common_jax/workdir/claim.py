@@ -1,5 +1,7 @@
 """A workdir belongs to one config: others are refused, with the fields that differ."""
 
+import dataclasses
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -9,11 +11,15 @@ import jax
 from etils import epath
 
 from common_jax import config as configs
+from common_jax.workdir import versions
 from common_jax.workdir.files import read_json, write_json
 from common_jax.workdir.lock import require
 
+FILE = "config.json"
+SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
 
-def claim(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+
+def claim(workdir: epath.PathLike, config: Any) -> None:
     """Keeps `config` in a workdir of several runs; raises as `refuse_other_config` and
     `require`."""
     refuse_other_config(workdir, config)
@@ -21,16 +27,28 @@ def claim(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
+        write_json(workdir / FILE, plain(config))
 
 
-def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = "") -> None:
     """Raises ValueError when `workdir` holds a run of another config, with the fields that differ;
-    one that came to no checkpoint and no result may be replaced, which the log says."""
-    path = epath.Path(workdir) / "config.json"
+    one that came to no checkpoint and no result may be replaced, which the log says.
+
+    Args:
+      workdir: of the run.
+      config: frozen dataclass of the run. Fields that the stored config lacks, since an earlier
+        version wrote it, are taken as the dataclass's defaults; those that this version lacks are
+        named in a warning. Of a plain mapping all fields must be there.
+      apart: regex of fields that may differ.
+    """
+    path = epath.Path(workdir) / FILE
     if not path.exists():
         return
-    lines = configs.difference(_lasting(read_json(path)), _lasting(config))
+    stored = read_json(path)
+    if dataclasses.is_dataclass(config):
+        stored, gone = versions.fill(type(config), stored)
+        versions.name_gone(gone, path)
+    lines = configs.difference(_lasting(stored, apart), _lasting(plain(config), apart))
     if lines and not holds_results(workdir):
         logging.info(
             "%s was started with another config and came to no checkpoint: this config takes its "
@@ -40,7 +58,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> N
     elif lines:
         raise ValueError(
             f"{workdir} holds a run of another config:\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(_shorten(lines))
             + "\ngive another --workdir, or the flags that make these fields equal"
         )
 
@@ -64,6 +82,23 @@ def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
     return False
 
 
+def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
+    """The fields that two configs both have and that differ, one line each, passing ones left
+    out: whether they may be of one run, of whatever versions they are."""
+    before, after = _lasting(stored), _lasting(plain(config))
+    return configs.difference(
+        {key: before[key] for key in before.keys() & after.keys()},
+        {key: after[key] for key in before.keys() & after.keys()},
+    )
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config, a frozen dataclass or a mapping, as config.json holds it."""
+    if dataclasses.is_dataclass(config):
+        config = configs.unfreeze(config).to_dict()
+    return dict(config)
+
+
 # Fields that change no more of what is computed than its rounding: a run may go on with others.
 # `remat` is a field of networks, wherever they stand.
 PASSING = re.compile(
@@ -74,6 +109,16 @@ PASSING = re.compile(
 )
 
 
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = configs.flatten(config)
-    return {key: value for key, value in flat if not PASSING.fullmatch(key)}
+def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
+    as_read = json.loads(json.dumps(config))  # tuples within tuples are lists there
+    flat = configs.flatten(as_read)
+    lasting = {key: value for key, value in flat if not PASSING.fullmatch(key)}
+    return {key: value for key, value in lasting.items() if not re.fullmatch(apart, key)}
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    # First what both have: where a section is of another kind, all of its fields are absent.
+    ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
+    cut = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]
+    more = len(cut) - SHOWN
+    return cut if more <= 0 else [*cut[:SHOWN], f"and {more} more"]

@@ -5,6 +5,7 @@ A split is listed without reading an image. Messages call the place `config.data
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -101,6 +102,7 @@ def find_folder(path: str, split: str) -> Found:
         a compressed or broken zip.
     """
     root = existing(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
+    split = "/".join(Path(split).parts)  # as names of files begin, without a slash at the end
     packed = root / f"{split}.zip"
     if root.is_dir() and not (root / split).is_dir() and packed.is_file():
         root = packed
@@ -247,11 +249,14 @@ def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
 
 def existing(path: str, what: str) -> Path:
     """`path`; FileNotFoundError, asking for `what`, where it is not there."""
-    root = Path(path).expanduser()
-    if not path or not root.exists():
-        beside = f"; beside it: {listed(p.name for p in root.parent.iterdir())}"
+    root = Path(os.path.expanduser(path))
+    if not path:
+        raise FileNotFoundError(f"config.data.path={path!r} is empty; give {what}")
+    if not os.path.exists(root):
+        above = next(folder for folder in root.absolute().parents if folder.is_dir())
+        beside = listed(p.name for p in above.iterdir()) or "nothing"
+        there = "beside it" if above == root.absolute().parent else f"in {str(above)!r}"
         raise FileNotFoundError(
-            f"config.data.path={path!r} does not exist; give {what}"
-            f"{beside if path and root.parent.is_dir() else ''}"
+            f"config.data.path={path!r} does not exist; give {what}; {there}: {beside}"
         )
     return root

@@ -102,7 +102,7 @@ def find_in_directory(root: Path, split: str) -> tuple[DirectoryFiles, list[str]
       OSError: a folder that cannot be read.
     """
     top = root / split
-    if not top.is_dir():
+    if not top.is_dir() or Path(split).is_absolute():
         raise missing_split(root, split, (p.name for p in root.iterdir() if p.is_dir()))
     at = f"config.data.path={str(root)!r}, split {split!r}"
     classes, loose = [], []
@@ -161,9 +161,13 @@ class _Walk:
     def images(self, folder: str, name: str) -> Iterator[str]:
         """Paths below `folder`, of class `name`, relative to it."""
         visited = set()
-        # (path as the user sees it, its real path, path below the class)
-        waiting = [(folder, os.path.realpath(folder), "")]
-        while waiting:
+        # (path as the user sees it, its real path, path below the class). Links wait until all
+        # real folders are read, so that names do not depend on the order of the disk.
+        waiting, links = [(folder, os.path.realpath(folder), "")], []
+        while waiting or links:
+            if not waiting:
+                links.sort(reverse=True)
+                waiting.append(links.pop())
             path, real, below = waiting.pop()
             if real in visited or self._holds_top(real):
                 self.left_out.append(path)
@@ -179,9 +183,10 @@ class _Walk:
                     if is_hidden(entry.name):
                         continue
                     if _is_folder(entry):
-                        inside = os.path.join(real, entry.name)
-                        target = os.path.realpath(inside) if entry.is_symlink() else inside
-                        waiting.append((entry.path, target, f"{below}{entry.name}/"))
+                        inside, linked = os.path.join(real, entry.name), entry.is_symlink()
+                        target = os.path.realpath(inside) if linked else inside
+                        queue = links if linked else waiting
+                        queue.append((entry.path, target, f"{below}{entry.name}/"))
                     elif is_image(entry.name):
                         yield below + entry.name
 

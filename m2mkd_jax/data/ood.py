@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
-from common_jax.config import Section
+from common_jax.config import Section, renamed, under
 from common_jax.ranges import Name, one_of
 from m2mkd_jax.data.folders import read_names
 from m2mkd_jax.data.listing import listed
@@ -72,7 +73,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
       FileNotFoundError: no such path, split or class list.
       ValueError: the images do not fit config.data, or a class is none of the training set's.
     """
-    try:
+    with renamed(OWN_KEYS), under("config.data"):
         own = dataclasses.replace(
             data,
             source=ood.source,
@@ -82,11 +83,6 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             test_per_class=0,
         )
         source = open_source(own, ood.split)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        message = str(error)
-        for key, own_key in OWN_KEYS.items():
-            message = message.replace(key, own_key)
-        raise type(error)(message) from error
     source = choose_classes(source, ood, base_names=label_names)
     own = dataclasses.replace(own, labels=len(source.label_names))
     classes = match_classes(
@@ -108,7 +104,7 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     """
     names = source.label_names
     if ood.classes:
-        chosen = set(read_names(Path(ood.classes).expanduser()))
+        chosen = set(read_names(Path(os.path.expanduser(ood.classes))))
         if lost := chosen - set(names):
             raise ValueError(
                 f"config.ood.classes={ood.classes!r} names {len(lost)} classes that "

@@ -13,8 +13,10 @@ from common_jax.inputs.pictures import require_small
 from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
 
 HEADER = 30  # bytes of a member's local header, before its name
+END = 22  # bytes of the record at the end, before the zip's comment
 UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
-NOWHERE = 2**63  # an offset beyond the end of any file
+CHECKED = 2**12  # other members whose names are checked at the start
+NOWHERE = 2**62  # an offset beyond the end of any file
 # What zipfile raises on a damaged central directory.
 BROKEN = (
     zipfile.BadZipFile,
@@ -39,7 +41,7 @@ class ZipFiles:
         self.root = root
         self.names = tuple(member.filename for member in members)
         # Unsigned, since zip64 may declare any size.
-        self._places = np.array([_place(member) for member in members], np.uint64).reshape(-1, 6)
+        self._places = np.array([_place(member) for member in members], np.uint64).reshape(-1, 7)
         self._file = root.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
 
@@ -56,14 +58,14 @@ class ZipFiles:
         Raises:
           OSError: its place, size, name or checksum are not what the zip says.
         """
-        offset, size, stored, checksum, length, name = map(int, self._places[index])
+        offset, size, stored, checksum, *name = map(int, self._places[index])
         # Compared before anything is allocated for it.
         if offset + size > self._size or size != stored:
             raise OSError(f"the zip says that it has {size} bytes, which are not there")
         require_small(size)
         # The local header repeats the name and may have another extra field than the directory's.
-        header = os.pread(self._file.fileno(), HEADER + length, offset)
-        if header[:4] != b"PK\x03\x04" or zlib.crc32(header[HEADER:]) != name:
+        header = _local_header(self._file.fileno(), offset, *name)
+        if header is None:
             raise OSError("the zip has something else where it should be")
         skip = HEADER + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         content = os.pread(self._file.fileno(), size, offset + skip)
@@ -73,12 +75,24 @@ class ZipFiles:
 
 
 def _place(member: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Offset, size, size in the zip, CRC; length and CRC of the name as it is stored."""
-    name = member.orig_filename.encode("utf-8" if member.flag_bits & UTF8 else "cp437")
+    """Offset, size, size in the zip, CRC; of the name as it is stored length, CRC and encoding."""
+    utf8 = member.flag_bits & UTF8
+    name = member.orig_filename.encode("utf-8" if utf8 else "cp437")
     # A damaged directory may put a member before the start of the file.
     offset = member.header_offset if member.header_offset >= 0 else NOWHERE
     sizes = member.file_size, member.compress_size
-    return offset, *sizes, member.CRC, len(name), zlib.crc32(name)
+    return offset, *sizes, member.CRC, len(name), zlib.crc32(name), utf8
+
+
+def _local_header(file: int, offset: int, length: int, checksum: int, utf8: int) -> bytes | None:
+    """The header before a member's content, name included; None where it is of another name."""
+    header = os.pread(file, HEADER + length, min(offset, NOWHERE))
+    same = (
+        header[:4] == b"PK\x03\x04"
+        and int.from_bytes(header[6:8], "little") & UTF8 == utf8
+        and zlib.crc32(header[HEADER:]) == checksum
+    )
+    return header if same else None
 
 
 def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
@@ -92,6 +106,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     try:
         with zipfile.ZipFile(root) as archive:
             members = archive.infolist()
+            _require_count(root, len(members), comment=len(archive.comment))
     except PermissionError:
         raise
     except BROKEN as error:
@@ -116,6 +131,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     require_class_folders(loose, classes, at=f"config.data.path={str(root)!r}, split {split!r}")
     images = [m for m in deep if parts[m.filename][0] and is_image("/".join(parts[m.filename]))]
     images.sort(key=lambda member: member.filename)
+    _require_left_out(root, members, images)
     twice = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
     _require_none(root, twice, "stand there more than once", "make the zip anew")
     locked = [m.filename for m in images if m.flag_bits & ENCRYPTED]
@@ -128,6 +144,35 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
         "images do not shrink and cannot be read by offset then: make the zip with `zip -0 -r`",
     )
     return ZipFiles(root, images), classes, depth
+
+
+def _require_count(root: Path, found: int, *, comment: int) -> None:
+    """Raises zipfile.BadZipFile where the list of members has lost some: damaged, one entry can
+    swallow the next."""
+    with root.open("rb") as file:
+        file.seek(-(END + comment), os.SEEK_END)
+        count = int.from_bytes(file.read(END)[10:12], "little")
+    # 0xFFFF stands for a number in zip64's own record; some programs count modulo 65,536.
+    if count not in (0xFFFF, found % 2**16):
+        raise zipfile.BadZipFile(f"{found} of its {count} members are listed")
+
+
+def _require_left_out(
+    root: Path, members: list[zipfile.ZipInfo], images: list[zipfile.ZipInfo]
+) -> None:
+    """Raises ValueError where one of the first CHECKED members that are no images of the split has
+    another name in its own header: a damaged directory can hide an image, which is then never read
+    and so never found to be bad."""
+    known = {member.filename for member in images}
+    rest = [m for m in members if m.filename not in known][:CHECKED]
+    with root.open("rb") as file:
+        for member in rest:
+            offset, _, _, _, *name = _place(member)
+            if _local_header(file.fileno(), offset, *name) is None:
+                raise ValueError(
+                    f"config.data.path={str(root)!r}: {listed([member.filename])} has another name "
+                    "in the zip's list than before its content; make the zip anew"
+                )
 
 
 def _leads_out(name: str) -> bool:

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError
 from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
@@ -47,7 +48,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+            raise ValueError(f"heads={self.heads} must divide width={self.width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,16 +200,15 @@ def build(
     classifies.
 
     Raises:
-      ValueError: for a stage without blocks, or an image side that does not split into patches.
+      FieldError: for a stage without blocks, or an image side that does not split into patches.
     """
     if interface.image_size % encoder.patch:
-        raise ValueError(
-            f"config.data.image_size={interface.image_size} must be a multiple of the patch, "
-            f"{encoder.patch}"
+        raise FieldError(
+            f"patch={encoder.patch} must divide config.data.image_size={interface.image_size}"
         )
     stages = tuple(stages)
     if not all(stages):
-        raise ValueError(f"depths={tuple(map(len, stages))} must all be at least 1")
+        raise FieldError(f"depths={tuple(map(len, stages))} must all be at least 1")
     return Network(
         tuple(
             EncoderStage(encoder, interface, blocks, i == 0, i == len(stages) - 1, dtype)

@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 
 from common_jax import checkpoint
-from common_jax.config import unfreeze
 from common_jax.report import dispensable, is_picture
 from common_jax.state import fold_name
 from common_jax.workdir import refuse_other_config
@@ -45,7 +44,7 @@ def start_circuit(config: Config, workdir: epath.Path) -> Circuit:
       ValueError: when the prior's graph does not fit the mediators, or the workdir is another
         run's.
     """
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     model, signatures = config.model, draw_signatures(config)
     prior = prepare_prior(
         model.prior,

@@ -4,6 +4,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Mapping
 
+from common_jax.config import under
 from common_jax.mesh import Rules
 from common_jax.weights import Allowance
 from m2mkd_jax.config import Config
@@ -41,12 +42,14 @@ def family(config: Config) -> Family:
 
 def whole_student(config: Config, *, drop_path: float = 0.0) -> Network | NacNetwork:
     """The whole student network."""
-    return family(config).whole(config, drop_path)
+    with under("config.model"):
+        return family(config).whole(config, drop_path)
 
 
 def student_modules(config: Config, *, drop_path: float = 0.0) -> Network:
     """The student network cut into students, one a stage."""
-    return family(config).modules(config, drop_path)
+    with under("config.model"):
+        return family(config).modules(config, drop_path)
 
 
 def _vmoe_whole(config: Config, drop_path: float) -> Network:

@@ -11,6 +11,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
+from common_jax.config import under
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
@@ -31,12 +32,14 @@ EXPERT_NAMES = {
 
 def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The shared meta model."""
-    return vit.build(config.meta, config.interface, dtype=config.dtype, drop_path=drop_path)
+    with under("config.meta"):
+        return vit.build(config.meta, config.interface, dtype=config.dtype, drop_path=drop_path)
 
 
 def teacher_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The teacher, cut into as many stages."""
-    return vit.build(config.teacher, config.interface, dtype=config.dtype, drop_path=drop_path)
+    with under("config.teacher"):
+        return vit.build(config.teacher, config.interface, dtype=config.dtype, drop_path=drop_path)
 
 
 def wanted(

@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import under, unfreeze
-from common_jax.workdir import claim, read_json, refuse_other_config
-from m2mkd_jax.config import Config
+from common_jax.config import renamed, under
+from common_jax.workdir import claim, read_result, refuse_other_config
+from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.circuit import check_circuit
@@ -91,18 +91,28 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
       The result of the end-to-end run.
     """
     workdir = epath.Path(workdir)
-    refuse_other_config(workdir, unfreeze(config).to_dict())
+    refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
-    claim(workdir, unfreeze(config).to_dict())
+    claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):
-        done = workdir / folder / "result.json"
-        if done.exists():
+        # A moved pipeline names other folders as sources than its finished runs did.
+        result = read_result(
+            workdir / folder, run_config, phase=run_config.phase, apart=r"sources\..*"
+        )
+        if result is not None:
             logging.info("%s is finished already", folder)
-            results[folder] = read_json(done)
+            results[folder] = result
         else:
-            results[folder] = run_phase(run_config, workdir / folder, mesh)
+            with renamed(recipe_keys(run_config.phase)):
+                results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
+
+
+def recipe_keys(phase: str) -> dict[str, str]:
+    """Where what a phase is trained with stands in a pipeline's config, for messages."""
+    names = (field.name for field in dataclasses.fields(Recipe))
+    return {f"config.{name}": f"config.recipes.{phase}.{name}" for name in names}
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
@@ -123,15 +133,20 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         if getattr(config.sources, role):
             check_source(config, role, mesh)
     sources = few_shot.load_splits(config)  # of all runs
+    trainings = []
     for folder, one in left:
-        key = f"config.recipes.{one.phase}"
-        if one.phase == "few_shot":
-            few_shot.check(one, mesh, sources, key=key)
-            continue
-        if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
-            check_circuit(one)
-        feed = config_feed(one, workdir / folder, sources)
-        check_training(describe(one, mesh), feed, mesh, key=key)
+        with renamed(recipe_keys(one.phase)):
+            if one.phase == "few_shot":
+                training, feed = few_shot.check_episodes(one, mesh, sources)
+            else:
+                training, feed = describe(one, mesh), config_feed(one, workdir / folder, sources)
+            if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
+                check_circuit(one)
+        trainings.append((training, feed, one.phase))
+    for trace in (False, True):  # what is quick to see first
+        for training, feed, phase in trainings:
+            with renamed(recipe_keys(phase)):
+                check_training(training, feed, mesh, key=f"config.recipes.{phase}", trace=trace)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:

@@ -10,8 +10,8 @@ from etils import epath
 from flax import traverse_util
 
 from common_jax import checkpoint
-from common_jax.config import freeze
 from common_jax.tensors import Account, list_problems
+from common_jax.workdir import freeze_stored
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
@@ -57,12 +57,13 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
       ValueError: when it is not of m2mKD, or has several modules, or not this one; for parameters
         that are not of its config, all of which are named.
     """
+    source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
     if saved.get("phase") not in KIND_OF_PHASE:
         raise ValueError(
             f"{source} is no run of m2mKD: its config has phase={saved.get('phase')!r}"
         )
-    config = freeze(Config, saved)
+    config = freeze_stored(Config, saved, source)
     shapes = checkpoint.load_shapes(source)
     name = kind_of_run(config, shapes)
     if stage is not None and name == "teacher":

@@ -175,11 +175,17 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
             {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
             r"captions_val2017\.json is no whole file",
         ),
+        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
+        ({"images": [{"id": [3], "file_name": "x"}]}, r"captions_val2017\.json is no whole file"),
+        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
     ):
         coco(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
             load_corpus(config, "val2017", ("en",))
     path = tmp_path / "annotations/captions_val2017.json"
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match=r"captions_val2017\.json .* nests too deep; fetch it"):
+        load_corpus(config, "val2017", ("en",))
     path.write_bytes(b'{"images": "\xe4"}')
     with pytest.raises(ValueError, match=r"captions_val2017\.json is not UTF-8 .*byte 12\)"):
         load_corpus(config, "val2017", ("en",))

@@ -1,6 +1,7 @@
 """Published tokenizers: ids are SentencePiece's, text stays text, and broken files are refused."""
 
 import base64
+import dataclasses
 import json
 import re
 import types
@@ -9,9 +10,12 @@ import unicodedata
 import numpy as np
 import pytest
 import sentencepiece
+from etils import epath
 from sentencepiece import sentencepiece_model_pb2
+from tiny_cliptrans import tiny_config
 
 from cliptrans_jax import pretrained
+from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data import token_files
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
@@ -19,6 +23,8 @@ from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.encoders import TextTower, load_published_text
 from cliptrans_jax.models.clip import ClipTextConfig
 from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.runs.material import Material
+from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -389,3 +395,35 @@ def test_language_codes_are_mbarts():
     assert [250001 + last.index(MBART50_CODES[code]) for code in ("ar", "de", "en", "zh")] == [
         250001, 250003, 250004, 250025,
     ]  # fmt: skip
+
+
+def test_the_translators_tokenizer_has_its_languages(model, tmp_path):
+    folder = write(tmp_path / "files", unigram_json(model, ["<mask>"]))
+    config = dataclasses.replace(
+        tiny_config("translate", None),
+        tokenizer=TokenizerConfig("xlmr", str(folder), max_length=20),
+    )
+    message = r"config\.tokenizer\.kind='xlmr' has no token for the language 'en'.*'mbart50' or"
+    with pytest.raises(ValueError, match=message):
+        Material(config, epath.Path(tmp_path), make_mesh(MeshConfig())).tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["model", "clip"])
+def test_weights_of_a_run_with_another_kind_of_tokenizer_are_refused(
+    model, tmp_path, monkeypatch, name
+):
+    folder = write(tmp_path / "files", unigram_json(model, PUBLISHED["mbart50"].last))
+    tokenizer = TokenizerConfig("mbart50", str(folder), max_length=20)
+    sources = SourcesConfig(**{name: "runs/other"})
+    config = dataclasses.replace(
+        tiny_config("translate", None), tokenizer=tokenizer, sources=sources
+    )
+    step = epath.Path(tmp_path / "runs" / "checkpoints" / "6")
+    monkeypatch.setattr(checkpoint, "find_step", lambda source: step)
+    found = Material(config, epath.Path(tmp_path), make_mesh(MeshConfig()))
+    monkeypatch.setattr(checkpoint, "load_config", lambda path: {"tokenizer": {"kind": "trained"}})
+    message = rf"config\.sources\.{name}='runs/other' .*kind='trained'.*kind='mbart50'"
+    with pytest.raises(ValueError, match=message):
+        found.tokenizer  # noqa: B018
+    monkeypatch.setattr(checkpoint, "load_config", lambda path: {"tokenizer": {"kind": "mbart50"}})
+    assert found.tokenizer.vocab == 87 - 1 + 53

@@ -3,6 +3,7 @@ killed, and compute the same on eight devices."""
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 
@@ -335,6 +336,20 @@ def test_the_best_checkpoint_is_the_earliest_of_the_highest(finished, tmp_path):
     )
     assert best_step(epath.Path(run), "val/bleu").name == "6"
     assert best_step(epath.Path(run), None).name == "9"
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [((4.0, math.nan, 3.0), "3"), ((math.nan, 2.0, math.inf), "6")]
+)
+def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
+    tmp_path, monkeypatch, values, best
+):
+    monkeypatch.setattr(checkpoint, "finished_steps", lambda folder: [3, 6, 9])
+    lines = [
+        {"step": step, "val/bleu": value} for step, value in zip((3, 6, 9), values, strict=True)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_step(epath.Path(tmp_path), "val/bleu").name == best
 
 
 @pytest.fixture(scope="module")

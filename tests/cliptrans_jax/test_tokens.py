@@ -155,7 +155,26 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     path = tmp_path / "t.json"
     with pytest.raises(FileNotFoundError, match=r"t\.json is missing and there is nothing"):
         load_or_train_tokenizer(CONFIG, None, LANGUAGES, path)
-    for content in ("{", "[]", json.dumps({"made_from": {}, "bpe": "{}"})):
+    load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
+    good = json.loads(path.read_text())
+    bpe = json.loads(good["bpe"])
+    vocab = bpe["model"]["vocab"]
+
+    def with_vocab(changed):
+        model = bpe["model"] | {"vocab": changed}
+        return json.dumps(good | {"bpe": json.dumps(bpe | {"model": model})})
+
+    for content in (
+        "{",
+        "[]",
+        json.dumps({"made_from": {}, "bpe": "{}"}),
+        json.dumps(good | {"made_from": []}),
+        json.dumps(good | {"bpe": "[" * 100_000}),
+        json.dumps(good | {"bpe": json.dumps(bpe | {"model": None})}),
+        with_vocab({token: i for i, token in enumerate(reversed(vocab))}),
+        with_vocab(vocab | {"x y": 10**6}),
+        with_vocab({token: i for token, i in vocab.items() if token != "!"}),
+    ):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"t\.json is no tokenizer of this project .*remove"):
             load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)

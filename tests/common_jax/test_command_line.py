@@ -308,3 +308,17 @@ def test_fields_of_a_converted_file_are_set_as_flags_are(file):
     set_field(config, "model.depths", "6,6")
     set_field(config, "run.best", "None")
     assert config.model.depths == (6, 6) and config.run.best is None
+
+
+def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, capsys):
+    called = []
+    argv = ["run", f"--config={file}:one", "--workdir=w", "--config.optim.lr=2"]
+    main = lambda config, workdir: called.append(config.optim.lr)  # noqa: E731
+    app.run(main, "", argv)
+    app.run(main, "", argv, kind="phase")
+    assert "changes nothing" not in capsys.readouterr().err
+    app.run(main, "", argv, kind="phase", reads={"one": ("model",), "two": ("optim",)})
+    assert (
+        "--config.optim.lr changes nothing: phase='one' does not read it" in capsys.readouterr().err
+    )
+    assert called == [2.0] * 3

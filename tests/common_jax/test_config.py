@@ -1,10 +1,21 @@
 """ConfigDict outside, frozen dataclasses inside: what is accepted, and what the refusals say."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
-from common_jax.config import difference, freeze, parse_args, unfreeze
+from common_jax.config import (
+    FieldError,
+    Section,
+    difference,
+    freeze,
+    parse_args,
+    renamed,
+    under,
+    unfreeze,
+)
+from common_jax.ranges import Fraction, Regex, Size, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +30,28 @@ class Outer:
     depths: tuple[int, ...] = (3, 3)
     clip: float | None = None
     table: dict[str, Inner] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(Section):
+    heads: Size = 2
+    width: Size = 8
+    rate: Fraction = 0.5
+    limit: Fraction | None = None
+    sides: Sizes = (1,)
+    paths: Regex = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.heads:
+            raise FieldError(f"heads={self.heads} must divide width={self.width}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Section):
+    first: Heads = Heads()
+    second: Heads = Heads()
+    named: dict[str, Heads] = dataclasses.field(default_factory=dict)
 
 
 def test_round_trip_keeps_values_and_types():
@@ -57,6 +90,66 @@ def test_wrong_values_are_named(config, message):
 
 def test_an_integer_may_stand_for_a_float():
     assert freeze(Outer, {"moe": {"rate": 1}}).moe.rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"first": {"rate": 2}}, "config.first.rate=2 must be in [0, 1]"),
+        ({"second": {"rate": 2.0}}, "config.second.rate=2.0 must be in [0, 1]"),
+        ({"named": {"a": {"rate": -1}}}, "config.named.a.rate=-1 must be in [0, 1]"),
+        ({"first": {"limit": float("nan")}}, "config.first.limit=nan must be in [0, 1], or None"),
+        (
+            {"first": {"limit": "x"}},
+            "config.first.limit='x' must be of type float or None",
+        ),
+        ({"first": {"sides": (4, 0)}}, "config.first.sides[1]=0 must be at least 1"),
+        ({"first": {"sides": ()}}, "config.first.sides=() must be a tuple that is not empty"),
+        ({"second": {"heads": 3}}, "config.second.heads=3 must divide width=8"),
+        ({"named": {"a": {"heads": 3}}}, "config.named.a.heads=3 must divide width=8"),
+        ({"second": None}, "config.second=None must be a section with the fields of Heads"),
+        ({"second": Both()}, "config.second=Both("),
+        ({"named": 3}, "config.named=3 must be a section"),
+        (
+            {"first": {"paths": "(a"}},
+            "config.first.paths='(a' must be a regular expression",
+        ),
+        ({"first": {"width": 2**31}}, "config.first.width=2147483648 must be at most 2147483647"),
+        ({"first": {"heads": 10**5000}}, "config.first.heads=a number of 16610 bits must be at"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_path_once(config, message):
+    with pytest.raises(ValueError) as error:
+        freeze(Both, config)
+    assert str(error.value).startswith(message)
+    assert str(error.value).count("config.") == 1
+    assert len(str(error.value)) < 500
+
+
+def test_a_section_made_in_python_is_checked_too():
+    with pytest.raises(FieldError, match=r"^rate=2\.0 must be in \[0, 1\]$"):
+        Heads(rate=2.0)
+    with pytest.raises(FieldError, match=r"^heads=3 must divide width=8$"):
+        dataclasses.replace(Heads(), heads=3)
+    with pytest.raises(ValueError, match=r"^config\.a\.heads=3 must"), under("config.a"):
+        Heads(heads=3)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    with pytest.raises(ValueError, match=r"^config\.first\.paths='\(aaa") as error:
+        freeze(Both, {"first": {"paths": "(" + "a" * 10_000}})
+    assert len(str(error.value)) < 500
+
+
+def test_keys_of_a_recipe_are_called_by_their_own_path():
+    keys = {"config.optim": "config.recipes.distill.optim"}
+    with pytest.raises(FileNotFoundError) as error, renamed(keys):
+        raise FileNotFoundError("config.optim.batch=8, or config.recipes.distill.optim.steps")
+    assert str(error.value) == (
+        "config.recipes.distill.optim.batch=8, or config.recipes.distill.optim.steps"
+    )
+    with pytest.raises(FileNotFoundError, match=r"No such file.*config\.optim"), renamed(keys):
+        pathlib.Path("/nowhere/config.optim").read_text()
 
 
 def test_difference_names_changed_and_absent_leaves():

@@ -158,9 +158,20 @@ def test_classes_that_share_a_folder_are_refused(tmp_path):
 def test_a_folder_linked_twice_within_its_class_counts_once(tmp_path):
     root = make(tmp_path / "set", train={"ant": 1})
     draw(tmp_path / "elsewhere/a.png")
-    for name in ("x", "y"):
+    for name in ("y", "x"):
         (root / "train/ant" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert len(load_source(data_of(root, 1), "train")) == 2
+    draw(root / "train/ant/z/b.png")
+    (root / "train/ant/a").symlink_to("z", target_is_directory=True)
+    source = load_source(data_of(root, 1, in_memory="never"), "train")
+    # A real folder goes before links to it, and of two links the first by name.
+    assert source.files.names == ("train/ant/0.png", "train/ant/x/a.png", "train/ant/z/b.png")
+
+
+def test_a_split_may_end_in_a_slash(tmp_path):
+    root = make(tmp_path / "set", train={"ant": 1, "bee": 1})
+    assert load_source(data_of(root, 2), "train/").labels.tolist() == [0, 1]
+    with pytest.raises(FileNotFoundError, match="no split '/'"):
+        load_source(data_of(root, 2), "/")
 
 
 def test_links_to_files_are_images_and_those_that_lead_nowhere_are_bad(tmp_path):

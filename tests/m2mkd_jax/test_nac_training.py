@@ -247,5 +247,7 @@ def test_misspelt_fields_of_the_student_are_named(change, said):
 
 def test_sampled_edges_need_noise_in_evaluation():
     student = dataclasses.replace(NAC, kernel=KernelConfig(evaluation="sample"))
-    with pytest.raises(ValueError, match=r"config\.evaluation\.noise='mean' draws nothing"):
+    with pytest.raises(
+        ValueError, match=r"^model\.kernel\.evaluation=.* evaluation\.noise='mean' draws nothing"
+    ):
         nac_config("end_to_end", model=student, evaluation=EvaluationConfig("mean"))

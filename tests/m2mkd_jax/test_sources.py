@@ -159,6 +159,11 @@ def test_missing_paths_and_splits_say_what_is_there(folder, tmp_path):
         load_source(config_of(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path=''"):
         load_source(config_of(""), "train")
+    far = tmp_path / "set" / "no" / "such"
+    with pytest.raises(FileNotFoundError, match=r"no/such' does not exist.*; in '.*/set': train,"):
+        load_source(config_of(far), "train")
+    with pytest.raises(FileNotFoundError, match=r"path='~nobody-here/x' does not exist"):
+        load_source(config_of("~nobody-here/x"), "train")
     for path in (folder, zipped(folder, tmp_path / "set.zip")):
         with pytest.raises(FileNotFoundError, match=r"no split 'test', only: train, val"):
             load_source(config_of(path), "test")

@@ -71,6 +71,34 @@ def test_a_member_that_is_not_as_declared_is_one_bad_image(tmp_path, place, cont
         np.testing.assert_array_equal(source[index]["image"], index)
 
 
+@pytest.mark.parametrize("content", [b"trbin/ant/1.png", b"train/ant/1.pnx", b".rain/ant/1.png"])
+def test_a_damaged_name_hides_no_image(tmp_path, content):
+    path = change(make(tmp_path / "set.zip"), 1, NAME, content)
+    with pytest.raises(ValueError, match=r"set\.zip': .*ant/1\.pn. has another name"):
+        load(path)
+
+
+def test_an_entry_that_swallows_the_next_is_refused(tmp_path):
+    whole = make(tmp_path / "set.zip").read_bytes()
+    first = whole.index(b"PK\x01\x02")
+    entry = whole.index(b"PK\x01\x02", first + 1) - first  # all are of one length
+    path = change(tmp_path / "set.zip", 2, 32, struct.pack("<H", entry))  # as a comment
+    with pytest.raises(ValueError, match=r"set\.zip.*3 of its 4 members are listed"):
+        load(path)
+
+
+def test_a_zip_with_a_comment_is_read(tmp_path):
+    with zipfile.ZipFile(make(tmp_path / "set.zip"), "a") as archive:
+        archive.comment = b"four images"
+    assert len(load(tmp_path / "set.zip")) == 4
+
+
+def test_a_name_in_another_encoding_is_a_bad_image(tmp_path):
+    path = make(tmp_path / "set.zip", ("train/k\u00e4fer/0.png",))
+    with pytest.raises(BadExample, match="something else"):
+        load(change(path, 0, FLAGS, b"\0\0"), labels=1)[0]
+
+
 def test_a_zip64_size_of_any_number_is_one_bad_image(tmp_path):
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:

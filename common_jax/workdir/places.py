@@ -1,0 +1,77 @@
+"""Checks of the places that a command line names, before anything is computed."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def check_input(key: str, value: str, expected: str) -> None:
+    """Raises FileNotFoundError unless the file or folder that a field names is there.
+
+    Args:
+      key: the field as it is set, such as "config.data.path".
+      value: a path; empty, or in a bucket (`gs://...`), it is not looked at.
+      expected: what belongs there.
+    """
+    if not value or "://" in value:
+        return
+    path = pathlib.Path(value).expanduser()
+    try:
+        path.stat()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{_named(key, value)} cannot be found ({_reason(path, error)}); give {expected}"
+        ) from error
+
+
+def check_output(key: str, value: epath.PathLike) -> None:
+    """Raises OSError unless `value` is a folder, or one that can be made; writes nothing that
+    stays.
+
+    Args:
+      key: the flag or the field, such as "--workdir".
+      value: a path; in a bucket it is not looked at.
+    """
+    if "://" in str(value):
+        return
+    path = pathlib.Path(value).expanduser().absolute()
+    try:
+        # A folder that is there may be read alone: a finished run is only looked at.
+        if not os.path.isdir(path):
+            if os.path.exists(path):
+                raise NotADirectoryError("it is a file")
+            with tempfile.TemporaryDirectory(dir=_nearest(path)):
+                pass
+    except OSError as error:
+        raise type(error)(
+            f"{_named(key, str(value))} cannot be made a folder ({_reason(path, error)}); give "
+            "another one"
+        ) from error
+
+
+def _named(key: str, value: str) -> str:
+    text = repr(value) if len(value) <= 300 else f"{value[:300]!r}..."
+    return f"{key}={text}"
+
+
+def _reason(path: pathlib.Path, error: OSError) -> str:
+    """What is wrong with `path`, and the last part of it that is there."""
+    why = error.strerror or str(error)
+    nearest = _nearest(path.absolute())
+    if nearest == path.absolute():
+        return why
+    is_file = ", a file," if nearest.is_file() else ""
+    return f"{why}; {nearest}{is_file} is the last part of it that exists"
+
+
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+    """The last part of an absolute path that is there."""
+    return next(one for one in _upwards(path) if os.path.exists(one))
+
+
+def _upwards(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    yield path
+    yield from path.parents

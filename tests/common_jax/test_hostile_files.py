@@ -1,0 +1,345 @@
+"""Files that would harm: what they declare is compared with what is there before they are read."""
+
+import json
+import re
+import struct
+import tracemalloc
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch_files
+from safetensors.numpy import save_file
+from same import assert_same
+from torch_files import Call, Global, New, Raw, storage, tensor
+
+from common_jax.tensors import read_plain, read_tensors, torch_archive
+from common_jax.untrusted import brief, parse_json, plain, read_npz
+
+FLOATS = storage("FloatStorage", "0", 2)
+ONES = tensor(FLOATS, (2,), (1,))
+# Each holds the one before twice.
+DOUBLED = b"]q\x000" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(40)) + b"h("
+TUPLES = b")q\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h("
+DEEP = b")" + b"\x85" * 20_000  # ((((...
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    """Fails when a test takes more than 64 MB."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+def archive(tmp_path, value, storages=None, *, extra=None):
+    path = tmp_path / "weights.pth"
+    numbers = {"0": np.ones(2, np.float32)} if storages is None else storages
+    torch_files.write_archive(path, value, numbers, extra=extra)
+    return path
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"]r\x00\x00\x00\x10",  # a memo index of 2^28, which took 4 GiB
+        DOUBLED,  # 2^40 lists
+        b"}" + TUPLES + b"Ns",  # 2^40 tuples to hash
+        b"}" + DEEP + b"Ns",  # tuples that nest too deep to hash
+    ],
+    ids=["memo", "lists", "tuples", "deep"],
+)
+def test_what_a_pickle_repeats_costs_nothing(tmp_path, opcodes):
+    path = archive(tmp_path, {"model": {"a": ONES}, "odd": Raw(opcodes)})
+    assert_same(read_tensors(path), {"a": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"weights\.pth holds 'b', a (list|dict), where"):
+        read_tensors(archive(tmp_path, {"a": ONES, "b": Raw(opcodes)}))
+
+
+def test_lists_of_lists_are_plain_only_where_they_are_of_a_size_to_write(tmp_path):
+    few = [[1, 2], [3.5, "x"]]
+    path = archive(tmp_path, {"model": {"a": ONES}, "few": few, "many": Raw(DOUBLED), "no": [ONES]})
+    assert read_plain(path) == {"few": few}
+    itself = Raw(b"]q\x00h\x00a")
+    assert read_plain(archive(tmp_path, {"model": {"a": ONES}, "list": itself, "x": 1})) == {"x": 1}
+    nested = Raw(b"]" * 100 + b"a" * 99)
+    with pytest.raises(ValueError, match=r"weights\.pth holds lists that nest deeper than 64"):
+        read_plain(archive(tmp_path, {"model": {"a": ONES}, "list": nested}))
+
+
+HUGE = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (tensor(FLOATS, (HUGE,), (0,)), "more than 64 times the numbers that the file holds"),
+        (tensor(FLOATS, (0, 1 << 61, 1 << 61), (1, 1, 1)), "more than 64 times"),
+        (tensor(FLOATS, (1 << 62,), (0,)), "gives a the shape"),
+        (tensor(FLOATS, (2.0,), (1,)), r"gives a the shape \(2\.0,\)"),
+        (tensor(FLOATS, (True, 2), (1, 1)), r"gives a the shape \(True, 2\)"),
+        (tensor(FLOATS, (2,), (1 << 62,)), "gives a the shape"),
+        (tensor(FLOATS, (1,), (1,), offset=1 << 61), "which is too few"),
+        (tensor(FLOATS, (1,), (1,), offset="0"), "gives a the shape .* at '0'"),
+        (tensor(FLOATS, (1,) * 65, (1,) * 65), "a shape or strides that are none"),
+        (tensor(FLOATS, None, (1,)), "a shape or strides that are none: None"),
+        (tensor(FLOATS, (2,), (1,), more=({}, 5)), "has a damaged data.pkl"),
+        (tensor(storage("FloatStorage", "0", HUGE), (2,), (1,)), "should be 4398046511104"),
+        (tensor(storage("FloatStorage", "0", 2.0), (2,), (1,)), r"a storage '0' of 2\.0 numbers"),
+        (tensor(storage("FloatStorage", 0, 2), (2,), (1,)), "a storage 0 of 2 numbers"),
+        (Raw(b"\x8e" + struct.pack("<Q", HUGE)), "has a damaged data.pkl"),
+        (Raw(b"\x8b\xff\xff\xff\x7f"), "has a damaged data.pkl"),
+        (Raw(b"\x8a\xff" + b"\xff" * 254 + b"\x7f"), "holds an integer of 2039 bits"),
+        (Raw(b"L" + b"9" * 5000 + b"L\n"), "has a damaged data.pkl"),
+        (Raw(b"\x82\x01"), "uses an opcode that PyTorch does not write"),
+        (Raw(b"K\x01)R"), "has a damaged data.pkl .*cannot be called"),
+        (Raw(b"ctorch\nSize\n(K\x01tR"), "a shape or strides that are none: 1"),
+    ],
+)
+def test_odd_numbers_are_refused_before_anything_is_read(tmp_path, value, message):
+    path = archive(tmp_path, {"a": value})
+    with pytest.raises(ValueError, match=rf"weights\.pth .*{message}") as caught:
+        read_tensors(path)
+    assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+
+
+def test_steps_along_an_axis_of_length_1_may_be_of_any_length(tmp_path):
+    path = archive(tmp_path, {"a": tensor(FLOATS, (1, 2), (1 << 61, 1))})
+    assert_same(read_tensors(path), {"a": np.ones((1, 2), np.float32)})
+
+
+def test_a_storage_larger_than_its_count_is_not_read(tmp_path):
+    large = np.zeros(1 << 24, np.uint8)
+    value = {"a": tensor(storage("FloatStorage", "0", 2), (2,), (1,))}
+    path = archive(tmp_path, value, {"0": large})
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    with pytest.raises(ValueError, match="16777216 bytes in weights/data/0, which should be 8"):
+        read_tensors(path)
+    assert tracemalloc.get_traced_memory()[1] - before < 4 << 20
+
+
+def packed(path, contents):
+    """A zip whose entries are compressed."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in contents.items():
+            file.writestr(f"weights/{name}", content)
+    return path
+
+
+def test_what_inflates_is_bounded(tmp_path):
+    pickled = b"\x80\x02" + torch_files.encode({"a": ONES}) + b"."
+    numbers = np.random.default_rng(0).normal(size=2).astype(np.float32).tobytes()
+    path = packed(tmp_path / "a.pth", {"data.pkl": pickled, "data/0": numbers})
+    np.testing.assert_array_equal(read_tensors(path)["a"], np.frombuffer(numbers, np.float32))
+    count = 1 << 22
+    value = {"a": tensor(storage("FloatStorage", "0", count), (count,), (1,))}
+    bomb = b"\x80\x02" + torch_files.encode(value) + b"."
+    packed(path, {"data.pkl": bomb, "data/0": bytes(4 * count)})
+    with pytest.raises(ValueError, match=r"a\.pth declares 16777216 bytes in 'weights/data/0'"):
+        read_tensors(path)
+    packed(path, {"data.pkl": b"\x80\x02" + b"]" * (1 << 22) + b".", "data/0": numbers})
+    with pytest.raises(ValueError, match=r"a\.pth declares 4194307 bytes in 'weights/data\.pkl'"):
+        read_tensors(path)
+
+
+def test_an_entry_that_inflates_to_more_than_it_declares_is_cut_there(tmp_path):
+    path = packed(tmp_path / "a.npz", {"x": b""})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x.npy", bytes(1 << 24))
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(struct.pack("<I", 1 << 24), struct.pack("<I", 100)))
+    tracemalloc.reset_peak()
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or cut off \(Bad CRC-32"):
+        read_npz(path, ["x"])
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+
+
+def test_an_entry_that_two_names_lead_to_or_none_is_refused(tmp_path):
+    path = archive(tmp_path, {"a": ONES})
+    raw = path.read_bytes()
+    last = raw.rindex(b"weights/data/0")
+    path.write_bytes(raw[:last] + b"weights/data/1" + raw[last + 14 :])  # in the directory alone
+    with pytest.raises(ValueError, match=r"weights\.pth (lacks weights/data/0|is damaged)"):
+        read_tensors(path)
+    archive(tmp_path, {"a": ONES}, extra={"byteorder": b"big"})
+    raw = path.read_bytes()
+    last = raw.rindex(b"weights/byteorder")
+    path.write_bytes(raw[:last] + b"weights/byteordex" + raw[last + 17 :])
+    with pytest.raises(ValueError, match=r"weights\.pth is damaged .*header"):
+        read_tensors(path)
+    archive(tmp_path, {"a": ONES})
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.writestr("weights/data.pkl", b"\x80\x02}.")
+    with pytest.raises(ValueError, match="two entries of one name"):
+        read_tensors(path)
+
+
+def test_shared_modules_of_a_script_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_archive, "MOST_VISITS", 1000)
+    opcodes = torch_files.encode(New(Global("__torch__", "Net"), {"weight": ONES})) + b"q\x00"
+    for i in range(40):  # each module holds the one before twice: 2^40 paths
+        opcodes += b"c__torch__\nNet\n)\x81}(Vx\nh%cVy\nh%cubq%c" % (i, i, i + 1)
+    path = archive(tmp_path, Raw(opcodes), extra={"constants.pkl": b""})
+    with pytest.raises(ValueError, match=r"weights\.pth has modules that nest deeper than 64"):
+        read_tensors(path)
+
+
+# ----- safetensors -----
+
+
+def write(path, header, numbers=bytes(8)):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + numbers)
+    return path
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8), **more):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
+
+
+def test_narrow_types_of_safetensors_are_read(tmp_path):
+    numbers = np.array([0.5, -2, 448], ml_dtypes.float8_e4m3fn)
+    header = {"a": entry("F8_E4M3", (3,), (0, 3)), "b": entry("BF16", (1,), (3, 5))}
+    path = write(tmp_path / "a.safetensors", header, numbers.tobytes() + b"\x80\x3f")
+    assert_same(read_tensors(path), {"a": numbers, "b": np.array([1.0], ml_dtypes.bfloat16)})
+
+
+ODD_HEADERS = [
+    ({"a": entry("F4", (4,), (0, 2))}, "holds a in the type F4, which is not read"),
+    ({"a": entry("F32", (3,))}, "a has 8 bytes for F32"),
+    ({"a": entry(shape=(-2,))}, "its header gives a as"),
+    ({"a": entry(shape=(2.0,))}, "its header gives a as"),
+    ({"a": entry(shape=(True, 2))}, "its header gives a as"),
+    ({"a": entry(shape=(1,) * 65)}, "its header gives a as"),
+    ({"a": entry(offsets=(8, 0))}, "a has -8 bytes"),
+    ({"a": entry(shape=(0, 1 << 61, 4), offsets=(0, 0))}, "a has 0 bytes"),
+    ({"a": entry(), "b": entry()}, "the numbers of b begin at 0, not 8"),
+    ({"a": entry(shape=(1,), offsets=(4, 8))}, "the numbers of a begin at 4, not 0"),
+    ({"a": entry(shape=(1,), offsets=(0, 4))}, "it has 8 bytes of numbers, and its header 4"),
+    ({"a": entry(x=1)}, "its header gives a as"),
+    ({"a": [1]}, r"its header gives a as \[1\]"),
+    ([1], r"its header is \[1\], where an object is expected"),
+    ({"__metadata__": {"a": 3}}, "its __metadata__ is"),
+    (b'{"a":{},"a":{}}', "its header gives the key 'a' twice"),
+    (b"[" * 9000, "its header is not JSON that can be read: it nests too deep"),
+    (b"\xff", "its header is not UTF-8"),
+    ({"\x1b[31m" * 1000: [1]}, r"its header gives \?\[31m"),
+]
+
+
+@pytest.mark.parametrize(("header", "message"), ODD_HEADERS)
+def test_an_odd_header_of_safetensors_is_named(tmp_path, header, message):
+    path = write(tmp_path / "a.safetensors", header)
+    with pytest.raises(ValueError, match=rf"a\.safetensors .*{message}") as caught:
+        read_tensors(path)
+    assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_header_that_is_longer_than_its_file_is_not_read(tmp_path, length):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or cut off"):
+        read_tensors(path)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight_map": {"a": INDEX}}, "which holds no tensors"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd', which is not in its own"),
+        ({"weight_map": {"a": ".."}}, "names '..', which is not in"),
+        ({"weight_map": {"a": "c:x"}}, "names 'c:x', which is not in"),
+        ({"weight_map": {"a": "x" * 300}}, "which is not in its own folder"),
+        ({"weight_map": {"a": "\x00"}}, "which is not in its own folder"),
+        ({"weight_map": {"a": "\ud800"}}, "which is not in its own folder"),
+        ({"weight_map": {"a": 3}}, "it gives 'a' the file 3"),
+        ({"weight_map": {"a": ["x"]}}, "it gives 'a' the file"),
+        ({"weight_map": []}, "is no index of shards"),
+        ([], "is no index of shards"),
+        ({"weight_map": {"a": "loop.safetensors"}}, r"loop\.safetensors, missing"),
+        ({"weight_map": {str(i): f"{i}.safetensors" for i in range(999)}}, r"missing; fetch"),
+    ],
+)
+def test_an_index_leads_nowhere_else(tmp_path, content, message):
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        read_tensors(tmp_path)
+    assert INDEX in str(caught.value) and len(str(caught.value)) < 2000
+
+
+def test_missing_shards_of_a_large_number_are_not_counted_out(tmp_path):
+    save_file({"a": np.ones(2)}, tmp_path / "m_999999999999.pth")
+    with pytest.raises(FileNotFoundError, match=r"are missing: m_1\.pth, .*m_5\.pth, \.\.\.;"):
+        read_tensors(tmp_path / "m.pth")
+
+
+# ----- what messages quote -----
+
+
+def test_values_are_quoted_in_short_and_printable():
+    doubled = []
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    values = [doubled, "x" * 10_000, {str(i): i for i in range(9999)}, "\ud800\x1b", 10**4000]
+    for value in values:
+        assert len(brief(value)) <= 200 and brief(value).isprintable()
+    assert brief({"a": [1, "b"]}) == "{'a': [1, 'b']}"
+    assert plain("a\nb\x1b[31m") == "a?b?[31m"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1, "a": 2}', "gives the key 'a' twice in one object"),
+        (b'{"a": 1', r"is not JSON \(Expecting .*line 1 column 8"),
+        (b"\xff\xfe", "is not UTF-8 .* at byte 0"),
+        (b"[" * 100_000, "it nests too deep"),
+        (b"9" * 5000, "is not JSON"),
+    ],
+)
+def test_json_that_is_none_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        parse_json(content)
+
+
+def test_json_may_have_a_byte_order_mark_and_numbers_that_are_not_finite():
+    assert parse_json(b'\xef\xbb\xbf{"a": [1, null]}') == {"a": [1, None]}
+    assert parse_json(b"[Infinity, -Infinity]") == [float("inf"), -float("inf")]
+
+
+def test_npz_files_are_read_as_numpy_writes_them(tmp_path):
+    arrays = {
+        "turned": np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3)),
+        "text": np.array("f00d"),
+        "swapped": np.arange(3, dtype=">f4"),
+        "none": np.zeros((0, 4), np.float32),
+        "flags": np.array([True, False]),
+        "point": np.array(2.5),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert_same(read_npz(tmp_path / "a.npz", arrays), arrays)
+    with pytest.raises(ValueError, match=r"a\.npz lacks 'other\.npy'"):
+        read_npz(tmp_path / "a.npz", ["other"])
+    np.savez(tmp_path / "a.npz", odd=np.array([Call(1, ())], object))
+    with pytest.raises(ValueError, match=r"a\.npz holds 'odd' in a form that numpy does not"):
+        read_npz(tmp_path / "a.npz", ["odd"])
+
+
+def test_texts_of_characters_that_there_are_not_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", text=np.array("abcd"))
+    text = np.array("abcd").tobytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as file:
+        content = file.read("text.npy")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        file.writestr("text.npy", content.replace(text, b"\xff" * len(text)))
+    with pytest.raises(ValueError, match=re.escape("a.npz holds 'text' with characters")):
+        read_npz(tmp_path / "a.npz", ["text"])

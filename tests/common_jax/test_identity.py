@@ -1,0 +1,404 @@
+"""A run takes no checkpoint but its own, and none that it has not looked at."""
+
+import json
+import pathlib
+import shutil
+
+import convert_weights
+import numpy as np
+import pytest
+import sweep
+from descent import descend
+from jax import numpy as jnp
+
+import cliptrans_jax.main
+import m2mkd_jax.main
+from common_jax import app, checkpoint
+from common_jax.checkpoint import Checkpoints, SaveError, contents
+from common_jax.checkpoint.writing import write_params
+from common_jax.pods import hosts
+from common_jax.state import TrainState
+from common_jax.workdir import keep_identity, read_identity, read_result
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """stop(step): the next run stops after so many steps."""
+    check = hosts.check
+
+    def at(step: int) -> None:
+        left = iter(range(step - 1))
+
+        def stopped() -> None:
+            if next(left, None) is None:
+                monkeypatch.setattr(hosts, "check", check)
+                raise hosts.Stopped
+
+        monkeypatch.setattr(hosts, "check", stopped)
+
+    return at
+
+
+@pytest.fixture
+def stopped(tmp_path, stop):
+    """A run of seed 0 and 12 steps that was stopped after step 6, with checkpoints 4 and 6."""
+    stop(6)
+    with pytest.raises(hosts.Stopped):
+        descend(tmp_path / "run")
+    assert steps(tmp_path / "run") == [4, 6]
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    workdir = tmp_path / "undisturbed"
+    descend(workdir)
+    return log(workdir)
+
+
+def steps(workdir) -> list[int]:
+    return checkpoint.finished_steps(workdir / "checkpoints")
+
+
+def log(workdir) -> tuple[str, str]:
+    return (workdir / "metrics.jsonl").read_text(), (workdir / "result.json").read_text()
+
+
+def copy(source, target) -> None:
+    shutil.copytree(source, target)
+
+
+def forget(workdir) -> None:
+    """As an earlier version left it: without ids."""
+    (workdir / "run.json").unlink(missing_ok=True)
+    for step in (workdir / "checkpoints").iterdir():
+        if (step / "run").exists():
+            shutil.rmtree(step / "run")
+
+
+def test_a_run_and_its_checkpoints_carry_one_id(stopped):
+    identity = json.loads((stopped / "run.json").read_text())
+    assert len(identity["id"]) == 12
+    assert int(identity["id"], 16) >= 0
+    assert set(identity) == {"id", "version", "made"}
+    for step in (4, 6):
+        mark = stopped / "checkpoints" / str(step) / "run" / "metadata"
+        assert json.loads(mark.read_text()) == {"id": identity["id"], "step": step}
+    descend(stopped)
+    assert json.loads((stopped / "run.json").read_text()) == identity
+
+
+def test_two_runs_have_two_ids(tmp_path):
+    ids = {keep_identity(tmp_path / name).id for name in ("a", "b", "a")}
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_foreign_checkpoint_is_put_aside(marked, stopped, undisturbed, tmp_path, caplog):
+    other = tmp_path / "other"
+    descend(other, seed=1)
+    copy(other / "checkpoints" / "8", stopped / "checkpoints" / "8")
+    if not marked:
+        forget(stopped)
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    assert steps(stopped) == [8, 12]
+    assert (stopped / "checkpoints" / "foreign_8" / "params").exists()
+    assert "checkpoints/8 is put aside: it is of a run of another config (seed: 1 -> 0" in (
+        caplog.text
+    )
+
+
+def test_one_of_the_same_config_is_foreign_too(stopped, undisturbed, tmp_path, caplog):
+    other = tmp_path / "other"
+    descend(other)
+    copy(other / "checkpoints" / "8", stopped / "checkpoints" / "8")
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    ids = [read_identity(workdir).id for workdir in (other, stopped)]
+    assert f"it is of run {ids[0]!r}, and this is run {ids[1]!r}" in caplog.text
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_an_own_checkpoint_under_another_number_is_put_aside(marked, stopped, undisturbed, caplog):
+    copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "8")
+    if not marked:
+        forget(stopped)
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    assert (stopped / "checkpoints" / "foreign_8").exists()
+    assert "step 4, so " in caplog.text
+
+
+def test_a_step_beyond_the_end_is_put_aside(stopped, undisturbed, caplog):
+    copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "2400")
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    assert "checkpoints/2400 is put aside: the run ends at step 12" in caplog.text
+    assert steps(stopped) == [8, 12]
+
+
+def test_what_was_put_aside_before_stays(stopped, undisturbed):
+    for name in ("foreign_2400", "2400"):
+        copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / name)
+    descend(stopped)
+    assert (stopped / "checkpoints" / "foreign_2400").exists()
+    assert (stopped / "checkpoints" / "foreign_2400_2").exists()
+
+
+def test_where_none_is_the_runs_nothing_is_written(stopped, tmp_path):
+    workdir = tmp_path / "new"
+    copy(stopped / "checkpoints", workdir / "checkpoints")
+    before = sorted(str(path) for path in workdir.rglob("*"))
+    with pytest.raises(ValueError, match="is this run's: of 4, it is of a run of another") as error:
+        descend(workdir, seed=1)
+    assert "Give another --workdir, or move the folder away" in str(error.value)
+    assert sorted(str(path) for path in workdir.rglob("*")) == before
+
+
+def test_a_lost_run_json_is_made_again_from_the_checkpoints(stopped, undisturbed):
+    before = read_identity(stopped)
+    (stopped / "run.json").unlink()
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    assert read_identity(stopped) == before
+
+
+def test_a_run_without_ids_gets_one_and_its_checkpoints_stay_its_own(stopped, undisturbed):
+    forget(stopped)
+    descend(stopped, keep=4)
+    assert log(stopped) == undisturbed
+    assert read_identity(stopped).unmarked == (4, 6)
+    assert checkpoint.own_steps(stopped / "checkpoints") == [4, 6, 8, 12]
+
+
+def test_a_broken_run_json_is_named(stopped):
+    (stopped / "run.json").write_text('{"id": 3}')
+    with pytest.raises(ValueError, match=r"run/run\.json holds .* where the id of a run"):
+        descend(stopped)
+
+
+def test_a_broken_mark_is_damage(stopped, undisturbed, caplog):
+    (stopped / "checkpoints" / "6" / "run" / "metadata").write_text("{")
+    descend(stopped)
+    assert log(stopped) == undisturbed
+    assert (stopped / "checkpoints" / "damaged_6").exists()
+    assert "checkpoints/6 cannot be read" in caplog.text
+
+
+def test_loading_leaves_out_what_is_not_the_runs(stopped, tmp_path, caplog):
+    want = checkpoint.load(stopped)["w"]
+    other = tmp_path / "other"
+    descend(other, seed=1)
+    copy(other / "checkpoints" / "12", stopped / "checkpoints" / "12")
+    copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / "20")
+    assert checkpoint.find_step(stopped).name == "6"
+    assert checkpoint.load(stopped)["w"] == want
+    assert "checkpoints/12 is left out: it is of a run of another config (seed: 1 -> 0" in (
+        caplog.text
+    )
+    assert "checkpoints/20 is left out: it holds step 4" in caplog.text
+    # A step's own folder is taken as it is.
+    assert checkpoint.find_step(stopped / "checkpoints" / "12").name == "12"
+    for step in (4, 6):
+        shutil.rmtree(stopped / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is its run's: of 12, .*; of 20, "):
+        checkpoint.load(stopped)
+
+
+def test_in_a_finished_run_a_later_step_is_left_out(tmp_path):
+    workdir = tmp_path / "run"
+    descend(workdir)
+    forget(workdir)
+    copy(workdir / "checkpoints" / "12", workdir / "checkpoints" / "2400")
+    assert checkpoint.find_step(workdir).name == "12"
+
+
+@pytest.mark.parametrize("name", ["020", "²", "20.tmp"])
+def test_only_numbers_are_steps(name, stopped):
+    copy(stopped / "checkpoints" / "4", stopped / "checkpoints" / name)
+    assert steps(stopped) == [4, 6]
+
+
+@pytest.mark.parametrize("letter", "[]*?\\")
+def test_folders_that_orbax_cannot_write_are_refused(letter, tmp_path):
+    workdir = tmp_path / f"lr={letter}1e-3" / "run"
+    with pytest.raises(ValueError, match="checkpoints cannot be written below") as error:
+        descend(workdir)
+    assert letter in str(error.value)
+    with pytest.raises(ValueError, match="checkpoints cannot be written below"):
+        write_params(workdir, {"w": np.ones(3)}, {})
+    assert not list(tmp_path.iterdir())
+    # It is the path as orbax has it that counts: a link with another name is a way out.
+    workdir.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(workdir)
+    write_params(tmp_path / "link", {"w": np.ones(3, np.float32)}, {})
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / "link")["w"], np.ones(3))
+    (tmp_path / "plain").mkdir()
+    (tmp_path / f"link{letter}").symlink_to(tmp_path / "plain")
+    with pytest.raises(ValueError, match="checkpoints cannot be written below"):
+        write_params(tmp_path / f"link{letter}", {"w": np.ones(3)}, {})
+
+
+@pytest.mark.parametrize("program", [m2mkd_jax.main, cliptrans_jax.main])
+def test_such_a_workdir_is_refused_with_its_flag(program, tmp_path, capsys):
+    config = {m2mkd_jax.main: "m2mkd/digits.py", cliptrans_jax.main: "cliptrans/emoji.py"}[program]
+    flags = ["", f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}/lr=[1e-3]"]
+    with pytest.raises(SystemExit, match="2"):
+        app.run(program.main, "", flags)
+    message = capsys.readouterr().err
+    assert f"error: --workdir='{tmp_path}/lr=[1e-3]': checkpoints cannot be written" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_such_a_folder_is_refused_for_weights_and_sweeps(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        convert_weights.main([f"{tmp_path}/none.pth", f"{tmp_path}/a[1]"])
+    assert f"OUT='{tmp_path}/a[1]': checkpoints cannot be written" in capsys.readouterr().err
+    config = f"--config={ROOT}/configs/m2mkd/digits.py"
+    assert sweep.main([config, f"--workdir={tmp_path}/a*", "--grid=optim.lr=1,2"]) == 2
+    assert f"--workdir='{tmp_path}/a*': checkpoints cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_lie_in_such_a_folder_load(stopped, tmp_path):
+    want = checkpoint.load(stopped)["w"]
+    moved = tmp_path / "lr=[1e-3]"
+    shutil.move(stopped, moved)
+    assert checkpoint.load(moved)["w"] == want
+    shutil.move(moved, tmp_path / "lr=\\")
+    with pytest.raises(ValueError, match="a backslash in a path is taken for a slash"):
+        checkpoint.load(tmp_path / "lr=\\")
+
+
+def state(step: int) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero + step,
+        params={"a": {"b": jnp.ones((4, 2))}, "c": jnp.ones(3)},
+        opt_state=({"m": jnp.ones(3)},),
+        ema=None,
+        sums={},
+        skipped=zero,
+        skipped_in_row=zero,
+    )
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Checkpoints that keep one, with one of step 1."""
+    found = Checkpoints(tmp_path, keep=1, best=None)
+    found.save(state(1), step=1, config={"x": [1, 2]}, metrics=None)
+    found.wait()
+    return found
+
+
+def spoil(monkeypatch, change) -> None:
+    """Has every later save written, and then changed by change(folder)."""
+    check = contents.check_written
+
+    def spoilt(folder, arrays, texts):
+        change(folder)
+        check(folder, arrays, texts)
+
+    monkeypatch.setattr("common_jax.checkpoint.writing.check_written", spoilt)
+
+
+CHANGES = {
+    "'params' does not read back": lambda at: (at / "params" / "manifest.ocdbt").unlink(),
+    "'trainer' does not read back": lambda at: (at / "trainer" / "_METADATA").write_text("{"),
+    "'config' reads back as something else": lambda at: (at / "config" / "metadata").write_text(
+        '{"x": [1]}'
+    ),
+    "No such file": lambda at: shutil.rmtree(at / "config"),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_save_counts_when_it_reads_back(message, two, tmp_path, monkeypatch):
+    spoil(monkeypatch, CHANGES[message])
+    two.save(state(2), step=2, config={"x": [1, 2]}, metrics=None)
+    with pytest.raises(SaveError, match=message) as error:
+        two.wait()
+    assert "step 2 could not be written" in str(error.value)
+    assert "Make room" not in str(error.value)
+    # Neither does it count, nor was the one before deleted for it.
+    assert steps(tmp_path) == [1]
+    assert not (tmp_path / "checkpoints" / "2").exists()
+
+
+def test_a_save_that_does_not_read_back_is_warned_of(tmp_path, monkeypatch, caplog):
+    found = Checkpoints(tmp_path, keep=2, best=None, on_failed="go_on")
+    with monkeypatch.context() as patch:
+        spoil(patch, CHANGES["'params' does not read back"])
+        found.save(state(1), step=1, config={}, metrics=None)
+        found._attempt(found._finish)
+    found.save(state(2), step=2, config={}, metrics=None)
+    found.close()
+    assert steps(tmp_path) == [2]
+    assert "step 1 could not be written" in caplog.text
+
+
+def test_what_differs_in_an_array_is_named(two, tmp_path):
+    folder = checkpoint.find_step(tmp_path)
+    outline = contents.outline(state(1).params)
+    assert outline == {"a.b": ((4, 2), np.float32), "c": ((3,), np.float32)}
+    contents.check_written(folder, {"params": outline}, {"config": {"x": [1, 2]}})
+    for change, message in (
+        ({"a.b": ((4, 3), np.dtype("f4"))}, r"a\.b is float32 \(4, 2\), and was float32 \(4, 3\)"),
+        ({"c": ((3,), np.dtype("i4"))}, r"c is float32 \(3,\), and was int32 \(3,\)"),
+        ({"d": ((), np.dtype("f4"))}, "d is missing"),
+    ):
+        with pytest.raises(OSError, match=message):
+            contents.check_written(folder, {"params": outline | change}, {})
+    with pytest.raises(OSError, match="c is too much"):
+        contents.check_written(folder, {"params": {"a.b": outline["a.b"]}}, {})
+
+
+def test_the_chunks_of_arrays_are_counted(two, tmp_path, monkeypatch):
+    folder = checkpoint.find_step(tmp_path)
+    outline = contents.outline(state(1).params)
+    store = contents.ts.KvStore.open(contents._kvstore(folder / "params")).result()
+    store.delete_range(contents.ts.KvStore.KeyRange("c/0", "c/1")).result()
+    with pytest.raises(OSError, match="c has 0 of its 1 chunks"):
+        contents.check_written(folder, {"params": outline}, {})
+
+
+def test_a_deleted_workdir_is_no_success(tmp_path):
+    workdir = tmp_path / "run"
+    run_id = keep_identity(workdir).id
+    found = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
+    found.save(state(1), step=1, config={}, metrics=None)
+    found.wait()
+    shutil.rmtree(workdir)
+    with pytest.raises(SaveError, match=r"step 1 could not be written.*it is not there"):
+        found.wait()
+    found.save(state(2), step=2, config={}, metrics=None)
+    with pytest.raises(SaveError, match=r"run\.json beside it is gone, so the workdir was"):
+        found.wait()
+
+
+def test_a_result_is_that_of_its_workdir(tmp_path):
+    workdir, config = tmp_path / "run", {"seed": 0, "optim": {"steps": 12}}
+    descend(workdir)
+    assert read_result(workdir, config, phase="descent", steps=12)["steps"] == 12
+    assert read_result(tmp_path / "none", config, phase="descent") is None
+    with pytest.raises(ValueError, match="it is of 'descent', and this run is 'ascent'"):
+        read_result(workdir, config, phase="ascent")
+    with pytest.raises(ValueError, match="it is of 12 steps, and this run has 24"):
+        read_result(workdir, config, phase="descent", steps=24)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(workdir / "result.json", alone)
+    with pytest.raises(ValueError, match=r"there is no config\.json beside it"):
+        descend(alone)
+
+
+def test_a_conversion_has_an_identity(tmp_path):
+    write_params(tmp_path / "weights", {"w": np.ones(3, np.float32)}, {"a": 1})
+    run_id = read_identity(tmp_path / "weights").id
+    mark = tmp_path / "weights" / "checkpoints" / "0" / "run" / "metadata"
+    assert json.loads(mark.read_text()) == {"id": run_id, "step": 0}
+    np.testing.assert_array_equal(checkpoint.load(tmp_path / "weights")["w"], np.ones(3))

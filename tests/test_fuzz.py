@@ -1,0 +1,49 @@
+"""A sample of what `make fuzz` tries: damaged and forged files are read rightly or refused."""
+
+import dataclasses
+import json
+
+import fuzz
+import pytest
+from fuzz_formats import FORMATS
+
+COUNT = 100
+COSTLY = {"prior npz": 10}  # each broken one is made again
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
+    form = FORMATS[name]()
+    form.prepare(tmp_path)
+    for sample in form.samples:
+        (tmp_path / form.file).write_bytes(sample)
+        assert form.agree(form.read(tmp_path / form.file), form.plain(tmp_path / form.file, sample))
+    results = [fuzz.try_mutant(form, tmp_path, 1, n) for n in range(COSTLY.get(name, COUNT))]
+    assert [r for r in results if r.outcome == "wrong"] == []
+    assert {"refused"} <= {r.outcome for r in results}
+
+
+def test_a_seed_and_a_number_name_a_mutant():
+    one, same = (FORMATS["config.json"]() for _ in "ab")
+    assert fuzz.make_mutant(one, 0, 3) == fuzz.make_mutant(same, 0, 3)
+    assert fuzz.make_mutant(one, 0, 3) != fuzz.make_mutant(one, 1, 3)
+
+
+def careless(read):
+    """A format whose reading is the given one."""
+    return dataclasses.replace(FORMATS["config.json"](), read=read)
+
+
+@pytest.mark.parametrize(
+    ("read", "why"),
+    [
+        (lambda path: json.loads(path.read_bytes()), "without the file's name"),
+        (lambda path: json.loads(path.read_bytes())["seed"], "KeyError|TypeError|file's name"),
+        (lambda path: json.loads(FORMATS["config.json"]().samples[0]) | {"seed": 5}, "read as"),
+    ],
+)
+def test_careless_readers_are_found(tmp_path, read, why):
+    results = [fuzz.try_mutant(careless(read), tmp_path, 0, number) for number in range(30)]
+    wrong = [result.detail for result in results if result.outcome == "wrong"]
+    assert any(word in detail for detail in wrong for word in why.split("|"))
