@@ -35,6 +35,7 @@ from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
 from common_jax.pods.signals import STATUSES, ends_quietly
 from common_jax.workdir import (
+    check_output,
     hold,
     holds_results,
     read_json,
