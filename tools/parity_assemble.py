@@ -105,7 +105,7 @@ def _save(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
     """A finished checkpoint of `params` in a run's workdir."""
     state = init_state(params, OptimConfig(), trainable=".*", metrics={})
     checkpoints = Checkpoints(workdir, keep=1, best=None)
-    checkpoints.save(state, step=1, config={}, metrics=None)
+    checkpoints.save(state, step=int(state.step), config={}, metrics=None)
     checkpoints.close()
 
 
