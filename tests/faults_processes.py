@@ -41,6 +41,9 @@ def one_workdir(bench: Bench) -> Iterator[Row]:
 
 def terminal(bench: Bench) -> Iterator[Row]:
     """SIGINT and SIGHUP, to one process and to one of two."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # in the background; runs would inherit it
+            signal.signal(number, signal.SIG_DFL)
     undisturbed = bench.undisturbed()
     for number, status in ((signal.SIGINT, 130), (signal.SIGHUP, 129)):
         for where, moment in moments().items():

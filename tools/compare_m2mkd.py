@@ -84,7 +84,15 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if not flags.data.is_dir():
+        parser.error(f"--data={flags.data} is no folder")
+    if flags.per_class < 0 or flags.long_steps < 1:
+        parser.error(
+            f"--per-class={flags.per_class} must be at least 0, and --long-steps="
+            f"{flags.long_steps} at least 1"
+        )
+    return flags
 
 
 @ends_quietly

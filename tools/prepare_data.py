@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"error: preparing needs {EXTRA}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, FileNotFoundError, AssertionError) as error:
+    except (ValueError, OSError, AssertionError) as error:
         # TFDS asserts that archives which must be fetched by hand are there.
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
-from jobs import Ended, Job, describe, run_each, show
+from jobs import Ended, Job, count, describe, run_each, show
 from sweep_cells import PROGRAMS, Cell, parse_grid, plan_cells, read_sweep
 from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
@@ -34,7 +34,14 @@ from sweep_table import Row, missing_metrics, read_results, sort_rows, write_tab
 from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
 from common_jax.pods.signals import STATUSES, ends_quietly
-from common_jax.workdir import hold, holds_results, read_json, refuse_other_config, write_json
+from common_jax.workdir import (
+    check_output,
+    hold,
+    holds_results,
+    read_json,
+    refuse_other_config,
+    write_json,
+)
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
@@ -76,10 +83,10 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="FILE.py, or FILE.py:ARGUMENT=VALUE,...")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--grid", help="KEY=VALUE,VALUE;KEY=VALUE,VALUE")
-    parser.add_argument("--seeds", type=_count, default=1, help="runs a cell, seeds from 0")
+    parser.add_argument("--seeds", type=count, default=1, help="runs a cell, seeds from 0")
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         help="runs at a time, by default 1; several share the cores, but would get in each other's "
         "way on an accelerator",
     )
@@ -102,12 +109,6 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
-
-
 @ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
@@ -127,6 +128,7 @@ def sweep(flags: argparse.Namespace) -> int:
       OSError: also where another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
+    check_output("--workdir", workdir)
     # The table alone is made of what is there, also while a sweep runs.
     with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
         return _sweep(flags, workdir)

@@ -1,0 +1,78 @@
+"""A run's own files after an accident or an edit: what is wrong is said with the file's name."""
+
+import json
+
+import pytest
+import tiny
+
+from common_jax.config import unfreeze
+from common_jax.metrics import Recorder, read_metrics
+from common_jax.workdir import freeze_stored, read_json
+from m2mkd_jax.config import Config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"steps": 3', r"is not JSON \(Expecting .*line 1 column 12"),
+        (b"", "is not JSON"),
+        (b"\xff\xfe{}", r"is not UTF-8 \(invalid start byte at byte 0\)"),
+        (b"[]", "holds a JSON list, where an object is expected"),
+        (b"[" * 100_000, "is not JSON that can be read: it nests too deep"),
+        (b'{"steps": 3, "steps": 4}', "gives the key 'steps' twice"),
+        (b'{"loss": 0.5}', "lacks 'steps'"),
+        (b'{"steps": "3", "loss": 1}', "has 'steps': '3', which is no int"),
+        (b'{"steps": true, "loss": 1}', "has 'steps': True, which is no int"),
+        (b'{"steps": 3, "loss": [1]}', r"has 'loss': \[1\], which is no int . float"),
+    ],
+)
+def test_a_json_file_that_is_not_as_it_was_written_is_named(tmp_path, content, message):
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"result\.json {message}.*Restore it, or delete it"):
+        read_json(path, {"steps": int, "loss": int | float})
+
+
+def test_a_json_file_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_bytes(b'\xef\xbb\xbf{"steps": 3, "loss": NaN, "more": null}')
+    found = read_json(path, {"steps": int, "loss": int | float})
+    assert found["steps"] == 3 and found["loss"] != found["loss"] and found["more"] is None
+
+
+@pytest.mark.parametrize("value", ['"x"', "null", "true", "{}", '["x"]', "[[null]]"])
+def test_metrics_are_numbers_and_lists_of_them(tmp_path, value):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "a": [0.5, [1]]}}\n{{"step": 2, "a": {value}}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: has 'a': .* no number.*mend or"):
+        read_metrics(path)
+
+
+LINES = b'{"step": 2, "a": 1.50}\n{"step": 4}\n{"step": 6}\n'
+
+
+def record(workdir, step):
+    Recorder(workdir, step=step, total=9, title="test").close()
+    return (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_lines_of_later_steps_are_dropped_and_others_stay_as_they_are(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(LINES + b'{"step": 6, "tr')
+    assert record(tmp_path, 4) == b'{"step": 2, "a": 1.50}\n{"step": 4}\n'
+
+
+@pytest.mark.parametrize("broken", [b'{"step": "x"}\n', b"[]\n", b'{"st\n', b"\xff\n"])
+def test_a_broken_line_stops_a_run_before_anything_is_rewritten(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(LINES + broken)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 4: .*; mend or delete this line"):
+        record(tmp_path, 4)
+    assert path.read_bytes() == LINES + broken
+
+
+@pytest.mark.parametrize("kind", ["nac2", 3, None, ["vmoe"], {"a": 1}])
+def test_a_stored_config_of_a_kind_that_there_is_not_is_refused(tmp_path, kind):
+    stored = json.loads(json.dumps(unfreeze(tiny.tiny_config("distill")).to_dict()))
+    stored["model"]["kind"] = kind
+    with pytest.raises(ValueError, match=r"config of runs/a is not one of this version: .*kind"):
+        freeze_stored(Config, stored, "runs/a")
