@@ -145,6 +145,7 @@ def test_a_stored_value_that_cannot_be_is_named_with_its_run(folder):
 
 
 def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
+    (tmp_path / "result.json").write_text("{}")  # without one, another config takes the place
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model": {"kind": "nac", "width": 16}}))
     nac = freeze(M2mkdConfig, {"model": {"kind": "nac", "width": 16}})
@@ -159,6 +160,7 @@ def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
 
 
 def test_a_difference_of_many_fields_is_a_short_message(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"x" * 300 + str(i): i for i in range(300)}))
     with pytest.raises(ValueError, match="holds a run of another config") as error:
         refuse_other_config(tmp_path, {"a": 1})

@@ -26,6 +26,9 @@ WHOLE: dict[str, ModuleType] = {
     "few_shot": few_shot,
 }
 MODULAR: dict[str, ModuleType] = {"train_module": train_module, "distill": distill}
+# Fields in which a finished run may differ from its plan: a moved pipeline has its sources in other
+# folders, and an episode has labels of its own.
+APART = r"sources\..*|data\.labels"
 
 
 def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -96,10 +99,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     claim(workdir, config)
     results = {}
     for folder, run_config in plan(config, workdir):
-        # A moved pipeline names other folders as sources than its finished runs did.
-        result = read_result(
-            workdir / folder, run_config, phase=run_config.phase, apart=r"sources\..*"
-        )
+        result = read_result(workdir / folder, run_config, phase=run_config.phase, apart=APART)
         if result is not None:
             logging.info("%s is finished already", folder)
             results[folder] = result

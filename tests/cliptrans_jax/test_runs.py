@@ -33,6 +33,7 @@ from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
+from common_jax.state import TrainState
 
 STAGES = ("clip", "caption", "translate")
 
@@ -325,11 +326,13 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
 # The best checkpoint.
 
 
-def test_the_best_checkpoint_is_the_earliest_of_the_highest(finished, tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
+def test_the_best_checkpoint_is_the_earliest_of_the_highest(tmp_path):
+    run, none = tmp_path / "run", np.zeros((), np.int32)
+    checkpoints = checkpoint.Checkpoints(run, keep=3, best=None)
     for step in (3, 6, 9):
-        (run / "checkpoints" / str(step)).symlink_to(finished / "translate" / "checkpoints" / "6")
+        state = TrainState(np.int32(step), {"w": np.ones(1)}, {}, None, {}, none, none)
+        checkpoints.save(state, step=step, config={}, metrics=None)
+    checkpoints.close()
     lines = [(3, 4.0), (6, 7.0), (9, 7.0), (12, 9.0)]  # of 12 no checkpoint is left
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "val/bleu": bleu}) + "\n" for step, bleu in lines)
@@ -344,7 +347,7 @@ def test_the_best_checkpoint_is_the_earliest_of_the_highest(finished, tmp_path):
 def test_a_metric_that_is_not_finite_makes_no_checkpoint_the_best(
     tmp_path, monkeypatch, values, best
 ):
-    monkeypatch.setattr(checkpoint, "finished_steps", lambda folder: [3, 6, 9])
+    monkeypatch.setattr(checkpoint, "own_steps", lambda folder: [3, 6, 9])
     lines = [
         {"step": step, "val/bleu": value} for step, value in zip((3, 6, 9), values, strict=True)
     ]
