@@ -175,11 +175,12 @@ def dispensable(path: epath.PathLike) -> Iterator[None]:
 def is_picture(path: epath.PathLike) -> bool:
     """Whether a file is there and is a whole PNG, not one that a full disk cut off."""
     try:
-        with Image.open(BytesIO(epath.Path(path).read_bytes()), formats=["PNG"]) as image:
+        content = epath.Path(path).read_bytes()
+        with Image.open(BytesIO(content), formats=["PNG"]) as image:
             image.load()
     except (OSError, SyntaxError, ValueError):  # PIL's of what it cannot read, all three
         return False
-    return True
+    return content[-8:-4] == b"IEND"  # the last chunk, without which PIL is content
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:

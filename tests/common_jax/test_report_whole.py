@@ -1,0 +1,43 @@
+"""Reports are whole or not there, and fail no run."""
+
+import pytest
+
+from common_jax import report
+from common_jax.report import dispensable, is_picture, write_report
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    return tmp_path
+
+
+def test_a_picture_of_no_bytes_is_drawn_again(run):
+    page = write_report(run, title="t").read_bytes()
+    curves = run / "plots" / "curves.png"
+    whole = curves.read_bytes()
+    for broken in (b"", whole[:-20], b"no picture"):
+        curves.write_bytes(broken)
+        assert not is_picture(curves)
+        assert write_report(run, title="t").read_bytes() == page
+        assert curves.read_bytes() == whole
+
+
+def test_what_is_there_is_not_written_again(run, monkeypatch):
+    write_report(run, title="t")
+
+    def read_only(path, content):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(report, "write_bytes", read_only)
+    write_report(run, title="t")
+    with pytest.raises(OSError, match="Read-only"):
+        write_report(run, title="another")
+
+
+def test_a_report_fails_no_run(tmp_path, caplog):
+    for error in (OSError(28, "No space left on device"), ValueError("odd"), KeyError("x")):
+        with dispensable(tmp_path / "report.html"):
+            raise error
+    assert caplog.text.count("report.html could not be made") == 3
+    assert "No space left on device" in caplog.text
