@@ -68,6 +68,13 @@ OPENAI_RESNET_DROPPED: Dropped = types.MappingProxyType(
         r"token_embedding\.weight|positional_embedding": _OTHER_TOWER,
     }
 )
+OPENAI_VISION_DROPPED: Dropped = types.MappingProxyType(
+    _OPENAI_DROPPED
+    | {
+        r"transformer\..*|ln_final\..*|text_projection": _OTHER_TOWER,
+        r"token_embedding\.weight|positional_embedding": _OTHER_TOWER,
+    }
+)
 OPENAI_TEXT_DROPPED: Dropped = types.MappingProxyType(
     _OPENAI_DROPPED | {r"visual\..*": _OTHER_TOWER}
 )
@@ -206,8 +213,26 @@ def openai_text_table(config: ClipTextConfig) -> Table:
         **norm("ln_final", "final_norm"),
         "projection/kernel": copy("text_projection"),  # stored (in, out)
     }
+    return table | _openai_blocks(config, "transformer")
+
+
+def openai_vision_table(config: ClipVisionConfig) -> Table:
+    """Entries of `models.clip.ClipVision`, by the names of OpenAI's files."""
+    return {
+        "class_token": copy("visual.class_embedding"),
+        "positions": copy("visual.positional_embedding"),
+        "patches/kernel": _patches("visual.conv1.weight", config.patch),
+        **norm("visual.ln_pre", "pre_norm"),
+        **_openai_blocks(config, "visual.transformer"),
+        **norm("visual.ln_post", "post_norm"),
+        "projection/kernel": copy("visual.proj"),  # stored (in, out)
+    }
+
+
+def _openai_blocks(config: ClipVisionConfig | ClipTextConfig, tower: str) -> dict[str, Entry]:
+    table = {}
     for i in range(config.layers):
-        source, target = f"transformer.resblocks.{i}", f"layer_{i}"
+        source, target = f"{tower}.resblocks.{i}", f"layer_{i}"
         table |= stacked_attention(f"{source}.attn", f"{target}/attention", heads=config.heads)
         table |= norm(f"{source}.ln_1", f"{target}/attention_norm")
         table |= norm(f"{source}.ln_2", f"{target}/mlp_norm")

@@ -205,7 +205,7 @@ def load_published_image(
     weights: str = "",
     activation: str = "",
 ) -> ImageTower:
-    """CLIP's image tower from a folder, or RN50x64's from its file; see `pretrained.load`."""
+    """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
     found = pretrained.load(
         folder,
         kind=("clip_res", "clip_vision"),

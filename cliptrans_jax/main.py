@@ -48,7 +48,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, for a path of the config that is not there, and for a
+    """Raises OSError, naming the field, for a source of the config that is not there, and for a
     folder to be written that cannot be made.
 
     A run with results may have lost what it started from.
@@ -59,7 +59,6 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     if holds_results(workdir):
         return
     sources = config.sources
-    check_input("config.data.path", config.data.path, "the folder of the texts and pictures")
     if config.stage == "clip":
         return
     if config.has_prefix:

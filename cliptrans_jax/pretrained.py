@@ -1,6 +1,7 @@
 """Published weights as our parameters, and ours as files that others read.
 
-Folders of Hugging Face, OpenAI's RN50x64 and CLIPTrans' own checkpoints; see `tensors.kinds.KINDS`.
+Folders of Hugging Face, OpenAI's and OpenCLIP's files and CLIPTrans' own checkpoints; see
+`tensors.kinds.KINDS`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import re
 import reprlib
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def _config(
         config = layout.config(tensors, said, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
+    if odd := [f"{name}={value}" for name, value in _sizes(config) if value < 1]:
+        raise ValueError(f"{file} holds no network of such sizes: {', '.join(odd[:5])}")
     untold, notes = list(layout.untold) if said is None else [], ()
     if layout.varied and said is None:
         found, notes = _activation(layout, path, activation)
@@ -222,6 +225,16 @@ def _config(
         )
     fields = {name: operator.attrgetter(name)(config) for name in untold}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
+
+
+def _sizes(config: Any) -> Iterator[tuple[str, int]]:
+    """The sizes in a config, without ids and what may be none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _sizes(value)
+        elif type(value) is int and field.name not in ("pad", "eos", "start", "prefix"):
+            yield field.name, value
 
 
 def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str, ...]]:

@@ -129,9 +129,21 @@ def check(
       Shapes and shardings of the state.
 
     Raises:
+      ValueError: as `check_settings`, and for parameters that do not fit the mesh.
+    """
+    check_settings(task, run, optim, seed=seed, mesh=mesh, key=key)
+    with jax.set_mesh(mesh):
+        return abstract_state(task, optim, mesh)
+
+
+def check_settings(
+    task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
+) -> None:
+    """The part of `check` that traces no network.
+
+    Raises:
       ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
-        shorter than the run, a metric that is never measured, or parameters that do not fit the
-        mesh.
+        shorter than the run, or a metric that is never measured.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
@@ -145,8 +157,6 @@ def check(
             f"config.run.best={run.best!r} is not measured: metrics of {task.title} begin with "
             f"{' or '.join(f'{name}/' for name in measured)}; None keeps no best checkpoint"
         )
-    with jax.set_mesh(mesh):
-        return abstract_state(task, optim, mesh)
 
 
 def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from common_jax.command_line import unread
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
-from common_jax.workdir import check_input, check_output, hold, holds_results, read_json
+from common_jax.workdir import check_output, hold, holds_results, read_json
 from m2mkd_jax.config import READS, Config
 from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
@@ -102,7 +102,7 @@ def connectivity_figures(workdir: epath.Path, folders: list[str]) -> list[tuple[
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, for a path of the config that is not there, and for a
+    """Raises OSError, naming the field, for a source of the config that is not there, and for a
     workdir that cannot be made.
 
     A run with results may have lost what it started from.
@@ -110,12 +110,6 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     check_output("--workdir", workdir)
     if holds_results(workdir):
         return
-    paths = {
-        "data.path": config.data.path,
-        "ood.path": config.ood.path if config.ood.source else "",
-    }
-    for key, path in paths.items():
-        check_input(f"config.{key}", path, "the folder, or the zip, of the images")
     sources = {f"sources.{name}": getattr(config.sources, name) for name in WORKDIRS}
     sources["init.upcycle"] = config.init.upcycle
     idle = unread(sources, READS[config.phase])

@@ -10,93 +10,29 @@ computed again: those between the newest whole checkpoint and the last line of t
 
 import argparse
 import concurrent.futures
-import contextlib
-import dataclasses
-import functools
 import json
 import os
 import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+import faults_checkpoints
+import faults_processes
 import tiny_cliptrans
-from faults_checkpoints import strange_checkpoints, strange_folders
+from fault_bench import OFTEN, Bench, Row, fill, lost_steps, moments, small_disk, unfinished
 from jobs import show
 from processes import DIGITS, Started, finish_pair, pair, says, start
 
 from common_jax.checkpoint import finished_steps
-from common_jax.metrics import read_metrics
 from common_jax.report import Table
 
-FILES = ("metrics.jsonl", "result.json", "scores.json", "translations.jsonl")
-OFTEN = "--config.run.log_every=1"
 # Wider, so that a checkpoint is large beside the log and events of a run.
 WIDE = (*DIGITS, "--config.model.width=96", OFTEN)
-
-
-@dataclasses.dataclass
-class Row:
-    """A line of the table.
-
-    Attributes:
-      fault: what was done to runs.
-      injected: how often.
-      survived: how often the run ended as an undisturbed one.
-      lost: steps computed again, of all of them.
-      note: why it was not injected, or what went wrong.
-    """
-
-    fault: str
-    injected: int = 0
-    survived: int = 0
-    lost: int = 0
-    note: str = ""
-
-    def count(self, workdir: pathlib.Path, undisturbed: pathlib.Path, lost: int = 0) -> None:
-        """Enters an injected fault after which the run was finished."""
-        self.injected += 1
-        self.lost += lost
-        differing = [
-            name for name in FILES if _content(workdir / name) != _content(undisturbed / name)
-        ]
-        if differing:
-            self.note = f"{', '.join(differing)} differ"
-        else:
-            self.survived += 1
-
-
-@dataclasses.dataclass
-class Bench:
-    """Where the faults are injected.
-
-    Attributes:
-      folder: of all runs.
-      kills: how many.
-      random: of the moments.
-    """
-
-    folder: pathlib.Path
-    kills: int
-    random: random.Random
-
-    def new(self) -> pathlib.Path:
-        """The workdir of another run."""
-        return pathlib.Path(tempfile.mkdtemp(dir=self.folder)) / "run"
-
-    def undisturbed(self, run: tuple[str, ...] = DIGITS, *, two: bool = False) -> pathlib.Path:
-        """An undisturbed run of one process or two."""
-        workdir = self.new()
-        if two:
-            finish_pair(workdir, OFTEN, run=run)
-        else:
-            start(workdir, OFTEN, run=run).finish()
-        return workdir
 
 
 def main() -> None:
@@ -136,7 +72,7 @@ def kills(bench: Bench) -> Iterator[Row]:
     for row in due[: bench.kills]:
         process, lost = start(workdir, OFTEN), None
         if row is saving:
-            lost = _kill_when(process, workdir, lambda w=workdir: bool(_unfinished(w)))
+            lost = _kill_when(process, workdir, lambda w=workdir: bool(unfinished(w)))
         else:
             at = time.monotonic() + bench.random.uniform(0, life)
             lost = _kill_when(process, workdir, lambda at=at: time.monotonic() > at)
@@ -161,12 +97,12 @@ def _settle(bench, workdir, undisturbed, struck):
 def requests(bench: Bench) -> Iterator[Row]:
     """SIGTERM to a run of one process."""
     undisturbed = bench.undisturbed()
-    for where, moment in _moments().items():
+    for where, moment in moments().items():
         workdir, row = bench.new(), Row(f"SIGTERM, one process, {where}")
         process = start(workdir, OFTEN)
         process.send(signal.SIGTERM, lambda w=workdir, p=process, m=moment: m(w, p))
         process.finish()
-        lost = _lost(workdir)
+        lost = lost_steps(workdir)
         start(workdir, OFTEN).finish()
         row.count(workdir, undisturbed, lost)
         yield row
@@ -217,12 +153,12 @@ def full_disk(bench: Bench) -> Iterator[Row]:
             workdir, filler = disk / "run", disk / "filler"
             process = start(workdir, run=run, log=bench.folder / f"{policy}.log")
             process.send(signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15'))
-            _fill(filler)
+            fill(filler)
             process.process.send_signal(signal.SIGCONT)
             if policy == "stop":
                 status = process.end()
                 assert status == 2, f"status {status}: {process.output()[-300:]}"
-                lost = _lost(workdir)
+                lost = lost_steps(workdir)
                 filler.unlink()
             else:
                 process.send(0, lambda p=process: "could not be written" in p.output())
@@ -240,13 +176,13 @@ def full_disk(bench: Bench) -> Iterator[Row]:
 def two_processes(bench: Bench) -> Iterator[Row]:
     """SIGTERM to one of two processes, and one that dies."""
     undisturbed = bench.undisturbed(two=True)
-    for where, moment in _moments().items():
+    for where, moment in moments().items():
         workdir, row = bench.new(), Row(f"SIGTERM to one of two processes, {where}")
         with pair(workdir, OFTEN) as (first, second):
             second.send(signal.SIGTERM, lambda w=workdir, p=second, m=moment: m(w, p))
             first.finish()
             second.finish()
-        lost = _lost(workdir)
+        lost = lost_steps(workdir)
         finish_pair(workdir, OFTEN)
         row.count(workdir, undisturbed, lost)
         yield row
@@ -258,7 +194,7 @@ def two_processes(bench: Bench) -> Iterator[Row]:
             if other.end() == 0:
                 row.note = "the other one ended as if finished"
             row.note = f"the other one ended after {time.monotonic() - began:.0f} s"
-        lost = _lost(workdir)
+        lost = lost_steps(workdir)
         finish_pair(workdir, OFTEN)
         row.count(workdir, undisturbed, lost)
         yield row
@@ -297,26 +233,18 @@ def decoding(bench: Bench) -> Iterator[Row]:
     yield row
 
 
-FAULTS = {
-    "kills": kills,
-    "requests": requests,
-    "damaged_files": damaged_files,
-    "full_disk": full_disk,
-    "two_processes": two_processes,
-    "decoding": decoding,
-    "strange_checkpoints": functools.partial(strange_checkpoints, Row),
-    "strange_folders": functools.partial(strange_folders, Row),
-}
-
-
-def _moments() -> dict[str, Callable[[pathlib.Path, Started], bool]]:
-    """Moments of a run's life, each as a question to its workdir and process."""
-    return {
-        "in the first compilation": lambda w, _: (w / "config.json").exists(),
-        "in training": lambda w, _: says(w / "metrics.jsonl", '"step": 15'),
-        "in an evaluation": lambda w, _: says(w / "metrics.jsonl", '"step": 11'),
-        "in a save": lambda w, _: bool(_unfinished(w)),
+FAULTS = (
+    {
+        "kills": kills,
+        "requests": requests,
+        "damaged_files": damaged_files,
+        "full_disk": full_disk,
+        "two_processes": two_processes,
+        "decoding": decoding,
     }
+    | faults_checkpoints.FAULTS
+    | faults_processes.FAULTS
+)
 
 
 def _kill_when(process: Started, workdir: pathlib.Path, moment: Callable[[], bool]) -> int | None:
@@ -328,22 +256,7 @@ def _kill_when(process: Started, workdir: pathlib.Path, moment: Callable[[], boo
         time.sleep(0.0005)
     process.process.kill()
     process.process.wait()
-    return _lost(workdir)
-
-
-def _lost(workdir: pathlib.Path) -> int:
-    """Steps that are in the log and in no checkpoint."""
-    log = workdir / "metrics.jsonl"
-    logged = [line["step"] for line in read_metrics(log)] if log.exists() else []
-    return max(0, max(logged, default=0) - max(finished_steps(workdir / "checkpoints"), default=0))
-
-
-def _unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
-    return list((workdir / "checkpoints").glob("*tmp*"))
-
-
-def _content(path: pathlib.Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+    return lost_steps(workdir)
 
 
 def _one_of_each(files: list[pathlib.Path]) -> list[pathlib.Path]:
@@ -360,23 +273,6 @@ def _one_of_each(files: list[pathlib.Path]) -> list[pathlib.Path]:
 
 def _halve(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@contextlib.contextmanager
-def small_disk(folder: pathlib.Path, size: str = "64m") -> Iterator[pathlib.Path]:
-    """A file system of its own."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _fill(filler: pathlib.Path, *, left: int = 300_000) -> None:
-    """Leaves `left` bytes of the disk that the file is on."""
-    free = shutil.disk_usage(filler.parent).free
-    filler.write_bytes(b"\0" * (free - left))
 
 
 if __name__ == "__main__":

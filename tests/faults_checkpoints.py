@@ -6,14 +6,13 @@ stands for others, a workdir that is deleted.
 
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
+from fault_bench import OFTEN, Bench, Row
 from processes import says, start
 
 from common_jax.checkpoint import finished_steps
 
-OFTEN = "--config.run.log_every=1"
 LAST = 44  # the step that DIGITS ends at
 
 # What is copied into the checkpoints of a stopped run, from a finished run of another seed or from
@@ -25,13 +24,8 @@ STRANGE: dict[str, tuple[bool, str, str]] = {
 }
 
 
-def strange_checkpoints(row: Callable[[str], Any], bench: Any) -> Iterator[Any]:
-    """Checkpoints that are not the run's, in its workdir and as the newest.
-
-    Args:
-      row: makes a line of the table, `faults.Row`.
-      bench: where, `faults.Bench`.
-    """
+def strange_checkpoints(bench: Bench) -> Iterator[Row]:
+    """Checkpoints that are not the run's, in its workdir and as the newest."""
     undisturbed, other = bench.undisturbed(), bench.new()
     start(other, OFTEN, "--config.seed=1").finish()
     stopped = bench.new()
@@ -39,7 +33,7 @@ def strange_checkpoints(row: Callable[[str], Any], bench: Any) -> Iterator[Any]:
     process.kill(lambda: 22 in finished_steps(stopped / "checkpoints"))
     for fault, (foreign, name, reason) in STRANGE.items():
         for ids in (True, False):
-            workdir, line = bench.new(), row(f"{fault}{'' if ids else ', ids unknown'}")
+            workdir, line = bench.new(), Row(f"{fault}{'' if ids else ', ids unknown'}")
             shutil.copytree(stopped, workdir)
             folder = workdir / "checkpoints"
             source = other / "checkpoints" / "33" if foreign else folder / "22"
@@ -47,48 +41,43 @@ def strange_checkpoints(row: Callable[[str], Any], bench: Any) -> Iterator[Any]:
             if not ids:
                 _forget(workdir)
             output = start(workdir, OFTEN).finish()
-            line.count(workdir, undisturbed)
             if f"{name} is put aside: {reason}" not in output:
-                _fail(line, "the run does not say so")
+                line.fail("the run does not say so")
             if not (folder / f"foreign_{name}").exists():
-                _fail(line, "it is gone")
+                line.fail("it is gone")
+            line.count(workdir, undisturbed)
             yield line
 
 
-def strange_folders(row: Callable[[str], Any], bench: Any) -> Iterator[Any]:
+def strange_folders(bench: Bench) -> Iterator[Row]:
     """A workdir whose name stands for others, and one that is deleted while the run is on."""
     undisturbed = bench.undisturbed()
-    line, workdir = row("a workdir with brackets in its name"), bench.new()
+    line, workdir = Row("a workdir with brackets in its name"), bench.new()
     bracketed = workdir.parent / "lr=[1e-3]"
     process = start(bracketed, OFTEN, log=workdir.with_suffix(".refused.log"))
     status = process.end()
     start(workdir, OFTEN).finish()
-    line.count(workdir, undisturbed)
     if status != 2 or "checkpoints cannot be written below" not in process.output():
-        _fail(line, "it is not refused")
+        line.fail("it is not refused")
     if bracketed.exists():
-        _fail(line, "something is written all the same")
+        line.fail("something is written all the same")
+    line.count(workdir, undisturbed)
     yield line
     moments = {
         "between saves": lambda at: says(at / "metrics.jsonl", '"step": 15'),
         "in a save": lambda at: any((at / "checkpoints").glob("22*")),
     }
     for moment, due in moments.items():
-        line, workdir = row(f"the workdir deleted {moment}"), bench.new()
+        line, workdir = Row(f"the workdir deleted {moment}"), bench.new()
         process = start(workdir, OFTEN)
         process.send(0, lambda at=workdir, due=due: due(at))
         _delete(workdir)
         status = process.end()
         start(workdir, OFTEN, log=workdir.with_suffix(".again.log")).finish()
-        line.count(workdir, undisturbed)
         if status != 2 or "error: " not in process.output():
-            _fail(line, f"it ends with status {status}")
+            line.fail(f"it ends with status {status}")
+        line.count(workdir, undisturbed)
         yield line
-
-
-def _fail(line: Any, note: str) -> None:
-    """Takes back that the fault of this row was survived."""
-    line.survived, line.note = 0, note
 
 
 def _forget(workdir: pathlib.Path) -> None:
@@ -104,3 +93,6 @@ def _delete(folder: pathlib.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
+
+
+FAULTS = {"strange_checkpoints": strange_checkpoints, "strange_folders": strange_folders}

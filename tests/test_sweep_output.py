@@ -7,6 +7,7 @@ import shlex
 import statistics
 import subprocess
 
+import jobs
 import pytest
 import sweep_table
 from etils import epath
@@ -200,3 +201,47 @@ def test_xpk_gets_a_workload_a_run(tmp_path, capsys, stand_in):
     ]
     assert made.count("--docker-image=i:1") == 4
     assert commands[0][:3] == ["python", "-m", "m2mkd_jax.main"]
+
+
+def test_cells_that_are_equal_to_the_last_digit_are_marked(tmp_path):
+    """One swept field moves no number; the other does."""
+    same = [{"test/accuracy": 0.5, "test/loss": 1.25}, {"test/accuracy": 0.75, "test/loss": 0.5}]
+    near = [{"test/accuracy": 0.5, "test/loss": 1.2500000000000002}, same[1]]
+    rows = [
+        sweep_table.Row({"a": "1"}, same),
+        sweep_table.Row({"a": "2"}, same[:1]),  # its second seed is not finished
+        sweep_table.Row({"a": "3"}, near),
+        sweep_table.Row({"a": "4"}, []),
+    ]
+    assert sweep_table.find_twins(rows) == {0, 1}
+    table = sweep_table.write_table(epath.Path(tmp_path), rows, ["test/accuracy"])
+    assert [row[1].endswith("†") for row in table.rows] == [True, True, False, False]
+    assert "†: every number equals that of another cell" in table.caption
+    assert "†" in (tmp_path / "sweep.md").read_text() and "†" not in read_text(tmp_path)
+    table = sweep_table.write_table(epath.Path(tmp_path), rows[1:3], ["test/accuracy"])
+    assert "†" not in table.caption
+
+
+def read_text(folder):
+    return (folder / "sweep.csv").read_text()
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5", "", "9" * 5000])
+def test_a_number_of_runs_that_is_none_is_refused(tmp_path, capsys, number):
+    parser = jobs.demo_parser("", workdir="runs", seeds=1)
+    assert parser.parse_args(["--seeds=3", "--jobs=12"]).jobs == 12
+    for flag in ("seeds", "jobs"):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([f"--{flag}={number}"])
+        assert stop.value.code == 2
+        assert "must be a whole number from 1" in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_made_is_refused_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        jobs.run_all({}, tmp_path / "file" / "runs", at_a_time=1)
+    assert stop.value.code == 2
+    assert f"{tmp_path}/file, a file, is the last part" in capsys.readouterr().err
+    assert start(tmp_path / "file") == 2
+    assert "--workdir=" in capsys.readouterr().err

@@ -351,7 +351,11 @@ def main(argv: Sequence[str]) -> None:
         elif arg.startswith("--sample="):
             text = arg.removeprefix("--sample=")
             if not text.isdigit() or int(text) < 1:
-                sys.exit(f"error: --sample={text} must be a number from 1; or give --all")
+                print(
+                    f"error: --sample={text} must be a number from 1; or give --all",
+                    file=sys.stderr,
+                )
+                sys.exit(2)
             sample = int(text)
         else:
             rest.append(arg)

@@ -22,6 +22,7 @@ import jax
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
 from common_jax.task import step_flops
 from common_jax.workdir import freeze_stored, read_json
@@ -83,9 +84,18 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
-    return parser.parse_args()
+    flags = parser.parse_args()
+    if not flags.data.is_dir():
+        parser.error(f"--data={flags.data} is no folder")
+    if flags.per_class < 0 or flags.long_steps < 1:
+        parser.error(
+            f"--per-class={flags.per_class} must be at least 0, and --long-steps="
+            f"{flags.long_steps} at least 1"
+        )
+    return flags
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     start = time.time()

@@ -15,11 +15,13 @@ import time
 
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
+from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 
 
+@ends_quietly
 def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=3).parse_args()
     start = time.time()

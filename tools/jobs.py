@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common_jax.metrics import read_metrics
 from common_jax.report import Table
-from common_jax.workdir import read_json
+from common_jax.workdir import check_output, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -38,14 +39,23 @@ class Job:
     needs: str | None = None
 
 
+def count(text: str) -> int:
+    """A number of runs, for argparse."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} must be a whole number from 1 to 999999")
+    return int(text)
+
+
 def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:
     """The flags of every demo, with these defaults."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
-    parser.add_argument("--seeds", type=int, default=seeds, help="repetitions of what is compared")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument(
+        "--seeds", type=count, default=seeds, help="repetitions of what is compared"
+    )
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
     return parser
 
@@ -69,18 +79,34 @@ Running = dict[str, tuple[subprocess.Popen, int]]  # with the place that a run t
 
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure."""
+    output in WORKDIR/NAME.log; exits at the first failure. Ctrl-C is waited for until the runs have
+    saved what they have."""
     start, running = time.time(), {}
+    try:
+        check_output("--workdir", workdir)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
     def begin(name: str, job: Job, core: int) -> subprocess.Popen:
         return _start(job, workdir, name, core)
 
-    for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
-        if status != 0:
-            for other, _ in running.values():
-                other.terminate()
-            sys.exit(f"{name} failed; see {workdir / name}.log")
-        print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    try:
+        for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
+            if status != 0:
+                for other, _ in running.values():
+                    other.terminate()
+                sys.exit(f"{name} failed; see {workdir / name}.log")
+            print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+    except KeyboardInterrupt:
+        for (
+            process,
+            _,
+        ) in running.values():  # a terminal has sent it to them already; once is enough
+            process.send_signal(signal.SIGINT)
+        for process, _ in running.values():
+            process.wait()
+        raise
 
 
 def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Ended:

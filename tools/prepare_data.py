@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from common_jax.pods.signals import ends_quietly
 from m2mkd_jax.data.records import find_prepared, open_builder, stored_labels
 
 EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and what TFDS needs of other packages)"
@@ -71,6 +72,7 @@ def describe(folder: epath.Path) -> list[str]:
     return lines
 
 
+@ends_quietly
 def main(argv: list[str] | None = None) -> int:
     """The command; 0 where the set is there in the end, 2 where it cannot be."""
     parser = argparse.ArgumentParser(
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"error: preparing needs {EXTRA}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, FileNotFoundError, AssertionError) as error:
+    except (ValueError, OSError, AssertionError) as error:
         # TFDS asserts that archives which must be fetched by hand are there.
         print(f"error: {error}", file=sys.stderr)
         return 2

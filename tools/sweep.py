@@ -19,20 +19,29 @@ plus the number of a signal that was passed on to the runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from etils import epath
-from jobs import Ended, Job, describe, run_each, show
+from jobs import Ended, Job, count, describe, run_each, show
 from sweep_cells import PROGRAMS, Cell, parse_grid, plan_cells, read_sweep
 from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
 
 from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
-from common_jax.workdir import read_json, refuse_other_config, write_json
+from common_jax.pods.signals import STATUSES, ends_quietly
+from common_jax.workdir import (
+    check_output,
+    hold,
+    holds_results,
+    read_json,
+    refuse_other_config,
+    write_json,
+)
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
@@ -74,10 +83,10 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="FILE.py, or FILE.py:ARGUMENT=VALUE,...")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--grid", help="KEY=VALUE,VALUE;KEY=VALUE,VALUE")
-    parser.add_argument("--seeds", type=_count, default=1, help="runs a cell, seeds from 0")
+    parser.add_argument("--seeds", type=count, default=1, help="runs a cell, seeds from 0")
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         help="runs at a time, by default 1; several share the cores, but would get in each other's "
         "way on an accelerator",
     )
@@ -100,12 +109,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
-
-
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     flags = parse_flags(argv)
@@ -121,8 +125,16 @@ def sweep(flags: argparse.Namespace) -> int:
 
     Raises:
       ValueError: for what keeps the sweep, or any run of it, from starting.
+      OSError: also where another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
+    check_output("--workdir", workdir)
+    # The table alone is made of what is there, also while a sweep runs.
+    with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
+        return _sweep(flags, workdir)
+
+
+def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
     cells, asked = plan(flags, workdir)
     runs = [Run.of(cell, seed) for seed in range(flags.seeds) for cell in asked]
     left = [run for run in runs if run.results(workdir) is None]
@@ -170,7 +182,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
     if not record.exists() and (workdir / "config.json").exists():
         raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
     found = {}
-    if before["cells"]:
+    if before["cells"] and holds_results(workdir):
         if set(before["keys"]) != set(keys):
             raise ValueError(
                 f"--workdir={workdir} holds a sweep of {before['keys']}, and this is one of "
@@ -221,7 +233,8 @@ def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None
             print(f"  {name}  not started")
             continue
         status = ended.statuses[name]
-        text = "stopped early" if status == 0 else describe(status)
+        stopped = status in STATUSES.values()
+        text = "stopped early" if stopped else describe(status)
         print(f"  {name}  {text}; see {workdir / name}.log")
     sys.stdout.flush()
 

@@ -17,7 +17,7 @@ from sweep_cells import Cell, short_keys
 
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
-from common_jax.workdir import contradictions, read_json
+from common_jax.workdir import contradictions, read_json, write_bytes
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
@@ -111,7 +111,7 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
     for row in rows:
         numbers = [number for metric in metrics for number in _numbers(row.values(metric))]
         writer.writerow([*row.swept.values(), *numbers])
-    (workdir / "sweep.csv").write_text(text.getvalue())
+    write_bytes(workdir / "sweep.csv", text.getvalue().encode())
     names = short_keys(keys)
     header = (*names.values(), *itertools.chain(*((metric, "n") for metric in metrics)))
     twins, lines = find_twins(rows), []
@@ -124,10 +124,10 @@ def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]
         lines.append(tuple(cells))
     caption = "Mean ± sample standard deviation over n seeds" + (TWINS if twins else "")
     table = Table(caption, header, tuple(lines))
-    (workdir / "sweep.md").write_text(_markdown(table))
+    write_bytes(workdir / "sweep.md", _markdown(table).encode())
     picture = io.BytesIO()
     FigureCanvasAgg(plot(rows, metrics)).print_png(picture)
-    (workdir / "sweep.png").write_bytes(picture.getvalue())
+    write_bytes(workdir / "sweep.png", picture.getvalue())
     return table
 
 

@@ -27,12 +27,14 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
       float32 (size, size, 3).
 
     Raises:
-      ValueError: values of another type, whose range nobody knows.
+      ValueError: another shape; values of another type, whose range nobody knows.
     """
-    if image.dtype != np.uint8:
+    image = np.asarray(image)
+    flat = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    if image.dtype != np.uint8 or not flat or not image.size:
         raise ValueError(
-            f"a picture of {image.dtype}; give pixels from 0 to 255 as uint8, such as those of "
-            "common_jax.inputs.pictures.decode_picture"
+            f"a picture of {image.dtype} {image.shape}; give uint8 from 0 to 255 of shape "
+            "(rows, columns), (rows, columns, 3) or (rows, columns, 4)"
         )
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size

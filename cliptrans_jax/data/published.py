@@ -141,11 +141,16 @@ def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
         raise ValueError(added_message(path, last[len(ours) :]))
     others = [name for name, other in PUBLISHED.items() if other.last == last[: len(other.last)]]
     hint = f"it is the tokenizer of kind {others[0]!r}" if others else "fetch its files again"
-    found = f"{short(', '.join(last[:3]))} and so on, {len(last)} in all" if last else "none"
     raise ValueError(
-        f"{path} has other tokens after its pieces ({found}) than {ours[0]} to {ours[-1]}, "
-        f"{len(ours)} in all; {hint}"
+        f"{path} has other tokens after its pieces than it should have: {_first(last)}, not "
+        f"{_first(ours)}; {hint}"
     )
+
+
+def _first(tokens: tuple[str, ...]) -> str:
+    """The first few of some tokens, for a message."""
+    more = f" and so on, {len(tokens)} in all" if len(tokens) > 3 else ""
+    return f"{short(', '.join(tokens[:3])) or 'none'}{more}"
 
 
 def _unigram(model: unigram.Unigram, published: Published, limit: int) -> FramedTokenizer:

@@ -327,6 +327,17 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 untold=("heads", "eps", "activation"),
                 varied=("activation",),
             ),
+            Layout(
+                marker="visual.ln_pre.weight",
+                config_type=ClipVisionConfig,
+                config=sizes.openai_vision_config,
+                shapes=_image_shapes(ClipVision),
+                table=towers.openai_vision_table,
+                dropped=towers.OPENAI_VISION_DROPPED,
+                about=open_clip.FILE,
+                untold=("heads", "eps", "activation"),
+                varied=("activation",),
+            ),
         ),
         "clip_res": (
             Layout(

@@ -5,19 +5,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from cliptrans_jax.convert_towers import checked
-from cliptrans_jax.models.clip import ClipTextConfig
+from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 
 FILE = "open_clip_config.json"
-_FIELDS = {
+_VISION = {"image": "image_size", "patch": "patch_size", "width": "width", "layers": "layers"}
+_TEXT = {
     "vocab": "vocab_size",
     "positions": "context_length",
     "width": "width",
     "layers": "layers",
     "heads": "heads",
 }
-# What else changes a text tower, and the values that can be computed.
-_ALLOWED: Mapping[str, tuple] = {
+# What else changes a tower, and the values that can be computed.
+_BOTH: Mapping[str, tuple] = {
     "ls_init_value": (None,),
+    "act_kwargs": (None, {}),
+    "norm_kwargs": (None, {}),
+}
+_VISION_ALLOWED: Mapping[str, tuple] = _BOTH | {
+    "pool_type": ("tok",),
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "final_ln_after_pool": (False,),
+    "pos_embed_type": ("learnable",),
+    "timm_model_name": (None, ""),
+}
+_TEXT_ALLOWED: Mapping[str, tuple] = _BOTH | {
     "embed_cls": (False,),
     "no_causal_mask": (False,),
     "final_ln_after_pool": (False,),
@@ -25,8 +38,6 @@ _ALLOWED: Mapping[str, tuple] = {
     "proj_type": ("linear",),
     "proj_bias": (False,),
     "hf_model_name": (None, ""),
-    "act_kwargs": (None, {}),
-    "norm_kwargs": (None, {}),
 }
 
 
@@ -38,30 +49,52 @@ def text_config(content: Mapping[str, Any]) -> ClipTextConfig:
       ValueError: naming the key and the value that is missing, of another type, or that the tower
         cannot be computed with.
     """
+    text, model = _tower(content, "text_cfg", _TEXT_ALLOWED)
+    sizes = checked(text, _TEXT, ClipTextConfig, "OpenCLIP")
+    return ClipTextConfig(**sizes, **_shared(model, text, sizes.get("width", 512)))
+
+
+def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
+    """Sizes of an image tower, a ViT; what is left out is as in OpenCLIP's `CLIPVisionCfg`. Raises
+    as `text_config`."""
+    vision, model = _tower(content, "vision_cfg", _VISION_ALLOWED)
+    sizes = {"patch": 16} | checked(vision, _VISION, ClipVisionConfig, "OpenCLIP")
+    width = sizes.get("width", 768)
+    head = checked(vision, {"heads": "head_width"}, ClipVisionConfig, "OpenCLIP").get("heads", 64)
+    if width % head:
+        raise ValueError(f"width={width} in {FILE} must be a multiple of head_width={head}")
+    return ClipVisionConfig(**sizes, heads=width // head, **_shared(model, vision, width))
+
+
+def _tower(
+    content: Mapping[str, Any], key: str, allowed: Mapping[str, tuple]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What is said of a tower, and of the model."""
     model = _section(content, "model_cfg")
-    text = _section(model, "text_cfg")
-    for key, values in _ALLOWED.items():
-        if key in text and text[key] not in values:
+    tower = _section(model, key)
+    for name, values in allowed.items():
+        if name in tower and tower[name] not in values:
             raise ValueError(
-                f"{key}={reprlib.repr(text[key])} of text_cfg in {FILE} is not supported: it must "
+                f"{name}={reprlib.repr(tower[name])} of {key} in {FILE} is not supported: it must "
                 f"be {values[0]!r}; take another model"
             )
-    quick, ratio = model.get("quick_gelu", False), text.get("mlp_ratio", 4.0)
+    return tower, model
+
+
+def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Features, hidden width and activation, which both towers are given alike."""
+    quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
         raise ValueError(f"quick_gelu={reprlib.repr(quick)} in {FILE} must be true or false")
     if not isinstance(ratio, int | float) or not 0 < ratio < 100:
         raise ValueError(f"mlp_ratio={reprlib.repr(ratio)} in {FILE} must be a positive number")
     if "embed_dim" not in model:
         raise ValueError(f"{FILE} lacks embed_dim in model_cfg, which has {sorted(model)[:20]}")
-    features = checked(model, {"features": "embed_dim"}, ClipTextConfig, "OpenCLIP")
-    sizes = checked(text, _FIELDS, ClipTextConfig, "OpenCLIP")
-    width = sizes.get("width", ClipTextConfig().width)
-    return ClipTextConfig(
-        **sizes,
-        **features,
-        hidden=int(width * ratio),
-        activation="quick_gelu" if quick else "gelu",
-    )
+    return {
+        **checked(model, {"features": "embed_dim"}, ClipTextConfig, "OpenCLIP"),
+        "hidden": int(width * ratio),
+        "activation": "quick_gelu" if quick else "gelu",
+    }
 
 
 def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

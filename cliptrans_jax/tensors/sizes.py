@@ -12,7 +12,7 @@ import numpy as np
 
 from cliptrans_jax import convert
 from cliptrans_jax.models import mbart, resnet
-from cliptrans_jax.models.clip import ClipTextConfig
+from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
@@ -79,7 +79,7 @@ def resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
     """Of OpenAI's ResNet; raises ValueError naming a tensor that does not tell its part."""
     places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
     return ResNetConfig(
-        image=round(places**0.5) * resnet.STRIDE,
+        image=round(max(places, 1) ** 0.5) * resnet.STRIDE,
         layers=tuple(_count(tensors, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
         width=_shape(tensors, "visual.bn3.weight", 1, file)[0],
         features=_shape(tensors, "visual.attnpool.c_proj.weight", 2, file)[0],
@@ -103,6 +103,25 @@ def openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipText
     )
 
 
+def openai_vision_config(tensors: Tensors, said: Hf | None, file: str) -> ClipVisionConfig:
+    """Of a ViT under OpenAI's names, from open_clip_config.json where that is there; raises
+    ValueError naming a tensor, or a key of that file, that does not tell its part."""
+    if said is not None:
+        return open_clip.vision_config(said)
+    width, _, _, patch = _shape(tensors, "visual.conv1.weight", 4, file)
+    patch = max(1, patch)
+    places = _shape(tensors, "visual.positional_embedding", 2, file)[0] - 1
+    return ClipVisionConfig(
+        image=round(max(places, 1) ** 0.5) * patch,
+        patch=patch,
+        width=width,
+        layers=_count(tensors, "visual.transformer.resblocks."),
+        heads=max(1, width // resnet.HEAD_WIDTH),  # in all of OpenAI's models
+        hidden=_shape(tensors, "visual.transformer.resblocks.0.mlp.c_fc.weight", 2, file)[0],
+        features=_shape(tensors, "visual.proj", 2, file)[1],
+    )
+
+
 def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
     if name not in tensors or tensors[name].ndim != axes:
         found = f"is {tensors[name].shape}" if name in tensors else "is missing"
@@ -114,7 +133,5 @@ def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]
 
 def _count(tensors: Tensors, prefix: str) -> int:
     """How many layers there are."""
-    numbers = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return 1 + max(
-        (int(match[1]) for name in tensors if (match := numbers.match(name))), default=-1
-    )
+    numbers = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
+    return len({match[1] for name in tensors if (match := numbers.match(name))})

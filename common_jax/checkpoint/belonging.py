@@ -66,6 +66,8 @@ def own_steps(folder: epath.PathLike) -> list[int]:
             config = read_json(workdir / "config.json")
         with contextlib.suppress(ValueError, OSError):
             total = read_json(workdir / "result.json").get("steps")
+        # The last step of a run is always saved: without it the result is not this run's.
+        total = total if total in finished_steps(folder) else None
     stock = _take_stock(folder, workdir, config=config, total=total)
     for step, why in stock.foreign.items():
         logging.warning("checkpoint %s is left out: %s", folder / str(step), why)
@@ -101,7 +103,7 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
     except (ValueError, OSError) as error:
         failure = error
     if hosts.agree(failure is not None).any():
-        raise failure or ValueError(f"{folder} is not this run's; process 0 says why")
+        raise failure or ValueError(f"{folder} is not this run's; another process says why")
     return stock
 
 

@@ -1,4 +1,4 @@
-"""A run's own checkpoints: written while it trains, and read where it goes on."""
+"""A run's own checkpoints: written while it trains, and read where it resumes."""
 
 import contextlib
 import dataclasses
@@ -49,8 +49,7 @@ class Checkpoints:
       keep: how many of the newest stay.
       best: name of the metric whose highest value keeps its checkpoint, or None.
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
-      run_id: of the run, which every checkpoint keeps and run.json must go on to say; None writes
-        none, for what is not a run.
+      run_id: of the run's run.json, kept in every checkpoint; None for checkpoints of no run.
       foreign: checkpoints there that are not the run's, by step, and why: they are put aside, as
         foreign_STEP.
 
@@ -181,7 +180,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
-        hosts.agree(0)  # nobody goes on before
+        hosts.agree(0)  # nobody continues before
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
             policies.append(_Best(self._metric))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from common_jax.tensors.torch_pickle import Opaque, Scripted, Tensor
+from common_jax.tensors.torch_pickle import EXPORT, Opaque, Scripted, Tensor
 from common_jax.untrusted import RefusedError, brief, plain
 
 # Put before every name by a run on several devices.
@@ -19,6 +19,7 @@ INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
 # How keys of running averages are told: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
+EXPORT_HINT = f"with PyTorch: {EXPORT}"
 # How deep a dictionary of tensors may stand in others, and characters of a key and of a name.
 DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
 
@@ -67,7 +68,7 @@ def choose(top: Any, key: str = "") -> Chosen:
     """
     if not isinstance(top, dict):
         what = "one tensor" if isinstance(top, Tensor) else _kind(top)
-        raise RefusedError(f"holds {what}, and not tensors by their names")
+        raise RefusedError(f"holds {what}, and not tensors by their names; {EXPORT_HINT}")
     found = dict(_dictionaries(top, DEPTH, "", set()))
     if key:
         if key not in found:
@@ -139,10 +140,10 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
     for name, value in tensors.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             keys = ", ".join(map(plain, [*others][:5]))
-            hint = f"; choose with weights=KEY, KEY one of {keys}" if keys else ""
+            way_out = f"choose with weights=KEY, KEY one of {keys}" if keys else EXPORT_HINT
             raise RefusedError(
                 f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
-                f"alone or under one of {WRAPPERS}{hint}"
+                f"alone or under one of {WRAPPERS}; {way_out}"
             )
         if len(name) > LONGEST_NAME:
             raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")

@@ -92,10 +92,8 @@ def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
 
 def _read_archive(archive: Archive, weights: str) -> Chosen:
     top, root, script = _load(archive)
-    if script:
-        chosen = Chosen(dict(_walk(top, _declared(archive, root))))
-    else:
-        chosen = _state_dict(top, weights)
+    walked = dict(_walk(top, _declared(archive, root))) if script else {}
+    chosen = Chosen(walked) if script else choose(top, weights)
     parts = chosen.tensors
     if not parts:
         raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
@@ -147,14 +145,6 @@ def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int
         size = None if None in parts else 1 + sum(parts)
         sizes[id(value)] = size if size is not None and size <= LARGEST_PICKLE else None
     return sizes[id(value)]
-
-
-def _state_dict(top: Any, weights: str) -> Chosen:
-    """One dictionary of tensors in what a file holds."""
-    try:
-        return choose(top, weights)
-    except RefusedError as refused:
-        raise RefusedError(f"{refused}; with PyTorch: {EXPORT}") from None
 
 
 def _classes(top: Any) -> frozenset[str]:

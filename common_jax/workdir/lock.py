@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from common_jax.pods import hosts
+from common_jax.pods import hosts, signals
 from common_jax.workdir.files import temporary_beside
 
 NAME = "run.lock"
@@ -30,7 +30,9 @@ BEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a lock counts as left behind
 LOOK = 1.0  # seconds between two looks at a lock whose holder cannot be looked up
 
-_held: dict[str, "_Hold"] = {}  # locks of this process, by the absolute path of the workdir
+# By the absolute path of a workdir: the locks that this process holds; None for one that the first
+# of several processes holds for it.
+_held: dict[str, "_Hold | None"] = {}
 
 
 class Locked(OSError):
@@ -102,10 +104,25 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
     Raises:
       Locked: when another process holds it, naming host, process and time; in all processes.
     """
-    path, lock, refusal = _key(workdir), None, None
+    path, lock = _key(workdir), None
     if path in _held:
         yield
         return
+    try:
+        with signals.deferred():  # so that a lock that was taken is let go
+            lock = _acquire(path)
+            _held[path] = lock
+        yield
+    finally:
+        _held.pop(path, None)
+        if lock is not None:
+            lock.release()
+
+
+def _acquire(path: str) -> "_Hold | None":
+    """The lock of a workdir; None in all but the first of several processes. Raises Locked in all
+    where the first finds that another process holds it."""
+    lock = refusal = None
     several = jax.distributed.is_initialized()  # asking jax otherwise would start its devices
     if not several or jax.process_index() == 0:
         try:
@@ -113,18 +130,10 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         except Locked as error:
             refusal = error
     if several and hosts.agree(refusal is not None).any():
-        refusal = refusal or Locked(f"{workdir} is in use by another run; process 0 says whose")
+        refusal = refusal or Locked(f"{path} is in use by another run; process 0 says whose")
     if refusal is not None:
         raise refusal
-    if lock is None:
-        yield
-        return
-    _held[path] = lock
-    try:
-        yield
-    finally:
-        del _held[path]
-        lock.release()
+    return lock
 
 
 def require(workdir: epath.PathLike) -> None:
@@ -247,6 +256,8 @@ class _Hold:
                     STALE - age,
                 )
             time.sleep(LOOK)
+            if signals.requested() and not jax.distributed.is_initialized():
+                raise signals.Stopped
 
     def _create(self, content: str) -> None:
         with open(self._path, "x") as file:

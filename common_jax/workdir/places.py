@@ -1,5 +1,6 @@
 """Checks of the places that a command line names, before anything is computed."""
 
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -39,8 +40,8 @@ def check_output(key: str, value: epath.PathLike) -> None:
     path = pathlib.Path(value).expanduser().absolute()
     try:
         # A folder that is there may be read alone: a finished run is only looked at.
-        if not path.is_dir():
-            if path.exists():
+        if not os.path.isdir(path):
+            if os.path.exists(path):
                 raise NotADirectoryError("it is a file")
             with tempfile.TemporaryDirectory(dir=_nearest(path)):
                 pass
@@ -68,7 +69,7 @@ def _reason(path: pathlib.Path, error: OSError) -> str:
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:
     """The last part of an absolute path that is there."""
-    return next(one for one in _upwards(path) if one.exists())
+    return next(one for one in _upwards(path) if os.path.exists(one))
 
 
 def _upwards(path: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -49,7 +49,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
-    check(config, mesh, sources)
+    check_training(*check_episodes(config, mesh, sources), mesh)
     claim(workdir, config)
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")
@@ -135,12 +135,11 @@ def describe(config: Config, mesh: Mesh) -> Training:
     )
 
 
-def check(config: Config, mesh: Mesh, sources: Sources, *, key: str = "config") -> None:
-    """Looks for what is wrong with all episodes before anything is written; `key` names the section
-    of the recipe.
+def check_episodes(config: Config, mesh: Mesh, sources: Sources) -> tuple[Training, Feed]:
+    """Looks whether the data gives all episodes; what is trained, and the feed of the first.
 
     Raises:
-      ValueError: for episodes that the data does not give, and as `common_jax.loop.check`.
+      ValueError: where it does not.
     """
     training, few_shot = describe(config, mesh), config.few_shot
     if few_shot.seed + few_shot.episodes > SEEDS:
@@ -152,7 +151,7 @@ def check(config: Config, mesh: Mesh, sources: Sources, *, key: str = "config") 
         drawn = dataclasses.replace(few_shot, seed=few_shot.seed + number, episodes=1)
         one = dataclasses.replace(training.config, few_shot=drawn)
         feed = episode_feed(one, sources, workdir=epath.Path())  # which writes nothing
-    check_training(training, feed, mesh, key=key)
+    return training, feed
 
 
 def _trainer(

@@ -133,16 +133,20 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         if getattr(config.sources, role):
             check_source(config, role, mesh)
     sources = few_shot.load_splits(config)  # of all runs
+    trainings = []
     for folder, one in left:
-        key = f"config.recipes.{one.phase}"
         with renamed(recipe_keys(one.phase)):
             if one.phase == "few_shot":
-                few_shot.check(one, mesh, sources, key=key)
-                continue
+                training, feed = few_shot.check_episodes(one, mesh, sources)
+            else:
+                training, feed = describe(one, mesh), config_feed(one, workdir / folder, sources)
             if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
                 check_circuit(one)
-            feed = config_feed(one, workdir / folder, sources)
-            check_training(describe(one, mesh), feed, mesh, key=key)
+        trainings.append((training, feed, one.phase))
+    for trace in (False, True):  # what is quick to see first
+        for training, feed, phase in trainings:
+            with renamed(recipe_keys(phase)):
+                check_training(training, feed, mesh, key=f"config.recipes.{phase}", trace=trace)
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:

@@ -133,11 +133,19 @@ def with_feed(
     )
 
 
-def check_training(training: Training, feed: Feed, mesh: Mesh, *, key: str = "config") -> None:
-    """Looks for what is wrong with a run before anything is written; `key` names the section of its
-    recipe. Raises as `common_jax.loop.check`."""
+def check_training(
+    training: Training, feed: Feed, mesh: Mesh, *, key: str = "config", trace: bool = True
+) -> None:
+    """Looks for what is wrong with a run before anything is written. Raises as
+    `common_jax.loop.check`.
+
+    Args:
+      key: of the section of its recipe, for messages.
+      trace: whether to look at its networks, too, which takes a few seconds.
+    """
     config, task = training.config, with_feed(training, feed, mesh)
-    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
+    check = loop.check if trace else loop.check_settings
+    check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
 def config_feed(

@@ -84,6 +84,80 @@ def test_open_clip_says_its_activation(tmp_path):
         pretrained.load(folder, activation="gelu")
 
 
+def test_an_image_tower_under_openai_s_names_is_read(tmp_path):
+    """The numbers of Hugging Face's file of the same tower, renamed by hand."""
+    params = make_params(kinds.KINDS["clip_vision"][0], VISION)
+    tensors = {
+        "visual.class_embedding": params["class_token"],
+        "visual.positional_embedding": params["positions"],
+        "visual.conv1.weight": params["patches"]["kernel"]
+        .reshape(4, 4, 3, 16)
+        .transpose(3, 2, 0, 1),
+        "visual.proj": params["projection"]["kernel"],
+        "visual.ln_pre.weight": params["pre_norm"]["scale"],
+        "visual.ln_pre.bias": params["pre_norm"]["bias"],
+        "visual.ln_post.weight": params["post_norm"]["scale"],
+        "visual.ln_post.bias": params["post_norm"]["bias"],
+        "logit_scale": np.ones((), np.float32),
+    }
+    for i in range(2):
+        layer, name = params[f"layer_{i}"], f"visual.transformer.resblocks.{i}"
+        qkv = layer["attention"]["qkv"]  # (D, 3, H, K) and (3, H, K)
+        tensors |= {
+            f"{name}.attn.in_proj_weight": qkv["kernel"].reshape(16, 48).T,
+            f"{name}.attn.in_proj_bias": qkv["bias"].reshape(48),
+            f"{name}.attn.out_proj.weight": layer["attention"]["out"]["kernel"].reshape(16, 16).T,
+            f"{name}.attn.out_proj.bias": layer["attention"]["out"]["bias"],
+        }
+        for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
+            tensors[f"{name}.{theirs}.weight"] = layer[ours]["scale"]
+            tensors[f"{name}.{theirs}.bias"] = layer[ours]["bias"]
+        for theirs, ours in (("c_fc", "up"), ("c_proj", "down")):
+            tensors[f"{name}.mlp.{theirs}.weight"] = layer["mlp"][ours]["kernel"].T
+            tensors[f"{name}.mlp.{theirs}.bias"] = layer["mlp"][ours]["bias"]
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    both = tensors | make_tensors("clip_text", TEXT, layout=1)
+    write_tensors(folder / "open_clip_model.safetensors", both)
+    model = OPEN_CLIP["model_cfg"]
+    vision = model["vision_cfg"] | {"head_width": 8, "mlp_ratio": 1.5}
+    content = OPEN_CLIP | {"model_cfg": model | {"vision_cfg": vision}}
+    (folder / open_clip.FILE).write_text(json.dumps(content))
+    found = pretrained.load(folder)
+    assert (found.kind, found.config) == (
+        "clip_vision",
+        dataclasses.replace(VISION, activation="gelu"),
+    )
+    assert_same(found.params, params)
+    assert pretrained.load(folder, kind="clip_text").config.activation == "gelu"
+    # Of a bare file shapes tell all but heads and epsilon.
+    file = tmp_path / "vit.safetensors"
+    write_tensors(file, tensors)
+    found = pretrained.load(file, activation="quick_gelu")
+    assert found.config == dataclasses.replace(VISION, heads=1)
+    assert dict(found.account.assumed) == {"heads": "1", "eps": "1e-05"}
+    content["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (folder / open_clip.FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"open_clip_config\.json says mean=\[0\.5, 0\.5, 0\.5\]"):
+        pretrained.load(folder)
+
+
+@pytest.mark.parametrize("name", ["visual.conv1.weight", "visual.positional_embedding"])
+def test_a_tower_of_no_size_is_named(tmp_path, name):
+    tensors = {
+        "visual.conv1.weight": np.zeros((16, 3, 4, 4), "f4"),
+        "visual.positional_embedding": np.zeros((5, 16), "f4"),
+        "visual.proj": np.zeros((16, 8), "f4"),
+        "visual.ln_pre.weight": np.zeros(16, "f4"),
+        "visual.transformer.resblocks.99999999999.mlp.c_fc.weight": np.zeros((64, 16), "f4"),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": np.zeros((64, 16), "f4"),
+    }
+    tensors[name] = tensors[name][:0]
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        pretrained.load(tmp_path / "a.safetensors", activation="gelu")
+
+
 def test_an_activation_that_nothing_says_is_asked_for(tmp_path, caplog):
     folder = open_clip_folder(tmp_path / "a", None)
     with pytest.raises(

@@ -158,6 +158,12 @@ def refused(capsys, corpus, tmp_path):
             ["--config.sources.model=/a", "--config.sources.mbart=/b"],
             ["config.sources.model='/a'", "mbart='/b'"],
         ),
+        ([NO_PREFIX, "--config.seed=4294967296"], ["config.seed=4294967296"]),
+        ([NO_PREFIX, "--config.sources.model=/nowhere"], ["config.sources.model='/nowhere'"]),
+        (
+            [NO_PREFIX, "--config.optim.schedule=warmup_cosine", "--config.optim.warmup_epochs=2"],
+            ["config.optim.warmup_epochs=2 is a warm-up of 6 steps, and the run has only 6"],
+        ),
         (["--wrokdir=x"], ["wrokdir"]),
     ],
     ids=lambda value: value[-1] if value and value[0].startswith("-") else "",
@@ -234,13 +240,26 @@ def test_a_run_without_a_mapper_gives_none(refused, runs):
     sources = [f"--config.sources.{name}={runs / run}"
                for name, run in (("clip", "clip"), ("model", "no_prefix"))]  # fmt: skip
     said = ["mapper/out/kernel of shape (8, 64) is in none of the sources", "config.sources.fresh"]
-    refused(sources, said, kept={"tokenizer.json", "features"})
+    refused(sources, said)
 
 
 def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
     said = ["mapper/out/kernel of shape (8, 64) has no place", "config.sources.leave"]
     flags = [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"]
-    refused(flags, said, kept={"tokenizer.json"})
+    refused(flags, said)
+
+
+def test_a_tokenizer_of_a_start_that_came_to_nothing_is_replaced(runs, corpus, tmp_path):
+    """It would otherwise refuse the corrected command as one of another config."""
+    smaller = tiny_config("clip", corpus)
+    tokenizer = dataclasses.replace(smaller.tokenizer, vocab=290)
+    workdir = epath.Path(tmp_path)
+    save_tokenizer(
+        train_tokenizer(dataclasses.replace(smaller, tokenizer=tokenizer), workdir)[1], workdir
+    )
+    save_tokenizer(train_tokenizer(smaller, workdir)[1], workdir)
+    expected = (runs / "clip" / "tokenizer.json").read_text()
+    assert (tmp_path / "tokenizer.json").read_text() == expected
 
 
 def test_another_config_in_the_same_workdir_is_refused(capsys, corpus, runs):
@@ -290,6 +309,16 @@ def test_errors_of_stage_clip(refused, flags, said):
 def test_a_pipeline_that_cannot_begin_leaves_its_folder_free(refused):
     refused(["--config.model.mbart.vocab=280"], ["config.model.mbart.vocab=280"], stage="pipeline")
     refused(["--config.recipes={}"], ["config.recipes is empty"], stage="pipeline")
+
+
+def test_a_pipeline_is_looked_through_first(refused):
+    recipe = "--config.recipes.translate.optim"
+    refused(
+        [f"{recipe}.schedule=inverse_sqrt", f"{recipe}.warmup_steps=6"],
+        ["config.recipes.translate.optim.warmup_steps=6 is a warm-up of 6 steps"],
+        stage="pipeline",
+    )
+    refused([f"{recipe}.batch=32"], ["32 must be from 1 to 24"], stage="pipeline")
 
 
 def test_help_shows_the_flags(capsys):

@@ -55,6 +55,21 @@ def test_grey_and_transparent_pictures_are_taken():
     np.testing.assert_array_equal(prepare_picture(opaque, 9), prepare_picture(colour, 9))
 
 
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((4, 4), 300, np.uint16),  # PIL would make it white
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_pixels_of_another_type_or_shape_are_refused(image):
+    with pytest.raises(ValueError, match=rf"a picture of {image.dtype} \(.*give uint8 .* of shape"):
+        prepare_picture(image, 4)
+
+
 def test_no_augmentation_changes_nothing():
     image = random_image(12, 17)
     found = augment_picture(image, STILL, np.random.default_rng(0))

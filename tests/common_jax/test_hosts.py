@@ -64,7 +64,7 @@ def test_stopped_in_training_one_goes_on_as_two(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, devices=8)
     process.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 15'))
-    assert "stopped as asked; the same command goes on" in process.finish()
+    assert "stopped as asked; the same command resumes" in process.finish()
     assert 15 < finished_steps(workdir / "checkpoints")[-1] < 44
     finish_pair(workdir)
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)

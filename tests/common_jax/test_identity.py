@@ -1,19 +1,26 @@
 """A run takes no checkpoint but its own, and none that it has not looked at."""
 
 import json
+import pathlib
 import shutil
 
+import convert_weights
 import numpy as np
 import pytest
+import sweep
 from descent import descend
 from jax import numpy as jnp
 
-from common_jax import checkpoint
+import cliptrans_jax.main
+import m2mkd_jax.main
+from common_jax import app, checkpoint
 from common_jax.checkpoint import Checkpoints, SaveError, contents
 from common_jax.checkpoint.writing import write_params
 from common_jax.pods import hosts
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity, read_result
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -233,6 +240,27 @@ def test_folders_that_orbax_cannot_write_are_refused(letter, tmp_path):
     (tmp_path / f"link{letter}").symlink_to(tmp_path / "plain")
     with pytest.raises(ValueError, match="checkpoints cannot be written below"):
         write_params(tmp_path / f"link{letter}", {"w": np.ones(3)}, {})
+
+
+@pytest.mark.parametrize("program", [m2mkd_jax.main, cliptrans_jax.main])
+def test_such_a_workdir_is_refused_with_its_flag(program, tmp_path, capsys):
+    config = {m2mkd_jax.main: "m2mkd/digits.py", cliptrans_jax.main: "cliptrans/emoji.py"}[program]
+    flags = ["", f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}/lr=[1e-3]"]
+    with pytest.raises(SystemExit, match="2"):
+        app.run(program.main, "", flags)
+    message = capsys.readouterr().err
+    assert f"error: --workdir='{tmp_path}/lr=[1e-3]': checkpoints cannot be written" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_such_a_folder_is_refused_for_weights_and_sweeps(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        convert_weights.main([f"{tmp_path}/none.pth", f"{tmp_path}/a[1]"])
+    assert f"OUT='{tmp_path}/a[1]': checkpoints cannot be written" in capsys.readouterr().err
+    config = f"--config={ROOT}/configs/m2mkd/digits.py"
+    assert sweep.main([config, f"--workdir={tmp_path}/a*", "--grid=optim.lr=1,2"]) == 2
+    assert f"--workdir='{tmp_path}/a*': checkpoints cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_that_lie_in_such_a_folder_load(stopped, tmp_path):

@@ -126,3 +126,28 @@ def test_inverse_sqrt_rises_to_the_peak_and_falls():
     rate = make_schedule(config, 7)
     wanted = [0.0025, 0.005, 0.0075, 0.01, 0.01 * (4 / 5) ** 0.5, 0.005]
     assert [float(rate(step)) for step in (0, 1, 2, 3, 4, 15)] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["epoch_cosine", "epoch_cosine_unlagged", "warmup_cosine"])
+def test_a_warmup_is_shorter_than_the_run(schedule):
+    config = OptimConfig(schedule=schedule, epochs=10, warmup_epochs=20)
+    said = (
+        r"config\.recipes\.distill\.optim\.warmup_epochs=20 is a warm-up of 200 steps, and the run "
+        r"has only 100 \(config\.recipes\.distill\.optim\.epochs=10, 10 steps an epoch\): give a "
+        r"shorter warm-up, such as --config\.recipes\.distill\.optim\.warmup_epochs=0"
+    )
+    with pytest.raises(ValueError, match=said):
+        config.check_warmup(10, key="config.recipes.distill.optim")
+    for fine in ({"epochs": 21}, {"steps": 201}, {"warmup_epochs": 9}, {"warmup_epochs": 0}):
+        dataclasses.replace(config, **fine).check_warmup(10)
+    with pytest.raises(ValueError, match=r"config\.optim\.steps=200"):
+        dataclasses.replace(config, steps=200).check_warmup(10)
+
+
+def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
+    config = OptimConfig(schedule="inverse_sqrt", steps=100, warmup_steps=100)
+    with pytest.raises(ValueError, match=r"config\.optim\.warmup_steps=100 is a warm-up of 100"):
+        config.check_warmup(10)
+    dataclasses.replace(config, warmup_steps=99).check_warmup(10)
+    for schedule in ("constant", "polynomial"):  # which have no warm-up
+        dataclasses.replace(config, schedule=schedule).check_warmup(10)

@@ -59,6 +59,8 @@ def test_classes_are_matched_by_name_in_any_order():
     assert match(("n05", "n01"), base) == (3, 0)
     with pytest.raises(ValueError, match=r"config\.ood .* and 1 are no classes .*: n04; .*n05"):
         match(("n01", "n04"), base)
+    with pytest.raises(ValueError, match=r"no classes .*: 0, 1; .*class numbers without names"):
+        match(("0", "1"), base)
 
 
 def test_digit_renditions_are_digits_drawn_otherwise():

@@ -1,0 +1,69 @@
+"""Places that a command line names: what is there, and what can be made."""
+
+import pytest
+
+from common_jax import app
+from common_jax.checkpoint import check_source
+from common_jax.workdir import check_input, check_output
+from m2mkd_jax.data.folders import existing
+
+
+def test_a_missing_place_is_named_with_the_last_part_that_exists(tmp_path):
+    (tmp_path / "file").touch()
+    check_input("config.data.path", "", "images")
+    check_input("config.data.path", "gs://bucket/images", "images")
+    check_input("config.data.path", str(tmp_path / "file"), "images")
+    missing = rf"config\.data\.path='{tmp_path}/a/b' cannot be found \(No such file or directory; "
+    with pytest.raises(FileNotFoundError, match=rf"^{missing}{tmp_path} is the last part.*images$"):
+        check_input("config.data.path", f"{tmp_path}/a/b", "images")
+    with pytest.raises(FileNotFoundError, match=rf"Not a directory; {tmp_path}/file, a file, is"):
+        check_input("config.data.path", f"{tmp_path}/file/b", "images")
+    with pytest.raises(FileNotFoundError) as caught:
+        check_input("config.data.path", "x" * 5000, "images")
+    assert len(str(caught.value)) < 1000
+
+
+def test_images_below_a_missing_mount_are_named(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.data\.path='/nfs/images' cannot be found"
+    ):
+        existing("/nfs/images", "a folder")
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist; give a folder; beside it: images"
+    ):
+        existing(f"{tmp_path}/imags", "a folder")
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path='' does not exist"):
+        existing("", "a folder")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_nothing_stays(tmp_path):
+    (tmp_path / "file").touch()
+    check_output("--workdir", tmp_path)
+    check_output("--workdir", tmp_path / "a" / "b")
+    check_output("--workdir", "gs://bucket/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(NotADirectoryError, match=rf"--workdir='{tmp_path}/file' .*it is a file"):
+        check_output("--workdir", tmp_path / "file")
+    with pytest.raises(NotADirectoryError, match=rf"{tmp_path}/file, a file, is the last part"):
+        check_output("--workdir", tmp_path / "file" / "run")
+    with pytest.raises(OSError, match=r"--workdir='/proc/run/1' cannot be made a folder"):
+        check_output("--workdir", "/proc/run/1")
+
+
+def test_a_cache_that_cannot_be_made_is_warned_of(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    app.use_compilation_cache(str(tmp_path / "file"))
+    assert "config.run.compilation_cache=" in caplog.text
+    assert "every start compiles again" in caplog.text
+
+
+def test_a_source_without_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    check_source("config.sources.meta", "")
+    with pytest.raises(
+        FileNotFoundError, match=r"^config\.sources\.meta='/nfs/x': no finished che"
+    ):
+        check_source("config.sources.meta", "/nfs/x")
+    with pytest.raises(FileNotFoundError, match=r"/file is a file; give a run's workdir"):
+        check_source("config.sources.meta", f"{tmp_path}/file")

@@ -1,0 +1,111 @@
+"""Requests to stop: at once, or later where there is something to lose; the second one ends the
+process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common_jax.pods import hosts, signals
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # Python calls the handler between two instructions
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(NUMBERS[0], 0), (NUMBERS[1], 130), (NUMBERS[2], 129)]
+)
+def test_where_nothing_is_lost_it_stops_at_once(number, status):
+    before = signal.getsignal(number)
+    with signals.listening():
+        with pytest.raises(signals.Stopped):
+            send(number)
+        assert signals.status() == status
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_where_something_is_lost_it_waits(number, monkeypatch, capfd):
+    monkeypatch.setattr(hosts, "_stopping", False)
+    done = []
+    with signals.listening():
+        with pytest.raises(signals.Stopped), signals.deferred():
+            send(number)
+            send(signal.SIGHUP)  # as often as a terminal likes
+            done.append("saved")
+            with pytest.raises(signals.Stopped):
+                hosts.check()
+            done.append("closed")
+        assert done == ["saved", "closed"]
+        until_said(capfd, "asked to stop: saving at the next step\n")
+
+
+def until_said(capfd, text: str) -> None:
+    deadline, said = time.monotonic() + 5, ""
+    while text not in said:
+        assert time.monotonic() < deadline, said
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+
+
+def test_not_asked_nothing_stops():
+    with signals.listening(), signals.deferred():
+        assert not signals.requested()
+
+
+def test_what_is_ignored_stays_ignored():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.listening():
+            send(signal.SIGHUP)
+            assert not signals.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nothing_takes_it_for_a_failure():
+    assert not issubclass(signals.Stopped, Exception)
+
+
+COMPILING = """
+import os, signal, sys, threading, time
+from common_jax.pods import signals
+
+def send():
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+with signals.listening(), signals.deferred():
+    threading.Thread(target=send, daemon=True).start()
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        time.sleep(0.1)
+"""
+
+
+def test_the_second_ends_the_process_whatever_it_does():
+    process = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True)
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.splitlines() == [
+        "asked to stop: saving at the next step",
+        "SIGINT again: ending at once",
+    ]
+
+
+def test_a_tool_says_a_line():
+    @signals.ends_quietly
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130

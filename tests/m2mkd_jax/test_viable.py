@@ -1,0 +1,131 @@
+"""A refused start leaves its folder free; a pipeline refuses before its first run trains."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import OPTIM, tiny_config, tiny_pipeline
+
+from common_jax import loop
+from common_jax.checkpoint import write_params
+from common_jax.config import unfreeze
+from common_jax.workdir import claim, holds_results, refuse_other_config
+from m2mkd_jax.main import main
+from m2mkd_jax.phases.networks import teacher_network
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+@pytest.fixture(autouse=True)
+def nothing_trains(monkeypatch):
+    def train(*args, **settings):
+        raise AssertionError("a run began")
+
+    monkeypatch.setattr(loop, "_train", train)
+    monkeypatch.setattr("m2mkd_jax.main.make_mesh", lambda config: one_device())
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1),
+        ("data", "fsdp", "expert"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[:1],
+    )
+
+
+def changed(config, path: str, value):
+    """The config with another value of a field."""
+    name, _, rest = path.partition(".")
+    if isinstance(config, dict):
+        return config | {name: changed(config[name], rest, value)}
+    value = changed(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        # 6 steps in all, of 22 an epoch.
+        (
+            "recipes.distill.optim.warmup_epochs",
+            1,
+            r"config\.recipes\.distill\.optim\.warmup_epochs=1 is a warm-up of 22 steps, and the "
+            r"run has only 6 \(config\.recipes\.distill\.optim\.steps=6",
+        ),
+        (
+            "recipes.few_shot.optim.batch",
+            64,  # of 40 images
+            r"batch=64 must be from 1 to 40",
+        ),
+        ("recipes.end_to_end.optim.batch", 1438, r"1438 must be from 1 to 1437"),
+        ("few_shot.ways", 11, r"config\.few_shot\.ways=11 must be from 1 to .* 10"),
+        ("few_shot.shots", 1000, r"1000 are asked for; lower config\.few_shot\.shots"),
+        ("data.labels", 9, r"config\.data\.labels=9"),
+        ("seed", 2**32, r"config\.seed=4294967296"),
+        ("run.best", "val/bleu", r"config\.run\.best='val/bleu' is not measured: .* test/"),
+        ("sources.teacher", "/nowhere", r"no finished checkpoint at /nowhere"),
+    ],
+)
+def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
+    config = changed(tiny_pipeline(), path, value)
+    with pytest.raises((ValueError, OSError), match=said):
+        main(unfreeze(config), tmp_path / "runs" / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
+    """The meta model would train for hours before it is looked at."""
+    config = tiny_pipeline()
+    other = changed(config, "teacher.width", 24)
+    shapes = jax.eval_shape(teacher_network(other).init, jax.random.key(0))
+    teacher = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    write_params(tmp_path / "teacher", {"teacher": teacher}, {})
+    config = changed(config, "sources.teacher", str(tmp_path / "teacher"))
+    with pytest.raises(ValueError, match=r"is wanted as .*16.* and is .*24"):
+        main(unfreeze(config), tmp_path / "run")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_episodes_are_looked_through_first(tmp_path):
+    config = tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8))
+    config = changed(changed(config, "few_shot.episodes", 2), "few_shot.shots", 1000)
+    config = changed(config, "sources.network", "/nowhere")
+    with pytest.raises(ValueError, match="1000 are asked for"):
+        main(unfreeze(config), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
+    caplog.set_level("INFO")
+    claim(tmp_path, {"optim": {"steps": 20}})
+    claim(tmp_path, {"optim": {"steps": 40}})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"optim": {"steps": 40}}
+    assert "this config takes its place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "result.json",
+        "scores.json",
+        "checkpoints/20/params/manifest",
+        "checkpoints/damaged_20/params/manifest",
+        "few_shot/episode_0/checkpoints/2/params/manifest",
+        "alpha=0.3,seed=0/few_shot/episode_0/result.json",
+    ],
+)
+def test_one_that_came_to_something_does_not(tmp_path, path):
+    claim(tmp_path, {"optim": {"steps": 20}})
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("{}")
+    with pytest.raises(ValueError, match=r"optim\.steps: 20 -> 40"):
+        refuse_other_config(tmp_path, {"optim": {"steps": 40}})
+
+
+def test_an_unfinished_save_is_nothing(tmp_path):
+    (tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert not holds_results(tmp_path)
