@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gzip
+import io
 import logging
 import os
 import zlib
@@ -17,6 +18,7 @@ from common_jax.inputs import BadExample
 from common_jax.inputs.pictures import decode_picture, read_file
 
 TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
+MOST_INFLATED = 200  # times that a gzipped text is larger than its file
 
 
 @runtime_checkable
@@ -145,10 +147,17 @@ def read_lines(path: Path) -> tuple[str, ...]:
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
+        limit = MOST_INFLATED * len(content) + 1024
         try:
-            content = gzip.decompress(content)
+            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+                content = file.read(limit + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from error
+        if len(content) > limit:
+            raise ValueError(
+                f"{path} unpacks to more than {MOST_INFLATED} times its size, which no text does; "
+                "fetch it again"
+            )
     if b"\r" in content and b"\n" not in content:
         raise ValueError(
             f"{path} ends its lines with carriage returns alone, so all of it would be one line; "

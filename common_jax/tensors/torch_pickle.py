@@ -140,7 +140,9 @@ def _rebuild_untyped(storage, offset, shape, strides, grad, hooks, dtype, metada
 
 def _axes(sizes: Any) -> tuple[Any, ...]:
     if not isinstance(sizes, list | tuple) or len(sizes) > MOST_AXES:
-        raise RefusedError(f"holds a tensor of a shape or strides that are none: {brief(sizes)}")
+        raise RefusedError(
+            f"holds a tensor whose shape or strides are no list of sizes: {brief(sizes)}"
+        )
     return tuple(sizes)
 
 

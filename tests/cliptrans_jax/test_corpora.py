@@ -291,6 +291,9 @@ def test_a_broken_gzip_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(ValueError, match=r"val\.de\.gz is no whole gzip file"):
         load_corpus(config, "val", ("de",))
+    path.write_bytes(gzip.compress(bytes(1 << 22)))  # 4 kB
+    with pytest.raises(ValueError, match=r"val\.de\.gz unpacks to more than 200 times its size"):
+        read_lines(path)
 
 
 def test_empty_lines_are_kept_and_counted(tmp_path, caplog):

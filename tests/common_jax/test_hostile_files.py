@@ -84,8 +84,8 @@ HUGE = 1 << 40
         (tensor(FLOATS, (2,), (1 << 62,)), "gives a the shape"),
         (tensor(FLOATS, (1,), (1,), offset=1 << 61), "which is too few"),
         (tensor(FLOATS, (1,), (1,), offset="0"), "gives a the shape .* at '0'"),
-        (tensor(FLOATS, (1,) * 65, (1,) * 65), "a shape or strides that are none"),
-        (tensor(FLOATS, None, (1,)), "a shape or strides that are none: None"),
+        (tensor(FLOATS, (1,) * 65, (1,) * 65), "shape or strides are no list of sizes"),
+        (tensor(FLOATS, None, (1,)), "shape or strides are no list of sizes: None"),
         (tensor(FLOATS, (2,), (1,), more=({}, 5)), "has a damaged data.pkl"),
         (tensor(storage("FloatStorage", "0", HUGE), (2,), (1,)), "should be 4398046511104"),
         (tensor(storage("FloatStorage", "0", 2.0), (2,), (1,)), r"a storage '0' of 2\.0 numbers"),
@@ -96,7 +96,7 @@ HUGE = 1 << 40
         (Raw(b"L" + b"9" * 5000 + b"L\n"), "has a damaged data.pkl"),
         (Raw(b"\x82\x01"), "uses an opcode that PyTorch does not write"),
         (Raw(b"K\x01)R"), "has a damaged data.pkl .*cannot be called"),
-        (Raw(b"ctorch\nSize\n(K\x01tR"), "a shape or strides that are none: 1"),
+        (Raw(b"ctorch\nSize\n(K\x01tR"), "shape or strides are no list of sizes: 1"),
     ],
 )
 def test_odd_numbers_are_refused_before_anything_is_read(tmp_path, value, message):
