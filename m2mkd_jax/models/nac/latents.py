@@ -65,11 +65,10 @@ class GraphConfig:
     code_noise: float = 0.0
 
     def __post_init__(self):
-        check_choice("config.model.seeding", self.seeding, SEEDINGS)
+        check_choice("seeding", self.seeding, SEEDINGS)
         if self.seeding == "code" and self.code_width != self.width:
             raise ValueError(
-                f"config.model.seeding='code' needs config.model.code_width={self.code_width} to "
-                f"be config.model.width={self.width}"
+                f"code_width={self.code_width} must be width={self.width} with seeding='code'"
             )
 
 
