@@ -342,6 +342,11 @@ COMMANDS = (
         "recipes.assemble.optim.warmup_epochs=-1",
         "config.recipes.assemble.optim.warmup_epochs=-1 must be at least 0",
     ),
+    (
+        f"{DIGITS}:phase=pretrain_meta",
+        "meta.patch=3",
+        "config.meta.patch=3 must divide config.data.image_size=8",
+    ),
     (f"{NAC}:phase=distill", "model.iterations=0", "config.model.iterations=0 must be at least 1"),
     (f"{EMOJI}:stage=caption", "clip.image.heads=7", "config.clip.image.heads=7 must divide width"),
     (

@@ -68,8 +68,8 @@ def _names(rng: random.Random, data: bytes) -> bytes:
     """An index that names other files."""
     try:
         index = json.loads(data)
-        tensors = [*index["weight_map"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        tensors = [*index["weight_map"].keys()]
+    except (AttributeError, ValueError, TypeError, KeyError, RecursionError):
         return mutations.flip(rng, data)
     files = [INDEX, "loop.safetensors", "folder.safetensors", "three.safetensors", *SHARDS]
     files += ["../one.safetensors", "/etc/passwd", "", ".", "a\x00", "a\n", "\ud800", "x" * 300]

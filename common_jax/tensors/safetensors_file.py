@@ -96,6 +96,8 @@ def _entries(header: bytes) -> list[_Entry]:
 
 
 def _entry(name: str, value: Any) -> _Entry:
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise _damaged(f"its header has the name {brief(name)}, with half a character")
     match value:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end], **rest} if (
             not rest and _counts(begin, end, *shape) and len(shape) <= MOST_AXES

@@ -21,6 +21,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.workdir import write_bytes
 from m2mkd_jax.data.folders import (
     Found,
     existing,
@@ -262,10 +263,8 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
     labels = _read_labels(builder, split)
     content = io.BytesIO()
     np.savez(content, labels=labels, fingerprint=fingerprint)
-    draft = folder / f".{file.name}.{os.getpid()}.tmp"
     try:
-        draft.write_bytes(content.getvalue())
-        draft.replace(file)
+        write_bytes(file, content.getvalue())
     except OSError as error:
         logging.warning("%s cannot be kept (%s): every run reads all labels first", file, error)
     return labels

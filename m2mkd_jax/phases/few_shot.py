@@ -2,8 +2,9 @@
 each; one episode, or several and their mean."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from scipy import special
 
 from common_jax.loop import SEEDS
 from common_jax.report import Table
-from common_jax.weights import Allowance, Origin
+from common_jax.weights import Allowance, Origin, WarmStart
 from common_jax.workdir import claim, read_json, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
@@ -49,7 +50,10 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
-    check_training(*check_episodes(config, mesh, sources), mesh)
+    training, feed = check_episodes(config, mesh, sources)
+    check_training(training, feed, mesh)
+    shapes = jax.eval_shape(training.init, jax.random.key(0))
+    _take_network(config, training, shapes, read=False)
     claim(workdir, config)
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")
@@ -158,11 +162,8 @@ def _trainer(
     config: Config, mesh: Mesh, sources: Sources
 ) -> Callable[[int, epath.Path], dict[str, Any]]:
     """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
-    origin = Origin(require_source(config, "network"), "student", "student")
-    training = describe(config, mesh)
-    reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
-    fresh = (Allowance(training.trainable, reason),)
-    programs = {}
+    require_source(config, "network")
+    training, programs = describe(config, mesh), {}
 
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
         drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
@@ -171,12 +172,22 @@ def _trainer(
             dataclasses.replace(training, config=one),
             workdir,
             mesh,
-            warm_start=lambda wanted: take_weights(one, wanted, [origin], fresh=fresh),
+            warm_start=functools.partial(_take_network, one, training),
             feed=episode_feed(one, sources, workdir=workdir),
             programs=programs,
         )
 
     return train
+
+
+def _take_network(
+    config: Config, training: Training, wanted: Mapping[str, Any], *, read: bool = True
+) -> WarmStart:
+    """What an episode starts from: config.sources.network, and a fresh head."""
+    origin = Origin(require_source(config, "network"), "student", "student")
+    reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
+    fresh = (Allowance(training.trainable, reason),)
+    return take_weights(config, wanted, [origin], fresh=fresh, read=read)
 
 
 def load_splits(config: Config) -> Sources:

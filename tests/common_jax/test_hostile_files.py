@@ -227,6 +227,7 @@ ODD_HEADERS = [
     (b'{"a":{},"a":{}}', "its header gives the key 'a' twice"),
     (b"[" * 9000, "its header is not JSON that can be read: it nests too deep"),
     (b"\xff", "its header is not UTF-8"),
+    (b'{"a\\ud800": 1}', r"its header has the name 'a\\ud800', with half a character"),
     ({"\x1b[31m" * 1000: [1]}, r"its header gives \?\[31m"),
 ]
 

@@ -190,3 +190,14 @@ def test_wrong_sources_are_named(finished, one_device, tmp_path):
     ):
         run_phase(config, tmp_path / "c", one_device)
     assert not (tmp_path / "c" / "config.json").exists()
+
+
+def test_what_is_wrong_with_a_recipe_has_its_whole_key(one_device, tmp_path):
+    config = tiny_pipeline()
+    recipe = config.recipes["pretrain_meta"]
+    large = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, batch=5000))
+    config = dataclasses.replace(config, recipes=config.recipes | {"pretrain_meta": large})
+    said = r"^config\.recipes\.pretrain_meta\.optim\.batch=5000 must be from 1 to 1437"
+    with pytest.raises(ValueError, match=said):
+        run_phase(config, tmp_path / "run", one_device)
+    assert not (tmp_path / "run").exists()

@@ -98,6 +98,14 @@ def test_episodes_are_looked_through_first(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_is_not_there_claims_nothing(tmp_path):
+    config = tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8))
+    config = changed(changed(config, "few_shot.episodes", 2), "sources.network", "/nowhere")
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint at /nowhere"):
+        main(unfreeze(config), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
     caplog.set_level("INFO")
     claim(tmp_path, {"optim": {"steps": 20}})
