@@ -113,12 +113,16 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     sources = {f"sources.{name}": getattr(config.sources, name) for name in WORKDIRS}
     sources["init.upcycle"] = config.init.upcycle
     idle = unread(sources, READS[config.phase])
+    if config.phase == "end_to_end" and config.baseline.kind == "none":
+        idle.append("sources.teacher")
     for key, found in sources.items():
         if key in idle:
             continue
-        for i, source in enumerate((found,) if isinstance(found, str) else found):
-            place = key if isinstance(found, str) else f"{key}[{i}]"
-            checkpoint.check_source(f"config.{place}", source)
+        if isinstance(found, str):
+            checkpoint.check_source(f"config.{key}", found)
+        elif len(found) in (1, len(config.meta.depths)):  # the phase refuses other numbers
+            for i, source in enumerate(found):
+                checkpoint.check_source(f"config.{key}[{i}]", source)
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:

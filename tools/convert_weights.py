@@ -33,6 +33,7 @@ from common_jax import checkpoint
 from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, set_field
 from common_jax.config import freeze, unfreeze
+from common_jax.mesh import start_backend
 from common_jax.pods.signals import ends_quietly
 from common_jax.tensors import Account, format_account, write_tensors, write_torch
 from common_jax.tensors.files import TORCH_SUFFIXES
@@ -94,6 +95,7 @@ class Converted:
 def main(argv: Sequence[str] | None = None) -> None:
     command = parse(sys.argv[1:] if argv is None else argv)
     try:
+        start_backend()
         target = pathlib.Path(command.target)
         if target.exists() and not command.force:
             raise FileExistsError(f"{target} exists; give another OUT, or --force to replace it")

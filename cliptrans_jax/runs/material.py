@@ -118,6 +118,7 @@ class Material:
                 "own: set config.clip_tokenizer.kind to 'xlmr' for M-CLIP or 'clip' for CLIP, and "
                 "config.clip_tokenizer.path to its folder"
             )
+        _check_published(config, "clip_text")
         return load_published_text(
             config.sources.clip_text,
             config.clip_tokenizer,
@@ -135,6 +136,7 @@ class Material:
         if config.sources.clip:
             return load_trained_image(config)
         _require(config, "clip_image")
+        _check_published(config, "clip_image")
         return load_published_image(
             config.sources.clip_image,
             dtype=config.dtype,
@@ -377,5 +379,8 @@ def _require(config: Config, name: str) -> None:
             f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the folder "
             "of a published tower, or config.sources.clip, a run of stage 'clip'"
         )
+
+
+def _check_published(config: Config, name: str) -> None:
     if not config.sources.fetch:
         check_input(f"config.sources.{name}", getattr(config.sources, name), PUBLISHED)

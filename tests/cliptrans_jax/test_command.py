@@ -73,7 +73,8 @@ def fresh(config) -> TrainState:
     init = towers if config.stage == "clip" else Translator(config.model).init
 
     def state(key):
-        return init_state(init(key), config.optim, trainable=".*", metrics={})
+        made = init_state(init(key), config.optim, trainable=".*", metrics={})
+        return made.replace(step=made.step + 1)  # as the folder that it is saved in says
 
     return jax.jit(state)(jax.random.key(0))
 
