@@ -37,6 +37,7 @@ from fuzz_weights import SHARDS
 MEMORY = 256 << 20  # bytes beyond what a worker has when it is ready
 SECONDS = 5
 PATIENCE = 60  # seconds without a word from a worker, after which it hangs
+START = 600  # seconds before its first word, in which it imports and compiles
 LONGEST = 2000  # characters of a message
 OUTCOMES = ("refused", "right", "wrong")
 REFUSALS = (ValueError, OSError)
@@ -151,8 +152,10 @@ def run_worker(name: str, seed: int, numbers: range) -> Iterator[Result]:
             text=True,
             env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # others reserve memory and leave it
         )
+        patience = START
         while numbers:
-            ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+            ready, _, _ = select.select([process.stdout], [], [], patience)
+            patience = PATIENCE
             line = process.stdout.readline() if ready else ""
             if not line:
                 process.kill()
