@@ -309,9 +309,11 @@ class _Hold:
 def _read(path: pathlib.Path) -> Holder | None:
     """Who holds a lock; None for a file that is not there, or not (yet) of this form."""
     try:
-        return Holder(**json.loads(path.read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
+        holder = Holder(**json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
+    numbered = isinstance(holder.pid, int) and 0 < holder.pid < 2**31
+    return holder if numbered else None
 
 
 def _key(workdir: epath.PathLike) -> str:

@@ -132,6 +132,13 @@ def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, m
         require(workdir)
 
 
+@pytest.mark.parametrize("pid", ["7", 1 << 70, 0, -1, None])
+def test_a_lock_that_names_no_process_is_taken_over_when_it_is_stale(workdir, pid):
+    left_by(workdir, age=lock.STALE + 10, pid=pid)
+    with hold(workdir):
+        assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
+
+
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_many_that_start_together_one_gets_it(workdir, stale):
     if stale:
