@@ -15,6 +15,7 @@ from cliptrans_jax.data.tokens import (
     load_or_train_tokenizer,
     load_tokenizer,
 )
+from common_jax.config import freeze
 
 SENTENCES = (
     "Two young, White males are outside near many bushes.",
@@ -190,17 +191,17 @@ def test_an_unknown_language_names_the_known(trained):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "mbart"}, r"config\.tokenizer\.kind='mbart'.*did you mean 'mbart50'"),
-        ({"kind": "xlmr"}, r"config\.tokenizer\.path='' must be its folder"),
-        ({"path": "/x"}, r"config\.tokenizer\.path='/x' must be empty"),
-        ({"vocab": 261}, r"config\.tokenizer\.vocab=261 must be above 261"),
-        ({"max_length": 2}, r"config\.tokenizer\.max_length=2 must be from 3"),
+        ({"kind": "mbart"}, r"config\.clip_tokenizer\.kind='mbart'.*did you mean 'mbart50'"),
+        ({"kind": "xlmr"}, r"config\.clip_tokenizer\.path='' must be its folder"),
+        ({"path": "/x"}, r"config\.clip_tokenizer\.path='/x' must be empty"),
+        ({"vocab": 261}, r"config\.clip_tokenizer\.vocab=261 must be above 261"),
+        ({"max_length": 2}, r"config\.clip_tokenizer\.max_length=2 must be from 3"),
         ({"kind": "clip", "path": "x", "max_length": 78}, r"max_length=78 .* to 77"),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(fields, message):
     with pytest.raises(ValueError, match=message):
-        TokenizerConfig(**fields)
+        freeze(TokenizerConfig, fields, "config.clip_tokenizer")
 
 
 def test_a_vocabulary_must_hold_the_languages(tmp_path):
