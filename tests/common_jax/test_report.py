@@ -259,7 +259,7 @@ def test_strange_metrics_are_drawn(tmp_path):
         {"step": 7, "train/moe/only$/load": [0.0, 1.0]},
         {"step": 9, "train/moe/only$/load": [0.0, float("nan")]},
         {"step": 9, "train/moe/late/load": [1.0, 0.0, 0.0]},
-        {"step": 9, "text": "ignored", "train/histogram": [1, 2], "test/x": None},
+        {"step": 9, "train/histogram": [1, 2], "test/x": float("inf")},
     ]
     lines += [{"step": 9, f"test/loss_{term}": 10.0**-term} for term in range(9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -131,7 +131,7 @@ def test_mixture_of_collapsed_latents_is_fitted():
 
 
 def test_mixture_needs_pairs():
-    with pytest.raises(ValueError, match=r"^components=3.* 1 pairs"):
+    with pytest.raises(ValueError, match=r"^config\.regularizers\.mixture\.components=3.* 1 pairs"):
         regularizers.fit_mixture(jnp.eye(2), components=3)
 
 
