@@ -120,9 +120,9 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
     root = roots[0]
     # What is there decides how the rest is read, so the entries must be those of the directory.
     others = [name for name in names if not name.startswith((f"{root}data/", f"{root}data.pkl"))]
-    archive.require_room(others, limit=archive.size)
+    archive.require_room(others)  # TorchScript's code is text, and compressed
     for name in others:
-        archive.read(name)
+        archive.read(name, limit=archive.room)
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
         raise RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
     script = f"{root}constants.pkl" in names
@@ -202,10 +202,10 @@ def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
     )
     pattern = re.escape(root) + r"code/(.+)\.py"
     modules = {name: match[1] for name in archive.entries if (match := re.fullmatch(pattern, name))}
-    archive.require_room([*modules], limit=archive.size)
+    archive.require_room([*modules])
     found = {}
     for name, module in modules.items():
-        code = archive.read(name).decode(errors="replace")
+        code = archive.read(name, limit=archive.room).decode(errors="replace")
         for kind, parameters, buffers in heading.findall(code):
             attributes = re.findall(r'"([^"]+)"', parameters + buffers)
             found[f"{module.replace('/', '.')}.{kind}"] = set(attributes)

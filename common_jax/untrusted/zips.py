@@ -30,6 +30,7 @@ PIECE = 1 << 24  # bytes that are read at once
 # A stored entry is as large as the file has room for. Of numbers, compression makes little: whoever
 # inflates to more than this many times the file is a bomb.
 MOST_INFLATED = 16
+SMALL = 1 << 24  # bytes that are no harm, whatever the file: text packs better than numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Archive:
     zip: zipfile.ZipFile
     size: int
     entries: Mapping[str, zipfile.ZipInfo]
+
+    @property
+    def room(self) -> int:
+        """The most bytes that all entries together may inflate to."""
+        return max(MOST_INFLATED * self.size, SMALL)
 
     def read(self, name: str, *, limit: int | None = None) -> bytearray:
         """The bytes of an entry, which are as many as it declares and have its checksum.
@@ -74,7 +80,7 @@ class Archive:
 
     def require_room(self, names: Sequence[str], *, limit: int | None = None) -> None:
         """Raises RefusedError when these entries together declare more than `limit`, in bytes
-        (None: MOST_INFLATED times the file), or one more than the file has room for."""
+        (None: `room`), or one more than the file has room for."""
         entries = [self.entries[name] for name in names]
         for entry in entries:
             stored = entry.compress_type == zipfile.ZIP_STORED
@@ -86,7 +92,7 @@ class Archive:
                     f"is damaged or cut off ({brief(entry.filename)} should be {size} bytes of a "
                     f"file of {self.size}); {AGAIN}"
                 )
-        limit = MOST_INFLATED * self.size if limit is None else limit
+        limit = self.room if limit is None else limit
         if (total := sum(entry.file_size for entry in entries)) > limit:
             what = brief(names[0]) if len(names) == 1 else f"{len(names)} entries"
             raise RefusedError(

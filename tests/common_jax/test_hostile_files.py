@@ -135,15 +135,26 @@ def test_what_inflates_is_bounded(tmp_path):
     numbers = np.random.default_rng(0).normal(size=2).astype(np.float32).tobytes()
     path = packed(tmp_path / "a.pth", {"data.pkl": pickled, "data/0": numbers})
     np.testing.assert_array_equal(read_tensors(path)["a"], np.frombuffer(numbers, np.float32))
-    count = 1 << 22
+    count = 1 << 23
     value = {"a": tensor(storage("FloatStorage", "0", count), (count,), (1,))}
     bomb = b"\x80\x02" + torch_files.encode(value) + b"."
     packed(path, {"data.pkl": bomb, "data/0": bytes(4 * count)})
-    with pytest.raises(ValueError, match=r"a\.pth declares 16777216 bytes in 'weights/data/0'"):
+    with pytest.raises(ValueError, match=r"a\.pth declares 33554432 bytes in 'weights/data/0'"):
         read_tensors(path)
     packed(path, {"data.pkl": b"\x80\x02" + b"]" * (1 << 22) + b".", "data/0": numbers})
     with pytest.raises(ValueError, match=r"a\.pth declares 4194307 bytes in 'weights/data\.pkl'"):
         read_tensors(path)
+
+
+def test_text_beside_tensors_may_be_larger_than_the_file(tmp_path):
+    # TorchScript keeps its code compressed, so that a small module's is most of what it holds.
+    pickled = b"\x80\x02" + torch_files.encode({"a": ONES}) + b"."
+    code = b"def forward(self, x):\n" + b"  x = torch.add(x, x)\n" * 2000
+    numbers = np.ones(2, np.float32).tobytes()
+    contents = {"data.pkl": pickled, "data/0": numbers, "code/net.py": code}
+    path = packed(tmp_path / "a.pth", contents)
+    assert path.stat().st_size < len(code)
+    np.testing.assert_array_equal(read_tensors(path)["a"], [1, 1])
 
 
 def test_an_entry_that_inflates_to_more_than_it_declares_is_cut_there(tmp_path):
