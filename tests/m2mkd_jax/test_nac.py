@@ -212,7 +212,7 @@ def test_dropout_of_scales_keeps_their_mean():
 
 def test_a_grid_of_another_size_is_refused_or_averaged():
     grid = normal(4, 4, 3)
-    with pytest.raises(ValueError, match=r"^grid_resize"):
+    with pytest.raises(ValueError, match=r"config\.model\.tokenizer\.grid_resize to 'adaptive'"):
         fit_grid(grid, (2, 2), resize="none")
     small = fit_grid(grid, (2, 3), resize="adaptive")
     assert small.shape == (2, 3, 3)
