@@ -22,7 +22,18 @@ from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
-from common_jax.ranges import BelowOne, Count, Name, Positive, Regex, Seed, Size, one_of, shown
+from common_jax.ranges import (
+    BelowOne,
+    Count,
+    Name,
+    Positive,
+    Regex,
+    Seed,
+    Size,
+    key_of,
+    one_of,
+    shown,
+)
 
 # Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
 # and scoring a trained model.
@@ -178,7 +189,7 @@ class Config(Section):
 
     stage: Annotated[str, one_of(*RUNS)] = "translate"
     seed: Seed = 0
-    precision: Annotated[str, one_of(*PRECISIONS)] = "float32"
+    precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
     parity: bool = False
     data: DataConfig = DataConfig()
     languages: tuple[Name, ...] = ()

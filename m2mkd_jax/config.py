@@ -19,6 +19,7 @@ from common_jax.ranges import (
     Regex,
     Seed,
     Size,
+    key_of,
     one_of,
     shown,
 )
@@ -240,7 +241,7 @@ class Config(Section):
     phase: Annotated[str, one_of(*PHASES, "pipeline")] = "end_to_end"
     module: str = "all"
     seed: Seed = 0
-    precision: Annotated[str, one_of(*PRECISIONS)] = "float32"
+    precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
     data: DataConfig = DataConfig()
     ood: OodConfig = OodConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

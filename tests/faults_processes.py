@@ -17,7 +17,8 @@ from common_jax.report import is_picture
 
 def one_workdir(bench: Bench) -> Iterator[Row]:
     """Two starts of one command, 0, 2 and 30 s apart. The run is long enough for the third."""
-    longer = ("--config.optim.steps=4400", "--config.run.log_every=50")
+    longer = ("--config.optim.steps=2200", "--config.run.log_every=50")
+    longer += ("--config.run.eval_every=10", "--config.run.checkpoint_every=10")
     undisturbed = bench.new()
     start(undisturbed, *longer).finish()
     for seconds in (0, 2, 30):

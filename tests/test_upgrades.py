@@ -18,7 +18,7 @@ from common_jax import checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import make_mesh
 from common_jax.metrics import read_metrics
-from common_jax.workdir import freeze_stored, read_json, refuse_other_config
+from common_jax.workdir import freeze_stored, read_json, refuse_other_config, versions
 from m2mkd_jax.config import Config as M2mkdConfig
 from m2mkd_jax.phases.pipeline import run_phase
 
@@ -157,6 +157,11 @@ def test_sections_of_one_kind_or_another_are_filled_in_as_theirs(tmp_path):
         refuse_other_config(tmp_path, nac)
     with pytest.raises(ValueError, match=r"the config of x .*config\.model\.kind='gone' must be"):
         freeze_stored(M2mkdConfig, read_json(path), "x")
+
+
+def test_fields_that_are_gone_are_named_in_what_can_be_printed(caplog):
+    versions.name_gone({"warp\ud800": "a\x1b[2J"}, "run")
+    assert "this version has no config.warp?=a?[2J" in caplog.text
 
 
 def test_a_difference_of_many_fields_is_a_short_message(tmp_path):

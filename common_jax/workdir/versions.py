@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from common_jax import config as configs
+from common_jax.untrusted import plain
 
 T = TypeVar("T")
 
@@ -96,6 +97,6 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _list(gone: Mapping[str, Any], prefix: str) -> str:
-    shown = [f"{prefix}{name}={str(gone[name])[:60]}" for name in sorted(gone)]
+    shown = [plain(f"{prefix}{name}={str(gone[name])[:60]}") for name in sorted(gone)]
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     return ", ".join(shown[:10]) + more

@@ -145,7 +145,7 @@ def sources(tmp_path_factory):
         params = jax.tree.map(np.float32, params)
         checkpoints = Checkpoints(folder / role, keep=1, best=None)
         state = init_state(params, OptimConfig(), trainable=".*", metrics={})
-        checkpoints.save(state, step=1, config={}, metrics=None)
+        checkpoints.save(state, step=int(state.step), config={}, metrics=None)
         checkpoints.close()
     return SourcesConfig(meta=str(folder / "meta"), teacher=str(folder / "teacher"))
 

@@ -68,7 +68,7 @@ def taught(tmp_path_factory):
     for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
         state = init_state({role: fill(network.init)}, OptimConfig(), trainable=".*", metrics={})
         checkpoints = Checkpoints(folder / role, keep=1, best=None)
-        checkpoints.save(state, step=1, config={}, metrics=None)
+        checkpoints.save(state, step=int(state.step), config={}, metrics=None)
         checkpoints.close()
     return SourcesConfig(meta=str(folder / "meta"), teacher=str(folder / "teacher"))
 
