@@ -37,6 +37,7 @@ setup(
         "scipy>=1.14",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.5",
+        "tensorstore>=0.1.84",
         "tokenizers>=0.22",
         "tqdm>=4.66",
     ],

@@ -176,6 +176,8 @@ def _plain_config(path: Path, content: bytes) -> dict[str, Any]:
 
 def _agrees(found: dict[str, Any], stored: dict[str, Any]) -> bool:
     """Whether a config has what the file says. Fields of other versions may be on one side only."""
+    if not isinstance(found, dict):
+        return False
     return all(_listed(found[key]) == _listed(stored[key]) for key in found.keys() & stored.keys())
 
 

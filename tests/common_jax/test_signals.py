@@ -19,6 +19,15 @@ def send(number: int) -> None:
     time.sleep(0.01)  # Python calls the handler between two instructions
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """Nothing is ignored: under `nohup` SIGHUP would be, and stays so."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(NUMBERS[0], 0), (NUMBERS[1], 130), (NUMBERS[2], 129)]
 )
