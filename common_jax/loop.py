@@ -17,7 +17,7 @@ from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.optim import OptimConfig, make_schedule
 from common_jax.pods import hosts, signals
-from common_jax.ranges import Name, Positive, Size, one_of
+from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
@@ -32,7 +32,6 @@ from common_jax.workdir import (
 )
 
 FAILED_SAVE = ("stop", "go_on")
-SEEDS = 2**32  # of jax's keys
 
 
 @dataclasses.dataclass(frozen=True)
