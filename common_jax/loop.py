@@ -15,7 +15,7 @@ from common_jax import mesh as meshes
 from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.optim import OptimConfig, make_schedule
+from common_jax.optim import OptimConfig
 from common_jax.pods import hosts, signals
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
@@ -149,7 +149,6 @@ def check_settings(
     if not 0 <= seed < SEEDS:
         raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
     optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
-    make_schedule(optim, task.steps_per_epoch)
     measured = list(task.evaluators)
     if run.best is not None and measured and run.best.partition("/")[0] not in measured:
         raise ValueError(
