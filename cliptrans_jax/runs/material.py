@@ -280,6 +280,17 @@ def used_languages(config: Config) -> tuple[str, ...]:
     return config.data.pair
 
 
+def check_weights(config: Config) -> None:
+    """Raises FileNotFoundError unless config.sources.model and config.sources.mbart are there, as
+    far as they are set."""
+    source = config.sources.model
+    path = epath.Path(source)
+    # A file NAME.pth may be in shards, NAME_1.pth and so on.
+    if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
+        check_input("config.sources.model", source, "a workdir, or a released checkpoint")
+    _check_published(config, "mbart")
+
+
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
     """The translation model's tokenizer and, of one that is trained, the text of its file: that of
     the workdir, unless no run has come to anything there, or a new one, which is not written yet.
