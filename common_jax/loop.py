@@ -118,7 +118,7 @@ def train(
 def check(
     task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
 ) -> TrainState:
-    """Looks for all that can be wrong with a run before its data and weights are read.
+    """Checks all that can be wrong with a run before its data and weights are read.
 
     Args:
       task, run, optim, seed, mesh: as of `train`; of the task, data and weights may be missing.
@@ -300,7 +300,7 @@ def _require_all(workdir: epath.Path) -> None:
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Says what the run starts from, and writes it to warm_start.json."""
     if warm is None:
-        if jax.process_index() == 0:  # of a start with another config, which came to nothing
+        if jax.process_index() == 0:  # left by a failed start with another config
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}

@@ -131,7 +131,7 @@ def make_warm_start(
 
 
 def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, Any]) -> None:
-    """Looks for what a stage starts from, before anything is computed; reads no array.
+    """Checks what a stage starts from before anything is computed; reads no array.
 
     Args:
       tower: the text tower that trains, if one does.

@@ -44,8 +44,8 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Looks for what is wrong with any stage that is not finished, before the first one trains:
-    data, recipes and networks. Nothing is written.
+    """Checks every stage that is not finished before the first one trains: data, recipes and
+    networks. Nothing is written.
 
     Raises:
       FileNotFoundError, ValueError: as the runs themselves.

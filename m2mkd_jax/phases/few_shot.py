@@ -139,7 +139,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def check_episodes(config: Config, mesh: Mesh, sources: Sources) -> tuple[Training, Feed]:
-    """Looks whether the data gives all episodes; what is trained, and the feed of the first.
+    """Checks that the data gives all episodes; returns what is trained, and the feed of the first.
 
     Raises:
       ValueError: where it does not.

@@ -110,8 +110,8 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Looks for what is wrong with any run that is not finished, before the first one trains:
-    data, recipes, networks, and weights that config.sources gives. Nothing is written.
+    """Checks every run that is not finished before the first one trains: data, recipes, networks,
+    and the weights that config.sources gives. Nothing is written.
 
     Raises:
       FileNotFoundError, ValueError: as the runs themselves.
