@@ -7,14 +7,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, Config
-from cliptrans_jax.runs.material import PUBLISHED
+from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import dispensable, write_report
-from common_jax.workdir import check_input, check_output, hold, holds_results
+from common_jax.workdir import check_output, hold, holds_results
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
 first, then translation.
@@ -56,20 +56,11 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     check_output("--workdir", workdir)
     if config.features:
         check_output("config.features", config.features)
-    if holds_results(workdir):
-        return
-    sources = config.sources
-    if config.stage == "clip":
+    if config.stage == "clip" or holds_results(workdir):
         return
     if config.has_prefix:
-        checkpoint.check_source("config.sources.clip", sources.clip)
-    # A file NAME.pth may be in shards, NAME_1.pth and so on.
-    model = epath.Path(sources.model)
-    shard = model.with_name(f"{model.stem}_1{model.suffix}") if sources.model else model
-    if not shard.is_file():
-        check_input("config.sources.model", sources.model, "a workdir, or a released checkpoint")
-    if not sources.fetch:
-        check_input("config.sources.mbart", sources.mbart, PUBLISHED)
+        checkpoint.check_source("config.sources.clip", config.sources.clip)
+    check_weights(config)
 
 
 def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:

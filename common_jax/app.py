@@ -102,7 +102,7 @@ def _run(
 def _warn_of_unread(
     paths: Sequence[str], kind: str, name: str, reads: Mapping[str, Sequence[str]]
 ) -> None:
-    # What is no kind of run, the config's own check refuses.
+    # The config's own check refuses a name that is no kind of run.
     for path in command_line.unread(paths, reads.get(name, paths)):
         logging.warning("--config.%s changes nothing: %s=%r does not read it", path, kind, name)
 

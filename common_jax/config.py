@@ -51,8 +51,7 @@ def under(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def renamed(keys: Mapping[str, str]) -> Iterator[None]:
-    """Calls keys of the config by other names in the messages of a user's errors: in a run of a
-    pipeline, `config.optim` comes from `config.recipes.distill.optim`."""
+    """Calls keys of the config by other names in the messages of a user's errors."""
     try:
         yield
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -62,6 +61,13 @@ def renamed(keys: Mapping[str, str]) -> Iterator[None]:
                 message = message.replace(key, other)
             error.args = (message,)
         raise
+
+
+def in_recipe(recipe: type, name: str) -> contextlib.AbstractContextManager[None]:
+    """`renamed` for a run of a pipeline: the fields of the dataclass `recipe` are called those of
+    `config.recipes.NAME`, where they come from."""
+    fields = (field.name for field in dataclasses.fields(recipe))
+    return renamed({f"config.{field}": f"config.recipes.{name}.{field}" for field in fields})
 
 
 def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:

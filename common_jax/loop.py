@@ -15,9 +15,9 @@ from common_jax import mesh as meshes
 from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
-from common_jax.optim import OptimConfig, make_schedule
+from common_jax.optim import OptimConfig
 from common_jax.pods import hosts, signals
-from common_jax.ranges import Name, Positive, Size, one_of
+from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
@@ -32,7 +32,6 @@ from common_jax.workdir import (
 )
 
 FAILED_SAVE = ("stop", "go_on")
-SEEDS = 2**32  # of jax's keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ def train(
 def check(
     task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
 ) -> TrainState:
-    """Looks for all that can be wrong with a run before its data and weights are read.
+    """Checks all that can be wrong with a run before its data and weights are read.
 
     Args:
       task, run, optim, seed, mesh: as of `train`; of the task, data and weights may be missing.
@@ -150,7 +149,6 @@ def check_settings(
     if not 0 <= seed < SEEDS:
         raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
     optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
-    make_schedule(optim, task.steps_per_epoch)
     measured = list(task.evaluators)
     if run.best is not None and measured and run.best.partition("/")[0] not in measured:
         raise ValueError(
@@ -302,7 +300,7 @@ def _require_all(workdir: epath.Path) -> None:
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Says what the run starts from, and writes it to warm_start.json."""
     if warm is None:
-        if jax.process_index() == 0:  # of a start with another config, which came to nothing
+        if jax.process_index() == 0:  # left by a failed start with another config
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}

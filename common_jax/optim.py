@@ -111,10 +111,9 @@ class OptimConfig(Section):
         if self.schedule not in WARMING:
             return
         by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
-        warmup = self.warmup_epochs * steps_per_epoch
-        name, given, total = "warmup_epochs", self.warmup_epochs, self.total_steps(steps_per_epoch)
-        if by_steps:
-            name, given, warmup = "warmup_steps", self.warmup_steps, self.warmup_steps
+        name = "warmup_steps" if by_steps else "warmup_epochs"
+        given, total = getattr(self, name), self.total_steps(steps_per_epoch)
+        warmup = given if by_steps else given * steps_per_epoch
         if warmup < total or warmup == 0:
             return
         length = f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sized
 from typing import Annotated, Any, Protocol
 
 LARGEST_INT = 2**31 - 1  # of int32, in which JAX counts steps and sizes
+SEEDS = 2**32  # of JAX's keys
 # Beyond these a number is a slip, and its square or its reciprocal leaves float32.
 LARGEST = 1e9
 SMALLEST = 1e-30
@@ -115,7 +116,7 @@ FINITE = Interval("a finite number", -LARGEST, LARGEST)
 
 Size = Annotated[int, at_least(1)]
 Count = Annotated[int, at_least(0)]
-Seed = Annotated[int, Interval("from 0 to 2^32 - 1", 0, 2**32 - 1)]
+Seed = Annotated[int, Interval("from 0 to 2^32 - 1", 0, SEEDS - 1)]
 Finite = Annotated[float, FINITE]
 Positive = Annotated[float, Interval("positive", SMALLEST, LARGEST)]
 NonNegative = Annotated[float, Interval("at least 0", 0, LARGEST)]

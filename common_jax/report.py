@@ -178,9 +178,9 @@ def is_picture(path: epath.PathLike) -> bool:
         content = epath.Path(path).read_bytes()
         with Image.open(BytesIO(content), formats=["PNG"]) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError):  # PIL's of what it cannot read, all three
+    except (OSError, SyntaxError, ValueError):  # all three are PIL's, for what it cannot read
         return False
-    return content[-8:-4] == b"IEND"  # the last chunk, without which PIL is content
+    return content[-8:-4] == b"IEND"  # PIL accepts a file without this last chunk
 
 
 def overlay(curves: CurveGroups, *, label: str, path: epath.PathLike) -> None:

@@ -11,6 +11,7 @@ from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from common_jax.ranges import (
+    SEEDS,
     BelowOne,
     Count,
     Fraction,
@@ -121,7 +122,7 @@ class FewShotConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seed + self.episodes > 2**32:
+        if self.seed + self.episodes > SEEDS:
             raise FieldError(
                 f"seed={self.seed} and episodes={self.episodes}: the last episode's seed, "
                 f"{self.seed + self.episodes - 1}, must be below 2^32"

@@ -99,10 +99,8 @@ def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
     except KeyboardInterrupt:
-        for (
-            process,
-            _,
-        ) in running.values():  # a terminal has sent it to them already; once is enough
+        # Where a terminal has sent it to them already, the two count as one request.
+        for process, _ in running.values():
             process.send_signal(signal.SIGINT)
         for process, _ in running.values():
             process.wait()

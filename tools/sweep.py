@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from etils import epath
 from jobs import Ended, Job, count, describe, run_each, show
-from sweep_cells import PROGRAMS, Cell, parse_grid, plan_cells, read_sweep
+from sweep_cells import PROGRAMS, Cell, find_program, parse_grid, plan_cells, read_sweep
 from sweep_emit import format_commands, format_slurm, format_xpk
 from sweep_table import Row, missing_metrics, read_results, sort_rows, write_table
 
@@ -190,8 +190,8 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
             )
         keys = before["keys"]
         earlier = plan_cells(flags.config, flags.common, before["cells"].values())
-        cls = next(one.config for one in PROGRAMS.values() if one.module in earlier[0].command)
-        refuse_other_config(workdir, freeze(cls, earlier[0].config))
+        config = earlier[0].config
+        refuse_other_config(workdir, freeze(find_program(config).config, config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
     workdir.mkdir(parents=True, exist_ok=True)
@@ -215,9 +215,7 @@ def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[C
         found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))
         values = {key: cell.values[key] for key in content["keys"]}
         rows.append(Row(values, [result for result in found if result is not None]))
-    module = cells[0].command[1]
-    usual = next(program.metric for program in PROGRAMS.values() if program.module == module)
-    metrics = (flags.metric or usual).split(",")
+    metrics = (flags.metric or find_program(cells[0].config).metric).split(",")
     show(write_table(workdir, sort_rows(rows), metrics))
     print(f"\n{workdir / 'sweep.md'}, sweep.csv, sweep.png", flush=True)
     return missing_metrics(rows, metrics)

@@ -143,7 +143,7 @@ def plan_cells(
     return list(cells.values())
 
 
-def find_program(config: ml_collections.ConfigDict) -> Program:
+def find_program(config: Mapping[str, Any]) -> Program:
     """The command for a config: of m2mKD if it has a phase, of CLIPTrans if it has a stage.
 
     Raises:
@@ -211,7 +211,7 @@ def _plan_cell(
 
 def _check_read(program: Program, config: ml_collections.ConfigDict, fields: Iterable[str]) -> None:
     """Raises ValueError for a swept field that the cell's kind of run does not read."""
-    kind = next(field for field, one in PROGRAMS.items() if one is program)
+    kind = next(field for field in PROGRAMS if field in config)
     reads = program.reads[config[kind]]
     if lost := unread(fields, reads):
         raise ValueError(

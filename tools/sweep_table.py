@@ -135,13 +135,12 @@ def find_twins(rows: Sequence[Row]) -> set[int]:
     """Places of the rows all of whose numbers are those of another row, to the last digit, for as
     many seeds as both have."""
     texts = [[repr(sorted(result.items())) for result in row.results] for row in rows]
-    alike = lambda a, b: all(x == y for x, y in zip(a, b, strict=False))  # noqa: E731
-    return {
-        place
-        for place, own in enumerate(texts)
-        for other, one in enumerate(texts)
-        if place != other and own and one and alike(own, one)
-    }
+    twins = set()
+    for (place, own), (other, one) in itertools.combinations(enumerate(texts), 2):
+        shared = min(len(own), len(one))
+        if shared and own[:shared] == one[:shared]:
+            twins |= {place, other}
+    return twins
 
 
 def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:

@@ -96,8 +96,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
-    """Looks for what is wrong with the stage; nothing is written. `key` names the section of its
-    recipe.
+    """Checks the stage before anything is written. `key` is the path of its recipe, for messages.
 
     Raises:
       ValueError, FileNotFoundError: as the run.

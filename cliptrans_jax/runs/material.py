@@ -150,7 +150,7 @@ class Material:
 
         Args:
           train: whether it trains; otherwise it reads the test split alone.
-          towers: whether to look for the towers, too, which a run before may have to make.
+          towers: whether to check the towers too, which an earlier run may still have to train.
 
         Returns:
           Training examples.
@@ -280,9 +280,20 @@ def used_languages(config: Config) -> tuple[str, ...]:
     return config.data.pair
 
 
+def check_weights(config: Config) -> None:
+    """Raises FileNotFoundError unless config.sources.model and config.sources.mbart are there, as
+    far as they are set."""
+    source = config.sources.model
+    path = epath.Path(source)
+    # A file NAME.pth may be in shards, NAME_1.pth and so on.
+    if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
+        check_input("config.sources.model", source, "a workdir, or a released checkpoint")
+    _check_published(config, "mbart")
+
+
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
     """The translation model's tokenizer and, of one that is trained, the text of its file: that of
-    the workdir, unless no run has come to anything there, or a new one, which is not written yet.
+    the workdir where a run has left a checkpoint or a result, else a new one, not written yet.
 
     Raises:
       ValueError: more tokens than config.model.mbart.vocab.
@@ -322,7 +333,7 @@ def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
     source = getattr(config.sources, name)
     try:
         step = checkpoint.find_step(source) if source else None
-    except FileNotFoundError:  # which is said where weights are taken
+    except FileNotFoundError:  # reported where weights are taken
         return
     if step is None:
         return

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from etils import epath
 from flax import traverse_util
 from jax import numpy as jnp
 
@@ -16,6 +15,7 @@ from cliptrans_jax.evaluators.translation import Features
 from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import CHUNK, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs.material import check_weights
 from common_jax import checkpoint
 from common_jax.ranking import rank_of
 from common_jax.state import merge
@@ -131,7 +131,7 @@ def make_warm_start(
 
 
 def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, Any]) -> None:
-    """Looks for what a stage starts from, before anything is computed; reads no array.
+    """Checks what a stage starts from before anything is computed; reads no array.
 
     Args:
       tower: the text tower that trains, if one does.
@@ -146,15 +146,8 @@ def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, An
         if tower is None or "clip" not in checkpoint.load_shapes(sources.model):
             wanted = {name: tree for name, tree in wanted.items() if name != "clip"}
         _take_run(config, wanted, read=False)
-        return
-    for name in ("model", "mbart"):
-        source = getattr(sources, name)
-        fetched = name == "mbart" and sources.fetch
-        if source and not fetched and not epath.Path(source).expanduser().exists():
-            raise FileNotFoundError(
-                f"config.sources.{name}={source!r} does not exist; give the workdir of a run, or "
-                "the folder or file of published weights"
-            )
+    else:
+        check_weights(config)
 
 
 def _take_run(config: Config, wanted: Mapping[str, Any], *, read: bool = True) -> WarmStart:

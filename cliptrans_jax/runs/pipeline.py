@@ -12,7 +12,7 @@ from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES
-from common_jax.config import renamed, under
+from common_jax.config import in_recipe, under
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
@@ -38,20 +38,14 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     claim(workdir, config)
     result = {}
     for folder, one in plan(config, workdir):
-        with renamed(recipe_keys(one.stage)):
+        with in_recipe(Recipe, one.stage):
             result = run_stage(one, workdir / folder, mesh)
     return result
 
 
-def recipe_keys(stage: str) -> dict[str, str]:
-    """Where what a stage is trained with stands in a pipeline's config, for messages."""
-    names = (field.name for field in dataclasses.fields(Recipe))
-    return {f"config.{name}": f"config.recipes.{stage}.{name}" for name in names}
-
-
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Looks for what is wrong with any stage that is not finished, before the first one trains:
-    data, recipes and networks. Nothing is written.
+    """Checks every stage that is not finished before the first one trains: data, recipes and
+    networks. Nothing is written.
 
     Raises:
       FileNotFoundError, ValueError: as the runs themselves.
@@ -60,7 +54,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         if (workdir / folder / "result.json").exists():
             continue
         check = contrastive.check if one.stage == "clip" else translation.check
-        with renamed(recipe_keys(one.stage)):
+        with in_recipe(Recipe, one.stage):
             check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")
 
 

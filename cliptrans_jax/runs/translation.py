@@ -130,11 +130,11 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
 
 
 def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
-    """Looks for what is wrong with a stage of a pipeline, whose weights and towers may be those of
-    stages that have not run; nothing is written.
+    """Checks a stage of a pipeline, whose weights and towers may come from stages that have not run
+    yet; nothing is written.
 
     Args:
-      key: of the section of its recipe, for messages.
+      key: the path of its recipe, for messages.
 
     Raises:
       ValueError, FileNotFoundError: as the run.

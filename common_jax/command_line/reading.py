@@ -192,7 +192,7 @@ def _parse(
       values: the flags that there are.
       argv: the command line.
       known_only: passes over flags that are not defined, and what may be their values.
-      config: where a flag that is not defined may have been meant for.
+      config: its fields are suggested for a flag that is not defined.
     """
     values.set_gnu_getopt(known_only)
     try:
@@ -208,8 +208,8 @@ def _parse(
 
 
 def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
-    """Raises ValueError where the value of a flag is the next flag, as absl has it for a flag that
-    was left without one."""
+    """Raises ValueError where the value of a flag is the next flag, which absl reads as the value
+    of a flag that has none."""
     flag = text.lstrip("-").partition("=")[0]
     known = flag in values or flag.removeprefix("no") in values or OVERRIDE.fullmatch(text)
     if text.startswith("--") or (text.startswith("-") and known):

@@ -79,9 +79,8 @@ def read_in_order(
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Processes that are started meanwhile inherit that they do not get these signals: before they
-    come to `_settle`, Ctrl-C would end each with a traceback. The other threads of this process get
-    them for it."""
+    """Blocks signals, also in processes that are started meanwhile: before these reach `_settle`,
+    Ctrl-C would end each with a traceback. Other threads of this process still receive them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield

@@ -48,7 +48,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"heads={self.heads} must divide width={self.width}")
+            raise FieldError(f"heads={self.heads} must divide width={self.width}")
 
 
 @dataclasses.dataclass(frozen=True)

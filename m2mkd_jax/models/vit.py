@@ -45,8 +45,6 @@ class ViTConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % self.heads:
-            raise FieldError(f"heads={self.heads} must divide width={self.width}")
         if self.encoder.hidden < 1:
             raise FieldError(
                 f"mlp_ratio={self.mlp_ratio} of width={self.width} must be at least 1 hidden unit"

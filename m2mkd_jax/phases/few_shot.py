@@ -13,7 +13,6 @@ from etils import epath
 from jax.sharding import Mesh
 from scipy import special
 
-from common_jax.loop import SEEDS
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin, WarmStart
 from common_jax.workdir import claim, read_json, write_json
@@ -140,17 +139,12 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def check_episodes(config: Config, mesh: Mesh, sources: Sources) -> tuple[Training, Feed]:
-    """Looks whether the data gives all episodes; what is trained, and the feed of the first.
+    """Checks that the data gives all episodes; returns what is trained, and the feed of the first.
 
     Raises:
       ValueError: where it does not.
     """
     training, few_shot = describe(config, mesh), config.few_shot
-    if few_shot.seed + few_shot.episodes > SEEDS:
-        raise ValueError(
-            f"config.few_shot.seed={few_shot.seed} and the seeds of the episodes after it must be "
-            "below 2**32"
-        )
     for number in reversed(range(few_shot.episodes)):
         drawn = dataclasses.replace(few_shot, seed=few_shot.seed + number, episodes=1)
         one = dataclasses.replace(training.config, few_shot=drawn)

@@ -81,9 +81,9 @@ def take_weights(
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:
     """Compares the images that a network was trained on with this run's.
 
-    Another mean or std makes every pixel another number than the network knows. One that trains
-    along learns that, and a warning says so; a frozen one never does. Another side is a warning:
-    the position table is resized.
+    With another mean or std every pixel is a different number from those that the network knows. A
+    network that goes on training adapts, which a warning says; a frozen one never does. Another
+    side is a warning: the position table is resized.
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
@@ -124,8 +124,8 @@ def compare_images(config: Config, source: str, *, frozen: bool) -> None:
 
 
 def same_numbers(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two means or stds are the same to rounding; another number of channels is told by the
-    shapes of weights, and is no difference here."""
+    """Whether two means or stds are the same up to rounding. A different number of channels shows
+    in the shapes of the weights, and is no difference here."""
     return len(a) != len(b) or bool(np.allclose(a, b, rtol=0, atol=1e-4))
 
 
@@ -195,7 +195,7 @@ def _upcycled_names(dense: Mapping[str, Any], config: Config) -> dict[str, str]:
 
 
 def check_source(config: Config, role: str, mesh: Mesh) -> None:
-    """Looks whether config.sources.ROLE, of "meta" or "teacher", holds that network; reads no
+    """Checks that config.sources.ROLE, of "meta" or "teacher", holds that network; reads no
     array. Raises as `take_weights`."""
     network = {"meta": meta_network, "teacher": teacher_network}[role](config)
     shapes = wanted(network, role, mesh, vit.PARTITION_RULES)

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.config import renamed, under
+from common_jax.config import in_recipe, under
 from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.models.nac.model import NacConfig
@@ -104,20 +104,14 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
             logging.info("%s is finished already", folder)
             results[folder] = result
         else:
-            with renamed(recipe_keys(run_config.phase)):
+            with in_recipe(Recipe, run_config.phase):
                 results[folder] = run_phase(run_config, workdir / folder, mesh)
     return results["end_to_end"]
 
 
-def recipe_keys(phase: str) -> dict[str, str]:
-    """Where what a phase is trained with stands in a pipeline's config, for messages."""
-    names = (field.name for field in dataclasses.fields(Recipe))
-    return {f"config.{name}": f"config.recipes.{phase}.{name}" for name in names}
-
-
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Looks for what is wrong with any run that is not finished, before the first one trains:
-    data, recipes, networks, and weights that config.sources gives. Nothing is written.
+    """Checks every run that is not finished before the first one trains: data, recipes, networks,
+    and the weights that config.sources gives. Nothing is written.
 
     Raises:
       FileNotFoundError, ValueError: as the runs themselves.
@@ -135,7 +129,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     sources = few_shot.load_splits(config)  # of all runs
     trainings = []
     for folder, one in left:
-        with renamed(recipe_keys(one.phase)):
+        with in_recipe(Recipe, one.phase):
             if one.phase == "few_shot":
                 training, feed = few_shot.check_episodes(one, mesh, sources)
             else:
@@ -145,7 +139,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         trainings.append((training, feed, one.phase))
     for trace in (False, True):  # what is quick to see first
         for training, feed, phase in trainings:
-            with renamed(recipe_keys(phase)):
+            with in_recipe(Recipe, phase):
                 check_training(training, feed, mesh, key=f"config.recipes.{phase}", trace=trace)
 
 

@@ -136,12 +136,11 @@ def with_feed(
 def check_training(
     training: Training, feed: Feed, mesh: Mesh, *, key: str = "config", trace: bool = True
 ) -> None:
-    """Looks for what is wrong with a run before anything is written. Raises as
-    `common_jax.loop.check`.
+    """Checks a run before anything is written. Raises as `common_jax.loop.check`.
 
     Args:
       key: of the section of its recipe, for messages.
-      trace: whether to look at its networks, too, which takes a few seconds.
+      trace: whether to check its networks too, which takes a few seconds.
     """
     config, task = training.config, with_feed(training, feed, mesh)
     check = loop.check if trace else loop.check_settings

@@ -17,6 +17,7 @@ from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
+from cliptrans_jax.runs.objective import check_start
 from common_jax import app
 from common_jax.checkpoint import Checkpoints
 from common_jax.config import unfreeze
@@ -226,6 +227,16 @@ def test_sources_of_another_kind_are_refused(refused, runs):
         ["config.sources.clip=", "a run of stage \"translate\", not of 'clip'"],
     )
     refused([f"--config.sources.clip={runs}"], ["no finished checkpoint", str(runs)])
+
+
+def test_a_stage_may_start_from_the_shards_of_a_release(corpus, tmp_path):
+    config = tiny_config("translate", corpus)
+    sources = dataclasses.replace(config.sources, model=str(tmp_path / "model.pth"))
+    config = dataclasses.replace(config, sources=sources)
+    with pytest.raises(FileNotFoundError, match=r"config\.sources\.model=.*a released checkpoint"):
+        check_start(config, None, {})
+    (tmp_path / "model_1.pth").touch()
+    check_start(config, None, {})
 
 
 def test_another_tokenizer_than_that_of_the_source_is_refused(refused, runs):

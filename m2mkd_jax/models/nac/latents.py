@@ -2,6 +2,7 @@
 computes, and first states."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 from flax import linen as nn
@@ -9,11 +10,12 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.config import FieldError, Section
+from common_jax.ranges import NonNegative, Size, one_of
 from m2mkd_jax.models.nac.layers import (
     Linear,
     add_code_noise,
     can_draw,
-    check_choice,
     draw,
     norm,
     normal,
@@ -43,7 +45,7 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class GraphConfig:
+class GraphConfig(Section):
     """All latents and how they get their first states.
 
     Attributes:
@@ -58,16 +60,16 @@ class GraphConfig:
     input: LatentConfig
     mediator: LatentConfig
     output: LatentConfig
-    width: int
-    signature_width: int
-    code_width: int
-    seeding: str = "noise"
-    code_noise: float = 0.0
+    width: Size
+    signature_width: Size
+    code_width: Size
+    seeding: Annotated[str, one_of(*SEEDINGS)] = "noise"
+    code_noise: NonNegative = 0.0
 
     def __post_init__(self):
-        check_choice("seeding", self.seeding, SEEDINGS)
+        super().__post_init__()
         if self.seeding == "code" and self.code_width != self.width:
-            raise ValueError(
+            raise FieldError(
                 f"code_width={self.code_width} must be width={self.width} with seeding='code'"
             )
 

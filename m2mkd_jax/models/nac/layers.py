@@ -237,9 +237,3 @@ def add_code_noise(
     u = draw(module, name, uniform(codes.shape), stream="code")
     spread = scale * jnp.abs(jax.lax.stop_gradient(codes))
     return codes + (2 * spread * u - spread)
-
-
-def check_choice(key: str, value: str, allowed: object) -> None:
-    """Raises ValueError when `value` is none of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} must be one of {sorted(allowed)}")

@@ -135,10 +135,6 @@ class NacConfig(Section):
         if isinstance(self.students, str):
             object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
         super().__post_init__()
-        if self.seeding == "code" and self.code_width != self.width:
-            raise FieldError(
-                f"code_width={self.code_width} must be width={self.width} with seeding='code'"
-            )
         if self.pooling == "first_slot" and not self.read_out_head:
             raise FieldError(
                 "pooling='first_slot' takes an output state for logits: set read_out_head=True"
@@ -159,6 +155,7 @@ class NacConfig(Section):
                     f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
                     "values"
                 )
+        self.graph()
         self.block()
         for layer in range(self.iterations if self.layerwise else 0):
             self.propagator(layer, drop_path=0.0)
