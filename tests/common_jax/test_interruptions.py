@@ -1,23 +1,17 @@
 """The loop on a model of one parameter: stopped, out of room, and saved by the clock."""
 
-import itertools
 import json
 
 import jax
-import numpy as np
 import pytest
-from jax import numpy as jnp
-from jax.sharding import PartitionSpec
+from descent import EPOCH, STEPS, make_task
 
 from common_jax import loop, metrics
 from common_jax.checkpoint import SaveError, finished_steps
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.pods import hosts
-from common_jax.state import fold_name
-from common_jax.task import Task
 
-STEPS, EPOCH = 12, 4
 OPTIM = OptimConfig(steps=STEPS, batch=8, lr=0.1, lr_per=None, schedule="constant", warmup_epochs=0)
 
 
@@ -29,31 +23,16 @@ def run_config(**changes) -> loop.RunConfig:
 def train(tmp_path):
     """train(run, evaluate): a noisy descent in tmp_path/run, its result."""
 
-    def batches(first: int):
-        for step in itertools.count(first):
-            yield {"x": np.random.default_rng(step).normal(size=8).astype(np.float32)}
-
-    def loss(params, helpers, batch, rngs, step):
-        noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))
-        return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
-
     def run(config: loop.RunConfig, evaluate=lambda params, helpers, step: accuracy(params)):
-        task = Task(
-            title="descent",
-            init=lambda key: {"w": jax.random.normal(key)},
-            rules=(("w", PartitionSpec()),),
-            trainable=".*",
-            loss=loss,
-            helpers={},
-            warm_start=None,
-            batch={"x": jax.ShapeDtypeStruct((8,), np.float32)},
-            batches=batches,
-            steps_per_epoch=EPOCH,
-            evaluators={"test": evaluate},
-        )
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         return loop.train(
-            task, config, OPTIM, seed=0, workdir=tmp_path / "run", mesh=mesh, config={"a": 1}
+            make_task(evaluate),
+            config,
+            OPTIM,
+            seed=0,
+            workdir=tmp_path / "run",
+            mesh=mesh,
+            config={"a": 1},
         )
 
     return run
