@@ -101,7 +101,7 @@ def train(
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
       OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
         process writes in `workdir`.
-      hosts.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
+      signals.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
         again.
     """
     workdir = epath.Path(workdir)
@@ -270,7 +270,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
                 saved = done
         if evaluation is None:  # killed between the last checkpoint and result.json
             evaluation = _evaluate(task, state)
-    except hosts.Stopped:
+    except signals.Stopped:
         if done > saved:
             save(done, None)
         checkpoints.close()
