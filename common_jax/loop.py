@@ -23,6 +23,7 @@ from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
 from common_jax.workdir import (
     LockLost,
+    claim,
     hold,
     keep_identity,
     plain,
@@ -169,10 +170,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
-    require(workdir)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
+    claim(workdir, config)
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.

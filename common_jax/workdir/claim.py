@@ -20,9 +20,8 @@ SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Keeps `config` in a workdir of several runs; raises as `refuse_other_config` and
-    `require`."""
-    refuse_other_config(workdir, config)
+    """Keeps `config` in a workdir, in place of any that is there: `refuse_other_config` is to be
+    called before. Raises as `require`."""
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
