@@ -82,7 +82,7 @@ def train(
     mesh: Mesh,
     config: Any,
 ) -> dict[str, Any]:
-    """Trains `task` in `workdir`, or goes on there, or does nothing when it is finished.
+    """Trains `task` in `workdir`, or resumes there, or does nothing when it is finished.
 
     Args:
       task: what to train.
@@ -102,7 +102,7 @@ def train(
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
       OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
         process writes in `workdir`.
-      signals.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
+      signals.Stopped: when the run was asked to stop; it is saved, and resumes when it is started
         again.
     """
     workdir = epath.Path(workdir)
@@ -300,7 +300,7 @@ def _require_all(workdir: epath.Path) -> None:
 def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
     """Says what the run starts from, and writes it to warm_start.json."""
     if warm is None:
-        if jax.process_index() == 0:  # of a start with another config, which came to nothing
+        if jax.process_index() == 0:  # left by a start with another config
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}

@@ -39,7 +39,7 @@ class Stock:
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """The steps below `folder` that carry orbax's marker, and so does their every item, ascending;
-    read from disk. Whose they are is not asked."""
+    read from disk, whosever they are."""
     folder = epath.Path(folder)
     if not folder.exists():
         return []
@@ -110,8 +110,8 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What a step's folder says of itself; None where it does not or cannot be read, which is for
-    those who read all of it to find.
+    """What a step's folder says of itself; None where it does not, or cannot be read: that is
+    reported where all of it is read.
 
     Attributes:
       number: the folder's name.
@@ -152,8 +152,8 @@ def _take_stock(
     reasons = {one.number: _contradiction(one, config=config, total=total) for one in contents}
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
-        # run.json is lost, or no version before wrote one: the newest of the checkpoints that
-        # agree with all else says which run it is.
+        # run.json is lost, or an earlier version wrote none: the newest of the checkpoints that
+        # nothing contradicts says which run it is.
         found = [one.mark.id for one in contents if one.mark and not reasons[one.number]]
         unmarked = tuple(one.number for one in contents if not one.marked)
         identity = Identity(found[-1], unmarked) if found else None

@@ -98,7 +98,7 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that change no more of what is computed than its rounding: a run may go on with others.
+# Fields that change nothing of what is computed but its rounding: a run may resume with others.
 # `remat` is a field of networks, wherever they stand.
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"

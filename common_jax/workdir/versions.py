@@ -37,7 +37,7 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
 
 
 def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stored config with today's fields, nothing of it checked.
+    """A stored config with today's fields; no value is checked.
 
     Returns:
       The nested dict of all fields of `cls`, and what `stored` has beside them, {"a.b": value}.

@@ -1,4 +1,4 @@
-"""A run takes no checkpoint but its own, and none that it has not looked at."""
+"""A run takes no checkpoint but its own, and none that it has not checked."""
 
 import json
 import pathlib
@@ -353,7 +353,7 @@ def test_what_differs_in_an_array_is_named(two, tmp_path):
     ):
         with pytest.raises(OSError, match=message):
             contents.check_written(folder, {"params": outline | change}, {})
-    with pytest.raises(OSError, match="c is too much"):
+    with pytest.raises(OSError, match="c is unexpected"):
         contents.check_written(folder, {"params": {"a.b": outline["a.b"]}}, {})
 
 
