@@ -10,7 +10,6 @@ import hashlib
 import logging
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from jaxtyping import Array, Float32, UInt32
 from common_jax.mesh import replicated, to_devices
 from common_jax.pods import hosts
 from common_jax.untrusted import brief, plain, read_npz
+from common_jax.workdir import temporary_beside
 
 Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors (B, M) of any float dtype
@@ -286,8 +286,7 @@ def _read(path: epath.Path, fingerprint: str) -> np.ndarray | None:
 
 def _write(path: epath.Path, features: np.ndarray, fingerprint: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of its own name: two runs may be making the same file.
-    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             np.savez(file, features=features, fingerprint=np.array(fingerprint))

@@ -23,6 +23,7 @@ from common_jax.task import Task, abstract_state, fresh_state, step_program
 from common_jax.weights import WarmStart
 from common_jax.workdir import (
     LockLost,
+    claim,
     hold,
     keep_identity,
     plain,
@@ -80,7 +81,7 @@ def train(
     mesh: Mesh,
     config: Any,
 ) -> dict[str, Any]:
-    """Trains `task` in `workdir`, or goes on there, or does nothing when it is finished.
+    """Trains `task` in `workdir`, or resumes there, or does nothing when it is finished.
 
     Args:
       task: what to train.
@@ -100,7 +101,7 @@ def train(
       FloatingPointError: when `run.nan_patience` steps in a row had non-finite gradients.
       OSError: when a checkpoint could not be written, see `RunConfig.on_failed_save`, or another
         process writes in `workdir`.
-      hosts.Stopped: when the run was asked to stop; it is saved, and goes on where it is started
+      signals.Stopped: when the run was asked to stop; it is saved, and resumes when it is started
         again.
     """
     workdir = epath.Path(workdir)
@@ -167,10 +168,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
-    require(workdir)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", config)
+    claim(workdir, config)
 
     # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
     # place.
@@ -268,7 +266,7 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
                 saved = done
         if evaluation is None:  # killed between the last checkpoint and result.json
             evaluation = _evaluate(task, state)
-    except hosts.Stopped:
+    except signals.Stopped:
         if done > saved:
             save(done, None)
         checkpoints.close()

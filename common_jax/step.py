@@ -135,7 +135,7 @@ def make_evaluator(
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
-    It raises `common_jax.pods.hosts.Stopped` when all processes are asked to stop.
+    It raises `common_jax.pods.signals.Stopped` when all processes are asked to stop.
 
     Args:
       sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is

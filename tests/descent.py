@@ -1,7 +1,8 @@
-"""A run that takes milliseconds: a noisy descent of four epochs of three steps."""
+"""A run that takes milliseconds: a noisy descent of three epochs of four steps."""
 
 import itertools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +29,21 @@ def run_config(**changes: Any) -> loop.RunConfig:
     )
 
 
-def descend(workdir: pathlib.Path, *, seed: int = 0, steps: int = STEPS, **changes: Any) -> dict:
+def descend(workdir: pathlib.Path, *, seed: int = 0, **changes: Any) -> dict:
     """Trains, or resumes; the result."""
+    return loop.train(
+        make_task(lambda params, helpers, step: {"w": float(params["w"])}),
+        run_config(**changes),
+        OPTIM,
+        seed=seed,
+        workdir=workdir,
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        config={"seed": seed, "optim": {"steps": STEPS}},
+    )
+
+
+def make_task(evaluate: Callable[[Any, Any, int], dict[str, float]]) -> Task:
+    """The descent, with what evaluates it."""
 
     def batches(first: int):
         for step in itertools.count(first):
@@ -39,7 +53,7 @@ def descend(workdir: pathlib.Path, *, seed: int = 0, steps: int = STEPS, **chang
         noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))
         return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
 
-    task = Task(
+    return Task(
         title="descent",
         init=lambda key: {"w": jax.random.normal(key)},
         rules=(("w", PartitionSpec()),),
@@ -50,14 +64,5 @@ def descend(workdir: pathlib.Path, *, seed: int = 0, steps: int = STEPS, **chang
         batch={"x": jax.ShapeDtypeStruct((8,), np.float32)},
         batches=batches,
         steps_per_epoch=EPOCH,
-        evaluators={"test": lambda params, helpers, step: {"w": float(params["w"])}},
-    )
-    return loop.train(
-        task,
-        run_config(**changes),
-        OPTIM if steps == STEPS else OptimConfig(**vars(OPTIM) | {"steps": steps}),
-        seed=seed,
-        workdir=workdir,
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
-        config={"seed": seed, "optim": {"steps": steps}},
+        evaluators={"test": evaluate},
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import random
 import shutil
@@ -109,10 +110,15 @@ def _content(path: pathlib.Path) -> bytes | None:
 
 
 @contextlib.contextmanager
-def small_disk(folder: pathlib.Path, size: str = "64m") -> Iterator[pathlib.Path]:
-    """A file system of its own."""
+def small_disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
+    """A file system of its own; None, which the row notes, where it may not be mounted."""
+    if os.geteuid() != 0:
+        row.note = "not injected: only root may mount a small file system"
+        yield None
+        return
+    folder = bench.new()
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
     try:
         yield folder
     finally:

@@ -143,33 +143,32 @@ def full_disk(bench: Bench) -> Iterator[Row]:
     """A disk on which the log still fits and a checkpoint no more."""
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a save, on_failed_save={policy}")
-        if os.geteuid() != 0:
-            row.note = "not injected: only root may mount a small file system"
-            yield row
-            continue
         run = (*WIDE, f"--config.run.on_failed_save={policy}")
-        undisturbed = bench.undisturbed(run)
-        with small_disk(bench.folder / policy) as disk:
-            workdir, filler = disk / "run", disk / "filler"
-            process = start(workdir, run=run, log=bench.folder / f"{policy}.log")
-            process.send(signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15'))
-            fill(filler)
-            process.process.send_signal(signal.SIGCONT)
-            if policy == "stop":
-                status = process.end()
-                assert status == 2, f"status {status}: {process.output()[-300:]}"
-                lost = lost_steps(workdir)
-                filler.unlink()
-            else:
-                process.send(0, lambda p=process: "could not be written" in p.output())
-                filler.unlink()
-                process.finish()
-                lost = 0
-            said = ("could not be written", "No space left on device")
-            if not any(text in process.output() for text in said):
-                row.note = "the run does not say so"
-            start(workdir, run=run).finish()
-            row.count(workdir, undisturbed, lost)
+        with small_disk(bench, row) as disk:
+            if disk is not None:
+                undisturbed = bench.undisturbed(run)
+                workdir, filler = disk / "run", disk / "filler"
+                process = start(workdir, run=run, log=bench.new().with_suffix(".log"))
+                process.send(
+                    signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15')
+                )
+                fill(filler)
+                process.process.send_signal(signal.SIGCONT)
+                if policy == "stop":
+                    status = process.end()
+                    assert status == 2, f"status {status}: {process.output()[-300:]}"
+                    lost = lost_steps(workdir)
+                    filler.unlink()
+                else:
+                    process.send(0, lambda p=process: "could not be written" in p.output())
+                    filler.unlink()
+                    process.finish()
+                    lost = 0
+                said = ("could not be written", "No space left on device")
+                if not any(text in process.output() for text in said):
+                    row.note = "the run does not say so"
+                start(workdir, run=run).finish()
+                row.count(workdir, undisturbed, lost)
         yield row
 
 

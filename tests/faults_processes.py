@@ -1,9 +1,6 @@
 """Faults of processes and disks: one workdir for two starts, signals of a terminal, a disk that is
 full in the log, the report or a picture, or that takes no writing any more."""
 
-import contextlib
-import os
-import pathlib
 import signal
 import subprocess
 import time
@@ -80,7 +77,7 @@ def full_files(bench: Bench) -> Iterator[Row]:
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a line of the log, on_failed_save={policy}")
         run = (OFTEN, f"--config.run.on_failed_save={policy}")
-        with _disk(bench, row) as disk:
+        with small_disk(bench, row) as disk:
             if disk is not None:
                 workdir, filler = disk / "run", disk / "filler"
                 process = start(workdir, *run, log=bench.new().with_suffix(".log"))
@@ -105,7 +102,7 @@ def full_files(bench: Bench) -> Iterator[Row]:
                 row.count(workdir, undisturbed, lost)
         yield row
     row = Row("disk full in report and picture")
-    with _disk(bench, row) as disk:
+    with small_disk(bench, row) as disk:
         if disk is not None:
             workdir, filler = disk / "run", disk / "filler"
             log = bench.new().with_suffix(".log")
@@ -128,7 +125,7 @@ def full_files(bench: Bench) -> Iterator[Row]:
 def read_only(bench: Bench) -> Iterator[Row]:
     """A finished run, started again on a disk that takes no writing."""
     row, undisturbed = Row("a finished run started again on a read-only disk"), bench.undisturbed()
-    with _disk(bench, row) as disk:
+    with small_disk(bench, row) as disk:
         if disk is not None:
             workdir, log = disk / "run", bench.new().with_suffix(".log")
             start(workdir, OFTEN, log=log).finish()
@@ -138,17 +135,6 @@ def read_only(bench: Bench) -> Iterator[Row]:
                 row.fail(f"status {found}: {process.output()[-200:]}")
             row.count(workdir, undisturbed)
     yield row
-
-
-@contextlib.contextmanager
-def _disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
-    """A small file system; None, which the row notes, where it may not be mounted."""
-    if os.geteuid() != 0:
-        row.note = "not injected: only root may mount a small file system"
-        yield None
-        return
-    with small_disk(bench.new()) as disk:
-        yield disk
 
 
 FAULTS = {

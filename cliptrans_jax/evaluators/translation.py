@@ -35,7 +35,7 @@ class Translate:
 
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
         """By number of the example; the whole of it on every host. Raises
-        `common_jax.pods.hosts.Stopped` when all are asked to stop."""
+        `common_jax.pods.signals.Stopped` when all are asked to stop."""
         found, pending = {}, None
         with jax.set_mesh(self.mesh):
             for batch in batches:

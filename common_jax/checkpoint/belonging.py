@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -39,7 +39,7 @@ class Stock:
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
     """The steps below `folder` that carry orbax's marker, and so does their every item, ascending;
-    read from disk. Whose they are is not asked."""
+    read from disk, whosever they are."""
     folder = epath.Path(folder)
     if not folder.exists():
         return []
@@ -60,15 +60,15 @@ def own_steps(folder: epath.PathLike) -> list[int]:
     """
     folder = epath.Path(folder)
     workdir = folder.parent if folder.name == FOLDER else None
-    config, total = None, None
+    steps, config, total = finished_steps(folder), None, None
     if workdir is not None:
         with contextlib.suppress(ValueError, OSError):  # a step's own folder has all that counts
             config = read_json(workdir / "config.json")
         with contextlib.suppress(ValueError, OSError):
             total = read_json(workdir / "result.json").get("steps")
         # The last step of a run is always saved: without it the result is not this run's.
-        total = total if total in finished_steps(folder) else None
-    stock = _take_stock(folder, workdir, config=config, total=total)
+        total = total if total in steps else None
+    stock = _take_stock(folder, workdir, steps, config=config, total=total)
     for step, why in stock.foreign.items():
         logging.warning("checkpoint %s is left out: %s", folder / str(step), why)
     if stock.foreign and not stock.steps:
@@ -94,7 +94,8 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
     workdir = epath.Path(workdir)
     folder, stock, failure = workdir / FOLDER, Stock(), None
     try:
-        stock = _take_stock(folder, workdir, config=config, total=total)
+        steps = finished_steps(folder)
+        stock = _take_stock(folder, workdir, steps, config=config, total=total)
         if stock.foreign and not stock.steps:
             failure = ValueError(
                 f"no checkpoint in {folder} is this run's: {_reasons(stock)}. Give another "
@@ -109,8 +110,8 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What a step's folder says of itself; None where it does not or cannot be read, which is for
-    those who read all of it to find.
+    """What a step's folder says of itself; None where it does not, or cannot be read: that is
+    reported where all of it is read.
 
     Attributes:
       number: the folder's name.
@@ -140,14 +141,19 @@ class _Content:
 
 
 def _take_stock(
-    folder: epath.Path, workdir: epath.Path | None, *, config: Any, total: int | None
+    folder: epath.Path,
+    workdir: epath.Path | None,
+    steps: Sequence[int],
+    *,
+    config: Any,
+    total: int | None,
 ) -> Stock:
-    contents = [_Content.of(folder / str(step)) for step in finished_steps(folder)]
+    contents = [_Content.of(folder / str(step)) for step in steps]
     reasons = {one.number: _contradiction(one, config=config, total=total) for one in contents}
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
-        # run.json is lost, or no version before wrote one: the newest of the checkpoints that
-        # agree with all else says which run it is.
+        # run.json is lost, or an earlier version wrote none: the newest of the checkpoints that
+        # nothing contradicts says which run it is.
         found = [one.mark.id for one in contents if one.mark and not reasons[one.number]]
         unmarked = tuple(one.number for one in contents if not one.marked)
         identity = Identity(found[-1], unmarked) if found else None

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder, looked at without reading its parameters."""
+"""What lies in a checkpoint's folder, checked without reading its parameters."""
 
 import asyncio
 import dataclasses
@@ -78,7 +78,7 @@ def outline(tree: Any) -> Outline:
 def check_written(
     folder: epath.Path, arrays: Mapping[str, Outline], texts: Mapping[str, Any]
 ) -> None:
-    """Looks at what was written: every item, the shape and type of every array, that each of its
+    """Checks what was written: every item, the shape and type of every array, that each of its
     chunks is there, and every JSON. No array is read.
 
     Args:
@@ -87,7 +87,7 @@ def check_written(
       texts: the value that each JSON item was to hold.
 
     Raises:
-      OSError: when anything is missing or is something else, with its name.
+      OSError: when anything is missing or differs, with its name.
     """
     for item, value in texts.items():
         # As text, in which even what is not a number equals itself.
@@ -114,7 +114,7 @@ def _check_item(folder: epath.Path, wanted: Outline) -> None:
         if not part.startswith("."):  # .zarray describes an array
             chunks[name] = chunks.get(name, 0) + 1
     wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    wrong += [f"{name} is too much" for name in sorted(found.keys() - wanted.keys())]
+    wrong += [f"{name} is unexpected" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
         leaf, (shape, dtype) = found[name], wanted[name]
         if (tuple(leaf.shape), np.dtype(leaf.dtype)) != (shape, dtype):

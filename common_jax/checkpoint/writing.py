@@ -39,7 +39,7 @@ class SaveError(OSError):
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
 
-    A save counts when what was written has been looked at, which happens in orbax's thread: before
+    A save counts once what was written has been checked, which happens in orbax's thread: before
     that the folder has no marker, and no older checkpoint is deleted for it.
 
     Every method is called by all processes of a run at the same place; all raise where one fails.
@@ -159,8 +159,8 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk and was looked at there; raises SaveError
-        when the last has not."""
+        """Returns when every save has reached the disk and has been checked there; raises
+        SaveError when the last has not."""
         self._attempt(self._finish, last=True)
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ class Checkpoints:
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
     def _put_aside(self, steps: Collection[int], why: str) -> None:
-        """Renames folders to WHY_STEP: nothing of them is lost, and the run can save these steps
+        """Renames folders to WHY_STEP: nothing in them is lost, and the run can save these steps
         again."""
         for step in steps if jax.process_index() == 0 else ():
             _move(self.folder / str(step), self.folder / f"{why}_{step}")

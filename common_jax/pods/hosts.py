@@ -18,7 +18,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from common_jax.pods import signals
-from common_jax.pods.signals import Stopped
 
 # Seconds without a sign of life after which a process counts as dead and all others stop.
 HEARTBEAT = 30
@@ -104,7 +103,8 @@ def cluster() -> str | None:
 
 
 def check() -> None:
-    """Raises Stopped where all processes are to stop. To be called equally often by all of them."""
+    """Raises `signals.Stopped` where all processes are to stop. To be called equally often by all
+    of them."""
     global _polls, _stopping
     _polls += 1
     if not _stopping:
@@ -112,7 +112,7 @@ def check() -> None:
         asked = multihost_utils.reached_preemption_sync_point if several else _requested
         _stopping = asked(_polls)
     if _stopping:
-        raise Stopped
+        raise signals.Stopped
 
 
 def agree(*values: float) -> np.ndarray:

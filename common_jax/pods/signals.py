@@ -3,7 +3,7 @@
 The first one stops the run in good order. Where a run has something to lose (`deferred`), it is
 only noted, and `common_jax.pods.hosts.check` stops at the next step; anywhere else it stops at
 once. The second one ends the process, unless it comes with the first, since one Ctrl-C may arrive
-on two ways, or is SIGHUP: a terminal that goes away sends it several times.
+by two routes, or is SIGHUP: a terminal that goes away sends it several times.
 
 Python calls handlers between two of its own instructions, so during a compilation it calls none. A
 thread therefore reads the numbers of signals from a pipe, into which Python's C code writes them at
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# A scheduler that asks a run to stop finds that it went well; a person's shell goes no further.
+# To a scheduler that asks a run to stop it has succeeded; a person's shell runs no later command.
 STATUSES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 TOGETHER = 0.5  # seconds within which signals count as one request
@@ -56,7 +56,7 @@ def listening() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(pipe)
         for number, handler in handlers.items():
-            # jax's own handler of SIGTERM is none of Python's, and stays.
+            # jax's own handler of SIGTERM is not one of Python's, and stays.
             if number != signal.SIGTERM or not jax.distributed.is_initialized():
                 signal.signal(number, handler)
         os.close(send)  # which ends the thread
@@ -64,8 +64,8 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A block that a request to stop does not break off; it stops at the block's end, or where the
-    block asks."""
+    """A block that a request to stop does not interrupt; it takes effect at the block's end, or
+    where the block asks."""
     global _deferrals
     _deferrals += 1
     try:

@@ -20,9 +20,8 @@ SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Keeps `config` in a workdir of several runs; raises as `refuse_other_config` and
-    `require`."""
-    refuse_other_config(workdir, config)
+    """Keeps `config` in a workdir, in place of any that is there: `refuse_other_config` is to be
+    called before. Raises as `require`."""
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
@@ -99,7 +98,7 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that change no more of what is computed than its rounding: a run may go on with others.
+# Fields that change nothing of what is computed but its rounding: a run may resume with others.
 # `remat` is a field of networks, wherever they stand.
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"

@@ -28,8 +28,8 @@ def check_input(key: str, value: str, expected: str) -> None:
 
 
 def check_output(key: str, value: epath.PathLike) -> None:
-    """Raises OSError unless `value` is a folder, or one that can be made; writes nothing that
-    stays.
+    """Raises OSError unless `value` is a folder, or one that can be made; leaves nothing
+    behind.
 
     Args:
       key: the flag or the field, such as "--workdir".
@@ -39,7 +39,7 @@ def check_output(key: str, value: epath.PathLike) -> None:
         return
     path = pathlib.Path(value).expanduser().absolute()
     try:
-        # A folder that is there may be read alone: a finished run is only looked at.
+        # An existing folder may be read-only: a finished run is only read.
         if not os.path.isdir(path):
             if os.path.exists(path):
                 raise NotADirectoryError("it is a file")

@@ -1,4 +1,4 @@
-"""The result of a finished run, believed where nothing beside it says otherwise."""
+"""The result of a finished run, taken where nothing beside it contradicts it."""
 
 from typing import Any
 

@@ -29,9 +29,7 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
     """
     known, gone = fill(cls, stored)
     if gone:
-        logging.warning(
-            "%s: this version has no %s, which it leaves out", source, _list(gone, "config.")
-        )
+        logging.warning("%s: this version has no %s, which it leaves out", source, _list(gone))
     try:
         return configs.freeze(cls, known)
     except ValueError as error:
@@ -39,7 +37,7 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
 
 
 def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stored config with today's fields, nothing of it checked.
+    """A stored config with today's fields; no value is checked.
 
     Returns:
       The nested dict of all fields of `cls`, and what `stored` has beside them, {"a.b": value}.
@@ -51,9 +49,7 @@ def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 def name_gone(gone: Mapping[str, Any], source: Any) -> None:
     """Warns of the fields of a run that this version no longer has."""
     if gone:
-        logging.warning(
-            "%s: this version has no %s; the run resumes without", source, _list(gone, "config.")
-        )
+        logging.warning("%s: this version has no %s; the run resumes without", source, _list(gone))
 
 
 def _fill(cls: type, stored: Mapping[str, Any], path: str, gone: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +92,7 @@ def _default(field: dataclasses.Field) -> Any:
     return configs.unfreeze(value).to_dict() if dataclasses.is_dataclass(value) else value
 
 
-def _list(gone: Mapping[str, Any], prefix: str) -> str:
-    shown = [plain(f"{prefix}{name}={str(gone[name])[:60]}") for name in sorted(gone)]
+def _list(gone: Mapping[str, Any]) -> str:
+    shown = [plain(f"config.{name}={str(gone[name])[:60]}") for name in sorted(gone)]
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     return ", ".join(shown[:10]) + more

@@ -15,7 +15,7 @@ from scipy import special
 
 from common_jax.report import Table
 from common_jax.weights import Allowance, Origin, WarmStart
-from common_jax.workdir import claim, read_json, write_json
+from common_jax.workdir import claim, read_json, refuse_other_config, write_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
@@ -53,6 +53,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     check_training(training, feed, mesh)
     shapes = jax.eval_shape(training.init, jax.random.key(0))
     _take_network(config, training, shapes, read=False)
+    refuse_other_config(workdir, config)
     claim(workdir, config)
     results = [
         train(few_shot.seed + number, workdir / f"episode_{number}")

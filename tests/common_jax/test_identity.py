@@ -1,4 +1,4 @@
-"""A run takes no checkpoint but its own, and none that it has not looked at."""
+"""A run takes no checkpoint but its own, and none that it has not checked."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ import m2mkd_jax.main
 from common_jax import app, checkpoint
 from common_jax.checkpoint import Checkpoints, SaveError, contents
 from common_jax.checkpoint.writing import write_params
-from common_jax.pods import hosts
+from common_jax.pods import hosts, signals
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity, read_result
 
@@ -34,7 +34,7 @@ def stop(monkeypatch):
         def stopped() -> None:
             if next(left, None) is None:
                 monkeypatch.setattr(hosts, "check", check)
-                raise hosts.Stopped
+                raise signals.Stopped
 
         monkeypatch.setattr(hosts, "check", stopped)
 
@@ -45,7 +45,7 @@ def stop(monkeypatch):
 def stopped(tmp_path, stop):
     """A run of seed 0 and 12 steps that was stopped after step 6, with checkpoints 4 and 6."""
     stop(6)
-    with pytest.raises(hosts.Stopped):
+    with pytest.raises(signals.Stopped):
         descend(tmp_path / "run")
     assert steps(tmp_path / "run") == [4, 6]
     return tmp_path / "run"
@@ -353,7 +353,7 @@ def test_what_differs_in_an_array_is_named(two, tmp_path):
     ):
         with pytest.raises(OSError, match=message):
             contents.check_written(folder, {"params": outline | change}, {})
-    with pytest.raises(OSError, match="c is too much"):
+    with pytest.raises(OSError, match="c is unexpected"):
         contents.check_written(folder, {"params": {"a.b": outline["a.b"]}}, {})
 
 

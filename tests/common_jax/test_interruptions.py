@@ -1,23 +1,17 @@
 """The loop on a model of one parameter: stopped, out of room, and saved by the clock."""
 
-import itertools
 import json
 
 import jax
-import numpy as np
 import pytest
-from jax import numpy as jnp
-from jax.sharding import PartitionSpec
+from descent import EPOCH, STEPS, make_task
 
 from common_jax import loop, metrics
 from common_jax.checkpoint import SaveError, finished_steps
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
-from common_jax.pods import hosts
-from common_jax.state import fold_name
-from common_jax.task import Task
+from common_jax.pods import hosts, signals
 
-STEPS, EPOCH = 12, 4
 OPTIM = OptimConfig(steps=STEPS, batch=8, lr=0.1, lr_per=None, schedule="constant", warmup_epochs=0)
 
 
@@ -29,31 +23,16 @@ def run_config(**changes) -> loop.RunConfig:
 def train(tmp_path):
     """train(run, evaluate): a noisy descent in tmp_path/run, its result."""
 
-    def batches(first: int):
-        for step in itertools.count(first):
-            yield {"x": np.random.default_rng(step).normal(size=8).astype(np.float32)}
-
-    def loss(params, helpers, batch, rngs, step):
-        noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))
-        return jnp.mean((params["w"] - batch["x"] - 0.1 * noise) ** 2), {}
-
     def run(config: loop.RunConfig, evaluate=lambda params, helpers, step: accuracy(params)):
-        task = Task(
-            title="descent",
-            init=lambda key: {"w": jax.random.normal(key)},
-            rules=(("w", PartitionSpec()),),
-            trainable=".*",
-            loss=loss,
-            helpers={},
-            warm_start=None,
-            batch={"x": jax.ShapeDtypeStruct((8,), np.float32)},
-            batches=batches,
-            steps_per_epoch=EPOCH,
-            evaluators={"test": evaluate},
-        )
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         return loop.train(
-            task, config, OPTIM, seed=0, workdir=tmp_path / "run", mesh=mesh, config={"a": 1}
+            make_task(evaluate),
+            config,
+            OPTIM,
+            seed=0,
+            workdir=tmp_path / "run",
+            mesh=mesh,
+            config={"a": 1},
         )
 
     return run
@@ -96,7 +75,7 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
     train, asked, undisturbed, tmp_path, question
 ):
     asked(question)
-    with pytest.raises(hosts.Stopped):
+    with pytest.raises(signals.Stopped):
         train(run_config())
     assert kept(tmp_path)[-1] == question  # one a step
     asked()
@@ -107,10 +86,10 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
 def test_stopped_in_an_evaluation_it_makes_up_for_it(train, undisturbed, tmp_path, at):
     def stopped(params, helpers, step):
         if step == at:
-            raise hosts.Stopped
+            raise signals.Stopped
         return accuracy(params)
 
-    with pytest.raises(hosts.Stopped):
+    with pytest.raises(signals.Stopped):
         train(run_config(), stopped)
     assert kept(tmp_path)[-1] == at
     assert not any(line["step"] == at and "test/accuracy" in line for line in lines(tmp_path))
@@ -123,11 +102,11 @@ def test_what_it_makes_up_for_counts_as_the_best(train, tmp_path):
     def best_first(params, helpers, step):
         if step == EPOCH and not stopped:
             stopped.append(step)
-            raise hosts.Stopped
+            raise signals.Stopped
         return {"accuracy": -float(step)}
 
     stopped = []
-    with pytest.raises(hosts.Stopped):
+    with pytest.raises(signals.Stopped):
         train(run_config(keep=1), best_first)
     train(run_config(keep=1), best_first)
     assert kept(tmp_path) == [EPOCH, STEPS]
@@ -247,7 +226,7 @@ def test_the_last_save_must_not_fail(train, no_room, undisturbed, tmp_path):
 
 def test_a_damaged_checkpoint_is_put_aside(train, asked, undisturbed, tmp_path, caplog):
     asked(11)
-    with pytest.raises(hosts.Stopped):
+    with pytest.raises(signals.Stopped):
         train(run_config())
     damaged = tmp_path / "run" / "checkpoints" / "11"
     (damaged / "params" / "manifest.ocdbt").unlink()

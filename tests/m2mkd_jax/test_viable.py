@@ -113,8 +113,9 @@ def test_a_network_that_is_not_there_claims_nothing(tmp_path):
 
 def test_a_start_that_came_to_nothing_gives_way(tmp_path, caplog):
     caplog.set_level("INFO")
-    claim(tmp_path, {"optim": {"steps": 20}})
-    claim(tmp_path, {"optim": {"steps": 40}})
+    for steps in (20, 40):
+        refuse_other_config(tmp_path, {"optim": {"steps": steps}})
+        claim(tmp_path, {"optim": {"steps": steps}})
     assert json.loads((tmp_path / "config.json").read_text()) == {"optim": {"steps": 40}}
     assert "this config takes its place" in caplog.text
 
