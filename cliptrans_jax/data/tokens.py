@@ -23,7 +23,7 @@ from cliptrans_jax.data.published import load_published
 from cliptrans_jax.data.token_files import short
 from common_jax.config import FieldError, Section
 from common_jax.ranges import Size, key_of, shown
-from common_jax.workdir import read_json, temporary_beside
+from common_jax.workdir import read_json, write_bytes
 
 # Byte-level pieces start from these many, so no character is unknown.
 BYTES = 256
@@ -118,10 +118,7 @@ def load_or_train_tokenizer(
             raise FileNotFoundError(f"{path} is missing and there is nothing to train it on")
         record = _train(config, sentences, languages)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Each process writes a whole file of its own, then puts it in place.
-        draft = temporary_beside(path)
-        draft.write_text(json.dumps(record, ensure_ascii=False))
-        draft.replace(path)
+        write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
     expected = _origin(config, sentences, languages)
     if differing := [key for key in expected if expected[key] != made_from.get(key)]:
