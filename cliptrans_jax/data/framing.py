@@ -52,8 +52,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """The text of ids, up to the first `</s>` after the first id; of what has no text (special
-        tokens, languages) nothing is shown."""
+        """The text of ids, up to the first `</s>` after the first id; what has no text (special
+        tokens, languages) is left out."""
         ...
 
 

@@ -193,7 +193,7 @@ def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
         if part["type"] == "Precompiled":
             found = base64.b64decode(part["precompiled_charsmap"], validate=True)
         elif part["type"] not in HARMLESS:
-            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece has not")
+            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece does not have")
     return found
 
 
@@ -209,7 +209,7 @@ def _check_charsmap(path: Path, charsmap: bytes) -> None:
     trie in bytes, the trie, and what its leaves point to: texts that end with a zero byte.
     """
     if not charsmap:
-        return  # which the probe tells
+        return  # the probe of `processor` finds that out
     size = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + size :]
     sound = size % 1024 == 0 and size > 0 and texts.endswith(b"\0")

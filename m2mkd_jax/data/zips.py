@@ -112,11 +112,13 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     except BROKEN as error:
         raise ValueError(
             f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
-            "make the zip anew"
+            "make the zip again"
         ) from error
     members = [m for m in members if not m.filename.startswith("__MACOSX/")]
     outside = [m.filename for m in members if _leads_out(m.filename)]
-    _require_none(root, outside, "have names that lead out of the zip", "make the zip inside it")
+    _require_none(
+        root, outside, "have names that lead out of the zip", "zip the folder from inside"
+    )
     tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
     if split and split not in tops and root.name == f"{split}.zip":
         split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
@@ -133,7 +135,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     images.sort(key=lambda member: member.filename)
     _require_left_out(root, members, images)
     twice = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
-    _require_none(root, twice, "stand there more than once", "make the zip anew")
+    _require_none(root, twice, "stand there more than once", "make the zip again")
     locked = [m.filename for m in images if m.flag_bits & ENCRYPTED]
     _require_none(root, locked, "are encrypted", "make the zip without a password")
     packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
@@ -171,7 +173,7 @@ def _require_left_out(
             if _local_header(file.fileno(), offset, *name) is None:
                 raise ValueError(
                     f"config.data.path={str(root)!r}: {listed([member.filename])} has another name "
-                    "in the zip's list than before its content; make the zip anew"
+                    "in the zip's list than before its content; make the zip again"
                 )
 
 
