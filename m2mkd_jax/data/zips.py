@@ -1,7 +1,6 @@
 """The image files of an uncompressed zip, by class, read by offset."""
 
 import os
-import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common_jax.inputs.pictures import require_small
+from common_jax.untrusted import DAMAGED
 from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
 
 HEADER = 30  # bytes of a member's local header, before its name
@@ -17,17 +17,6 @@ END = 22  # bytes of the record at the end, before the zip's comment
 UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
 CHECKED = 2**12  # other members whose names are checked at the start
 NOWHERE = 2**62  # an offset beyond the end of any file
-# What zipfile raises on a damaged central directory.
-BROKEN = (
-    zipfile.BadZipFile,
-    EOFError,
-    IndexError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    ValueError,
-    struct.error,
-)
 
 
 class ZipFiles:
@@ -109,7 +98,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
             _require_count(root, len(members), comment=len(archive.comment))
     except PermissionError:
         raise
-    except BROKEN as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
             "make the zip again"
