@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common_jax.untrusted import brief, plain
+from common_jax.untrusted import plain
 from common_jax.workdir import read_json
 
 # The largest published file has 17 MB.
@@ -24,13 +24,6 @@ def bounded(path: Path) -> Path:
             "it again"
         )
     return path
-
-
-def as_text(value: Any) -> str:
-    """A token; raises TypeError for anything but text."""
-    if not isinstance(value, str):
-        raise TypeError(f"a token is {brief(value)} and no text")
-    return value
 
 
 def added_message(path: Path, added: Sequence[str]) -> str:

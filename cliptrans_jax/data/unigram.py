@@ -18,8 +18,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import as_text, bounded, read_record
-from common_jax.untrusted import brief, plain
+from cliptrans_jax.data.token_files import bounded, read_record
+from common_jax.untrusted import as_text, brief, plain
 
 # What the models begin with, which no text is cut into.
 CONTROLS = ("<unk>", "<s>", "</s>")
