@@ -105,7 +105,7 @@ def test_a_cut_zip_is_named(tmp_path, capsys):
     assert check(capsys, *image_flags(tmp_path / "set.zip"))[0] == 0
     (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes()[:-50])
     status, _, problems = check(capsys, *image_flags(tmp_path / "set.zip"))
-    assert status == 1 and len(problems) == 1 and "make the zip anew" in problems[0]
+    assert status == 1 and len(problems) == 1 and "make the zip again" in problems[0]
 
 
 def test_the_ood_set_is_looked_at_too(tmp_path, capsys):

@@ -93,8 +93,8 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
     """Image sets: training, test and OOD."""
     data = _undecoded(config.data)
     findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
-    train = _check_images(data, data.train_split, "train_split", load_source, findings)
-    test = _check_images(data, data.test_split, "test_split", open_source, findings)
+    train = _check_images(data, "train_split", load_source, findings)
+    test = _check_images(data, "test_split", open_source, findings)
     if train is not None and test is not None:
         findings.attempt(
             with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"
@@ -120,12 +120,9 @@ def _undecoded(data: DataConfig) -> DataConfig:
 
 
 def _check_images(
-    data: DataConfig,
-    split: str,
-    key: str,
-    load: Callable[[DataConfig, str], Source],
-    findings: Findings,
+    data: DataConfig, key: str, load: Callable[[DataConfig, str], Source], findings: Findings
 ) -> Source | None:
+    split = getattr(data, key)
     findings.say(f"{split} (config.data.{key})")
     source = findings.attempt(load, data, split)
     if source is not None:

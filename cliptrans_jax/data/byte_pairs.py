@@ -7,7 +7,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from cliptrans_jax.data.token_files import added_message, bounded, read_record, short
+from cliptrans_jax.data.token_files import added_message, bounded, read_record
+from common_jax.untrusted import brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"  # what CLIP's pieces at the end of a word end with
@@ -16,7 +17,7 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """CLIP's way to cut a text, with what `read_clip_files` gives; it has no control tokens.
+    """How CLIP cuts a text, by what `read_clip_files` returns; there are no control tokens.
 
     Raises:
       ValueError: the library refuses the vocabulary.
@@ -38,7 +39,7 @@ def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tok
 
 
 def trained(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """The way of a tokenizer that is trained here: bytes of any text, white space among them.
+    """How a tokenizer that is trained here cuts a text: any text, as bytes, white space included.
 
     Raises:
       ValueError: the library refuses the vocabulary, or it lacks a byte.
@@ -86,7 +87,7 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
             vocab, merges = parse(record)
             known = {token["content"] for token in record.get("added_tokens") or ()}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no tokenizer.json of CLIP: {short(error)}") from error
+            raise ValueError(f"{path} is no tokenizer.json of CLIP: {plain(str(error))}") from error
         if added := sorted(map(str, known - set(vocab))):
             raise ValueError(added_message(path, added))
         return path, vocab, merges
@@ -96,12 +97,12 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
     try:
         vocab = checked_vocab(read_record(path))
     except ValueError as error:
-        raise ValueError(f"{path} is no vocabulary of CLIP: {short(error)}") from error
+        raise ValueError(f"{path} is no vocabulary of CLIP: {plain(str(error))}") from error
     try:
         lines = [line.rstrip("\r") for line in bounded(listed).read_bytes().decode().split("\n")]
         merges = [_pair(line) for line in lines if line and not line.startswith("#version:")]
     except ValueError as error:
-        raise ValueError(f"{listed} is no list of merges: {short(error)}") from error
+        raise ValueError(f"{listed} is no list of merges: {plain(str(error))}") from error
     return path, vocab, merges
 
 
@@ -119,15 +120,15 @@ def checked_vocab(vocab: Any) -> dict[str, int]:
 def _pair(merge: Any) -> tuple[str, str]:
     parts = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(x, str) for x in parts):
-        raise ValueError(f"a merge is {short(repr(merge))} and not two tokens")
+        raise ValueError(f"a merge is {brief(merge)} and not two tokens")
     return parts[0], parts[1]
 
 
 def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **more: str) -> models.BPE:
     missing = [pair for pair in merges if not {*pair, "".join(pair)} <= vocab.keys()]
     if missing:
-        raise ValueError(f"its vocabulary lacks tokens of the merge {short(missing[0])}")
+        raise ValueError(f"its vocabulary lacks tokens of the merge {brief(missing[0])}")
     try:
         return models.BPE(vocab=vocab, merges=merges, **more)
     except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"the library refuses it: {short(error)}") from error
+        raise ValueError(f"the library refuses it: {plain(str(error))}") from error

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from common_jax.config import did_you_mean
+from common_jax.untrusted import brief
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -51,8 +52,8 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """The text of ids, up to the first `</s>` after the first id; of what has no text (special
-        tokens, languages) nothing is shown."""
+        """The text of ids, up to the first `</s>` after the first id; what has no text (special
+        tokens, languages) is left out."""
         ...
 
 
@@ -101,9 +102,9 @@ class FramedTokenizer:
         for text, pieces in zip(texts, sentences, strict=True):
             # A table gives NaN for an id that it lacks, and CLIP's unknown token is its end.
             if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
-                raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {_show(text)}")
+                raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {brief(text)}")
             if not frame.isdisjoint(pieces):
-                raise ValueError(f"the tokenizer's vocabulary lacks characters of {_show(text)}")
+                raise ValueError(f"the tokenizer's vocabulary lacks characters of {brief(text)}")
         if cut := sum(len(pieces) > room for pieces in sentences):
             logging.warning(
                 "%d of %d sentences have more than %d tokens, and are cut there",
@@ -149,27 +150,22 @@ def checked_texts(texts: object, *, name: str = "texts") -> list[str]:
         surrogate pair, which is no character.
     """
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
-        hint = f"; give [{_show(texts)}] for one" if isinstance(texts, str) else ""
+        hint = f"; give [{brief(texts)}] for one" if isinstance(texts, str) else ""
         raise ValueError(
-            f"{name} must be a list of sentences and is {_show(texts)}, of type "
+            f"{name} must be a list of sentences and is {brief(texts)}, of type "
             f"{type(texts).__name__}{hint}"
         )
     texts = list(texts)
     for place, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
-                f"{name}[{place}] must be a str and is {_show(text)}, of type {type(text).__name__}"
+                f"{name}[{place}] must be a str and is {brief(text)}, of type {type(text).__name__}"
             )
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(
                 f"{name}[{place}] has half of a surrogate pair, which is no character: "
-                f"{_show(text)}; decode what it was read from as a whole, as UTF-8 or UTF-16"
+                f"{brief(text)}; decode what it was read from as a whole, as UTF-8 or UTF-16"
             ) from None
     return texts
-
-
-def _show(value: object) -> str:
-    shown = ascii(value)
-    return shown if len(shown) <= 80 else f"{shown[:80]}..."

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cliptrans_jax.data.corpus import (
     TEXTS_ALONE,
@@ -18,7 +17,7 @@ from cliptrans_jax.data.corpus import (
     read_texts,
     require_aligned,
 )
-from common_jax.untrusted import RefusedError, brief, parse_json, plain
+from common_jax.untrusted import RefusedError, as_text, parse_json, plain
 
 MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")
 WIT_FOLDERS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
@@ -104,8 +103,8 @@ def load_coco(
     path = _coco_file(root, split)
     try:
         record = parse_json(path.read_bytes())
-        files = {image["id"]: _text(image["file_name"]) for image in record["images"]}
-        pairs = [(note["image_id"], _text(note["caption"])) for note in record["annotations"]]
+        files = {image["id"]: as_text(image["file_name"]) for image in record["images"]}
+        pairs = [(note["image_id"], as_text(note["caption"])) for note in record["annotations"]]
         captions = tuple(" ".join(caption.split()) for _, caption in pairs)
         # All must be text, in which half of a surrogate pair is no character.
         "".join((*captions, *files.values())).encode()
@@ -124,12 +123,6 @@ def load_coco(
         images, reason = open_folder(folders, keys)
     texts = {code: captions if code == language else ("",) * len(keys) for code in languages}
     return Corpus(f"coco {split}", texts, images, keys, reason)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{brief(value)} is no text")
-    return value
 
 
 def _coco_file(root: Path, split: str) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cliptrans_jax.data import byte_pairs, unigram
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
-from cliptrans_jax.data.token_files import added_message, short
+from cliptrans_jax.data.token_files import added_message
+from common_jax.untrusted import plain
 
 MBART50_CODES: Mapping[str, str] = {
     "ar": "ar_AR",
@@ -150,7 +151,7 @@ def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
 def _first(tokens: tuple[str, ...]) -> str:
     """The first few of some tokens, for a message."""
     more = f" and so on, {len(tokens)} in all" if len(tokens) > 3 else ""
-    return f"{short(', '.join(tokens[:3])) or 'none'}{more}"
+    return f"{plain(', '.join(tokens[:3])) or 'none'}{more}"
 
 
 def _unigram(model: unigram.Unigram, published: Published, limit: int) -> FramedTokenizer:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common_jax.untrusted import plain
 from common_jax.workdir import read_json
 
 # The largest published file has 17 MB.
@@ -25,24 +26,11 @@ def bounded(path: Path) -> Path:
     return path
 
 
-def as_text(value: Any) -> str:
-    """A token; raises TypeError for anything but text."""
-    if not isinstance(value, str):
-        raise TypeError(f"a token is {short(repr(value))} and no text")
-    return value
-
-
-def short(value: Any) -> str:
-    """For a message: printable, and not long."""
-    text = ascii(str(value))[1:-1]
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def added_message(path: Path, added: Sequence[str]) -> str:
     """What to do about tokens that somebody added to a published tokenizer."""
     more = f" and {len(added) - 5} more" if len(added) > 5 else ""
     return (
         f"{path} has tokens that the published tokenizer lacks: "
-        f"{short(', '.join(added[:5]))}{more}. No network here has them in its table; give the "
+        f"{plain(', '.join(added[:5]))}{more}. No network here has them in its table; give the "
         "folder of the tokenizer as it was published, where all other tokens have the same ids"
     )

@@ -20,9 +20,9 @@ from tokenizers import models, pre_tokenizers, trainers
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
 from cliptrans_jax.data.published import load_published
-from cliptrans_jax.data.token_files import short
 from common_jax.config import FieldError, Section
 from common_jax.ranges import Size, key_of, shown
+from common_jax.untrusted import plain
 from common_jax.workdir import read_json, write_bytes
 
 # Byte-level pieces start from these many, so no character is unknown.
@@ -123,7 +123,7 @@ def load_or_train_tokenizer(
     expected = _origin(config, sentences, languages)
     if differing := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
-            f"{key} {short(repr(made_from.get(key)))} not {expected[key]!r}" for key in differing
+            f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in differing
         )
         raise ValueError(
             f"{path} was made from other input: {changes}; remove it to train it again, or set the "
@@ -152,7 +152,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
         return made_from, byte_pairs.trained(vocab, merges)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no tokenizer of this project ({short(error)}); remove it"
+            f"{path} is no tokenizer of this project ({plain(str(error))}); remove it"
         ) from error
 
 

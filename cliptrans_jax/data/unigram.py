@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import as_text, bounded, read_record, short
+from cliptrans_jax.data.token_files import bounded, read_record
+from common_jax.untrusted import as_text, brief, plain
 
 # What the models begin with, which no text is cut into.
 CONTROLS = ("<unk>", "<s>", "</s>")
@@ -72,7 +73,9 @@ class Unigram:
             found = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
             normal = found.normalize(PROBE[0])
         except (ValueError, RuntimeError) as error:  # of pieces that are not UTF-8, and the library
-            raise ValueError(f"{self.path} is refused by sentencepiece: {short(error)}") from error
+            raise ValueError(
+                f"{self.path} is refused by sentencepiece: {plain(str(error))}"
+            ) from error
         if normal != PROBE[1]:
             raise ValueError(
                 f"{self.path} does not normalise text (NFKC): {PROBE[0]!r} becomes {normal!r}, not "
@@ -92,18 +95,18 @@ def read_model(path: Path) -> Unigram:
         model = sentencepiece_model_pb2.ModelProto.FromString(bounded(path).read_bytes())
     except DecodeError as error:
         raise ValueError(
-            f"{path} is no SentencePiece model ({short(error)}); fetch it again"
+            f"{path} is no SentencePiece model ({plain(str(error))}); fetch it again"
         ) from error
     kinds = model.SentencePiece.Type
     first = tuple(piece.piece for piece in model.pieces[: len(CONTROLS)])
-    plain = all(piece.type == kinds.NORMAL for piece in model.pieces[len(CONTROLS) :])
+    normal = all(piece.type == kinds.NORMAL for piece in model.pieces[len(CONTROLS) :])
     unigram = model.trainer_spec.model_type == model.trainer_spec.ModelType.UNIGRAM
     spec = model.normalizer_spec
     usual = spec.add_dummy_prefix and spec.remove_extra_whitespaces and spec.escape_whitespaces
-    if first != CONTROLS or not (plain and unigram and usual):
+    if first != CONTROLS or not (normal and unigram and usual):
         raise ValueError(
             f"{path} is no unigram model that begins with {', '.join(CONTROLS)} and has plain "
-            f"pieces otherwise, as XLM-R's and mBART-50's (it begins with {short(first)}); fetch "
+            f"pieces otherwise, as XLM-R's and mBART-50's (it begins with {brief(first)}); fetch "
             "it again"
         )
     pieces = tuple((piece.piece, piece.score) for piece in model.pieces[len(CONTROLS) :])
@@ -131,11 +134,11 @@ def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} is no tokenizer.json of a unigram model ({type(error).__name__}: "
-            f"{short(error)}); fetch it again"
+            f"{plain(str(error))}); fetch it again"
         ) from error
     if tuple(names[: len(SPECIAL)]) != SPECIAL or model.get("unk_id", UNK) != UNK:
         raise ValueError(
-            f"{path} begins with the tokens {short(names[: len(SPECIAL)])} and not with "
+            f"{path} begins with the tokens {brief(names[: len(SPECIAL)])} and not with "
             f"{', '.join(SPECIAL)}: it is another tokenizer's"
         )
     ends = [place for place, name in enumerate(names) if name in extra]
@@ -163,7 +166,7 @@ def added_tokens(folder: Path) -> list[str]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder / name} has no added tokens as transformers writes them "
-                f"({type(error).__name__}: {short(error)}); fetch it again"
+                f"({type(error).__name__}: {plain(str(error))}); fetch it again"
             ) from error
     return found
 
@@ -190,7 +193,7 @@ def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
         if part["type"] == "Precompiled":
             found = base64.b64decode(part["precompiled_charsmap"], validate=True)
         elif part["type"] not in HARMLESS:
-            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece has not")
+            raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece does not have")
     return found
 
 
@@ -206,7 +209,7 @@ def _check_charsmap(path: Path, charsmap: bytes) -> None:
     trie in bytes, the trie, and what its leaves point to: texts that end with a zero byte.
     """
     if not charsmap:
-        return  # which the probe tells
+        return  # the probe of `processor` finds that out
     size = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + size :]
     sound = size % 1024 == 0 and size > 0 and texts.endswith(b"\0")

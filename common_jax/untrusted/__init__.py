@@ -1,14 +1,16 @@
 """Readers of bytes that may be anything: sizes are compared with what is there before anything is
 allocated, and whatever is wrong is a ValueError that names the file."""
 
-from common_jax.untrusted.json_text import parse_json
+from common_jax.untrusted.json_text import as_text, parse_json
 from common_jax.untrusted.npz import read_npz
 from common_jax.untrusted.refusal import RefusedError, brief, plain
-from common_jax.untrusted.zips import Archive, open_archive
+from common_jax.untrusted.zips import DAMAGED, Archive, open_archive
 
 __all__ = [
+    "DAMAGED",
     "Archive",
     "RefusedError",
+    "as_text",
     "brief",
     "open_archive",
     "parse_json",

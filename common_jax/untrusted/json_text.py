@@ -30,6 +30,13 @@ def parse_json(content: bytes) -> Any:
     raise RefusedError(message)
 
 
+def as_text(value: Any) -> str:
+    """A value of JSON that should be text; raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{brief(value)} is no text")
+    return value
+
+
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):

@@ -17,6 +17,7 @@ from common_jax.untrusted.refusal import RefusedError, brief, plain
 # What `zipfile` raises for bytes that are no archive, or not a whole one.
 DAMAGED = (
     EOFError,
+    IndexError,
     NotImplementedError,
     OverflowError,
     RuntimeError,

@@ -70,10 +70,10 @@ def missing_split(root: Path, split: str, present: Iterable[str]) -> FileNotFoun
 
 
 def require_class_folders(loose: list[str], classes: list[str], *, at: str) -> None:
-    """Sees to images that lie in a split itself, in no class folder.
+    """Handles images that lie in a split itself, in no class folder: left out, with a warning.
 
     Raises:
-      ValueError: all do, as in ILSVRC2012's validation set as it is published.
+      ValueError: all of them do, as in ILSVRC2012's validation set as it is published.
     """
     if not loose:
         return

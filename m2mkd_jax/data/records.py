@@ -21,6 +21,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import decode_picture, pixels_of
+from common_jax.untrusted import brief, read_npz
 from common_jax.workdir import write_bytes
 from m2mkd_jax.data.folders import (
     Found,
@@ -274,17 +275,15 @@ def _kept_labels(file: epath.Path, fingerprint: str, *, size: int) -> np.ndarray
     """[size] int32 of a file of `stored_labels`; None, and a warning, where it is another's or
     broken."""
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
-            if str(stored["fingerprint"]) != fingerprint:
-                logging.warning("%s is of other records and is made anew", file)
-                return None
-            labels = stored["labels"]
+        stored = read_npz(file, ("fingerprint", "labels"))
+        if str(stored["fingerprint"]) != fingerprint:
+            logging.warning("%s is of other records and is made again", file)
+            return None
+        labels = stored["labels"]
         if labels.shape != (size,) or labels.dtype != np.int32:
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}")
-    # A damaged npz makes numpy, zipfile and zlib raise nearly anything.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        logging.warning("%s cannot be read (%.200s) and is made again", file, reason)
+            raise ValueError(f"labels are {labels.dtype} {brief(labels.shape)}")
+    except (OSError, ValueError) as error:
+        logging.warning("%s cannot be read (%s) and is made again", file, error)
         return None
     return labels
 

@@ -1,7 +1,6 @@
 """The image files of an uncompressed zip, by class, read by offset."""
 
 import os
-import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common_jax.inputs.pictures import require_small
+from common_jax.untrusted import DAMAGED
 from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, require_class_folders
 
 HEADER = 30  # bytes of a member's local header, before its name
@@ -17,17 +17,6 @@ END = 22  # bytes of the record at the end, before the zip's comment
 UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
 CHECKED = 2**12  # other members whose names are checked at the start
 NOWHERE = 2**62  # an offset beyond the end of any file
-# What zipfile raises on a damaged central directory.
-BROKEN = (
-    zipfile.BadZipFile,
-    EOFError,
-    IndexError,
-    NotImplementedError,
-    OSError,
-    OverflowError,
-    ValueError,
-    struct.error,
-)
 
 
 class ZipFiles:
@@ -109,14 +98,16 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
             _require_count(root, len(members), comment=len(archive.comment))
     except PermissionError:
         raise
-    except BROKEN as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(
             f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
-            "make the zip anew"
+            "make the zip again"
         ) from error
     members = [m for m in members if not m.filename.startswith("__MACOSX/")]
     outside = [m.filename for m in members if _leads_out(m.filename)]
-    _require_none(root, outside, "have names that lead out of the zip", "make the zip inside it")
+    _require_none(
+        root, outside, "have names that lead out of the zip", "zip the folder from inside"
+    )
     tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
     if split and split not in tops and root.name == f"{split}.zip":
         split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
@@ -133,7 +124,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     images.sort(key=lambda member: member.filename)
     _require_left_out(root, members, images)
     twice = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
-    _require_none(root, twice, "stand there more than once", "make the zip anew")
+    _require_none(root, twice, "stand there more than once", "make the zip again")
     locked = [m.filename for m in images if m.flag_bits & ENCRYPTED]
     _require_none(root, locked, "are encrypted", "make the zip without a password")
     packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
@@ -171,7 +162,7 @@ def _require_left_out(
             if _local_header(file.fileno(), offset, *name) is None:
                 raise ValueError(
                     f"config.data.path={str(root)!r}: {listed([member.filename])} has another name "
-                    "in the zip's list than before its content; make the zip anew"
+                    "in the zip's list than before its content; make the zip again"
                 )
 
 

@@ -139,7 +139,7 @@ def test_a_broken_zip_is_refused_by_name(folder, tmp_path):
         load_source(config_of(packed), "train")
     cut = tmp_path / "cut.zip"
     cut.write_bytes(zipped(folder, tmp_path / "set.zip").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut\.zip.*make the zip anew"):
+    with pytest.raises(ValueError, match=r"cut\.zip.*make the zip again"):
         load_source(config_of(cut), "train")
 
 
