@@ -37,11 +37,11 @@ from common_jax.tensors import (
     format_account,
     format_assumed,
     list_problems,
+    module_classes,
     read_weights,
-    torch_archive,
     write_tensors,
 )
-from common_jax.tensors.files import NARROW, SUFFIXES, TORCH_SUFFIXES, same_content
+from common_jax.tensors.files import NARROW, SUFFIXES, same_content
 
 __all__ = [
     "Pretrained",
@@ -226,12 +226,7 @@ def _config(
 
 def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str, ...]]:
     """The activation of a CLIP whose folder does not say it, and a note where its file does."""
-    scripted = (
-        torch_archive.module_classes(path)
-        if path.is_file() and path.suffix in TORCH_SUFFIXES
-        else frozenset()
-    )
-    if "QuickGELU" in scripted:
+    if "QuickGELU" in module_classes(path):
         if given not in ("", "quick_gelu"):
             raise ValueError(
                 f"{path} holds modules QuickGELU, and config.sources.clip_activation={given!r}; "

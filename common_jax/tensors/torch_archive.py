@@ -44,11 +44,8 @@ def read(path: Path, weights: str = "") -> Chosen:
 
 
 def module_classes(path: Path) -> frozenset[str]:
-    """Names of the classes that a TorchScript archive's modules are of; none of any other file.
-
-    Raises:
-      ValueError: as `read`.
-    """
+    """Names of the classes that a TorchScript archive's modules are of; none of any other archive.
+    Raises ValueError as `read`."""
 
     def find(archive: Archive) -> frozenset[str]:
         top, _, script = _load(archive)
