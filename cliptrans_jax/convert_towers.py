@@ -6,7 +6,6 @@ hold, the other tower of a CLIP included. Tensors keep the type that they have i
 """
 
 import dataclasses
-import reprlib
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from cliptrans_jax.names import (
     stacked_attention,
     transpose,
 )
+from common_jax.untrusted import brief
 
 Dropped = Mapping[str, str]  # regex of whole tensor names -> why they have no place
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -339,9 +339,7 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, whose: str) -> dict[st
             fits = isinstance(value, kind)
         if not fits:
             expected = _EXPECTED[kind].format(least=least, most=most)
-            raise ValueError(
-                f"{key}={reprlib.repr(value)} of {whose}'s config.json must be {expected}"
-            )
+            raise ValueError(f"{key}={brief(value)} of {whose}'s config.json must be {expected}")
     return given
 
 
@@ -354,7 +352,7 @@ def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
     tower = {} if tower is None else tower
     if not isinstance(tower, dict):
         raise ValueError(
-            f"{key}={reprlib.repr(tower)} of CLIP's config.json must be a dictionary of sizes"
+            f"{key}={brief(tower)} of CLIP's config.json must be a dictionary of sizes"
         )
     return tower, f"{key} in CLIP" if whole else "CLIP"
 
@@ -373,7 +371,7 @@ def _expect(hf: Hf, allowed: Mapping[str, tuple], whose: str) -> None:
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(
-                f"{key}={reprlib.repr(hf[key])} of {whose}'s config.json is not supported: it must "
+                f"{key}={brief(hf[key])} of {whose}'s config.json is not supported: it must "
                 f"be {expected}; take another model"
             )
 

@@ -10,7 +10,6 @@ import logging
 import operator
 import os
 import re
-import reprlib
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,7 @@ from common_jax.tensors import (
     write_tensors,
 )
 from common_jax.tensors.files import NARROW, SUFFIXES, same_content
+from common_jax.untrusted import brief
 
 __all__ = [
     "Pretrained",
@@ -258,7 +258,7 @@ def _require_pictures(about: Beside, file: str) -> None:
             same = False
         if not same:
             raise ValueError(
-                f"{file}: {name} says {key}={reprlib.repr(numbers)}, and pictures are prepared "
+                f"{file}: {name} says {key}={brief(numbers)}, and pictures are prepared "
                 f"with CLIP's {[round(float(x), 6) for x in ours]}; take a model with these"
             )
 

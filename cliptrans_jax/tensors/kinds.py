@@ -1,7 +1,6 @@
 """Kinds of published networks: what their files call the tensors, and how their sizes are told."""
 
 import dataclasses
-import reprlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from cliptrans_jax.tensors import beside, mclip, open_clip, sizes
+from common_jax.untrusted import brief
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -131,7 +131,7 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must "
+                f"{key}={brief(hf[key])} of mBART's config.json is not supported: it must "
                 f"be {value!r}; take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
@@ -169,8 +169,7 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
     if any(told):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
-            f"model_type={reprlib.repr(hf.get('model_type'))}, "
-            f"architectures={reprlib.repr(classes)}"
+            f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"
         )
     return None
 

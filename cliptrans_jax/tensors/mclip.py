@@ -1,6 +1,5 @@
 """The transformer that an M-CLIP was made from, wherever its config.json lies."""
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from cliptrans_jax.convert_towers import MCLIP_BASES, mclip_config
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import beside
+from common_jax.untrusted import brief
 
 
 def config(hf: Mapping[str, Any], file: str) -> MClipConfig:
@@ -30,7 +30,7 @@ def config(hf: Mapping[str, Any], file: str) -> MClipConfig:
         if place.suffix == ".json" and place.is_file():
             return mclip_config(hf, beside.read_about(place))
     raise ValueError(
-        f"modelBase={reprlib.repr(name)} of M-CLIP's config.json is neither one of "
+        f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
         f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: say what the tower was made "
         "from with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
         "or a folder with the config.json of an XLM-RoBERTa"

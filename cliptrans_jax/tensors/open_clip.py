@@ -1,11 +1,11 @@
 """What OpenCLIP says about a model, in the open_clip_config.json beside its weights."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from cliptrans_jax.convert_towers import checked
 from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from common_jax.untrusted import brief
 
 FILE = "open_clip_config.json"
 _VISION = {"image": "image_size", "patch": "patch_size", "width": "width", "layers": "layers"}
@@ -75,7 +75,7 @@ def _tower(
     for name, values in allowed.items():
         if name in tower and tower[name] not in values:
             raise ValueError(
-                f"{name}={reprlib.repr(tower[name])} of {key} in {FILE} is not supported: it must "
+                f"{name}={brief(tower[name])} of {key} in {FILE} is not supported: it must "
                 f"be {values[0]!r}; take another model"
             )
     return tower, model
@@ -85,9 +85,9 @@ def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> d
     """Features, hidden width and activation, which both towers are given alike."""
     quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
-        raise ValueError(f"quick_gelu={reprlib.repr(quick)} in {FILE} must be true or false")
+        raise ValueError(f"quick_gelu={brief(quick)} in {FILE} must be true or false")
     if not isinstance(ratio, int | float) or not 0 < ratio < 100:
-        raise ValueError(f"mlp_ratio={reprlib.repr(ratio)} in {FILE} must be a positive number")
+        raise ValueError(f"mlp_ratio={brief(ratio)} in {FILE} must be a positive number")
     if "embed_dim" not in model:
         raise ValueError(f"{FILE} lacks embed_dim in model_cfg, which has {sorted(model)[:20]}")
     return {
@@ -101,6 +101,6 @@ def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = content.get(key)
     if not isinstance(section, dict):
         raise ValueError(
-            f"{key}={reprlib.repr(section)} in {FILE} must be a dictionary; download the file again"
+            f"{key}={brief(section)} in {FILE} must be a dictionary; download the file again"
         )
     return section
