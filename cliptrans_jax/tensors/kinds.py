@@ -43,6 +43,7 @@ MBART_FIELDS = types.MappingProxyType(
         "eos": "eos_token_id",
     }
 )
+MBART_FILE = "mBART's config.json"
 # What else changes an mBART, and the one value that can be computed. All other keys are about
 # decoding, fresh weights, classifiers and versions, and are not looked at: init_std, use_cache,
 # num_beams, max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and their like.
@@ -131,17 +132,15 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={brief(hf[key])} of mBART's config.json is not supported: it must "
+                f"{key}={brief(hf[key])} of {MBART_FILE} is not supported: it must "
                 f"be {value!r}; take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
-        raise ValueError(
-            f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)[:20]}"
-        )
-    given = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
+        raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
+    given = towers.checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
     start = {"start": given["eos"]}
     if hf.get("decoder_start_token_id") is not None:
-        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, "mBART")
+        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
     return MBartConfig(**given, **start)
 
 

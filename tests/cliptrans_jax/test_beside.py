@@ -226,7 +226,7 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     [
         ({"pool_type": "eos"}, "pool_type='eos' of text_cfg .* must be 'argmax'"),
         ({"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
-        ({"width": "16"}, "width='16' of OpenCLIP's config.json must be a whole number"),
+        ({"width": "16"}, "width='16' of text_cfg in open_clip_config.json must be a whole number"),
         ({"mlp_ratio": [4]}, r"mlp_ratio=\[4\] .* must be a positive number"),
         ({"ls_init_value": 1e-5}, "ls_init_value=1e-05"),
     ],
