@@ -105,7 +105,8 @@ class Layout:
       about: the file beside the weights that says what no tensor tells.
       untold: fields of the config that no tensor tells; without that file they are assumed to be
         as published.
-      varied: those of them in which models of the same tensors differ: something must say them.
+      varied: whether models of the same tensors differ in the activation, so that something must
+        say it.
     """
 
     marker: str
@@ -118,7 +119,7 @@ class Layout:
     zeros: tuple[str, ...] = ()
     about: str = beside.CONFIG
     untold: tuple[str, ...] = ()
-    varied: tuple[str, ...] = ()
+    varied: bool = False
 
 
 def mbart_config(hf: Hf) -> MBartConfig:
@@ -278,6 +279,7 @@ MBART_UNTOLD = (
     "eos",
     "start",
 )
+CLIP_UNTOLD = ("heads", "eps", "activation")
 
 MBART = Layout(
     marker="model.encoder.layernorm_embedding.weight",
@@ -322,8 +324,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_image_shapes(ClipVision),
                 table=towers.clip_vision_table,
                 dropped=towers.CLIP_VISION_DROPPED,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
             Layout(
                 marker="visual.ln_pre.weight",
@@ -333,8 +335,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=towers.openai_vision_table,
                 dropped=towers.OPENAI_VISION_DROPPED,
                 about=open_clip.FILE,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
         ),
         "clip_res": (
@@ -355,8 +357,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_text_shapes(ClipText),
                 table=towers.clip_text_table,
                 dropped=towers.CLIP_TEXT_DROPPED,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
             Layout(
                 marker="ln_final.weight",
@@ -366,8 +368,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=towers.openai_text_table,
                 dropped=towers.OPENAI_TEXT_DROPPED,
                 about=open_clip.FILE,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
         ),
         "cliptrans": (CLIPTRANS,),
