@@ -101,6 +101,12 @@ def choose(top: Any, key: str = "") -> Chosen:
     return Chosen(_pure(found[first]), (note,))
 
 
+def require_name(name: str) -> None:
+    """Raises RefusedError for a tensor's name that is longer than any network's."""
+    if len(name) > LONGEST_NAME:
+        raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
+
+
 def _renamed(
     tensors: Mapping[str, Any], rename: Callable[[str], str], prefix: str
 ) -> dict[str, Any]:
@@ -145,8 +151,7 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
                 f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
                 f"alone or under one of {WRAPPERS}; {way_out}"
             )
-        if len(name) > LONGEST_NAME:
-            raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
+        require_name(name)
     return tensors
 
 
