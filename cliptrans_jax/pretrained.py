@@ -110,9 +110,9 @@ def load(
       source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
         `common_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
       kind: a key of `tensors.kinds.KINDS`, or several, of which the first that is there is read;
-        None to be told by config.json or by the tensors'
-        names, where a CLIP of two towers is its image tower. The towers are also found below
-        "clip." in a CLIPTrans checkpoint that trained them.
+        None where config.json or the tensors' names say it; a CLIP of two towers is then read as
+        its image tower. The towers are also found below "clip." in a CLIPTrans checkpoint that
+        trained them.
       config: sizes, in place of those of the JSON files beside the weights or, without these, of
         the tensors' shapes. Shapes do not tell heads, ids and epsilons: these are then the
         published models', and listed under "assumed" in the account.
@@ -410,6 +410,5 @@ def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     if problems:
         raise ValueError(
             f"the parameters are not of this model ({len(problems)} differ):"
-            f"{list_problems(problems)}\ngive the "
-            "config that they were made with"
+            f"{list_problems(problems)}\ngive the config that they were made with"
         )

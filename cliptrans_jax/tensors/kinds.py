@@ -1,4 +1,4 @@
-"""Kinds of published networks: what their files call the tensors, and how their sizes are told."""
+"""Kinds of published networks: what their files call the tensors, and where their sizes are."""
 
 import dataclasses
 import types
@@ -153,7 +153,7 @@ def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
-    """The kind that a config.json tells; None without one, or when it tells nothing.
+    """The kind that a config.json names; None without one, or when it names none.
 
     Raises:
       ValueError: for a model of none of these kinds.
@@ -188,8 +188,8 @@ def kind_of_tensors(tensors: Tensors) -> str | None:
 
 def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
     """The first of these kinds that the tensors are of; the first of all where they are of none."""
-    held = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
-    return next(held, allowed[0])
+    there = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
+    return next(there, allowed[0])
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:

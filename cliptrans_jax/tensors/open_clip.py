@@ -71,7 +71,7 @@ def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
 
 
 def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Features, hidden width and activation, which both towers are given alike."""
+    """Features, hidden width and activation, which are given in the same way for both towers."""
     quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
         raise ValueError(f"quick_gelu={brief(quick)} in {FILE} must be true or false")

@@ -215,8 +215,7 @@ def _read_file(path: Path, weights: str) -> Weights:
         return Weights(safetensors_file.read(path))
     raise ValueError(
         f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
-        "format "
-        f"must be converted, with PyTorch by {EXPORT}"
+        f"format must be converted, with PyTorch by {EXPORT}"
     )
 
 

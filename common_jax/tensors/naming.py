@@ -17,7 +17,7 @@ INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 # "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the third in files of a module,
 # Lightning and OpenCLIP the second, DeepSpeed the fourth.
 WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
-# How keys of running averages are told: DeiT's "model_ema", timm's "state_dict_ema", "ema".
+# What keys of running averages look like: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
 EXPORT_HINT = f"with PyTorch: {EXPORT}"
 # How deep a dictionary of tensors may stand in others, and characters of a key and of a name.
@@ -41,7 +41,7 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     """Tensors by their names without what frameworks put into them, and notes about that.
 
     Raises:
-      RefusedError: where two tensors are then called alike.
+      RefusedError: where two tensors then have the same name.
     """
     found, notes = dict(tensors), []
     for word in INSERTED:
