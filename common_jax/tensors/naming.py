@@ -133,8 +133,11 @@ def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterato
 
 
 def _plain(tensors: Mapping[str, Any]) -> set[str]:
-    """Names without wrappers."""
-    return {re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors}
+    """Names as `plain_names` leaves them."""
+    names = set(tensors)
+    for word in INSERTED:
+        names = {name.replace(word, "") for name in names}
+    return {name.removeprefix(PARALLEL) for name in names}
 
 
 def _alike(a: set[str], b: set[str]) -> bool:
