@@ -6,7 +6,6 @@ hold, the other tower of a CLIP included. Tensors keep the type that they have i
 """
 
 import dataclasses
-import reprlib
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from cliptrans_jax.names import (
     stacked_attention,
     transpose,
 )
+from common_jax.untrusted import brief
 
 Dropped = Mapping[str, str]  # regex of whole tensor names -> why they have no place
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -113,6 +113,8 @@ _CLIP_FIELDS = {
 _CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
 _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
 _CLIP_FEATURES = {"features": "projection_dim"}
+_CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
+_XLMR_FILE = "XLM-RoBERTa's config.json"
 _CLIP_ALLOWED = {
     "hidden_act": tuple(clip.ACTIVATIONS),
     "dropout": (0.0,),
@@ -253,10 +255,10 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
       ValueError: naming the key and the value, for one that is missing or that the tower cannot be
         computed with, and for a `transformerDimensions` that is not the width.
     """
-    _required(hf, "numDims", "M-CLIP")
-    features = checked(hf, {"features": "numDims"}, MClipConfig, "M-CLIP")
+    _required(hf, "numDims", _MCLIP_FILE)
+    features = checked(hf, {"features": "numDims"}, MClipConfig, _MCLIP_FILE)
     if transformer_hf is None:
-        name = _required(hf, "modelBase", "M-CLIP")
+        name = _required(hf, "modelBase", _MCLIP_FILE)
         if not (isinstance(name, str) and name in MCLIP_BASES):
             raise ValueError(
                 f"modelBase={name!r} of M-CLIP's config.json is not one of {sorted(MCLIP_BASES)}; "
@@ -264,12 +266,12 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
             )
         config = dataclasses.replace(MCLIP_BASES[name], **features)
     else:
-        _expect(transformer_hf, _MCLIP_ALLOWED, "XLM-RoBERTa")
+        require_supported(transformer_hf, _MCLIP_ALLOWED, _XLMR_FILE)
         for key in _MCLIP_FIELDS.values():
-            _required(transformer_hf, key, "XLM-RoBERTa")
-        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, "XLM-RoBERTa")
+            _required(transformer_hf, key, _XLMR_FILE)
+        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _XLMR_FILE)
         config = MClipConfig(**features, **sizes)
-    if (width := _required(hf, "transformerDimensions", "M-CLIP")) != config.width:
+    if (width := _required(hf, "transformerDimensions", _MCLIP_FILE)) != config.width:
         raise ValueError(
             f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
             f"transformer, {config.width}; the two files are not of one model"
@@ -278,53 +280,55 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
 
 def clip_vision_config(hf: Hf) -> ClipVisionConfig:
-    """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone; a key
-    that is left out means openai/clip-vit-base-patch32, as Hugging Face reads it. So does it in
-    `vision_config_dict`, which older files have and which takes the place of `vision_config`.
+    """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone.
+
+    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
+    The `vision_config_dict` of older files takes the place of `vision_config`.
 
     Raises:
       ValueError: naming the key and the value that the tower cannot be computed with.
     """
-    _required(hf, "model_type", "CLIP")
-    _expect(hf, {"model_type": ("clip", "clip_vision_model")}, "CLIP")
-    tower, whose = _tower(hf, "vision_config")
-    _expect(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, whose)
-    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, whose)
-    return ClipVisionConfig(**sizes, **checked(hf, _CLIP_FEATURES, ClipVisionConfig, "CLIP"))
+    _required(hf, "model_type", _CLIP_FILE)
+    require_supported(hf, {"model_type": ("clip", "clip_vision_model")}, _CLIP_FILE)
+    tower, where = _tower(hf, "vision_config")
+    require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
+    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
+    return ClipVisionConfig(**sizes, **checked(hf, _CLIP_FEATURES, ClipVisionConfig, _CLIP_FILE))
 
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
-    """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone; a key that
-    is left out means openai/clip-vit-base-patch32, as Hugging Face reads it. So does it in
-    `text_config_dict`, which older files have and which takes the place of `text_config`.
+    """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone.
+
+    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
+    The `text_config_dict` of older files takes the place of `text_config`.
 
     Raises:
       ValueError: naming the key and the value that the tower cannot be computed with.
     """
-    _required(hf, "model_type", "CLIP")
-    _expect(hf, {"model_type": ("clip", "clip_text_model")}, "CLIP")
-    tower, whose = _tower(hf, "text_config")
-    _expect(tower, _CLIP_ALLOWED, whose)
-    sizes = checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, whose)
-    sizes |= checked(hf, _CLIP_FEATURES, ClipTextConfig, "CLIP")
+    _required(hf, "model_type", _CLIP_FILE)
+    require_supported(hf, {"model_type": ("clip", "clip_text_model")}, _CLIP_FILE)
+    tower, where = _tower(hf, "text_config")
+    require_supported(tower, _CLIP_ALLOWED, where)
+    sizes = checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where)
+    sizes |= checked(hf, _CLIP_FEATURES, ClipTextConfig, _CLIP_FILE)
     config = ClipTextConfig(**sizes)
     # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
     # where a file says 2, as OpenAI's do.
-    _expect(tower, {"eos_token_id": (2, config.vocab - 1)}, whose)
+    require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
     return config
 
 
-def checked(hf: Hf, fields: Mapping[str, str], cls: type, whose: str) -> dict[str, Any]:
+def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
     """What a config.json says, by the fields of `cls`; keys that are left out are left out.
 
     Args:
       hf: the file's content.
       fields: field of `cls` -> key in the file.
       cls: a dataclass, whose defaults say of which type each field is.
-      whose: what to call the file in messages.
+      where: what to call the file, or its section, in messages.
 
     Raises:
-      ValueError: naming the key and the value, for one of another type or below its range.
+      ValueError: naming the key and the value, for one of another type or out of its range.
     """
     kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
     given = {field: hf[key] for field, key in fields.items() if key in hf}
@@ -339,9 +343,7 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, whose: str) -> dict[st
             fits = isinstance(value, kind)
         if not fits:
             expected = _EXPECTED[kind].format(least=least, most=most)
-            raise ValueError(
-                f"{key}={reprlib.repr(value)} of {whose}'s config.json must be {expected}"
-            )
+            raise ValueError(f"{key}={brief(value)} of {where} must be {expected}")
     return given
 
 
@@ -353,28 +355,28 @@ def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
     tower = hf.get(key) if whole else hf
     tower = {} if tower is None else tower
     if not isinstance(tower, dict):
-        raise ValueError(
-            f"{key}={reprlib.repr(tower)} of CLIP's config.json must be a dictionary of sizes"
-        )
-    return tower, f"{key} in CLIP" if whole else "CLIP"
+        raise ValueError(f"{key}={brief(tower)} of {_CLIP_FILE} must be a dictionary of sizes")
+    return tower, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
 
 
-def _required(hf: Hf, key: str, whose: str) -> Any:
+def _required(hf: Hf, key: str, where: str) -> Any:
     if key not in hf:
         raise ValueError(
-            f"{key} is missing in {whose}'s config.json, which has {sorted(hf)[:20]}; give the "
-            "file of the model whose weights are read"
+            f"{key} is missing in {where}, which has {sorted(hf)[:20]}; give the file of the model "
+            "whose weights are read"
         )
     return hf[key]
 
 
-def _expect(hf: Hf, allowed: Mapping[str, tuple], whose: str) -> None:
+def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
+    """Raises ValueError for a key of a file, or of its section, that has none of the values that
+    are `allowed` for it; `where` as in `checked`."""
     for key, values in allowed.items():
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))
             raise ValueError(
-                f"{key}={reprlib.repr(hf[key])} of {whose}'s config.json is not supported: it must "
-                f"be {expected}; take another model"
+                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; take "
+                "another model"
             )
 
 

@@ -178,9 +178,10 @@ def read(
     same = _resolve(tensors, aliases or {}, problems)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert set(table) == set(flat), sorted(set(table) ^ set(flat))
+    absent = set(zeros) - tensors.keys()
     params = {}
     for path, entry in table.items():
-        if len(entry.names) == 1 and entry.names[0] in set(zeros) - tensors.keys():
+        if len(entry.names) == 1 and entry.names[0] in absent:
             params[path] = np.zeros(flat[path].shape, np.float32)
             notes.append(f"{entry.names[0]} is not in the file: zeros")
             continue

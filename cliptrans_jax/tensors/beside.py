@@ -1,6 +1,5 @@
 """What stands beside published weights: the JSON files that say what no tensor tells."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from cliptrans_jax.tensors import open_clip
 from common_jax.tensors import weights_file
 from common_jax.tensors.files import FOLDER_FILES
+from common_jax.workdir import read_json
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 Beside = Mapping[str, Mapping[str, Any]]  # a file's name -> its content
@@ -21,7 +21,7 @@ def read_beside(path: Path) -> Beside:
     about it.
 
     Raises:
-      ValueError: for a file that is no JSON.
+      ValueError: for a file that holds no JSON object.
     """
     file = weights_file(path) if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
@@ -31,23 +31,7 @@ def read_beside(path: Path) -> Beside:
         names = (CONFIG, PREPROCESSOR, open_clip.FILE)
     else:
         names = (open_clip.FILE,)
-    return {name: read_about(folder / name) for name in names if (folder / name).is_file()}
-
-
-def read_about(path: Path) -> Mapping[str, Any]:
-    """The content of a JSON file that holds a dictionary.
-
-    Raises:
-      ValueError: for any other file, naming it.
-      OSError: when it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a dictionary, as its makers write it")
-    return content
+    return {name: read_json(folder / name) for name in names if (folder / name).is_file()}
 
 
 def picture_numbers(beside: Beside) -> tuple[str, Any, Any]:

@@ -1,7 +1,6 @@
-"""Kinds of published networks: what their files call the tensors, and how their sizes are told."""
+"""Kinds of published networks: what their files call the tensors, and where their sizes are."""
 
 import dataclasses
-import reprlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from cliptrans_jax.tensors import beside, mclip, open_clip, sizes
+from common_jax.untrusted import brief
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
@@ -43,6 +43,7 @@ MBART_FIELDS = types.MappingProxyType(
         "eos": "eos_token_id",
     }
 )
+MBART_FILE = "mBART's config.json"
 # What else changes an mBART, and the one value that can be computed. All other keys are about
 # decoding, fresh weights, classifiers and versions, and are not looked at: init_std, use_cache,
 # num_beams, max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and their like.
@@ -104,7 +105,8 @@ class Layout:
       about: the file beside the weights that says what no tensor tells.
       untold: fields of the config that no tensor tells; without that file they are assumed to be
         as published.
-      varied: those of them in which models of the same tensors differ: something must say them.
+      varied: whether models of the same tensors differ in the activation, so that something must
+        say it.
     """
 
     marker: str
@@ -117,7 +119,7 @@ class Layout:
     zeros: tuple[str, ...] = ()
     about: str = beside.CONFIG
     untold: tuple[str, ...] = ()
-    varied: tuple[str, ...] = ()
+    varied: bool = False
 
 
 def mbart_config(hf: Hf) -> MBartConfig:
@@ -131,17 +133,15 @@ def mbart_config(hf: Hf) -> MBartConfig:
     for key, value in (MBART_FIXED | MBART_FIXED_ONCE).items():
         if hf.get(key) not in (value, None):
             raise ValueError(
-                f"{key}={reprlib.repr(hf[key])} of mBART's config.json is not supported: it must "
+                f"{key}={brief(hf[key])} of {MBART_FILE} is not supported: it must "
                 f"be {value!r}; take another model, or change it there if the weights allow that"
             )
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
-        raise ValueError(
-            f"mBART's config.json lacks {', '.join(missing)}; it has {sorted(hf)[:20]}"
-        )
-    given = towers.checked(hf, MBART_FIELDS, MBartConfig, "mBART")
+        raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
+    given = towers.checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
     start = {"start": given["eos"]}
     if hf.get("decoder_start_token_id") is not None:
-        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, "mBART")
+        start = towers.checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
     return MBartConfig(**given, **start)
 
 
@@ -153,7 +153,7 @@ def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
-    """The kind that a config.json tells; None without one, or when it tells nothing.
+    """The kind that a config.json names; None without one, or when it names none.
 
     Raises:
       ValueError: for a model of none of these kinds.
@@ -169,8 +169,7 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
     if any(told):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
-            f"model_type={reprlib.repr(hf.get('model_type'))}, "
-            f"architectures={reprlib.repr(classes)}"
+            f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"
         )
     return None
 
@@ -189,8 +188,8 @@ def kind_of_tensors(tensors: Tensors) -> str | None:
 
 def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
     """The first of these kinds that the tensors are of; the first of all where they are of none."""
-    held = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
-    return next(held, allowed[0])
+    there = (k for k in allowed if any(_prefixes(layout, tensors) for layout in KINDS[k]))
+    return next(there, allowed[0])
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
@@ -280,6 +279,7 @@ MBART_UNTOLD = (
     "eos",
     "start",
 )
+CLIP_UNTOLD = ("heads", "eps", "activation")
 
 MBART = Layout(
     marker="model.encoder.layernorm_embedding.weight",
@@ -324,8 +324,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_image_shapes(ClipVision),
                 table=towers.clip_vision_table,
                 dropped=towers.CLIP_VISION_DROPPED,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
             Layout(
                 marker="visual.ln_pre.weight",
@@ -335,8 +335,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=towers.openai_vision_table,
                 dropped=towers.OPENAI_VISION_DROPPED,
                 about=open_clip.FILE,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
         ),
         "clip_res": (
@@ -357,8 +357,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 shapes=_text_shapes(ClipText),
                 table=towers.clip_text_table,
                 dropped=towers.CLIP_TEXT_DROPPED,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
             Layout(
                 marker="ln_final.weight",
@@ -368,8 +368,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=towers.openai_text_table,
                 dropped=towers.OPENAI_TEXT_DROPPED,
                 about=open_clip.FILE,
-                untold=("heads", "eps", "activation"),
-                varied=("activation",),
+                untold=CLIP_UNTOLD,
+                varied=True,
             ),
         ),
         "cliptrans": (CLIPTRANS,),

@@ -1,6 +1,5 @@
 """The transformer that an M-CLIP was made from, wherever its config.json lies."""
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from cliptrans_jax.convert_towers import MCLIP_BASES, mclip_config
 from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import beside
+from common_jax.untrusted import brief
+from common_jax.workdir import read_json
 
 
 def config(hf: Mapping[str, Any], file: str) -> MClipConfig:
@@ -28,9 +29,9 @@ def config(hf: Mapping[str, Any], file: str) -> MClipConfig:
     folder = path if path.is_dir() else path.parent
     for place in (folder / name, folder / name / beside.CONFIG):
         if place.suffix == ".json" and place.is_file():
-            return mclip_config(hf, beside.read_about(place))
+            return mclip_config(hf, read_json(place))
     raise ValueError(
-        f"modelBase={reprlib.repr(name)} of M-CLIP's config.json is neither one of "
+        f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
         f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: say what the tower was made "
         "from with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
         "or a folder with the config.json of an XLM-RoBERTa"

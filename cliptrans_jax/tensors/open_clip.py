@@ -1,11 +1,11 @@
 """What OpenCLIP says about a model, in the open_clip_config.json beside its weights."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from cliptrans_jax.convert_towers import checked
+from cliptrans_jax.convert_towers import checked, require_supported
 from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
+from common_jax.untrusted import brief
 
 FILE = "open_clip_config.json"
 _VISION = {"image": "image_size", "patch": "patch_size", "width": "width", "layers": "layers"}
@@ -49,49 +49,38 @@ def text_config(content: Mapping[str, Any]) -> ClipTextConfig:
       ValueError: naming the key and the value that is missing, of another type, or that the tower
         cannot be computed with.
     """
-    text, model = _tower(content, "text_cfg", _TEXT_ALLOWED)
-    sizes = checked(text, _TEXT, ClipTextConfig, "OpenCLIP")
+    model = _section(content, "model_cfg")
+    text, where = _section(model, "text_cfg"), f"text_cfg in {FILE}"
+    require_supported(text, _TEXT_ALLOWED, where)
+    sizes = checked(text, _TEXT, ClipTextConfig, where)
     return ClipTextConfig(**sizes, **_shared(model, text, sizes.get("width", 512)))
 
 
 def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
     """Sizes of an image tower, a ViT; what is left out is as in OpenCLIP's `CLIPVisionCfg`. Raises
     as `text_config`."""
-    vision, model = _tower(content, "vision_cfg", _VISION_ALLOWED)
-    sizes = {"patch": 16} | checked(vision, _VISION, ClipVisionConfig, "OpenCLIP")
+    model = _section(content, "model_cfg")
+    vision, where = _section(model, "vision_cfg"), f"vision_cfg in {FILE}"
+    require_supported(vision, _VISION_ALLOWED, where)
+    sizes = {"patch": 16} | checked(vision, _VISION, ClipVisionConfig, where)
     width = sizes.get("width", 768)
-    head = checked(vision, {"heads": "head_width"}, ClipVisionConfig, "OpenCLIP").get("heads", 64)
+    head = checked(vision, {"heads": "head_width"}, ClipVisionConfig, where).get("heads", 64)
     if width % head:
         raise ValueError(f"width={width} in {FILE} must be a multiple of head_width={head}")
     return ClipVisionConfig(**sizes, heads=width // head, **_shared(model, vision, width))
 
 
-def _tower(
-    content: Mapping[str, Any], key: str, allowed: Mapping[str, tuple]
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What is said of a tower, and of the model."""
-    model = _section(content, "model_cfg")
-    tower = _section(model, key)
-    for name, values in allowed.items():
-        if name in tower and tower[name] not in values:
-            raise ValueError(
-                f"{name}={reprlib.repr(tower[name])} of {key} in {FILE} is not supported: it must "
-                f"be {values[0]!r}; take another model"
-            )
-    return tower, model
-
-
 def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Features, hidden width and activation, which both towers are given alike."""
+    """Features, hidden width and activation, which are given in the same way for both towers."""
     quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
-        raise ValueError(f"quick_gelu={reprlib.repr(quick)} in {FILE} must be true or false")
+        raise ValueError(f"quick_gelu={brief(quick)} in {FILE} must be true or false")
     if not isinstance(ratio, int | float) or not 0 < ratio < 100:
-        raise ValueError(f"mlp_ratio={reprlib.repr(ratio)} in {FILE} must be a positive number")
+        raise ValueError(f"mlp_ratio={brief(ratio)} in {FILE} must be a positive number")
     if "embed_dim" not in model:
         raise ValueError(f"{FILE} lacks embed_dim in model_cfg, which has {sorted(model)[:20]}")
     return {
-        **checked(model, {"features": "embed_dim"}, ClipTextConfig, "OpenCLIP"),
+        **checked(model, {"features": "embed_dim"}, ClipTextConfig, f"model_cfg in {FILE}"),
         "hidden": int(width * ratio),
         "activation": "quick_gelu" if quick else "gelu",
     }
@@ -101,6 +90,6 @@ def _section(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = content.get(key)
     if not isinstance(section, dict):
         raise ValueError(
-            f"{key}={reprlib.repr(section)} in {FILE} must be a dictionary; download the file again"
+            f"{key}={brief(section)} in {FILE} must be a dictionary; download the file again"
         )
     return section

@@ -4,6 +4,7 @@ PyTorch."""
 from common_jax.tensors.account import Account, format_account, format_assumed, list_problems
 from common_jax.tensors.files import (
     Weights,
+    module_classes,
     read_plain,
     read_tensors,
     read_weights,
@@ -19,6 +20,7 @@ __all__ = [
     "format_account",
     "format_assumed",
     "list_problems",
+    "module_classes",
     "read_plain",
     "read_tensors",
     "read_weights",

@@ -121,6 +121,18 @@ def read_plain(path: str | os.PathLike) -> dict[str, Any]:
     return torch_archive.read_plain(path) if path.is_file() and _is_torch(path) else {}
 
 
+def module_classes(path: str | os.PathLike) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other file, and
+    of a folder.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
+    path = Path(path)
+    is_torch = path.is_file() and _is_torch(path)
+    return torch_archive.module_classes(path) if is_torch else frozenset()
+
+
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
 ) -> None:
@@ -203,8 +215,7 @@ def _read_file(path: Path, weights: str) -> Weights:
         return Weights(safetensors_file.read(path))
     raise ValueError(
         f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
-        "format "
-        f"must be converted, with PyTorch by {EXPORT}"
+        f"format must be converted, with PyTorch by {EXPORT}"
     )
 
 

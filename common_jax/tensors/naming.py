@@ -17,7 +17,7 @@ INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 # "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the third in files of a module,
 # Lightning and OpenCLIP the second, DeepSpeed the fourth.
 WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
-# How keys of running averages are told: DeiT's "model_ema", timm's "state_dict_ema", "ema".
+# What keys of running averages look like: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
 EXPORT_HINT = f"with PyTorch: {EXPORT}"
 # How deep a dictionary of tensors may stand in others, and characters of a key and of a name.
@@ -41,7 +41,7 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     """Tensors by their names without what frameworks put into them, and notes about that.
 
     Raises:
-      RefusedError: where two tensors are then called alike.
+      RefusedError: where two tensors then have the same name.
     """
     found, notes = dict(tensors), []
     for word in INSERTED:
@@ -101,6 +101,12 @@ def choose(top: Any, key: str = "") -> Chosen:
     return Chosen(_pure(found[first]), (note,))
 
 
+def require_name(name: str) -> None:
+    """Raises RefusedError for a tensor's name that is longer than any network's."""
+    if len(name) > LONGEST_NAME:
+        raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
+
+
 def _renamed(
     tensors: Mapping[str, Any], rename: Callable[[str], str], prefix: str
 ) -> dict[str, Any]:
@@ -127,8 +133,11 @@ def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterato
 
 
 def _plain(tensors: Mapping[str, Any]) -> set[str]:
-    """Names without wrappers."""
-    return {re.sub(r"^module\.|_orig_mod\.", "", name) for name in tensors}
+    """Names as `plain_names` leaves them."""
+    names = set(tensors)
+    for word in INSERTED:
+        names = {name.replace(word, "") for name in names}
+    return {name.removeprefix(PARALLEL) for name in names}
 
 
 def _alike(a: set[str], b: set[str]) -> bool:
@@ -145,8 +154,7 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
                 f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
                 f"alone or under one of {WRAPPERS}; {way_out}"
             )
-        if len(name) > LONGEST_NAME:
-            raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
+        require_name(name)
     return tensors
 
 

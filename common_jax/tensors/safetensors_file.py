@@ -13,7 +13,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common_jax.untrusted import RefusedError, brief, parse_json, plain
+from common_jax.untrusted import (
+    MOST_AXES,
+    MOST_BYTES,
+    RefusedError,
+    are_counts,
+    brief,
+    full_size,
+    parse_json,
+    plain,
+)
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -41,7 +50,6 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 LENGTH = 8  # bytes of the header's length
 LONGEST_HEADER = 100_000_000  # bytes, as the format has it
-MOST_AXES = 64  # of an array, as numpy has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,7 @@ def _entry(name: str, value: Any) -> _Entry:
         raise _damaged(f"its header has the name {brief(name)}, with half a character")
     match value:
         case {"dtype": str(kind), "shape": list(shape), "data_offsets": [begin, end], **rest} if (
-            not rest and _counts(begin, end, *shape) and len(shape) <= MOST_AXES
+            not rest and are_counts(begin, end, *shape) and len(shape) <= MOST_AXES
         ):
             pass
         case _:
@@ -112,9 +120,7 @@ def _entry(name: str, value: Any) -> _Entry:
             f"{', '.join(DTYPES)}; save it in one of these"
         )
     size = math.prod(shape) * dtype.itemsize
-    # An axis of length 0 lets the others be of any length.
-    largest = math.prod(max(axis, 1) for axis in shape) * dtype.itemsize
-    if end - begin != size or largest >= 1 << 62:
+    if end - begin != size or full_size(shape, dtype.itemsize) >= MOST_BYTES:
         raise _damaged(f"{plain(name)} has {end - begin} bytes for {kind} {brief(shape)}")
     return _Entry(name, dtype, tuple(shape), begin, end)
 
@@ -130,10 +136,6 @@ def _require_whole(entries: list[_Entry], size: int) -> None:
         place = entry.end
     if place != size:
         raise _damaged(f"it has {size} bytes of numbers, and its header {place}")
-
-
-def _counts(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
 def _damaged(reason: str) -> RefusedError:

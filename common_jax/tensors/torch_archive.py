@@ -5,7 +5,6 @@ placeholder, never imported (`torch_pickle`). Storages are read only for tensors
 so that an optimizer's state in the same file costs nothing.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +14,18 @@ import ml_dtypes
 import numpy as np
 
 from common_jax.tensors import torch_pickle
-from common_jax.tensors.naming import LONGEST_NAME, Chosen, choose
+from common_jax.tensors.naming import Chosen, choose, require_name
 from common_jax.tensors.torch_pickle import EXPORT, Scripted, Tensor
-from common_jax.untrusted import Archive, RefusedError, brief, open_archive, plain
+from common_jax.untrusted import (
+    MOST_BYTES,
+    Archive,
+    RefusedError,
+    are_counts,
+    brief,
+    full_size,
+    open_archive,
+    plain,
+)
 
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the old format's magic number, pickled
 LARGEST_PICKLE = 1 << 26  # bytes; those of published weights have less than 2^22
@@ -44,11 +52,8 @@ def read(path: Path, weights: str = "") -> Chosen:
 
 
 def module_classes(path: Path) -> frozenset[str]:
-    """Names of the classes that a TorchScript archive's modules are of; none of any other file.
-
-    Raises:
-      ValueError: as `read`.
-    """
+    """Names of the classes that a TorchScript archive's modules are of; none of any other archive.
+    Raises ValueError as `read`."""
 
     def find(archive: Archive) -> frozenset[str]:
         top, _, script = _load(archive)
@@ -159,11 +164,6 @@ def _classes(top: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def _require_name(name: str) -> None:
-    if len(name) > LONGEST_NAME:
-        raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
-
-
 def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a scripted module, as its `state_dict` names them."""
     if not isinstance(top, Scripted):
@@ -175,7 +175,7 @@ def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Ten
             raise RefusedError(
                 f"has modules that nest deeper than {DEEPEST}, or more than {MOST_VISITS} of them"
             )
-        _require_name(path)
+        require_name(path)
         if isinstance(value, Tensor):
             yield path, value
             continue
@@ -232,7 +232,7 @@ def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> 
                 f"has {entry.file_size} bytes in {plain(entry.filename)}, which should be {size}; "
                 "copy or download it again"
             )
-        if len(shape) != len(strides) or not _counts(tensor.offset, *shape, *strides):
+        if len(shape) != len(strides) or not are_counts(tensor.offset, *shape, *strides):
             raise RefusedError(
                 f"gives {plain(name)} the shape {brief(shape)} with strides {brief(strides)} at "
                 f"{brief(tensor.offset)}"
@@ -243,10 +243,9 @@ def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> 
             raise RefusedError(
                 f"has {count} numbers for {plain(name)} {brief(shape)}, which is too few"
             )
-        # An axis of length 0 lets the others be of any length.
-        largest = math.prod(max(n, 1) for n in shape) * _dtype(tensor.dtype).itemsize
+        largest = full_size(shape, _dtype(tensor.dtype).itemsize)
         total += 0 if 0 in shape else largest
-        if largest >= 1 << 62 or total > MOST_REPEATED * archive.size:
+        if largest >= MOST_BYTES or total > MOST_REPEATED * archive.size:
             raise RefusedError(
                 f"gives {plain(name)} the shape {brief(shape)}, more than {MOST_REPEATED} times "
                 "the numbers that the file holds"
@@ -263,10 +262,6 @@ def _array(tensor: Tensor, raw: bytearray) -> np.ndarray:
     pairs = zip(shape, tensor.strides, strict=True)
     steps = [stride * dtype.itemsize if n > 1 else 0 for n, stride in pairs]
     return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
-
-
-def _counts(*values: Any) -> bool:
-    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
 def _dtype(name: str) -> np.dtype:

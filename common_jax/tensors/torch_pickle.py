@@ -12,7 +12,7 @@ import pickletools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from common_jax.untrusted import RefusedError, brief, plain
+from common_jax.untrusted import MOST_AXES, RefusedError, brief, plain
 
 STORAGES = {
     "BFloat16Storage": "bfloat16",
@@ -34,7 +34,6 @@ DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64"),
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
-MOST_AXES = 64  # of an array, as numpy has them
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
 # What goes wrong in here for a pickle that is no whole one.
 DAMAGED = (pickle.UnpicklingError, ArithmeticError, LookupError, TypeError, ValueError)

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from common_jax.untrusted.refusal import RefusedError, brief
+from common_jax.untrusted.shapes import MOST_BYTES, full_size
 from common_jax.untrusted.zips import open_archive
 
 MAGIC = b"\x93NUMPY\x01\x00"
@@ -51,9 +52,9 @@ def _array(name: str, content: bytearray) -> np.ndarray:
         raise RefusedError(f"holds {brief(name)} of type {match['dtype']!r}") from None
     shape = tuple(int(size) for size in re.findall(r"\d+", match["shape"]))
     size = math.prod(shape) * dtype.itemsize
-    # An item of no bytes, or an axis of length 0, would let the other axes be of any length.
-    largest = max(dtype.itemsize, 1) * math.prod(max(axis, 1) for axis in shape)
-    if size != len(content) - end or largest >= 1 << 62 or len(shape) > 32 or not dtype.itemsize:
+    largest = full_size(shape, dtype.itemsize)
+    # Items of no bytes would let all axes be of any length.
+    if size != len(content) - end or largest >= MOST_BYTES or len(shape) > 32 or not dtype.itemsize:
         raise RefusedError(
             f"declares {brief(name)} as {dtype} {brief(shape)}, which its {len(content) - end} "
             "bytes are not"

@@ -28,8 +28,8 @@ DAMAGED = (
 )
 AGAIN = "copy or download it again"
 PIECE = 1 << 24  # bytes that are read at once
-# A stored entry is as large as the file has room for. Of numbers, compression makes little: whoever
-# inflates to more than this many times the file is a bomb.
+# A stored entry is as large as the file has room for. Compression gains little on numbers: an
+# archive that inflates to more than this many times its size is a bomb.
 MOST_INFLATED = 16
 SMALL = 1 << 24  # bytes that are no harm, whatever the file: text packs better than numbers
 

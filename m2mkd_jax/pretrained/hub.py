@@ -8,7 +8,8 @@ from typing import Any
 
 from common_jax.tensors import weights_file
 from common_jax.tensors.files import FOLDER_FILES
-from common_jax.untrusted import RefusedError, brief, parse_json
+from common_jax.untrusted import brief
+from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import same_numbers
 
@@ -46,8 +47,8 @@ def read_said(path: Path) -> Said:
     """What stands beside the weights in a folder, or in a file of it.
 
     Raises:
-      ValueError: for a file that is no JSON, numbers that are none, and a network whose tensors
-        look like a plain ViT's and mean something else.
+      ValueError: for a file that holds no JSON object, numbers that are none, and a network whose
+        tensors look like a plain ViT's and mean something else.
     """
     if not (path.is_dir() and weights_file(path)) and path.name not in FOLDER_FILES:
         return Said()
@@ -126,12 +127,4 @@ def _numbers(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = parse_json(path.read_bytes())
-    except RefusedError as refused:
-        raise ValueError(f"{path} {refused}; copy or download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {brief(content)}, where a dictionary is expected")
-    return content
+    return read_json(path) if path.is_file() else {}

@@ -12,8 +12,8 @@ import numpy as np
 from flax import traverse_util
 
 from common_jax.config import did_you_mean
-from common_jax.tensors import Account, list_problems, read_plain, read_weights
-from common_jax.tensors.files import FOLDER_FILES, NARROW, TORCH_SUFFIXES
+from common_jax.tensors import Account, list_problems, read_plain, read_weights, weights_file
+from common_jax.tensors.files import NARROW, TORCH_SUFFIXES
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
@@ -219,7 +219,7 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.is_dir() or any((path / name).is_file() for name in FOLDER_FILES):
+    if not path.is_dir() or weights_file(path):
         return [path]
     suffixes = (".safetensors", *TORCH_SUFFIXES)
     found = sorted(file for file in path.iterdir() if file.suffix in suffixes)

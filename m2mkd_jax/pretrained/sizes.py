@@ -66,8 +66,8 @@ def tell_config(source: Source, given: Collection[str] = ()) -> Told:
             "vit_base_patch16_224"
         )
     told, assumed = {}, {}
-    asked = {name.replace(f"{kind.section}.", "{section}.") for name in given}
-    data, sizes = _read_sizes(tensors, source.files[0], told, assumed, asked)
+    heads_given = f"{kind.section}.heads" in given
+    data, sizes = _read_sizes(tensors, source.files[0], told, assumed, heads_given=heads_given)
     sizes["depths"] = _depths(source, kind, told, assumed)
     section, config = kind.section, Config()
     meta = dataclasses.replace(config.meta, depths=(1,) * len(sizes["depths"]))
@@ -103,7 +103,7 @@ def _first(tensors: Mapping[str, np.ndarray], suffix: str) -> np.ndarray | None:
 
 
 def _read_sizes(
-    tensors: Mapping[str, np.ndarray], file: File, told: dict, assumed: dict, given: Collection[str]
+    tensors: Mapping[str, np.ndarray], file: File, told: dict, assumed: dict, *, heads_given: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of config.data and of the network's section; which of them are told and assumed."""
     norm = _first(tensors, "norm1.weight")
@@ -146,7 +146,7 @@ def _read_sizes(
         if name not in place:
             place[name] = assumed[f"config.{section}.{name}"] = value
     is_moe = _first(tensors, "htoh4.bias") is not None
-    heads = _published(sizes, file, is_moe=is_moe, given="{section}.heads" in given)
+    heads = _published(sizes, file, is_moe=is_moe, heads_given=heads_given)
     if file.said.heads:
         heads["heads"] = told["config.{section}.heads"] = file.said.heads
     assumed |= {
@@ -163,25 +163,25 @@ def _read_sizes(
 
 
 def _published(
-    sizes: Mapping[str, Any], file: File, *, is_moe: bool, given: bool
+    sizes: Mapping[str, Any], file: File, *, is_moe: bool, heads_given: bool
 ) -> dict[str, Any]:
     """Heads and epsilon of the published networks of these sizes; the config's defaults where the
-    heads are `given`, or said beside the file, and there is no such network."""
+    heads are given, or said beside the file, and there is no such network."""
     fields = ("heads", "norm_eps")
     if is_moe:
         known = [VMoEConfig(**changes) for _, _, changes in vmoe.VARIANTS.values()]
     else:
         name = file.plain.get("model_name")
         variants = vit.VARIANTS
-        known = isinstance(name, str) and name in variants
-        chosen = {name: variants[name]} if known else variants
-        known = [ViTConfig(**changes) for _, _, changes in chosen.values()]
+        if isinstance(name, str) and name in variants:
+            variants = {name: variants[name]}
+        known = [ViTConfig(**changes) for _, _, changes in variants.values()]
     same = {
         tuple(getattr(one, field) for field in fields)
         for one in known
         if all(getattr(one, name) == sizes[name] for name in ("width", "mlp_ratio", "qkv_bias"))
     }
-    if len(same) != 1 and (given or file.said.heads):
+    if len(same) != 1 and (heads_given or file.said.heads):
         return {"heads": 1, "norm_eps": ViTConfig().norm_eps}
     if len(same) != 1:
         shown = {name: sizes[name] for name in ("width", "mlp_ratio", "qkv_bias")}

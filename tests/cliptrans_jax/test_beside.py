@@ -212,6 +212,13 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     assert "activation='quick_gelu', as its modules QuickGELU say" in caplog.text
     with pytest.raises(ValueError, match=r"mine\.pt holds modules QuickGELU, and .*='gelu'"):
         pretrained.load(path, activation="gelu")
+    # What a file is tells its content: modules are found under no suffix, and looked for in no
+    # safetensors that go by PyTorch's.
+    path.rename(tmp_path / "mine")
+    assert pretrained.load(tmp_path / "mine").config == OPENAI_TEXT
+    write_tensors(tmp_path / "bare.safetensors", tensors)
+    (tmp_path / "bare.safetensors").rename(tmp_path / "bare.pt")
+    assert pretrained.load(tmp_path / "bare.pt", activation="gelu").config.activation == "gelu"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     [
         ({"pool_type": "eos"}, "pool_type='eos' of text_cfg .* must be 'argmax'"),
         ({"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
-        ({"width": "16"}, "width='16' of OpenCLIP's config.json must be a whole number"),
+        ({"width": "16"}, "width='16' of text_cfg in open_clip_config.json must be a whole number"),
         ({"mlp_ratio": [4]}, r"mlp_ratio=\[4\] .* must be a positive number"),
         ({"ls_init_value": 1e-5}, "ls_init_value=1e-05"),
     ],

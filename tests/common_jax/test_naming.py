@@ -106,6 +106,12 @@ def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
     with pytest.raises(ValueError, match=r"b\.pth holds tensors both with and without .*_orig_mod"):
         read_weights(tmp_path / "b.pth")
 
+    # Nor do they hide that two dictionaries are of one network.
+    wrapped = {f"module._fsdp_wrapped_module.{name}": x for name, x in RAW.items()}
+    file = save(tmp_path / "c.pth", EPOCH, model=wrapped, teacher=RAW)
+    with pytest.raises(ValueError, match=r"c\.pth holds weights under 'model' and 'teacher'"):
+        read_weights(file)
+
 
 def test_a_dictionary_that_is_referred_to_often_takes_no_time(tmp_path):
     """Three levels of 2,000 references to one dictionary are 8e9 paths."""
