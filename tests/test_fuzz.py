@@ -11,7 +11,7 @@ COUNT = 100
 COSTLY = {"prior npz": 10}  # each broken one is made again
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF")
+@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF", "ignore:Truncated File")
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
     form = FORMATS[name]()
