@@ -197,7 +197,7 @@ def is_named(message: str, key: str, value: Any) -> bool:
     if value == (-1,):
         beginnings.append(f"{key}=(-1.0,)")
     if isinstance(value, dict):
-        beginnings += [f"{key} has no field 'x'", f"{key}.x=1", f"{key} has no "]
+        beginnings += [f"{key}.x=1", f"{key} has no "]
     return message.startswith(tuple(beginnings)) and len(message) <= LONGEST
 
 

@@ -159,11 +159,10 @@ def run_worker(name: str, seed: int, numbers: range) -> Iterator[Result]:
             line = process.stdout.readline() if ready else ""
             if not line:
                 process.kill()
-                why = (
-                    "it hangs"
-                    if not ready
-                    else (f"the process died with {process.wait()}: {process.stderr.read()[-300:]}")
-                )
+                why = "it hangs"
+                if ready:
+                    said = process.stderr.read()[-300:]
+                    why = f"the process died with {process.wait()}: {said}"
                 yield Result(numbers.start, "wrong", why)
                 numbers = numbers[1:]
                 break

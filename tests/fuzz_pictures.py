@@ -16,7 +16,9 @@ from PIL import Image
 def _pictures() -> tuple[bytes, ...]:
     pixels = (np.arange(16 * 12 * 3).reshape(16, 12, 3) * 7 % 256).astype(np.uint8)
     files = []
-    for kind, mode in (("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("BMP", "RGB")):
+    kinds = (("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("BMP", "RGB"))
+    kinds += (("GIF", "P"), ("PPM", "RGB"), ("PPM", "L"), ("TIFF", "RGB"), ("TIFF", "L"))
+    for kind, mode in kinds:
         file = io.BytesIO()
         Image.fromarray(pixels).convert(mode).save(file, kind)
         files.append(file.getvalue())
@@ -64,7 +66,7 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _plain_picture(path: Path, content: bytes) -> np.ndarray:
-    formats = ("BMP", "JPEG", "PNG", "WEBP")
+    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
     with Image.open(io.BytesIO(content), formats=formats) as image:
         if image.mode in ("I", "F", "I;16", "I;16B"):  # whose range is not 0 to 255
             return _read_picture(path)

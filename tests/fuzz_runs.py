@@ -22,7 +22,7 @@ PRINT = "f00d"
 
 @contextlib.contextmanager
 def _logged():
-    """The messages of the log, from warnings up, and those below."""
+    """The records that are logged within, from INFO up."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append

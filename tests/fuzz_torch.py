@@ -31,13 +31,10 @@ TENSORS: Tensors = {
 
 def _torch_samples() -> tuple[bytes, ...]:
     def written(value, storages, extra=None) -> bytes:
-        file = io.BytesIO()
         files = {"data.pkl": b"\x80\x02" + torch_files.encode(value) + b".", "byteorder": b"little"}
         files |= {f"data/{key}": np.asarray(array).tobytes() for key, array in storages.items()}
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, content in (files | (extra or {})).items():
-                archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)
-        return file.getvalue()
+        files |= extra or {}
+        return mutations.write_zip((f"archive/{name}", content) for name, content in files.items())
 
     storages: dict[str, Any] = {}
     state = torch_files.state_dict(TENSORS, storages)

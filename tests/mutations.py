@@ -213,18 +213,26 @@ def zip_entries(inner: Mutate | None = None, *, only: str = "") -> Mutate:
 # ----- pickles -----
 
 
+def doubled_lists(depth: int) -> bytes:
+    """Opcodes of a list of lists, each of which holds the one before twice."""
+    lists = (b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(depth))
+    return b"]q\x000" + b"".join(lists) + b"h%c" % depth
+
+
+def doubled_tuples(depth: int) -> bytes:
+    """The same of tuples, which can be hashed."""
+    pairs = (b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(depth))
+    return b")q\x000" + b"".join(pairs) + b"h%c" % depth
+
+
 def _bomb(rng: random.Random) -> bytes:
     """Opcodes that take much memory or time from whoever does as they say."""
     depth = rng.choice((40, 60))
-    last = b"h%c" % depth
-    lists = (b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(depth))
-    doubled = b"]q\x000" + b"".join(lists) + last
-    pairs = (b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(depth))
-    tuples = b")q\x000" + b"".join(pairs) + last
+    tuples = doubled_tuples(depth)
     return rng.choice(
         (
             b"]r" + struct.pack("<I", rng.choice(EXTREMES) % (1 << 32)),  # a memo index
-            doubled,
+            doubled_lists(depth),
             tuples,
             b"}" + tuples + b"Ns",  # as a key
             b"]" * 3000 + b"a" * 2000,

@@ -89,6 +89,6 @@ def test_floors_are_high_enough():
     for name, needed in NEEDED.items():
         (floor,) = (x.version for x in asked[name].specifier if x.operator == ">=")
         assert Version(floor) >= Version(needed), name
-    # Tokenizers of transformers 5.0 to 5.2 leave out NFKC; no package here builds one of its.
+    # Tokenizers of transformers 5.0 to 5.2 leave out NFKC; the packages do not import it.
     (floor,) = (x.version for x in asked["transformers"].specifier)
     assert Version(floor) >= Version("5.3") and "transformers" not in imported()

@@ -11,7 +11,7 @@ COUNT = 100
 COSTLY = {"prior npz": 10}  # each broken one is made again
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF")
+@pytest.mark.filterwarnings("ignore:Duplicate name", "ignore:Corrupt EXIF", "ignore:Truncated File")
 @pytest.mark.parametrize("name", FORMATS)
 def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
     form = FORMATS[name]()
@@ -21,7 +21,7 @@ def test_damaged_and_forged_files_are_read_rightly_or_refused(tmp_path, name):
         assert form.agree(form.read(tmp_path / form.file), form.plain(tmp_path / form.file, sample))
     results = [fuzz.try_mutant(form, tmp_path, 1, n) for n in range(COSTLY.get(name, COUNT))]
     assert [r for r in results if r.outcome == "wrong"] == []
-    assert {"refused"} <= {r.outcome for r in results}
+    assert "refused" in {r.outcome for r in results}
 
 
 def test_a_seed_and_a_number_name_a_mutant():
@@ -44,6 +44,7 @@ def careless(read):
     ],
 )
 def test_careless_readers_are_found(tmp_path, read, why):
-    results = [fuzz.try_mutant(careless(read), tmp_path, 0, number) for number in range(30)]
+    form = careless(read)
+    results = [fuzz.try_mutant(form, tmp_path, 0, number) for number in range(30)]
     wrong = [result.detail for result in results if result.outcome == "wrong"]
     assert any(word in detail for detail in wrong for word in why.split("|"))

@@ -263,13 +263,10 @@ def test_a_mapper_is_not_left_behind_unnoticed(refused, runs):
 
 def test_a_tokenizer_of_a_start_that_came_to_nothing_is_replaced(runs, corpus, tmp_path):
     """It would otherwise refuse the corrected command as one of another config."""
-    smaller = tiny_config("clip", corpus)
-    tokenizer = dataclasses.replace(smaller.tokenizer, vocab=290)
-    workdir = epath.Path(tmp_path)
-    save_tokenizer(
-        train_tokenizer(dataclasses.replace(smaller, tokenizer=tokenizer), workdir)[1], workdir
-    )
-    save_tokenizer(train_tokenizer(smaller, workdir)[1], workdir)
+    config, workdir = tiny_config("clip", corpus), epath.Path(tmp_path)
+    tokenizer = dataclasses.replace(config.tokenizer, vocab=290)
+    for one in (dataclasses.replace(config, tokenizer=tokenizer), config):
+        save_tokenizer(train_tokenizer(one, workdir)[1], workdir)
     expected = (runs / "clip" / "tokenizer.json").read_text()
     assert (tmp_path / "tokenizer.json").read_text() == expected
 

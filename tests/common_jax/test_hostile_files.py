@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch_files
+from mutations import doubled_lists, doubled_tuples
 from safetensors.numpy import save_file
 from same import assert_same
 from torch_files import Call, Global, New, Raw, storage, tensor
@@ -19,9 +20,7 @@ from common_jax.untrusted import brief, parse_json, plain, read_npz
 
 FLOATS = storage("FloatStorage", "0", 2)
 ONES = tensor(FLOATS, (2,), (1,))
-# Each holds the one before twice.
-DOUBLED = b"]q\x000" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(40)) + b"h("
-TUPLES = b")q\x000" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(40)) + b"h("
+DOUBLED, TUPLES = doubled_lists(40), doubled_tuples(40)
 DEEP = b")" + b"\x85" * 20_000  # ((((...
 
 
@@ -158,7 +157,7 @@ def test_text_beside_tensors_may_be_larger_than_the_file(tmp_path):
 
 
 def test_an_entry_that_inflates_to_more_than_it_declares_is_cut_there(tmp_path):
-    path = packed(tmp_path / "a.npz", {"x": b""})
+    path = tmp_path / "a.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("x.npy", bytes(1 << 24))
     raw = path.read_bytes()

@@ -23,37 +23,33 @@ from common_jax.workdir import keep_identity, read_identity, read_result
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture
-def stop(monkeypatch):
-    """stop(step): the next run stops after so many steps."""
-    check = hosts.check
-
-    def at(step: int) -> None:
-        left = iter(range(step - 1))
-
-        def stopped() -> None:
-            if next(left, None) is None:
-                monkeypatch.setattr(hosts, "check", check)
-                raise signals.Stopped
-
-        monkeypatch.setattr(hosts, "check", stopped)
-
-    return at
-
-
-@pytest.fixture
-def stopped(tmp_path, stop):
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
     """A run of seed 0 and 12 steps that was stopped after step 6, with checkpoints 4 and 6."""
-    stop(6)
-    with pytest.raises(signals.Stopped):
-        descend(tmp_path / "run")
-    assert steps(tmp_path / "run") == [4, 6]
+    workdir, left = tmp_path_factory.mktemp("half") / "run", iter(range(5))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise signals.Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped):
+        patch.setattr(hosts, "check", check)
+        descend(workdir)
+    assert steps(workdir) == [4, 6]
+    return workdir
+
+
+@pytest.fixture
+def stopped(half, tmp_path):
+    """Its folder, to be changed."""
+    copy(half, tmp_path / "run")
     return tmp_path / "run"
 
 
-@pytest.fixture
-def undisturbed(tmp_path):
-    workdir = tmp_path / "undisturbed"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What the same run logs when it is not stopped."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
     descend(workdir)
     return log(workdir)
 

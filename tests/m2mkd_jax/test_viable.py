@@ -13,6 +13,7 @@ from tiny import OPTIM, tiny_config, tiny_pipeline
 from common_jax import loop
 from common_jax.checkpoint import write_params
 from common_jax.config import unfreeze
+from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.workdir import claim, holds_results, refuse_other_config
 from m2mkd_jax.main import main
 from m2mkd_jax.phases.networks import teacher_network
@@ -25,26 +26,16 @@ def nothing_trains(monkeypatch):
     def train(*args, **settings):
         raise AssertionError("a run began")
 
+    one_device = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     monkeypatch.setattr(loop, "_train", train)
-    monkeypatch.setattr("m2mkd_jax.main.make_mesh", lambda config: one_device())
+    monkeypatch.setattr("m2mkd_jax.main.make_mesh", lambda config: one_device)
 
 
-def one_device():
-    return jax.make_mesh(
-        (1, 1, 1),
-        ("data", "fsdp", "expert"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[:1],
-    )
-
-
-def changed(config, path: str, value):
-    """The config with another value of a field."""
-    name, _, rest = path.partition(".")
-    if isinstance(config, dict):
-        return config | {name: changed(config[name], rest, value)}
-    value = changed(getattr(config, name), rest, value) if rest else value
-    return dataclasses.replace(config, **{name: value})
+def episodes(**changes):
+    """A config of two few-shot episodes."""
+    config = unfreeze(tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8)))
+    config.few_shot.update(episodes=2, **changes)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -83,31 +74,31 @@ def test_a_pipeline_is_looked_through_first(tmp_path, path, value, said):
 def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
     """The meta model would train for hours before it is looked at."""
     config = tiny_pipeline()
-    other = changed(config, "teacher.width", 24)
+    other = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=24))
     shapes = jax.eval_shape(teacher_network(other).init, jax.random.key(0))
     teacher = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     write_params(tmp_path / "teacher", {"teacher": teacher}, {})
-    config = changed(config, "sources.teacher", str(tmp_path / "teacher"))
+    given = unfreeze(config)
+    given.sources.teacher = str(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"is wanted as .*16.* and is .*24"):
-        main(unfreeze(config), tmp_path / "run")
+        main(given, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
 
 
 def test_episodes_are_looked_through_first(tmp_path):
-    config = tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8))
-    config = changed(changed(config, "few_shot.episodes", 2), "few_shot.shots", 1000)
+    config = episodes(shots=1000)
     write_params(tmp_path / "network", {"student": {"a": np.ones(1)}}, {})
-    config = changed(config, "sources.network", str(tmp_path / "network"))
+    config.sources.network = str(tmp_path / "network")
     with pytest.raises(ValueError, match="1000 are asked for"):
-        main(unfreeze(config), tmp_path / "run")
+        main(config, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["network"]
 
 
 def test_a_network_that_is_not_there_claims_nothing(tmp_path):
-    config = tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8))
-    config = changed(changed(config, "few_shot.episodes", 2), "sources.network", "/nowhere")
+    config = episodes()
+    config.sources.network = "/nowhere"
     with pytest.raises(FileNotFoundError, match="no finished checkpoint at /nowhere"):
-        main(unfreeze(config), tmp_path / "run")
+        main(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
