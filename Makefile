@@ -22,7 +22,7 @@ test: $(VENV)/.installed-test
 test-faults: $(VENV)/.installed-test
 	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
 
-# 27,000 damaged and forged files of every format that is read from strangers; about ten minutes.
+# 27,000 damaged and forged files of every format that is read from strangers; two minutes.
 fuzz: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
 
