@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-faults fuzz bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-faults fuzz mutate bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -25,6 +25,11 @@ test-faults: $(VENV)/.installed-test
 # 27,000 damaged and forged files of every format that is read from strangers; two minutes.
 fuzz: $(VENV)/.installed-test
 	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
+
+# Mistakes made in the code on purpose, one at a time, and the tests that notice them; 40 minutes,
+# resumed where it was stopped.
+mutate: $(VENV)/.installed-test
+	PYTHONPATH=tests $(BIN)/python tests/mutants.py
 
 # Runs every benchmark and writes docs/performance.md: half an hour on two cores, which should be
 # idle.

@@ -29,3 +29,12 @@ def compiled_quickly():
 
     with quickly():
         yield
+
+
+@pytest.fixture(scope="module")
+def little_optimised():
+    """For files that compile much at first use: `tiny.unoptimised` around all of their tests."""
+    from tiny import unoptimised
+
+    with unoptimised():
+        yield

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
+from meshes import one_device
 
 from common_jax import loop
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
 from common_jax.task import Task
@@ -37,7 +37,7 @@ def descend(workdir: pathlib.Path, *, seed: int = 0, **changes: Any) -> dict:
         OPTIM,
         seed=seed,
         workdir=workdir,
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        mesh=one_device(),
         config={"seed": seed, "optim": {"steps": STEPS}},
     )
 

@@ -5,9 +5,7 @@ import dataclasses
 import functools
 import json
 
-import jax
-import numpy as np
-from flax import traverse_util
+from tiny import random_like
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import names
@@ -44,21 +42,12 @@ def shapes_of(marker, config):
 
 def make_params(layout, config, *, seed=0):
     """A number of its own in every place."""
-    rng, shapes = np.random.default_rng(seed), shapes_of(layout.marker, config)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    return random_like(shapes_of(layout.marker, config), seed=seed)
 
 
 def make_tensors(kind, config=None, *, layout=0, seed=0):
     layout, config = kinds.KINDS[kind][layout], config or CONFIGS[kind]
     return names.write(layout.table(config), make_params(layout, config, seed=seed))
-
-
-def assert_same(found, want):
-    found, want = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (found, want))
-    assert found.keys() == want.keys()
-    for path, array in want.items():
-        assert found[path].dtype == np.float32, path
-        np.testing.assert_array_equal(found[path], array, err_msg=path)
 
 
 def write_folder(folder, hf, tensors):

@@ -1,12 +1,16 @@
-"""What tests that compare arrays by name share."""
+"""What tests that compare arrays share."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
+from flax import traverse_util
 
 
-def assert_same(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> None:
-    """The same names, and of each the same type and values."""
+def assert_same(found: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    """The same names, and of each the same type and values; of nested dicts as well."""
+    found, want = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (found, want))
     assert found.keys() == want.keys()
     for name, array in want.items():
         assert found[name].dtype == array.dtype, name
@@ -17,3 +21,9 @@ def assert_all_same(found: Iterable[Mapping], want: Iterable[Mapping]) -> None:
     """As many, and each the same."""
     for one, other in zip(found, want, strict=True):
         assert_same(one, other)
+
+
+def assert_close(found: Any, want: Any, tolerance: float = 1e-10) -> None:
+    """Trees of as many leaves, which differ by no more than `tolerance`, absolute and relative."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)

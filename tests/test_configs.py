@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
+from meshes import one_device
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -51,7 +52,7 @@ def swept():
 def test_every_phase_has_a_config(name, phase, tmp_path):
     config = load(name, f"phase={phase}")
     assert config.phase == phase
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = one_device()
     runs = [run for _, run in plan(config, tmp_path)] if phase == "pipeline" else [config]
     for run in runs:
         check_run(run, mesh)

@@ -6,15 +6,15 @@ import json
 import pathlib
 
 import convert_weights
-import jax
 import numpy as np
 import pytest
 import torch_files
+from meshes import one_device
+from same import assert_same
 from weight_files import deit, listed_by_stage, make_state, save_checkpoint, write_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.tensors import read_plain, read_tensors, write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
@@ -25,7 +25,7 @@ from m2mkd_jax.pretrained.kinds import KINDS, expected_tensors
 from m2mkd_jax.pretrained.reading import File, Source
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+ONE = one_device()
 
 
 @pytest.fixture
@@ -48,12 +48,6 @@ def refusal(capsys, *arguments) -> str:
 def config_of(file, arg="") -> Config:
     command = convert_weights.parse(["in", "out", f"--config={file}:{arg}"])
     return convert_weights.read_config(command, Config)
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name, array in want.items():
-        np.testing.assert_array_equal(got[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["meta", "teacher", "vmoe", "nac"])

@@ -103,6 +103,12 @@ def quickly():
         yield
 
 
+def random_like(shapes, *, seed=0):
+    """A number of its own in every place, in numpy."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+
+
 def fill(init, *arguments):
     """Parameters of the shapes that `init(key, *arguments)` gives: normal numbers, 1 for gains."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(init, jax.random.key(0), *arguments)

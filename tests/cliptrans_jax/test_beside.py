@@ -15,12 +15,12 @@ from published_files import (
     OPENAI_TEXT,
     TEXT,
     VISION,
-    assert_same,
     hf_mbart,
     make_params,
     make_tensors,
     write_folder,
 )
+from same import assert_same
 from tiny_cliptrans import UNEVEN
 from torch_files import Global, New, state_dict
 

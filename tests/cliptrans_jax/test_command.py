@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 from etils import epath
-from tiny_cliptrans import TEST, VOCAB, tiny_config, write_corpus
+from tiny_cliptrans import TEST, VOCAB, tiny_config
 
 from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.models.cliptrans import Translator
@@ -39,11 +39,6 @@ NO_PREFIX = "--config.model.mapper.prefix=0"
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from jax import numpy as jnp
-from tiny import unoptimised
+from same import assert_same
+from tiny import random_like
 
 from cliptrans_jax import names
 from cliptrans_jax.convert_towers import (
@@ -141,10 +141,7 @@ XLMR_LARGE = {
 MCLIP_LARGE = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024, "numDims": 512}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def shapes_of(tower):
@@ -152,19 +149,11 @@ def shapes_of(tower):
     return jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]
 
 
-def random_params(tower):
-    """A number of its own in every place."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes_of(tower)
-    )
-
-
 def tensors_of(file):
     """Everything that a file of these towers would hold."""
     tensors = {name: np.zeros(shape, np.float32) for name, shape in EXTRA[file].items()}
     for tower in FILES[file]:
-        tensors |= names.write(TOWERS[tower][1], random_params(tower))
+        tensors |= names.write(TOWERS[tower][1], random_like(shapes_of(tower)))
     return tensors
 
 
@@ -175,16 +164,9 @@ def read(tower, tensors):
     )
 
 
-def assert_same(got, want):
-    got, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (got, want))
-    assert got.keys() == want.keys()
-    for path in want:
-        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 def test_tensors_go_there_and_back_unchanged(tower):
-    table, params = TOWERS[tower][1], random_params(tower)
+    table, params = TOWERS[tower][1], random_like(shapes_of(tower))
     tensors = names.write(table, params)
     shapes = {name: tensors[name].shape for name in SHAPES[tower]}
     assert shapes == SHAPES[tower]
@@ -198,7 +180,7 @@ def test_each_tower_takes_its_own_of_a_whole_file(file):
     tensors, taken = tensors_of(file), []
     for tower in FILES[file]:
         params, account = read(tower, tensors)
-        assert_same(params, random_params(tower))
+        assert_same(params, random_like(shapes_of(tower)))
         own = [name for name, _, _ in account.taken]
         assert sorted(own + [name for name, _ in account.dropped]) == sorted(tensors)
         taken += own

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import split_mesh
 from tiny import QUICK, unoptimised
 
 from cliptrans_jax.decode import NEVER, DecodeConfig, Search
@@ -240,7 +241,7 @@ def test_a_batch_that_shrinks_finds_the_same(sixteen):
 def test_eight_devices_find_what_one_finds(sixteen):
     arguments, wanted = sixteen
     translator, params = model("training")
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    mesh = split_mesh()
     split = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
     batch = jax.NamedSharding(mesh, BATCH)
     config = settings(beams=2, length_penalty=0.0, growth=2, halvings=2)

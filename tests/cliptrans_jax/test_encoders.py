@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import one_device
 from tiny_cliptrans import draw, tiny_config
 
 from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.encoders import ImageTower, image_features
 from cliptrans_jax.models.clip import ClipVision
-from common_jax.mesh import MeshConfig, make_mesh
 
 NAMES = ("b.png", "a.png", "b.png", "c.png", "a.png", "b.png")
 DRAWN = {"a.png": "a red square", "b.png": "a blue cross", "c.png": "a green bar above"}
@@ -47,7 +47,7 @@ def corpus(tmp_path):
 
 
 def encode(tower, corpus, folder, **settings):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = one_device()
     return image_features(tower, corpus, folder=folder, mesh=mesh, **settings)
 
 

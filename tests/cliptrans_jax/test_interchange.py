@@ -8,7 +8,6 @@ import torch_files
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import unoptimised
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import names, pretrained
@@ -51,10 +50,7 @@ SOURCE = np.array([[4, 9, 7, 2], [4, 8, 2, 1]])
 TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 @pytest.fixture(scope="module")

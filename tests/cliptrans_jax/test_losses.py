@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import split_mesh
 
 from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss
 from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
 from cliptrans_jax.runs.contrastive import retrieval_sums
-from common_jax.mesh import MeshConfig, make_mesh
 
 PAD = 1
 
@@ -100,7 +100,7 @@ def test_chunks_of_pads_are_not_computed(real):
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_chunks_of_eight_devices_are_summed(chunk):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    mesh = split_mesh()
     case = readout_case()
     wanted = in_chunks(56)(*case)
     with jax.set_mesh(mesh):

@@ -13,13 +13,12 @@ from published_files import (
     RESNET,
     TEXT,
     VISION,
-    assert_same,
     hf_mbart,
     make_params,
     make_tensors,
     write_folder,
 )
-from tiny import unoptimised
+from same import assert_same
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import convert, names, pretrained
@@ -29,11 +28,7 @@ from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.tensors import kinds
 from common_jax.tensors import read_tensors, write_tensors
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):

@@ -7,18 +7,17 @@ import math
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
 from flax import traverse_util
+from meshes import one_device, split_mesh
 from tiny_cliptrans import (
     OPTIM,
     TEST,
     read_split,
     tiny_config,
     tiny_pipeline,
-    write_corpus,
 )
 
 import cliptrans_jax
@@ -31,27 +30,13 @@ from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from common_jax.state import TrainState
 
 STAGES = ("clip", "caption", "translate")
 
 
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
-def split_mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
-
-
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "shapes")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import QUICK, fill, unoptimised
+from tiny import QUICK, fill
 
 from cliptrans_jax import convert_towers, names
 from cliptrans_jax.models import clip, resnet, xlmr
@@ -29,10 +29,7 @@ IDS = np.array([[0, 7, 9, 5, 39, 1, 1, 1], [0, 30, 39, 1, 1, 1, 1, 1]], np.int32
 MASK = (IDS != 1).astype(np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def build(name, dtype=jnp.float32):

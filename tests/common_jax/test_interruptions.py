@@ -2,13 +2,12 @@
 
 import json
 
-import jax
 import pytest
 from descent import EPOCH, STEPS, make_task
+from meshes import one_device
 
 from common_jax import loop, metrics
 from common_jax.checkpoint import SaveError, finished_steps
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.pods import hosts, signals
 
@@ -24,7 +23,7 @@ def train(tmp_path):
     """train(run, evaluate): a noisy descent in tmp_path/run, its result."""
 
     def run(config: loop.RunConfig, evaluate=lambda params, helpers, step: accuracy(params)):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        mesh = one_device()
         return loop.train(
             make_task(evaluate),
             config,

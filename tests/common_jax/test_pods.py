@@ -11,6 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import one_device
 from tiny import MOE, tiny_config
 
 from common_jax.mesh import MeshConfig, count_slices, make_mesh
@@ -96,10 +97,6 @@ def test_of_branches_the_largest_counts_and_open_loops_are_refused():
         count_flops(looped, x, number)
     either = lambda x, n: lax.cond(n > 0, lambda: looped(x, n), lambda: x @ x)  # noqa: E731
     assert count_flops(either, x, number).model == 2 * 4**3
-
-
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 def training_of(config, mesh=None):

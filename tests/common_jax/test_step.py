@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import one_device
 
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig, make_schedule
 from common_jax.state import STREAMS, evaluation_key, fold_name, merge, partition, step_rngs
 from common_jax.step import init_state, make_evaluator, make_step
@@ -132,7 +132,7 @@ def test_partition_and_merge_are_inverse():
 
 
 def test_evaluation_counts_every_example_once():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = one_device()
 
     def sums(params, helpers, batch, key):
         return {"value": jnp.sum(batch["v"] * batch["_mask"]), "count": jnp.sum(batch["_mask"])}
@@ -153,7 +153,7 @@ def test_draws_of_an_evaluation_come_from_seed_step_and_batch_alone(fold_step):
         } | {"count": 0.5}  # of two batches: what is read are totals
 
     def evaluate(step, seed=3):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        mesh = one_device()
         batches = [{"number": np.array([i])} for i in range(2)]
         evaluator = make_evaluator(sums, lambda: batches, mesh=mesh, seed=seed, fold_step=fold_step)
         return evaluator({}, {}, step)

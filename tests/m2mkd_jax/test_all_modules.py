@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
+from meshes import one_device
 from tiny import NAC, tiny_config
 
 import m2mkd_jax
@@ -47,10 +48,6 @@ def modular(phase: str, *, student="vmoe", depths=EVEN, drop_path=0.3, **changes
 
 def alone(config: Config) -> list[Config]:
     return [dataclasses.replace(config, module=str(stage)) for stage in range(3)]
-
-
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 def make_task(config: Config, *, mesh=None):

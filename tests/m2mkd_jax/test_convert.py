@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
+from same import assert_same
+from tiny import random_like
 
 from m2mkd_jax import convert
 from m2mkd_jax.models import encoder, vit, vmoe
@@ -15,10 +16,7 @@ SIZES = {"patch": 4, "width": 6, "heads": HEADS, "mlp_ratio": 2.0, "depths": DEP
 
 
 def random_params(network):
-    """Parameters of a network with a number of its own in every place, in numpy."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    return random_like(jax.eval_shape(network.init, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +28,6 @@ def vit_params():
 def vmoe_params():
     config = vmoe.VMoEConfig(moe=MoeConfig(experts=3), moe_blocks="1,2,4", **SIZES)
     return random_params(vmoe.build_students(config, IMAGES, meta_width=10))
-
-
-def assert_same(got, want):
-    got, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (got, want))
-    assert got.keys() == want.keys()
-    for path in want:
-        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
 
 
 @pytest.mark.parametrize("params", ["vit_params", "vmoe_params"])

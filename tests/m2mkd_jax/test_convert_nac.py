@@ -7,8 +7,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from jax import numpy as jnp
+from same import assert_same
 
 from m2mkd_jax import convert_nac
 from m2mkd_jax.models.encoder import Interface
@@ -52,13 +52,6 @@ def random_network(**changes):
 def random_students():
     network = model.build_students(SIZES, INTERFACE, meta_width=8, meta_tokens=5, seed=0)
     return fill(jax.eval_shape(network.init, jax.random.key(0)))
-
-
-def assert_same(got, want):
-    got, want = (traverse_util.flatten_dict(tree, sep="/") for tree in (got, want))
-    assert got.keys() == want.keys()
-    for path in want:
-        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
 
 
 @pytest.mark.parametrize(

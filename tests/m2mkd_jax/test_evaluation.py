@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
+from meshes import one_device, split_mesh
 from tiny import tiny_config
 
 from common_jax.checkpoint import finished_steps
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.state import evaluation_key, fold_name
@@ -32,10 +32,6 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 def config_of(noise, **changes):
     config = tiny_config("end_to_end", optim=OPTIM)
     return dataclasses.replace(config, evaluation=EvaluationConfig(noise=noise), **changes)
-
-
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 def init(key):
@@ -99,8 +95,7 @@ def test_only_sampled_noise_differs_between_steps(tmp_path):
 def test_eight_devices_draw_what_one_draws(tmp_path, noise):
     params, config = init(jax.random.key(2)), config_of(noise)
     one, eight = (
-        evaluator(config, tmp_path, mesh)(params, {}, 3)
-        for mesh in (one_device(), make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+        evaluator(config, tmp_path, mesh)(params, {}, 3) for mesh in (one_device(), split_mesh())
     )
     assert one["accuracy"] == eight["accuracy"]
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)

@@ -4,13 +4,12 @@ episodes."""
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
+from meshes import one_device
 from tiny import OPTIM, fill, tiny_config, unoptimised
 
 from common_jax import checkpoint, inputs
-from common_jax.mesh import MeshConfig, make_mesh
 from m2mkd_jax.config import FewShotConfig, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.few_shot import choose_episode, choose_task
@@ -138,7 +137,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
     )
     params = {"student": fill(whole_student(config).init)}
     checkpoint.write_params(tmp_path / "network", params, config={})
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = one_device()
     given, train_phase = [], few_shot.train_phase
 
     def spy(*args, programs, **settings):

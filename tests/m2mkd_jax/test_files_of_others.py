@@ -5,16 +5,15 @@ import dataclasses
 import json
 
 import convert_weights
-import jax
 import numpy as np
 import pytest
 import torch_files
+from meshes import one_device
 from torch_files import Global, New, state_dict
 from weight_files import deit
 
 from common_jax import checkpoint
 from common_jax.config import freeze, unfreeze
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.tensors import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
@@ -292,7 +291,7 @@ def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
     run = dataclasses.replace(
         config, data=other, sources=SourcesConfig(teacher=str(tmp_path / "teacher"))
     )
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = one_device()
     wanted = networks.wanted(networks.teacher_network(run), "teacher", mesh, vit.PARTITION_RULES)
     origins = [networks.Origin(run.sources.teacher, "teacher", "teacher")]
     with pytest.raises(

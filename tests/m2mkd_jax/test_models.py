@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import one_device
 
-from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
+from common_jax.mesh import idle_rules, match_rules
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.positions import resize_positions, resize_weights
@@ -33,7 +34,7 @@ VIT_PARAMETERS = {
 VMOE_BASE_PARAMETERS = 483_325_768  # 12 blocks of 8 experts
 STUDENT_PARAMETERS = (121_984_792, 122_031_384, 122_012_928)  # of V-MoE-Base: first, middle, last
 
-ONE_DEVICE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+ONE_DEVICE = one_device()
 TINY = {"patch": 4, "width": 8, "heads": 2, "mlp_ratio": 2.0}
 IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same import assert_close
 from scipy.special import softmax
 
 from common_jax.config import freeze
@@ -50,11 +51,6 @@ def run(layer, params, x, *, train=False, seed=3):
 
 def gate(params, x):
     return np.asarray(x) @ params["router"]["kernel"] + params["router"]["bias"]
-
-
-def assert_same(got, expected, tolerance):
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
 def test_parameters_and_their_initial_values():
@@ -115,9 +111,9 @@ def test_default_layer_is_fastmoe_in_values_and_gradients():
             return jnp.sum(jnp.sin(fastmoe(params, x)))
 
         assert y.dtype == jnp.float64
-        assert_same(y, jax.jit(fastmoe)(params, x), 1e-11)
+        assert_close(y, jax.jit(fastmoe)(params, x), 1e-11)
         expected = jax.jit(jax.grad(total, (0, 1)))(params, x)
-        assert_same(gradients, expected, 1e-11)
+        assert_close(gradients, expected, 1e-11)
         assert np.linalg.norm(expected[0]["router"]["kernel"]) > 0.1
 
 
@@ -126,8 +122,8 @@ def test_capacity_with_room_for_all_is_dropless():
     roomy = MoeMlp(MoeConfig(dispatch="capacity", capacity_factor=100.0, groups=2), F)
     dropless, roomy = run(layer, params, x), run(roomy, params, x)
     assert roomy[1]["moe"]["dropped"] == 0
-    assert_same(roomy[0], dropless[0], 1e-5)
-    assert_same(roomy[2], dropless[2], 1e-5)
+    assert_close(roomy[0], dropless[0], 1e-5)
+    assert_close(roomy[2], dropless[2], 1e-5)
 
 
 def test_a_starved_expert_gets_zero_gradients():
@@ -236,7 +232,7 @@ def test_a_mesh_changes_nothing(config):
     with jax.set_mesh(mesh):
         jax.eval_shape(layer.init, jax.random.key(0), x[:1])
         got = run(layer, params, x, train=True)
-    assert_same(got, expected, 2e-5)
+    assert_close(got, expected, 2e-5)
     assert expected[1]["moe"]["dropped"] > 0 or config.dispatch == "dropless"
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from meshes import one_device
 from tiny import AUGMENT, NAC, OPTIM, SIZES, fill
 
 import m2mkd_jax
@@ -52,10 +53,6 @@ def nac_config(phase: str, **changes) -> Config:
         run=RunConfig(log_every=2, compilation_cache=None),
     )
     return dataclasses.replace(config, **changes)
-
-
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

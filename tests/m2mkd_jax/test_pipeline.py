@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from meshes import one_device
 from tiny import tiny_config, tiny_pipeline
 
 import m2mkd_jax
@@ -29,15 +30,10 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, one_device):
+def finished(tmp_path_factory):
     """The folder of a pipeline that has run."""
     workdir = tmp_path_factory.mktemp("pipeline")
-    run_phase(tiny_pipeline(), workdir, one_device)
+    run_phase(tiny_pipeline(), workdir, one_device())
     return workdir
 
 
@@ -53,16 +49,16 @@ def test_every_run_leaves_its_records(finished):
         assert list(folder.glob("events.*"))
 
 
-def test_a_finished_pipeline_is_not_run_again(finished, one_device):
+def test_a_finished_pipeline_is_not_run_again(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
-    run_phase(tiny_pipeline(), finished, one_device)
+    run_phase(tiny_pipeline(), finished, one_device())
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
 
 
-def test_a_pipeline_goes_on_where_it_was_stopped(finished, one_device, tmp_path):
+def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):
     for run in RUNS[:3]:
         (tmp_path / run).symlink_to(finished / run)
-    run_phase(tiny_pipeline(), tmp_path, one_device)
+    run_phase(tiny_pipeline(), tmp_path, one_device())
     for run in RUNS[3:]:
         assert (tmp_path / run / "metrics.jsonl").read_bytes() == (
             finished / run / "metrics.jsonl"
@@ -118,24 +114,24 @@ def test_a_teacher_is_split_by_loading_a_subtree(finished):
     jax.tree.map(np.testing.assert_array_equal, whole["stage_1"], part)
 
 
-def test_stitches_can_be_kept(finished, one_device, tmp_path):
+def test_stitches_can_be_kept(finished, tmp_path):
     config = tiny_config("end_to_end")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, stitches="kept"),
         sources=SourcesConfig(students=(str(finished / "students"),)),
     )
-    run_phase(config, tmp_path, one_device)
+    run_phase(config, tmp_path, one_device())
     account = json.loads((tmp_path / "warm_start.json").read_text())
     assert account["left"] == []
 
 
-def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, one_device, tmp_path):
+def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, tmp_path):
     config = dataclasses.replace(tiny_config("end_to_end"), baseline=DistillConfig(kind="hard"))
     with pytest.raises(ValueError, match=r"config\.sources\.teacher is empty"):
-        run_phase(config, tmp_path / "none", one_device)
+        run_phase(config, tmp_path / "none", one_device())
     config = dataclasses.replace(config, sources=SourcesConfig(teacher=str(finished / "teacher")))
-    run_phase(config, tmp_path / "some", one_device)
+    run_phase(config, tmp_path / "some", one_device())
     lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
     assert all(line["train/distillation"] > 0 for line in lines if "train/loss" in line)
 
@@ -154,9 +150,9 @@ MOE_SETTINGS = {
 
 
 @pytest.mark.parametrize("name", list(MOE_SETTINGS))
-def test_every_kind_of_routing_trains(one_device, tmp_path, name):
+def test_every_kind_of_routing_trains(tmp_path, name):
     moe = MOE_SETTINGS[name]
-    run_phase(tiny_config("end_to_end", moe=moe), tmp_path, one_device)
+    run_phase(tiny_config("end_to_end", moe=moe), tmp_path, one_device())
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert all(line["train/loss"] > line["train/label_loss"] for line in lines)
     dropped = [line["train/moe/stage_1/block_0/dropped"] for line in lines]
@@ -165,20 +161,20 @@ def test_every_kind_of_routing_trains(one_device, tmp_path, name):
     )
 
 
-def test_wrong_sources_are_named(finished, one_device, tmp_path):
+def test_wrong_sources_are_named(finished, tmp_path):
     config = dataclasses.replace(
         tiny_config("distill"),
         module="1",
         sources=SourcesConfig(meta=str(finished / "teacher"), teacher=str(finished / "teacher")),
     )
     with pytest.raises(ValueError, match=r"holds no 'meta', only \['teacher'\]"):
-        run_phase(config, tmp_path / "a", one_device)
+        run_phase(config, tmp_path / "a", one_device())
     students = str(finished / "students")
     config = dataclasses.replace(
         tiny_config("end_to_end"), sources=SourcesConfig(students=(students, students))
     )
     with pytest.raises(ValueError, match=r"config\.sources\.students names 2 workdirs .* needs 3"):
-        run_phase(config, tmp_path / "b", one_device)
+        run_phase(config, tmp_path / "b", one_device())
     wider = dataclasses.replace(config.model, width=32)
     config = dataclasses.replace(
         config,
@@ -188,16 +184,16 @@ def test_wrong_sources_are_named(finished, one_device, tmp_path):
     with pytest.raises(
         ValueError, match=r"attention/out/bias is wanted as \(32,\) and is \(16,\) in"
     ):
-        run_phase(config, tmp_path / "c", one_device)
+        run_phase(config, tmp_path / "c", one_device())
     assert not (tmp_path / "c" / "config.json").exists()
 
 
-def test_what_is_wrong_with_a_recipe_has_its_whole_key(one_device, tmp_path):
+def test_what_is_wrong_with_a_recipe_has_its_whole_key(tmp_path):
     config = tiny_pipeline()
     recipe = config.recipes["pretrain_meta"]
     large = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, batch=5000))
     config = dataclasses.replace(config, recipes=config.recipes | {"pretrain_meta": large})
     said = r"^config\.recipes\.pretrain_meta\.optim\.batch=5000 must be from 1 to 1437"
     with pytest.raises(ValueError, match=said):
-        run_phase(config, tmp_path / "run", one_device)
+        run_phase(config, tmp_path / "run", one_device())
     assert not (tmp_path / "run").exists()

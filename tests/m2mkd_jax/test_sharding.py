@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from meshes import one_device, split_mesh
 from tiny import MOE, OPTIM, tiny_config
 
 from common_jax import checkpoint
@@ -27,10 +28,6 @@ DISPATCH = {
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
-def split_mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
 
 
 def losses(workdir):
@@ -54,7 +51,7 @@ def runs(request, tmp_path_factory):
         states.append(jax.tree.map(lambda x: (x.shape, x.sharding), state))
         save(self, state, **arguments)
 
-    end_to_end.run(config, folders["one"], make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    end_to_end.run(config, folders["one"], one_device())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", spy)
         end_to_end.run(config, folders["eight"], split_mesh())

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from meshes import one_device
 from tiny import SIZES, fill, tiny_config, unoptimised
 
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.state import merge
 from m2mkd_jax.config import InitConfig, SourcesConfig
 from m2mkd_jax.models import vmoe
@@ -21,7 +21,7 @@ from m2mkd_jax.phases.families import whole_student
 from m2mkd_jax.phases.networks import teacher_network, upcycle, wanted
 
 EXPERTS = 3
-ONE = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+ONE = one_device()
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import operator
 import jax
 import numpy as np
 import pytest
+from meshes import one_device
 from tiny import OPTIM, tiny_config, tiny_pipeline
 
 from common_jax import loop
 from common_jax.checkpoint import write_params
 from common_jax.config import unfreeze
-from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.workdir import claim, holds_results, refuse_other_config
 from m2mkd_jax.main import main
 from m2mkd_jax.phases.networks import teacher_network
@@ -26,9 +26,8 @@ def nothing_trains(monkeypatch):
     def train(*args, **settings):
         raise AssertionError("a run began")
 
-    one_device = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     monkeypatch.setattr(loop, "_train", train)
-    monkeypatch.setattr("m2mkd_jax.main.make_mesh", lambda config: one_device)
+    monkeypatch.setattr("m2mkd_jax.main.make_mesh", lambda config: one_device())
 
 
 def episodes(**changes):

@@ -1,0 +1,5 @@
+"""In the Neural Attentive Circuits."""
+
+from mistakes.mistake import Mistake
+
+MISTAKES: tuple[Mistake, ...] = ()
