@@ -407,6 +407,12 @@ def test_a_prior_is_made_anew_for_every_setting(monkeypatch, tmp_path):
     assert made == [(changed, *given.values()) for changed, given in settings]
 
 
+def test_one_process_alone_writes_the_prior(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert prepare(PriorConfig("complete"), cache=epath.Path(tmp_path)) is not None
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_seed_is_of_the_graph_and_of_the_signatures():
     config = config_of("erdos_renyi", steps=0)
     one, two = (prepare(config, seed=seed) for seed in (1, 2))
