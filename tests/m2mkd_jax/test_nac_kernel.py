@@ -107,6 +107,9 @@ def test_gradients_by_hand(form, config, want):
         (0.9, 0.5, 0.5, 0.81 / 0.82),
         (0.9, 0.5, 0.25, 0.6561 / 0.6562),
         (0.5, 0.8, 1.0, 0.8),
+        (0.5, 0.8, 0.5, 16 / 17),
+        (0.2, 0.5, 0.5, 1 / 17),
+        (0.2, 0.8, 0.5, 0.5),
         (0.2, 0.8, 1.0, 0.5),
         (0.2, 0.5, 2.0, 1 / 3),
     ],
@@ -120,6 +123,13 @@ def test_samples_stay_within_float32():
     logs, uniform = jnp.array([[-INF, 0.0]]), jnp.array([[0.0, 1.0]])
     found = kernel.sample_log(logs, uniform, temperature=0.1)[0]
     np.testing.assert_allclose(found, [-126 * math.log(2), -(2.0**-23)], rtol=1e-4)
+
+
+def test_numbers_at_their_ends_count_as_an_epsilon_away():
+    logs, uniform = jnp.array([[0.0, jnp.log(0.5), -INF]]), jnp.array([[0.0, 0.0, 1.0]])
+    found = kernel.sample_log(logs, uniform, temperature=0.5)[0]
+    # Of the first and the last, one end weighs up the other.
+    np.testing.assert_allclose(found, [-math.log(2), -46 * math.log(2), -math.log(2)], rtol=1e-4)
 
 
 def test_an_edge_that_is_cut_is_unlikely_and_not_impossible():

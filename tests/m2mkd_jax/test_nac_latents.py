@@ -155,6 +155,13 @@ def test_the_noise_of_states_is_normal_and_of_each_number_its_own(train):
         assert alike.mean() < 0.01, axis
 
 
+def test_states_need_a_key_in_training_alone():
+    graph, params = make()
+    with pytest.raises(Exception, match="state"):
+        graph.apply(params, BATCH, train=True)
+    assert graph.apply(params, BATCH)["input"].states.shape == (BATCH, 2, WIDTH)
+
+
 def test_training_puts_noise_on_the_codes_before_they_are_states():
     graph, params = make(code_noise=0.2, seeding="mean")
     still = graph.apply(params, BATCH, rngs=keys(code=0))

@@ -116,6 +116,7 @@ PUBLISHED = {
     "read_in_residual": True,
     "read_out_residual": False,
     "read_out_head": False,
+    "read_out_head_norm": True,
     "pooling": "gumbel",
     "temperature": 1.0,
     "inputs_to_mediators": "always",
@@ -148,6 +149,20 @@ def test_the_defaults_are_the_published_ones():
     assert config.tokenizer == TokenizerConfig("tiny", stages=2, width=384, stem=4, grid_width=64)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("imagenet", "imagenet"),
+        ("imnet", "imagenet"),
+        ("tinyimagenet", "tinyimagenet"),
+        ("tinyimnet", "tinyimagenet"),
+        ("tinynet", "tinyimagenet"),
+    ],
+)
+def test_students_have_the_originals_spellings_too(given, meant):
+    assert change(students=given).students == meant
+
+
 def test_the_published_sizes_of_imagenet():
     changed = {"inputs": 192, "mediators": 768, "width": 512, "code_width": 512, "heads": 8}
     want = NacConfig(tokenizer=TokenizerConfig(width=512), ffn_factor=1.0, **changed)
@@ -170,6 +185,7 @@ def test_fields_reach_the_whole_network():
     read_out = dataclasses.replace(BLOCK, heads=4, kernel=kernel)
     assert network.read_out.config == ReadOutConfig(read_out, "softmax", 0.8, 7, False)
     assert network.wiring == Wiring("first", False, False)
+    assert len(network) == len(CONFIG.depths) == 5
     assert not network.share_propagators and not network.share_ffns and not network.remat
 
 

@@ -1,5 +1,6 @@
 """Who hears whom in a whole NAC, and what is drawn where; students as parts between stitches."""
 
+import collections
 import dataclasses
 import functools
 
@@ -220,14 +221,19 @@ def test_evaluation_draws_states_and_pooling_alone(drawn):
     assert [name for _, name, _ in drawn] == [*states, "pooling/gumbel"]
 
 
-@pytest.mark.parametrize(("train", "count"), [(True, 2 * ITERATIONS), (False, 0)])
-def test_shared_iterations_drop_scales_anew(drawn, train, count):
+@pytest.mark.parametrize("train", [True, False])
+def test_every_layer_drops_scales_anew(drawn, train):
     linear = LinearConfig(dropout=0.3)
     network, params = build(share_propagators=True, code_noise=0.0, linear=linear)
     network.apply(params, IMAGES, train=train, rngs=rngs())
-    # Of the input latents and of the mediators, in every iteration; and of the read-out.
-    names = [name for _, name, _ in drawn]
-    assert names.count("attention/key/dropout") == count + (2 if train else 0)
+    names = [name.removesuffix("/dropout") for _, name, _ in drawn if "dropout" in name]
+    layers_of = {"attention": ("query", "key", "value", "exit"), "ffn": ("up", "down")}
+    paths = [f"{part}/{layer}" for part, group in layers_of.items() for layer in group]
+    # Every iteration and the read-out; of keys and values, the inputs' and the mediators'.
+    want = {f"read_in/{path}": 1 for path in paths}
+    want |= dict.fromkeys(paths, ITERATIONS + 1)
+    want |= {f"attention/{layer}": 2 * (ITERATIONS + 1) for layer in ("key", "value")}
+    assert collections.Counter(names) == (want if train else {})
 
 
 # Students.
@@ -275,6 +281,28 @@ def test_a_read_out_student_hears_stitched_tokens():
     arguments = FIXED["states"], codes, senders, codes
     want = part.apply({"params": params}, *arguments, train=False)
     np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_students_in_training_draw_and_in_evaluation_do_not(drawn):
+    noisy = dataclasses.replace(BLOCK, code_noise=0.1, drop_path=0.1)
+    still = dataclasses.replace(noisy, drop_path=0.0)
+    settings = {"stitch_width": STITCH, "seed": 0, "dtype": jnp.float32}
+    tokenizer, tokens = SIZES.tokenizer, normal(BATCH, 5, STITCH, seed=3)
+    codes, paths = ("receiver_codes", "sender_codes"), ("attention/drop_path", "ffn/drop_path")
+    read_in = students.ReadInStudent(tokenizer, ReadInConfig(still), INTERFACE, **settings)
+    read_out = students.ReadOutStudent(ReadOutConfig(still), 5, 5, **settings)
+    for student, x, want in (
+        (read_in, IMAGES, ["read_in/receiver_codes"]),
+        (students.MediatorStudent(noisy, 5, **settings), tokens, [*codes, *paths]),
+        (read_out, tokens, [*codes, "pooling/gumbel"]),
+    ):
+        params = fill(functools.partial(student.init, train=False), x)
+        drawn.clear()
+        student.apply(params, x, train=True, rngs=rngs())
+        assert [name for _, name, _ in drawn] == want
+        drawn.clear()
+        student.apply(params, x, train=False)
+        assert not drawn
 
 
 class Drawn(nn.Module):

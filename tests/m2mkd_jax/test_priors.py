@@ -398,13 +398,21 @@ def test_a_prior_is_made_anew_for_every_setting(monkeypatch, tmp_path):
     monkeypatch.setattr(priors, "_make", make)
     config, folder = config_of("ring_of_cliques"), epath.Path(tmp_path)
     sizes = {"nodes": NODES, "signature_width": WIDTH, "seed": 0}
-    settings = [(config, sizes)]
-    settings += [(dataclasses.replace(config, **{k: v}), sizes) for k, v in CHANGED.items()]
-    settings += [(config, sizes | {name: value + 4}) for name, value in sizes.items()]
-    for changed, given in settings:
-        for _ in range(2):
-            priors.prepare_prior(changed, cache=folder, **given)
-    assert made == [(changed, *given.values()) for changed, given in settings]
+    others = [(dataclasses.replace(config, **{k: v}), sizes) for k, v in CHANGED.items()]
+    others += [(config, sizes | {name: value + 4}) for name, value in sizes.items()]
+    for changed, given in others:
+        made.clear()
+        for one, own in ((config, sizes), (changed, given), (changed, given)):
+            priors.prepare_prior(one, cache=folder, **own)
+        assert made == [(config, *sizes.values()), (changed, *given.values())], (changed, given)
+
+
+def test_errors_of_a_prior_are_at_its_truncation():
+    prior = prepare(config_of("ring_of_cliques", steps=0, truncation=0.5))
+    signatures, adjacency = prior.signatures, prior.adjacency
+    errors = priors.count_errors(signatures, adjacency, 0.5)
+    assert (prior.missed, prior.spurious) == errors != (0, 0)
+    assert prior.disagreement == priors.disagreement(signatures, adjacency, 0.5)
 
 
 def test_one_process_alone_writes_the_prior(monkeypatch, tmp_path):

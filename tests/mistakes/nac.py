@@ -56,9 +56,9 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         f"{NAC}kernel.py",
-        "straight-through gives the cut kernel's gradient",
+        "edges that are cut have no gradient, straight-through or not",
         "return _with_gradient_of(-scaled, cut) if config.straight_through else cut",
-        "return _with_gradient_of(cut, cut) if config.straight_through else cut",
+        "return cut",
         KERNEL,
     ),
     Mistake(
