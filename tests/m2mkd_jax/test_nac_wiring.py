@@ -121,17 +121,19 @@ def test_a_network_is_its_parts_one_after_the_other(changes, settings):
 
 
 def test_every_part_starts_from_a_key_of_its_own():
-    init = jax.jit(build(iterations=2)[0].init, compiler_options=QUICK)
-    params = [init(jax.random.key(seed, impl="rbg")) for seed in (0, 1)]
-    for path in (
-        "stage_1/attention/query/kernel",
-        "stage_3/pooling/head/kernel",
-        "graph/input/codes",
-    ):
-        one, two = (traverse_util.flatten_dict(p, sep="/")[path] for p in params)
-        assert not np.any(np.asarray(one == two)), path
-    stages = [params[0][f"stage_{i}"]["attention"]["query"]["kernel"] for i in (1, 2, 3)]
-    for one, two in zip(stages, stages[1:] + stages[:1], strict=True):
+    network, paths = build(iterations=2)[0], ("attention/query/kernel", "pooling/head/kernel")
+
+    def init(key):  # what is not asked for is not computed
+        params = network.init(key)
+        flat = traverse_util.flatten_dict(params, sep="/")
+        chosen = [flat[f"stage_{i}/{paths[0]}"] for i in (1, 2, 3)]
+        return [*chosen, flat[f"stage_3/{paths[1]}"], flat["graph/input/codes"]]
+
+    init = jax.jit(init, compiler_options=QUICK)
+    first, second = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 1))
+    for one, two in zip(first, second, strict=True):
+        assert not np.any(np.asarray(one == two))
+    for one, two in zip(first[:3], first[1:3] + first[:1], strict=True):
         assert not np.any(np.asarray(one == two))
 
 
@@ -142,31 +144,56 @@ def test_logits_are_in_float32(pooling_kind):
     module = ReadOut(ReadOutConfig(block, pooling_kind, head=head), 5, jnp.bfloat16)
     states, codes = jnp.zeros((1, 2, 8), jnp.bfloat16), jnp.zeros((2, 8))
     arguments = states, codes, (states,), codes, jnp.zeros((2, 2))
-    params = fill(functools.partial(module.init, train=False), *arguments)
-    assert module.apply(params, *arguments, train=False).dtype == jnp.float32
+    init = functools.partial(module.init_with_output, train=False)
+    assert jax.eval_shape(init, jax.random.key(0), *arguments)[0].dtype == jnp.float32
 
 
 # What is drawn.
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Stream, name and numbers of everything that is drawn, in order."""
-    seen, draw = [], layers.draw
+class Draws:
+    """Stream, name and numbers of everything that is drawn."""
 
-    def record(module, name, sample, *, stream):
-        numbers = draw(module, name, sample, stream=stream)
-        seen.append((stream, "/".join((*module.path, name)), np.asarray(numbers)))
+    def __init__(self):
+        self.seen = []
+
+    def draw(self, module, name, sample, *, stream, plain=layers.draw):
+        numbers = plain(module, name, sample, stream=stream)
+        self.seen.append((stream, "/".join((*module.path, name)), numbers))
         return numbers
 
+    def listed(self, run, *keys):
+        """Stream, name and shape of what `run` draws, in order."""
+        self.seen.clear()
+        jax.eval_shape(run, *keys)
+        return [(stream, name, numbers.shape) for stream, name, numbers in self.seen]
+
+    def numbers(self, run):
+        """A function of keys that gives the numbers that `run` draws and computes nothing else."""
+
+        def drawn(keys):
+            self.seen.clear()
+            run(keys)
+            return [numbers for _, _, numbers in self.seen]
+
+        return jax.jit(drawn, compiler_options=QUICK)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    draws = Draws()
     for where in (layers, blocks, latents, pooling):
-        monkeypatch.setattr(where, "draw", record)
-    return seen
+        monkeypatch.setattr(where, "draw", draws.draw)
+    return draws
+
+
+def applied(train: bool = True, **changes):
+    """A network as a function of its keys."""
+    network, params = build(**changes)
+    return lambda keys: network.apply(params, IMAGES, train=train, rngs=keys)[0]
 
 
 def test_training_draws_for_every_part(drawn):
-    network, params = build()
-    network.apply(params, IMAGES, train=True, rngs=rngs())
     graph = [
         draws
         for name, count in (("input", 3), ("mediator", 4), ("output", 2))
@@ -188,52 +215,50 @@ def test_training_draws_for_every_part(drawn):
         ("pooling", "pooling/gumbel", (BATCH, 2)),
     ]
     want = [*graph, ("code", "read_in/receiver_codes", (3, 8)), *propagator * ITERATIONS, *last]
-    assert [(stream, name, numbers.shape) for stream, name, numbers in drawn] == want
+    assert drawn.listed(applied(), rngs()) == want
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_no_two_draws_are_alike(drawn, shared):
-    network, params = build(share_propagators=shared)
-    network.apply(params, IMAGES, train=True, rngs=rngs())
-    for i, (_, name, numbers) in enumerate(drawn):
-        if len(numbers) == BATCH and "codes" not in name:
+    found = [np.asarray(x) for x in drawn.numbers(applied(share_propagators=shared))(rngs())]
+    names = [name for _, name, _ in drawn.seen]
+    for i, (name, numbers) in enumerate(zip(names, found, strict=True)):
+        if "codes" not in name:
             assert not np.any(numbers[0] == numbers[1]), name  # of two examples
-        for _, other, others in drawn[:i]:
+        for other, others in zip(names[:i], found, strict=False):
             if numbers.shape == others.shape:
                 assert not np.any(numbers == others), (name, other)
 
 
-@pytest.mark.parametrize("stream", STREAMS)
-def test_a_key_moves_the_draws_of_its_stream_alone(drawn, stream):
-    network, params = build(iterations=1)
-    network.apply(params, IMAGES, train=True, rngs=rngs())
-    before = list(drawn)
-    drawn.clear()
-    network.apply(params, IMAGES, train=True, rngs=rngs(**{stream: 99}))
-    moved = [not np.array_equal(one[2], two[2]) for one, two in zip(before, drawn, strict=True)]
-    assert moved == [of == stream for of, _, _ in drawn]
+def test_a_key_moves_the_draws_of_its_stream_alone(drawn):
+    draw = drawn.numbers(applied(iterations=1))
+    before = draw(rngs())
+    streams = [stream for stream, _, _ in drawn.seen]
+    assert set(streams) == set(STREAMS)
+    for stream in STREAMS:
+        after = draw(rngs(**{stream: 99}))
+        moved = [not np.array_equal(one, two) for one, two in zip(before, after, strict=True)]
+        assert moved == [own == stream for own in streams], stream
 
 
 def test_evaluation_draws_states_and_pooling_alone(drawn):
-    network, params = build()
-    network.apply(params, IMAGES, rngs=rngs())
-    states = [f"{name}_states" for name in ("input", "mediator", "output")]
-    assert [name for _, name, _ in drawn] == [*states, "pooling/gumbel"]
+    names = [name for _, name, _ in drawn.listed(applied(train=False), rngs())]
+    assert names == ["input_states", "mediator_states", "output_states", "pooling/gumbel"]
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_every_layer_drops_scales_anew(drawn, train):
     linear = LinearConfig(dropout=0.3)
-    network, params = build(share_propagators=True, code_noise=0.0, linear=linear)
-    network.apply(params, IMAGES, train=train, rngs=rngs())
-    names = [name.removesuffix("/dropout") for _, name, _ in drawn if "dropout" in name]
+    run = applied(train, share_propagators=True, code_noise=0.0, linear=linear)
+    names = [name for _, name, _ in drawn.listed(run, rngs())]
+    found = collections.Counter(n.removesuffix("/dropout") for n in names if "dropout" in n)
     layers_of = {"attention": ("query", "key", "value", "exit"), "ffn": ("up", "down")}
     paths = [f"{part}/{layer}" for part, group in layers_of.items() for layer in group]
     # Every iteration and the read-out; of keys and values, the inputs' and the mediators'.
-    want = {f"read_in/{path}": 1 for path in paths}
+    want = dict.fromkeys([f"read_in/{path}" for path in paths], 1)
     want |= dict.fromkeys(paths, ITERATIONS + 1)
-    want |= {f"attention/{layer}": 2 * (ITERATIONS + 1) for layer in ("key", "value")}
-    assert collections.Counter(names) == (want if train else {})
+    want |= dict.fromkeys(("attention/key", "attention/value"), 2 * (ITERATIONS + 1))
+    assert found == (want if train else {})
 
 
 # Students.
@@ -297,12 +322,10 @@ def test_students_in_training_draw_and_in_evaluation_do_not(drawn):
         (read_out, tokens, [*codes, "pooling/gumbel"]),
     ):
         params = fill(functools.partial(student.init, train=False), x)
-        drawn.clear()
-        student.apply(params, x, train=True, rngs=rngs())
-        assert [name for _, name, _ in drawn] == want
-        drawn.clear()
-        student.apply(params, x, train=False)
-        assert not drawn
+        for train, names in ((True, want), (False, [])):
+            run = functools.partial(student.apply, params, x, train=train)
+            found = drawn.listed(lambda keys, run=run: run(rngs=keys), rngs() if train else {})
+            assert [name for _, name, _ in found] == names
 
 
 class Drawn(nn.Module):
