@@ -115,7 +115,8 @@ def test_published_networks_have_the_published_heads():
             config, image_size = module.variant(name)
             heads = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}[config.width]
             assert config.heads == (8 if name.startswith("vit_small") else heads)
-            assert image_size == int(re.search(r"\d+$", name + "_224")[0])
+            side = re.search(r"_(\d{3})$", name)
+            assert image_size == int(side[1] if side else 224)
     assert module.variant("vmoe_huge", (2, 3))[0].depths == (2, 3)
 
 
