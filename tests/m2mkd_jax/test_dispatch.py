@@ -137,6 +137,19 @@ def test_starved_experts_get_zero_gradients_exactly(way):
             assert np.all(leaf[[0, 5]].any(axis=-1))
 
 
+def test_rows_beyond_those_in_use_may_hold_anything(monkeypatch):
+    def poisoned(a, b, sizes, contract, groups, ragged=grouped._ragged):
+        y = ragged(a, b, sizes, contract, groups)
+        used = (jnp.arange(len(y)) < jnp.sum(sizes))[:, None]
+        return jnp.where(used, y, jnp.nan) if groups else y
+
+    monkeypatch.setattr(grouped, "_ragged", poisoned)
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS["most experts starved"])
+        got = with_gradients(partial(by_rows, grouped.RAGGED), *inputs)
+        assert_close(got, with_gradients(plain, *inputs))
+
+
 def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
     token = jnp.arange(40, dtype=jnp.int32)
     rows = grouped.arrange(token, jnp.full(40, E), tokens=40, experts=E, block=8)

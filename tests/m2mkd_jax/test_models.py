@@ -1,5 +1,6 @@
 """The networks: sizes of the published variants, stages, where experts, stitches and shards are."""
 
+import dataclasses
 import itertools
 import re
 
@@ -106,6 +107,25 @@ def test_vits_that_go_without_bias_have_the_other_epsilon():
         config, _ = vit.variant(name)
         plain = name.startswith(("vit_small", "vit_huge"))
         assert (config.qkv_bias, config.norm_eps) == ((False, 1e-5) if plain else (True, 1e-6))
+
+
+def test_the_defaults_are_those_of_the_base_networks():
+    base = {
+        "patch": 16,
+        "width": 768,
+        "heads": 12,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "norm_eps": 1e-6,
+        "depths": (3, 3, 3, 3),
+        "remat": False,
+        "scan_layers": False,
+    }
+    assert dataclasses.asdict(vit.ViTConfig()) == base
+    config = dataclasses.asdict(vmoe.VMoEConfig())
+    assert config.pop("moe") == dataclasses.asdict(MoeConfig())
+    assert config == base | {"kind": "vmoe", "moe_blocks": "all", "stitches": "dropped"}
+    assert encoder.BlockConfig() == encoder.BlockConfig(0.0, None, None, None)
 
 
 def test_published_networks_have_the_published_heads():

@@ -434,6 +434,12 @@ def test_check_moe(config, batch, message):
         check_moe(config, MESH, batch)
 
 
+def test_the_layer_refuses_a_batch_that_does_not_split_into_its_groups():
+    layer, params, x = make(dataclasses.replace(VMOE, groups=3))
+    with pytest.raises(ValueError, match=r"moe\.groups=3 must be a divisor of the batch, 8"):
+        jax.eval_shape(layer.apply, {"params": params}, x)
+
+
 def test_check_moe_passes_what_runs():
     check_moe(MoeConfig(), MESH, 16)
     check_moe(VMOE, MESH, 16)
