@@ -246,6 +246,14 @@ def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
     ]
 
 
+def test_the_blocks_with_experts_are_numbered_through_all_stages():
+    config = vmoe.VMoEConfig(depths=(1, 2, 1), moe_blocks="every_2", **TINY)
+    whole = vmoe.build(config, IMAGES, stitch_width=None)
+    for network in (whole, vmoe.build_students(config, IMAGES, meta_width=12)):
+        blocks = [block for stage in network.stages for block in stage.blocks]
+        assert [block.moe is not None for block in blocks] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("blocks", "positions"),
     [
