@@ -23,7 +23,7 @@ def config_of(phase, **changes):
     config = tiny_config(phase)
     data = dataclasses.replace(config.data, mean=(0.3,), std=(0.2,))
     meta = dataclasses.replace(config.meta, width=24, norm_eps=0.01)
-    model = dataclasses.replace(config.model, stitches="kept", norm_eps=0.1)
+    model = dataclasses.replace(config.model, norm_eps=0.1)
     return dataclasses.replace(config, data=data, meta=meta, model=model, **changes)
 
 
@@ -33,8 +33,8 @@ RUNS = {
     "train_module": ("module", lambda c: vit.build(c.teacher, IMAGES), 1),
     "assemble": ("teacher", lambda c: vit.build(c.teacher, IMAGES), None),
     "distill": ("student", lambda c: vmoe.build_students(c.model, IMAGES, meta_width=24), 0),
-    "end_to_end": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=24), None),
-    "few_shot": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=24), None),
+    "end_to_end": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=None), None),
+    "few_shot": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=None), None),
 }
 
 
