@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from mistakes import MISTAKES
@@ -29,7 +30,7 @@ from mistakes.mistake import Mistake
 ROOT = pathlib.Path(__file__).parents[1]
 LEAST = 0.95
 SECONDS = 600  # for the tests of one mistake; a mistake may make them wait forever
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,16 +175,16 @@ def try_all(
                 results.keep(key, outcome)
             return outcome
 
+        def judge(mistake: Mistake) -> Outcome:
+            with clean[mistake.tests]:  # whichever comes first tries the tests alone
+                found = run(mistake.tests)
+            if found.kind == "passed":
+                return run(mistake.tests, mistake)
+            return Outcome("broken", f"fails without the mistake: {found.detail}")
+
+        clean = {mistake.tests: threading.Lock() for mistake in mistakes}
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            selections = dict.fromkeys(mistake.tests for mistake in mistakes)
-            clean = dict(zip(selections, pool.map(run, selections), strict=True))
-            futures = {}
-            for mistake in mistakes:
-                if clean[mistake.tests].kind == "passed":
-                    futures[pool.submit(run, mistake.tests, mistake)] = mistake
-                else:
-                    detail = clean[mistake.tests].detail
-                    yield mistake, Outcome("broken", f"fails without the mistake: {detail}")
+            futures = {pool.submit(judge, mistake): mistake for mistake in mistakes}
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
 
