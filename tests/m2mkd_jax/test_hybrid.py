@@ -17,14 +17,15 @@ RNGS = {"noise": jax.random.key(7)}
 
 
 class Layer(nn.Module):
-    """tanh(x kernel), in training times normal numbers; `tokens` limits how many come out."""
+    """factor tanh(x kernel), in training times normal numbers; of so many tokens at most."""
 
     tokens: int = T
+    factor: float = 1.0
 
     @nn.compact
     def __call__(self, x, *, train):
         kernel = self.param("kernel", nn.initializers.normal(1.0), (WIDTH, WIDTH))
-        y = jnp.tanh(x[:, : self.tokens] @ kernel)
+        y = self.factor * jnp.tanh(x[:, : self.tokens] @ kernel)
         if train:
             y *= jax.random.normal(self.make_rng("noise"), y.shape)
         self.sow("moe", "mean", jnp.mean(y))
@@ -161,6 +162,15 @@ def test_stages_that_differ_between_hybrids_are_not_shared():
     short = Network((Layer(tokens=1), Layer(), Layer()))
     hidden = shared_tokens({1: PAIR.meta, 2: short}, PARAMS["meta"], IMAGES)
     assert hidden[1].shape == (4, T, WIDTH) and hidden[2].shape == (4, 1, WIDTH)
+
+
+def test_stages_behind_that_differ_between_hybrids_run_apart():
+    halved = Network((Layer(), Layer(), Layer(factor=0.5)))
+    arguments = PARAMS["meta"], PARAMS["teacher"], {0: IMAGES, 1: IMAGES}
+    logits, _ = finish({0: ALIKE, 1: halved}, *arguments)
+    plain, _ = finish({0: ALIKE, 1: ALIKE}, *arguments)
+    assert_near(logits[0], plain[0])
+    assert_near(logits[1], plain[1] / 2)
 
 
 def test_only_parameters_that_are_run_are_needed():

@@ -160,6 +160,7 @@ def test_every_kind_of_routing_trains(tmp_path, name):
     moe = MOE_SETTINGS[name]
     run_phase(tiny_config("end_to_end", moe=moe), tmp_path, one_device())
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert len(lines) == 3
     assert all(line["train/loss"] > line["train/label_loss"] for line in lines)
     dropped = [line["train/moe/stage_1/block_0/dropped"] for line in lines]
     assert (
