@@ -60,6 +60,7 @@ def test_all_else_is_the_pipeline_s():
     config = config_of(seed=5, precision="bfloat16", module="1")
     own = ("phase", "module", "optim", "augment", "drop_path", "recipes", "sources")
     for _, run in plan(config, ROOT):
+        assert run.module == "all"
         for field in dataclasses.fields(Config):
             if field.name not in own:
                 assert getattr(run, field.name) == getattr(config, field.name), field.name
