@@ -53,6 +53,15 @@ def test_padding_counts_for_nothing_even_where_it_is_not_finite():
     assert found["loss"] == pytest.approx(np.log(1 + np.exp(-1)))
 
 
+def test_totals_by_hand():
+    """Ranks 0, 4 and 5, and a row that does not count."""
+    logits = [[0.0, 5, 4, 3, 2, 1], [9, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]]
+    found = sums(logits, [1, 4, 5, 0], mask=[1.0, 1.0, 1.0, 0.0])
+    loss = sum(np.log(np.sum(np.exp(logits[i]))) - logits[i][n] for i, n in enumerate((1, 4, 5)))
+    want = {"accuracy": 1, "accuracy_top5": 2, "count": 3, "loss": loss}
+    assert found == pytest.approx(want, rel=1e-5)
+
+
 def test_a_class_that_is_not_asked_about_may_be_anything():
     chosen = restrict_logits(jnp.asarray([[NAN, 2.0, 2.0, 1.0]]), (1, 2, 3))
     assert (sums(chosen, [0])["accuracy"], sums(chosen, [1])["accuracy"]) == (1, 0)

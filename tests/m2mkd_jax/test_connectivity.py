@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 from PIL import Image
 
 from m2mkd_jax import connectivity
@@ -28,12 +30,24 @@ def test_a_picture_of_any_size(nodes, tmp_path):
     assert pixels.std() > 10
 
 
-def test_no_edges_and_all_edges_can_be_drawn(tmp_path):
+def quarters(pixels):
+    """Red less blue, and the share of dark pixels, of the four pictures: (2, 2) each."""
+    height, width = (size // 2 for size in pixels.shape[:2])
+    parts = [
+        [pixels[i * height : (i + 1) * height, j * width : (j + 1) * width] for j in range(2)]
+        for i in range(2)
+    ]
+    red = [[np.mean(part[..., 0] - part[..., 2]) for part in row] for row in parts]
+    dark = [[np.mean(part.max(axis=-1) < 200) for part in row] for row in parts]
+    return np.asarray(red), np.asarray(dark)
+
+
+def test_near_mediators_are_red_and_joined_on_their_own_side(tmp_path):
+    # All at distance 1, beyond the truncation; and all at distance 0.
     none, every = np.eye(9, dtype=np.float32), np.ones((9, 9), np.float32)
-    pixels = draw(none, every, np.zeros(9, int), tmp_path / "connectivity.png")
-    graphs = pixels[pixels.shape[0] // 2 :]
-    before, after = np.array_split(np.all(graphs < 250, axis=-1), 2, axis=1)
-    assert after.sum() > 2 * before.sum() > 0
+    red, dark = quarters(draw(none, every, np.zeros(9, int), tmp_path / "connectivity.png"))
+    assert red[0, 0] < -10 and red[0, 1] > 10
+    assert dark[1, 1] > 2 * dark[1, 0]
 
 
 def test_the_order_of_the_mediators_does_not_matter(tmp_path):
@@ -75,3 +89,112 @@ def test_nodes_without_edges_stand_around_the_others():
     assert np.isfinite(places).all()
     radius = np.linalg.norm(places, axis=1)
     assert radius[3:].min() > radius[:3].max()
+
+
+def test_an_edge_at_the_truncation_is_there_and_none_beyond_it():
+    distance = np.array([[0, 0.5, 0.75], [0.5, 0, 2.0], [0.75, 2.0, 0]])
+    assert connectivity._edges(distance, 0.5).tolist() == [[0, 1]]
+    assert connectivity._edges(distance, np.nextafter(0.5, 0)).tolist() == []
+    assert connectivity._edges(distance, 0.75).tolist() == [[0, 1], [0, 2]]
+
+
+def test_the_order_of_edges_by_hand():
+    # On a line at 0, 1, 3, 7: nearest 0-1 (of both), 1-2 (of 2), 2-3 (of 3); then the second
+    # nearest, 0-2 (of 0) and 1-3 (of 3); then 0-3, the third of both.
+    places = np.array([0.0, 1.0, 3.0, 7.0])
+    distance = np.abs(places[:, None] - places)
+    want = [[0, 1], [1, 2], [2, 3], [0, 2], [1, 3], [0, 3]]
+    assert connectivity._edges(distance, 9.0).tolist() == want
+
+
+def axes_of(draw_on, *arguments):
+    axes = Figure().subplots()
+    draw_on(axes, *arguments)
+    return axes
+
+
+@pytest.mark.parametrize("communities", [1, 3, 20, 21, 40])
+def test_every_community_has_a_colour_of_its_own(communities):
+    groups = np.arange(80) % communities
+    places = RNG.normal(size=(80, 2))
+    axes = axes_of(connectivity._draw_graph, np.zeros((0, 2), int), groups, places)
+    axes.figure.canvas.draw()  # maps numbers to colours
+    _, nodes = axes.collections
+    colours = nodes.get_facecolors()
+    assert len(colours) == 80
+    seen = {tuple(colour) for colour in np.round(colours, 6).tolist()}
+    assert len(seen) == communities
+    by_group = {(g, tuple(c)) for g, c in zip(groups, np.round(colours, 6).tolist(), strict=True)}
+    assert len(by_group) == communities
+    np.testing.assert_allclose(nodes.get_offsets(), places)
+
+
+def test_edges_are_lines_between_their_nodes_and_the_first_are_drawn():
+    count = connectivity.MOST_EDGES
+    edges = np.stack([np.arange(count + 5), np.arange(count + 5) + 1], axis=1)
+    places = RNG.normal(size=(count + 6, 2))
+    axes = axes_of(connectivity._draw_graph, edges, np.zeros(count + 6, int), places)
+    segments = np.asarray(axes.collections[0].get_segments())
+    np.testing.assert_allclose(segments, places[edges[:count]])
+
+
+@pytest.mark.parametrize(("communities", "borders"), [(1, []), (3, [3.5, 7.5]), (40, None)])
+def test_borders_stand_between_communities_where_they_are_few(communities, borders):
+    groups = np.repeat(np.arange(communities), 4)
+    distance = np.zeros((len(groups), len(groups)))
+    axes = axes_of(connectivity._draw_distances, distance, groups, TwoSlopeNorm(0.5, 0, 1))
+    across = [line.get_ydata()[0] for line in axes.lines[::2]]
+    down = [line.get_xdata()[0] for line in axes.lines[1::2]]
+    assert across == down == (borders or [])
+
+
+def spied(monkeypatch):
+    """What the two kinds of pictures are given, before and after training; no file is made."""
+    monkeypatch.setattr(connectivity.FigureCanvasAgg, "print_png", lambda self, file: None)
+    given = {"_draw_distances": [], "_draw_graph": []}
+    for name, calls in given.items():
+        whole = getattr(connectivity, name)
+
+        def spy(*arguments, whole=whole, calls=calls):
+            calls.append(arguments[1:])
+            return whole(*arguments)
+
+        monkeypatch.setattr(connectivity, name, spy)
+    return given
+
+
+def test_both_sides_share_order_colours_and_places(monkeypatch, tmp_path):
+    given, communities = spied(monkeypatch), np.array([1, 0, 1, 0, 2])
+    before, after = circle(np.array([0.0, 2, 0.1, 2.2, 4])), circle(np.array([0.0, 1, 2, 3, 3.1]))
+    draw_connectivity(before, after, communities, truncation=0.3, path=tmp_path / "c.png")
+    order = [1, 3, 0, 2, 4]
+    (first, groups, norm), (second, same_groups, same_norm) = given["_draw_distances"]
+    np.testing.assert_array_equal(groups, [0, 0, 1, 1, 2])
+    assert groups is same_groups and norm is same_norm
+    for found, signatures in ((first, before), (second, after)):
+        want = 1 - signatures[order] @ signatures[order].T
+        np.testing.assert_allclose(found, want, atol=1e-5)
+    assert norm.vcenter == 0.3 and norm.vmin == 0
+    assert norm.vmax == pytest.approx(max(first.max(), second.max()))
+    (edges, _, places), (later, _, same_places) = given["_draw_graph"]
+    assert {tuple(edge) for edge in edges.tolist()} == {(0, 1), (2, 3)}
+    assert {tuple(edge) for edge in later.tolist()} == {(1, 4)}
+    assert places is same_places
+    np.testing.assert_array_equal(places, connectivity._lay_out(5, edges))
+
+
+def test_colours_reach_beyond_a_truncation_that_nothing_exceeds(monkeypatch, tmp_path):
+    given = spied(monkeypatch)
+    same = np.ones((4, 3), np.float32)
+    draw_connectivity(same, same, np.zeros(4, int), truncation=2.0, path=tmp_path / "c.png")
+    assert given["_draw_distances"][0][2].vmax == pytest.approx(2.1)
+
+
+def test_captions_count_pairs_once():
+    edges = np.array([[0, 1], [0, 2]])
+    assert connectivity._caption("after training", edges, 4) == (
+        "2 edges after training (33.3% of pairs)"
+    )
+    assert connectivity._caption("after training", edges[:0], 1).startswith("0 edges")
+    full = np.zeros((connectivity.MOST_EDGES, 2), int)
+    assert "of them drawn" not in connectivity._caption("after training", full, 1000)

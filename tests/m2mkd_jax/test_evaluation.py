@@ -16,11 +16,10 @@ from common_jax.checkpoint import finished_steps
 from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.state import evaluation_key, fold_name
-from common_jax.step import make_evaluator
 from m2mkd_jax.config import DistillConfig, EvaluationConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, make_sums
-from m2mkd_jax.phases.training import Training, config_feed, train_phase
+from m2mkd_jax.phases.training import Training, config_feed, train_phase, with_feed
 
 # 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
@@ -47,14 +46,21 @@ def forward(params, helpers, images, train, rngs):
     return {"net": Outputs(logits, None, {})}
 
 
-def evaluator(config, tmp_path, mesh):
-    return make_evaluator(
-        make_sums(forward, config),
-        config_feed(config, tmp_path).evaluation,
-        mesh=mesh,
-        seed=config.seed,
-        fold_step=config.evaluation.noise == "sampled",
+def training_of(config, **settings):
+    return Training(
+        config,
+        title="linear",
+        init=init,
+        rules=(("/net/kernel", PartitionSpec()),),
+        forward=forward,
+        **settings,
     )
+
+
+def evaluator(config, tmp_path, mesh):
+    """The evaluation of the test set that a run of `config` has."""
+    task = with_feed(training_of(config), config_feed(config, tmp_path), mesh)
+    return task.evaluators["test"]
 
 
 @pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
@@ -89,6 +95,31 @@ def test_only_sampled_noise_differs_between_steps(tmp_path):
     assert first["mean"] == later["mean"] and first["fixed"] == later["fixed"]
     assert first["sampled"]["loss"] != later["sampled"]["loss"]
     assert len({result["loss"] for result in first.values()}) == 3
+
+
+@pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
+def test_draws_depend_on_the_seed_of_the_run(tmp_path, noise):
+    params = init(jax.random.key(1))
+    first, second = (
+        evaluator(config_of(noise, seed=seed), tmp_path, one_device())(params, {}, 3)["loss"]
+        for seed in (0, 1)
+    )
+    assert (first == second) == (noise == "mean")
+
+
+def test_a_set_of_other_classes_is_scored_among_these(tmp_path):
+    """A model that is right among all ten, whose digits 6 and 9 no rendition shows."""
+    config = config_of("mean", ood=OodConfig(source="digits_r"))
+    feed = config_feed(config, tmp_path)
+    evaluators = with_feed(training_of(config), feed, one_device()).evaluators
+    assert list(evaluators) == ["test", "ood"]
+    favoured = {"net": {"kernel": jnp.zeros((64, 10)).at[:, 6].set(100.0)}}
+    # 6 wins wherever it counts; among the others all are equal, and the first class is taken.
+    found = evaluators["ood"](favoured, {}, 0)
+    labels = np.concatenate([b["label"][b["_mask"] > 0] for b in feed.ood()])
+    assert found["loss"] == pytest.approx(np.log(8), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(np.mean(labels == 0))
+    assert evaluators["test"](favoured, {}, 0)["loss"] > 10
 
 
 @pytest.mark.parametrize("noise", ["mean", "fixed", "sampled"])
@@ -143,14 +174,7 @@ def test_a_run_with_draws_goes_on_byte_for_byte(tmp_path):
     config = config_of("sampled", ood=OodConfig(source="digits_r"))
 
     def run(workdir):
-        training = Training(
-            config,
-            title="linear",
-            init=init,
-            rules=(("/net/kernel", PartitionSpec()),),
-            forward=forward,
-            regularizer=lambda steps_per_epoch: regularizer,
-        )
+        training = training_of(config, regularizer=lambda steps_per_epoch: regularizer)
         return train_phase(training, workdir, one_device())
 
     result = run(tmp_path / "whole")
@@ -167,6 +191,7 @@ def test_a_run_with_draws_goes_on_byte_for_byte(tmp_path):
     tested = [line for line in lines if "test/loss" in line]
     assert [line["step"] for line in tested] == [3, 6, 9]
     assert all({"ood/loss", "ood/accuracy", "ood/accuracy_top5"} <= set(line) for line in tested)
-    assert all(line["train/penalty"] > 0 for line in lines if "train/loss" in line)
+    penalties = [line["train/penalty"] for line in lines if "train/loss" in line]
+    assert len(penalties) == 5 and min(penalties) > 0
     saved = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert saved["ood/accuracy"] == tested[-1]["ood/accuracy"]

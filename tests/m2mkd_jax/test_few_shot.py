@@ -3,6 +3,7 @@ episodes."""
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny import OPTIM, fill, tiny_config, unoptimised
 
 from common_jax import checkpoint, inputs
 from m2mkd_jax.config import FewShotConfig, SourcesConfig
+from m2mkd_jax.data import digits
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.few_shot import choose_episode, choose_task
 from m2mkd_jax.data.samplers import repeated_indices
@@ -54,6 +56,14 @@ def test_known_choice():
     assert chosen.classes == (17, 72, 97, 8, 32, 15, 63, 57)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 6])
+def test_examples_are_numpy_s_permutations_in_the_drawn_order_of_the_classes(seed):
+    chosen, draw = episode(seed=seed), np.random.RandomState(seed)
+    assert list(chosen.classes) == random.Random(seed).sample(range(20), 5)
+    kept = [draw.permutation(np.flatnonzero(name == LABELS))[:4] for name in chosen.classes]
+    np.testing.assert_array_equal(chosen.indices, draw.permutation(np.concatenate(kept)))
+
+
 def test_eligible_rows_keep_splits_apart():
     split = np.arange(len(LABELS)) % 2 == 0
     train, test = episode(eligible=split), episode(eligible=~split, shots=6)
@@ -66,6 +76,7 @@ def test_a_task_validates_on_the_test_split_unless_told():
     test_labels = LABELS[::-1].copy()
     train, validation = choose_task(LABELS, test_labels, **settings)
     assert train.classes == validation.classes
+    assert (len(train.indices), len(validation.indices)) == (20, 30)
     classes = np.sort(validation.classes)
     np.testing.assert_array_equal(classes[validation.labels], test_labels[validation.indices])
     train, validation = choose_task(LABELS, test_labels, validate_on_train=True, **settings)
@@ -120,10 +131,130 @@ def test_the_summary_is_a_mean_with_the_interval_of_student_s_distribution():
     ]
     merged = summary(found)
     assert (merged["steps"], merged["skipped"], merged["episodes"]) == (5, 4, 4)
+    assert merged["phase"] == "few_shot"
     assert merged["test/accuracy"] == pytest.approx(0.55)
     # t of 3 degrees of freedom, from a printed table; s = sqrt(0.05 / 3).
     half = 3.182446 * np.sqrt(0.05 / 3) / 2
     assert merged["test/accuracy_ci95"] == pytest.approx(half, rel=1e-6)
+
+
+def test_every_metric_of_the_test_set_has_a_mean_of_its_own():
+    found = [
+        {
+            "phase": "few_shot",
+            "steps": 5,
+            "skipped": n,
+            "test/accuracy": 0.5 + n / 10,
+            "test/loss": n,
+        }
+        for n in (1, 2)
+    ]
+    merged = summary(found)
+    assert list(merged) == [
+        *("phase", "steps", "skipped", "episodes"),
+        *("test/accuracy", "test/accuracy_ci95", "test/loss", "test/loss_ci95"),
+    ]
+    assert merged["skipped"] == 3
+    # t of 1 degree of freedom is 12.7062, and s = 1 / sqrt(2).
+    assert merged["test/loss"] == 1.5
+    assert merged["test/loss_ci95"] == pytest.approx(12.7062 / 2, rel=1e-5)
+    assert merged["test/accuracy_ci95"] == pytest.approx(1.27062 / 2, rel=1e-5)
+
+
+def test_the_table_of_episodes_to_the_letter(tmp_path):
+    merged = {"episodes": 2, "test/accuracy": 0.5, "test/accuracy_ci95": 0.1234}
+    merged |= {"test/loss": 1.25, "test/loss_ci95": 0.0456}
+    (tmp_path / "result.json").write_text(json.dumps(merged))
+    for number, (accuracy, loss) in enumerate(((0.4567, 1.2345), (0.5433, 1.2655))):
+        folder = tmp_path / f"episode_{number}"
+        folder.mkdir()
+        one = {"test/accuracy": accuracy, "test/loss": loss}
+        (folder / "result.json").write_text(json.dumps(one))
+        (folder / "config.json").write_text(json.dumps({"few_shot": {"seed": 7 + number}}))
+    table = episodes_table(tmp_path)
+    assert table.header == ("episode", "seed", "test accuracy", "test loss")
+    assert table.rows == (
+        ("0", "7", "45.7 %", "1.234"),
+        ("1", "8", "54.3 %", "1.266"),
+        ("mean, 95 % interval", "", "50.0 ± 12.3 %", "1.250 ± 0.046"),
+    )
+    assert episodes_table(tmp_path / "nowhere") is None
+
+
+def config_of(**episode):
+    settings = {"ways": 4, "shots": 2, "test_shots": 3, "seed": 5} | episode
+    return dataclasses.replace(
+        tiny_config("few_shot", optim=dataclasses.replace(OPTIM, batch=8)),
+        augment=AugmentConfig(),
+        few_shot=FewShotConfig(**settings),
+    )
+
+
+def examples(feed):
+    """Training and test examples of an episode's feed: (image bytes, label) each."""
+    (batch,) = [next(feed.batches(0))]
+    train = zip(batch["image"], batch["label"], strict=True)
+    test = [
+        pair
+        for batch in feed.evaluation()
+        for pair in zip(batch["image"], batch["label"], batch["_mask"], strict=True)
+    ]
+    return (
+        [(image.tobytes(), int(label)) for image, label in train],
+        [(image.tobytes(), int(label)) for image, label, mask in test if mask],
+    )
+
+
+def digits_of(split):
+    """The class of every image of a split, by its bytes."""
+    images, labels = digits.load_split(split)
+    return {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+
+
+@pytest.mark.parametrize("on_train", [False, True])
+def test_an_episode_has_shots_to_train_on_and_test_shots_of_the_other_split(on_train, tmp_path):
+    config = config_of(test_on_train=on_train)
+    training = few_shot.describe(config, one_device())
+    feed = few_shot.episode_feed(training.config, few_shot.load_splits(config), workdir=tmp_path)
+    classes = sorted(random.Random(5).sample(range(10), 4))
+    assert feed.label_names == tuple(str(name) for name in classes)
+    train, test = examples(feed)
+    of_train, of_test = digits_of("train"), digits_of("train" if on_train else "test")
+    for found, known, shots in ((train, of_train, 2), (test, of_test, 3)):
+        np.testing.assert_array_equal(np.bincount([label for _, label in found]), [shots] * 4)
+        assert len({image for image, _ in found}) == len(found) == 4 * shots
+        assert all(known[image] == classes[label] for image, label in found)
+    assert (set(train) <= set(test)) == on_train
+
+
+def test_the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run(tmp_path):
+    def draw(seed, draw_seed):
+        config = dataclasses.replace(config_of(seed=draw_seed), seed=seed)
+        one = few_shot.describe(config, one_device()).config
+        feed = few_shot.episode_feed(one, few_shot.load_splits(config), workdir=tmp_path)
+        return examples(feed)[0]
+
+    first, again, other, drawn = draw(0, 5), draw(0, 5), draw(1, 5), draw(0, 6)
+    assert first == again
+    assert first != other and sorted(first) == sorted(other)
+    assert {image for image, _ in first} != {image for image, _ in drawn}
+
+
+def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch):
+    config = config_of(episodes=3)
+    drawn, choose = [], few_shot.choose_task
+
+    def spy(*arguments, seed, **settings):
+        drawn.append(seed)
+        return choose(*arguments, seed=seed, **settings)
+
+    monkeypatch.setattr(few_shot, "choose_task", spy)
+    sources = few_shot.load_splits(config)
+    training, feed = few_shot.check_episodes(config, one_device(), sources)
+    assert sorted(drawn) == [5, 6, 7]
+    classes = sorted(random.Random(5).sample(range(10), 4))
+    assert feed.label_names == tuple(str(name) for name in classes)
+    assert training.config.data.labels == 4
 
 
 def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):

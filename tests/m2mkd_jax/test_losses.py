@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
 from m2mkd_jax import losses
 
@@ -75,3 +76,50 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_blend(alpha):
     assert_close(losses.blend(2.0, 5.0, alpha), (1 - alpha) * 2.0 + alpha * 5.0)
+
+
+# Logits of the probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
+HALF, EIGHTH = np.log([[0.5, 0.25, 0.25]]), np.log([[0.125, 0.125, 0.75]])
+LN2, LN3 = np.log(2), np.log(3)
+# sum t (log t - log s), t = (1/8, 1/8, 3/4), s = (1/2, 1/4, 1/4)
+DIVERGENCE = (-2 * LN2 - LN2) / 8 + 0.75 * LN3
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),
+    [("soft", DIVERGENCE / 3), ("soft_batch_mean", DIVERGENCE), ("hard", 2 * LN2)],
+)
+def test_each_kind_of_distillation_by_hand(kind, want):
+    student, teacher = HALF.astype(np.float32), EIGHTH.astype(np.float32)
+    assert losses.DISTILLATIONS[kind](student, teacher, 1.0) == pytest.approx(want, rel=1e-5)
+    if kind != "hard":  # twice the logits at twice the temperature are the same distributions
+        hot = losses.DISTILLATIONS[kind](2 * student, 2 * teacher, 2.0)
+        assert hot == pytest.approx(4 * want, rel=1e-5)
+
+
+def test_label_losses_by_hand():
+    logits = jnp.asarray(np.concatenate([HALF, EIGHTH]), jnp.float32)
+    labels = jnp.asarray([0, 2])
+    first, second = LN2, 2 * LN2 - LN3  # -log 1/2, -log 3/4
+    plain = losses.smoothed_cross_entropy(logits, labels, 0.0)
+    assert plain == pytest.approx((first + second) / 2, rel=1e-5)
+    means = (LN2 + 2 * LN2 + 2 * LN2) / 3, (3 * LN2 + 3 * LN2 + 2 * LN2 - LN3) / 3
+    smoothed = losses.smoothed_cross_entropy(logits, labels, 0.25)
+    want = 0.75 * (first + second) / 2 + 0.25 * sum(means) / 2
+    assert smoothed == pytest.approx(want, rel=1e-5)
+    targets = jnp.asarray([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    soft = losses.soft_cross_entropy(logits, targets)
+    assert soft == pytest.approx((2 * LN2 + (3 * LN2 + second) / 2) / 2, rel=1e-5)
+
+
+def test_gradients_are_the_differences_of_the_distributions():
+    """d/dz of the label loss is (p - y) / B, of soft distillation tau (s - t) / (B L)."""
+    p = np.exp(log_softmax(STUDENT))
+    gradient = jax.grad(losses.soft_cross_entropy)(STUDENT, TARGETS)
+    np.testing.assert_allclose(gradient, (p - TARGETS) / B, rtol=1e-4, atol=1e-6)
+    gradient = jax.grad(losses.hard_distillation)(STUDENT, TEACHER, 3.0)
+    np.testing.assert_allclose(gradient, (p - np.eye(L)[TEACHER.argmax(-1)]) / B, 1e-4, 1e-6)
+    for tau in (1.0, 2.5):
+        s, t = (np.exp(log_softmax(logits / tau)) for logits in (STUDENT, TEACHER))
+        gradient = jax.grad(losses.soft_distillation)(STUDENT, TEACHER, tau)
+        np.testing.assert_allclose(gradient, tau * (s - t) / (B * L), rtol=1e-4, atol=1e-6)

@@ -26,7 +26,7 @@ BYTES = np.full((2, *SHAPE), 200, np.uint8)
     ],
 )
 def test_batches_of_pixels_are_taken(images):
-    check_images(images, SHAPE)
+    assert check_images(images, SHAPE) is None
 
 
 @pytest.mark.parametrize(

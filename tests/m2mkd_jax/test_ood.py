@@ -200,6 +200,32 @@ def test_a_class_list_chooses_classes(tmp_path):
         load_ood(data, ood, label_names=WNIDS)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_per_class_limits_the_training_and_the_test_set_alone(tmp_path, split):
+    root = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
+    data = DataConfig("folder", "elsewhere", 36, 3, 4, (0.5,) * 3, (0.5,) * 3)
+    data = dataclasses.replace(data, per_class=1, test_per_class=2)
+    ood = OodConfig("folder", str(root), split=split)
+    found = load_ood(data, ood, label_names=("bee", "cat", "dog"))
+    assert len(found.source) == 6 and found.classes == (0, 2)
+    assert (found.data.path, found.data.source, found.data.labels) == (str(root), "folder", 2)
+    assert (found.data.image_size, found.data.mean) == (36, (0.5,) * 3)
+
+
+def test_a_class_list_is_for_the_set_that_it_is_given_for(tmp_path):
+    """Of three classes the first and the last, which moves the last one's label."""
+    root, names = renditions(tmp_path / "r", ("n01", "n02", "n03")), tmp_path / "classes.txt"
+    names.write_text("n01\nn03\n")
+    data = DataConfig(image_size=64, labels=4, **RGB)
+    ood = OodConfig("imagenet_r", str(root), classes=str(names))
+    found = load_ood(data, ood, label_names=WNIDS)
+    assert found.classes == (0, 2) and found.source.labels.tolist() == [0, 0, 1, 1]
+    pixels = [found.source[i]["image"] for i in range(4)]
+    for image, name in zip(pixels, ("n01/0", "n01/1", "n03/0", "n03/1"), strict=True):
+        with Image.open(root / f"{name}.png") as picture:
+            np.testing.assert_array_equal(image, np.asarray(picture))
+
+
 @pytest.mark.parametrize(
     ("ood", "message"),
     [

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 def finished(tmp_path_factory):
     """The folder of a pipeline that has run."""
     workdir = tmp_path_factory.mktemp("pipeline")
-    run_phase(tiny_pipeline(), workdir, one_device())
+    result = run_phase(tiny_pipeline(), workdir, one_device())
+    assert result == json.loads((workdir / "end_to_end" / "result.json").read_text())
     return workdir
 
 
@@ -133,7 +134,12 @@ def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, tmp_path)
     config = dataclasses.replace(config, sources=SourcesConfig(teacher=str(finished / "teacher")))
     run_phase(config, tmp_path / "some", one_device())
     lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
-    assert all(line["train/distillation"] > 0 for line in lines if "train/loss" in line)
+    lines = [line for line in lines if "train/loss" in line]
+    assert len(lines) == 3
+    for line in lines:  # alpha is 1/2, and nothing else is in the loss
+        assert line["train/distillation"] > 0
+        parts = line["train/label_loss"], line["train/distillation"]
+        assert line["train/loss"] == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
 MOE_SETTINGS = {
@@ -154,6 +160,7 @@ def test_every_kind_of_routing_trains(tmp_path, name):
     moe = MOE_SETTINGS[name]
     run_phase(tiny_config("end_to_end", moe=moe), tmp_path, one_device())
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert len(lines) == 3
     assert all(line["train/loss"] > line["train/label_loss"] for line in lines)
     dropped = [line["train/moe/stage_1/block_0/dropped"] for line in lines]
     assert (

@@ -2,4 +2,309 @@
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+TESTS = "tests/m2mkd_jax"
+LOSSES = f"{TESTS}/test_losses.py"
+HYBRID = f"{TESTS}/test_hybrid.py"
+STAGES = f"{TESTS}/test_stages.py"
+OBJECTIVE = f"{TESTS}/test_objective.py"
+PLAN = f"{TESTS}/test_plan.py"
+SOURCES = " ".join(
+    f"{TESTS}/test_phase_sources.py::test_{name}"
+    for name in (
+        "assemble_takes_each_module_from_its_workdir",
+        "the_baseline_s_teacher_is_taken_whole",
+        "other_numbers_for_pixels_are_seen",
+    )
+)
+FAMILIES = f"{TESTS}/test_families.py"
+CIRCUIT = f"{TESTS}/test_circuit.py"
+ASSIGNMENT = f"{TESTS}/test_assignment.py"
+CONNECTIVITY = (
+    f"{TESTS}/test_connectivity.py::test_an_edge_at_the_truncation_is_there_and_none_beyond_it "
+    f"{TESTS}/test_connectivity.py::test_both_sides_share_order_colours_and_places"
+)
+RATES = f"{TESTS}/test_phases.py::test_every_phase_drops_paths_of_what_it_trains"
+PRECISION = f"{TESTS}/test_phases.py::test_every_network_computes_in_the_precision_of_the_config"
+TRAINED = f"{TESTS}/test_phases.py::test_what_each_phase_trains_and_needs"
+FEED = (
+    f"{TESTS}/test_phases.py::test_whole_networks_alone_are_tested_out_of_distribution "
+    f"{TESTS}/test_phases.py::test_the_order_of_training_depends_on_the_seed"
+)
+DRAWS = (
+    f"{TESTS}/test_evaluation.py::test_draws_depend_on_the_seed_of_the_run "
+    f"{TESTS}/test_evaluation.py::test_only_sampled_noise_differs_between_steps"
+)
+EPISODES = " ".join(
+    f"{TESTS}/test_few_shot.py::test_{name}"
+    for name in (
+        "an_episode_has_shots_to_train_on_and_test_shots_of_the_other_split",
+        "the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run",
+        "every_metric_of_the_test_set_has_a_mean_of_its_own",
+        "a_check_draws_every_episode_and_gives_the_first",
+    )
+)
+OOD = f"{TESTS}/test_ood.py::test_per_class_limits_the_training_and_the_test_set_alone"
+TOTALS = f"{TESTS}/test_classification.py::test_totals_by_hand tests/common_jax/test_ranking.py"
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        "m2mkd_jax/losses.py",
+        "the divergence is the other way round",
+        "jnp.mean(jnp.exp(log_t) * (log_t - log_s))",
+        "jnp.mean(jnp.exp(log_s) * (log_s - log_t))",
+        LOSSES,
+    ),
+    Mistake(
+        "m2mkd_jax/losses.py",
+        "two kinds of distillation have each other's name",
+        """    "soft": soft_distillation,
+    "soft_batch_mean": soft_distillation_batch_mean,""",
+        """    "soft": soft_distillation_batch_mean,
+    "soft_batch_mean": soft_distillation,""",
+        LOSSES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/objective.py",
+        "temperature of the config ignored",
+        "distillation(outputs.logits, outputs.teacher, distill.tau)",
+        "distillation(outputs.logits, outputs.teacher, 1.0)",
+        OBJECTIVE,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/objective.py",
+        "balance losses are not in the total",
+        "total, moe = total + value + balance, moe | recorded",
+        "total, moe = total + value, moe | recorded",
+        OBJECTIVE,
+    ),
+    Mistake(
+        "m2mkd_jax/hybrid.py",
+        "gradients pass into what a teacher gives",
+        "return jax.lax.stop_gradient(taught), logits, recorded",
+        "return taught, logits, recorded",
+        HYBRID,
+    ),
+    Mistake(
+        "m2mkd_jax/hybrid.py",
+        "the meta model behind a student is in training as the student is",
+        "return apply(meta_params, x, train=train_meta, **span)[0]",
+        "return apply(meta_params, x, train=train, **span)[0]",
+        HYBRID,
+    ),
+    Mistake(
+        "m2mkd_jax/hybrid.py",
+        "teachers are in training as their students are",
+        'finish(teachers, meta, params["teacher"], hidden)',
+        'finish(teachers, meta, params["teacher"], hidden, train=train, rngs=rngs)',
+        HYBRID,
+    ),
+    Mistake(
+        "m2mkd_jax/stages.py",
+        "all stages draw with one key",
+        "keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}",
+        "keys = dict(rngs or {})",
+        STAGES,
+    ),
+    Mistake(
+        "m2mkd_jax/stages.py",
+        "all stages start from one key",
+        "init(fold_name(key, stage_name(i)), zeros, train=False)",
+        "init(key, zeros, train=False)",
+        STAGES,
+    ),
+    Mistake(
+        "m2mkd_jax/models/stitch.py",
+        "the encoder's epsilon",
+        "NORM_EPS = 1e-5",
+        "NORM_EPS = 1e-6",
+        STAGES,
+    ),
+    Mistake(
+        "m2mkd_jax/assignment.py",
+        "chains are one move too short",
+        "length, before = jax.lax.fori_loop(0, blocks - 1, lengthen, start)",
+        "length, before = jax.lax.fori_loop(0, blocks - 2, lengthen, start)",
+        ASSIGNMENT,
+    ),
+    Mistake(
+        "m2mkd_jax/assignment.py",
+        "rows leave blocks that are full and not crowded",
+        "jnp.where(size > room, 0.0, jnp.inf)",
+        "jnp.where(size >= room, 0.0, jnp.inf)",
+        ASSIGNMENT,
+    ),
+    Mistake(
+        "m2mkd_jax/connectivity.py",
+        "edges at the truncation itself are left out",
+        "np.triu(distance <= truncation, 1)",
+        "np.triu(distance < truncation, 1)",
+        CONNECTIVITY,
+    ),
+    Mistake(
+        "m2mkd_jax/connectivity.py",
+        "both sides show the signatures before training",
+        '"after training": signatures_after}',
+        '"after training": signatures_before}',
+        CONNECTIVITY,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/networks.py",
+        "teachers compute in float32 whatever the config says",
+        "vit.build(config.teacher, config.interface, dtype=config.dtype,",
+        "vit.build(config.teacher, config.interface,",
+        PRECISION,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/networks.py",
+        "one workdir for all stages stands for the first alone",
+        "return sources if len(sources) == count else sources * count",
+        "return sources",
+        SOURCES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/networks.py",
+        "other means of pixels are not looked at",
+        'for name in ("mean", "std")',
+        'for name in ("std",)',
+        SOURCES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/assemble.py",
+        "no stochastic depth in the assembled teacher",
+        "network = teacher_network(config, drop_path=config.drop_path)",
+        "network = teacher_network(config)",
+        RATES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/train_module.py",
+        "stochastic depth ramps over the module alone",
+        "encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)",
+        "replace_stage(meta, stage, encoder.ramp_drop_path(teacher, config.drop_path))",
+        RATES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/distill.py",
+        "the baseline's objective in place of the pairs'",
+        "distill=config.distill,",
+        "distill=config.baseline,",
+        TRAINED,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/distill.py",
+        "modules are clipped by one norm",
+        "clip_depth=2,",
+        "clip_depth=1,",
+        TRAINED,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/end_to_end.py",
+        "the baseline's teacher comes from the place of the meta model",
+        'origin = Origin(require_source(config, "teacher"), "teacher", "teacher")',
+        'origin = Origin(require_source(config, "teacher"), "meta", "teacher")',
+        SOURCES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/families.py",
+        "shared propagators leave the last mediator student out",
+        "for stage in range(2, model.iterations + 1)",
+        "for stage in range(2, model.iterations)",
+        FAMILIES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/families.py",
+        "stitches that are kept have the student's width",
+        "stitch_width=config.meta.width if kept else None",
+        "stitch_width=config.model.width if kept else None",
+        FAMILIES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/circuit.py",
+        "weights of regularisers move step by step",
+        'return regularize(params["student"], (step // steps_per_epoch) / epochs)',
+        'return regularize(params["student"], step / (steps_per_epoch * epochs))',
+        CIRCUIT,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/circuit.py",
+        "inputs and outputs start from one draw",
+        'fold_name(key, f"{name} signatures")',
+        'fold_name(key, "signatures")',
+        CIRCUIT,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/training.py",
+        "every run evaluates with the draws of seed 0",
+        """        seed=config.seed,
+        fold_step=""",
+        """        seed=0,
+        fold_step=""",
+        DRAWS,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/training.py",
+        "every run shuffles with seed 0",
+        """        seed=config.seed,
+        workdir=workdir,
+        train=train,""",
+        """        seed=0,
+        workdir=workdir,
+        train=train,""",
+        FEED,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/pipeline.py",
+        "all runs augment as the pipeline's own section says",
+        "augment=recipe.augment,",
+        "augment=config.augment,",
+        PLAN,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/pipeline.py",
+        "stages are taken in the order of their digits",
+        "return tuple(str(workdir / held[stage]) for stage in sorted(held))",
+        "return tuple(str(workdir / held[stage]) for stage in sorted(held, key=str))",
+        PLAN,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/few_shot.py",
+        "as many test images as training images",
+        "validation_shots=few_shot.test_shots",
+        "validation_shots=few_shot.shots",
+        EPISODES,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/few_shot.py",
+        "the interval of a population in place of a sample",
+        "np.std(values, ddof=1)",
+        "np.std(values)",
+        EPISODES,
+    ),
+    Mistake(
+        "m2mkd_jax/data/few_shot.py",
+        "test images always from the training split",
+        "train_labels if validate_on_train else test_labels",
+        "train_labels",
+        EPISODES,
+    ),
+    Mistake(
+        "m2mkd_jax/data/ood.py",
+        "the limit of the training set cuts a further test set",
+        "            per_class=0,  # which",
+        "            # which",
+        OOD,
+    ),
+    Mistake(
+        "m2mkd_jax/evaluators/classification.py",
+        "six are the best five",
+        "mask * (rank < 5)",
+        "mask * (rank <= 5)",
+        TOTALS,
+    ),
+    Mistake(
+        "common_jax/ranking.py",
+        "of equal scores the last comes first",
+        "(scores == own_score) & earlier",
+        "(scores == own_score) & ~earlier",
+        TOTALS,
+    ),
+)

@@ -1,0 +1,67 @@
+"""Rows shared out among blocks, by hand and where only chains of moves help; against scipy's in
+test_regularizers.py."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from m2mkd_jax import assignment
+
+assign_blocks = jax.jit(assignment.assign_blocks)
+
+
+def least(cost):
+    """The least sum over all ways of giving each block as many rows."""
+    rows, blocks = cost.shape
+    labels = np.repeat(np.arange(blocks), rows // blocks)
+    ways = set(itertools.permutations(labels.tolist()))
+    return min(cost[np.arange(rows), list(way)].sum() for way in ways)
+
+
+def test_the_row_that_loses_least_moves():
+    # All prefer block 0, which has room for two; the second and the fourth lose least elsewhere.
+    cost = jnp.asarray([[0.0, 5.0], [0.0, 1.0], [0.0, 4.0], [0.0, 2.0]])
+    np.testing.assert_array_equal(assign_blocks(cost), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("blocks", [3, 9])
+def test_a_chain_through_all_blocks_is_found(blocks):
+    """Row i stands in block i, all but the last, which is empty; one more row wants block 0 and
+    nothing else. So every row must move on by one."""
+    cost = np.full((blocks, blocks), 100.0)
+    cost[0, 0] = 0.0
+    for row in range(1, blocks):
+        cost[row, row - 1], cost[row, row] = 0.0, 1.0
+    order = np.random.default_rng(blocks).permutation(blocks)
+    np.testing.assert_array_equal(assign_blocks(jnp.asarray(cost[order], jnp.float32)), order)
+
+
+def test_small_sums_are_the_least_of_all_ways():
+    rng = np.random.default_rng(0)
+    for shape in ((6, 3), (5, 5)):
+        # Whole numbers, below 0 too, of which many are equal.
+        costs = rng.integers(-3, 3, (20, *shape)).astype(np.float32)
+        for cost, labels in zip(costs, np.asarray(assign_blocks(jnp.asarray(costs))), strict=True):
+            np.testing.assert_array_equal(np.bincount(labels), shape[0] // shape[1])
+            assert cost[np.arange(shape[0]), labels].sum() == least(cost)
+
+
+def test_every_matrix_of_a_batch_is_assigned_by_itself():
+    costs = np.random.default_rng(1).normal(size=(4, 5, 6, 3)).astype(np.float32)
+    found = np.asarray(assign_blocks(jnp.asarray(costs)))
+    assert found.shape == (4, 5, 6)
+    for place in np.ndindex(4, 5):
+        chosen = costs[place][np.arange(6), found[place]]
+        assert chosen.sum() == pytest.approx(least(costs[place]), abs=1e-5)
+
+
+def test_nothing_is_differentiated():
+    def total(cost):
+        return jnp.sum(cost * assign_blocks(cost)[:, None])
+
+    cost = jnp.asarray([[0.0, 5.0], [0.0, 1.0], [0.0, 4.0], [0.0, 2.0]])
+    gradient = jax.grad(total)(cost)
+    np.testing.assert_array_equal(gradient, [[0, 0], [1, 1], [0, 0], [1, 1]])

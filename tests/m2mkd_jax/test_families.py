@@ -1,0 +1,100 @@
+"""Students and the whole network that they are merged into: what is left and what starts anew is
+what the two do not share, to the name."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+from flax import traverse_util
+from tiny import NAC, tiny_config
+
+from m2mkd_jax.models.nac.kernel import KernelConfig
+from m2mkd_jax.phases.families import family, student_modules, whole_student
+
+DEEP = dataclasses.replace(NAC, iterations=3)
+CASES = {
+    "V-MoE": {},
+    "V-MoE, kept": {"stitches": "kept"},
+    "NAC": DEEP,
+    "shared": dataclasses.replace(DEEP, share_propagators=True),
+    "shared MLPs": dataclasses.replace(DEEP, share_ffns=True),
+    "one iteration": dataclasses.replace(NAC, share_ffns=True),
+    "Tiny-ImageNet": dataclasses.replace(DEEP, students="tinyimagenet"),
+    "no bandwidth": dataclasses.replace(DEEP, kernel=KernelConfig(learnable_bandwidth=False)),
+}
+SMALLER = r"student/stage_0/tokenizer/grid|student/stage_\d/pooling/.*"
+
+
+def config_of(case):
+    config = tiny_config("end_to_end")
+    changes = CASES[case]
+    if isinstance(changes, dict):
+        model = dataclasses.replace(config.model, depths=(2, 1, 2), **changes)
+        meta = dataclasses.replace(config.meta, width=24)
+        return dataclasses.replace(config, model=model, meta=meta)
+    return dataclasses.replace(config, model=changes)
+
+
+def shapes(network):
+    tree = {"student": jax.eval_shape(network.init, jax.random.key(0))}
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def matched(allowances, names):
+    return {n for n in names if any(re.fullmatch(a.regex, n) for a in allowances)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
+    config = config_of(case)
+    students, whole = shapes(student_modules(config)), shapes(whole_student(config))
+    smaller = {n for n in whole if case == "Tiny-ImageNet" and re.fullmatch(SMALLER, n)}
+    assert bool(smaller) == (case == "Tiny-ImageNet")
+    kind = family(config)
+    assert matched(kind.left(config), students) == (students.keys() - whole.keys()) | smaller
+    assert matched(kind.fresh(config), whole) == (whole.keys() - students.keys()) | smaller
+    for name in students.keys() & whole.keys():
+        assert students[name] == whole[name], name
+
+
+@pytest.mark.parametrize("case", ["V-MoE", "NAC"])
+def test_the_head_is_the_classifier_alone(case):
+    config = config_of(case)
+    names = shapes(whole_student(config))
+    head = {n for n in names if re.fullmatch(family(config).head, n)}
+    place = "stage_2/head" if case == "V-MoE" else "stage_4/pooling/head"
+    assert head == {f"student/{place}/{leaf}" for leaf in ("kernel", "bias")}
+    episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
+    other = shapes(whole_student(episode))
+    moved = {n for n in names if names[n] != other[n]}
+    assert moved == head
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_reason_names_what_it_is_for(case):
+    config = config_of(case)
+    kind = family(config)
+    allowances = kind.left(config) + kind.fresh(config)
+    reasons = {a.reason for a in allowances if "config.model" in a.reason}
+    want = {
+        "V-MoE": {"stitches='dropped'"},
+        "shared": {"share_propagators takes the first mediator student alone"},
+        "shared MLPs": {"share_ffns takes the MLP of the first mediator student alone"},
+        "Tiny-ImageNet": {"students='tinyimagenet'"},
+    }.get(case, set())
+    assert reasons == {f"config.model.{reason}" for reason in want}
+
+
+def test_the_students_of_a_nac_are_fixed_by_the_seed_and_fit_the_meta_model():
+    config = dataclasses.replace(config_of("NAC"), seed=9)
+    config = dataclasses.replace(config, meta=dataclasses.replace(config.meta, width=24))
+    students = student_modules(config, drop_path=0.2)
+    assert {stage.seed for stage in students.stages} == {9}
+    assert {stage.stitch_width for stage in students.stages} == {24}
+    # Four patches and a class token.
+    assert [stage.example(2).shape for stage in students.stages[1:]] == [(2, 5, 24)] * 4
+    rates = [stage.config.drop_path for stage in students.stages[1:-1]]
+    assert rates == [0.2] * 3
+    whole = whole_student(config, drop_path=0.2)
+    assert [part.config.drop_path for part in whole.propagators] == [0.2] * 3

@@ -1,0 +1,199 @@
+"""Modules within a meta model of toy stages: who runs, who is in training, where gradients go."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from common_jax.state import fold_name
+from m2mkd_jax.hybrid import Pair, finish, pair_logits, replace_stage, shared_tokens
+from m2mkd_jax.stages import Network, stage_name
+
+T, WIDTH = 2, 3
+RNGS = {"noise": jax.random.key(7)}
+
+
+class Layer(nn.Module):
+    """factor tanh(x kernel), in training times normal numbers; of so many tokens at most."""
+
+    tokens: int = T
+    factor: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        kernel = self.param("kernel", nn.initializers.normal(1.0), (WIDTH, WIDTH))
+        y = self.factor * jnp.tanh(x[:, : self.tokens] @ kernel)
+        if train:
+            y *= jax.random.normal(self.make_rng("noise"), y.shape)
+        self.sow("moe", "mean", jnp.mean(y))
+        return y
+
+    def example(self, batch):
+        return jax.ShapeDtypeStruct((batch, T, WIDTH), jnp.float32)
+
+
+ALIKE = Network((Layer(),) * 3)
+# The first student gives a single token, as a NAC's does.
+PAIR = Pair(ALIKE, ALIKE, Network((Layer(tokens=1), Layer(), Layer())))
+PARAMS = {
+    role: getattr(PAIR, role).init(jax.random.key(number))
+    for number, role in enumerate(("meta", "teacher", "student"))
+}
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, T, WIDTH)), jnp.float32)
+# Which modules are run together.
+TOGETHER = [(0,), (1,), (2,), (0, 2), (0, 1, 2)]
+
+
+def run_stages(role, own, *, training=(), params=PARAMS, images=IMAGES):
+    """The meta model with stage `own` of `role`, one stage after another; those in `training` draw
+    with the stage's key."""
+    x = images
+    for stage in range(3):
+        whose, name = role if stage == own else "meta", stage_name(stage)
+        rngs = {"noise": fold_name(RNGS["noise"], name)}
+        layer = getattr(PAIR, whose).stages[stage]
+        x = layer.apply({"params": params[whose][name]}, x, train=stage in training, rngs=rngs)
+    return x
+
+
+def assert_near(got, want):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stages", TOGETHER)
+def test_both_sides_are_the_meta_model_with_one_stage_replaced(stages):
+    taught, logits, _ = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=False)
+    assert set(taught) == set(logits) == set(stages)
+    for own in stages:
+        assert_near(taught[own], run_stages("teacher", own))
+        assert_near(logits[own], run_stages("student", own))
+
+
+@pytest.mark.parametrize("stages", TOGETHER)
+def test_students_alone_are_in_training(stages):
+    taught, logits, _ = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=True, rngs=RNGS)
+    for own in stages:
+        assert_near(taught[own], run_stages("teacher", own))
+        assert_near(logits[own], run_stages("student", own, training=(own,)))
+
+
+@pytest.mark.parametrize("stages", TOGETHER)
+def test_what_students_record_is_handed_back(stages):
+    _, _, recorded = pair_logits(PAIR, PARAMS, IMAGES, stages=stages, train=False)
+    assert set(recorded) == {stage_name(own) for own in stages}
+    name = stage_name(stages[-1])
+    x = IMAGES
+    for stage in range(stages[-1]):
+        x = Layer().apply({"params": PARAMS["meta"][stage_name(stage)]}, x, train=False)
+    y = PAIR.student.stages[stages[-1]].apply({"params": PARAMS["student"][name]}, x, train=False)
+    assert_near(recorded[name]["moe"]["mean"][0], jnp.mean(y))
+
+
+def kernels(tree):
+    """Whether the gradient of each stage is there."""
+    return [bool(np.any(tree[stage_name(stage)]["kernel"])) for stage in range(3)]
+
+
+def test_gradients_of_a_student_pass_through_the_stages_behind_it_alone():
+    def total(params, images):
+        return jnp.sum(pair_logits(PAIR, params, images, stages=(1,), train=False)[1][1] ** 2)
+
+    by_params, by_images = jax.grad(total, argnums=(0, 1))(PARAMS, IMAGES)
+    assert not np.any(by_images)
+    assert kernels(by_params["student"]) == [False, True, False]
+    assert kernels(by_params["meta"]) == [False, False, True]
+    assert kernels(by_params["teacher"]) == [False] * 3
+
+    def plain(student):
+        return jnp.sum(run_stages("student", 1, params=PARAMS | {"student": student}) ** 2)
+
+    want = jax.grad(plain)(PARAMS["student"])
+    jax.tree.map(assert_near, by_params["student"], want)
+
+
+def test_no_gradient_passes_through_a_teacher():
+    def total(params, images):
+        return jnp.sum(pair_logits(PAIR, params, images, stages=(0, 1), train=False)[0][1])
+
+    assert not any(np.any(g) for g in jax.tree.leaves(jax.grad(total, (0, 1))(PARAMS, IMAGES)))
+
+
+@pytest.mark.parametrize("stages", TOGETHER)
+@pytest.mark.parametrize("train_meta", [False, True])
+def test_modules_and_the_stages_around_them_are_put_in_training_apart(stages, train_meta):
+    hybrids = {own: replace_stage(PAIR.meta, own, PAIR.teacher) for own in stages}
+    hidden = shared_tokens(hybrids, PARAMS["meta"], IMAGES, train=train_meta, rngs=RNGS)
+    for module in (False, True):
+        logits, _ = finish(
+            hybrids,
+            PARAMS["meta"],
+            PARAMS["teacher"],
+            hidden,
+            train=module,
+            train_meta=train_meta,
+            rngs=RNGS,
+        )
+        for own in stages:
+            around = {0, 1, 2} - {own} if train_meta else set()
+            training = around | ({own} if module else set())
+            assert_near(logits[own], run_stages("teacher", own, training=training))
+
+
+def test_tokens_before_a_module_are_the_meta_model_s_and_pass_no_gradient():
+    hybrids = {own: replace_stage(PAIR.meta, own, PAIR.student) for own in range(3)}
+    hidden = shared_tokens(hybrids, PARAMS["meta"], IMAGES)
+    x = IMAGES
+    for own in range(3):
+        assert_near(hidden[own], x)
+        x = Layer().apply({"params": PARAMS["meta"][stage_name(own)]}, x, train=False)
+
+    def total(meta, images):
+        return sum(jnp.sum(x) for x in shared_tokens(hybrids, meta, images).values())
+
+    gradients = jax.grad(total, (0, 1))(PARAMS["meta"], IMAGES)
+    assert not any(np.any(g) for g in jax.tree.leaves(gradients))
+
+
+def test_stages_that_differ_between_hybrids_are_not_shared():
+    """As those of hybrids whose stochastic depth ramps over other numbers of blocks."""
+    short = Network((Layer(tokens=1), Layer(), Layer()))
+    hidden = shared_tokens({1: PAIR.meta, 2: short}, PARAMS["meta"], IMAGES)
+    assert hidden[1].shape == (4, T, WIDTH) and hidden[2].shape == (4, 1, WIDTH)
+
+
+def test_stages_behind_that_differ_between_hybrids_run_apart():
+    halved = Network((Layer(), Layer(), Layer(factor=0.5)))
+    arguments = PARAMS["meta"], PARAMS["teacher"], {0: IMAGES, 1: IMAGES}
+    logits, _ = finish({0: ALIKE, 1: halved}, *arguments)
+    plain, _ = finish({0: ALIKE, 1: ALIKE}, *arguments)
+    assert_near(logits[0], plain[0])
+    assert_near(logits[1], plain[1] / 2)
+
+
+def test_only_parameters_that_are_run_are_needed():
+    meta = {name: PARAMS["meta"][name] for name in ("stage_0", "stage_2")}
+    params = {"meta": meta} | {
+        role: {"stage_1": PARAMS[role]["stage_1"]} for role in ("teacher", "student")
+    }
+    _, logits, _ = pair_logits(PAIR, params, IMAGES, stages=(1,), train=False)
+    assert_near(logits[1], run_stages("student", 1))
+
+
+def test_one_stage_is_replaced_and_the_meta_model_stays_as_it_is():
+    other = Network((Layer(tokens=1),) * 3)
+    for own in range(3):
+        found = replace_stage(PAIR.meta, own, other).stages
+        assert [stage.tokens for stage in found] == [1 if i == own else T for i in range(3)]
+    assert [stage.tokens for stage in PAIR.meta.stages] == [T] * 3
+
+
+def test_networks_cut_into_other_numbers_of_stages_are_refused():
+    short = Network((Layer(), Layer()))
+    with pytest.raises(ValueError, match=r"has 3 stages and the network of the module 2"):
+        replace_stage(PAIR.meta, 0, short)
+    for role in ("meta", "teacher", "student"):
+        with pytest.raises(ValueError, match=rf"as many depths each.*'{role}': 2"):
+            dataclasses.replace(PAIR, **{role: short})

@@ -1,0 +1,292 @@
+"""Which weights each phase starts from, and what it hands to the loop: every source holds numbers
+of its own."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from meshes import one_device
+from tiny import OPTIM, tiny_config
+
+from common_jax import checkpoint, loop
+from common_jax.mesh import match_rules, with_shardings
+from m2mkd_jax.config import DistillConfig, FewShotConfig, SourcesConfig
+from m2mkd_jax.phases import networks
+from m2mkd_jax.phases.families import student_modules, whole_student
+from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.pipeline import describe, run_phase
+
+MESH = one_device()
+ROLES = ("meta", "teacher", "module", "student")
+
+
+def number(workdir: str, role: str, stage: int) -> int:
+    """What all parameters of a stage of a source are."""
+    return 100 * "ab".index(workdir) + 10 * ROLES.index(role) + stage
+
+
+def filled(shapes, value):
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, value, np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """Two workdirs of all roles, and one of a whole student."""
+    root, config = tmp_path_factory.mktemp("held"), tiny_config("distill")
+    modular = {
+        "meta": meta_network(config),
+        "teacher": teacher_network(config),
+        "module": teacher_network(config),
+        "student": student_modules(config),
+    }
+    for workdir in "ab":
+        params = {}
+        for role, network in modular.items():
+            stages = jax.eval_shape(network.init, jax.random.key(0))
+            params[role] = {
+                name: filled(stage, number(workdir, role, int(name[6:])))
+                for name, stage in stages.items()
+            }
+        checkpoint.write_params(root / workdir, params, config={})
+    whole = jax.eval_shape(whole_student(config).init, jax.random.key(0))
+    checkpoint.write_params(root / "whole", {"student": filled(whole, 7)}, config={})
+    return {name: str(root / name) for name in ("a", "b", "whole")}
+
+
+class Reached(Exception):
+    """The loop would start."""
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """started(config) -> the task that the run hands to the loop, and the settings beside it."""
+    given = []
+
+    def train(task, *arguments, **settings):
+        given.append((task, arguments, settings))
+        raise Reached
+
+    monkeypatch.setattr(loop, "train", train)
+
+    def start(config):
+        with pytest.raises(Reached):
+            run_phase(config, tmp_path, MESH)
+        return given.pop()
+
+    return start
+
+
+def values(tree) -> dict[str, set[float]]:
+    """The numbers that stand in each stage, by role/stage."""
+    found = {}
+    for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
+        place = "/".join(path.split("/")[:2])
+        found.setdefault(place, set()).update(np.unique(leaf).tolist())
+    return found
+
+
+def taken(task):
+    """What the warm start of a task gives for its parameters."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    return task.warm_start(with_shardings(params, match_rules(task.rules, params, MESH)))
+
+
+def config_of(phase, held, **sources):
+    config = tiny_config(phase, optim=dataclasses.replace(OPTIM, batch=8))
+    named = {
+        name: tuple(held[w] for w in given) if isinstance(given, tuple) else held[given]
+        for name, given in sources.items()
+    }
+    return dataclasses.replace(
+        config, sources=SourcesConfig(**named), few_shot=FewShotConfig(ways=4, shots=2)
+    )
+
+
+def test_distill_is_helped_by_meta_model_and_teacher(held, started):
+    config = config_of("distill", held, meta="a", teacher="b")
+    task, _, _ = started(config)
+    want = {f"meta/stage_{i}": {number("a", "meta", i)} for i in range(3)}
+    want |= {f"teacher/stage_{i}": {number("b", "teacher", i)} for i in range(3)}
+    assert values(task.helpers) == want
+    assert task.warm_start is None
+    task, _, _ = started(dataclasses.replace(config, module="1"))
+    assert {"teacher/stage_1"} == {name for name in values(task.helpers) if "teacher" in name}
+
+
+def test_train_module_is_helped_by_the_meta_model_alone(held, started):
+    task, _, _ = started(config_of("train_module", held, meta="b"))
+    want = {f"meta/stage_{i}": {number("b", "meta", i)} for i in range(3)}
+    assert values(task.helpers) == want and task.warm_start is None
+
+
+@pytest.mark.parametrize("given", [("a", "b", "a"), ("b",)])
+def test_assemble_takes_each_module_from_its_workdir(held, started, given):
+    task, _, _ = started(config_of("assemble", held, modules=given))
+    start = taken(task)
+    each = given * 3 if len(given) == 1 else given
+    want = {f"teacher/stage_{i}": {number(w, "module", i)} for i, w in enumerate(each)}
+    assert values(start.params) == want
+    assert start.account["left"] == start.account["fresh"] == []
+    assert not task.helpers
+
+
+def test_end_to_end_takes_each_student_from_its_workdir(held, started):
+    each = ("b", "a", "a")
+    task, _, _ = started(config_of("end_to_end", held, students=each))
+    start = taken(task)
+    want = {f"student/stage_{i}": {number(w, "student", i)} for i, w in enumerate(each)}
+    assert values(start.params) == want
+    assert all("_stitch/" in entry["name"] for entry in start.account["left"])
+    assert len(start.account["left"]) == 4 * 4  # arrays of four stitches
+
+
+def test_end_to_end_without_sources_starts_from_scratch(held, started):
+    task, _, _ = started(config_of("end_to_end", held))
+    assert task.warm_start is None and not task.helpers
+
+
+def test_the_baseline_s_teacher_is_taken_whole(held, started):
+    config = config_of("end_to_end", held, teacher="b", students=("a",))
+    task, _, _ = started(dataclasses.replace(config, baseline=DistillConfig("soft")))
+    want = {f"teacher/stage_{i}": {number("b", "teacher", i)} for i in range(3)}
+    assert values(task.helpers) == want
+    assert values(taken(task).params)["student/stage_1"] == {number("a", "student", 1)}
+
+
+def test_few_shot_takes_all_but_the_head(held, started):
+    task, _, _ = started(config_of("few_shot", held, network="whole"))
+    start = taken(task)
+    assert values(start.params) == {f"student/stage_{i}": {7} for i in range(3)}
+    fresh = {entry["name"] for entry in start.account["fresh"]}
+    assert fresh == {"student/stage_2/head/kernel", "student/stage_2/head/bias"}
+    assert "head" not in start.params["student"]["stage_2"]
+    assert start.account["left"] == []
+
+
+def test_the_loop_is_given_the_run_s_own_settings(held, started, tmp_path):
+    config = dataclasses.replace(config_of("assemble", held, modules=("a",)), seed=11)
+    task, (run, optim), settings = started(config)
+    assert (run, optim) == (config.run, config.optim)
+    assert settings["seed"] == 11 and settings["config"] == config
+    assert settings["workdir"] == tmp_path and settings["mesh"] is MESH
+    assert task.steps_per_epoch == 1437 // 8 and set(task.evaluators) == {"test"}
+
+
+def wanted(config, held, role="teacher"):
+    network = {"teacher": teacher_network, "meta": meta_network}[role](config)
+    rules = describe(dataclasses.replace(config, phase="assemble"), MESH).rules
+    origins = [networks.Origin(held["a"], role, role)]
+    return networks.wanted(network, role, MESH, rules), origins
+
+
+def test_position_tables_are_resized_to_the_images_of_the_run(held):
+    """A table of one number stays one, since a place's weights sum to 1."""
+    config = config_of("assemble", held)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
+    found = networks.take_weights(config, *wanted(config, held))
+    table = found.params["teacher"]["stage_0"]["pos_embed"]
+    assert table.shape == (1, 17, 16)
+    np.testing.assert_allclose(table, number("a", "teacher", 0), rtol=1e-6)
+    (adapted,) = found.account["adapted"]
+    assert adapted["name"] == "teacher/stage_0/pos_embed"
+
+
+def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
+    config = config_of("assemble", held)
+    sources = SourcesConfig(fresh=r".*/head/.*", leave=r".*/qkv/bias")
+    teacher = dataclasses.replace(config.teacher, qkv_bias=False)
+    config = dataclasses.replace(config, sources=sources, teacher=teacher)
+    account = networks.take_weights(config, *wanted(config, held)).account
+    assert {entry["reason"] for entry in account["fresh"]} == {"config.sources.fresh"}
+    assert {entry["name"] for entry in account["fresh"]} == {
+        "teacher/stage_2/head/kernel",
+        "teacher/stage_2/head/bias",
+    }
+    assert {entry["reason"] for entry in account["left"]} == {"config.sources.leave"}
+    assert len(account["left"]) == 4  # of the teacher's blocks
+    neither = dataclasses.replace(config, sources=SourcesConfig(fresh=r".*/head/.*"))
+    with pytest.raises(ValueError, match=r"qkv/bias .* has no place"):
+        networks.take_weights(neither, *wanted(config, held))
+
+
+def test_what_a_check_looks_at_is_not_read(held):
+    config = config_of("assemble", held)
+    assert networks.take_weights(config, *wanted(config, held), read=False).params == {}
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+@pytest.mark.parametrize(
+    ("made", "ours", "same"),
+    [
+        ([0.5], 0.5, True),
+        ([0.5], 0.50005, True),  # rounding
+        ([0.485], 0.4853, False),
+        ([0.5], 0.6, False),
+        ([0.485, 0.456, 0.406], 0.5, True),  # another number of channels shows in the shapes
+    ],
+)
+def test_other_numbers_for_pixels_are_seen(monkeypatch, caplog, name, made, ours, same):
+    config = tiny_config("assemble")
+    data = dataclasses.replace(config.data, **{name: (ours,)})
+    config = dataclasses.replace(config, data=data)
+    stored = {"data": {"mean": [0.5], "std": [0.5], "image_size": 8} | {name: made}}
+    monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
+    if same:
+        networks.compare_images(config, "there", frozen=True)
+        networks.compare_images(config, "there", frozen=False)
+        assert not caplog.text
+        return
+    with pytest.raises(ValueError, match=rf"normalised with {name}=.*Give --config\.data\.{name}="):
+        networks.compare_images(config, "there", frozen=True)
+    assert not caplog.text
+    networks.compare_images(config, "there", frozen=False)
+    assert f"normalised with {name}=" in caplog.text
+
+
+def test_images_of_another_side_are_a_warning(monkeypatch, caplog):
+    for stored, said in (({"image_size": 16}, True), ({"image_size": 8}, False), ({}, False)):
+        monkeypatch.setattr(checkpoint, "load_config", lambda source, s=stored: {"data": s})
+        caplog.clear()
+        networks.compare_images(tiny_config("assemble"), "there", frozen=True)
+        assert ("images of side 16" in caplog.text) == said
+
+
+@pytest.mark.parametrize(
+    ("phase", "name"),
+    [
+        ("train_module", "meta"),
+        ("distill", "meta"),
+        ("distill", "teacher"),
+        ("few_shot", "network"),
+    ],
+)
+def test_a_source_that_is_needed_is_named(phase, name, held, tmp_path):
+    given = {"meta": "a", "teacher": "a", "network": "whole"}
+    del given[name]
+    with pytest.raises(ValueError, match=rf"config\.sources\.{name} is empty"):
+        run_phase(config_of(phase, held, **given), tmp_path / "run", MESH)
+
+
+@pytest.mark.parametrize(
+    ("phase", "given"),
+    [
+        ("distill", {"meta": "a", "teacher": "a"}),
+        ("train_module", {"meta": "a"}),
+        ("end_to_end", {"teacher": "a"}),
+    ],
+)
+def test_frozen_networks_must_know_the_run_s_pixels(phase, given, held, monkeypatch, tmp_path):
+    config = dataclasses.replace(config_of(phase, held, **given), baseline=DistillConfig("soft"))
+    stored = {"data": {"mean": [0.1]}}
+    monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
+    with pytest.raises(ValueError, match="normalised with mean"):
+        run_phase(config, tmp_path, MESH)
+
+
+def test_networks_that_go_on_training_may_learn_other_pixels(held, started, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "load_config", lambda source: {"data": {"mean": [0.1]}})
+    task, _, _ = started(config_of("assemble", held, modules=("a",)))
+    taken(task)
+    assert "it trains on other numbers from now on" in caplog.text
