@@ -108,7 +108,7 @@ def test_the_table_shows_the_first_rows_with_small_pictures(tmp_path):
 
 
 def test_several_models_have_a_column_each_beside_the_same_rows():
-    rows = [row(0), row(1, picture=np.zeros((2, 2, 3), np.uint8))]
+    rows = [row(7), row(3, picture=np.zeros((2, 2, 3), np.uint8))]
     outputs = {"without": ["a", "b"], "with": ["c", "d"]}
     table = show.picture_columns(rows, outputs, caption="Both")
     assert table.header == ("picture", "source", "reference", "without", "with")
