@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from jax import numpy as jnp
+from meshes import one_device
 from tiny_cliptrans import read_split, tiny_config
 
 from cliptrans_jax.data.pictures import prepare_picture
@@ -133,3 +134,34 @@ def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_
         assert {int(ids[0]) for ids in one["ids"]} == {0}  # no language
         np.testing.assert_array_equal(one["image"], pictures[index])
     assert pairs.longest == max(len(ids) for texts in pairs.ids.values() for ids in texts)
+
+
+def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):
+    seen = {}
+
+    def reader(name):
+        return lambda source, **settings: seen.update({name: (source.corpus.name, settings)})
+
+    def train(task, run, optim, **settings):
+        seen.update(task=task, run=run, **settings)
+        return {"steps": 6}
+
+    monkeypatch.setattr(contrastive.loop, "train", train)
+    monkeypatch.setattr(contrastive, "train_batches", reader("train"))
+    monkeypatch.setattr(contrastive, "eval_batches", reader("valid"))
+    monkeypatch.setattr(contrastive, "make_evaluator", lambda _, batches, **more: (batches, more))
+    config = config_of(root=corpus, seed=7)
+    assert contrastive.run(config, epath.Path(tmp_path / "run"), one_device()) == {"steps": 6}
+    task = seen["task"]
+    task.batches(5)
+    name, settings = seen["train"]
+    assert name == "multi30k train"
+    assert (settings["seed"], settings["batch"], settings["start_step"]) == (7, 8, 5)
+    validation, more = task.evaluators["val"]
+    validation()
+    name, settings = seen["valid"]
+    assert (name, more["seed"], settings["batch"]) == ("multi30k val", 7, 6)
+    assert (task.steps_per_epoch, seen["seed"], seen["run"].best) == (3, 7, None)
+    assert task.batch["image"].shape == (8, 16, 16, 3)
+    transform = settings["transform"]
+    assert transform(example())["ids"][1] == 40  # the first language

@@ -6,9 +6,10 @@ import types
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax import numpy as jnp
 from meshes import one_device, split_mesh
-from tiny_cliptrans import FEATURES, PREFIX, tiny_config
+from tiny_cliptrans import FEATURES, PREFIX, TEST, tiny_config
 
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import Examples, NoiseConfig
@@ -291,3 +292,57 @@ def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
     rows = list(batches())
     assert [batch["_mask"].tolist() for batch in rows] == [[1, 1], [1, 0]]  # micro-batches
     assert [batch["source"].shape for batch in rows] == [(2, 2)] * 2  # all but the frame dropped
+
+
+# A whole run but for its training.
+
+
+def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
+    corpus, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def train(task, run, optim, **settings):
+        seen.update(task=task, **settings)
+        return {"steps": 6}
+
+    def load(step, **settings):
+        seen.update(loaded=step, average=settings["average"])
+        return {"mbart": "averaged"}
+
+    def scored(config, workdir, chosen, translate, params, *, step):
+        return (chosen.corpus.name, translate, params, step)
+
+    monkeypatch.setattr(translation.loop, "train", train)
+    monkeypatch.setattr(translation.checkpoint, "load", load)
+    monkeypatch.setattr(translation, "best_step", lambda _, metric: epath.Path(f"/{metric}/3"))
+    monkeypatch.setattr(translation, "score_split", scored)
+    monkeypatch.setattr(Model, "translate", lambda self, material, *, beams=0: f"{beams} beams")
+    config = tiny_config("translate", corpus)
+    network = dataclasses.replace(config.model.mapper, prefix=0)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mapper=network),
+        optim=dataclasses.replace(config.optim, batch=8, accumulate=2, ema=0.5),
+        noise=NoiseConfig(mask_prob=0.5, train=True),
+        parity=True,
+        seed=7,
+        valid_beams=1,
+    )
+    result = translation.run(config, epath.Path(tmp_path / "run"), one_device())
+    name = f"multi30k {TEST}"
+    assert result == {"steps": 6, "test": (name, "0 beams", {"mbart": "averaged"}, "3")}
+    assert str(seen["loaded"]) == "/val/bleu/3" and seen["average"]
+    assert (seen["seed"], seen["config"]) == (7, config)  # as it was asked for
+    task = seen["task"]
+    assert (task.title, task.steps_per_epoch, task.warm_start) == ("translate", 3, None)
+    assert task.batch["labels"].shape == (4, 20)
+    feed = task.batches.__self__
+    assert (feed.batch, feed.seed, feed.noise, feed.batching) == (
+        8, 7, config.noise, config.batching,
+    )  # fmt: skip
+    assert len(feed.inputs) == 24 and feed.inputs.examples.drops
+    valid = task.evaluators["val"]
+    assert (valid.valid.corpus.name, valid.translate) == ("multi30k val", "1 beams")
+    assert not valid.valid.inputs.examples.drops
+    assert (tmp_path / "run" / "tokenizer.json").exists()
