@@ -86,6 +86,10 @@ def test_the_longest_sentence_and_the_prefix_just_fit(fits, longer):
         sized(**longer)
 
 
+def test_stage_clip_has_no_prefix_and_decodes_nothing():
+    sized(max_length=40, stage="clip")
+
+
 def test_a_search_has_at_most_half_of_the_vocabulary_in_beams():
     for fields in ({"decode": DecodeConfig(beams=150, max_new_tokens=8)}, {"valid_beams": 150}):
         dataclasses.replace(sized(), **fields)

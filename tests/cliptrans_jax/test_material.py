@@ -1,4 +1,4 @@
-"""What a stage reads of a corpus, what is written of a scored set, and a pipeline's runs."""
+"""What a stage reads of a corpus, and what is written of a set that was scored."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from etils import epath
 from meshes import one_device
 from tiny_cliptrans import FEATURES, PREFIX, TEST, read_split, tiny_config
 
-from cliptrans_jax.config import Config, Recipe, SourcesConfig
+from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
@@ -28,9 +28,8 @@ from cliptrans_jax.runs.material import (
     feature_side,
     used_languages,
 )
-from cliptrans_jax.runs.pipeline import plan
 from cliptrans_jax.stages import Side
-from common_jax.optim import OptimConfig
+from common_jax.config import unfreeze
 
 PAIR = ("en", "de")
 CODES = {"en": 1.0, "de": 2.0, "pictures": 3.0}
@@ -242,6 +241,53 @@ def test_a_text_tower_is_described_by_where_it_is_from(sources, kind, sizes):
     assert describe_text(config).config == (sizes or config.clip.text)
 
 
+def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
+    asked = {}
+
+    def load(folder, *given, **settings):
+        asked[folder] = (given, settings)
+
+    monkeypatch.setattr(material, "load_published_text", load)
+    monkeypatch.setattr(material, "load_published_image", load)
+    sources = SourcesConfig(
+        clip_text="text", clip_image="image", fetch=True, weights="ema", clip_activation="gelu",
+        clip_text_base="base",
+    )  # fmt: skip
+    tokenizer = TokenizerConfig("clip", "folder")
+    config = config_of("translate", sources=sources, clip_tokenizer=tokenizer)
+    made = Material(config, epath.Path(tmp_path), one_device())
+    assert made.text_tower is made.image_tower is None
+    both = {"dtype": config.dtype, "fetch": True, "weights": "ema", "activation": "gelu"}
+    assert asked == {"text": ((tokenizer,), both | {"base": "base"}), "image": ((), both)}
+
+
+def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
+    """Whatever sizes stage "clip" has in this config."""
+    config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
+    tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
+    sizes = {"heads": 4, "eps": 1e-3}
+    trained = config_of(
+        "clip",
+        clip=dataclasses.replace(
+            config.clip,
+            text=dataclasses.replace(config.clip.text, **sizes),
+            image=dataclasses.replace(config.clip.image, **sizes),
+        ),
+    )
+    monkeypatch.setattr(
+        material.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
+    )
+    monkeypatch.setattr(
+        material.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
+    )
+    text = material.load_trained_text(config, tokenizer)
+    image = material.load_trained_image(config)
+    assert text.tokenizer is tokenizer
+    assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
+    assert text.params == {"trained": len("clip/text")}
+    assert image.params == {"trained": len("clip/image")}
+
+
 def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
     english, german, _ = read_split(corpus, "train")
     config = config_of("translate", corpus, languages=("de", "en"))
@@ -259,6 +305,14 @@ def test_sentences_are_cut_to_the_model_behind_its_prefix(corpus, tmp_path, give
     )
     tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
     assert tokenizer.limit == config.sentence_limit == limit
+
+
+def test_a_corpus_names_what_is_missing():
+    whole = Corpus("some", {"en": ("a", ""), "de": ("", "")}, None, ("1", "2"))
+    assert whole.empty == {"en": 1, "de": 2}
+    whole.require_sentences(("en",), reader="it")
+    with pytest.raises(ValueError, match=r"some has no sentence in 'de', which it needs, only in"):
+        whole.require_sentences(("en", "de"), reader="it")
 
 
 # A scored set.
@@ -356,57 +410,3 @@ def test_a_table_of_scores_has_a_row_a_run_in_order(tmp_path):
     assert table.header[3:] == ("BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
     assert "bleu: case:mixed" in table.caption
     assert scoring.scores_table(epath.Path(tmp_path), ["missing"]) is None
-
-
-# A pipeline.
-
-
-def pipeline(*, sources=None, **changes):
-    """All stages, no two of whose recipes are alike."""
-    recipes = {
-        stage: Recipe(OptimConfig(steps=number, batch=8), label_smoothing=number / 100)
-        for number, stage in enumerate(("triplet", "translate", "text_recon", "caption", "clip"), 1)
-    }
-    config = tiny_config("pipeline", None)
-    given = SourcesConfig(**(sources or {}))
-    return dataclasses.replace(config, recipes=recipes, sources=given, **changes)
-
-
-def test_every_stage_has_its_own_recipe_and_the_weights_of_the_one_before(tmp_path):
-    runs = plan(pipeline(), tmp_path)
-    assert [name for name, _ in runs] == ["clip", "caption", "text_recon", "translate", "triplet"]
-    assert [one.optim.steps for _, one in runs] == [5, 4, 3, 2, 1]
-    assert [one.label_smoothing for _, one in runs] == [0.05, 0.04, 0.03, 0.02, 0.01]
-    start = ["", "", *(str(tmp_path / name) for name in ("caption", "text_recon", "translate"))]
-    assert [one.sources.model for _, one in runs] == start
-    assert [one.sources.clip for _, one in runs] == ["", *[str(tmp_path / "clip")] * 4]
-    assert {one.features for _, one in runs} == {str(tmp_path / "features")}
-    assert all(one.recipes == {} and one.stage == name for name, one in runs)
-
-
-def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
-    for towers in ({"clip": "c"}, {"clip_text": "t"}, {"clip_image": "i"}):
-        config = pipeline(sources=towers | {"model": "released"}, features="kept")
-        runs = plan(config, tmp_path)
-        assert [name for name, _ in runs] == ["caption", "text_recon", "translate", "triplet"]
-        assert [one.sources.model for _, one in runs][:2] == ["released", str(tmp_path / "caption")]
-        for _, one in runs:
-            assert {name: getattr(one.sources, name) for name in towers} == towers
-            assert one.features == "kept"
-    runs = plan(pipeline(sources={"mbart": "published"}), tmp_path)
-    assert [one.sources.mbart for _, one in runs] == ["published", "published", "", "", ""]
-
-
-def test_settings_of_one_stage_stay_with_it(tmp_path):
-    runs = dict(plan(pipeline(all_languages=True, unfreeze_clip=True), tmp_path))
-    assert [name for name, one in runs.items() if one.all_languages] == ["caption", "text_recon"]
-    assert [name for name, one in runs.items() if one.unfreeze_clip] == ["translate"]
-
-
-def test_a_corpus_names_what_is_missing():
-    whole = Corpus("some", {"en": ("a", ""), "de": ("", "")}, None, ("1", "2"))
-    assert whole.empty == {"en": 1, "de": 2}
-    whole.require_sentences(("en",), reader="it")
-    with pytest.raises(ValueError, match=r"some has no sentence in 'de', which it needs, only in"):
-        whole.require_sentences(("en", "de"), reader="it")
-    assert Config().data.pair == PAIR

@@ -318,6 +318,29 @@ def test_a_published_mbart_of_other_sizes_is_refused(sources):
 
 
 @pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("model", {"kind": "cliptrans", "config": MODEL, "weights": "ema"}),
+        ("mbart", {"kind": "mbart", "fetch": True, "weights": "ema"}),
+    ],
+)
+def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def load(source, **settings):
+        raise Asked(source, settings)
+
+    monkeypatch.setattr(objective.pretrained, "load", load)
+    sources = dataclasses.replace(
+        config_of().sources, fetch=True, weights="ema", **{field: "somewhere"}
+    )
+    with pytest.raises(Asked) as asked:
+        start(dataclasses.replace(config_of(), sources=sources))
+    assert asked.value.args == ("somewhere", wanted)
+
+
+@pytest.mark.parametrize(
     ("source", "from_run"), [("plain", False), ("unfrozen", True), ("", False), ("mbart", False)]
 )
 def test_a_tower_that_trains_goes_on_from_the_run_that_trained_it(sources, source, from_run):

@@ -128,6 +128,13 @@ def test_languages_without_spaces_are_scored_by_characters(language, tokenizer, 
     assert 30 < scores.meteor < 100
 
 
+def test_case_counts_in_lower_case_bleu_of_no_language():
+    for language in ("zh", "ja", "de"):
+        pair = ["A Dog runs and plays"], ["a dog runs and plays"]
+        assert bleu_lower(*pair, language=language)[0].score == pytest.approx(100)
+        assert bleu(*pair, language=language)[0].score < 90
+
+
 # METEOR.
 
 

@@ -187,6 +187,25 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
         assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions but 2
 
 
+@pytest.mark.parametrize(
+    ("stage", "changes", "runs"),
+    [
+        ("translate", {}, False),
+        ("translate", {"keep_text_features": False}, True),
+        ("translate", {"unfreeze_clip": True}, True),
+        ("caption", {"keep_text_features": False}, False),
+        ("triplet", {"keep_text_features": False}, True),  # in evaluation alone
+    ],
+)
+def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
+    config = dataclasses.replace(tiny_config(stage, None), **changes)
+    material = types.SimpleNamespace(tokenizer=numbers(), text_tower="the tower")
+    assert Model.of(config, material).tower == ("the tower" if runs else None)
+    material.tokenizer = dataclasses.replace(numbers(), vocab=301)
+    with pytest.raises(ValueError, match=r"config\.model\.mbart\.vocab=300 is less than the 301"):
+        Model.of(config, material)
+
+
 @pytest.mark.parametrize("unfreeze", [False, True])
 def test_a_text_tower_is_trained_or_a_helper(unfreeze):
     model = model_of("translate", tower(), unfreeze_clip=unfreeze)

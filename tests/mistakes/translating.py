@@ -233,7 +233,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "no stage smooths its labels as its recipe says",
         "label_smoothing=recipe.label_smoothing",
         "label_smoothing=config.label_smoothing",
-        MATERIAL,
+        f"{TESTS}/test_pipeline.py",
     ),
     Mistake(
         f"{PACKAGE}/runs/evaluate.py",
