@@ -83,8 +83,7 @@ def material_of(monkeypatch, tmp_path):
     return build
 
 
-# Stage, split for training or not, and what examples read, write and look at (section 5 of the
-# paper's code: in captioning both sides are the caption).
+# Stage, whether it is for training, and what examples read, write and look at.
 READS = [
     ("caption", True, "en", "en", "pictures"),
     ("caption", False, "en", "en", "pictures"),
