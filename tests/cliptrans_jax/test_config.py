@@ -87,7 +87,7 @@ def test_the_longest_sentence_and_the_prefix_just_fit(fits, longer):
 
 
 def test_stage_clip_has_no_prefix_and_decodes_nothing():
-    sized(max_length=40, stage="clip")
+    assert sized(max_length=40, stage="clip").sentence_limit == 28
 
 
 def test_a_search_has_at_most_half_of_the_vocabulary_in_beams():
