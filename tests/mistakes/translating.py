@@ -16,7 +16,7 @@ TEXTS = (
     f"{TESTS}/test_tokens.py::test_the_codes_of_mbart50_are_the_published_ones "
     f"{TESTS}/test_tokens.py::test_a_frame_leaves_room_for_itself "
     f"{TESTS}/test_tokens.py::test_clip_cuts_words_as_published "
-    f"{TESTS}/test_published.py::test_ids_are_sentencepieces_and_one"
+    f"{TESTS}/test_published.py::test_the_most_probable_pieces_are_taken"
 )
 CORPORA = f"{TESTS}/test_corpora.py {TESTS}/test_emoji_set.py"
 SCORES = f"{TESTS}/test_scores.py {TESTS}/test_show.py"
