@@ -315,6 +315,14 @@ def test_pictures_that_were_normalised_otherwise_are_refused(tmp_path):
     ):
         pretrained.load(folder)
     assert pretrained.load(folder, kind=("mclip", "clip_text")).config == TEXT
+    clips = {"image_mean": [0.48145, 0.45783, 0.40821], "image_std": [0.26863, 0.2613, 0.27578]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(clips))
+    assert pretrained.load(folder).config == VISION
+    for name, key in (("image_mean", "mean"), ("image_std", "std")):
+        other = clips | {name: [*clips[name][:2], clips[name][2] + 0.001]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=rf"preprocessor_config\.json says {key}="):
+            pretrained.load(folder)
 
 
 def test_a_missing_bias_of_the_logits_is_zeros_and_said(tmp_path):

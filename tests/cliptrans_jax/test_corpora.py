@@ -95,6 +95,14 @@ def test_published_validation_and_images_of_the_original(tmp_path):
     ]
 
 
+def test_the_folder_of_a_split_comes_before_that_of_all(tmp_path):
+    config = multi30k(tmp_path)
+    draw(tmp_path / "images", colours=COLOURS[::-1])
+    draw(tmp_path / "images/val")
+    images = load_corpus(config, "val", ("en",), with_images=True).require_images()
+    assert colours_of(images) == [0, 1, 2]
+
+
 def test_image_names_are_cut_at_the_caption_number(tmp_path):
     names = [f"{name}#{i}" for i, name in enumerate(FILES)]
     config = multi30k(tmp_path, split="test_2017_mscoco", names=names)

@@ -84,6 +84,13 @@ def test_flags_are_left_out_unless_asked_for(corpora):
         assert without.keys == tuple(e for e in corpus.keys if e not in set(flags))
 
 
+def test_a_corpus_has_flags_where_the_config_asks_for_them(corpora):
+    for flags in (False, True):
+        found = load_corpus(DataConfig(emoji_flags=flags), "val", ("en",))
+        assert any(map(emoji_set.is_flag, found.keys)) is flags
+    assert found.keys == corpora["val"].keys
+
+
 def test_names_are_plain_sentences_in_every_language(corpora):
     assert set(LANGUAGES) == set(package.LANGUAGES)
     for corpus in corpora.values():

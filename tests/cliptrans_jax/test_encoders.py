@@ -1,4 +1,4 @@
-"""The image tower: one feature an example, computed once a picture."""
+"""The towers: one feature an example, handed to that example, and kept for what it was made of."""
 
 import dataclasses
 
@@ -6,13 +6,20 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from meshes import one_device
+from meshes import one_device, split_mesh
+from tiny import fill
 from tiny_cliptrans import draw, tiny_config
 
+from cliptrans_jax import encoders
 from cliptrans_jax.data.corpus import Corpus, FolderImages
+from cliptrans_jax.data.examples import pad
+from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.pictures import prepare_picture
-from cliptrans_jax.encoders import ImageTower, image_features
-from cliptrans_jax.models.clip import ClipVision
+from cliptrans_jax.encoders import ImageTower, TextTower, image_features, text_features
+from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision
+from cliptrans_jax.models.xlmr import MClip, MClipConfig
+
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 NAMES = ("b.png", "a.png", "b.png", "c.png", "a.png", "b.png")
 DRAWN = {"a.png": "a red square", "b.png": "a blue cross", "c.png": "a green bar above"}
@@ -78,3 +85,213 @@ def test_processes_that_read_change_nothing(tower, corpus, tmp_path):
     np.testing.assert_array_equal(here, there)
     # The others are read here, too: for the fingerprint, and to pad a batch.
     assert "a.png" not in corpus.images.reads
+
+
+# Texts.
+
+PAD, ROOM = 1, 12
+SIZES = {"vocab": 60, "width": 8, "layers": 1, "heads": 2, "hidden": 8, "features": 4}
+CONFIGS = {
+    "mclip": MClipConfig(positions=ROOM + 2, **SIZES),
+    "clip": ClipTextConfig(positions=ROOM, **SIZES),
+}
+# Tokens of sentences, frame included: the order by length, 1 4 3 0 5 2, is not its own inverse.
+LENGTHS = (6, 3, 11, 4, 3, 9)
+TEXTS = {
+    "en": ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 23 24 25 26 27"),
+    "de": ("31", "32 33 34", "35 36", "37", "38 39", "40"),
+}
+
+
+def numbers(bos=0, eos=2):
+    """A tokenizer whose words are numbers: "7" is token 7."""
+    return FramedTokenizer(
+        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
+        join=lambda ids: " ".join(map(str, ids)),
+        vocab=60,
+        language_ids={"en": 57, "de": 58},
+        special=frozenset({bos, PAD, eos, 57, 58}),
+        limit=ROOM,
+        bos=bos,
+        eos=eos,
+    )
+
+
+def text_tower(kind):
+    config, ids = CONFIGS[kind], jnp.zeros((1, 2), jnp.int32)
+    if kind == "clip":  # which looks for the largest id, its end
+        params = fill(ClipText(config, jnp.float32).init, ids, None)["params"]
+        return TextTower(config, params, numbers(bos=58, eos=59), jnp.float32)
+    params = fill(MClip(config, jnp.float32).init, ids, ids > 0)["params"]
+    return TextTower(config, params, numbers(), jnp.float32)
+
+
+def ids_of(tower, language="en"):
+    return tower.tokenizer.encode(TEXTS[language], None)
+
+
+def padded(tower, ids, length=ROOM):
+    """Features of all of the sentences at once."""
+    apply = jax.jit(tower.apply)
+    return np.asarray(apply(tower.params, pad(ids, length, pad_id=PAD)))
+
+
+class Sums(TextTower):
+    """A tower that adds up the words of a sentence, each by its place."""
+
+    def apply(self, params, ids, *, dropout=None):
+        weights = jnp.where(ids != PAD, params["place"][: ids.shape[1]], 0)
+        return jnp.stack([jnp.sum(weights * ids, axis=1), jnp.sum(ids != PAD, axis=1)], axis=1)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 256])
+def test_every_sentence_gets_its_own_feature_back(batch, monkeypatch):
+    monkeypatch.setattr(encoders, "TEXT_BATCH", batch)
+    place = np.arange(1, ROOM + 1, dtype=np.float32)
+    tower = Sums(CONFIGS["mclip"], {"place": place}, numbers(), jnp.float32)
+    ids = ids_of(tower)
+    assert tuple(map(len, ids)) == LENGTHS
+    order = encoders.by_length(ids)
+    assert order.tolist() == [1, 4, 3, 0, 5, 2] and order[order].tolist() != [*range(6)]
+    wanted = [[float((place[: len(x)] * x).sum()), len(x)] for x in ids]
+    assert tower.encode(ids, mesh=one_device()).tolist() == wanted
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_feature_hears_the_padding(kind):
+    tower = text_tower(kind)
+    ids = [x for x in ids_of(tower) if len(x) <= 6]
+    found, wanted = padded(tower, ids, 6), padded(tower, ids, 9)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    apart = np.abs(wanted[:, None] - wanted[None]).max(axis=-1)
+    assert apart[~np.eye(len(ids), dtype=bool)].min() > 1e-2
+
+
+def batches_of(ids, room, mesh=None):
+    return list(encoders._text_batches(ids, PAD, room, mesh or one_device()))
+
+
+def test_batches_are_padded_to_multiples_of_a_bucket_within_the_room(monkeypatch):
+    monkeypatch.setattr(encoders, "TEXT_BATCH", 2)
+    ids = [np.full(length, length, np.int32) for length in (2, 8, 8, 9, 17, 18, 25)]
+    found = batches_of(ids, 20 + 10)
+    assert [batch["ids"].shape for batch in found] == [(2, 8), (2, 16), (2, 24), (2, 30)]
+    assert [batch["_mask"].tolist() for batch in found] == [[1, 1], [1, 1], [1, 1], [1, 0]]
+    assert found[0]["ids"].tolist() == [[2, 2, *[PAD] * 6], [8] * 8]
+    np.testing.assert_array_equal(found[3]["ids"][0], found[3]["ids"][1])
+
+
+def test_hosts_bring_their_rows_of_the_same_batches(monkeypatch):
+    monkeypatch.setattr(encoders, "TEXT_BATCH", 4)
+    ids = [np.full(3, 10 + number, np.int32) for number in range(6)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for host in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        parts.append(batches_of(ids, ROOM))
+    for one, other, rows, mask in zip(
+        *parts, ([10, 11, 12, 13], [14, 15, 15, 15]), ([1, 1, 1, 1], [1, 1, 0, 0]), strict=True
+    ):
+        assert [*one["ids"][:, 0], *other["ids"][:, 0]] == rows
+        assert [*one["_mask"], *other["_mask"]] == mask
+
+
+def test_a_batch_splits_over_all_devices():
+    assert [encoders._whole(batch, split_mesh()) for batch in (256, 20, 8, 3)] == [256, 16, 8, 8]
+    shapes = text_tower("mclip").batch_shapes(split_mesh(), tokens=10)
+    assert (shapes["ids"].shape, shapes["_mask"].shape) == ((256, 10), (256,))
+    assert text_tower("clip").batch_shapes(one_device(), tokens=50)["ids"].shape == (256, ROOM)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_tower_that_is_described_has_the_shapes_of_one_that_is_there(kind):
+    found, tower = TextTower.described(CONFIGS[kind], jnp.float32), text_tower(kind)
+    assert tower.longest == found.longest == ROOM
+    shapes = (jax.tree.map(lambda leaf: leaf.shape, one.params) for one in (found, tower))
+    assert next(shapes) == next(shapes)
+
+
+def test_the_text_tower_drops_out_only_with_a_key():
+    tower = text_tower("mclip")
+    ids, keys = jnp.asarray(ids_of(tower)[0][None]), [jax.random.key(seed) for seed in (0, 0, 1)]
+    apply = jax.jit(lambda key: tower.apply(tower.params, ids, dropout=key))
+    first, same, other = (np.asarray(apply(key)) for key in keys)
+    np.testing.assert_array_equal(first, same)
+    for one in (other, np.asarray(apply(None))):
+        assert np.abs(first - one).max() > 1e-3
+
+
+def text_corpus(texts=TEXTS):
+    return Corpus("numbers of val", texts, None, tuple(map(str, range(len(LENGTHS)))))
+
+
+def test_text_features_are_of_sentences_framed_without_a_language(tmp_path):
+    tower = text_tower("mclip")
+    found = text_features(tower, text_corpus(), "en", folder=tmp_path, mesh=one_device())
+    framed = [np.array([0, *map(int, text.split()), 2], np.int32) for text in TEXTS["en"]]
+    np.testing.assert_allclose(found, padded(tower, framed), rtol=1e-4, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers_of_val.en.npz"]
+
+
+@pytest.fixture
+def fingerprints(monkeypatch):
+    """The fingerprints of features that are asked for; none is computed."""
+    asked = []
+
+    def cached(folder, name, fingerprint, compute):
+        asked.append(fingerprint)
+        return np.zeros((len(LENGTHS), 1), np.float32)
+
+    monkeypatch.setattr(encoders, "cached", cached)
+    return asked
+
+
+def moved(tower):
+    """The tower with another number in one place."""
+    params = jax.tree.map(lambda leaf: leaf, tower.params)
+    first = jax.tree.leaves(params)[0]
+    return dataclasses.replace(
+        tower, params=jax.tree.map(lambda leaf: leaf + 1 if leaf is first else leaf, params)
+    )
+
+
+def test_text_features_are_kept_for_one_tower_and_one_text(fingerprints, tmp_path):
+    tower, english = text_tower("mclip"), TEXTS["en"]
+    towers = [
+        tower,
+        moved(tower),
+        dataclasses.replace(tower, config=dataclasses.replace(tower.config, eps=1e-6)),
+        dataclasses.replace(tower, dtype=jnp.dtype("bfloat16")),
+    ]
+    texts = [english[::-1], (*english[:-1], "28"), ("4 5 6", "7 8", *english[2:])]
+    cases = [(one, english) for one in towers] + [(tower, one) for one in texts]
+    for one, sentences in cases * 2:
+        corpus = text_corpus({"en": sentences})
+        text_features(one, corpus, "en", folder=tmp_path, mesh=one_device())
+    assert len(set(fingerprints)) == len(cases)
+    assert fingerprints[: len(cases)] == fingerprints[len(cases) :]
+
+
+def test_picture_features_are_kept_for_one_tower_and_one_set(tower, corpus, fingerprints, tmp_path):
+    def having(names=NAMES, keys=NAMES):
+        return dataclasses.replace(corpus, images=FolderImages(tmp_path, names), keys=keys)
+
+    towers = [
+        tower,
+        moved(tower),
+        dataclasses.replace(tower, config=dataclasses.replace(tower.config, eps=1e-6)),
+        dataclasses.replace(tower, dtype=jnp.dtype("bfloat16")),
+    ]
+    other = ("d.png", *NAMES[1:])
+    draw("a green cross").save(tmp_path / "d.png")
+    # Another first, middle or last picture under the names that were there.
+    changed = [
+        having(tuple("d.png" if place == at else x for place, x in enumerate(NAMES)))
+        for at in (0, len(NAMES) // 2, len(NAMES) - 1)
+    ]
+    corpora = [having(other, other), having(NAMES[::-1], NAMES[::-1]), *changed]
+    cases = [(one, having()) for one in towers] + [(tower, one) for one in corpora]
+    for one, examples in cases * 2:
+        encode(one, examples, tmp_path)
+    assert len(set(fingerprints)) == len(cases)
+    assert fingerprints[: len(cases)] == fingerprints[len(cases) :]

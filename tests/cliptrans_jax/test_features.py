@@ -16,6 +16,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cliptrans_jax import features as cache
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.mesh import MeshConfig, constrain, make_mesh
@@ -357,6 +358,7 @@ def two_hosts(port, host, folder):
     assert [device.process_index for device in devices] == [0, 1, 0, 1]
     mesh = jax.make_mesh((2, 2, 1), ("data", "fsdp", "expert"), devices=devices)
     own = pathlib.Path(folder) / str(host)
+    cache.BROADCAST_BYTES = 5 * 4 * OUT  # so that the rows go to the other host in five parts
     calls = []
 
     def compute():

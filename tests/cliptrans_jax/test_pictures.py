@@ -149,6 +149,90 @@ def test_colours_change_and_shapes_stay(key):
     assert np.corrcoef(found.ravel().astype(float), image.ravel().astype(float))[0, 1] > 0.9
 
 
+def turned(image):
+    """The angle of what is dark about the middle of a picture of 21 x 21, in degrees."""
+    rows, columns = centre(image) - 10
+    return np.degrees(np.arctan2(rows, columns))
+
+
+def measure(seed):
+    """Every change by itself, as a share of the most that its config allows."""
+
+    def change(image, **fields):
+        config = dataclasses.replace(STILL, **fields)
+        return augment_picture(image, config, np.random.default_rng(seed)).astype(float)
+
+    at = square(15, 31, at=(7, 15))
+    down, right = (centre(change(at, shift=0.2)) - (7, 15)) / (0.2 * 15, 0.2 * 31)
+    aside = square(at=(10, 15))  # 5 columns from the middle
+    scale = (centre(change(aside, scale=0.3))[1] - 10) / 5 - 1
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    stripes = np.full((4, 4, 3), 60, np.uint8)
+    stripes[::2] = 140
+    reddish = np.full((4, 4, 3), 100, np.uint8)
+    reddish[..., 0] = 160
+    contrast, coloured = change(stripes, contrast=0.2), change(reddish, saturation=0.3)[0, 0]
+    return {
+        "down": down,
+        "right": right,
+        "scale": scale / 0.3,
+        "turn": turned(change(aside, rotate=30.0)) / 30,
+        "brightness": (change(grey, brightness=0.2).mean() / 100 - 1) / 0.2,
+        "contrast": ((contrast.max() - contrast.min()) / 80 - 1) / 0.2,
+        "saturation": ((coloured[0] - coloured[1]) / 60 - 1) / 0.3,
+        "mirrored": np.sign(10 - centre(change(aside, flip=True))[1]),
+    }
+
+
+def test_every_change_reaches_both_ends_and_is_drawn_by_itself():
+    found = [measure(seed) for seed in range(150)]
+    drawn = {name: np.array([one[name] for one in found]) for name in found[0]}
+    for name, values in drawn.items():
+        assert -1.1 < values.min() < -0.85 and 0.85 < values.max() < 1.1, name
+        assert abs(values.mean()) < 0.25, name
+    together = np.corrcoef(list(drawn.values()))[~np.eye(len(drawn), dtype=bool)]
+    assert np.abs(together).max() < 0.35
+
+
+def test_colours_change_about_grey_and_about_the_mean():
+    """Contrast moves pixels away from their mean, saturation from their own grey."""
+    stripes = np.full((4, 4, 3), 60, np.uint8)
+    stripes[::2] = 140
+    found = augment_picture(
+        stripes, dataclasses.replace(STILL, contrast=0.5), np.random.default_rng(1)
+    )
+    assert found.max() - 100.0 == pytest.approx(100.0 - found.min(), abs=1)
+    grey = augment_picture(
+        stripes, dataclasses.replace(STILL, saturation=0.9), np.random.default_rng(1)
+    )
+    np.testing.assert_array_equal(grey, stripes)
+
+
+def test_what_comes_into_view_is_filled_as_the_config_says():
+    config = dataclasses.replace(STILL, scale=0.5, fill=7)
+    image = np.full((12, 12, 3), 200, np.uint8)
+    corners = {
+        int(augment_picture(image, config, np.random.default_rng(seed))[0, 0, 0])
+        for seed in range(20)
+    }
+    assert 7 in corners and 200 in corners
+
+
+def test_the_numbers_of_pictures_are_clips():
+    np.testing.assert_array_equal(MEAN, np.float32([0.48145466, 0.4578275, 0.40821073]))
+    np.testing.assert_array_equal(STD, np.float32([0.26862954, 0.26130258, 0.27577711]))
+    white = prepare_picture(np.full((30, 20, 3), 255, np.uint8), 8)
+    np.testing.assert_allclose(white[3, 4], [1.93033, 2.07488, 2.14590], rtol=1e-4)
+
+
+def test_the_long_side_is_cut_in_the_middle():
+    """Of 8 x 31 brought to 4 x 15, columns 5 to 8 are seen."""
+    image = np.zeros((8, 31, 3), np.uint8)
+    image[:, 13:] = 255
+    seen = prepare_picture(image, 4)[..., 0] > 0
+    np.testing.assert_array_equal(seen, [[False, True, True, True]] * 4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

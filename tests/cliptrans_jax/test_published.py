@@ -20,6 +20,7 @@ from cliptrans_jax.data import token_files
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.unigram import Unigram
 from cliptrans_jax.encoders import TextTower, load_published_text
 from cliptrans_jax.models.clip import ClipTextConfig
 from cliptrans_jax.models.xlmr import MClipConfig
@@ -116,6 +117,14 @@ def test_ids_are_sentencepieces_and_one(model, tmp_path, kind, name):
     ):
         first, second = tokenizer.encode([one, other], language)
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("score", "ids"), [(-1.0, [5]), (-10.0, [3, 4])])
+def test_the_most_probable_pieces_are_taken(model, tmp_path, score, ids):
+    """The whole word, or its parts of -1 and -2; piece i is number i + 3."""
+    pieces = (("▁a", -1.0), ("b", -2.0), ("▁ab", score))
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    assert Unigram(tmp_path, pieces, (), charsmap).processor().encode("ab") == ids
 
 
 @pytest.mark.parametrize("kind", ["xlmr", "mbart50"])

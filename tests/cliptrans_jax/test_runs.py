@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from flax import traverse_util
 from meshes import one_device, split_mesh
+from same import assert_same
 from tiny_cliptrans import (
     OPTIM,
     TEST,
@@ -25,7 +26,7 @@ from cliptrans_jax.config import METRICS
 from cliptrans_jax.evaluators import scores
 from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
 from cliptrans_jax.main import main
-from cliptrans_jax.runs import scoring, translation
+from cliptrans_jax.runs import evaluate, scoring, translation
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
@@ -293,7 +294,7 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, mapper=mapper),
-        optim=dataclasses.replace(OPTIM, steps=1),
+        optim=dataclasses.replace(OPTIM, steps=1, ema=0.5),
         valid_decode=False,
         run=dataclasses.replace(config.run, best="val/token_accuracy"),
     )
@@ -304,6 +305,28 @@ def test_without_a_prefix_no_features_are_needed(corpus, tmp_path):
     model = cliptrans_jax.load_model(tmp_path)
     found = model.translate(english)
     assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
+    # The average of the parameters is what is scored and loaded.
+    averaged, last = (checkpoint.load(tmp_path, average=average) for average in (True, False))
+    assert_same(model.params, averaged)
+    scored = [row.score for row in read_translations(tmp_path / "translations.tsv")]
+    for params, same in ((averaged, True), (last, False)):
+        found = dataclasses.replace(model, params=params).translate(english)
+        assert ([x[0].score for x in found] == pytest.approx(scored, rel=1e-5)) is same
+    again = dataclasses.replace(
+        config,
+        stage="evaluate",
+        sources=dataclasses.replace(config.sources, model=str(tmp_path)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        taken = []
+
+        def keep(config, workdir, chosen, translate, params, *, step):
+            taken.append(params)
+            return {"set": "test", "bleu": 0.0}
+
+        patch.setattr(evaluate, "score_split", keep)
+        run_stage(again, epath.Path(tmp_path / "again"), one_device())
+    assert_same(*taken, averaged)
     with pytest.raises(ValueError, match=r"config\.model\.mapper\.prefix is 0"):
         model.translate(english[:1], pictures=[np.zeros((9, 9, 3), np.uint8)])
 
@@ -375,6 +398,9 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
     assert checkpoint.finished_steps(workdir / "checkpoints") == [3, 9]
     assert result["test"]["step"] == 3
     assert json.loads((workdir / "scores.json").read_text())["step"] == 3
+    # Whoever scores the run again takes the same, and of a step's folder that step.
+    for source, step in ((workdir, "3"), (workdir / "checkpoints" / "9", "9")):
+        assert evaluate._find_step(str(source)).name == step
 
 
 def test_the_chosen_checkpoint_is_what_was_scored(longer):

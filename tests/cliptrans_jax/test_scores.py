@@ -31,6 +31,27 @@ def test_a_perfect_translation_scores_100_but_for_meteors_penalty():
     assert metrics == pytest.approx(dict.fromkeys(("bleu", "bleu_lower", "chrf", "exact"), 100))
 
 
+@pytest.mark.parametrize("shorter", [True, False])
+def test_every_score_by_hand_of_an_output_that_is_shorter_or_longer(shorter):
+    """ "a b c d" and "a b c d e", either of them the output: which one is the reference shows."""
+    pair = [["a b c d", "z"], ["a b c d e", "z"]]
+    found = score(*(pair if shorter else pair[::-1]), language="de")
+    # 5 tokens of 6 with orders 4, 3, 2, 1, or all 6, of which 5, 3, 2, 1 match 6, 4, 3, 2.
+    precision = 1 if shorter else (5 / 6 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    penalty = math.exp(1 - 6 / 5) if shorter else 1
+    assert found.bleu == pytest.approx(100 * precision * penalty)
+    assert found.bleu_lower == pytest.approx(100 * precision * penalty)
+    # Letters: 4, 3, 2, 1 of orders 1 to 4 match, and one of "z"; orders 5 and 6 are of one alone.
+    part = (5 / 6 + 3 / 4 + 2 / 3 + 1 / 2) / 4
+    chars = (1, part) if shorter else (part, 1)
+    assert found.chrf == pytest.approx(100 * 5 * chars[0] * chars[1] / (4 * chars[0] + chars[1]))
+    words_ = (1, 4 / 5) if shorter else (4 / 5, 1)
+    mean = words_[0] * words_[1] / (0.9 * words_[0] + 0.1 * words_[1])
+    first, second = mean * (1 - 0.5 * (1 / 4) ** 3), 1 - 0.5
+    assert found.meteor == pytest.approx(100 * (first + second) / 2)
+    assert (found.exact, found.count) == (50, 2)
+
+
 def test_bleu_of_a_prefix_is_the_brevity_penalty():
     value, signature = bleu(["a b c d"], ["a b c d e"], language="de")
     assert value.score == pytest.approx(100 * math.exp(1 - 5 / 4), abs=1e-9)
@@ -94,6 +115,8 @@ def test_the_signature_says_where_moses_knows_no_abbreviations():
         ("ja", "char", ("二匹の犬が雪の中で遊ぶ", "二匹の犬が雪の中で走る")),
         ("ko", "char", ("개 두 마리가 눈밭에서 논다", "개 두 마리가 눈밭에서 뛴다")),
         ("th", "char", ("สุนัขสองตัวเล่นหิมะ", "สุนัขสองตัววิ่ง")),
+        ("my_MM", "char", ("ခွေးနှစ်ကောင်ကစား", "ခွေးနှစ်ကောင်ပြေး")),
+        ("km", "char", ("ឆ្កែពីរក្បាលលេង", "ឆ្កែពីរក្បាលរត់")),
     ],
 )
 def test_languages_without_spaces_are_scored_by_characters(language, tokenizer, texts):
@@ -103,6 +126,13 @@ def test_languages_without_spaces_are_scored_by_characters(language, tokenizer, 
     assert "|tok:char|" in scores.signatures["meteor"]
     assert 30 < scores.bleu < 100
     assert 30 < scores.meteor < 100
+
+
+def test_case_counts_in_lower_case_bleu_of_no_language():
+    for language in ("zh", "ja", "de"):
+        pair = ["A Dog runs and plays"], ["a dog runs and plays"]
+        assert bleu_lower(*pair, language=language)[0].score == pytest.approx(100)
+        assert bleu(*pair, language=language)[0].score < 90
 
 
 # METEOR.

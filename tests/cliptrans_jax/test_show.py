@@ -107,6 +107,18 @@ def test_the_table_shows_the_first_rows_with_small_pictures(tmp_path):
     assert page.count("<td><img") == 2
 
 
+def test_several_models_have_a_column_each_beside_the_same_rows():
+    rows = [row(7), row(3, picture=np.zeros((2, 2, 3), np.uint8))]
+    outputs = {"without": ["a", "b"], "with": ["c", "d"]}
+    table = show.picture_columns(rows, outputs, caption="Both")
+    assert table.header == ("picture", "source", "reference", "without", "with")
+    assert [cells[1:] for cells in table.rows] == [
+        (rows[0].source, rows[0].reference, "a", "c"),
+        (rows[1].source, rows[1].reference, "b", "d"),
+    ]
+    assert [cells[0] == "" for cells in table.rows] == [True, False]
+
+
 def test_all_rows_are_shown_when_there_are_few():
     assert picture_table([row(0)], limit=3).caption == "Translations"
     with pytest.raises(ValueError, match="limit=0"):

@@ -6,15 +6,22 @@ import re
 import numpy as np
 import pytest
 
-from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import (
+    Examples,
     NoiseConfig,
     choose_examples,
     default_caption_language,
     drop_tokens,
+    empties_source,
     pad,
 )
-from cliptrans_jax.data.feed import BatchingConfig, Inputs, TrainFeed, evaluation_batches
+from cliptrans_jax.data.feed import (
+    BatchingConfig,
+    Inputs,
+    TrainFeed,
+    collate,
+    evaluation_batches,
+)
 from cliptrans_jax.stages import FREEZES, STAGES, Side, trainable
 
 SIZE, BATCH, PAD, EOS, ROOM = 22, 4, 1, 2, 24
@@ -142,6 +149,38 @@ def test_tokens_are_dropped_without_a_gap():
         NoiseConfig(mask_prob=1.5)
 
 
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_source_is_empty_where_all_of_it_is_dropped(stage):
+    captions = STAGES[stage].captioning
+    for train in (False, True):
+        for prob in (0.99, 1.0):
+            noise = NoiseConfig(mask_prob=prob, train=train, test=True)
+            assert empties_source(STAGES[stage], noise) is ((captions or train) and prob == 1.0)
+
+
+def test_tokens_are_dropped_each_by_itself_in_every_epoch_example_and_seed():
+    """22 copies of one sentence of 16 words, in 4 epochs of 4 seeds."""
+    ids = np.array([90, *range(10, 26), EOS], np.int32)
+    rows, pairs = np.arange(SIZE, dtype=np.int32), (("en", "en"),) * SIZE
+    examples = Examples([ids] * SIZE, [ids] * SIZE, Side.TEXT, rows, pairs, True)
+
+    def kept(seed, epoch, chosen):
+        batch = collate(
+            inputs_of(examples), np.array(chosen), slice(0, len(chosen)), BatchingConfig(bucket=18),
+            noise=NoiseConfig(mask_prob=0.3), seed=seed, epoch=epoch,
+        )  # fmt: skip
+        return [tuple(int(i in row) for i in range(10, 26)) for row in batch["source"]]
+
+    found = [x for seed in range(4) for epoch in range(4) for x in kept(seed, epoch, range(SIZE))]
+    assert len(set(found)) > 0.95 * len(found)
+    places = np.mean(found, axis=0)
+    np.testing.assert_allclose(places, 0.7, atol=0.1)
+    together = np.corrcoef(np.array(found).T)[~np.eye(16, dtype=bool)]
+    assert np.abs(together).max() < 0.25
+    # Wherever an example stands in whichever batch.
+    assert kept(2, 3, [7, 4]) == [kept(2, 3, range(SIZE))[i] for i in (7, 4)]
+
+
 def test_a_sentence_that_does_not_fit_is_refused():
     assert pad([np.array([5, 6], np.int32)], 4, pad_id=1).tolist() == [[5, 6, 1, 1]]
     with pytest.raises(ValueError, match="has 3 tokens, and there is room for 2; lower max_length"):
@@ -235,11 +274,45 @@ def test_windows_hold_sentences_of_like_length():
     assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
 
 
+TOTALS = [len(a) + len(b) for a, b in zip(TOKENS["en"], TOKENS["de"], strict=True)]
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_window_sorts_the_batches_that_the_epoch_has_there(window):
+    """By the tokens of source and target together."""
+    plain, ranked = (
+        [numbers(batch) for batch in take(feed_of(choose("translate"), window=one), 5, 5)]
+        for one in (1, window)
+    )
+    for first in range(0, 5, window):
+        before, after = (found[first : first + window] for found in (plain, ranked))
+        assert sorted(np.ravel(before)) == sorted(np.ravel(after))
+        batches = sorted([TOTALS[i] for i in batch] for batch in after)
+        joined = np.ravel(batches).tolist()
+        assert joined == sorted(joined)
+
+
+def test_the_batches_of_a_window_are_shuffled_anew_in_every_epoch_and_seed():
+    def places(seed, epoch):
+        """Where the shortest batch stands, then the next."""
+        feed = dataclasses.replace(feed_of(choose("translate"), window=5), seed=seed)
+        totals = [[TOTALS[i] for i in numbers(batch)] for batch in take(feed, 5 * epoch, 5)]
+        return tuple(sorted(range(5), key=lambda place: totals[place]))
+
+    epochs, seeds = [places(7, i) for i in range(24)], [places(i, 2) for i in range(24)]
+    for found in (epochs, seeds):
+        assert len(set(found)) > 15  # of 120 orders
+        for rank in (0, 4):
+            assert {order[rank] for order in found} == {*range(5)}
+    assert places(7, 3) == places(7, 3)
+
+
 def test_features_and_clip_tokens_stay_with_their_sentences():
     for clip, name in ((False, "features"), (True, "clip_tokens")):
         for batch in take(feed_of(choose("translate"), window=3, clip=clip), 0, 10):
             kept = batch[name][:, 1] - 30 if clip else batch[name][:, 0]
             assert kept.tolist() == numbers(batch)
+            assert batch[name].shape == (BATCH, 3 if clip else 1)  # the tower's room
             assert batch["source"][:, 1].tolist() == batch["labels"][:, 1].tolist()
 
 
@@ -300,14 +373,14 @@ def test_tokens_are_dropped_anew_in_every_epoch():
         assert set(ids) <= set(whole)
 
 
-def evaluate(examples, *, shard=(0, 1), by_length=False, mask_prob=0.5):
+def evaluate(examples, *, shard=(0, 1), by_length=False, mask_prob=0.5, seed=7):
     return list(
         evaluation_batches(
             inputs_of(examples),
             batch=BATCH,
             batching=BatchingConfig(bucket=8),
             noise=NoiseConfig(mask_prob=mask_prob),
-            seed=7,
+            seed=seed,
             shard=shard,
             by_length=by_length,
         )
@@ -347,6 +420,11 @@ def test_every_evaluation_drops_the_same_tokens():
     for batch, other in zip(first, again, strict=True):
         for name in batch:
             np.testing.assert_array_equal(batch[name], other[name])
+    other = evaluate(choose("caption", train=False), seed=8)
+    assert any(
+        one["source"].tolist() != two["source"].tolist()
+        for one, two in zip(first, other, strict=True)
+    )
     kept = sum(int(np.sum(batch["source"] != PAD)) for batch in first)
     assert kept < sum(len(ids) for ids in TOKENS["en"])
 
@@ -356,26 +434,3 @@ def test_the_order_of_another_seed_is_another():
     other = dataclasses.replace(feed, seed=8)
     orders = [[numbers(batch) for batch in take(one, 0, 5)] for one in (feed, other)]
     assert orders[0] != orders[1]
-
-
-# The config.
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"stage": "captions"}, r"^stage='captions' .*did you mean 'caption'"),
-        ({"caption_language": "fr"}, r"^caption_language='fr' must be of the pair"),
-        ({"all_languages": True}, r"^all_languages=True .* not 'translate'"),
-        ({"languages": ("en", "fr")}, r"^languages=\('en', 'fr'\) must hold the pair"),
-        ({"stage": "caption", "unfreeze_clip": True}, r"^unfreeze_clip=True"),
-        ({"label_chunk": 0}, r"^label_chunk=0 must be at least 1"),
-        ({"valid_beams": -1}, r"^valid_beams=-1 must be at least 0"),
-        ({"valid_decode": False}, r"^run\.best='val/bleu' .*val/token_accuracy"),
-        ({"freeze": "decoder"}, r"^freeze='decoder'"),
-        ({"test_side": "picture"}, r"^test_side='picture'"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
-        dataclasses.replace(Config(), **changes)

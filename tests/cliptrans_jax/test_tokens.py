@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from cliptrans_jax.data import emoji_set
-from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, Tokenizer
+from cliptrans_jax.data import byte_pairs, emoji_set
+from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import (
     LIMITS,
@@ -70,6 +70,13 @@ def test_every_text_comes_back(trained, text):
     (row,) = trained.encode([text], "fr")
     assert trained.decode(row) == text
     assert row[0] == 417 and row[-1] == EOS and not set(row[1:-1]) & {0, 1, 2, 3}
+
+
+def test_the_first_word_is_cut_as_it_is_inside_a_sentence(trained):
+    inside, first = (row.tolist() for row in trained.encode(["in a blue shirt", "blue"], "en"))
+    assert any(
+        inside[place : place + len(first) - 2] == first[1:-1] for place in range(1, len(inside))
+    )
 
 
 def test_no_text_is_a_frame_alone(trained):
@@ -230,6 +237,76 @@ def pieces(tmp_path_factory):
     )
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.bpe.model"))
     return folder, model
+
+
+# In the order of their ids, from 250001 on: the languages of the command, then the others.
+CODES = """ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT
+lv_LV my_MM ne_NP nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN af_ZA"""
+OTHERS = """az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF
+pt_XX sv_SE sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI"""
+
+
+def test_the_codes_of_mbart50_are_the_published_ones():
+    assert list(MBART50_CODES.items()) == [(code[:2], code) for code in CODES.split()]
+    assert PUBLISHED["mbart50"].last == (*CODES.split(), *OTHERS.split(), "<mask>")
+
+
+def test_a_kind_takes_as_many_tokens_as_its_network_has_positions_for():
+    wanted = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77}
+    for kind, limit in wanted.items():
+        path = "" if kind == "trained" else "folder"
+        assert TokenizerConfig(kind, path).limit == limit
+        assert TokenizerConfig(kind, path, max_length=limit).limit == limit
+        assert TokenizerConfig(kind, path, max_length=3).limit == 3
+
+
+def framed(*, limit=6, unknown=3):
+    """A tokenizer of 10 ids, each written as its number."""
+    return FramedTokenizer(
+        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
+        join=lambda ids: " ".join(map(str, ids)),
+        vocab=10,
+        language_ids={"en": 8, "de": 9},
+        special=frozenset({0, 1, 2, unknown, 8, 9}),
+        limit=limit,
+    )
+
+
+def test_a_frame_leaves_room_for_itself(caplog):
+    rows = framed().encode(["4 5 6 7", "4 5 6 7 4", "3", ""], "de")
+    assert [row.tolist() for row in rows] == [
+        [9, 4, 5, 6, 7, 2],
+        [9, 4, 5, 6, 7, 2],
+        [9, 3, 2],
+        [9, 2],
+    ]
+    assert "1 of 4 sentences have more than 4 tokens" in caplog.text
+    assert framed().encode(["5"], None)[0].tolist() == [0, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("4 10", "beyond the tokenizer's 10"), ("-1", "beyond"), ("4 2", "lacks"), ("9 4", "lacks")],
+)
+def test_pieces_are_no_frame_and_within_the_table(text, said):
+    with pytest.raises(ValueError, match=said):
+        framed().encode(["4 5", text], "en")
+
+
+def test_clip_cuts_words_as_published():
+    """Contractions, letters of any script, single digits, and runs of anything else."""
+    letters = {letter: place for place, letter in enumerate("abc")}
+    tokenizer = byte_pairs.clip({**letters, byte_pairs.CLIP_EOS: 3}, [])
+
+    def words(text):
+        normal = tokenizer.normalizer.normalize_str(text)
+        cut = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+        return [normal[first:last] for _, (first, last) in cut]
+
+    assert words("It's  1970:\tWe'LL go,\nÉté!?") == [
+        "it", "'s", "1", "9", "7", "0", ":", "we", "'ll", "go", ",", "été", "!?",
+    ]  # fmt: skip
+    assert words("e\u0301") == words("é") == ["é"]
 
 
 def test_mbart50_ids_are_sentencepieces_and_one(pieces):

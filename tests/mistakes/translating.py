@@ -2,4 +2,258 @@
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+PACKAGE, TESTS = "cliptrans_jax", "tests/cliptrans_jax"
+ENCODERS, FEED = f"{TESTS}/test_encoders.py", f"{TESTS}/test_stages.py"
+OBJECTIVE, MATERIAL = f"{TESTS}/test_objective.py", f"{TESTS}/test_material.py"
+KEPT = (
+    f"{ENCODERS}::test_every_sentence_gets_its_own_feature_back "
+    f"{ENCODERS}::test_text_features_are_kept_for_one_tower_and_one_text "
+    f"{ENCODERS}::test_picture_features_are_kept_for_one_tower_and_one_set"
+)
+AVERAGED = f"{TESTS}/test_runs.py::test_without_a_prefix_no_features_are_needed"
+TEXTS = (
+    f"{TESTS}/test_tokens.py::test_the_first_word_is_cut_as_it_is_inside_a_sentence "
+    f"{TESTS}/test_tokens.py::test_the_codes_of_mbart50_are_the_published_ones "
+    f"{TESTS}/test_tokens.py::test_a_frame_leaves_room_for_itself "
+    f"{TESTS}/test_tokens.py::test_clip_cuts_words_as_published "
+    f"{TESTS}/test_published.py::test_the_most_probable_pieces_are_taken"
+)
+CORPORA = f"{TESTS}/test_corpora.py {TESTS}/test_emoji_set.py"
+SCORES = f"{TESTS}/test_scores.py {TESTS}/test_show.py"
+DRAWN = f"{TESTS}/test_contrastive.py::test_training_draws_a_language_and_a_picture_of_the_example"
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        f"{PACKAGE}/encoders.py",
+        "features go back in the order of the sorting and not of its inverse",
+        "return found[np.argsort(order)]",
+        "return found[order]",
+        KEPT,
+    ),
+    Mistake(
+        f"{PACKAGE}/encoders.py",
+        "text features of another precision are taken from the cache",
+        "fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))",
+        "fingerprint(tower.params, repr(tower.config), *_bytes(ids))",
+        KEPT,
+    ),
+    Mistake(
+        f"{PACKAGE}/features.py",
+        "the last rows of a cache do not reach the other hosts",
+        "for start in range(0, rows, step):",
+        "for start in range(0, rows - step, step):",
+        f"{TESTS}/test_features.py::test_two_hosts_agree",
+    ),
+    Mistake(
+        f"{PACKAGE}/config.py",
+        "parity raises Adam's epsilon where it should lower it",
+        "eps=self.optim.eps / self.optim.accumulate",
+        "eps=self.optim.eps * self.optim.accumulate",
+        f"{TESTS}/test_config.py",
+    ),
+    Mistake(
+        f"{PACKAGE}/stages.py",
+        "translation freezes what captioning does",
+        "if stage.captioning and FREEZES[freeze] is not None:",
+        "if FREEZES[freeze] is not None:",
+        f"{OBJECTIVE}::test_the_parameters_that_a_stage_trains",
+    ),
+    Mistake(
+        f"{PACKAGE}/data/feed.py",
+        "the batches of a window come in the same order in every epoch",
+        "np.random.RandomState(feed.seed * 1_000_003 % 2**31 + epoch)",
+        "np.random.RandomState(feed.seed * 1_000_003 % 2**31)",
+        FEED,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/feed.py",
+        "all sentences lose their tokens by the same draws",
+        "example_generator(seed, epoch, int(i))",
+        "example_generator(seed, epoch, 0)",
+        FEED,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/examples.py",
+        "text features are of the target, which is what has to be found",
+        "return [by_language[source][row] for (source, _), row in pairs]",
+        "return [by_language[target][row] for (_, target), row in pairs]",
+        FEED,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/pictures.py",
+        "contrast changes with brightness",
+        "enhance(1 + contrast * config.contrast)",
+        "enhance(1 + brightness * config.contrast)",
+        f"{TESTS}/test_pictures.py",
+    ),
+    Mistake(
+        f"{PACKAGE}/data/tokens.py",
+        "the first word has other pieces than inside a sentence",
+        'return f" {text}" if text else ""',
+        "return text",
+        TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/framing.py",
+        "a sentence that is cut is longer than the limit",
+        "room, frame = self.limit - 2, self.special - {UNK}",
+        "room, frame = self.limit - 1, self.special - {UNK}",
+        TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/unigram.py",
+        "pieces are as probable as each other",
+        "model.pieces.add(piece=piece, score=score)",
+        "model.pieces.add(piece=piece)",
+        TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/byte_pairs.py",
+        "CLIP takes a number for one word",
+        r"""[\p{N}]|[^\s""",
+        r"""[\p{N}]+|[^\s""",
+        TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/published.py",
+        "Nepali and Dutch have exchanged their tokens",
+        '    "ne": "ne_NP",\n    "nl": "nl_XX",\n',
+        '    "nl": "nl_XX",\n    "ne": "ne_NP",\n',
+        TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/corpora.py",
+        "flags are left out whatever the config says",
+        "flags=config.emoji_flags,",
+        "flags=False,",
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/corpus.py",
+        "a folder that lacks one picture is passed over",
+        "if len(missing) < len(names):",
+        "if not missing:",
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/layouts.py",
+        "what a failed download left is taken for a picture",
+        "if i not in unfetched and keys[i] in present]",
+        "if keys[i] in present]",
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/emoji_set.py",
+        "validation and test sets are exchanged",
+        '{8: "val", 9: "test"}',
+        '{8: "test", 9: "val"}',
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/evaluators/scores.py",
+        "chrF takes the reference for the output",
+        "chrf.corpus_score(hypotheses, [references])",
+        "chrf.corpus_score(references, [hypotheses])",
+        SCORES,
+    ),
+    Mistake(
+        f"{PACKAGE}/evaluators/show.py",
+        "outputs are found by the number of the example and not by the row",
+        "*(texts[place] for texts in outputs.values())",
+        "*(texts[row.index % len(rows)] for texts in outputs.values())",
+        SCORES,
+    ),
+    Mistake(
+        f"{PACKAGE}/evaluators/translation.py",
+        "what lies behind the end of an output is part of it",
+        "self.tokenizer.decode(ids[:length].tolist())",
+        "self.tokenizer.decode(ids.tolist())",
+        f"{TESTS}/test_translate.py",
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/objective.py",
+        "a frozen text tower drops out and one that trains does not",
+        'fold_in(dropout, 3) if "clip" in params else None',
+        'fold_in(dropout, 3) if "clip" in helpers else None',
+        OBJECTIVE,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/objective.py",
+        "a text tower that an earlier run trained starts again from the published one",
+        'if tower is not None and "clip" in checkpoint.load_shapes(sources.model):\n'
+        "                rest",
+        'if tower is not None and "clip" not in checkpoint.load_shapes(sources.model):\n'
+        "                rest",
+        OBJECTIVE,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/objective.py",
+        "an evaluation counts what fills up its last batch",
+        'labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)',
+        'labels = batch["labels"]',
+        OBJECTIVE,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/translation.py",
+        "the test set is translated with the last parameters and not their average",
+        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules)",
+        AVERAGED,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/contrastive.py",
+        "the last language is never drawn",
+        'generator.integers(len(example["ids"]))',
+        'generator.integers(len(example["ids"]) - 1)',
+        DRAWN,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/material.py",
+        "training looks at what was asked for in evaluation",
+        "return stage.train if train else SIDES[config.test_side] or stage.test",
+        "return SIDES[config.test_side] or (stage.train if train else stage.test)",
+        MATERIAL,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/material.py",
+        "the tokenizer learns its pieces from the test set",
+        "corpus = load_corpus(config.data, config.data.train_split, languages)",
+        "corpus = load_corpus(config.data, config.data.test_split, languages)",
+        MATERIAL,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/scoring.py",
+        "the gallery has the first rows alone",
+        "chosen = [rows[i * len(rows) // count] for i in range(count)]",
+        "chosen = rows[:count]",
+        MATERIAL,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/pipeline.py",
+        "no stage smooths its labels as its recipe says",
+        "label_smoothing=recipe.label_smoothing",
+        "label_smoothing=config.label_smoothing",
+        f"{TESTS}/test_pipeline.py",
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/evaluate.py",
+        "a run is scored again with its last parameters and not their average",
+        "rules=model.rules, average=True)",
+        "rules=model.rules)",
+        AVERAGED,
+    ),
+    Mistake(
+        f"{PACKAGE}/loading.py",
+        "a loaded model has the last parameters and not their average",
+        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules)",
+        AVERAGED,
+    ),
+    Mistake(
+        f"{PACKAGE}/pretrained.py",
+        "pictures of another deviation than CLIP's are let through",
+        'zip(("mean", "std"), found, (MEAN, STD), strict=True)',
+        'zip(("mean",), found, (MEAN,), strict=False)',
+        f"{TESTS}/test_beside.py::test_pictures_that_were_normalised_otherwise_are_refused",
+    ),
+)

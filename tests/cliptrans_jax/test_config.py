@@ -1,0 +1,174 @@
+"""The config of a run: its defaults, what follows from its fields, and what is refused."""
+
+import dataclasses
+import math
+
+import pytest
+from jax import numpy as jnp
+from tiny_cliptrans import tiny_config
+
+from cliptrans_jax.config import Config, SourcesConfig
+from cliptrans_jax.data.examples import NoiseConfig
+from cliptrans_jax.data.feed import BatchingConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.models.prefix import PrefixConfig
+
+
+def test_the_defaults_are_the_originals():
+    config = Config()
+    assert (config.stage, config.parity, config.precision) == ("translate", False, "float32")
+    assert (config.freeze, config.unfreeze_clip, config.all_languages) == ("encoder", False, False)
+    assert config.noise == NoiseConfig(mask_prob=1.0, train=False, test=False)
+    assert config.batching == BatchingConfig(bucket=16, half_steps=False, window=1)
+    assert (config.label_smoothing, config.label_chunk, config.test_side) == (0.0, 1024, "")
+    assert (config.valid_decode, config.valid_beams, config.run.best) == (True, 0, "val/bleu")
+    assert config.keep_text_features and not config.sources.fetch
+    assert config.clip.scale == pytest.approx(1 / 0.07)
+    decode = config.decode
+    assert (decode.beams, decode.max_new_tokens, decode.length_penalty) == (5, 60, 1.0)
+    assert decode.early_stopping and decode.max_length == 61
+
+
+def test_what_networks_compute_in():
+    config = tiny_config("translate", None)
+    assert config.dtype == jnp.float32
+    assert dataclasses.replace(config, precision="bfloat16").dtype == jnp.bfloat16
+
+
+def sized(*, positions=32, prefix=4, max_length=None, new_tokens=8, vocab=300, **changes):
+    """A config of a model of some positions; sentences are cut at `max_length`."""
+    config = tiny_config("translate", None)
+    mbart = dataclasses.replace(config.model.mbart, positions=positions, vocab=vocab)
+    mapper = dataclasses.replace(config.model.mapper, prefix=prefix)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mbart=mbart, mapper=mapper),
+        tokenizer=TokenizerConfig(vocab=300, max_length=max_length),
+        decode=dataclasses.replace(config.decode, max_new_tokens=new_tokens),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit"),
+    [
+        ({"max_length": 20}, 20),
+        ({}, 28),
+        ({"prefix": 0}, 32),
+        ({"max_length": 28}, 28),
+        ({"positions": 3000}, 1024),
+    ],
+)
+def test_sentences_are_as_long_as_tokenizer_and_positions_allow(sizes, limit):
+    assert sized(**sizes).sentence_limit == limit
+    assert sized(**sizes).has_prefix is (sizes.get("prefix") != 0)
+
+
+@pytest.mark.parametrize(
+    ("fits", "longer"),
+    [
+        ({"max_length": 28}, {"max_length": 29}),
+        ({"new_tokens": 27}, {"new_tokens": 28}),  # and the start token
+        ({"max_length": 28}, {"max_length": 28, "prefix": 5}),
+        ({"max_length": 28, "positions": 32}, {"max_length": 28, "positions": 31}),
+    ],
+)
+def test_the_longest_sentence_and_the_prefix_just_fit(fits, longer):
+    sized(**fits)
+    with pytest.raises(
+        ValueError, match=r"^model\.mbart\.positions=3[12] is less than the longest"
+    ):
+        sized(**longer)
+    with pytest.raises(ValueError, match="set tokenizer"):
+        sized(**longer)
+
+
+def test_stage_clip_has_no_prefix_and_decodes_nothing():
+    assert sized(max_length=40, stage="clip").sentence_limit == 28
+
+
+def test_a_search_has_at_most_half_of_the_vocabulary_in_beams():
+    for fields in ({"decode": DecodeConfig(beams=150, max_new_tokens=8)}, {"valid_beams": 150}):
+        dataclasses.replace(sized(), **fields)
+    for fields in ({"decode": DecodeConfig(beams=151, max_new_tokens=8)}, {"valid_beams": 151}):
+        with pytest.raises(ValueError, match=r"beams=151 must be at most half of .*vocab=300"):
+            dataclasses.replace(sized(), **fields)
+
+
+@pytest.mark.parametrize("prefix", [0, 4])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_the_step_runs_a_text_tower_that_trains_or_is_not_kept(prefix, keep, unfreeze):
+    config = sized(prefix=prefix, keep_text_features=keep, unfreeze_clip=unfreeze)
+    assert config.encodes_texts is (prefix > 0 and (unfreeze or not keep))
+
+
+def test_languages_are_the_pair_unless_more_are_known():
+    assert sized().known_languages == ("en", "de")
+    assert sized(languages=("fr", "de", "en")).known_languages == ("fr", "de", "en")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_parity_is_written_into_the_fields(accumulate):
+    """Adam of summed gradients is Adam of their mean with a smaller epsilon."""
+    config = sized(parity=True)
+    optim = dataclasses.replace(config.optim, batch=8, accumulate=accumulate, eps=1e-6)
+    found = dataclasses.replace(config, optim=optim).consistent()
+    assert math.isclose(found.optim.eps, 1e-6 / accumulate)
+    assert found.model.prefix == PrefixConfig(layout="original", mask="original")
+    assert found.model.mbart == config.model.mbart and found.test_side == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "side"),
+    [
+        ({"noise": NoiseConfig(test=True)}, "image"),
+        ({"noise": NoiseConfig(test=True), "unfreeze_clip": True}, ""),
+        ({"noise": NoiseConfig(test=True), "stage": "triplet"}, ""),
+        ({"noise": NoiseConfig(train=True)}, ""),
+        ({"test_side": "image", "stage": "triplet"}, "image"),
+    ],
+)
+def test_parity_looks_at_pictures_where_the_original_does(changes, side):
+    assert dataclasses.replace(sized(parity=True), **changes).consistent().test_side == side
+    plain = dataclasses.replace(sized(), **changes)
+    assert plain.consistent() is plain
+
+
+def test_a_run_has_one_source_of_weights_and_one_of_towers():
+    for fields in (
+        {"model": "a", "mbart": "b"},
+        {"clip": "a", "clip_text": "b"},
+        {"clip": "a", "clip_image": "b"},
+    ):
+        with pytest.raises(ValueError, match=r"'a'"):
+            SourcesConfig(**fields)
+    SourcesConfig(model="a", clip_text="b", clip_image="c")
+    SourcesConfig(mbart="a", clip="b")
+
+
+def test_the_published_sizes_are_the_defaults():
+    assert MBartConfig().positions == 1024 and MapperConfig() == MapperConfig("mlp", 10, 512)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": "captions"}, r"^stage='captions' .*did you mean 'caption'"),
+        ({"caption_language": "fr"}, r"^caption_language='fr' must be of the pair"),
+        ({"all_languages": True}, r"^all_languages=True .* not 'translate'"),
+        ({"languages": ("en", "fr")}, r"^languages=\('en', 'fr'\) must hold the pair"),
+        ({"stage": "caption", "unfreeze_clip": True}, r"^unfreeze_clip=True"),
+        ({"label_chunk": 0}, r"^label_chunk=0 must be at least 1"),
+        ({"valid_beams": -1}, r"^valid_beams=-1 must be at least 0"),
+        ({"valid_decode": False}, r"^run\.best='val/bleu' .*val/token_accuracy"),
+        ({"freeze": "decoder"}, r"^freeze='decoder'"),
+        ({"test_side": "picture"}, r"^test_side='picture'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(Config(), **changes)

@@ -1,0 +1,169 @@
+"""Stage "clip": its loss by hand, what it draws of an example, and what its towers begin with."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax import numpy as jnp
+from meshes import one_device
+from tiny import fill
+from tiny_cliptrans import read_split, tiny_config
+
+from cliptrans_jax.data.pictures import prepare_picture
+from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs.material import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
+PAD, LENGTH = 1, 8
+
+
+def config_of(*, root=None, dropout=0.5, **changes):
+    config = tiny_config("clip", root)
+    text = dataclasses.replace(config.clip.text, dropout=dropout)
+    clip = dataclasses.replace(config.clip, text=text, scale=3.0)
+    return dataclasses.replace(config, clip=clip, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """A tower whose parameters are the key that they are drawn by."""
+
+    config: object
+    dtype: object
+
+    def init(self, key, *arrays):
+        return {"params": jax.random.key_data(key)}
+
+
+def test_the_scale_begins_where_the_config_says_and_every_tower_by_a_key_of_its_own(monkeypatch):
+    monkeypatch.setattr(contrastive, "MClip", Keyed)
+    monkeypatch.setattr(contrastive, "ClipVision", Keyed)
+    drawn = [contrastive.init(config_of(), jax.random.key(seed))["clip"] for seed in (0, 1)]
+    for towers in drawn:
+        assert set(towers) == {"text", "image", "log_scale"}
+        assert float(towers["log_scale"]) == pytest.approx(math.log(3.0), rel=1e-6)
+    keys = {tuple(towers[name].tolist()) for towers in drawn for name in ("text", "image")}
+    assert len(keys) == 4
+
+
+def cross_entropy(scores):
+    return np.mean(np.log(np.exp(scores).sum(axis=1)) - np.diag(scores))
+
+
+@pytest.mark.parametrize(("log_scale", "scale"), [(1.5, math.exp(1.5)), (9.0, 100.0)])
+def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_scale, scale):
+    texts, images = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
+    asked = []
+
+    def embed(config, params, batch, dropout):
+        asked.append(dropout)
+        return jnp.asarray(texts), jnp.asarray(images)
+
+    monkeypatch.setattr(contrastive, "_embed", embed)
+    params, rngs = {"clip": {"log_scale": jnp.float32(log_scale)}}, {"dropout": "the key"}
+    found, metrics = contrastive._loss(config_of(), params, {}, {}, rngs, 0)
+    texts, images = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (texts, images))
+    scores = scale * (texts @ images.T).astype(np.float64)
+    wanted = (cross_entropy(scores) + cross_entropy(scores.T)) / 2
+    assert float(found) == pytest.approx(wanted, rel=1e-4)
+    assert float(metrics["scale"]) == pytest.approx(scale, rel=1e-5)
+    sums = contrastive._sums(config_of(), params, {}, {"_mask": jnp.array([1, 1, 1, 0])}, None)
+    assert float(sums["count"]) == 3
+    assert asked == ["the key", None]  # an evaluation drops nothing out
+
+
+def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():
+    config = config_of()
+    params = fill(functools.partial(contrastive.init, config))
+    ids = np.full((2, LENGTH), PAD, np.int32)
+    ids[0, :3], ids[1, :5] = [0, 7, 2], [0, 9, 8, 7, 2]
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
+
+    @jax.jit
+    def embed(ids, key):
+        return contrastive._embed(config, params, {"ids": ids, "image": images}, key)[0]
+
+    plain, longer = (embed(x, None) for x in (ids[:, :5], ids))
+    np.testing.assert_allclose(plain, longer, rtol=1e-4, atol=1e-6)
+    first, same, other = (embed(ids, jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    for one in (other, longer):
+        assert np.abs(np.asarray(first - one)).max() > 1e-4
+
+
+def example(languages=3):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    ids = [np.array([0, 40 + code, 2], np.int32) for code in range(languages)]
+    return {"image": picture, "ids": ids}
+
+
+def test_training_draws_a_language_and_a_picture_of_the_example():
+    config = config_of()
+    found = [
+        contrastive._augment(config, LENGTH, example(), np.random.default_rng(seed))
+        for seed in range(90)
+    ]
+    codes = [int(one["ids"][1]) - 40 for one in found]
+    assert all(codes.count(code) > 15 for code in range(3)) and set(codes) == {0, 1, 2}
+    assert len({one["image"].tobytes() for one in found}) == 90
+    assert {one["ids"].shape for one in found} == {(LENGTH,)}
+    # The picture does not tell which language was drawn.
+    bright = np.array([one["image"].mean() for one in found])
+    assert abs(np.corrcoef(bright, codes)[0, 1]) < 0.4
+
+
+def test_validation_has_the_first_language_and_the_picture_as_it_is():
+    one, config = example(), config_of()
+    found = contrastive._prepare(config, LENGTH, one)
+    assert found["ids"].tolist() == [0, 40, 2, *[PAD] * (LENGTH - 3)]
+    np.testing.assert_array_equal(found["image"], prepare_picture(one["image"], 16))
+
+
+def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_path):
+    config = config_of(root=corpus, languages=("de", "en"))
+    tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))
+    pairs = contrastive._Pairs.of(config, "val", tokenizer)
+    english, german, pictures = read_split(corpus, "val")
+    assert len(pairs) == 6
+    for index in range(6):
+        one = pairs[index]
+        assert [tokenizer.decode(ids) for ids in one["ids"]] == [german[index], english[index]]
+        assert {int(ids[0]) for ids in one["ids"]} == {0}  # no language
+        np.testing.assert_array_equal(one["image"], pictures[index])
+    assert pairs.longest == max(len(ids) for texts in pairs.ids.values() for ids in texts)
+
+
+def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):
+    seen = {}
+
+    def reader(name):
+        return lambda source, **settings: seen.update({name: (source.corpus.name, settings)})
+
+    def train(task, run, optim, **settings):
+        seen.update(task=task, run=run, **settings)
+        return {"steps": 6}
+
+    monkeypatch.setattr(contrastive.loop, "train", train)
+    monkeypatch.setattr(contrastive, "train_batches", reader("train"))
+    monkeypatch.setattr(contrastive, "eval_batches", reader("valid"))
+    monkeypatch.setattr(contrastive, "make_evaluator", lambda _, batches, **more: (batches, more))
+    config = config_of(root=corpus, seed=7)
+    assert contrastive.run(config, epath.Path(tmp_path / "run"), one_device()) == {"steps": 6}
+    task = seen["task"]
+    task.batches(5)
+    name, settings = seen["train"]
+    assert name == "multi30k train"
+    assert (settings["seed"], settings["batch"], settings["start_step"]) == (7, 8, 5)
+    validation, more = task.evaluators["val"]
+    validation()
+    name, settings = seen["valid"]
+    assert (name, more["seed"], settings["batch"]) == ("multi30k val", 7, 6)
+    assert (task.steps_per_epoch, seen["seed"], seen["run"].best) == (3, 7, None)
+    assert task.batch["image"].shape == (8, 16, 16, 3)
+    transform = settings["transform"]
+    assert transform(example())["ids"][1] == 40  # the first language

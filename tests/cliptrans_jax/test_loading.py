@@ -1,0 +1,121 @@
+"""Sentences and pictures that are given to a loaded model reach its search with their own
+features."""
+
+import dataclasses
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshes import one_device
+from tiny_cliptrans import tiny_config
+
+from cliptrans_jax.data.framing import FramedTokenizer
+from cliptrans_jax.data.pictures import prepare_picture
+from cliptrans_jax.evaluators.show import Hypothesis
+from cliptrans_jax.loading import LoadedModel
+
+PAD, ENGLISH, GERMAN = 1, 57, 58
+# The order by length, the longest first, is 2 5 0 3 1 4: not its own inverse.
+SENTENCES = ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 23 24 25 26 27")
+PICTURES = tuple(np.full((16, 16, 3), 40 * number, np.uint8) for number in range(6))
+
+
+def numbers():
+    """A tokenizer whose words are numbers: "7" is token 7."""
+    return FramedTokenizer(
+        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
+        join=lambda ids: " ".join(map(str, ids)),
+        vocab=60,
+        language_ids={"en": ENGLISH, "de": GERMAN},
+        special=frozenset({0, PAD, 2, ENGLISH, GERMAN}),
+        limit=9,
+    )
+
+
+class TextTower:
+    """Features that are the sum of a framed sentence."""
+
+    tokenizer, longest = numbers(), 11
+
+    def encode(self, ids, *, mesh):
+        return np.array([[x.sum()] for x in ids], np.float32)
+
+
+class ImageTower:
+    """Features that are the mean of a prepared picture."""
+
+    config, params = types.SimpleNamespace(image=8), {"factor": np.float32(2)}
+
+    def apply(self, params, images):
+        return params["factor"] * jnp.mean(images, axis=(1, 2))[:, :1]
+
+
+def loaded(**changes):
+    """A model whose search gives back what it is fed, and the batches that it was fed."""
+    config = tiny_config("translate", None)
+    decode = dataclasses.replace(config.decode, batch=4, bucket=6)
+    config = dataclasses.replace(config, decode=decode, **changes)
+    fed = []
+
+    def search(params, batches):
+        found = {}
+        for batch in batches:
+            fed.append(batch)
+            for row in np.flatnonzero(batch["_mask"]):
+                words = batch["source"][row]
+                text = " ".join(map(str, words[words != PAD]))
+                heard = batch.get("features", batch.get("clip_tokens", np.zeros((4, 1))))
+                found[int(batch["_index"][row])] = [Hypothesis(text, float(heard[row].sum()))]
+        return found
+
+    material = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
+    return LoadedModel(config, {"mbart": 0}, numbers(), material, search, one_device()), fed
+
+
+def framed(text):
+    """As the encoder reads it: cut to the tokenizer's limit."""
+    return " ".join([str(ENGLISH), *text.split()[:7], "2"])
+
+
+def test_every_sentence_is_translated_with_its_own_feature():
+    model, fed = loaded()
+    found = model.translate(SENTENCES)
+    assert [outputs[0].text for outputs in found] == [framed(text) for text in SENTENCES]
+    sums = [float(sum([*map(int, text.split()[:7]), 2])) for text in SENTENCES]
+    assert [outputs[0].score for outputs in found] == sums
+    assert [batch["_index"].tolist() for batch in fed] == [[2, 5, 0, 3], [1, 4, 4, 4]]
+    assert [batch["source"].shape for batch in fed] == [(4, 12), (4, 6)]
+    assert {int(code) for batch in fed for code in batch["labels"][:, 0]} == {GERMAN}
+
+
+def test_every_picture_stands_with_its_sentence():
+    model, _ = loaded()
+    found = model.translate(SENTENCES, pictures=PICTURES)
+    assert [outputs[0].text for outputs in found] == [framed(text) for text in SENTENCES]
+    wanted = [2 * prepare_picture(picture, 8)[..., 0].mean() for picture in PICTURES]
+    assert [outputs[0].score for outputs in found] == pytest.approx(wanted, rel=1e-5)
+    empty = model.translate([""] * 6, pictures=PICTURES)
+    assert [outputs[0].score for outputs in empty] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_tower_that_was_trained_gets_the_tokens():
+    model, fed = loaded(unfreeze_clip=True)
+    model.translate(SENTENCES[:2])
+    tokens = fed[0]["clip_tokens"]
+    assert "features" not in fed[0]
+    assert tokens.tolist() == [[0, 4, 5, 6, 7, 2], *[[0, 8, 2, PAD, PAD, PAD]] * 3]
+
+
+def test_a_model_without_a_prefix_gets_neither():
+    config = tiny_config("translate", None).model
+    mapper = dataclasses.replace(config.mapper, prefix=0)
+    model, fed = loaded(model=dataclasses.replace(config, mapper=mapper))
+    model.translate(SENTENCES)
+    assert all(not {"features", "clip_tokens"} & set(batch) for batch in fed)
+
+
+def test_lines_are_read_as_lines_of_a_file():
+    model, _ = loaded()
+    texts = [outputs[0].text for outputs in model.translate([" 4 5\n", "4 \n 5", "4\t5"])]
+    assert texts == [f"{ENGLISH} 4 5 2"] * 3

@@ -1,0 +1,411 @@
+"""What a stage reads of a corpus, and what is written of a set that was scored."""
+
+import dataclasses
+import json
+import types
+import zlib
+
+import numpy as np
+import pytest
+from etils import epath
+from meshes import one_device
+from tiny_cliptrans import FEATURES, PREFIX, TEST, read_split, tiny_config
+
+from cliptrans_jax.config import SourcesConfig
+from cliptrans_jax.data.corpus import Corpus
+from cliptrans_jax.data.examples import NoiseConfig
+from cliptrans_jax.data.tokens import TokenizerConfig
+from cliptrans_jax.evaluators.scores import score
+from cliptrans_jax.evaluators.show import Hypothesis, Row, read_translations, write_translations
+from cliptrans_jax.models.clip import ClipTextConfig
+from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.runs import material, scoring
+from cliptrans_jax.runs.material import (
+    Material,
+    caption_language,
+    describe_text,
+    encodes_texts,
+    feature_side,
+    used_languages,
+)
+from cliptrans_jax.stages import Side
+from common_jax.config import unfreeze
+
+PAIR = ("en", "de")
+CODES = {"en": 1.0, "de": 2.0, "pictures": 3.0}
+
+
+def config_of(stage, root=None, **changes):
+    return dataclasses.replace(tiny_config(stage, root), **changes)
+
+
+def features(corpus, kind):
+    """Rows that tell which they are, and of what."""
+    rows = np.arange(len(corpus), dtype=np.float32)
+    return np.stack([rows, np.full_like(rows, CODES[kind])], axis=1)
+
+
+class Tower:
+    """A tower of a tokenizer alone, which frames a sentence as its number of letters."""
+
+    longest = 11
+    config = types.SimpleNamespace(features=FEATURES)
+    tokenizer = types.SimpleNamespace(
+        encode=lambda texts, language: [
+            np.array([0 if language is None else 9, len(text), 2], np.int32) for text in texts
+        ]
+    )
+
+
+@pytest.fixture
+def material_of(monkeypatch, tmp_path):
+    """material_of(config): a Material whose towers and features are stand-ins; asks are kept."""
+    asked = []
+
+    def texts(tower, corpus, language, *, folder, mesh):
+        asked.append((corpus.name, language, str(folder)))
+        return features(corpus, language)
+
+    def images(tower, corpus, *, folder, mesh, workers):
+        asked.append((corpus.name, "pictures", str(folder)))
+        corpus.require_images()
+        return features(corpus, "pictures")
+
+    monkeypatch.setattr(material, "text_features", texts)
+    monkeypatch.setattr(material, "image_features", images)
+
+    def build(config):
+        made = Material(config, epath.Path(tmp_path / "run"), one_device())
+        made.__dict__["text_tower"] = made.__dict__["image_tower"] = Tower()
+        return made
+
+    build.asked = asked
+    return build
+
+
+# Stage, whether it is for training, and what examples read, write and look at.
+READS = [
+    ("caption", True, "en", "en", "pictures"),
+    ("caption", False, "en", "en", "pictures"),
+    ("text_recon", True, "en", "en", "en"),
+    ("text_recon", False, "en", "en", "en"),
+    ("translate", True, "en", "de", "en"),
+    ("translate", False, "en", "de", "en"),
+    ("triplet", True, "en", "de", "pictures"),
+    ("triplet", False, "en", "de", "en"),
+]
+
+
+@pytest.mark.parametrize(("stage", "train", "source", "target", "looks"), READS)
+def test_what_a_stage_reads_of_a_split(corpus, material_of, stage, train, source, target, looks):
+    split = "train" if train else TEST
+    made = material_of(config_of(stage, corpus))
+    found = made.load(split, train=train)
+    texts = dict(zip(PAIR, read_split(corpus, split)[:2], strict=True))
+    count = len(texts["en"])
+    inputs = found.inputs
+    assert len(inputs) == count and inputs.room == 20 and inputs.pad == made.tokenizer.pad
+    assert [found.source(i) for i in range(count)] == texts[source]
+    assert [found.reference(i) for i in range(count)] == texts[target]
+    for ids, language in ((inputs.examples.source, source), (inputs.examples.target, target)):
+        assert {int(row[0]) for row in ids} == {made.tokenizer.language_id(language)}
+        assert [made.tokenizer.decode(row) for row in ids] == texts[language]
+    wanted = np.stack([np.arange(count), np.full(count, CODES[looks])], axis=1)
+    np.testing.assert_array_equal(inputs.features, wanted)
+    folder = str(made.workdir / "features")
+    assert material_of.asked == [(f"multi30k {split}", looks, folder)]
+    assert inputs.clip_tokens is None
+
+
+def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, material_of):
+    """The target's first; features are of the sentence's own language."""
+    made = material_of(config_of("text_recon", corpus, all_languages=True))
+    english, german, _ = read_split(corpus, "train")
+    found = made.load("train", train=True)
+    assert [found.reference(i) for i in range(48)] == [*german, *english]
+    assert [found.source(i) for i in range(48)] == [*german, *english]
+    wanted = [[row, CODES[code]] for code in ("de", "en") for row in range(24)]
+    assert found.inputs.features.tolist() == wanted
+    valid = made.load("val", train=False)
+    assert [valid.reference(i) for i in range(6)] == read_split(corpus, "val")[1]
+    assert set(valid.inputs.features[:, 1]) == {CODES["de"]}
+
+
+@pytest.mark.parametrize(("side", "looks"), [("image", "pictures"), ("text", "en"), ("", "en")])
+def test_evaluation_may_look_at_the_other_side(corpus, material_of, side, looks):
+    made = material_of(config_of("triplet", corpus, test_side=side, features="/kept"))
+    made.load("train", train=True)
+    made.load("val", train=False)
+    assert [what for _, what, _ in material_of.asked] == ["pictures", looks]
+    assert {folder for _, _, folder in material_of.asked} == {"/kept"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "change"),
+    [
+        ("text_recon", {"keep_text_features": False}),
+        ("translate", {"keep_text_features": False}),
+        ("translate", {"unfreeze_clip": True}),
+    ],
+)
+def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, material_of, stage, change):
+    found = material_of(config_of(stage, corpus, **change)).load("train", train=True)
+    english = read_split(corpus, "train")[0]
+    assert found.inputs.features is None and material_of.asked == []
+    assert [ids.tolist() for ids in found.inputs.clip_tokens] == [[0, len(x), 2] for x in english]
+    assert found.inputs.clip_room == Tower.longest
+
+
+def test_a_model_without_a_prefix_looks_at_nothing(corpus, material_of):
+    config = config_of("caption", corpus)
+    mapper = dataclasses.replace(config.model.mapper, prefix=0)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mapper=mapper))
+    found = material_of(config).load("train", train=True)
+    assert (found.inputs.features, found.inputs.clip_tokens) == (None, None)
+    assert material_of.asked == [] and found.corpus.images is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "languages", "train", "wanted"),
+    [
+        ("caption", False, True, ({"train": True, "val": True, TEST: True}, 24)),
+        ("caption", True, True, ({"train": True, "val": True, TEST: True}, 48)),
+        ("triplet", False, True, ({"train": True, "val": False, TEST: False}, 24)),
+        ("translate", False, True, ({"train": False, "val": False, TEST: False}, 24)),
+        ("translate", False, False, ({TEST: False}, 0)),
+    ],
+)
+def test_a_check_opens_every_split_with_what_its_stage_needs(
+    corpus, material_of, monkeypatch, stage, languages, train, wanted
+):
+    opened, real = {}, material.load_corpus
+
+    def load(config, split, codes, *, with_images=False):
+        opened[split] = with_images
+        return real(config, split, codes, with_images=with_images)
+
+    monkeypatch.setattr(material, "load_corpus", load)
+    made = material_of(config_of(stage, corpus, all_languages=languages))
+    count = made.check(train=train)
+    assert (opened, count) == wanted
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "train", "test"),
+    [
+        ("caption", {}, Side.IMAGE, Side.IMAGE),
+        ("text_recon", {"test_side": "image"}, Side.TEXT, Side.IMAGE),
+        ("translate", {"test_side": "image"}, Side.TEXT, Side.IMAGE),
+        ("triplet", {}, Side.IMAGE, Side.TEXT),
+        ("caption", {"test_side": "text"}, Side.IMAGE, Side.TEXT),
+    ],
+)
+def test_the_side_of_an_evaluation_is_its_own(stage, changes, train, test):
+    config = config_of(stage, **changes)
+    assert feature_side(config, train=True) is train
+    assert feature_side(config, train=False) is test
+    assert not encodes_texts(config)
+    kept = dataclasses.replace(config, keep_text_features=False)
+    assert encodes_texts(kept) is (Side.TEXT in (train, test))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "caption", "used"),
+    [
+        ("caption", {}, "en", ("en",)),
+        ("caption", {"caption_language": "de"}, "de", ("de",)),
+        ("text_recon", {"all_languages": True}, "de", PAIR),
+        ("caption", {"all_languages": True, "caption_language": "en"}, "en", PAIR),
+        ("translate", {}, "en", PAIR),
+        ("triplet", {"caption_language": "de"}, "de", PAIR),
+    ],
+)
+def test_the_languages_that_a_stage_uses(stage, changes, caption, used):
+    config = config_of(stage, **changes)
+    assert (caption_language(config), used_languages(config)) == (caption, used)
+
+
+@pytest.mark.parametrize(
+    ("sources", "kind", "sizes"),
+    [
+        ({"clip": "run"}, "xlmr", None),  # the config's own
+        ({"clip_text": "tower"}, "xlmr", MClipConfig()),
+        ({"clip_text": "tower"}, "clip", ClipTextConfig()),
+        ({}, "trained", None),
+    ],
+)
+def test_a_text_tower_is_described_by_where_it_is_from(sources, kind, sizes):
+    tokenizer = TokenizerConfig(kind, "" if kind == "trained" else "folder")
+    config = config_of("translate", sources=SourcesConfig(**sources), clip_tokenizer=tokenizer)
+    assert describe_text(config).config == (sizes or config.clip.text)
+
+
+def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
+    asked = {}
+
+    def load(folder, *given, **settings):
+        asked[folder] = (given, settings)
+
+    monkeypatch.setattr(material, "load_published_text", load)
+    monkeypatch.setattr(material, "load_published_image", load)
+    sources = SourcesConfig(
+        clip_text="text", clip_image="image", fetch=True, weights="ema", clip_activation="gelu",
+        clip_text_base="base",
+    )  # fmt: skip
+    tokenizer = TokenizerConfig("clip", "folder")
+    config = config_of("translate", sources=sources, clip_tokenizer=tokenizer)
+    made = Material(config, epath.Path(tmp_path), one_device())
+    assert made.text_tower is made.image_tower is None
+    both = {"dtype": config.dtype, "fetch": True, "weights": "ema", "activation": "gelu"}
+    assert asked == {"text": ((tokenizer,), both | {"base": "base"}), "image": ((), both)}
+
+
+def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
+    """Whatever sizes stage "clip" has in this config."""
+    config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
+    tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
+    sizes = {"heads": 4, "eps": 1e-3}
+    trained = config_of(
+        "clip",
+        clip=dataclasses.replace(
+            config.clip,
+            text=dataclasses.replace(config.clip.text, **sizes),
+            image=dataclasses.replace(config.clip.image, **sizes),
+        ),
+    )
+    monkeypatch.setattr(
+        material.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
+    )
+    monkeypatch.setattr(
+        material.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
+    )
+    text = material.load_trained_text(config, tokenizer)
+    image = material.load_trained_image(config)
+    assert text.tokenizer is tokenizer
+    assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
+    assert text.params == {"trained": len("clip/text")}
+    assert image.params == {"trained": len("clip/image")}
+
+
+def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
+    english, german, _ = read_split(corpus, "train")
+    config = config_of("translate", corpus, languages=("de", "en"))
+    _, text = material.train_tokenizer(config, epath.Path(tmp_path))
+    made_from = json.loads(text)["made_from"]
+    assert made_from["languages"] == ["de", "en"]
+    assert made_from["sentences"] == zlib.crc32("\n".join([*german, *english]).encode())
+
+
+@pytest.mark.parametrize(("given", "limit"), [(20, 20), (None, 32 - PREFIX)])
+def test_sentences_are_cut_to_the_model_behind_its_prefix(corpus, tmp_path, given, limit):
+    config = config_of("translate", corpus)
+    config = dataclasses.replace(
+        config, tokenizer=dataclasses.replace(config.tokenizer, max_length=given)
+    )
+    tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
+    assert tokenizer.limit == config.sentence_limit == limit
+
+
+def test_a_corpus_names_what_is_missing():
+    whole = Corpus("some", {"en": ("a", ""), "de": ("", "")}, None, ("1", "2"))
+    assert whole.empty == {"en": 1, "de": 2}
+    whole.require_sentences(("en",), reader="it")
+    with pytest.raises(ValueError, match=r"some has no sentence in 'de', which it needs, only in"):
+        whole.require_sentences(("en", "de"), reader="it")
+
+
+# A scored set.
+
+
+def scored(tmp_path, config, made, outputs, *, step="12"):
+    """What `score_split` gives for `outputs` by source, and the batches that it asks for."""
+    chosen = made.load(TEST, train=False)
+    asked = []
+
+    def translate(params, batches):
+        asked.extend(batches)
+        return {
+            number: [Hypothesis(outputs[chosen.source(number)], -number), Hypothesis("x", -9.0)]
+            for number in reversed(range(len(chosen.inputs)))
+        }
+
+    report = scoring.score_split(config, tmp_path, chosen, translate, {}, step=step)
+    return report, asked
+
+
+@pytest.mark.parametrize(("stage", "target"), [("translate", "de"), ("caption", "en")])
+def test_a_scored_set_is_written_row_by_row(corpus, material_of, tmp_path, stage, target):
+    config = config_of(stage, corpus)
+    english, german, _ = read_split(corpus, TEST)
+    references = {"en": english, "de": german}[target]
+    outputs = dict(zip(english, references, strict=True)) | {english[1]: "ganz falsch"}
+    folder = epath.Path(tmp_path / "out")
+    folder.mkdir()
+    report, asked = scored(folder, config, material_of(config), outputs)
+    rows = read_translations(folder / "translations.tsv")
+    assert [row.index for row in rows] == [*range(5)]
+    assert [row.key for row in rows] == [f"{x.replace(' ', '_')}.png" for x in english]
+    assert [row.source for row in rows] == english
+    assert [row.reference for row in rows] == references
+    assert [row.output for row in rows] == list(outputs.values())
+    assert [(row.score, row.others) for row in rows] == [
+        (-i, (Hypothesis("x", -9.0),)) for i in range(5)
+    ]
+    wanted = score(list(outputs.values()), references, language=target)
+    assert report == json.loads((folder / "scores.json").read_text())
+    assert (report["set"], report["step"], report["sentences"]) == (f"multi30k {TEST}", 12, 5)
+    assert report["exact"] == 80.0 and report["bleu"] == pytest.approx(wanted.bleu)
+    assert f"tok-{target}|" in report["signatures"]["bleu_lower"]
+    (batch,) = asked  # of config.decode.batch
+    assert len(batch["_mask"]) == 8 and batch["_mask"].sum() == 5
+    lengths = (batch["source"] != 1).sum(axis=1)
+    assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+
+
+def test_a_set_is_searched_in_batches_of_the_search(corpus, material_of, tmp_path):
+    """Whatever batches and seed training has; tokens are dropped by the run's seed."""
+    config = config_of("translate", corpus, noise=NoiseConfig(mask_prob=0.5, test=True), seed=3)
+    decode = dataclasses.replace(config.decode, batch=2, bucket=6)
+    chosen = material_of(config).load("val", train=False)
+
+    def batches(**changes):
+        given = dataclasses.replace(config, decode=decode, **changes)
+        return list(scoring.decode_batches(given, chosen))
+
+    found = batches()
+    assert [len(batch["_mask"]) for batch in found] == [2, 2, 2]
+    assert {batch["labels"].shape[1] for batch in found} <= {6, 12, 20}
+    sources = [[batch["source"].tolist() for batch in batches(seed=seed)] for seed in (3, 3, 4)]
+    assert sources[0] == sources[1] != sources[2]
+
+
+def test_a_gallery_is_spread_over_the_set(corpus, tmp_path):
+    rows = [Row(i, f"{i}", f"source {i}", "r", "o", 0.0) for i in range(20)]
+    write_translations(tmp_path / "translations.tsv", rows)
+    shown = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "picture_table", lambda rows, limit: shown.setdefault(limit, rows))
+        for limit in (8, 3, 20, 25):
+            scoring.gallery(config_of("translate", corpus), epath.Path(tmp_path), limit=limit)
+    assert [row.index for row in shown[8]] == [0, 2, 5, 7, 10, 12, 15, 17]
+    assert [row.index for row in shown[3]] == [0, 6, 13]
+    assert [row.index for row in shown[20]] == [row.index for row in shown[25]] == [*range(20)]
+    assert scoring.gallery(config_of("translate", corpus), epath.Path(tmp_path / "none")) is None
+
+
+def test_a_table_of_scores_has_a_row_a_run_in_order(tmp_path):
+    for number, name in enumerate(("b", "a", "")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        values = {"bleu": 1.25, "bleu_lower": 2, "chrf": 3.06, "meteor": 4, "exact": 5}
+        held = {name: value + 10 * number for name, value in values.items()}
+        held |= {"set": "val", "sentences": 7 + number, "signatures": {"bleu": "case:mixed"}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(held))
+    table = scoring.scores_table(epath.Path(tmp_path), ["b", "a", "missing", ""])
+    assert table.rows == (
+        ("b", "val", "7", "1.2", "2.0", "3.1", "4.0", "5.0"),
+        ("a", "val", "8", "11.2", "12.0", "13.1", "14.0", "15.0"),
+        ("run", "val", "9", "21.2", "22.0", "23.1", "24.0", "25.0"),
+    )
+    assert table.header[3:] == ("BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
+    assert "bleu: case:mixed" in table.caption
+    assert scoring.scores_table(epath.Path(tmp_path), ["missing"]) is None

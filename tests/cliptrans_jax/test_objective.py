@@ -1,0 +1,392 @@
+"""Losses and sums of the stages worked out by hand, what they hear of keys and helpers, and where a
+stage's first weights come from."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax import numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from meshes import one_device
+from same import assert_same
+from tiny import random_like
+from tiny_cliptrans import MBART, OPTIM, tiny_config
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs import objective, translation
+from cliptrans_jax.runs.objective import (
+    check_start,
+    is_run,
+    make_features,
+    make_loss,
+    make_sums,
+    make_warm_start,
+)
+from cliptrans_jax.stages import STAGES
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.state import TrainState, partition
+
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
+MODEL = tiny_config("translate", None).model
+PAD, VOCAB = 1, 9
+DRAW = np.random.default_rng(0)
+LABELS = np.array([[8, 4, 5, 6, 2], [8, 7, 2, PAD, PAD], [8, 2, PAD, PAD, PAD]], np.int32)
+REAL = LABELS != PAD
+BATCH = {
+    "source": jnp.zeros((3, 4), jnp.int32),
+    "labels": jnp.asarray(LABELS),
+    "features": jnp.asarray(DRAW.normal(size=(3, VOCAB)), jnp.float32),
+}
+PARAMS = {
+    "states": jnp.asarray(DRAW.normal(size=(3, 5, VOCAB)), jnp.float32),
+    "readout": {"bias": jnp.asarray(DRAW.normal(size=VOCAB), jnp.float32)},
+}
+
+
+class Model:
+    """Stands in for a Translator: its logits are states, features of the example and a bias."""
+
+    config, dtype = MODEL, jnp.float32
+
+    def __init__(self):
+        self.keys = []
+
+    def label_states(self, params, features, source, labels, *, dropout=None):
+        self.keys.append(dropout)
+        return params["states"] + features[:, None]
+
+    def readout(self, params):
+        return params["readout"]
+
+    def scores(self, readout, states):
+        return 2.0 * states + readout["bias"]
+
+
+def log_p(features=BATCH["features"]):
+    """Of every token at every place, in numpy."""
+    states = np.asarray(PARAMS["states"] + features[:, None], np.float64)
+    logits = 2.0 * states + np.asarray(PARAMS["readout"]["bias"])
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def of_labels(values):
+    return np.take_along_axis(values, LABELS[..., None], axis=-1)[..., 0]
+
+
+def rngs(seed=0):
+    return {"dropout": jax.random.key(seed)}
+
+
+# The loss.
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("chunk", [2, 1024])
+def test_the_loss_is_a_mean_over_the_tokens_of_the_batch(smoothing, chunk):
+    loss = make_loss(Model(), None, label_smoothing=smoothing, chunk=chunk)
+    found, metrics = loss(PARAMS, {}, BATCH, rngs(), 0)
+    each = -(1 - smoothing) * of_labels(log_p()) - smoothing * log_p().mean(axis=-1)
+    assert REAL.sum() == 10  # and not 3 sentences, nor 15 places
+    assert float(found) == pytest.approx(each[REAL].sum() / 10, rel=1e-5)
+    assert metrics == {}
+
+
+def test_the_loss_has_no_more_logits_at_a_time_than_asked_for(monkeypatch):
+    asked = []
+
+    def states_loss(*given, **settings):
+        asked.append(settings)
+        return jnp.float32(6), jnp.float32(3)
+
+    monkeypatch.setattr(objective, "states_loss", states_loss)
+    loss = make_loss(Model(), None, label_smoothing=0.2, chunk=7)
+    assert float(loss(PARAMS, {}, BATCH, rngs(), 0)[0]) == 2
+    assert asked == [{"pad": PAD, "smoothing": 0.2, "dtype": jnp.float32, "chunk": 7}]
+
+
+def test_a_batch_of_pads_has_no_loss():
+    batch = BATCH | {"labels": jnp.full((3, 5), PAD)}
+    loss = make_loss(Model(), None, label_smoothing=0.1)
+    assert float(loss(PARAMS, {}, batch, rngs(), 0)[0]) == 0
+
+
+def test_training_drops_out_by_the_key_of_dropout():
+    model = Model()
+    make_loss(model, None, label_smoothing=0.0)(PARAMS, {}, BATCH, rngs(5), 0)
+    (key,) = model.keys
+    np.testing.assert_array_equal(*map(jax.random.key_data, (key, jax.random.key(5))))
+
+
+# The sums of an evaluation.
+
+
+def sums(mask, params=PARAMS):
+    model = Model()
+    found = make_sums(model, make_features(None))(
+        params, {}, BATCH | {"_mask": jnp.asarray(mask, jnp.float32)}, jax.random.key(0)
+    )
+    assert model.keys == [None]  # it drops nothing out
+    return {name: float(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("mask", [(1, 1, 1), (1, 0, 1), (0, 1, 0)])
+def test_an_evaluation_adds_up_the_tokens_of_real_examples(mask):
+    real = REAL & np.array(mask, bool)[:, None]
+    found = sums(mask)
+    assert found["count"] == real.sum()
+    assert found["loss"] == pytest.approx(-of_labels(log_p())[real].sum(), rel=1e-5)
+    assert found["token_accuracy"] == (log_p().argmax(axis=-1) == LABELS)[real].sum()
+
+
+@pytest.mark.parametrize(("token", "count"), [(8, 3), (2, 3), (7, 1), (PAD, 0), (0, 0)])
+def test_a_guess_is_right_where_the_label_has_the_highest_score(token, count):
+    """The bias makes the same token the guess everywhere; pads are no guesses."""
+    readout = {"bias": jnp.zeros(VOCAB).at[token].set(100.0)}
+    assert sums((1, 1, 1), PARAMS | {"readout": readout})["token_accuracy"] == count
+
+
+# Features of a text tower in the step.
+
+
+class Tower:
+    """Features that are the sum of a sentence's ids, by a factor; keeps the keys it is given."""
+
+    def __init__(self):
+        self.keys = []
+
+    def apply(self, params, ids, *, dropout=None):
+        self.keys.append(dropout)
+        return params["factor"] * jnp.sum(ids, axis=1, keepdims=True) * jnp.arange(1.0, 1 + VOCAB)
+
+
+CLIP = {"clip": {"factor": jnp.float32(0.01)}}
+TEXTS = {name: x for name, x in BATCH.items() if name != "features"} | {
+    "clip_tokens": jnp.asarray([[0, 5, 2], [0, 9, 2], [0, 4, 2]], jnp.int32)
+}
+SUMMED = jnp.float32([[0.07], [0.11], [0.06]]) * jnp.arange(1.0, 1 + VOCAB)
+
+
+def test_features_are_the_batchs_or_the_towers():
+    assert make_features(None)(PARAMS, {"source": BATCH["source"]}) is None
+    assert make_features(None)(PARAMS, BATCH) is BATCH["features"]
+    np.testing.assert_allclose(make_features(Tower())(CLIP, TEXTS), SUMMED, rtol=1e-6)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_tower_drops_out_where_it_trains_alone(trains):
+    trained, helpers = (PARAMS | CLIP, {}) if trains else (PARAMS, CLIP)
+    tower = Tower()
+    loss = make_loss(Model(), tower, label_smoothing=0.0)
+    for seed in (0, 1):
+        found, _ = loss(trained, helpers, TEXTS, rngs(seed), 0)
+        wanted = -of_labels(log_p(SUMMED))[REAL].mean()
+        assert float(found) == pytest.approx(wanted, rel=1e-5)
+    if not trains:
+        assert tower.keys == [None, None]
+        return
+    # A key of its own, which depends on the step's.
+    keys = {tuple(jax.random.key_data(key).tolist()) for key in (*tower.keys, jax.random.key(0))}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_evaluation_takes_the_tower_from_parameters_or_helpers(trains):
+    trained, helpers = (PARAMS | CLIP, {}) if trains else (PARAMS, CLIP)
+    tower, batch = Tower(), TEXTS | {"_mask": jnp.ones(3)}
+    found = make_sums(Model(), make_features(tower))(trained, helpers, batch, jax.random.key(0))
+    wanted = -of_labels(log_p(SUMMED))[REAL].sum()
+    assert float(found["loss"]) == pytest.approx(wanted, rel=1e-5)
+    assert tower.keys == [None]
+
+
+# Which weights a stage trains.
+
+HELD = {
+    "encoder": ("mbart/encoder/", "mbart/embedding", "mbart/logits_bias"),
+    "encoder_layers": ("mbart/encoder/", "mbart/logits_bias"),
+    "nothing": ("mbart/logits_bias",),
+}
+
+
+@pytest.mark.parametrize("freeze", HELD)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_parameters_that_a_stage_trains(stage, freeze):
+    """Of captioning: the mapper and the decoder's positions, norms and layers."""
+    config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)
+    model = translation.Model(config, Translator(config.model), None)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    task = model.task({}, steps_per_epoch=3, mesh=one_device())
+    trained, fixed = (
+        set(traverse_util.flatten_dict(dict(tree), sep="/"))
+        for tree in partition(shapes, task.trainable)
+    )
+    captions = stage in ("caption", "text_recon")
+    held = HELD[freeze] if captions else ("mbart/logits_bias",)
+    assert fixed == {path for path in trained | fixed if path.startswith(held)}
+    assert {path.split("/")[0] for path in trained} == {"mbart", "mapper"}
+    assert any(path.startswith("mbart/decoder/positions") for path in trained)
+    assert any(path.startswith("mbart/encoder/") for path in fixed) is (
+        captions and freeze != "nothing"
+    )
+
+
+# Where weights come from.
+
+
+def wanted(tree):
+    one = SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
+
+
+def config_of(network=None, **sources):
+    """A config of stage "translate"; paths of sources may be paths."""
+    config = tiny_config("translate", None)
+    given = dataclasses.replace(
+        config.sources, **{name: str(value) for name, value in sources.items()}
+    )
+    return dataclasses.replace(config, model=network or config.model, sources=given)
+
+
+OURS = random_like(jax.eval_shape(Translator(MODEL).init, jax.random.key(0)), seed=3)
+OWN_TOWER = {"words": np.arange(6, dtype=np.float32).reshape(2, 3)}
+ANOTHER = {"words": -OWN_TOWER["words"] - 1}
+
+
+@dataclasses.dataclass
+class Trained:
+    """A text tower as far as a start looks at it."""
+
+    params: dict
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Workdirs of a run with and without a text tower of its own, and a published mBART."""
+    folder = tmp_path_factory.mktemp("sources")
+    settings = unfreeze(tiny_config("translate", None)).to_dict()
+    checkpoint.write_params(folder / "plain", OURS, settings)
+    checkpoint.write_params(folder / "unfrozen", OURS | {"clip": ANOTHER}, settings)
+    pretrained.save(folder / "mbart", OURS["mbart"], MBART)
+    pretrained.save_cliptrans(folder / "released.safetensors", OURS, MODEL)
+    return folder
+
+
+def start(config, tower=None, tree=None):
+    return make_warm_start(config, tower)(wanted(OURS if tree is None else tree))
+
+
+def test_without_sources_all_is_fresh():
+    assert make_warm_start(config_of(), None) is None
+
+
+@pytest.mark.parametrize("source", ["plain", "plain/checkpoints/0", "released.safetensors"])
+def test_a_model_gives_all_of_its_weights(sources, source):
+    config = config_of(model=sources / source)
+    assert is_run(config.sources.model) is not source.endswith("safetensors")
+    check_start(config, None, wanted(OURS))
+    found = start(config)
+    assert_same(jax.tree.map(np.asarray, found.params), OURS)
+    assert found.account["fresh"] == found.account["left"] == []
+
+
+def test_a_published_mbart_leaves_the_mapper_fresh(sources):
+    found = start(config_of(mbart=sources / "mbart"))
+    assert_same(jax.tree.map(np.asarray, found.params), {"mbart": OURS["mbart"]})
+    assert [entry["as"] for entry in found.account["taken"]] == ["mbart"]
+
+
+def test_a_published_mbart_of_other_sizes_is_refused(sources):
+    for change, said in (
+        ({"dropout": 0.3, "remat": True}, None),  # of which weights know nothing
+        ({"pad": 3}, "config.model.mbart.pad=3, and the file has 1"),
+        ({"scale_embedding": False}, "scale_embedding=False, and the file has True"),
+        ({"decoder_heads": 4}, "decoder_heads=4, and the file has 2"),
+    ):
+        network = dataclasses.replace(MODEL, mbart=dataclasses.replace(MBART, **change))
+        config = config_of(network, mbart=sources / "mbart")
+        if said is None:
+            assert set(start(config).params) == {"mbart"}
+            continue
+        with pytest.raises(ValueError, match=r"is another model than the config's") as error:
+            start(config)
+        assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        ("model", {"kind": "cliptrans", "config": MODEL, "weights": "ema"}),
+        ("mbart", {"kind": "mbart", "fetch": True, "weights": "ema"}),
+    ],
+)
+def test_published_weights_are_read_as_the_config_says(field, wanted, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def load(source, **settings):
+        raise Asked(source, settings)
+
+    monkeypatch.setattr(objective.pretrained, "load", load)
+    sources = dataclasses.replace(
+        config_of().sources, fetch=True, weights="ema", **{field: "somewhere"}
+    )
+    with pytest.raises(Asked) as asked:
+        start(dataclasses.replace(config_of(), sources=sources))
+    assert asked.value.args == ("somewhere", wanted)
+
+
+@pytest.mark.parametrize(
+    ("source", "from_run"), [("plain", False), ("unfrozen", True), ("", False), ("mbart", False)]
+)
+def test_a_tower_that_trains_goes_on_from_the_run_that_trained_it(sources, source, from_run):
+    field = "mbart" if source == "mbart" else "model"
+    config = config_of(**({field: sources / source} if source else {}))
+    found = start(config, Trained(OWN_TOWER), OURS | {"clip": OWN_TOWER})
+    np.testing.assert_array_equal(
+        found.params["clip"]["words"], (ANOTHER if from_run else OWN_TOWER)["words"]
+    )
+    names = {"": set(), "mbart": {"mbart"}}.get(source, {"mbart", "mapper"})
+    assert set(found.params) == names | {"clip"}
+    for name in names:
+        assert_same(jax.tree.map(np.asarray, found.params[name]), OURS[name])
+    if field == "model" and source:
+        check_start(config, Trained(OWN_TOWER), wanted(OURS | {"clip": OWN_TOWER}))
+
+
+def test_a_run_with_a_trained_tower_is_not_taken_without_it(sources):
+    config = config_of(model=sources / "unfrozen")
+    for begin in (start, lambda given: check_start(given, None, wanted(OURS))):
+        with pytest.raises(ValueError, match=r"clip/words of shape \(2, 3\) has no place"):
+            begin(config)
+    found = start(config_of(model=sources / "unfrozen", leave="clip/.*"))
+    assert [entry["name"] for entry in found.account["left"]] == ["clip/words"]
+
+
+def test_what_is_to_be_fresh_is_not_taken(sources):
+    regex = "mapper/.*|mbart/decoder/positions.*"
+    found = start(config_of(model=sources / "plain", fresh=regex))
+    paths = set(traverse_util.flatten_dict(dict(found.params), sep="/"))
+    every = set(traverse_util.flatten_dict(OURS, sep="/"))
+    fresh = {path for path in every if path.startswith(("mapper/", "mbart/decoder/positions"))}
+    assert fresh and paths == every - fresh
+    assert {entry["name"] for entry in found.account["fresh"]} == fresh
+
+
+def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
+    """Its parameters, with which a stage goes on, and not their average."""
+    none = np.zeros((), np.int32)
+    average = jax.tree.map(lambda x: x + 1, OURS)
+    state = TrainState(np.int32(1), OURS, {}, average, {}, none, none)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", keep=1, best=None)
+    config = dataclasses.replace(config_of(), optim=dataclasses.replace(OPTIM, ema=0.9))
+    checkpoints.save(state, step=1, config=unfreeze(config).to_dict(), metrics=None)
+    checkpoints.close()
+    found = start(config_of(model=tmp_path / "run"))
+    assert_same(jax.tree.map(np.asarray, found.params), OURS)
+    averaged = checkpoint.load(tmp_path / "run", average=True)
+    assert_same(jax.tree.map(np.asarray, averaged), average)

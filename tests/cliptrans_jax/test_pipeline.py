@@ -1,0 +1,51 @@
+"""The runs of a pipeline: their order, recipes, towers and first weights."""
+
+import dataclasses
+
+from tiny_cliptrans import tiny_config
+
+from cliptrans_jax.config import Recipe, SourcesConfig
+from cliptrans_jax.runs.pipeline import plan
+from common_jax.optim import OptimConfig
+
+
+def pipeline(*, sources=None, **changes):
+    """All stages, no two of whose recipes are alike."""
+    recipes = {
+        stage: Recipe(OptimConfig(steps=number, batch=8), label_smoothing=number / 100)
+        for number, stage in enumerate(("triplet", "translate", "text_recon", "caption", "clip"), 1)
+    }
+    config = tiny_config("pipeline", None)
+    given = SourcesConfig(**(sources or {}))
+    return dataclasses.replace(config, recipes=recipes, sources=given, **changes)
+
+
+def test_every_stage_has_its_own_recipe_and_the_weights_of_the_one_before(tmp_path):
+    runs = plan(pipeline(), tmp_path)
+    assert [name for name, _ in runs] == ["clip", "caption", "text_recon", "translate", "triplet"]
+    assert [one.optim.steps for _, one in runs] == [5, 4, 3, 2, 1]
+    assert [one.label_smoothing for _, one in runs] == [0.05, 0.04, 0.03, 0.02, 0.01]
+    start = ["", "", *(str(tmp_path / name) for name in ("caption", "text_recon", "translate"))]
+    assert [one.sources.model for _, one in runs] == start
+    assert [one.sources.clip for _, one in runs] == ["", *[str(tmp_path / "clip")] * 4]
+    assert {one.features for _, one in runs} == {str(tmp_path / "features")}
+    assert all(one.recipes == {} and one.stage == name for name, one in runs)
+
+
+def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
+    for towers in ({"clip": "c"}, {"clip_text": "t"}, {"clip_image": "i"}):
+        config = pipeline(sources=towers | {"model": "released"}, features="kept")
+        runs = plan(config, tmp_path)
+        assert [name for name, _ in runs] == ["caption", "text_recon", "translate", "triplet"]
+        assert [one.sources.model for _, one in runs][:2] == ["released", str(tmp_path / "caption")]
+        for _, one in runs:
+            assert {name: getattr(one.sources, name) for name in towers} == towers
+            assert one.features == "kept"
+    runs = plan(pipeline(sources={"mbart": "published"}), tmp_path)
+    assert [one.sources.mbart for _, one in runs] == ["published", "published", "", "", ""]
+
+
+def test_settings_of_one_stage_stay_with_it(tmp_path):
+    runs = dict(plan(pipeline(all_languages=True, unfreeze_clip=True), tmp_path))
+    assert [name for name, one in runs.items() if one.all_languages] == ["caption", "text_recon"]
+    assert [name for name, one in runs.items() if one.unfreeze_clip] == ["translate"]

@@ -1,0 +1,367 @@
+"""Outputs of a search as texts of their examples, and what a stage searches and validates with."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax import numpy as jnp
+from meshes import one_device, split_mesh
+from tiny_cliptrans import FEATURES, PREFIX, TEST, tiny_config
+
+from cliptrans_jax.data.corpus import Corpus
+from cliptrans_jax.data.examples import Examples, NoiseConfig
+from cliptrans_jax.data.feed import Inputs
+from cliptrans_jax.data.framing import FramedTokenizer
+from cliptrans_jax.decode import Hypotheses
+from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.evaluators.scores import score
+from cliptrans_jax.evaluators.show import Hypothesis
+from cliptrans_jax.evaluators.translation import best_texts, make_translate
+from cliptrans_jax.models.cliptrans import Translator
+from cliptrans_jax.runs import translation
+from cliptrans_jax.runs.material import Set
+from cliptrans_jax.runs.translation import Model, Validation
+from cliptrans_jax.stages import Side
+
+START, PAD, EOS = 2, 1, 2
+ENGLISH, GERMAN = 57, 58
+
+
+def numbers():
+    """A tokenizer whose words are numbers: "7" is token 7."""
+    return FramedTokenizer(
+        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
+        join=lambda ids: " ".join(map(str, ids)),
+        vocab=60,
+        language_ids={"en": ENGLISH, "de": GERMAN},
+        special=frozenset({0, PAD, EOS, ENGLISH, GERMAN}),
+        limit=20,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A search that gives the source's words back behind the language, then fewer of them; what
+    lies behind an output's length is no pad. A third output is found of every second example.
+
+    Scores are the feature of the example and its language.
+    """
+
+    def run(self, params, features, source, language):
+        words = source[:, 1:]
+        count = jnp.sum(words > 3, axis=1)
+        head = jnp.stack([jnp.full_like(language, START), language], axis=1)
+        tokens = jnp.concatenate([head, jnp.where(words > 3, words, 9)], axis=1)
+        base = language + params["more"] + (0 if features is None else features[:, 0])
+        third = jnp.where(count % 2 == 0, base - 2.0, -jnp.inf)
+        return Hypotheses(
+            tokens=jnp.repeat(tokens[:, None], 3, axis=1),
+            lengths=jnp.stack([count + 2, count + 1, jnp.full_like(count, 3)], axis=1),
+            scores=jnp.stack([base, base - 1.0, third], axis=1),
+        )
+
+
+def batch_of(index, mask, lengths):
+    """Example i has the source "10+i 11+i ..." and the feature i / 8."""
+    size = len(index)
+    source = np.full((size, 8), PAD, np.int32)
+    for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
+        source[row, : length + 2] = [ENGLISH, *range(10 + i, 10 + i + length), EOS]
+    return {
+        "source": source,
+        "labels": np.tile(np.array([GERMAN, 4, EOS], np.int32), (size, 1)),
+        "features": np.asarray(index, np.float32)[:, None] / 8,
+        "_mask": np.asarray(mask, np.float32),
+        "_index": np.asarray(index, np.int32),
+    }
+
+
+BATCHES = (
+    batch_of([3, 0, 5, 1, 9, 2, 8, 4], [1] * 8, [3, 2, 1, 4, 2, 5, 1, 3]),
+    batch_of([7, 6, 6, 6, 6, 6, 6, 6], [1, 1, 0, 0, 0, 0, 0, 0], [2, 3] + [3] * 6),
+)
+LENGTHS = {3: 3, 0: 2, 5: 1, 1: 4, 9: 2, 2: 5, 8: 1, 4: 3, 7: 2, 6: 3}
+
+
+@pytest.mark.parametrize("mesh", [one_device, split_mesh])
+@pytest.mark.parametrize("language", [None, ENGLISH])
+def test_every_example_has_its_own_outputs_best_first(mesh, language):
+    def features(params, batch):
+        return 2 * batch["features"]
+
+    translate = make_translate(Echo(), features, numbers(), mesh=mesh(), language=language)
+    found = translate({"more": jnp.float32(0.5)}, BATCHES)
+    assert sorted(found) == list(range(10))
+    for index, outputs in found.items():
+        count = LENGTHS[index]
+        words = [str(10 + index + place) for place in range(count)]
+        best = (GERMAN if language is None else language) + 0.5 + 2 * index / 8
+        wanted = [(words, best), (words[:-1], best - 1), (words[:1], best - 2)]
+        wanted = wanted[: 2 if count % 2 else 3]  # the others have no third
+        assert [(one.text.split(), one.score) for one in outputs] == wanted
+    assert best_texts(found, 10) == [found[index][0].text for index in range(10)]
+
+
+def test_a_model_without_a_prefix_needs_no_features():
+    translate = make_translate(Echo(), lambda *_: None, numbers(), mesh=one_device())
+    found = translate({"more": jnp.float32(0)}, BATCHES[:1])
+    assert {outputs[0].score for outputs in found.values()} == {GERMAN}
+    assert translate({"more": jnp.float32(0)}, []) == {}
+
+
+# What a stage searches with.
+
+
+def model_of(stage, tower=None, **changes):
+    config = dataclasses.replace(tiny_config(stage, None), **changes)
+    return Model(config, Translator(config.model, config.dtype), tower)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parity", "language"),
+    [("caption", False, None), ("caption", True, GERMAN), ("translate", True, None)],
+)
+@pytest.mark.parametrize(("beams", "wanted"), [(0, 2), (1, 1), (4, 4)])
+def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypatch):
+    """With `parity` captions, which are English, begin with the code of the target language."""
+    made = []
+
+    def make(search, features, tokenizer, **settings):
+        made.append((search, settings))
+
+    monkeypatch.setattr(translation, "make_translate", make)
+    model = model_of(stage, parity=parity)
+    material = types.SimpleNamespace(tokenizer=numbers(), mesh=one_device())
+    model.translate(material, beams=beams)
+    ((search, settings),) = made
+    assert settings == {"mesh": material.mesh, "language": language}
+    assert search.config == dataclasses.replace(model.config.decode, beams=wanted)
+    assert search.translator is model.translator
+
+
+def tower():
+    return TextTower.described(tiny_config("translate", None).clip.text, jnp.float32)
+
+
+# Source, labels, features and tokens for the tower of a batch; 6 examples in 2 micro-batches.
+@pytest.mark.parametrize(
+    ("stage", "changes", "with_tower", "wanted"),
+    [
+        ("caption", {}, False, {"source": 2, "labels": 9, "features": FEATURES}),
+        ("text_recon", {}, True, {"source": 2, "labels": 9, "clip_tokens": 9}),
+        (
+            "caption",
+            {"noise": NoiseConfig(mask_prob=0.5)},
+            False,
+            {"source": 9, "labels": 9, "features": FEATURES},
+        ),
+        ("translate", {}, False, {"source": 9, "labels": 9, "features": FEATURES}),
+        (
+            "translate",
+            {"noise": NoiseConfig(train=True)},
+            False,
+            {"source": 2, "labels": 9, "features": FEATURES},
+        ),
+        (
+            "translate",
+            {"noise": NoiseConfig(test=True)},
+            True,
+            {"source": 9, "labels": 9, "clip_tokens": 9},
+        ),
+    ],
+)
+def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wanted):
+    optim = dataclasses.replace(tiny_config(stage, None).optim, batch=6, accumulate=2)
+    model = model_of(stage, tower() if with_tower else None, optim=optim, **changes)
+    task = model.bare_task(one_device(), examples=21, tokens=9)
+    assert {name: x.shape for name, x in task.batch.items()} == {
+        name: (3, width) for name, width in wanted.items()
+    }
+    assert task.steps_per_epoch == 21 // 6
+    longer = model.bare_task(one_device(), examples=21, tokens=99).batch
+    assert longer["labels"].shape == (3, 20)  # config.tokenizer.max_length
+    if with_tower:
+        assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions but 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "runs"),
+    [
+        ("translate", {}, False),
+        ("translate", {"keep_text_features": False}, True),
+        ("translate", {"unfreeze_clip": True}, True),
+        ("caption", {"keep_text_features": False}, False),
+        ("triplet", {"keep_text_features": False}, True),  # in evaluation alone
+    ],
+)
+def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
+    config = dataclasses.replace(tiny_config(stage, None), **changes)
+    material = types.SimpleNamespace(tokenizer=numbers(), text_tower="the tower")
+    assert Model.of(config, material).tower == ("the tower" if runs else None)
+    material.tokenizer = dataclasses.replace(numbers(), vocab=301)
+    with pytest.raises(ValueError, match=r"config\.model\.mbart\.vocab=300 is less than the 301"):
+        Model.of(config, material)
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+def test_a_text_tower_is_trained_or_a_helper(unfreeze):
+    model = model_of("translate", tower(), unfreeze_clip=unfreeze)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert set(shapes) == {"mbart", "mapper"} | ({"clip"} if unfreeze else set())
+    helpers = model.frozen_shapes(one_device())
+    assert set(helpers) == (set() if unfreeze else {"clip"})
+    assert (model.trained_tower is None) is not unfreeze
+    assert model_of("translate").frozen_shapes(one_device()) == {}
+
+
+# Validation.
+
+TEXTS = {"en": ("10 11", "12", "13 14 15"), "de": ("20 21 22 23", "24 25 26 27", "30 31 32 33")}
+
+
+def set_of(pair):
+    ids = {code: numbers().encode(texts, code) for code, texts in TEXTS.items()}
+    examples = Examples(
+        source=ids[pair[0]],
+        target=ids[pair[1]],
+        side=Side.TEXT,
+        rows=np.arange(3, dtype=np.int32),
+        languages=(pair,) * 3,
+        drops=False,
+    )
+    features = np.zeros((3, FEATURES), np.float32)
+    room = 32 - PREFIX
+    return Set(
+        Corpus("numbers", TEXTS, None, ("a", "b", "c")), Inputs(examples, features, None, 1, room)
+    )
+
+
+def validation(pair, *, decode=True):
+    """An evaluation whose search gives three outputs, of which the second alone is right."""
+    seen = []
+
+    def translate(params, batches):
+        seen.append((params, list(batches)))
+        outputs = [Hypothesis("1 2 3 4", -1.0), Hypothesis("9", -2.0)]
+        right = Hypothesis(TEXTS[pair[1]][1], -0.5)
+        return {2: outputs, 0: outputs, 1: [right, outputs[0]]}
+
+    def loss(params, helpers, step):
+        return {"loss": params["a"] + helpers["b"] + step, "token_accuracy": 0.5}
+
+    config = tiny_config("translate", None)
+    return Validation(config, loss, translate if decode else None, set_of(pair)), seen
+
+
+def test_a_validation_has_the_loss_and_scores_of_the_best_outputs():
+    evaluate, seen = validation(("en", "de"))
+    found = evaluate({"a": 1.0}, {"b": 10.0}, 100)
+    assert found["loss"] == 111.0 and found["token_accuracy"] == 0.5
+    assert found["exact"] == pytest.approx(100 / 3)
+    outputs = ["1 2 3 4", TEXTS["de"][1], "1 2 3 4"]
+    assert found["chrf"] == pytest.approx(score(outputs, TEXTS["de"], language="de").chrf)
+    ((params, batches),) = seen
+    assert params == {"a": 1.0, "b": 10.0}
+    assert sorted(batches[0]["_index"][batches[0]["_mask"] > 0].tolist()) == [0, 1, 2]
+    quick, seen = validation(("en", "de"), decode=False)
+    assert quick({"a": 1.0}, {"b": 10.0}, 100) == {"loss": 111.0, "token_accuracy": 0.5}
+
+
+@pytest.mark.parametrize(("pair", "language"), [(("en", "de"), "de"), (("en", "en"), "en")])
+def test_scores_are_in_the_language_that_is_written(pair, language, monkeypatch):
+    asked = []
+
+    def record(outputs, references, *, language):
+        asked.append((tuple(references), language))
+        return score(outputs, references, language=language)
+
+    monkeypatch.setattr(translation, "score", record)
+    validation(pair)[0]({"a": 0.0}, {"b": 0.0}, 0)
+    assert asked == [(TEXTS[language], language)]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        translation, "make_evaluator", lambda *given, **settings: made.append((given, settings))
+    )
+    config = tiny_config("translate", None)
+    model = model_of(
+        "translate",
+        optim=dataclasses.replace(config.optim, batch=4, accumulate=2),
+        run=dataclasses.replace(config.run, best="val/token_accuracy"),
+        valid_decode=decode,
+        seed=7,
+    )
+    valid = set_of(("en", "de"))
+    valid = Set(
+        valid.corpus,
+        dataclasses.replace(
+            valid.inputs, examples=dataclasses.replace(valid.inputs.examples, drops=True)
+        ),
+    )
+    found = Validation.of(model.config, model, valid, made.append, mesh=one_device())
+    assert (found.translate is None) is not decode
+    (((_, batches), settings),) = made
+    assert settings["seed"] == 7
+    rows = list(batches())
+    assert [batch["_mask"].tolist() for batch in rows] == [[1, 1], [1, 0]]  # micro-batches
+    assert [batch["source"].shape for batch in rows] == [(2, 2)] * 2  # all but the frame dropped
+
+
+# A whole run but for its training.
+
+
+def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
+    corpus, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def train(task, run, optim, **settings):
+        seen.update(task=task, **settings)
+        return {"steps": 6}
+
+    def load(step, **settings):
+        seen.update(loaded=step, average=settings["average"])
+        return {"mbart": "averaged"}
+
+    def scored(config, workdir, chosen, translate, params, *, step):
+        return (chosen.corpus.name, translate, params, step)
+
+    monkeypatch.setattr(translation.loop, "train", train)
+    monkeypatch.setattr(translation.checkpoint, "load", load)
+    monkeypatch.setattr(translation, "best_step", lambda _, metric: epath.Path(f"/{metric}/3"))
+    monkeypatch.setattr(translation, "score_split", scored)
+    monkeypatch.setattr(Model, "translate", lambda self, material, *, beams=0: f"{beams} beams")
+    config = tiny_config("translate", corpus)
+    network = dataclasses.replace(config.model.mapper, prefix=0)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mapper=network),
+        optim=dataclasses.replace(config.optim, batch=8, accumulate=2, ema=0.5),
+        noise=NoiseConfig(mask_prob=0.5, train=True),
+        parity=True,
+        seed=7,
+        valid_beams=1,
+    )
+    result = translation.run(config, epath.Path(tmp_path / "run"), one_device())
+    name = f"multi30k {TEST}"
+    assert result == {"steps": 6, "test": (name, "0 beams", {"mbart": "averaged"}, "3")}
+    assert str(seen["loaded"]) == "/val/bleu/3" and seen["average"]
+    assert (seen["seed"], seen["config"]) == (7, config)  # as it was asked for
+    task = seen["task"]
+    assert (task.title, task.steps_per_epoch, task.warm_start) == ("translate", 3, None)
+    assert task.batch["labels"].shape == (4, 20)
+    feed = task.batches.__self__
+    assert (feed.batch, feed.seed, feed.noise, feed.batching) == (
+        8, 7, config.noise, config.batching,
+    )  # fmt: skip
+    assert len(feed.inputs) == 24 and feed.inputs.examples.drops
+    valid = task.evaluators["val"]
+    assert (valid.valid.corpus.name, valid.translate) == ("multi30k val", "1 beams")
+    assert not valid.valid.inputs.examples.drops
+    assert (tmp_path / "run" / "tokenizer.json").exists()
