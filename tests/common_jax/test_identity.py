@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import convert_weights
+import jax
 import numpy as np
 import pytest
 import sweep
@@ -89,6 +90,20 @@ def test_a_run_and_its_checkpoints_carry_one_id(stopped):
 def test_two_runs_have_two_ids(tmp_path):
     ids = {keep_identity(tmp_path / name).id for name in ("a", "b", "a")}
     assert len(ids) == 2
+
+
+@pytest.mark.parametrize("run_id", ["00000000002a", "ffffffffffff", "0123456789ab"])
+def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
+    """Also where they do not see its file yet."""
+    assert keep_identity(tmp_path, adopt=run_id, unmarked=(4,)).unmarked == (4,)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    given = []
+    monkeypatch.setattr(hosts, "agree", lambda value: given.append(value) or np.array([value]))
+    assert keep_identity(tmp_path).id == run_id
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "agree", lambda value: np.maximum([value], float(given[0])))
+    assert keep_identity(tmp_path / "not there yet").id == run_id
+    assert not (tmp_path / "not there yet").exists()
 
 
 @pytest.mark.parametrize("marked", [True, False])
