@@ -59,6 +59,7 @@ def test_the_newest_and_the_best_stay(workdir):
 def test_the_newest_is_restored_whole(workdir):
     restored = Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
     jax.tree.map(np.testing.assert_array_equal, restored, state(5, 0.4))
+    assert (int(restored.step), float(restored.opt_state["m"][0, 0])) == (5, np.float32(0.4))
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):

@@ -142,6 +142,7 @@ def test_misspelt_key_names_the_section_and_the_close_one():
     [
         ({"moe": {"experts": 4.5}}, r"config\.moe\.experts=4\.5 must be of type int, not float"),
         ({"moe": {"experts": True}}, r"config\.moe\.experts=True must be of type int"),
+        ({"moe": {"rate": True}}, r"config\.moe\.rate=True must be of type float"),
         ({"depths": 3}, r"config\.depths=3 must be a tuple"),
         ({"depths": ("a",)}, r"config\.depths\[0\]='a' must be of type int"),
         ({"moe": 3}, r"config\.moe=3 must be a section"),

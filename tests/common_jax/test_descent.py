@@ -215,7 +215,8 @@ def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
     ticking, eval_every, checkpoint_every, tmp_path
 ):
     settings = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "log_every": 2}
-    descend(tmp_path, task=ticking(2.0, 100.0), **settings)
+    optim = dataclasses.replace(OPTIM, accumulate=2)  # 8 examples a step, whatever it is split into
+    descend(tmp_path, task=ticking(2.0, 100.0), optim=optim, **settings)
     timing = read_metrics(tmp_path / "timing.jsonl")
     assert [line["step"] for line in timing] == [4, 6, 8, 10, 12]
     # Batches are read a step ahead, so that the time of one may fall on the other side.
@@ -257,6 +258,19 @@ def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
     close(lines(tmp_path, "test/w")[12], averages[12])
     account = json.loads((tmp_path / "warm_start.json").read_text())
     assert account["taken"] == [{"parameters": 1}]
+
+
+def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):
+    evaluate = lambda params, helpers, step: {"w": float(helpers["x"]) + step}  # noqa: E731
+
+    def loss(params, helpers, batch, rngs, step):
+        return params["w"] * 0 + helpers["x"], {"seen": step.astype(jnp.float32)}
+
+    made = dataclasses.replace(make_task(evaluate), loss=loss, helpers={"x": jnp.float32(100)})
+    descend(tmp_path, task=made, optim=PLAIN)
+    assert lines(tmp_path, "test/w") == {4: 104, 8: 108, 12: 112}
+    assert set(lines(tmp_path, "train/loss").values()) == {100}
+    assert lines(tmp_path, "train/seen") == {step + 1: step for step in range(STEPS)}
 
 
 def test_micro_batches_are_those_of_the_batch(tmp_path):

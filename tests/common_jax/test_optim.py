@@ -152,15 +152,15 @@ def test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of
         "bias": leaf,  # at the top, without a slash before it
         "bias_table": leaf,
         "down_bias": leaf,
-        "pos_embed": {"kernel": leaf},
         "a": {"pos_embed": leaf, "bias": {"kernel": leaf}, "my_bias": leaf},
+        "b": {"pos_embed": {"kernel": leaf}, "my_pos_embed": leaf},
     }
     assert decay_mask(params, CONFIG.no_decay) == {
         "bias": False,
         "bias_table": True,
         "down_bias": False,
-        "pos_embed": {"kernel": True},
         "a": {"pos_embed": False, "bias": {"kernel": True}, "my_bias": True},
+        "b": {"pos_embed": {"kernel": True}, "my_pos_embed": True},
     }
 
 

@@ -11,7 +11,7 @@ from meshes import one_device
 
 from common_jax.optim import OptimConfig, make_schedule
 from common_jax.state import STREAMS, evaluation_key, step_rngs
-from common_jax.step import _split, init_state, make_evaluator, make_step
+from common_jax.step import _split, init_state, make_evaluator, make_step, part_norms
 
 CONFIG = OptimConfig(
     steps=8, batch=8, lr=0.1, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, warmup_lr=0.0
@@ -245,6 +245,16 @@ def test_norms_are_those_before_clipping_of_the_whole_and_of_each_part():
         assert [report[name] for name in parts] == [3, 4][: len(parts)]
         found = [float(state.params[name]["x"]) for name in "abc"]
         assert found == pytest.approx(wanted)
+
+
+def test_a_network_of_one_part_has_one_norm():
+    gradient = {"a": {"x": jnp.array(3.0), "y": jnp.array(4.0)}}
+    assert part_norms(gradient, 0) == part_norms(gradient, 1) == {}
+    assert part_norms(gradient, 2) == {"a/x/gradient_norm": 3.0, "a/y/gradient_norm": 4.0}
+    assert part_norms(gradient | {"b": {"x": jnp.array(1.0)}}, 1) == {
+        "a/gradient_norm": 5.0,
+        "b/gradient_norm": 1.0,
+    }
 
 
 def test_the_average_starts_as_the_parameters_or_is_not_kept():

@@ -117,9 +117,9 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "common_jax/optim.py",
-        "without a warm-up the cosine starts where one would",
-        "config.warmup_lr if warmup else config.peak_lr, config.peak_lr",
-        "config.warmup_lr, config.peak_lr",
+        "the cosine goes on behind the end for as long as the warm-up takes",
+        "config.peak_lr, warmup, total, config.min_lr",
+        "config.peak_lr, warmup, warmup + total, config.min_lr",
         OPTIM,
     ),
     Mistake(
