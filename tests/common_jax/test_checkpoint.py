@@ -174,6 +174,16 @@ def test_unfinished_folders_are_not_read_and_are_removed(workdir):
     assert {path.name for path in folder.iterdir()} == {"2", "4", "5"}
 
 
+def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):
+    folder = workdir / "checkpoints"
+    for item in (".", "params", "trainer", "config"):
+        marker = folder / "5" / item / "commit_success.txt"
+        marker.rename(marker.with_suffix(".away"))
+        assert checkpoint.finished_steps(folder) == [2, 4]
+        marker.with_suffix(".away").rename(marker)
+    assert checkpoint.finished_steps(folder) == [2, 4, 5]
+
+
 def test_a_run_whose_every_checkpoint_is_damaged_is_not_restarted_silently(workdir):
     for path in (workdir / "checkpoints").rglob("*"):
         if path.is_file() and "trainer" in path.parts and path.name != "commit_success.txt":

@@ -15,7 +15,6 @@ OPTIM = named(
     "test_curves_by_epoch_count_a_last_epoch_that_is_not_whole",
     "test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters",
     "test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does",
-    "test_warmup_cosine_is_a_line_and_half_a_cosine",
 )
 STEP = named(
     "test_step.py",
@@ -51,7 +50,6 @@ METRICS = named(
 MESH = named(
     "test_mesh.py",
     "test_rows_are_taken_of_every_share_and_put_back_where_they_were",
-    "test_a_batch_is_split_over_all_axes",
 )
 CONFIG = named(
     "test_config.py", "test_of_several_sections_the_kind_chooses_and_without_one_the_first"
@@ -66,6 +64,11 @@ CHECKPOINT = named(
     "test_a_checkpoint_evaluated_later_may_be_the_best",
     "test_the_running_average_is_loaded_where_there_is_one",
 )
+IDENTITY = named(
+    "test_identity.py",
+    "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
+)
+REPORT = named("test_report.py", "test_loads_are_drawn_over_their_fair_share")
 AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
 FLOPS = named(
     "test_pods.py",
@@ -113,13 +116,6 @@ MISTAKES: tuple[Mistake, ...] = (
         "a path without decay need only begin so",
         "and not re.fullmatch(no_decay, path)",
         "and not re.match(no_decay, path)",
-        OPTIM,
-    ),
-    Mistake(
-        "common_jax/optim.py",
-        "the cosine goes on behind the end for as long as the warm-up takes",
-        "config.peak_lr, warmup, total, config.min_lr",
-        "config.peak_lr, warmup, warmup + total, config.min_lr",
         OPTIM,
     ),
     Mistake(
@@ -263,13 +259,6 @@ MISTAKES: tuple[Mistake, ...] = (
         MESH,
     ),
     Mistake(
-        "common_jax/mesh.py",
-        "a batch may be a divisor of the devices in place of a multiple",
-        "batch % mesh.size:",
-        "mesh.size % batch:",
-        MESH,
-    ),
-    Mistake(
         "common_jax/config.py",
         "without a kind the last of several sections is taken",
         'kind = value.get("kind", chosen.kind)',
@@ -303,6 +292,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "if average and (step / AVERAGE).exists()",
         "if average and not (step / AVERAGE).exists()",
         CHECKPOINT,
+    ),
+    Mistake(
+        "common_jax/checkpoint/belonging.py",
+        "where run.json is lost the oldest checkpoint says which run it is",
+        "Identity(found[-1], unmarked)",
+        "Identity(found[0], unmarked)",
+        IDENTITY,
+    ),
+    Mistake(
+        "common_jax/report.py",
+        "loads are drawn over the number of layers in place of experts",
+        "cells = np.clip(cells * experts,",
+        "cells = np.clip(cells * len(curves),",
+        REPORT,
     ),
     Mistake(
         "common_jax/pods/hosts.py",
