@@ -64,13 +64,23 @@ def test_results_are_looked_for_as_deep_as_asked_for(tmp_path):
     assert holds_results(tmp_path, below=0)
 
 
+def test_one_whole_checkpoint_beside_an_unfinished_one_counts_and_an_empty_folder_does_not(
+    tmp_path,
+):
+    (tmp_path / "checkpoints").mkdir()
+    assert not holds_results(tmp_path)
+    make(tmp_path / "checkpoints/8.orbax-checkpoint-tmp-7/x")
+    make(tmp_path / "checkpoints/4/x")
+    assert holds_results(tmp_path)
+
+
 def test_another_config_takes_the_place_of_one_that_came_to_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     refuse_other_config(tmp_path, Config(seed=1))  # none is there
     claim(tmp_path, Config(seed=0))
     refuse_other_config(tmp_path, Config(seed=0, sides=[[1, 2]]))
-    assert "takes its place" not in caplog.text
-    with caplog.at_level(logging.INFO):
-        refuse_other_config(tmp_path, Config(seed=1))
+    assert "takes its" not in caplog.text
+    refuse_other_config(tmp_path, Config(seed=1))
     assert "came to no checkpoint: this config takes its place" in caplog.text
     make(tmp_path / "result.json")
     refuse_other_config(tmp_path, Config(seed=0))
