@@ -48,6 +48,17 @@ def task(broken=(), **changes):
     return dataclasses.replace(found, **changes)
 
 
+@functools.cache
+def programs(optim, log_every):
+    """What runs that differ in other things share, so that it is compiled once."""
+    return {}
+
+
+def train(workdir, *, task, optim=OPTIM, log_every=1, **settings):
+    shared = dataclasses.replace(task, programs=programs(optim, log_every))
+    return descend(workdir, task=shared, optim=optim, log_every=log_every, **settings)
+
+
 def lines(workdir, name):
     """One number of the log by step."""
     log = read_metrics(workdir / "metrics.jsonl")
@@ -62,7 +73,7 @@ def close(found, wanted):
 def averaged(tmp_path_factory):
     """A run with an average and three steps that are skipped; its folder and its result."""
     workdir = tmp_path_factory.mktemp("averaged") / "run"
-    return workdir, descend(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
+    return workdir, train(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
 
 
 def test_every_step_is_the_one_worked_out_by_hand(averaged):
@@ -120,9 +131,9 @@ def test_a_resumed_run_has_the_same_average_to_the_bit(averaged, stopped, tmp_pa
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
         stop_after(stopped, patch)
-        descend(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
+        train(workdir, task=task(BROKEN), optim=AVERAGED, keep=9)
     assert finished_steps(workdir / "checkpoints")[-1] == stopped
-    assert descend(workdir, task=task(BROKEN), optim=AVERAGED, keep=9) == averaged[1]
+    assert train(workdir, task=task(BROKEN), optim=AVERAGED, keep=9) == averaged[1]
     text = [(folder / "metrics.jsonl").read_bytes() for folder in (workdir, averaged[0])]
     assert text[0] == text[1]
     for average in (False, True):
@@ -134,7 +145,7 @@ def test_without_an_average_the_parameters_are_evaluated(tmp_path):
     """Of a run of another seed, with longer stretches, epochs between evaluations and saves."""
     settings = {"log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep": 9}
     (tmp_path / "warm_start.json").write_text("{}")  # of a start that failed
-    descend(tmp_path, seed=3, task=task((6,)), optim=PLAIN, **settings)
+    train(tmp_path, seed=3, task=task((6,)), optim=PLAIN, **settings)
     losses, values, _ = by_hand(seed=3, broken=(6,))
     assert list(lines(tmp_path, "test/w")) == [12]
     close(lines(tmp_path, "test/w")[12], values[12])
@@ -148,18 +159,18 @@ def test_without_an_average_the_parameters_are_evaluated(tmp_path):
 
 
 def test_a_run_killed_before_its_result_is_evaluated_for_it_and_logs_nothing_more(tmp_path):
-    result = descend(tmp_path, task=task(), optim=AVERAGED)
+    result = train(tmp_path, task=task(), optim=AVERAGED)
     text = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "result.json").unlink()
-    assert descend(tmp_path, task=task(), optim=AVERAGED) == result
+    assert train(tmp_path, task=task(), optim=AVERAGED) == result
     assert (tmp_path / "metrics.jsonl").read_bytes() == text
     (tmp_path / "checkpoints" / "12").rename(tmp_path / "elsewhere")
-    assert descend(tmp_path, task=task(), optim=AVERAGED) == result  # which is taken as it is
+    assert train(tmp_path, task=task(), optim=AVERAGED) == result  # which is taken as it is
     assert not (tmp_path / "checkpoints" / "12").exists()
 
 
 def test_a_stretch_of_skipped_steps_has_no_mean_and_the_run_goes_on(tmp_path):
-    result = descend(tmp_path, task=task((0, 1, 2)), optim=PLAIN, log_every=3, nan_patience=4)
+    result = train(tmp_path, task=task((0, 1, 2)), optim=PLAIN, log_every=3, nan_patience=4)
     assert result["skipped"] == 3
     logged = list(lines(tmp_path, "train/loss").values())
     assert np.isnan(logged[0]) and np.isfinite(logged[1:]).all()
@@ -168,7 +179,7 @@ def test_a_stretch_of_skipped_steps_has_no_mean_and_the_run_goes_on(tmp_path):
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     broken = task((1, 4, 5, 6, 7))
     with pytest.raises(FloatingPointError, match=r"the last 3 steps up to step 7 .*nan_patience=3"):
-        descend(tmp_path, task=broken, optim=PLAIN, nan_patience=3)
+        train(tmp_path, task=broken, optim=PLAIN, nan_patience=3)
     assert finished_steps(tmp_path / "checkpoints") == [4]
     assert not (tmp_path / "result.json").exists()
 
@@ -176,7 +187,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
 def test_the_best_checkpoint_is_that_of_the_highest_value(tmp_path):
     rising_and_falling = {4: 0.1, 8: 0.9, 12: 0.5}
     evaluate = lambda params, helpers, step: {"w": rising_and_falling[step]}  # noqa: E731
-    descend(tmp_path, task=make_task(evaluate), keep=1, best="test/w")
+    train(tmp_path, task=make_task(evaluate), keep=1, best="test/w")
     assert finished_steps(tmp_path / "checkpoints") == [8, 12]
 
 
@@ -216,7 +227,7 @@ def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
 ):
     settings = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "log_every": 2}
     optim = dataclasses.replace(OPTIM, accumulate=2)  # 8 examples a step, whatever it is split into
-    descend(tmp_path, task=ticking(2.0, 100.0), optim=optim, **settings)
+    train(tmp_path, task=ticking(2.0, 100.0), optim=optim, **settings)
     timing = read_metrics(tmp_path / "timing.jsonl")
     assert [line["step"] for line in timing] == [4, 6, 8, 10, 12]
     # Batches are read a step ahead, so that the time of one may fall on the other side.
@@ -228,14 +239,14 @@ def test_the_time_of_steps_is_neither_that_of_evaluations_nor_of_saves(
 def test_the_clock_starts_anew_with_every_save(ticking, tmp_path):
     """Each batch is read a step ahead: after step 6 more than a minute is over."""
     settings = {"checkpoint_every": 3, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 9}
-    descend(tmp_path, task=ticking(10.0), **settings)
+    train(tmp_path, task=ticking(10.0), **settings)
     assert finished_steps(tmp_path / "checkpoints") == [6, 12]
 
 
 def test_a_save_by_the_clock_has_no_score_of_an_earlier_step(ticking, tmp_path):
     task = ticking(10.0, scores=(0.9, 0.1, 0.2))
     settings = {"checkpoint_every": 2, "checkpoint_minutes": 1.0, "log_every": 2, "keep": 1}
-    descend(tmp_path, task=task, best="test/w", **settings)
+    train(tmp_path, task=task, best="test/w", **settings)
     assert finished_steps(tmp_path / "checkpoints") == [12]  # of 6, 8 and 12
 
 
@@ -250,8 +261,8 @@ def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
     warm = task(warm_start=warm_start)
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
         stop_after(6, patch)
-        descend(tmp_path, task=warm, optim=AVERAGED)
-    descend(tmp_path, task=warm, optim=AVERAGED)
+        train(tmp_path, task=warm, optim=AVERAGED)
+    train(tmp_path, task=warm, optim=AVERAGED)
     assert starts == [()]
     _, values, averages = by_hand(start=5.0)
     close(checkpoint.load(tmp_path)["w"], values[12])
@@ -275,7 +286,7 @@ def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):
 
 def test_micro_batches_are_those_of_the_batch(tmp_path):
     """Each with a draw of its own: the mean of two."""
-    descend(tmp_path, optim=dataclasses.replace(PLAIN, accumulate=2), log_every=1)
+    train(tmp_path, task=task(), optim=dataclasses.replace(PLAIN, accumulate=2), log_every=1)
     w = by_hand()[1][0]
     losses = []
     for row, key in enumerate(step_rngs(np.uint32(0), np.int32(0))["dropout"] for _ in range(2)):
