@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -29,12 +29,21 @@ def run_config(**changes: Any) -> loop.RunConfig:
     )
 
 
-def descend(workdir: pathlib.Path, *, seed: int = 0, **changes: Any) -> dict:
+def descend(
+    workdir: pathlib.Path,
+    *,
+    seed: int = 0,
+    task: Task | None = None,
+    optim: OptimConfig = OPTIM,
+    **changes: Any,
+) -> dict:
     """Trains, or resumes; the result."""
     return loop.train(
-        make_task(lambda params, helpers, step: {"w": float(params["w"])}),
+        make_task(lambda params, helpers, step: {"w": float(params["w"])})
+        if task is None
+        else task,
         run_config(**changes),
-        OPTIM,
+        optim,
         seed=seed,
         workdir=workdir,
         mesh=one_device(),
@@ -42,12 +51,19 @@ def descend(workdir: pathlib.Path, *, seed: int = 0, **changes: Any) -> dict:
     )
 
 
-def make_task(evaluate: Callable[[Any, Any, int], dict[str, float]]) -> Task:
-    """The descent, with what evaluates it."""
+def numbers(step: int) -> np.ndarray:
+    """The batch of a step, which counts from 0."""
+    return np.random.default_rng(step).normal(size=8).astype(np.float32)
+
+
+def make_task(
+    evaluate: Callable[[Any, Any, int], dict[str, float]], *, broken: Collection[int] = ()
+) -> Task:
+    """The descent, with what evaluates it, and the steps whose batch is not a number."""
 
     def batches(first: int):
         for step in itertools.count(first):
-            yield {"x": np.random.default_rng(step).normal(size=8).astype(np.float32)}
+            yield {"x": numbers(step) * np.float32(np.nan if step in broken else 1)}
 
     def loss(params, helpers, batch, rngs, step):
         noise = jax.random.normal(fold_name(rngs["dropout"], "noise"))

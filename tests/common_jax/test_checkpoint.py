@@ -4,10 +4,12 @@ taken."""
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax import numpy as jnp
+from meshes import split_mesh
 
 from common_jax import checkpoint
-from common_jax.checkpoint import Checkpoints
+from common_jax.checkpoint import Checkpoints, contents
 from common_jax.state import TrainState
 from common_jax.weights import Allowance, Origin, take
 
@@ -57,6 +59,7 @@ def test_the_newest_and_the_best_stay(workdir):
 def test_the_newest_is_restored_whole(workdir):
     restored = Checkpoints(workdir, keep=2, best=None).restore_latest(abstract())
     jax.tree.map(np.testing.assert_array_equal, restored, state(5, 0.4))
+    assert (int(restored.step), float(restored.opt_state["m"][0, 0])) == (5, np.float32(0.4))
 
 
 def test_an_empty_folder_restores_nothing(tmp_path):
@@ -118,6 +121,50 @@ def test_what_is_not_there_is_named(workdir, tmp_path):
         checkpoint.load(tmp_path / "empty")
 
 
+def test_a_workdir_may_be_called_like_a_step(tmp_path):
+    save(tmp_path / "7", [0.5, 0.6])
+    folder = tmp_path / "7" / "checkpoints" / "2"
+    for source in (tmp_path / "7", folder.parent, folder):
+        assert checkpoint.find_step(source) == folder
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=r"file is a file; give a run's workdir"):
+        checkpoint.find_step(tmp_path / "file")
+
+
+def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
+    """As where a run was stopped between saving and evaluating."""
+    checkpoints = Checkpoints(tmp_path, keep=1, best="test/w")
+    for step, value in ((1, 0.2), (2, 0.9), (3, None)):
+        checkpoints.save(state(step, 0.0), step=step, config={}, metrics=None)
+        checkpoints.score(step, {"test/w": value} if value else {"test/loss": 99.0})
+        checkpoints.wait()
+    checkpoints.save(state(4, 0.0), step=4, config={}, metrics={"test/w": 0.5, "test/loss": 9.0})
+    checkpoints.close()
+    assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
+
+
+@pytest.mark.parametrize(("scheme", "driver"), [("gs", "gcs"), ("s3", "s3")])
+def test_arrays_of_a_bucket_are_looked_for_in_the_bucket(scheme, driver):
+    found = contents._kvstore(epath.Path(f"{scheme}://bucket/run/checkpoints/4/params"))
+    base = {"driver": driver, "bucket": "bucket", "path": "run/checkpoints/4/params/"}
+    assert found == {"driver": "ocdbt", "base": base}
+
+
+def test_every_chunk_of_a_split_array_is_counted(tmp_path):
+    spec = jax.sharding.PartitionSpec("fsdp", ("data", "expert"))
+    table = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+    params = {"a": jax.device_put(table, jax.sharding.NamedSharding(split_mesh(), spec))}
+    checkpoint.write_params(tmp_path, params, config={})
+    folder = checkpoint.find_step(tmp_path)
+    np.testing.assert_array_equal(checkpoint.load(tmp_path)["a"], table)
+    outline = {"params": contents.outline(params)}
+    contents.check_written(folder, outline, {"config": {}})
+    store = contents.ts.KvStore.open(contents._kvstore(folder / "params")).result()
+    store.delete_range(contents.ts.KvStore.KeyRange("a/1.0", "a/1.1")).result()
+    with pytest.raises(OSError, match="a has 7 of its 8 chunks"):
+        contents.check_written(folder, outline, {"config": {}})
+
+
 def test_unfinished_folders_are_not_read_and_are_removed(workdir):
     folder = workdir / "checkpoints"
     (folder / "7" / "params").mkdir(parents=True)
@@ -125,6 +172,16 @@ def test_unfinished_folders_are_not_read_and_are_removed(workdir):
     assert checkpoint.finished_steps(folder) == [2, 4, 5]
     Checkpoints(workdir, keep=2, best=None).close()
     assert {path.name for path in folder.iterdir()} == {"2", "4", "5"}
+
+
+def test_a_step_is_finished_when_it_and_its_every_item_are_marked(workdir):
+    folder = workdir / "checkpoints"
+    for item in (".", "params", "trainer", "config"):
+        marker = folder / "5" / item / "commit_success.txt"
+        marker.rename(marker.with_suffix(".away"))
+        assert checkpoint.finished_steps(folder) == [2, 4]
+        marker.with_suffix(".away").rename(marker)
+    assert checkpoint.finished_steps(folder) == [2, 4, 5]
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_is_not_restarted_silently(workdir):

@@ -1,15 +1,19 @@
 """ConfigDict outside, frozen dataclasses inside: what is accepted, and what the refusals say."""
 
 import dataclasses
+import math
 import pathlib
 
+import ml_collections
 import pytest
 
 from common_jax.config import (
     FieldError,
     Section,
     difference,
+    flatten,
     freeze,
+    in_recipe,
     parse_args,
     renamed,
     under,
@@ -54,6 +58,66 @@ class Both(Section):
     named: dict[str, Heads] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring(Section):
+    kind: str = "ring"
+    size: Size = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Star(Section):
+    kind: str = "star"
+    size: Size = 5
+    centre: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph(Section):
+    shape: Ring | Star = Ring()
+    grid: tuple[tuple[int, ...], ...] = ()
+    rate: float | None = None
+    name: str | None = None
+
+
+def test_of_several_sections_the_kind_chooses_and_without_one_the_first():
+    assert freeze(Graph, {"shape": {"kind": "star", "size": 7}}).shape == Star(size=7)
+    assert freeze(Graph, {"shape": {"size": 7}}).shape == Ring(size=7)
+    assert freeze(Graph, {}).shape == Ring()
+    assert freeze(Graph, unfreeze(Graph(Star(centre=False)))) == Graph(Star(centre=False))
+    with pytest.raises(
+        ValueError, match=r"config\.shape\.kind='stra' must be one of \['ring', 'star'"
+    ):
+        freeze(Graph, {"shape": {"kind": "stra"}})
+    with pytest.raises(ValueError, match=r"config\.shape has no field 'centre'.*Ring takes"):
+        freeze(Graph, {"shape": {"centre": True}})
+
+
+def test_lists_become_tuples_and_references_their_values():
+    assert freeze(Graph, {"grid": [[1, 2], [3]]}).grid == ((1, 2), (3,))
+    config = ml_collections.ConfigDict({"rate": ml_collections.FieldReference(0.5)})
+    assert freeze(Graph, config).rate == 0.5
+    with pytest.raises(ValueError, match=r"config\.grid\[1\]\[0\]='a' must be of type int"):
+        freeze(Graph, {"grid": [[1], ["a"]]})
+
+
+def test_what_may_be_none_takes_its_type_later():
+    config = unfreeze(Graph())
+    config.rate, config.name = 2, "a"  # a whole number for a float
+    assert freeze(Graph, config) == Graph(rate=2.0, name="a")
+    assert type(freeze(Graph, {"rate": 2}).rate) is float
+    assert freeze(Graph, {"rate": None, "name": None}) == Graph()
+    with pytest.raises(TypeError):
+        unfreeze(Graph()).rate = "a"
+    with pytest.raises(ValueError, match=r"config\.shape=None must be a section"):
+        freeze(Graph, {"shape": None})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.1e9])
+def test_numbers_without_a_range_are_finite(value):
+    with pytest.raises(ValueError, match=r"config\.rate=.* must be (a finite number|at most)"):
+        freeze(Graph, {"rate": value})
+
+
 def test_round_trip_keeps_values_and_types():
     value = Outer(Inner(4, 0.25), (1, 2), 1.0, {"a": Inner(2)})
     assert freeze(Outer, unfreeze(value)) == value
@@ -78,6 +142,7 @@ def test_misspelt_key_names_the_section_and_the_close_one():
     [
         ({"moe": {"experts": 4.5}}, r"config\.moe\.experts=4\.5 must be of type int, not float"),
         ({"moe": {"experts": True}}, r"config\.moe\.experts=True must be of type int"),
+        ({"moe": {"rate": True}}, r"config\.moe\.rate=True must be of type float"),
         ({"depths": 3}, r"config\.depths=3 must be a tuple"),
         ({"depths": ("a",)}, r"config\.depths\[0\]='a' must be of type int"),
         ({"moe": 3}, r"config\.moe=3 must be a section"),
@@ -157,7 +222,32 @@ def test_difference_names_changed_and_absent_leaves():
     assert difference(old, new) == ["a.b: 1 -> 2", "d: '(absent)' -> 0"]
 
 
+def test_leaves_come_by_their_dotted_names_in_order():
+    config = {"b": {"d": (1,), "c": {}}, "a": ml_collections.ConfigDict({"x": None})}
+    assert list(flatten(config)) == [("a.x", None), ("b.d", [1])]
+    assert difference({"a": None}, {}) == ["a: None -> '(absent)'"]
+
+
+def test_fields_of_a_recipe_are_named_where_they_come_from():
+    with pytest.raises(ValueError) as error, in_recipe(Both, "distill"):
+        raise ValueError("config.first.heads=3 and config.mesh.data=2")
+    assert str(error.value) == "config.recipes.distill.first.heads=3 and config.mesh.data=2"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("Yes", True), ("1", True), ("false", False), ("NO", False)]
+)
+def test_yes_and_no_are_understood(text, value):
+    assert parse_args(f"flag={text}", {"flag": not value}).flag is value
+    assert parse_args("", {"flag": value}).flag is value
+    assert parse_args(None, {"flag": value}).flag is value
+
+
 def test_config_arguments_keep_the_type_of_their_default():
+    assert parse_args("name=a=b,name=c+d", {"name": "", "other": 1}).to_dict() == {
+        "name": "c+d",
+        "other": 1,
+    }
     args = parse_args("phase=distill,size=3,flag=true", {"phase": "", "size": 1, "flag": False})
     assert (args.phase, args.size, args.flag) == ("distill", 3, True)
 

@@ -3,12 +3,13 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from processes import finish_pair, pair, says, start
 
 from common_jax.checkpoint import finished_steps
-from common_jax.pods import hosts
+from common_jax.pods import hosts, signals
 
 
 def lines(workdir) -> list[dict]:
@@ -128,3 +129,96 @@ def test_the_environment_says_which_cluster_it_is(variables, kind, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert hosts.cluster() == kind
+
+
+@pytest.mark.parametrize(
+    ("chips", "libtpu", "platforms", "kind"),
+    [
+        (["/dev/accel0"], True, "", "TPU"),
+        (["/dev/vfio/0"], True, "tpu", "TPU"),
+        (["/dev/accel0"], True, "cpu", None),
+        (["/dev/accel0"], False, "", None),
+        ([], True, "", None),
+    ],
+)
+def test_a_tpu_vm_is_one_that_has_chips_and_may_use_them(
+    chips, libtpu, platforms, kind, monkeypatch
+):
+    found = lambda pattern: [x for x in chips if x.startswith(pattern[:8])]  # noqa: E731
+    monkeypatch.setattr(hosts.glob, "glob", found)
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: libtpu or None)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert hosts.cluster() == kind
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """others(*values) are of two more processes, where they are asked what this one is."""
+
+    def gather(mine):
+        assert mine.dtype == np.uint8  # JAX would make float32 of numbers
+        return np.stack([np.asarray(x, np.float64).view(np.uint8) for x in rows] + [mine])
+
+    rows = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    return rows.extend
+
+
+def test_processes_agree_on_the_greatest_of_each_value(others):
+    others([(1.0, 2**48 - 1, -3.0), (0.0, 7.0, -2.0)])
+    found = hosts.agree(0.5, 2**48 - 3, -1.0)
+    assert (found.dtype, found.tolist()) == (np.float64, [1.0, 2**48 - 1, -1.0])
+
+
+def test_one_process_agrees_with_itself():
+    assert hosts.agree(True, 2**48 - 1).tolist() == [1.0, 2**48 - 1]
+    assert not hosts.agree(False).any()
+
+
+def test_all_are_asked_by_number_until_the_answer_is_yes_and_it_stays(monkeypatch):
+    monkeypatch.setattr(hosts, "_stopping", False)
+    monkeypatch.setattr(hosts, "_polls", 0)
+    asked = []
+
+    def reached(number):
+        asked.append(number)
+        return number == 3
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", reached)
+    for _ in range(2):
+        hosts.check()
+    for _ in range(2):
+        with pytest.raises(signals.Stopped):
+            hosts.check()
+    assert asked == [1, 2, 3]
+
+
+def test_alone_it_stops_when_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(hosts, "_stopping", False)
+    monkeypatch.setattr(signals, "requested", lambda: False)
+    hosts.check()
+    monkeypatch.setattr(signals, "requested", lambda: True)
+    with pytest.raises(signals.Stopped):
+        hosts.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "connects"),
+    [
+        ({}, None, False),
+        ({}, "SLURM", True),
+        ({"hosts": "one"}, "SLURM", False),
+        ({"hosts": "all"}, "TPU", True),
+        ({"coordinator": "a:1", "processes": 2, "process": 0}, None, True),
+        ({"hosts": "all", "coordinator": "a:1", "processes": 2, "process": 1}, None, True),
+    ],
+)
+def test_processes_connect_where_there_are_others(settings, found, connects, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hosts, "cluster", lambda: found)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kw: calls.append((args, kw)))
+    hosts.start(**settings)
+    given = tuple(settings.get(name) for name in ("coordinator", "processes", "process"))
+    assert calls == [(given, {"heartbeat_timeout_seconds": 30})] * connects

@@ -5,10 +5,11 @@ import pathlib
 import shutil
 
 import convert_weights
+import jax
 import numpy as np
 import pytest
 import sweep
-from descent import descend
+from descent import STEPS, descend
 from jax import numpy as jnp
 
 import cliptrans_jax.main
@@ -91,6 +92,20 @@ def test_two_runs_have_two_ids(tmp_path):
     assert len(ids) == 2
 
 
+@pytest.mark.parametrize("run_id", ["00000000002a", "ffffffffffff", "0123456789ab"])
+def test_all_processes_get_the_id_of_the_first(run_id, tmp_path, monkeypatch):
+    """Also where they do not see its file yet."""
+    assert keep_identity(tmp_path, adopt=run_id, unmarked=(4,)).unmarked == (4,)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    given = []
+    monkeypatch.setattr(hosts, "agree", lambda value: given.append(value) or np.array([value]))
+    assert keep_identity(tmp_path).id == run_id
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "agree", lambda value: np.maximum([value], float(given[0])))
+    assert keep_identity(tmp_path / "not there yet").id == run_id
+    assert not (tmp_path / "not there yet").exists()
+
+
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_foreign_checkpoint_is_put_aside(marked, stopped, undisturbed, tmp_path, caplog):
     other = tmp_path / "other"
@@ -168,6 +183,34 @@ def test_a_run_without_ids_gets_one_and_its_checkpoints_stay_its_own(stopped, un
     assert log(stopped) == undisturbed
     assert read_identity(stopped).unmarked == (4, 6)
     assert checkpoint.own_steps(stopped / "checkpoints") == [4, 6, 8, 12]
+
+
+def test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost(stopped, tmp_path):
+    other = tmp_path / "other"
+    descend(other, keep=9)
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    copy(other / "checkpoints" / "4", stopped / "checkpoints" / "4")
+    run_id = read_identity(stopped).id
+    (stopped / "run.json").unlink()
+    assert checkpoint.own_steps(stopped / "checkpoints") == [6]
+    stock = checkpoint.take_stock(stopped, config={"seed": 0}, total=STEPS)
+    assert (stock.steps, stock.id, stock.unmarked, list(stock.foreign)) == ((6,), run_id, (), [4])
+
+
+def test_beside_an_id_a_checkpoint_without_one_is_foreign(stopped):
+    shutil.rmtree(stopped / "checkpoints" / "6" / "run")
+    stock = checkpoint.take_stock(stopped, config={"seed": 0}, total=STEPS)
+    assert stock.steps == (4,)
+    assert stock.foreign[6].startswith("it does not say of which run it is, and this is run '")
+    assert checkpoint.take_stock(stopped, config={}, total=5).foreign == {
+        6: "the run ends at step 5"
+    }
+
+
+def test_a_result_of_a_step_that_was_not_saved_ends_no_run(stopped):
+    for total, own in ((5, [4, 6]), (4, [4])):
+        (stopped / "result.json").write_text(json.dumps({"steps": total}))
+        assert checkpoint.own_steps(stopped / "checkpoints") == own
 
 
 def test_a_broken_run_json_is_named(stopped):

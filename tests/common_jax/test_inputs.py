@@ -133,6 +133,55 @@ def test_random_draws_change_with_the_epoch():
     assert all(noise[0][index] != noise[1][index] for index in both)
 
 
+def test_every_part_of_a_place_gives_an_example_other_numbers():
+    """Seed, epoch, index and copy; none of them are those that an order comes from."""
+    numbers = (0, 1, 2, 7)
+    first = {
+        inputs.example_generator(seed, epoch, index, copy=copy).uniform()
+        for seed, epoch, index, copy in itertools.product(numbers, repeat=4)
+    }
+    assert len(first) == len(numbers) ** 4
+
+
+def test_the_numbers_of_an_example_are_the_same_in_every_version():
+    """Others would change the pixels of a run that resumes."""
+    entropy = np.random.SeedSequence((5, 1, 2, 7))
+    wanted = np.random.Generator(np.random.PCG64(entropy)).uniform(size=3)
+    found = inputs.example_generator(5, 2, 7).uniform(size=3)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(inputs.example_generator(5, 2, 7, copy=0).uniform(size=3), wanted)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_example_draws_from_seed_epoch_index_and_copy(repeats):
+    for seed in (5, 6):
+        batches = take(train(OnDisk(), transform=add_noise, repeats=repeats, seed=seed), 6)
+        for step, batch in enumerate(batches):
+            for row, (index, noise) in enumerate(zip(batch["image"], batch["noise"], strict=True)):
+                copy = (step % 3 * BATCH + row) % repeats
+                rng = inputs.example_generator(seed, step // 3, index, copy=copy)
+                np.testing.assert_array_equal(noise, rng.uniform(size=2))
+
+
+def test_a_transform_is_not_passed_over_for_a_source_in_memory():
+    whole = take(train(Numbers(), transform=add_noise), 4)
+    assert_all_same(whole, take(train(OnDisk(), transform=add_noise), 4))
+    double = lambda example: {"twice": 2 * example["image"]}  # noqa: E731
+    for kind in (Numbers, OnDisk):
+        batches = list(inputs.eval_batches(kind(size=5), transform=double, batch=4))
+        assert [set(batch) for batch in batches] == [{"twice", "_mask"}] * 2
+        np.testing.assert_array_equal(batches[0]["twice"], [0, 2, 4, 6])
+        np.testing.assert_array_equal(batches[1]["twice"], [8, 0, 0, 0])  # padded as transformed
+
+
+def test_steps_resume_in_the_middle_of_a_later_epoch_on_any_host():
+    whole = take(train(Numbers()), 12)
+    for kind in (Numbers, OnDisk):
+        mine = take(train(kind(), start_step=7, shard=(1, 4)), 5)
+        rows = slice(2, 4)
+        assert_all_same(mine, [{k: v[rows] for k, v in batch.items()} for batch in whole[7:]])
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_bad_examples_are_replaced_and_reported_once(tmp_path, count, caplog):
     report = tmp_path / "run" / "bad_examples.jsonl"
@@ -242,6 +291,38 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
         list(
             inputs.eval_batches(OnDisk(size=2, bad=(0, 1)), transform=None, batch=2, bad_share=1.0)
         )
+
+
+class Pictures(Numbers):
+    @property
+    def arrays(self):
+        return {"image": np.arange(1, 1 + 4 * self.size).reshape(self.size, 2, 2).astype(np.uint8)}
+
+    def __getitem__(self, index):
+        return {"image": self.arrays["image"][index]}
+
+
+class PicturesOnDisk(Pictures):
+    arrays = None
+
+    def __getitem__(self, index):
+        return Pictures(size=self.size)[index]
+
+
+@pytest.mark.parametrize("kind", [Pictures, PicturesOnDisk])
+def test_padding_is_pictures_of_zeros(kind):
+    (batch,) = inputs.eval_batches(kind(size=2), transform=None, batch=3)
+    assert batch["image"].dtype == np.uint8
+    wanted = [[[1, 2], [3, 4]], [[5, 6], [7, 8]], [[0, 0], [0, 0]]]
+    np.testing.assert_array_equal(batch["image"], wanted)
+    np.testing.assert_array_equal(batch["_mask"], [1, 1, 0])
+
+
+def test_the_share_of_bad_examples_may_be_reached_and_not_exceeded():
+    for bad, share in (((4,), 1 / SIZE), ((4, 9, 11), 0.1)):
+        take(train(OnDisk(bad=bad), bad_share=share), 9)
+        with pytest.raises(ValueError, match=f"{len(bad)} bad examples of 30"):
+            take(train(OnDisk(bad=bad), bad_share=share - 1e-6), 9)
 
 
 class Rows(OnDisk):

@@ -148,8 +148,9 @@ def test_a_failed_save_stops_the_run_and_the_next_start_goes_on(
     train, no_room, undisturbed, tmp_path
 ):
     no_room(8)
-    with pytest.raises(SaveError, match=r"step 8 could not .*No space left.*is of step 4"):
+    with pytest.raises(SaveError, match=r"step 8 could not .*No space left.*is of step 4") as error:
         train(run_config())
+    assert "Make room, and start the same command again" in str(error.value)
     assert kept(tmp_path) == [4]
     no_room()
     assert (train(run_config()), log(tmp_path)) == undisturbed

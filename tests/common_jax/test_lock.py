@@ -124,12 +124,14 @@ def test_of_another_machine_that_touches_it_it_is_in_use(workdir, monkeypatch):
     touch.join()
 
 
-def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, monkeypatch):
+def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, monkeypatch, caplog):
     monkeypatch.setattr(lock, "STALE", 0.2)
     monkeypatch.setattr(lock, "LOOK", 0.02)
     (workdir / NAME).touch()
     with hold(workdir):
+        require(workdir)
         assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
+    assert "last used by a process that has just started; waiting up to" in caplog.text
 
 
 @pytest.mark.parametrize("pid", ["7", 1 << 70, 0, -1, None])

@@ -1,8 +1,12 @@
 """Small promises of the loop that whole runs do not show."""
 
 import json
+import types
 
+import numpy as np
 import pytest
+from descent import OPTIM, make_task
+from meshes import one_device
 
 from common_jax import loop
 from common_jax.loop import RunConfig
@@ -51,3 +55,81 @@ def test_only_passing_fields_may_change(tmp_path):
 def test_settings_out_of_range_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         RunConfig(**change)
+
+
+def test_lines_and_epochs_fall_due_at_their_multiples_and_at_the_end():
+    run = RunConfig(log_every=3)
+    assert [step for step in range(1, 9) if loop._logs(step, run, 8)] == [3, 6, 8]
+    assert [step for step in range(1, 15) if loop._due(step, 2, 3, 14)] == [6, 12, 14]
+
+
+def test_a_line_has_means_over_the_steps_that_counted():
+    sums = {"loss": np.float32(6), "load": np.array([3.0, 9.0]), "steps": np.float32(3)}
+    counts = {"skipped": np.int32(4), "skipped_in_row": np.int32(2)}
+    line = loop._averages(sums | counts)
+    np.testing.assert_array_equal(line.pop("train/load"), [1, 3])
+    assert line == {"train/loss": 2, "train/skipped": 4, "train/skipped_in_row": 2}
+    assert np.isnan(loop._averages(sums | counts | {"steps": np.float32(0)})["train/loss"])
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(seconds) sets the clocks."""
+    now = [0.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(loop, "time", clock)
+
+    def set_to(seconds):
+        now[0] = seconds
+
+    return set_to
+
+
+def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at):
+    clock = loop._Clock(10, 64)
+    at(100.0)
+    assert clock.read(12) is None  # which compiled
+    at(102.0)
+    assert clock.read(16) == {"examples_per_second": 128.0, "milliseconds": 500.0}
+    at(150.0)
+    clock.restart(17)  # an evaluation
+    at(151.0)
+    assert clock.read(17) is None
+    at(153.0)
+    assert clock.read(18) == {"examples_per_second": 32.0, "milliseconds": 2000.0}
+
+
+def test_the_alarm_counts_minutes_from_the_last_save(at):
+    alarm = loop._Alarm(2.0)
+    at(120.0)
+    assert not alarm.rings()
+    at(120.5)
+    assert alarm.rings()
+    alarm.restart()
+    assert not alarm.rings()
+    at(1e9)
+    assert alarm.rings() and not loop._Alarm(None).rings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({}, 2**32, r"config\.seed=4294967296 must be at least 0 and below"),
+        ({}, -1, r"config\.seed=-1 must be"),
+        ({"best": "val/w"}, 0, r"config\.run\.best='val/w' is not measured: .* begin with test/"),
+        ({"best": "tes"}, 0, r"config\.run\.best='tes' is not measured"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed, message):
+    task = make_task(lambda params, helpers, step: {"w": 0.0})
+    settings = {"mesh": one_device(), "seed": seed}
+    with pytest.raises(ValueError, match=message):
+        loop.check_settings(task, RunConfig(**{"best": None} | changes), OPTIM, **settings)
+
+
+def test_all_seeds_and_the_metrics_of_an_evaluation_are_taken():
+    task = make_task(lambda params, helpers, step: {"w": 0.0})
+    for seed in (0, 2**32 - 1):
+        for best in (None, "test/w", "test/a/b"):
+            run = RunConfig(best=best)
+            assert loop.check_settings(task, run, OPTIM, seed=seed, mesh=one_device()) is None

@@ -1,12 +1,27 @@
 """Meshes and partition rules: what divides, what does not, and what is said then."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from common_jax import mesh as meshes
-from common_jax.mesh import MeshConfig, constrain, idle_rules, make_mesh, match_rules, to_devices
+from common_jax.mesh import (
+    MeshConfig,
+    batch_shards,
+    constrain,
+    count_slices,
+    idle_rules,
+    make_mesh,
+    match_rules,
+    put_rows,
+    take_rows,
+    to_devices,
+    with_shardings,
+)
 
 
 def leaf(*shape):
@@ -21,6 +36,36 @@ def test_the_free_axis_takes_what_the_others_leave():
     }
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
+        (MeshConfig(data=1, fsdp=2, expert=-1), (1, 2, 4)),
+        (MeshConfig(4, 1, 2), (4, 1, 2)),
+    ],
+)
+def test_devices_stand_in_the_order_of_the_axes(config, sizes):
+    mesh = make_mesh(config)
+    assert mesh.axis_names == ("data", "fsdp", "expert")
+    numbers = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(numbers, np.arange(8).reshape(sizes))  # neighbours share experts
+
+
+def test_slices_are_of_tpus_alone():
+    def device(platform, **attributes):
+        return types.SimpleNamespace(platform=platform, **attributes)
+
+    assert count_slices([device("tpu", slice_index=i // 2) for i in range(6)]) == 3
+    assert count_slices([device("tpu"), device("tpu")]) == 1
+    assert count_slices([device("gpu", slice_index=i) for i in range(2)]) == 1
+
+
+def test_one_axis_alone_takes_what_is_left():
+    with pytest.raises(ValueError, match=r"^fsdp=-1 and data=-1: only one axis"):
+        MeshConfig(fsdp=-1)
+
+
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(2, 2, 4)])
 def test_a_mesh_that_does_not_divide_names_the_numbers(config):
     with pytest.raises(ValueError, match=r"config\.mesh=data .* fsdp .* expert"):
@@ -33,6 +78,18 @@ def test_rules_split_what_they_match():
     shardings = match_rules(rules, {"moe": {"up": leaf(4, 8, 3), "bias": leaf(3)}}, mesh)
     assert shardings["moe"]["up"].spec == P("expert", "fsdp")
     assert shardings["moe"]["bias"].spec == P()
+
+
+def test_the_first_rule_counts_and_axes_without_a_name_need_not_divide():
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
+    rules = ((r"^/up$", P("expert")), (r"/up", P(None, "fsdp")), (r"up$", P("fsdp")))
+    params = {"up": leaf(4), "a": {"up": leaf(3, 8), "top_up": leaf(2, 3)}}
+    found = jax.tree.map(lambda sharding: sharding.spec, match_rules(rules, params, mesh))
+    assert found == {"up": P("expert"), "a": {"up": P(None, "fsdp"), "top_up": P("fsdp")}}
+    assert idle_rules(rules, params) == []
+    shapes = with_shardings(params, match_rules(rules, params, mesh))
+    assert (shapes["a"]["up"].shape, shapes["a"]["up"].dtype) == ((3, 8), jnp.float32)
+    assert shapes["a"]["up"].sharding.spec == P(None, "fsdp")
 
 
 @pytest.mark.parametrize(
@@ -73,3 +130,34 @@ def test_a_batch_is_split_over_all_axes():
         ValueError, match=r"config\.optim\.batch=12 must be a multiple of .* 8 devices"
     ):
         meshes.check_batch(mesh, "config.optim.batch", 12)
+    np.testing.assert_array_equal(batch["label"], np.arange(16))
+    for size in (8, 16):
+        meshes.check_batch(mesh, "config.optim.batch", size)
+
+
+def test_a_batch_has_as_many_shares_as_devices():
+    assert batch_shards() == 1
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
+        assert jax.jit(batch_shards)() == 8
+
+
+def test_rows_are_taken_of_every_share_and_put_back_where_they_were():
+    tree = {"x": jnp.arange(16).reshape(8, 2), "y": 10 * jnp.arange(8), "rate": jnp.array(0.5)}
+    rows = jnp.array([[2, 0], [3, 1]])  # of two shares of four
+    taken = take_rows(tree, rows)
+    np.testing.assert_array_equal(taken["y"], [20, 0, 70, 50])
+    np.testing.assert_array_equal(taken["x"], [[4, 5], [0, 1], [14, 15], [10, 11]])
+    assert taken["rate"] == 0.5
+    new = {"x": -taken["x"], "y": jnp.array([1, 2, 3, 4])}
+    put = put_rows({"x": tree["x"], "y": tree["y"]}, new, rows)
+    np.testing.assert_array_equal(put["y"], [2, 10, 1, 30, 40, 4, 60, 3])
+    sign = np.array([-1, 1, -1, 1, 1, -1, 1, -1])
+    np.testing.assert_array_equal(put["x"], sign[:, None] * np.asarray(tree["x"]))
+
+
+def test_every_activation_but_examples_is_whole_on_its_device():
+    assert set(meshes.ACTIVATIONS) == {"batch", "tokens", "width", "labels"}
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
+        for name in ("tokens", "width", "labels"):
+            x = jax.jit(lambda x, name=name: constrain(2 * x, "batch", name))(jnp.ones((16, 8)))
+            assert x.sharding.shard_shape(x.shape) == (2, 8)

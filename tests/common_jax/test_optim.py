@@ -7,9 +7,49 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from common_jax.optim import OptimConfig, decay_mask, make_optimizer, make_schedule
+from common_jax.optim import (
+    OptimConfig,
+    clip_by_norm,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
 
 CONFIG = OptimConfig(epochs=5, batch=64, lr=5e-4, warmup_epochs=2)
+
+
+def directions(config, params, gradients, **settings):
+    """What the optimizer makes of one gradient after the other, the parameters held still."""
+    optimizer, found = make_optimizer(config, **settings), []
+    state = optimizer.init(params)
+    for gradient in gradients:
+        direction, state = optimizer.update(gradient, state, params)
+        found.append(direction)
+    return found
+
+
+def rates(config, steps_per_epoch, steps):
+    schedule = make_schedule(config, steps_per_epoch)
+    return [float(schedule(jnp.asarray(step, jnp.int32))) for step in steps]
+
+
+def test_the_defaults_are_those_of_the_original():
+    assert dataclasses.asdict(OptimConfig()) == {
+        "epochs": 300, "steps": None, "batch": 512, "accumulate": 1, "lr": 5e-4, "lr_per": 512,
+        "schedule": "epoch_cosine", "warmup_epochs": 20, "warmup_steps": None, "warmup_lr": 1e-6,
+        "min_lr": 1e-5, "power": 2.0, "optimizer": "adamw", "weight_decay": 0.05, "b1": 0.9,
+        "b2": 0.999, "eps": 1e-8, "momentum": 0.9, "decay_all": False,
+        "no_decay": r".*/(pos_embed|cls_token)", "clip": None, "ema": 0.0,
+    }  # fmt: skip
+
+
+def test_batch_and_length_follow_from_the_settings():
+    config = OptimConfig(batch=64, accumulate=4, lr=0.5, lr_per=256, epochs=7, warmup_epochs=3)
+    assert (config.micro_batch, config.peak_lr) == (16, 0.125)
+    assert dataclasses.replace(config, lr_per=None).peak_lr == 0.5
+    assert (config.total_steps(10), config.total_warmup(10)) == (70, 30)
+    config = dataclasses.replace(config, steps=9, warmup_steps=0)
+    assert (config.total_steps(10), config.total_warmup(10)) == (9, 0)
 
 
 def test_epoch_cosine_lags_by_one_epoch_and_never_reaches_the_peak():
@@ -29,6 +69,21 @@ def test_unlagged_epochs_jump_where_the_warmup_ends():
     np.testing.assert_allclose(by_epoch, [1e-6, 2.505e-4, *cosine], rtol=1e-5)
 
 
+def test_curves_by_epoch_count_a_last_epoch_that_is_not_whole():
+    config = OptimConfig(
+        schedule="epoch_cosine_unlagged", steps=7, lr=0.1, lr_per=None, warmup_epochs=1,
+        warmup_lr=0.01, min_lr=0.02,
+    )  # fmt: skip
+    # 1 + cos(pi / 3) is 1.5, and 1 + cos(2 pi / 3) is 0.5: three epochs of 3, 3 and 1 steps.
+    wanted = [0.01, 0.01, 0.08, 0.08, 0.04, 0.04]
+    assert rates(config, 3, (0, 2, 3, 5, 6, 99)) == pytest.approx(wanted, rel=1e-5)
+    lagged = dataclasses.replace(config, schedule="epoch_cosine")
+    wanted = [0.01, 0.01, 0.01, 0.01, 0.08, 0.08]
+    assert rates(lagged, 3, (0, 2, 3, 5, 6, 99)) == pytest.approx(wanted, rel=1e-5)
+    unwarmed = dataclasses.replace(lagged, warmup_epochs=0)
+    assert rates(unwarmed, 3, (0, 3, 6)) == pytest.approx([0.1, 0.1, 0.08], rel=1e-5)
+
+
 def test_constant_is_the_peak():
     schedule = make_schedule(dataclasses.replace(CONFIG, schedule="constant"), steps_per_epoch=3)
     assert float(schedule(0)) == float(schedule(14)) == CONFIG.peak_lr
@@ -39,6 +94,29 @@ def test_warmup_cosine_reaches_peak_and_floor():
     schedule = make_schedule(config, steps_per_epoch=10)
     values = [float(schedule(step)) for step in (0, 20, 50)]
     np.testing.assert_allclose(values, [1e-6, config.peak_lr, config.min_lr], rtol=1e-5)
+
+
+def test_warmup_cosine_is_a_line_and_half_a_cosine():
+    config = OptimConfig(
+        schedule="warmup_cosine", epochs=5, lr=0.1, lr_per=None, warmup_epochs=2, warmup_lr=0.02,
+        min_lr=0.01,
+    )  # fmt: skip
+    third = 0.01 + 0.09 * 1.5 / 2  # of the way down, at cos(pi / 3)
+    wanted = [0.02, 0.04, 0.1, third, 0.055, 0.01, 0.01]
+    assert rates(config, 10, (0, 5, 20, 30, 35, 50, 60)) == pytest.approx(wanted, rel=1e-5)
+    in_steps = dataclasses.replace(config, warmup_steps=5)
+    assert rates(in_steps, 10, (0, 1, 5, 50)) == pytest.approx([0.02, 0.036, 0.1, 0.01], rel=1e-5)
+    unwarmed = dataclasses.replace(config, warmup_epochs=0)
+    assert rates(unwarmed, 10, (0, 25)) == pytest.approx([0.1, 0.055], rel=1e-5)
+
+
+def test_polynomial_falls_from_the_peak_at_once():
+    config = OptimConfig(
+        schedule="polynomial", steps=10, lr=0.01, lr_per=None, min_lr=0.002, power=3.0,
+        warmup_epochs=9, warmup_steps=9,
+    )  # fmt: skip
+    wanted = [0.01, 0.002 + 0.008 * 0.512, 0.003, 0.002, 0.002]
+    assert rates(config, 4, (0, 2, 5, 10, 15)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
@@ -68,6 +146,38 @@ def test_decay_spares_vectors_and_biases():
     assert mask["gain"]
 
 
+def test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does():
+    leaf = jnp.ones((2, 2))
+    params = {
+        "bias": leaf,  # at the top, without a slash before it
+        "bias_table": leaf,
+        "down_bias": leaf,
+        "a": {"pos_embed": leaf, "bias": {"kernel": leaf}, "my_bias": leaf},
+        "b": {"pos_embed": {"kernel": leaf}, "my_pos_embed": leaf},
+    }
+    assert decay_mask(params, CONFIG.no_decay) == {
+        "bias": False,
+        "bias_table": True,
+        "down_bias": False,
+        "a": {"pos_embed": False, "bias": {"kernel": True}, "my_bias": True},
+        "b": {"pos_embed": {"kernel": True}, "my_pos_embed": True},
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_what_is_named_does_not_decay(optimizer):
+    config = dataclasses.replace(
+        CONFIG, optimizer=optimizer, weight_decay=0.5, momentum=0.0, no_decay="head/.*"
+    )
+    params = {name: {"kernel": jnp.full((2, 1), 3.0)} for name in ("body", "head")}
+    params["body"]["bias"] = jnp.ones(1)
+    zero = {name: {key: 0 * leaf for key, leaf in part.items()} for name, part in params.items()}
+    (direction,) = directions(config, params, [zero])
+    np.testing.assert_array_equal(direction["body"]["kernel"], 1.5)
+    np.testing.assert_array_equal(direction["body"]["bias"], 0)
+    np.testing.assert_array_equal(direction["head"]["kernel"], 0)
+
+
 def test_everything_decays_if_asked():
     config = dataclasses.replace(CONFIG, decay_all=True, weight_decay=0.5)
     params = {"bias": jnp.array([2.0]), "cls_token": jnp.array([[4.0]])}
@@ -78,7 +188,7 @@ def test_everything_decays_if_asked():
 
 
 def test_sgd_is_nesterovs():
-    config = dataclasses.replace(CONFIG, optimizer="sgd", weight_decay=0.1)
+    config = dataclasses.replace(CONFIG, optimizer="sgd", weight_decay=0.1, momentum=0.7)
     optimizer, p, trace = make_optimizer(config), np.array([[1.0]]), 0.0
     state = optimizer.init({"kernel": jnp.asarray(p)})
     for g in (0.5, -0.25, 1.0):
@@ -86,9 +196,61 @@ def test_sgd_is_nesterovs():
             {"kernel": jnp.array([[g]])}, state, {"kernel": jnp.asarray(p)}
         )
         decayed = g + 0.1 * p
-        trace = 0.9 * trace + decayed
-        np.testing.assert_allclose(direction["kernel"], decayed + 0.9 * trace, rtol=1e-6)
+        trace = 0.7 * trace + decayed
+        np.testing.assert_allclose(direction["kernel"], decayed + 0.7 * trace, rtol=1e-6)
         p = p - 0.1 * np.asarray(direction["kernel"])
+
+
+def test_steps_of_adamw_are_those_worked_out_by_hand():
+    config = OptimConfig(b1=0.6, b2=0.8, eps=0.1, weight_decay=0.3)
+    params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([4.0])}
+    gradients = [
+        {"kernel": jnp.array([[0.5, 1.0]]), "bias": jnp.array([-1.0])},
+        {"kernel": jnp.array([[-0.25, 0.0]]), "bias": jnp.array([2.0])},
+        {"kernel": jnp.array([[1.5, -3.0]]), "bias": jnp.array([0.0])},
+    ]
+    found = directions(config, params, gradients)
+    for name, decay in (("kernel", 0.3), ("bias", 0.0)):
+        m = v = 0.0
+        for t, gradient in enumerate(gradients, 1):
+            g = np.asarray(gradient[name], np.float64)
+            m, v = 0.6 * m + 0.4 * g, 0.8 * v + 0.2 * g**2
+            u = m / (1 - 0.6**t) / (np.sqrt(v / (1 - 0.8**t)) + 0.1)
+            wanted = u + decay * np.asarray(params[name])
+            np.testing.assert_allclose(found[t - 1][name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_is_clipped_to_its_norm_and_a_smaller_one_stays():
+    gradient = {"a": {"x": jnp.array([3.0]), "y": jnp.array([0.0])}, "b": {"x": jnp.array([4.0])}}
+    for largest, depth, wanted in (
+        (5.0, 0, (3.0, 4.0)),
+        (1.0, 0, (0.6, 0.8)),  # of norm 5 together
+        (3.5, 1, (3.0, 3.5)),
+        (1.0, 2, (1.0, 1.0)),
+    ):
+        clip = clip_by_norm(largest, depth)
+        clipped, _ = clip.update(gradient, clip.init(gradient), gradient)
+        found = [float(clipped[name]["x"][0]) for name in ("a", "b")]
+        assert found == pytest.approx(wanted), (largest, depth)
+        assert float(clipped["a"]["y"][0]) == 0
+
+
+def test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters():
+    gradient = {"a": {"x": jnp.array([3.0]), "y": jnp.array([4.0])}, "b": {"x": jnp.array([0.5])}}
+    clip = clip_by_norm(1.0, 1)
+    clipped, _ = clip.update(gradient, clip.init(gradient), gradient)
+    found = (clipped["a"]["x"][0], clipped["a"]["y"][0], clipped["b"]["x"][0])
+    assert tuple(map(float, found)) == pytest.approx((0.6, 0.8, 0.5))
+
+
+def test_decay_is_not_clipped():
+    config = dataclasses.replace(CONFIG, optimizer="sgd", momentum=0.0, clip=1.0, weight_decay=0.5)
+    params = {"a": {"kernel": jnp.array([[10.0]])}, "b": {"kernel": jnp.array([[20.0]])}}
+    gradient = {"a": {"kernel": jnp.array([[3.0]])}, "b": {"kernel": jnp.array([[4.0]])}}
+    for depth, wanted in ((0, (5.6, 10.8)), (1, (6.0, 11.0))):
+        (direction,) = directions(config, params, [gradient], clip_depth=depth)
+        found = [direction[name]["kernel"].item() for name in ("a", "b")]
+        assert found == pytest.approx(wanted), depth
 
 
 def test_the_direction_is_clipped_adamw():
@@ -128,7 +290,16 @@ def test_inverse_sqrt_rises_to_the_peak_and_falls():
     assert [float(rate(step)) for step in (0, 1, 2, 3, 4, 15)] == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["epoch_cosine", "epoch_cosine_unlagged", "warmup_cosine"])
+def test_inverse_sqrt_warms_up_over_epochs_or_not_at_all():
+    config = OptimConfig(schedule="inverse_sqrt", lr=0.01, lr_per=None, steps=99, warmup_epochs=2)
+    assert rates(config, 3, (2, 5, 23)) == pytest.approx([0.005, 0.01, 0.005], rel=1e-5)
+    config = dataclasses.replace(config, warmup_epochs=0)
+    assert rates(config, 3, (0, 3)) == pytest.approx([0.01, 0.005], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["epoch_cosine", "epoch_cosine_unlagged", "warmup_cosine", "inverse_sqrt"]
+)
 def test_a_warmup_is_shorter_than_the_run(schedule):
     config = OptimConfig(schedule=schedule, epochs=10, warmup_epochs=20)
     said = (
@@ -151,3 +322,10 @@ def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
     dataclasses.replace(config, warmup_steps=99).check_warmup(10)
     for schedule in ("constant", "polynomial"):  # which have no warm-up
         dataclasses.replace(config, schedule=schedule).check_warmup(10)
+    for schedule in ("epoch_cosine", "epoch_cosine_unlagged"):  # which know epochs alone
+        by_epoch = dataclasses.replace(config, schedule=schedule, warmup_epochs=1)
+        by_epoch.check_warmup(10)
+        with pytest.raises(
+            ValueError, match=r"config\.optim\.warmup_epochs=10 is a warm-up of 100"
+        ):
+            dataclasses.replace(by_epoch, warmup_steps=1, warmup_epochs=10).check_warmup(10)

@@ -82,6 +82,54 @@ def test_products_are_counted_with_the_length_of_their_loops():
     assert count_flops(lax.ragged_dot, x, FLOAT((2, 8, 3)), sizes).model == 2 * 4 * 8 * 3
 
 
+def test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand():
+    product = functools.partial(jnp.einsum, "bij,bjk->bik")
+    assert count_flops(product, FLOAT((5, 2, 3)), FLOAT((5, 3, 7))).model == 5 * 2 * 2 * 3 * 7
+    several = functools.partial(jnp.einsum, "aibj,ajb->ai")
+    assert count_flops(several, FLOAT((2, 3, 5, 7)), FLOAT((2, 7, 5))).model == 2 * 2 * 3 * 5 * 7
+    grouped = functools.partial(
+        lax.conv_general_dilated, window_strides=(2, 1), padding="VALID", feature_group_count=3,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    found = count_flops(grouped, FLOAT((2, 6, 4, 6)), FLOAT((2, 3, 2, 9)))
+    # Outputs of 3 x 2 places and 9 channels, each of 2 x 3 places of 2 of the 6 channels.
+    assert found == Flops(2 * (2 * 3 * 2 * 9) * (2 * 3 * 2), 0)
+
+
+def test_ragged_products_count_all_rows_whichever_axis_is_ragged():
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    x, w = FLOAT((4, 8)), FLOAT((2, 8, 3))
+
+    def loss(x, w, sizes):
+        return jnp.sum(lax.ragged_dot(x, w, sizes))
+
+    # Forward, and backward by the rows and by the weights: each 4 rows of 8 by 3.
+    assert count_flops(jax.grad(loss, (0, 1)), x, w, sizes).model == 3 * 2 * 4 * 8 * 3
+
+
+def test_what_is_computed_again_is_counted_apart():
+    x, w = FLOAT((4, 8)), FLOAT((8, 8))
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(jax.checkpoint(lambda x: jnp.sin(x @ w) @ w)(x)))
+
+    once, twice = 2 * 4 * 8 * 8, 2 * 2 * 4 * 8 * 8
+    # Forward two products, backward one for each by x; the first is made again.
+    assert count_flops(jax.grad(loss), x, w) == Flops(2 * twice, once)
+    assert count_flops(jax.grad(loss), x, w).executed == 5 * once
+    assert Flops(2, 3) + Flops(10, 20) == Flops(12, 23)
+    assert Flops(2, 3) * 5 == Flops(10, 15)
+
+
+def test_a_program_of_all_devices_counts_for_each():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    each = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data")
+    )
+    # Half of the 6 rows on each of 8 devices, of which four compute the same.
+    assert count_flops(each, FLOAT((6, 4)), FLOAT((4, 5))).model == 8 * 2 * 3 * 4 * 5
+
+
 def test_of_branches_the_largest_counts_and_open_loops_are_refused():
     x = FLOAT((4, 4))
 

@@ -7,7 +7,9 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from common_jax.report import Table, overlay, panels, read_metrics, write_report
@@ -135,6 +137,53 @@ def test_skipped_steps_are_drawn_once_there_are_any():
 def test_of_a_step_written_twice_the_later_counts_and_steps_ascend():
     lines = [{"step": step, "test/loss": loss} for step, loss in ((20, 3.0), (40, 2.0), (20, 1.0))]
     assert list(curves_of(lines, "Loss")["test/loss"].items()) == [(20, 1.0), (40, 2.0)]
+
+
+def test_what_counts_or_stands_for_the_step_is_not_drawn():
+    line = {"step": 20, "epoch": 2.0, "train/skipped_in_row": 1, "milliseconds_per_step": 5.0}
+    assert titles([line | {"examples_per_second": 800.0}]) == ["Throughput"]
+    assert titles([line]) == []
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is handed to a method of matplotlib's axes, one call after the other."""
+
+    def watch(method):
+        calls, original = [], getattr(Axes, method)
+
+        def watched(self, *args, **settings):
+            calls.append([np.asarray(x, float) for x in args if not isinstance(x, str)])
+            return original(self, *args, **settings)
+
+        monkeypatch.setattr(Axes, method, watched)
+        return calls
+
+    return watch
+
+
+def test_loads_are_drawn_over_their_fair_share(tmp_path, drawn):
+    calls = drawn("pcolorfast")
+    loads = {3: [0.5, 0.3, 0.2, 0.0], 7: [0.25, 0.05, 0.1, 0.6]}
+    lines = [{"step": step, "train/moe/a/load": load} for step, load in loads.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page_of(tmp_path)
+    (x, _, last), (time, y, cells) = calls
+    np.testing.assert_allclose(last, [[1, 0.25, 0.4, 2.4]])  # a quarter at least
+    np.testing.assert_allclose(x, [-0.5, 0.5, 1.5, 2.5, 3.5])
+    np.testing.assert_allclose(cells, [[2, 1], [1.2, 0.25], [0.8, 0.4], [0.25, 2.4]])
+    np.testing.assert_allclose(time, [-1, 3, 7])  # the columns end at the steps
+    np.testing.assert_allclose(y, [-0.5, -0.25, 0, 0.25, 0.5])
+
+
+def test_a_comparison_has_means_and_a_band_where_all_curves_are(tmp_path, drawn):
+    plots, bands = drawn("plot"), drawn("fill_between")
+    curves = [[(20, 0.5), (40, 0.7), (60, 0.9)], [(40, 0.1), (20, 0.4)], [(20, 0.3), (40, 1.0)]]
+    overlay({"a": curves}, label="accuracy", path=tmp_path / "x.png")
+    (steps, low, high), (thin, values), (bold, means) = bands[0], plots[1], plots[-1]
+    np.testing.assert_allclose((steps, low, high), ([20, 40], [0.3, 0.1], [0.5, 1.0]))
+    np.testing.assert_allclose((thin, values), ([20, 40], [0.4, 0.1]))
+    np.testing.assert_allclose((bold, means), ([20, 40], [0.4, 0.6]))
 
 
 def test_infinite_values_become_gaps():

@@ -1,5 +1,7 @@
 """Reports are whole or not there, and fail no run."""
 
+import os
+
 import pytest
 
 from common_jax import report
@@ -21,6 +23,16 @@ def test_a_picture_of_no_bytes_is_drawn_again(run):
         assert not is_picture(curves)
         assert write_report(run, title="t").read_bytes() == page
         assert curves.read_bytes() == whole
+
+
+def test_a_picture_older_than_its_metrics_is_drawn_again(run):
+    write_report(run, title="t")
+    curves, metrics = run / "plots" / "curves.png", run / "metrics.jsonl"
+    before = curves.read_bytes()
+    metrics.write_text(metrics.read_text() + '{"step": 2, "train/loss": 1.0}\n')
+    os.utime(metrics, (time := curves.stat().st_mtime + 1, time))
+    write_report(run, title="t")
+    assert curves.read_bytes() != before
 
 
 def test_what_is_there_is_not_written_again(run, monkeypatch):

@@ -53,12 +53,19 @@ LINES = b'{"step": 2, "a": 1.50}\n{"step": 4}\n{"step": 6}\n'
 
 def record(workdir, step):
     Recorder(workdir, step=step, total=9, title="test").close()
-    return (workdir / "metrics.jsonl").read_bytes()
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes() if path.exists() else b""
 
 
 def test_lines_of_later_steps_are_dropped_and_others_stay_as_they_are(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(LINES + b'{"step": 6, "tr')
     assert record(tmp_path, 4) == b'{"step": 2, "a": 1.50}\n{"step": 4}\n'
+
+
+def test_later_lines_of_timing_are_dropped_too(tmp_path):
+    (tmp_path / "timing.jsonl").write_bytes(LINES)
+    record(tmp_path, 5)
+    assert (tmp_path / "timing.jsonl").read_bytes() == b'{"step": 2, "a": 1.50}\n{"step": 4}\n'
 
 
 @pytest.mark.parametrize("broken", [b'{"step": "x"}\n', b"[]\n", b'{"st\n', b"\xff\n"])

@@ -1,6 +1,7 @@
 """The update as a pure function: accumulation, skipped steps, running averages, sums of metrics."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,8 +10,8 @@ from jax import numpy as jnp
 from meshes import one_device
 
 from common_jax.optim import OptimConfig, make_schedule
-from common_jax.state import STREAMS, evaluation_key, fold_name, merge, partition, step_rngs
-from common_jax.step import init_state, make_evaluator, make_step
+from common_jax.state import STREAMS, evaluation_key, step_rngs
+from common_jax.step import _split, init_state, make_evaluator, make_step, part_norms
 
 CONFIG = OptimConfig(
     steps=8, batch=8, lr=0.1, lr_per=None, schedule="warmup_cosine", warmup_epochs=0, warmup_lr=0.0
@@ -60,6 +61,83 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     assert four[-1]["loss"] == pytest.approx(one[-1]["loss"], rel=1e-5)
 
 
+def test_micro_batches_take_every_nth_example():
+    np.testing.assert_array_equal(_split(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
+    rows = jnp.arange(12).reshape(6, 2)
+    np.testing.assert_array_equal(_split(rows, 3)[1], [[2, 3], [8, 9]])
+
+
+def test_loss_metrics_and_gradient_are_means_over_micro_batches():
+    def square(params, helpers, batch, rngs, step):
+        mean = jnp.mean(batch["x"])
+        return params["w"] * mean**2, {"mean": mean, "first": batch["x"][:1]}
+
+    config = OptimConfig(steps=1, batch=4, accumulate=2)
+    shapes = {"mean": jnp.zeros(()), "first": jnp.zeros(1)}
+    state = init_state({"w": jnp.array(2.0)}, config, trainable="w", metrics=shapes)
+    step = jax.jit(make_step(square, config, lambda _: 0.1, trainable="w", log_every=1))
+    _, report = step(state, {}, {"x": jnp.array([1.0, 2.0, 3.0, 4.0])}, np.uint32(0))
+    # Of 1 and 3 the mean is 2, of 2 and 4 it is 3.
+    assert report["loss"] == 2 * (4 + 9) / 2
+    assert (report["mean"], report["gradient_norm"]) == (2.5, 6.5)
+    np.testing.assert_array_equal(report["first"], [1.5])
+    assert report["learning_rate"] == np.float32(0.1)
+
+
+DRAWN = STREAMS[::4]  # every stream takes its time to compile
+
+
+@pytest.fixture(scope="module")
+def keys_of():
+    """keys_of(accumulate, seed, step): by stream, the key of each micro-batch, as numbers."""
+
+    @functools.cache
+    def make(accumulate):
+        def drawing(params, helpers, batch, rngs, step):
+            mine = jnp.arange(accumulate) == batch["row"][0]  # whose first row is its number
+            words = {name: mine[:, None] * jax.random.key_data(rngs[name]) for name in DRAWN}
+            high = {f"{name}/high": (x >> 16).astype(jnp.float32) for name, x in words.items()}
+            low = {f"{name}/low": (x & 0xFFFF).astype(jnp.float32) for name, x in words.items()}
+            return params["w"] ** 2, high | low
+
+        config = OptimConfig(steps=9, batch=8, accumulate=accumulate)
+        parts = [f"{name}/{part}" for name in DRAWN for part in ("high", "low")]
+        shapes = dict.fromkeys(parts, jnp.zeros((accumulate, 2)))
+        fresh = init_state({"w": jnp.ones(())}, config, trainable="w", metrics=shapes)
+        step = jax.jit(make_step(drawing, config, lambda _: 0.1, trainable="w", log_every=1))
+        return fresh, step
+
+    def keys_of(accumulate, *, seed, step):
+        fresh, update = make(accumulate)
+        state = fresh.replace(step=jnp.asarray(step, jnp.int32))
+        _, report = update(state, {}, {"row": jnp.arange(8)}, np.uint32(seed))
+        report = {name: np.asarray(value, np.float64) for name, value in report.items()}
+        words = {name: 2**16 * report[f"{name}/high"] + report[f"{name}/low"] for name in DRAWN}
+        return {name: (accumulate * x).astype(np.int64).tolist() for name, x in words.items()}
+
+    return keys_of
+
+
+def test_every_micro_batch_has_keys_of_its_own(keys_of):
+    keys = step_rngs(np.uint32(3), np.int32(5), DRAWN)
+    data = lambda key: jax.random.key_data(key).tolist()  # noqa: E731
+    folded = jax.random.fold_in
+    assert keys_of(4, seed=3, step=5) == {
+        name: [data(folded(key, number)) for number in range(4)] for name, key in keys.items()
+    }
+    assert keys_of(1, seed=3, step=5) == {name: [data(key)] for name, key in keys.items()}
+
+
+def test_no_stream_step_seed_or_micro_batch_shares_a_key(keys_of):
+    found = [
+        tuple(key)
+        for seed, step in ((3, 5), (3, 6), (4, 5), (5, 3))
+        for keys in keys_of(4, seed=seed, step=step).values()
+        for key in keys
+    ]
+    assert len(set(found)) == len(found) == 4 * 4 * len(DRAWN)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_loss_knows_the_step(accumulate):
     def stepping(params, helpers, batch, rngs, step):
@@ -91,6 +169,107 @@ def test_a_non_finite_step_changes_nothing_but_the_counts():
     assert (int(state.skipped), int(state.skipped_in_row)) == (1, 0)
 
 
+def fragile(params, helpers, batch, rngs, step):
+    """Its gradient is NaN where `zero` is 0, its value whatever `offset` makes it."""
+    root = jnp.sqrt(params["w"] * batch["zero"])
+    return root + batch["offset"], {"error": jnp.isfinite(root).astype(jnp.float32)}
+
+
+@pytest.mark.parametrize(
+    ("zero", "offset"), [(0.0, 0.0), (1.0, np.nan), (1.0, np.inf), (1.0, -np.inf)]
+)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_loss_or_a_gradient_alone_skips_the_step_for_average_and_optimizer_too(
+    optimizer, zero, offset
+):
+    config = OptimConfig(steps=9, batch=1, optimizer=optimizer, ema=0.5)
+    shapes = {"error": jax.ShapeDtypeStruct((), jnp.float32)}
+    fresh = init_state({"w": jnp.array(4.0)}, config, trainable="w", metrics=shapes)
+    step = jax.jit(make_step(fragile, config, lambda _: 0.1, trainable="w", log_every=9))
+    good = {"zero": jnp.array(1.0), "offset": jnp.array(0.0)}
+    before, _ = step(fresh, {}, good, np.uint32(0))
+    bad = {"zero": jnp.array(zero), "offset": jnp.array(offset)}
+    after, report = step(before, {}, bad, np.uint32(0))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (2, 1, 1)
+    for kept in ("params", "opt_state", "ema", "sums"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, kept), getattr(before, kept))
+    assert before.ema["w"] != before.params["w"] != fresh.params["w"]
+    assert (report["steps"], report["skipped"], report["skipped_in_row"]) == (1, 1, 1)
+
+
+def linear(params, helpers, batch, rngs, step):
+    """Its gradient is the batch's."""
+    return jnp.sum(params["w"] * batch["g"]), {}
+
+
+def test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand():
+    """Each has its own rate, also after one that was skipped."""
+    config = OptimConfig(
+        steps=9, batch=1, optimizer="sgd", momentum=0.5, weight_decay=0.1, ema=0.75
+    )
+    state = init_state({"w": jnp.array([[2.0]])}, config, trainable="w", metrics={})
+    schedule = lambda step: 0.1 * (step + 1)  # noqa: E731
+    step = jax.jit(make_step(linear, config, schedule, trainable="w", log_every=1))
+    p = average = 2.0
+    trace = 0.0
+    for number, g in enumerate((1.0, -3.0, np.nan, 0.5, 2.0)):
+        state, report = step(state, {}, {"g": jnp.array([[g]])}, np.uint32(0))
+        rate = 0 if np.isnan(g) else 0.1 * (number + 1)
+        assert float(report["learning_rate"]) == pytest.approx(rate)  # of this step alone
+        assert report["steps"] == (0 if np.isnan(g) else 1)
+        if not np.isnan(g):
+            decayed = g + 0.1 * p
+            trace = 0.5 * trace + decayed
+            p -= 0.1 * (number + 1) * (decayed + 0.5 * trace)
+            average = 0.75 * average + 0.25 * p
+        assert state.params["w"].item() == pytest.approx(p, rel=1e-5)
+        assert state.ema["w"].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_norms_are_those_before_clipping_of_the_whole_and_of_each_part():
+    def loss(params, helpers, batch, rngs, step):
+        return 3 * params["a"]["x"] + 4 * params["b"]["x"] + 99 * params["c"]["x"], {}
+
+    config = OptimConfig(
+        steps=9, batch=1, optimizer="sgd", momentum=0.0, clip=1.0, decay_all=True, weight_decay=0.0
+    )
+    params = {name: {"x": jnp.array(5.0)} for name in "abc"}
+    for depth, wanted in ((0, (4.4, 4.2, 5.0)), (1, (4.0, 4.0, 5.0))):
+        parts = ("a/gradient_norm", "b/gradient_norm") if depth else ()
+        shapes = dict.fromkeys(parts, jnp.zeros(()))
+        state = init_state(params, config, trainable="[ab]/x", metrics=shapes)
+        settings = {"trainable": "[ab]/x", "log_every": 1, "clip_depth": depth}
+        step = jax.jit(make_step(loss, config, lambda _: 1.0, **settings))
+        state, report = step(state, {}, {"x": jnp.ones(1)}, np.uint32(0))
+        assert report["gradient_norm"] == 5
+        assert [report[name] for name in parts] == [3, 4][: len(parts)]
+        found = [float(state.params[name]["x"]) for name in "abc"]
+        assert found == pytest.approx(wanted)
+
+
+def test_a_network_of_one_part_has_one_norm():
+    gradient = {"a": {"x": jnp.array(3.0), "y": jnp.array(4.0)}}
+    assert part_norms(gradient, 0) == part_norms(gradient, 1) == {}
+    assert part_norms(gradient, 2) == {"a/x/gradient_norm": 3.0, "a/y/gradient_norm": 4.0}
+    assert part_norms(gradient | {"b": {"x": jnp.array(1.0)}}, 1) == {
+        "a/gradient_norm": 5.0,
+        "b/gradient_norm": 1.0,
+    }
+
+
+def test_the_average_starts_as_the_parameters_or_is_not_kept():
+    params, _, _ = problem()
+    settings = {"trainable": "net/kernel", "metrics": {"load": jnp.zeros((2, 3))}}
+    state = init_state(params, dataclasses.replace(CONFIG, ema=0.9), **settings)
+    np.testing.assert_array_equal(state.ema["net"]["kernel"], params["net"]["kernel"])
+    assert state.ema["net"]["kernel"] is not params["net"]["kernel"]  # which steps are given away
+    assert init_state(params, CONFIG, **settings).ema is None
+    assert {name: x.shape for name, x in state.sums.items()} == {
+        "load": (2, 3), "loss": (), "learning_rate": (), "gradient_norm": (), "steps": ()
+    }  # fmt: skip
+    assert (int(state.step), int(state.skipped), int(state.skipped_in_row)) == (0, 0, 0)
+
+
 def test_the_average_follows_the_parameters():
     config = dataclasses.replace(CONFIG, ema=0.75)
     state, _ = run(config, 1)
@@ -107,30 +286,6 @@ def test_sums_start_anew_after_every_line():
     assert reports[3]["loss"] == pytest.approx(single[2]["loss"] + single[3]["loss"], rel=1e-6)
 
 
-def test_keys_depend_on_seed_step_and_name_alone():
-    keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
-    more = step_rngs(np.uint32(3), np.int32(7), ("new", "gate", "drop_path"))
-    for name, key in keys.items():
-        assert jnp.all(jax.random.key_data(key) == jax.random.key_data(more[name]))
-    others = [
-        step_rngs(np.uint32(4), np.int32(7))["gate"],
-        step_rngs(np.uint32(3), np.int32(8))["gate"],
-        keys["drop_path"],
-        fold_name(keys["gate"], "stage_0"),
-    ]
-    for other in others:
-        assert jnp.any(jax.random.key_data(other) != jax.random.key_data(keys["gate"]))
-
-
-def test_partition_and_merge_are_inverse():
-    params, _, _ = problem()
-    chosen, rest = partition(params, r"net/kernel")
-    assert list(chosen["net"]) == ["kernel"]
-    assert jax.tree.structure(merge(rest, chosen)) == jax.tree.structure(params)
-    with pytest.raises(ValueError, match=r"no parameter matches 'gone/.*'"):
-        partition(params, "gone/.*")
-
-
 def test_evaluation_counts_every_example_once():
     mesh = one_device()
 
@@ -142,6 +297,17 @@ def test_evaluation_counts_every_example_once():
     assert make_evaluator(sums, lambda: batches, mesh=mesh, seed=0)({}, {}, 5) == {"value": 3.0}
     with pytest.raises(ValueError, match="the set is empty"):
         make_evaluator(sums, list, mesh=mesh, seed=0)({}, {}, 5)
+
+
+def test_evaluations_of_runs_that_share_programs_compile_once():
+    programs, batches = {}, [{"v": np.array([1.0, 3.0])}]
+    sums = lambda params, helpers, batch, key: {"v": jnp.sum(batch["v"]), "count": 2}  # noqa: E731
+    refuse = lambda *_: pytest.fail("is compiled again")  # noqa: E731
+    for totals in (sums, refuse):
+        evaluator = make_evaluator(
+            totals, lambda: batches, mesh=one_device(), seed=0, programs=programs
+        )
+        assert evaluator({}, {}, 1) == {"v": 2.0}
 
 
 @pytest.mark.parametrize("fold_step", [False, True])

@@ -2,4 +2,323 @@
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+
+def named(file: str, *tests: str) -> str:
+    """Tests of one file of this area."""
+    return " ".join(f"tests/common_jax/{file}::{test}" for test in tests)
+
+
+OPTIM = named(
+    "test_optim.py",
+    "test_steps_of_adamw_are_those_worked_out_by_hand",
+    "test_polynomial_falls_from_the_peak_at_once",
+    "test_curves_by_epoch_count_a_last_epoch_that_is_not_whole",
+    "test_a_part_of_the_network_is_clipped_by_the_norm_of_all_its_parameters",
+    "test_what_is_called_like_a_bias_or_a_position_does_not_decay_and_the_rest_of_it_does",
+)
+STEP = named(
+    "test_step.py",
+    "test_micro_batches_take_every_nth_example",
+    "test_every_micro_batch_has_keys_of_its_own",
+    "test_a_loss_or_a_gradient_alone_skips_the_step_for_average_and_optimizer_too",
+    "test_steps_of_sgd_and_its_average_are_those_worked_out_by_hand",
+)
+STATE = "tests/common_jax/test_state.py"
+DESCENT = named(
+    "test_descent.py",
+    "test_every_step_is_the_one_worked_out_by_hand",
+    "test_what_is_evaluated_is_the_average_without_the_skipped_steps",
+    "test_a_resumed_run_has_the_same_average_to_the_bit",
+    "test_too_many_skipped_steps_in_a_row_stop_the_run",
+    "test_a_save_by_the_clock_has_no_score_of_an_earlier_step",
+)
+TASK = named(
+    "test_task.py",
+    "test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole",
+    "test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init",
+)
+WEIGHTS = named(
+    "test_weights.py",
+    "test_names_change_from_the_source_s_to_the_wanted",
+    "test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not",
+)
+METRICS = named(
+    "test_metrics.py",
+    "test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on",
+    "test_a_line_that_finds_no_room_leaves_nothing_of_itself",
+)
+MESH = named(
+    "test_mesh.py",
+    "test_rows_are_taken_of_every_share_and_put_back_where_they_were",
+)
+CONFIG = named(
+    "test_config.py", "test_of_several_sections_the_kind_chooses_and_without_one_the_first"
+)
+INPUTS = named(
+    "test_inputs.py",
+    "test_every_part_of_a_place_gives_an_example_other_numbers",
+    "test_a_transform_is_not_passed_over_for_a_source_in_memory",
+)
+CHECKPOINT = named(
+    "test_checkpoint.py",
+    "test_a_checkpoint_evaluated_later_may_be_the_best",
+    "test_the_running_average_is_loaded_where_there_is_one",
+)
+IDENTITY = named(
+    "test_identity.py",
+    "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
+)
+REPORT = named("test_report.py", "test_loads_are_drawn_over_their_fair_share")
+AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
+FLOPS = named(
+    "test_pods.py",
+    "test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand",
+)
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        "common_jax/optim.py",
+        "the betas are swapped",
+        "config.b1, config.b2, config.eps",
+        "config.b2, config.b1, config.eps",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "eps is under the root",
+        "config.b1, config.b2, config.eps",
+        "config.b1, config.b2, 0.0, config.eps",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "the polynomial is always a square",
+        "config.min_lr, config.power, total",
+        "config.min_lr, 2.0, total",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "a last epoch that is not whole is not counted",
+        "math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)",
+        "config.total_steps(steps_per_epoch) // steps_per_epoch",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "every array is clipped by itself",
+        "parts = subtrees(gradient, depth)",
+        "parts = subtrees(gradient, depth + 1)",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "a path without decay need only begin so",
+        "and not re.fullmatch(no_decay, path)",
+        "and not re.match(no_decay, path)",
+        OPTIM,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "micro-batches share their keys",
+        "keys = {name: jax.random.fold_in(key, index) for name, key in rngs.items()}",
+        "keys = rngs",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "neighbouring examples make a micro-batch",
+        "x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)",
+        "x = x.reshape(count, x.shape[0] // count, *x.shape[1:])",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "the average keeps what is not finite",
+        "(updated, opt_state, ema), (trained, state.opt_state, state.ema)",
+        "(updated, opt_state, ema), (trained, state.opt_state, ema)",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "the average is behind by a step",
+        "optax.incremental_update(updated, ema, 1 - config.ema)",
+        "optax.incremental_update(trained, ema, 1 - config.ema)",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "a loss that is not finite is a step",
+        "finite = jnp.isfinite(value) & jnp.isfinite(norm)",
+        "finite = jnp.isfinite(norm)",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/step.py",
+        "the rate is that of the next step",
+        "schedule(state.step)",
+        "schedule(state.step + 1)",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/state.py",
+        "step and seed change places",
+        "jax.random.fold_in(jax.random.key(seed), step)",
+        "jax.random.fold_in(jax.random.key(step), seed)",
+        STATE,
+    ),
+    Mistake(
+        "common_jax/state.py",
+        "names are hashed otherwise in every process",
+        "zlib.crc32(name.encode())",
+        "hash(name) % 2**32",
+        STATE,
+    ),
+    Mistake(
+        "common_jax/state.py",
+        "what is trained need only begin so",
+        "if re.fullmatch(regex, path)",
+        "if re.match(regex, path)",
+        STATE,
+    ),
+    Mistake(
+        "common_jax/loop.py",
+        "the average is never evaluated",
+        "params = state.params if state.ema is None else merge(state.params, state.ema)",
+        "params = state.params",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/loop.py",
+        "a save by the clock has the score of an earlier step",
+        "save(done, evaluation if saves(done) and evaluates(done) else None)",
+        "save(done, evaluation)",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/loop.py",
+        "a run that resumes reads its data from the start",
+        "_ahead(task.batches(start), mesh)",
+        "_ahead(task.batches(0), mesh)",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/loop.py",
+        "patience is a step longer than it says",
+        "if skipped_in_row >= run.nan_patience:",
+        "if skipped_in_row > run.nan_patience:",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/task.py",
+        "parameters are drawn from the seed's own key",
+        'fold_name(jax.random.key(seed), "init")',
+        "jax.random.key(seed)",
+        TASK,
+    ),
+    Mistake(
+        "common_jax/task.py",
+        "every device holds the whole average",
+        "ema=None if state.ema is None else trained,",
+        "",
+        TASK,
+    ),
+    Mistake(
+        "common_jax/weights.py",
+        "names stay those of the source",
+        "origin.renamed.get(name, name)",
+        "name",
+        WEIGHTS,
+    ),
+    Mistake(
+        "common_jax/weights.py",
+        "what is to be fresh is taken where it is there",
+        "if reason := _allowed(path, fresh):\n                continue",
+        "if _allowed(path, fresh) and path not in flat:\n                continue",
+        WEIGHTS,
+    ),
+    Mistake(
+        "common_jax/metrics.py",
+        "TensorBoard drops the line before the start",
+        "step=step + 1, session_log=start",
+        "step=step, session_log=start",
+        METRICS,
+    ),
+    Mistake(
+        "common_jax/metrics.py",
+        "a line that finds no room stays in part",
+        "            file.truncate(size)\n",
+        "",
+        METRICS,
+    ),
+    Mistake(
+        "common_jax/mesh.py",
+        "rows are put back into the first share's places",
+        "jax.vmap(lambda a, b, row: a.at[row].set(b))(old, new, rows)",
+        "jax.vmap(lambda a, b, row: a.at[rows[0]].set(b))(old, new, rows)",
+        MESH,
+    ),
+    Mistake(
+        "common_jax/config.py",
+        "without a kind the last of several sections is taken",
+        'kind = value.get("kind", chosen.kind)',
+        'kind = value.get("kind", choices[-1].kind)',
+        CONFIG,
+    ),
+    Mistake(
+        "common_jax/inputs/order.py",
+        "copies of an example share their numbers",
+        "path = (epoch, index, copy) if copy else (epoch, index)",
+        "path = (epoch, index)",
+        INPUTS,
+    ),
+    Mistake(
+        "common_jax/inputs/batches.py",
+        "evaluation passes the transform over for a source in memory",
+        "if source.arrays is not None and transform is None:\n        return _gather_eval_batches",
+        "if source.arrays is not None:\n        return _gather_eval_batches",
+        INPUTS,
+    ),
+    Mistake(
+        "common_jax/checkpoint/writing.py",
+        "of a checkpoint that was evaluated later the score is not looked for",
+        'return self._scores.get(checkpoint.step, float("-inf"))',
+        'return float("-inf")',
+        CHECKPOINT,
+    ),
+    Mistake(
+        "common_jax/checkpoint/reading.py",
+        "the average is not loaded",
+        "if average and (step / AVERAGE).exists()",
+        "if average and not (step / AVERAGE).exists()",
+        CHECKPOINT,
+    ),
+    Mistake(
+        "common_jax/checkpoint/belonging.py",
+        "where run.json is lost the oldest checkpoint says which run it is",
+        "Identity(found[-1], unmarked)",
+        "Identity(found[0], unmarked)",
+        IDENTITY,
+    ),
+    Mistake(
+        "common_jax/report.py",
+        "loads are drawn over the number of layers in place of experts",
+        "cells = np.clip(cells * experts,",
+        "cells = np.clip(cells * len(curves),",
+        REPORT,
+    ),
+    Mistake(
+        "common_jax/pods/hosts.py",
+        "processes agree on the least value",
+        ".max(axis=0)",
+        ".min(axis=0)",
+        AGREE,
+    ),
+    Mistake(
+        "common_jax/pods/flops.py",
+        "of a convolution's kernel all channels count for each group",
+        "(math.prod(kernel) // outputs)",
+        '(equation.params["feature_group_count"] * math.prod(kernel) // outputs)',
+        FLOPS,
+    ),
+)

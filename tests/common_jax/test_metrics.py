@@ -1,0 +1,130 @@
+"""What a run's numbers become: lines, events for TensorBoard, and nothing where a disk is full."""
+
+import json
+import logging
+import resource
+import struct
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from common_jax import metrics
+from common_jax.metrics import Recorder
+
+
+def text_of(workdir, name="metrics.jsonl"):
+    return (workdir / name).read_text()
+
+
+def events_of(workdir):
+    """The events of the one file, past its first, which is the version of the format."""
+    (path,) = workdir.glob("events*")
+    content, found = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12 : 12 + length]))  # past the length's checksum
+        content = content[12 + length + 4 :]
+    return found[1:]
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    made = Recorder(tmp_path, step=4, total=9, title="test")
+    yield made
+    made.close()
+
+
+def test_a_line_has_step_epoch_and_plain_numbers(recorder, tmp_path):
+    values = {"train/loss": np.float32(0.1), "train/skipped": 3, "train/load": jnp.array([[1, 2]])}
+    recorder.write(6, 2 / 3, values)
+    recorder.write(7, 1.0, {"test/accuracy": float("nan")})
+    assert text_of(tmp_path) == (
+        '{"step": 6, "epoch": 0.666667, "train/loss": 0.10000000149011612, "train/skipped": 3.0, '
+        '"train/load": [[1.0, 2.0]]}\n{"step": 7, "epoch": 1.0, "test/accuracy": NaN}\n'
+    )
+
+
+def test_timing_has_a_file_of_its_own(recorder, tmp_path):
+    recorder.write_timing(6, examples_per_second=128.0, milliseconds=500.0)
+    line = {"step": 6, "examples_per_second": 128.0, "milliseconds_per_step": 500.0}
+    assert json.loads(text_of(tmp_path, "timing.jsonl")) == line
+    assert not (tmp_path / "metrics.jsonl").exists()
+    values = {value.tag: value.simple_value for value in events_of(tmp_path)[-1].summary.value}
+    assert values == {"timing/examples_per_second": 128, "timing/milliseconds_per_step": 500}
+
+
+def test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on(recorder, tmp_path):
+    recorder.write(6, 1.5, {"train/loss": 0.25, "train/load": [1.0, 2.0], "test/x": 3})
+    start, line = events_of(tmp_path)
+    # TensorBoard drops what earlier starts wrote from this step on: 4 is done, and stays.
+    assert (start.step, start.session_log.status) == (5, SessionLog.START)
+    assert line.step == 6
+    assert {value.tag: value.simple_value for value in line.summary.value} == {
+        "train/loss": 0.25,
+        "test/x": 3,
+    }
+
+
+def test_what_is_said_is_the_losses_and_the_scores(recorder, caplog):
+    with caplog.at_level(logging.INFO):
+        recorder.write(6, 1.5, {"train/loss": 0.123456, "train/gradient_norm": 1.0, "val/bleu": 7})
+    assert caplog.messages[-1] == "test  step 6/9  train/loss 0.1235  val/bleu 7"
+
+
+def test_the_first_process_alone_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
+    other = Recorder(tmp_path, step=4, total=9, title="test")
+    other.write(6, 1.5, {"train/loss": 0.25})
+    other.write_timing(6, examples_per_second=1.0, milliseconds=1.0)
+    other.advance(6)
+    assert other.complete()
+    other.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert text_of(tmp_path) == '{"step": 8}\n'
+
+
+@pytest.fixture
+def files_of_at_most():
+    """files_of_at_most(bytes): what is written beyond fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_finds_no_room_leaves_nothing_of_itself(tmp_path, files_of_at_most):
+    path = tmp_path / "metrics.jsonl"
+    metrics._add_to_end(path, "1" * 60 + "\n")
+    files_of_at_most(100)
+    with pytest.raises(OSError, match="File too large"):
+        metrics._add_to_end(path, "2" * 60 + "\n")
+    assert path.read_text() == "1" * 60 + "\n"
+    metrics._add_to_end(path, "3" * 30 + "\n")
+    assert path.read_text().splitlines()[1:] == ["3" * 30]
+
+
+def test_lines_that_had_to_wait_come_in_their_order_each_to_its_file(tmp_path, monkeypatch):
+    patient = Recorder(tmp_path, step=0, total=9, title="test", patient=True)
+    add = metrics._add_to_end
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "_add_to_end", full)
+    patient.write(1, 0.1, {})
+    patient.write_timing(1, examples_per_second=2.0, milliseconds=3.0)
+    patient.write(2, 0.2, {})
+    assert not patient.complete()
+    monkeypatch.setattr(metrics, "_add_to_end", add)
+    patient.write(3, 0.3, {})
+    assert patient.complete()
+    patient.close()
+    assert [json.loads(line)["step"] for line in text_of(tmp_path).splitlines()] == [1, 2, 3]
+    assert [json.loads(x)["step"] for x in text_of(tmp_path, "timing.jsonl").splitlines()] == [1]

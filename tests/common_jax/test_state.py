@@ -1,0 +1,120 @@
+"""Random keys part by part, and parts of nested parameters."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from common_jax.state import (
+    STREAMS,
+    evaluation_key,
+    fold_name,
+    merge,
+    partition,
+    step_rngs,
+    subtrees,
+)
+
+
+def words(key) -> tuple[int, ...]:
+    return tuple(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def fold(seed: int, *numbers: int) -> tuple[int, ...]:
+    """The key of a seed with one number folded in after the other."""
+    key = jax.random.key(np.uint32(seed))
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return words(key)
+
+
+def test_a_name_is_folded_in_as_its_crc32():
+    """Which is the same in every process; of these digits it is the standard's check value."""
+    assert words(fold_name(jax.random.key(3), "123456789")) == fold(3, 0xCBF43926)
+
+
+def test_keys_of_a_step_fold_in_the_step_and_then_the_name():
+    """Others would send a run that resumes on other ways."""
+    keys = step_rngs(np.uint32(3), np.int32(7))
+    assert tuple(keys) == STREAMS
+    assert words(keys["gate"]) == fold(3, 7, 0xB82B9894)
+    assert words(step_rngs(0, 0)["gate"]) == fold(0, 0, 0xB82B9894)
+
+
+def test_keys_of_an_evaluation_fold_in_its_name_the_batch_and_then_the_step():
+    assert words(evaluation_key(np.uint32(3), np.int32(7))) == fold(3, 0x1323A575, 7)
+    assert words(evaluation_key(3, 7, step=np.int32(2))) == fold(3, 0x1323A575, 7, 2)
+    assert words(evaluation_key(3, 7, step=0)) == fold(3, 0x1323A575, 7, 0)
+
+
+def test_no_two_keys_of_a_run_or_of_another_seed_are_the_same():
+    numbers = (0, 1, 2, 5, 7)
+    trained = [
+        words(key)
+        for seed, step in itertools.product(numbers, numbers)
+        for key in step_rngs(np.uint32(seed), np.int32(step)).values()
+    ]
+    drawn = [
+        words(evaluation_key(np.uint32(seed), batch, step=step))
+        for seed, batch, step in itertools.product(numbers, numbers, (None, *numbers))
+    ]
+    assert len(set(trained + drawn)) == len(trained) + len(drawn)
+
+
+def test_keys_depend_on_seed_step_and_name_alone():
+    keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
+    more = step_rngs(np.uint32(3), np.int32(7), ("new", "gate", "drop_path"))
+    for name, key in keys.items():
+        assert jnp.all(jax.random.key_data(key) == jax.random.key_data(more[name]))
+    others = [
+        step_rngs(np.uint32(4), np.int32(7))["gate"],
+        step_rngs(np.uint32(3), np.int32(8))["gate"],
+        keys["drop_path"],
+        fold_name(keys["gate"], "stage_0"),
+    ]
+    for other in others:
+        assert jnp.any(jax.random.key_data(other) != jax.random.key_data(keys["gate"]))
+
+
+PARAMS = {
+    "net": {"kernel": np.ones((3, 2)), "kernel_scale": np.ones(2)},
+    "other": {"net": {"kernel": np.zeros(3)}},
+}
+
+
+def test_partition_and_merge_are_inverse():
+    chosen, rest = partition(PARAMS, r"net/kernel")
+    assert list(chosen["net"]) == ["kernel"]
+    assert jax.tree.structure(merge(rest, chosen)) == jax.tree.structure(PARAMS)
+    with pytest.raises(ValueError, match=r"no parameter matches 'gone/.*'"):
+        partition(PARAMS, "gone/.*")
+
+
+def test_a_path_matches_whole_or_not_at_all():
+    chosen, rest = partition(PARAMS, "net/kernel")
+    assert jax.tree.map(np.shape, chosen) == {"net": {"kernel": (3, 2)}}
+    assert jax.tree.map(np.shape, rest) == {
+        "net": {"kernel_scale": (2,)},
+        "other": {"net": {"kernel": (3,)}},
+    }
+    everything, nothing = partition(PARAMS, ".*")
+    assert (list(everything), nothing) == (["net", "other"], {})
+
+
+def test_of_two_leaves_of_one_path_the_later_stays():
+    assert merge({"a": {"x": 1, "y": 2}}, {"a": {"x": 3}}, {"b": 4}) == {
+        "a": {"x": 3, "y": 2},
+        "b": 4,
+    }
+
+
+def test_subtrees_lie_as_deep_as_asked_for():
+    assert subtrees(PARAMS, 0) == {(): PARAMS}
+    assert subtrees(PARAMS, 1) == {("net",): PARAMS["net"], ("other",): PARAMS["other"]}
+    assert list(subtrees(PARAMS, 2)) == [
+        ("net", "kernel"),
+        ("net", "kernel_scale"),
+        ("other", "net"),
+    ]

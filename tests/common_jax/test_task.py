@@ -1,0 +1,111 @@
+"""What a task becomes: a state that is drawn and placed, and the shapes of a step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from meshes import one_device, split_mesh
+
+from common_jax.optim import OptimConfig
+from common_jax.state import fold_name
+from common_jax.task import Task, abstract_state, fresh_state, step_arguments, step_program
+
+OPTIM = OptimConfig(steps=4, batch=16, accumulate=2, lr=0.1, lr_per=None, schedule="constant")
+
+
+def init(key):
+    return {
+        "body": {"kernel": jax.random.normal(fold_name(key, "body"), (8, 4))},
+        "head": {"kernel": jax.random.normal(fold_name(key, "head"), (4, 2))},
+    }
+
+
+def loss(params, helpers, batch, rngs, step):
+    value = jnp.mean(batch["x"] @ params["body"]["kernel"] @ params["head"]["kernel"])
+    return value, {"load": jnp.ones(3)}
+
+
+@pytest.fixture
+def task():
+    return Task(
+        title="test",
+        init=init,
+        rules=(("/body/kernel", P("fsdp")), ("/head/kernel", P(None, "expert"))),
+        trainable="body/.*",
+        loss=loss,
+        batch={"x": jax.ShapeDtypeStruct((8, 8), jnp.float32)},
+        steps_per_epoch=2,
+    )
+
+
+def test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole(task):
+    optim = dataclasses.replace(OPTIM, ema=0.9)
+    abstract = abstract_state(task, optim, split_mesh())
+    found = {
+        jax.tree_util.keystr(path): (leaf.shape, leaf.sharding.spec)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]
+    }
+    assert {spec for path, (_, spec) in found.items() if "kernel" not in path} == {P()}
+    split = [entry for path, entry in found.items() if "'body'" in path]
+    assert split == [((8, 4), P("fsdp"))] * 4  # itself, two moments and the average
+    assert [entry for path, entry in found.items() if "'head'" in path] == [
+        ((4, 2), P(None, "expert"))
+    ]
+    assert abstract.sums["load"].shape == (3,)
+    assert abstract_state(task, OPTIM, split_mesh()).ema is None
+
+
+def test_norms_of_parts_are_among_the_sums(task):
+    deep = dataclasses.replace(task, trainable=".*", clip_depth=1)
+    sums = abstract_state(deep, OPTIM, one_device()).sums
+    assert {name for name in sums if name.endswith("gradient_norm")} == {
+        "gradient_norm",
+        "body/gradient_norm",
+        "head/gradient_norm",
+    }
+
+
+@pytest.mark.parametrize("make_mesh", [one_device, split_mesh])
+def test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init(task, make_mesh):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(task, OPTIM, mesh)
+        state = fresh_state(task, OPTIM, abstract, seed=3, warm={})
+    wanted = init(jax.random.fold_in(jax.random.key(np.uint32(3)), 0xC674E474))
+    for name, part in wanted.items():
+        np.testing.assert_allclose(state.params[name]["kernel"], part["kernel"], rtol=1e-6)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
+    assert int(state.step) == 0
+
+
+def test_what_is_warm_is_not_drawn(task):
+    mesh = one_device()
+    optim = dataclasses.replace(OPTIM, ema=0.9)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(task, optim, mesh)
+        warm = {"body": {"kernel": jnp.full((8, 4), 7.0)}}
+        state = fresh_state(task, optim, abstract, seed=2**32 - 1, warm=warm)
+    np.testing.assert_array_equal(state.params["body"]["kernel"], 7)
+    np.testing.assert_array_equal(state.ema["body"]["kernel"], 7)  # the average starts there, too
+    assert float(jnp.std(state.params["head"]["kernel"])) > 0.1
+
+
+def test_a_step_is_called_with_the_whole_batch(task):
+    mesh = split_mesh()
+    abstract = abstract_state(task, OPTIM, mesh)
+    state, helpers, batch, seed = step_arguments(task, OPTIM, abstract, mesh)
+    assert state is abstract and helpers is task.helpers
+    assert batch["x"].shape == (16, 8) and batch["x"].sharding.shard_shape((16, 8)) == (2, 8)
+    assert (seed.shape, seed.dtype) == ((), np.uint32)
+
+
+def test_runs_that_share_programs_compile_once(task):
+    mesh = one_device()
+    abstract = abstract_state(task, OPTIM, mesh)
+    first = step_program(task, OPTIM, abstract, log_every=1)
+    assert step_program(task, OPTIM, abstract, log_every=1) is first
+    apart = dataclasses.replace(task, programs={})
+    assert step_program(apart, OPTIM, abstract, log_every=1) is not first

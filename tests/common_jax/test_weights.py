@@ -1,0 +1,160 @@
+"""Warm starts: every parameter comes from where it is said to, or is named."""
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import split_mesh
+
+from common_jax.checkpoint import write_params
+from common_jax.weights import Allowance, Origin, take
+
+SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def filled(*numbers):
+    """Parameters of one shape that only their values tell apart."""
+    names = ("first", "second", "third")
+    return {
+        name: np.full((4, 2), number, np.float32)
+        for name, number in zip(names, numbers, strict=False)
+    }
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two workdirs of the same shapes."""
+    root = tmp_path_factory.mktemp("sources")
+    params = {"net": {"stage_1": filled(1, 2, 3), "stage_10": filled(10, 20), "stage": filled(0)}}
+    write_params(root / "one", params, config={})
+    write_params(root / "two", {"net": {"stage_1": filled(4, 5)}}, config={})
+    return root
+
+
+def wanted(*paths, shape=(4, 2), dtype=jnp.float32, sharding=SHARDING):
+    tree = {}
+    for path in paths:
+        part, _, name = path.rpartition("/")
+        leaf = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        tree.setdefault(part, {})[name] = leaf
+    return tree
+
+
+def values(warm):
+    """The one number of every parameter, by its path."""
+    return {
+        f"{part}/{name}": float(np.unique(np.asarray(leaf, np.float32)).item())
+        for part, leaves in warm.params.items()
+        for name, leaf in leaves.items()
+    }
+
+
+def test_parameters_of_one_shape_keep_their_names_and_their_sources(sources):
+    targets = [f"{part}/{name}" for part in ("a", "b", "c") for name in ("first", "second")]
+    warm = take(
+        wanted(*targets, "a/third"),
+        [
+            Origin(sources / "one", "net/stage_1", "a"),
+            Origin(sources / "two", "net/stage_1", "b"),
+            Origin(sources / "one", "net/stage_10", "c"),
+        ],
+    )
+    assert values(warm) == {
+        "a/first": 1, "a/second": 2, "a/third": 3, "b/first": 4, "b/second": 5, "c/first": 10,
+        "c/second": 20,
+    }  # fmt: skip
+    assert [(entry["as"], entry["subtree"], entry["parameters"]) for entry in _taken(warm)] == [
+        ("a", "net/stage_1", 3),
+        ("b", "net/stage_1", 2),
+        ("c", "net/stage_10", 2),
+    ]
+    assert [entry["source"] for entry in _taken(warm)] == [
+        str(sources / name / "checkpoints" / "0") for name in ("one", "two", "one")
+    ]
+
+
+def _taken(warm):
+    return warm.account["taken"]
+
+
+def test_names_change_from_the_source_s_to_the_wanted(sources):
+    renamed = {"first": "second", "second": "third", "third": "new"}
+    warm = take(
+        wanted("a/second", "a/third", "a/new"),
+        [Origin(sources / "one", "net/stage_1", "a", renamed)],
+    )
+    assert values(warm) == {"a/second": 1, "a/third": 2, "a/new": 3}
+
+
+def test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not(sources):
+    warm = take(
+        wanted("a/first", "a/second", "a/new"),
+        [Origin(sources / "one", "net/stage_1", "a")],
+        fresh=(Allowance("a/(first|new)", "starts anew"),),
+        leave=(Allowance("a/third", "has no place"), Allowance(".*", "never comes to this")),
+    )
+    assert values(warm) == {"a/second": 2}
+    assert warm.account["fresh"] == [
+        {"name": "a/first", "reason": "starts anew"},
+        {"name": "a/new", "reason": "starts anew"},
+    ]
+    assert warm.account["left"] == [{"name": "a/third", "reason": "has no place"}]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        ({"fresh": (Allowance("a/ne", ""), Allowance("new", ""))}, "a/new of shape .* is in none"),
+        ({"leave": (Allowance("a/thir", ""), Allowance("third", ""))}, "a/third .* has no place"),
+    ],
+)
+def test_an_allowance_is_of_a_whole_path(sources, allowed, message):
+    everything = {"fresh": (Allowance("a/new", "x"),), "leave": (Allowance("a/third", "x"),)}
+    origins = [Origin(sources / "one", "net/stage_1", "a")]
+    targets = wanted("a/first", "a/second", "a/new")
+    take(targets, origins, **everything, read=False)
+    with pytest.raises(ValueError, match=message):
+        take(targets, origins, **everything | allowed)
+
+
+def test_a_subtree_is_of_whole_keys(sources):
+    with pytest.raises(ValueError, match=r"holds no 'net/stag', only \['net'\]"):
+        take(wanted("a/first"), [Origin(sources / "one", "net/stag", "a")])
+
+
+def test_only_looking_reads_nothing_and_still_finds_what_is_wrong(sources):
+    origins = [Origin(sources / "two", "net/stage_1", "a")]
+    warm = take(wanted("a/first", "a/second"), origins, read=False)
+    assert (warm.params, [entry["parameters"] for entry in _taken(warm)]) == ({}, [0])
+    with pytest.raises(ValueError, match=r"a/first is wanted as \(3, 2\) and is \(4, 2\)"):
+        take(wanted("a/first", "a/second", shape=(3, 2)), origins, read=False)
+
+
+def test_parameters_take_the_type_and_the_places_that_are_wanted(sources):
+    sharding = NamedSharding(split_mesh(), P("fsdp"))
+    targets = wanted("a/first", "a/second", dtype=jnp.bfloat16, sharding=sharding)
+    warm = take(targets, [Origin(sources / "two", "net/stage_1", "a")])
+    assert values(warm) == {"a/first": 4, "a/second": 5}
+    for leaf in warm.params["a"].values():
+        assert (leaf.dtype, leaf.sharding) == (jnp.bfloat16, sharding)
+
+
+def test_the_first_adaption_whose_path_matches_whole_is_taken(sources):
+    """Its result lies where it is wanted, every part in its place."""
+    sharding = NamedSharding(split_mesh(), P("fsdp", "expert"))
+    targets = wanted("a/first", "a/second", shape=(6, 2), sharding=sharding)
+    rows = lambda array, shape: np.arange(shape[0])[:, None] + array[:1]  # noqa: E731
+    refuse = lambda array, shape: pytest.fail("is of another path")  # noqa: E731
+    adapt = {"a/firs": refuse, "first": refuse, "a/(first|second)": rows, ".*": refuse}
+    warm = take(targets, [Origin(sources / "two", "net/stage_1", "a")], adapt=adapt)
+    for name, first in (("first", 4), ("second", 5)):
+        leaf = warm.params["a"][name]
+        np.testing.assert_array_equal(leaf, first + np.repeat(np.arange(6)[:, None], 2, axis=1))
+        assert leaf.sharding == sharding
+    assert warm.account["adapted"] == [
+        {"name": "a/first", "from": [4, 2], "to": [6, 2]},
+        {"name": "a/second", "from": [4, 2], "to": [6, 2]},
+    ]
+    assert [entry["parameters"] for entry in _taken(warm)] == [2]
