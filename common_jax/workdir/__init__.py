@@ -8,7 +8,7 @@ from common_jax.workdir.claim import (
     plain,
     refuse_other_config,
 )
-from common_jax.workdir.files import read_json, write_bytes, write_json
+from common_jax.workdir.files import read_json, temporary_beside, write_bytes, write_json
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
 from common_jax.workdir.places import check_input, check_output
@@ -33,6 +33,7 @@ __all__ = [
     "read_result",
     "refuse_other_config",
     "require",
+    "temporary_beside",
     "write_bytes",
     "write_json",
 ]
