@@ -137,7 +137,7 @@ def test_a_search_that_is_over_reads_pads_and_takes_nothing():
 
 def test_the_last_step_can_only_end():
     ids = [[START, 5, 3, 3, 3, 3, 3, word] for word in (3, 4)]
-    state, chosen = one_step(TWO_BEAMS, {3: 1.0}, {4: 1.0}, ids=ids)
+    state, chosen = one_step(TWO_BEAMS, {3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.5}, ids=ids)
     assert chosen.tokens[:2].tolist() == [END, END]
     np.testing.assert_allclose(state.finished.scores, np.log([0.6, 0.4]) / 8, rtol=1e-5)
     assert state.finished.tokens[:, :8].tolist() == ids
