@@ -137,7 +137,7 @@ class Results:
         self._found: dict[str, Outcome] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
             entry = json.loads(line)
-            self._found[entry.pop("key")] = Outcome(**entry)
+            self._found[entry["key"]] = Outcome(entry["kind"], entry["detail"])
 
     def get(self, key: str) -> Outcome | None:
         return self._found.get(key)

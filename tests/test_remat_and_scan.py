@@ -2,6 +2,7 @@
 parameters, losses and gradients, to float64's rounding."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from cliptrans_jax.models.mapper import MapperConfig
 from common_jax.pods.flops import count_flops
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.nac import model as nac
 
 INTERFACE = Interface(image_size=8, channels=3, labels=5)
@@ -125,6 +127,23 @@ def test_in_a_loop_every_layer_draws_for_itself():
     assert passed.shape == (4, 32)
     assert 0 < passed.sum() < passed.size
     assert len({row.tobytes() for row in passed}) == 4
+
+
+def test_every_layer_s_gate_draws_its_own_noise():
+    moe = MoeConfig(experts=3, router="softmax_topk", noise_std=1.5)
+    config = vmoe.VMoEConfig(depths=(1, 2), moe=moe, scan_layers=True, **SIZES)
+    network = vmoe.build(config, INTERFACE, stitch_width=None)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), _shapes(network))
+    images, draws = jnp.zeros((8, 8, 8, 3)), []
+    with unoptimised():
+        run = jax.jit(partial(network.apply, train=True, record=("routing",)))
+        for seed in (0, 1):
+            _, records = run(params, images, rngs={"gate": jax.random.key(seed)})
+            draws += [x for x in jax.tree.leaves(records) if x.shape[-1] == 3]  # the logits
+    assert len(draws) == 6
+    noise = np.stack(draws)  # parameters are 0, and so are logits without noise
+    assert len(np.unique(noise)) == noise.size
+    np.testing.assert_allclose(noise.std(), 0.5, rtol=0.1)
 
 
 def test_what_layers_sow_is_there_after_a_loop():

@@ -62,3 +62,20 @@ def test_what_is_not_trained_gets_no_gradient():
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(operands[place])
         assert str(jaxpr).count("dot_general") == 3, jaxpr  # forward, and once a platform
+
+
+def test_the_precision_that_is_asked_for_holds_for_gradients_too():
+    x, kernel, dimensions = numbers(SHAPES["from heads"])
+    for asked in (None, jax.lax.Precision.HIGHEST):
+
+        def loss(x, kernel, asked=asked):
+            return jnp.sum(jnp.sin(dense.product(x, kernel, dimensions, precision=asked)))
+
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).as_text()
+        assert text.count("dot_general") == 3
+        assert text.count("HIGHEST, HIGHEST") == (3 if asked else 0)
+
+
+def test_matmul_is_a_product_of_matrices():
+    x, kernel, _ = numbers(SHAPES["a width"])
+    np.testing.assert_allclose(dense.matmul(x, kernel), np.asarray(x) @ kernel, rtol=1e-5)

@@ -129,7 +129,7 @@ def test_a_lock_without_content_is_of_a_process_that_has_just_started(workdir, m
     monkeypatch.setattr(lock, "LOOK", 0.02)
     (workdir / NAME).touch()
     with hold(workdir):
-        require(workdir)
+        assert json.loads((workdir / NAME).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("pid", ["7", 1 << 70, 0, -1, None])

@@ -84,6 +84,72 @@ def test_fused_experts_are_read_as_well(vmoe_params):
     assert_same(convert.stage_from_original(fused, heads=HEADS), stage)
 
 
+@pytest.fixture(scope="module")
+def many_experts():
+    """A block of eleven experts, whose numbers sort otherwise as text."""
+    config = vmoe.VMoEConfig(**SIZES | {"depths": (1,)}, moe=MoeConfig(experts=11))
+    return random_params(vmoe.build(config, IMAGES, stitch_width=None))["stage_0"]
+
+
+def test_the_order_of_tensors_does_not_matter(many_experts):
+    state = convert.stage_to_original(many_experts)
+    for names in (sorted(state), sorted(state, reverse=True)):
+        shuffled = {name: state[name] for name in names}
+        assert_same(convert.stage_from_original(shuffled, heads=HEADS), many_experts)
+
+
+def test_every_tensor_is_found_under_its_name(many_experts):
+    state, block = convert.stage_to_original(many_experts), many_experts["block_0"]
+    same = {
+        "pos_embed": many_experts["pos_embed"],
+        "cls_token": many_experts["cls_token"],
+        "patch_embed.proj.bias": many_experts["patches"]["bias"],
+        "norm.weight": many_experts["norm"]["scale"],
+        "norm.bias": many_experts["norm"]["bias"],
+        "head.weight": many_experts["head"]["kernel"].T,
+        "head.bias": many_experts["head"]["bias"],
+        "blocks.0.norm1.weight": block["norm1"]["scale"],
+        "blocks.0.norm1.bias": block["norm1"]["bias"],
+        "blocks.0.norm2.weight": block["norm2"]["scale"],
+        "blocks.0.norm2.bias": block["norm2"]["bias"],
+        "blocks.0.attn.qkv.bias": block["attention"]["qkv"]["bias"].ravel(),
+        "blocks.0.attn.proj.bias": block["attention"]["out"]["bias"],
+        "blocks.0.moe.gate.gate.weight": block["moe"]["router"]["kernel"].T,
+        "blocks.0.moe.gate.gate.bias": block["moe"]["router"]["bias"],
+    }
+    for e in (0, 2, 10):
+        expert = f"blocks.0.moe.experts.{e}"
+        same[f"{expert}.htoh4.weight"] = block["moe"]["up"][e].T[None]
+        same[f"{expert}.htoh4.bias"] = block["moe"]["up_bias"][e][None]
+        same[f"{expert}.h4toh.weight"] = block["moe"]["down"][e].T[None]
+        same[f"{expert}.h4toh.bias"] = block["moe"]["down_bias"][e][None]
+    assert_same({name: state[name] for name in same}, same)
+
+
+def test_fused_experts_are_parted_and_their_origin_is_known():
+    fused = np.arange(24.0).reshape(3, 4, 2)
+    before, other = "blocks.1.moe.experts.", np.ones(2)
+    state = {f"{before}htoh4.weight": fused, "norm.weight": other}
+    parted, origins = convert.part_experts(state)
+    wanted = {f"{before}{e}.htoh4.weight": fused[e][None] for e in range(3)}
+    assert_same(parted, wanted | {"norm.weight": other})
+    assert origins == dict.fromkeys(wanted, f"{before}htoh4.weight")
+    with pytest.raises(ValueError, match="single number"):
+        convert.part_experts({f"{before}htoh4.bias": np.ones(())})
+    with pytest.raises(ValueError, match=r"apart and fused, in .*experts\.0\.htoh4\.weight"):
+        convert.part_experts(state | {f"{before}0.htoh4.weight": fused[:1]})
+
+
+@pytest.mark.parametrize(
+    ("block", "stage", "within"), [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 2, 0), (4, 2, 1)]
+)
+def test_blocks_are_numbered_through_the_stages(block, stage, within):
+    assert convert.locate(block, DEPTHS) == (stage, within)
+    name = convert.root_name(f"blocks.{within}.norm1.bias", stage=stage, depths=DEPTHS)
+    assert name == f"blocks.{block}.norm1.bias"
+    assert convert.root_name("head.bias", stage=stage, depths=DEPTHS) == "head.bias"
+
+
 def test_aliases_of_the_stages_are_not_read(vit_params):
     state = convert.network_to_original(vit_params, depths=DEPTHS)
     aliases = {f"stages.0.{name}": np.zeros(1) for name in state}
@@ -103,6 +169,8 @@ def test_patches_of_other_images():
     assert state["patch_embed.proj.weight"].shape == (2, 1, 4, 4)
     with pytest.raises(ValueError, match="channels=3"):
         convert.stage_to_original({"patches": {"kernel": kernel}})
+    whole = {"stage_0": {"patches": {"kernel": kernel}}}
+    assert_same(convert.network_to_original(whole, depths=(1,), channels=1), state)
 
 
 def drop(name):
@@ -116,6 +184,7 @@ def add(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (drop("blocks.0.attn.qkv.weight"), r"attn\.qkv\.weight is missing"),
         (drop("blocks.0.norm1.bias"), r"blocks\.0\.norm1\.bias is missing"),
         (drop("blocks.0.moe.gate.gate.weight"), r"gate\.gate\.weight is missing"),
         (drop("blocks.0.post_stitch.ln.bias"), r"post_stitch\.ln\.bias is missing"),

@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax import numpy as jnp
 from same import assert_same
 
@@ -171,3 +172,116 @@ def test_what_has_no_place_is_refused_and_named():
         convert_nac.network_to_original(
             {"stage_9": {"ffn": {"layer_scale": np.ones(1)}}}, **sharing
         )
+
+
+# The original's names, and where their tensors stand here; matrices are transposed.
+ATTENTION = {
+    "receiver_layernorm.weight": "receiver_norm/scale",
+    "receiver_layernorm.bias": "receiver_norm/bias",
+    "sender_layernorm.weight": "sender_norm/scale",
+    "sender_layernorm.bias": "sender_norm/bias",
+    "query_compiler.native_weight": "query/kernel",
+    "query_compiler.native_bias": "query/bias",
+    "query_compiler.scale_gain": "query/gain",
+    "query_compiler.scale.weight": "query/code_kernel",
+    "key_compiler.native_weight": "key/kernel",
+    "key_compiler.scale.weight": "key/code_kernel",
+    "value_compiler.native_weight": "value/kernel",
+    "value_compiler.scale.weight": "value/code_kernel",
+    "exit_layer.native_weight": "exit/kernel",
+    "exit_layer.native_bias": "exit/bias",
+    "layer_scale.gamma": "layer_scale",
+}
+FFN = {
+    "layernorm.weight": "norm/scale",
+    "layernorm.bias": "norm/bias",
+    "ffn.0.native_weight": "up/kernel",
+    "ffn.0.scale.weight": "up/code_kernel",
+    "ffn.2.native_weight": "down/kernel",
+    "ffn.2.scale.weight": "down/code_kernel",
+    "layer_scale.gamma": "layer_scale",
+}
+GRAPH = {
+    "input_latents.signatures_": "input/signatures",
+    "input_latents.codes_": "input/codes",
+    "mediator_latents.codes_": "mediator/codes",
+    "output_latents.signatures_": "output/signatures",
+    "latent_seeder.layernorm.weight": "seeder/norm/scale",
+    "latent_seeder.code_to_state_mu.weight": "seeder/mean/kernel",
+    "latent_seeder.code_to_state_mu.bias": "seeder/mean/bias",
+    "latent_seeder.code_to_state_logvar.weight": "seeder/log_variance/kernel",
+    "latent_seeder.code_to_state_logvar.bias": "seeder/log_variance/bias",
+}
+BLOCK = {
+    "gamma": "gamma",
+    "dwconv.bias": "depthwise/bias",
+    "norm.weight": "norm/scale",
+    "norm.bias": "norm/bias",
+    "pwconv1.weight": "up/kernel",
+    "pwconv1.bias": "up/bias",
+    "pwconv2.weight": "down/kernel",
+    "pwconv2.bias": "down/bias",
+}
+TOKENIZER = {
+    "backbone.downsample_layers.0.0.bias": "stem/bias",
+    "backbone.downsample_layers.0.1.weight": "stem_norm/scale",
+    "backbone.downsample_layers.0.1.bias": "stem_norm/bias",
+    "backbone.downsample_layers.1.0.weight": "downsample_1/norm/scale",
+    "backbone.downsample_layers.1.0.bias": "downsample_1/norm/bias",
+    "backbone.downsample_layers.1.1.bias": "downsample_1/conv/bias",
+}
+POOLING = {
+    "confidence_scorer.weight": "confidence/kernel",
+    "confidence_scorer.bias": "confidence/bias",
+    "to_logits.weight": "head/kernel",
+    "to_logits.bias": "head/bias",
+}
+READ_OUT = {"head.0.module.weight": "norm/scale", "head.1.native_weight": "linear/kernel"}
+KERNEL = {"kernel.bandwidth": "bandwidth"}
+WHOLE = (
+    ("latent_graphs.0.", "graph", GRAPH),
+    ("input_tokenizer.", "stage_0/tokenizer", TOKENIZER),
+    ("input_tokenizer.backbone.stages.0.0.", "stage_0/tokenizer/block_0_0", BLOCK),
+    ("input_tokenizer.backbone.stages.1.0.", "stage_0/tokenizer/block_1_0", BLOCK),
+    ("latent_graphs.0.read_in.read_in_attention.", "stage_0/read_in/attention", ATTENTION),
+    ("latent_graphs.0.read_in.ffn.", "stage_0/read_in/ffn", FFN),
+    (f"{PROPAGATOR}0.latent_attention.", "stage_1/attention", ATTENTION | KERNEL),
+    (f"{PROPAGATOR}2.latent_attention.", "stage_3/attention", ATTENTION | KERNEL),
+    (f"{PROPAGATOR}2.ffn.", "stage_3/ffn", FFN),
+    ("latent_graphs.0.read_out.latent_attention.", "stage_4/attention", ATTENTION | KERNEL),
+    ("latent_graphs.0.read_out.ffn.", "stage_4/ffn", FFN),
+    ("latent_graphs.0.read_out.", "stage_4/code_head", READ_OUT),
+    ("output_tokenizer.", "stage_4/pooling", POOLING),
+)
+
+
+def test_every_tensor_has_its_name():
+    params, sharing = random_network(share_norm=False, qkv_bias=True, read_out_head=True)
+    state = convert_nac.network_to_original(params, **sharing)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for prefix, place, names in WHOLE:
+        for name, path in names.items():
+            array = np.transpose(flat[f"{place}/{path}"]) if "weight" in name else None
+            want = flat[f"{place}/{path}"] if array is None else array
+            np.testing.assert_array_equal(state[prefix + name], want, err_msg=prefix + name)
+
+
+def test_students_have_their_names():
+    tables = {
+        "read_in_student": {"read_in.ffn.ffn.0.native_weight": "read_in/ffn/up/kernel"},
+        "mediator_student": {
+            "pre_stitch.bias": "pre_stitch/bias",
+            "ffn.layernorm.bias": "ffn/norm/bias",
+        },
+        "read_out_student": {"tokenizer.to_logits.bias": "pooling/head/bias"},
+    }
+    for params, part in zip(random_students().values(), STUDENTS, strict=True):
+        state, flat = (
+            convert_nac.part_to_original(params, part),
+            traverse_util.flatten_dict(params, sep="/"),
+        )
+        table = dict(tables[part])
+        if part != "read_out_student":
+            table["post_stitch.weight"] = "post_stitch/kernel"
+        for name, path in table.items():
+            np.testing.assert_array_equal(state[name], np.transpose(flat[path]), err_msg=name)

@@ -104,6 +104,29 @@ def test_equals_a_loop_over_experts(way, routing):
             assert np.linalg.norm(leaf) > 0.1
 
 
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def share_dropped(name, x, routes, experts):
+    return DISPATCHERS[name](x, routes, experts, 2)[1]
+
+
+@pytest.mark.parametrize("routing", ["random", "all on one expert"])
+def test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots(routing):
+    with jax.enable_x64(True):
+        x, routes, experts = make_inputs(ROUTINGS[routing])
+        expert = np.asarray(routes.expert)
+        earlier = [[np.sum(row[:p] == row[p]) for p in range(N * A)] for row in expert]
+        served = np.asarray(earlier) < 2
+
+        got = with_gradients(WAYS["capacity"], x, routes, experts)
+        kept = routes._replace(weight=routes.weight * served)
+        y, (dx, dweight, dexperts) = with_gradients(plain, x, kept, experts)
+        assert_close(got, (y, (dx, dweight * served, dexperts)))
+        dropped = share_dropped("capacity", x, routes, experts)
+        np.testing.assert_allclose(dropped, 1 - served.mean())
+        assert 0 < dropped < 1 and len(np.unique(served.mean(axis=1))) > (routing == "random")
+        assert share_dropped("dropless", x, routes, experts) == 0
+
+
 @pytest.mark.parametrize("way", ["dropless", "capacity"])
 def test_starved_experts_get_zero_gradients_exactly(way):
     with jax.enable_x64(True):
@@ -112,6 +135,19 @@ def test_starved_experts_get_zero_gradients_exactly(way):
         for leaf in map(np.asarray, experts):
             assert np.all(leaf[[1, 2, 3, 4, 6, 7]] == 0)
             assert np.all(leaf[[0, 5]].any(axis=-1))
+
+
+def test_rows_beyond_those_in_use_may_hold_anything(monkeypatch):
+    def poisoned(a, b, sizes, contract, groups, ragged=grouped._ragged):
+        y = ragged(a, b, sizes, contract, groups)
+        used = (jnp.arange(len(y)) < jnp.sum(sizes))[:, None]
+        return jnp.where(used, y, jnp.nan) if groups else y
+
+    monkeypatch.setattr(grouped, "_ragged", poisoned)
+    with jax.enable_x64(True):
+        inputs = make_inputs(ROUTINGS["most experts starved"])
+        got = with_gradients(partial(by_rows, grouped.RAGGED), *inputs)
+        assert_close(got, with_gradients(plain, *inputs))
 
 
 def test_pairs_of_foreign_experts_cost_no_block_and_give_zero():
@@ -143,6 +179,25 @@ def test_blocks_hold_one_expert_each_and_every_pair_once():
     holds = np.asarray(jnp.repeat(rows.expert, 16))
     np.testing.assert_array_equal(holds[pair < 200], expert[pair[pair < 200]])
     assert used == sum(-(-int(np.sum(expert == e)) // 16) * 16 for e in range(4))
+
+
+@pytest.mark.parametrize(("pairs", "experts"), [(15, 4), (4, 4), (9, 1)])
+def test_there_is_a_row_for_every_pair_however_they_fall(pairs, experts):
+    draw = np.random.default_rng(pairs)
+    share = draw.dirichlet(np.full(experts, 0.7), 100)
+    expert = np.stack([draw.choice(experts, pairs, p=p) for p in share])
+    expert[0] = np.arange(pairs) % experts
+    token = draw.permutation(40)[:pairs].astype(np.int32)
+    place = partial(grouped.arrange, tokens=40, experts=experts, block=8)
+    rows = jax.jit(jax.vmap(partial(place, jnp.asarray(token))), compiler_options=QUICK)(expert)
+    for i, row_pair in enumerate(np.asarray(rows.pair)):
+        held = row_pair < pairs
+        assert sorted(row_pair[held]) == [*range(pairs)]
+        np.testing.assert_array_equal(rows.token[i][held], token[row_pair[held]])
+        np.testing.assert_array_equal(np.repeat(rows.expert[i], 8)[held], expert[i][row_pair[held]])
+        # Rows without a pair are told apart, and belong to no token.
+        assert len(np.unique(rows.token[i][~held])) == np.sum(~held)
+        assert np.all(rows.token[i][~held] >= 40)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +320,40 @@ def test_bfloat16(way):
     assert got[1][1].dtype == jnp.float32
     for one, true in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(np.float32(one) - true) < 0.03 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("way", ["blockwise", "ragged", "capacity with room for all"])
+def test_bfloat16_is_summed_in_float32(way):
+    # In bfloat16 256 + 1 is 256. So are the answers of the experts to a token, and then the slopes
+    # of an expert's tokens: one of 256, one of 2, and else 1.
+    half = jnp.bfloat16
+    answers = jnp.ones((E, D), half).at[0].set(256).at[-1].set(2)
+    zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, half), make_experts(dtype=np.float32))
+    experts = zero._replace(down_bias=answers)
+    x = jnp.ones((G, N, D), half)
+    token = jnp.tile(jnp.repeat(jnp.arange(N, dtype=jnp.int32), E), (G, 1))
+    expert = jnp.tile(jnp.arange(E, dtype=jnp.int32), (G, N))
+    routes = Routes(token, expert, jnp.ones(token.shape))
+    dy = jnp.ones((G, N, D), half).at[0, 0].set(256).at[-1, -1].set(2)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def run(x, routes, experts):
+        y, vjp = jax.vjp(lambda experts: WAYS[way](x, routes, experts), experts)
+        return y, vjp(dy)[0].down_bias
+
+    y, gradient = run(x, routes, experts)
+    np.testing.assert_array_equal(y, np.full((G, N, D), 264, half))
+    if way != "capacity with room for all":
+        np.testing.assert_array_equal(gradient, np.full((E, D), 304, half))
+
+
+def test_a_tpu_multiplies_by_ragged_dot_and_others_block_by_block():
+    rows = grouped.arrange(jnp.arange(8), jnp.zeros(8, jnp.int32), tokens=8, experts=E, block=8)
+    given = jnp.ones((8, D)), jnp.ones(8), make_experts(dtype=np.float32)
+    slope = jax.grad(lambda *given: jnp.sum(grouped.grouped_mlp(*given, rows)), (0, 1, 2))
+    traced = jax.jit(slope).trace(*given)
+    tpu, cpu, gpu = (
+        traced.lower(lowering_platforms=(name,)).as_text() for name in ("tpu", "cpu", "cuda")
+    )
+    assert "ragged_dot" in tpu and "while" not in tpu
+    assert "while" in cpu and "while" in gpu and "ragged_dot" not in cpu + gpu

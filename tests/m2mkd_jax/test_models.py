@@ -1,17 +1,19 @@
-"""The networks: sizes of the published variants, stages, stochastic depth, position tables."""
+"""The networks: sizes of the published variants, stages, where experts, stitches and shards are."""
 
+import dataclasses
 import itertools
+import re
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax import numpy as jnp
 from meshes import one_device
 
 from common_jax.mesh import idle_rules, match_rules
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.moe import MoeConfig
-from m2mkd_jax.models.positions import resize_positions, resize_weights
 from m2mkd_jax.stages import Network, Place, stage_name
 
 # Parameters at the usual depth with 1000 labels, as the original counts them.
@@ -107,6 +109,75 @@ def test_vits_that_go_without_bias_have_the_other_epsilon():
         assert (config.qkv_bias, config.norm_eps) == ((False, 1e-5) if plain else (True, 1e-6))
 
 
+def test_the_defaults_are_those_of_the_base_networks():
+    base = {
+        "patch": 16,
+        "width": 768,
+        "heads": 12,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "norm_eps": 1e-6,
+        "depths": (3, 3, 3, 3),
+        "remat": False,
+        "scan_layers": False,
+    }
+    assert dataclasses.asdict(vit.ViTConfig()) == base
+    config = dataclasses.asdict(vmoe.VMoEConfig())
+    assert config.pop("moe") == dataclasses.asdict(MoeConfig())
+    assert config == base | {"kind": "vmoe", "moe_blocks": "all", "stitches": "dropped"}
+    assert encoder.BlockConfig() == encoder.BlockConfig(0.0, None, None, None)
+
+
+def test_published_networks_have_the_published_heads():
+    # 16 of width 80 in the huge ones, 8 of width 96 in ViT-Small, else of width 64.
+    for module in (vit, vmoe):
+        for name in module.VARIANTS:
+            config, image_size = module.variant(name)
+            heads = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}[config.width]
+            assert config.heads == (8 if name.startswith("vit_small") else heads)
+            side = re.search(r"_(\d{3})$", name)
+            assert image_size == int(side[1] if side else 224)
+    assert module.variant("vmoe_huge", (2, 3))[0].depths == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "hidden"), [(10, 2.55, 25), (10, 0.19, 1), (8, 4.0, 32)]
+)
+def test_the_hidden_width_is_rounded_down(width, ratio, hidden):
+    config = vit.ViTConfig(width=width, heads=2, mlp_ratio=ratio)
+    assert config.encoder.hidden == hidden
+
+
+def test_large_matrices_are_split_along_the_width_and_experts_over_their_axis():
+    # All sizes differ: the width is 8, of the tokens of the meta model 12.
+    config = vmoe.VMoEConfig(depths=(1, 2), moe=MoeConfig(experts=3), moe_blocks="1", **TINY)
+    students = vmoe.build_students(config, encoder.Interface(8, 3, 5), meta_width=12)
+    shapes = shapes_of(students)
+    shardings = match_rules(vmoe.PARTITION_RULES, shapes, ONE_DEVICE)
+    flat = traverse_util.flatten_dict(shardings, sep="/")
+    split = {}
+    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+        axes = [*flat[path].spec, *[None] * (leaf.ndim - len(flat[path].spec))]
+        name = re.sub(r"stage_\d/(block_\d/)?", "", path)
+        split[name] = {axis: leaf.shape[i] for i, axis in enumerate(axes) if axis}
+    width, expert = {"fsdp": 8}, {"expert": 3}
+    wanted = {
+        "patches/kernel": width,
+        "attention/qkv/kernel": width,
+        "attention/out/kernel": width,
+        "mlp/up/kernel": width,
+        "mlp/down/kernel": width,
+        "head/kernel": width,
+        "moe/up": expert | width,
+        "moe/down": expert | width,
+        "moe/up_bias": expert,
+        "moe/down_bias": expert,
+        "pre_stitch/linear/kernel": {"fsdp": 12},
+        "post_stitch/linear/kernel": width,
+    }
+    assert {name: axes for name, axes in split.items() if axes} == wanted
+
+
 @pytest.mark.parametrize("variant", [vit.variant, vmoe.variant])
 def test_an_unknown_variant_names_the_known(variant):
     with pytest.raises(ValueError, match="_base"):
@@ -175,6 +246,14 @@ def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
     ]
 
 
+def test_the_blocks_with_experts_are_numbered_through_all_stages():
+    config = vmoe.VMoEConfig(depths=(1, 2, 1), moe_blocks="every_2", **TINY)
+    whole = vmoe.build(config, IMAGES, stitch_width=None)
+    for network in (whole, vmoe.build_students(config, IMAGES, meta_width=12)):
+        blocks = [block for stage in network.stages for block in stage.blocks]
+        assert [block.moe is not None for block in blocks] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("blocks", "positions"),
     [
@@ -183,13 +262,23 @@ def test_students_have_stitches_towards_the_meta_model_and_experts_where_told():
         ("every_2", {1, 3}),
         ("last_2", {2, 3}),
         ("0,3", {0, 3}),
+        ("3,1,3", {1, 3}),
+        ("every_1", {0, 1, 2, 3}),
+        ("every_3", {2}),
+        ("every_4", {3}),
+        ("every_5", set()),
+        ("last_1", {3}),
+        ("last_9", {0, 1, 2, 3}),
     ],
 )
 def test_where_the_experts_are(blocks, positions):
     assert vmoe.moe_positions(blocks, 4) == positions
 
 
-@pytest.mark.parametrize("blocks", ["4", "-1", "every", "some", "1,,2"])
+@pytest.mark.parametrize(
+    "blocks",
+    ["4", "0,4", "-1", "every", "every_0", "last_0", "xlast_2", "last_2x", "some", "1,,2", ""],
+)
 def test_places_of_experts_that_mean_nothing_are_refused(blocks):
     with pytest.raises(ValueError, match="moe_blocks"):
         vmoe.moe_positions(blocks, 4)
@@ -202,6 +291,8 @@ def test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student():
     config = vmoe.VMoEConfig(depths=(3, 2), **TINY)
     whole = rates(vmoe.build(config, IMAGES, stitch_width=None, drop_path=0.4))
     np.testing.assert_allclose([*itertools.chain(*whole)], [0, 0.1, 0.2, 0.3, 0.4])
+    whole = rates(vit.build(vit.ViTConfig(depths=(1, 2), **TINY), IMAGES, drop_path=0.4))
+    np.testing.assert_allclose([*itertools.chain(*whole)], [0, 0.2, 0.4])
     students = rates(vmoe.build_students(config, IMAGES, meta_width=8, drop_path=0.4))
     np.testing.assert_allclose(students[0], [0, 0.2, 0.4])
     np.testing.assert_allclose(students[1], [0, 0.4])
@@ -233,23 +324,6 @@ def test_images_of_another_size_are_refused():
     params = random_params(network)
     with pytest.raises(ValueError, match="image_size"):
         network.apply(params, jnp.zeros((1, 12, 12, 3)))
-
-
-def test_positions_on_the_same_grid_stay_as_they_are():
-    table = np.random.default_rng(0).standard_normal((1, 26, 4)).astype(np.float32)
-    np.testing.assert_array_equal(resize_positions(table, 26), table)
-    np.testing.assert_array_equal(resize_weights(5, 5), np.eye(5))
-
-
-def test_positions_keep_the_class_token_and_constants():
-    table = np.full((1, 17, 2), 3.0)
-    table[0, 0] = 7
-    for side in (3, 6):
-        resized = resize_positions(table, side**2 + 1)
-        np.testing.assert_array_equal(resized[0, 0], 7)
-        np.testing.assert_allclose(resized[0, 1:], 3)
-    with pytest.raises(ValueError, match="no square grid"):
-        resize_positions(table, 13)
 
 
 def test_a_network_is_as_long_as_its_stages():

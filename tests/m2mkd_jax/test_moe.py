@@ -49,6 +49,13 @@ def run(layer, params, x, *, train=False, seed=3):
     return y, wrote, gradients
 
 
+@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def forward(layer, params, x):
+    """y and the collection of the bookkeeping."""
+    y, wrote = layer.apply({"params": params}, x, mutable=["moe"])
+    return y, wrote["moe"]
+
+
 def gate(params, x):
     return np.asarray(x) @ params["router"]["kernel"] + params["router"]["bias"]
 
@@ -81,6 +88,42 @@ def test_fan_in_bounds_and_no_router_bias():
     np.testing.assert_allclose(np.max(np.abs(params["up"])), D**-0.5, rtol=0.01)
     np.testing.assert_allclose(np.max(np.abs(params["down"])), F**-0.5, rtol=0.01)
     assert set(params["router"]) == {"kernel"}
+
+
+def test_the_defaults_are_the_students():
+    moe = dataclasses.asdict(MoeConfig())
+    assert moe.pop("balance") == {"importance": 0.0, "load": 0.0, "gshard": 0.0, "z": 0.0}
+    assert moe == {
+        "experts": 8,
+        "chosen": 2,
+        "router": "topk_softmax",
+        "order": "token",
+        "noise_std": 1.0,
+        "dispatch": "dropless",
+        "capacity_factor": 1.25,
+        "groups": 1,
+        "router_bias": True,
+        "expert_init": "fastmoe",
+    }
+
+
+@pytest.mark.parametrize(
+    ("factor", "tokens", "chosen", "experts", "slots"),
+    [
+        (1.0, 40, 2, 8, 10),
+        (1.0, 41, 2, 8, 11),  # 10.25
+        (1.0, 47, 2, 8, 12),  # 11.75
+        (1.25, 40, 2, 8, 13),  # 12.5
+        (1.0, 41, 1, 8, 6),  # 5.125
+        (2.0, 12, 3, 4, 12),  # 18, and no expert has a token twice
+        (0.1, 3, 1, 8, 1),  # 0.0375
+    ],
+)
+def test_slots_are_the_fair_share_times_the_factor_rounded_up(
+    factor, tokens, chosen, experts, slots
+):
+    config = MoeConfig(experts=experts, chosen=chosen, capacity_factor=factor)
+    assert config.slots(tokens) == slots
 
 
 def weighted_experts(params, x, weight):
@@ -148,7 +191,25 @@ def test_routing_collection_holds_the_choices_in_token_order():
     np.testing.assert_allclose(wrote["routing"]["weight"], weight, rtol=1e-5)
     counts = np.bincount(expert.ravel(), minlength=E)
     np.testing.assert_allclose(wrote["moe"]["load"], counts / counts.sum(), rtol=1e-6)
-    assert wrote["moe"]["balance_loss"] == 0
+    assert wrote["moe"]["balance_loss"] == wrote["moe"]["dropped"] == 0
+
+
+@pytest.mark.parametrize(("order", "served"), [("token", [0, 1]), ("priority", [1, 3])])
+def test_slots_go_to_the_first_or_the_surest_tokens_of_each_group(order, served):
+    # Four tokens a group want expert 0, which has two slots and answers 1 to whatever it is asked.
+    config = MoeConfig(
+        experts=2, chosen=1, router="softmax_topk", order=order, dispatch="capacity", groups=2
+    )
+    layer, params, _ = make(dataclasses.replace(config, capacity_factor=1.0, noise_std=0.0))
+    x = np.zeros((2, 4, D), np.float32)
+    x[..., 0] = [1, 4, 2, 3]
+    params = jax.tree.map(np.zeros_like, params)
+    params["router"]["kernel"][0, 0] = 1
+    params["down_bias"] += 1
+    y, wrote = forward(layer, params, jnp.asarray(x))
+    for row in y[..., 0]:
+        np.testing.assert_array_equal(np.flatnonzero(row), served)
+    assert wrote["dropped"] == 0.5
 
 
 def test_nothing_is_written_unless_asked_for():
@@ -187,6 +248,42 @@ def test_noise_is_drawn_in_training_only():
     assert not np.allclose(still[0], moved[0])
     quiet = MoeMlp(MoeConfig(router="softmax_topk", noise_std=0.0), F)
     np.testing.assert_allclose(run(quiet, params, x, train=True)[0], still[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MoeConfig(), MoeConfig(order="priority"), MoeConfig(router="expert_choice")],
+    ids=["fastmoe", "priority", "expert choice"],
+)
+def test_other_routers_draw_no_noise(config):
+    layer, params, x = make(config)
+    assert not config.noisy
+    # Which would raise for the want of a key.
+    y = jax.eval_shape(partial(layer.apply, train=True), {"params": params}, x)
+    assert y.shape == x.shape
+
+
+def test_entropy_is_that_of_the_gates_without_noise():
+    layer, params, x = make(MoeConfig(router="softmax_topk", noise_std=4.0))
+    gates = softmax(gate(params, x), axis=-1)
+    expected = -np.mean(np.sum(gates * np.log(gates), axis=-1))
+    for train in (False, True):
+        _, wrote, _ = run(layer, params, x, train=train)
+        np.testing.assert_allclose(wrote["moe"]["entropy"], expected, rtol=1e-4)
+
+
+def test_balance_loss_by_hand():
+    # All tokens have the same gates, 1/2, 1/4, 1/8, 1/8, and logits that are larger by log 4.
+    balance = BalanceConfig(importance=0.1, gshard=0.3, z=0.4)
+    layer, params, x = make(MoeConfig(experts=4, balance=balance))
+    params = jax.tree.map(np.zeros_like, params)
+    params["router"]["bias"] += np.log([2.0, 1.0, 0.5, 0.5])
+    _, wrote = forward(layer, params, x)
+    importance = (0.25**2 + 2 * 0.125**2) / 4 / 0.25**2
+    gshard = 16 * (1 * 0.5) / 4
+    z = np.log(4) ** 2
+    expected = 0.1 * importance + 0.3 * gshard + 0.4 * z
+    np.testing.assert_allclose(wrote["balance_loss"], expected, rtol=1e-5)
 
 
 def test_balance_loss_is_the_weighted_sum():
@@ -246,6 +343,32 @@ def test_bfloat16(config):
     for got, true in zip(jax.tree.leaves(gradients), jax.tree.leaves(exact[2]), strict=True):
         assert got.dtype == jnp.float32
         assert np.linalg.norm(got - true) < 0.03 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("router_bias", [False, True])
+def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
+    layer, params, x = make(MoeConfig(router_bias=router_bias), jnp.bfloat16)
+    apply = partial(layer.apply, mutable=["routing"])
+    _, wrote = apply({"params": params}, x)
+    logits = np.asarray(x, np.float64) @ params["router"]["kernel"]
+    logits += params["router"].get("bias", 0)
+    np.testing.assert_allclose(wrote["routing"]["logits"], logits, rtol=1e-5, atol=1e-5)
+    text = jax.jit(apply).lower({"params": params}, x).as_text()
+    assert text.count("HIGHEST, HIGHEST") == 1  # which a TPU needs to be told
+
+
+def test_balance_losses_that_mean_something_are_taken():
+    for router, losses in {
+        "topk_softmax": ("importance", "gshard", "z"),
+        "softmax_topk": ("importance", "load", "gshard", "z"),
+        "expert_choice": ("z",),
+    }.items():
+        for loss in losses:
+            config = MoeConfig(router=router, balance=BalanceConfig(**{loss: 0.5}))
+            assert config.balance.active() == {loss: 0.5}
+        for loss in {"importance", "load", "gshard", "z"}.difference(losses):
+            with pytest.raises(ValueError, match=rf"balance\.{loss}=0\.5 must be 0"):
+                MoeConfig(router=router, balance=BalanceConfig(**{loss: 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +432,12 @@ MESH = {"data": 2, "fsdp": 1, "expert": 4}
 def test_check_moe(config, batch, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_moe(config, MESH, batch)
+
+
+def test_the_layer_refuses_a_batch_that_does_not_split_into_its_groups():
+    layer, params, x = make(dataclasses.replace(VMOE, groups=3))
+    with pytest.raises(ValueError, match=r"moe\.groups=3 must be a divisor of the batch, 8"):
+        jax.eval_shape(layer.apply, {"params": params}, x)
 
 
 def test_check_moe_passes_what_runs():

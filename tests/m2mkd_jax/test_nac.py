@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from tiny import QUICK, fill, unoptimised
 
 from m2mkd_jax.models.nac import kernel
-from m2mkd_jax.models.nac.blocks import BlockConfig, attend
+from m2mkd_jax.models.nac.blocks import BlockConfig, attend, head_scores
 from m2mkd_jax.models.nac.kernel import KernelConfig
 from m2mkd_jax.models.nac.layers import CodeLinear, LinearConfig
 from m2mkd_jax.models.nac.read_in import ReadInAttention, pool_tokens
@@ -122,6 +122,13 @@ def test_layers_that_are_not_linear_read_in_too(change):
 
 def receivers_without_edges() -> jax.Array:
     return jnp.array([[0.1, 0.5], [1.2, 1.5]])
+
+
+def test_scores_are_in_float32_whatever_the_states_are():
+    query, keys = jnp.ones((1, 2, 2, 16), jnp.bfloat16), jnp.ones((1, 3, 2, 16), jnp.bfloat16)
+    scores = head_scores(query, keys + jnp.bfloat16(2**-7))
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, np.full((1, 2, 2, 3), (1 + 2**-7) * 16 / 4))
 
 
 @pytest.mark.parametrize("kind", ["direct", "masked"])

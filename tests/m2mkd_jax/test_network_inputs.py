@@ -20,6 +20,8 @@ BYTES = np.full((2, *SHAPE), 200, np.uint8)
         jnp.asarray(BYTES, jnp.bfloat16),
         BYTES.astype(np.int64),
         np.zeros((2, *SHAPE), np.float32),
+        np.ones((2, *SHAPE), np.int64),
+        np.linspace(0, 255, 2 * 8 * 8 * 3).reshape(2, *SHAPE),
         BYTES[:0],
     ],
 )
@@ -42,6 +44,9 @@ def test_batches_of_pixels_are_taken(images):
         (BYTES.astype("S1"), "must be numbers"),
         (BYTES / 255, r"from 0.784314 to 0.784314 and must be from 0 to 255: give 255 \* x"),
         (BYTES.astype(np.float32) - 300, "from -100 to -100 and must be from 0 to 255, not norm"),
+        (BYTES + 55.5, "from 255.5 to 255.5 and must be from 0 to 255"),
+        (BYTES - 200.5, "from -0.5 to -0.5 and must be from 0 to 255"),
+        (BYTES / 200, r"from 1 to 1 and must be from 0 to 255: give 255 \* x"),
         (BYTES.astype(np.int64) + 100, "from 300 to 300 and must be from 0 to 255"),
         (BYTES * np.float32("nan"), "from nan to nan and must be"),
     ],

@@ -123,6 +123,119 @@ def test_a_wrong_value_is_named(changes, said):
         PriorConfig(**changes)
 
 
+def test_the_defaults_are_the_published_ones():
+    assert PriorConfig() == PriorConfig(
+        graph="none",
+        attachments=2,
+        edge_probability=0.1,
+        communities=8,
+        community_size=0,
+        p_in=0.9,
+        p_out=0.2,
+        neighbours=0,
+        rewire=0.4,
+        periodic=False,
+        truncation=0.8,
+        steps=1000,
+        learning_rate=1e-3,
+        hinge=True,
+    )
+
+
+def graph_of(graph, nodes=NODES, seed=0, **changes):
+    return graphs.make_graph(config_of(graph, **changes), nodes=nodes, seed=seed)
+
+
+OTHERS = ~np.eye(NODES, dtype=bool)
+BLOCKS = np.kron(np.eye(4), np.ones((4, 4))).astype(bool)
+
+
+def test_random_graphs_by_their_probabilities():
+    np.testing.assert_array_equal(
+        graph_of("planted_partition", p_in=1.0, p_out=0.0), BLOCKS & OTHERS
+    )
+    np.testing.assert_array_equal(graph_of("planted_partition", p_in=0.0, p_out=1.0), ~BLOCKS)
+    assert not graph_of("erdos_renyi", edge_probability=0.0).any()
+    np.testing.assert_array_equal(graph_of("erdos_renyi", edge_probability=1.0), OTHERS)
+    share = graph_of("erdos_renyi", nodes=100, edge_probability=0.3).mean()
+    assert share == pytest.approx(0.3 * 0.99, abs=0.03)
+
+
+def test_new_nodes_of_a_scale_free_graph_bring_their_attachments():
+    for attachments in (1, 2, 3):
+        adjacency = graph_of("barabasi_albert", attachments=attachments)
+        assert adjacency.sum() / 2 == attachments * (NODES - attachments)
+        assert adjacency[attachments + 1 :].sum(1).min() == attachments
+
+
+def ring(nodes, reach):
+    """Who stands at most `reach` places apart on a circle."""
+    apart = np.abs(np.arange(nodes)[:, None] - np.arange(nodes))
+    apart = np.minimum(apart, nodes - apart)
+    return (apart > 0) & (apart <= reach)
+
+
+def test_small_worlds_are_rings_with_edges_moved():
+    np.testing.assert_array_equal(graph_of("watts_strogatz", rewire=0.0), ring(NODES, 2))
+    tenth = graph_of("watts_strogatz", nodes=38, neighbours=0, rewire=0.0)  # 3.8, thus 4
+    np.testing.assert_array_equal(tenth, ring(38, 2))
+    moved = graph_of("watts_strogatz", rewire=1.0)
+    assert moved.sum() == 4 * NODES
+    assert np.sum(moved & ring(NODES, 2)) < 2.5 * NODES
+
+
+def test_grids_have_their_sides_and_close_to_a_torus():
+    degrees = graph_of("grid", dims=(2, 8)).sum(0)
+    assert sorted(degrees) == [2] * 4 + [3] * 12
+    assert set(graph_of("grid", dims=(4, 4), periodic=True).sum(0)) == {4}
+    np.testing.assert_array_equal(graph_of("grid", dims=(NODES,)), ring(NODES + 1, 1)[:-1, :-1])
+
+
+@pytest.mark.parametrize(("branching", "height", "nodes"), [(2, 3, 15), (3, 2, 13), (1, 4, 5)])
+def test_trees_have_their_branches_and_levels(branching, height, nodes):
+    adjacency = graph_of("balanced_tree", nodes=nodes, branching=branching, height=height)
+    parents = {(i, (i - 1) // branching) for i in range(1, nodes)}
+    assert {(t, s) for t, s in np.argwhere(adjacency).tolist() if t > s} == parents
+
+
+def test_a_barbell_is_two_bells_and_a_path():
+    adjacency = graph_of("barbell", path_length=2)
+    edges = {(t, s) for t, s in np.argwhere(np.triu(adjacency)).tolist()}
+    bells = {(t, s) for b in (range(7), range(9, 16)) for t in b for s in b if t < s}
+    assert edges == bells | {(6, 7), (7, 8), (8, 9)}
+
+
+def test_cliques_stand_in_a_ring():
+    adjacency = graph_of("ring_of_cliques")
+    assert adjacency[BLOCKS & OTHERS].all()
+    between = adjacency.reshape(4, 4, 4, 4).sum((1, 3)) * (1 - np.eye(4))
+    np.testing.assert_array_equal(between, ring(4, 1))
+
+
+def test_neighbours_in_a_hypercube_differ_in_a_bit():
+    adjacency = graph_of("hypercube")
+    apart = np.array([[(t ^ s).bit_count() for s in range(NODES)] for t in range(NODES)])
+    np.testing.assert_array_equal(adjacency, apart == 1)
+
+
+@pytest.mark.parametrize(
+    "graph", ["watts_strogatz", "planted_partition", "erdos_renyi", "barabasi_albert"]
+)
+def test_every_drawn_graph_depends_on_its_seed(graph):
+    assert np.any(graph_of(graph, seed=1) != graph_of(graph, seed=2))
+
+
+def test_communities_are_of_the_size_that_is_given():
+    config = config_of("ring_of_cliques", communities=2, community_size=8)
+    adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
+    found = graphs.find_communities(config, adjacency, seed=0)
+    np.testing.assert_array_equal(found, np.repeat([0, 1], 8))
+    complete = PriorConfig("complete")
+    np.testing.assert_array_equal(
+        graphs.find_communities(complete, OTHERS, seed=0), np.zeros(NODES)
+    )
+
+
 def test_communities_are_the_blocks_or_are_found():
     planted = graphs.find_communities(
         config_of("planted_partition"), np.zeros((NODES, NODES), bool), seed=0
@@ -154,6 +267,31 @@ def test_losses_are_those_after_each_update():
     # Adam's first step moves every number by the learning rate, whatever the gradient.
     one, _ = priors.fit_signatures(adjacency, init, dataclasses.replace(config, steps=1))
     np.testing.assert_allclose(np.abs(one - init), config.learning_rate, rtol=0.02)
+
+
+def hinge_gradient(signatures, adjacency, truncation):
+    """That of `naive_loss`, by hand."""
+    length = np.linalg.norm(signatures, axis=1, keepdims=True)
+    unit = signatures / length
+    distance = 1 - unit @ unit.T
+    by_distance = np.where(adjacency, distance > truncation, -1.0 * (distance < truncation))
+    by_unit = -(by_distance + by_distance.T) @ unit / len(adjacency) ** 2
+    return (by_unit - unit * np.sum(by_unit * unit, axis=1, keepdims=True)) / length
+
+
+def test_the_fit_is_adam():
+    config = config_of("ring_of_cliques", steps=6, learning_rate=0.05, truncation=0.7)
+    adjacency = graphs.make_graph(config, nodes=NODES, seed=0)
+    init = np.random.default_rng(0).normal(size=(NODES, WIDTH)).astype(np.float32)
+    want, first, second = init.astype(float), 0.0, 0.0
+    for step in range(1, 7):
+        gradient = hinge_gradient(want, adjacency, 0.7)
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        root = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+        want = want - 0.05 * first / (1 - 0.9**step) / root
+    signatures, _ = priors.fit_signatures(adjacency, init, config)
+    np.testing.assert_allclose(signatures, want, atol=2e-3)
 
 
 def test_distances_are_fitted_to_paths():
@@ -221,6 +359,77 @@ def test_a_prior_of_other_settings_is_made_anew(made, tmp_path):
     assert (first.signatures != other.signatures).any()
     prepare(dataclasses.replace(config, truncation=0.7), seed=1, cache=folder)
     assert len(made) == 3
+
+
+# Of a ring of cliques; where the graph does not take a field, its value counts none the less.
+CHANGED = {
+    "graph": "hypercube",
+    "attachments": 3,
+    "edge_probability": 0.3,
+    "communities": 2,
+    "community_size": 4,
+    "p_in": 0.8,
+    "p_out": 0.1,
+    "neighbours": 2,
+    "rewire": 0.5,
+    "dims": (4, 4),
+    "periodic": True,
+    "branching": 3,
+    "height": 2,
+    "path_length": 1,
+    "truncation": 0.7,
+    "steps": 1,
+    "learning_rate": 0.1,
+    "hinge": False,
+}
+
+
+def test_a_prior_is_made_anew_for_every_setting(monkeypatch, tmp_path):
+    assert set(CHANGED) == {field.name for field in dataclasses.fields(PriorConfig)}
+    made = []
+
+    def make(config, nodes, width, seed):
+        made.append((config, nodes, width, seed))
+        numbers = dict.fromkeys(("edges", "missed", "spurious"), 0)
+        signatures = np.zeros((nodes, width), np.float32)
+        square, row = np.zeros((nodes, nodes), bool), np.zeros(nodes, int)
+        return priors.Prior(square, row, signatures, disagreement=0.0, **numbers)
+
+    monkeypatch.setattr(priors, "_make", make)
+    config, folder = config_of("ring_of_cliques"), epath.Path(tmp_path)
+    sizes = {"nodes": NODES, "signature_width": WIDTH, "seed": 0}
+    others = [(dataclasses.replace(config, **{k: v}), sizes) for k, v in CHANGED.items()]
+    others += [(config, sizes | {name: value + 4}) for name, value in sizes.items()]
+    for changed, given in others:
+        made.clear()
+        for one, own in ((config, sizes), (changed, given), (changed, given)):
+            priors.prepare_prior(one, cache=folder, **own)
+        assert made == [(config, *sizes.values()), (changed, *given.values())], (changed, given)
+
+
+def test_errors_of_a_prior_are_at_its_truncation():
+    prior = prepare(config_of("ring_of_cliques", steps=0, truncation=0.5))
+    signatures, adjacency = prior.signatures, prior.adjacency
+    errors = priors.count_errors(signatures, adjacency, 0.5)
+    assert (prior.missed, prior.spurious) == errors != (0, 0)
+    assert prior.disagreement == priors.disagreement(signatures, adjacency, 0.5)
+
+
+def test_one_process_alone_writes_the_prior(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert prepare(PriorConfig("complete"), cache=epath.Path(tmp_path)) is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seed_is_of_the_graph_and_of_the_signatures():
+    config = config_of("erdos_renyi", steps=0)
+    one, two = (prepare(config, seed=seed) for seed in (1, 2))
+    for prior, seed in ((one, 1), (two, 2)):
+        graph = graphs.make_graph(config, nodes=NODES, seed=seed)
+        np.testing.assert_array_equal(prior.adjacency, graph)
+        init = priors.draw_signatures(jax.random.key(seed), nodes=NODES, width=WIDTH)
+        np.testing.assert_array_equal(prior.signatures, init)
+    assert not np.any(one.signatures == two.signatures)
 
 
 @pytest.mark.parametrize("kept", [0, 100, -30])

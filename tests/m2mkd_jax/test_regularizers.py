@@ -263,3 +263,101 @@ def test_sharded_and_jitted_gradients_are_the_same():
     assert np.abs(gradients["graph"]["input"]["signatures"]).max() > 0
     assert gradients["stage_1"]["attention"]["bandwidth"] != 0
     assert gradients["stage_4"]["attention"]["bandwidth"] == 0
+
+
+# Values by hand.
+
+
+def test_the_defaults_are_the_published_ones():
+    assert RegularizersConfig() == RegularizersConfig(
+        hinge=HingeConfig(weight=0.0, weight_end=None, hinge=0.4, reduction="sum"),
+        mixture=MixtureConfig(weight=0.0, weight_end=None, components=3, reduction="mean"),
+        blocks=BlocksConfig(
+            weight=0.0,
+            weight_end=None,
+            clusters=8,
+            within=0.9,
+            between=0.2,
+            latents="mediator",
+            clip=None,
+        ),
+    )
+
+
+# Distances of these: 1 of the first two, 1 - 3/5 and 1 - 4/5 of the third to them.
+THREE = jnp.asarray([[2.0, 0.0], [0.0, 1.0], [0.3, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("hinge", "total", "count"), [(1.0, -0.6, 2), (0.3, -0.2, 1), (0.1, 0.0, 1), (2.0, -1.6, 3)]
+)
+def test_hinge_by_hand(hinge, total, count):
+    for reduction, want in (("sum", total), ("mean", total / count)):
+        found = regularizers.hinge_repulsion(THREE, hinge=hinge, reduction=reduction)
+        np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_mixture_by_hand():
+    # Half a Gaussian around 1, half around 0; the distance is 1.
+    halves = regularizers.Mixture(np.full(2, 0.5), np.array([1.0, 0.0]), np.array([0.5, 0.25]))
+    near = 0.5 / (0.5 * math.sqrt(2 * math.pi))
+    far = 0.5 * math.exp(-8) / (0.25 * math.sqrt(2 * math.pi))
+    found = regularizers.mixture_loss(THREE[:2], halves)
+    np.testing.assert_allclose(found, -math.log(near + far), rtol=1e-5)
+
+
+def test_block_loss_by_hand():
+    # The best rows: the second for the first block, the first for the second.
+    links = jnp.asarray([[[0.25, 1.0], [0.5, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    settings = {"clusters": 2, "within": 1.0, "between": 0.0}
+    loss = lambda links, clip: regularizers.block_loss(links, clip=clip, **settings)  # noqa: E731
+    np.testing.assert_allclose(loss(links, None), (0.0625 + 0.25) / 4, rtol=1e-6)
+    np.testing.assert_allclose(loss(links, 0.125), (3 * 0.125 + 0.25) / 4 + 0.125, rtol=1e-6)
+    gradient = jax.grad(loss)(links, 0.125)
+    want = np.zeros((2, 2, 2))
+    want[0, 1, 0] = 2 * -0.5 / 4  # all others are clipped
+    np.testing.assert_allclose(gradient, want, atol=1e-7)
+
+
+def test_every_setting_reaches_its_term():
+    config = RegularizersConfig(
+        hinge=HingeConfig(weight=0.0, weight_end=0.5, hinge=0.7, reduction="mean"),
+        mixture=MixtureConfig(weight=2.0, weight_end=0.0, components=1, reduction="sum"),
+        blocks=BlocksConfig(
+            weight=3.0, clusters=5, within=0.7, between=0.1, latents="all", clip=0.02
+        ),
+    )
+    total, metrics = make_regularizer(config, SIGNATURES, kernels=KERNELS)(make_params(), 0.25)
+    hinge, mixture, blocks = (
+        metrics[f"regularizer/{name}"] for name in ("hinge", "mixture", "blocks")
+    )
+    found = np.array(pairs(ALL))
+    np.testing.assert_allclose(hinge, -found[found < 0.7].mean(), rtol=1e-5)
+    variance = found.var()
+    likelihoods = -0.5 * (found - found.mean()) ** 2 / variance
+    likelihoods -= 0.5 * math.log(2 * math.pi * variance)
+    np.testing.assert_allclose(mixture, -likelihoods.sum(), rtol=1e-3)
+    want = naive_block_loss(links_of(ALL), 5, 0.7, 0.1, 0.02)
+    np.testing.assert_allclose(blocks, want, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.125 * hinge + 1.5 * mixture + 3 * blocks, rtol=1e-5)
+
+
+def test_the_mixture_holds_to_the_signatures_before_training():
+    config = RegularizersConfig(mixture=MixtureConfig(weight=1.0, components=1))
+    regularizer = make_regularizer(config, SIGNATURES, kernels=KERNELS)
+    mixture = regularizers.fit_mixture(jnp.asarray(ALL), components=1)
+    params = make_params()
+    params["graph"]["mediator"]["signatures"] += 1.0
+    moved = np.concatenate([params["graph"][name]["signatures"] for name in SIZES])
+    want = regularizers.mixture_loss(jnp.asarray(moved), mixture)
+    np.testing.assert_allclose(regularizer(params, 0.0)[0], want, rtol=1e-5)
+
+
+def test_bandwidths_come_in_the_order_of_the_iterations():
+    bandwidths = tuple(float(i) for i in range(1, 13))
+    params = {f"stage_{i}": {"attention": {"bandwidth": b}} for i, b in enumerate(bandwidths, 1)}
+    params |= {"graph": {}, "stage_0": {"attention": {}}, "stage_13": {"attention": {}}}
+    kernels = (KernelConfig(bandwidth=7.0),) * 12
+    assert tuple(regularizers.find_bandwidths(params, kernels)) == bandwidths
+    del params["stage_2"]["attention"]["bandwidth"]
+    assert regularizers.find_bandwidths(params, kernels)[1] == 7.0

@@ -47,6 +47,27 @@ def test_priority_puts_the_surest_tokens_first_within_each_choice(name):
     np.testing.assert_array_equal(routes.weight, plain.weight[:, [2, 1, 0, 5, 4, 3]])
 
 
+@pytest.mark.parametrize("name", routing.TOKEN_CHOICE)
+def test_priority_is_by_probability_whatever_the_size_of_the_logits(name):
+    shifted = LOGITS + jnp.array([5.0, 0.0, -5.0])[:, None]
+    np.testing.assert_array_equal(route(name, shifted, order="priority").token[0, :3], [2, 1, 0])
+
+
+def test_tokens_of_the_same_priority_keep_their_order():
+    logits = jnp.tile(jnp.array([1.0, 0.0, 0.0]), (2, 9, 1)).at[1, 4, 0].set(3.0)
+    token = route("softmax_topk", logits, order="priority", chosen=1).token
+    np.testing.assert_array_equal(token, [[*range(9)], [4, 0, 1, 2, 3, 5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize("name", routing.ROUTERS)
+def test_a_group_is_routed_whatever_the_others_are(name):
+    logits = np.random.default_rng(1).normal(0, 2, (3, 7, 5)).astype(np.float32)
+    others = logits.copy()
+    others[[0, 2]] = logits[[2, 0], ::-1]
+    routes, beside = (route(name, x, slots=3, order="priority") for x in (logits, others))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), routes, beside)
+
+
 @pytest.mark.parametrize("order", sorted(routing.ORDERS))
 def test_by_token_undoes_the_order(order):
     logits = jax.random.normal(jax.random.key(0), (3, 7, 5))
@@ -75,11 +96,18 @@ def test_rank_in_expert_counts_earlier_pairs_and_ignores_foreign_ones():
     np.testing.assert_array_equal(rank[jnp.array([0, 2, 3, 5])], [0, 1, 0, 2])
 
 
-def test_noise_has_the_stated_spread():
-    logits = jnp.full((4, 1000, 8), 3.0)
-    drawn = routing.noisy(logits, jax.random.key(0), 2.0)
-    np.testing.assert_allclose(jnp.std(drawn), 2.0 / 8, rtol=0.02)
+@pytest.mark.parametrize(("experts", "std"), [(8, 2.0), (2, 0.5)])
+def test_noise_has_the_stated_spread(experts, std):
+    logits = jnp.full((4, 1000, experts), 3.0)
+    drawn = routing.noisy(logits, jax.random.key(0), std)
+    np.testing.assert_allclose(jnp.std(drawn), std / experts, rtol=0.03)
     np.testing.assert_allclose(jnp.mean(drawn), 3.0, atol=0.01)
+
+
+def test_noise_is_drawn_for_each_group_token_expert_and_key():
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = jnp.stack([routing.noisy(jnp.zeros((3, 5, 4)), key, 1.0) for key in keys])
+    assert len(np.unique(drawn)) == drawn.size
 
 
 def test_importance_loss_by_hand():
@@ -107,6 +135,36 @@ def test_load_loss_by_hand():
     np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
 
 
+def test_load_loss_of_two_choices_by_hand():
+    # The second largest noisy logit is the bar: 0.7 and 0.6. The noise of a logit is N(0, 0.2^2).
+    clean = np.array([[1.0, 0.8, 0.1], [0.2, 0.9, 0.5]])
+    drawn = np.array([[1.1, 0.7, 0.2], [0.3, 0.85, 0.6]])
+    bar = np.array([[0.7], [0.6]])
+    won = [[0.5 * math.erfc(z / math.sqrt(2)) for z in row] for row in (bar - clean) / 0.2]
+    load = np.mean(won, axis=0)
+    loss = routing.load_loss(jnp.asarray(clean[None]), jnp.asarray(drawn[None]), chosen=2, std=0.6)
+    np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
+
+
+def test_losses_take_the_tokens_of_all_groups_together():
+    @jax.jit
+    def losses(clean, drawn):
+        return {
+            "importance": routing.importance_loss(clean),
+            "load": routing.load_loss(clean, drawn, chosen=2, std=2.0),
+            "gshard": routing.gshard_loss(clean),
+            "z": routing.z_loss(clean),
+            "entropy": routing.entropy(clean),
+        }
+
+    drawn = jax.random.normal(jax.random.key(3), (2, 3, 6, 4))
+    # Which token is in which group changes nothing.
+    mixed = np.take(np.asarray(drawn).reshape(2, 18, 4), 7 * np.arange(18) % 18, axis=1)
+    together, shuffled = losses(*drawn), losses(*mixed.reshape(2, 3, 6, 4))
+    for name, wanted in together.items():
+        np.testing.assert_allclose(shuffled[name], wanted, rtol=1e-5, err_msg=name)
+
+
 def test_load_loss_pushes_towards_the_idle_expert():
     clean = jnp.tile(jnp.array([0.3, 0.0]), (1, 6, 1))
     drawn = routing.noisy(clean, jax.random.key(1), 1.0)
@@ -131,6 +189,8 @@ def test_load_and_entropy():
     np.testing.assert_allclose(
         routing.load(route("topk_softmax", LOGITS), 4), [2 / 6, 1 / 6, 2 / 6, 1 / 6], rtol=1e-6
     )
+    groups = routing.Routes(None, jnp.array([[0, 0], [1, 2]]), jnp.ones((2, 2)))
+    np.testing.assert_allclose(routing.load(groups, 4), [0.5, 0.25, 0.25, 0])
     np.testing.assert_allclose(routing.entropy(jnp.zeros((2, 3, 4))), math.log(4), rtol=1e-6)
     halves = jnp.array([[[0.0, 0.0, -1e9, -1e9]]])
     np.testing.assert_allclose(routing.entropy(halves), math.log(2), rtol=1e-6)

@@ -1,5 +1,270 @@
-"""In the transformers and in the mixture of experts: routing, dispatch, encoder."""
+"""In the transformers and in the mixture of experts: routing, dispatch, encoder, converter."""
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+ROUTING = " ".join(
+    f"tests/m2mkd_jax/test_routing.py::{name}"
+    for name in (
+        "test_priority_is_by_probability_whatever_the_size_of_the_logits",
+        "test_noise_is_drawn_for_each_group_token_expert_and_key",
+        "test_load_loss_of_two_choices_by_hand",
+    )
+)
+ROWS = "tests/m2mkd_jax/test_dispatch.py::test_there_is_a_row_for_every_pair_however_they_fall"
+SLOTS = (
+    "tests/m2mkd_jax/test_dispatch.py"
+    "::test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots "
+    "tests/m2mkd_jax/test_dispatch.py::test_bfloat16_is_summed_in_float32"
+)
+LAYER = " ".join(
+    f"tests/m2mkd_jax/test_moe.py::{name}"
+    for name in (
+        "test_slots_are_the_fair_share_times_the_factor_rounded_up",
+        "test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
+        "test_other_routers_draw_no_noise",
+        "test_the_gate_is_exact_whatever_the_type_of_tokens",
+    )
+)
+STARTS = "tests/m2mkd_jax/test_encoder.py::test_every_parameter_starts_as_the_original_s"
+DEPTH = "tests/m2mkd_jax/test_encoder.py::test_each_example_draws_for_each_branch"
+EQUATIONS = " ".join(
+    f"tests/m2mkd_jax/test_encoder.py::{name}"
+    for name in (
+        "test_a_network_computes_what_its_equations_say",
+        "test_stitches_have_an_epsilon_of_their_own",
+        "test_norms_hold_where_the_mean_is_large",
+        "test_in_bfloat16_tokens_are_narrow_and_logits_exact",
+    )
+)
+LOOPS = "tests/test_remat_and_scan.py::test_every_layer_s_gate_draws_its_own_noise"
+SIZES = " ".join(
+    f"tests/m2mkd_jax/test_models.py::{name}"
+    for name in (
+        "test_published_networks_have_the_published_heads",
+        "test_where_the_experts_are",
+        "test_stochastic_depth_ramps_over_the_whole_and_anew_in_every_student",
+    )
+)
+POSITIONS = "tests/m2mkd_jax/test_positions.py"
+LAYERS = "tests/common_jax/test_attention.py tests/common_jax/test_mlp.py"
+DENSE = (
+    "tests/common_jax/test_dense.py::test_the_precision_that_is_asked_for_holds_for_gradients_too"
+)
+CONVERT = "tests/m2mkd_jax/test_convert.py"
+LOADING = "tests/m2mkd_jax/test_loading.py"
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        file="m2mkd_jax/models/routing.py",
+        what="priority by the largest logit, not by its probability",
+        right="jnp.max(jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1), axis=-1)",
+        wrong="jnp.max(jax.lax.stop_gradient(logits), axis=-1)",
+        tests=ROUTING,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/routing.py",
+        what="the same noise in every group",
+        right="jax.random.normal(key, logits.shape, logits.dtype)",
+        wrong="jax.random.normal(key, logits.shape[1:], logits.dtype)",
+        tests=ROUTING,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/routing.py",
+        what="the load loss takes the largest logit for the bar, however many are chosen",
+        right="best[..., -1:]",
+        wrong="best[..., :1]",
+        tests=ROUTING,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/dispatch.py",
+        what="all groups share the slots of an expert",
+        right="rank, _ = jax.vmap(partial(rank_in_expert, experts=count))(routes.expert)",
+        wrong="rank = rank_in_expert(routes.expert.reshape(-1), count)[0]"
+        ".reshape(routes.expert.shape)",
+        tests=SLOTS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/dispatch.py",
+        what="answers summed in the type of the tokens",
+        right="wide = jnp.promote_types(x.dtype, jnp.float32)",
+        wrong="wide = x.dtype",
+        tests=SLOTS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/grouped.py",
+        what="a block too few for the worst routing",
+        right="blocks = pairs // block + experts",
+        wrong="blocks = pairs // block + experts - 1",
+        tests=ROWS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/moe.py",
+        what="slots rounded down",
+        right="math.ceil(self.capacity_factor",
+        wrong="math.floor(self.capacity_factor",
+        tests=LAYER,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/moe.py",
+        what="the order of priority is ignored",
+        right="order=config.order",
+        wrong='order="token"',
+        tests=LAYER,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/moe.py",
+        what="noise for every router",
+        right='return self.router == "softmax_topk" and self.noise_std > 0',
+        wrong="return self.noise_std > 0",
+        tests=LAYER,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/moe.py",
+        what="the gate computes in the type of the tokens",
+        right="gate_dtype = jnp.promote_types(x.dtype, jnp.float32)",
+        wrong="gate_dtype = x.dtype",
+        tests=LAYER,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="one draw of stochastic depth for a whole batch",
+        right="(branch.shape[0], 1, 1)",
+        wrong="(1, 1, 1)",
+        tests=DEPTH,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="variances as differences of large numbers",
+        right="nn.LayerNorm(encoder.norm_eps, use_fast_variance=False",
+        wrong="nn.LayerNorm(encoder.norm_eps, use_fast_variance=True",
+        tests=EQUATIONS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="norms without the config's epsilon",
+        right="nn.LayerNorm(encoder.norm_eps, ",
+        wrong="nn.LayerNorm(1e-6, ",
+        tests=EQUATIONS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="logits in the type of the tokens",
+        right="exact = jnp.promote_types(self.dtype, jnp.float32)",
+        wrong="exact = self.dtype",
+        tests=EQUATIONS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="no noise for gates in a loop over blocks",
+        right='STREAMS = ("drop_path", "gate")',
+        wrong='STREAMS = ("drop_path",)',
+        tests=LOOPS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/stitch.py",
+        what="the encoder's epsilon in stitches",
+        right="NORM_EPS = 1e-5",
+        wrong="NORM_EPS = 1e-6",
+        tests=EQUATIONS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/vit.py",
+        what="half the heads in the large ViTs",
+        right='_LARGE = {"width": 1024, "heads": 16}',
+        wrong='_LARGE = {"width": 1024, "heads": 8}',
+        tests=SIZES,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/vit.py",
+        what="no stochastic depth",
+        right="return encoder.ramp_drop_path(network, drop_path)",
+        wrong="return network",
+        tests=SIZES,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/vmoe.py",
+        what="last_N of more blocks than there are",
+        right="range(max(depth - count, 0), depth)",
+        wrong="range(depth - count, depth)",
+        tests=SIZES,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/positions.py",
+        what="the cubic that others use",
+        right="CUBIC = -0.75",
+        wrong="CUBIC = -0.5",
+        tests=POSITIONS,
+    ),
+    Mistake(
+        file="common_jax/nn/attention.py",
+        what="every token hears all of them",
+        right="mask=visible",
+        wrong="mask=None",
+        tests=LAYERS,
+    ),
+    Mistake(
+        file="common_jax/nn/dense.py",
+        what="the gradient by a kernel forgets the precision",
+        right="functools.partial(_plain, count, precision, x)",
+        wrong="functools.partial(_plain, count, None, x)",
+        tests=DENSE,
+    ),
+    Mistake(
+        file="common_jax/nn/layers.py",
+        what="all layers of a loop draw the same",
+        right="jnp.stack([layer.make_rng(name) for layer in layers])",
+        wrong="jnp.stack([first.make_rng(name)] * len(layers))",
+        tests=LOOPS,
+    ),
+    Mistake(
+        file="common_jax/nn/mlp.py",
+        what="the GELU by tanh",
+        right="return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))",
+        wrong="return jax.nn.gelu(x)",
+        tests=LAYERS,
+    ),
+    Mistake(
+        file="common_jax/nn/patches.py",
+        what="the bias starts at zero",
+        right='self.param("bias", _uniform(fan_in),',
+        wrong='self.param("bias", nn.initializers.zeros,',
+        tests=STARTS,
+    ),
+    Mistake(
+        file="m2mkd_jax/convert.py",
+        what="a norm's gain and bias take each other's place, both ways",
+        right='("norm2.weight", "norm2/scale", _AS_IS),\n'
+        '        ("norm2.bias", "norm2/bias", _AS_IS),',
+        wrong='("norm2.weight", "norm2/bias", _AS_IS),\n'
+        '        ("norm2.bias", "norm2/scale", _AS_IS),',
+        tests=CONVERT,
+    ),
+    Mistake(
+        file="m2mkd_jax/convert.py",
+        what="experts in the order in which a file has them",
+        right="np.concatenate([experts[e] for e in range(count)])",
+        wrong="np.concatenate([*experts.values()])",
+        tests=CONVERT,
+    ),
+    Mistake(
+        file="m2mkd_jax/loading.py",
+        what="the last parameters in place of their average",
+        right="average=config.optim.ema > 0",
+        wrong="average=False",
+        tests=LOADING,
+    ),
+    Mistake(
+        file="m2mkd_jax/loading.py",
+        what="pixels are not normalised",
+        right='return prepare_evaluation({"image": jnp.asarray(images)}, config.data)',
+        wrong="return jnp.asarray(images, jnp.float32) / 255",
+        tests=LOADING,
+    ),
+    Mistake(
+        file="m2mkd_jax/loading.py",
+        what="the meta model in place of the module",
+        right='"train_module": ("module", teacher_network)',
+        wrong='"train_module": ("module", meta_network)',
+        tests=LOADING,
+    ),
+)

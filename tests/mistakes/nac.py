@@ -2,4 +2,277 @@
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+NAC = "m2mkd_jax/models/nac/"
+TESTS = "tests/m2mkd_jax/test_nac_"
+LAYERS = f"{TESTS}layers.py"
+KERNEL = f"{TESTS}kernel.py"
+BLOCK = f"{TESTS}blocks.py::test_a_block_is_the_plain_one"
+CONFIG = f"{TESTS}model.py"
+LATENTS = f"{TESTS}latents.py"
+POOLING = " ".join(
+    f"{LATENTS}::test_{name}"
+    for name in (
+        "pooling_by_hand",
+        "hard_pooling_takes_the_best_and_has_the_soft_gradient",
+    )
+)
+WIRING = f"{TESTS}wiring.py::test_a_network_is_its_parts_one_after_the_other"
+DRAWS = " ".join(
+    f"{TESTS}wiring.py::test_{name}"
+    for name in ("training_draws_for_every_part", "no_two_draws_are_alike")
+)
+PRIORS = "tests/m2mkd_jax/test_priors.py"
+REGULARIZERS = "tests/m2mkd_jax/test_regularizers.py"
+CONVERT = "tests/m2mkd_jax/test_convert_nac.py::test_every_tensor_has_its_name"
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        f"{NAC}layers.py",
+        "gradients pass through the noise on codes",
+        "spread = scale * jnp.abs(jax.lax.stop_gradient(codes))",
+        "spread = scale * jnp.abs(codes)",
+        LAYERS,
+    ),
+    Mistake(
+        f"{NAC}layers.py",
+        "the gain of the first weights is ignored",
+        "init = uniform_init(self.inputs, config.weight_gain)",
+        "init = uniform_init(self.inputs)",
+        LAYERS,
+    ),
+    Mistake(
+        f"{NAC}layers.py",
+        "first weights within 1 / in, not 1 / sqrt(in)",
+        "bound = gain / math.sqrt(fan_in)",
+        "bound = gain / fan_in",
+        LAYERS,
+    ),
+    Mistake(
+        f"{NAC}layers.py",
+        "dropped scales are divided by the share that is dropped",
+        "scales = scales * kept / keep",
+        "scales = scales * kept / config.dropout",
+        LAYERS,
+    ),
+    Mistake(
+        f"{NAC}kernel.py",
+        "edges that are cut have no gradient, straight-through or not",
+        "return _with_gradient_of(-scaled, cut) if config.straight_through else cut",
+        "return cut",
+        KERNEL,
+    ),
+    Mistake(
+        f"{NAC}kernel.py",
+        "the temperature divides the affinities' logits alone",
+        "jnp.log(p) - jnp.log1p(-p)) / temperature",
+        "(jnp.log(p) - jnp.log1p(-p)) / temperature)",
+        KERNEL,
+    ),
+    Mistake(
+        f"{NAC}kernel.py",
+        "edges are cut further away by default",
+        "truncation: Annotated[float, above(0, 2)] | None = 0.9",
+        "truncation: Annotated[float, above(0, 2)] | None = 0.8",
+        KERNEL,
+    ),
+    Mistake(
+        f"{NAC}blocks.py",
+        "the exit layer takes one receiver's code for all",
+        "branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)",
+        "branch = scaled(self.exit(pooled, codes[:1], train=train), self.layer_scale)",
+        BLOCK,
+    ),
+    Mistake(
+        f"{NAC}blocks.py",
+        "the halves of the gated MLP change places",
+        "y = y * gelu(gate)",
+        "y = gelu(y) * gate",
+        BLOCK,
+    ),
+    Mistake(
+        f"{NAC}blocks.py",
+        "a stochastic kernel samples the same edges for all examples",
+        "shape = (batch, *distance.shape)",
+        "shape = (1, *distance.shape)",
+        f"{TESTS}blocks.py::test_every_example_samples_edges_of_its_own",
+    ),
+    Mistake(
+        f"{NAC}blocks.py",
+        "stochastic depth drops the branch for the whole batch",
+        "uniform((branch.shape[0], 1, 1))",
+        "uniform((1, 1, 1))",
+        DRAWS,
+    ),
+    Mistake(
+        f"{NAC}blocks.py",
+        "senders of one group take the codes of another",
+        "ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]",
+        "ends = [sum(sizes[i + 1 :]) for i in range(len(sizes) - 1)]",
+        BLOCK,
+    ),
+    Mistake(
+        f"{NAC}read_in.py",
+        "the values are scaled by the keys' factors",
+        "self.value.scales(codes, train=train),",
+        "self.key.scales(codes, train=train),",
+        f"{TESTS}blocks.py::test_the_read_in_is_the_plain_one",
+    ),
+    Mistake(
+        f"{NAC}latents.py",
+        "the first log-variance is 5",
+        "LOG_VARIANCE = -5.0",
+        "LOG_VARIANCE = 5.0",
+        f"{LATENTS}::test_where_the_seeder_starts",
+    ),
+    Mistake(
+        f"{NAC}latents.py",
+        "the variance is taken for the deviation",
+        "return mean, jnp.exp(0.5 * log_variance)",
+        "return mean, jnp.exp(log_variance)",
+        f"{LATENTS}::test_states_are_means_and_noise_of_the_codes",
+    ),
+    Mistake(
+        f"{NAC}latents.py",
+        "mediators are seeded from the last layer's codes",
+        "codes = codes[0] if codes.ndim == 3 else codes",
+        "codes = codes[-1] if codes.ndim == 3 else codes",
+        f"{LATENTS}::test_states_are_means_and_noise_of_the_codes",
+    ),
+    Mistake(
+        f"{NAC}pooling.py",
+        "the temperature is ignored",
+        "weights = jax.nn.softmax(confidence / self.temperature)",
+        "weights = jax.nn.softmax(confidence)",
+        POOLING,
+    ),
+    Mistake(
+        f"{NAC}pooling.py",
+        "hard pooling has no gradient",
+        "weights = jax.lax.stop_gradient(best - weights) + weights",
+        "weights = jax.lax.stop_gradient(best)",
+        POOLING,
+    ),
+    Mistake(
+        f"{NAC}tokenizer.py",
+        "the trunk's norms have the epsilon of the rest",
+        "NORM_EPS = 1e-6",
+        "NORM_EPS = 1e-5",
+        f"{TESTS}tokenizer.py::test_norms_of_the_trunk_add_a_millionth",
+    ),
+    Mistake(
+        f"{NAC}tokenizer.py",
+        "bins of a fitted grid end where the floor is",
+        "-(-(i + 1) * old // new)",
+        "(i + 1) * old // new",
+        f"{TESTS}tokenizer.py::test_bins_of_a_smaller_or_larger_grid",
+    ),
+    Mistake(
+        f"{NAC}network.py",
+        "every iteration takes the first one's codes",
+        "codes = mediators.layer_codes(layer)",
+        "codes = mediators.layer_codes(0)",
+        WIRING,
+    ),
+    Mistake(
+        f"{NAC}network.py",
+        "all parts draw from the same key",
+        "keys = {stream: fold_name(key, name) for stream, key in self.rngs.items()}",
+        "keys = dict(self.rngs)",
+        DRAWS,
+    ),
+    Mistake(
+        f"{NAC}students.py",
+        "codes of students do not depend on the seed",
+        'return jax.random.normal(_key(seed, "codes"), (1, width))',
+        'return jax.random.normal(_key(0, "codes"), (1, width))',
+        f"{TESTS}wiring.py::test_codes_and_states_of_students_are_normal_and_of_their_seed",
+    ),
+    Mistake(
+        f"{NAC}model.py",
+        "the read-out cuts its edges as the propagators do",
+        "kernel=READ_OUT_KERNEL,",
+        "kernel=self.kernel,",
+        CONFIG,
+    ),
+    Mistake(
+        f"{NAC}model.py",
+        "the pooling's temperature is left at its default",
+        "ReadOutConfig(block, self.pooling, self.temperature, head, self.read_out_head_norm)",
+        "ReadOutConfig(block, self.pooling, 1.0, head, self.read_out_head_norm)",
+        CONFIG,
+    ),
+    Mistake(
+        f"{NAC}graphs.py",
+        "a tenth of the nodes is rounded down",
+        "neighbours = config.neighbours or round(0.1 * nodes)",
+        "neighbours = config.neighbours or nodes // 10",
+        f"{PRIORS}::test_small_worlds_are_rings_with_edges_moved",
+    ),
+    Mistake(
+        f"{NAC}priors.py",
+        "Adam's betas change places",
+        "b1=0.9, b2=0.999",
+        "b1=0.999, b2=0.9",
+        f"{PRIORS}::test_the_fit_is_adam",
+    ),
+    Mistake(
+        f"{NAC}priors.py",
+        "a kept prior of another seed is taken",
+        "settings = [dataclasses.asdict(config), nodes, signature_width, seed]",
+        "settings = [dataclasses.asdict(config), nodes, signature_width]",
+        f"{PRIORS}::test_a_prior_is_made_anew_for_every_setting",
+    ),
+    Mistake(
+        "m2mkd_jax/regularizers.py",
+        "stages are sorted as text, the tenth before the second",
+        "key=lambda k: int(k[6:]))",
+        "key=lambda k: k[6:])",
+        f"{REGULARIZERS}::test_bandwidths_come_in_the_order_of_the_iterations",
+    ),
+    Mistake(
+        "m2mkd_jax/regularizers.py",
+        "rows of the block model are clipped from above",
+        "errors = jnp.maximum(errors, clip)",
+        "errors = jnp.minimum(errors, clip)",
+        f"{REGULARIZERS}::test_block_loss_by_hand",
+    ),
+    Mistake(
+        "m2mkd_jax/regularizers.py",
+        "the hinge counts latents that are farther away",
+        "_pairs(distance) & (distance < hinge)",
+        "_pairs(distance) & (distance > hinge)",
+        f"{REGULARIZERS}::test_hinge_by_hand",
+    ),
+    Mistake(
+        "m2mkd_jax/convert_nac.py",
+        "keys and values change places",
+        '("key_compiler.", "key/", _CODE_LINEAR),\n'
+        '    ("value_compiler.", "value/", _CODE_LINEAR),',
+        '("key_compiler.", "value/", _CODE_LINEAR),\n'
+        '    ("value_compiler.", "key/", _CODE_LINEAR),',
+        CONVERT,
+    ),
+    Mistake(
+        "m2mkd_jax/convert_nac.py",
+        "means and log-variances change places",
+        '("code_to_state_mu.", "mean/", _DENSE),\n'
+        '    ("code_to_state_logvar.", "log_variance/", _DENSE),',
+        '("code_to_state_mu.", "log_variance/", _DENSE),\n'
+        '    ("code_to_state_logvar.", "mean/", _DENSE),',
+        CONVERT,
+    ),
+    Mistake(
+        "m2mkd_jax/phases/circuit.py",
+        "progress moves within an epoch",
+        "(step // steps_per_epoch) / epochs",
+        "step / steps_per_epoch / epochs",
+        f"{TESTS}circuit.py::test_progress_is_the_share_of_the_epochs_that_are_over",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/circuit.py",
+        "the picture is of raw parameters where there is an average",
+        "average=config.optim.ema > 0",
+        "average=False",
+        f"{TESTS}circuit.py::test_the_picture_is_of_the_average_where_there_is_one",
+    ),
+)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from common_jax.config import FieldError, Section
 from common_jax.nn import dense
-from common_jax.nn.mlp import gelu
+from common_jax.nn.mlp import INIT, gelu
 from common_jax.ranges import Count, Size, one_of
 from m2mkd_jax.models.nac.layers import norm
 
@@ -32,7 +32,6 @@ PRESETS = types.MappingProxyType(
         "atto": (0, 0, 0),
     }
 )
-INIT = nn.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""`load_model` gives the network that the run of each phase trained, on images as they come."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny import fill, tiny_config, unoptimised
+
+import m2mkd_jax
+from common_jax import checkpoint
+from common_jax.config import unfreeze
+from common_jax.optim import OptimConfig
+from common_jax.step import init_state
+from m2mkd_jax.models import encoder, vit, vmoe
+from m2mkd_jax.stages import stage_name
+
+IMAGES = encoder.Interface(image_size=8, channels=1, labels=10)
+
+
+def config_of(phase, **changes):
+    """A run whose networks all differ, on images of a mean and a deviation of their own."""
+    config = tiny_config(phase)
+    data = dataclasses.replace(config.data, mean=(0.3,), std=(0.2,))
+    meta = dataclasses.replace(config.meta, width=24, norm_eps=0.01)
+    model = dataclasses.replace(config.model, norm_eps=0.1)
+    return dataclasses.replace(config, data=data, meta=meta, model=model, **changes)
+
+
+# phase: where the parameters are, and the network and stages that they are of.
+RUNS = {
+    "pretrain_meta": ("meta", lambda c: vit.build(c.meta, IMAGES), None),
+    "train_module": ("module", lambda c: vit.build(c.teacher, IMAGES), 1),
+    "assemble": ("teacher", lambda c: vit.build(c.teacher, IMAGES), None),
+    "distill": ("student", lambda c: vmoe.build_students(c.model, IMAGES, meta_width=24), 0),
+    "end_to_end": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=None), None),
+    "few_shot": ("student", lambda c: vmoe.build(c.model, IMAGES, stitch_width=None), None),
+}
+
+
+@pytest.mark.parametrize("phase", RUNS)
+def test_what_is_loaded_computes_what_was_trained(phase, tmp_path):
+    role, build, module = RUNS[phase]
+    config = config_of(phase, **{} if module is None else {"module": str(module)})
+    network = build(config)
+    params = fill(network.init)
+    if module is not None:
+        params = {stage_name(module): params[stage_name(module)]}
+    checkpoint.write_params(tmp_path, {role: params}, unfreeze(config).to_dict())
+    apply, loaded = m2mkd_jax.load_model(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+    draw = np.random.default_rng(1)
+    if module:  # of tokens
+        x = given = draw.normal(size=(2, *network.stages[module].example(1).shape[1:]))
+    else:
+        x = draw.integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+        given = (x / 255 - 0.3) / 0.2
+    run = {} if module is None else {"start": module, "stop": module + 1}
+    with unoptimised():
+        wanted, _ = jax.jit(lambda p, x: network.apply(p, x, **run))(params, np.float32(given))
+        found = jax.jit(apply)(loaded, x if x.dtype == np.uint8 else np.float32(x))
+    assert np.std(wanted) > 0.1
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_running_average_is_loaded_where_there_is_one(ema, tmp_path):
+    optim = OptimConfig(ema=ema)
+    config = dataclasses.replace(tiny_config("assemble"), optim=optim)
+    params = {"teacher": fill(vit.build(config.teacher, IMAGES).init)}
+    state = init_state(params, optim, trainable=".*/head/.*", metrics={})
+    if ema:
+        state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1, best=None)
+    checkpoints.save(state, step=0, config=unfreeze(config).to_dict(), metrics=None)
+    checkpoints.close()
+    _, loaded = m2mkd_jax.load_model(tmp_path)
+    wanted, head = params["teacher"], params["teacher"]["stage_2"]["head"]
+    wanted["stage_2"]["head"] = jax.tree.map(lambda leaf: leaf + (ema > 0), head)
+    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+
+
+@pytest.mark.parametrize(
+    ("phase", "asked", "message"),
+    [
+        ("distill", 2, r"module=2 does not say .* give one of its modules, \[0, 1\]"),
+        ("distill", None, r"module=None does not say .* \[0, 1\]"),
+        ("end_to_end", 0, r"module=0 does not say .*phase='end_to_end': leave it out"),
+    ],
+)
+def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, tmp_path):
+    config = config_of(phase, module="0+1")
+    params = {"student": {stage_name(i): {"x": np.ones(2)} for i in (0, 1)}}
+    checkpoint.write_params(tmp_path, params, unfreeze(config).to_dict())
+    with pytest.raises(ValueError, match=message):
+        m2mkd_jax.load_model(tmp_path, module=asked)

@@ -1,0 +1,85 @@
+"""Every test asks something."""
+
+import ast
+import functools
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent
+FILES = sorted(FOLDER.rglob("*.py"))
+CHECKERS = ("np.testing.assert_", "pytest.raises", "pytest.warns", "pytest.fail")
+
+
+@functools.cache
+def functions(path: pathlib.Path) -> dict[str, ast.FunctionDef]:
+    """The functions of a file, those within others and in classes too."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+@functools.cache
+def imported(path: pathlib.Path) -> dict[str, tuple[pathlib.Path, str]]:
+    """Names that a file takes from helpers of the tests -> the file and the name there."""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (FOLDER / f"{node.module}.py").exists():
+            helper = FOLDER / f"{node.module}.py"
+            found |= {alias.asname or alias.name: (helper, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            helpers = ((FOLDER / f"{alias.name}.py", alias.name) for alias in node.names)
+            for helper, module in helpers:
+                if helper.exists():
+                    found |= {f"{module}.{name}": (helper, name) for name in functions(helper)}
+    return found
+
+
+def asks(path: pathlib.Path, name: str) -> bool:
+    """Whether a function has an assertion, expects an error, or uses one that does."""
+    todo, seen = [(path, name)], set()
+    while todo:
+        place = todo.pop()
+        path, name = place
+        if place in seen or name not in functions(path):
+            continue
+        seen.add(place)
+        for node in ast.walk(functions(path)[name]):
+            if isinstance(node, ast.Assert):
+                return True
+            if isinstance(node, ast.Attribute | ast.Name):  # called, a fixture, or passed on
+                called = ast.unparse(node)
+                if called.startswith(CHECKERS):
+                    return True
+                todo.append(imported(path).get(called, (path, called)))
+    return False
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.name.startswith("test_")], ids=lambda path: path.stem
+)
+def test_every_test_has_an_assertion(path):
+    tests = [name for name in functions(path) if name.startswith("test_")]
+    assert tests
+    assert [name for name in tests if not asks(path, name)] == []
+    asserts = (x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Assert))
+    assert not any(isinstance(x.test, ast.Constant | ast.Tuple) for x in asserts)  # always true
+
+
+def test_a_test_that_asks_nothing_is_found(tmp_path):
+    path = tmp_path / "test_it.py"
+    path.write_text(
+        "import pytest\nfrom same import assert_same\n\n"
+        "def check(x):\n    assert x\n\n"
+        "def call(x):\n    call(x)\n\n"
+        "def test_a():\n    check(1)\n\n"
+        "def test_b():\n    call(1)\n\n"
+        "def test_c():\n    assert_same({}, {})\n\n"
+        "def test_d():\n    with pytest.raises(ValueError):\n        call(1)\n\n"
+        "def test_e():\n    print(checked)\n"
+    )
+    assert {name for name in functions(path) if asks(path, name)} == {
+        "check",
+        "test_a",
+        "test_c",
+        "test_d",
+    }
