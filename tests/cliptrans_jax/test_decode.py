@@ -1,5 +1,6 @@
 """The beam search writes what a plain one writes that keeps nothing and forgets nothing."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -294,26 +295,63 @@ def test_at_the_limit_the_end_is_forced_and_free(endless, limit):
     )
 
 
-def test_a_search_that_is_over_stays_as_it_is():
+@functools.cache
+def advance(config):
+    with unoptimised():
+        return jax.jit(Search(model("original")[0], config).advance, compiler_options=QUICK)
+
+
+TWO_BEAMS = settings(beams=2)
+
+
+@pytest.fixture(scope="module")
+def begun():
+    """A search, what it reads, its first state and the scores of the token behind that."""
     translator, params = model("original")
     features, source, language = (None if x is None else jnp.asarray(x) for x in inputs(translator))
-    steps = Search(translator, DecodeConfig(beams=2, max_new_tokens=LIMIT))
+    steps = Search(translator, TWO_BEAMS)
     with unoptimised():
         compiled = functools.partial(jax.jit, compiler_options=QUICK)
-        step, advance = compiled(steps.step), compiled(steps.advance)
         states = compiled(translator.encode)(params, source)
         state, logits = compiled(steps.start)(params, features, source, states, language)
+        step = compiled(functools.partial(steps.step, params, source))
+    return step, language, state, logits
+
+
+def test_a_search_begins_with_one_beam_that_is_start_and_language(begun):
+    _, language, state, logits = begun
+    assert NEVER == -1e9
+    assert int(state.length) == 2 and not state.done.any()
+    np.testing.assert_array_equal(state.scores, [[0, NEVER]] * 3)
+    np.testing.assert_array_equal(state.tokens[:, :, 0], START)
+    np.testing.assert_array_equal(state.tokens[:, :, 1], np.stack([language] * 2, axis=1))
+    np.testing.assert_array_equal(state.tokens[:, :, 2:], PAD)
+    np.testing.assert_array_equal(state.finished.tokens, PAD)
+    assert np.all(np.asarray(state.finished.scores) == -np.inf)
+    np.testing.assert_array_equal(logits[:, 0], logits[:, 1])
+    _, chosen = advance(TWO_BEAMS)(state, logits)
+    assert not chosen.beams.any()
+
+
+def test_a_search_that_is_over_stays_as_it_is(begun):
+    step, _, state, logits = begun
     over = {}
-    while int(state.length) < steps.config.max_length:
-        state, _ = advance(state, logits)
+    while int(state.length) < TWO_BEAMS.max_length:
+        state, _ = advance(TWO_BEAMS)(state, logits)
         for row in np.flatnonzero(state.done):
             now = jax.tree.map(lambda x, row=row: np.asarray(x[row]), state.finished)
             jax.tree.map(np.testing.assert_array_equal, now, over.setdefault(row, now))
-        if int(state.length) < steps.config.max_length:
-            state, logits = step(params, source, state)
+        if int(state.length) < TWO_BEAMS.max_length:
+            state, logits = step(state)
     lengths = state.finished.lengths.max(axis=1)
     assert int(lengths.min()) < int(lengths.max())  # some were over before others
-    assert len(over) == len(source)
+    assert len(over) == len(lengths)
+
+
+def test_defaults_are_the_published_ones():
+    config = DecodeConfig()
+    assert dataclasses.astuple(config) == (5, 60, 1.0, True, 64, 16, 2, 2)
+    assert (config.max_length, config.steps) == (61, 58)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +363,9 @@ def test_a_search_that_is_over_stays_as_it_is():
         ("bucket", 0),
         ("growth", 0),
         ("halvings", -1),
+        ("length_penalty", 11),
     ],
 )
 def test_impossible_settings_are_named(key, value):
-    with pytest.raises(ValueError, match=rf"^{key}={value} must be at least"):
+    with pytest.raises(ValueError, match=rf"^{key}={value} must be "):
         DecodeConfig(**{key: value})

@@ -1,5 +1,7 @@
 """Published weights against Hugging Face's own reading of them, from the hub to the devices."""
 
+import json
+
 import huggingface_hub
 import jax
 import numpy as np
@@ -11,7 +13,18 @@ from jax.sharding import PartitionSpec as P
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import names, pretrained
-from cliptrans_jax.models import mbart
+from cliptrans_jax.convert_towers import (
+    CLIP_TEXT_DROPPED,
+    CLIP_VISION_DROPPED,
+    MCLIP_DROPPED,
+    clip_text_config,
+    clip_text_table,
+    clip_vision_config,
+    clip_vision_table,
+    mclip_config,
+    mclip_table,
+)
+from cliptrans_jax.models import clip, mbart, xlmr
 from cliptrans_jax.models.mbart import MBart, MBartConfig
 from cliptrans_jax.tensors import kinds
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -46,6 +59,7 @@ MBART50 = {
     "scale_embedding": True,
     "vocab_size": 250054,
 }
+IDS, F32 = jnp.zeros((1, 4), jnp.int32), jnp.float32
 SOURCE = np.array([[4, 9, 7, 2], [4, 8, 2, 1]])
 TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
 
@@ -269,3 +283,101 @@ def test_a_setting_that_cannot_be_computed_is_named(key, value):
     assert f"{key}={value!r} of mBART's config.json is not supported" in str(raised.value)
     with pytest.raises(ValueError, match=r"config\.json lacks d_model"):
         kinds.mbart_config({key: x for key, x in MBART50.items() if key != "d_model"})
+
+
+def randomize(torch, module):
+    """Random numbers in every parameter and every statistic, so that each of them shows."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.normal_(0, 0.3)
+            if name.endswith("running_var"):
+                tensor.abs_().add_(0.5)
+    return module.eval()
+
+
+def saved(model, folder):
+    """What Hugging Face writes of a model: its tensors, its config."""
+    safetensors = pytest.importorskip("safetensors.numpy", reason=NO_TORCH)
+    model.save_pretrained(folder, safe_serialization=True)
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    return tensors, json.loads((folder / "config.json").read_text())
+
+
+def read_with(network, table, tensors, dropped, *arrays):
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]
+    return names.read(table, tensors, shapes=shapes, file="saved", dropped=dropped)[0]
+
+
+def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    torch.manual_seed(0)
+    base = transformers.XLMRobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        max_position_embeddings=14,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    roberta = randomize(torch, transformers.XLMRobertaModel(base))
+    linear = randomize(torch, torch.nn.Linear(16, 6))
+    tensors, hf = saved(roberta, tmp_path)
+    tensors = {f"transformer.{name}": x for name, x in tensors.items()} | {
+        f"LinearTransformation.{name}": x.detach().numpy() for name, x in linear.named_parameters()
+    }
+    about = {"modelBase": "some", "transformerDimensions": 16, "numDims": 6}
+    config = mclip_config(about, hf)
+    network = xlmr.MClip(config, F32)
+    table = mclip_table(config)
+    params = read_with(network, table, tensors, MCLIP_DROPPED, IDS, IDS)
+    ids = np.array([[0, 7, 49, 30, 2, 1], [0, 12, 1, 9, 2, 1], [0, 2, 1, 1, 1, 1]])
+    mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        heard = torch.tensor(mask)
+        states = roberta(torch.tensor(ids), attention_mask=heard).last_hidden_state
+        mean = (states * heard[:, :, None]).sum(1) / heard.sum(1, keepdim=True)
+        want = linear(mean).numpy()
+    found = network.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_clip_agrees_with_hugging_face(activation, tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    torch.manual_seed(0)
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "hidden_act": activation,
+    }
+    text = {"vocab_size": 50, "hidden_size": 16, "max_position_embeddings": 10, "eos_token_id": 49}
+    vision = {"hidden_size": 20, "image_size": 12, "patch_size": 4}
+    config = transformers.CLIPConfig(
+        text_config=sizes | text, vision_config=sizes | vision, projection_dim=6
+    )
+    model = randomize(torch, transformers.CLIPModel(config))
+    tensors, hf = saved(model, tmp_path)
+    images = np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+    ids = np.array([[48, 7, 9, 30, 49, 1], [48, 12, 49, 1, 1, 1]])
+    mask = (ids != 1).astype(np.int64)
+    with torch.no_grad():
+        pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+        vision = model.vision_model(pixel_values=pixels).pooler_output
+        text = model.text_model(torch.tensor(ids), attention_mask=torch.tensor(mask)).pooler_output
+        want = (model.visual_projection(vision).numpy(), model.text_projection(text).numpy())
+    vision, text = clip_vision_config(hf), clip_text_config(hf)
+    image_tower, text_tower = clip.ClipVision(vision, F32), clip.ClipText(text, F32)
+    for network, table, dropped, arrays, features in (
+        (image_tower, clip_vision_table(vision), CLIP_VISION_DROPPED, (images,), want[0]),
+        (text_tower, clip_text_table(text), CLIP_TEXT_DROPPED, (ids, mask), want[1]),
+    ):
+        arrays = tuple(map(jnp.asarray, arrays))
+        params = read_with(network, table, tensors, dropped, *arrays)
+        found = network.apply({"params": params}, *arrays)
+        np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)

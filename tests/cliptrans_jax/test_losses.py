@@ -30,6 +30,25 @@ def test_label_loss_by_hand():
         assert (float(total), float(count)) == (pytest.approx(wanted, rel=1e-5), 4)
 
 
+def test_label_loss_of_even_chances():
+    """log V whatever the smoothing; and with p = (1/2, 1/4, 1/4) the share e / V of every label."""
+    labels = jnp.asarray([[0, 2]])
+    for smoothing in (0.0, 0.3):
+        total, _ = label_loss(jnp.full((1, 2, 8), 5.0), labels, pad=PAD, smoothing=smoothing)
+        assert float(total) == pytest.approx(2 * np.log(8), rel=1e-6)
+    halves = jnp.log(jnp.asarray([[[0.5, 0.25, 0.25]]]))
+    total, _ = label_loss(halves, jnp.asarray([[0]]), pad=PAD, smoothing=0.3)
+    wanted = 0.7 * np.log(2) + 0.1 * (np.log(2) + 2 * np.log(4))
+    assert float(total) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_losses_of_half_precision_are_summed_in_float32():
+    logits = jnp.zeros((1, 300, 3), jnp.bfloat16)
+    total, count = label_loss(logits, jnp.zeros((1, 300), int), pad=PAD)
+    assert (total.dtype, count.dtype) == (jnp.float32, jnp.float32)
+    assert (float(total), float(count)) == (pytest.approx(300 * np.log(3), rel=1e-5), 300)
+
+
 def test_pads_and_negative_labels_have_no_gradient():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 5)), jnp.float32)
     labels = jnp.array([[4, PAD, -1]])
@@ -116,6 +135,31 @@ def test_gradients_of_chunks_are_summed_in_float32():
     assert (by_readout["matrix"].dtype, by_states.dtype) == (jnp.float32, jnp.bfloat16)
     _, (wanted, _) = in_chunks(8)(case[0], case[1].astype("float32"), case[2])
     np.testing.assert_allclose(by_readout["matrix"], wanted["matrix"], atol=0.02)
+
+
+def test_small_gradients_of_many_chunks_are_not_lost():
+    """In bfloat16 256 + 1 is 256."""
+    seen = []
+
+    def loss(readout, states, labels):
+        seen.append((readout["matrix"].dtype.name, readout["bias"].dtype.name, labels.shape))
+        real = jnp.sum(labels != PAD)
+        return real * (jnp.sum(readout["matrix"]) + jnp.sum(readout["bias"])) + jnp.sum(states)
+
+    def total(readout, states, labels):
+        options = {"pad": PAD, "dtype": "bfloat16", "chunk": 1}
+        return total_of_chunks(loss, readout, states, labels, **options)
+
+    readout = {"matrix": jnp.ones((2, 3)), "bias": jnp.ones(2)}
+    states, labels = jnp.ones((4, 128, 1), jnp.bfloat16), jnp.zeros((4, 128), int)
+    value, (by_readout, by_states) = jax.jit(jax.value_and_grad(total, (0, 1)))(
+        readout, states, labels
+    )
+    assert (value.dtype, float(value)) == (jnp.float32, 512 * (6 + 2 + 1))
+    for leaf in jax.tree.leaves(by_readout):
+        np.testing.assert_array_equal(leaf, 512)
+    np.testing.assert_array_equal(by_states, 1)
+    assert set(seen) == {("bfloat16", "float32", (1, 1))}  # matrices alone are rounded
 
 
 def test_sums_over_chunks_count_every_label_once():

@@ -1,28 +1,25 @@
-"""mBART, mapping networks and the prefix: shapes, what hears what, and how they are split."""
+"""mBART, mapping networks and the prefix: shapes, numbers, and what hears what."""
 
+import collections
 import dataclasses
 import functools
-import math
-import re
 
 import jax
+import naive_cliptrans as naive
 import numpy as np
 import pytest
-from flax import traverse_util
+from dropouts import dropouts
 from jax import numpy as jnp
 from tiny import fill
-from tiny_cliptrans import tiny_config
+from tiny_cliptrans import UNEVEN
 
+from cliptrans_jax import convert, names
 from cliptrans_jax.decode import DecodeConfig, Search
-from cliptrans_jax.encoders import TEXT_RULES
-from cliptrans_jax.models import cliptrans, mapper, prefix
+from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.models.mbart import MBart, MBartConfig, shift_right
 from cliptrans_jax.models.prefix import PrefixConfig
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
-from cliptrans_jax.runs import contrastive
-from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 
 WIDTH, VOCAB, FEATURES, PAD, EOS = 16, 40, 8, 1, 2
 MBART = MBartConfig(
@@ -41,6 +38,8 @@ BATCH = 6
 SOURCE = np.array([[30, 5, 6, 7, 8, EOS]] * BATCH, np.int32)
 LABELS = np.array([[31, 11, 12, 13, 14, 15, EOS]] * BATCH, np.int32)
 CLIP = np.array([np.random.default_rng(1).normal(size=FEATURES)] * BATCH, np.float32)
+IDS = {"pad": 1, "eos": 2, "start": 2}
+ONE_HEAD = {"encoder_heads": 1, "decoder_heads": 1}
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -95,51 +94,89 @@ def test_the_prefix_is_as_long_as_the_config_says(count):
     assert (found.shape, found.dtype) == ((2, 7, VOCAB), jnp.float32)
 
 
+def test_defaults_are_the_published_model():
+    sides = ("encoder", "decoder")
+    sizes = {"layers": 12, "heads": 16, "hidden": 4096}
+    assert dataclasses.asdict(MBartConfig()) == {
+        "vocab": 250054,
+        "width": 1024,
+        **{f"{side}_{name}": size for side in sides for name, size in sizes.items()},
+        "positions": 1024,
+        "dropout": 0.1,
+        "scale_embedding": True,
+        **IDS,
+        "remat": False,
+        "scan_layers": False,
+    }
+    assert dataclasses.astuple(MapperConfig()) == ("mlp", 10, 512, 0.1)
+    assert dataclasses.astuple(PrefixConfig()) == ("training", "prefix")
+
+
 @pytest.mark.parametrize(
-    ("kind", "shapes"),
+    ("make", "message"),
     [
-        ("mlp", {"out/kernel": (8, 64), "out/bias": (64,), "prelu/slope": (1,)}),
-        (
-            "hidden_mlp",
-            {
-                "hidden/kernel": (8, 16),
-                "hidden/bias": (16,),
-                "out/kernel": (16, 64),
-                "out/bias": (64,),
-                "prelu/slope": (1,),
-            },
+        (lambda: MBartConfig(encoder_heads=3), r"^encoder_heads=3 must divide width=1024"),
+        (lambda: MBartConfig(decoder_heads=5), r"^decoder_heads=5 must divide width=1024"),
+        *(
+            (lambda name=name: MBartConfig(vocab=9, **IDS | {name: 9}), rf"^{name}=9 must be below")
+            for name in ("pad", "eos", "start")
         ),
-        (
-            "transformer",
-            {"project/kernel": (8, 64), "up/kernel": (16, 5), "down/kernel": (5, 16)},
-        ),
+        (lambda: translator(4, kind="transformer", width=15, **ONE_HEAD), r"^mbart\.width=15 must"),
+        (lambda: translator(4, kind="transformer", width=2, **ONE_HEAD), r"^mbart\.width=2 must"),
+        (lambda: PrefixConfig(layout="published"), r"^layout='published' must be one"),
+        (lambda: PrefixConfig(mask="causal"), r"^mask='causal' must be one"),
+        (lambda: MapperConfig("lstm"), r"^kind='lstm' must be one"),
     ],
 )
-def test_mappers_have_the_parameters_of_their_formulas(kind, shapes):
-    network = mapper.build(MapperConfig(kind, prefix=4, features=8), WIDTH, jnp.float32)
-    vectors, variables = jax.eval_shape(
-        lambda key: network.init_with_output(key, jnp.zeros((2, 8)), False), jax.random.key(0)
-    )
-    assert vectors.shape == (2, 4, WIDTH)
-    params = traverse_util.flatten_dict(variables["params"], sep="/")
-    held = {path: leaf.shape for path, leaf in params.items()}
-    assert shapes.items() <= held.items()
-    assert kind == "transformer" or shapes == held
+def test_impossible_models_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-def test_mappers_start_within_the_published_bounds():
-    network = mapper.build(MapperConfig("hidden_mlp", prefix=4, features=8), 64, jnp.float32)
-    params = jax.jit(network.init, static_argnums=2)(jax.random.key(0), CLIP, False)["params"]
-    assert params["prelu"]["slope"] == 0.25
-    for name, fan_in in (("hidden", 8), ("out", 64)):
-        bound = 1 / math.sqrt(fan_in)
-        for leaf in params[name].values():
-            assert 0.9 * bound < np.abs(leaf).max() <= bound
+def test_widths_that_a_mapper_can_take_are_taken():
+    for kind, count, width in (("transformer", 4, 4), ("transformer", 0, 15), ("mlp", 4, 15)):
+        model = translator(count, kind=kind, width=width, **ONE_HEAD)
+        assert model.config.mbart.width == width
+    assert MBartConfig(vocab=9, pad=8, eos=8, start=8).pad == 8
+
+
+def shapes_of(model):
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def test_labels_are_shifted_behind_the_last_real_one():
     labels = jnp.array([[31, 7, EOS, -1, PAD], [31, 7, 8, 9, EOS]])
     assert shift_right(labels, pad=PAD).tolist() == [[2, 31, 7, 2, 1], [2, 31, 7, 8, 9]]
+
+
+# Numbers, against plain numpy.
+
+SIZES_OF_NUMBERS = (1.0, 0.02)  # of numbers so small, the epsilon of every norm shows
+
+
+def test_the_model_computes_what_its_tensors_say():
+    mbart = dataclasses.replace(UNEVEN, decoder_layers=2)
+    model = Translator(ModelConfig(mbart, MapperConfig(prefix=3, features=FEATURES)))
+    clip = np.stack([CLIP[0], -CLIP[0]])
+    source = np.array([[30, 5, 6, 7, 8, EOS], [31, 9, EOS, PAD, PAD, PAD]], np.int32)
+    labels = np.array([[31, 11, 12, 13, 14, EOS], [30, 15, EOS, PAD, PAD, PAD]], np.int32)
+    for size in SIZES_OF_NUMBERS:
+        params = jax.tree.map(lambda x, size=size: size * x, params_of(model))
+        tensors = names.write(convert.cliptrans_table(model.config), params)
+        found = logits(model, source=source, labels=labels, clip=clip, params=params)
+        adapter = naive.Weights(tensors, "adapter.")
+        wanted = [
+            naive.cliptrans_logits(
+                tensors,
+                naive.prefix(adapter, "mlp", clip[row], 3),
+                source[row],
+                labels[row],
+                heads=(UNEVEN.encoder_heads, UNEVEN.decoder_heads),
+            )
+            for row in range(2)
+        ]
+        scale = np.std(wanted - tensors["mbart.final_logits_bias"])
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3 * scale)
 
 
 # What hears what.
@@ -192,11 +229,38 @@ def test_what_decoding_begins_with(layout):
         assert (np.asarray(heard)[0, 0] == matrix("x.", "xx")).all()
 
 
-def test_other_layouts_and_masks_are_refused():
-    with pytest.raises(ValueError, match=r"^layout='published' must be one"):
-        PrefixConfig(layout="published")
-    with pytest.raises(ValueError, match=r"^mask='causal' must be one"):
-        PrefixConfig(mask="causal")
+def test_decoding_begins_with_the_mask_of_the_config():
+    start, language = jnp.zeros((1, 1, 3)), jnp.ones((1, 1, 3))
+    for mask, last in (("prefix", 12), ("original", 10)):
+        config = PrefixConfig(mask=mask)
+        _, heard = prefix.start_block(start, jnp.zeros((1, 12, 3)), language, config)
+        wanted = np.tril(np.ones((14, 14), bool))
+        wanted[1:13, 1 : last + 1] = True
+        np.testing.assert_array_equal(heard[0, 0], wanted)
+
+
+def test_what_the_decoder_reads_in_training():
+    """`</s>`, the prefix as it is, and scaled words; pads are heard by none, but for the original's
+    slots 1 to 10."""
+    labels = jnp.asarray([[31, 7, EOS, PAD, PAD]])
+    causal = matrix("x......", "xxx....", "xxx....", "xxxx...", "xxxxx..", "xxxxxx.", "xxxxxx.")
+    opened = matrix("x......", *["xxxxxxx"] * 6)
+    for count, rule, wanted in (
+        (2, "prefix", causal),
+        (2, "original", opened),
+        (0, "original", np.tril(np.ones((5, 5), bool))),
+    ):
+        model = translator(count, rule=PrefixConfig(mask=rule))
+        params, features = params_of(model), jnp.asarray(CLIP[:1]) if count else None
+        read, heard = jax.jit(model.decoder_input)(params, features, labels)
+        np.testing.assert_array_equal(heard[0, 0], wanted)
+        words = 4 * np.asarray(params["mbart"]["embedding"])[[EOS, 31, 7, EOS, PAD]]
+        np.testing.assert_allclose(np.delete(read[0], slice(1, 1 + count), 0), words, rtol=1e-6)
+        if count:
+            table = convert.mapper_table(model.config.mapper)
+            adapter = naive.Weights(names.write(table, params["mapper"]))
+            vectors = naive.prefix(adapter, "mlp", CLIP[0], count)
+            np.testing.assert_allclose(read[0, 1 : 1 + count], vectors, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 4, 13])
@@ -298,6 +362,36 @@ def test_dropout_is_the_keys():
     np.testing.assert_allclose(plain, np.broadcast_to(plain[:1], plain.shape), rtol=1e-5, atol=1e-5)
 
 
+def test_embeddings_and_every_branch_drop_out_in_training_alone():
+    """With all branches zero the norms of the embeddings are left, and of these the last bias."""
+    model = translator(0, dropout=0.3, encoder_layers=2, decoder_layers=2)
+    params, labels = params_of(model), jnp.asarray(LABELS[:1])
+    tensors = naive.Weights(names.write(convert.cliptrans_table(model.config), params), "mbart.")
+    decoder = tensors.below("model.decoder.")
+    words = naive.embed(tensors.below("model."), [EOS, *LABELS[0, :-1]])
+    x = decoder.norm("layernorm_embedding", words + decoder["embed_positions.weight"][2:9])
+
+    def run(key, zero):
+        with dropouts(zero) as calls:
+            states = jax.jit(
+                lambda params: model.label_states(params, None, labels, labels, dropout=key)
+            )(params)
+        return states[0], calls
+
+    for zero, left in ((lambda path: path[1] != "drop", x), (lambda path: True, 0 * x)):
+        states, calls = run(jax.random.key(0), zero)
+        wanted = decoder.norm("layer_norm", left)
+        np.testing.assert_allclose(states, wanted, rtol=1e-4, atol=1e-5)
+        assert {rate for _, rate, _ in calls} == {0.3}
+        count = collections.Counter(path[:2] for path, _, _ in calls)
+        assert count == {
+            **{(side, "drop"): 1 for side in ("encoder", "decoder")},
+            **{("encoder", f"layer_{i}"): 2 for i in range(2)},
+            **{("decoder", f"layer_{i}"): 3 for i in range(2)},
+        }
+    assert run(None, zero)[1] == []
+
+
 @pytest.mark.parametrize("kind", list(MAPPERS))
 def test_only_the_transformer_mapper_drops_out(kind):
     model = translator(4, kind=kind)
@@ -306,72 +400,22 @@ def test_only_the_transformer_mapper_drops_out(kind):
     assert np.allclose(plain, one, rtol=1e-5, atol=1e-6) is (kind != "transformer")
 
 
+def test_the_mapper_drops_out_in_a_training_step():
+    model = translator(4, kind="transformer")
+    labels, features = jnp.asarray(LABELS), jnp.asarray(CLIP)
+
+    def step(params):
+        return model.train_logits(params, features, labels, labels, dropout=jax.random.key(0))
+
+    with dropouts() as calls:
+        jax.eval_shape(step, shapes_of(model))
+    shapes = [shape for path, _, shape in calls if path[0] not in ("encoder", "decoder")]
+    assert shapes == [(BATCH, 4, WIDTH), (BATCH, 4, WIDTH // 3), (BATCH, 4, WIDTH)]
+
+
 def test_half_precision_runs_and_gives_float32():
     half, whole = translator(4, dtype=jnp.bfloat16), translator(4)
     rough, exact = logits(half, params=params_of(whole)), logits(whole)
     assert rough.dtype == np.float32
     assert 0 < np.abs(rough - exact).max() < 0.05 * np.abs(exact).max()
     assert np.isfinite(rough).all()
-
-
-# How parameters are split.
-
-
-def shapes_of(model):
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def tower_shapes(config):
-    ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(MClip(config, jnp.float32).init, jax.random.key(0), ids, ids)["params"]
-
-
-def test_rules_match_every_parameter_and_none_is_idle():
-    mesh = make_mesh(MeshConfig(fsdp=8))
-    trees = [shapes_of(translator(4, kind=kind)) for kind in MAPPERS]
-    for tree in trees:
-        shardings = match_rules(cliptrans.PARTITION_RULES, tree, mesh)
-        for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
-            assert (
-                len(leaf.shape) < 2
-                or place.shard_shape(leaf.shape) != leaf.shape
-                or (
-                    leaf.shape in {(3, 2, 8), (2, 8), (2, 2, 8)}  # biases of attentions
-                )
-            )
-    assert idle_rules(cliptrans.PARTITION_RULES, *trees) == []
-
-
-def test_rules_of_stage_clip_match_its_towers():
-    config = tiny_config("clip", None)
-    tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
-    match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=8)))
-    idle = idle_rules(contrastive.PARTITION_RULES, tree)
-    assert idle == [regex for regex, _ in contrastive.PARTITION_RULES if "words" in regex][1:]
-
-
-def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
-    tree = shapes_of(Translator(ModelConfig())) | {"clip": tower_shapes(MClipConfig())}
-    for kind in MAPPERS:
-        network = mapper.build(MapperConfig(kind), MBartConfig().width, jnp.float32)
-        features = jax.ShapeDtypeStruct((1, 512), jnp.float32)
-        init = functools.partial(network.init, train=False)
-        tree["mapper"] = jax.eval_shape(init, jax.random.key(0), features)["params"]
-        whole, split = count_parameters(tree, fsdp=16)
-        assert 1.17e9 < whole < 1.20e9
-        assert 3 * 4 * split < 16e9  # bytes, with Adam's two moments, all in float32
-
-
-def count_parameters(tree, *, fsdp):
-    """All of them, and those on each device, by the rules alone."""
-    rules = (*cliptrans.PARTITION_RULES, *TEXT_RULES[MClipConfig])
-    whole = split = 0
-    for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
-        spec = next(spec for regex, spec in rules if re.search(regex, "/" + path))
-        for size, axis in zip(leaf.shape, spec, strict=False):
-            assert axis is None or size % fsdp == 0, path
-        parts = fsdp if "fsdp" in tuple(spec) else 1
-        assert parts > 1 or leaf.size < 300_000, path  # nothing large is held whole
-        whole += leaf.size
-        split += leaf.size // parts
-    return whole, split

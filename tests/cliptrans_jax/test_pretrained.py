@@ -22,10 +22,12 @@ from same import assert_same
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import convert, names, pretrained
+from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.tensors import kinds
+from cliptrans_jax.models.resnet import ResNetConfig
+from cliptrans_jax.tensors import kinds, sizes
 from common_jax.tensors import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
@@ -196,6 +198,42 @@ def test_sizes_are_told_by_shapes(mapper):
             ValueError, match=r"model\.pth .*decoder\.layers\.0\.fc1\.weight is miss"
         ):
             kinds.CLIPTRANS.config(tensors, None, "model.pth")
+
+
+def test_towers_under_openai_s_names_tell_their_sizes():
+    """All but heads, which are 64 wide in OpenAI's models, and the activation."""
+    shapes = {
+        "visual.conv1.weight": (192, 3, 5, 5),
+        "visual.positional_embedding": (10, 192),
+        "visual.proj": (192, 7),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (11, 192),
+        "visual.transformer.resblocks.12.mlp.c_fc.weight": (11, 192),
+        "visual.transformer.resblocks.12.ln_1.weight": (192,),
+        "token_embedding.weight": (30, 128),
+        "positional_embedding": (9, 128),
+        "text_projection": (128, 7),
+        "transformer.resblocks.0.mlp.c_fc.weight": (13, 128),
+    }
+    tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
+    found = sizes.openai_vision_config(tensors, None, "a.pt")
+    assert found == ClipVisionConfig(15, 5, width=192, layers=2, heads=3, hidden=11, features=7)
+    found = sizes.openai_text_config(tensors, None, "a.pt")
+    assert found == ClipTextConfig(30, 9, width=128, layers=1, heads=2, hidden=13, features=7)
+    with pytest.raises(ValueError, match=r"a\.pt does not .*: visual\.proj is \(7,\), and must ha"):
+        sizes.openai_vision_config(tensors | {"visual.proj": np.zeros(7)}, None, "a.pt")
+
+
+def test_a_resnet_tells_its_sizes():
+    shapes = {
+        "visual.attnpool.positional_embedding": (10, 64),
+        "visual.attnpool.c_proj.weight": (7, 64),
+        "visual.bn3.weight": (6,),
+    }
+    for stage, depth in enumerate((2, 1, 3, 1), 1):
+        shapes |= {f"visual.layer{stage}.{i}.conv1.weight": (1, 1, 1, 1) for i in range(depth)}
+    tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
+    wanted = ResNetConfig(image=96, layers=(2, 1, 3, 1), width=6, features=7)
+    assert sizes.resnet_config(tensors, None, "a.pt") == wanted
 
 
 def test_heads_that_no_shape_tells_must_be_given(tmp_path):

@@ -1,11 +1,14 @@
 """The frozen encoders: what moves a feature and what must not, sizes, types, meshes."""
 
 import dataclasses
+import functools
 import math
 
 import jax
+import naive_cliptrans as naive
 import numpy as np
 import pytest
+from dropouts import dropouts
 from flax import traverse_util
 from jax import numpy as jnp
 from tiny import QUICK, fill
@@ -14,8 +17,9 @@ from cliptrans_jax import convert_towers, names
 from cliptrans_jax.models import clip, resnet, xlmr
 from common_jax.mesh import BATCH, MeshConfig, idle_rules, make_mesh, match_rules
 
-SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8}
-MCLIP = xlmr.MClipConfig(vocab=40, positions=12, **SIZES)
+# No epsilon and no pad is the default.
+SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps": 1e-4}
+MCLIP = xlmr.MClipConfig(vocab=40, positions=16, pad=5, types=2, **SIZES)
 VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
 TEXT = clip.ClipTextConfig(vocab=40, positions=10, **SIZES)
 RESNET = resnet.ResNetConfig(image=32, layers=(1, 1, 1, 1), width=16, features=8)
@@ -46,6 +50,13 @@ def inputs(name, batch=2):
     return tuple(jnp.asarray(np.resize(x, (batch, 8))) for x in (IDS, MASK))
 
 
+@functools.cache
+def fresh(name):
+    """Parameters as they start."""
+    key = jax.random.key(0, impl="rbg")  # quick to compile
+    return jax.jit(build(name).init)(key, *inputs(name))["params"]
+
+
 def shapes_of(network, *arrays):
     return jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]
 
@@ -62,13 +73,16 @@ def params():
     return {name: random_params(name) for name in TOWERS}
 
 
+@functools.cache
+def program(name):
+    """(parameters, *inputs) -> features in float32."""
+    return jax.jit(lambda params, *arrays: build(name).apply({"params": params}, *arrays))
+
+
 @pytest.fixture(scope="module")
 def plain(params):
     """Features in float32 of every tower's two inputs."""
-    return {
-        name: np.asarray(jax.jit(build(name).apply)({"params": params[name]}, *inputs(name)))
-        for name in TOWERS
-    }
+    return {name: np.asarray(program(name)(params[name], *inputs(name))) for name in TOWERS}
 
 
 def features(name, params, ids, mask, **options):
@@ -84,6 +98,120 @@ def test_features_leave_in_float32_and_are_nearly_the_same_in_bfloat16(name, par
     assert exact.dtype == rough.dtype == np.float32
     error = np.linalg.norm(exact - rough, axis=1) / np.linalg.norm(exact, axis=1)
     assert np.all(error > 0) and np.all(error < 0.05), error
+
+
+NAIVE = {  # the table of names, and the feature of one example
+    "mclip": (
+        convert_towers.mclip_table(MCLIP),
+        functools.partial(naive.mclip, heads=MCLIP.heads, pad=MCLIP.pad),
+    ),
+    "vision": (
+        convert_towers.clip_vision_table(VISION),
+        functools.partial(naive.clip_vision, heads=VISION.heads),
+    ),
+    "text": (
+        convert_towers.clip_text_table(TEXT),
+        functools.partial(naive.clip_text, heads=TEXT.heads),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1.0, 0.02])  # of numbers so small, every epsilon shows
+@pytest.mark.parametrize("name", NAIVE)
+def test_a_tower_computes_what_its_tensors_say(name, size, params):
+    shrunk = jax.tree.map(lambda x: size * x, params[name])
+    found = np.asarray(program(name)(shrunk, *inputs(name)))
+    table, feature = NAIVE[name]
+    weights = naive.Weights(names.write(table, shrunk), eps=SIZES["eps"])
+    if name == "vision":
+        examples = [(image,) for image in np.asarray(inputs(name)[0]).transpose(0, 3, 1, 2)]
+    else:
+        examples = zip(IDS, MASK == 1, strict=True)
+    want = np.array([feature(weights, *example) for example in examples])
+    scale = np.abs(want - want.mean(axis=0)).max()  # of what examples differ in
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-3 * scale)
+
+
+def test_activations_are_those_that_the_config_names(params):
+    x = np.linspace(-3, 3, 13)
+    for name, want in (("gelu", naive.gelu), ("quick_gelu", naive.quick_gelu)):
+        np.testing.assert_allclose(clip.ACTIVATIONS[name](jnp.asarray(x)), want(x), atol=1e-6)
+    np.testing.assert_allclose(
+        xlmr.ACTIVATIONS["gelu"](jnp.asarray(x)), naive.gelu(x), rtol=1e-5, atol=1e-6
+    )
+    network = clip.ClipText(dataclasses.replace(TEXT, activation="gelu"), jnp.float32)
+    found = jax.jit(network.apply)({"params": params["text"]}, *inputs("text"))
+    weights = naive.Weights(names.write(NAIVE["text"][0], params["text"]), eps=SIZES["eps"])
+    for row, (ids, mask) in enumerate(zip(IDS, MASK == 1, strict=True)):
+        want = naive.clip_text(weights, ids, mask, heads=2, activation=naive.gelu)
+        np.testing.assert_allclose(found[row], want, rtol=1e-4, atol=1e-5)
+
+
+def test_mclip_drops_out_embeddings_and_branches(params):
+    """Without them a block is the norm of a norm."""
+    network = xlmr.MClip(dataclasses.replace(MCLIP, dropout=0.3), jnp.float32)
+
+    def last(zero):
+        with dropouts(zero) as calls:
+            apply = functools.partial(network.apply, train=True, mutable=["intermediates"])
+            _, recorded = jax.jit(apply)({"params": params["mclip"]}, *inputs("mclip"))
+        assert [rate for _, rate, _ in calls] == [0.3] * 3
+        assert [path[0] for path, _, _ in calls] == ["embeddings", "layer_0", "layer_0"]
+        return recorded["intermediates"]["last_hidden"][0]
+
+    weights = naive.Weights(names.write(NAIVE["mclip"][0], params["mclip"]), eps=SIZES["eps"])
+    block = weights.below("transformer.encoder.layer.0.")
+    for zero, x in (
+        (lambda path: True, np.zeros((2, 8, 16))),
+        (lambda path: path[0] == "layer_0", embedded(weights)),
+    ):
+        want = block.norm("output.LayerNorm", block.norm("attention.output.LayerNorm", x))
+        np.testing.assert_allclose(last(zero), want, rtol=1e-4, atol=1e-5)
+
+
+def embedded(weights):
+    """What M-CLIP's embeddings give outside training."""
+    return np.stack([naive.mclip_embeddings(weights, ids, MCLIP.pad) for ids in IDS])
+
+
+@pytest.mark.parametrize("name", ["mclip", "vision", "text"])
+def test_towers_start_as_published(name):
+    """Matrices and tables are normal of deviation 0.02, biases 0 and gains 1."""
+    for path, leaf in traverse_util.flatten_dict(fresh(name), sep="/").items():
+        if path.endswith(("bias", "scale")):
+            assert np.all(np.asarray(leaf) == float(path.endswith("scale"))), path
+        elif leaf.size >= 100:
+            assert abs(np.std(leaf) / 0.02 - 1) < 0.2, path
+            assert abs(np.mean(leaf)) < 0.005, path
+
+
+def test_defaults_are_the_published_models():
+    shared = {"eps": 1e-5, "features": 512}
+    large = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
+    ids = {"vocab": 250002, "positions": 514, "types": 1, "pad": 1}
+    mclip = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}
+    assert dataclasses.asdict(xlmr.MClipConfig()) == mclip
+    shared |= {"layers": 12, "activation": "quick_gelu"}
+    vision = {"image": 224, "patch": 32, "width": 768, "heads": 12, "hidden": 3072}
+    assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision
+    text = {"vocab": 49408, "positions": 77, "width": 512, "heads": 8, "hidden": 2048}
+    assert dataclasses.asdict(clip.ClipTextConfig()) == shared | text
+    text |= {"width": 1024, "heads": 16, "hidden": 4096, "features": 1024}
+    assert dataclasses.asdict(clip.RN50X64_TEXT) == shared | text
+    rn50x64 = {"image": 448, "layers": (3, 15, 36, 10), "width": 128, "features": 1024, "eps": 1e-5}
+    assert dataclasses.asdict(resnet.ResNetConfig()) == rn50x64
+    assert resnet.ResNetConfig().heads == 64
+    tokens = (clip.ClipVisionConfig().tokens, resnet.ResNetConfig().tokens)
+    assert tokens == (50, 197)
+
+
+def test_a_batch_norm_by_hand():
+    network = resnet.FrozenBatchNorm(0.5, jnp.float32)
+    stored = {"scale": [3.0, 1.0], "bias": [1.0, -1.0], "mean": [2.0, 0.0], "var": [0.75, 3.5]}
+    params = {name: jnp.asarray(x) for name, x in stored.items()}
+    x = jnp.asarray([[[[4.0, 6.0]]]])
+    found = network.apply({"params": params}, x)
+    np.testing.assert_allclose(found[0, 0, 0], [3 * 2 / 1.25**0.5 + 1, 6 / 2 - 1], rtol=1e-6)
 
 
 def test_mclip_is_the_mean_of_what_is_heard(params):
@@ -177,8 +305,7 @@ def test_ids_outside_the_vocabulary_give_no_number(params):
 
 @pytest.mark.parametrize("name", ["vision", "text"])
 def test_gradients_reach_every_parameter_from_the_start(name):
-    network, arrays = build(name), inputs(name)
-    start = jax.jit(network.init)(jax.random.key(0), *arrays)["params"]
+    network, arrays, start = build(name), inputs(name), fresh(name)
 
     def loss(params):
         return jnp.sum(jnp.square(network.apply({"params": params}, *arrays)))
@@ -270,75 +397,11 @@ def test_what_does_not_fit_is_named(make, message):
 def test_sentences_as_long_as_the_table_are_taken():
     ids = jnp.zeros((1, 10), jnp.int32)
     for name in ("mclip", "text"):
-        shapes_of(build(name), ids, ids)
-
-
-def naive_convolution(x, kernel, stride):
-    """A torch convolution of x [C, I, J] with kernel [out, C, side, side], place by place."""
-    side = kernel.shape[-1]
-    x = np.pad(x, ((0, 0), (side // 2,) * 2, (side // 2,) * 2))
-    rows, columns = ((size - side) // stride + 1 for size in x.shape[1:])
-    out = np.empty((len(kernel), rows, columns))
-    for i in range(rows):
-        for j in range(columns):
-            seen = x[:, i * stride : i * stride + side, j * stride : j * stride + side]
-            out[:, i, j] = kernel.reshape(len(kernel), -1) @ seen.ravel()
-    return out
-
-
-def naive_average(x, side):
-    channels, rows, columns = x.shape
-    return x.reshape(channels, rows // side, side, columns // side, side).mean(axis=(2, 4))
-
-
-def naive_resnet(tensors, image, config):
-    """OpenAI's tower on one image [3, I, J], by OpenAI's names, in float64."""
-    tensors = {name.removeprefix("visual."): np.float64(x) for name, x in tensors.items()}
-
-    def normed(x, name):
-        gain, bias, mean, var = (
-            tensors[f"{name}.{part}"][:, None, None]
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        return gain * (x - mean) / np.sqrt(var + config.eps) + bias
-
-    def conv_norm(x, conv, bn, stride=1):
-        return normed(naive_convolution(x, tensors[f"{conv}.weight"], stride), bn)
-
-    x = image
-    for i, stride in ((1, 2), (2, 1), (3, 1)):
-        x = np.maximum(conv_norm(x, f"conv{i}", f"bn{i}", stride), 0)
-    x = naive_average(x, 2)
-    for stage, depth in enumerate(config.layers, 1):
-        for i in range(depth):
-            name, stride = f"layer{stage}.{i}", 2 if stage > 1 and i == 0 else 1
-            y = np.maximum(conv_norm(x, f"{name}.conv1", f"{name}.bn1"), 0)
-            y = np.maximum(conv_norm(y, f"{name}.conv2", f"{name}.bn2"), 0)
-            y = conv_norm(naive_average(y, stride), f"{name}.conv3", f"{name}.bn3")
-            if i == 0:
-                x = conv_norm(
-                    naive_average(x, stride), f"{name}.downsample.0", f"{name}.downsample.1"
-                )
-            x = np.maximum(x + y, 0)
-    places = x.reshape(len(x), -1).T
-    tokens = np.concatenate([places.mean(axis=0, keepdims=True), places])
-    tokens = tokens + tensors["attnpool.positional_embedding"]
-
-    def projected(x, name):
-        name = f"attnpool.{name}_proj"
-        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
-
-    query, keys, values = projected(tokens[0], "q"), projected(tokens, "k"), projected(tokens, "v")
-    heads = []
-    for i in range(0, len(query), 64):
-        scores = keys[:, i : i + 64] @ query[i : i + 64] / 8
-        weights = np.exp(scores - scores.max())
-        heads.append(weights / weights.sum() @ values[:, i : i + 64])
-    return projected(np.concatenate(heads), "c")
+        assert shapes_of(build(name), ids, ids)["projection"]["kernel"].shape == (16, 8)
 
 
 def test_resnet_computes_what_its_tensors_say():
-    config = resnet.ResNetConfig(image=64, layers=(2, 1, 1, 2), width=4, features=6)
+    config = resnet.ResNetConfig(image=64, layers=(2, 1, 1, 2), width=4, features=6, eps=0.1)
     network = resnet.ClipResNet(config, jnp.float32)
     images = np.random.default_rng(2).normal(size=(2, 64, 64, 3)).astype(np.float32)
     flat = traverse_util.flatten_dict(fill(network.init, jnp.asarray(images))["params"], sep="/")
@@ -346,6 +409,7 @@ def test_resnet_computes_what_its_tensors_say():
     params = traverse_util.unflatten_dict(params, sep="/")
     tensors = names.write(convert_towers.openai_resnet_table(config), params)
     found = jax.jit(network.apply)({"params": params}, jnp.asarray(images))
-    want = [naive_resnet(tensors, image.transpose(2, 0, 1), config) for image in images]
+    weights = naive.Weights(tensors, eps=config.eps)
+    want = [naive.resnet(weights, image.transpose(2, 0, 1)) for image in images]
     assert np.std(want) > 1e-2
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * np.max(np.abs(want)))

@@ -2,4 +2,288 @@
 
 from mistakes.mistake import Mistake
 
-MISTAKES: tuple[Mistake, ...] = ()
+MODELS = "cliptrans_jax/models"
+TESTS = "tests/cliptrans_jax"
+NUMBERS = f"{TESTS}/test_models.py::test_the_model_computes_what_its_tensors_say"
+READS = f"{TESTS}/test_models.py::test_what_the_decoder_reads_in_training"
+ATTENTION = f"{TESTS}/test_attention.py"
+DROPS = f"{TESTS}/test_models.py::test_embeddings_and_every_branch_drop_out_in_training_alone"
+MAPPER = f"{TESTS}/test_mapper.py"
+STEPS = f"{TESTS}/test_decode_steps.py"
+SEARCH = f"{TESTS}/test_decode.py::test_a_plain_search_finds_the_same"
+LOSSES = f"{TESTS}/test_losses.py"
+TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
+RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
+TABLES = f"{TESTS}/test_convert_towers.py"
+NAMES = " ".join(
+    f"{TABLES}::{name}"
+    for name in (
+        "test_entries_by_their_formulas",
+        "test_every_key_of_a_config_is_read",
+        "test_openai_s_towers_are_the_same_under_their_own_names",
+        "test_what_is_missing_unknown_or_of_another_shape_is_named",
+    )
+)
+SIZES = f"{TESTS}/test_pretrained.py::test_towers_under_openai_s_names_tell_their_sizes"
+
+MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "the decoder's positions do not skip the two rows",
+        "self.positions(OFFSET + position)",
+        "self.positions(position)",
+        NUMBERS,
+    ),
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "another epsilon",
+        "EPSILON = 1e-5",
+        "EPSILON = 1e-6",
+        NUMBERS,
+    ),
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "embeddings are scaled by the width",
+        "x * self.config.width**0.5",
+        "x * self.config.width",
+        NUMBERS,
+    ),
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "a pad's embedding learns from where it is read",
+        "jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)",
+        "jnp.where((ids == self.config.pad)[..., None], x, x)",
+        f"{TESTS}/test_mbart.py::test_no_gradient_comes_back_through_the_embedding_of_a_pad",
+    ),
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "what cross-attention gives is not dropped",
+        "x = x + self.drop(heard, deterministic=not train)",
+        "x = x + heard",
+        DROPS,
+    ),
+    Mistake(
+        f"{MODELS}/mbart.py",
+        "the encoder's embeddings drop out outside training",
+        "x = self.drop(x, deterministic=not train)\n        return self.norm(_run(self, x, visi",
+        "x = self.drop(x, deterministic=False)\n        return self.norm(_run(self, x, visi",
+        DROPS,
+    ),
+    Mistake(
+        f"{MODELS}/attention.py",
+        "kept keys are compared at the scale of all heads",
+        "query.swapaxes(1, 2) * query.shape[-1] ** -0.5",
+        "query.swapaxes(1, 2) * (query.shape[-1] * query.shape[-2]) ** -0.5",
+        ATTENTION,
+    ),
+    Mistake(
+        f"{MODELS}/attention.py",
+        "scores are rounded to the queries' type",
+        "kind = jnp.promote_types(query.dtype, jnp.float32)",
+        "kind = query.dtype",
+        ATTENTION,
+    ),
+    Mistake(
+        f"{MODELS}/attention.py",
+        "cross-attention takes keys for values",
+        "self.query(x), pairs[:, :, 0], pairs[:, :, 1], mask=visible",
+        "self.query(x), pairs[:, :, 1], pairs[:, :, 0], mask=visible",
+        NUMBERS,
+    ),
+    Mistake(
+        f"{MODELS}/prefix.py",
+        "the last vector of the prefix is no part of it",
+        "(key >= 1) & (key <= prefix)",
+        "(key >= 1) & (key < prefix)",
+        READS,
+    ),
+    Mistake(
+        f"{MODELS}/prefix.py",
+        "decoding begins with the rule that has no bounds",
+        'rule = config.mask if count else "prefix"',
+        'rule = "prefix"',
+        f"{TESTS}/test_models.py::test_decoding_begins_with_the_mask_of_the_config",
+    ),
+    Mistake(
+        f"{MODELS}/cliptrans.py",
+        "pads are heard",
+        "seen = jnp.pad(given[:, 1:] != config.mbart.pad, ((0, 0), (1 + count, 0)))",
+        "seen = jnp.pad(given[:, 1:] >= 0, ((0, 0), (1 + count, 0)))",
+        READS,
+    ),
+    Mistake(
+        f"{MODELS}/cliptrans.py",
+        "the first slots of the prefix stay, the last words go",
+        "return prefix.remove(states, self.config.mapper.prefix)",
+        "return states[:, : labels.shape[1]]",
+        NUMBERS,
+    ),
+    Mistake(
+        f"{MODELS}/mapper.py",
+        "the transformer's attention starts within the bounds of three matrices",
+        "math.sqrt(6 / (4 * width))",
+        "math.sqrt(6 / (2 * width))",
+        f"{MAPPER}::test_mappers_start_within_the_published_bounds",
+    ),
+    Mistake(
+        f"{MODELS}/mapper.py",
+        "hidden units of the transformer are not dropped",
+        '"down")(drop(hidden))',
+        '"down")(hidden)',
+        f"{MAPPER}::test_the_transformer_mapper_drops_out_branches_and_hidden_units",
+    ),
+    Mistake(
+        f"{MODELS}/mapper.py",
+        "the hidden layer has no ReLU",
+        "out(nn.relu(hidden))",
+        "out(hidden)",
+        f"{MAPPER}::test_mappers_compute_what_their_tensors_say",
+    ),
+    Mistake(
+        f"{MODELS}/chunks.py",
+        "gradients of the readout are summed as they come",
+        "jnp.zeros(x.shape, _wide(x.dtype))",
+        "jnp.zeros(x.shape, x.dtype)",
+        f"{LOSSES}::test_small_gradients_of_many_chunks_are_not_lost",
+    ),
+    Mistake(
+        f"{MODELS}/chunks.py",
+        "the last, shorter chunk is left out",
+        "(jnp.sum(flat != self.pad) + chunk - 1) // chunk",
+        "jnp.sum(flat != self.pad) // chunk",
+        f"{LOSSES}::test_chunks_lose_nothing",
+    ),
+    Mistake(
+        "cliptrans_jax/losses.py",
+        "smoothing takes nothing from the label",
+        "log_z - (1 - smoothing) * chosen",
+        "log_z - chosen",
+        f"{LOSSES}::test_label_loss_of_even_chances",
+    ),
+    Mistake(
+        "cliptrans_jax/losses.py",
+        "images alone look for their texts",
+        "rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)",
+        "rows, columns = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(scores, axis=0)",
+        f"{LOSSES}::test_contrastive_loss_by_hand",
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
+        "the length of what ends counts the end",
+        "values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty",
+        "values = best[:, :beams] / (state.length + 1.0) ** self.config.length_penalty",
+        STEPS,
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
+        "without early stopping a search ends when the best that ended cannot be beaten",
+        "done = full & (finished.scores[:, -1] >= bound)",
+        "done = full & (finished.scores[:, 0] >= bound)",
+        STEPS,
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
+        "a search that is over goes on writing words",
+        "shown = jnp.where(state.done[:, None], pad, next_tokens)",
+        "shown = next_tokens",
+        STEPS,
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
+        "the forced end costs what it would cost",
+        "scores, tokens = jnp.where(last, forced, scores), jnp.where(last, end, tokens)",
+        "scores, tokens = scores, jnp.where(last, end, tokens)",
+        STEPS,
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
+        "tokens stay where they are when beams change places",
+        "followed = jnp.take_along_axis(state.tokens, next_beams[:, :, None], axis=1)",
+        "followed = state.tokens",
+        STEPS,
+    ),
+    Mistake(
+        f"{MODELS}/clip.py",
+        "a sentence is pooled at its last token",
+        "return jnp.argmax(ids, axis=1)",
+        "return jnp.full(len(ids), ids.shape[1] - 1)",
+        TOWERS,
+    ),
+    Mistake(
+        f"{MODELS}/clip.py",
+        "patches run along the columns first",
+        ".transpose(0, 1, 3, 2, 4, 5)",
+        ".transpose(0, 3, 1, 2, 4, 5)",
+        TOWERS,
+    ),
+    Mistake(
+        f"{MODELS}/xlmr.py",
+        "the pad is the usual one whatever the config says",
+        "places = position_ids(ids, config.pad)",
+        "places = position_ids(ids, 1)",
+        TOWERS,
+    ),
+    Mistake(
+        f"{MODELS}/xlmr.py",
+        "the mean is over all tokens",
+        "total = jnp.sum(x, axis=1, where=visible[:, :, None])",
+        "total = jnp.sum(x, axis=1)",
+        TOWERS,
+    ),
+    Mistake(
+        f"{MODELS}/resnet.py",
+        "the shortcut is not averaged",
+        '"shortcut")(_average(x, self.stride))',
+        '"shortcut")(x[:, :: self.stride, :: self.stride])',
+        RESNET,
+    ),
+    Mistake(
+        f"{MODELS}/resnet.py",
+        "variances have no epsilon",
+        'jax.lax.rsqrt(stored["var"] + self.eps)',
+        'jax.lax.rsqrt(stored["var"])',
+        RESNET,
+    ),
+    Mistake(
+        "cliptrans_jax/convert.py",
+        "the two norms of a layer change places",
+        'names.norm(f"{source}.self_attn_layer_norm", "attention_norm")',
+        'names.norm(f"{source}.final_layer_norm", "attention_norm")',
+        NUMBERS,
+    ),
+    Mistake(
+        "cliptrans_jax/convert_towers.py",
+        "the image tower's norms under OpenAI's names change places",
+        'norm("visual.ln_pre", "pre_norm")',
+        'norm("visual.ln_post", "pre_norm")',
+        NAMES,
+    ),
+    Mistake(
+        "cliptrans_jax/convert_towers.py",
+        "the longest text stands under another key",
+        '"positions": "max_position_embeddings"}',
+        '"positions": "n_positions"}',
+        NAMES,
+    ),
+    Mistake(
+        "cliptrans_jax/names.py",
+        "heads are the inner axis of a stacked attention",
+        "x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1)",
+        "x.reshape(3, -1, heads, *x.shape[1:]), (0, 2, 1), (-3, -2, -1)",
+        NAMES,
+    ),
+    Mistake(
+        "cliptrans_jax/names.py",
+        "a name is dropped for what it starts with",
+        "if re.fullmatch(rx, name)",
+        "if re.match(rx, name)",
+        NAMES,
+    ),
+    Mistake(
+        "cliptrans_jax/tensors/sizes.py",
+        "features are as wide as tokens",
+        '_shape(tensors, "visual.proj", 2, file)[1]',
+        '_shape(tensors, "visual.proj", 2, file)[0]',
+        SIZES,
+    ),
+)
