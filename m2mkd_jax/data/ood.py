@@ -80,6 +80,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             path=ood.path,
             name=ood.name,
             test_split=ood.split,
+            per_class=0,
             test_per_class=0,
         )
         source = open_source(own, ood.split)
