@@ -132,6 +132,25 @@ def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, 
     np.testing.assert_array_equal(labels, [2] * 5 + [0, 1, 1, 1, 1])
 
 
+def test_labels_are_read_in_chunks_of_records(tmp_path, monkeypatch):
+    labels = [0, 1, 2, 2, 0, 1, 1, 0, 2, 2]
+    prepared(tmp_path, labels=labels)
+    monkeypatch.setattr(records, "CHUNK", 3)
+    assert load_source(config_of(tmp_path), "train").labels.tolist() == labels
+
+
+@pytest.mark.parametrize("changed", [0, 9])
+def test_labels_are_read_anew_whichever_file_is_another(tmp_path, changed):
+    """In a set of as many bytes, only the first file differs, or only the last."""
+    kept = prepared(tmp_path)
+    load_source(config_of(tmp_path), "train")
+    labels = [i % 3 for i in range(SIZE)]
+    labels[changed] = 2
+    other = prepared(tmp_path / "other", labels=labels)
+    shutil.copy(kept / "labels-train.npz", other)
+    assert load_source(config_of(tmp_path / "other"), "train").labels.tolist() == labels
+
+
 def test_a_broken_file_of_labels_is_made_again(tmp_path, caplog):
     folder = prepared(tmp_path)
     right = load_source(config_of(tmp_path), "train").labels
@@ -353,6 +372,21 @@ def test_inaturalist_has_its_labels_from_the_json(tmp_path, split):
     np.testing.assert_array_equal(source.labels, [1, 0, 2, 1, 0, 2])
     with Image.open(io.BytesIO(encoded(4))) as image:
         np.testing.assert_array_equal(source[4]["image"], np.asarray(image))
+
+
+def test_inaturalist_s_lists_may_be_in_any_order(tmp_path):
+    """Images are found by number, and stand by the names of their files."""
+    inaturalist(tmp_path)
+    path = tmp_path / "train2018.json"
+    record = json.loads(path.read_text())
+    for name, step in (("images", 5), ("annotations", -1)):
+        record[name] = [record[name][step * i % 6] for i in range(6)]
+    path.write_text(json.dumps(record))
+    config = DataConfig("inaturalist", str(tmp_path), 12, labels=3, **RGB)
+    source = load_source(config, "train")
+    assert source.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    with Image.open(io.BytesIO(encoded(1))) as image:
+        np.testing.assert_array_equal(source[1]["image"], np.asarray(image))
 
 
 def test_inaturalist_with_wrong_records_is_refused(tmp_path):

@@ -200,6 +200,8 @@ def make_small(root, sizes):
         ((20, 20, 20), "auto", True),
         ((20, 20, 20), "never", False),
         ((20, 24, 20), "auto", False),
+        ((20, 20, 20, 20, 24), "auto", False),
+        ((64, 64), "auto", True),
         ((65, 65), "auto", False),
         ((65, 65), "always", True),
     ],
@@ -215,6 +217,18 @@ def test_small_sets_stay_decoded(tmp_path, sizes, mode, held):
         if held:
             np.testing.assert_array_equal(source.arrays["image"][i], plain[i]["image"])
             assert source.arrays["label"][i] == plain[i]["label"]
+
+
+def test_chunks_of_images_are_decoded_into_their_places(tmp_path, monkeypatch):
+    root = make_small(tmp_path, (20,) * 11)
+    (root / "train/cat/0.png").write_bytes(b"")  # the first, whose size is not known then
+    plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
+    monkeypatch.setattr("m2mkd_jax.data.sources.CHUNK", 3)
+    source = load_source(config_of(root, labels=2), "train")
+    assert set(source.bad) == {0} and source.images.shape == (11, 20, 20, 3)
+    for index in range(1, 11):
+        np.testing.assert_array_equal(source[index]["image"], plain[index]["image"])
+        assert source[index]["label"] == plain[index]["label"] == (index > 5)
 
 
 def test_too_many_bytes_stay_on_the_disk(tmp_path, monkeypatch):
