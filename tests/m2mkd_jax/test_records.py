@@ -1,5 +1,6 @@
 """Sets whose labels stand in records or lists: TFDS's ArrayRecords, Tiny-ImageNet, iNaturalist."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -13,6 +14,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, train_batches
 from m2mkd_jax.data import records
+from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
 
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -111,9 +113,9 @@ def test_parts_of_splits_have_their_own_labels(tmp_path, caplog):
         for own, whole in enumerate(places):
             with Image.open(io.BytesIO(encoded(whole))) as image:
                 np.testing.assert_array_equal(source[own]["image"], np.asarray(image))
-        shard, record = divmod(places[-1], 5)
-        name = f"pets-train.array_record-0000{shard}-of-00002, record {record}"
-        assert source.name(len(source) - 1) == f"{folder}/{name}"
+            shard, record = divmod(whole, 5)
+            name = f"pets-train.array_record-0000{shard}-of-00002, record {record}"
+            assert source.name(own) == f"{folder}/{name}"
     assert "'train[80%:]' has no image for 1 classes" in caplog.text
 
 
@@ -130,6 +132,16 @@ def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, 
     shutil.copy(folder / "labels-train.npz", other)
     labels = load_source(config_of(tmp_path / "other"), "train").labels
     np.testing.assert_array_equal(labels, [2] * 5 + [0, 1, 1, 1, 1])
+
+
+def test_an_ood_set_of_records_has_its_own_name(tmp_path):
+    prepared(tmp_path)
+    data = DataConfig("tfds", "/elsewhere", 12, labels=4, name="fish", **RGB)
+    ood = OodConfig("tfds", str(tmp_path), "train", "pets")
+    found = load_ood(data, ood, label_names=("bee", "cat", "dog", "ant"))
+    assert len(found.source) == SIZE and found.classes == (3, 0, 1)
+    with pytest.raises(FileNotFoundError, match=r"config\.ood\.path=.* config\.ood\.name='dogs'"):
+        load_ood(data, dataclasses.replace(ood, name="dogs"), label_names=NAMES)
 
 
 def test_labels_are_read_in_chunks_of_records(tmp_path, monkeypatch):
@@ -317,6 +329,17 @@ def test_tiny_imagenet_as_it_is_published(tmp_path):
     assert val.arrays["image"].shape == (4, 64, 64, 3)
     with pytest.raises(ValueError, match="no split 'test' with labels, only train and val"):
         load_source(config, "test")
+
+
+def test_tiny_imagenet_s_annotations_may_be_in_any_order(tmp_path):
+    config = tiny_imagenet(tmp_path / "set")
+    path = tmp_path / "set/val/val_annotations.txt"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*others, first]))
+    val = load_source(config, "val")
+    np.testing.assert_array_equal(val.labels, [1, 2, 0, 0])
+    with Image.open(io.BytesIO(encoded(101, side=64))) as image:
+        np.testing.assert_array_equal(val[1]["image"], np.asarray(image))
 
 
 def test_tiny_imagenet_with_wrong_lists_is_refused(tmp_path):

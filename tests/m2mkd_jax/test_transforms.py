@@ -137,8 +137,8 @@ def test_padded_crops_and_flips_reach_every_place_alike(channels):
 
 
 def test_nothing_is_done_that_is_not_asked_for():
-    pixels = np.asarray(picture(0, 5, 5))
-    transform = transforms.TrainTransform(5, AugmentConfig())
+    pixels = np.asarray(picture(0, 32, 32))  # the largest that are not resized
+    transform = transforms.TrainTransform(32, AugmentConfig())
     rng = np.random.default_rng(0)
     for _ in range(20):
         np.testing.assert_array_equal(transform({"image": pixels}, rng)["image"], pixels)

@@ -92,6 +92,13 @@ def test_a_split_is_a_whole_name_and_may_be_a_path(tmp_path):
         np.testing.assert_array_equal(source[0]["image"], 3)
 
 
+def test_what_macos_adds_is_no_class(tmp_path):
+    """In a zip of CLASS/ alone it lies beside the classes."""
+    make(tmp_path / "train.zip", ("ant/0.png", "__MACOSX/0.png", "__MACOSX/ant/0.png"))
+    source = load(tmp_path, labels=1)
+    assert source.label_names == ("ant",) and source.files.names == ("ant/0.png",)
+
+
 def test_classes_and_images_are_sorted_whatever_the_order_in_the_zip(tmp_path):
     names = tuple(f"train/{name}/{number}.png" for name in "cab" for number in (10, 9, 1))
     source = load(make(tmp_path / "set.zip", names), labels=3)
