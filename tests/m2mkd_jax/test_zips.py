@@ -62,6 +62,7 @@ LONG = struct.pack("<HH", 0x7777, 300) + bytes(300)
         (LONG + TIMES, b""),
         (b"", TIMES + LONG),
     ],
+    ids=["as_by_zip", "long", "listed_alone"],
 )
 def test_extra_fields_and_folders_move_no_image(tmp_path, local, listed, copied):
     """The field before a member's content is of another length than the one in the directory."""
