@@ -115,8 +115,9 @@ def test_batches_by_hand():
     assert shown[2] == inputs.epoch_permutation(0, 1, 8)[:3].tolist()
     (batch,) = take(train(OnDisk(size=8), seed=0, batch=4, shard=(1, 2), start_step=1), 1)
     assert batch["image"].tolist() == [1, 4] and batch["label"].tolist() == [1, 1]
-    copies = take(train(OnDisk(size=8), seed=0, batch=4, repeats=3), 2)
-    assert [batch["image"].tolist() for batch in copies] == [[6, 6, 6, 3], [3, 3, 5, 5]]
+    for kind in (Numbers, OnDisk):
+        copies = take(train(kind(size=8), seed=0, batch=4, repeats=3), 2)
+        assert [batch["image"].tolist() for batch in copies] == [[6, 6, 6, 3], [3, 3, 5, 5]]
     assert inputs.host_rows(12, (2, 3)) == slice(8, 12)
 
 

@@ -6,6 +6,7 @@ import pytest
 from draws import keys_drawn_from
 from etils import epath
 from jax import numpy as jnp
+from PIL import Image
 
 from common_jax.inputs import BadExample
 from m2mkd_jax.data import feed as feeds
@@ -114,6 +115,15 @@ def test_an_ood_set_is_evaluated_like_the_test_set(tmp_path):
     assert sum(batch["_mask"].sum() for batch in batches) == 286 * 5
     assert feed.ood_classes == (0, 1, 2, 3, 4, 5, 7, 8)
     assert feed_of(tmp_path).ood is None and feed_of(tmp_path).ood_classes == ()
+
+
+def test_an_ood_set_of_another_kind_must_fit_as_well(tmp_path):
+    """Digits need no look at their size, but files do that are tested on beside them."""
+    folder = tmp_path / "set/test/3"
+    folder.mkdir(parents=True)
+    Image.new("L", (9, 9)).save(folder / "0.png")
+    with pytest.raises(ValueError, match=r"image_size=8, but an image is 9 x 9 pixels"):
+        feed_of(tmp_path, ood=OodConfig("folder", str(tmp_path / "set")))
 
 
 COLOURED = DataConfig(
