@@ -68,6 +68,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     inputs.epoch_permutation.cache_clear()
     np.testing.assert_array_equal(first, inputs.epoch_permutation(3, 1, SIZE))
     np.testing.assert_array_equal(np.sort(first), np.arange(SIZE))
+    assert not first.flags.writeable  # it is kept for the next call
     for other in ((4, 1), (3, 2)):
         assert (inputs.epoch_permutation(*other, SIZE) != first).any()
     places = [inputs.example_index(3, 1, place, size=SIZE) for place in range(SIZE)]
@@ -77,6 +78,57 @@ def test_order_is_a_function_of_seed_and_epoch():
 def test_order_is_the_same_under_every_numpy():
     # From the generator whose numbers numpy has frozen; another order would break resuming.
     assert inputs.epoch_permutation(0, 0, 8).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
+
+
+def test_draws_are_the_same_under_every_numpy():
+    # The raw bits of a generator, which numpy does not change either.
+    for place, want in (
+        ((0, 0, 0), 16412783775159424549),
+        ((3, 2, 7), 16173834436121549858),
+    ):
+        assert inputs.example_generator(*place).bit_generator.random_raw() == want
+    second = inputs.example_generator(3, 2, 7, copy=1)
+    assert second.bit_generator.random_raw() == 9554939614766032303
+
+
+def test_draws_follow_every_part_of_an_example_s_place():
+    """Seed, epoch, index and copy, each apart; and they are not those of the order."""
+    places = itertools.product(range(4), range(4), range(4), range(4))
+    draws = [inputs.example_generator(*place, copy=copy).random(3) for *place, copy in places]
+    assert len(np.unique(draws)) == 3 * 4**4
+
+
+def test_orders_follow_seed_epoch_and_size():
+    orders = {
+        (size, tuple(inputs.epoch_permutation(seed, epoch, size).tolist()))
+        for seed, epoch, size in itertools.product(range(5), range(5), (30, 31))
+    }
+    assert len(orders) == 50
+    assert len({order[0] for size, order in orders if size == 30}) > 10  # whatever comes first
+
+
+def test_batches_by_hand():
+    """Of the frozen order 6 3 5 0 7 2 1 4, and of the first of the next epoch."""
+    batches = take(train(Numbers(size=8), seed=0, batch=3), 3)
+    shown = [batch["image"].tolist() for batch in batches]
+    assert shown[:2] == [[6, 3, 5], [0, 7, 2]]
+    assert shown[2] == inputs.epoch_permutation(0, 1, 8)[:3].tolist()
+    (batch,) = take(train(OnDisk(size=8), seed=0, batch=4, shard=(1, 2), start_step=1), 1)
+    assert batch["image"].tolist() == [1, 4] and batch["label"].tolist() == [1, 1]
+    for kind in (Numbers, OnDisk):
+        copies = take(train(kind(size=8), seed=0, batch=4, repeats=3), 2)
+        assert [batch["image"].tolist() for batch in copies] == [[6, 6, 6, 3], [3, 3, 5, 5]]
+    assert inputs.host_rows(12, (2, 3)) == slice(8, 12)
+
+
+def test_draws_of_a_batch_are_those_of_its_examples():
+    (batch,) = take(train(OnDisk(), transform=add_noise, start_step=4, repeats=3), 1)
+    order = inputs.epoch_permutation(5, 1, SIZE)  # seed 5; step 4 is the second of epoch 1
+    for row in range(BATCH):
+        index, copy = order[(BATCH + row) // 3], (BATCH + row) % 3
+        rng = inputs.example_generator(5, 1, int(index), copy=copy)
+        assert batch["image"][row] == index
+        np.testing.assert_array_equal(batch["noise"][row], rng.uniform(size=2))
 
 
 def test_epochs_visit_every_example_at_most_once():
@@ -198,7 +250,8 @@ def test_bad_examples_are_replaced_and_reported_once(tmp_path, count, caplog):
             replaced += 1
     assert replaced >= 2
     lines = [json.loads(line) for line in report.read_text().splitlines()]
-    assert sorted(line["name"] for line in lines) == ["number 4", "number 9"]
+    found = sorted((line["name"], line["index"]) for line in lines)
+    assert found == [("number 4", 4), ("number 9", 9)]
     assert "number 9: it is bad" in caplog.text
     take(train(OnDisk(bad=(4, 9)), **settings), 6)  # a resumed run adds nothing
     assert len(report.read_text().splitlines()) == 2
@@ -274,6 +327,16 @@ def test_evaluation_pads_the_last_batch_on_every_host(kind, hosts):
     np.testing.assert_array_equal(images[17:], 0)
 
 
+@pytest.mark.parametrize("kind", [Numbers, OnDisk])
+def test_evaluation_transforms_each_example(kind):
+    def twice(example):
+        return {"twice": 2 * example["image"], "label": example["label"]}
+
+    batches = list(inputs.eval_batches(kind(size=5), transform=twice, batch=4))
+    assert [batch["twice"].tolist() for batch in batches] == [[0, 2, 4, 6], [8, 0, 0, 0]]
+    assert [batch["label"].tolist() for batch in batches] == [[0, 1, 2, 0], [1, 0, 0, 0]]
+
+
 def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
     report = tmp_path / "bad.jsonl"
     source = OnDisk(size=10, bad=(0, 6))
@@ -284,7 +347,8 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
     )
     mask = np.concatenate([batch["_mask"] for batch in batches])
     np.testing.assert_array_equal(np.flatnonzero(mask == 0), [0, 6, 10, 11])
-    assert len(report.read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [(line["name"], line["index"]) for line in lines] == [("number 0", 0), ("number 6", 6)]
     with pytest.raises(ValueError, match="number 0"):
         list(inputs.eval_batches(source, transform=None, batch=4))
     with pytest.raises(ValueError, match="leaves none to evaluate"):

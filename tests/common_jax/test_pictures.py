@@ -129,6 +129,30 @@ def test_a_header_that_promises_more_than_the_file_can_hold_is_refused():
         decoded(png(60_000, 60_000, depth=8, colour=0, rows=b""))
 
 
+def test_a_byte_may_hold_twenty_pixels_beyond_what_is_always_allowed(monkeypatch):
+    content = encoded(Image.new("L", (100, 100)), "PNG")
+    assert len(content) < 400 and decoded(content, 1).shape == (100, 100, 1)
+    monkeypatch.setattr(pictures, "SMALL", 9_999)
+    assert decoded(content.ljust(500, b"\0"), 1).shape == (100, 100, 1)
+    with pytest.raises(ValueError, match=r"100 x 100 pixels are more than the 9999 allowed for"):
+        decoded(content.ljust(499, b"\0"), 1)
+    monkeypatch.setattr(pictures, "LARGEST", 9_998)
+    with pytest.raises(ValueError, match=r"more than the 9998 allowed for 600 bytes"):
+        decoded(content.ljust(600, b"\0"), 1)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("L", (4, 3), value) for value in (10, 200)]
+    for form in ("GIF", "TIFF"):
+        content = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+        np.testing.assert_array_equal(decoded(content, 1), np.full((3, 4, 1), 10))
+
+
+def test_colours_become_grey_by_itu_r_601():
+    colour = Image.new("RGB", (1, 1), (200, 100, 0))
+    assert decoded(encoded(colour, "PNG"), 1).tolist() == [[[118]]]  # 0.299 * 200 + 0.587 * 100
+
+
 def test_what_is_cut_off_empty_or_nonsense_is_an_error_that_can_be_printed():
     whole = encoded(Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)), "PNG")
     cases = [b"", b"x", whole[:20], whole[:-30], b"GIF89a", b"II*\0" + b"\xff" * 40]

@@ -1,17 +1,21 @@
-"""Device-side augmentation: what moves, what mixes, and what stays exactly as it was."""
+"""Device-side augmentation: what moves, what is erased, and what stays exactly as it was."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import correlation, keys_drawn_from
 
 from m2mkd_jax.data import augment
 from m2mkd_jax.data.augment import AugmentConfig
 
+pytestmark = pytest.mark.usefixtures("little_optimised")
+
 KEY = jax.random.key(0)
 PIXELS = jnp.asarray(np.random.default_rng(0).integers(1, 256, (8, 12, 10, 3)), jnp.uint8)
 IMAGES = PIXELS.astype(jnp.float32) / 128 - 1
-LABELS = jnp.arange(8) % 5
 GREY = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
@@ -48,6 +52,73 @@ def test_everything_together_runs_under_jit_and_follows_its_key():
     assert (np.asarray(first) != np.asarray(step(PIXELS, jax.random.key(1)))).any()
 
 
+def test_every_channel_has_its_own_mean_and_std():
+    pixels = jnp.asarray([[[[0, 51, 255]]]], jnp.uint8)
+    got = augment.normalise(pixels, mean=(0.5, 0.1, 0.25), std=(0.5, 0.2, 0.125))
+    np.testing.assert_allclose(got, [[[[-1, 0.5, 6]]]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"padding": 2}, {"flip": True}, {"erasing": 1.0}, {"rotate": 20.0}]
+)
+def test_each_change_alone_differs_by_image_and_by_key(setting):
+    images = jnp.tile(PIXELS[:1, :6, :6, :1], (16, 1, 1, 1))
+    mean_and_std = {"mean": (0.5,), "std": (0.25,)}
+    config = AugmentConfig(**setting)
+    run = jax.jit(lambda key: augment.augment(images, key, config=config, **mean_and_std))
+    first, other = np.asarray(run(KEY)), np.asarray(run(jax.random.key(1)))
+    assert len({image.tobytes() for image in first}) > 1
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("setting", [{"rotate": 20.0}, {"scale": 0.3}, {"shift": 1.5}])
+def test_each_movement_alone_moves(setting):
+    assert AugmentConfig(**setting).moves and not AugmentConfig().moves
+
+
+def test_every_step_gets_its_settings_in_this_order(monkeypatch):
+    asked = []
+
+    def watch(name):
+        def step(images, key, **settings):
+            asked.append((name, settings))
+            return images
+
+        monkeypatch.setattr(augment, name, step)
+
+    for name in ("flip", "pad_and_crop", "random_affine", "random_erasing"):
+        watch(name)
+    moves = {"rotate": 9.0, "scale": 0.1, "shift": 2.0}
+    config = AugmentConfig(padding=3, flip=True, erasing=0.4, **moves)
+    augment.augment(PIXELS, KEY, config=config, **GREY)
+    assert asked == [
+        ("random_affine", {"degrees": 9.0, "scale": 0.1, "shift": 2.0}),
+        ("pad_and_crop", {"padding": 3}),
+        ("flip", {}),
+        ("random_erasing", {"probability": 0.4}),
+    ]
+
+
+def test_no_two_draws_share_a_key(monkeypatch):
+    images = PIXELS[:2, :4, :4]
+    moves = {"rotate": 9.0, "scale": 0.1, "shift": 1.0}
+    config = AugmentConfig(padding=1, flip=True, erasing=0.5, **moves)
+    run = functools.partial(augment.augment, images, config=config, **GREY)
+    keys = keys_drawn_from(monkeypatch, run)
+    assert len(keys) == 8 == len(set(keys))  # one each to move, crop and flip, five to erase
+
+
+def test_geometry_moves_pixels_and_noise_fills_normalised_images():
+    """Black that comes in is normalised with the rest; noise is not normalised again."""
+    config = AugmentConfig(padding=2, flip=True, erasing=0.5)
+    images = jnp.full((400, 8, 8, 1), 255, jnp.uint8)
+    run = jax.jit(lambda key: augment.augment(images, key, config=config, mean=(0.5,), std=(0.01,)))
+    values = np.asarray(run(KEY))
+    assert values.min() == pytest.approx(-50) and values.max() == pytest.approx(50)
+    noise = values[np.abs(values) < 49]
+    assert abs(noise.std() - 1) < 0.1 and noise.size > 1000
+
+
 def test_large_images_and_randaugment_leave_the_geometry_to_the_host():
     assert augment.geometry_on_device(AugmentConfig(), 32)
     assert not augment.geometry_on_device(AugmentConfig(), 33)
@@ -70,6 +141,19 @@ def test_padded_crops_are_windows_of_the_padded_image():
         assert len(found) == 1
         corners += found
     assert len(set(corners)) > 3 and crops.dtype == np.uint8
+
+
+def test_padded_crops_reach_every_corner_alike():
+    one = PIXELS[0, :5, :4]
+    padded = np.pad(np.asarray(one), ((2, 2), (2, 2), (0, 0)))
+    windows = np.stack(
+        [padded[top : top + 5, left : left + 4] for top in range(5) for left in range(5)]
+    )
+    crops = np.asarray(augment.pad_and_crop(jnp.tile(one, (1000, 1, 1, 1)), KEY, padding=2))
+    hits = (crops[:, None] == windows).all(axis=(2, 3, 4))
+    assert (hits.sum(axis=1) == 1).all()
+    counts = hits.sum(axis=0)  # 40 each, with a standard deviation of 6.2
+    assert counts.min() > 15 and counts.max() < 65
 
 
 def test_flip_mirrors_about_half():
@@ -112,10 +196,52 @@ def test_affine_moves_the_way_it_says():
     np.testing.assert_allclose(half[:, 1:], middle, atol=1e-5)
 
 
-def test_random_affine_differs_from_image_to_image():
-    one = jnp.tile(PIXELS[:1], (16, 1, 1, 1))
-    moved = np.asarray(augment.random_affine(one, KEY, degrees=15.0, scale=0.1, shift=1.0))
-    assert len({image.tobytes() for image in moved}) == 16
+def test_moved_integers_are_rounded():
+    column = jnp.asarray([[[0], [10], [13]]], jnp.uint8)[..., None]
+    still = {"angle": jnp.zeros(1), "size": jnp.ones(1)}
+    for down, want in ((0.75, [0, 2, 11]), (0.25, [0, 8, 12])):
+        moved = augment.affine(column, shift=jnp.asarray([[down, 0.0]]), **still)
+        np.testing.assert_array_equal(np.ravel(moved), want)  # 0, 2.5, 10.75; 0, 7.5, 12.25
+
+
+# A pixel of these images says where it stands, which bilinear interpolation keeps exactly.
+PLACES = jnp.stack(jnp.meshgrid(jnp.arange(9.0), jnp.arange(9.0), indexing="ij"), axis=-1)
+
+
+def movement(moved):
+    """(angle, size, down, right), each [B], that made `moved` of PLACES."""
+    moved = np.asarray(moved, float)
+    source = moved[:, 4, 4] - 4
+    to_row = np.stack(
+        [moved[:, 5, 4, 0] - moved[:, 4, 4, 0], moved[:, 4, 5, 0] - moved[:, 4, 4, 0]]
+    )
+    cosine, sine = to_row
+    down = -(cosine * source[:, 0] - sine * source[:, 1]) / (cosine**2 + sine**2)
+    right = -(sine * source[:, 0] + cosine * source[:, 1]) / (cosine**2 + sine**2)
+    return np.arctan2(sine, cosine), 1 / np.hypot(cosine, sine), down, right
+
+
+def test_every_image_has_its_own_movement():
+    angle, size = np.array([0.1, -0.2, 0.3]), np.array([1.0, 1.1, 0.9])
+    shift = np.array([[1.0, -0.5], [0.0, 0.25], [0.5, 1.0]])
+    moved = augment.affine(
+        jnp.tile(PLACES, (3, 1, 1, 1)),
+        angle=jnp.asarray(angle, jnp.float32),
+        size=jnp.asarray(size, jnp.float32),
+        shift=jnp.asarray(shift, jnp.float32),
+    )
+    np.testing.assert_allclose(movement(moved), [angle, size, *shift.T], atol=1e-5)
+
+
+def test_random_affine_reaches_both_ends_of_each_range_on_its_own():
+    images = jnp.tile(PLACES, (2000, 1, 1, 1))
+    run = jax.jit(lambda key: augment.random_affine(images, key, degrees=9.0, scale=0.2, shift=1.5))
+    angle, size, down, right = movement(run(KEY))
+    assert correlation(angle, size, down, right) < 0.08
+    for draws, end in ((np.degrees(angle), 9.0), (size - 1, 0.2), (down, 1.5), (right, 1.5)):
+        share = draws / end
+        assert -1.001 < share.min() < -0.99 and 0.99 < share.max() < 1.001
+        assert abs(share.mean()) < 0.05 and abs(share.std() - 3**-0.5) < 0.02  # uniform
 
 
 def test_erasing_leaves_one_rectangle_of_noise():
@@ -132,110 +258,58 @@ def test_erasing_leaves_one_rectangle_of_noise():
         assert 0.01 < tall * wide / 480 < 0.38
     noise = erased[touched]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert len(np.unique(noise)) > 0.99 * noise.size  # by pixel, channel and image
     same(augment.random_erasing(images, KEY, probability=0.0), images)
 
 
-def test_soft_targets_sum_to_one():
-    targets = np.asarray(augment.soft_targets(LABELS, 5, 0.1))
-    np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(targets[np.arange(8), LABELS], 0.92, rtol=1e-6)
-    np.testing.assert_allclose(np.sort(targets)[:, :-1], 0.02, rtol=1e-6)
+def rectangles(images):
+    """(which images, top, left, height, width) of what differs from 100."""
+    touched = (np.asarray(images) != 100).any(axis=-1)
+    hit = touched.any(axis=(1, 2))
+    rows, columns = touched[hit].any(axis=2), touched[hit].any(axis=1)
+    top, left = rows.argmax(axis=1), columns.argmax(axis=1)
+    return hit, top, left, rows.sum(axis=1), columns.sum(axis=1)
 
 
-def test_mixup_pairs_with_the_reversed_batch():
-    images, pixels = augment.mixup(IMAGES, 0.3), np.asarray(IMAGES)
-    for place in range(8):
-        want = 0.3 * pixels[place] + 0.7 * pixels[7 - place]
-        np.testing.assert_allclose(images[place], want, rtol=1e-5, atol=1e-6)
-    same(augment.mixup(IMAGES, 1.0), IMAGES)
-    targets = np.asarray(augment.mix_targets(augment.soft_targets(LABELS, 5, 0.0), 0.3))
-    for place in range(8):
-        want = np.zeros(5)
-        want[int(LABELS[place])] += 0.3
-        want[int(LABELS[7 - place])] += 0.7
-        np.testing.assert_allclose(targets[place], want, rtol=1e-6)
+def test_erased_rectangles_reach_both_ends_of_area_shape_and_place():
+    side = 48
+    images = jnp.full((2000, side, side, 1), 100.0)
+    run = jax.jit(lambda key: augment.random_erasing(images, key, probability=0.5))
+    hit, top, left, tall, wide = rectangles(run(KEY))
+    assert abs(hit.mean() - 0.5) < 0.03
+    area, log_aspect = tall * wide / side**2, np.log(tall / wide)
+    assert 0.017 < area.min() < 0.024 and 0.32 < area.max() < 0.345
+    assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.01  # few do not fit
+    low, high = np.log(0.3), np.log(1 / 0.3)
+    assert low - 0.15 < log_aspect.min() < low + 0.05
+    assert high - 0.05 < log_aspect.max() < high + 0.15
+    assert abs(log_aspect.mean()) < 0.05 and abs(log_aspect.std() - high / 3**0.5) < 0.06
+    assert top.min() == left.min() == 0
+    assert (top + tall).max() == (left + wide).max() == side
+    down, right = top / (side - tall), left / (side - wide)
+    assert abs(down.mean() - 0.5) < 0.03 and abs(right.mean() - 0.5) < 0.03
+    assert correlation(area, log_aspect, down, right) < 0.15
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.37, 0.8, 1.0])
-@pytest.mark.parametrize("centre", [(6, 5), (0, 9), (11, 0)])
-def test_cutmix_lambda_is_the_share_that_stays(lam, centre):
-    mixed, effective = augment.cutmix(IMAGES, lam, centre)
-    taken = np.asarray(mixed) != np.asarray(IMAGES)
-    area = taken.any(axis=(0, 3)).sum()
-    assert effective == pytest.approx(1 - area / 120, abs=1e-6)
-    same(np.asarray(mixed)[taken], np.asarray(IMAGES)[::-1][taken])
-    traced, again = jax.jit(augment.cutmix)(IMAGES, jnp.float32(lam), centre)
-    same(traced, mixed)
-    assert float(again) == pytest.approx(effective, abs=1e-6)
+def sides_by_trying(rng, height, width):
+    """(height, width) of the first of ten tries that fits."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        tall, wide = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if tall < height and wide < width:
+            return tall, wide
+    return None
 
 
-def mix(config, key=KEY, images=IMAGES, labels=LABELS):
-    return jax.jit(
-        lambda images, labels, key: augment.mix(images, labels, key, config=config, labels_count=5)
-    )(images, labels, key)
-
-
-def test_no_mixing_smooths_the_labels_only():
-    images, targets = mix(AugmentConfig(smoothing=0.1))
-    same(images, IMAGES)
-    same(targets, augment.soft_targets(LABELS, 5, 0.1))
-    same(mix(AugmentConfig(mixup=0.8, cutmix=1.0, mix_probability=0.0))[0], IMAGES)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        AugmentConfig(mixup=0.8, smoothing=0.1),
-        AugmentConfig(cutmix=1.0),
-        AugmentConfig(mixup=0.8, cutmix=1.0, smoothing=0.1, mix_probability=0.7),
-    ],
-)
-def test_targets_follow_the_pixels(config):
-    # Image i is i + 1 everywhere, so its pixels say how much of which partner it holds.
-    values = jnp.arange(1.0, 9.0)
-    images = jnp.broadcast_to(values[:, None, None, None], (8, 12, 10, 1))
-    labels = jnp.arange(8) % 2  # partners differ in label
-    run = jax.jit(lambda key: augment.mix(images, labels, key, config=config, labels_count=2))
-    shares = []
-    for seed in range(24):
-        mixed, targets = run(jax.random.key(seed))
-        mean = np.asarray(mixed).mean(axis=(1, 2, 3))
-        lam = (mean - values[::-1]) / (values - values[::-1])
-        assert np.ptp(lam) < 1e-4
-        own = (np.asarray(targets)[np.arange(8), labels] - config.smoothing / 2) / (
-            1 - config.smoothing
-        )
-        np.testing.assert_allclose(own, lam, atol=1e-4)
-        shares.append(float(lam[0]))
-    assert len({round(share, 3) for share in shares}) > 8
-    assert (1.0 in shares) or config.mix_probability == 1
-
-
-def test_both_kinds_of_mixing_happen():
-    config = AugmentConfig(mixup=0.8, cutmix=1.0)
-    run = jax.jit(lambda key: augment.mix(IMAGES, LABELS, key, config=config, labels_count=5)[0])
-    sources = np.stack([np.asarray(IMAGES), np.asarray(IMAGES)[::-1]])
-    copied = [
-        (np.asarray(run(jax.random.key(seed))) == sources).any(axis=0).all() for seed in range(40)
-    ]
-    assert 10 < sum(copied) < 30  # cutmix copies pixels, mixup blends them
-
-
-def test_an_odd_batch_cannot_be_mixed():
-    with pytest.raises(ValueError, match=r"batch of 7 .* even; change config\.optim\.batch"):
-        mix(AugmentConfig(mixup=0.8), images=IMAGES[:7], labels=LABELS[:7])
-    mix(AugmentConfig(), images=IMAGES[:7], labels=LABELS[:7])
-
-
-def test_draws_from_the_legacy_generator_take_only_what_they_need():
-    def left_over(config, seed=0):
-        rng = np.random.RandomState(seed)
-        drawn = augment.draw_mix(rng, config, height=12, width=10)
-        return drawn, rng.rand()
-
-    nothing = np.random.RandomState(0).rand()
-    assert left_over(AugmentConfig()) == ((False, 1.0, None), nothing)
-    (use_cutmix, lam, centre), _ = left_over(AugmentConfig(cutmix=1.0))
-    assert use_cutmix and 0 < lam < 1 and 0 <= centre[0] < 12 and 0 <= centre[1] < 10
-    (use_cutmix, lam, centre), _ = left_over(AugmentConfig(mixup=0.8))
-    assert not use_cutmix and 0 < lam < 1 and centre is None
+def test_both_sides_are_of_the_first_of_ten_tries_that_fits():
+    """In this strip every other try is too tall."""
+    images = jnp.full((1600, 12, 64, 1), 100.0)
+    run = jax.jit(lambda key: augment.random_erasing(images, key, probability=1.0))
+    hit, _, _, tall, wide = rectangles(run(KEY))
+    assert hit.mean() > 0.99 and tall.max() == 11
+    rng = np.random.default_rng(0)
+    naive = np.array([x for _ in range(8000) if (x := sides_by_trying(rng, 12, 64))]).T
+    for found, want in zip((tall, wide), naive, strict=True):
+        assert abs(np.log(found).mean() - np.log(want).mean()) < 0.03
+    assert abs(np.corrcoef(tall, wide)[0, 1] - np.corrcoef(*naive)[0, 1]) < 0.06

@@ -11,7 +11,8 @@ from meshes import one_device
 from tiny import OPTIM, fill, tiny_config, unoptimised
 
 from common_jax import checkpoint, inputs
-from m2mkd_jax.config import FewShotConfig, SourcesConfig
+from common_jax.optim import OptimConfig
+from m2mkd_jax.config import Config, FewShotConfig, SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.few_shot import choose_episode, choose_task
@@ -19,7 +20,7 @@ from m2mkd_jax.data.samplers import repeated_indices
 from m2mkd_jax.data.sources import ArraySource
 from m2mkd_jax.phases import few_shot
 from m2mkd_jax.phases.families import whole_student
-from m2mkd_jax.phases.few_shot import episodes_table, summary
+from m2mkd_jax.phases.few_shot import episode_feed, episodes_table, load_splits, summary
 from m2mkd_jax.phases.pipeline import run_phase
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 30))
@@ -64,11 +65,39 @@ def test_examples_are_numpy_s_permutations_in_the_drawn_order_of_the_classes(see
     np.testing.assert_array_equal(chosen.indices, draw.permutation(np.concatenate(kept)))
 
 
+def test_known_examples_and_labels():
+    """The generators are those whose numbers neither python nor numpy changes. The classes' places
+    are permuted one after the other, three of each are kept, and then all are permuted."""
+    labels = np.array([2, 0, 1, 3] * 5)
+    chosen = choose_episode(labels, ways=2, shots=3, seed=0, labels_count=4)
+    assert chosen.classes == (3, 1)
+    assert chosen.indices.tolist() == [3, 2, 10, 11, 7, 6]
+    assert chosen.labels.tolist() == [1, 0, 0, 1, 1, 0]  # of 3 and 1: by rank, not as drawn
+
+
+def test_classes_and_examples_both_follow_the_seed():
+    whole = [episode(ways=20, seed=seed) for seed in (1, 2)]
+    assert whole[0].classes != whole[1].classes
+    first, second = (set(one.indices.tolist()) for one in whole)
+    assert 0 < len(first & second) < 40  # of 80 each, if chosen apart about 11
+
+
+def test_classes_stay_and_examples_grow_with_the_shots():
+    few, more = episode(shots=4), episode(shots=9)
+    assert few.classes == more.classes and set(few.indices) < set(more.indices)
+    every = episode(shots=30)  # as many as there are
+    np.testing.assert_array_equal(
+        np.sort(every.indices), np.flatnonzero(np.isin(LABELS, every.classes))
+    )
+
+
 def test_eligible_rows_keep_splits_apart():
     split = np.arange(len(LABELS)) % 2 == 0
     train, test = episode(eligible=split), episode(eligible=~split, shots=6)
     assert train.classes == test.classes
     assert split[train.indices].all() and not split[test.indices].any()
+    with pytest.raises(ValueError, match=r"has 9 examples, but 25 are asked for"):
+        episode(eligible=split, shots=25)
 
 
 def test_a_task_validates_on_the_test_split_unless_told():
@@ -78,9 +107,43 @@ def test_a_task_validates_on_the_test_split_unless_told():
     assert train.classes == validation.classes
     assert (len(train.indices), len(validation.indices)) == (20, 30)
     classes = np.sort(validation.classes)
+    np.testing.assert_array_equal(classes[train.labels], LABELS[train.indices])
     np.testing.assert_array_equal(classes[validation.labels], test_labels[validation.indices])
+    assert np.bincount(train.labels).tolist() == [4] * 5
+    assert np.bincount(validation.labels).tolist() == [6] * 5
     train, validation = choose_task(LABELS, test_labels, validate_on_train=True, **settings)
-    assert set(train.indices) <= set(validation.indices)
+    np.testing.assert_array_equal(classes[validation.labels], LABELS[validation.indices])
+    assert set(train.indices) < set(validation.indices) and len(validation.indices) == 30
+
+
+@pytest.mark.parametrize("test_on_train", [False, True])
+def test_an_episode_s_feed_has_as_many_images_as_asked_for(tmp_path, test_on_train):
+    asked = FewShotConfig(ways=3, shots=2, test_shots=5, seed=4, test_on_train=test_on_train)
+    config = Config(phase="few_shot", few_shot=asked, optim=OptimConfig(batch=6))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=10))
+    sources = load_splits(config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
+    feed = episode_feed(config, sources, workdir=tmp_path)
+    assert feed.steps_per_epoch == 1 and len(feed.label_names) == 3
+    assert feed.label_names == tuple(sorted(feed.label_names))
+    batch = next(feed.batches(0))
+    held_out = [
+        (image, label)
+        for one in feed.evaluation()
+        for image, label, real in zip(one["image"], one["label"], one["_mask"], strict=True)
+        if real
+    ]
+    assert np.bincount(batch["label"]).tolist() == [2] * 3
+    assert np.bincount([label for _, label in held_out]).tolist() == [5] * 3
+    trained = list(zip(batch["image"], batch["label"], strict=True))
+    splits = ((trained, "train"), (held_out, "train" if test_on_train else "test"))
+    for examples, split in splits:
+        images, labels = digits.load_split(split)
+        known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+        for image, label in examples:
+            assert digits.NAMES[known[image.tobytes()]] == feed.label_names[label]
+    shared = {image.tobytes() for image, _ in trained} & {image.tobytes() for image, _ in held_out}
+    assert len(shared) == (6 if test_on_train else 0)
 
 
 def test_impossible_episodes_name_the_key():
@@ -97,6 +160,16 @@ def test_copies_of_an_image_land_on_neighbours(count, world):
     assert {len(rank) for rank in ranks} == {count // 256 * 256 // world}
     order = np.stack(ranks, axis=1).ravel()
     np.testing.assert_array_equal(order, np.repeat(permutation, 3)[: len(order)])
+
+
+def test_other_numbers_of_copies_by_hand():
+    settings = {"repeats": 2, "rounding": 4, "world": 2}
+    order = np.array([5, 3, 8, 0, 9, 1, 2, 4, 6, 7, 10])  # of which 8 samples are kept: 4 for each
+    for rank in range(2):
+        assert repeated_indices(order, rank=rank, **settings).tolist() == [5, 3, 8, 0]
+    settings["world"] = 3  # 8 // 3 for each; ranks 0 to 2 take turns at 5 5 3 3 8 8
+    found = [repeated_indices(order, rank=rank, **settings).tolist() for rank in range(3)]
+    assert found == [[5, 3], [5, 8], [3, 8]]
 
 
 def test_small_sets_are_empty_and_ranks_are_checked():

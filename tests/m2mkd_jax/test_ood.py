@@ -136,6 +136,15 @@ def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
         load_ood(data, OodConfig("folder", str(wrong)), label_names=("ant", "bee", "cat", "dog"))
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_set_is_whole_however_few_images_are_trained_or_tested_on(tmp_path, split):
+    root = make_folder(tmp_path / "r", ("bee", "dog"), images=3)
+    data = DataConfig(channels=3, image_size=36, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = dataclasses.replace(data, per_class=1, test_per_class=2)
+    found = load_ood(data, OodConfig("folder", str(root), split), label_names=("bee", "cat", "dog"))
+    assert found.source.labels.tolist() == [0, 0, 0, 1, 1, 1] and found.classes == (0, 2)
+
+
 WNIDS = ("n01", "n02", "n03", "n04")
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 

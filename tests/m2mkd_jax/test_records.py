@@ -1,5 +1,6 @@
 """Sets whose labels stand in records or lists: TFDS's ArrayRecords, Tiny-ImageNet, iNaturalist."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -13,6 +14,7 @@ from PIL import Image
 
 from common_jax.inputs import BadExample, train_batches
 from m2mkd_jax.data import records
+from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
 
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -111,9 +113,9 @@ def test_parts_of_splits_have_their_own_labels(tmp_path, caplog):
         for own, whole in enumerate(places):
             with Image.open(io.BytesIO(encoded(whole))) as image:
                 np.testing.assert_array_equal(source[own]["image"], np.asarray(image))
-        shard, record = divmod(places[-1], 5)
-        name = f"pets-train.array_record-0000{shard}-of-00002, record {record}"
-        assert source.name(len(source) - 1) == f"{folder}/{name}"
+            shard, record = divmod(whole, 5)
+            name = f"pets-train.array_record-0000{shard}-of-00002, record {record}"
+            assert source.name(own) == f"{folder}/{name}"
     assert "'train[80%:]' has no image for 1 classes" in caplog.text
 
 
@@ -130,6 +132,35 @@ def test_labels_are_read_once_and_anew_for_other_records(tmp_path, monkeypatch, 
     shutil.copy(folder / "labels-train.npz", other)
     labels = load_source(config_of(tmp_path / "other"), "train").labels
     np.testing.assert_array_equal(labels, [2] * 5 + [0, 1, 1, 1, 1])
+
+
+def test_an_ood_set_of_records_has_its_own_name(tmp_path):
+    prepared(tmp_path)
+    data = DataConfig("tfds", "/elsewhere", 12, labels=4, name="fish", **RGB)
+    ood = OodConfig("tfds", str(tmp_path), "train", "pets")
+    found = load_ood(data, ood, label_names=("bee", "cat", "dog", "ant"))
+    assert len(found.source) == SIZE and found.classes == (3, 0, 1)
+    with pytest.raises(FileNotFoundError, match=r"config\.ood\.path=.* config\.ood\.name='dogs'"):
+        load_ood(data, dataclasses.replace(ood, name="dogs"), label_names=NAMES)
+
+
+def test_labels_are_read_in_chunks_of_records(tmp_path, monkeypatch):
+    labels = [0, 1, 2, 2, 0, 1, 1, 0, 2, 2]
+    prepared(tmp_path, labels=labels)
+    monkeypatch.setattr(records, "CHUNK", 3)
+    assert load_source(config_of(tmp_path), "train").labels.tolist() == labels
+
+
+@pytest.mark.parametrize("changed", [0, 9])
+def test_labels_are_read_anew_whichever_file_is_another(tmp_path, changed):
+    """In a set of as many bytes, only the first file differs, or only the last."""
+    kept = prepared(tmp_path)
+    load_source(config_of(tmp_path), "train")
+    labels = [i % 3 for i in range(SIZE)]
+    labels[changed] = 2
+    other = prepared(tmp_path / "other", labels=labels)
+    shutil.copy(kept / "labels-train.npz", other)
+    assert load_source(config_of(tmp_path / "other"), "train").labels.tolist() == labels
 
 
 def test_a_broken_file_of_labels_is_made_again(tmp_path, caplog):
@@ -300,6 +331,17 @@ def test_tiny_imagenet_as_it_is_published(tmp_path):
         load_source(config, "test")
 
 
+def test_tiny_imagenet_s_annotations_may_be_in_any_order(tmp_path):
+    config = tiny_imagenet(tmp_path / "set")
+    path = tmp_path / "set/val/val_annotations.txt"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*others, first]))
+    val = load_source(config, "val")
+    np.testing.assert_array_equal(val.labels, [1, 2, 0, 0])
+    with Image.open(io.BytesIO(encoded(101, side=64))) as image:
+        np.testing.assert_array_equal(val[1]["image"], np.asarray(image))
+
+
 def test_tiny_imagenet_with_wrong_lists_is_refused(tmp_path):
     root = tmp_path / "set"
     config = tiny_imagenet(root)
@@ -353,6 +395,21 @@ def test_inaturalist_has_its_labels_from_the_json(tmp_path, split):
     np.testing.assert_array_equal(source.labels, [1, 0, 2, 1, 0, 2])
     with Image.open(io.BytesIO(encoded(4))) as image:
         np.testing.assert_array_equal(source[4]["image"], np.asarray(image))
+
+
+def test_inaturalist_s_lists_may_be_in_any_order(tmp_path):
+    """Images are found by number, and stand by the names of their files."""
+    inaturalist(tmp_path)
+    path = tmp_path / "train2018.json"
+    record = json.loads(path.read_text())
+    for name, step in (("images", 5), ("annotations", -1)):
+        record[name] = [record[name][step * i % 6] for i in range(6)]
+    path.write_text(json.dumps(record))
+    config = DataConfig("inaturalist", str(tmp_path), 12, labels=3, **RGB)
+    source = load_source(config, "train")
+    assert source.labels.tolist() == [1, 0, 2, 1, 0, 2]
+    with Image.open(io.BytesIO(encoded(1))) as image:
+        np.testing.assert_array_equal(source[1]["image"], np.asarray(image))
 
 
 def test_inaturalist_with_wrong_records_is_refused(tmp_path):

@@ -11,7 +11,6 @@ from PIL import Image
 from common_jax.inputs import BadExample, eval_batches, train_batches
 from m2mkd_jax.data import transforms
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.randaugment import OPERATIONS, level_argument, randaugment
 from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.data.subsets import Subset
 
@@ -201,6 +200,8 @@ def make_small(root, sizes):
         ((20, 20, 20), "auto", True),
         ((20, 20, 20), "never", False),
         ((20, 24, 20), "auto", False),
+        ((20, 20, 20, 20, 24), "auto", False),
+        ((64, 64), "auto", True),
         ((65, 65), "auto", False),
         ((65, 65), "always", True),
     ],
@@ -216,6 +217,18 @@ def test_small_sets_stay_decoded(tmp_path, sizes, mode, held):
         if held:
             np.testing.assert_array_equal(source.arrays["image"][i], plain[i]["image"])
             assert source.arrays["label"][i] == plain[i]["label"]
+
+
+def test_chunks_of_images_are_decoded_into_their_places(tmp_path, monkeypatch):
+    root = make_small(tmp_path, (20,) * 11)
+    (root / "train/cat/0.png").write_bytes(b"")  # the first, whose size is not known then
+    plain = load_source(config_of(root, labels=2, in_memory="never"), "train")
+    monkeypatch.setattr("m2mkd_jax.data.sources.CHUNK", 3)
+    source = load_source(config_of(root, labels=2), "train")
+    assert set(source.bad) == {0} and source.images.shape == (11, 20, 20, 3)
+    for index in range(1, 11):
+        np.testing.assert_array_equal(source[index]["image"], plain[index]["image"])
+        assert source[index]["label"] == plain[index]["label"] == (index > 5)
 
 
 def test_too_many_bytes_stay_on_the_disk(tmp_path, monkeypatch):
@@ -340,54 +353,6 @@ def test_digits_need_the_host_only_for_randaugment():
     plain = next(train_batches(source, transform=None, seed=0, batch=64))
     np.testing.assert_array_equal(batch["label"], plain["label"])
     assert (batch["image"] != plain["image"]).any(axis=(1, 2, 3)).sum() > 32
-
-
-@pytest.mark.parametrize(("height", "width"), [(40, 50), (224, 224), (10, 300), (300, 10)])
-def test_random_crops_lie_inside_and_keep_their_ranges(height, width):
-    rng = np.random.default_rng(0)
-    boxes = np.array([transforms.crop_box(rng, height=height, width=width) for _ in range(500)])
-    top, left, tall, wide = boxes.T
-    assert (top >= 0).all() and (top + tall <= height).all()
-    assert (left >= 0).all() and (left + wide <= width).all()
-    slack = 1 + 1 / boxes[:, 2:].min()  # sides are whole pixels
-    assert (wide / tall <= 4 / 3 * slack).all() and (wide / tall >= 3 / 4 / slack).all()
-    if height == width:
-        share = tall * wide / (height * width)
-        assert share.min() < 0.12 and share.max() > 0.9 and share.min() > 0.075
-        assert len(np.unique(top)) > 50
-
-
-def test_a_strip_falls_back_to_its_centre():
-    box = transforms.crop_box(np.random.default_rng(1), height=3, width=1000)
-    assert box == (0, 498, 3, 4)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("name", list(OPERATIONS))
-def test_every_operation_changes_a_picture_and_keeps_its_form(name, mode):
-    image = picture(3).point([40 + value // 2 for value in range(256)] * 3).convert(mode)
-    for magnitude, negative in itertools.product((7.0, 10.0), (False, True)):
-        changed = OPERATIONS[name](image, level_argument(name, magnitude, negative))
-        assert changed.size == image.size and changed.mode == mode
-        is_grey_colour = mode == "L" and name == "ColorIncreasing"
-        assert (changed.tobytes() == image.tobytes()) == is_grey_colour
-
-
-def test_signs_and_unknown_operations():
-    assert level_argument("Rotate", 9.0, True) == -level_argument("Rotate", 9.0, False) == -27
-    assert level_argument("PosterizeIncreasing", 10.0, False) == 0
-    black = OPERATIONS["PosterizeIncreasing"](picture(0), 0)
-    assert black.getextrema() == ((0, 0),) * 3
-    with pytest.raises(ValueError, match="'Rotat' is no operation"):
-        level_argument("Rotat", 9.0, False)
-
-
-def test_randaugment_follows_its_generator_and_leaves_a_quarter_alone():
-    image = picture(5, 24, 24)
-    results = [randaugment(image, np.random.default_rng(seed)).tobytes() for seed in range(400)]
-    assert results[7] == randaugment(image, np.random.default_rng(7)).tobytes()
-    # Neither of two operations runs with probability 1/4; few others leave the image as it was.
-    assert 0.2 < results.count(image.tobytes()) / 400 < 0.4
 
 
 def test_subset_relabels_and_reorders(folder):

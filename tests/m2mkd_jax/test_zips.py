@@ -1,5 +1,6 @@
 """Zips whose central directory says other things than are there, byte by byte."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -40,10 +41,73 @@ def change(path, number, place, content):
     return path
 
 
+CONFIG = DataConfig("folder", "", 8, 3, 2, (0.5,) * 3, (0.5,) * 3, in_memory="never")
+
+
 def load(path, labels=2, **settings):
-    settings = {"in_memory": "never"} | settings
-    rgb = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return load_source(DataConfig("folder", str(path), 8, labels=labels, **rgb | settings), "train")
+    config = dataclasses.replace(CONFIG, path=str(path), labels=labels, **settings)
+    return load_source(config, "train")
+
+
+TIMES = struct.pack("<HHBll", 0x5455, 9, 3, 1, 2)  # extra fields as Info-ZIP writes them
+OWNER = struct.pack("<HHBBlBl", 0x7875, 11, 1, 4, 0, 4, 0)
+LONG = struct.pack("<HH", 0x7777, 300) + bytes(300)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    ("local", "listed"),
+    [
+        (TIMES + OWNER, struct.pack("<HHBl", 0x5455, 5, 3, 1) + OWNER),  # as by `zip -0 -r`
+        (LONG + TIMES, b""),
+        (b"", TIMES + LONG),
+    ],
+    ids=["as_by_zip", "long", "listed_alone"],
+)
+def test_extra_fields_and_folders_move_no_image(tmp_path, local, listed, copied):
+    """The field before a member's content is of another length than the one in the directory."""
+    path = tmp_path / "set.zip"
+    names = ("train/", "train/ant/", *NAMES[:2], "train/bee/", *NAMES[2:], "val/", "val/ant/0.png")
+    with zipfile.ZipFile(path, "w") as archive:
+        for value, name in enumerate(names):
+            member = zipfile.ZipInfo(name)
+            member.extra = local
+            archive.writestr(member, b"" if name.endswith("/") else png(value))
+            member.extra = listed
+    source = load(path)
+    source = pickle.loads(pickle.dumps(source)) if copied else source
+    assert source.files.names == NAMES and source.labels.tolist() == [0, 0, 1, 1]
+    assert [int(source[i]["image"][0, 0, 0]) for i in range(4)] == [2, 3, 5, 6]
+
+
+def test_a_split_is_a_whole_name_and_may_be_a_path(tmp_path):
+    names = ("train/ant/0.png", "training/bee/0.png", "train.bak/cat/0.png", "a/train/dog/0.png")
+    path = make(tmp_path / "set.zip", names)
+    assert load(path, labels=1).label_names == ("ant",)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "set")
+    config = dataclasses.replace(CONFIG, labels=1)
+    for root in (path, tmp_path / "set"):
+        source = load_source(dataclasses.replace(config, path=str(root)), "a/train")
+        assert source.label_names == ("dog",) and source.files.names == ("a/train/dog/0.png",)
+        np.testing.assert_array_equal(source[0]["image"], 3)
+
+
+def test_what_macos_adds_is_no_class(tmp_path):
+    """In a zip of CLASS/ alone it lies beside the classes."""
+    make(tmp_path / "train.zip", ("ant/0.png", "__MACOSX/0.png", "__MACOSX/ant/0.png"))
+    source = load(tmp_path, labels=1)
+    assert source.label_names == ("ant",) and source.files.names == ("ant/0.png",)
+
+
+def test_classes_and_images_are_sorted_whatever_the_order_in_the_zip(tmp_path):
+    names = tuple(f"train/{name}/{number}.png" for name in "cab" for number in (10, 9, 1))
+    source = load(make(tmp_path / "set.zip", names), labels=3)
+    assert source.label_names == ("a", "b", "c")
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [name[-6:] for name in source.files.names[:3]] == ["/1.png", "10.png", "/9.png"]
+    shown = [int(source[i]["image"][0, 0, 0]) for i in range(9)]
+    assert shown == [5, 3, 4, 8, 6, 7, 2, 0, 1]
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -1,0 +1,57 @@
+"""The digits that come with scikit-learn, and their renditions, by pixels worked out by hand."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from m2mkd_jax.data import digits
+
+STEPS = [0, 16, 32, 48, 64, 80, 96, 112, 128, 143, 159, 175, 191, 207, 223, 239, 255]
+
+
+def test_values_are_stretched_to_bytes_and_the_last_images_are_for_tests():
+    published = load_digits()
+    (images, labels), (test_images, test_labels) = map(digits.load_split, ("train", "test"))
+    assert len(images) == 1437 and len(test_images) == 360
+    stretched = np.array(STEPS)[published.images.astype(int)][..., None]
+    np.testing.assert_array_equal(np.concatenate([images, test_images]), stretched)
+    np.testing.assert_array_equal(np.concatenate([labels, test_labels]), published.target)
+    assert not images.flags.writeable and labels.dtype == np.int32
+
+
+def bar():
+    """An upright stroke, two pixels wide."""
+    image = np.zeros((8, 8), np.uint8)
+    image[:, 3:5] = 255
+    return image
+
+
+def centre(row):
+    return (row * np.arange(8.0)).sum() / row.sum()
+
+
+@pytest.mark.parametrize(("name", "sign"), [("turned left", -1), ("turned right", 1)])
+def test_turning_left_moves_the_top_to_the_left(name, sign):
+    turned = digits.RENDITIONS[name](bar())
+    lean = (centre(turned[1]) - centre(turned[6])) / 5  # of 25 degrees
+    assert sign * lean == pytest.approx(np.tan(np.radians(25)), abs=0.08)
+
+
+def test_strokes_grow_and_shrink_by_three_eighths_of_a_pixel_a_side():
+    row = bar()[4]
+    thick, thin = (digits.RENDITIONS[name](bar())[4] for name in ("thickened", "thinned"))
+    width = row.sum() / 255
+    assert thick.sum() / 255 == pytest.approx(width + 0.75, abs=0.3)
+    assert thin.sum() / 255 == pytest.approx(width - 0.75, abs=0.3)
+    np.testing.assert_array_equal(digits.RENDITIONS["inverted"](bar()), 255 - bar())
+
+
+def test_every_test_image_but_of_6_and_9_is_rendered_in_every_way():
+    images, labels = digits.load_renditions()
+    originals, classes = digits.load_split("test")
+    kept = [i for i, label in enumerate(classes) if label not in (6, 9)]
+    assert [digits.RENDERED[label] for label in labels] == [str(classes[i]) for i in kept] * 5
+    for start, render in enumerate(digits.RENDITIONS.values()):
+        for place in (0, 100, len(kept) - 1):
+            want = render(originals[kept[place]][..., 0])
+            np.testing.assert_array_equal(images[start * len(kept) + place, ..., 0], want)

@@ -1,0 +1,83 @@
+"""Names of images: which are images, how lists of them are shown, and lists of classes."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2mkd_jax.data import folders
+from m2mkd_jax.data.folders import label_rows, progress, read_names, require_filled
+from m2mkd_jax.data.listing import DEEPEST, find_in_directory, is_image, listed, printable
+
+
+def test_ten_names_are_shown_in_order_and_the_others_counted():
+    names = [f"n{number:02}" for number in range(12)]
+    assert listed(reversed(names[:10])) == ", ".join(names[:10])
+    assert listed(reversed(names)) == ", ".join(names[:10]) + " and 2 more"
+    assert listed(["b", "a"]) == "a, b" and listed([]) == ""
+
+
+def test_long_names_are_shortened_and_few_are_shown():
+    (long,) = (listed(["a" * 500 + "b" * 500]),)
+    assert long == "a" * 175 + "..." + "b" * 175
+    assert listed(letter * 300 for letter in "cab") == f"{'a' * 300}, {'b' * 300} and 1 more"
+    assert printable("a\nb\x1b\udcff") == "a\\nb\\x1b\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("a.png", True),
+        ("a/b.JPEG", True),
+        ("a.webp", True),
+        ("a.png.txt", False),
+        ("png", False),
+        ("._a.png", False),
+        (".cache/a.png", False),
+        ("a/.b/c.png", False),
+    ],
+)
+def test_images_are_told_by_their_names(name, is_one):
+    assert is_image(name) == is_one
+
+
+def test_folders_are_followed_so_far_and_no_further(tmp_path):
+    """Images that lie DEEPEST folders below their class are found; beyond, the path is refused."""
+    folder = tmp_path / "train/ant" / "/".join("x" * DEEPEST)
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 4)).save(folder / "0.png")
+    files, classes, depth = find_in_directory(tmp_path, "train")
+    assert len(files.names) == 1 and classes == ["ant"] and depth == 1
+    (folder / "x").mkdir()
+    with pytest.raises(ValueError, match=rf"lies more than {DEEPEST} folders deep"):
+        find_in_directory(tmp_path, "train")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_class_lists_of_any_editor(tmp_path, end):
+    path = tmp_path / "names.txt"
+    path.write_bytes(f"\ufeffn02{end}{end} n01 {end}n03".encode())
+    assert read_names(path) == ["n02", "n01", "n03"]
+
+
+def test_labels_are_places_in_the_classes():
+    rows = [("a.png", "x"), ("b.png", "z"), ("c.png", "y"), ("d.png", "z")]
+    labels = label_rows(rows, ["z", "x", "y"], at="list")
+    assert labels.tolist() == [1, 0, 2, 0] and labels.dtype == np.int32
+    with pytest.raises(ValueError, match=r"labels \[3\] are not from 0 to 2"):
+        require_filled(np.array([0, 1, 2, 3]), "xyz", at="list", way_out="")
+    with pytest.raises(ValueError, match="no image for class z; fill it"):
+        require_filled(np.array([0, 1]), "xyz", at="list", way_out="fill it")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_gives_every_item_and_says_how_far_it_is(monkeypatch, caplog, terminal):
+    times = iter([0.0, 4.0, 12.0, 15.0, 25.0])
+    monkeypatch.setattr(folders.sys.stderr, "isatty", lambda: terminal, raising=False)
+    if not terminal:
+        monkeypatch.setattr(folders.time, "monotonic", lambda: next(times))
+    with caplog.at_level(logging.INFO):
+        assert list(progress("abcd", total=4, title="reading")) == list("abcd")
+    said = [] if terminal else ["reading: 50 % in 12 s", "reading: 100 % in 25 s"]
+    assert [record.message for record in caplog.records] == said
