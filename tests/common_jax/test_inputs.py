@@ -63,50 +63,6 @@ def train(source, **settings):
     return inputs.train_batches(source, **settings)
 
 
-def test_order_is_a_function_of_seed_and_epoch():
-    first = inputs.epoch_permutation(3, 1, SIZE)
-    inputs.epoch_permutation.cache_clear()
-    np.testing.assert_array_equal(first, inputs.epoch_permutation(3, 1, SIZE))
-    np.testing.assert_array_equal(np.sort(first), np.arange(SIZE))
-    assert not first.flags.writeable  # it is kept for the next call
-    for other in ((4, 1), (3, 2)):
-        assert (inputs.epoch_permutation(*other, SIZE) != first).any()
-    places = [inputs.example_index(3, 1, place, size=SIZE) for place in range(SIZE)]
-    np.testing.assert_array_equal(places, first)
-
-
-def test_order_is_the_same_under_every_numpy():
-    # From the generator whose numbers numpy has frozen; another order would break resuming.
-    assert inputs.epoch_permutation(0, 0, 8).tolist() == [6, 3, 5, 0, 7, 2, 1, 4]
-
-
-def test_draws_are_the_same_under_every_numpy():
-    # The raw bits of a generator, which numpy does not change either.
-    for place, want in (
-        ((0, 0, 0), 16412783775159424549),
-        ((3, 2, 7), 16173834436121549858),
-    ):
-        assert inputs.example_generator(*place).bit_generator.random_raw() == want
-    second = inputs.example_generator(3, 2, 7, copy=1)
-    assert second.bit_generator.random_raw() == 9554939614766032303
-
-
-def test_draws_follow_every_part_of_an_example_s_place():
-    """Seed, epoch, index and copy, each apart; and they are not those of the order."""
-    places = itertools.product(range(4), range(4), range(4), range(4))
-    draws = [inputs.example_generator(*place, copy=copy).random(3) for *place, copy in places]
-    assert len(np.unique(draws)) == 3 * 4**4
-
-
-def test_orders_follow_seed_epoch_and_size():
-    orders = {
-        (size, tuple(inputs.epoch_permutation(seed, epoch, size).tolist()))
-        for seed, epoch, size in itertools.product(range(5), range(5), (30, 31))
-    }
-    assert len(orders) == 50
-    assert len({order[0] for size, order in orders if size == 30}) > 10  # whatever comes first
-
-
 def test_batches_by_hand():
     """Of the frozen order 6 3 5 0 7 2 1 4, and of the first of the next epoch."""
     batches = take(train(Numbers(size=8), seed=0, batch=3), 3)
@@ -183,36 +139,6 @@ def test_random_draws_change_with_the_epoch():
     both = noise[0].keys() & noise[1].keys()
     assert len(both) > 10
     assert all(noise[0][index] != noise[1][index] for index in both)
-
-
-def test_every_part_of_a_place_gives_an_example_other_numbers():
-    """Seed, epoch, index and copy; none of them are those that an order comes from."""
-    numbers = (0, 1, 2, 7)
-    first = {
-        inputs.example_generator(seed, epoch, index, copy=copy).uniform()
-        for seed, epoch, index, copy in itertools.product(numbers, repeat=4)
-    }
-    assert len(first) == len(numbers) ** 4
-
-
-def test_the_numbers_of_an_example_are_the_same_in_every_version():
-    """Others would change the pixels of a run that resumes."""
-    entropy = np.random.SeedSequence((5, 1, 2, 7))
-    wanted = np.random.Generator(np.random.PCG64(entropy)).uniform(size=3)
-    found = inputs.example_generator(5, 2, 7).uniform(size=3)
-    np.testing.assert_array_equal(found, wanted)
-    np.testing.assert_array_equal(inputs.example_generator(5, 2, 7, copy=0).uniform(size=3), wanted)
-
-
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_an_example_draws_from_seed_epoch_index_and_copy(repeats):
-    for seed in (5, 6):
-        batches = take(train(OnDisk(), transform=add_noise, repeats=repeats, seed=seed), 6)
-        for step, batch in enumerate(batches):
-            for row, (index, noise) in enumerate(zip(batch["image"], batch["noise"], strict=True)):
-                copy = (step % 3 * BATCH + row) % repeats
-                rng = inputs.example_generator(seed, step // 3, index, copy=copy)
-                np.testing.assert_array_equal(noise, rng.uniform(size=2))
 
 
 def test_a_transform_is_not_passed_over_for_a_source_in_memory():

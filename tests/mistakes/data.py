@@ -26,7 +26,7 @@ TASK = (
 )
 LISTS = f"{TESTS}/test_listing.py {TESTS}/test_subsets.py {TESTS}/test_digits.py"
 ORDER = (
-    "tests/common_jax/test_inputs.py::test_draws_follow_every_part_of_an_example_s_place "
+    "tests/common_jax/test_order.py::test_draws_follow_every_part_of_an_example_s_place "
     "tests/common_jax/test_inputs.py::test_batches_by_hand "
     "tests/common_jax/test_inputs.py::test_draws_of_a_batch_are_those_of_its_examples "
     "tests/common_jax/test_inputs.py::test_evaluation_transforms_each_example"
@@ -152,7 +152,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file=f"{DATA}/ood.py",
         what="an OOD set is thinned as the training set is",
-        right="            per_class=0,\n",
+        right="            per_class=0,",
         wrong="",
         tests=f"{TESTS}/test_ood.py::"
         "test_a_set_is_whole_however_few_images_are_trained_or_tested_on",

@@ -161,13 +161,6 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=LOOPS,
     ),
     Mistake(
-        file="m2mkd_jax/models/stitch.py",
-        what="the encoder's epsilon in stitches",
-        right="NORM_EPS = 1e-5",
-        wrong="NORM_EPS = 1e-6",
-        tests=EQUATIONS,
-    ),
-    Mistake(
         file="m2mkd_jax/models/vit.py",
         what="half the heads in the large ViTs",
         right='_LARGE = {"width": 1024, "heads": 16}',

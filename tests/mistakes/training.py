@@ -54,10 +54,11 @@ MESH = named(
 CONFIG = named(
     "test_config.py", "test_of_several_sections_the_kind_chooses_and_without_one_the_first"
 )
-INPUTS = named(
-    "test_inputs.py",
-    "test_every_part_of_a_place_gives_an_example_other_numbers",
-    "test_a_transform_is_not_passed_over_for_a_source_in_memory",
+INPUTS = " ".join(
+    (
+        named("test_order.py", "test_draws_follow_every_part_of_an_example_s_place"),
+        named("test_inputs.py", "test_a_transform_is_not_passed_over_for_a_source_in_memory"),
+    )
 )
 CHECKPOINT = named(
     "test_checkpoint.py",
