@@ -190,7 +190,7 @@ def test_a_plain_search_finds_the_same(kind, beams, early_stopping, length_penal
         assert (np.diff(found.scores[row]) <= 0).all()
 
 
-def assert_same(found, wanted):
+def assert_same_hypotheses(found, wanted):
     np.testing.assert_array_equal(found.tokens, wanted.tokens)
     np.testing.assert_array_equal(found.lengths, wanted.lengths)
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
@@ -205,14 +205,14 @@ def test_neither_other_examples_nor_pads_matter():
     assert length < source.shape[1]
     one = slice(row, row + 1)
     alone = search("training", features[one], source[one, :length], language[one], **config)
-    assert_same(alone, jax.tree.map(lambda x: x[one], together))
+    assert_same_hypotheses(alone, jax.tree.map(lambda x: x[one], together))
 
 
 def test_how_the_cache_grows_does_not_matter():
     arguments = inputs(model("none")[0])
     wanted = search("none", *arguments)
     assert wanted.lengths.max() == LIMIT  # all parts are in use
-    assert_same(search("none", *arguments, growth=3), wanted)
+    assert_same_hypotheses(search("none", *arguments, growth=3), wanted)
 
 
 def test_a_cache_that_grows_in_parts_ends_with_room_for_every_step():
@@ -236,7 +236,7 @@ def sixteen():
 def test_a_batch_that_shrinks_finds_the_same(sixteen):
     arguments, wanted = sixteen
     found = search("training", *arguments, beams=2, length_penalty=0.0, growth=2, halvings=2)
-    assert_same(found, wanted)
+    assert_same_hypotheses(found, wanted)
 
 
 def test_eight_devices_find_what_one_finds(sixteen):
@@ -251,7 +251,7 @@ def test_eight_devices_find_what_one_finds(sixteen):
         compiled = jax.jit(run, compiler_options=QUICK)
         found = compiled(split, *jax.device_put(arguments, batch))
     assert found.tokens.sharding.is_equivalent_to(batch, 3)
-    assert_same(jax.device_get(found), wanted)
+    assert_same_hypotheses(jax.device_get(found), wanted)
 
 
 def test_no_example_leaves_its_device(sixteen):

@@ -19,31 +19,33 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def assert_close(got, want):
+def assert_equal_but_for_rounding(got, want):
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
 def test_soft_cross_entropy():
     want = -np.sum(TARGETS * log_softmax(STUDENT)) / B
-    assert_close(losses.soft_cross_entropy(STUDENT, TARGETS), want)
+    assert_equal_but_for_rounding(losses.soft_cross_entropy(STUDENT, TARGETS), want)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothed_cross_entropy(smoothing):
     log_p = log_softmax(STUDENT)
     want = -(1 - smoothing) * log_p[range(B), LABELS].mean() - smoothing * log_p.mean()
-    assert_close(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
+    assert_equal_but_for_rounding(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
     smooth = (1 - smoothing) * np.eye(L)[LABELS] + smoothing / L
-    assert_close(losses.soft_cross_entropy(STUDENT, smooth), want)
+    assert_equal_but_for_rounding(losses.soft_cross_entropy(STUDENT, smooth), want)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_soft_distillation(tau):
     log_s, log_t = log_softmax(STUDENT / tau), log_softmax(TEACHER / tau)
     divergence = np.sum(np.exp(log_t) * (log_t - log_s))
-    assert_close(losses.soft_distillation(STUDENT, TEACHER, tau), tau**2 * divergence / (B * L))
+    assert_equal_but_for_rounding(
+        losses.soft_distillation(STUDENT, TEACHER, tau), tau**2 * divergence / (B * L)
+    )
     batch_mean = losses.soft_distillation_batch_mean(STUDENT, TEACHER, tau)
-    assert_close(batch_mean, tau**2 * divergence / B)
+    assert_equal_but_for_rounding(batch_mean, tau**2 * divergence / B)
 
 
 def test_batch_mean_is_as_many_times_stronger_as_there_are_labels():
@@ -64,7 +66,7 @@ def test_hard_distillation_is_cross_entropy_against_the_teacher_s_best():
 def test_soft_distillation_of_a_certain_teacher_is_hard():
     certain = 100.0 * np.eye(L, dtype=np.float32)[TEACHER.argmax(-1)]
     soft = losses.soft_distillation_batch_mean(STUDENT, certain, 1.0)
-    assert_close(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
+    assert_equal_but_for_rounding(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
@@ -75,7 +77,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_blend(alpha):
-    assert_close(losses.blend(2.0, 5.0, alpha), (1 - alpha) * 2.0 + alpha * 5.0)
+    assert_equal_but_for_rounding(losses.blend(2.0, 5.0, alpha), (1 - alpha) * 2.0 + alpha * 5.0)
 
 
 # Logits of the probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).

@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import QUICK, fill, unoptimised
+from tiny import QUICK, fill
 
 from m2mkd_jax.models.nac import kernel
 from m2mkd_jax.models.nac.blocks import BlockConfig, attend, head_scores
@@ -20,10 +20,7 @@ from m2mkd_jax.models.nac.tokenizer import fit_grid
 BLOCK = BlockConfig(width=24, code_width=20, heads=2, head_width=8, qkv_bias=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 from scipy.special import erf
-from tiny import fill, unoptimised
+from tiny import fill
 
 from m2mkd_jax.models.nac import blocks, read_in
 from m2mkd_jax.models.nac.blocks import BlockConfig, Propagator
@@ -41,10 +41,7 @@ DISTANCE = np.array(
 WITH_CODES = np.concatenate([OTHER_CODES, CODES])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 # The plain form.

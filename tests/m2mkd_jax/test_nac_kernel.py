@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import unoptimised
 
 from m2mkd_jax.models.nac import kernel
 from m2mkd_jax.models.nac.kernel import KernelConfig
@@ -14,10 +13,7 @@ from m2mkd_jax.models.nac.kernel import KernelConfig
 INF = math.inf
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def test_the_defaults_are_the_published_ones():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import fill, unoptimised
+from tiny import fill
 
 from m2mkd_jax.models.nac.latents import (
     Graph,
@@ -24,10 +24,7 @@ WIDTH, SIGNATURE, CODE, BATCH = 6, 4, 5, 3
 SETS = ("input", "mediator", "output")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def graph_config(count: int = 2, layers: int | None = None, **changes) -> GraphConfig:

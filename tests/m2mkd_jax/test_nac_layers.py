@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import numpy as jnp
-from tiny import fill, unoptimised
+from tiny import fill
 
 from m2mkd_jax.models.nac import layers
 from m2mkd_jax.models.nac.layers import CodeLinear, Linear, LinearConfig
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 # Normalisations.

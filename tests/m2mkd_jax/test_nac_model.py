@@ -6,7 +6,6 @@ import re
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny import unoptimised
 
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from m2mkd_jax.models.encoder import Interface
@@ -83,10 +82,7 @@ def change(**changes) -> NacConfig:
     return dataclasses.replace(CONFIG, **changes)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 # Defaults.

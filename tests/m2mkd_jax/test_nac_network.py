@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import QUICK, fill, unoptimised
+from tiny import QUICK, fill
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
@@ -39,10 +39,7 @@ INTERFACE = Interface(16, 3, 7)
 STREAMS = ("code", "kernel", "drop_path", "state", "pooling")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from scipy.special import erf
-from tiny import fill, unoptimised
+from tiny import fill
 
 from m2mkd_jax.models.nac import tokenizer
 from m2mkd_jax.models.nac.tokenizer import Tokenizer, TokenizerConfig
@@ -16,10 +16,7 @@ from m2mkd_jax.models.nac.tokenizer import Tokenizer, TokenizerConfig
 TINY = TokenizerConfig("nano", stages=2, width=16, stem=2, grid_width=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def images(*shape: int) -> jax.Array:

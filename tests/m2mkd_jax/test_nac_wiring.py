@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import QUICK, fill, unoptimised
+from tiny import QUICK, fill
 
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.nac import blocks, latents, layers, model, pooling, students
@@ -38,10 +38,7 @@ INTERFACE = Interface(8, 1, 5)
 STREAMS = ("code", "kernel", "drop_path", "state", "pooling")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly():
-    with unoptimised():
-        yield
+pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
