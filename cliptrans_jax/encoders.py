@@ -1,7 +1,7 @@
 """The frozen towers: sentences and pictures to features, computed once and kept."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
-from cliptrans_jax.models import clip, resnet, xlmr
+from cliptrans_jax.models import clip, xlmr
 from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.models.xlmr import MClip, MClipConfig
@@ -28,8 +28,6 @@ from common_jax.inputs import BadExample, eval_batches
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
 BUCKET = 8
 TEXT_BATCH, IMAGE_BATCH = 256, 128
-
-Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +149,8 @@ class ImageTower:
 
 # The tokenizer of a published text tower, by the tower's kind.
 TOKENIZERS = {"mclip": "xlmr", "clip_text": "clip"}
-# Rules of parameters under "clip", whichever tower it is.
+# Rules of the parameters of a text tower that trains, under "clip".
 TEXT_RULES = {MClipConfig: xlmr.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
-IMAGE_RULES = {ClipVisionConfig: clip.PARTITION_RULES, ResNetConfig: resnet.PARTITION_RULES}
 
 
 def load_published_text(

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Sized
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 LARGEST_INT = 2**31 - 1  # of int32, in which JAX counts steps and sizes
 SEEDS = 2**32  # of JAX's keys
@@ -17,15 +17,6 @@ SEEDS = 2**32  # of JAX's keys
 LARGEST = 1e9
 SMALLEST = 1e-30
 LONGEST = 200  # characters of a value that a message shows
-
-
-class Range(Protocol):
-    """What a field may hold, besides its type."""
-
-    def refusal(self, value: Any) -> str | None:
-        """What `value` must be, such as "in [0, 1]", where it is something else; None where it is
-        in range."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""m2mKD in JAX: modules of a ViT teach the modules of V-MoE students through a shared meta
+"""m2mKD in JAX: modules of a ViT teach the modules of V-MoE and NAC students through a shared meta
 model."""
 
 __all__ = ["load_model"]

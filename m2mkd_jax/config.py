@@ -140,7 +140,7 @@ class SourcesConfig(Section):
       teacher: of the teacher; for distill, and for end_to_end with whole-teacher distillation.
       students: of the distilled students, one a stage in order, or one that holds them all; for
         end_to_end. () trains from scratch.
-      network: of a trained V-MoE; for few_shot.
+      network: of a trained V-MoE or NAC; for few_shot.
       fresh: regex of parameter paths that start anew even though a source may have them.
       leave: regex of parameter paths of the sources that may find no place.
     """

@@ -315,8 +315,8 @@ def test_every_equation_has_a_function_and_a_test():
     for row in rows:
         cells = [cell.strip() for cell in row.strip("|").split(" | ")]
         assert len(cells) == 4, row
-        assert re.fullmatch(r"`[\w/]+\.py:[\w.]+`", cells[2]), row
-        assert re.match(r"`(tests/.*:test_\w+|golden/[\w./]+)`", cells[3]), row
+        assert re.fullmatch(r"\[`([\w/]+\.py):[\w.]+`\]\(\.\./\1\)", cells[2]), row
+        assert re.match(r"\[?`(tests/.*:test_\w+|golden/[\w./]+)`", cells[3]), row
 
 
 def test_every_loss_has_an_equation():

@@ -6,7 +6,7 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.mbart=/weights/mbart-large-50 \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
-        --config.clip_tokenizer.path=/weights/xlm-roberta-large \\
+        --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and

@@ -5,7 +5,7 @@
         --config.sources.mbart=/weights/mbart-large-50 \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
-        --config.clip_tokenizer.path=/weights/xlm-roberta-large \\
+        --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de, en_af, de_es) and

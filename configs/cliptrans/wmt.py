@@ -6,7 +6,7 @@ from the text, and a run starts from a captioning stage trained elsewhere.
         --config.sources.model=runs/multi30k/caption \\
         --config.tokenizer.path=/weights/mbart-large-50 \\
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
-        --config.clip_tokenizer.path=/weights/xlm-roberta-large
+        --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32
 
 Arguments: `stage` (translate, evaluate), `source` and `target` language, and `prefix`.
 """

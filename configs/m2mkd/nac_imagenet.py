@@ -28,11 +28,11 @@ same meta model and teacher; it has no end_to_end and so no pipeline here.
 | planted | 12 communities of 64, 0.9 within, 0.2 between | 8 clusters, 0.9, 0.2; weight 1 |
 
 Priors matter to end_to_end alone, so all of them can start from the same students. With ImageNet-R
-in `/data/imagenet-r/CLASS/*`, its wnids as folder names, as OOD set:
+as it is published, in `/data/imagenet-r/WNID/*.jpg`, as OOD set:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_imagenet.py:phase=pipeline,prior=planted \\
         --config.data.path=/data/imagenet --workdir=runs/nac_planted \\
-        --config.ood.source=folder --config.ood.path=/data --config.ood.split=imagenet-r
+        --config.ood.source=imagenet_r --config.ood.path=/data/imagenet-r
 
 Few-shot is on CIFAR-100, enlarged, and no part of the pipeline:
 

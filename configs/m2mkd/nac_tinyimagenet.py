@@ -31,11 +31,11 @@ Few-shot is published for the ImageNet NAC alone; here it has the same settings.
 | ring | 8 cliques of 32 | hinge 0.4, weight 0.1 |
 | planted | 8 communities of 32, 0.9 within, 0.2 between | 8 clusters, 0.9, 0.2; weight 1 |
 
-With the classes of ImageNet-R that Tiny-ImageNet has too, in `/data/tiny-imagenet-r/CLASS/*`:
+With the classes of ImageNet-R that Tiny-ImageNet has too, at 64 x 64 pixels, as OOD set:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_tinyimagenet.py:prior=ring \\
         --config.data.path=/data/tiny-imagenet --workdir=runs/nac_tiny_ring \\
-        --config.ood.source=folder --config.ood.path=/data --config.ood.split=tiny-imagenet-r
+        --config.ood.source=tiny_imagenet_r --config.ood.path=/data/imagenet-r
 
 Not reproduced here yet.
 """
