@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from cliptrans_jax.config import ClipConfig, Config, Recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
+from cliptrans_jax.data.framing import BOS, EOS, PAD, FramedTokenizer
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.clip import ClipVisionConfig
@@ -150,3 +151,18 @@ def tiny_pipeline(root: pathlib.Path) -> Config:
     config = tiny_config("pipeline", root)
     stages = ("clip", "caption", "translate")
     return dataclasses.replace(config, recipes=dict.fromkeys(stages, Recipe(config.optim)))
+
+
+ENGLISH, GERMAN = 57, 58  # of number_tokenizer
+
+
+def number_tokenizer(*, limit: int) -> FramedTokenizer:
+    """A tokenizer whose words are numbers: "7" is token 7."""
+    return FramedTokenizer(
+        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
+        join=lambda ids: " ".join(map(str, ids)),
+        vocab=60,
+        language_ids={"en": ENGLISH, "de": GERMAN},
+        special=frozenset({BOS, PAD, EOS, ENGLISH, GERMAN}),
+        limit=limit,
+    )

@@ -80,7 +80,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             path=ood.path,
             name=ood.name,
             test_split=ood.split,
-            per_class=0,  # which counts where the set's split is called as the training split is
+            per_class=0,  # taken for any split that has the training split's name
             test_per_class=0,
         )
         source = open_source(own, ood.split)

@@ -8,35 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import one_device
-from tiny_cliptrans import tiny_config
+from tiny_cliptrans import ENGLISH, GERMAN, number_tokenizer, tiny_config
 
-from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.loading import LoadedModel
 
-PAD, ENGLISH, GERMAN = 1, 57, 58
+PAD = 1
+NUMBERS = number_tokenizer(limit=9)
 # The order by length, the longest first, is 2 5 0 3 1 4: not its own inverse.
 SENTENCES = ("4 5 6 7", "8", "9 10 11 12 13 14 15 16 17", "18 19", "20", "21 22 23 24 25 26 27")
 PICTURES = tuple(np.full((16, 16, 3), 40 * number, np.uint8) for number in range(6))
 
 
-def numbers():
-    """A tokenizer whose words are numbers: "7" is token 7."""
-    return FramedTokenizer(
-        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
-        join=lambda ids: " ".join(map(str, ids)),
-        vocab=60,
-        language_ids={"en": ENGLISH, "de": GERMAN},
-        special=frozenset({0, PAD, 2, ENGLISH, GERMAN}),
-        limit=9,
-    )
-
-
 class TextTower:
     """Features that are the sum of a framed sentence."""
 
-    tokenizer, longest = numbers(), 11
+    tokenizer, longest = NUMBERS, 11
 
     def encode(self, ids, *, mesh):
         return np.array([[x.sum()] for x in ids], np.float32)
@@ -70,7 +58,7 @@ def loaded(**changes):
         return found
 
     material = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
-    return LoadedModel(config, {"mbart": 0}, numbers(), material, search, one_device()), fed
+    return LoadedModel(config, {"mbart": 0}, NUMBERS, material, search, one_device()), fed
 
 
 def framed(text):

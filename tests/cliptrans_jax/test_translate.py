@@ -9,12 +9,11 @@ import pytest
 from etils import epath
 from jax import numpy as jnp
 from meshes import one_device, split_mesh
-from tiny_cliptrans import FEATURES, PREFIX, TEST, tiny_config
+from tiny_cliptrans import ENGLISH, FEATURES, GERMAN, PREFIX, TEST, number_tokenizer, tiny_config
 
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import Inputs
-from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.decode import Hypotheses
 from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.scores import score
@@ -27,19 +26,7 @@ from cliptrans_jax.runs.translation import Model, Validation
 from cliptrans_jax.stages import Side
 
 START, PAD, EOS = 2, 1, 2
-ENGLISH, GERMAN = 57, 58
-
-
-def numbers():
-    """A tokenizer whose words are numbers: "7" is token 7."""
-    return FramedTokenizer(
-        cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
-        join=lambda ids: " ".join(map(str, ids)),
-        vocab=60,
-        language_ids={"en": ENGLISH, "de": GERMAN},
-        special=frozenset({0, PAD, EOS, ENGLISH, GERMAN}),
-        limit=20,
-    )
+NUMBERS = number_tokenizer(limit=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +79,7 @@ def test_every_example_has_its_own_outputs_best_first(mesh, language):
     def features(params, batch):
         return 2 * batch["features"]
 
-    translate = make_translate(Echo(), features, numbers(), mesh=mesh(), language=language)
+    translate = make_translate(Echo(), features, NUMBERS, mesh=mesh(), language=language)
     found = translate({"more": jnp.float32(0.5)}, BATCHES)
     assert sorted(found) == list(range(10))
     for index, outputs in found.items():
@@ -106,7 +93,7 @@ def test_every_example_has_its_own_outputs_best_first(mesh, language):
 
 
 def test_a_model_without_a_prefix_needs_no_features():
-    translate = make_translate(Echo(), lambda *_: None, numbers(), mesh=one_device())
+    translate = make_translate(Echo(), lambda *_: None, NUMBERS, mesh=one_device())
     found = translate({"more": jnp.float32(0)}, BATCHES[:1])
     assert {outputs[0].score for outputs in found.values()} == {GERMAN}
     assert translate({"more": jnp.float32(0)}, []) == {}
@@ -134,7 +121,7 @@ def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypat
 
     monkeypatch.setattr(translation, "make_translate", make)
     model = model_of(stage, parity=parity)
-    material = types.SimpleNamespace(tokenizer=numbers(), mesh=one_device())
+    material = types.SimpleNamespace(tokenizer=NUMBERS, mesh=one_device())
     model.translate(material, beams=beams)
     ((search, settings),) = made
     assert settings == {"mesh": material.mesh, "language": language}
@@ -199,9 +186,9 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
 )
 def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
     config = dataclasses.replace(tiny_config(stage, None), **changes)
-    material = types.SimpleNamespace(tokenizer=numbers(), text_tower="the tower")
+    material = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
     assert Model.of(config, material).tower == ("the tower" if runs else None)
-    material.tokenizer = dataclasses.replace(numbers(), vocab=301)
+    material.tokenizer = dataclasses.replace(NUMBERS, vocab=301)
     with pytest.raises(ValueError, match=r"config\.model\.mbart\.vocab=300 is less than the 301"):
         Model.of(config, material)
 
@@ -223,7 +210,7 @@ TEXTS = {"en": ("10 11", "12", "13 14 15"), "de": ("20 21 22 23", "24 25 26 27",
 
 
 def set_of(pair):
-    ids = {code: numbers().encode(texts, code) for code, texts in TEXTS.items()}
+    ids = {code: NUMBERS.encode(texts, code) for code, texts in TEXTS.items()}
     examples = Examples(
         source=ids[pair[0]],
         target=ids[pair[1]],

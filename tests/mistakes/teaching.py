@@ -43,7 +43,6 @@ EPISODES = " ".join(
         "a_check_draws_every_episode_and_gives_the_first",
     )
 )
-OOD = f"{TESTS}/test_ood.py::test_per_class_limits_the_training_and_the_test_set_alone"
 TOTALS = f"{TESTS}/test_classification.py::test_totals_by_hand tests/common_jax/test_ranking.py"
 
 MISTAKES: tuple[Mistake, ...] = (
@@ -285,13 +284,6 @@ MISTAKES: tuple[Mistake, ...] = (
         "train_labels if validate_on_train else test_labels",
         "train_labels",
         EPISODES,
-    ),
-    Mistake(
-        "m2mkd_jax/data/ood.py",
-        "the limit of the training set cuts a further test set",
-        "            per_class=0,  # which",
-        "            # which",
-        OOD,
     ),
     Mistake(
         "m2mkd_jax/evaluators/classification.py",
