@@ -49,7 +49,10 @@ def test_two_processes_compute_what_one_does(undisturbed, tmp_path):
     assert_same_numbers(undisturbed, alone, tolerance=1e-5)
 
 
-def test_stopped_in_its_first_compilation_two_go_on_as_one(undisturbed, tmp_path):
+def test_stopped_in_compiling_and_about_an_evaluation_then_killed_two_resume_to_the_bit(
+    undisturbed, tmp_path
+):
+    """One run through all three: most of a start's time goes into compiling."""
     workdir = tmp_path / "run"
     with pair(workdir) as (first, second):
         second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
@@ -57,40 +60,35 @@ def test_stopped_in_its_first_compilation_two_go_on_as_one(undisturbed, tmp_path
     (step,) = finished_steps(workdir / "checkpoints")
     assert step < 5
     assert all(f"is saved at step {step}" in output for output in outputs)
-    start(workdir, devices=8).finish()
-    assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
 
-
-def test_stopped_in_training_one_goes_on_as_two(undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir, devices=8)
-    process.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 15'))
-    assert "stopped as asked; the same command resumes" in process.finish()
-    assert 15 < finished_steps(workdir / "checkpoints")[-1] < 44
-    finish_pair(workdir)
-    assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
-
-
-def test_stopped_about_an_evaluation_two_go_on_to_the_bit(undisturbed, tmp_path):
-    """Before, in or after it; which of these, `test_interruptions.py` decides."""
-    workdir = tmp_path / "run"
+    # Before, in or after the evaluation; which of these, test_interruptions.py decides.
     with pair(workdir) as (first, second):
         first.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 9'))
         assert first.finish() and second.finish()
     assert 9 <= finished_steps(workdir / "checkpoints")[-1] < 20
-    finish_pair(workdir)
-    assert_same_files(workdir, undisturbed)
 
-
-def test_when_one_dies_the_other_says_so_and_both_go_on_to_the_bit(undisturbed, tmp_path):
-    workdir = tmp_path / "run"
     with pair(workdir) as (first, second):
         second.send(signal.SIGKILL, when=lambda: says(workdir / "metrics.jsonl", '"step": 27'))
         assert first.process.wait(timeout=60) != 0
     assert "another task died" in first.output() or "ends here" in first.output()
     assert finished_steps(workdir / "checkpoints")[-1] == 22
+
     finish_pair(workdir)
     assert_same_files(workdir, undisturbed)
+
+
+def test_one_resumes_as_two_and_two_as_one(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    alone = start(workdir, devices=8)
+    alone.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 9'))
+    assert "stopped as asked; the same command resumes" in alone.finish()
+    assert 9 <= finished_steps(workdir / "checkpoints")[-1] < 27
+    with pair(workdir) as (first, second):
+        second.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 30'))
+        assert first.finish() and second.finish()
+    assert 30 <= finished_steps(workdir / "checkpoints")[-1] < 44
+    start(workdir, devices=8).finish()
+    assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(
