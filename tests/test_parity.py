@@ -30,6 +30,7 @@ def copied(tmp_path):
     return folder / SMALL.name, folder / SMALL.with_suffix(".npz").name
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("path", CASES, ids=parity.case_name)
 def test_agrees_with_the_original(path):
     case = parity_case.read_case(path)
