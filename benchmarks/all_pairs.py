@@ -41,10 +41,12 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.state import step_rngs
 from common_jax.step import init_state
-from common_jax.task import step_flops
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
+from plan.steps import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 ONE, EACH, RUN_EACH = "all pairs", "a program each", "a run each"

@@ -31,7 +31,7 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import OFFSET, MBartConfig
+from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
 
 LANGUAGE = 9  # stands for every language code
 FIRST_WORD = 10

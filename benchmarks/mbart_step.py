@@ -22,8 +22,8 @@ import timing
 
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.models.cliptrans import PARTITION_RULES, Translator
-from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.runs.objective import make_loss
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.optim import OptimConfig
 
 OPTIM = OptimConfig(steps=1000, schedule="constant", lr=1e-4, lr_per=None, decay_all=True)

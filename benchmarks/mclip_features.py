@@ -23,7 +23,7 @@ from cliptrans_jax.convert_towers import mclip_table
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.encoders import BUCKET, TEXT_BATCH, TextTower, by_length
 from cliptrans_jax.features import encode_program
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from cliptrans_jax.towers.mclip import MClip, MClipConfig
 from common_jax.mesh import MeshConfig, make_mesh
 
 TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import timing
 
-from m2mkd_jax.models.nac.read_in import pool_tokens
+from m2mkd_jax.nac.read_in import pool_tokens
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import naive

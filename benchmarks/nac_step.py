@@ -20,8 +20,8 @@ import timing
 from common_jax.optim import OptimConfig
 from m2mkd_jax import losses
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import model, read_in
-from m2mkd_jax.models.nac.tokenizer import PRESETS
+from m2mkd_jax.nac import model, read_in
+from m2mkd_jax.nac.tokenizer import PRESETS
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import naive

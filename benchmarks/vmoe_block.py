@@ -24,11 +24,11 @@ import numpy as np
 import timing
 from jax import Array
 
-from m2mkd_jax.models import dispatch
 from m2mkd_jax.models.encoder import Block, BlockConfig, EncoderConfig
-from m2mkd_jax.models.grouped import Experts
-from m2mkd_jax.models.moe import MoeConfig, MoeMlp
-from m2mkd_jax.models.routing import Routes, rank_in_expert
+from m2mkd_jax.moe import dispatch
+from m2mkd_jax.moe.grouped import Experts
+from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
+from m2mkd_jax.moe.routers import Routes, rank_in_expert
 
 TOLERANCE = 1e-4
 
@@ -48,7 +48,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Array, Array]:
-    """As `m2mkd_jax.models.dispatch.capacity`, by masks."""
+    """As `m2mkd_jax.moe.dispatch.capacity`, by masks."""
     count, groups = experts.up.shape[0], x.shape[0]
     rank, _ = jax.vmap(lambda expert: rank_in_expert(expert, count))(routes.expert)
     order = jnp.argsort(routes.token, axis=1, stable=True)

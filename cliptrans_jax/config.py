@@ -13,11 +13,11 @@ from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.chunks import CHUNK
-from cliptrans_jax.models.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import FREEZES, STAGES, Side
+from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig

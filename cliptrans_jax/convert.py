@@ -3,8 +3,8 @@
 from cliptrans_jax import names
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.names import Entry, Table
+from cliptrans_jax.translators.mbart import MBartConfig
 
 EMBEDDING = "model.shared.weight"
 # One matrix under four names.

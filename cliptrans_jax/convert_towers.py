@@ -12,10 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from cliptrans_jax.models import clip, xlmr
-from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
-from cliptrans_jax.models.resnet import ResNetConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.names import (
     Entry,
     Table,
@@ -27,6 +23,10 @@ from cliptrans_jax.names import (
     stacked_attention,
     transpose,
 )
+from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
 from common_jax.untrusted import brief
 
 Dropped = Mapping[str, str]  # regex of whole tensor names -> why they have no place
@@ -97,7 +97,7 @@ _MCLIP_FIELDS = {
 }
 _MCLIP_ALLOWED = {
     "model_type": ("xlm-roberta", "roberta"),
-    "hidden_act": tuple(xlmr.ACTIVATIONS),
+    "hidden_act": tuple(mclip.ACTIVATIONS),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -131,7 +131,7 @@ _EXPECTED = {
 
 
 def mclip_table(config: MClipConfig) -> Table:
-    """Entries of `models.xlmr.MClip`, by the names of M-CLIP's own files (CLIPTrans, M-CLIP)."""
+    """Entries of `models.mclip.MClip`, by the names of M-CLIP's own files (CLIPTrans, M-CLIP)."""
     source = "transformer.embeddings"
     table = {
         "embeddings/words": copy(f"{source}.word_embeddings.weight"),

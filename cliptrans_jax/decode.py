@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models import attention, prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
-from cliptrans_jax.models.mbart import Cache, MBart
+from cliptrans_jax.translators.mbart import Cache, MBart
 from common_jax.config import Section
 from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within

@@ -19,10 +19,10 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
-from cliptrans_jax.models import clip, xlmr
-from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
 from common_jax.inputs import BadExample, eval_batches
 
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
@@ -150,7 +150,7 @@ class ImageTower:
 # The tokenizer of a published text tower, by the tower's kind.
 TOKENIZERS = {"mclip": "xlmr", "clip_text": "clip"}
 # Rules of the parameters of a text tower that trains, under "clip".
-TEXT_RULES = {MClipConfig: xlmr.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
+TEXT_RULES = {MClipConfig: mclip.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
 
 
 def load_published_text(

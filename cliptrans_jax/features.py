@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float32, UInt32
 
+from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
-from common_jax.pods import hosts
 from common_jax.untrusted import brief, plain, read_npz
 from common_jax.workdir import temporary_beside
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from common_jax.tensors import Account, list_problems
+from common_jax.weights import Account, list_problems
 
 Tensors = Mapping[str, np.ndarray]
 

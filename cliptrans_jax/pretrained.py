@@ -23,15 +23,16 @@ from flax import traverse_util
 
 from cliptrans_jax import names
 from cliptrans_jax.data.pictures import MEAN, STD
-from cliptrans_jax.models.clip import ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.resnet import ResNetConfig
 from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.beside import CONFIG, Beside, picture_numbers, read_beside
 from cliptrans_jax.tensors.kinds import KINDS, Layout
+from cliptrans_jax.towers.clip import ClipVisionConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import did_you_mean
-from common_jax.tensors import (
+from common_jax.untrusted import brief
+from common_jax.weights import (
     Account,
     format_account,
     format_assumed,
@@ -40,8 +41,7 @@ from common_jax.tensors import (
     read_weights,
     write_tensors,
 )
-from common_jax.tensors.files import NARROW, SUFFIXES, same_content
-from common_jax.untrusted import brief
+from common_jax.weights.files import NARROW, SUFFIXES, same_content
 
 __all__ = [
     "Pretrained",
@@ -108,7 +108,7 @@ def load(
 
     Args:
       source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
-        `common_jax.tensors` reads them, or with `fetch` a model's id on Hugging Face's hub.
+        `common_jax.weights` reads them, or with `fetch` a model's id on Hugging Face's hub.
       kind: a key of `tensors.kinds.KINDS`, or several, of which the first that is there is read;
         None where config.json or the tensors' names say it; a CLIP of two towers is then read as
         its image tower. The towers are also found below "clip." in a CLIPTrans checkpoint that

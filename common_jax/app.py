@@ -10,9 +10,8 @@ import jax
 import ml_collections
 from etils import epath
 
-from common_jax import command_line
+from common_jax import command_line, hosts, signals
 from common_jax.mesh import start_backend
-from common_jax.pods import hosts, signals
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
@@ -48,9 +47,9 @@ def run(
         system is refused. None takes any.
       reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
-    Several processes that are one run are connected first, see `common_jax.pods.hosts.start`.
+    Several processes that are one run are connected first, see `common_jax.hosts.start`.
     Asked to stop, by a signal to any of them, all save and end: with exit status 0 after SIGTERM,
-    130 after Ctrl-C, 129 after SIGHUP (see `common_jax.pods.signals`).
+    130 after Ctrl-C, 129 after SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)

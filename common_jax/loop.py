@@ -11,12 +11,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.optim import OptimConfig
-from common_jax.pods import hosts, signals
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
 from common_jax.task import Task, abstract_state, fresh_state, step_program

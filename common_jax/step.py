@@ -9,9 +9,9 @@ import optax
 from jax import numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from common_jax import hosts
 from common_jax.mesh import AXES, to_devices
 from common_jax.optim import OptimConfig, Schedule, make_optimizer
-from common_jax.pods import hosts
 from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs, subtrees
 
 Batch = dict[str, jax.Array]
@@ -135,7 +135,7 @@ def make_evaluator(
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
-    It raises `common_jax.pods.signals.Stopped` when all processes are asked to stop.
+    It raises `common_jax.signals.Stopped` when all processes are asked to stop.
 
     Args:
       sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is

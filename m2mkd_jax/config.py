@@ -29,9 +29,9 @@ from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac.model import NacConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
 PHASES = (

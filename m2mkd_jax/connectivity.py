@@ -15,7 +15,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from common_jax.workdir import write_bytes
-from m2mkd_jax.models.nac.kernel import cosine_distance
+from m2mkd_jax.nac.kernel import cosine_distance
 
 DPI = 110
 MOST_EDGES = 2000  # drawn of a graph; more are a black disc

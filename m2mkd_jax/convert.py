@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from common_jax.tensors import list_problems
+from common_jax.weights import list_problems
 from m2mkd_jax.stages import stage_name
 
 State = Mapping[str, np.ndarray]

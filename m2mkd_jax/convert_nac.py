@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from common_jax.tensors import list_problems
-from m2mkd_jax.models.nac.network import GRAPH
+from common_jax.weights import list_problems
+from m2mkd_jax.nac.network import GRAPH
 from m2mkd_jax.stages import stage_name
 
 State = Mapping[str, np.ndarray]

@@ -14,7 +14,7 @@ from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import Config
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.models import vit
-from m2mkd_jax.models.nac.network import NacNetwork
+from m2mkd_jax.nac.network import NacNetwork
 from m2mkd_jax.phases.families import family, student_modules, whole_student
 from m2mkd_jax.phases.networks import (
     meta_network,

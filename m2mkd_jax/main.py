@@ -14,8 +14,8 @@ from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
 from common_jax.workdir import check_output, hold, holds_results, read_json
 from m2mkd_jax.config import READS, Config
-from m2mkd_jax.models.moe import check_moe
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.moe.layer import check_moe
 from m2mkd_jax.phases.circuit import PICTURE
 from m2mkd_jax.phases.few_shot import episodes_table
 from m2mkd_jax.phases.pipeline import plan, run_phase

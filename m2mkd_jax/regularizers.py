@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 from common_jax.config import Section
 from common_jax.ranges import Fraction, NonNegative, Positive, Size, above, one_of
 from m2mkd_jax.assignment import assign_blocks
-from m2mkd_jax.models.nac.kernel import KernelConfig, cosine_distance, exp_kernel
+from m2mkd_jax.nac.kernel import KernelConfig, cosine_distance, exp_kernel
 
 LATENTS = types.MappingProxyType(
     {"mediator": ("mediator",), "all": ("input", "mediator", "output")}

@@ -29,7 +29,7 @@ import m2mkd_jax.config
 import m2mkd_jax.main
 from common_jax import app
 from common_jax.config import freeze, unfreeze
-from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.nac.model import NacConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONGEST = 2000  # characters of a message

@@ -71,14 +71,14 @@ def _plain_features(path: Path, content: bytes) -> np.ndarray:
 
 
 def _prior_settings() -> dict[str, Any]:
-    from m2mkd_jax.models.nac.graphs import PriorConfig
+    from m2mkd_jax.nac.graphs import PriorConfig
 
     config = PriorConfig(graph="barabasi_albert", steps=2)
     return {"config": config, "nodes": 8, "signature_width": 4, "seed": 0}
 
 
 def _prepare_prior(cache: Path | None) -> dict[str, Any]:
-    from m2mkd_jax.models.nac.priors import prepare_prior
+    from m2mkd_jax.nac.priors import prepare_prior
 
     return dataclasses.asdict(prepare_prior(**_prior_settings(), cache=cache))
 

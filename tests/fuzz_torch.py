@@ -15,7 +15,7 @@ import torch_files
 from fuzz_format import Format
 from torch_files import Call, Global, New
 
-from common_jax.tensors import read_plain, read_tensors
+from common_jax.weights import read_plain, read_tensors
 
 Tensors = dict[str, np.ndarray]
 RNG = np.random.default_rng(0)

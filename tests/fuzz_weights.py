@@ -11,8 +11,8 @@ import safetensors.numpy
 from fuzz_format import Format
 from fuzz_torch import TENSORS, Tensors
 
-from common_jax.tensors import read_tensors
-from common_jax.tensors.safetensors_file import DTYPES
+from common_jax.weights import read_tensors
+from common_jax.weights.safetensors_file import DTYPES
 
 # ----- safetensors -----
 

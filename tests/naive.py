@@ -1,6 +1,6 @@
 """NAC's read-in as it reads in the paper's code: keys and values of every token for every receiver.
 
-The reference for `m2mkd_jax.models.nac.read_in.pool_tokens`, which makes neither.
+The reference for `m2mkd_jax.nac.read_in.pool_tokens`, which makes neither.
 """
 
 import math

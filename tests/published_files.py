@@ -9,13 +9,13 @@ from tiny import random_like
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import names
-from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.resnet import ResNetConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import kinds
-from common_jax.tensors import write_tensors
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
+from common_jax.weights import write_tensors
 
 MODEL = ModelConfig(UNEVEN, MapperConfig(prefix=3, features=6))
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}

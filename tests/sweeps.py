@@ -6,8 +6,8 @@ import pathlib
 import sys
 import time
 
-import sweep
-import sweep_cells
+from sweep import cells as sweep_cells
+from sweep import command as sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = f"{ROOT}/configs/m2mkd/digits.py"

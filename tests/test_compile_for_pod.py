@@ -8,6 +8,7 @@ import pathlib
 import compile_for_pod
 import jax
 import pytest
+from plan.steps import lower_step
 from tiny import AUGMENT, MOE, OPTIM, fill, tiny_config
 from tiny_cliptrans import tiny_config as tiny_stage
 from tiny_cliptrans import write_corpus
@@ -19,7 +20,6 @@ from cliptrans_jax.runs.material import describe_text
 from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh
-from common_jax.task import lower_step
 from m2mkd_jax.config import FewShotConfig, SourcesConfig
 from m2mkd_jax.phases.families import student_modules, whole_student
 from m2mkd_jax.phases.networks import meta_network, teacher_network

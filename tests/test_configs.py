@@ -18,8 +18,8 @@ from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from m2mkd_jax.config import PHASES, Config
 from m2mkd_jax.hybrid import Pair, pair_logits
 from m2mkd_jax.main import check_run
-from m2mkd_jax.models.nac.graphs import make_graph
-from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.nac.graphs import make_graph
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases import networks
 from m2mkd_jax.phases.families import family, student_modules, whole_student
 from m2mkd_jax.phases.pipeline import plan

@@ -15,7 +15,7 @@ from weight_files import deit, listed_by_stage, make_state, save_checkpoint, wri
 
 from common_jax import checkpoint
 from common_jax.config import freeze
-from common_jax.tensors import read_plain, read_tensors, write_tensors
+from common_jax.weights import read_plain, read_tensors, write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit, vmoe

@@ -11,7 +11,7 @@ import subprocess
 import types
 
 import pytest
-import sweep
+from sweep import command as sweep
 
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import main as cliptrans
@@ -326,7 +326,7 @@ def test_every_loss_has_an_equation():
         for file in ("m2mkd_jax/losses.py", "cliptrans_jax/losses.py")
         for function in definitions(ROOT / file) - {"DISTILLATIONS"}
     ]
-    routing = "m2mkd_jax/models/routing.py"
+    routing = "m2mkd_jax/moe/routers.py"
     losses += [(routing, one) for one in definitions(ROOT / routing) if one.endswith("_loss")]
     for file, function in losses:
         assert f"`{file}:{function}`" in text, function

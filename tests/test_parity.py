@@ -10,9 +10,9 @@ import shutil
 import sys
 
 import numpy as np
-import parity
-import parity_case
 import pytest
+from parity import cases
+from parity import command as parity
 
 KEPT = pathlib.Path(__file__).parent / "golden"
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN_DIR", KEPT))
@@ -33,7 +33,7 @@ def copied(tmp_path):
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("path", CASES, ids=parity.case_name)
 def test_agrees_with_the_original(path):
-    case = parity_case.read_case(path)
+    case = cases.read_case(path)
     checks = parity.run_checks(case, parity.find_runner(case.name))
     failed = [f"{c.name}: {c.problem or c.absolute}" for c in checks if not c.passed]
     assert not failed, "\n".join(failed)
@@ -121,9 +121,9 @@ def test_command_says_what_is_wrong_with_its_arguments(arguments, message, monke
     ],
 )
 def test_check_is_element_wise(got, want, passed):
-    assert parity_case.check(("x", got, want, 1e-3, 5e-4)).passed == passed
+    assert cases.check(("x", got, want, 1e-3, 5e-4)).passed == passed
 
 
 def test_exact_checks_allow_nothing():
-    assert parity_case.check(("x", [3], [3], 0, 0)).passed
-    assert not parity_case.check(("x", [1.0], [1.0 + 1e-12], 0, 0)).passed
+    assert cases.check(("x", [3], [3], 0, 0)).passed
+    assert not cases.check(("x", [1.0], [1.0 + 1e-12], 0, 0)).passed

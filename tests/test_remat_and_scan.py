@@ -10,15 +10,15 @@ import pytest
 import tiny_cliptrans
 from flax import traverse_util
 from jax import numpy as jnp
+from plan.flops import count_flops
 from tiny import MOE, NAC, SIZES, fill, quickly, unoptimised
 
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from common_jax.pods.flops import count_flops
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.moe import MoeConfig
-from m2mkd_jax.models.nac import model as nac
+from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.nac import model as nac
 
 INTERFACE = Interface(image_size=8, channels=3, labels=5)
 MBART = dataclasses.replace(tiny_cliptrans.MBART, encoder_layers=2, decoder_layers=2)

@@ -16,7 +16,7 @@ import threading
 
 import jobs
 import pytest
-import sweep_cells
+from sweep import cells as sweep_cells
 from sweeps import DIGITS, EMOJI, ROOT, WHOLE, cells, read_csv, replace_python, start, until
 
 NAC = f"{ROOT}/configs/m2mkd/digits_nac.py"

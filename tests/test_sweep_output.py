@@ -9,9 +9,9 @@ import subprocess
 
 import jobs
 import pytest
-import sweep_table
 from etils import epath
 from PIL import Image
+from sweep import table as sweep_table
 from sweeps import EMOJI, cells, read_csv, replace_python, start, until
 
 

@@ -17,12 +17,12 @@ from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.models.moe import MoeConfig
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 SIZES = {"patch": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0}
 MOE = MoeConfig(experts=4, chosen=2, expert_init="fan_in")

@@ -16,8 +16,8 @@ import dataclasses
 from tiny import tiny_config
 
 from common_jax.config import unfreeze
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
 
 NAC = NacConfig(

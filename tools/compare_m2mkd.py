@@ -20,11 +20,11 @@ import time
 
 import jax
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
+from plan.steps import step_flops
 
 from common_jax.mesh import MeshConfig, make_mesh
-from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
-from common_jax.task import step_flops
+from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.pipeline import describe
@@ -187,7 +187,7 @@ MADE_BY = {
 @functools.cache
 def run_flops(folder: pathlib.Path) -> float:
     """Operations of all updates of a run, those of matrix products and convolutions, as
-    `common_jax.task.step_flops` counts them."""
+    `plan.steps.step_flops` counts them."""
     config = freeze_stored(Config, read_json(folder / "config.json"), folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=1)

@@ -37,6 +37,18 @@ from typing import Any
 import jax
 import ml_collections
 from jax.sharding import Mesh
+from plan.chips import chip_of, describe_devices
+from plan.flops import Flops, count_flops
+from plan.sizing import (
+    Large,
+    Sizing,
+    bytes_text,
+    collectives_text,
+    largest_arguments,
+    largest_kept,
+    size_up,
+)
+from plan.steps import kept_shapes, lower_step, step_arguments, step_flops
 
 from cliptrans_jax import config as cliptrans
 from cliptrans_jax.features import encode_program
@@ -49,18 +61,7 @@ from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import batched, make_mesh, replicated
 from common_jax.optim import OptimConfig
-from common_jax.pods.chips import chip_of, describe_devices
-from common_jax.pods.flops import Flops, count_flops
-from common_jax.pods.sizing import (
-    Large,
-    Sizing,
-    bytes_text,
-    collectives_text,
-    largest_arguments,
-    largest_kept,
-    size_up,
-)
-from common_jax.task import Task, kept_shapes, lower_step, step_arguments, step_flops
+from common_jax.task import Task
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.main import check_run as check_m2mkd
 from m2mkd_jax.phases.pipeline import describe

@@ -34,9 +34,9 @@ from common_jax.app import USER_ERRORS
 from common_jax.command_line import read_config_file, set_field
 from common_jax.config import freeze, unfreeze
 from common_jax.mesh import start_backend
-from common_jax.pods.signals import ends_quietly
-from common_jax.tensors import Account, format_account, write_tensors, write_torch
-from common_jax.tensors.files import TORCH_SUFFIXES
+from common_jax.signals import ends_quietly
+from common_jax.weights import Account, format_account, write_tensors, write_torch
+from common_jax.weights.files import TORCH_SUFFIXES
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd

@@ -19,8 +19,8 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
 from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
-from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
+from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json
 
 CONFIG = "configs/cliptrans/emoji.py"

@@ -15,8 +15,8 @@ import time
 
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 
-from common_jax.pods.signals import ends_quietly
 from common_jax.report import Table, overlay, write_report
+from common_jax.signals import ends_quietly
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from common_jax.pods.signals import ends_quietly
+from common_jax.signals import ends_quietly
 from m2mkd_jax.data.records import find_prepared, open_builder, stored_labels
 
 EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and what TFDS needs of other packages)"

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.decode import Hypotheses, Search
 from cliptrans_jax.evaluators.show import Hypothesis
+from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
-from common_jax.pods import hosts
 
 # features(params, batch) -> (B, M), or None where the model takes none.
 Features = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
@@ -35,7 +35,7 @@ class Translate:
 
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
         """By number of the example; the whole of it on every host. Raises
-        `common_jax.pods.signals.Stopped` when all are asked to stop."""
+        `common_jax.signals.Stopped` when all are asked to stop."""
         found, pending = {}, None
         with jax.set_mesh(self.mesh):
             for batch in batches:

@@ -9,10 +9,11 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.models import mapper, mbart, prefix
+from cliptrans_jax.models import mapper, prefix
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBart, MBartConfig
 from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.config import FieldError, Section
 
 Params = dict[str, Any]

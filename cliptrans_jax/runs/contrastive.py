@@ -23,10 +23,10 @@ from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.losses import contrastive_loss
-from cliptrans_jax.models import clip, xlmr
-from cliptrans_jax.models.clip import ClipVision
-from cliptrans_jax.models.xlmr import MClip
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
+from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.towers.clip import ClipVision
+from cliptrans_jax.towers.mclip import MClip
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.ranking import rank_of
@@ -253,6 +253,6 @@ def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -
 
 PARTITION_RULES = (
     (r"/log_scale$", P()),
-    *((rf"/text/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in xlmr.PARTITION_RULES),
+    *((rf"/text/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in mclip.PARTITION_RULES),
     *((rf"/image/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in clip.PARTITION_RULES),
 )

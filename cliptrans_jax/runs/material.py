@@ -25,9 +25,9 @@ from cliptrans_jax.encoders import (
     load_published_text,
     text_features,
 )
-from cliptrans_jax.models.clip import ClipTextConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.towers.clip import ClipTextConfig
+from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax import checkpoint
 from common_jax.inputs import steps_per_epoch
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cliptrans_jax.tensors import open_clip
-from common_jax.tensors import weights_file
-from common_jax.tensors.files import FOLDER_FILES
+from common_jax.weights import weights_file
+from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"

@@ -12,14 +12,14 @@ from jax import numpy as jnp
 
 from cliptrans_jax import convert, names
 from cliptrans_jax import convert_towers as towers
-from cliptrans_jax.models import mbart
-from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.resnet import ClipResNet, ResNetConfig
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from cliptrans_jax.tensors import beside, mclip, open_clip, sizes
+from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
+from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.untrusted import brief
 
 Tensors = Mapping[str, np.ndarray]

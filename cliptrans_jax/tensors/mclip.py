@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cliptrans_jax.convert_towers import MCLIP_BASES, mclip_config
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.tensors import beside
+from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax.untrusted import brief
 from common_jax.workdir import read_json
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from cliptrans_jax import convert
-from cliptrans_jax.models import mbart, resnet
-from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.resnet import ResNetConfig
 from cliptrans_jax.tensors import open_clip
+from cliptrans_jax.towers import resnet
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
+from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators.mbart import MBartConfig
 
 Tensors = Mapping[str, np.ndarray]
 Hf = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from common_jax import hosts
 from common_jax.checkpoint.contents import FAILURES, JSON, MARK, Mark, read_mark, read_stored_step
-from common_jax.pods import hosts
 from common_jax.workdir import Identity, contradictions, read_identity, read_json
 
 FOLDER = "checkpoints"

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from common_jax import hosts
 from common_jax.checkpoint.belonging import FOLDER, finished_steps
 from common_jax.checkpoint.contents import (
     FAILURES,
@@ -25,7 +26,6 @@ from common_jax.checkpoint.contents import (
     read_mark,
 )
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
-from common_jax.pods import hosts
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 

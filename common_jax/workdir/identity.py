@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from common_jax.pods import hosts
+from common_jax import hosts
 from common_jax.workdir.files import read_json, write_json
 
 FILE = "run.json"

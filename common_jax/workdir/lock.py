@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from common_jax.pods import hosts, signals
+from common_jax import hosts, signals
 from common_jax.workdir.files import temporary_beside
 
 NAME = "run.lock"

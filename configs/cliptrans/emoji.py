@@ -18,11 +18,11 @@ from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
-from cliptrans_jax.models.clip import ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.xlmr import MClipConfig
+from cliptrans_jax.towers.clip import ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig

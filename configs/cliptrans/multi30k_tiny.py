@@ -21,7 +21,7 @@ from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig

@@ -16,9 +16,9 @@ import runpy
 import ml_collections
 
 from common_jax.config import unfreeze
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.regularizers import HingeConfig, RegularizersConfig
 
 MODEL = NacConfig(

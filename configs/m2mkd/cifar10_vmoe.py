@@ -22,9 +22,9 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
-from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.moe.layer import MoeConfig
 
 AUGMENT = AugmentConfig(padding=4, flip=True)
 OPTIM = OptimConfig(

@@ -17,9 +17,9 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
-from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.moe.layer import MoeConfig
 
 AUGMENT = AugmentConfig(rotate=10.0, scale=0.1, shift=0.7, smoothing=0.1)
 OPTIM = OptimConfig(

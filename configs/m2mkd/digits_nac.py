@@ -21,10 +21,10 @@ from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 from m2mkd_jax.regularizers import HingeConfig, RegularizersConfig
 
 AUGMENT = AugmentConfig(rotate=10.0, scale=0.1, shift=0.7, smoothing=0.1)

@@ -55,8 +55,8 @@ from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, Recipe, ch
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models import vit
-from m2mkd_jax.models.nac import model as nac
-from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.nac import model as nac
+from m2mkd_jax.nac.graphs import PriorConfig
 from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 
 AUGMENT = AugmentConfig(

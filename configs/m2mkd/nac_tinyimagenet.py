@@ -51,8 +51,8 @@ from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
-from m2mkd_jax.models.nac import model as nac
-from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.nac import model as nac
+from m2mkd_jax.nac.graphs import PriorConfig
 from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 
 AUGMENT = AugmentConfig(

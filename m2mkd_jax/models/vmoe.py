@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from common_jax.config import FieldError
 from common_jax.ranges import one_of, shown
 from m2mkd_jax.models import encoder, vit
-from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.stages import Network, Place
 
 

@@ -15,8 +15,8 @@ from common_jax.state import fold_name
 from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.connectivity import draw_connectivity
-from m2mkd_jax.models.nac.graphs import make_graph
-from m2mkd_jax.models.nac.priors import Prior, prepare_prior
+from m2mkd_jax.nac.graphs import make_graph
+from m2mkd_jax.nac.priors import Prior, prepare_prior
 from m2mkd_jax.phases.objective import Regularizer
 from m2mkd_jax.regularizers import make_regularizer
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from common_jax.weights import Origin, WarmStart
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
-from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases.circuit import (
     Circuit,
     circuit_regularizer,

@@ -9,8 +9,8 @@ from common_jax.mesh import Rules
 from common_jax.weights import Allowance
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import encoder, vmoe
-from m2mkd_jax.models.nac import model as nac
-from m2mkd_jax.models.nac.network import NacNetwork
+from m2mkd_jax.nac import model as nac
+from m2mkd_jax.nac.network import NacNetwork
 from m2mkd_jax.stages import Network
 
 

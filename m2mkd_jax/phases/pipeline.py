@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from common_jax.config import in_recipe, under
 from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config, Recipe
-from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
 from m2mkd_jax.phases.circuit import check_circuit
 from m2mkd_jax.phases.networks import check_source

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from common_jax.tensors import weights_file
-from common_jax.tensors.files import FOLDER_FILES
 from common_jax.untrusted import brief
+from common_jax.weights import weights_file
+from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import same_numbers

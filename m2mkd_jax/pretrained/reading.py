@@ -12,8 +12,8 @@ import numpy as np
 from flax import traverse_util
 
 from common_jax.config import did_you_mean
-from common_jax.tensors import Account, list_problems, read_plain, read_weights, weights_file
-from common_jax.tensors.files import NARROW, TORCH_SUFFIXES
+from common_jax.weights import Account, list_problems, read_plain, read_weights, weights_file
+from common_jax.weights.files import NARROW, TORCH_SUFFIXES
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
@@ -84,7 +84,7 @@ def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...
     """Reads a file, its shards, or all files of a folder with a module each.
 
     Args:
-      path: what `common_jax.tensors.read_weights` reads, or a folder of such files.
+      path: what `common_jax.weights.read_weights` reads, or a folder of such files.
       weights: which weights are read of a file that holds several: a key of a training checkpoint,
         such as "model_ema", or what stands before a network's names, with its dot: "teacher.".
 

@@ -10,12 +10,12 @@ from etils import epath
 from flax import traverse_util
 
 from common_jax import checkpoint
-from common_jax.tensors import Account, list_problems
+from common_jax.weights import Account, list_problems
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit
-from m2mkd_jax.models.nac.model import NacConfig
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, expected_tensors
 from m2mkd_jax.pretrained.reading import Pretrained
 from m2mkd_jax.stages import stage_name
@@ -98,7 +98,7 @@ def to_tensors(found: Pretrained) -> dict[str, np.ndarray]:
 
 
 def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What a file of the original holds, for `common_jax.tensors.write_torch`; `state` is what
+    """What a file of the original holds, for `common_jax.weights.write_torch`; `state` is what
     `to_tensors` gives.
 
     A network lists its tensors under root names and, by stage, once more (`stages.<i>.X`, and in

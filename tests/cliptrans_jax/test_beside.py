@@ -27,7 +27,7 @@ from torch_files import Global, New, state_dict
 from cliptrans_jax import pretrained
 from cliptrans_jax.convert_towers import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.tensors import kinds, open_clip
-from common_jax.tensors import write_tensors
+from common_jax.weights import write_tensors
 
 OPEN_CLIP = {
     "model_cfg": {

@@ -13,8 +13,8 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.translators.mbart import MBartConfig
 
 
 def test_the_defaults_are_the_originals():

@@ -14,11 +14,11 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.pipeline import ORDER, plan
 from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 

@@ -19,7 +19,7 @@ from cliptrans_jax.runs.objective import make_warm_start
 from cliptrans_jax.tensors.kinds import CLIPTRANS
 from common_jax import checkpoint
 from common_jax.config import unfreeze
-from common_jax.tensors import read_tensors
+from common_jax.weights import read_tensors
 
 CONFIG = """
 from tiny_cliptrans import tiny_config

@@ -28,16 +28,16 @@ from cliptrans_jax.convert_towers import (
     openai_text_table,
     openai_vision_table,
 )
-from cliptrans_jax.models import clip, resnet, xlmr
+from cliptrans_jax.towers import clip, mclip, resnet
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
-MCLIP = xlmr.MClipConfig(vocab=40, positions=12, **SIZES)
+MCLIP = mclip.MClipConfig(vocab=40, positions=12, **SIZES)
 VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
 TEXT = clip.ClipTextConfig(vocab=40, positions=10, **SIZES)
 RESNET = resnet.ResNetConfig(image=64, layers=(2, 1, 1, 1), width=4, features=8)
 IDS, F32 = jnp.zeros((1, 4), jnp.int32), jnp.float32
 TOWERS = {  # network, table, what is dropped, example
-    "mclip": (xlmr.MClip(MCLIP, F32), mclip_table(MCLIP), MCLIP_DROPPED, (IDS, IDS)),
+    "mclip": (mclip.MClip(MCLIP, F32), mclip_table(MCLIP), MCLIP_DROPPED, (IDS, IDS)),
     "clip_vision": (
         clip.ClipVision(VISION, F32),
         clip_vision_table(VISION),
@@ -291,12 +291,12 @@ def test_an_alias_stands_for_its_tensor_and_zeros_for_a_missing_one():
 
 
 def test_the_published_configs_are_the_defaults():
-    assert mclip_config(MCLIP_LARGE, XLMR_LARGE) == xlmr.MClipConfig()
-    assert mclip_config(MCLIP_LARGE, None) == xlmr.MClipConfig()
+    assert mclip_config(MCLIP_LARGE, XLMR_LARGE) == mclip.MClipConfig()
+    assert mclip_config(MCLIP_LARGE, None) == mclip.MClipConfig()
     other = mclip_config(MCLIP_LARGE | {"numDims": 768}, None)
-    assert other == xlmr.MClipConfig(features=768)
+    assert other == mclip.MClipConfig(features=768)
     base = MCLIP_LARGE | {"modelBase": "FacebookAI/xlm-roberta-large"}
-    assert mclip_config(base, None) == xlmr.MClipConfig()
+    assert mclip_config(base, None) == mclip.MClipConfig()
     sizes = {"hidden_act": "quick_gelu", "attention_dropout": 0.0, "dropout": 0.0}
     whole = {
         "model_type": "clip",
@@ -321,7 +321,7 @@ def test_every_key_of_a_config_is_read():
     roberta = base | own | {"type_vocab_size": 2, "pad_token_id": 0, "hidden_dropout_prob": 0.2}
     about = {"transformerDimensions": 20, "numDims": 6}
     want |= sizes | {"types": 2, "pad": 0, "dropout": 0.2, "features": 6}
-    assert mclip_config(about, roberta) == xlmr.MClipConfig(**want)
+    assert mclip_config(about, roberta) == mclip.MClipConfig(**want)
 
 
 def test_a_tower_s_own_config_is_read_too():

@@ -15,8 +15,8 @@ from tiny import QUICK, unoptimised
 from cliptrans_jax.decode import NEVER, DecodeConfig, Search
 from cliptrans_jax.models.cliptrans import PARTITION_RULES, ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBart, MBartConfig
 from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
 
 VOCAB, PAD, END, START = 14, 1, 2, 2

@@ -16,8 +16,8 @@ from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.encoders import ImageTower, TextTower, image_features, text_features
-from cliptrans_jax.models.clip import ClipText, ClipTextConfig, ClipVision
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
+from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision
+from cliptrans_jax.towers.mclip import MClip, MClipConfig
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

@@ -24,9 +24,10 @@ from cliptrans_jax.convert_towers import (
     mclip_config,
     mclip_table,
 )
-from cliptrans_jax.models import clip, mbart, xlmr
-from cliptrans_jax.models.mbart import MBart, MBartConfig
 from cliptrans_jax.tensors import kinds
+from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
@@ -331,7 +332,7 @@ def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
     }
     about = {"modelBase": "some", "transformerDimensions": 16, "numDims": 6}
     config = mclip_config(about, hf)
-    network = xlmr.MClip(config, F32)
+    network = mclip.MClip(config, F32)
     table = mclip_table(config)
     params = read_with(network, table, tensors, MCLIP_DROPPED, IDS, IDS)
     ids = np.array([[0, 7, 49, 30, 2, 1], [0, 12, 1, 9, 2, 1], [0, 2, 1, 1, 1, 1]])

@@ -17,8 +17,6 @@ from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis, Row, read_translations, write_translations
-from cliptrans_jax.models.clip import ClipTextConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.runs import material, scoring
 from cliptrans_jax.runs.material import (
     Material,
@@ -29,6 +27,8 @@ from cliptrans_jax.runs.material import (
     used_languages,
 )
 from cliptrans_jax.stages import Side
+from cliptrans_jax.towers.clip import ClipTextConfig
+from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax.config import unfreeze
 
 PAIR = ("en", "de")

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax.models.mbart import Decoder, MBart
+from cliptrans_jax.translators.mbart import Decoder, MBart
 
 PAD = UNEVEN.pad
 

@@ -18,8 +18,8 @@ from cliptrans_jax.decode import DecodeConfig, Search
 from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
-from cliptrans_jax.models.mbart import MBart, MBartConfig, shift_right
 from cliptrans_jax.models.prefix import PrefixConfig
+from cliptrans_jax.translators.mbart import MBart, MBartConfig, shift_right
 
 WIDTH, VOCAB, FEATURES, PAD, EOS = 16, 40, 8, 1, 2
 MBART = MBartConfig(

@@ -13,9 +13,9 @@ from cliptrans_jax.encoders import TEXT_RULES
 from cliptrans_jax.models import cliptrans, mapper
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.xlmr import MClip, MClipConfig
 from cliptrans_jax.runs import contrastive
+from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 
 WIDTHS = (16, 4 * 16, 8)  # of a token, of a prefix, of a feature

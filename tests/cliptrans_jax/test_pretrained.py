@@ -22,13 +22,13 @@ from same import assert_same
 from tiny_cliptrans import UNEVEN
 
 from cliptrans_jax import convert, names, pretrained
-from cliptrans_jax.models.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.models.mbart import MBartConfig
-from cliptrans_jax.models.resnet import ResNetConfig
 from cliptrans_jax.tensors import kinds, sizes
-from common_jax.tensors import read_tensors, write_tensors
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
+from cliptrans_jax.translators.mbart import MBartConfig
+from common_jax.weights import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

@@ -22,9 +22,9 @@ from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.data.unigram import Unigram
 from cliptrans_jax.encoders import TextTower, load_published_text
-from cliptrans_jax.models.clip import ClipTextConfig
-from cliptrans_jax.models.xlmr import MClipConfig
 from cliptrans_jax.runs.material import Material
+from cliptrans_jax.towers.clip import ClipTextConfig
+from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 

@@ -5,10 +5,9 @@ import math
 
 import nltk
 import numpy as np
-import parity_case
-import parity_cliptrans_scores
 import pytest
 from nltk.translate.meteor_score import single_meteor_score
+from parity import cases, cliptrans_scores
 
 from cliptrans_jax.evaluators.scores import (
     as_metrics,
@@ -220,7 +219,7 @@ def test_sets_that_do_not_fit_are_refused_with_their_counts():
 def case_of(config, outputs):
     arrays = {f"outputs/{name}": np.asarray(value) for name, value in outputs.items()}
     held = {"config": config, "tolerance": 1e-6}
-    return parity_case.Case("cliptrans/case", held, parity_case.Arrays(arrays))
+    return cases.Case("cliptrans/case", held, cases.Arrays(arrays))
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -237,14 +236,14 @@ def test_the_runners_compare_all_that_a_case_expects(wrong):
         "precisions": [500 / 6, 75, 100, 100],
         "score_first_only": 100.0,
     }
-    run = parity_cliptrans_scores.run_bleu
-    checks = parity_case.run_case(case_of(sentences, outputs), run)
+    run = cliptrans_scores.run_bleu
+    checks = cases.run_case(case_of(sentences, outputs), run)
     assert [check.name for check in checks if not check.passed] == ["score"] * wrong
     assert len(checks) == len(outputs)
 
     tokens = {"hypothesis_tokens": [["a"], ["b"]], "reference_tokens": [["a"], ["c"]]}
     outputs = {"sentence_scores": [0.5 + error, 0], "mean": 0.25}
-    run = parity_cliptrans_scores.run_meteor
-    checks = parity_case.run_case(case_of(tokens, outputs), run)
+    run = cliptrans_scores.run_meteor
+    checks = cases.run_case(case_of(tokens, outputs), run)
     assert [check.name for check in checks if not check.passed] == ["sentence_scores"] * wrong
     assert len(checks) == len(outputs)

@@ -14,17 +14,17 @@ from jax import numpy as jnp
 from tiny import QUICK, fill
 
 from cliptrans_jax import convert_towers, names
-from cliptrans_jax.models import clip, resnet, xlmr
+from cliptrans_jax.towers import clip, mclip, resnet
 from common_jax.mesh import BATCH, MeshConfig, idle_rules, make_mesh, match_rules
 
 # No epsilon and no pad is the default.
 SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps": 1e-4}
-MCLIP = xlmr.MClipConfig(vocab=40, positions=16, pad=5, types=2, **SIZES)
+MCLIP = mclip.MClipConfig(vocab=40, positions=16, pad=5, types=2, **SIZES)
 VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
 TEXT = clip.ClipTextConfig(vocab=40, positions=10, **SIZES)
 RESNET = resnet.ResNetConfig(image=32, layers=(1, 1, 1, 1), width=16, features=8)
 TOWERS = {
-    "mclip": (xlmr.MClip, MCLIP, xlmr.PARTITION_RULES),
+    "mclip": (mclip.MClip, MCLIP, mclip.PARTITION_RULES),
     "vision": (clip.ClipVision, VISION, clip.PARTITION_RULES),
     "text": (clip.ClipText, TEXT, clip.PARTITION_RULES),
     "resnet": (resnet.ClipResNet, RESNET, resnet.PARTITION_RULES),
@@ -137,7 +137,7 @@ def test_activations_are_those_that_the_config_names(params):
     for name, want in (("gelu", naive.gelu), ("quick_gelu", naive.quick_gelu)):
         np.testing.assert_allclose(clip.ACTIVATIONS[name](jnp.asarray(x)), want(x), atol=1e-6)
     np.testing.assert_allclose(
-        xlmr.ACTIVATIONS["gelu"](jnp.asarray(x)), naive.gelu(x), rtol=1e-5, atol=1e-6
+        mclip.ACTIVATIONS["gelu"](jnp.asarray(x)), naive.gelu(x), rtol=1e-5, atol=1e-6
     )
     network = clip.ClipText(dataclasses.replace(TEXT, activation="gelu"), jnp.float32)
     found = jax.jit(network.apply)({"params": params["text"]}, *inputs("text"))
@@ -149,7 +149,7 @@ def test_activations_are_those_that_the_config_names(params):
 
 def test_mclip_drops_out_embeddings_and_branches(params):
     """Without them a block is the norm of a norm."""
-    network = xlmr.MClip(dataclasses.replace(MCLIP, dropout=0.3), jnp.float32)
+    network = mclip.MClip(dataclasses.replace(MCLIP, dropout=0.3), jnp.float32)
 
     def last(zero):
         with dropouts(zero) as calls:
@@ -190,7 +190,7 @@ def test_defaults_are_the_published_models():
     large = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
     ids = {"vocab": 250002, "positions": 514, "types": 1, "pad": 1}
     mclip = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}
-    assert dataclasses.asdict(xlmr.MClipConfig()) == mclip
+    assert dataclasses.asdict(mclip.MClipConfig()) == mclip
     shared |= {"layers": 12, "activation": "quick_gelu"}
     vision = {"image": 224, "patch": 32, "width": 768, "heads": 12, "hidden": 3072}
     assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision
@@ -247,8 +247,8 @@ def test_mclip_gives_a_row_without_tokens_the_mean_zero(params):
 def test_positions_count_what_is_no_pad():
     ids = jnp.asarray([[0, 5, 1, 9, 2, 1], [1, 1, 0, 2, 1, 1]])
     want = [[2, 3, 1, 4, 5, 1], [1, 1, 2, 3, 1, 1]]
-    np.testing.assert_array_equal(xlmr.position_ids(ids, 1), want)
-    np.testing.assert_array_equal(xlmr.position_ids(ids - 1, 0), np.asarray(want) - 1)
+    np.testing.assert_array_equal(mclip.position_ids(ids, 1), want)
+    np.testing.assert_array_equal(mclip.position_ids(ids - 1, 0), np.asarray(want) - 1)
 
 
 def test_mclip_drops_out_in_training_alone(params, plain):
@@ -259,7 +259,7 @@ def test_mclip_drops_out_in_training_alone(params, plain):
     np.testing.assert_array_equal(train(0), train(0))
     assert np.max(np.abs(train(0) - plain["mclip"])) > 1e-3
     assert np.max(np.abs(train(0) - train(1))) > 1e-3
-    never = xlmr.MClip(dataclasses.replace(MCLIP, dropout=0.0), jnp.float32)
+    never = mclip.MClip(dataclasses.replace(MCLIP, dropout=0.0), jnp.float32)
     found = never.apply({"params": params["mclip"]}, *inputs("mclip"), train=True)
     np.testing.assert_allclose(found, plain["mclip"], rtol=1e-5, atol=1e-6)
 
@@ -334,7 +334,7 @@ def test_partition_rules_split_a_tower_over_eight_devices(name, params, plain):
 
 def test_no_partition_rule_is_idle():
     shapes = {name: shapes_of(build(name), *inputs(name)) for name in TOWERS}
-    assert idle_rules(xlmr.PARTITION_RULES, shapes["mclip"]) == []
+    assert idle_rules(mclip.PARTITION_RULES, shapes["mclip"]) == []
     assert idle_rules(clip.PARTITION_RULES, shapes["vision"], shapes["text"]) == []
     assert idle_rules(resnet.PARTITION_RULES, shapes["resnet"]) == []
 
@@ -342,7 +342,7 @@ def test_no_partition_rule_is_idle():
 @pytest.mark.parametrize(
     ("network", "rules", "count"),
     [
-        (xlmr.MClip(xlmr.MClipConfig(), jnp.bfloat16), xlmr.PARTITION_RULES, 559_365_632),
+        (mclip.MClip(mclip.MClipConfig(), jnp.bfloat16), mclip.PARTITION_RULES, 559_365_632),
         (clip.ClipVision(clip.ClipVisionConfig(), jnp.bfloat16), clip.PARTITION_RULES, 87_849_216),
         (clip.ClipText(clip.ClipTextConfig(), jnp.bfloat16), clip.PARTITION_RULES, 63_428_096),
         (clip.ClipText(clip.RN50X64_TEXT, jnp.bfloat16), clip.PARTITION_RULES, 202_877_952),
@@ -369,9 +369,9 @@ def test_published_sizes_have_the_published_count_and_split(network, rules, coun
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: xlmr.MClipConfig(width=10, heads=4), r"^heads=4 must divide width=10"),
+        (lambda: mclip.MClipConfig(width=10, heads=4), r"^heads=4 must divide width=10"),
         (
-            lambda: xlmr.MClipConfig(activation="tanh"),
+            lambda: mclip.MClipConfig(activation="tanh"),
             r"^activation='tanh' must be one of \['gelu'\]",
         ),
         (lambda: clip.ClipTextConfig(width=10, heads=4), r"^heads=4 must divide width=10"),

@@ -12,10 +12,9 @@ import pytest
 from descent import OPTIM, STEPS, descend, make_task, numbers
 from jax import numpy as jnp
 
-from common_jax import checkpoint, loop
+from common_jax import checkpoint, hosts, loop, signals
 from common_jax.checkpoint import finished_steps
 from common_jax.metrics import read_metrics
-from common_jax.pods import hosts, signals
 from common_jax.state import fold_name, step_rngs
 from common_jax.weights import WarmStart
 

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from same import assert_same
 from torch_files import Call, Global, New, Raw, storage, tensor
 
-from common_jax.tensors import read_plain, read_tensors, torch_archive
 from common_jax.untrusted import brief, parse_json, plain, read_npz
+from common_jax.weights import read_plain, read_tensors, torch_archive
 
 FLOATS = storage("FloatStorage", "0", 2)
 ONES = tensor(FLOATS, (2,), (1,))

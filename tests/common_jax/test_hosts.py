@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from processes import finish_pair, pair, says, start
 
+from common_jax import hosts, signals
 from common_jax.checkpoint import finished_steps
-from common_jax.pods import hosts, signals
 
 
 def lines(workdir) -> list[dict]:

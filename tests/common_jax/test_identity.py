@@ -8,16 +8,15 @@ import convert_weights
 import jax
 import numpy as np
 import pytest
-import sweep
 from descent import STEPS, descend
 from jax import numpy as jnp
+from sweep import command as sweep
 
 import cliptrans_jax.main
 import m2mkd_jax.main
-from common_jax import app, checkpoint
+from common_jax import app, checkpoint, hosts, signals
 from common_jax.checkpoint import Checkpoints, SaveError, contents
 from common_jax.checkpoint.writing import write_params
-from common_jax.pods import hosts, signals
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity, read_result
 

@@ -6,10 +6,9 @@ import pytest
 from descent import EPOCH, STEPS, make_task
 from meshes import one_device
 
-from common_jax import loop, metrics
+from common_jax import hosts, loop, metrics, signals
 from common_jax.checkpoint import SaveError, finished_steps
 from common_jax.optim import OptimConfig
-from common_jax.pods import hosts, signals
 
 OPTIM = OptimConfig(steps=STEPS, batch=8, lr=0.1, lr_per=None, schedule="constant", warmup_epochs=0)
 

@@ -6,7 +6,7 @@ import torch_files
 from same import assert_same
 from torch_files import Call, Global, New, state_dict
 
-from common_jax.tensors import Account, format_account, list_problems, read_plain, read_weights
+from common_jax.weights import Account, format_account, list_problems, read_plain, read_weights
 
 RAW = {"cls_token": np.zeros(3, np.float32), "head.weight": np.ones((2, 3), np.float32)}
 AVERAGE = {name: x + 5 for name, x in RAW.items()}

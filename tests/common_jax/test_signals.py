@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from common_jax.pods import hosts, signals
+from common_jax import hosts, signals
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -86,7 +86,7 @@ def test_nothing_takes_it_for_a_failure():
 
 COMPILING = """
 import os, signal, sys, threading, time
-from common_jax.pods import signals
+from common_jax import signals
 
 def send():
     for _ in range(2):

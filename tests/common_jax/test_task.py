@@ -8,10 +8,11 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from meshes import one_device, split_mesh
+from plan.steps import step_arguments
 
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
-from common_jax.task import Task, abstract_state, fresh_state, step_arguments, step_program
+from common_jax.task import Task, abstract_state, fresh_state, step_program
 
 OPTIM = OptimConfig(steps=4, batch=16, accumulate=2, lr=0.1, lr_per=None, schedule="constant")
 

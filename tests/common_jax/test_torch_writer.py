@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from same import assert_same
 
-from common_jax.tensors import read_plain, read_tensors, write_torch
+from common_jax.weights import read_plain, read_tensors, write_torch
 
 ARRAYS = {
     "single": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),

@@ -10,6 +10,8 @@ import pytest
 from flax import traverse_util
 from jax import numpy as jnp
 from meshes import one_device
+from plan.flops import count_flops
+from plan.steps import step_flops
 from tiny import NAC, tiny_config
 
 import m2mkd_jax
@@ -18,10 +20,8 @@ from common_jax.checkpoint import Checkpoints
 from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
 from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig
-from common_jax.pods.flops import count_flops
 from common_jax.state import step_rngs
 from common_jax.step import init_state
-from common_jax.task import step_flops
 from m2mkd_jax.config import PRECISIONS, Config, PairsConfig, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.main import results_table

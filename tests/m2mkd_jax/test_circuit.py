@@ -12,9 +12,9 @@ from tiny import NAC, tiny_config
 from common_jax import checkpoint
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.priors import Prior
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.priors import Prior
 from m2mkd_jax.phases import circuit
 from m2mkd_jax.phases.circuit import (
     Circuit,

@@ -8,7 +8,7 @@ from tiny import random_like
 
 from m2mkd_jax import convert
 from m2mkd_jax.models import encoder, vit, vmoe
-from m2mkd_jax.models.moe import MoeConfig
+from m2mkd_jax.moe.layer import MoeConfig
 
 DEPTHS, HEADS = (2, 1, 2), 2
 IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)

@@ -13,9 +13,9 @@ from same import assert_same
 
 from m2mkd_jax import convert_nac
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import model
-from m2mkd_jax.models.nac.layers import CodeLinear, LinearConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac import model
+from m2mkd_jax.nac.layers import CodeLinear, LinearConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 ITERATIONS = 3
 SIZES = model.NacConfig(

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 from same import assert_close
 
 from common_jax.mesh import AXES
-from m2mkd_jax.models import grouped
-from m2mkd_jax.models.dispatch import DISPATCHERS
-from m2mkd_jax.models.grouped import Experts
-from m2mkd_jax.models.routing import ROUTERS, Routes
+from m2mkd_jax.moe import grouped
+from m2mkd_jax.moe.dispatch import DISPATCHERS
+from m2mkd_jax.moe.grouped import Experts
+from m2mkd_jax.moe.routers import ROUTERS, Routes
 
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
 # These tests spend their time in the compiler.

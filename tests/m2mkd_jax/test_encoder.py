@@ -13,8 +13,8 @@ from tiny import SIZES, fill, unoptimised
 
 from m2mkd_jax import convert
 from m2mkd_jax.models import encoder, vit, vmoe
-from m2mkd_jax.models.moe import MoeConfig
 from m2mkd_jax.models.stitch import Stitch
+from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.stages import stage_name
 
 IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from tiny import NAC, tiny_config
 
-from m2mkd_jax.models.nac.kernel import KernelConfig
+from m2mkd_jax.nac.kernel import KernelConfig
 from m2mkd_jax.phases.families import family, student_modules, whole_student
 
 DEEP = dataclasses.replace(NAC, iterations=3)

@@ -14,7 +14,7 @@ from weight_files import deit
 
 from common_jax import checkpoint
 from common_jax.config import freeze, unfreeze
-from common_jax.tensors import write_tensors
+from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit

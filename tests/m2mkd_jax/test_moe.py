@@ -13,8 +13,8 @@ from scipy.special import softmax
 
 from common_jax.config import freeze
 from common_jax.mesh import AXES
-from m2mkd_jax.models import routing
-from m2mkd_jax.models.moe import BalanceConfig, MoeConfig, MoeMlp, check_moe
+from m2mkd_jax.moe import routers
+from m2mkd_jax.moe.layer import BalanceConfig, MoeConfig, MoeMlp, check_moe
 
 B, T, D, F, E, A = 8, 5, 12, 20, 8, 2
 # These tests spend their time in the compiler.
@@ -293,10 +293,10 @@ def test_balance_loss_is_the_weighted_sum():
 
     @jax.jit
     def losses(logits):
-        load = routing.load_loss(clean, logits, chosen=A, std=config.noise_std)
-        gshard, z = routing.gshard_loss(logits), routing.z_loss(clean)
+        load = routers.load_loss(clean, logits, chosen=A, std=config.noise_std)
+        gshard, z = routers.gshard_loss(logits), routers.z_loss(clean)
         return {
-            "importance": routing.importance_loss(clean),
+            "importance": routers.importance_loss(clean),
             "load": load,
             "gshard": gshard,
             "z": z,

@@ -10,12 +10,12 @@ import pytest
 from jax import numpy as jnp
 from tiny import QUICK, fill
 
-from m2mkd_jax.models.nac import kernel
-from m2mkd_jax.models.nac.blocks import BlockConfig, attend, head_scores
-from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.layers import CodeLinear, LinearConfig
-from m2mkd_jax.models.nac.read_in import ReadInAttention, pool_tokens
-from m2mkd_jax.models.nac.tokenizer import fit_grid
+from m2mkd_jax.nac import kernel
+from m2mkd_jax.nac.blocks import BlockConfig, attend, head_scores
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.layers import CodeLinear, LinearConfig
+from m2mkd_jax.nac.read_in import ReadInAttention, pool_tokens
+from m2mkd_jax.nac.tokenizer import fit_grid
 
 BLOCK = BlockConfig(width=24, code_width=20, heads=2, head_width=8, qkv_bias=True)
 

@@ -11,10 +11,10 @@ from jax import numpy as jnp
 from scipy.special import erf
 from tiny import fill
 
-from m2mkd_jax.models.nac import blocks, read_in
-from m2mkd_jax.models.nac.blocks import BlockConfig, Propagator
-from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.layers import NOISE, CodeLinear, LinearConfig
+from m2mkd_jax.nac import blocks, read_in
+from m2mkd_jax.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.layers import NOISE, CodeLinear, LinearConfig
 
 BATCH, WIDTH, CODE, TOKEN = 2, 6, 5, 7
 FIXED = KernelConfig(stochastic=False)

@@ -11,7 +11,7 @@ from etils import epath
 from tiny import NAC, OPTIM
 
 from m2mkd_jax.config import Config
-from m2mkd_jax.models.nac.graphs import PriorConfig, make_graph
+from m2mkd_jax.nac.graphs import PriorConfig, make_graph
 from m2mkd_jax.phases import circuit
 from m2mkd_jax.phases.circuit import Circuit
 

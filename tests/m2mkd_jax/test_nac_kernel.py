@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from m2mkd_jax.models.nac import kernel
-from m2mkd_jax.models.nac.kernel import KernelConfig
+from m2mkd_jax.nac import kernel
+from m2mkd_jax.nac.kernel import KernelConfig
 
 INF = math.inf
 

@@ -9,7 +9,7 @@ import pytest
 from jax import numpy as jnp
 from tiny import fill
 
-from m2mkd_jax.models.nac.latents import (
+from m2mkd_jax.nac.latents import (
     Graph,
     GraphConfig,
     LatentConfig,
@@ -17,8 +17,8 @@ from m2mkd_jax.models.nac.latents import (
     LatentSet,
     Seeder,
 )
-from m2mkd_jax.models.nac.layers import NOISE
-from m2mkd_jax.models.nac.pooling import ConfidencePooling
+from m2mkd_jax.nac.layers import NOISE
+from m2mkd_jax.nac.pooling import ConfidencePooling
 
 WIDTH, SIGNATURE, CODE, BATCH = 6, 4, 5, 3
 SETS = ("input", "mediator", "output")

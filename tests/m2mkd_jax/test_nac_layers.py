@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax import numpy as jnp
 from tiny import fill
 
-from m2mkd_jax.models.nac import layers
-from m2mkd_jax.models.nac.layers import CodeLinear, Linear, LinearConfig
+from m2mkd_jax.nac import layers
+from m2mkd_jax.nac.layers import CodeLinear, Linear, LinearConfig
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 

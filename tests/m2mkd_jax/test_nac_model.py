@@ -9,15 +9,15 @@ from jax.sharding import PartitionSpec as P
 
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import model
-from m2mkd_jax.models.nac.blocks import BlockConfig
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.latents import GraphConfig, LatentConfig
-from m2mkd_jax.models.nac.layers import LinearConfig
-from m2mkd_jax.models.nac.model import NacConfig
-from m2mkd_jax.models.nac.network import ReadInConfig, ReadOutConfig, Wiring
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac import model
+from m2mkd_jax.nac.blocks import BlockConfig
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.latents import GraphConfig, LatentConfig
+from m2mkd_jax.nac.layers import LinearConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.network import ReadInConfig, ReadOutConfig, Wiring
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 INTERFACE = Interface(16, 3, 7)
 # Every field that a part takes differs from its default, and numbers from each other.

@@ -18,10 +18,10 @@ from tiny import QUICK, fill
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import model
-from m2mkd_jax.models.nac.kernel import KernelConfig
-from m2mkd_jax.models.nac.layers import LinearConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac import model
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.layers import LinearConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 SIZES = model.NacConfig(
     tokenizer=TokenizerConfig(preset="atto", width=16, grid_width=8),

@@ -10,8 +10,8 @@ from jax import numpy as jnp
 from scipy.special import erf
 from tiny import fill
 
-from m2mkd_jax.models.nac import tokenizer
-from m2mkd_jax.models.nac.tokenizer import Tokenizer, TokenizerConfig
+from m2mkd_jax.nac import tokenizer
+from m2mkd_jax.nac.tokenizer import Tokenizer, TokenizerConfig
 
 TINY = TokenizerConfig("nano", stages=2, width=16, stem=2, grid_width=3)
 

@@ -21,10 +21,10 @@ from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.step import init_state
 from m2mkd_jax.config import Config, EvaluationConfig, Recipe, SourcesConfig
-from m2mkd_jax.models.nac import model
-from m2mkd_jax.models.nac.graphs import PriorConfig
-from m2mkd_jax.models.nac.kernel import KernelConfig
 from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.nac import model
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.kernel import KernelConfig
 from m2mkd_jax.phases import end_to_end
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import run_phase

@@ -13,12 +13,12 @@ from jax import numpy as jnp
 from tiny import QUICK, fill
 
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.models.nac import blocks, latents, layers, model, pooling, students
-from m2mkd_jax.models.nac.blocks import BlockConfig, Propagator
-from m2mkd_jax.models.nac.latents import Graph
-from m2mkd_jax.models.nac.layers import NOISE, LinearConfig
-from m2mkd_jax.models.nac.network import ReadIn, ReadInConfig, ReadOut, ReadOutConfig
-from m2mkd_jax.models.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.nac import blocks, latents, layers, model, pooling, students
+from m2mkd_jax.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.nac.latents import Graph
+from m2mkd_jax.nac.layers import NOISE, LinearConfig
+from m2mkd_jax.nac.network import ReadIn, ReadInConfig, ReadOut, ReadOutConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 ITERATIONS, BATCH = 3, 2
 SIZES = model.NacConfig(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from m2mkd_jax.models.nac import graphs, priors
-from m2mkd_jax.models.nac.graphs import PriorConfig
+from m2mkd_jax.nac import graphs, priors
+from m2mkd_jax.nac.graphs import PriorConfig
 
 NODES, WIDTH = 16, 12
 # A config of every graph that has 16 nodes, but the tree with 15.

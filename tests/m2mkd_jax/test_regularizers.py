@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from m2mkd_jax import regularizers
 from m2mkd_jax.assignment import assign_blocks
-from m2mkd_jax.models.nac.kernel import KernelConfig
+from m2mkd_jax.nac.kernel import KernelConfig
 from m2mkd_jax.regularizers import (
     BlocksConfig,
     HingeConfig,

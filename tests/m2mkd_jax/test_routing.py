@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2mkd_jax.models import routing
+from m2mkd_jax.moe import routers
 
 # One group of three tokens, four experts; best choices 2, 0, 2 and second choices 0, 3, 1.
 LOGITS = jnp.log(
@@ -16,7 +16,7 @@ LOGITS = jnp.log(
 
 
 def route(name, logits, *, chosen=2, slots=1, order="token"):
-    router = jax.jit(routing.ROUTERS[name], static_argnames=("chosen", "slots", "order"))
+    router = jax.jit(routers.ROUTERS[name], static_argnames=("chosen", "slots", "order"))
     return router(logits, chosen=chosen, slots=slots, order=order)
 
 
@@ -38,7 +38,7 @@ def test_softmax_topk_keeps_the_weights_of_the_full_softmax():
     np.testing.assert_allclose(weight, [[0.5, 0.6, 0.7, 0.3, 0.25, 0.18]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", routing.TOKEN_CHOICE)
+@pytest.mark.parametrize("name", routers.TOKEN_CHOICE)
 def test_priority_puts_the_surest_tokens_first_within_each_choice(name):
     routes = route(name, LOGITS, order="priority")
     np.testing.assert_array_equal(routes.token, [[2, 1, 0, 2, 1, 0]])
@@ -47,7 +47,7 @@ def test_priority_puts_the_surest_tokens_first_within_each_choice(name):
     np.testing.assert_array_equal(routes.weight, plain.weight[:, [2, 1, 0, 5, 4, 3]])
 
 
-@pytest.mark.parametrize("name", routing.TOKEN_CHOICE)
+@pytest.mark.parametrize("name", routers.TOKEN_CHOICE)
 def test_priority_is_by_probability_whatever_the_size_of_the_logits(name):
     shifted = LOGITS + jnp.array([5.0, 0.0, -5.0])[:, None]
     np.testing.assert_array_equal(route(name, shifted, order="priority").token[0, :3], [2, 1, 0])
@@ -59,7 +59,7 @@ def test_tokens_of_the_same_priority_keep_their_order():
     np.testing.assert_array_equal(token, [[*range(9)], [4, 0, 1, 2, 3, 5, 6, 7, 8]])
 
 
-@pytest.mark.parametrize("name", routing.ROUTERS)
+@pytest.mark.parametrize("name", routers.ROUTERS)
 def test_a_group_is_routed_whatever_the_others_are(name):
     logits = np.random.default_rng(1).normal(0, 2, (3, 7, 5)).astype(np.float32)
     others = logits.copy()
@@ -68,10 +68,10 @@ def test_a_group_is_routed_whatever_the_others_are(name):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), routes, beside)
 
 
-@pytest.mark.parametrize("order", sorted(routing.ORDERS))
+@pytest.mark.parametrize("order", sorted(routers.ORDERS))
 def test_by_token_undoes_the_order(order):
     logits = jax.random.normal(jax.random.key(0), (3, 7, 5))
-    expert, weight = routing.by_token(route("softmax_topk", logits, order=order), 2)
+    expert, weight = routers.by_token(route("softmax_topk", logits, order=order), 2)
     top, best = jax.lax.top_k(jax.nn.softmax(logits), 2)
     np.testing.assert_array_equal(expert, best)
     np.testing.assert_allclose(weight, top, rtol=1e-6)
@@ -91,7 +91,7 @@ def test_weights_stay_in_the_precision_of_the_logits():
 
 
 def test_rank_in_expert_counts_earlier_pairs_and_ignores_foreign_ones():
-    rank, sizes = routing.rank_in_expert(jnp.array([1, 7, 1, 0, -1, 1]), 3)
+    rank, sizes = routers.rank_in_expert(jnp.array([1, 7, 1, 0, -1, 1]), 3)
     np.testing.assert_array_equal(sizes, [1, 3, 0])
     np.testing.assert_array_equal(rank[jnp.array([0, 2, 3, 5])], [0, 1, 0, 2])
 
@@ -99,25 +99,25 @@ def test_rank_in_expert_counts_earlier_pairs_and_ignores_foreign_ones():
 @pytest.mark.parametrize(("experts", "std"), [(8, 2.0), (2, 0.5)])
 def test_noise_has_the_stated_spread(experts, std):
     logits = jnp.full((4, 1000, experts), 3.0)
-    drawn = routing.noisy(logits, jax.random.key(0), std)
+    drawn = routers.noisy(logits, jax.random.key(0), std)
     np.testing.assert_allclose(jnp.std(drawn), std / experts, rtol=0.03)
     np.testing.assert_allclose(jnp.mean(drawn), 3.0, atol=0.01)
 
 
 def test_noise_is_drawn_for_each_group_token_expert_and_key():
     keys = jax.random.split(jax.random.key(0), 2)
-    drawn = jnp.stack([routing.noisy(jnp.zeros((3, 5, 4)), key, 1.0) for key in keys])
+    drawn = jnp.stack([routers.noisy(jnp.zeros((3, 5, 4)), key, 1.0) for key in keys])
     assert len(np.unique(drawn)) == drawn.size
 
 
 def test_importance_loss_by_hand():
     # Summed gates 0.92, 0.33, 1.3, 0.45: mean 0.75.
     spread = np.mean((np.array([0.92, 0.33, 1.3, 0.45]) - 0.75) ** 2)
-    np.testing.assert_allclose(routing.importance_loss(LOGITS), spread / 0.75**2, rtol=1e-5)
+    np.testing.assert_allclose(routers.importance_loss(LOGITS), spread / 0.75**2, rtol=1e-5)
 
 
 def test_importance_loss_is_flat_at_balance():
-    value, slope = jax.value_and_grad(routing.importance_loss)(jnp.zeros((2, 3, 4)))
+    value, slope = jax.value_and_grad(routers.importance_loss)(jnp.zeros((2, 3, 4)))
     assert value == 0
     np.testing.assert_array_equal(slope, jnp.zeros((2, 3, 4)))
 
@@ -131,7 +131,7 @@ def test_load_loss_by_hand():
         return 0.5 * math.erfc((threshold - logit) / 0.25 / math.sqrt(2))
 
     load = np.array([(won(1.1, 1.0) + won(0.85, 0.2)) / 2, (won(1.1, 0.8) + won(0.85, 0.9)) / 2])
-    loss = routing.load_loss(clean, drawn, chosen=1, std=0.5)
+    loss = routers.load_loss(clean, drawn, chosen=1, std=0.5)
     np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_load_loss_of_two_choices_by_hand():
     bar = np.array([[0.7], [0.6]])
     won = [[0.5 * math.erfc(z / math.sqrt(2)) for z in row] for row in (bar - clean) / 0.2]
     load = np.mean(won, axis=0)
-    loss = routing.load_loss(jnp.asarray(clean[None]), jnp.asarray(drawn[None]), chosen=2, std=0.6)
+    loss = routers.load_loss(jnp.asarray(clean[None]), jnp.asarray(drawn[None]), chosen=2, std=0.6)
     np.testing.assert_allclose(loss, np.var(load) / np.mean(load) ** 2, rtol=1e-5)
 
 
@@ -150,11 +150,11 @@ def test_losses_take_the_tokens_of_all_groups_together():
     @jax.jit
     def losses(clean, drawn):
         return {
-            "importance": routing.importance_loss(clean),
-            "load": routing.load_loss(clean, drawn, chosen=2, std=2.0),
-            "gshard": routing.gshard_loss(clean),
-            "z": routing.z_loss(clean),
-            "entropy": routing.entropy(clean),
+            "importance": routers.importance_loss(clean),
+            "load": routers.load_loss(clean, drawn, chosen=2, std=2.0),
+            "gshard": routers.gshard_loss(clean),
+            "z": routers.z_loss(clean),
+            "entropy": routers.entropy(clean),
         }
 
     drawn = jax.random.normal(jax.random.key(3), (2, 3, 6, 4))
@@ -167,8 +167,8 @@ def test_losses_take_the_tokens_of_all_groups_together():
 
 def test_load_loss_pushes_towards_the_idle_expert():
     clean = jnp.tile(jnp.array([0.3, 0.0]), (1, 6, 1))
-    drawn = routing.noisy(clean, jax.random.key(1), 1.0)
-    slope = jax.grad(lambda c: routing.load_loss(c, drawn, chosen=1, std=1.0))(clean)
+    drawn = routers.noisy(clean, jax.random.key(1), 1.0)
+    slope = jax.grad(lambda c: routers.load_loss(c, drawn, chosen=1, std=1.0))(clean)
     assert jnp.all(slope[..., 0] > 0)
     assert jnp.all(slope[..., 1] < 0)
 
@@ -176,21 +176,21 @@ def test_load_loss_pushes_towards_the_idle_expert():
 def test_gshard_loss_by_hand():
     # Best experts 2, 0, 2; mean gates 0.92 / 3, 0.33 / 3, 1.3 / 3, 0.45 / 3.
     expected = 16 * np.mean([1 / 3 * 0.92 / 3, 0, 2 / 3 * 1.3 / 3, 0])
-    np.testing.assert_allclose(routing.gshard_loss(LOGITS), expected, rtol=1e-5)
+    np.testing.assert_allclose(routers.gshard_loss(LOGITS), expected, rtol=1e-5)
 
 
 def test_z_loss_by_hand():
     logits = jnp.array([[[0.0, 0.0], [math.log(3.0), 0.0]]])
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2
-    np.testing.assert_allclose(routing.z_loss(logits), expected, rtol=1e-6)
+    np.testing.assert_allclose(routers.z_loss(logits), expected, rtol=1e-6)
 
 
 def test_load_and_entropy():
     np.testing.assert_allclose(
-        routing.load(route("topk_softmax", LOGITS), 4), [2 / 6, 1 / 6, 2 / 6, 1 / 6], rtol=1e-6
+        routers.load(route("topk_softmax", LOGITS), 4), [2 / 6, 1 / 6, 2 / 6, 1 / 6], rtol=1e-6
     )
-    groups = routing.Routes(None, jnp.array([[0, 0], [1, 2]]), jnp.ones((2, 2)))
-    np.testing.assert_allclose(routing.load(groups, 4), [0.5, 0.25, 0.25, 0])
-    np.testing.assert_allclose(routing.entropy(jnp.zeros((2, 3, 4))), math.log(4), rtol=1e-6)
+    groups = routers.Routes(None, jnp.array([[0, 0], [1, 2]]), jnp.ones((2, 2)))
+    np.testing.assert_allclose(routers.load(groups, 4), [0.5, 0.25, 0.25, 0])
+    np.testing.assert_allclose(routers.entropy(jnp.zeros((2, 3, 4))), math.log(4), rtol=1e-6)
     halves = jnp.array([[[0.0, 0.0, -1e9, -1e9]]])
-    np.testing.assert_allclose(routing.entropy(halves), math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(routers.entropy(halves), math.log(2), rtol=1e-6)

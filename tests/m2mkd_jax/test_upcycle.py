@@ -14,8 +14,8 @@ from common_jax.config import unfreeze
 from common_jax.state import merge
 from m2mkd_jax.config import InitConfig, SourcesConfig
 from m2mkd_jax.models import vmoe
-from m2mkd_jax.models.moe import MoeConfig, MoeMlp
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
 from m2mkd_jax.phases.end_to_end import run
 from m2mkd_jax.phases.families import whole_student
 from m2mkd_jax.phases.networks import teacher_network, upcycle, wanted

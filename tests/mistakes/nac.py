@@ -2,7 +2,7 @@
 
 from mistakes.mistake import Mistake
 
-NAC = "m2mkd_jax/models/nac/"
+NAC = "m2mkd_jax/nac/"
 TESTS = "tests/m2mkd_jax/test_nac_"
 LAYERS = f"{TESTS}layers.py"
 KERNEL = f"{TESTS}kernel.py"

@@ -71,9 +71,9 @@ IDENTITY = named(
 )
 REPORT = named("test_report.py", "test_loads_are_drawn_over_their_fair_share")
 AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
-FLOPS = named(
-    "test_pods.py",
-    "test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand",
+FLOPS = (
+    "tests/test_plan_programs.py"
+    "::test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand"
 )
 
 MISTAKES: tuple[Mistake, ...] = (
@@ -225,14 +225,14 @@ MISTAKES: tuple[Mistake, ...] = (
         TASK,
     ),
     Mistake(
-        "common_jax/weights.py",
+        "common_jax/weights/warm_start.py",
         "names stay those of the source",
         "origin.renamed.get(name, name)",
         "name",
         WEIGHTS,
     ),
     Mistake(
-        "common_jax/weights.py",
+        "common_jax/weights/warm_start.py",
         "what is to be fresh is taken where it is there",
         "if reason := _allowed(path, fresh):\n                continue",
         "if _allowed(path, fresh) and path not in flat:\n                continue",
@@ -309,14 +309,14 @@ MISTAKES: tuple[Mistake, ...] = (
         REPORT,
     ),
     Mistake(
-        "common_jax/pods/hosts.py",
+        "common_jax/hosts.py",
         "processes agree on the least value",
         ".max(axis=0)",
         ".min(axis=0)",
         AGREE,
     ),
     Mistake(
-        "common_jax/pods/flops.py",
+        "tools/plan/flops.py",
         "of a convolution's kernel all channels count for each group",
         "(math.prod(kernel) // outputs)",
         '(equation.params["feature_group_count"] * math.prod(kernel) // outputs)',

@@ -1,0 +1,136 @@
+"""Requests to stop: SIGTERM from schedulers, Ctrl-C (SIGINT), a terminal that hangs up (SIGHUP).
+
+The first one stops the run in good order. Where a run has something to lose (`deferred`), it is
+only noted, and `common_jax.hosts.check` stops at the next step; anywhere else it stops at
+once. The second one ends the process, unless it comes with the first, since one Ctrl-C may arrive
+by two routes, or is SIGHUP: a terminal that goes away sends it several times.
+
+Python calls handlers between two of its own instructions, so during a compilation it calls none. A
+thread therefore reads the numbers of signals from a pipe, into which Python's C code writes them at
+once: it says that the request has arrived, and counts.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# To a scheduler that asks a run to stop it has succeeded; a person's shell runs no later command.
+STATUSES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
+
+TOGETHER = 0.5  # seconds within which signals count as one request
+
+_received: list[int] = []  # requests to this process
+_deferrals = 0
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and does so here. What is to be kept has been saved. As Python's
+    KeyboardInterrupt it is no Exception, so that nothing takes it for a failure."""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Takes requests to stop, until the end of the block; for the main thread, in others it does
+    nothing. What was ignored before, as SIGHUP is under nohup, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [x for x in REQUESTS if x == signal.SIGTERM or signal.getsignal(x) != signal.SIG_IGN]
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    _received.clear()
+    pipe = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _stop) for number in numbers}
+    threading.Thread(target=_watch, args=(receive,), name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe)
+        for number, handler in handlers.items():
+            # jax's own handler of SIGTERM is not one of Python's, and stays.
+            if number != signal.SIGTERM or not jax.distributed.is_initialized():
+                signal.signal(number, handler)
+        os.close(send)  # which ends the thread
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """A block that a request to stop does not interrupt; it takes effect at the block's end, or
+    where the block asks."""
+    global _deferrals
+    _deferrals += 1
+    try:
+        yield
+    finally:
+        _deferrals -= 1
+    if not _deferrals and requested() and not jax.distributed.is_initialized():
+        raise Stopped
+
+
+def requested() -> bool:
+    """Whether this process was asked to stop."""
+    return bool(_received)
+
+
+def status() -> int:
+    """The exit status of a run that was stopped."""
+    return STATUSES[_received[0]] if _received else 0
+
+
+def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:
+    """A tool's main function, which Ctrl-C ends with a line in place of a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*arguments: object) -> int | None:
+        try:
+            return main(*arguments)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(STATUSES[signal.SIGINT])
+
+    return wrapped
+
+
+def _stop(number: int, frame: object) -> None:
+    """The handler, which Python calls in the main thread."""
+    if number not in _received:
+        _received.append(number)
+    if not _deferrals and not jax.distributed.is_initialized():
+        raise Stopped
+
+
+def _watch(receive: int) -> None:
+    """Says what has arrived, hands it on, and ends the process at the second request."""
+    first = None
+    with open(receive, "rb", buffering=0) as pipe:
+        while content := pipe.read(1):
+            number, now = content[0], time.monotonic()
+            if number not in STATUSES:
+                continue
+            if first is not None:
+                if number == signal.SIGHUP or now - first < TOGETHER:
+                    continue
+                _say(f"{signal.Signals(number).name} again: ending at once\n")
+                logging.shutdown()
+                os._exit(128 + number)
+            first = now
+            if _deferrals or jax.distributed.is_initialized():
+                _say("asked to stop: saving at the next step\n")
+            if jax.distributed.is_initialized():
+                # jax waits for SIGTERM alone, and agrees with the other processes where to stop.
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    # Not by print: the main thread may be in the middle of a line.
+    with contextlib.suppress(OSError):  # of a terminal that is gone
+        os.write(sys.__stderr__.fileno(), text.encode())

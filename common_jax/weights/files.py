@@ -1,0 +1,314 @@
+"""Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
+archives, whole or in shards, without PyTorch."""
+
+import dataclasses
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from common_jax.untrusted import RefusedError, brief, parse_json, plain
+from common_jax.weights import safetensors_file, torch_archive, torch_writer
+from common_jax.weights.naming import plain_names
+from common_jax.weights.torch_pickle import EXPORT
+
+# What a folder's weights may be called; the first that is there is read.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+# What a file is tells its content; these are the names that such files go by.
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
+SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
+# Of fewer than 32 bits.
+NARROW = (
+    *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
+    *("float8_e5m2fnuz", "float8_e8m0fnu"),
+)
+LFS = b"version https://git-lfs"
+ZIP = b"PK\x03\x04"
+LONGEST_FILE_NAME = 255  # bytes, as file systems have it
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file or a folder holds.
+
+    Attributes:
+      tensors: by their names, each in the type that it is stored in.
+      notes: how it was read: which of several state dicts, and what was taken off the names.
+    """
+
+    tensors: Tensors
+    notes: tuple[str, ...] = ()
+
+
+def read_tensors(path: str | os.PathLike) -> Tensors:
+    """The tensors of `read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
+    """All tensors of a file or folder by their names, each in the type that it is stored in.
+
+    Args:
+      path: a file in safetensors or PyTorch's zip format (state dicts, checkpoints that hold one as
+        "model" or "state_dict" beside whatever else, TorchScript archives), an `.index.json` of
+        shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands for
+        `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. What frameworks put into names
+        ("module.", "_orig_mod.") is taken out.
+      weights: key of the state dict that is meant, such as "model_ema", in a file of PyTorch that
+        holds several.
+
+    Raises:
+      FileNotFoundError: when there is no such file, or shards are missing.
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = weights_file(path)
+        if file is None:
+            there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
+            raise FileNotFoundError(
+                f"{path} holds none of {', '.join(FOLDER_FILES)}, but {there}; give the folder or "
+                "the file of the weights"
+            )
+        path = file
+    if path.is_file():
+        read = _read_file(path, weights)
+    else:
+        read = _merge((shard, _read_file(shard, weights)) for shard in _numbered(path))
+    try:
+        tensors, notes = plain_names(read.tensors)
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+    return Weights(tensors, (*read.notes, *notes))
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of a folder that its weights are read from."""
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+
+
+def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The tensors with floating-point numbers of fewer than 32 bits as float32, which loses
+    nothing."""
+    return {
+        name: x.astype(np.float32) if x.dtype.name in NARROW else x for name, x in tensors.items()
+    }
+
+
+def read_plain(path: str | os.PathLike) -> dict[str, Any]:
+    """The numbers, texts and lists of these beside the tensors of a checkpoint in PyTorch's format,
+    by their keys; {} for every other kind of file, and for a folder.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
+    path = Path(path)
+    return torch_archive.read_plain(path) if path.is_file() and _is_torch(path) else {}
+
+
+def module_classes(path: str | os.PathLike) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other file, and
+    of a folder.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
+    path = Path(path)
+    is_torch = path.is_file() and _is_torch(path)
+    return torch_archive.module_classes(path) if is_torch else frozenset()
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
+) -> None:
+    """Writes one safetensors file: the whole of it or nothing.
+
+    Args:
+      path: of the file.
+      tensors: name -> array.
+      replace: whether it may take the place of another file.
+
+    Raises:
+      FileExistsError: when the file is there and holds something else.
+      FileNotFoundError: when its folder is missing.
+      ValueError: when its name does not end in `.safetensors`.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors, the format that is written")
+    # Hugging Face's loader wants to know whose layout it is.
+    whole = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    _write(
+        Path(path),
+        lambda part: safetensors.numpy.save_file(whole, part, metadata={"format": "pt"}),
+        replace,
+    )
+
+
+def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -> None:
+    """Writes one file in PyTorch's zip format: the whole of it or nothing.
+
+    Args:
+      path: of the file.
+      value: see `torch_writer.write`; `{"model": tensors}` is what a training checkpoint looks
+        like.
+      replace: whether it may take the place of another file.
+
+    Raises:
+      FileExistsError: when the file is there and holds something else.
+      FileNotFoundError: when its folder is missing.
+      TypeError: for a value that is neither array nor plain.
+      ValueError: when its name ends in none of `TORCH_SUFFIXES`.
+    """
+    if not Path(path).name.endswith(TORCH_SUFFIXES):
+        raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
+    _write(Path(path), lambda part: torch_writer.write(part, value), replace)
+
+
+def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(part)
+        if path.exists() and not (replace or same_content(path, part)):
+            raise FileExistsError(f"{path} exists and holds something else; give another name")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def same_content(a: Path, b: Path) -> bool:
+    """Whether two files have the same bytes."""
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    size = 1 << 24
+    with a.open("rb") as one, b.open("rb") as other:
+        return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
+
+
+def _read_file(path: Path, weights: str) -> Weights:
+    if path.name.endswith(SUFFIXES):
+        _refuse_pointer(path)
+    if path.name.endswith(".index.json"):
+        return _read_indexed(path, weights)
+    if _is_torch(path):
+        chosen = torch_archive.read(path, weights)
+        return Weights(dict(chosen.tensors), chosen.notes)
+    if path.suffix == ".safetensors" or _start(path)[8:9] == b"{":
+        if weights:
+            raise ValueError(f"{path} holds bare tensors, and none under weights={brief(weights)}")
+        return Weights(safetensors_file.read(path))
+    raise ValueError(
+        f"{path} must end in one of {', '.join(SUFFIXES)}, which are read; weights of another "
+        f"format must be converted, with PyTorch by {EXPORT}"
+    )
+
+
+def _is_torch(path: Path) -> bool:
+    """Whether a file is PyTorch's: by its content, and where that is none that is read by its
+    name."""
+    start = _start(path)
+    if start.startswith((ZIP, torch_archive.LEGACY)):
+        return True
+    # Safetensors begin with the length of their header, an object of JSON.
+    return path.name.endswith(TORCH_SUFFIXES) and start[8:9] != b"{"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def _numbered(path: Path) -> list[Path]:
+    """NAME_1.pth, NAME_2.pth, ... in place of a missing NAME.pth."""
+    shape = re.compile(re.escape(path.stem) + r"_([1-9]\d*)" + re.escape(path.suffix))
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
+    if not path.suffix or not found:
+        raise FileNotFoundError(
+            f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
+        )
+    if max(found) != len(found):
+        gaps = (i for i in range(1, max(found)) if i not in found)
+        names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in itertools.islice(gaps, 5))
+        more = ", ..." if max(found) - len(found) > 5 else ""
+        raise FileNotFoundError(f"shards of {path} are missing: {names}{more}; fetch them too")
+    return [found[i] for i in sorted(found)]
+
+
+def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
+    merged, notes = {}, {}
+    for path, part in parts:
+        for name in set(merged) & set(part.tensors):
+            if not np.array_equal(merged[name], part.tensors[name]):
+                raise ValueError(
+                    f"{path} holds {name} with other numbers than a shard before it; the shards "
+                    "are not of one model"
+                )
+        merged |= part.tensors
+        notes |= dict.fromkeys(part.notes)
+    return Weights(merged, tuple(notes))
+
+
+def _read_indexed(path: Path, weights: str) -> Weights:
+    try:
+        where = _weight_map(parse_json(path.read_bytes()))
+    except RefusedError as refused:
+        raise ValueError(
+            f'{path} is no index of shards: it must be JSON with a "weight_map" of tensors to '
+            f"files ({refused})"
+        ) from None
+    files = sorted(set(where.values()))
+    if outside := [file for file in files if not _is_plain_name(file)]:
+        raise ValueError(f"{path} names {brief(outside[0])}, which is not in its own folder")
+    if indices := [file for file in files if file.endswith(".json")]:
+        raise ValueError(f"{path} names {brief(indices[0])}, which holds no tensors")
+    if missing := [file for file in files if not (path.parent / file).is_file()]:
+        names = ", ".join(map(plain, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{path} names {names}, missing; fetch them too")
+    read = _merge((path.parent / file, _read_file(path.parent / file, weights)) for file in files)
+    if missing := sorted(set(where) - set(read.tensors)):
+        raise ValueError(f"{path} names tensors that its files do not hold: {brief(missing)}")
+    return read
+
+
+def _weight_map(index: Any) -> dict[str, str]:
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict):
+        raise RefusedError(f"it holds {brief(index)}")
+    if odd := [name for name, file in where.items() if not isinstance(file, str)]:
+        raise RefusedError(f"it gives {brief(odd[0])} the file {brief(where[odd[0]])}")
+    return where
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether a name is one of a file in the same folder, on any system."""
+    short = 0 < len(file.encode(errors="replace")) <= LONGEST_FILE_NAME
+    return short and file.isprintable() and file not in (".", "..") and not set(file) & set("/\\:")
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Says so when the file is empty, or only says where the weights are."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS))
+    if not start:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    if start == LFS:
+        raise ValueError(
+            f"{path} is a pointer of git-lfs to the weights, not the weights; run `git lfs pull`"
+        )

@@ -1,0 +1,165 @@
+"""What frameworks put around a network's tensors: wrappers in their names, and dictionaries of them
+under keys of a training checkpoint."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from common_jax.untrusted import RefusedError, brief, plain
+from common_jax.weights.torch_pickle import EXPORT, Opaque, Scripted, Tensor
+
+# Put before every name by a run on several devices.
+PARALLEL = "module."
+# Put into names, at any depth, by torch.compile, FSDP and activation checkpointing.
+INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
+# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the third in files of a module,
+# Lightning and OpenCLIP the second, DeepSpeed the fourth.
+WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
+# What keys of running averages look like: DeiT's "model_ema", timm's "state_dict_ema", "ema".
+AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
+EXPORT_HINT = f"with PyTorch: {EXPORT}"
+# How deep a dictionary of tensors may stand in others, and characters of a key and of a name.
+DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """One dictionary of tensors, and how it was chosen.
+
+    Attributes:
+      tensors: by their names.
+      notes: which one it is and what else is there, where that is not plain.
+    """
+
+    tensors: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Tensors by their names without what frameworks put into them, and notes about that.
+
+    Raises:
+      RefusedError: where two tensors then have the same name.
+    """
+    found, notes = dict(tensors), []
+    for word in INSERTED:
+        if count := sum(word in name for name in found):
+            found = _renamed(found, lambda name, word=word: name.replace(word, ""), word)
+            notes.append(f"{word!r} was taken out of {count} names")
+    if count := sum(name.startswith(PARALLEL) for name in found):
+        found = _renamed(found, lambda name: name.removeprefix(PARALLEL), PARALLEL)
+        notes.append(f"the prefix {PARALLEL!r} was taken off {count} names")
+    return found, tuple(notes)
+
+
+def choose(top: Any, key: str = "") -> Chosen:
+    """The dictionary of tensors in what a file holds.
+
+    Args:
+      top: a state dict, or a training checkpoint that holds one or several.
+      key: of the one that is meant, such as "model_ema" or "state.model"; "" where only one is
+        there, or one alone is a network's.
+
+    Raises:
+      RefusedError: without one, for a key that is not there, and where it is not plain which one is
+        meant: beside a running average, or one with the same names.
+    """
+    if not isinstance(top, dict):
+        what = "one tensor" if isinstance(top, Tensor) else _kind(top)
+        raise RefusedError(f"holds {what}, and not tensors by their names; {EXPORT_HINT}")
+    found = dict(_dictionaries(top, DEPTH, "", set()))
+    if key:
+        if key not in found:
+            there = ", ".join(map(brief, [*found][:5])) or "none"
+            raise RefusedError(
+                f"holds no tensors by their names under weights={brief(key)}; keys of such: {there}"
+            )
+        return Chosen(_pure(found[key]), (f"the weights are those under {key!r}",))
+    averages = [name for name in found if AVERAGE.fullmatch(name)]
+    known = [*(name for name in WRAPPERS if name in found), *averages]
+    if not known:
+        return Chosen(_pure(top, found))
+    first, plain_first = known[0], _plain(found[known[0]])
+    twins = [
+        name
+        for name, tensors in found.items()
+        if name != first and (name in averages or _alike(_plain(tensors), plain_first))
+    ]
+    if twins:
+        names = " and ".join(map(brief, [first, *twins][:5]))
+        raise RefusedError(
+            f"holds weights under {names}, which may differ (one may be a running average): choose "
+            f"with weights=KEY, such as weights={plain(twins[-1])} (--weights=KEY of a command, "
+            "--config.sources.weights=KEY of a run)"
+        )
+    others = [name for name in found if name != first and not name.startswith(f"{first}.")]
+    note = f"the weights are those under {first!r}"
+    if others:
+        note += f"; not read: {', '.join(map(brief, others[:5]))}"
+    return Chosen(_pure(found[first]), (note,))
+
+
+def require_name(name: str) -> None:
+    """Raises RefusedError for a tensor's name that is longer than any network's."""
+    if len(name) > LONGEST_NAME:
+        raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
+
+
+def _renamed(
+    tensors: Mapping[str, Any], rename: Callable[[str], str], prefix: str
+) -> dict[str, Any]:
+    renamed = {rename(name): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise RefusedError(f"holds tensors both with and without the prefix {prefix!r}")
+    return renamed
+
+
+def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterator[tuple[str, dict]]:
+    """Dictionaries below `value` that hold tensors by names, by their dotted keys; each once, since
+    a small file can refer to one many times."""
+    for key, inner in value.items():
+        if not (isinstance(key, str) and isinstance(inner, dict)) or id(inner) in seen:
+            continue
+        if key.startswith("optim") or len(key) > LONGEST_KEY:
+            continue
+        seen.add(id(inner))
+        named = all(isinstance(name, str) for name in inner)
+        if named and any(isinstance(x, Tensor) for x in inner.values()):
+            yield path + key, inner
+        elif depth > 1:
+            yield from _dictionaries(inner, depth - 1, f"{path}{key}.", seen)
+
+
+def _plain(tensors: Mapping[str, Any]) -> set[str]:
+    """Names as `plain_names` leaves them."""
+    names = set(tensors)
+    for word in INSERTED:
+        names = {name.replace(word, "") for name in names}
+    return {name.removeprefix(PARALLEL) for name in names}
+
+
+def _alike(a: set[str], b: set[str]) -> bool:
+    """Whether most names of the larger one are the other's."""
+    return 2 * len(a & b) > max(len(a), len(b))
+
+
+def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str, Tensor]:
+    for name, value in tensors.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            keys = ", ".join(map(plain, [*others][:5]))
+            way_out = f"choose with weights=KEY, KEY one of {keys}" if keys else EXPORT_HINT
+            raise RefusedError(
+                f"holds {brief(name)}, {_kind(value)}, where tensors by their names are expected, "
+                f"alone or under one of {WRAPPERS}; {way_out}"
+            )
+        require_name(name)
+    return tensors
+
+
+def _kind(value: Any) -> str:
+    """What something is, for a message."""
+    if isinstance(value, Opaque | Scripted):
+        return f"a {plain(value.name)}"
+    return f"a {type(value).__name__.lstrip('_')}"

@@ -1,0 +1,268 @@
+"""PyTorch's zip archives without PyTorch: a pickle beside raw storages.
+
+The pickle may rebuild tensors and hold plain containers; whatever else it names becomes a
+placeholder, never imported (`torch_pickle`). Storages are read only for tensors that are returned,
+so that an optimizer's state in the same file costs nothing.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common_jax.untrusted import (
+    MOST_BYTES,
+    Archive,
+    RefusedError,
+    are_counts,
+    brief,
+    full_size,
+    open_archive,
+    plain,
+)
+from common_jax.weights import torch_pickle
+from common_jax.weights.naming import Chosen, choose, require_name
+from common_jax.weights.torch_pickle import EXPORT, Scripted, Tensor
+
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the old format's magic number, pickled
+LARGEST_PICKLE = 1 << 26  # bytes; those of published weights have less than 2^22
+DEEPEST = 64  # modules within modules, and lists within lists
+MOST_VISITS = 100_000  # modules and tensors of a script, one that is shared as often as it is named
+# Views may repeat numbers, as `expand` makes them, and share them. All together they are at most
+# this many times the file.
+MOST_REPEATED = 64
+
+
+def read(path: Path, weights: str = "") -> Chosen:
+    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key, or of a
+    TorchScript archive; each in the type that it is stored in.
+
+    Args:
+      path: of the file.
+      weights: key of the state dict that is meant, see `naming.choose`.
+
+    Raises:
+      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
+        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
+    """
+    return _open(path, lambda archive: _read_archive(archive, weights))
+
+
+def module_classes(path: Path) -> frozenset[str]:
+    """Names of the classes that a TorchScript archive's modules are of; none of any other archive.
+    Raises ValueError as `read`."""
+
+    def find(archive: Archive) -> frozenset[str]:
+        top, _, script = _load(archive)
+        return _classes(top) if script else frozenset()
+
+    return _open(path, find)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The numbers, texts and lists of these that a checkpoint holds beside its tensors, by their
+    keys at the top; raises ValueError as `read`."""
+
+    def find(archive: Archive) -> dict[str, Any]:
+        top, _, _ = _load(archive)
+        sizes: dict[int, int | None] = {}
+        entries = top.items() if isinstance(top, dict) else ()
+        return {k: v for k, v in entries if isinstance(k, str) and _plain_size(v, sizes)}
+
+    return _open(path, find)
+
+
+def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
+    with path.open("rb") as file:
+        start = file.read(len(LEGACY))
+    if start.startswith(LEGACY):
+        raise ValueError(
+            f"{path} is in PyTorch's format of before 1.6, which is not read; with PyTorch: "
+            "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
+        )
+    if not start.startswith(b"PK"):
+        raise ValueError(
+            f"{path} is no zip archive of PyTorch, it starts with {start[:8]!r}; with PyTorch: "
+            f"{EXPORT}"
+        )
+    try:
+        with open_archive(path) as archive:
+            return use(archive)
+    except RefusedError as refused:
+        raise ValueError(f"{path} {refused}") from None
+
+
+def _read_archive(archive: Archive, weights: str) -> Chosen:
+    top, root, script = _load(archive)
+    walked = dict(_walk(top, _declared(archive, root))) if script else {}
+    chosen = Chosen(walked) if script else choose(top, weights)
+    parts = chosen.tensors
+    if not parts:
+        raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
+    _require_sizes(archive, root, parts)
+    numbers: dict[str, bytearray] = {}
+    for tensor in parts.values():
+        key = tensor.storage.key
+        if key not in numbers:
+            entry = archive.entries[f"{root}data/{key}"]
+            numbers[key] = archive.read(entry.filename, limit=entry.file_size)
+    arrays = {name: _array(x, numbers[x.storage.key]) for name, x in parts.items()}
+    return Chosen(arrays, chosen.notes)
+
+
+def _load(archive: Archive) -> tuple[Any, str, bool]:
+    """What is pickled, the folder in the archive, and whether it is TorchScript."""
+    names = archive.entries
+    roots = [n.removesuffix("data.pkl") for n in names if re.fullmatch("([^/]+/)?data.pkl", n)]
+    if len(roots) != 1:
+        raise RefusedError(
+            f"is a zip archive without PyTorch's data.pkl; it holds {brief([*names][:5])}. With "
+            f"PyTorch: {EXPORT}"
+        )
+    root = roots[0]
+    # What is there decides how the rest is read, so the entries must be those of the directory.
+    others = [name for name in names if not name.startswith((f"{root}data/", f"{root}data.pkl"))]
+    archive.require_room(others)  # TorchScript's code is text, and compressed
+    for name in others:
+        archive.read(name, limit=archive.room)
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder").strip() != b"little":
+        raise RefusedError(f"has numbers in big-endian order; with PyTorch elsewhere: {EXPORT}")
+    script = f"{root}constants.pkl" in names
+    content = archive.read(f"{root}data.pkl", limit=min(archive.size, LARGEST_PICKLE))
+    return torch_pickle.load(bytes(content), script=script), root, script
+
+
+def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int | None:
+    """How many numbers and texts are in lists of lists, one that is shared as often as it is
+    referred to; None when there is anything else among them, or too many."""
+    if isinstance(value, bool | int | float | str):
+        return 1
+    if not isinstance(value, list | tuple):
+        return None
+    if id(value) not in sizes:
+        if depth > DEEPEST:
+            raise RefusedError(f"holds lists that nest deeper than {DEEPEST}")
+        sizes[id(value)] = None  # of a list that holds itself
+        parts = [_plain_size(part, sizes, depth + 1) for part in value]
+        size = None if None in parts else 1 + sum(parts)
+        sizes[id(value)] = size if size is not None and size <= LARGEST_PICKLE else None
+    return sizes[id(value)]
+
+
+def _classes(top: Any) -> frozenset[str]:
+    """Names of the classes of a scripted module and of those in it."""
+    seen, waiting, names = set(), [top], set()
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, Scripted) and id(module) not in seen:
+            seen.add(id(module))
+            names.add(module.name.rpartition(".")[2])
+            waiting += module.attributes.values()
+    return frozenset(names)
+
+
+def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a scripted module, as its `state_dict` names them."""
+    if not isinstance(top, Scripted):
+        raise RefusedError(f"is TorchScript without a module; with PyTorch: {EXPORT}")
+    visits, waiting = 0, [("", top, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if (visits := visits + 1) > MOST_VISITS or depth > DEEPEST:
+            raise RefusedError(
+                f"has modules that nest deeper than {DEEPEST}, or more than {MOST_VISITS} of them"
+            )
+        require_name(path)
+        if isinstance(value, Tensor):
+            yield path, value
+            continue
+        own = declared.get(value.name)
+        inner = [
+            (f"{path}.{name}" if path else name, part, depth + 1)
+            for name, part in value.attributes.items()
+            if isinstance(name, str)
+            and (
+                isinstance(part, Scripted)
+                or (isinstance(part, Tensor) and (own is None or name in own))
+            )
+        ]
+        if len(waiting) + len(inner) > MOST_VISITS:
+            raise RefusedError(f"has more than {MOST_VISITS} modules and tensors")
+        waiting += reversed(inner)
+
+
+def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
+    """Which attributes of each scripted class are parameters and buffers; others may be tensors
+    too, such as a mask."""
+    heading = re.compile(
+        r"^class (\w+)\(.*\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]", re.MULTILINE
+    )
+    pattern = re.escape(root) + r"code/(.+)\.py"
+    modules = {name: match[1] for name in archive.entries if (match := re.fullmatch(pattern, name))}
+    archive.require_room([*modules])
+    found = {}
+    for name, module in modules.items():
+        code = archive.read(name, limit=archive.room).decode(errors="replace")
+        for kind, parameters, buffers in heading.findall(code):
+            attributes = re.findall(r'"([^"]+)"', parameters + buffers)
+            found[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
+    return found
+
+
+def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> None:
+    """Compares what tensors are said to be with what the archive declares to hold; nothing is read
+    before."""
+    storages = {tensor.storage.key: tensor.storage for tensor in parts.values()}
+    for key in storages:
+        if f"{root}data/{key}" not in archive.entries:
+            raise RefusedError(
+                f"lacks {plain(f'{root}data/{key}')}, a tensor's numbers; copy or download it again"
+            )
+    archive.require_room([f"{root}data/{key}" for key in storages])
+    total = 0
+    for name, tensor in parts.items():
+        storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
+        entry = archive.entries[f"{root}data/{storage.key}"]
+        size = storage.count * _dtype(storage.dtype).itemsize
+        if entry.file_size != size:
+            raise RefusedError(
+                f"has {entry.file_size} bytes in {plain(entry.filename)}, which should be {size}; "
+                "copy or download it again"
+            )
+        if len(shape) != len(strides) or not are_counts(tensor.offset, *shape, *strides):
+            raise RefusedError(
+                f"gives {plain(name)} the shape {brief(shape)} with strides {brief(strides)} at "
+                f"{brief(tensor.offset)}"
+            )
+        count = size // _dtype(tensor.dtype).itemsize
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if 0 not in shape and tensor.offset + last >= count:
+            raise RefusedError(
+                f"has {count} numbers for {plain(name)} {brief(shape)}, which is too few"
+            )
+        largest = full_size(shape, _dtype(tensor.dtype).itemsize)
+        total += 0 if 0 in shape else largest
+        if largest >= MOST_BYTES or total > MOST_REPEATED * archive.size:
+            raise RefusedError(
+                f"gives {plain(name)} the shape {brief(shape)}, more than {MOST_REPEATED} times "
+                "the numbers that the file holds"
+            )
+
+
+def _array(tensor: Tensor, raw: bytearray) -> np.ndarray:
+    """The view of a storage that `_require_sizes` has found to lie within it."""
+    dtype, shape = _dtype(tensor.dtype), tensor.shape
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    numbers = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)[tensor.offset :]
+    # Steps along an axis of length 1 are never taken, and may be of any length.
+    pairs = zip(shape, tensor.strides, strict=True)
+    steps = [stride * dtype.itemsize if n > 1 else 0 for n, stride in pairs]
+    return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,0 +1,107 @@
+"""PyTorch's zip archives written without PyTorch: a pickle put together from its opcodes, beside
+raw storages.
+
+`torch.load(path, weights_only=True)` reads them, and so does `torch_archive`. The same value gives
+the same bytes.
+"""
+
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from common_jax.weights.torch_pickle import STORAGES
+
+ROOT = "archive"  # the folder within the archive, as PyTorch names it for unnamed files
+ALIGNMENT = 64  # of storages, so that PyTorch can map them into memory
+
+_STORAGE_OF = {
+    np.dtype(getattr(ml_dtypes, dtype, dtype)): name
+    for name, dtype in STORAGES.items()
+    if name != "UntypedStorage"
+}
+Storages = dict[int, tuple[str, np.ndarray]]  # an array's id -> its name in the archive, itself
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+_REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def write(path: Path, value: Any) -> None:
+    """Writes a value as torch.save does.
+
+    Args:
+      path: of the file, whatever it held.
+      value: numpy arrays, which become tensors, in mappings with keys of text, lists and tuples,
+        beside numbers, texts, True, False and None. An array that stands in several places is one
+        tensor under several names.
+
+    Raises:
+      TypeError: for anything else, and for numbers that PyTorch has no storage of.
+    """
+    storages: Storages = {}
+    pickled = b"\x80\x02" + _encode(value, storages) + b"."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, f"{ROOT}/data.pkl", pickled)
+        _add(archive, f"{ROOT}/byteorder", b"little")
+        for key, array in storages.values():
+            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            _add(archive, f"{ROOT}/data/{key}", little.tobytes())
+        _add(archive, f"{ROOT}/version", b"3\n")
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Stores a file that begins at a multiple of ALIGNMENT."""
+    entry = zipfile.ZipInfo(name)  # of 1980, so that bytes do not depend on the time
+    start = archive.fp.tell() + zipfile.sizeFileHeader + len(name.encode()) + 4
+    filler = -start % ALIGNMENT
+    entry.extra = b"FB" + struct.pack("<H", filler) + b"Z" * filler
+    archive.writestr(entry, content)
+
+
+def _encode(value: Any, storages: Storages) -> bytes:
+    """Opcodes that put `value` on the stack; its arrays go to `storages`."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return _whole(value)
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            text = value.encode()
+            return b"X" + struct.pack("<I", len(text)) + text
+        case np.ndarray():
+            return _tensor(value, storages)
+        case tuple():
+            return b"(" + b"".join(_encode(x, storages) for x in value) + b"t"
+        case list():
+            return b"](" + b"".join(_encode(x, storages) for x in value) + b"e"
+        case Mapping() if all(isinstance(key, str) for key in value):
+            pairs = (_encode(x, storages) for pair in value.items() for x in pair)
+            return _ORDERED_DICT + b"(" + b"".join(pairs) + b"u"
+    raise TypeError(f"{value!r} of type {type(value).__name__} has no place in a file of tensors")
+
+
+def _whole(value: int) -> bytes:
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _tensor(array: np.ndarray, storages: Storages) -> bytes:
+    """A tensor that is the whole of its storage, row by row."""
+    kind = _STORAGE_OF.get(array.dtype.newbyteorder("="))
+    if kind is None:
+        known = sorted(str(dtype) for dtype in _STORAGE_OF)
+        raise TypeError(f"an array of {array.dtype} is none of {known}, which PyTorch can hold")
+    key, _ = storages.setdefault(id(array), (str(len(storages)), array))
+    held = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
+    held += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))
+    steps = tuple(int(np.prod(array.shape[i + 1 :], dtype=int)) for i in range(array.ndim))
+    view = b"".join(_encode(x, storages) for x in (0, array.shape, steps, False))
+    return _REBUILD + b"((" + held + b"tQ" + view + _ORDERED_DICT + b"tR"

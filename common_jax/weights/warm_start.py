@@ -1,0 +1,179 @@
+"""Starting from weights that other runs made, with an account of every parameter."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
+
+from common_jax import checkpoint
+from common_jax.weights.account import list_problems
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a subtree comes from.
+
+    Attributes:
+      source: a run's workdir or one step's folder.
+      subtree: path of keys in that checkpoint, such as "module/stage_2".
+      target: path of keys in the parameters that are wanted.
+      renamed: names below `subtree` -> names below `target`, of what is called otherwise there.
+    """
+
+    source: epath.PathLike
+    subtree: str
+    target: str
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Parameters taken from elsewhere, on their devices, and the account of what was taken.
+
+    The account is JSON: `taken`, one entry an origin with its number of parameters; `adapted`,
+    those whose shape was changed; `left`, what the origins hold and nobody wanted, with the
+    reason; `fresh`, what was wanted and starts anew, with the reason.
+    """
+
+    params: Mapping[str, Any]
+    account: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowance:
+    """Parameters that need not match: a regex of their paths `a/b/c` in the wanted tree, and the
+    reason."""
+
+    regex: str
+    reason: str
+
+
+# adapt(array, shape) gives the array in that shape, for parameters such as position tables.
+Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def take(
+    wanted: Mapping[str, Any],
+    origins: Iterable[Origin],
+    *,
+    leave: tuple[Allowance, ...] = (),
+    fresh: tuple[Allowance, ...] = (),
+    adapt: Mapping[str, Adapt] | None = None,
+    read: bool = True,
+) -> WarmStart:
+    """Fills `wanted` from `origins`, reading only what is used, straight onto its shardings.
+
+    Args:
+      wanted: nested dict of ShapeDtypeStructs with shardings.
+      origins: disjoint subtrees of `wanted`, each with the checkpoint it comes from.
+      leave: what an origin may hold although it has no place in `wanted`.
+      fresh: what stays out of the result, to be initialised, whether an origin has it or not.
+      adapt: regex of paths: how a parameter of another shape becomes one of the wanted shape.
+      read: False only looks whether all fits, and gives no parameters.
+
+    Raises:
+      FileNotFoundError: when an origin has no finished checkpoint.
+      ValueError: for parameters that are missing, of another shape, or without a place, and not
+        allowed for; all of them are named.
+    """
+    flat = traverse_util.flatten_dict(wanted, sep="/")
+    taken, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
+    problems, covered = [], set()
+    for origin in origins:
+        step = checkpoint.find_step(origin.source)
+        held = _below(checkpoint.load_shapes(step), origin.subtree, step)
+        chosen = {}
+        for name, shape in held.items():
+            path = f"{origin.target}/{origin.renamed.get(name, name)}"
+            if reason := _allowed(path, fresh):
+                continue
+            if path not in flat:
+                if reason := _allowed(path, leave):
+                    account["left"].append({"name": path, "reason": reason})
+                else:
+                    problems.append(f"{path} of shape {shape.shape} has no place (from {step})")
+                continue
+            chosen[path] = (f"{origin.subtree}/{name}", shape)
+        values = _read(step, chosen, flat, adapt or {}, account, problems, read)
+        taken |= values
+        covered |= set(chosen)
+        account["taken"].append(
+            {
+                "source": str(step),
+                "subtree": origin.subtree,
+                "as": origin.target,
+                "parameters": len(values),
+            }
+        )
+    for path in sorted(set(flat) - covered):
+        if reason := _allowed(path, fresh):
+            account["fresh"].append({"name": path, "reason": reason})
+        else:
+            problems.append(f"{path} of shape {flat[path].shape} is in none of the sources")
+    if problems:
+        raise ValueError(
+            f"the weights do not fit:{list_problems(problems)}"
+            "\ngive other config.sources, or name (by regex) what is to start anew in "
+            "config.sources.fresh and what may be left in config.sources.leave"
+        )
+    return WarmStart(traverse_util.unflatten_dict(taken, sep="/"), account)
+
+
+def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    prefix = subtree + "/"
+    held = {
+        path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)
+    }
+    if not held:
+        raise ValueError(
+            f"{step} holds no {subtree!r}, only {sorted({path.split('/')[0] for path in flat})}"
+        )
+    return held
+
+
+def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
+    return next((a.reason for a in allowances if re.fullmatch(a.regex, path)), None)
+
+
+def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
+    """The chosen parameters in the wanted shapes; notes those adapted and those that cannot be."""
+    requests, to_adapt = {}, {}
+    for path, (name, shape) in chosen.items():
+        target = flat[path]
+        if shape.shape == target.shape:
+            requests[name] = jax.ShapeDtypeStruct(
+                shape.shape, target.dtype, sharding=target.sharding
+            )
+            continue
+        function = next((f for regex, f in adapt.items() if re.fullmatch(regex, path)), None)
+        if function is None:
+            problems.append(f"{path} is wanted as {target.shape} and is {shape.shape} in {step}")
+            continue
+        to_adapt[path] = function
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=here)
+    if problems or not requests or not read:
+        return {}
+    found = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
+    values = traverse_util.flatten_dict(found, sep="/")
+    taken = {}
+    for path, (name, shape) in chosen.items():
+        target = flat[path]
+        if path not in to_adapt:
+            taken[path] = values[name]
+            continue
+        adapted = to_adapt[path](np.asarray(values[name]), target.shape)
+        taken[path] = jax.make_array_from_callback(
+            target.shape, target.sharding, adapted.__getitem__
+        )
+        account["adapted"].append(
+            {"name": path, "from": list(shape.shape), "to": list(target.shape)}
+        )
+    return taken

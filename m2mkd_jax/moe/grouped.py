@@ -1,0 +1,331 @@
+"""The expert MLPs on tokens sorted by expert: exactly the work that is there, whatever the routing.
+
+The pairs of each expert are laid in rows, and each expert's rows are filled up to whole blocks, so
+that a block has one expert. On CPU and GPU a loop goes over the blocks really in use (a trip count
+known only at run time) and does the whole MLP of a block at once; its backward pass is written out
+here, because jax cannot differentiate such a loop backwards, and adds weight gradients in place.
+On TPU the same rows go through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot
+multiplies every row by every expert.
+
+Axes: N tokens, P pairs, R rows, E experts, D width, F hidden width.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import RaggedDotDimensionNumbers
+from jaxtyping import Array, Float, Int
+
+from common_jax.nn.mlp import gelu
+from m2mkd_jax.moe.routers import rank_in_expert
+
+
+class Experts(NamedTuple):
+    """Parameters of all experts: up `[E,D,F]`, up_bias `[E,F]`, down `[E,F,D]`, down_bias `[E,D]`.
+
+    An expert is x -> gelu(x up + up_bias) down + down_bias, with the exact (erf) gelu.
+    """
+
+    up: Array
+    up_bias: Array
+    down: Array
+    down_bias: Array
+
+
+class Rows(NamedTuple):
+    """Where every pair lies; R = blocks * block rows, all static, of which the first are in use.
+
+    token: `[R]` int32; a row that holds no pair has a number of its own beyond the last token.
+    pair: `[R]` int32, likewise.
+    expert: `[blocks]` int32, the expert of each block.
+    sizes: `[E]` int32, rows of each expert, whole blocks: their sum is the rows in use.
+    """
+
+    token: Array
+    pair: Array
+    expert: Array
+    sizes: Array
+
+    @property
+    def block(self) -> int:
+        return self.token.shape[0] // self.expert.shape[0]
+
+
+def block_size(pairs: int, experts: int) -> int:
+    """Rows of a block: sqrt(32 * pairs of an expert), down to a power of two from 8 to 256.
+
+    A block reads and writes its expert's matrices once, which costs about as much as 16 rows of
+    products (measured on CPU), and the last block of an expert is half empty on average. The cost
+    (mean / block + 1 / 2) * (block + 16) is least at sqrt(32 * mean).
+    """
+    mean = max(1.0, pairs / experts)
+    return min(256, max(8, 2 ** int(math.log2(32 * mean) / 2)))
+
+
+def arrange(
+    token: Int[Array, "P"], expert: Int[Array, "P"], *, tokens: int, experts: int, block: int
+) -> Rows:
+    """Rows for the pairs of experts 0..experts-1; pairs of any other expert get none."""
+    pairs = expert.shape[0]
+    blocks = pairs // block + experts
+    rank, sizes = rank_in_expert(expert, experts)
+    used = -(-sizes // block)
+    ends = jnp.cumsum(used)
+    first = jnp.take((ends - used) * block, expert, mode="clip")
+    row = jnp.where((expert >= 0) & (expert < experts), first + rank, blocks * block)
+    empty = jnp.arange(blocks * block, dtype=jnp.int32)
+    number = jnp.arange(blocks)[:, None]
+    return Rows(
+        token=(tokens + empty).at[row].set(token, mode="drop"),
+        pair=(pairs + empty).at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop"),
+        expert=jnp.minimum(jnp.sum(ends <= number, axis=1), experts - 1).astype(jnp.int32),
+        sizes=(used * block).astype(jnp.int32),
+    )
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _pick(values: Array, index: Int[Array, "R"]) -> Array:
+    return values.at[index].get(mode="fill", fill_value=0)
+
+
+def _add(total: Array, index: Int[Array, "R"], rows: Array, *, unique: bool) -> Array:
+    return total.at[index].add(rows, mode="drop", unique_indices=unique)
+
+
+# The two halves of the mathematics, for the rows of one block or for all of them. `experts` holds
+# what these rows need: matrices that `times` understands, and biases that broadcast over the rows.
+
+
+def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> tuple[Array, Array]:
+    hidden = (times(x, experts.up) + experts.up_bias).astype(x.dtype)
+    active = gelu(hidden.astype(_accumulator(x.dtype)))
+    return hidden, times(active.astype(x.dtype), experts.down) + experts.down_bias
+
+
+class Products(NamedTuple):
+    """What the backward pass multiplies with: rows by a transposed matrix, rows by rows, sums."""
+
+    times: Callable
+    outer: Callable
+    total: Callable
+
+
+def _backward_rows(
+    x: Float[Array, "R D"],
+    hidden: Float[Array, "R F"],
+    dy: Float[Array, "R D"],
+    weight: Float[Array, "R"],
+    experts: Experts,
+    products: Products,
+) -> tuple[Array, Array, Experts]:
+    """Gradients of sum(weight * mlp(x) * dy) by x, weight and the experts' parameters."""
+    wide = hidden.astype(_accumulator(x.dtype))
+    cdf = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
+    slope = cdf + wide * jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    active = wide * cdf
+    back = products.times(dy, experts.down)
+    dweight = jnp.sum(active * back, axis=-1) + jnp.sum(dy * experts.down_bias, axis=-1)
+    dhidden = (weight[:, None] * back * slope).astype(x.dtype)
+    dout = (weight[:, None] * dy).astype(x.dtype)
+    gradient = Experts(
+        up=products.outer(x, dhidden),
+        up_bias=products.total(dhidden),
+        down=products.outer(active.astype(x.dtype), dout),
+        down_bias=products.total(dout),
+    )
+    return products.times(dhidden, experts.up), dweight, gradient
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=_accumulator(a.dtype))
+
+
+def _block_forward(
+    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
+    block = rows.block
+    row_weight = _pick(weight, rows.pair)
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        y, saved = carry
+        token = jax.lax.dynamic_slice_in_dim(rows.token, i * block, block)
+        w = jax.lax.dynamic_slice_in_dim(row_weight, i * block, block)
+        one = jax.tree.map(lambda leaf: leaf[rows.expert[i]], experts)
+        hidden, out = _forward_rows(_pick(x, token), one, partial(_dot, contract=(1, 0)))
+        # An expert has a token once at most, so the tokens of a block are all different.
+        y = _add(y, token, (w[:, None] * out).astype(y.dtype), unique=True)
+        return y, jax.lax.dynamic_update_slice_in_dim(saved, hidden, i * block, 0)
+
+    y = jnp.zeros(x.shape, _accumulator(x.dtype))
+    saved = jnp.zeros((rows.token.shape[0], experts.up.shape[-1]), x.dtype)
+    y, saved = jax.lax.fori_loop(0, jnp.sum(rows.sizes) // block, body, (y, saved))
+    return y.astype(x.dtype), saved
+
+
+def _block_backward(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "P"],
+    experts: Experts,
+    rows: Rows,
+    saved: Float[Array, "R F"],
+    dy: Float[Array, "N D"],
+) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+    block = rows.block
+    row_weight = _pick(weight, rows.pair)
+    products = Products(
+        times=partial(_dot, contract=(1, 1)),
+        outer=partial(_dot, contract=(0, 0)),
+        total=lambda a: jnp.sum(a, axis=0, dtype=_accumulator(a.dtype)),
+    )
+
+    def body(i: Array, carry: tuple[Array, Array, Experts]) -> tuple[Array, Array, Experts]:
+        dx, dweight, dexperts = carry
+        token, pair, w, hidden = (
+            jax.lax.dynamic_slice_in_dim(leaf, i * block, block)
+            for leaf in (rows.token, rows.pair, row_weight, saved)
+        )
+        expert = rows.expert[i]
+        one = jax.tree.map(lambda leaf: leaf[expert], experts)
+        dx_rows, dw, d_one = _backward_rows(
+            _pick(x, token), hidden, _pick(dy, token), w, one, products
+        )
+        return (
+            _add(dx, token, dx_rows, unique=True),
+            _add(dweight, pair, dw.astype(dweight.dtype), unique=True),
+            jax.tree.map(lambda total, part: total.at[expert].add(part), dexperts, d_one),
+        )
+
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, _accumulator(a.dtype)), (x, weight, experts))
+    end = jax.lax.fori_loop(0, jnp.sum(rows.sizes) // block, body, start)
+    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), end, (x, weight, experts))
+
+
+def _ragged(
+    a: Array, b: Array, sizes: Int[Array, "E"], contract: tuple[int, int], groups: list[int]
+) -> Array:
+    dims = RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=groups,
+    )
+    return jax.lax.ragged_dot_general(
+        a, b, sizes, dims, preferred_element_type=_accumulator(a.dtype)
+    )
+
+
+def _for_all_rows(experts: Experts, rows: Rows) -> Experts:
+    expert = jnp.repeat(rows.expert, rows.block)
+    return experts._replace(up_bias=experts.up_bias[expert], down_bias=experts.down_bias[expert])
+
+
+def _ragged_forward(
+    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
+    def times(a: Array, b: Array) -> Array:
+        return _ragged(a, b, rows.sizes, (1, 1), [0])
+
+    hidden, out = _forward_rows(_pick(x, rows.token), _for_all_rows(experts, rows), times)
+    out = _pick(weight, rows.pair)[:, None] * out
+    y = jnp.zeros(x.shape, _accumulator(x.dtype))
+    y = _add(y, rows.token, out.astype(y.dtype), unique=False)
+    # ragged_dot promises nothing about the rows beyond those in use.
+    used = (jnp.arange(hidden.shape[0]) < jnp.sum(rows.sizes))[:, None]
+    return y.astype(x.dtype), jnp.where(used, hidden, 0)
+
+
+def _ragged_backward(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "P"],
+    experts: Experts,
+    rows: Rows,
+    saved: Float[Array, "R F"],
+    dy: Float[Array, "N D"],
+) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+    def outer(a: Array, b: Array) -> Array:
+        return _ragged(a, b, rows.sizes, (0, 0), [])
+
+    used = (jnp.arange(saved.shape[0]) < jnp.sum(rows.sizes))[:, None]
+
+    def times(a: Array, b: Array) -> Array:
+        return jnp.where(used, _ragged(a, b, rows.sizes, (1, 2), [0]), 0)
+
+    products = Products(
+        times=times,
+        outer=outer,
+        total=lambda a: outer(jnp.ones((a.shape[0], 1), a.dtype), a)[:, 0],
+    )
+    dx_rows, dw, dexperts = _backward_rows(
+        _pick(x, rows.token),
+        saved,
+        _pick(dy, rows.token),
+        _pick(weight, rows.pair),
+        _for_all_rows(experts, rows),
+        products,
+    )
+    dx = _add(jnp.zeros(x.shape, dx_rows.dtype), rows.token, dx_rows, unique=False)
+    dweight = _add(jnp.zeros_like(weight), rows.pair, dw.astype(weight.dtype), unique=True)
+    dexperts = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), dexperts, experts)
+    return dx.astype(x.dtype), dweight, dexperts
+
+
+class Engine(NamedTuple):
+    """A way to compute: forward gives (y, saved), backward takes saved and dy."""
+
+    forward: Callable
+    backward: Callable
+
+
+BLOCKWISE = Engine(_block_forward, _block_backward)
+RAGGED = Engine(_ragged_forward, _ragged_backward)
+
+# The one place where the platform chooses. It is the platform the program is compiled for, not the
+# one it is compiled on.
+ENGINES = {"tpu": RAGGED, "default": BLOCKWISE}
+
+BY_PLATFORM = Engine(
+    forward=partial(
+        jax.lax.platform_dependent, **{name: engine.forward for name, engine in ENGINES.items()}
+    ),
+    backward=partial(
+        jax.lax.platform_dependent, **{name: engine.backward for name, engine in ENGINES.items()}
+    ),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def grouped_mlp(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "P"],
+    experts: Experts,
+    rows: Rows,
+    engine: Engine = BY_PLATFORM,
+) -> Float[Array, "N D"]:
+    """y_n = sum over the pairs p of token n that have a row of weight_p * expert_p(x_n).
+
+    The result has the dtype of x; products and sums are taken in float32 at least. For the backward
+    pass the hidden values before the gelu are kept: R * F numbers of x's dtype, R being the bound
+    for the worst routing (under `jax.checkpoint` they live for one layer at a time only).
+    """
+    return engine.forward(x, weight, experts, rows)[0]
+
+
+def _grouped_forward(
+    x: Array, weight: Array, experts: Experts, rows: Rows, engine: Engine
+) -> tuple[Array, tuple]:
+    y, saved = engine.forward(x, weight, experts, rows)
+    return y, (x, weight, experts, rows, saved)
+
+
+def _grouped_backward(engine: Engine, residuals: tuple, dy: Array) -> tuple:
+    return (*engine.backward(*residuals, dy), None)
+
+
+grouped_mlp.defvjp(_grouped_forward, _grouped_backward)

@@ -1,0 +1,359 @@
+"""The block of a NAC: attention between latents, modulated by a kernel over their signatures, and a
+code-conditioned MLP."""
+
+import dataclasses
+import math
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.config import FieldError, Section
+from common_jax.mesh import constrain
+from common_jax.nn.mlp import gelu
+from common_jax.ranges import BelowOne, NonNegative, Positive, Size
+from m2mkd_jax.models import encoder
+from m2mkd_jax.nac import kernel as kernels
+from m2mkd_jax.nac.layers import (
+    CodeLinear,
+    LinearConfig,
+    add_code_noise,
+    draw,
+    norm,
+    uniform,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(Section):
+    """Sizes and switches of a block.
+
+    Attributes:
+      width: width D of a latent's state.
+      code_width: width Z of its code.
+      heads, head_width: of the attention; their product need not be D.
+      qkv_bias: whether queries, keys and values have a bias; the exit layer always has one.
+      ffn_factor: hidden width of the MLP over D, rounded.
+      geglu: gates the hidden layer: first half times GELU of the second.
+      layer_scale: first value of the factors of each branch; None for no factors.
+      linear: the linear layers.
+      code_noise: noise on the codes in training, relative to their size.
+      drop_path: probability of dropping a branch in training.
+      residual: whether the attention is added to the receivers' states.
+      ffn_residual: whether the MLP is added to what it takes.
+      share_norm: norms the senders with the receivers' LayerNorm.
+      kernel: of the attention; None for attention without one.
+      mask: whether the log kernel is added to the scores.
+      scale_after_softmax: multiplies the attention weights by the affinities once more.
+      normalise_kernel: normalises the affinities over the senders before they are used; without
+        effect but with `scale_after_softmax`, since the softmax takes any factor of a row out.
+    """
+
+    width: Size
+    code_width: Size
+    heads: Size
+    head_width: Size
+    qkv_bias: bool = False
+    ffn_factor: Positive = 1.0
+    geglu: bool = True
+    layer_scale: NonNegative | None = 0.1
+    linear: LinearConfig = LinearConfig()
+    code_noise: NonNegative = 0.0
+    drop_path: BelowOne = 0.0
+    residual: bool = True
+    ffn_residual: bool = True
+    share_norm: bool = False
+    kernel: kernels.KernelConfig | None = None
+    mask: bool = True
+    scale_after_softmax: bool = False
+    normalise_kernel: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.drop_path and not self.residual:
+            raise FieldError(
+                f"drop_path={self.drop_path} drops a branch, and without residual there is none: "
+                "set it to 0"
+            )
+        if self.hidden < 1:
+            raise FieldError(
+                f"ffn_factor={self.ffn_factor} of width={self.width} must be at least 1 hidden unit"
+            )
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.head_width
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width F of the MLP, half of what its first layer gives under GEGLU."""
+        return round(self.ffn_factor * self.width)
+
+    def layer(self, dtype: DTypeLike, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
+        """A code-conditioned layer of the block."""
+        return CodeLinear(self.linear, inputs, outputs, self.code_width, use_bias, dtype)
+
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether affinities have a part in the result."""
+        return self.kernel is not None and (self.mask or self.scale_after_softmax)
+
+
+class LatentAttention(nn.Module):
+    """Attention from receivers to senders under a kernel over their signatures (NAC,
+    KernelModulatedLatentAttention).
+
+    softmax(q k^T / sqrt(K) + log kernel) v, heads concatenated (head is the slower index), exit
+    layer, layer scale, residual. Parameters: `receiver_norm`, `sender_norm` unless shared, `query`,
+      `key`, `value`, `exit`, `layer_scale` (D), `bandwidth` () of a kernel with a learnable one.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.receiver_norm = norm(None, self.dtype)
+        if not config.share_norm:
+            self.sender_norm = norm(None, self.dtype)
+        self.query, self.key, self.value = (
+            config.layer(self.dtype, config.width, config.inner, config.qkv_bias) for _ in range(3)
+        )
+        self.exit = config.layer(self.dtype, config.inner, config.width, True)
+        self.layer_scale = layer_scale(self, config.layer_scale, config.width)
+        if config.kernel is not None and config.kernel.learnable_bandwidth:
+            init = nn.initializers.constant(config.kernel.bandwidth)
+            self.bandwidth = self.param("bandwidth", init, ())
+
+    def project(
+        self, senders: Float[Array, "B S D"], codes: Float[Array, "#S Z"], *, train: bool
+    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        """Keys and values of senders."""
+        normed = (self.receiver_norm if self.config.share_norm else self.sender_norm)(senders)
+        key, value = (f(normed, codes, train=train) for f in (self.key, self.value))
+        return self._split(key), self._split(value)
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        codes: Float[Array, "#T Z"],
+        keys: Float[Array, "B S H K"],
+        values: Float[Array, "B S H K"],
+        distance: Float[Array, "T S"] | None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The receivers' new states.
+
+        Args:
+          receivers: their states.
+          codes: their codes, or one code for all.
+          keys, values: from `project`.
+          distance: of their signatures to the senders'; only where there is a kernel.
+          train: samples the edges of a stochastic kernel (stream "kernel") and drops paths (stream
+            "drop_path").
+        """
+        config = self.config
+        query = self._split(self.query(self.receiver_norm(receivers), codes, train=train))
+        log_affinity = None
+        if config.uses_kernel:
+            log_affinity = self._log_affinity(distance, receivers.shape[0], train=train)
+        pooled = attend(query, keys, values, log_affinity, config=config)
+        pooled = pooled.reshape(*pooled.shape[:2], config.inner)
+        branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
+        if not config.residual:
+            return branch
+        return receivers + drop_branch(self, branch, config.drop_path, train=train)
+
+    def _log_affinity(self, distance, batch: int, *, train: bool) -> jax.Array:
+        """(1 or B, T, S), in float32."""
+        kernel = self.config.kernel
+        bandwidth = self.bandwidth if kernel.learnable_bandwidth else kernel.bandwidth
+        logs = kernels.log_kernel(distance, bandwidth, kernel)[None]
+        if not kernel.stochastic:
+            return logs
+        if train or kernel.evaluation == "sample":
+            shape = (batch, *distance.shape)
+            u = draw(self, "kernel", uniform(shape), stream="kernel")
+            return kernels.sample_log(logs, u, temperature=kernel.temperature)
+        return kernels.threshold_log(logs) if kernel.evaluation == "threshold" else logs
+
+    def _split(self, x: jax.Array) -> Float[Array, "B T H K"]:
+        return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_width)
+
+
+class Ffn(nn.Module):
+    """x + scale * down(act(up(norm(x)))) with code-conditioned layers (NAC, ModFFN).
+
+    Parameters: `norm`, `up`, `down`, `layer_scale` (D).
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], codes: Float[Array, "#T Z"], *, train: bool = False
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        up = config.hidden * (2 if config.geglu else 1)
+        shared = {"code_width": config.code_width, "use_bias": True, "dtype": self.dtype}
+        y = norm("norm", self.dtype)(x)
+        y = CodeLinear(config.linear, config.width, up, name="up", **shared)(y, codes, train=train)
+        if config.geglu:
+            y, gate = jnp.split(y, 2, axis=-1)
+            y = y * gelu(gate)
+        else:
+            y = gelu(y)
+        down = CodeLinear(config.linear, config.hidden, config.width, name="down", **shared)
+        y = scaled(down(y, codes, train=train), layer_scale(self, config.layer_scale, config.width))
+        if config.ffn_residual:
+            y = x + drop_branch(self, y, config.drop_path, train=train)
+        return constrain(y, "batch", "tokens", "width")
+
+
+class Propagator(nn.Module):
+    """Attention to the senders, then the MLP (NAC, Propagator).
+
+    Parameters: `attention`, `ffn`.
+    """
+
+    config: BlockConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        self.attention = LatentAttention(self.config, self.dtype)
+        self.ffn = Ffn(self.config, self.dtype)
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        receiver_codes: Float[Array, "#T Z"],
+        senders: tuple[Float[Array, "B _ D"], ...],
+        sender_codes: Float[Array, "#S Z"],
+        distance: Float[Array, "T S"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The receivers' new states.
+
+        Args:
+          receivers, receiver_codes: states and codes.
+          senders: states of groups of latents; a group that also receives is normed just once
+            where the norm is shared.
+          sender_codes: codes of all groups, one after the other, or one code for all. Noise on
+            them is drawn apart from the receivers', even for the same latents.
+          distance: of the signatures of receivers and all senders.
+          train: see `LatentAttention`; the noise on codes is of stream "code".
+        """
+        noise = self.config.code_noise
+        receiver_codes = add_code_noise(self, "receiver_codes", receiver_codes, noise, train=train)
+        sender_codes = add_code_noise(self, "sender_codes", sender_codes, noise, train=train)
+        keys, values = self.project(senders, sender_codes, train=train)
+        return self.receive(receivers, receiver_codes, keys, values, distance, train=train)
+
+    def project(self, senders, codes, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of groups of senders, (B, S, H, K) each; no noise is added."""
+        pairs = [
+            self.attention.project(group, group_codes, train=train)
+            for group, group_codes in zip(senders, split_codes(codes, senders), strict=True)
+        ]
+        return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True))
+
+    def go_on(self, receivers, codes, keys, values, distance, *, train: bool = False) -> jax.Array:
+        """As `__call__` with senders that are those of `keys` and `values`, made before, and the
+        receivers themselves; no noise is added to the codes."""
+        own = self.project((receivers,), codes, train=train)
+        keys, values = (
+            jnp.concatenate(pair, axis=1) for pair in zip((keys, values), own, strict=True)
+        )
+        return self.receive(receivers, codes, keys, values, distance, train=train)
+
+    def receive(self, receivers, codes, keys, values, distance, *, train: bool = False):
+        """Attention to keys and values, and the MLP; no noise is added to the codes."""
+        states = self.attention(receivers, codes, keys, values, distance, train=train)
+        return self.ffn(states, codes, train=train)
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B S H K"],
+    values: Float[Array, "B S H K"],
+    log_affinity: Float[Array, "#B T S"] | None,
+    *,
+    config: BlockConfig,
+) -> Float[Array, "B T H K"]:
+    """Attention weights, in float32, times values.
+
+    A receiver without any edge gets 0, or NaN where `config.kernel.empty_row` is "nan".
+    """
+    scores = head_scores(query, keys)
+    if log_affinity is None:
+        weights = jax.nn.softmax(scores)
+        return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(values.dtype), values)
+    empty_row = config.kernel.empty_row
+    log_affinity = log_affinity[:, None]
+    if config.mask:
+        weights = masked_softmax(scores, log_affinity, empty_row=empty_row)
+    else:
+        weights = jax.nn.softmax(scores)
+    if config.scale_after_softmax:
+        if config.normalise_kernel:
+            log_affinity = kernels.normalise_log_rows(log_affinity, empty_row=empty_row)
+        weights = weights * jnp.exp(log_affinity)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(values.dtype), values)
+
+
+def head_scores(
+    query: Float[Array, "B T H K"], keys: Float[Array, "B S H K"]
+) -> Float[Array, "B H T S"]:
+    """q k^T / sqrt(K), in float32 at least."""
+    precise = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("BTHK,BSHK->BHTS", query, keys, preferred_element_type=precise)
+    return scores / math.sqrt(query.shape[-1])
+
+
+def masked_softmax(
+    scores: Float[Array, "B H T S"], log_mask: Float[Array, "#B 1 T S"], *, empty_row: str
+) -> Float[Array, "B H T S"]:
+    """softmax(scores + log_mask) over the last axis; a row of the mask without an edge gives zeros
+    and no gradient, or NaN where `empty_row` is "nan"."""
+    if empty_row == "nan":
+        return jax.nn.softmax(scores + log_mask)
+    empty = kernels.is_empty(log_mask)
+    weights = jax.nn.softmax(scores + jnp.where(empty, 0.0, log_mask))
+    return jnp.where(empty, 0.0, weights)
+
+
+def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Codes (S, Z) of all groups cut into those of each; a single code (1, Z) serves every
+    group."""
+    sizes = [group.shape[1] for group in groups]
+    if codes.shape[0] == 1:
+        return [codes] * len(sizes)
+    assert sum(sizes) == codes.shape[0], (sizes, codes.shape)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(codes, ends)
+
+
+def layer_scale(module: nn.Module, value: float | None, width: int) -> jax.Array | None:
+    """The factors of a branch, (D), or None."""
+    if value is None:
+        return None
+    return module.param("layer_scale", nn.initializers.constant(value), (width,))
+
+
+def scaled(branch: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """The branch times its factors, if it has any."""
+    return branch if factors is None else branch * factors.astype(branch.dtype)
+
+
+def drop_branch(module: nn.Module, branch: jax.Array, rate: float, *, train: bool) -> jax.Array:
+    """Stochastic depth in training, one draw an example (stream "drop_path")."""
+    if not train or not rate:
+        return branch
+    u = draw(module, "drop_path", uniform((branch.shape[0], 1, 1)), stream="drop_path")
+    return encoder.drop_path(branch, u, rate)

@@ -1,0 +1,212 @@
+"""The latents of a NAC: signatures, which say who talks to whom, codes, which say what each
+computes, and first states."""
+
+import dataclasses
+from typing import Annotated
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.config import FieldError, Section
+from common_jax.ranges import NonNegative, Size, one_of
+from m2mkd_jax.nac.layers import (
+    Linear,
+    add_code_noise,
+    can_draw,
+    draw,
+    norm,
+    normal,
+    uniform_init,
+)
+
+SEEDINGS = ("noise", "mean", "code", "learned")
+LOG_VARIANCE = -5.0
+NORMAL = nn.initializers.normal(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """A set of latents.
+
+    Attributes:
+      count: how many.
+      layers: number of layers with codes of their own; None for the same codes in all.
+      identical_codes: starts all with the same code.
+      identical_signatures: starts all with the same signature e_1, which connects all with all.
+    """
+
+    count: int
+    layers: int | None = None
+    identical_codes: bool = False
+    identical_signatures: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig(Section):
+    """All latents and how they get their first states.
+
+    Attributes:
+      input, mediator, output: the three sets.
+      width, signature_width, code_width: D, Y and Z.
+      seeding: "noise" draws states around a linear function of the code, in evaluation too;
+        "mean" takes that function; "code" takes the code itself (Z = D); "learned" has states as
+        parameters.
+      code_noise: noise on the seeder's codes in training.
+    """
+
+    input: LatentConfig
+    mediator: LatentConfig
+    output: LatentConfig
+    width: Size
+    signature_width: Size
+    code_width: Size
+    seeding: Annotated[str, one_of(*SEEDINGS)] = "noise"
+    code_noise: NonNegative = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeding == "code" and self.code_width != self.width:
+            raise FieldError(
+                f"code_width={self.code_width} must be width={self.width} with seeding='code'"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Signatures (T, Y), codes (T, Z) or one set a layer (layers, T, Z), and first states (B, T,
+    D) of a set of latents; no states where it takes those of another set."""
+
+    signatures: jax.Array
+    codes: jax.Array
+    states: jax.Array | None
+
+    def layer_codes(self, layer: int) -> Float[Array, "T Z"]:
+        """The codes of a layer, counted from 0; -1 is the last."""
+        return self.codes[layer] if self.codes.ndim == 3 else self.codes
+
+
+class LatentSet(nn.Module):
+    """Parameters of one set: `signatures` (T, Y), `codes` (T, Z) or (layers, T, Z), and `states`
+    (T, D) where they are learned (NAC, Latents)."""
+
+    config: LatentConfig
+    graph: GraphConfig
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        config, graph = self.config, self.graph
+        shape = (config.count, graph.signature_width)
+        init = _first_unit if config.identical_signatures else NORMAL
+        layers = () if config.layers is None else (config.layers,)
+        code_init = _identical if config.identical_codes else NORMAL
+        arrays = {
+            "signatures": self.param("signatures", init, shape),
+            "codes": self.param("codes", code_init, (*layers, config.count, graph.code_width)),
+        }
+        if graph.seeding == "learned":
+            arrays["states"] = self.param("states", NORMAL, (config.count, graph.width))
+        return arrays
+
+
+class Seeder(nn.Module):
+    """First states from codes: mu(c) + exp(log_variance(c) / 2) eps, c the normed code (NAC,
+    LatentSeeder).
+
+    Parameters: `norm`, `mean`, and `log_variance` where there is noise.
+    """
+
+    graph: GraphConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, codes: Float[Array, "T Z"]
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
+        """Mean and standard deviation of the states; the latter None without noise."""
+        if self.graph.seeding == "code":
+            return codes, None
+        codes = norm("norm", jnp.float32)(codes)
+        mean = Linear(self.graph.width, codes.dtype, name="mean")(codes)
+        if self.graph.seeding == "mean":
+            return mean, None
+        log_variance = LogVariance(self.graph.width, name="log_variance")(codes)
+        return mean, jnp.exp(0.5 * log_variance)
+
+
+class LogVariance(nn.Module):
+    """A linear layer whose bias starts at -5, a deviation of 0.08."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "T Z"]) -> Float[Array, "T D"]:
+        width = x.shape[-1]
+        kernel = self.param("kernel", uniform_init(width), (width, self.features))
+        bias = self.param("bias", nn.initializers.constant(LOG_VARIANCE), (self.features,))
+        return x @ kernel + bias
+
+
+class Graph(nn.Module):
+    """All latents of a NAC with their first states.
+
+    Parameters: `input`, `mediator`, `output`, each a `LatentSet`, and `seeder`.
+    """
+
+    config: GraphConfig
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.input = LatentSet(config.input, config)
+        self.mediator = LatentSet(config.mediator, config)
+        self.output = LatentSet(config.output, config)
+        if config.seeding != "learned":
+            self.seeder = Seeder(config, self.dtype)
+
+    def __call__(
+        self, batch: int, *, train: bool = False, seed_mediators: bool = True
+    ) -> dict[str, Latents]:
+        """Latents of "input", "mediator" and "output".
+
+        Args:
+          batch: examples B; with noise every example has states of its own.
+          train: puts noise on the codes (stream "code").
+          seed_mediators: False where the mediators take the input latents' states.
+
+        The states' noise (stream "state") is drawn in evaluation too, and left out where neither
+        numbers nor a key are given for it.
+        """
+        sets = {"input": self.input(), "mediator": self.mediator(), "output": self.output()}
+        latents = {}
+        for name, arrays in sets.items():
+            states = None
+            if name != "mediator" or seed_mediators:
+                states = self._states(name, arrays, batch, train=train)
+            latents[name] = Latents(arrays["signatures"], arrays["codes"], states)
+        return latents
+
+    def _states(self, name: str, arrays, batch: int, *, train: bool) -> Float[Array, "B T D"]:
+        if self.config.seeding == "learned":
+            states = arrays["states"]
+            return jnp.broadcast_to(states, (batch, *states.shape)).astype(self.dtype)
+        codes = arrays["codes"]
+        codes = codes[0] if codes.ndim == 3 else codes
+        codes = add_code_noise(self, f"{name}_codes", codes, self.config.code_noise, train=train)
+        mean, deviation = self.seeder(codes)
+        states = jnp.broadcast_to(mean, (batch, *mean.shape))
+        if deviation is not None and (train or can_draw(self, f"{name}_states", stream="state")):
+            noise = draw(self, f"{name}_states", normal(states.shape), stream="state")
+            states = states + deviation * noise
+        return states.astype(self.dtype)
+
+
+def _first_unit(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.zeros(shape).at[..., 0].set(1.0)
+
+
+def _identical(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(jax.random.normal(key, shape[-1:]), shape)

@@ -1,0 +1,382 @@
+"""The config of a NAC, and what is built from it: the whole network, or its students."""
+
+import dataclasses
+import types
+from typing import Annotated, Any
+
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from common_jax.config import FieldError, Section
+from common_jax.ranges import Count, NonNegative, Positive, Size, one_of, shown
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.latents import SEEDINGS, GraphConfig, LatentConfig
+from m2mkd_jax.nac.layers import LinearConfig
+from m2mkd_jax.nac.network import (
+    NacNetwork,
+    ReadIn,
+    ReadInConfig,
+    ReadOut,
+    ReadOutConfig,
+    Wiring,
+)
+from m2mkd_jax.nac.pooling import POOLINGS
+from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStudent
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.stages import Network
+
+# The read-out's kernel cuts and samples nothing (as in the published configs).
+READ_OUT_KERNEL = KernelConfig(truncation=None, stochastic=False)
+LEGACY_READ_IN_SCALE = 1e-6
+SPELLINGS = types.MappingProxyType(
+    {"imnet": "imagenet", "tinyimnet": "tinyimagenet", "tinynet": "tinyimagenet"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NacConfig(Section):
+    """Sizes and switches of a NAC, `config.model` with kind "nac". The defaults are the original's
+    for Tiny-ImageNet.
+
+    Attributes:
+      kind: "nac".
+      tokenizer: image to tokens.
+      inputs, mediators, outputs: numbers of latents I, M and O.
+      iterations: of the mediators.
+      width, code_width, signature_width: D, Z and Y.
+      heads, head_width: of all attentions.
+      read_in_heads, read_out_heads: of these alone; 0 for `heads`.
+      ffn_factor: hidden width of an MLP over D.
+      geglu, qkv_bias, layer_scale: see `blocks.BlockConfig`.
+      linear: the code-conditioned layers.
+      kernel: between mediators, and between input latents and mediators.
+      mask: whether the kernels mask the attention; False attends to all, the read-out too.
+      share_norm: norms senders with the receivers' LayerNorm, in the propagators.
+      code_noise: noise on codes in training, relative to their size.
+      seeding: first states of latents, see `latents.GraphConfig`.
+      seeder_code_noise: whether the seeder's codes get that noise, too.
+      read_in: "attention" or "projection", which needs as many input latents as tokens.
+      read_in_scale: first value of the read-in attention's layer scale.
+      read_in_residual: whether the read-in attention is added to the first states.
+      read_out_residual: whether the read-out attention is added to the first states.
+      read_out_head: whether a code-conditioned layer makes logits of each output state before the
+        pooling; needed by "first_slot".
+      read_out_head_norm: whether its input is normed.
+      pooling, temperature: of the output states, see `network.ReadOutConfig`.
+      inputs_to_mediators, inputs_to_outputs, inputs_as_mediators: see `network.Wiring`.
+      share_propagators: runs the same propagator in every iteration.
+      share_ffns: the same MLP in every iteration.
+      share_codes: gives mediators the same codes in every iteration.
+      identical_codes: starts all mediators with the same code.
+      learn_codes, learn_signatures: whether the latents' are trained.
+      layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
+        ("ffn_factor", "kernel/truncation") and one value an iteration.
+      prior: the graph that the mediators' signatures start from.
+      students: which students the whole NAC starts from: "imagenet" takes all of them,
+        "tinyimagenet" neither positional grid nor pooling, which fit other images and labels
+        ("tinyimnet" and "tinynet" are taken for it, "imnet" for the first).
+      legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
+        original does by mistake; the whole NAC then takes that over.
+      remat: recomputes each propagator in the backward pass instead of keeping its activations.
+    """
+
+    kind: Annotated[str, one_of("nac")] = "nac"
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    inputs: Size = 64
+    mediators: Size = 256
+    outputs: Size = 64
+    iterations: Size = 8
+    width: Size = 384
+    code_width: Size = 384
+    signature_width: Size = 64
+    heads: Size = 6
+    head_width: Size = 64
+    read_in_heads: Count = 0
+    read_out_heads: Count = 0
+    ffn_factor: Positive = 2.0
+    geglu: bool = True
+    qkv_bias: bool = False
+    layer_scale: NonNegative | None = 0.1
+    linear: LinearConfig = LinearConfig()
+    kernel: KernelConfig = KernelConfig()
+    mask: bool = True
+    share_norm: bool = True
+    code_noise: NonNegative = 0.05
+    seeding: Annotated[str, one_of(*SEEDINGS)] = "noise"
+    seeder_code_noise: bool = True
+    read_in: Annotated[str, one_of("attention", "projection")] = "attention"
+    read_in_scale: NonNegative | None = 1.0
+    read_in_residual: bool = True
+    read_out_residual: bool = False
+    read_out_head: bool = False
+    read_out_head_norm: bool = True
+    pooling: Annotated[str, one_of(*POOLINGS)] = "gumbel"
+    temperature: Positive = 1.0
+    inputs_to_mediators: Annotated[str, one_of("always", "first", "never")] = "always"
+    inputs_to_outputs: bool = True
+    inputs_as_mediators: bool = False
+    share_propagators: bool = False
+    share_ffns: bool = False
+    share_codes: bool = True
+    identical_codes: bool = False
+    learn_codes: bool = True
+    learn_signatures: bool = True
+    layerwise: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    prior: PriorConfig = PriorConfig()
+    students: Annotated[str, one_of("imagenet", "tinyimagenet")] = "imagenet"
+    legacy_read_in_scale: bool = False
+    remat: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.students, str):
+            object.__setattr__(self, "students", SPELLINGS.get(self.students, self.students))
+        super().__post_init__()
+        if self.pooling == "first_slot" and not self.read_out_head:
+            raise FieldError(
+                "pooling='first_slot' takes an output state for logits: set read_out_head=True"
+            )
+        if self.inputs_as_mediators and self.inputs != self.mediators:
+            raise FieldError(
+                f"inputs_as_mediators=True needs as many inputs={self.inputs} as "
+                f"mediators={self.mediators}"
+            )
+        if self.share_propagators and self.layerwise:
+            raise FieldError(
+                f"layerwise={shown(self.layerwise)} makes iterations differ and "
+                "share_propagators=True makes them one: drop either"
+            )
+        for name, values in self.layerwise.items():
+            if len(values) != self.iterations:
+                raise FieldError(
+                    f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
+                    "values"
+                )
+        self.graph()
+        self.block()
+        for layer in range(self.iterations if self.layerwise else 0):
+            self.propagator(layer, drop_path=0.0)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """A block a stage: read-in, one propagator an iteration, read-out."""
+        return (1,) * (self.iterations + 2)
+
+    def block(self, *, drop_path: float = 0.0) -> BlockConfig:
+        """A propagator's sizes."""
+        return BlockConfig(
+            width=self.width,
+            code_width=self.code_width,
+            heads=self.heads,
+            head_width=self.head_width,
+            qkv_bias=self.qkv_bias,
+            ffn_factor=self.ffn_factor,
+            geglu=self.geglu,
+            layer_scale=self.layer_scale,
+            linear=self.linear,
+            code_noise=self.code_noise,
+            drop_path=drop_path,
+            share_norm=self.share_norm,
+            kernel=self.kernel,
+            mask=self.mask,
+        )
+
+    def propagator(self, layer: int, *, drop_path: float) -> BlockConfig:
+        """The sizes of one iteration, with what `layerwise` says of it."""
+        block = self.block(drop_path=drop_path)
+        for name, values in self.layerwise.items():
+            try:
+                block = _replace(block, name.split("/"), values[layer])
+            except FieldError as error:
+                value = shown(values[layer])
+                raise FieldError(f"layerwise.{name}[{layer}]={value}: {error}") from None
+        return block
+
+    def read_in_config(self) -> ReadInConfig:
+        """The read-in's; it drops no paths and has no kernel."""
+        block = dataclasses.replace(
+            self.block(),
+            heads=self.read_in_heads or self.heads,
+            kernel=None,
+            residual=self.read_in_residual,
+        )
+        return ReadInConfig(block, self.read_in, self.read_in_scale)
+
+    def read_out_config(self, labels: int) -> ReadOutConfig:
+        """The read-out's; it drops no paths, and its kernel neither cuts nor samples."""
+        block = dataclasses.replace(
+            self.block(),
+            heads=self.read_out_heads or self.heads,
+            kernel=READ_OUT_KERNEL,
+            share_norm=False,
+            residual=self.read_out_residual,
+        )
+        head = labels if self.read_out_head else None
+        return ReadOutConfig(block, self.pooling, self.temperature, head, self.read_out_head_norm)
+
+    def graph(self) -> GraphConfig:
+        """The latents'."""
+        complete = self.prior.graph == "complete"
+        mediator = LatentConfig(
+            self.mediators,
+            layers=None if self.share_codes else self.iterations,
+            identical_codes=self.identical_codes,
+            identical_signatures=complete,
+        )
+        return GraphConfig(
+            input=LatentConfig(self.inputs, identical_signatures=complete),
+            mediator=mediator,
+            output=LatentConfig(self.outputs, identical_signatures=complete),
+            width=self.width,
+            signature_width=self.signature_width,
+            code_width=self.code_width,
+            seeding=self.seeding,
+            code_noise=self.code_noise if self.seeder_code_noise else 0.0,
+        )
+
+    def trainable(self) -> str:
+        """Regex of the parameters that are trained."""
+        fixed = [] if self.learn_codes else ["codes"]
+        fixed += [] if self.learn_signatures else ["signatures"]
+        return rf"(?!.*/graph/\w+/({'|'.join(fixed)})$).*" if fixed else ".*"
+
+
+# image side, number of labels, fields that differ from the defaults
+PRESETS = types.MappingProxyType(
+    {
+        "tinyimagenet": (64, 200, {}),
+        "imagenet": (
+            224,
+            1000,
+            {
+                "tokenizer": TokenizerConfig(width=512),
+                "inputs": 192,
+                "mediators": 768,
+                "width": 512,
+                "code_width": 512,
+                "heads": 8,
+                "ffn_factor": 1.0,
+            },
+        ),
+    }
+)
+
+
+def preset(name: str) -> tuple[NacConfig, int, int]:
+    """A published NAC: its sizes, image side and number of labels.
+
+    Raises:
+      ValueError: for a name that is not in PRESETS.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is not one of {sorted(PRESETS)}")
+    image_size, labels, sizes = PRESETS[name]
+    return NacConfig(**sizes), image_size, labels
+
+
+def build(
+    config: NacConfig,
+    interface: Interface,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    drop_path: float = 0.0,
+) -> NacNetwork:
+    """The whole NAC of `config`; `drop_path` is the same in every propagator.
+
+    Raises:
+      ValueError: for an image too small for the tokenizer's convolutions.
+    """
+    if config.tokenizer.side(interface.image_size) < 1:
+        raise ValueError(
+            f"config.data.image_size={interface.image_size} leaves nothing behind "
+            f"config.model.tokenizer.stages={config.tokenizer.stages} stages and "
+            f"config.model.tokenizer.stem={config.tokenizer.stem}"
+        )
+    propagators = (
+        config.propagator(layer, drop_path=drop_path) for layer in range(config.iterations)
+    )
+    return NacNetwork(
+        graph=config.graph(),
+        read_in=ReadIn(config.tokenizer, config.read_in_config(), interface, dtype),
+        propagators=tuple(Propagator(block, dtype) for block in propagators),
+        read_out=ReadOut(config.read_out_config(interface.labels), interface.labels, dtype),
+        wiring=Wiring(
+            config.inputs_to_mediators, config.inputs_to_outputs, config.inputs_as_mediators
+        ),
+        interface=interface,
+        share_propagators=config.share_propagators,
+        share_ffns=config.share_ffns,
+        dtype=dtype,
+        remat=config.remat,
+    )
+
+
+def build_students(
+    config: NacConfig,
+    interface: Interface,
+    *,
+    meta_width: int,
+    meta_tokens: int,
+    seed: int,
+    dtype: DTypeLike = jnp.float32,
+    drop_path: float = 0.0,
+) -> Network:
+    """The NAC cut into students: read-in, one mediator student an iteration, read-out.
+
+    Args:
+      config: of the whole; students have neither kernels nor noise on codes.
+      interface: image side, channels and labels.
+      meta_width, meta_tokens: width and number of the meta model's tokens.
+      seed: of the students' fixed codes and states.
+      dtype: what they compute in.
+      drop_path: of the mediator students.
+    """
+    bare = {"kernel": None, "code_noise": 0.0}
+    read_in = config.read_in_config()
+    block = dataclasses.replace(read_in.block, **bare)
+    if config.legacy_read_in_scale:
+        block = dataclasses.replace(block, layer_scale=LEGACY_READ_IN_SCALE)
+    read_in = dataclasses.replace(read_in, block=block, kind="attention")
+    read_out = config.read_out_config(interface.labels)
+    read_out = dataclasses.replace(
+        read_out, block=dataclasses.replace(read_out.block, **bare), head=None
+    )
+    mediators = (
+        dataclasses.replace(config.propagator(layer, drop_path=drop_path), **bare)
+        for layer in range(config.iterations)
+    )
+    stitched = {"stitch_width": meta_width, "seed": seed, "dtype": dtype}
+    first = ReadInStudent(config.tokenizer, read_in, interface, **stitched)
+    last = ReadOutStudent(read_out, interface.labels, tokens=meta_tokens, **stitched)
+    middle = (MediatorStudent(block, tokens=meta_tokens, **stitched) for block in mediators)
+    return Network((first, *middle, last))
+
+
+def _replace(block: Any, names: list[str], value: Any) -> Any:
+    """`block` with the field `names` (a path through its dataclasses) set to `value`."""
+    fields = dataclasses.fields(block) if dataclasses.is_dataclass(block) else ()
+    known = sorted(field.name for field in fields)
+    if names[0] not in known:
+        raise FieldError(f"{type(block).__name__} has no field {names[0]!r}, only {known}")
+    if len(names) > 1:
+        value = _replace(getattr(block, names[0]), names[1:], value)
+    return dataclasses.replace(block, **{names[0]: value})
+
+
+# Matrices are split over fsdp along their longer way, code to scale along the scale; what latents
+# own, and all that is one number a channel, is small and held whole.
+PARTITION_RULES = (
+    (r"/(query|key|value|up|linear|projection)/kernel$", P("fsdp")),
+    (r"/(exit|down)/kernel$", P(None, "fsdp")),
+    (r"/code_kernel$", P("fsdp")),
+    (r"/(pre_stitch|post_stitch)/kernel$", P("fsdp")),
+    (r"/pooling/(confidence|head)/kernel$", P("fsdp")),
+    (r"/seeder/(mean|log_variance)/kernel$", P("fsdp")),
+    (r"/(stem|conv|depthwise)/kernel$", P()),
+    (r"/graph/(input|mediator|output)/(signatures|codes|states)$", P()),
+    (r"/tokenizer/grid$", P()),
+    (r"/(bias|scale|layer_scale|gamma|gain|bandwidth|code_bias)$", P()),
+)

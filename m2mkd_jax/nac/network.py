@@ -1,0 +1,398 @@
+"""Neural Attentive Circuits, whole: image tokens are read into input latents, mediators exchange
+messages along a learned graph, output latents read them out."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.mesh import constrain
+from common_jax.state import fold_name
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.nac.kernel import cosine_distance
+from m2mkd_jax.nac.latents import Graph, GraphConfig, Latents
+from m2mkd_jax.nac.layers import NOISE, CodeLinear, norm
+from m2mkd_jax.nac.pooling import ConfidencePooling
+from m2mkd_jax.nac.read_in import AttentiveReadIn, ProjectionReadIn
+from m2mkd_jax.nac.tokenizer import Tokenizer, TokenizerConfig
+from m2mkd_jax.stages import Params, stage_name
+
+GRAPH = "graph"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadInConfig:
+    """How tokens become states of input latents: by "attention" or by "projection"; `scale` is the
+    first value of the attention's layer scale."""
+
+    block: BlockConfig
+    kind: str = "attention"
+    scale: float | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOutConfig:
+    """How states become logits.
+
+    Attributes:
+      block: of the attention of the output latents.
+      pooling: "gumbel", "gumbel_hard", "softmax" or "first_slot", the first output state itself.
+      temperature: of the pooling.
+      head: width of a code-conditioned layer between block and pooling; None for none.
+      head_norm: whether that layer's input is normed.
+    """
+
+    block: BlockConfig
+    pooling: str = "gumbel"
+    temperature: float = 1.0
+    head: int | None = None
+    head_norm: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """Who hears whom.
+
+    Attributes:
+      inputs_to_mediators: "always", in the "first" iteration alone, or "never".
+      inputs_to_outputs: whether the output latents hear the input latents.
+      inputs_as_mediators: starts the mediators with the states of the input latents.
+    """
+
+    inputs_to_mediators: str = "always"
+    inputs_to_outputs: bool = True
+    inputs_as_mediators: bool = False
+
+
+class ReadIn(nn.Module):
+    """Stage 0: image -> tokens -> states of the input latents. Parameters: `tokenizer`, `read_in`.
+
+    Records under `intermediates`: `tokens` (B, S, U).
+    """
+
+    tokenizer: TokenizerConfig
+    config: ReadInConfig
+    interface: Interface
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Float[Array, "B I J Ch"],
+        receivers: Float[Array, "#B T D"],
+        codes: Float[Array, "#T Z"],
+        *,
+        train: bool,
+    ) -> Float[Array, "B T D"]:
+        tokens = Tokenizer(self.tokenizer, self.interface.image_size, self.dtype, name="tokenizer")(
+            images
+        )
+        self.sow("intermediates", "tokens", tokens)
+        config, width = self.config, self.tokenizer.token_width
+        if config.kind == "projection":
+            read_in = ProjectionReadIn(config.block, width, self.dtype, name="read_in")
+        else:
+            read_in = AttentiveReadIn(config.block, width, config.scale, self.dtype, name="read_in")
+        return read_in(receivers, codes, tokens, train=train)
+
+
+class ReadOut(nn.Module):
+    """The last stage: output latents hear the others, and their states are pooled to logits (NAC,
+    ReadOut).
+
+    Parameters: `attention` and `ffn`, as of a `Propagator`; `code_head` where there is one;
+      `pooling` unless the first slot is taken. Records under `intermediates`: `output_states`.
+    """
+
+    config: ReadOutConfig
+    labels: int
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.block = Propagator(config.block, self.dtype)
+        nn.share_scope(self, self.block)
+        if config.head is not None:
+            # Where its states are the logits, these are in float32, as those of other heads are.
+            logits = config.pooling == "first_slot"
+            exact = jnp.promote_types(self.dtype, jnp.float32)
+            self.code_head = CodeHead(config, exact if logits else self.dtype)
+        if config.pooling != "first_slot":
+            self.pooling = ConfidencePooling(
+                self.labels, config.pooling, config.temperature, self.dtype
+            )
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        receiver_codes: Float[Array, "#T Z"],
+        senders: tuple[Float[Array, "B _ D"], ...],
+        sender_codes: Float[Array, "#S Z"],
+        distance: Float[Array, "T S"] | None = None,
+        *,
+        train: bool,
+    ) -> Float[Array, "B L"]:
+        states = self.block(receivers, receiver_codes, senders, sender_codes, distance, train=train)
+        if self.config.head is not None:
+            states = self.code_head(states, receiver_codes, train=train)
+        self.sow("intermediates", "output_states", states)
+        if self.config.pooling == "first_slot":
+            logits = states[:, 0]
+        else:
+            logits = self.pooling(states, train=train)
+        return constrain(logits, "batch", "labels")
+
+
+class CodeHead(nn.Module):
+    """A code-conditioned linear layer on the output states. Parameters: `norm`, `linear`."""
+
+    config: ReadOutConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, states, codes, *, train: bool) -> Float[Array, "B T _"]:
+        config, block = self.config, self.config.block
+        if config.head_norm:
+            states = norm("norm", self.dtype)(states)
+        linear = CodeLinear(
+            block.linear,
+            block.width,
+            config.head,
+            block.code_width,
+            True,
+            self.dtype,
+            name="linear",
+        )
+        return linear(states, codes, train=train)
+
+
+@dataclasses.dataclass(frozen=True)
+class NacNetwork:
+    """A NAC as a sequence of stages, read-in, propagators, read-out, beside the graph of latents.
+
+    Attributes:
+      graph: all latents; parameters under "graph".
+      read_in, propagators, read_out: stage 0, 1.., and the last; parameters under `stage_name(i)`.
+      wiring: who hears whom.
+      interface: image side, channels and labels.
+      share_propagators: all iterations run stage 1; no other propagator has parameters.
+      share_ffns: all iterations run the MLP of stage 1.
+      dtype: what it computes in.
+      remat: recomputes each propagator in the backward pass.
+    """
+
+    graph: GraphConfig
+    read_in: ReadIn
+    propagators: tuple[Propagator, ...]
+    read_out: ReadOut
+    wiring: Wiring
+    interface: Interface
+    share_propagators: bool
+    share_ffns: bool
+    dtype: DTypeLike
+    remat: bool = False
+
+    def __len__(self) -> int:
+        return len(self.propagators) + 2
+
+    def init(
+        self, key: jax.Array, *, signatures: Mapping[str, jax.Array | np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """Fresh parameters.
+
+        Args:
+          key: each stage's parameters depend on it and on the stage's name alone.
+          signatures: of sets of latents ("mediator", ...) that start from a graph prior; the
+            others are drawn.
+        """
+        latents = Graph(self.graph, self.dtype)
+        params = {GRAPH: latents.init(fold_name(key, GRAPH), 1)["params"]}
+        for name, array in (signatures or {}).items():
+            params[GRAPH][name]["signatures"] = jnp.asarray(array, jnp.float32)
+        last, graph = len(self) - 1, self.graph
+        size, channels = self.interface.image_size, self.interface.channels
+        # A single latent will do, since parameters' shapes do not depend on how many there are;
+        # but a read-in by projection wants one a token.
+        state, code = jnp.zeros((1, 1, graph.width)), jnp.zeros((1, graph.code_width))
+        message = (state, code, (state,), code, jnp.zeros((1, 1)))
+        image = jnp.zeros((1, size, size, channels))
+        inputs = (jnp.repeat(x, graph.input.count, axis=-2) for x in (state, code))
+        calls = {0: (self.read_in, (image, *inputs))}
+        iterations = range(1, 2 if self.share_propagators else last)
+        calls |= {i: (self.propagators[i - 1], message) for i in iterations}
+        calls[last] = (self.read_out, message)
+        for i, (module, arguments) in calls.items():
+            name = stage_name(i)
+            fresh = module.init(fold_name(key, name), *arguments, train=False)["params"]
+            if self.share_ffns and 1 < i < last:
+                del fresh["ffn"]
+            params[name] = fresh
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        images: Float[Array, "B I J Ch"],
+        *,
+        train: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+        noise: Mapping[str, Any] | None = None,
+        record: tuple[str, ...] = (),
+    ) -> tuple[Float[Array, "B L"], dict[str, Any]]:
+        """Logits of images.
+
+        Args:
+          params: as `init` makes them.
+          images: of the interface's size.
+          train: noise on codes, sampled edges, dropped paths, scale dropout.
+          rngs: keys of the streams "code", "kernel", "drop_path" (training), "state" and "pooling"
+            (evaluation too; without them the states are means and the pooling has no noise).
+          noise: random numbers to use in place of drawn ones, one subtree "graph" or stage, see
+            `layers.draw`.
+          record: linen collections to hand back; "states" are the states of all latents behind
+            each part: `input`, `mediator` and, with "intermediates", what the stages sow.
+
+        Returns:
+          Logits (B, L) and what was recorded.
+
+        Raises:
+          ValueError: for images of another shape.
+        """
+        self._check_images(images)
+        call = _Caller(params, noise or {}, rngs or {}, train, record)
+        wiring, batch = self.wiring, images.shape[0]
+        latents = call(
+            GRAPH,
+            Graph(self.graph, self.dtype),
+            batch,
+            seed_mediators=not wiring.inputs_as_mediators,
+        )
+        inputs, mediators = latents["input"], latents["mediator"]
+        states = call(stage_name(0), self.read_in, images, inputs.states, inputs.layer_codes(0))
+        states = constrain(states, "batch", "tokens", "width")
+        mediator_states = states if wiring.inputs_as_mediators else mediators.states
+
+        distance = self._distance(mediators, inputs)
+        cached = self._project_inputs_once(call, states, inputs, train)
+        for layer in range(len(self.propagators)):
+            codes = mediators.layer_codes(layer)
+            hears = {"always": True, "first": layer == 0, "never": False}
+            heard = hears[wiring.inputs_to_mediators]
+            mediator_states = self._propagate(
+                call,
+                layer,
+                mediator_states,
+                codes,
+                (states, inputs) if heard else None,
+                distance if heard else distance[:, inputs.signatures.shape[0] :],
+                cached if heard else None,
+            )
+
+        output, codes = latents["output"], mediators.layer_codes(-1)
+        senders, signatures = (mediator_states,), mediators.signatures
+        if wiring.inputs_to_outputs:
+            senders = (states, mediator_states)
+            signatures = jnp.concatenate([inputs.signatures, signatures])
+            codes = jnp.concatenate([inputs.layer_codes(0), codes])
+        logits = call(
+            stage_name(len(self) - 1),
+            self.read_out,
+            output.states,
+            output.layer_codes(0),
+            senders,
+            codes,
+            cosine_distance(output.signatures, signatures),
+        )
+        if "states" in record:
+            call.recorded["states"] = {"input": states, "mediator": mediator_states}
+        return logits, call.recorded
+
+    def _propagate(self, call, layer, states, codes, inputs, distance, cached) -> jax.Array:
+        """One iteration: the mediators hear the input latents, if these are given, and each
+        other."""
+        name, overrides = stage_name(layer + 1), {}
+        if self.share_propagators:
+            overrides = call.params[stage_name(1)]
+        elif self.share_ffns:
+            overrides = {"ffn": call.params[stage_name(1)]["ffn"]}
+        params = {**call.params.get(name, {}), **overrides}
+        module = self.propagators[layer]
+        if cached is not None:
+            arguments = (states, codes, *cached, distance)
+            return call(name, module, *arguments, params=params, method="go_on", remat=self.remat)
+        senders, sender_codes = (states,), codes
+        if inputs is not None:
+            input_states, input_latents = inputs
+            senders = (input_states, states)
+            sender_codes = jnp.concatenate([input_latents.layer_codes(0), codes])
+        arguments = (states, codes, senders, sender_codes, distance)
+        return call(name, module, *arguments, params=params, remat=self.remat)
+
+    def _distance(self, mediators: Latents, inputs: Latents) -> Float[Array, "T S"]:
+        """Of mediators to input latents and mediators: once for all iterations."""
+        signatures = jnp.concatenate([inputs.signatures, mediators.signatures])
+        return cosine_distance(mediators.signatures, signatures)
+
+    def _project_inputs_once(self, call, states, inputs, train: bool):
+        """Keys and values of the input latents where all iterations share them: the weights are
+        shared, and no noise is drawn on the codes; else None."""
+        noisy = train and (self.propagators[0].config.code_noise or self._drops_scales())
+        always = self.wiring.inputs_to_mediators == "always"
+        if not self.share_propagators or noisy or not always:
+            return None
+        name, codes = stage_name(1), inputs.layer_codes(0)
+        return call(name, self.propagators[0], (states,), codes, method="project")
+
+    def _drops_scales(self) -> bool:
+        return self.propagators[0].config.linear.dropout > 0
+
+    def _check_images(self, images: jax.Array) -> None:
+        side, channels = self.interface.image_size, self.interface.channels
+        if images.shape[1:] != (side, side, channels):
+            raise ValueError(
+                f"images of shape {images.shape[1:]} came where the model takes "
+                f"{(side, side, channels)}; check config.data.image_size and config.data.channels"
+            )
+
+
+@dataclasses.dataclass
+class _Caller:
+    """Runs a part with its parameters, noise and keys, and keeps what it records."""
+
+    params: Params
+    noise: Mapping[str, Any]
+    rngs: Mapping[str, jax.Array]
+    train: bool
+    record: tuple[str, ...]
+    recorded: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, name, module, *arguments, params=None, method=None, remat=False, **switches):
+        variables = {"params": self.params[name] if params is None else params}
+        if name in self.noise:
+            variables[NOISE] = self.noise[name]
+        keys = {stream: fold_name(key, name) for stream, key in self.rngs.items()}
+        collections = [c for c in self.record if c != "states"]
+
+        def run(variables, keys, *arguments):
+            return module.apply(
+                variables,
+                *arguments,
+                train=self.train,
+                rngs=keys,
+                mutable=collections,
+                method=method,
+                **switches,
+            )
+
+        run = jax.checkpoint(run) if remat else run
+        result, recorded = run(variables, keys, *arguments)
+        if recorded:
+            self.recorded[name] = recorded
+        return result

@@ -1,0 +1,267 @@
+"""Graph priors: signatures that are fitted to a graph before training."""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax import numpy as jnp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float
+from scipy.sparse import csgraph
+
+from common_jax.untrusted import brief, read_npz
+from common_jax.workdir import write_bytes
+from m2mkd_jax.nac.graphs import PriorConfig, find_communities, make_graph
+from m2mkd_jax.nac.kernel import cosine_distance
+
+FILE = "prior.npz"
+ADAM_EPS = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """Signatures that start as a graph.
+
+    Attributes:
+      adjacency: (T, T) bool, of the graph.
+      communities: (T,) int, a group of nodes for each.
+      signatures: (T, Y) float32, fitted to the graph.
+      disagreement: share of pairs that are connected in one of the two only; with hinge=False the
+        mean squared error of the distances.
+      edges, missed, spurious: of the graph; those not in the signatures, and those only there.
+    """
+
+    adjacency: np.ndarray
+    communities: np.ndarray
+    signatures: np.ndarray
+    disagreement: float
+    edges: int
+    missed: int
+    spurious: int
+
+
+def prepare_prior(
+    config: PriorConfig,
+    *,
+    nodes: int,
+    signature_width: int,
+    seed: int,
+    cache: epath.PathLike | None = None,
+) -> Prior | None:
+    """The prior of a run, made once: graph and fit (NAC, graph priors; seeding.py of the original).
+
+    All processes get that of process 0.
+
+    Args:
+      nodes: T, the mediators.
+      signature_width: Y.
+      seed: of the graph and of the signatures before the fit.
+      cache: folder that keeps it as FILE; one of other settings, or a broken one, is made again.
+
+    Returns:
+      The prior; None for the graph "none".
+
+    Raises:
+      ValueError: when the graph cannot have that many nodes.
+    """
+    if config.graph == "none":
+        return None
+    path = epath.Path(cache) / FILE if cache is not None else None
+    settings = [dataclasses.asdict(config), nodes, signature_width, seed]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    prior = None
+    if path is not None and path.exists():
+        prior = _read(path, fingerprint, nodes, signature_width)
+    if prior is None:
+        prior = _make(config, nodes, signature_width, seed)
+        if path is not None and jax.process_index() == 0:
+            _write(path, prior, fingerprint)
+    if jax.process_count() > 1:
+        # Fits on different hosts could differ in the last bits, and parameters must not.
+        prior = _as_prior(multihost_utils.broadcast_one_to_all(dataclasses.asdict(prior)))
+    logging.info(
+        "graph prior %s: %d nodes, %d edges; signatures miss %d, add %d, disagreement %.3g",
+        config.graph,
+        nodes,
+        prior.edges,
+        prior.missed,
+        prior.spurious,
+        prior.disagreement,
+    )
+    return prior
+
+
+def draw_signatures(key: jax.Array, *, nodes: int, width: int) -> Float[Array, "T Y"]:
+    """Signatures before the fit: a random matrix with orthonormal columns, or orthonormal rows
+    where nodes are fewer than `width`."""
+    return jax.nn.initializers.orthogonal()(key, (nodes, width), jnp.float32)
+
+
+def fit_signatures(
+    adjacency: Bool[np.ndarray, "T T"],
+    init: Float[Array | np.ndarray, "T Y"],
+    config: PriorConfig,
+) -> tuple[Float[Array, "T Y"], Float[Array, "_"]]:
+    r"""Adam on  1/T^2 sum_ts [A_ts max(tau, d_ts) + (1 - A_ts) max(-tau, -d_ts)].
+
+    A = `adjacency`, d = cosine distances of the signatures, tau = `config.truncation`; a node with
+    itself counts as not connected. With hinge=False: the mean of (d_ts - l_ts / max l)^2, l the
+    lengths of shortest paths. (NAC, graph priors; seeding.py of the original.)
+
+    Returns:
+      Signatures after `config.steps` updates, and the loss after 0 to `config.steps` of them.
+    """
+    target = np.asarray(adjacency, np.float32) if config.hinge else scaled_paths(adjacency)
+    return _fit(
+        jnp.asarray(target),
+        jnp.asarray(init, jnp.float32),
+        config.learning_rate,
+        truncation=config.truncation if config.hinge else None,
+        steps=config.steps,
+    )
+
+
+def scaled_paths(adjacency: Bool[np.ndarray, "T T"]) -> Float[np.ndarray, "T T"]:
+    """Lengths of shortest paths over the longest of them; 0 where there is no path."""
+    lengths = csgraph.shortest_path(np.asarray(adjacency, float), directed=False, unweighted=True)
+    lengths = np.where(np.isfinite(lengths), lengths, 0)
+    return (lengths / max(1, lengths.max())).astype(np.float32)
+
+
+def disagreement(
+    signatures: Float[Array | np.ndarray, "T Y"],
+    adjacency: Bool[np.ndarray, "T T"],
+    truncation: float,
+) -> float:
+    """The share of the T^2 pairs that are connected in the graph or by signatures nearer than
+    `truncation`, but not in both; a node with itself agrees."""
+    found = np.asarray(_is_near(signatures, truncation)) & ~np.eye(len(adjacency), dtype=bool)
+    return float(np.mean(found != adjacency, dtype=np.float32))
+
+
+def path_error(
+    signatures: Float[Array | np.ndarray, "T Y"], adjacency: Bool[np.ndarray, "T T"]
+) -> float:
+    """Mean squared difference of signatures' distances and `scaled_paths`."""
+    return float(_loss(jnp.asarray(signatures), jnp.asarray(scaled_paths(adjacency)), None))
+
+
+def count_errors(
+    signatures: Float[Array | np.ndarray, "T Y"],
+    adjacency: Bool[np.ndarray, "T T"],
+    truncation: float,
+) -> tuple[int, int]:
+    """Edges of the graph that the signatures miss, and edges that only the signatures have."""
+    near = np.triu(_is_near(signatures, truncation), 1)
+    edges = np.triu(adjacency, 1)
+    return int(np.sum(edges & ~near)), int(np.sum(near & ~edges))
+
+
+def density(signatures: Float[Array | np.ndarray, "T Y"], truncation: float) -> float:
+    """The share of the T^2 pairs nearer than `truncation`, each node with itself among them."""
+    return float(np.mean(_is_near(signatures, truncation)))
+
+
+def _is_near(signatures, truncation: float) -> np.ndarray:
+    signatures = jnp.asarray(signatures, jnp.float32)
+    return np.asarray(cosine_distance(signatures, signatures) < truncation)
+
+
+def _loss(signatures: jax.Array, target: jax.Array, truncation: float | None) -> jax.Array:
+    distance = cosine_distance(signatures, signatures)
+    if truncation is None:
+        return jnp.mean((distance - target) ** 2)
+    edge, other = jnp.maximum(truncation, distance), jnp.maximum(-truncation, -distance)
+    return jnp.mean(jnp.where(target > 0, edge, other))
+
+
+@functools.partial(jax.jit, static_argnames=("truncation", "steps"))
+def _fit(target, init, learning_rate, *, truncation: float | None, steps: int):
+    adam = optax.adam(learning_rate, b1=0.9, b2=0.999, eps=ADAM_EPS)
+
+    def update(carry, _):
+        signatures, state = carry
+        loss, gradient = jax.value_and_grad(_loss)(signatures, target, truncation)
+        updates, state = adam.update(gradient, state)
+        return (optax.apply_updates(signatures, updates), state), loss
+
+    (signatures, _), losses = jax.lax.scan(update, (init, adam.init(init)), length=steps)
+    last = _loss(signatures, target, truncation)
+    return signatures, jnp.append(losses, last)
+
+
+def _make(config: PriorConfig, nodes: int, width: int, seed: int) -> Prior:
+    adjacency = make_graph(config, nodes=nodes, seed=seed)
+    if config.graph == "complete":
+        signatures = np.tile(np.eye(1, width, dtype=np.float32), (nodes, 1))
+    else:
+        init = draw_signatures(jax.random.key(seed), nodes=nodes, width=width)
+        signatures = np.asarray(fit_signatures(adjacency, init, config)[0])
+    hinge = config.hinge or config.graph == "complete"
+    missed, spurious = count_errors(signatures, adjacency, config.truncation)
+    return Prior(
+        adjacency=adjacency,
+        communities=find_communities(config, adjacency, seed=seed),
+        signatures=signatures,
+        disagreement=disagreement(signatures, adjacency, config.truncation)
+        if hinge
+        else path_error(signatures, adjacency),
+        edges=int(adjacency.sum()) // 2,
+        missed=missed,
+        spurious=spurious,
+    )
+
+
+def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
+    file = io.BytesIO()
+    np.savez(file, fingerprint=fingerprint, **dataclasses.asdict(prior))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, file.getvalue())
+
+
+def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior | None:
+    """What `_write` wrote; None when it is of another fingerprint or cannot be read."""
+    forms = _forms(nodes, width)
+    try:
+        arrays = read_npz(path, ("fingerprint", *forms))
+        held = arrays.pop("fingerprint")
+        if held.ndim == 0 and held.dtype.kind == "U" and str(held) != fingerprint:
+            return None
+        for name, (kind, shape) in forms.items():
+            if arrays[name].dtype.kind != kind or arrays[name].shape != shape:
+                raise ValueError(
+                    f"{path} is damaged ({name} is {arrays[name].dtype} "
+                    f"{brief(arrays[name].shape)}, where {shape} is expected)"
+                )
+        if held.ndim or held.dtype.kind != "U":
+            raise ValueError(f"{path} is damaged (it has no fingerprint)")
+    except (OSError, ValueError) as error:
+        logging.warning("%s; the graph prior is made again", error)
+        return None
+    return _as_prior(arrays)
+
+
+def _forms(nodes: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What kind of numbers each field of a Prior holds, and in which shape."""
+    return {
+        "adjacency": ("b", (nodes, nodes)),
+        "communities": ("i", (nodes,)),
+        "signatures": ("f", (nodes, width)),
+        "disagreement": ("f", ()),
+        "edges": ("i", ()),
+        "missed": ("i", ()),
+        "spurious": ("i", ()),
+    }
+
+
+def _as_prior(values: Mapping[str, np.ndarray]) -> Prior:
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    return Prior(**{k: v if v.ndim else v.item() for k, v in arrays.items()})

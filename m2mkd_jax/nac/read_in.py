@@ -1,0 +1,200 @@
+"""How input latents read the image's tokens.
+
+Every receiver has keys and values of its own: the tokens are scaled by factors of the receiver's
+code before they are projected. Projecting would take arrays of shape (B, tokens, receivers, C), 9.9
+GB each for ImageNet at 32 images. None is made here: since the projection is linear,
+
+  score_bhts = <(W_h q_bth) * s_t, x_bs> / sqrt(K)        s = scales of the keys
+  out_bth    = W'_h^T (s'_t * sum_s a_bhts x_bs) + b'_h    s' = scales of the values
+
+with W_h (U, K) a head's part of the kernel. The keys' bias adds a number that is the same for all
+tokens, so softmax takes it out; the values' bias is added once, since the weights a sum to 1. It is
+attention with H T queries of width U and keys = values = the normed tokens, shared by all heads.
+
+Layers that are no linear maps of their input, or scale their weights, leave no choice: for them the
+plain form is taken, with its memory.
+"""
+
+import math
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from m2mkd_jax.nac.blocks import BlockConfig, Ffn, layer_scale, scaled
+from m2mkd_jax.nac.layers import CodeLinear, add_code_noise, norm
+
+
+class ReadInAttention(nn.Module):
+    """Attention from receivers to tokens that each receiver keys and values by its own code (NAC,
+    ReadInAttention).
+
+    Attributes:
+      config: of the block.
+      token_width: width U of a token.
+      scale: first value of the layer scale; None for none.
+
+    Parameters: `receiver_norm`, `sender_norm`, `query`, `key`, `value`, `exit`, `layer_scale` (D).
+    """
+
+    config: BlockConfig
+    token_width: int
+    scale: float | None
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.receiver_norm, self.sender_norm = norm(None, self.dtype), norm(None, self.dtype)
+        inner, bias = config.inner, config.qkv_bias
+        self.query = config.layer(self.dtype, config.width, inner, bias)
+        self.key = config.layer(self.dtype, self.token_width, inner, bias)
+        self.value = config.layer(self.dtype, self.token_width, inner, bias)
+        self.exit = config.layer(self.dtype, inner, config.width, True)
+        self.layer_scale = layer_scale(self, self.scale, config.width)
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        codes: Float[Array, "#T Z"],
+        tokens: Float[Array, "B S U"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The receivers' new states."""
+        config = self.config
+        query = self.query(self.receiver_norm(receivers), codes, train=train)
+        query = query.reshape(*query.shape[:-1], config.heads, config.head_width)
+        tokens = self.sender_norm(tokens)
+        if config.linear.is_linear and config.linear.kind != "weight_modulated":
+            heads = pool_tokens(
+                query,
+                tokens,
+                self.key.scales(codes, train=train),
+                self.value.scales(codes, train=train),
+                self._by_head(self.key),
+                self._by_head(self.value),
+            )
+            pooled = heads.reshape(*heads.shape[:2], config.inner)
+            if config.qkv_bias:
+                pooled = pooled + self.value.bias.astype(self.dtype)
+        else:
+            pooled = self._pool_plainly(query, tokens, codes, train=train)
+        branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
+        return receivers + branch if config.residual else branch
+
+    def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
+        """Attention with keys and values of every token for every receiver, two arrays of shape
+        (B, S, T, C)."""
+        spread = jnp.broadcast_to(
+            tokens[:, :, None], (*tokens.shape[:2], query.shape[1], self.token_width)
+        )
+        keys, values = (
+            layer(spread, codes, train=train).reshape(*spread.shape[:3], *query.shape[2:])
+            for layer in (self.key, self.value)
+        )
+        precise = jnp.promote_types(query.dtype, jnp.float32)
+        scores = jnp.einsum("BTHK,BSTHK->BHTS", query, keys, preferred_element_type=precise)
+        weights = jax.nn.softmax(scores / math.sqrt(query.shape[-1])).astype(values.dtype)
+        heads = jnp.einsum("BHTS,BSTHK->BTHK", weights, values)
+        return heads.reshape(*heads.shape[:2], self.config.inner)
+
+    def _by_head(self, linear: CodeLinear) -> Float[Array, "U H K"]:
+        return linear.kernel.reshape(-1, self.config.heads, self.config.head_width)
+
+
+class AttentiveReadIn(nn.Module):
+    """Noise on the codes, attention to the tokens, MLP (NAC, AttentiveReadIn).
+
+    Parameters: `attention`, `ffn`.
+    """
+
+    config: BlockConfig
+    token_width: int
+    attention_scale: float | None
+    dtype: DTypeLike
+
+    def setup(self):
+        self.attention = ReadInAttention(
+            self.config, self.token_width, self.attention_scale, self.dtype
+        )
+        self.ffn = Ffn(self.config, self.dtype)
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        codes: Float[Array, "#T Z"],
+        tokens: Float[Array, "B S U"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The input latents' states."""
+        codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
+        states = self.attention(receivers, codes, tokens, train=train)
+        return self.ffn(states, codes, train=train)
+
+
+class ProjectionReadIn(nn.Module):
+    """Token i becomes the state of input latent i, by a projection under its code with noise (NAC,
+    ProjectionReadIn); there must be as many tokens as latents.
+
+    Parameters: `projection`, `ffn`.
+    """
+
+    config: BlockConfig
+    token_width: int
+    dtype: DTypeLike
+
+    def setup(self):
+        config = self.config
+        self.projection = CodeLinear(
+            config.linear, self.token_width, config.width, config.code_width, True, self.dtype
+        )
+        self.ffn = Ffn(config, self.dtype)
+
+    def __call__(
+        self,
+        receivers: Float[Array, "B T D"],
+        codes: Float[Array, "T Z"],
+        tokens: Float[Array, "B S U"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The input latents' states; those they had do not matter."""
+        if tokens.shape[1] != codes.shape[0]:
+            raise ValueError(
+                f"there are {tokens.shape[1]} tokens and {codes.shape[0]} input latents; "
+                "config.model.read_in='projection' needs as many: change config.model.inputs"
+            )
+        del receivers
+        codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
+        return self.ffn(self.projection(tokens, codes, train=train), codes, train=train)
+
+
+def pool_tokens(
+    query: Float[Array, "B T H K"],
+    tokens: Float[Array, "B S U"],
+    key_scales: Float[Array, "#T U"],
+    value_scales: Float[Array, "#T U"],
+    key_kernel: Float[Array, "U H K"],
+    value_kernel: Float[Array, "U H K"],
+) -> Float[Array, "B T H K"]:
+    """Attention over tokens x with keys W (s_t * x) and values W' (s'_t * x) of each receiver t,
+    rearranged so that neither is made; see the head of the file.
+
+    Costs 4 B T C U + 4 B H T S U multiply-adds' operations forward, C = H K, against 4 B S T U C of
+    the plain form.
+    """
+    dtype = query.dtype
+    batch, receivers, heads, width = query.shape
+    key_scales, value_scales = (s[:, None, :].astype(dtype) for s in (key_scales, value_scales))
+    widened = jnp.einsum("BTHK,UHK->BTHU", query / math.sqrt(width), key_kernel.astype(dtype))
+    # One batched product with all heads' queries as rows; the tokens are read once, not per head.
+    rows = (widened * key_scales).reshape(batch, receivers * heads, -1)
+    precise = jnp.promote_types(dtype, jnp.float32)
+    scores = jnp.einsum("BTU,BSU->BTS", rows, tokens, preferred_element_type=precise)
+    weights = jax.nn.softmax(scores).astype(dtype)
+    pooled = jnp.einsum("BTS,BSU->BTU", weights, tokens)
+    pooled = pooled.reshape(batch, receivers, heads, -1) * value_scales
+    return jnp.einsum("BTHU,UHK->BTHK", pooled, value_kernel.astype(dtype))

@@ -1,0 +1,132 @@
+"""Students of m2mKD for a NAC: its read-in, one mediator iteration, its read-out, each between
+linear stitches to the meta model's width and with codes and states that are random and fixed.
+
+They are stages as any other: the first takes images, the others tokens of the meta model.
+"""
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from common_jax.state import fold_name
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.nac.blocks import BlockConfig, Propagator
+from m2mkd_jax.nac.layers import NOISE, Linear
+from m2mkd_jax.nac.network import ReadIn, ReadInConfig, ReadOut, ReadOutConfig
+from m2mkd_jax.nac.tokenizer import TokenizerConfig
+
+
+class ReadInStudent(nn.Module):
+    """One token an image: the state of a single input latent, brought to the meta model's width.
+
+    Parameters: `tokenizer`, `read_in`, `post_stitch`.
+
+    Attributes:
+      seed: of the latent's code and states.
+      stitch_width: width of the meta model's tokens.
+    """
+
+    tokenizer: TokenizerConfig
+    config: ReadInConfig
+    interface: Interface
+    stitch_width: int
+    seed: int
+    dtype: DTypeLike
+
+    def setup(self):
+        self.stage = ReadIn(self.tokenizer, self.config, self.interface, self.dtype)
+        nn.share_scope(self, self.stage)
+        self.post_stitch = Linear(self.stitch_width, self.dtype)
+
+    def __call__(self, x: Float[Array, "B I J Ch"], *, train: bool) -> Float[Array, "B 1 D"]:
+        block = self.config.block
+        codes = fixed_codes(self, self.seed, block.code_width)
+        states = fixed_states(self, self.seed, x.shape[0], block.width, self.dtype)
+        return self.post_stitch(self.stage(x, states, codes, train=train))
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Images."""
+        side = self.interface.image_size
+        return jax.ShapeDtypeStruct((batch, side, side, self.interface.channels), jnp.float32)
+
+
+class MediatorStudent(nn.Module):
+    """All tokens of the meta model as mediators with one code: attention without a kernel, MLP.
+
+    Parameters: `pre_stitch`, `attention`, `ffn`, `post_stitch`. `tokens` is how many tokens the
+      meta model has; see `ReadInStudent` for the rest.
+    """
+
+    config: BlockConfig
+    tokens: int
+    stitch_width: int
+    seed: int
+    dtype: DTypeLike
+
+    def setup(self):
+        self.block = Propagator(self.config, self.dtype)
+        nn.share_scope(self, self.block)
+        self.pre_stitch = Linear(self.config.width, self.dtype)
+        self.post_stitch = Linear(self.stitch_width, self.dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], *, train: bool) -> Float[Array, "B T D"]:
+        codes = fixed_codes(self, self.seed, self.config.code_width)
+        states = self.pre_stitch(x)
+        return self.post_stitch(self.block(states, codes, (states,), codes, train=train))
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Tokens of the meta model."""
+        return jax.ShapeDtypeStruct((batch, self.tokens, self.stitch_width), self.dtype)
+
+
+class ReadOutStudent(nn.Module):
+    """A single output latent hears all tokens of the meta model, and is pooled to logits.
+
+    Parameters: `pre_stitch`, `attention`, `ffn`, `pooling`; see `MediatorStudent`.
+    """
+
+    config: ReadOutConfig
+    labels: int
+    tokens: int
+    stitch_width: int
+    seed: int
+    dtype: DTypeLike
+
+    def setup(self):
+        self.stage = ReadOut(self.config, self.labels, self.dtype)
+        nn.share_scope(self, self.stage)
+        self.pre_stitch = Linear(self.config.block.width, self.dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], *, train: bool) -> Float[Array, "B L"]:
+        block = self.config.block
+        codes = fixed_codes(self, self.seed, block.code_width)
+        states = fixed_states(self, self.seed, x.shape[0], block.width, self.dtype)
+        return self.stage(states, codes, (self.pre_stitch(x),), codes, train=train)
+
+    def example(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Tokens of the meta model."""
+        return jax.ShapeDtypeStruct((batch, self.tokens, self.stitch_width), self.dtype)
+
+
+def fixed_codes(module: nn.Module, seed: int, width: int) -> Float[Array, "1 Z"]:
+    """The code of all of a student's latents: normal, the same in every call, in training and
+    evaluation; or what the collection "noise" gives as `codes`."""
+    if module.has_variable(NOISE, "codes"):
+        return module.get_variable(NOISE, "codes")
+    return jax.random.normal(_key(seed, "codes"), (1, width))
+
+
+def fixed_states(
+    module: nn.Module, seed: int, batch: int, width: int, dtype: DTypeLike
+) -> Float[Array, "B 1 D"]:
+    """The first state of a student's latent: normal, another in each place of the batch, the same
+    in every call; or what the collection "noise" gives as `states`."""
+    if module.has_variable(NOISE, "states"):
+        return module.get_variable(NOISE, "states").astype(dtype)
+    return jax.random.normal(_key(seed, "states"), (batch, 1, width)).astype(dtype)
+
+
+def _key(seed: int, name: str) -> jax.Array:
+    return fold_name(jax.random.key(seed), f"nac student {name}")

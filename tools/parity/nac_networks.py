@@ -1,0 +1,258 @@
+"""NAC's networks, students and random numbers of golden cases, built from a case's json and
+arrays."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax import numpy as jnp
+
+from m2mkd_jax import convert_nac
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.nac.blocks import Propagator
+from m2mkd_jax.nac.latents import GraphConfig, LatentConfig
+from m2mkd_jax.nac.network import NacNetwork, ReadIn, ReadOut, Wiring
+from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStudent
+from m2mkd_jax.stages import stage_name
+from parity.nac_arguments import (
+    ATTENTIVE_READ_IN,
+    GRAPH,
+    LATENTS,
+    MEDIATOR_STUDENT,
+    NETWORK,
+    PROJECTION_READ_IN,
+    PROPAGATOR,
+    READ_IN_STUDENT,
+    READ_OUT,
+    READ_OUT_STUDENT,
+    SEEDER,
+    SIZES,
+    Arguments,
+    by_layer,
+    fill,
+    inherit,
+    pick,
+)
+from parity.nac_configs import (
+    propagator_config,
+    read_in_config,
+    read_out_config,
+    seeding,
+    share_ffn,
+    tokenizer_config,
+)
+
+Params = Mapping[str, Any]
+ROOT = "latent_graphs.0."
+SETS = ("input", "mediator", "output")
+
+
+class Draws:
+    """The random numbers that a case recorded, each module's in the order of its calls.
+
+    Names are `<module>/<kind>/<k>`, the module's path below `prefix`.
+    """
+
+    def __init__(self, noise: Mapping[str, np.ndarray], prefix: str = ""):
+        self._noise, self._prefix, self._taken = noise, prefix, {}
+
+    def take(self, module: str, kind: str) -> np.ndarray | None:
+        """The next of a module's draws of a kind; None when there are no more."""
+        key = f"{self._prefix}{module}/{kind}"
+        count = self._taken.get(key, 0)
+        self._taken[key] = count + 1
+        return self._noise.get(f"{key}/{count}")
+
+    def propagator(self, prefix: str = "", *, ffn: str | None = None) -> dict[str, Any]:
+        """Of a propagator; `ffn` is the path of an MLP that it shares."""
+        ffn = f"{prefix}ffn" if ffn is None else ffn
+        attention = f"{prefix}latent_attention"
+        return _present(
+            receiver_codes=self.take(f"{prefix}code_noiser", "uniform"),
+            sender_codes=self.take(f"{prefix}code_noiser", "uniform"),
+            attention=_present(
+                kernel=self.take(f"{attention}.kernel", "uniform"),
+                drop_path=self.take(f"{attention}.drop_path", "uniform"),
+            ),
+            ffn=_present(drop_path=self.take(f"{ffn}.drop_path", "uniform")),
+        )
+
+    def read_in(self, prefix: str = "") -> dict[str, Any]:
+        """Of a read-in."""
+        return _present(
+            receiver_codes=self.take(f"{prefix}code_noiser", "uniform"),
+            ffn=_present(drop_path=self.take(f"{prefix}ffn.drop_path", "uniform")),
+        )
+
+    def network(self, network: NacNetwork) -> dict[str, Any]:
+        """Of a whole NAC, by stage."""
+        graph = {}
+        for name in SETS:
+            if name != "mediator" or not network.wiring.inputs_as_mediators:
+                seeder = f"{ROOT}latent_seeder"
+                graph[f"{name}_codes"] = self.take(f"{seeder}.code_noiser", "uniform")
+                graph[f"{name}_states"] = self.take(seeder, "normal")
+        stages = {stage_name(0): _present(read_in=self.read_in(f"{ROOT}read_in."))}
+        shared_ffn = f"{ROOT}propagators.0.ffn" if network.share_ffns else None
+        for i in range(len(network.propagators)):
+            own = f"{ROOT}propagators.{0 if network.share_propagators else i}."
+            stages[stage_name(i + 1)] = self.propagator(own, ffn=shared_ffn)
+        last = self.propagator(f"{ROOT}read_out.")
+        pooling = _present(gumbel=self.take("output_tokenizer", "gumbel"))
+        stages[stage_name(len(network) - 1)] = last | _present(pooling=pooling)
+        return _present(graph=_present(**graph), **stages)
+
+
+def to_device(tree: Any) -> Any:
+    """The tree with jax arrays."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def build_network(
+    config: Arguments, state: Mapping[str, np.ndarray], image_size: int
+) -> tuple[NacNetwork, Params, dict[str, Any]]:
+    """A whole NAC, its parameters, and how its iterations share (as the converter takes it)."""
+    whole = fill("NeuralCompiler", config, NETWORK)
+    sizes = {"state_dim": whole["state_dim"], "output_dim": whole["output_dim"]}
+    graph = fill("LatentGraph", whole["latent_graph_kwargs"], GRAPH, **sizes)
+    count = graph["num_iterations"]
+    sharing = {
+        "iterations": count,
+        "share_propagators": graph["share_propagator_weights"],
+        "share_ffns": graph["share_ffn_between_propagators"],
+    }
+    params = to_device(convert_nac.network_from_original(state, **sharing))
+    channels = {"input_dim": whole["input_dim"]}
+    tokenizer = tokenizer_config(
+        {**channels, **(whole["input_tokenizer_kwargs"] or {})},
+        width=whole["state_dim"],
+    )
+    shared = {
+        **pick(graph, {**PROPAGATOR, **READ_OUT}),
+        "input_dim": tokenizer.token_width,
+        "ffn_layer_scale_initial_value": graph["layer_scale_initial_value"],
+    }
+    del shared["output_dim"]
+    kinds = {
+        "AttentiveReadIn": ATTENTIVE_READ_IN,
+        "ProjectionReadIn": PROJECTION_READ_IN,
+    }
+    read_in = inherit(graph["read_in_kwargs"], pick(shared, kinds[graph["read_in_cls"]]))
+    block = inherit(graph["propagator_kwargs"], pick(shared, PROPAGATOR))
+    blocks = by_layer(
+        block,
+        graph["propagator_layerwise_kwargs"],
+        1 if sharing["share_propagators"] else count,
+    )
+    blocks = [propagator_config(own, PROPAGATOR) for own in blocks]
+    if sharing["share_propagators"]:
+        blocks *= count
+    elif sharing["share_ffns"]:
+        blocks = [blocks[0], *(share_ffn(block, blocks[0]) for block in blocks[1:])]
+    read_out = inherit(
+        graph["read_out_kwargs"],
+        {**pick(shared, PROPAGATOR), "output_dim": graph["output_dim"]},
+    )
+    pooling = (
+        whole["output_tokenizer_type"],
+        inherit(whole["output_tokenizer_kwargs"], sizes)
+        if whole["output_tokenizer_type"] == "OutputLatentPooling"
+        else None,
+    )
+    config_out = read_out_config(read_out, {}, pooling)
+    interface = Interface(image_size, whole["input_dim"], whole["output_dim"])
+    network = NacNetwork(
+        graph=_graph(graph),
+        read_in=ReadIn(
+            tokenizer,
+            read_in_config(read_in, params[stage_name(0)]["read_in"]),
+            interface,
+            jnp.float32,
+        ),
+        propagators=tuple(Propagator(own, jnp.float32) for own in blocks),
+        read_out=ReadOut(config_out, whole["output_dim"], jnp.float32),
+        wiring=_wiring(graph),
+        interface=interface,
+        dtype=jnp.float32,
+        **{name: sharing[name] for name in ("share_propagators", "share_ffns")},
+    )
+    return network, params, sharing
+
+
+def build_student(
+    kind: str, given: Arguments, params: Params, *, image: int, tokens: int, labels: int
+) -> nn.Module:
+    """A "readin", "mediator" or "readout" student.
+
+    Args:
+      kind: which.
+      given: its arguments and those it shares with the others.
+      params: its parameters, for the meta model's width.
+      image: side of the image.
+      tokens: number of the meta model's tokens.
+      labels: of the classifier.
+    """
+    post = kind != "readout"
+    kernel = (params["post_stitch"] if post else params["pre_stitch"])["kernel"]
+    fixed = {
+        "stitch_width": kernel.shape[1 if post else 0],
+        "seed": 0,
+        "dtype": jnp.float32,
+    }
+    if kind == "readin":
+        options = fill("read-in student", pick(given, READ_IN_STUDENT), READ_IN_STUDENT)
+        tokenizer = tokenizer_config(
+            {"input_dim": options["input_dim"], **(options["tokenizer_kwargs"] or {})},
+            width=options["state_dim"],
+        )
+        # Its input is the tokens, and it takes no notice of layer_scale_initial_value.
+        own = pick(options, ATTENTIVE_READ_IN) | {"input_dim": tokenizer.token_width}
+        interface = Interface(image, options["input_dim"], labels)
+        return ReadInStudent(tokenizer, read_in_config(own, {}), interface, **fixed)
+    table = {"mediator": MEDIATOR_STUDENT, "readout": READ_OUT_STUDENT}[kind]
+    options = fill(f"{kind} student", given, table, stitch_dim=None)
+    own = pick(options, READ_OUT if kind == "readout" else PROPAGATOR)
+    if kind == "mediator":
+        return MediatorStudent(propagator_config(own, PROPAGATOR, kernel=False), tokens, **fixed)
+    pooling = options["tokenizer_type"], options["tokenizer_kwargs"]
+    config = read_out_config(own, params, pooling, kernel=False)
+    return ReadOutStudent(config, labels, tokens, **fixed)
+
+
+def _graph(options: Arguments) -> GraphConfig:
+    sizes = pick(options, {"code_dim": None, "signature_dim": None, "state_dim": None})
+    layers = None if options["share_codes_between_iterations"] else options["num_iterations"]
+    sets = {}
+    for name in SETS:
+        own = {"num_latents": options[f"num_{name}_latents"], **sizes}
+        own |= {"num_layers": layers} if name == "mediator" else {}
+        given = fill(f"{name} latents", options[f"{name}_latent_kwargs"], LATENTS, **own)
+        sets[name] = LatentConfig(given["num_latents"], layers=given["num_layers"])
+    seeder = pick(options, SIZES)
+    if options["use_code_noise_in_latent_seeder"]:
+        seeder["code_noise_scale"] = options["code_noise_scale"]
+    own = fill("LatentSeeder", options["latent_seeder_kwargs"], SEEDER, **seeder)
+    return GraphConfig(
+        **sets,
+        width=options["state_dim"],
+        signature_width=options["signature_dim"],
+        code_width=options["code_dim"],
+        seeding=seeding(own, {}) if options["use_latent_seeder"] else "learned",
+        code_noise=float(own["code_noise_scale"] or 0),
+    )
+
+
+def _wiring(options: Arguments) -> Wiring:
+    heard = "always" if options["enable_persistent_input_mediator_communication"] else "first"
+    return Wiring(
+        "never" if options["disable_input_mediator_communication"] else heard,
+        options["enable_input_output_communication"],
+        options["use_input_states_as_mediator_states"],
+    )
+
+
+def _present(**parts: Any) -> dict[str, Any]:
+    """Those that are there."""
+    return {n: p for n, p in parts.items() if p is not None and not (isinstance(p, dict) and not p)}

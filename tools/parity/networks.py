@@ -1,0 +1,122 @@
+"""Networks of golden cases, built from a case's json by the functions that build the product's."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from m2mkd_jax import convert
+from m2mkd_jax.models import encoder, vit, vmoe
+from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.stages import Network, stage_name
+
+Sizes = Mapping[str, Any]
+STUDENTS = 3  # a lone student is built as one of so many: first, middle or last
+
+
+def build_vit(sizes: Sizes, *, depths: tuple[int, ...] | None = None) -> Network:
+    """The ViT of a json's sizes, with other `depths` if given."""
+    depths = tuple(sizes["divided_depths"]) if depths is None else depths
+    return vit.build(vit.ViTConfig(depths=depths, **_vit_sizes(sizes)), interface(sizes))
+
+
+def build_vmoe(sizes: Sizes) -> Network:
+    """The whole V-MoE of a json's sizes, with stitches and experts in the blocks it says."""
+    depths = tuple(sizes["divided_depths"])
+    network = vmoe.build(
+        _vmoe_config(sizes, depths), interface(sizes), stitch_width=sizes["stitch_dim"]
+    )
+    return _place_blocks(network, sizes)
+
+
+def build_student(sizes: Sizes, *, stages: int = STUDENTS) -> tuple[Network, int]:
+    """The students of a V-MoE of so many stages, and which of them the json's student is; the
+    others are one block deep."""
+    place = student_stage(sizes, stages)
+    depths = tuple(sizes["divided_depths"][0] if i == place else 1 for i in range(stages))
+    students = vmoe.build_students(
+        _vmoe_config(sizes, depths), interface(sizes), meta_width=sizes["stitch_dim"]
+    )
+    network = list(students.stages)
+    network[place] = _place_blocks(Network((students.stages[place],)), sizes).stages[0]
+    return Network(tuple(network)), place
+
+
+def student_stage(sizes: Sizes, stages: int) -> int:
+    """The stage that `idx` means among so many; the original numbers its last one -1."""
+    idx = sizes["idx"]
+    if idx < 0:
+        return stages - 1
+    return min(idx, stages - 2)
+
+
+def interface(sizes: Sizes) -> encoder.Interface:
+    """Images in, labels out."""
+    return encoder.Interface(sizes["img_size"], 3, sizes["num_classes"])
+
+
+def load_network(state: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, Any]:
+    """Parameters of all stages from a state under root names."""
+    params = convert.network_from_original(
+        state, depths=sizes["divided_depths"], heads=sizes["num_heads"]
+    )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def load_stage(state: Mapping[str, np.ndarray], sizes: Sizes, *, stage: int) -> dict[str, Any]:
+    """Parameters of one stage, under its name, from a state under stage-local names."""
+    params = convert.stage_from_original(state, heads=sizes["num_heads"])
+    return {stage_name(stage): jax.tree.map(jnp.asarray, params)}
+
+
+def to_images(array: np.ndarray) -> jax.Array:
+    """(..., channels, I, J) to (..., I, J, channels)."""
+    return jnp.moveaxis(jnp.asarray(array), -3, -1)
+
+
+def _vit_sizes(sizes: Sizes) -> dict[str, Any]:
+    return {
+        "patch": sizes["patch_size"],
+        "width": sizes["embed_dim"],
+        "heads": sizes["num_heads"],
+        "mlp_ratio": sizes["mlp_ratio"],
+        "qkv_bias": sizes["qkv_bias"],
+        "norm_eps": sizes["ln_eps"],
+    }
+
+
+def _vmoe_config(sizes: Sizes, depths: tuple[int, ...]) -> vmoe.VMoEConfig:
+    return vmoe.VMoEConfig(depths=depths, moe=_moe(sizes), **_vit_sizes(sizes))
+
+
+def _moe(sizes: Sizes) -> MoeConfig:
+    # The sizes of training and loss cases leave out what the original never changes.
+    return MoeConfig(
+        experts=sizes["num_expert"],
+        chosen=sizes.get("top_k", 2),
+        router_bias=sizes.get("gate_bias", True),
+    )
+
+
+def _place_blocks(network: Network, sizes: Sizes) -> Network:
+    """The network with experts and stitches in exactly the blocks that the json lists."""
+    experts, before, after = (
+        set(sizes[key] or ()) for key in ("moe_pos", "pre_stitch_pos", "post_stitch_pos")
+    )
+    stages, number = [], 0
+    for stage in network.stages:
+        blocks = []
+        for block in stage.blocks:
+            block = dataclasses.replace(
+                block,
+                moe=_moe(sizes) if number in experts else None,
+                pre_stitch=sizes["stitch_dim"] if number in before else None,
+                post_stitch=sizes["stitch_dim"] if number in after else None,
+            )
+            blocks.append(block)
+            number += 1
+        stages.append(stage.clone(blocks=tuple(blocks)))
+    return Network(tuple(stages))

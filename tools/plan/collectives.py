@@ -1,0 +1,142 @@
+"""What the chips of a compiled program send each other."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from plan.hlo import Instruction, Program, starts_collective
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+# Bytes that a chip sends, of a result of so many bytes in a group of n chips; as a ring does it.
+# It receives as many.
+SENT: dict[str, Callable[[float, int], float]] = {
+    "all-gather": lambda size, n: size * (n - 1) / n,
+    "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
+    "all-to-all": lambda size, n: size * (n - 1) / n,
+    "collective-permute": lambda size, n: size,
+    "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
+    "reduce-scatter": lambda size, n: size * (n - 1),
+}
+# XLA's name of a fusion for TPU that sums over a group and keeps each chip's part.
+SCATTER = "all-reduce-scatter"
+# What crosses slices: XLA hands it to the hosts, which send it on, and names what becomes of it.
+_OVER_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """The collectives of one kind over groups of one size.
+
+    Attributes:
+      kind: of KINDS.
+      group: chips that take part in one; of what crosses slices on its own, the slices.
+      crosses: whether groups have chips of several slices.
+      count: how often they run in a step.
+      bytes: that a chip sends in a step by all of them.
+    """
+
+    kind: str
+    group: int
+    crosses: bool
+    count: int
+    bytes: float
+
+
+def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list[Collective]:
+    """The collectives of a program, those in loops as often as they run; see `Program.runs`.
+
+    An all-to-all moves its whole result but a chip's own part; a ragged one at most that. Groups of
+    a single chip are left out: nothing moves. One that runs beside other work counts where it
+    starts. Of what the hosts send to other slices, the bytes are those that a chip hands to its.
+
+    Args:
+      program: compiled for `devices`.
+      devices: all of them, in the order of the slices.
+      slices: how many these are of.
+    """
+    totals: dict[tuple[str, int, bool], tuple[int, float]] = {}
+    for name, times in program.runs.items():
+        computation = program.computations[name]
+        for instruction in computation.values():
+            kind = instruction.kind.removesuffix("-start")
+            if kind == "send" and (match := _OVER_SLICES.search(instruction.rest)):
+                kind = _TRANSFERS.get(match[1], match[1].lower().replace("_", "-"))
+                count, sent = totals.get((kind, slices, True), (0, 0.0))
+                sent += times * instruction.result[0].bytes
+                totals[kind, slices, True] = count + times, sent
+                continue
+            later = instruction.goes_on and not starts_collective(computation)
+            if kind not in KINDS or later:
+                continue
+            groups = _groups(instruction.rest, devices)
+            size = groups.shape[1]
+            if size == 1:
+                continue
+            slice_of = groups // (devices // slices)
+            crosses = bool(np.any(slice_of != slice_of[:, :1]))
+            moved = _moved(instruction)
+            if name.startswith(SCATTER):
+                kind, moved = "reduce-scatter", moved / size
+            count, sent = totals.get((kind, size, crosses), (0, 0.0))
+            sent += times * SENT[kind](moved, size)
+            totals[kind, size, crosses] = count + times, sent
+    return [Collective(*key, *value) for key, value in sorted(totals.items())]
+
+
+def _moved(instruction: Instruction) -> int:
+    """Bytes of a collective's result; the started half of one has its operands in front."""
+    sizes = [array.bytes for array in instruction.result]
+    if not instruction.kind.endswith("-start") or instruction.kind == "all-reduce-start":
+        return sum(sizes)
+    operands = len(instruction.operands)
+    return sum(sizes[operands : 2 * operands])
+
+
+def _groups(attributes: str, devices: int) -> np.ndarray:
+    """The chips of each group, (groups, chips); for a permutation the pairs."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", attributes):
+        return _listed(pairs[1])
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
+        return _listed(match[1])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+\](?:T\(\S+?\))?)", attributes):
+        return _permuted(match[2]).reshape([int(size) for size in match[1].split(",")])
+    pattern = r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\((\[[^()]*\S+)\))? \{([^}:]*)\}"
+    if match := re.search(pattern, attributes):
+        return _over_axes(match[1], match[2] or f"[{devices}]", match[3])
+    if match := re.search(r"replica_groups=(?!\{\})[^,]*", attributes):
+        raise ValueError(f"a collective names its groups in a way that is not known: {match[0]}")
+    return np.arange(devices)[None]
+
+
+def _permuted(text: str) -> np.ndarray:
+    """Chips in the order of `[2,4]T(1,0)`: counted through in that shape, its axes exchanged."""
+    sizes, _, order = text.removesuffix(")").partition("]")
+    sizes = [int(size) for size in sizes.removeprefix("[").split(",")]
+    ids = np.arange(np.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(axis) for axis in order[2:].split(",")]) if order else ids
+
+
+def _over_axes(mesh: str, ids: str, axes: str) -> np.ndarray:
+    """Groups along some axes of a mesh, `'a'=32,'b'=8` and `'b'`: those that differ in nothing
+    else."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
+    others = [place for place in range(len(sizes)) if place not in chosen]
+    placed = _permuted(ids).reshape(list(sizes.values())).transpose(*others, *chosen)
+    return placed.reshape(-1, int(np.prod([list(sizes.values())[place] for place in chosen])))
+
+
+def _listed(text: str) -> np.ndarray:
+    groups = re.findall(r"\{([\d,]+)\}", text)
+    return np.array([[int(number) for number in group.split(",")] for group in groups])

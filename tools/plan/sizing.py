@@ -1,0 +1,181 @@
+"""What a compiled step takes of a chip, and how fast it could be at best."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from plan.chips import Chip
+from plan.collectives import Collective, find_collectives
+from plan.flops import Flops
+from plan.hlo import read_program
+from plan.traffic import hbm_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of a chip's HBM, as XLA has laid them out.
+
+    Attributes:
+      arguments: state, helpers, batch.
+      temporaries: all between them and the results.
+      output: new state and metrics.
+      aliased: the part of `output` that lies where an argument lay, which is given up.
+      code: the program itself.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in use at the worst time."""
+        return self.arguments + self.temporaries + self.output - self.aliased + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """What is known of a step without running it.
+
+    Attributes:
+      chip: its figures.
+      devices: chips.
+      flops: of a step, over all of them.
+      memory: of each.
+      traffic: bytes between HBM and cores in a step, of each.
+      collectives: what they send each other.
+      unknown_loops: loops whose length XLA does not tell, and which count as run once.
+    """
+
+    chip: Chip
+    devices: int
+    flops: Flops
+    memory: Memory
+    traffic: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The least time of a step by each of what it needs, at the chip's full rate: "compute",
+        "hbm" and "ici". What goes between slices is left out."""
+        inside = sum(one.bytes for one in self.collectives if not one.crosses)
+        return {
+            "compute": self.flops.executed / self.devices / self.chip.flops,
+            "hbm": self.traffic / self.chip.hbm_bandwidth,
+            "ici": inside / self.chip.ici,
+        }
+
+    @property
+    def step_seconds(self) -> float:
+        """The roofline: the longest of `seconds`, as if the others ran beside it."""
+        return max(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """The most that model FLOPs utilisation can be: model FLOPs a chip and second of
+        `step_seconds`, over the chip's peak."""
+        ideal = self.flops.model / self.devices / self.chip.flops
+        return ideal / self.step_seconds
+
+
+def size_up(
+    compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, slices: int = 1
+) -> Sizing:
+    """What a compiled step takes.
+
+    Args:
+      compiled: for so many devices of so many slices.
+      flops: of a step, over all of them.
+      chip: what it is compiled for.
+    """
+    program = read_program(compiled.as_text())
+    return Sizing(
+        chip=chip,
+        devices=devices,
+        flops=flops,
+        memory=_memory(compiled),
+        traffic=hbm_bytes(program),
+        collectives=tuple(find_collectives(program, devices=devices, slices=slices)),
+        unknown_loops=program.unknown_loops,
+    )
+
+
+def _memory(compiled: jax.stages.Compiled) -> Memory:
+    found = compiled.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        output=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    """Arrays that take much of a chip: what they are, the shape there, and their bytes in all."""
+
+    name: str
+    shape: str
+    bytes: int
+
+
+def largest_arguments(arguments: Any, *, count: int = 5) -> list[Large]:
+    """The arrays of a program's arguments that take most of a device. Those of one shape whose
+    paths differ in numbers alone are one entry.
+
+    Args:
+      arguments: tree of ShapeDtypeStructs with shardings.
+    """
+    sizes: dict[tuple[str, str], int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+        name = re.sub(r"\d+", "*", jax.tree_util.keystr(path, simple=True, separator="/"))
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        key = name, f"{leaf.dtype.name}[{','.join(map(str, shard))}]"
+        sizes[key] = sizes.get(key, 0) + math.prod(shard) * leaf.dtype.itemsize
+    return _largest(sizes, count)
+
+
+def largest_kept(kept: Any, params: Any, *, devices: int, count: int = 5) -> list[Large]:
+    """What a forward pass keeps most of for the backward pass, a device's share.
+
+    Args:
+      kept: tree of ShapeDtypeStructs, of the whole batch.
+      params: those of the parameters, of whose shapes are matrices, and no activations.
+      devices: over which activations are split.
+    """
+    known = {leaf.shape for leaf in jax.tree.leaves(params)}
+    sizes: dict[tuple[str, str], int] = {}
+    for leaf in jax.tree.leaves(kept):
+        if leaf.shape not in known and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            shape = f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
+            key = "kept for the backward pass", f"a share of {shape}"
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize // devices
+            sizes[key] = sizes.get(key, 0) + size
+    return _largest(sizes, count)
+
+
+def _largest(sizes: Mapping[tuple[str, str], int], count: int) -> list[Large]:
+    ranked = sorted(((size, *key) for key, size in sizes.items()), reverse=True)
+    return [Large(name, shape, size) for size, name, shape in ranked[:count]]
+
+
+def bytes_text(size: float) -> str:
+    """A size in GB (1e9 bytes) or MB, three digits."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def collectives_text(collectives: Sequence[Collective]) -> str:
+    """Collectives on one line: kind, how often, what a chip sends."""
+    return ", ".join(
+        f"{one.kind} {one.count} x of {one.group} chips"
+        f"{' over slices' if one.crosses else ''}, {bytes_text(one.bytes)}"
+        for one in collectives
+    )

@@ -1,0 +1,79 @@
+"""The step of a run without the run: its arguments described, its program lowered, its operations
+and what it keeps counted. Shapes and shardings are all that any of it needs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from common_jax import mesh as meshes
+from common_jax.optim import OptimConfig
+from common_jax.state import TrainState, merge, partition, step_rngs
+from common_jax.task import Task, abstract_state, step_program
+from plan.flops import Flops, count_flops
+
+
+def step_arguments(
+    task: Task, optim: OptimConfig, abstract: TrainState, mesh: Mesh
+) -> tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """What `step_program` is called with, as ShapeDtypeStructs with shardings: enough to compile
+    it where the mesh's devices are only described."""
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (optim.accumulate * part.shape[0], *part.shape[1:]),
+            part.dtype,
+            sharding=meshes.batched(mesh),
+        )
+        for name, part in task.batch.items()
+    }
+    seed = jax.ShapeDtypeStruct((), np.uint32, sharding=meshes.replicated(mesh))
+    return abstract, task.helpers, batch, seed
+
+
+def lower_step(
+    task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int
+) -> tuple[jax.stages.Lowered, TrainState]:
+    """The update of a run, ready to be compiled, and the state that it takes; no array is made, and
+    the devices of `mesh` may be described ones.
+
+    Raises:
+      ValueError: as `abstract_state`.
+    """
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        abstract = abstract_state(task, optim, mesh)
+        step = step_program(task, optim, abstract, log_every=log_every)
+        return step.lower(*step_arguments(task, optim, abstract, mesh)), abstract
+
+
+def step_flops(task: Task, optim: OptimConfig) -> Flops:
+    """Operations of one update over all devices: the loss of every micro-batch, and its gradients
+    by the parameters that are trained. The optimizer's are left out."""
+
+    gradient = lambda trained, loss: jax.value_and_grad(loss, has_aux=True)(trained)  # noqa: E731
+    return count_flops(*_with_loss(task, gradient)) * optim.accumulate
+
+
+def kept_shapes(task: Task) -> Any:
+    """Shapes of what the forward pass of a micro-batch keeps for the backward pass, parameters that
+    it needs among them."""
+    kept = lambda trained, loss: jax.vjp(loss, trained, has_aux=True)[1]  # noqa: E731
+    return jax.eval_shape(*_with_loss(task, kept))
+
+
+def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
+    """A function of parameters, helpers and batch that gives function(trained parameters, loss of
+    these), and shapes to call it with."""
+
+    def call(params, helpers, batch):
+        trained, fixed = partition(params, task.trainable)
+
+        def loss(trained):
+            return task.loss(merge(fixed, trained), helpers, batch, step_rngs(0, 0), np.int32(0))
+
+        return function(trained, loss)
+
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), task.helpers)
+    return call, params, shapes, dict(task.batch)

@@ -1,0 +1,148 @@
+"""What a compiled program reads from and writes to the chip's memory."""
+
+from plan.hlo import Array, Computation, Instruction, Program, starts_collective
+
+# What moves nothing by itself: names for parts of other results, and the second half of a copy
+# whose first half is counted.
+FREE = {
+    "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota",
+    "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
+}  # fmt: skip
+# Operations that read of their first operand what they give.
+PARTS = {"dynamic-slice", "gather", "slice"}
+# The end of a collective that ran beside other work; it was counted where it started.
+ENDED = "AsyncCollectiveDone"
+# A fusion of XLA's for TPU that puts its operands side by side, where they already lie.
+NAMES_ALONE = 'custom_call_target="ConcatBitcast"'
+
+
+def hbm_bytes(program: Program) -> int:
+    """Bytes that go between memory and cores in a run of the program.
+
+    The sum over the instructions that stand for themselves (outside fusions, in loops as often as
+    they run) of what each reads and writes in HBM: arrays that XLA keeps on the chip's cores
+    count nothing, a slice counts as large as it is, and an update in place as large as what is
+    updated. Padding of layouts is not counted.
+    """
+    runs, total = program.runs, 0
+    for name in _stages(program):
+        computation = program.computations[name]
+        total += runs[name] * sum(
+            _instruction_bytes(program, computation, one) for one in computation.values()
+        )
+    return total
+
+
+def _stages(program: Program) -> list[str]:
+    """The entry, and the computations that loops, conditionals and calls run."""
+    found = [program.entry]
+    for name in found:
+        for instruction in program.computations[name].values():
+            if instruction.kind in ("while", "conditional", "call"):
+                called = (one for names in instruction.called.values() for one in names)
+                found += [one for one in called if one not in found]
+    return found
+
+
+def _instruction_bytes(program: Program, computation: Computation, one: Instruction) -> int:
+    if one.kind in FREE or one.kind.endswith("-done") or NAMES_ALONE in one.rest:
+        return 0
+    if one.kind in ("copy-start", "slice-start"):  # (source, target, context) in either order
+        target = _copied(one)
+        return target.bytes * ((target.space == 0) + _in_hbm(computation, one.operands[0]))
+    inner = one.called.get("calls", ()) if one.kind == "fusion" else ()
+    fused = program.computations[inner[0]] if inner else None
+    if fused is not None and starts_collective(fused):
+        gathered = next(collective for collective in fused.values() if collective.goes_on)
+        return _written(gathered) + sum(_size(computation, operand) for operand in one.operands)
+    read = 0
+    for place, operand in enumerate(one.operands):
+        if _in_hbm(computation, operand):
+            part = _size(computation, operand)
+            if fused is not None:
+                part = min(part, _read(program, fused, place))
+            elif one.kind in PARTS and place == 0:
+                part = min(part, sum(array.bytes for array in one.result))
+            read += part
+    if one.kind == "dynamic-update-slice":
+        return 2 * _size(computation, one.operands[1])
+    return read + (_written(one) if fused is None else _written_by(fused, one))
+
+
+def _copied(one: Instruction) -> Array:
+    """The array that a started copy makes."""
+    arrays = [array for array in one.result if array.bytes > 4] or list(one.result)
+    sizes = sorted(arrays, key=lambda array: array.bytes)
+    return sizes[0] if one.kind == "slice-start" else one.result[0]
+
+
+def _in_hbm(computation: Computation, name: str) -> bool:
+    return name in computation and any(array.space == 0 for array in computation[name].result)
+
+
+def _size(computation: Computation, name: str) -> int:
+    return sum(array.bytes for array in computation[name].result if array.space == 0)
+
+
+def _written(one: Instruction) -> int:
+    return sum(array.bytes for array in one.result if array.space == 0)
+
+
+def _written_by(fused: Computation, fusion: Instruction) -> int:
+    """What a fusion writes: of results that are updates in place, the updates."""
+    root = next(one for one in fused.values() if one.root)
+    parts = root.operands if root.kind == "tuple" else (root.name,)
+    total = 0
+    for array, name in zip(fusion.result, parts, strict=False):
+        handed_on = (
+            fused[name].kind == "parameter" or fused[name].goes_on or ENDED in fused[name].rest
+        )
+        if array.space == 0 and not handed_on:
+            update = _update(fused, name)
+            total += array.bytes if update is None else min(array.bytes, update)
+    return total
+
+
+def _update(fused: Computation, name: str) -> int | None:
+    """Bytes of what is updated where `name` is an array with a slice replaced."""
+    one = fused[name]
+    while one.kind == "bitcast":
+        one = fused[one.operands[0]]
+    if one.kind != "dynamic-update-slice":
+        return None
+    return sum(array.bytes for array in fused[one.operands[1]].result)
+
+
+def _read(program: Program, fused: Computation, place: int) -> int:
+    """What a fusion reads of its parameter number `place`."""
+    name = next(
+        one.name
+        for one in fused.values()
+        if one.kind == "parameter" and one.rest.startswith(f"parameter({place})")
+    )
+    return _used(program, fused, name)
+
+
+def _used(program: Program, fused: Computation, name: str) -> int:
+    whole, total = sum(array.bytes for array in fused[name].result), 0
+    for one in fused.values():
+        if name not in one.operands:
+            continue
+        if one.kind == "bitcast":
+            total += _used(program, fused, one.name)
+        elif one.kind in PARTS and one.operands[0] == name:
+            total += sum(array.bytes for array in one.result)
+        elif one.kind == "dynamic-update-slice" and one.operands[0] == name:
+            continue
+        elif one.goes_on or ENDED in one.rest or (one.root and one.kind == "tuple"):
+            continue  # a collective that runs beside the fusion, or what is handed on as it is
+        elif one.kind == "fusion" and one.called.get("calls"):
+            inner = program.computations[one.called["calls"][0]]
+            total += sum(
+                _read(program, inner, place)
+                for place, operand in enumerate(one.operands)
+                if operand == name
+            )
+        else:
+            return whole
+    return min(whole, total)

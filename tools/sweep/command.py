@@ -1,0 +1,237 @@
+"""Runs a config for every setting of a grid and several seeds, and makes one table of them.
+
+    python tools/sweep.py --config=configs/m2mkd/digits.py:phase=end_to_end --workdir=runs/moe \\
+        --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3 --config.optim.epochs=5
+
+A key of the grid is a field of the config, as after --config., or an argument of the config file
+with a colon in front: ':prior=ring,none'. Commas in brackets belong to a value:
+'model.depths=(1,1),(2,2)'. Without --grid it is what the config file's sweep() yields: one dict a
+cell of the table, such as {"distill.alpha": 0.3} or {":prior": "ring"}. Any --config.FIELD=VALUE is
+the same for all.
+
+Every cell is checked before one is started. Started again, finished runs are skipped, others go on,
+and failed ones are tried again. More values or more seeds in the same folder take over what is
+there. DIR/sweep.json says what was swept, DIR/NAME and DIR/NAME.log are the runs, and sweep.csv,
+sweep.md and sweep.png in DIR the table and its plot, of the runs that are finished.
+
+Exit status: 0 where all is finished, 1 where runs are not, 2 where nothing could be started, 128
+plus the number of a signal that was passed on to the runs.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+from jobs import Ended, Job, count, describe, run_each, show
+
+from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.config import freeze
+from common_jax.signals import STATUSES, ends_quietly
+from common_jax.workdir import (
+    check_output,
+    hold,
+    holds_results,
+    read_json,
+    refuse_other_config,
+    write_json,
+)
+from sweep.cells import PROGRAMS, Cell, find_program, parse_grid, plan_cells, read_sweep
+from sweep.emit import format_commands, format_slurm, format_xpk
+from sweep.table import Row, missing_metrics, read_results, sort_rows, write_table
+
+FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
+FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A cell with one seed.
+
+    Attributes:
+      name: of its folder and its log.
+      cell: what it is a run of.
+      seed: of everything random.
+      command: arguments of python, the workdir left out.
+    """
+
+    name: str
+    cell: Cell
+    seed: int
+    command: tuple[str, ...]
+
+    @classmethod
+    def of(cls, cell: Cell, seed: int) -> "Run":
+        """The run of a cell with a seed."""
+        return cls(f"{cell.name},seed={seed}", cell, seed, (*cell.command, f"--config.seed={seed}"))
+
+    def results(self, workdir: epath.Path) -> dict[str, float] | None:
+        """Its metrics below the sweep's folder; None while it is not finished."""
+        return read_results(workdir / self.name, self.cell, self.seed)
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; `common` are those of the config, `--config.FIELD=VALUE`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="FILE.py, or FILE.py:ARGUMENT=VALUE,...")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the sweep")
+    parser.add_argument("--grid", help="KEY=VALUE,VALUE;KEY=VALUE,VALUE")
+    parser.add_argument("--seeds", type=count, default=1, help="runs a cell, seeds from 0")
+    parser.add_argument(
+        "--jobs",
+        type=count,
+        help="runs at a time, by default 1; several share the cores, but would get in each other's "
+        "way on an accelerator",
+    )
+    parser.add_argument(
+        "--metric",
+        help="one or more to compare, NAME,NAME; by default "
+        + " or ".join(program.metric for program in PROGRAMS.values())
+        + "; one of an earlier run of a pipeline has its folder in front, teacher/test/accuracy",
+    )
+    parser.add_argument(
+        "--emit",
+        choices=(*FORMS, "table"),
+        help="run nothing, but print what others can start for the runs that are not finished: a "
+        "command a line, a script for sbatch, a script of xpk commands; or make the table alone",
+    )
+    flags, common = parser.parse_known_args(argv)
+    if unknown := [flag for flag in common if not flag.startswith("--config.")]:
+        parser.error(f"arguments {unknown} are not understood; write --config.FIELD=VALUE")
+    flags.common = common
+    return flags
+
+
+@ends_quietly
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    flags = parse_flags(argv)
+    try:
+        return sweep(flags)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def sweep(flags: argparse.Namespace) -> int:
+    """Checks everything, then runs or prints what is not finished, and makes the table.
+
+    Raises:
+      ValueError: for what keeps the sweep, or any run of it, from starting.
+      OSError: also where another process runs a sweep in the same folder.
+    """
+    workdir = absolute(flags.workdir)
+    check_output("--workdir", workdir)
+    # The table alone is made of what is there, also while a sweep runs.
+    with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
+        return _sweep(flags, workdir)
+
+
+def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
+    cells, asked = plan(flags, workdir)
+    runs = [Run.of(cell, seed) for seed in range(flags.seeds) for cell in asked]
+    left = [run for run in runs if run.results(workdir) is None]
+    emits = flags.emit in FORMS
+    counts = f"{len(runs) - len(left)} finished, {len(left)} to go"
+    stream = sys.stderr if emits else sys.stdout
+    print(f"{len(asked)} cells, {len(runs)} runs: {counts}", file=stream, flush=True)
+    if emits:
+        commands = {run.name: run.command for run in left}
+        print(FORMS[flags.emit](commands, workdir, at_a_time=flags.jobs), end="")
+        return 0
+    ended = Ended({}, None)
+    if flags.emit is None and left:
+        jobs = {run.name: Job(run.command) for run in left}
+        ended = run_each(jobs, pathlib.Path(workdir), at_a_time=flags.jobs or 1)
+    wrong = make_table(flags, workdir, cells)
+    unfinished = [run.name for run in left if run.results(workdir) is None]
+    report(unfinished, ended, workdir)
+    if wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+    if ended.signal is not None:
+        return 128 + ended.signal
+    return 1 if unfinished else 2 if wrong else 0
+
+
+def plan_asked(flags: argparse.Namespace) -> list[Cell]:
+    """The cells of --grid, or of the config's own sweep()."""
+    settings = read_sweep(flags.config) if flags.grid is None else parse_grid(flags.grid)
+    return plan_cells(flags.config, flags.common, settings)
+
+
+def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], list[Cell]]:
+    """All cells of the folder, those of earlier starts among them, and those that are asked for;
+    writes sweep.json.
+
+    Raises:
+      ValueError: for cells that cannot run, and for a folder of something else.
+    """
+    if "://" in str(workdir) and flags.emit is None:
+        raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
+    refuse_pattern(flags.workdir, "--workdir")
+    asked = plan_asked(flags)
+    record, keys = workdir / "sweep.json", list(asked[0].values)
+    before = read_json(record, FIELDS) if record.exists() else {"cells": {}, "seeds": 0}
+    if not record.exists() and (workdir / "config.json").exists():
+        raise ValueError(f"--workdir={workdir} holds a run and no sweep; give another one")
+    found = {}
+    if before["cells"] and holds_results(workdir):
+        if set(before["keys"]) != set(keys):
+            raise ValueError(
+                f"--workdir={workdir} holds a sweep of {before['keys']}, and this is one of "
+                f"{keys}; give another --workdir"
+            )
+        keys = before["keys"]
+        earlier = plan_cells(flags.config, flags.common, before["cells"].values())
+        config = earlier[0].config
+        refuse_other_config(workdir, freeze(find_program(config).config, config))
+        found = {cell.name: cell for cell in earlier}
+    cells = list((found | {cell.name: cell for cell in asked}).values())
+    workdir.mkdir(parents=True, exist_ok=True)
+    content = {
+        "config": flags.config,
+        "flags": flags.common,
+        "keys": keys,
+        "seeds": max(flags.seeds, before["seeds"]),
+        "cells": {cell.name: {key: cell.values[key] for key in keys} for cell in cells},
+    }
+    write_json(record, content)
+    write_json(workdir / "config.json", cells[0].config)  # what later starts are held against
+    return cells, asked
+
+
+def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
+    """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
+    content = read_json(workdir / "sweep.json", FIELDS)
+    rows = []
+    for cell in cells:
+        found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))
+        values = {key: cell.values[key] for key in content["keys"]}
+        rows.append(Row(values, [result for result in found if result is not None]))
+    metrics = (flags.metric or find_program(cells[0].config).metric).split(",")
+    show(write_table(workdir, sort_rows(rows), metrics))
+    print(f"\n{workdir / 'sweep.md'}, sweep.csv, sweep.png", flush=True)
+    return missing_metrics(rows, metrics)
+
+
+def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None:
+    """Says which runs are not finished, and what became of them."""
+    if not unfinished:
+        return
+    print(f"\nNot finished: {len(unfinished)}; the same command goes on with them.")
+    for name in unfinished:
+        if name not in ended.statuses:
+            print(f"  {name}  not started")
+            continue
+        status = ended.statuses[name]
+        stopped = status in STATUSES.values()
+        text = "stopped early" if stopped else describe(status)
+        print(f"  {name}  {text}; see {workdir / name}.log")
+    sys.stdout.flush()
