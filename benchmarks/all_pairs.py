@@ -90,7 +90,7 @@ class Program(timing.Training):
 
     def gradient(self):
         loss = jax.jit(jax.grad(self.task.loss, has_aux=True))
-        rngs = step_rngs(0, 0)
+        rngs = step_rngs(0, 0, self.task.streams)
         return loss(self.state.params, self.helpers, self.batch, rngs, np.int32(0))[0]
 
 

@@ -86,7 +86,6 @@ def main() -> None:
 
     def loss(params, helpers, batch, rngs, step):
         del helpers, step
-        rngs = {name: rngs[name] for name in STREAMS}
         logits, _ = network.apply(params["student"], batch["image"], train=True, rngs=rngs)
         return losses.soft_cross_entropy(logits, batch["target"]), {}
 
@@ -100,7 +99,9 @@ def main() -> None:
     def compile_step() -> timing.Training:
         init = lambda key: {"student": network.init(key)}  # noqa: E731
         return timing.Training(
-            timing.make_task(loss, init, model.PARTITION_RULES, batch), optim, batch
+            timing.make_task(loss, init, model.PARTITION_RULES, batch, streams=STREAMS),
+            optim,
+            batch,
         )
 
     ours = compile_step()

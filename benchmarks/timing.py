@@ -25,7 +25,7 @@ from common_jax import app
 from common_jax.mesh import MeshConfig, Rules, make_mesh
 from common_jax.optim import OptimConfig
 from common_jax.step import Loss
-from common_jax.task import Task, abstract_state, fresh_state, step_program
+from common_jax.task import Task, abstract_state, create_program, step_program
 
 Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds by the clock and of processors
 Claim = dict[str, Any]
@@ -129,6 +129,8 @@ def make_task(
     init: Callable[[jax.Array], Mapping[str, Any]],
     rules: Rules,
     batch: Mapping[str, np.ndarray],
+    *,
+    streams: tuple[str, ...] = (),
 ) -> Task:
     """A task that trains all parameters of `init` on batches like `batch`."""
     return Task(
@@ -137,6 +139,7 @@ def make_task(
         rules=rules,
         trainable=".*",
         loss=loss,
+        streams=streams,
         batch={key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()},
         steps_per_epoch=100,
     )
@@ -164,7 +167,7 @@ class Training:
         self.helpers = dict(helpers)
         with jax.set_mesh(self.mesh):
             abstract = abstract_state(task, optim, self.mesh)
-            self.state = fresh_state(task, optim, abstract, seed=0, warm={})
+            self.state = create_program(task, optim, abstract)(np.uint32(0), {})
             step = step_program(task, optim, abstract, log_every=1)
             start = time.perf_counter()
             self.compiled = step.lower(self.state, self.helpers, self.batch, self.seed).compile()

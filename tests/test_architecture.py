@@ -47,7 +47,7 @@ LAYERS = {
         ("app",),
         ("command_line",),
         ("loop",),
-        ("report", "task"),
+        ("report", "task", "log"),
         ("metrics",),
         ("weights",),
         ("checkpoint", "step"),
