@@ -14,6 +14,7 @@ from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
 from common_jax.workdir import check_output, hold, holds_results, read_json
 from m2mkd_jax.config import READS, Config
+from m2mkd_jax.curves import FAMILIES
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import check_moe
 from m2mkd_jax.phases.circuit import PICTURE
@@ -64,6 +65,7 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
         table=results_table(workdir, folders if config.phase == "pipeline" else []),
         tables=[table for table in episodes if table is not None],
         figures=connectivity_figures(workdir, folders),
+        families=FAMILIES,
     )
 
 

@@ -20,7 +20,7 @@ LAYERS = {
         ("config",),
         ("evaluators",),
         ("data",),
-        ("hybrid", "convert", "convert_nac", "connectivity"),
+        ("hybrid", "convert", "convert_nac", "connectivity", "curves"),
         ("losses", "regularizers"),
         ("assignment",),
         ("nac",),
@@ -30,7 +30,7 @@ LAYERS = {
     ),
     "cliptrans_jax": (
         ("main",),
-        ("loading",),
+        ("loading", "curves"),
         ("runs",),
         ("config",),
         ("encoders",),

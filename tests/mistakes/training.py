@@ -69,7 +69,7 @@ IDENTITY = named(
     "test_identity.py",
     "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
 )
-REPORT = named("test_report.py", "test_loads_are_drawn_over_their_fair_share")
+REPORT = named("test_report.py", "test_shares_are_drawn_over_the_fair_share")
 AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
 FLOPS = (
     "tests/test_plan_programs.py"
@@ -302,9 +302,9 @@ MISTAKES: tuple[Mistake, ...] = (
         IDENTITY,
     ),
     Mistake(
-        "common_jax/report.py",
-        "loads are drawn over the number of layers in place of experts",
-        "cells = np.clip(cells * experts,",
+        "common_jax/report/draw.py",
+        "shares are drawn over the number of lists in place of items",
+        "cells = np.clip(cells * count,",
         "cells = np.clip(cells * len(curves),",
         REPORT,
     ),
