@@ -6,7 +6,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import READS, Config
+from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import FAMILIES
 from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
@@ -86,4 +86,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION, kind="stage", reads=READS)
+    app.run(main, DESCRIPTION, system=SYSTEM, reads=READS)

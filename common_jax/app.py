@@ -30,7 +30,7 @@ def run(
     description: str,
     argv: Sequence[str] | None = None,
     *,
-    kind: str | None = None,
+    system: command_line.System | None = None,
     reads: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Calls `main(config, workdir)` with what --config and --workdir say.
@@ -43,8 +43,7 @@ def run(
       main: the command.
       description: shown by --help.
       argv: command line; that of the process by default.
-      kind: the field that names the kind of run in the command's configs; a config of the other
-        system is refused. None takes any.
+      system: whose command it is; configs of other systems are refused. None takes any.
       reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
     Several processes that are one run are connected first, see `common_jax.hosts.start`.
@@ -56,21 +55,21 @@ def run(
     for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.listening():
-        _run(main, description, argv, kind, reads)
+        _run(main, description, argv, system, reads)
 
 
 def _run(
     main: Main,
     description: str,
     argv: list[str],
-    kind: str | None,
+    system: command_line.System | None,
     reads: Mapping[str, Sequence[str]] | None,
 ) -> None:
     values = command_line.define()
     try:
-        config, workdir, paths = command_line.read(values, argv, description, kind)
-        if reads is not None:
-            _warn_of_unread(paths, kind, config[kind], reads)
+        config, workdir, paths = command_line.read(values, argv, description, system)
+        if system is not None and reads is not None:
+            _warn_of_unread(paths, system.field, config[system.field], reads)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
         keep_memory()
         main(config, workdir)
@@ -99,11 +98,11 @@ def _run(
 
 
 def _warn_of_unread(
-    paths: Sequence[str], kind: str, name: str, reads: Mapping[str, Sequence[str]]
+    paths: Sequence[str], field: str, kind: str, reads: Mapping[str, Sequence[str]]
 ) -> None:
-    # The config's own check refuses a name that is no kind of run.
-    for path in command_line.unread(paths, reads.get(name, paths)):
-        logging.warning("--config.%s changes nothing: %s=%r does not read it", path, kind, name)
+    # A name that is no kind of run is left to the config's own check.
+    for path in command_line.unread(paths, reads.get(kind, paths)):
+        logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
 
 
 def use_compilation_cache(folder: str | None) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import ml_collections
 from jax import numpy as jnp
 
+from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -42,6 +43,7 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
+SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
 # Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
 _ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
 _ONE = (*_ANY, "optim", "augment", "drop_path")

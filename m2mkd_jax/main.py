@@ -13,7 +13,7 @@ from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
 from common_jax.workdir import check_output, hold, holds_results, read_json
-from m2mkd_jax.config import READS, Config
+from m2mkd_jax.config import READS, SYSTEM, Config
 from m2mkd_jax.curves import FAMILIES
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import check_moe
@@ -138,4 +138,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION, kind="phase", reads=READS)
+    app.run(main, DESCRIPTION, system=SYSTEM, reads=READS)

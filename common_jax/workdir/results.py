@@ -57,7 +57,7 @@ def read_result(
     wrong = []
     if not (workdir / FILE).exists():
         wrong.append(f"there is no {FILE} beside it")
-    # The modules that a title names after its phase are in the config.
+    # A title may add to the kind of run; the config says the same.
     if str(result.get("phase")).split(" ")[0] != phase.split(" ")[0]:
         wrong.append(f"it is of {result.get('phase')!r}, and this run is {phase!r}")
     if steps is not None and result.get("steps") != steps:
