@@ -25,7 +25,6 @@ fewer and larger products, and for whole runs of one start, one data pipeline an
 
 import dataclasses
 import pathlib
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import numpy as np
 import timing
 
 from common_jax.checkpoint import Checkpoints
+from common_jax.command_line import read_config_file
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
@@ -64,7 +64,7 @@ CASES = {
 
 
 def load(file: str, changes: dict[str, object]) -> Config:
-    config = runpy.run_path(str(ROOT / file))["get_config"]("phase=distill")
+    config = read_config_file(f"{ROOT / file}:phase=distill")
     config.update_from_flattened_dict(changes)
     return freeze(Config, config)
 

@@ -247,6 +247,29 @@ def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config"}
 
 
+def test_a_config_file_loads_another_beside_it_from_any_working_directory(tmp_path, monkeypatch):
+    """Two folders have a file of one name, and neither is taken for the other."""
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "config.py").write_text(
+            "import ml_collections\n"
+            "from common_jax.command_line import load_beside\n"
+            'shared = load_beside(__file__, "shared")\n'
+            "def get_config():\n"
+            "    return ml_collections.ConfigDict({'value': shared.VALUE})\n"
+        )
+    (tmp_path / "elsewhere").mkdir()
+    for here, prefix in ((tmp_path / "elsewhere", "../"), (tmp_path, "")):
+        monkeypatch.chdir(here)
+        for folder, value in (("a", 1), ("b", 2)):
+            assert read_config_file(f"{prefix}{folder}/config.py").value == value
+            assert read_config_file(f"{tmp_path}/{folder}/config.py").value == value
+    (tmp_path / "b" / "shared.py").unlink()
+    with pytest.raises(ValueError, match=r"config\.py, line 3.*shared\.py"):
+        read_config_file(f"{tmp_path}/b/config.py")
+
+
 def test_a_config_of_the_other_system_is_refused():
     system = System("drawing", field="pencil", others={"brush": "painting"})
     check_system({"pencil": "x"}, system, "W")
