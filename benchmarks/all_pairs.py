@@ -200,7 +200,7 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")
     flags = parser.parse_args()
-    timing.start(flags.threads)
+    timing.start(flags.threads, keep_memory=True)
     claims, times, found = [], {}, {}
     for name, (file, changes, target) in CASES.items():
         update, own_times, found[name] = compare_updates(name, load(file, changes), flags.repeats)

@@ -78,7 +78,7 @@ def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> 
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     config, image_size, labels = model.preset(sizes.preset)
     interface = Interface(image_size, 3, labels)
     network = model.build(config, interface, dtype=jax.numpy.dtype(sizes.dtype), drop_path=0.1)

@@ -321,11 +321,6 @@ class Config(Section):
                 )
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict."""
-    return unfreeze(Config())
-
-
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:

@@ -1,6 +1,5 @@
 """The entry of a command: flags, caches, and errors that a user can act on."""
 
-import ctypes
 import logging
 import sys
 import traceback
@@ -11,15 +10,9 @@ import ml_collections
 from etils import epath
 
 from common_jax import command_line, hosts, signals
-from common_jax.mesh import start_backend
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
-
-# Parameters of glibc's mallopt by their numbers in malloc.h, each with a value that keeps memory
-# and the usual one: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (nothing is
-# given back), M_ARENA_MAX (all threads share one heap).
-MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
 # What a user can cause; anything else is our fault and shows its traceback.
 USER_ERRORS = (ValueError, OSError)
@@ -71,7 +64,6 @@ def _run(
         if system is not None and reads is not None:
             _warn_of_unread(paths, system.field, config[system.field], reads)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
-        keep_memory()
         main(config, workdir)
     except signals.Stopped:
         if not jax.distributed.is_initialized() or jax.process_index() == 0:
@@ -120,23 +112,6 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def keep_memory() -> None:
-    """On a CPU, has glibc keep what it has from the system. A step allocates and frees its buffers
-    as a whole, and taking a gigabyte from the system anew for every step costs a fifth of it.
-
-    To be called before any device is looked at: a thread stays with the heap that it starts with,
-    and the first look starts all of XLA's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for parameter, (kept, _) in MEMORY.items():
-        mallopt(parameter, kept)
-    if start_backend() != "cpu":
-        for parameter, (_, usual) in MEMORY.items():
-            mallopt(parameter, usual)
 
 
 def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:

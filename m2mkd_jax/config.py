@@ -335,18 +335,13 @@ class Config(Section):
         return [dataclasses.replace(self, module="+".join(map(str, part))) for part in parts]
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict, for a config file to change."""
-    return unfreeze(Config())
-
-
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
     """Puts the recipe of `config.phase` in place; the pipeline gets all of them under `recipes`.
 
     Args:
-      config: a ConfigDict of `default_config` with its phase set.
+      config: a ConfigDict of `Config` with its phase set.
       recipes: one a phase.
 
     Raises:
