@@ -55,7 +55,7 @@ setup(
         # What benchmarks are measured against.
         "bench": ["torch>=2.6", "transformers>=5.23"],
         # The compiler for TPUs, with which tools/compile_for_pod.py needs no TPU.
-        "pods": ["libtpu"],
+        "pods": ["libtpu==0.0.52"],
         # Reading data sets that TFDS prepared, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
         # Preparing them: TFDS encodes images with TensorFlow, and needs importlib_resources without

@@ -25,7 +25,6 @@ fewer and larger products, and for whole runs of one start, one data pipeline an
 
 import dataclasses
 import pathlib
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import numpy as np
 import timing
 
 from common_jax.checkpoint import Checkpoints
+from common_jax.command_line import read_config_file
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
@@ -64,7 +64,7 @@ CASES = {
 
 
 def load(file: str, changes: dict[str, object]) -> Config:
-    config = runpy.run_path(str(ROOT / file))["get_config"]("phase=distill")
+    config = read_config_file(f"{ROOT / file}:phase=distill")
     config.update_from_flattened_dict(changes)
     return freeze(Config, config)
 
@@ -90,7 +90,7 @@ class Program(timing.Training):
 
     def gradient(self):
         loss = jax.jit(jax.grad(self.task.loss, has_aux=True))
-        rngs = step_rngs(0, 0)
+        rngs = step_rngs(0, 0, self.task.streams)
         return loss(self.state.params, self.helpers, self.batch, rngs, np.int32(0))[0]
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")
     flags = parser.parse_args()
-    timing.start(flags.threads)
+    timing.start(flags.threads, keep_memory=True)
     claims, times, found = [], {}, {}
     for name, (file, changes, target) in CASES.items():
         update, own_times, found[name] = compare_updates(name, load(file, changes), flags.repeats)

@@ -278,7 +278,7 @@ def take_turns(
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     translator, params = make_model(sizes)
     mbart = translator.config.mbart
     config = DecodeConfig(

@@ -67,7 +67,7 @@ def padding_cost(config: MBartConfig, batch: int) -> float:
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     torch, transformers = timing.import_torch(sizes.threads)
     translator, params = decode.make_model(sizes)
     plain = dataclasses.replace(translator.config.mbart, dropout=0.0)

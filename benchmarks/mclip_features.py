@@ -109,7 +109,7 @@ def make_theirs(torch, transformers, config: MClipConfig, params) -> Callable:
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     torch, transformers = timing.import_torch(sizes.threads)
     config = MClipConfig(
         vocab=sizes.vocab,

@@ -50,7 +50,7 @@ def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     pairs = sizes.examples * sizes.tokens * sizes.chosen
     dtype = jnp.dtype(sizes.dtype)
     keys = jax.random.split(jax.random.key(0), 3)

@@ -64,7 +64,7 @@ def compile_with_gradients(function, arguments):
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     rng = np.random.default_rng(0)
     small = shapes(sizes, sizes.batch, sizes.receivers, sizes.tokens)
     arrays = [jax.numpy.asarray(rng.normal(size=s) * 0.1, "float32") for s in small.values()]

@@ -78,7 +78,7 @@ def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> 
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     config, image_size, labels = model.preset(sizes.preset)
     interface = Interface(image_size, 3, labels)
     network = model.build(config, interface, dtype=jax.numpy.dtype(sizes.dtype), drop_path=0.1)
@@ -86,7 +86,6 @@ def main() -> None:
 
     def loss(params, helpers, batch, rngs, step):
         del helpers, step
-        rngs = {name: rngs[name] for name in STREAMS}
         logits, _ = network.apply(params["student"], batch["image"], train=True, rngs=rngs)
         return losses.soft_cross_entropy(logits, batch["target"]), {}
 
@@ -100,7 +99,9 @@ def main() -> None:
     def compile_step() -> timing.Training:
         init = lambda key: {"student": network.init(key)}  # noqa: E731
         return timing.Training(
-            timing.make_task(loss, init, model.PARTITION_RULES, batch), optim, batch
+            timing.make_task(loss, init, model.PARTITION_RULES, batch, streams=STREAMS),
+            optim,
+            batch,
         )
 
     ours = compile_step()

@@ -11,6 +11,7 @@ faster), the median over turns, `low` and `high`, the smallest and the largest o
 """
 
 import argparse
+import ctypes
 import json
 import os
 import time
@@ -21,16 +22,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from common_jax import app
-from common_jax.mesh import MeshConfig, Rules, make_mesh
+from common_jax.mesh import MeshConfig, Rules, make_mesh, start_backend
 from common_jax.optim import OptimConfig
 from common_jax.step import Loss
-from common_jax.task import Task, abstract_state, fresh_state, step_program
+from common_jax.task import Task, abstract_state, create_program, step_program
 
 Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds by the clock and of processors
 Claim = dict[str, Any]
 
 LEAST = 5  # turns
+# Parameters of glibc's mallopt by their numbers in malloc.h, each with a value that keeps memory
+# and the usual one: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (nothing is
+# given back), M_ARENA_MAX (all threads share one heap).
+MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
 
 def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
@@ -43,11 +47,33 @@ def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
     return flags
 
 
-def start(threads: int) -> None:
-    """Lets the process use so many cores, and keeps memory as a run does, for all that is timed in
-    it. XLA, which starts as many threads, must not have started yet."""
+def start(threads: int, *, keep_memory: bool = False) -> None:
+    """Prepares the process for timing. To be called before XLA starts, which starts as many threads
+    as there are cores.
+
+    Args:
+      threads: cores that the process may use.
+      keep_memory: whether, on a CPU, glibc keeps the memory that it has from the system, for all
+        that is timed. A step of XLA allocates and frees its buffers as a whole; without this, the
+        pages of a gigabyte are taken from the system again for every step, a fifth of its time.
+        A run does not do this, since it would keep gigabytes that the machine needs elsewhere.
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    app.keep_memory()
+    if keep_memory:
+        _keep_memory()
+
+
+def _keep_memory() -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    for parameter, (kept, _) in MEMORY.items():
+        mallopt(parameter, kept)
+    # A thread stays with the heap that it starts with, and the first look at the devices starts all
+    # of XLA's: so the setting comes first, and is taken back where there is an accelerator.
+    if start_backend() != "cpu":
+        for parameter, (_, usual) in MEMORY.items():
+            mallopt(parameter, usual)
 
 
 def import_torch(threads: int) -> tuple[Any, Any]:
@@ -129,6 +155,8 @@ def make_task(
     init: Callable[[jax.Array], Mapping[str, Any]],
     rules: Rules,
     batch: Mapping[str, np.ndarray],
+    *,
+    streams: tuple[str, ...] = (),
 ) -> Task:
     """A task that trains all parameters of `init` on batches like `batch`."""
     return Task(
@@ -137,6 +165,7 @@ def make_task(
         rules=rules,
         trainable=".*",
         loss=loss,
+        streams=streams,
         batch={key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in batch.items()},
         steps_per_epoch=100,
     )
@@ -164,7 +193,7 @@ class Training:
         self.helpers = dict(helpers)
         with jax.set_mesh(self.mesh):
             abstract = abstract_state(task, optim, self.mesh)
-            self.state = fresh_state(task, optim, abstract, seed=0, warm={})
+            self.state = create_program(task, optim, abstract)(np.uint32(0), {})
             step = step_program(task, optim, abstract, log_every=1)
             start = time.perf_counter()
             self.compiled = step.lower(self.state, self.helpers, self.batch, self.seed).compile()

@@ -143,7 +143,7 @@ def make_step(config: vit.ViTConfig, interface: Interface, batch: Mapping) -> ti
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     torch, transformers = timing.import_torch(sizes.threads)
     config, image_size = vit.variant(sizes.variant)
     interface = Interface(image_size, 3, sizes.labels)

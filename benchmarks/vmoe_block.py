@@ -83,7 +83,7 @@ def compile_case(apply: Callable, params: dict, x: Array, dispatcher: str) -> Ca
 
 def main() -> None:
     sizes = parse_sizes()
-    timing.start(sizes.threads)
+    timing.start(sizes.threads, keep_memory=True)
     shared = {"experts": sizes.experts, "chosen": sizes.chosen, "expert_init": "fan_in"}
     capacity = MoeConfig(
         router="softmax_topk",

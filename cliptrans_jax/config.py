@@ -18,6 +18,7 @@ from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.stages import FREEZES, STAGES, Side
 from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
+from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -38,6 +39,7 @@ from common_jax.ranges import (
 # Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
 # and scoring a trained model.
 RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
 # Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
 _ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
 _MODEL = (
@@ -317,11 +319,6 @@ class Config(Section):
                     f"{name}={beams} must be at most half of model.mbart.vocab="
                     f"{self.model.mbart.vocab}"
                 )
-
-
-def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict."""
-    return unfreeze(Config())
 
 
 def choose_recipe(

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import Config
+from cliptrans_jax.config import SYSTEM, Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
 from cliptrans_jax.data.framing import Tokenizer, checked_texts
@@ -174,7 +174,7 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
     step = checkpoint.find_step(source)
     saved = checkpoint.load_config(step)
-    check_system(saved, "stage", str(source))
+    check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, step).consistent()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)

@@ -6,7 +6,8 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import READS, Config
+from cliptrans_jax.config import READS, SYSTEM, Config
+from cliptrans_jax.curves import FAMILIES
 from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
@@ -70,6 +71,7 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
         title=f"CLIPTrans, {config.stage}",
         table=scores_table(workdir, folders),
         tables=[] if shown is None else [shown],
+        families=FAMILIES,
     )
 
 
@@ -84,4 +86,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION, kind="stage", reads=READS)
+    app.run(main, DESCRIPTION, system=SYSTEM, reads=READS)

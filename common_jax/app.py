@@ -1,6 +1,5 @@
 """The entry of a command: flags, caches, and errors that a user can act on."""
 
-import ctypes
 import logging
 import sys
 import traceback
@@ -11,15 +10,9 @@ import ml_collections
 from etils import epath
 
 from common_jax import command_line, hosts, signals
-from common_jax.mesh import start_backend
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
-
-# Parameters of glibc's mallopt by their numbers in malloc.h, each with a value that keeps memory
-# and the usual one: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (nothing is
-# given back), M_ARENA_MAX (all threads share one heap).
-MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
 # What a user can cause; anything else is our fault and shows its traceback.
 USER_ERRORS = (ValueError, OSError)
@@ -30,7 +23,7 @@ def run(
     description: str,
     argv: Sequence[str] | None = None,
     *,
-    kind: str | None = None,
+    system: command_line.System | None = None,
     reads: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Calls `main(config, workdir)` with what --config and --workdir say.
@@ -43,8 +36,7 @@ def run(
       main: the command.
       description: shown by --help.
       argv: command line; that of the process by default.
-      kind: the field that names the kind of run in the command's configs; a config of the other
-        system is refused. None takes any.
+      system: whose command it is; configs of other systems are refused. None takes any.
       reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
     Several processes that are one run are connected first, see `common_jax.hosts.start`.
@@ -56,23 +48,22 @@ def run(
     for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.listening():
-        _run(main, description, argv, kind, reads)
+        _run(main, description, argv, system, reads)
 
 
 def _run(
     main: Main,
     description: str,
     argv: list[str],
-    kind: str | None,
+    system: command_line.System | None,
     reads: Mapping[str, Sequence[str]] | None,
 ) -> None:
     values = command_line.define()
     try:
-        config, workdir, paths = command_line.read(values, argv, description, kind)
-        if reads is not None:
-            _warn_of_unread(paths, kind, config[kind], reads)
+        config, workdir, paths = command_line.read(values, argv, description, system)
+        if system is not None and reads is not None:
+            _warn_of_unread(paths, system.field, config[system.field], reads)
         hosts.start(**{name: values[name].value for name in command_line.HOST_FLAGS})
-        keep_memory()
         main(config, workdir)
     except signals.Stopped:
         if not jax.distributed.is_initialized() or jax.process_index() == 0:
@@ -99,11 +90,11 @@ def _run(
 
 
 def _warn_of_unread(
-    paths: Sequence[str], kind: str, name: str, reads: Mapping[str, Sequence[str]]
+    paths: Sequence[str], field: str, kind: str, reads: Mapping[str, Sequence[str]]
 ) -> None:
-    # The config's own check refuses a name that is no kind of run.
-    for path in command_line.unread(paths, reads.get(name, paths)):
-        logging.warning("--config.%s changes nothing: %s=%r does not read it", path, kind, name)
+    # A name that is no kind of run is left to the config's own check.
+    for path in command_line.unread(paths, reads.get(kind, paths)):
+        logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
 
 
 def use_compilation_cache(folder: str | None) -> None:
@@ -121,23 +112,6 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def keep_memory() -> None:
-    """On a CPU, has glibc keep what it has from the system. A step allocates and frees its buffers
-    as a whole, and taking a gigabyte from the system anew for every step costs a fifth of it.
-
-    To be called before any device is looked at: a thread stays with the heap that it starts with,
-    and the first look starts all of XLA's.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for parameter, (kept, _) in MEMORY.items():
-        mallopt(parameter, kept)
-    if start_backend() != "cpu":
-        for parameter, (_, usual) in MEMORY.items():
-            mallopt(parameter, usual)
 
 
 def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:

@@ -113,11 +113,11 @@ def unfreeze(value: Any) -> Any:
 
 
 def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Reads the arguments of a config file, `--config=FILE.py:phase=distill,module=2`.
+    """Reads the arguments of a config file, `--config=FILE.py:size=large,layer=2`.
 
     Args:
       text: `key=value` pairs separated by commas; a comma inside a value is written `+`
-        (`module=0+3`).
+        (`layer=0+3`).
       defaults: every argument the file takes, with its default, whose type the value must have.
 
     Raises:

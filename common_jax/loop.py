@@ -1,8 +1,7 @@
-"""The one train loop. A phase hands it a loss and says what is trainable."""
+"""The one train loop. A `Task` says what is trained, on what, and by which loss."""
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -15,11 +14,13 @@ from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
+from common_jax.log import Alarm, Log
 from common_jax.metrics import Recorder, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
 from common_jax.state import TrainState, merge
-from common_jax.task import Task, abstract_state, fresh_state, step_program
+from common_jax.step import Programs
+from common_jax.task import Task, abstract_state, create_program, step_program
 from common_jax.weights import WarmStart
 from common_jax.workdir import (
     LockLost,
@@ -30,6 +31,7 @@ from common_jax.workdir import (
     read_result,
     require,
     write_json,
+    write_result,
 )
 
 FAILED_SAVE = ("stop", "go_on")
@@ -40,18 +42,18 @@ class RunConfig(Section):
     """How a run logs, evaluates and saves.
 
     Attributes:
-      log_every: steps a line of metrics.jsonl averages over.
+      log_every: steps per line of metrics.jsonl, which has their averages.
       eval_every: epochs between evaluations; the last step is always evaluated.
       checkpoint_every: epochs between checkpoints; the last step is always saved.
-      checkpoint_minutes: time after which a checkpoint is written in between, at the next line of
-        the log; None for none.
+      checkpoint_minutes: time since the last checkpoint after which a further one is written, at
+        the next line of the log; None for never.
       on_failed_save: "stop" ends the run when a checkpoint or a line of the log could not be
         written, "go_on" warns and tries again at the next one. The last ones must be written.
       keep: newest checkpoints that stay.
       best: metric whose highest value keeps its checkpoint as well; None for none.
       nan_patience: steps in a row with a non-finite gradient after which the run stops.
       profile: first and last step to trace with jax.profiler into WORKDIR/profile; () for none.
-      compilation_cache: folder of compiled programs that later runs take up; None for none.
+      compilation_cache: folder of compiled programs that later runs reuse; None for none.
     """
 
     log_every: Size = 50
@@ -80,6 +82,7 @@ def train(
     workdir: epath.PathLike,
     mesh: Mesh,
     config: Any,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Trains `task` in `workdir`, or resumes there, or does nothing when it is finished.
 
@@ -90,10 +93,11 @@ def train(
       workdir: gets checkpoints, metrics, TensorBoard events and, at the end, result.json.
       mesh: where.
       config: the frozen dataclass that made the run, or the same as a mapping; kept as JSON in
-        every checkpoint. A dataclass knows the fields that earlier versions lacked.
+        every checkpoint. A dataclass also says what fields mean that earlier versions lacked.
+      programs: of whoever trains several tasks that differ in data alone; the first compiles.
 
     Returns:
-      What result.json holds: phase, steps, skipped steps, metrics of the last evaluation.
+      What result.json holds, see `common_jax.workdir.write_result`.
 
     Raises:
       ValueError: as `check`, or when the workdir, its result or all of its checkpoints are another
@@ -113,23 +117,32 @@ def train(
             logging.info("%s is finished already: %s", task.title, workdir)
             return result
         with jax.set_mesh(mesh), signals.deferred():
-            return _train(task, run, optim, seed, workdir, mesh, config)
+            return _train(
+                task,
+                run,
+                optim,
+                Programs() if programs is None else programs,
+                seed=seed,
+                workdir=workdir,
+                mesh=mesh,
+                config=config,
+            )
 
 
 def check(
     task: Task, run: RunConfig, optim: OptimConfig, *, seed: int, mesh: Mesh, key: str = "config"
 ) -> TrainState:
-    """Checks all that can be wrong with a run before its data and weights are read.
+    """Checks a run before its data and weights are read.
 
     Args:
-      task, run, optim, seed, mesh: as of `train`; of the task, data and weights may be missing.
+      task, run, optim, seed, mesh: as for `train`; the task needs neither data nor weights.
       key: of the section that holds `optim`, for messages.
 
     Returns:
       Shapes and shardings of the state.
 
     Raises:
-      ValueError: as `check_settings`, and for parameters that do not fit the mesh.
+      ValueError: as `check_settings`, and for parameters that the mesh does not divide.
     """
     check_settings(task, run, optim, seed=seed, mesh=mesh, key=key)
     with jax.set_mesh(mesh):
@@ -158,20 +171,35 @@ def check_settings(
         )
 
 
-def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
-    # What a user can have got wrong fails here, or when weights are taken, before config.json is
-    # there: the folder is still free for a corrected start.
+def _train(
+    task: Task,
+    run: RunConfig,
+    optim: OptimConfig,
+    programs: Programs,
+    *,
+    seed: int,
+    workdir: epath.Path,
+    mesh: Mesh,
+    config: Any,
+) -> dict[str, Any]:
+    # ----------------------------------------------------------------------------------------------
+    # Checks. What a user can have got wrong fails here, or when weights are read, before
+    # config.json is written: the folder is still free for a corrected start.
+    # ----------------------------------------------------------------------------------------------
     abstract = check(task, run, optim, seed=seed, mesh=mesh)
     total = optim.total_steps(task.steps_per_epoch)
-    step = step_program(task, optim, abstract, log_every=run.log_every)
-    # Whose the checkpoints are is asked first: where none is this run's, nothing is written.
+    due = _Due(run, task.steps_per_epoch, total)
+    update = programs.keep("step", step_program(task, optim, abstract, log_every=run.log_every))
+    # The checkpoints are looked at first: where they are another run's, nothing is written.
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     claim(workdir, config)
 
-    # The state: newest checkpoint, or fresh parameters with what the warm start gives in their
-    # place.
+    # ----------------------------------------------------------------------------------------------
+    # State: that of the newest checkpoint, or fresh parameters with those of the warm start in
+    # their place.
+    # ----------------------------------------------------------------------------------------------
     identity = keep_identity(workdir, adopt=stock.id, unmarked=stock.unmarked)
     checkpoints = Checkpoints(
         workdir,
@@ -182,106 +210,155 @@ def _train(task, run, optim, seed, workdir, mesh, config) -> dict[str, Any]:
         foreign=stock.foreign,
     )
     if fresh:
-        _keep_account(task, workdir, warm)
-        taken = {} if warm is None else warm.params
-        state = fresh_state(task, optim, abstract, seed=seed, warm=taken)
+        _write_account(task, workdir, warm)
+        create = programs.keep("create", create_program(task, optim, abstract))
+        state = create(np.uint32(seed), {} if warm is None else warm.params)
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
-    seed = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
-    patient = run.on_failed_save == "go_on"
-    recorder = Recorder(workdir, step=start, total=total, title=task.title, patient=patient)
-    clock, alarm = _Clock(start, optim.batch), _Alarm(run.checkpoint_minutes)
-    pending = None
 
-    def flush() -> None:
-        """Reads the step dispatched before, waiting for it: its line of the log, if it has one."""
-        nonlocal pending
-        if pending is None:
-            return
-        (at, report), pending = pending, None
-        skipped_in_row = int(report["skipped_in_row"])
-        if _logs(at, run, total):
-            require(workdir)
-            recorder.write(at, at / task.steps_per_epoch, _averages(jax.device_get(report)))
-            if timing := clock.read(at):
-                recorder.write_timing(at, **timing)
-        if skipped_in_row >= run.nan_patience:
-            raise FloatingPointError(
-                f"the last {skipped_in_row} steps up to step {at} had a non-finite loss or "
-                f"gradient (config.run.nan_patience={run.nan_patience}). The checkpoints in "
-                f"{checkpoints.folder} are from before and stay: lower config.optim.lr or set "
-                "config.optim.clip, and start in another workdir"
-            )
+    # ----------------------------------------------------------------------------------------------
+    # Log. Opening it drops lines that an earlier start wrote after this step.
+    # ----------------------------------------------------------------------------------------------
+    recorder = Recorder(
+        workdir,
+        step=start,
+        total=total,
+        title=task.title,
+        shown=task.shown,
+        patient=run.on_failed_save == "go_on",
+    )
+    log = Log(
+        recorder,
+        workdir,
+        step=start,
+        batch=optim.batch,
+        steps_per_epoch=task.steps_per_epoch,
+        patience=run.nan_patience,
+    )
+    saver = _Saver(checkpoints, log, workdir, config, step=start, minutes=run.checkpoint_minutes)
+    done, evaluation = start, None
 
-    def evaluate(at: int) -> dict[str, float]:
-        flush()
-        values = _evaluate(task, state)
-        recorder.write(at, at / task.steps_per_epoch, values)
-        clock.restart(at)
-        return values
-
-    def save(at: int, values: Mapping[str, float] | None) -> None:
-        flush()
-        _require_all(workdir)
-        if hosts.agree(not recorder.complete()).any():
-            logging.warning("step %d is not saved, since its log could not be written", at)
-            return
-        checkpoints.save(state, step=at, config=config, metrics=values)
-        clock.restart(at)
-        alarm.restart()
-
-    evaluates = lambda at: _due(at, run.eval_every, task.steps_per_epoch, total)  # noqa: E731
-    saves = lambda at: _due(at, run.checkpoint_every, task.steps_per_epoch, total)  # noqa: E731
-    timed = run.checkpoint_minutes is not None
-    evaluation, saved, done = None, start, start
     try:
-        recorded = _evaluations(task, workdir)
-        if start and evaluates(start) and not hosts.agree(start in recorded).any():
-            # The start before was stopped after this step, and before it was evaluated.
-            recorded[start] = evaluation = evaluate(start)
-        for at, values in recorded.items():
-            if saves(at):
-                checkpoints.score(at, values)
+        # ------------------------------------------------------------------------------------------
+        # Evaluations of earlier starts. One that was stopped between a step and its evaluation
+        # left that evaluation to this start. Scores are not in checkpoints that were saved
+        # before they were evaluated, so the log says which is the best.
+        # ------------------------------------------------------------------------------------------
+        evaluations = _read_evaluations(task, workdir)
+        if start and due.evaluation(start) and not hosts.agree(start in evaluations).any():
+            evaluations[start] = evaluation = _evaluate(task, state, log)
+        for step, values in evaluations.items():
+            if due.checkpoint(step):
+                checkpoints.score(step, values)
 
-        # The loop: dispatch a step, then read the metrics of the one before while it runs.
-        batches = _ahead(task.batches(start), mesh) if start < total else iter(())
+        # ------------------------------------------------------------------------------------------
+        # Steps. Each is dispatched before the report of the one before is read, and the next
+        # batch is on its way to the devices meanwhile, so that they never wait for the host.
+        # ------------------------------------------------------------------------------------------
+        batches = _prefetch(task.batches(start), mesh) if start < total else iter(())
+        # On the devices once, not with every step.
+        seed_there = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
         traced = _traced_steps(run, start, total)
         for done in range(start + 1, total + 1):
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            state, metrics = step(state, task.helpers, next(batches), seed)
-            recorder.advance(done)
-            flush()
-            pending = (done, metrics)
+            # The state is donated: nothing else may refer to the old one from here on.
+            state, report = update(state, task.helpers, next(batches), seed_there)
+            log.add(done, report, line=due.line(done))
             if traced and done == traced[-1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
+            # Before the evaluation, which may take long; the next start catches up on it.
             hosts.check()
-            if evaluates(done):
-                evaluation = evaluate(done)
-            late = timed and _logs(done, run, total) and hosts.agree(alarm.rings()).any()
-            if saves(done) or late:
-                save(done, evaluation if saves(done) and evaluates(done) else None)
-                saved = done
+            if due.evaluation(done):
+                evaluation = _evaluate(task, state, log)
+            if due.checkpoint(done):
+                saver.save(state, done, evaluation if due.evaluation(done) else None)
+            elif due.line(done) and saver.is_late():
+                # Without a score, even right after an evaluation: whether a save is late depends
+                # on the clock, and which checkpoint is the best must not.
+                saver.save(state, done, None)
+
+        # ------------------------------------------------------------------------------------------
+        # Result.
+        # ------------------------------------------------------------------------------------------
         if evaluation is None:  # killed between the last checkpoint and result.json
-            evaluation = _evaluate(task, state)
+            evaluation = _measure(task, state)
     except signals.Stopped:
-        if done > saved:
-            save(done, None)
+        if done > saver.step:
+            saver.save(state, done, None)
         checkpoints.close()
-        recorder.close()
+        log.close()
         logging.warning("%s is asked to stop, and is saved at step %d", task.title, done)
         raise
     except Exception:
         checkpoints.abandon()
         raise
     checkpoints.close()
-    recorder.close()
-    result = {"phase": task.title, "steps": total, "skipped": int(state.skipped)} | evaluation
-    if jax.process_index() == 0:
-        write_json(workdir / "result.json", result)
-    return result
+    log.close()
+    return write_result(
+        workdir, phase=task.title, steps=total, skipped=int(state.skipped), metrics=evaluation
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """What a run does after which steps. After the last one it does all."""
+
+    run: RunConfig
+    steps_per_epoch: int
+    total: int
+
+    def line(self, step: int) -> bool:
+        return step == self.total or step % self.run.log_every == 0
+
+    def evaluation(self, step: int) -> bool:
+        return self._epochs(step, self.run.eval_every)
+
+    def checkpoint(self, step: int) -> bool:
+        return self._epochs(step, self.run.checkpoint_every)
+
+    def _epochs(self, step: int, epochs: int) -> bool:
+        return step == self.total or step % (epochs * self.steps_per_epoch) == 0
+
+
+class _Saver:
+    """Saves a run, its log first: a checkpoint whose lines are lost could not be resumed from.
+
+    Attributes:
+      step: of the last save of this start; before the first, the step that it started from.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        log: Log,
+        workdir: epath.Path,
+        config: Mapping[str, Any],
+        *,
+        step: int,
+        minutes: float | None,
+    ):
+        self._checkpoints, self._log, self._alarm = checkpoints, log, Alarm(minutes)
+        self._workdir, self._config, self._timed = workdir, config, minutes is not None
+        self.step = step
+
+    def is_late(self) -> bool:
+        """Whether config.run.checkpoint_minutes have passed since the last save, in any process;
+        to be called by all of them."""
+        return self._timed and bool(hosts.agree(self._alarm.rings()).any())
+
+    def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
+        self._log.flush()
+        _require_all(self._workdir)
+        self.step = step
+        if hosts.agree(not self._log.complete()).any():
+            logging.warning("step %d is not saved, since its log could not be written", step)
+            return
+        self._checkpoints.save(state, step=step, config=self._config, metrics=metrics)
+        self._log.restart_clock(step)
+        self._alarm.restart()
 
 
 def _require_all(workdir: epath.Path) -> None:
@@ -295,8 +372,8 @@ def _require_all(workdir: epath.Path) -> None:
         raise lost or LockLost(f"{workdir} is no longer this run's; process 0 says why")
 
 
-def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
-    """Says what the run starts from, and writes it to warm_start.json."""
+def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:
+    """Logs what the run starts from, and writes it to warm_start.json."""
     if warm is None:
         if jax.process_index() == 0:  # left by a failed start with another config
             (workdir / "warm_start.json").unlink(missing_ok=True)
@@ -308,9 +385,9 @@ def _keep_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> No
         write_json(workdir / "warm_start.json", warm.account)
 
 
-def _evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
-    """What the log has of evaluations, by step; in processes that do not share a disk with the
-    first, nothing."""
+def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
+    """The evaluations in the log, by step; none in processes that do not share a disk with the
+    first."""
     path = workdir / "metrics.jsonl"
     prefixes = tuple(f"{name}/" for name in task.evaluators)
     return {
@@ -320,7 +397,16 @@ def _evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]
     }
 
 
-def _evaluate(task: Task, state: TrainState) -> dict[str, float]:
+def _evaluate(task: Task, state: TrainState, log: Log) -> dict[str, float]:
+    """The metrics of an evaluation, written to the log after the line of its step."""
+    log.flush()
+    values = _measure(task, state)
+    log.write_evaluation(int(state.step), values)
+    return values
+
+
+def _measure(task: Task, state: TrainState) -> dict[str, float]:
+    """Runs all evaluators, on the average of the parameters where there is one."""
     params = state.params if state.ema is None else merge(state.params, state.ema)
     step = int(state.step)
     return {
@@ -330,27 +416,15 @@ def _evaluate(task: Task, state: TrainState) -> dict[str, float]:
     }
 
 
-def _ahead(
+def _prefetch(
     batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches on the mesh, the next one on its way while one is used."""
+    """Batches on the mesh. A copy to the devices starts a step before it is used."""
     following = meshes.to_devices(next(batches), mesh)
     while True:
         batch = following
         following = meshes.to_devices(next(batches), mesh)
         yield batch
-
-
-def _averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A log line: means over the steps summed, and the counts of skipped steps."""
-    counts = {name: int(sums[name]) for name in ("skipped", "skipped_in_row")}
-    steps = sums["steps"] or np.nan  # a stretch of skipped steps has no mean
-    means = {name: sums[name] / steps for name in sums if name not in (*counts, "steps")}
-    return {f"train/{name}": value for name, value in (means | counts).items()}
-
-
-def _logs(step: int, run: RunConfig, total: int) -> bool:
-    return step == total or step % run.log_every == 0
 
 
 def _traced_steps(run: RunConfig, start: int, total: int) -> range:
@@ -359,41 +433,3 @@ def _traced_steps(run: RunConfig, start: int, total: int) -> range:
         return range(0)
     first, last = run.profile
     return range(max(first, start + 1), min(last, total) + 1)
-
-
-def _due(step: int, epochs: int, steps_per_epoch: int, total: int) -> bool:
-    return step == total or step % (epochs * steps_per_epoch) == 0
-
-
-class _Clock:
-    """Wall time of training steps, evaluation and saving left out."""
-
-    def __init__(self, step: int, batch: int):
-        self._batch = batch
-        self._step, self._start = step, None
-
-    def restart(self, step: int) -> None:
-        self._step, self._start = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float] | None:
-        """Means since the last reading; None for the first stretch, which compiles."""
-        now, before, start = time.perf_counter(), self._step, self._start
-        self.restart(step)
-        if start is None or step == before:
-            return None
-        seconds = (now - start) / (step - before)
-        return {"examples_per_second": self._batch / seconds, "milliseconds": seconds * 1e3}
-
-
-class _Alarm:
-    """Rings when `minutes` are over; None never rings."""
-
-    def __init__(self, minutes: float | None):
-        self._minutes = minutes
-        self.restart()
-
-    def restart(self) -> None:
-        self._start = time.monotonic()
-
-    def rings(self) -> bool:
-        return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes

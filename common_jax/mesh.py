@@ -217,15 +217,6 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def idle_rules(rules: Rules, *trees: Any) -> list[str]:
-    """The regexes of `rules` that are the first to match no parameter of any of the `trees`."""
-    paths = [path for tree in trees for path in traverse_util.flatten_dict(tree, sep="/")]
-    first = {
-        next((regex for regex, _ in rules if re.search(regex, "/" + path)), None) for path in paths
-    }
-    return [regex for regex, _ in rules if regex not in first]
-
-
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """A batch on the mesh, split over all devices: each host brings its own rows of every array."""
     return {

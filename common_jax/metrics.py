@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -35,15 +35,23 @@ class Recorder:
       workdir: the run's folder.
       step: updates done before this start.
       total: updates in all, for the progress bar.
-      title: what the bar and the log lines are headed with.
+      title: heads the bar and the lines on the terminal.
+      shown: names of the metrics on the terminal.
       patient: keeps lines that cannot be written, and tries again with the next, in place of
         raising the system's OSError.
     """
 
     def __init__(
-        self, workdir: epath.PathLike, *, step: int, total: int, title: str, patient: bool = False
+        self,
+        workdir: epath.PathLike,
+        *,
+        step: int,
+        total: int,
+        title: str,
+        shown: Collection[str] = (),
+        patient: bool = False,
     ):
-        self._workdir, self._patient = epath.Path(workdir), patient
+        self._workdir, self._shown, self._patient = epath.Path(workdir), shown, patient
         self._unwritten = {}  # text by file
         self._main = jax.process_index() == 0
         self._title, self._total = title, total
@@ -67,7 +75,7 @@ class Recorder:
         self._append("metrics.jsonl", json.dumps(line) + "\n")
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         self._events.write(step, scalars)
-        shown = {name: value for name, value in scalars.items() if name in _SHOWN}
+        shown = {name: value for name, value in scalars.items() if name in self._shown}
         if self._bar is None:
             text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             logging.info("%s  step %d/%d  %s", self._title, step, self._total, text)
@@ -200,18 +208,6 @@ def _is_numbers(value: Any, depth: int = 0) -> bool:
     if isinstance(value, list) and depth < MOST_AXES:
         return all(_is_numbers(part, depth + 1) for part in value)
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_SHOWN = (
-    "train/loss",
-    "train/skipped",
-    "test/loss",
-    "test/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "val/bleu",
-    "val/chrf",
-)
 
 
 def _plain(value: Any) -> float | list:

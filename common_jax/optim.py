@@ -26,14 +26,14 @@ from common_jax.ranges import (
 from common_jax.state import subtrees
 
 OPTIMIZERS = ("adamw", "sgd")
-LONGEST = 1_000_000  # epochs; a curve by epoch is a table of them
-# PyTorch's names end in .weight and .bias, so "one-dimensional or a bias" is the original's test.
+LONGEST = 1_000_000  # epochs; a schedule by epoch is a table of them
+# Biases of several axes too, such as those of a layer that is stacked over experts.
 NO_DECAY = r"(.*/)?(bias|up_bias|down_bias)"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    """How a run optimises.
+    """Optimizer, schedule and length of a run.
 
     Attributes:
       epochs: passes over the training set; with `steps` None it sets the run's length.
@@ -41,13 +41,13 @@ class OptimConfig(Section):
       batch: examples an update, over all devices and micro-batches.
       accumulate: micro-batches an update is split into.
       lr: peak learning rate.
-      lr_per: examples the peak is stated for; the peak is lr * batch / lr_per. None: it is not
+      lr_per: batch that `lr` is stated for; the peak is lr * batch / lr_per. None: it is not
         scaled.
-      schedule: "epoch_cosine", the original's curve; "epoch_cosine_unlagged", the same without its
-        lag of an epoch, as NAC's; "warmup_cosine", per step; "inverse_sqrt", per step, from the
-        warm-up on; "polynomial", of `power`, without warm-up; or "constant", the peak throughout.
+      schedule: "epoch_cosine", constant within an epoch and an epoch late; "epoch_cosine_unlagged",
+        not late; "warmup_cosine", per step; "inverse_sqrt", per step, after the warm-up;
+        "polynomial", of `power`, without warm-up; or "constant", the peak throughout.
       warmup_epochs: length of the linear warm-up.
-      warmup_steps: the same in updates, in place of `warmup_epochs`; not for curves by epoch.
+      warmup_steps: the same in updates, in place of `warmup_epochs`; not for epoch_cosine*.
       warmup_lr: where the warm-up starts; never scaled.
       min_lr: where the cosine or the polynomial ends; never scaled.
       power: of the polynomial.
@@ -55,7 +55,7 @@ class OptimConfig(Section):
       weight_decay: AdamW's, decoupled; of SGD it is added to the gradient.
       b1, b2, eps: AdamW's.
       momentum: SGD's.
-      decay_all: decays every parameter, vectors and biases too, as NAC's recipe does.
+      decay_all: whether every parameter decays, vectors and biases too.
       no_decay: regex of further parameter paths that do not decay, matrices too.
       clip: largest global norm of the gradient; None for no clipping.
       ema: decay of the running average of the parameters that is evaluated; 0 for none.
@@ -106,8 +106,8 @@ class OptimConfig(Section):
         return self.epochs * steps_per_epoch if self.steps is None else self.steps
 
     def check_warmup(self, steps_per_epoch: int, *, key: str = "config.optim") -> None:
-        """Raises ValueError, naming fields of the section `key`, where the schedule's warm-up is
-        not shorter than the run, which would then end without having reached its peak."""
+        """Raises ValueError, naming fields of the section `key`, unless the schedule's warm-up is
+        shorter than the run, which would otherwise end below the peak."""
         if self.schedule not in WARMING:
             return
         by_steps = self.warmup_steps is not None and self.schedule not in BY_EPOCH
@@ -124,7 +124,7 @@ class OptimConfig(Section):
         )
 
     def total_warmup(self, steps_per_epoch: int) -> int:
-        """Updates of the warm-up, of curves by step."""
+        """Updates of the warm-up, for schedules per step."""
         in_epochs = self.warmup_epochs * steps_per_epoch
         return in_epochs if self.warmup_steps is None else self.warmup_steps
 
@@ -133,14 +133,14 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """The original's curve, constant within an epoch (m2mKD, learning rate).
+    """Linear warm-up and half a cosine, constant within an epoch and an epoch late.
 
         f(t) = warmup_lr + t (peak - warmup_lr) / W                         t < W
         f(t) = min_lr + (peak - min_lr) (1 + cos(pi t / E)) / 2             t >= W
 
-    with W warm-up epochs of E. The scheduler is stepped after an epoch with that epoch's number,
-    so epoch e >= 1 uses f(e - 1), epoch 0 uses f(0), and f jumps at W because the cosine is not
-    shifted by the warm-up.
+    with W warm-up epochs of E. Epoch e uses f(max(e - 1, 0)), as timm's scheduler does, which is
+    stepped after an epoch with that epoch's number. f jumps at W, because the cosine is not shifted
+    by the warm-up.
 
     Returns:
       The learning rate as a function of the step, 0-based.
@@ -149,7 +149,7 @@ def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def epoch_cosine_unlagged(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """As `epoch_cosine`, but epoch e uses f(e) (NAC, learning rate)."""
+    """As `epoch_cosine`, but epoch e uses f(e)."""
     return _by_epoch(config, steps_per_epoch, lag=0)
 
 
@@ -180,8 +180,7 @@ def inverse_sqrt(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def polynomial(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """(peak - min_lr) (1 - s / S)^power + min_lr (CLIPTrans, src/runner.py, which has min_lr at the
-    peak)."""
+    """(peak - min_lr) (1 - s / S)^power + min_lr at step s of S."""
     total = config.total_steps(steps_per_epoch)
     return optax.polynomial_schedule(config.peak_lr, config.min_lr, config.power, total)
 
@@ -212,8 +211,10 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 
 def make_optimizer(config: OptimConfig, *, clip_depth: int = 0) -> optax.GradientTransformation:
-    """AdamW's or SGD's direction u, the gradient clipped first; the learning rate is the step's,
-    and applied there, so that p <- p - lr u whatever steps were skipped.
+    """AdamW's or SGD's direction u, of the clipped gradient.
+
+    The learning rate is not part of it: the step computes p <- p - lr u, with the rate of the run's
+    step and not of the optimizer's own count, which skipped steps do not advance.
 
         g <- g min(1, clip / |g|)
         adamw:  u = m / (sqrt(v) + eps) + weight_decay p
@@ -232,8 +233,8 @@ def make_optimizer(config: OptimConfig, *, clip_depth: int = 0) -> optax.Gradien
 
 
 def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
-    """Clips every subtree that lies `depth` keys deep to the global norm `largest`, by itself; all
-    as one where `depth` is 0."""
+    """Clips each subtree `depth` keys deep to the global norm `largest`, by its own norm; with
+    `depth` 0 the whole gradient by one norm."""
 
     whole = optax.clip_by_global_norm(largest)
     if not depth:
@@ -248,8 +249,8 @@ def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Any, no_decay: str) -> Any:
-    """True where weight decay applies: what is neither of one axis nor a bias, so single numbers
-    do decay, as in the original.
+    """True where weight decay applies: to all but arrays of one axis and biases. Single numbers do
+    decay.
 
     Args:
       params: nested dict.

@@ -1,7 +1,7 @@
 """The state of a run, and the random keys of its steps.
 
-Nothing random is carried: every key is a function of (seed, step, stream name), so that a resumed
-run replays exactly and a new stream moves no other.
+No key is carried: each is a function of (seed, step, name of the stream), so that a resumed run
+replays exactly and a new stream changes no other.
 """
 
 import re
@@ -12,31 +12,14 @@ from typing import Any
 import jax
 from flax import struct, traverse_util
 
-# What draws from each: the device's transforms of images ("augment") and pairing of examples
-# ("mix"), stochastic depth ("drop_path"), noise of routers ("gate"); in NAC noise on codes
-# ("code"), edges of stochastic kernels ("kernel"), initial states of latents ("state") and the
-# Gumbel noise of the pooling ("pooling"), the last two in evaluation as well where it is asked
-# for; in CLIPTrans "dropout".
-STREAMS = (
-    "augment",
-    "mix",
-    "drop_path",
-    "gate",
-    "code",
-    "kernel",
-    "state",
-    "pooling",
-    "dropout",
-)
-
 
 @struct.dataclass
 class TrainState:
-    """All that a run needs to go on where it stopped.
+    """All that a run needs to resume where it stopped.
 
     Attributes:
       step: updates done so far, those skipped for a non-finite gradient included.
-      params: nested dict of all parameters that the run gives, trained or not.
+      params: nested dict of all parameters that the run saves, trained or not.
       opt_state: optax state over the trained parameters.
       ema: running average of the trained parameters, or None.
       sums: metrics summed over the steps since the last line of the log.
@@ -53,10 +36,8 @@ class TrainState:
     skipped_in_row: jax.Array
 
 
-def step_rngs(
-    seed: jax.Array, step: jax.Array, streams: Iterable[str] = STREAMS
-) -> dict[str, jax.Array]:
-    """One key a stream for a step: fold_in(fold_in(key(seed), step), name)."""
+def step_rngs(seed: jax.Array, step: jax.Array, streams: Iterable[str]) -> dict[str, jax.Array]:
+    """A key for each stream at a step: fold_in(fold_in(key(seed), step), name)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return {name: fold_name(key, name) for name in streams}
 
@@ -65,21 +46,21 @@ def evaluation_key(
     seed: jax.Array, batch: jax.Array, *, step: jax.Array | None = None
 ) -> jax.Array:
     """The key of evaluation batch number `batch`: fold_in(fold_name(key(seed), "evaluation"),
-    batch), with `step` folded in on top where new draws are wanted at every evaluation.
+    batch); `step` is folded in as well where every evaluation is to draw new numbers.
 
-    The name stands where training has its step, so it shares no stream with training.
+    The name takes the place of the step in training, so no stream is shared with it.
     """
     key = jax.random.fold_in(fold_name(jax.random.key(seed), "evaluation"), batch)
     return key if step is None else jax.random.fold_in(key, step)
 
 
 def fold_name(key: jax.Array, name: str) -> jax.Array:
-    """A key of its own for `name`: no other name's stream moves when one is added."""
+    """The key of `name`, whatever other names there are."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def partition(params: Mapping[str, Any], regex: str) -> tuple[dict, dict]:
-    """Splits a nested dict of parameters into those whose path `a/b/c` matches `regex` whole, and
+    """Splits a nested dict of parameters into those whose whole path `a/b/c` matches `regex`, and
     the rest.
 
     Raises:
@@ -94,7 +75,7 @@ def partition(params: Mapping[str, Any], regex: str) -> tuple[dict, dict]:
 
 
 def subtrees(tree: Mapping[str, Any], depth: int) -> dict[tuple[str, ...], Any]:
-    """What lies `depth` keys deep in a nested dict, by its path; the whole under () for depth 0."""
+    """The subtrees `depth` keys deep in a nested dict, by path; all of it under () for depth 0."""
     parts = {(): tree}
     for _ in range(depth):
         parts = {(*path, key): leaf for path in parts for key, leaf in parts[path].items()}

@@ -1,6 +1,7 @@
 """The update of a run and its evaluation, as pure functions."""
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,14 +17,30 @@ from common_jax.state import TrainState, evaluation_key, merge, partition, step_
 
 Batch = dict[str, jax.Array]
 Rngs = dict[str, jax.Array]
-# loss(params, helpers, batch, rngs, step) -> (scalar, metrics); a metric is a mean over the
-# examples, `step` an int32 scalar: how many updates there were before.
+# loss(params, helpers, batch, rngs, step) -> (scalar, metrics). A metric is a mean over the
+# examples; rngs has a key for each of the task's streams; step, int32, counts the updates before.
 Loss = Callable[[Any, Any, Batch, Rngs, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Step = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 # sums(params, helpers, batch, key) -> totals over the batch's real examples, among them "count".
 Sums = Callable[[Any, Any, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
 # evaluate(params, helpers, step) -> means over all examples; `step` counts the updates so far.
 Evaluate = Callable[[Any, Any, int], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Jitted functions, kept by whoever trains several tasks that differ in data alone: those of
+    the first task serve all, so that later ones compile nothing.
+
+    Attributes:
+      kept: by name.
+    """
+
+    kept: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+
+    def keep(self, name: str, program: Callable[..., Any]) -> Callable[..., Any]:
+        """The program that was kept first under `name`, which is this one if there was none."""
+        return self.kept.setdefault(name, program)
 
 
 def make_step(
@@ -33,13 +50,14 @@ def make_step(
     *,
     trainable: str,
     log_every: int,
+    streams: Sequence[str] = (),
     clip_depth: int = 0,
 ) -> Step:
     """step(state, helpers, batch, seed) -> (state, metrics), to be jitted with `state` donated.
 
     The batch is split into `config.accumulate` micro-batches whose gradients are averaged. A step
-    with a non-finite loss or gradient leaves parameters and optimizer as they were, and is
-    counted.
+    with a non-finite loss or gradient leaves parameters, optimizer and average as they were, and
+    is counted.
 
     Args:
       loss: what is minimised; `helpers` are parameters that it needs and that stay as they are.
@@ -47,6 +65,7 @@ def make_step(
       schedule: learning rate as a function of the step.
       trainable: regex of the paths of the parameters that are updated.
       log_every: steps over which `state.sums` adds up the metrics.
+      streams: names of the random streams that the loss draws from.
       clip_depth: how deep the subtrees lie that are clipped each by itself, see
         `common_jax.optim.clip_by_norm`; their norms are metrics, too.
 
@@ -57,17 +76,21 @@ def make_step(
     optimizer = make_optimizer(config, clip_depth=clip_depth)
 
     def step(state: TrainState, helpers: Any, batch: Batch, seed: jax.Array):
+        # Gradients, moments and averages are of the trained part alone.
         trained, fixed = partition(state.params, trainable)
 
         def objective(trained, micro_batch, rngs):
             return loss(merge(fixed, trained), helpers, micro_batch, rngs, state.step)
 
-        rngs = step_rngs(seed, state.step)
+        rngs = step_rngs(seed, state.step, streams)
         value, metrics, gradient = _accumulate(objective, trained, batch, rngs, config.accumulate)
         rate, norm = schedule(state.step), optax.tree.norm(gradient)
         metrics |= {"loss": value, "learning_rate": rate, "gradient_norm": norm}
         metrics |= part_norms(gradient, clip_depth)
+        # A loss may be infinite where its gradient is not, and the other way round.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        # The update is computed in any case and then chosen element by element: both branches of
+        # a conditional would keep their own copy of the state.
         direction, opt_state = optimizer.update(gradient, state.opt_state, trained)
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
         ema = state.ema
@@ -89,14 +112,15 @@ def make_step(
             skipped_in_row=(state.skipped_in_row + 1) * skipped,
         )
         report = sums | {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        # Copied, since the state's own buffers are donated to the next step.
         return state, jax.tree.map(jnp.copy, report)
 
     return step
 
 
 def part_norms(gradient: Any, depth: int) -> dict[str, jax.Array]:
-    """`PATH/gradient_norm` of every subtree that lies `depth` keys deep; none of a single one,
-    whose norm is the whole gradient's."""
+    """`PATH/gradient_norm` of every subtree `depth` keys deep; of a single one nothing, since its
+    norm is that of the whole gradient."""
     parts = subtrees(gradient, depth)
     if len(parts) == 1:
         return {}
@@ -131,11 +155,11 @@ def make_evaluator(
     mesh: Mesh,
     seed: int,
     fold_step: bool = False,
-    programs: dict[str, Callable] | None = None,
+    programs: Programs | None = None,
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
-    It raises `common_jax.signals.Stopped` when all processes are asked to stop.
+    It raises `common_jax.signals.Stopped` when the processes are asked to stop.
 
     Args:
       sums: totals over one batch, padding left out by its `_mask`; jitted here. Its key is
@@ -143,8 +167,9 @@ def make_evaluator(
       batches: starts a pass over the set; the last batch is padded.
       mesh: where batches go.
       seed: of everything random.
-      fold_step: whether every evaluation draws anew, or all draw the same.
-      programs: as of `common_jax.task.Task`, for one evaluator of a run.
+      fold_step: whether every evaluation draws other numbers, or all the same.
+      programs: of whoever evaluates several tasks that differ in data alone; for one evaluator of
+        a task.
     """
 
     @jax.jit
@@ -153,7 +178,7 @@ def make_evaluator(
         return sums(params, helpers, batch, key)
 
     if programs is not None:
-        add_up = programs.setdefault("evaluate", add_up)
+        add_up = programs.keep("evaluate", add_up)
 
     def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
         total = None
@@ -161,6 +186,7 @@ def make_evaluator(
             hosts.check()
             place = np.uint32(seed), np.int32(index), np.int32(step)
             part = add_up(params, helpers, to_devices(batch, mesh), *place)
+            # Added on the devices: reading a number here would wait for every batch.
             total = part if total is None else jax.tree.map(jax.numpy.add, total, part)
         if total is None:
             raise ValueError("there is nothing to evaluate on: the set is empty")
@@ -174,7 +200,7 @@ def make_evaluator(
 def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
     """Mean loss, metrics and gradient over `count` micro-batches, each with keys of its own."""
     differentiate = jax.value_and_grad(objective, has_aux=True)
-    if count == 1:
+    if count == 1:  # spares the sums, which are as large as the gradient
         (value, metrics), gradient = differentiate(trained, batch, rngs)
         return value, metrics, gradient
 
@@ -193,8 +219,9 @@ def _accumulate(objective, trained, batch: Batch, rngs: Rngs, count: int):
 
 
 def _split(x: jax.Array, count: int) -> jax.Array:
-    """(B, ...) to (count, B / count, ...), every `count`-th example to a micro-batch: no example
-    leaves its device."""
+    """(B, ...) to (count, B / count, ...), every `count`-th example to a micro-batch."""
+    # A device holds neighbouring examples: each micro-batch gets its share of those of every
+    # device, and no example moves.
     x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -202,8 +229,9 @@ def _split(x: jax.Array, count: int) -> jax.Array:
 
 
 def _add_metrics(state: TrainState, metrics, finite: jax.Array, log_every: int):
-    """The sums of the current stretch of the log, skipped steps left out."""
+    """The sums since the last line of the log, skipped steps left out."""
     metrics = metrics | {"steps": jnp.ones(())}
+    # Here and not in the loop, which would need another program to clear them.
     fresh = state.step % log_every == 0
     return {
         name: jnp.where(fresh, 0, state.sums[name]) + jnp.where(finite, value, 0)

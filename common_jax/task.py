@@ -1,7 +1,7 @@
-"""What a phase hands to the train loop, and the programs that come of it.
+"""The task that the train loop is given, and the programs made of it.
 
-All that a program needs to be compiled is shapes and shardings, so the same functions serve a run
-and a compilation for machines that are not there.
+A program is compiled from shapes and shardings alone, so the same functions serve a run and a
+compilation for machines that are not there.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from common_jax.weights import WarmStart
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a phase hands to the loop.
+    """All that the loop needs to know of what it trains.
 
     Attributes:
       title: for the progress bar and the report.
@@ -32,16 +32,17 @@ class Task:
       clip_depth: how deep in the parameters the subtrees lie whose gradients are clipped each by
         its own norm, as if it were trained alone; 0 clips all together.
       loss: see `common_jax.step.Loss`.
+      streams: names of the streams of random numbers that the loss draws from; it is given a key
+        for each.
       batch: shapes and dtypes of a micro-batch over all hosts.
       steps_per_epoch: updates in a pass over the training set.
-      helpers: parameters that the loss needs and that this run neither changes nor saves; to be
-        compiled alone, their shapes and shardings will do.
+      helpers: parameters that the loss needs and that this run neither changes nor saves; to
+        compile, their shapes and shardings are enough.
       warm_start: called once at the start of a fresh run with shapes and shardings of all
-        parameters; what it gives replaces fresh parameters. None starts from fresh ones alone.
-      batches: first step -> batches of numpy arrays from there on; None to be compiled alone.
-      evaluators: what to evaluate, each under the prefix of its metrics.
-      programs: compiled functions. Runs that differ in data alone are given the same dict: the
-        first fills it, and later ones compile nothing.
+        parameters; the parameters that it returns replace fresh ones. None: all are fresh.
+      batches: first step -> batches of numpy arrays from that step on; not needed to compile.
+      evaluators: each by the prefix of its metrics.
+      shown: names of the metrics that the terminal shows; metrics.jsonl has all.
     """
 
     title: str
@@ -51,12 +52,13 @@ class Task:
     loss: Loss
     batch: Mapping[str, jax.ShapeDtypeStruct]
     steps_per_epoch: int
+    streams: tuple[str, ...] = ()
     clip_depth: int = 0
     helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warm_start: Callable[[Any], WarmStart] | None = None
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]] | None = None
     evaluators: Mapping[str, Evaluate] = dataclasses.field(default_factory=dict)
-    programs: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    shown: tuple[str, ...] = ("train/loss", "train/skipped")
 
 
 def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
@@ -67,7 +69,7 @@ def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
     """
     params = jax.eval_shape(task.init, jax.random.key(0))
     shardings = meshes.match_rules(task.rules, params, mesh)
-    rngs = jax.eval_shape(lambda: step_rngs(0, 0))
+    rngs = jax.eval_shape(lambda: step_rngs(0, 0, task.streams))
     step = jax.ShapeDtypeStruct((), np.int32)
     _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, step)
     trained, _ = partition(params, task.trainable)
@@ -102,31 +104,31 @@ def step_program(
         optim,
         schedule,
         trainable=task.trainable,
+        streams=task.streams,
         clip_depth=task.clip_depth,
         log_every=log_every,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return task.programs.setdefault(
-        "step", jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    )
+    # Donated, so that the new state takes the memory of the old one.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 # Drawing parameters happens once and is three times quicker to compile without optimisation.
 RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
-def fresh_state(
-    task: Task, optim: OptimConfig, abstract: TrainState, *, seed: int, warm: Mapping[str, Any]
-) -> TrainState:
-    """The state at step 0, born sharded: of the parameters only what `warm` does not hold is
-    drawn."""
+def create_program(
+    task: Task, optim: OptimConfig, abstract: TrainState
+) -> Callable[[jax.Array, Mapping[str, Any]], TrainState]:
+    """The start of a run, jitted: create(seed, warm) -> the state at step 0, laid out as `abstract`
+    says. Of the parameters only those that `warm` lacks are drawn; `warm` is donated."""
 
     def create(seed: jax.Array, warm: Mapping[str, Any]) -> TrainState:
+        # Under jit the parameters that `warm` replaces are never computed, and each of the others
+        # is born on its own shards.
         params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
         return init_state(params, optim, trainable=task.trainable, metrics=abstract.sums)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = RUN_ONCE.get(jax.default_backend())
-    compiled = jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)
-    compiled = task.programs.setdefault("create", compiled)
-    return compiled(np.uint32(seed), warm)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=1, compiler_options=options)

@@ -6,6 +6,7 @@ from typing import Annotated
 import ml_collections
 from jax import numpy as jnp
 
+from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -42,6 +43,7 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
+SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
 # Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
 _ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
 _ONE = (*_ANY, "optim", "augment", "drop_path")
@@ -333,18 +335,13 @@ class Config(Section):
         return [dataclasses.replace(self, module="+".join(map(str, part))) for part in parts]
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict, for a config file to change."""
-    return unfreeze(Config())
-
-
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
     """Puts the recipe of `config.phase` in place; the pipeline gets all of them under `recipes`.
 
     Args:
-      config: a ConfigDict of `default_config` with its phase set.
+      config: a ConfigDict of `Config` with its phase set.
       recipes: one a phase.
 
     Raises:

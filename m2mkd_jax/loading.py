@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from common_jax import checkpoint
 from common_jax.command_line import check_system
 from common_jax.workdir import freeze_stored
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.data.feed import prepare_evaluation
 from m2mkd_jax.models import vit
 from m2mkd_jax.nac.network import NacNetwork
@@ -62,7 +62,7 @@ def load_model(
     """
     source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
-    check_system(saved, "phase", str(source))
+    check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)
     role, build = NETWORKS[config.phase]
     stage = _stage(config, module)

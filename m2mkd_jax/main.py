@@ -13,7 +13,8 @@ from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import Table, dispensable, is_picture, write_report
 from common_jax.workdir import check_output, hold, holds_results, read_json
-from m2mkd_jax.config import READS, Config
+from m2mkd_jax.config import READS, SYSTEM, Config
+from m2mkd_jax.curves import FAMILIES
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import check_moe
 from m2mkd_jax.phases.circuit import PICTURE
@@ -64,6 +65,7 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
         table=results_table(workdir, folders if config.phase == "pipeline" else []),
         tables=[table for table in episodes if table is not None],
         figures=connectivity_figures(workdir, folders),
+        families=FAMILIES,
     )
 
 
@@ -136,4 +138,4 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, DESCRIPTION, kind="phase", reads=READS)
+    app.run(main, DESCRIPTION, system=SYSTEM, reads=READS)

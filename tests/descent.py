@@ -14,6 +14,7 @@ from meshes import one_device
 from common_jax import loop
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
+from common_jax.step import Programs
 from common_jax.task import Task
 
 EPOCH, STEPS = 4, 12
@@ -35,6 +36,7 @@ def descend(
     seed: int = 0,
     task: Task | None = None,
     optim: OptimConfig = OPTIM,
+    programs: Programs | None = None,
     **changes: Any,
 ) -> dict:
     """Trains, or resumes; the result."""
@@ -48,6 +50,7 @@ def descend(
         workdir=workdir,
         mesh=one_device(),
         config={"seed": seed, "optim": {"steps": STEPS}},
+        programs=programs,
     )
 
 
@@ -74,6 +77,7 @@ def make_task(
         init=lambda key: {"w": jax.random.normal(key)},
         rules=(("w", PartitionSpec()),),
         trainable=".*",
+        streams=("dropout",),
         loss=loss,
         helpers={},
         warm_start=None,

@@ -223,6 +223,8 @@ def shipped() -> dict[str, tuple[type, dict[str, Any]]]:
     """Every config file as a pipeline, or as the phase it has, by name."""
     found = {}
     for path in sorted((ROOT / "configs").rglob("*.py")):
+        if "def get_config(" not in path.read_text():
+            continue
         system = path.parent.name
         package, kind = (m2mkd_jax, "phase") if system == "m2mkd" else (cliptrans_jax, "stage")
         read = runpy.run_path(str(path))["get_config"]
@@ -374,12 +376,12 @@ COMMANDS = (
 
 def run_command(config: str, flag: str, workdir: pathlib.Path) -> tuple[Any, str]:
     """Exit status and standard error of a command that is not to get far."""
-    package, kind = (m2mkd_jax, "phase") if "/m2mkd/" in config else (cliptrans_jax, "stage")
+    package = m2mkd_jax if "/m2mkd/" in config else cliptrans_jax
     argv = ["main", f"--config={config}", f"--workdir={workdir}", f"--config.{flag}"]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            app.run(package.main.main, "", argv, kind=kind)
+            app.run(package.main.main, "", argv, system=package.config.SYSTEM)
     except SystemExit as stop:
         return stop.code, output.getvalue()
     return 0, output.getvalue()

@@ -20,7 +20,7 @@ LAYERS = {
         ("config",),
         ("evaluators",),
         ("data",),
-        ("hybrid", "convert", "convert_nac", "connectivity"),
+        ("hybrid", "convert", "convert_nac", "connectivity", "curves"),
         ("losses", "regularizers"),
         ("assignment",),
         ("nac",),
@@ -30,7 +30,7 @@ LAYERS = {
     ),
     "cliptrans_jax": (
         ("main",),
-        ("loading",),
+        ("loading", "curves"),
         ("runs",),
         ("config",),
         ("encoders",),
@@ -47,7 +47,7 @@ LAYERS = {
         ("app",),
         ("command_line",),
         ("loop",),
-        ("report", "task"),
+        ("report", "task", "log"),
         ("metrics",),
         ("weights",),
         ("checkpoint", "step"),
@@ -62,6 +62,11 @@ LAYERS = {
 FOREIGN = {"torch", "torchvision", "tensorflow", "tensorflow_datasets", "tf_keras", "clu"}
 # What imports without TensorFlow may be used where it is needed, inside a function.
 OPTIONAL = {"m2mkd_jax.data.records": {"tensorflow_datasets"}}
+# Words of the two papers, of their code and of what they train.
+PAPERS = re.compile(
+    r"\b(?i:m2mkd|nacs?|v?-?moe|cliptrans|m-?clip|m?bart|bleu|chrf|meteor|originals?|teachers?"
+    r"|students?|distill\w*|captioning|routers?)(?:_jax)?\b|\bCLIP\b"
+)
 
 
 def modules():
@@ -114,6 +119,17 @@ def test_files_and_folders_are_of_a_size_to_read():
     for path in everything:
         lines = path.read_text().count("\n")
         assert lines <= 450, f"{path} has {lines} lines"
+
+
+def test_common_names_no_paper():
+    """In code, docstrings and comments. Readers of published files say whose files they read."""
+    paths = [path for path in modules() if path.is_relative_to(ROOT / "common_jax")]
+    read = [path for path in paths if "weights" not in path.parts]
+    assert len(read) > 40
+    for path in read:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            found = PAPERS.search(line)
+            assert found is None, f"{path}:{number} names {found[0]!r}: {line.strip()}"
 
 
 def test_einsum_letters_come_from_the_table():

@@ -28,6 +28,7 @@ from m2mkd_jax.regularizers import make_regularizer
 FILES = {
     path.stem: path
     for path in sorted((pathlib.Path(__file__).parents[1] / "configs" / "m2mkd").glob("*.py"))
+    if "def get_config(" in path.read_text()
 }
 # Files that do not have every phase.
 SOME = {"nac_tinyimagenet": ("end_to_end", "few_shot")}

@@ -24,7 +24,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 EQUATIONS, ARCHITECTURE = ROOT / "docs" / "equations.md", ROOT / "docs" / "architecture.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.py") if "def get_config(" in path.read_text()
+)
 
 # Paths of one machine have no place in a repository. Spelt so that this file does not find itself.
 FOREIGN = ("/" + "work/", "../" + "shared")

@@ -58,7 +58,7 @@ def test_a_topology_must_be_of_a_known_chip(topology):
 
 def test_a_missing_libtpu_is_said_with_the_way_out(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install libtpu, or .* extra 'pods'"):
+    with pytest.raises(ValueError, match=r"pip install libtpu==0\.0\.52, or .* extra 'pods'"):
         describe_devices("v5e:4x4")
 
 
@@ -395,7 +395,7 @@ def test_slices_lie_along_the_data_axis():
     assert all(len(np.unique(part)) == 1 for part in slices)
     with pytest.raises(ValueError, match=r"config\.mesh\.data=1 must be a multiple of the 2 sl"):
         make_mesh(MeshConfig(fsdp=8), devices)
-    with pytest.raises(ValueError, match=r"--topology=v5e:5x7 .* is none that libtpu knows"):
+    with pytest.raises(ValueError, match=r"--topology=v5e:5x7 .* is unknown to libtpu"):
         describe_devices("v5e:5x7")
 
 

@@ -5,6 +5,7 @@ import pytest
 from cliptrans_jax import config as cliptrans
 from common_jax.command_line import unread
 from common_jax.command_line.fields import find_paths
+from common_jax.config import unfreeze
 from m2mkd_jax import config as m2mkd
 
 TABLES = {
@@ -22,7 +23,7 @@ def test_a_field_is_read_with_its_section_and_a_section_with_any_field():
 @pytest.mark.parametrize("name", TABLES)
 def test_every_kind_of_run_reads_fields_that_there_are(name):
     package, kinds = TABLES[name]
-    config = package.default_config()
+    config = unfreeze(package.Config())
     assert set(package.READS) == set(kinds)
     for reads in package.READS.values():
         assert len(set(reads)) == len(reads)

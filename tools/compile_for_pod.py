@@ -28,7 +28,6 @@ import logging
 import math
 import os
 import pathlib
-import runpy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +56,7 @@ from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.material import describe_text
 from cliptrans_jax.stages import STAGES
 from common_jax import app
+from common_jax.command_line import run_config_file
 from common_jax.config import freeze
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import batched, make_mesh, replicated
@@ -318,7 +318,7 @@ def with_chips(text: str, chips: int) -> str:
     file, _, args = text.partition(":")
     if "chips=" in args or not os.path.exists(file):
         return text
-    if "chips" not in runpy.run_path(file).get("ARGUMENTS", {}):
+    if "chips" not in run_config_file(file).get("ARGUMENTS", {}):
         return text
     return f"{file}:{args},chips={chips}" if args else f"{file}:chips={chips}"
 

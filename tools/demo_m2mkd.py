@@ -16,6 +16,7 @@ from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_
 
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
+from m2mkd_jax.curves import FAMILIES
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 
@@ -91,7 +92,9 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
     header = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
     table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", header, tuple(rows))
     show(table)
-    return write_report(workdir, title="m2mKD on digits", table=table, figures=figures)
+    return write_report(
+        workdir, title="m2mKD on digits", table=table, figures=figures, families=FAMILIES
+    )
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
         init=functools.partial(init, config),
         rules=PARTITION_RULES,
         trainable=".*",
+        streams=("dropout",),
+        shown=("train/loss", "train/skipped", "val/loss", "val/accuracy"),
         loss=functools.partial(_loss, config),
         batch={
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),

@@ -217,6 +217,8 @@ class Model:
             init=self.init,
             rules=self.rules,
             trainable=trainable(STAGES[config.stage], config.freeze),
+            streams=("dropout",),
+            shown=("train/loss", "train/skipped", "val/loss", "val/bleu", "val/chrf"),
             loss=make_loss(
                 self.translator,
                 self.tower,

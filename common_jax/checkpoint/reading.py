@@ -36,7 +36,7 @@ def load(
     Args:
       source: a run's workdir (its newest finished checkpoint), its `checkpoints` folder, or one
         step's folder.
-      subtree: path of keys, such as "student/stage_2"; empty for all.
+      subtree: path of keys, such as "encoder/block_2"; empty for all.
       mesh: devices to put them on; None for the first device alone.
       rules: how they are split over `mesh`; None holds them whole on every device.
       average: takes the running average of what was trained, which is what was evaluated, where

@@ -5,6 +5,7 @@ import os
 import pathlib
 import runpy
 import traceback
+import types
 from typing import Any
 
 import ml_collections
@@ -14,8 +15,8 @@ def read_config_file(text: str) -> ml_collections.ConfigDict:
     """The locked ConfigDict that the file's get_config() returns for the arguments.
 
     Args:
-      text: the value of --config, FILE.py or FILE.py:ARGUMENTS. What follows the first colon is
-        what get_config() is called with.
+      text: the value of --config, FILE.py or FILE.py:ARGUMENTS. get_config() is called with the
+        part after the first colon.
 
     Raises:
       ValueError: for an error in the file or in its arguments, with file and line.
@@ -38,7 +39,7 @@ def read_config_file(text: str) -> ml_collections.ConfigDict:
 
 
 def run_config_file(text: str) -> dict[str, Any]:
-    """What the file of `text`, FILE.py:ARGUMENTS, defines, by name; raises as
+    """The names that the file of `text`, FILE.py:ARGUMENTS, defines; raises as
     `read_config_file`."""
     name = text.partition(":")[0]
     path = _find(name, text)
@@ -46,6 +47,15 @@ def run_config_file(text: str) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except Exception as error:
         raise _located(error, name) from error
+
+
+def load_beside(file: str, name: str) -> types.SimpleNamespace:
+    """The names that `name`.py defines, a file in the folder of `file`.
+
+    For config files that share settings. They are run by their paths, from any working directory,
+    and belong to no package, so that an import statement would not find the other file.
+    """
+    return types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(file).with_name(f"{name}.py"))))
 
 
 def _find(name: str, text: str) -> pathlib.Path:

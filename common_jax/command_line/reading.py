@@ -27,7 +27,7 @@ from common_jax.command_line.fields import (
     type_of,
 )
 from common_jax.command_line.files import read_config_file
-from common_jax.command_line.systems import check_system
+from common_jax.command_line.systems import System, check_system
 from common_jax.config import did_you_mean
 
 HOST_FLAGS = ("hosts", "coordinator", "processes", "process")
@@ -83,7 +83,10 @@ def define() -> flags.FlagValues:
 
 
 def read(
-    values: flags.FlagValues, argv: Sequence[str], description: str = "", kind: str | None = None
+    values: flags.FlagValues,
+    argv: Sequence[str],
+    description: str = "",
+    system: System | None = None,
 ) -> tuple[ml_collections.ConfigDict, epath.Path, list[str]]:
     """The config with all overrides, the workdir, and the paths of the fields that were set.
 
@@ -91,8 +94,7 @@ def read(
       values: the flags of `define`, which take what the command line says.
       argv: the command line, the program's name first.
       description: shown by --help, which ends the process.
-      kind: the field that names the kind of run in the command's configs, a key of
-        `systems.SYSTEMS`; None takes any config.
+      system: the config must be of it; None takes any config.
 
     Raises:
       ValueError, OSError: for anything that a user can have got wrong.
@@ -110,8 +112,8 @@ def read(
     if not values["config"].value:
         raise ValueError("--config is missing; --help shows what it is")
     config = read_config_file(values["config"].value)
-    if kind is not None:
-        check_system(config, kind, f"--config={values['config'].value}")
+    if system is not None:
+        check_system(config, system, f"--config={values['config'].value}")
     noted = _read_overrides(config, argv)
     if not values["workdir"].value:
         raise ValueError("--workdir is missing; --help shows what it is")

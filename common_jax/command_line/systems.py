@@ -1,34 +1,48 @@
-"""The two systems, told apart by the field of a config that names the kind of run; and what each
-kind of run reads of its config."""
+"""Configs of one system told from those of others, and the fields that a kind of run reads."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SYSTEMS = {"phase": "m2mkd_jax", "stage": "cliptrans_jax"}
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A package with a command, and how its configs are recognised.
+
+    Attributes:
+      package: its name.
+      field: of its configs; names the kind of run. Configs of other systems lack it.
+      others: the same field of other systems -> their package, for messages.
+    """
+
+    package: str
+    field: str
+    others: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def check_system(config: Mapping[str, Any], kind: str, what: str) -> None:
-    """Raises ValueError unless `config` is of the system whose configs have the field `kind`.
+def check_system(config: Mapping[str, Any], system: System, source: str) -> None:
+    """Raises ValueError unless `config` is of `system`.
 
     Args:
-      config: a config or what a run has kept of it.
-      kind: a key of SYSTEMS.
-      what: the place that the config comes from, as messages call it, such as "--config=FILE".
+      config: as a command reads it, or as a run has saved it.
+      system: the one that is to use it.
+      source: of the config, as messages call it, such as "--config=FILE".
     """
-    if kind in config:
+    if system.field in config:
         return
-    own = SYSTEMS[kind]
-    other = next((system for field, system in SYSTEMS.items() if field in config), None)
+    other = next((package for field, package in system.others.items() if field in config), None)
     if other is None:
-        raise ValueError(f"{what} has no field {kind!r}, as every config of {own} has")
+        raise ValueError(
+            f"{source} has no field {system.field!r}, as every config of {system.package} has"
+        )
     raise ValueError(
-        f"{what} is of {other}, and this is {own}; use python -m {other}.main, or "
+        f"{source} is of {other}, and this is {system.package}; use python -m {other}.main, or "
         f"{other}.load_model"
     )
 
 
 def unread(paths: Iterable[str], reads: Iterable[str]) -> list[str]:
-    """Those of `paths` that are of no field or section in `reads`, in their order."""
+    """Those of `paths`, in order, that belong to no field or section in `reads`."""
     sections = tuple(f"{path}." for path in reads)
     # A section is read where any of its fields is.
     return [

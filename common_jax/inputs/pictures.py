@@ -55,9 +55,9 @@ def require_small(size: int) -> None:
 def decode_picture(content: bytes, channels: int) -> Image.Image:
     """The picture of an image file's bytes: of 8 bits, grey or RGB by `channels`.
 
-    Of 16 bits a channel the upper 8 are kept, in grey and in RGB alike. As in PIL's
-    `convert("RGB")`, which the originals call: transparency is dropped, the first frame of an
-    animation is taken, and EXIF's orientation is not applied.
+    Of 16 bits per channel the upper 8 are kept, in grey and in RGB alike. As PIL's
+    `convert("RGB")` does, it drops transparency, takes the first frame of an animation, and does
+    not apply EXIF's orientation.
 
     Raises:
       OSError: there are no bytes, they are none of FORMATS, or Pillow cannot read them.

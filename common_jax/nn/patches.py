@@ -16,8 +16,8 @@ class PatchEmbedding(nn.Module):
 
     Parameters: `kernel` (patch * patch * channels, D) and `bias` (D); the rows of the kernel run
       over patch row, patch column, channel. Both start uniform within 1 / sqrt(fan in), the
-      default of the original's framework. A convolution of kernel and stride `patch`, written as
-      one matrix product.
+      default of PyTorch's convolutions. A convolution of kernel and stride `patch`, written as one
+      matrix product.
     """
 
     patch: int

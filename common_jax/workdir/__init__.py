@@ -12,7 +12,7 @@ from common_jax.workdir.files import read_json, temporary_beside, write_bytes, w
 from common_jax.workdir.identity import Identity, keep_identity, read_identity
 from common_jax.workdir.lock import Locked, LockLost, hold, require
 from common_jax.workdir.places import check_input, check_output
-from common_jax.workdir.results import read_result
+from common_jax.workdir.results import read_result, write_result
 from common_jax.workdir.versions import freeze_stored
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "temporary_beside",
     "write_bytes",
     "write_json",
+    "write_result",
 ]

@@ -63,7 +63,7 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
 
 
 OUTCOMES = ("result.json", "scores.json")
-BELOW = 3  # folders in folders: a run of a sweep, a phase of its pipeline, an episode of that
+BELOW = 3  # folders in folders: a run of a sweep, a part of its pipeline, a repetition of that
 
 
 def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:

@@ -1,13 +1,36 @@
-"""The result of a finished run, taken where nothing beside it contradicts it."""
+"""The result of a run: written at its end, and read where nothing beside it contradicts it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from common_jax.workdir.claim import FILE, refuse_other_config
-from common_jax.workdir.files import read_json
+from common_jax.workdir.files import read_json, write_json
 
 RESULT = "result.json"
+
+
+def write_result(
+    workdir: epath.PathLike, *, phase: str, steps: int, skipped: int, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """Writes result.json, on process 0; the file says that the run is finished.
+
+    Args:
+      workdir: of the run.
+      phase: the kind of run, and what a title adds to it.
+      steps: updates in all.
+      skipped: steps without an update, for a non-finite gradient.
+      metrics: of the last evaluation.
+
+    Returns:
+      What the file holds: all of these in one dict, in every system.
+    """
+    result = {"phase": phase, "steps": steps, "skipped": skipped, **metrics}
+    if jax.process_index() == 0:
+        write_json(epath.Path(workdir) / RESULT, result)
+    return result
 
 
 def read_result(
@@ -34,7 +57,7 @@ def read_result(
     wrong = []
     if not (workdir / FILE).exists():
         wrong.append(f"there is no {FILE} beside it")
-    # The modules that a title names after its phase are in the config.
+    # A title may add to the kind of run; the config says the same.
     if str(result.get("phase")).split(" ")[0] != phase.split(" ")[0]:
         wrong.append(f"it is of {result.get('phase')!r}, and this run is {phase!r}")
     if steps is not None and result.get("steps") != steps:

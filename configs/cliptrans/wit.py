@@ -12,12 +12,11 @@ Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de,
   `prefix`.
 """
 
-import pathlib
-import runpy
 from collections.abc import Iterator
 
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
 PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
@@ -28,9 +27,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = parse_args(arg, {"stage": "pipeline", "pair": "en_ro", "prefix": 10})
     if args.pair not in PAIRS:
         raise ValueError(f"pair={args.pair!r} must be one of {list(PAIRS)}")
-    multi30k = runpy.run_path(str(pathlib.Path(__file__).with_name("multi30k.py")))
     source, target = args.pair.split("_")
-    config = multi30k["get_config"](f"stage={args.stage},prefix={args.prefix}")
+    config = load_beside(__file__, "multi30k").get_config(
+        f"stage={args.stage},prefix={args.prefix}"
+    )
     config.data.source, config.data.path = "wit", "data/wit/mmt"
     config.data.source_language, config.data.target_language = source, target
     config.data.valid_split, config.data.test_split = "valid", "test"

@@ -11,19 +11,16 @@ from the text, and a run starts from a captioning stage trained elsewhere.
 Arguments: `stage` (translate, evaluate), `source` and `target` language, and `prefix`.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
     args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de", "prefix": 10})
-    multi30k = runpy.run_path(str(pathlib.Path(__file__).with_name("multi30k.py")))
-    config = multi30k["get_config"](
+    config = load_beside(__file__, "multi30k").get_config(
         f"stage={args.stage},source={args.source},target={args.target},prefix={args.prefix}"
     )
     config.data.source, config.data.path = "wmt", "data/wmt"

@@ -10,11 +10,9 @@ graph.
 Arguments: `phase` and `module`, as in cifar10_vmoe.py.
 """
 
-import pathlib
-import runpy
-
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import unfreeze
 from m2mkd_jax.nac.graphs import PriorConfig
 from m2mkd_jax.nac.model import NacConfig
@@ -38,8 +36,7 @@ MODEL = NacConfig(
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    shared = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar10_vmoe.py")))
-    config = shared["get_config"](arg)
+    config = load_beside(__file__, "cifar10_vmoe").get_config(arg)
     config.model = unfreeze(MODEL)
     config.regularizers = unfreeze(RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4)))
     return config

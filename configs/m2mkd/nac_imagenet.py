@@ -48,72 +48,17 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
-from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, Recipe, choose_recipe
-from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, choose_recipe
 from m2mkd_jax.models import vit
 from m2mkd_jax.nac import model as nac
-from m2mkd_jax.nac.graphs import PriorConfig
-from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 
-AUGMENT = AugmentConfig(
-    repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
-)
-# Few-shot repeats no image.
-PLAIN = dataclasses.replace(AUGMENT, repeats=1)
-SHORT = OptimConfig(epochs=100, batch=2048, accumulate=2)
-FINE_TUNE = OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0)
+recipes = load_beside(__file__, "recipes")
 
-RECIPES = {
-    "pretrain_meta": Recipe(OptimConfig(epochs=300, batch=2048), AUGMENT, 0.0),
-    # As in vmoe_base.py, class token and positions decay in this phase.
-    "train_module": Recipe(dataclasses.replace(SHORT, no_decay=""), AUGMENT, 0.1),
-    "assemble": Recipe(FINE_TUNE, AUGMENT, 0.1),
-    "distill": Recipe(SHORT, AUGMENT, 0.1),
-}
-WHOLE = Recipe(
-    OptimConfig(
-        epochs=110,
-        batch=256,
-        lr=1.2e-3,
-        schedule="epoch_cosine_unlagged",
-        warmup_epochs=25,
-        min_lr=2e-5,
-        weight_decay=0.05,
-        decay_all=True,
-    ),
-    AUGMENT,
-    0.1,
-)
-# On another data set than the other phases, so no part of the pipeline.
-FEW_SHOT = Recipe(
-    OptimConfig(
-        epochs=500,
-        batch=8,
-        lr=3e-4,
-        lr_per=None,
-        schedule="constant",
-        optimizer="sgd",
-        weight_decay=0.0,
-    ),
-    PLAIN,
-    0.1,
-)
-
-PRIORS = {
-    "scale_free": PriorConfig("barabasi_albert", attachments=6),
-    "erdos_renyi": PriorConfig("erdos_renyi", edge_probability=0.1),
-    "planted": PriorConfig("planted_partition", communities=12, p_in=0.9, p_out=0.2),
-    "ring": PriorConfig("ring_of_cliques", communities=12),
-}
-HINGE = RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4))
-# Eight clusters, although the prior has twelve communities: as published.
-BLOCKS = RegularizersConfig(
-    blocks=BlocksConfig(weight=1.0, clusters=8, within=0.9, between=0.2, latents="mediator")
-)
+WHOLE = recipes.train_nac(epochs=110, batch=256, min_lr=2e-5, weight_decay=0.05)
+PRIORS = recipes.priors(attachments=6, communities=12)
 SIZES = ("imagenet", "tinyimagenet")
 
 
@@ -130,29 +75,21 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         phase=args.phase,
         module=args.module,
         precision="bfloat16",
-        data=DataConfig(
-            source="folder",
-            image_size=image_size,
-            channels=3,
-            labels=1000,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            test_split="val",
-            workers=16,
-        ),
+        data=recipes.imagenet_folder(image_size),
         evaluation=EvaluationConfig(noise="sampled"),
         meta=dataclasses.replace(teacher, depths=(1,) * 10),
         teacher=teacher,
         # The published read-in student starts its MLP's scale at 1e-6, by an oversight.
         model=dataclasses.replace(model, prior=PRIORS[args.prior], legacy_read_in_scale=True),
-        regularizers=BLOCKS if args.prior == "planted" else HINGE,
+        regularizers=recipes.regularizers(args.prior),
         few_shot=FewShotConfig(ways=8, shots=1, test_shots=3, seed=1),
         run=RunConfig(log_every=100),
     )
-    recipes = RECIPES | ({"end_to_end": WHOLE} if args.size == "imagenet" else {})
+    found = recipes.TEACHING | ({"end_to_end": WHOLE} if args.size == "imagenet" else {})
     if args.phase == "few_shot" and args.size == "imagenet":
-        recipes |= {"few_shot": FEW_SHOT}
-    return choose_recipe(unfreeze(config), recipes)
+        # On another data set than the other phases, so no part of the pipeline.
+        found |= {"few_shot": recipes.NAC_FEW_SHOT}
+    return choose_recipe(unfreeze(config), found)
 
 
 def sweep() -> Iterator[dict[str, object]]:

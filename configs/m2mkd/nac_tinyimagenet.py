@@ -14,7 +14,7 @@ MLPs of twice the width), not the ImageNet NAC's:
         --config.sources.teacher=runs/nac_imagenet/teacher
 
 The positional grid (28 x 28 in the students, 8 x 8 here) and the pooling with its classifier (1,000
-labels there, 200 here) start anew, as latents, seeder and bandwidths always do.
+labels there, 200 here) start from scratch, as latents, seeder and bandwidths always do.
 
 | phase | batch | epochs | drop path | weight decay | warm-up | peak rate | last rate |
 |---|---|---|---|---|---|---|---|
@@ -45,61 +45,19 @@ from collections.abc import Iterator
 
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
-from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, Recipe, choose_recipe
-from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, choose_recipe
 from m2mkd_jax.nac import model as nac
-from m2mkd_jax.nac.graphs import PriorConfig
-from m2mkd_jax.regularizers import BlocksConfig, HingeConfig, RegularizersConfig
 
-AUGMENT = AugmentConfig(
-    repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
-)
-# Few-shot repeats no image.
-PLAIN = dataclasses.replace(AUGMENT, repeats=1)
+recipes = load_beside(__file__, "recipes")
+
 RECIPES = {
-    "end_to_end": Recipe(
-        OptimConfig(
-            epochs=400,
-            batch=1024,
-            lr=1.2e-3,
-            schedule="epoch_cosine_unlagged",
-            warmup_epochs=25,
-            min_lr=8e-5,
-            weight_decay=0.075,
-            decay_all=True,
-        ),
-        AUGMENT,
-        0.1,
-    ),
-    "few_shot": Recipe(
-        OptimConfig(
-            epochs=500,
-            batch=8,
-            lr=3e-4,
-            lr_per=None,
-            schedule="constant",
-            optimizer="sgd",
-            weight_decay=0.0,
-        ),
-        PLAIN,
-        0.1,
-    ),
+    "end_to_end": recipes.train_nac(epochs=400, batch=1024, min_lr=8e-5, weight_decay=0.075),
+    "few_shot": recipes.NAC_FEW_SHOT,
 }
-
-PRIORS = {
-    "scale_free": PriorConfig("barabasi_albert", attachments=2),
-    "erdos_renyi": PriorConfig("erdos_renyi", edge_probability=0.1),
-    "planted": PriorConfig("planted_partition", communities=8, p_in=0.9, p_out=0.2),
-    "ring": PriorConfig("ring_of_cliques", communities=8),
-}
-HINGE = RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4))
-BLOCKS = RegularizersConfig(
-    blocks=BlocksConfig(weight=1.0, clusters=8, within=0.9, between=0.2, latents="mediator")
-)
+PRIORS = recipes.priors(attachments=2, communities=8)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -116,19 +74,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = Config(
         phase=args.phase,
         precision="bfloat16",
-        data=DataConfig(
-            source="folder",
-            image_size=image_size,
-            channels=3,
-            labels=labels,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            test_split="val",
-            workers=16,
-        ),
+        data=recipes.imagenet_folder(image_size, labels=labels),
         evaluation=EvaluationConfig(noise="sampled"),
         model=dataclasses.replace(model, prior=PRIORS[args.prior], students="tinyimagenet"),
-        regularizers=BLOCKS if args.prior == "planted" else HINGE,
+        regularizers=recipes.regularizers(args.prior),
         few_shot=FewShotConfig(ways=8, shots=1, test_shots=3, seed=1),
         run=RunConfig(log_every=100),
     )

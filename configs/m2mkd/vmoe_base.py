@@ -33,34 +33,21 @@ import math
 
 import ml_collections
 
+from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
-from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models import vit, vmoe
 
-AUGMENT = AugmentConfig(
-    repeats=3, flip=True, randaugment=True, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1
-)
-# Few-shot repeats no image.
-PLAIN = dataclasses.replace(AUGMENT, repeats=1)
-SHORT = OptimConfig(epochs=100, batch=2048, accumulate=2)
-FINE_TUNE = OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0)
+recipes = load_beside(__file__, "recipes")
 
-RECIPES = {
-    "pretrain_meta": Recipe(OptimConfig(epochs=300, batch=2048), AUGMENT, 0.0),
-    # The original hands its optimizer a bare stage here, and so decays class token and positions
-    # too.
-    "train_module": Recipe(dataclasses.replace(SHORT, no_decay=""), AUGMENT, 0.1),
-    "assemble": Recipe(FINE_TUNE, AUGMENT, 0.1),
-    "distill": Recipe(SHORT, AUGMENT, 0.1),
-    "end_to_end": Recipe(FINE_TUNE, AUGMENT, 0.1),
-}
+RECIPES = recipes.TEACHING | {"end_to_end": recipes.FINE_TUNE}
 # On another data set than the other phases, so no part of the pipeline.
-FEW_SHOT = Recipe(OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), PLAIN, 0.1)
+FEW_SHOT = Recipe(
+    OptimConfig(epochs=100, batch=40, lr=2e-3, lr_per=None), recipes.PLAIN, drop_path=0.1
+)
 
 GROUPS = 256
 STUDENTS = {"base": ("vmoe_base", (3, 3, 3, 3)), "large": ("vmoe_large", (6, 6, 6, 6))}
@@ -86,16 +73,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         phase=args.phase,
         module=args.module,
         precision="bfloat16",
-        data=DataConfig(
-            source="folder",
-            image_size=image_size,
-            channels=3,
-            labels=1000,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-            test_split="val",
-            workers=16,
-        ),
+        data=recipes.imagenet_folder(image_size),
         meta=dataclasses.replace(teacher, depths=(1, 1, 1, 1)),
         teacher=teacher,
         model=student,
@@ -103,5 +81,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         mesh=mesh,
         run=RunConfig(log_every=100),
     )
-    recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}
-    return choose_recipe(unfreeze(config), recipes)
+    few_shot = {} if args.phase == "pipeline" else {"few_shot": FEW_SHOT}
+    return choose_recipe(unfreeze(config), RECIPES | few_shot)

@@ -165,11 +165,6 @@ def count_errors(
     return int(np.sum(edges & ~near)), int(np.sum(near & ~edges))
 
 
-def density(signatures: Float[Array | np.ndarray, "T Y"], truncation: float) -> float:
-    """The share of the T^2 pairs nearer than `truncation`, each node with itself among them."""
-    return float(np.mean(_is_near(signatures, truncation)))
-
-
 def _is_near(signatures, truncation: float) -> np.ndarray:
     signatures = jnp.asarray(signatures, jnp.float32)
     return np.asarray(cosine_distance(signatures, signatures) < truncation)

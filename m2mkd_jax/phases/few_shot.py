@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from scipy import special
 
 from common_jax.report import Table
+from common_jax.step import Programs
 from common_jax.weights import Allowance, Origin, WarmStart
 from common_jax.workdir import claim, read_json, refuse_other_config, write_json
 from m2mkd_jax.config import Config
@@ -158,7 +159,7 @@ def _trainer(
 ) -> Callable[[int, epath.Path], dict[str, Any]]:
     """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
     require_source(config, "network")
-    training, programs = describe(config, mesh), {}
+    training, programs = describe(config, mesh), Programs()
 
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
         drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)

@@ -11,13 +11,18 @@ from jax.sharding import Mesh
 
 from common_jax import loop
 from common_jax.mesh import Rules
-from common_jax.step import make_evaluator
+from common_jax.step import Programs, make_evaluator
 from common_jax.task import Task
 from common_jax.weights import WarmStart
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
 from m2mkd_jax.data.sources import Source
 from m2mkd_jax.phases.objective import Forward, Regularizer, make_loss, make_sums
+
+# Random numbers of training: transforms of images, pairing of examples, stochastic depth, noise of
+# routers; of NACs noise on codes, edges, first states of latents, Gumbel noise of the pooling.
+STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
+SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # on the terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Training:
             init=self.init,
             rules=self.rules,
             trainable=self.trainable,
+            streams=STREAMS,
+            shown=SHOWN,
             clip_depth=self.clip_depth,
             loss=make_loss(
                 self.forward,
@@ -75,7 +82,7 @@ def train_phase(
     helpers: Mapping[str, Any] | None = None,
     warm_start: Callable[[Any], WarmStart] | None = None,
     feed: Feed | None = None,
-    programs: dict[str, Callable] | None = None,
+    programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on.
 
@@ -84,7 +91,8 @@ def train_phase(
       workdir: of this run alone.
       mesh: devices.
       helpers: the parameters that `training.helpers` describes.
-      warm_start, programs: see `common_jax.task.Task`.
+      warm_start: see `common_jax.task.Task`.
+      programs: see `common_jax.loop.train`.
       feed: data in place of the config's.
 
     Returns:
@@ -93,7 +101,7 @@ def train_phase(
     config = training.config
     feed = config_feed(config, workdir) if feed is None else feed
     task = dataclasses.replace(
-        with_feed(training, feed, mesh, programs={} if programs is None else programs),
+        with_feed(training, feed, mesh, programs=programs),
         helpers=helpers or {},
         warm_start=warm_start,
     )
@@ -105,15 +113,15 @@ def train_phase(
         workdir=workdir,
         mesh=mesh,
         config=config,
+        programs=programs,
     )
 
 
 def with_feed(
-    training: Training, feed: Feed, mesh: Mesh, *, programs: dict[str, Callable] | None = None
+    training: Training, feed: Feed, mesh: Mesh, *, programs: Programs | None = None
 ) -> Task:
     """The task with data, and without weights."""
     config, forward = training.config, training.forward
-    programs = {} if programs is None else programs
     evaluate = functools.partial(
         make_evaluator,
         mesh=mesh,
@@ -129,7 +137,6 @@ def with_feed(
         training.task(steps_per_epoch=feed.steps_per_epoch),
         batches=feed.batches,
         evaluators=evaluators,
-        programs=programs,
     )
 
 

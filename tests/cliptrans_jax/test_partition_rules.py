@@ -7,6 +7,7 @@ import re
 import jax
 from flax import traverse_util
 from jax import numpy as jnp
+from meshes import idle_rules
 from tiny_cliptrans import UNEVEN, tiny_config
 
 from cliptrans_jax.encoders import TEXT_RULES
@@ -16,7 +17,7 @@ from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
 from cliptrans_jax.translators.mbart import MBartConfig
-from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 WIDTHS = (16, 4 * 16, 8)  # of a token, of a prefix, of a feature
 

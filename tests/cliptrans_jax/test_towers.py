@@ -11,11 +11,12 @@ import pytest
 from dropouts import dropouts
 from flax import traverse_util
 from jax import numpy as jnp
+from meshes import idle_rules
 from tiny import QUICK, fill
 
 from cliptrans_jax import convert_towers, names
 from cliptrans_jax.towers import clip, mclip, resnet
-from common_jax.mesh import BATCH, MeshConfig, idle_rules, make_mesh, match_rules
+from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
 
 # No epsilon and no pad is the default.
 SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps": 1e-4}

@@ -9,7 +9,7 @@ import ml_collections
 import pytest
 
 from common_jax import app
-from common_jax.command_line import check_system, read_config_file, set_field
+from common_jax.command_line import System, check_system, read_config_file, set_field
 from common_jax.config import freeze
 from m2mkd_jax.config import Config
 
@@ -247,12 +247,36 @@ def test_a_file_without_a_suffix_is_read_as_it_is_now(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config"}
 
 
+def test_a_config_file_loads_another_beside_it_from_any_working_directory(tmp_path, monkeypatch):
+    """Two folders have a file of one name, and neither is taken for the other."""
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "shared.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "config.py").write_text(
+            "import ml_collections\n"
+            "from common_jax.command_line import load_beside\n"
+            'shared = load_beside(__file__, "shared")\n'
+            "def get_config():\n"
+            "    return ml_collections.ConfigDict({'value': shared.VALUE})\n"
+        )
+    (tmp_path / "elsewhere").mkdir()
+    for here, prefix in ((tmp_path / "elsewhere", "../"), (tmp_path, "")):
+        monkeypatch.chdir(here)
+        for folder, value in (("a", 1), ("b", 2)):
+            assert read_config_file(f"{prefix}{folder}/config.py").value == value
+            assert read_config_file(f"{tmp_path}/{folder}/config.py").value == value
+    (tmp_path / "b" / "shared.py").unlink()
+    with pytest.raises(ValueError, match=r"config\.py, line 3.*shared\.py"):
+        read_config_file(f"{tmp_path}/b/config.py")
+
+
 def test_a_config_of_the_other_system_is_refused():
-    check_system({"phase": "x"}, "phase", "W")
-    with pytest.raises(ValueError, match=r"^W is of cliptrans_jax, and this is m2mkd_jax; use py"):
-        check_system({"stage": "x"}, "phase", "W")
-    with pytest.raises(ValueError, match=r"^W has no field 'stage', as every config of cliptrans"):
-        check_system({}, "stage", "W")
+    system = System("drawing", field="pencil", others={"brush": "painting"})
+    check_system({"pencil": "x"}, system, "W")
+    with pytest.raises(ValueError, match=r"^W is of painting, and this is drawing; use python -m"):
+        check_system({"brush": "x"}, system, "W")
+    with pytest.raises(ValueError, match=r"^W has no field 'pencil', as every config of drawing"):
+        check_system({"chalk": "x"}, system, "W")
 
 
 # Odd command lines.
@@ -315,9 +339,10 @@ def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, cap
     argv = ["run", f"--config={file}:one", "--workdir=w", "--config.optim.lr=2"]
     main = lambda config, workdir: called.append(config.optim.lr)  # noqa: E731
     app.run(main, "", argv)
-    app.run(main, "", argv, kind="phase")
+    system = System("this", field="phase")
+    app.run(main, "", argv, system=system)
     assert "changes nothing" not in capsys.readouterr().err
-    app.run(main, "", argv, kind="phase", reads={"one": ("model",), "two": ("optim",)})
+    app.run(main, "", argv, system=system, reads={"one": ("model",), "two": ("optim",)})
     assert (
         "--config.optim.lr changes nothing: phase='one' does not read it" in capsys.readouterr().err
     )

@@ -12,10 +12,11 @@ import pytest
 from descent import OPTIM, STEPS, descend, make_task, numbers
 from jax import numpy as jnp
 
-from common_jax import checkpoint, hosts, loop, signals
+from common_jax import checkpoint, hosts, log, loop, signals
 from common_jax.checkpoint import finished_steps
 from common_jax.metrics import read_metrics
 from common_jax.state import fold_name, step_rngs
+from common_jax.step import Programs
 from common_jax.weights import WarmStart
 
 PLAIN = dataclasses.replace(OPTIM, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
@@ -30,7 +31,7 @@ def by_hand(*, seed=0, broken=(), start=None, decay=0.75):
     w = average = float(jax.random.normal(key)) if start is None else start
     losses, values, averages = [], [w], [w]
     for step in range(STEPS):
-        dropout = step_rngs(np.uint32(seed), np.int32(step))["dropout"]
+        dropout = step_rngs(np.uint32(seed), np.int32(step), ("dropout",))["dropout"]
         noise = float(jax.random.normal(fold_name(dropout, "noise")))
         errors = w - numbers(step).astype(np.float64) - 0.1 * noise
         losses.append(np.nan if step in broken else np.mean(errors**2))
@@ -49,13 +50,13 @@ def task(broken=(), **changes):
 
 @functools.cache
 def programs(optim, log_every):
-    """What runs that differ in other things share, so that it is compiled once."""
-    return {}
+    """Shared by runs that differ in other things, so that each is compiled once."""
+    return Programs()
 
 
 def train(workdir, *, task, optim=OPTIM, log_every=1, **settings):
-    shared = dataclasses.replace(task, programs=programs(optim, log_every))
-    return descend(workdir, task=shared, optim=optim, log_every=log_every, **settings)
+    settings |= {"log_every": log_every, "programs": programs(optim, log_every)}
+    return descend(workdir, task=task, optim=optim, **settings)
 
 
 def lines(workdir, name):
@@ -196,7 +197,7 @@ def ticking(monkeypatch):
     evaluation; its values by step."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(log, "time", clock)
     save = loop.Checkpoints.save
 
     def slow_save(self, *args, **settings):
@@ -288,7 +289,8 @@ def test_micro_batches_are_those_of_the_batch(tmp_path):
     train(tmp_path, task=task(), optim=dataclasses.replace(PLAIN, accumulate=2), log_every=1)
     w = by_hand()[1][0]
     losses = []
-    for row, key in enumerate(step_rngs(np.uint32(0), np.int32(0))["dropout"] for _ in range(2)):
+    key = step_rngs(np.uint32(0), np.int32(0), ("dropout",))["dropout"]
+    for row in range(2):
         noise = float(jax.random.normal(fold_name(jax.random.fold_in(key, row), "noise")))
         losses.append(np.mean((w - numbers(0)[row::2].astype(np.float64) - 0.1 * noise) ** 2))
     close(lines(tmp_path, "train/loss")[1], np.mean(losses))

@@ -8,7 +8,7 @@ import pytest
 from descent import OPTIM, make_task
 from meshes import one_device
 
-from common_jax import loop
+from common_jax import log, loop
 from common_jax.loop import RunConfig
 from common_jax.workdir import refuse_other_config
 
@@ -58,18 +58,19 @@ def test_settings_out_of_range_are_named(change, message):
 
 
 def test_lines_and_epochs_fall_due_at_their_multiples_and_at_the_end():
-    run = RunConfig(log_every=3)
-    assert [step for step in range(1, 9) if loop._logs(step, run, 8)] == [3, 6, 8]
-    assert [step for step in range(1, 15) if loop._due(step, 2, 3, 14)] == [6, 12, 14]
+    due = loop._Due(RunConfig(log_every=3, eval_every=2, checkpoint_every=3), 3, 14)
+    assert [step for step in range(1, 15) if due.line(step)] == [3, 6, 9, 12, 14]
+    assert [step for step in range(1, 15) if due.evaluation(step)] == [6, 12, 14]
+    assert [step for step in range(1, 15) if due.checkpoint(step)] == [9, 14]
 
 
 def test_a_line_has_means_over_the_steps_that_counted():
     sums = {"loss": np.float32(6), "load": np.array([3.0, 9.0]), "steps": np.float32(3)}
     counts = {"skipped": np.int32(4), "skipped_in_row": np.int32(2)}
-    line = loop._averages(sums | counts)
+    line = log.averages(sums | counts)
     np.testing.assert_array_equal(line.pop("train/load"), [1, 3])
     assert line == {"train/loss": 2, "train/skipped": 4, "train/skipped_in_row": 2}
-    assert np.isnan(loop._averages(sums | counts | {"steps": np.float32(0)})["train/loss"])
+    assert np.isnan(log.averages(sums | counts | {"steps": np.float32(0)})["train/loss"])
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def at(monkeypatch):
     """at(seconds) sets the clocks."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(log, "time", clock)
 
     def set_to(seconds):
         now[0] = seconds
@@ -86,7 +87,7 @@ def at(monkeypatch):
 
 
 def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at):
-    clock = loop._Clock(10, 64)
+    clock = log.Clock(10, 64)
     at(100.0)
     assert clock.read(12) is None  # which compiled
     at(102.0)
@@ -100,7 +101,7 @@ def test_the_clock_times_steps_and_neither_the_first_stretch_nor_evaluations(at)
 
 
 def test_the_alarm_counts_minutes_from_the_last_save(at):
-    alarm = loop._Alarm(2.0)
+    alarm = log.Alarm(2.0)
     at(120.0)
     assert not alarm.rings()
     at(120.5)
@@ -108,7 +109,7 @@ def test_the_alarm_counts_minutes_from_the_last_save(at):
     alarm.restart()
     assert not alarm.rings()
     at(1e9)
-    assert alarm.rings() and not loop._Alarm(None).rings()
+    assert alarm.rings() and not log.Alarm(None).rings()
 
 
 @pytest.mark.parametrize(

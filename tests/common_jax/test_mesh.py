@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
+from meshes import idle_rules
 
 from common_jax import mesh as meshes
 from common_jax.mesh import (
@@ -14,7 +15,6 @@ from common_jax.mesh import (
     batch_shards,
     constrain,
     count_slices,
-    idle_rules,
     make_mesh,
     match_rules,
     put_rows,

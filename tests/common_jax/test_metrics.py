@@ -32,7 +32,7 @@ def events_of(workdir):
 
 @pytest.fixture
 def recorder(tmp_path):
-    made = Recorder(tmp_path, step=4, total=9, title="test")
+    made = Recorder(tmp_path, step=4, total=9, title="test", shown=("train/loss", "val/score"))
     yield made
     made.close()
 
@@ -68,10 +68,10 @@ def test_events_hold_the_numbers_of_a_step_and_where_the_start_went_on(recorder,
     }
 
 
-def test_what_is_said_is_the_losses_and_the_scores(recorder, caplog):
+def test_the_terminal_shows_the_metrics_that_it_is_asked_for(recorder, caplog):
     with caplog.at_level(logging.INFO):
-        recorder.write(6, 1.5, {"train/loss": 0.123456, "train/gradient_norm": 1.0, "val/bleu": 7})
-    assert caplog.messages[-1] == "test  step 6/9  train/loss 0.1235  val/bleu 7"
+        recorder.write(6, 1.5, {"train/loss": 0.123456, "train/gradient_norm": 1.0, "val/score": 7})
+    assert caplog.messages[-1] == "test  step 6/9  train/loss 0.1235  val/score 7"
 
 
 def test_the_first_process_alone_writes(tmp_path, monkeypatch):

@@ -12,10 +12,16 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from common_jax.report import Table, overlay, panels, read_metrics, write_report
+from common_jax.metrics import read_metrics
+from common_jax.report import FAMILIES, Family, Shares, Table, overlay, panels, write_report
 
+WITH_SHARES = (
+    *FAMILIES,
+    Family("Entropy", "nats", r"train/moe/(.+)/entropy", 1.5),
+    Shares("Load", r"train/moe/(.+)/load", item="expert", unit="tokens"),
+)
 LAYERS = ("stage_0/block_10", "stage_0/block_2", "stage_1/block_1")
-HEAT_MAPS = {"Expert load at the end (% of tokens)", "Expert load over time"}
+HEAT_MAPS = {"Load at the end (% of tokens)", "Load over time"}
 
 
 def training_line(step, *, experts=0):
@@ -23,7 +29,6 @@ def training_line(step, *, experts=0):
     line |= {"train/learning_rate": 1e-3, "train/gradient_norm": 1.5, "train/label_loss": 1.0}
     for layer in LAYERS if experts else ():
         line[f"train/moe/{layer}/load"] = [1 / experts] * experts
-        line[f"train/moe/{layer}/dropped"] = 0.0
         line[f"train/moe/{layer}/entropy"] = math.log(experts)
     return line
 
@@ -43,11 +48,12 @@ def write_run(folder, *, experts=0, steps=(20, 40), done=True):
 
 
 def titles(lines):
-    return [family.title for family in panels(lines)]
+    return [panel.title for panel in panels(lines, WITH_SHARES)]
 
 
 def curves_of(lines, title):
-    return next(curves for family, curves in panels(lines).items() if family.title == title)
+    found = panels(lines, WITH_SHARES)
+    return next(curves for panel, curves in found.items() if panel.title == title)
 
 
 # Reading.
@@ -87,21 +93,26 @@ def test_a_broken_result_is_refused_by_name(tmp_path):
 # Panels.
 
 
-def test_a_run_without_experts_has_no_expert_panels():
+def test_a_run_without_shares_has_no_panel_of_them():
     found = titles([training_line(20), training_line(40)])
     assert found == ["Loss", "Learning rate", "Gradient norm"]
 
 
-def test_a_run_with_experts_has_heat_maps_of_its_layers_in_network_order():
+def test_a_run_with_shares_has_heat_maps_whose_rows_are_in_counting_order():
     lines = [training_line(20, experts=4), training_line(40, experts=4)]
-    assert set(titles(lines)) >= HEAT_MAPS | {"Tokens dropped by experts", "Router entropy"}
+    assert set(titles(lines)) >= HEAT_MAPS | {"Entropy"}
     layers = ["stage_0/block_2", "stage_0/block_10", "stage_1/block_1"]
-    for title in (*HEAT_MAPS, "Router entropy"):
+    for title in (*HEAT_MAPS, "Entropy"):
         assert list(curves_of(lines, title)) == layers
-    assert curves_of(lines, "Expert load over time")[layers[0]][40] == [0.25] * 4
+    assert curves_of(lines, "Load over time")[layers[0]][40] == [0.25] * 4
 
 
-def test_load_over_time_needs_two_lines():
+def test_lists_that_no_family_asks_for_are_not_drawn():
+    lines = [training_line(20, experts=4), training_line(40, experts=4)]
+    assert not {panel.title for panel in panels(lines)} & HEAT_MAPS
+
+
+def test_shares_over_time_need_two_lines():
     assert set(titles([training_line(20, experts=4)])) & HEAT_MAPS == {min(HEAT_MAPS)}
 
 
@@ -115,18 +126,6 @@ def test_a_metric_of_no_family_gets_a_panel_of_its_own():
     lines = [{"step": 1, "test/bleu_score": 20.0, "valid/bleu_score": 21.0, "odd": 3}]
     assert curves_of(lines, "bleu score") == {"test": {1: 20.0}, "valid": {1: 21.0}}
     assert curves_of(lines, "odd") == {"": {1: 3}}
-
-
-def test_scores_of_translations_share_two_panels():
-    names = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
-    lines = [
-        {"step": 1} | {f"{split}/{name}": 20.0 for name in names for split in ("val", "flickr")}
-    ]
-    assert titles(lines) == ["BLEU", "chrF, METEOR, exact matches"]
-    splits = ("flickr", "val")
-    assert list(curves_of(lines, "BLEU")) == [f"{x}/{y}" for x in splits for y in names[:2]]
-    others = {f"{x}/{y}" for x in splits for y in names[2:]}
-    assert set(curves_of(lines, "chrF, METEOR, exact matches")) == others
 
 
 def test_skipped_steps_are_drawn_once_there_are_any():
@@ -162,12 +161,12 @@ def drawn(monkeypatch):
     return watch
 
 
-def test_loads_are_drawn_over_their_fair_share(tmp_path, drawn):
+def test_shares_are_drawn_over_the_fair_share(tmp_path, drawn):
     calls = drawn("pcolorfast")
     loads = {3: [0.5, 0.3, 0.2, 0.0], 7: [0.25, 0.05, 0.1, 0.6]}
     lines = [{"step": step, "train/moe/a/load": load} for step, load in loads.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page_of(tmp_path)
+    page_of(tmp_path, families=WITH_SHARES)
     (x, _, last), (time, y, cells) = calls
     np.testing.assert_allclose(last, [[1, 0.25, 0.4, 2.4]])  # a quarter at least
     np.testing.assert_allclose(x, [-0.5, 0.5, 1.5, 2.5, 3.5])
@@ -282,7 +281,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path):
     write_run(tmp_path, experts=4)  # the folder itself is a run
     pages = []
     for _ in range(2):
-        page = write_report(tmp_path, title="t").read_bytes()
+        page = write_report(tmp_path, title="t", families=WITH_SHARES).read_bytes()
         pages.append((page, (tmp_path / "plots/curves.png").read_bytes()))
     assert pages[0] == pages[1]
 
@@ -312,7 +311,7 @@ def test_strange_metrics_are_drawn(tmp_path):
     ]
     lines += [{"step": 9, f"test/loss_{term}": 10.0**-term} for term in range(9)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "Expert load over time" in page_of(tmp_path)
+    assert "Load over time" in page_of(tmp_path, families=WITH_SHARES)
 
 
 # The comparison.

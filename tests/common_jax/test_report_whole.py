@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from common_jax import report
-from common_jax.report import dispensable, is_picture, write_report
+from common_jax.report import dispensable, is_picture, page, write_report
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def test_what_is_there_is_not_written_again(run, monkeypatch):
     def read_only(path, content):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(report, "write_bytes", read_only)
+    monkeypatch.setattr(page, "write_bytes", read_only)
     write_report(run, title="t")
     with pytest.raises(OSError, match="Read-only"):
         write_report(run, title="another")

@@ -8,7 +8,6 @@ import pytest
 from jax import numpy as jnp
 
 from common_jax.state import (
-    STREAMS,
     evaluation_key,
     fold_name,
     merge,
@@ -37,10 +36,10 @@ def test_a_name_is_folded_in_as_its_crc32():
 
 def test_keys_of_a_step_fold_in_the_step_and_then_the_name():
     """Others would send a run that resumes on other ways."""
-    keys = step_rngs(np.uint32(3), np.int32(7))
-    assert tuple(keys) == STREAMS
+    keys = step_rngs(np.uint32(3), np.int32(7), ("drop_path", "gate"))
+    assert tuple(keys) == ("drop_path", "gate")
     assert words(keys["gate"]) == fold(3, 7, 0xB82B9894)
-    assert words(step_rngs(0, 0)["gate"]) == fold(0, 0, 0xB82B9894)
+    assert words(step_rngs(0, 0, ("gate",))["gate"]) == fold(0, 0, 0xB82B9894)
 
 
 def test_keys_of_an_evaluation_fold_in_its_name_the_batch_and_then_the_step():
@@ -54,7 +53,7 @@ def test_no_two_keys_of_a_run_or_of_another_seed_are_the_same():
     trained = [
         words(key)
         for seed, step in itertools.product(numbers, numbers)
-        for key in step_rngs(np.uint32(seed), np.int32(step)).values()
+        for key in step_rngs(np.uint32(seed), np.int32(step), ("augment", "gate")).values()
     ]
     drawn = [
         words(evaluation_key(np.uint32(seed), batch, step=step))
@@ -69,8 +68,8 @@ def test_keys_depend_on_seed_step_and_name_alone():
     for name, key in keys.items():
         assert jnp.all(jax.random.key_data(key) == jax.random.key_data(more[name]))
     others = [
-        step_rngs(np.uint32(4), np.int32(7))["gate"],
-        step_rngs(np.uint32(3), np.int32(8))["gate"],
+        step_rngs(np.uint32(4), np.int32(7), ("gate",))["gate"],
+        step_rngs(np.uint32(3), np.int32(8), ("gate",))["gate"],
         keys["drop_path"],
         fold_name(keys["gate"], "stage_0"),
     ]

@@ -12,7 +12,8 @@ from plan.steps import step_arguments
 
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
-from common_jax.task import Task, abstract_state, fresh_state, step_program
+from common_jax.step import Programs
+from common_jax.task import Task, abstract_state, create_program, step_program
 
 OPTIM = OptimConfig(steps=4, batch=16, accumulate=2, lr=0.1, lr_per=None, schedule="constant")
 
@@ -74,7 +75,7 @@ def test_a_fresh_state_is_drawn_from_the_seed_and_the_name_init(task, make_mesh)
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         abstract = abstract_state(task, OPTIM, mesh)
-        state = fresh_state(task, OPTIM, abstract, seed=3, warm={})
+        state = create_program(task, OPTIM, abstract)(np.uint32(3), {})
     wanted = init(jax.random.fold_in(jax.random.key(np.uint32(3)), 0xC674E474))
     for name, part in wanted.items():
         np.testing.assert_allclose(state.params[name]["kernel"], part["kernel"], rtol=1e-6)
@@ -88,7 +89,7 @@ def test_what_is_warm_is_not_drawn(task):
     with jax.set_mesh(mesh):
         abstract = abstract_state(task, optim, mesh)
         warm = {"body": {"kernel": jnp.full((8, 4), 7.0)}}
-        state = fresh_state(task, optim, abstract, seed=2**32 - 1, warm=warm)
+        state = create_program(task, optim, abstract)(np.uint32(2**32 - 1), warm)
     np.testing.assert_array_equal(state.params["body"]["kernel"], 7)
     np.testing.assert_array_equal(state.ema["body"]["kernel"], 7)  # the average starts there, too
     assert float(jnp.std(state.params["head"]["kernel"])) > 0.1
@@ -103,10 +104,28 @@ def test_a_step_is_called_with_the_whole_batch(task):
     assert (seed.shape, seed.dtype) == ((), np.uint32)
 
 
-def test_runs_that_share_programs_compile_once(task):
+def test_of_programs_that_share_a_name_the_first_is_kept():
+    programs, first = Programs(), lambda: 1
+    assert programs.keep("step", first) is first
+    assert programs.keep("step", lambda: 2) is first
+    assert programs.keep("create", len) is len
+    assert Programs().keep("step", len) is len
+
+
+def test_a_loss_is_given_a_key_for_each_of_its_streams(task):
+    given = []
+
+    def listening(params, helpers, batch, rngs, step):
+        given.append(tuple(rngs))
+        return loss(params, helpers, batch, rngs, step)
+
     mesh = one_device()
-    abstract = abstract_state(task, OPTIM, mesh)
-    first = step_program(task, OPTIM, abstract, log_every=1)
-    assert step_program(task, OPTIM, abstract, log_every=1) is first
-    apart = dataclasses.replace(task, programs={})
-    assert step_program(apart, OPTIM, abstract, log_every=1) is not first
+    for streams in ((), ("a", "b")):
+        given.clear()
+        drawing = dataclasses.replace(task, loss=listening, streams=streams)
+        abstract = abstract_state(drawing, OPTIM, mesh)
+        with jax.set_mesh(mesh):
+            step_program(drawing, OPTIM, abstract, log_every=1).lower(
+                *step_arguments(drawing, OPTIM, abstract, mesh)
+            )
+        assert set(given) == {streams}

@@ -83,7 +83,7 @@ def differentiate(config: Config, *, mesh=None):
             jax.device_put(params, match_rules(rules, params, mesh)),
         )
     (value, metrics), gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
-        params, numbers(task.helpers), batch, step_rngs(0, 0), np.int32(0)
+        params, numbers(task.helpers), batch, step_rngs(0, 0, task.streams), np.int32(0)
     )
     flat = traverse_util.flatten_dict(gradient, sep="/")
     return float(value), metrics, {path: np.asarray(leaf) for path, leaf in flat.items()}

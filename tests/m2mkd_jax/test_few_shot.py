@@ -352,7 +352,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
     with unoptimised():
         result = run_phase(config, tmp_path / "run", mesh)
     assert len(given) == 2 and given[0] is given[1]
-    compiled = {name: program._cache_size() for name, program in given[0].items()}
+    compiled = {name: program._cache_size() for name, program in given[0].kept.items()}
     assert compiled == {"step": 1, "create": 1, "evaluate": 1}
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
     folders = [tmp_path / "run" / f"episode_{number}" for number in range(2)]

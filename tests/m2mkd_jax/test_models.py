@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from meshes import one_device
+from meshes import idle_rules, one_device
 
-from common_jax.mesh import idle_rules, match_rules
+from common_jax.mesh import match_rules
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.stages import Network, Place, stage_name

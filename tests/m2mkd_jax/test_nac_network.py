@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
+from meshes import idle_rules
 from tiny import QUICK, fill
 
 from common_jax.config import freeze
-from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac import model
 from m2mkd_jax.nac.kernel import KernelConfig

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from meshes import one_device, split_mesh
+from meshes import idle_rules, one_device, split_mesh
 from tiny import MOE, OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
-from common_jax.mesh import AXES, MeshConfig, idle_rules, make_mesh
+from common_jax.mesh import AXES, MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit, vmoe

@@ -69,7 +69,7 @@ IDENTITY = named(
     "test_identity.py",
     "test_the_newest_checkpoint_says_which_run_it_is_where_run_json_is_lost",
 )
-REPORT = named("test_report.py", "test_loads_are_drawn_over_their_fair_share")
+REPORT = named("test_report.py", "test_shares_are_drawn_over_the_fair_share")
 AGREE = named("test_hosts.py", "test_processes_agree_on_the_greatest_of_each_value")
 FLOPS = (
     "tests/test_plan_programs.py"
@@ -192,22 +192,22 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/loop.py",
         "a save by the clock has the score of an earlier step",
-        "save(done, evaluation if saves(done) and evaluates(done) else None)",
-        "save(done, evaluation)",
+        "must not.\n                saver.save(state, done, None)",
+        "must not.\n                saver.save(state, done, evaluation)",
         DESCENT,
     ),
     Mistake(
         "common_jax/loop.py",
         "a run that resumes reads its data from the start",
-        "_ahead(task.batches(start), mesh)",
-        "_ahead(task.batches(0), mesh)",
+        "_prefetch(task.batches(start), mesh)",
+        "_prefetch(task.batches(0), mesh)",
         DESCENT,
     ),
     Mistake(
-        "common_jax/loop.py",
+        "common_jax/log.py",
         "patience is a step longer than it says",
-        "if skipped_in_row >= run.nan_patience:",
-        "if skipped_in_row > run.nan_patience:",
+        "if skipped_in_row >= self._patience:",
+        "if skipped_in_row > self._patience:",
         DESCENT,
     ),
     Mistake(
@@ -302,9 +302,9 @@ MISTAKES: tuple[Mistake, ...] = (
         IDENTITY,
     ),
     Mistake(
-        "common_jax/report.py",
-        "loads are drawn over the number of layers in place of experts",
-        "cells = np.clip(cells * experts,",
+        "common_jax/report/draw.py",
+        "shares are drawn over the number of lists in place of items",
+        "cells = np.clip(cells * count,",
         "cells = np.clip(cells * len(curves),",
         REPORT,
     ),

@@ -1,7 +1,9 @@
-"""TPU chips by their published figures, and the devices of a topology that need not be there."""
+"""TPU chips by their published figures, and devices of a topology that need not be there."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -9,16 +11,18 @@ import re
 import jax
 from jax.experimental import topologies
 
+from plan.hlo import LIBTPU
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip has.
+    """The figures of one chip.
 
     Attributes:
-      flops: operations a second in bfloat16, a multiplication with its addition as two.
+      flops: operations per second in bfloat16, a multiplication with its addition as two.
       hbm: bytes of memory.
-      hbm_bandwidth: bytes a second between that memory and the cores.
-      ici: bytes a second that it can send to its neighbours in a slice over all of its links, and
+      hbm_bandwidth: bytes per second between that memory and the cores.
+      ici: bytes per second that it can send to its neighbours in a slice over all of its links, and
         receive at the same time.
       layout: libtpu's name of the setting in which a chip is one device.
     """
@@ -57,21 +61,40 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[kind]
 
 
-def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
-    """One device a chip of `slices` slices of `topology`; they are described and nothing runs.
+def check_libtpu() -> None:
+    """Warns where another version of libtpu is installed than `plan.hlo` reads the programs of.
 
     Raises:
-      ValueError: without libtpu, or for a topology that there is not.
+      ValueError: when none is installed.
     """
-    chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "libtpu, which holds the compiler for TPUs, is not installed: pip install libtpu, or "
-            "this package with its extra 'pods'"
+            "libtpu, which holds the compiler for TPUs, is not installed: pip install "
+            f"libtpu=={LIBTPU}, or this package with its extra 'pods'"
         )
+    installed = importlib.metadata.version("libtpu")
+    if installed != LIBTPU:
+        logging.warning(
+            "libtpu %s is installed, and the analysis of compiled programs was written for %s: "
+            "collectives, traffic and the roofline may be wrong. pip install libtpu==%s, or run "
+            "tests/test_hlo.py to see whether the text of programs is still the same",
+            installed,
+            LIBTPU,
+            LIBTPU,
+        )
+
+
+def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
+    """One device for each chip of `slices` slices of `topology`; they are described, not there.
+
+    Raises:
+      ValueError: without libtpu, or for a topology that does not exist.
+    """
+    chip = chip_of(topology)
+    check_libtpu()
     if slices < 1:
         raise ValueError(f"--slices={slices} must be at least 1")
-    # The library is to ask no TPU about itself, and may be in use by another such process.
+    # libtpu must not look for a TPU here, and another process may use it at the same time.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     several = {"num_slices": slices} if slices > 1 else {}
     try:
@@ -80,7 +103,7 @@ def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
         ).devices
     except RuntimeError as error:
         raise ValueError(
-            f"--topology={topology} with --slices={slices} is none that libtpu knows: {error}"
+            f"--topology={topology} with --slices={slices} is unknown to libtpu: {error}"
         ) from error
     expected = slices * math.prod(int(size) for size in topology.partition(":")[2].split("x"))
     assert len(devices) == expected, (len(devices), expected)

@@ -76,7 +76,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
                 sent += times * instruction.result[0].bytes
                 totals[kind, slices, True] = count + times, sent
                 continue
-            later = instruction.goes_on and not starts_collective(computation)
+            later = instruction.overlaps and not starts_collective(computation)
             if kind not in KINDS or later:
                 continue
             groups = _groups(instruction.rest, devices)

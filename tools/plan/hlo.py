@@ -1,18 +1,22 @@
-"""The text of a compiled program: its instructions, and how often each of them runs."""
+"""The text of a compiled program: its instructions, and how often each of them runs.
+
+The text is not an interface that XLA keeps: LIBTPU is the version whose text this was written for.
+"""
 
 import dataclasses
 import functools
 import math
 import re
 
-# Bits of an element of each type; what is not here, such as a token, has none.
+LIBTPU = "0.0.52"
+# Bits of an element of each type; a type that is not here, such as a token, has none.
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
     "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
     "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
-# A collective for TPU that runs beside other work stands in every fusion that it runs beside, each
-# time with the number of its chain, and first where it is started.
+# A collective for TPU that runs beside other work appears in every fusion that it runs beside, each
+# time with the number of its chain, and first in the one that starts it.
 _CHAIN, _STARTED = "chain_id=", "AsyncCollectiveStart"
 _LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -41,8 +45,8 @@ class Instruction:
       name: its result.
       kind: of operation, such as "fusion".
       result: the arrays of its result, tuples flattened.
-      operands: names of what it takes.
-      rest: the text behind the operands: attributes and metadata.
+      operands: names of its arguments.
+      rest: the text after the operands: attributes and metadata.
       root: whether its result is the computation's.
     """
 
@@ -62,8 +66,8 @@ class Instruction:
         return found
 
     @property
-    def goes_on(self) -> bool:
-        """Whether it is a collective that runs beside other work, or one of its later mentions."""
+    def overlaps(self) -> bool:
+        """Whether it is a collective that runs beside other work, or a later mention of one."""
         return _CHAIN in self.rest
 
 
@@ -89,9 +93,8 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often every computation runs that is reached from the entry, those within fusions
-        among them; of a conditional every branch counts as taken, and a loop whose length is not
-        known as run once."""
+        """How often every computation runs that the entry calls, directly or through others. Every
+        branch of a conditional counts as taken, and a loop of unknown length as run once."""
         times: dict[str, int] = {}
         pending = [(self.entry, 1)]
         while pending:
@@ -105,7 +108,7 @@ class Program:
 
     @property
     def unknown_loops(self) -> int:
-        """Loops that are reached and of unknown length."""
+        """Loops of unknown length that the entry calls."""
         return sum(
             self.trips(instruction) is None
             for name in self.runs
@@ -113,8 +116,8 @@ class Program:
         )
 
     def trips(self, instruction: Instruction) -> int | None:
-        """How often what an instruction calls runs each time: the length of a loop, None where it
-        is not known, and 1 for all other kinds."""
+        """How often an instruction runs each computation that it calls: for a loop its length, None
+        where that is unknown; once for all other kinds."""
         if instruction.kind != "while":
             return 1
         if match := re.search(r"known_trip_count\W+n\W+(\d+)", instruction.rest):
@@ -122,8 +125,8 @@ class Program:
         return self._compared(instruction.called["condition"][0])
 
     def _compared(self, condition: str) -> int | None:
-        """The bound of a loop that counts from 0: the only constant that its condition, and what
-        that calls, compares with."""
+        """The bound of a loop that counts from 0: the only constant in its condition, which may be
+        in a computation that the condition calls."""
         bounds, kinds = [], []
         names = [condition]
         for name in names:

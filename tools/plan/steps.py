@@ -70,7 +70,8 @@ def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
         trained, fixed = partition(params, task.trainable)
 
         def loss(trained):
-            return task.loss(merge(fixed, trained), helpers, batch, step_rngs(0, 0), np.int32(0))
+            rngs = step_rngs(0, 0, task.streams)
+            return task.loss(merge(fixed, trained), helpers, batch, rngs, np.int32(0))
 
         return function(trained, loss)
 

@@ -53,7 +53,7 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
     inner = one.called.get("calls", ()) if one.kind == "fusion" else ()
     fused = program.computations[inner[0]] if inner else None
     if fused is not None and starts_collective(fused):
-        gathered = next(collective for collective in fused.values() if collective.goes_on)
+        gathered = next(collective for collective in fused.values() if collective.overlaps)
         return _written(gathered) + sum(_size(computation, operand) for operand in one.operands)
     read = 0
     for place, operand in enumerate(one.operands):
@@ -95,7 +95,7 @@ def _written_by(fused: Computation, fusion: Instruction) -> int:
     total = 0
     for array, name in zip(fusion.result, parts, strict=False):
         handed_on = (
-            fused[name].kind == "parameter" or fused[name].goes_on or ENDED in fused[name].rest
+            fused[name].kind == "parameter" or fused[name].overlaps or ENDED in fused[name].rest
         )
         if array.space == 0 and not handed_on:
             update = _update(fused, name)
@@ -134,7 +134,7 @@ def _used(program: Program, fused: Computation, name: str) -> int:
             total += sum(array.bytes for array in one.result)
         elif one.kind == "dynamic-update-slice" and one.operands[0] == name:
             continue
-        elif one.goes_on or ENDED in one.rest or (one.root and one.kind == "tuple"):
+        elif one.overlaps or ENDED in one.rest or (one.root and one.kind == "tuple"):
             continue  # a collective that runs beside the fusion, or what is handed on as it is
         elif one.kind == "fusion" and one.called.get("calls"):
             inner = program.computations[one.called["calls"][0]]

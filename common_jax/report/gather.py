@@ -1,0 +1,195 @@
+"""Runs below a folder, and the curves in their metrics.
+
+A run is a folder with `metrics.jsonl`, one JSON object per line with "step" and any scalars; beside
+it there may be `timing.jsonl` (of the same form), `config.json` and `result.json`. Which curves
+share a panel is said by families; a metric of none gets a panel named after the end of its path.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from flax import traverse_util
+
+from common_jax.metrics import read_metrics
+from common_jax.workdir import read_json
+
+NOT_SEARCHED = frozenset({"checkpoints", "plots", "samples"})  # large, and never hold a run
+NOT_DRAWN = frozenset({"step", "epoch", "milliseconds_per_step", "train/skipped_in_row"})
+
+Curves = Mapping[str, Mapping[int, Any]]  # name -> step -> value (a list in a heat map)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Metrics whose curves share a panel: those whose whole name matches `pattern`."""
+
+    title: str
+    ylabel: str
+    pattern: str  # its first group, where it has one, names the curve
+    height: float = 1.35  # of the axes, in inches; neighbours of one height stand side by side
+    by_split: bool = False  # curves are split/term: a term has a colour, splits but train marks
+    log: bool = False  # a logarithmic axis where the values span more than a factor of 30
+    if_any: bool = False  # left out as long as all values are 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Metrics that are lists of shares, whose sum is 1. They are rows of two heat maps, coloured by
+    share over the fair share, 1 / length: one of the last step, one over time."""
+
+    title: str
+    pattern: str  # its first group names the row
+    item: str  # one entry of a list, in a word
+    unit: str  # of its share in percent
+    height: float = 1.6
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """A panel of shares."""
+
+    shares: Shares
+    over_time: bool
+
+    @property
+    def title(self) -> str:
+        """Of the panel."""
+        if self.over_time:
+            return f"{self.shares.title} over time"
+        return f"{self.shares.title} at the end (% of {self.shares.unit})"
+
+    @property
+    def height(self) -> float:
+        """Of the axes, in inches."""
+        return self.shares.height
+
+
+Panels = Mapping[Family | HeatMap, Curves]
+
+LOSS = Family("Loss", "loss", r"(.*loss.*)", 2.2, by_split=True, log=True)
+ACCURACY = Family("Accuracy", "share of examples", r"(.*accuracy[^/]*)", 2.2, by_split=True)
+LEARNING_RATE = Family("Learning rate", "learning rate", r"train/learning_rate")
+GRADIENT_NORM = Family("Gradient norm", "L2 norm", r"train/(.*)gradient_norm", log=True)
+THROUGHPUT = Family("Throughput", "examples / s", r"examples_per_second")
+SKIPPED = Family("Skipped steps", "steps", r"train/skipped", if_any=True)
+OF_TRAINING = (LEARNING_RATE, GRADIENT_NORM, THROUGHPUT, SKIPPED)
+FAMILIES = (LOSS, ACCURACY, *OF_TRAINING)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run on disk.
+
+    Attributes:
+      folder: it lies there.
+      facts: of its result, or of how far it is, in words.
+      panels: its curves.
+      config: dotted key -> value as JSON.
+    """
+
+    folder: epath.Path
+    facts: Sequence[str]
+    panels: Panels
+    config: Mapping[str, str]
+
+
+def find_runs(folder: epath.Path) -> list[epath.Path]:
+    """Folders in and below `folder` that hold metrics, sorted with numbers in names as numbers."""
+    runs = [folder] if (folder / "metrics.jsonl").exists() else []
+    for entry in sorted(folder.iterdir(), key=lambda entry: _natural(entry.name)):
+        if entry.name not in NOT_SEARCHED and entry.is_dir():
+            runs += find_runs(entry)
+    return runs
+
+
+def read_run(folder: epath.Path, families: Sequence[Family | Shares]) -> Run:
+    """Reads a run's files.
+
+    Raises:
+      ValueError: for one that cannot be read, naming it.
+    """
+    metrics = read_metrics(folder / "metrics.jsonl")
+    timing = read_metrics(folder / "timing.jsonl") if (folder / "timing.jsonl").exists() else []
+    result, config = _read_json(folder / "result.json"), _read_json(folder / "config.json")
+    facts = [v if isinstance(v, str) else f"{key} {_text(v)}" for key, v in result.items()]
+    if not result:
+        last = [f"not finished: last line at step {line['step']}" for line in metrics[-1:]]
+        facts += last or ["no metrics yet"]
+    settings = {key: json.dumps(value) for key, value in config.items()}
+    return Run(folder, facts, panels([*metrics, *timing], families), settings)
+
+
+def panels(
+    lines: Iterable[Mapping[str, Any]], families: Sequence[Family | Shares] = FAMILIES
+) -> Panels:
+    """The panels of a run's metrics and timing lines, steps ascending.
+
+    Args:
+      lines: of several with the same step the last counts, since a run that resumes writes some
+        steps again.
+      families: of several that match a metric the first counts.
+    """
+    curves: dict[Family | HeatMap, dict[str, dict[int, Any]]] = {
+        family: {} for family in families if isinstance(family, Family)
+    }
+    rows: dict[Shares, dict[str, dict[int, Any]]] = {
+        family: {} for family in families if isinstance(family, Shares)
+    }
+    known = tuple(curves)
+    for line in lines:
+        for key, value in line.items():
+            if isinstance(value, list):
+                for shares in rows:
+                    if match := re.fullmatch(shares.pattern, key):
+                        rows[shares].setdefault(match[1], {})[line["step"]] = value
+            elif isinstance(value, int | float) and key not in NOT_DRAWN:
+                family, label = _family_of(key, known)
+                curve = curves.setdefault(family, {}).setdefault(label, {})
+                curve[line["step"]] = value if math.isfinite(value) else math.nan
+    for shares, lists in rows.items():
+        curves[HeatMap(shares, over_time=False)] = lists
+        if any(len(steps) > 1 for steps in lists.values()):
+            curves[HeatMap(shares, over_time=True)] = lists
+    return {
+        panel: {x: dict(sorted(named[x].items())) for x in sorted(named, key=_natural)}
+        for panel, named in curves.items()
+        if named and not _is_idle(panel, named)
+    }
+
+
+def _is_idle(panel: Family | HeatMap, curves: Curves) -> bool:
+    """Whether a panel is left out, since all of its values are 0."""
+    optional = isinstance(panel, Family) and panel.if_any
+    return optional and not any(any(curve.values()) for curve in curves.values())
+
+
+def _family_of(key: str, families: Iterable[Family]) -> tuple[Family, str]:
+    """The family of a metric and the label of its curve, empty where the title says it all."""
+    for family in families:
+        if match := re.fullmatch(family.pattern, key):
+            return family, (match.groups() or ("",))[0]
+    label, _, name = key.rpartition("/")
+    return Family(name.replace("_", " "), "value", f"(.*/)?{re.escape(name)}", log=True), label
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorts block_2 before block_10."""
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON file's nested object as `a.b.c` -> value; empty where there is no such file."""
+    try:
+        values = read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend or delete this file") from error
+    return traverse_util.flatten_dict(values, sep=".")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,12 @@
+"""The curves of m2mKD's metrics in a report, beside those that any run has."""
+
+from common_jax.report import ACCURACY, OF_TRAINING, Family, Shares
+
+FAMILIES = (
+    Family("Loss", "loss", r"(.*(?:loss|distillation).*)", 2.2, by_split=True, log=True),
+    ACCURACY,
+    *OF_TRAINING,
+    Family("Tokens dropped by experts", "share", r"train/moe/(.+)/dropped", 1.5),
+    Family("Router entropy", "nats", r"train/moe/(.+)/entropy", 1.5),
+    Shares("Expert load", r"train/moe/(.+)/load", item="expert", unit="tokens"),
+)
