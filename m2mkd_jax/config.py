@@ -27,14 +27,15 @@ from common_jax.ranges import (
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.families import FAMILIES, Context, family_of, kind_of, section_type
 from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
-PHASES = (
+# In the order of the pipeline; `m2mkd_jax.phases.PHASES` has a record of each.
+PHASE_NAMES = (
     "pretrain_meta",
     "train_module",
     "assemble",
@@ -42,31 +43,7 @@ PHASES = (
     "end_to_end",
     "few_shot",
 )
-# Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
-_ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
-_ONE = (*_ANY, "optim", "augment", "drop_path")
-_TAKE = ("sources.fresh", "sources.leave")
-READS: dict[str, tuple[str, ...]] = {
-    "pretrain_meta": (*_ONE, "meta", "ood"),
-    "train_module": (
-        *_ONE, "module", "meta", "teacher", "distill.pairs_at_once", "sources.meta", *_TAKE,
-    ),
-    "assemble": (*_ONE, "teacher", "ood", "sources.modules", *_TAKE),
-    "distill": (
-        *_ONE, "module", "meta", "teacher", "model", "distill", "sources.meta", "sources.teacher",
-        *_TAKE,
-    ),
-    # Stitches that a V-MoE keeps are as wide as the meta model.
-    "end_to_end": (
-        *_ONE, "meta.width", "teacher", "model", "regularizers", "baseline", "ood", "init",
-        "sources.students", "sources.teacher", *_TAKE,
-    ),
-    "few_shot": (*_ONE, "meta.width", "model", "few_shot", "sources.network", *_TAKE),
-    "pipeline": (
-        *_ANY, "meta", "teacher", "model", "regularizers", "distill", "baseline", "few_shot", "ood",
-        "sources.meta", "sources.teacher", *_TAKE, "recipes",
-    ),
-}  # fmt: skip
+Meta, Teacher, Student = (section_type(role) for role in ("meta", "teacher", "model"))
 NOISES = ("mean", "fixed", "sampled")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -85,14 +62,19 @@ class DistillConfig(Section):
     alpha: Fraction = 0.5
     tau: Positive = 1.0
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a distillation at all."""
+        return self.kind != "none"
+
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig(DistillConfig):
     """m2mKD's objective, and how many modules one program trains.
 
     Attributes:
-      pairs_at_once: the most modules that distill and train_module train in one program, where
-        config.module names several; those left over follow in further programs. 0: all in one.
+      pairs_at_once: the most modules that one program trains, where config.module names several;
+        the others follow in further programs. 0: all in one.
     """
 
     pairs_at_once: Count = 0
@@ -214,7 +196,7 @@ class Config(Section):
     """A run of one phase, or of all of them (`phase="pipeline"`).
 
     Attributes:
-      phase: one of PHASES, or "pipeline".
+      phase: one of PHASE_NAMES, or "pipeline".
       module: which modules train_module and distill train: "all", or stage numbers such as "2" or
         "0+3".
       seed: of everything random.
@@ -239,16 +221,16 @@ class Config(Section):
       run: logging, evaluation, checkpoints.
     """
 
-    phase: Annotated[str, one_of(*PHASES, "pipeline")] = "end_to_end"
+    phase: Annotated[str, one_of(*PHASE_NAMES, "pipeline")] = "end_to_end"
     module: str = "all"
     seed: Seed = 0
     precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
     data: DataConfig = DataConfig()
     ood: OodConfig = OodConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    meta: ViTConfig = ViTConfig()
-    teacher: ViTConfig = ViTConfig()
-    model: VMoEConfig | NacConfig = VMoEConfig()
+    meta: Meta = ViTConfig()
+    teacher: Teacher = ViTConfig()
+    model: Student = VMoEConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
     distill: PairsConfig = PairsConfig()
     baseline: DistillConfig = DistillConfig(kind="none")
@@ -265,30 +247,22 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         check_mixing(self)
-        kernel = self.model.kernel if isinstance(self.model, NacConfig) else None
-        if kernel and kernel.evaluation == "sample" and self.evaluation.noise == "mean":
-            raise FieldError(
-                "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
-                "nothing: change either"
-            )
-        if self.init.upcycle and self.phase != "end_to_end":
-            raise FieldError(
-                f"init.upcycle={shown(self.init.upcycle)} is for phase='end_to_end' and "
-                f"phase={self.phase!r}: leave it out"
-            )
+        student = family_of(self.model)
+        student.check_noise(self.model, self.evaluation.noise)
         if self.init.upcycle and self.sources.students:
             raise FieldError(
                 f"init.upcycle={shown(self.init.upcycle)} and "
                 f"sources.students={shown(self.sources.students)}: a network starts from one of "
                 "them"
             )
-        if self.init.upcycle and isinstance(self.model, NacConfig):
+        if self.init.upcycle and student.upcycle is None:
+            kinds = [kind for kind, family in FAMILIES.items() if family.upcycle is not None]
             raise FieldError(
-                f"init.upcycle={shown(self.init.upcycle)} makes a V-MoE of a ViT and "
-                "model.kind='nac': leave it out, or give a V-MoE"
+                f"init.upcycle={shown(self.init.upcycle)} starts a network of a kind in {kinds} "
+                f"from a ViT and model.kind={kind_of(self.model)!r}: leave it out, or change either"
             )
-        if unknown := set(self.recipes) - set(PHASES):
-            raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASES}")
+        if unknown := set(self.recipes) - set(PHASE_NAMES):
+            raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASE_NAMES}")
         if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
             raise FieldError(
                 f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, such as "
@@ -305,6 +279,18 @@ class Config(Section):
     def interface(self) -> Interface:
         """What every network of the run takes and gives."""
         return Interface(self.data.image_size, self.data.channels, self.data.labels)
+
+    @property
+    def context(self) -> Context:
+        """The part of the config that every network depends on, beside its own section."""
+        tokens = family_of(self.meta).tokens
+        return Context(
+            interface=self.interface,
+            dtype=self.dtype,
+            seed=self.seed,
+            meta_width=self.meta.width,
+            meta_tokens=lambda: tokens(self.meta, self.interface),
+        )
 
     def modules(self) -> tuple[int, ...]:
         """The stages that `module` names; raises ValueError for one that is not there, or twice."""

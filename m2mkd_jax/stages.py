@@ -111,3 +111,8 @@ class Network:
 def stage_name(stage: int) -> str:
     """The key of a stage's parameters, `stage_0` for the first."""
     return f"stage_{stage}"
+
+
+def module_name(stage: int) -> str:
+    """The name of a stage's module in metrics, `module_0` for the first."""
+    return f"module_{stage}"
