@@ -109,7 +109,9 @@ def circuit_regularizer(
     return regularizer
 
 
-def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path, average: bool) -> None:
+def draw_circuit(
+    model: NacConfig, circuit: Circuit, workdir: epath.Path, optim: OptimConfig
+) -> None:
     """Writes connectivity.png, the mediators' graph before and after training, unless it exists; a
     failure is a warning.
 
@@ -117,13 +119,13 @@ def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path, averag
       model: config.model.
       circuit: the start.
       workdir: of the finished run.
-      average: whether the run kept a running average of its parameters, which is drawn then.
+      optim: config.optim; of a run that kept a running average, that average is drawn.
     """
     path = workdir / PICTURE
     if jax.process_index() != 0 or is_picture(path):
         return
     with dispensable(path):
-        learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=average)
+        learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=optim.ema > 0)
         before = circuit.signatures["mediator"]
         groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
         truncation = model.kernel.truncation

@@ -72,8 +72,8 @@ class Preparation:
       trainable: section -> regex of the parameters that are updated.
       regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a term
         of the loss.
-      draw: (section, start, workdir, average) -> None; draws a picture of the trained network,
-        whose parameters are the running average if `average`.
+      draw: (section, start, workdir, config.optim) -> None; draws a picture of the trained
+        network.
       picture: file name of the picture.
       caption: its caption in the report.
     """
@@ -84,7 +84,7 @@ class Preparation:
     init: Callable[[Any, Any], Callable[[jax.Array], Any]]
     trainable: Callable[[Any], str]
     regularizer: Callable[[Any, Any, RegularizersConfig, OptimConfig, int], Regularizer]
-    draw: Callable[[Any, Any, epath.Path, bool], None]
+    draw: Callable[[Any, Any, epath.Path, OptimConfig], None]
     picture: str
     caption: str
 

@@ -41,7 +41,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         training = describe(config, mesh, start=start)
     result = train_phase(training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed)
     if preparation is not None:
-        preparation.draw(config.model, start, workdir, config.optim.ema > 0)
+        preparation.draw(config.model, start, workdir, config.optim)
     return result
 
 
