@@ -64,7 +64,7 @@ class DistillConfig(Section):
 
     @property
     def active(self) -> bool:
-        """Whether there is a distillation at all."""
+        """True unless the kind is "none"."""
         return self.kind != "none"
 
 
@@ -86,12 +86,12 @@ class FewShotConfig(Section):
 
     Attributes:
       ways: classes drawn.
-      shots: training images a class.
-      test_shots: test images a class, from the test split.
+      shots: training images per class.
+      test_shots: test images per class, from the test split.
       seed: of the draw.
       test_on_train: draws the test images from the training split, so that all training images are
         among them, as the original does on CIFAR-100: for comparison with published numbers only.
-      episodes: how many are run, with `seed`, `seed` + 1 and so on; above 1 the result is their
+      episodes: number of episodes, with `seed`, `seed` + 1 and so on; above 1 the result is their
         mean with its 95 % confidence interval.
     """
 
@@ -116,15 +116,14 @@ class SourcesConfig(Section):
     """Workdirs (or steps in them) that a phase takes weights from.
 
     Attributes:
-      meta: of the meta model; for train_module and distill.
-      modules: of the trained modules, one a stage in order, or one that holds them all; for
-        assemble.
-      teacher: of the teacher; for distill, and for end_to_end with whole-teacher distillation.
-      students: of the distilled students, one a stage in order, or one that holds them all; for
-        end_to_end. () trains from scratch.
-      network: of a trained V-MoE or NAC; for few_shot.
-      fresh: regex of parameter paths that start anew even though a source may have them.
-      leave: regex of parameter paths of the sources that may find no place.
+      meta: of the meta model.
+      modules: of the trained modules, one per stage in order, or one that holds them all.
+      teacher: of the teacher.
+      students: of the distilled students, one per stage in order, or one that holds them all. ()
+        trains from scratch.
+      network: of a trained whole student.
+      fresh: regex of parameter paths that start from scratch even where a source has them.
+      leave: regex of the sources' parameter paths that may have no place in the network.
     """
 
     meta: str = ""
@@ -138,12 +137,12 @@ class SourcesConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """How the whole V-MoE of end_to_end starts, where it is not from students.
+    """The start of a whole student that does not start from students.
 
     Attributes:
-      upcycle: workdir (or a step in it) of a dense ViT, trained or converted: every expert starts
-        as the MLP of its block, router and stitches start anew, all else is taken. "" starts from
-        scratch.
+      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, from which a V-MoE
+        starts: every expert as the MLP of its block, router and stitches from scratch, all other
+        parameters as the ViT's. "" starts from scratch.
     """
 
     upcycle: str = ""
@@ -151,12 +150,12 @@ class InitConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """What networks that draw at random outside training too (NAC) do in evaluation.
+    """Random numbers in the evaluation of networks that draw outside training, too.
 
     Attributes:
-      noise: "mean" draws nothing: means stand in for random states, and pooling has no noise;
-        "fixed" draws the same at every evaluation, from the seed and a batch's number; "sampled"
-        draws anew, from the step as well.
+      noise: "mean" draws nothing: means take the place of random states, and pooling has no noise;
+        "fixed" draws the same numbers at every evaluation, from the seed and a batch's number;
+        "sampled" draws others each time, from the step as well.
     """
 
     noise: Annotated[str, one_of(*NOISES)] = "mean"
@@ -174,11 +173,11 @@ def check_mixing(section: "Recipe | Config") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Section):
-    """How one phase trains.
+    """The training recipe of one phase.
 
     Attributes:
       optim: optimizer and length.
-      augment: what happens to training images and labels.
+      augment: augmentation of training images and labels.
       drop_path: stochastic depth of the last block, to which it ramps from the first.
     """
 
@@ -197,26 +196,27 @@ class Config(Section):
 
     Attributes:
       phase: one of PHASE_NAMES, or "pipeline".
-      module: which modules train_module and distill train: "all", or stage numbers such as "2" or
-        "0+3".
+      module: the modules to train, in phases that train modules: "all", or stage numbers such as
+        "2" or "0+3".
       seed: of everything random.
-      precision: what the networks compute in, "float32" or "bfloat16"; parameters, softmax,
-        router, norm statistics and losses are float32 in any case.
+      precision: "float32" or "bfloat16", for the networks; parameters, softmax, router, norm
+        statistics and losses are float32 in any case.
       data: images and labels.
-      ood: a further test set, of some of the classes, for whole networks; single modules and
-        few_shot are not tested on it.
-      evaluation: whether anything random is drawn in evaluation.
+      ood: another test set, of some of the classes, for whole networks; neither single modules nor
+        episodes are tested on it.
+      evaluation: random numbers in evaluation.
       meta: the meta model; its stages are the depths.
       teacher: the teacher, with as many stages.
-      model: the student, a V-MoE or (with kind "nac") a NAC, with as many stages.
-      regularizers: what holds a NAC's graph in shape in end_to_end.
-      distill: m2mKD's objective, and how many modules are trained at once.
-      baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
+      model: the student, of kind "vmoe" or "nac", with as many stages.
+      regularizers: terms that keep a NAC's graph near its prior, in the training of the whole.
+      distill: m2mKD's objective, and the number of modules that are trained at once.
+      baseline: distillation of the whole student from the whole teacher's logits; kind "none" for
+        none.
       few_shot: the episode.
       sources: weights to start from.
-      init: how end_to_end starts where it is not from students.
-      optim, augment, drop_path: how the phase trains, see Recipe; the pipeline has recipes instead.
-      recipes: how each phase of the pipeline trains.
+      init: the start of a whole student that does not start from students.
+      optim, augment, drop_path: the phase's recipe, see Recipe; the pipeline has recipes instead.
+      recipes: the recipe of each phase of the pipeline.
       mesh: devices.
       run: logging, evaluation, checkpoints.
     """
@@ -272,12 +272,12 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the networks compute in."""
+        """The type in which networks compute."""
         return PRECISIONS[self.precision]
 
     @property
     def interface(self) -> Interface:
-        """What every network of the run takes and gives."""
+        """Image side, channels and labels of every network of the run."""
         return Interface(self.data.image_size, self.data.channels, self.data.labels)
 
     @property
@@ -293,7 +293,8 @@ class Config(Section):
         )
 
     def modules(self) -> tuple[int, ...]:
-        """The stages that `module` names; raises ValueError for one that is not there, or twice."""
+        """The stages that `module` names; raises FieldError for a stage that does not exist or is named
+        twice."""
         count = len(self.meta.depths)
         if self.module == "all":
             return tuple(range(count))
@@ -331,7 +332,7 @@ def choose_recipe(
 
     Args:
       config: a ConfigDict of `default_config` with its phase set.
-      recipes: one a phase.
+      recipes: one per phase.
 
     Raises:
       ValueError: when there is none for the phase.

@@ -89,10 +89,6 @@ class Preparation:
     caption: str
 
 
-def _allow_nothing(section: Any) -> tuple[Allowance, ...]:
-    return ()
-
-
 def _accept(*arguments: Any) -> None:
     """A check that nothing fails."""
 
@@ -110,8 +106,8 @@ class Family:
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
       head: regex of the classifier's parameters.
-      adapt: regex of parameters -> function that gives them another shape, such as a larger
-        position table.
+      adapt: section -> functions that give parameters another shape, such as a larger position
+        table, by a regex of paths below the role.
       left: section -> parameters of the modules that have no place in the whole network.
       fresh: section -> parameters of the whole network that no module has.
       tokens: (section, interface) -> tokens between two stages. A meta model needs it.
@@ -130,9 +126,9 @@ class Family:
     modules: Callable[[Any, Context, float], Network]
     rules: Rules
     head: str
-    adapt: Mapping[str, Adapt] = dataclasses.field(default_factory=dict)
-    left: Callable[[Any], tuple[Allowance, ...]] = _allow_nothing
-    fresh: Callable[[Any], tuple[Allowance, ...]] = _allow_nothing
+    adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
+    left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
+    fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     tokens: Callable[[Any, Interface], int] | None = None
     check_mesh: Callable[[Any, Mapping[str, int], int], None] = _accept
     check_noise: Callable[[Any, str], None] = _accept

@@ -7,7 +7,6 @@ from m2mkd_jax.models.positions import resize_positions
 from m2mkd_jax.stages import Network
 
 HEAD = r"\w+/stage_\d+/head/.*"
-ADAPT: dict[str, Adapt] = {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
 
 
 def build(section: vit.ViTConfig, context: Context, drop_path: float) -> Network:
@@ -20,6 +19,11 @@ def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
     return encoder.tokens(section.encoder, interface)
 
 
+def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
+    """Position tables, resized to the number of an image's patches."""
+    return {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
+
+
 FAMILY = Family(
     config=vit.ViTConfig,
     roles=("meta", "teacher"),
@@ -27,6 +31,6 @@ FAMILY = Family(
     modules=build,
     rules=vit.PARTITION_RULES,
     head=HEAD,
-    adapt=ADAPT,
+    adapt=resize,
     tokens=tokens,
 )

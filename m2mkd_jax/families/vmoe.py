@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from common_jax.weights import Allowance
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
-from m2mkd_jax.families.vit import ADAPT, HEAD
+from m2mkd_jax.families.vit import HEAD, resize
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import check_moe
@@ -56,7 +56,7 @@ FAMILY = Family(
     modules=build_modules,
     rules=vmoe.PARTITION_RULES,
     head=HEAD,
-    adapt=ADAPT,
+    adapt=resize,
     left=left,
     check_mesh=check_mesh,
     upcycle=upcycle,

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from common_jax import checkpoint
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.networks import family_of_role, parameter_shapes, whole_network
+from m2mkd_jax.families import family_of
+from m2mkd_jax.phases.networks import SECTIONS, parameter_shapes, whole_network
 
 
 def take_weights(
@@ -32,7 +33,7 @@ def take_weights(
       shapes: shapes and shardings of the parameters, by role.
       origins: the sources.
       leave, fresh, read: see `common_jax.weights.take`.
-      adapt: more ways to give parameters another shape, tried before the families'.
+      adapt: more ways to give parameters another shape.
       frozen: whether the parameters are not trained.
 
     Raises:
@@ -47,16 +48,17 @@ def take_weights(
         fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
     ways = dict(adapt or {})
     for role in shapes:
-        ways |= family_of_role(config, role).adapt
+        section = getattr(config, SECTIONS[role])
+        ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
     return take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
 
 
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:
     """Compares the images that a network was trained on with this run's.
 
-    With another mean or std every pixel is a different number from those that the network knows. A
-    network that goes on training adapts, which a warning says; a frozen one never does. Another
-    side is a warning: the position table is resized.
+    With another mean or std every pixel is another number than in its training. A network that
+    trains further adapts, so that is a warning; a frozen one never does. Another side is a warning:
+    the position table is resized.
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
@@ -97,8 +99,8 @@ def compare_images(config: Config, source: str, *, frozen: bool) -> None:
 
 
 def same_numbers(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two means or stds are the same up to rounding. A different number of channels shows
-    in the shapes of the weights, and is no difference here."""
+    """True where two means or stds are the same up to rounding. Another number of channels shows in
+    the shapes of the weights, and is no difference here."""
     return len(a) != len(b) or bool(np.allclose(a, b, rtol=0, atol=1e-4))
 
 
@@ -122,8 +124,8 @@ def require_source(config: Config, name: str) -> str:
 
 
 def require_stage_sources(config: Config, name: str, count: int) -> tuple[str, ...]:
-    """config.sources.NAME with one workdir a stage, a single one standing for all; raises
-    ValueError for another number."""
+    """config.sources.NAME with one workdir per stage, a single one taken for all; raises ValueError
+    for another number."""
     sources = getattr(config.sources, name)
     if len(sources) not in (1, count):
         raise ValueError(

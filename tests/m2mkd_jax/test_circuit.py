@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import NAC, tiny_config
+from tiny import NAC, OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.optim import OptimConfig
@@ -181,7 +181,7 @@ def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
     before = np.ones((8, 8))
     drawn = Drawn(monkeypatch, before)
     model = dataclasses.replace(FREE, kernel=KernelConfig(truncation=None))
-    draw_circuit(*drawn_of(config_of(model), Circuit({"mediator": before}, None), tmp_path))
+    draw_circuit(model, Circuit({"mediator": before}, None), tmp_path, OPTIM)
     ((_, _, groups, settings),) = drawn.calls
     assert not np.any(groups) and len(groups) == 8
     assert settings["truncation"] == 2.0  # the largest distance there is: all are connected
@@ -191,7 +191,7 @@ def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):
     drawn = Drawn(monkeypatch, np.ones((8, 8)))
     started = Circuit({"mediator": np.ones((8, 8))}, None)
     monkeypatch.setattr(circuit, "is_picture", lambda path: path.name == "connectivity.png")
-    draw_circuit(*drawn_of(config_of(), started, tmp_path))
+    draw_circuit(NAC, started, tmp_path, OPTIM)
     assert not drawn.calls
 
 
@@ -201,5 +201,5 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
 
     Drawn(monkeypatch, np.ones((8, 8)))
     monkeypatch.setattr(circuit, "draw_connectivity", fail)
-    draw_circuit(*drawn_of(config_of(), Circuit({"mediator": np.ones((8, 8))}, None), tmp_path))
+    draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path, OPTIM)
     assert "no ink" in caplog.text
