@@ -293,7 +293,7 @@ class Config(Section):
         )
 
     def modules(self) -> tuple[int, ...]:
-        """The stages that `module` names; raises FieldError for a stage that does not exist or is named
+        """The stages that `module` names; raises FieldError for an unknown one, or one named
         twice."""
         count = len(self.meta.depths)
         if self.module == "all":

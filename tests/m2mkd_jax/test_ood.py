@@ -14,7 +14,7 @@ from tiny import feed_of, tiny_config
 
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
-from m2mkd_jax.config import Config, FewShotConfig
+from m2mkd_jax.config import FewShotConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
@@ -282,7 +282,8 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
 
 def test_an_episode_has_no_ood_set(tmp_path):
     few_shot = FewShotConfig(ways=3, shots=2, test_shots=2)
-    config = Config(phase="few_shot", few_shot=few_shot, ood=DIGITS_R, optim=OptimConfig(batch=6))
+    config = tiny_config("few_shot", optim=OptimConfig(batch=6))
+    config = dataclasses.replace(config, few_shot=few_shot, ood=DIGITS_R)
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
     assert episode_feed(episode, load_splits(config), workdir=tmp_path).ood is None
     whole = dataclasses.replace(config, phase="end_to_end")
