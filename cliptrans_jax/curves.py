@@ -2,7 +2,7 @@
 
 from common_jax.report import ACCURACY, LOSS, OF_TRAINING, Family
 
-FAMILIES = (
+CURVES = (
     LOSS,
     ACCURACY,
     Family("BLEU", "BLEU, 0 to 100", r"((?:.*/)?bleu(?:_lower)?)", 2.2),

@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, SYSTEM, Config
-from cliptrans_jax.curves import FAMILIES
+from cliptrans_jax.curves import CURVES
 from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.scoring import gallery, scores_table
@@ -71,7 +71,7 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
         title=f"CLIPTrans, {config.stage}",
         table=scores_table(workdir, folders),
         tables=[] if shown is None else [shown],
-        families=FAMILIES,
+        families=CURVES,
     )
 
 

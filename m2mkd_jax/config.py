@@ -28,14 +28,15 @@ from common_jax.ranges import (
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.families import FAMILIES, Context, family_of, kind_of, section_type
 from m2mkd_jax.losses import DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
-PHASES = (
+# In the order of the pipeline; `m2mkd_jax.phases.PHASES` has a record of each.
+PHASE_NAMES = (
     "pretrain_meta",
     "train_module",
     "assemble",
@@ -44,31 +45,7 @@ PHASES = (
     "few_shot",
 )
 SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
-# Sections and fields that the phases read; a flag or a sweep of any other changes nothing.
-_ANY = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
-_ONE = (*_ANY, "optim", "augment", "drop_path")
-_TAKE = ("sources.fresh", "sources.leave")
-READS: dict[str, tuple[str, ...]] = {
-    "pretrain_meta": (*_ONE, "meta", "ood"),
-    "train_module": (
-        *_ONE, "module", "meta", "teacher", "distill.pairs_at_once", "sources.meta", *_TAKE,
-    ),
-    "assemble": (*_ONE, "teacher", "ood", "sources.modules", *_TAKE),
-    "distill": (
-        *_ONE, "module", "meta", "teacher", "model", "distill", "sources.meta", "sources.teacher",
-        *_TAKE,
-    ),
-    # Stitches that a V-MoE keeps are as wide as the meta model.
-    "end_to_end": (
-        *_ONE, "meta.width", "teacher", "model", "regularizers", "baseline", "ood", "init",
-        "sources.students", "sources.teacher", *_TAKE,
-    ),
-    "few_shot": (*_ONE, "meta.width", "model", "few_shot", "sources.network", *_TAKE),
-    "pipeline": (
-        *_ANY, "meta", "teacher", "model", "regularizers", "distill", "baseline", "few_shot", "ood",
-        "sources.meta", "sources.teacher", *_TAKE, "recipes",
-    ),
-}  # fmt: skip
+Meta, Teacher, Student = (section_type(role) for role in ("meta", "teacher", "model"))
 NOISES = ("mean", "fixed", "sampled")
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -87,14 +64,19 @@ class DistillConfig(Section):
     alpha: Fraction = 0.5
     tau: Positive = 1.0
 
+    @property
+    def active(self) -> bool:
+        """True unless the kind is "none"."""
+        return self.kind != "none"
+
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig(DistillConfig):
     """m2mKD's objective, and how many modules one program trains.
 
     Attributes:
-      pairs_at_once: the most modules that distill and train_module train in one program, where
-        config.module names several; those left over follow in further programs. 0: all in one.
+      pairs_at_once: the most modules that one program trains, where config.module names several;
+        the others follow in further programs. 0: all in one.
     """
 
     pairs_at_once: Count = 0
@@ -106,12 +88,12 @@ class FewShotConfig(Section):
 
     Attributes:
       ways: classes drawn.
-      shots: training images a class.
-      test_shots: test images a class, from the test split.
+      shots: training images per class.
+      test_shots: test images per class, from the test split.
       seed: of the draw.
       test_on_train: draws the test images from the training split, so that all training images are
         among them, as the original does on CIFAR-100: for comparison with published numbers only.
-      episodes: how many are run, with `seed`, `seed` + 1 and so on; above 1 the result is their
+      episodes: number of episodes, with `seed`, `seed` + 1 and so on; above 1 the result is their
         mean with its 95 % confidence interval.
     """
 
@@ -136,15 +118,14 @@ class SourcesConfig(Section):
     """Workdirs (or steps in them) that a phase takes weights from.
 
     Attributes:
-      meta: of the meta model; for train_module and distill.
-      modules: of the trained modules, one a stage in order, or one that holds them all; for
-        assemble.
-      teacher: of the teacher; for distill, and for end_to_end with whole-teacher distillation.
-      students: of the distilled students, one a stage in order, or one that holds them all; for
-        end_to_end. () trains from scratch.
-      network: of a trained V-MoE or NAC; for few_shot.
-      fresh: regex of parameter paths that start anew even though a source may have them.
-      leave: regex of parameter paths of the sources that may find no place.
+      meta: of the meta model.
+      modules: of the trained modules, one per stage in order, or one that holds them all.
+      teacher: of the teacher.
+      students: of the distilled students, one per stage in order, or one that holds them all. ()
+        trains from scratch.
+      network: of a trained whole student.
+      fresh: regex of parameter paths that start from scratch even where a source has them.
+      leave: regex of the sources' parameter paths that may have no place in the network.
     """
 
     meta: str = ""
@@ -158,12 +139,12 @@ class SourcesConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """How the whole V-MoE of end_to_end starts, where it is not from students.
+    """The start of a whole student that does not start from students.
 
     Attributes:
-      upcycle: workdir (or a step in it) of a dense ViT, trained or converted: every expert starts
-        as the MLP of its block, router and stitches start anew, all else is taken. "" starts from
-        scratch.
+      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, from which a V-MoE
+        starts: every expert as the MLP of its block, router and stitches from scratch, all other
+        parameters as the ViT's. "" starts from scratch.
     """
 
     upcycle: str = ""
@@ -171,12 +152,12 @@ class InitConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """What networks that draw at random outside training too (NAC) do in evaluation.
+    """Random numbers in the evaluation of networks that draw outside training, too.
 
     Attributes:
-      noise: "mean" draws nothing: means stand in for random states, and pooling has no noise;
-        "fixed" draws the same at every evaluation, from the seed and a batch's number; "sampled"
-        draws anew, from the step as well.
+      noise: "mean" draws nothing: means take the place of random states, and pooling has no noise;
+        "fixed" draws the same numbers at every evaluation, from the seed and a batch's number;
+        "sampled" draws others each time, from the step as well.
     """
 
     noise: Annotated[str, one_of(*NOISES)] = "mean"
@@ -194,11 +175,11 @@ def check_mixing(section: "Recipe | Config") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Section):
-    """How one phase trains.
+    """The training recipe of one phase.
 
     Attributes:
       optim: optimizer and length.
-      augment: what happens to training images and labels.
+      augment: augmentation of training images and labels.
       drop_path: stochastic depth of the last block, to which it ramps from the first.
     """
 
@@ -216,41 +197,42 @@ class Config(Section):
     """A run of one phase, or of all of them (`phase="pipeline"`).
 
     Attributes:
-      phase: one of PHASES, or "pipeline".
-      module: which modules train_module and distill train: "all", or stage numbers such as "2" or
-        "0+3".
+      phase: one of PHASE_NAMES, or "pipeline".
+      module: the modules to train, in phases that train modules: "all", or stage numbers such as
+        "2" or "0+3".
       seed: of everything random.
-      precision: what the networks compute in, "float32" or "bfloat16"; parameters, softmax,
-        router, norm statistics and losses are float32 in any case.
+      precision: "float32" or "bfloat16", for the networks; parameters, softmax, router, norm
+        statistics and losses are float32 in any case.
       data: images and labels.
-      ood: a further test set, of some of the classes, for whole networks; single modules and
-        few_shot are not tested on it.
-      evaluation: whether anything random is drawn in evaluation.
+      ood: another test set, of some of the classes, for whole networks; neither single modules nor
+        episodes are tested on it.
+      evaluation: random numbers in evaluation.
       meta: the meta model; its stages are the depths.
       teacher: the teacher, with as many stages.
-      model: the student, a V-MoE or (with kind "nac") a NAC, with as many stages.
-      regularizers: what holds a NAC's graph in shape in end_to_end.
-      distill: m2mKD's objective, and how many modules are trained at once.
-      baseline: distillation of end_to_end from the whole teacher's logits; kind "none" for none.
+      model: the student, of kind "vmoe" or "nac", with as many stages.
+      regularizers: terms that keep a NAC's graph near its prior, in the training of the whole.
+      distill: m2mKD's objective, and the number of modules that are trained at once.
+      baseline: distillation of the whole student from the whole teacher's logits; kind "none" for
+        none.
       few_shot: the episode.
       sources: weights to start from.
-      init: how end_to_end starts where it is not from students.
-      optim, augment, drop_path: how the phase trains, see Recipe; the pipeline has recipes instead.
-      recipes: how each phase of the pipeline trains.
+      init: the start of a whole student that does not start from students.
+      optim, augment, drop_path: the phase's recipe, see Recipe; the pipeline has recipes instead.
+      recipes: the recipe of each phase of the pipeline.
       mesh: devices.
       run: logging, evaluation, checkpoints.
     """
 
-    phase: Annotated[str, one_of(*PHASES, "pipeline")] = "end_to_end"
+    phase: Annotated[str, one_of(*PHASE_NAMES, "pipeline")] = "end_to_end"
     module: str = "all"
     seed: Seed = 0
     precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
     data: DataConfig = DataConfig()
     ood: OodConfig = OodConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    meta: ViTConfig = ViTConfig()
-    teacher: ViTConfig = ViTConfig()
-    model: VMoEConfig | NacConfig = VMoEConfig()
+    meta: Meta = ViTConfig()
+    teacher: Teacher = ViTConfig()
+    model: Student = VMoEConfig()
     regularizers: RegularizersConfig = RegularizersConfig()
     distill: PairsConfig = PairsConfig()
     baseline: DistillConfig = DistillConfig(kind="none")
@@ -267,30 +249,22 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         check_mixing(self)
-        kernel = self.model.kernel if isinstance(self.model, NacConfig) else None
-        if kernel and kernel.evaluation == "sample" and self.evaluation.noise == "mean":
-            raise FieldError(
-                "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
-                "nothing: change either"
-            )
-        if self.init.upcycle and self.phase != "end_to_end":
-            raise FieldError(
-                f"init.upcycle={shown(self.init.upcycle)} is for phase='end_to_end' and "
-                f"phase={self.phase!r}: leave it out"
-            )
+        student = family_of(self.model)
+        student.check_noise(self.model, self.evaluation.noise)
         if self.init.upcycle and self.sources.students:
             raise FieldError(
                 f"init.upcycle={shown(self.init.upcycle)} and "
                 f"sources.students={shown(self.sources.students)}: a network starts from one of "
                 "them"
             )
-        if self.init.upcycle and isinstance(self.model, NacConfig):
+        if self.init.upcycle and student.upcycle is None:
+            kinds = [kind for kind, family in FAMILIES.items() if family.upcycle is not None]
             raise FieldError(
-                f"init.upcycle={shown(self.init.upcycle)} makes a V-MoE of a ViT and "
-                "model.kind='nac': leave it out, or give a V-MoE"
+                f"init.upcycle={shown(self.init.upcycle)} starts a network of a kind in {kinds} "
+                f"from a ViT and model.kind={kind_of(self.model)!r}: leave it out, or change either"
             )
-        if unknown := set(self.recipes) - set(PHASES):
-            raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASES}")
+        if unknown := set(self.recipes) - set(PHASE_NAMES):
+            raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASE_NAMES}")
         if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
             raise FieldError(
                 f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, such as "
@@ -300,16 +274,29 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the networks compute in."""
+        """The type in which networks compute."""
         return PRECISIONS[self.precision]
 
     @property
     def interface(self) -> Interface:
-        """What every network of the run takes and gives."""
+        """Image side, channels and labels of every network of the run."""
         return Interface(self.data.image_size, self.data.channels, self.data.labels)
 
+    @property
+    def context(self) -> Context:
+        """The part of the config that every network depends on, beside its own section."""
+        tokens = family_of(self.meta).tokens
+        return Context(
+            interface=self.interface,
+            dtype=self.dtype,
+            seed=self.seed,
+            meta_width=self.meta.width,
+            meta_tokens=lambda: tokens(self.meta, self.interface),
+        )
+
     def modules(self) -> tuple[int, ...]:
-        """The stages that `module` names; raises ValueError for one that is not there, or twice."""
+        """The stages that `module` names; raises FieldError for an unknown one, or one named
+        twice."""
         count = len(self.meta.depths)
         if self.module == "all":
             return tuple(range(count))
@@ -342,7 +329,7 @@ def choose_recipe(
 
     Args:
       config: a ConfigDict of `Config` with its phase set.
-      recipes: one a phase.
+      recipes: one per phase.
 
     Raises:
       ValueError: when there is none for the phase.

@@ -2,7 +2,7 @@
 
 from common_jax.report import ACCURACY, OF_TRAINING, Family, Shares
 
-FAMILIES = (
+CURVES = (
     Family("Loss", "loss", r"(.*(?:loss|distillation).*)", 2.2, by_split=True, log=True),
     ACCURACY,
     *OF_TRAINING,

@@ -13,26 +13,11 @@ from common_jax.command_line import check_system
 from common_jax.workdir import freeze_stored
 from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.data.feed import prepare_evaluation
-from m2mkd_jax.models import vit
-from m2mkd_jax.nac.network import NacNetwork
-from m2mkd_jax.phases.families import family, student_modules, whole_student
-from m2mkd_jax.phases.networks import (
-    meta_network,
-    teacher_network,
-)
-from m2mkd_jax.stages import Network, stage_name
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.networks import family_of_role, module_network, whole_network
+from m2mkd_jax.stages import stage_name
 
 Apply = Callable[[Any, jax.Array], jax.Array]
-
-# phase: (subtree of its parameters, its network)
-NETWORKS: dict[str, tuple[str, Callable[[Config], Network | NacNetwork]]] = {
-    "pretrain_meta": ("meta", meta_network),
-    "train_module": ("module", teacher_network),
-    "assemble": ("teacher", teacher_network),
-    "distill": ("student", student_modules),
-    "end_to_end": ("student", whole_student),
-    "few_shot": ("student", whole_student),
-}
 
 
 def load_model(
@@ -47,8 +32,8 @@ def load_model(
 
     Returns:
       `apply(params, x)` and `params`. For a whole network x are images (B, I, J, channels) with
-      pixels from 0 to 255, and the result is logits (B, labels). For a single module (phases
-      train_module and distill) it runs that stage alone, on images if it is the first and else on
+      pixels from 0 to 255, and the result is logits (B, labels). For a single module, of a
+      phase that trains modules, it runs that stage alone, on images if it is the first and else on
       tokens (B, T, D).
 
     Where the run kept a running average (config.optim.ema), the parameters are that average, as
@@ -64,19 +49,20 @@ def load_model(
     saved = checkpoint.load_config(source)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, source)
-    role, build = NETWORKS[config.phase]
+    role = PHASES[config.phase].role
     stage = _stage(config, module)
     name = "" if stage is None else stage_name(stage)
     params = checkpoint.load(
         source,
         subtree=f"{role}/{name}" if name else role,
         mesh=mesh,
-        rules=family(config).rules if role == "student" else vit.PARTITION_RULES,
+        rules=family_of_role(config, role).rules,
         average=config.optim.ema > 0,
     )
-    network = build(config)
     if stage is None:
-        return lambda params, x: network.apply(params, prepare(x, config))[0], params
+        whole = whole_network(config, role)
+        return lambda params, x: whole.apply(params, prepare(x, config))[0], params
+    network = module_network(config, role)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         example = network.stages[stage].example(1)
@@ -88,7 +74,7 @@ def load_model(
 
 def _stage(config: Config, module: int | None) -> int | None:
     """The stage of the module to load, None for a whole network; raises as `load_model`."""
-    modular = config.phase in ("train_module", "distill")
+    modular = PHASES[config.phase].modular
     stages = config.modules() if modular else ()
     if module is None and len(stages) < 2:
         return stages[0] if modular else None

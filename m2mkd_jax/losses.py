@@ -1,5 +1,7 @@
 """Objectives of m2mKD: three label losses, two distillation terms, and their weighted sum."""
 
+from collections.abc import Callable
+
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -59,7 +61,10 @@ def hard_distillation(
     return smoothed_cross_entropy(student, jnp.argmax(teacher, axis=-1), 0.0)
 
 
-DISTILLATIONS = {
+# distillation(student logits, teacher logits, temperature) -> scalar
+Distillation = Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
+
+DISTILLATIONS: dict[str, Distillation] = {
     "soft": soft_distillation,
     "soft_batch_mean": soft_distillation_batch_mean,
     "hard": hard_distillation,

@@ -1,4 +1,4 @@
-"""A network is a sequence of stages, and its parameters are a dict with one subtree a stage.
+"""A network is a sequence of stages, and its parameters are a dict with one subtree per stage.
 
 Cutting a teacher is picking subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, assembling is
 a merge. The same `Network` serves teacher, meta model, student and hybrid, whole or in part:
@@ -38,7 +38,7 @@ class Place(enum.Enum):
 
 
 class Stage(Protocol):
-    """What a network asks of a stage: a linen module that says what it takes."""
+    """A linen module that gives an example of its input."""
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array: ...
 
@@ -85,7 +85,7 @@ class Network:
           record: linen collections to hand back, see the modules for what they hold.
 
         Returns:
-          Tokens, or logits (B, L) past the last stage; and what was recorded, one subtree a stage.
+          Tokens, or logits (B, L) past the last stage; and the records, one subtree per stage.
 
         Raises:
           KeyError: when `params` lacks a stage that is to be run.
@@ -106,6 +106,11 @@ class Network:
         example = self.stages[i].example(batch)
         zeros = jax.numpy.zeros(example.shape, example.dtype)
         return self.stages[i].init(fold_name(key, stage_name(i)), zeros, train=False)["params"]
+
+
+def module_name(stage: int) -> str:
+    """The name of a stage's module in metrics, `module_0` for the first."""
+    return f"module_{stage}"
 
 
 def stage_name(stage: int) -> str:

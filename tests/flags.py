@@ -143,7 +143,12 @@ SOME = (
     ("cliptrans/(multi30k$|wit|wmt)", r"(clip_)?tokenizer\.path", TEXT, "a folder"),
     ("cliptrans(/emoji|/multi30k_tiny)?$", r"(clip_)?tokenizer\.path", ("",), "trained here"),
     ("cliptrans/", r"all_languages", (True,), "a switch, of pipelines and captioning stages"),
-    ("m2mkd$", r"init\.upcycle", TEXT, "a workdir, of phase end_to_end alone"),
+    (
+        "m2mkd(?!.*nac)",
+        r"init\.upcycle",
+        TEXT,
+        "a workdir; a phase that does not read it refuses it before anything is compiled",
+    ),
 )
 # Fields whose refusal depends on other sections, so that theirs alone takes more.
 ABOVE = r"init\.upcycle|run\.best|model\.moe\.balance\.load|mesh\.\w+"

@@ -7,6 +7,11 @@ import re
 import pytest
 
 from common_jax.nn.axes import AXES
+from m2mkd_jax.config import PHASE_NAMES
+from m2mkd_jax.evaluators import EVALUATORS
+from m2mkd_jax.families import FAMILIES
+from m2mkd_jax.losses import DISTILLATIONS
+from m2mkd_jax.phases import PHASES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = [p for p in ("common_jax", "m2mkd_jax", "cliptrans_jax") if (ROOT / p).exists()]
@@ -18,6 +23,7 @@ LAYERS = {
         ("loading", "pretrained"),
         ("phases",),
         ("config",),
+        ("families",),
         ("evaluators",),
         ("data",),
         ("hybrid", "convert", "convert_nac", "connectivity", "curves"),
@@ -67,6 +73,24 @@ PAPERS = re.compile(
     r"\b(?i:m2mkd|nacs?|v?-?moe|cliptrans|m-?clip|m?bart|bleu|chrf|meteor|originals?|teachers?"
     r"|students?|distill\w*|captioning|routers?)(?:_jax)?\b|\bCLIP\b"
 )
+# The table of each door, and the file that it stands in.
+DOORS = {
+    "m2mkd_jax/phases/__init__.py": PHASES,
+    "m2mkd_jax/families/__init__.py": FAMILIES,
+    "m2mkd_jax/evaluators/__init__.py": EVALUATORS,
+    "m2mkd_jax/losses.py": DISTILLATIONS,
+}
+# Files that still ask for the class of a config, or list names of a door; to be emptied.
+ASKING = {
+    "cliptrans_jax/encoders.py",
+    "cliptrans_jax/pretrained.py",
+    "m2mkd_jax/pretrained/kinds.py",
+}
+LISTING = {
+    "m2mkd_jax/pretrained/kinds.py",
+    "m2mkd_jax/pretrained/reading.py",
+    "m2mkd_jax/pretrained/writing.py",
+}
 
 
 def modules():
@@ -165,3 +189,84 @@ def test_nothing_happens_at_import():
             call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
             derivative = call and getattr(node.value.func, "attr", "") == "defvjp"
             assert derivative or not call, f"{path}:{node.lineno} calls a function at import"
+
+
+def config_classes(node):
+    """Names of configs' classes within an expression; a ConfigDict is none."""
+    for part in ast.walk(node):
+        name = getattr(part, "id", getattr(part, "attr", ""))
+        if name.endswith(("Config", "CONFIG")):
+            yield name
+
+
+def asked_classes(tree):
+    """Configs' classes in calls of `isinstance` and in comparisons, with their lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "type"):
+            asked = node.args[1:]
+        elif isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        else:
+            continue
+        for expression in asked:
+            yield from ((node.lineno, name) for name in config_classes(expression))
+
+
+def test_a_config_s_class_is_asked_for_in_no_file():
+    found = {}
+    for path in modules():
+        file = str(path.relative_to(ROOT))
+        if not file.startswith("common_jax"):
+            found[file] = list(asked_classes(ast.parse(path.read_text())))
+    assert len(found) > 80
+    assert {file: asked for file, asked in found.items() if asked and file not in ASKING} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("isinstance(config.model, NacConfig)", ["NacConfig"]),
+        ("isinstance(x, vit.ViTConfig | VMoEConfig)", ["ViTConfig", "VMoEConfig"]),
+        ("type(x) is NacConfig", ["NacConfig"]),
+        ("isinstance(x, ml_collections.ConfigDict)", []),
+        ("isinstance(x, Mapping)", []),
+    ],
+)
+def test_a_question_for_a_class_is_seen(code, names):
+    assert [name for _, name in asked_classes(ast.parse(code))] == names
+
+
+def test_names_of_phases_stand_in_the_phases_and_the_config_s_tuple_alone():
+    config = "m2mkd_jax/config.py"
+    for path in (ROOT / "m2mkd_jax").rglob("*.py"):
+        file = str(path.relative_to(ROOT))
+        if file.startswith("m2mkd_jax/phases/") or file in LISTING:
+            continue
+        constants = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and node.value in PHASE_NAMES
+        ]
+        # The tuple, and the default of `Config.phase`.
+        assert len(constants) == (len(PHASE_NAMES) + 1 if file == config else 0), file
+
+
+def names_listed(tree):
+    """The strings in each literal tuple, list and set of at least two, and the keys of tables."""
+    for node in ast.walk(tree):
+        entries = getattr(node, "keys" if isinstance(node, ast.Dict) else "elts", ())
+        if isinstance(node, ast.Dict) or len(entries) > 1:
+            yield {entry.value for entry in entries if isinstance(entry, ast.Constant)}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_has_one_table(door):
+    names, tables = set(DOORS[door]), []
+    for path in (ROOT / "m2mkd_jax").rglob("*.py"):
+        file = str(path.relative_to(ROOT))
+        # Of the phases alone the config has a tuple, since it stands below them.
+        if file in LISTING or (DOORS[door] is PHASES and file == "m2mkd_jax/config.py"):
+            continue
+        listed = names_listed(ast.parse(path.read_text()))
+        tables += [file for some in listed if len(some & names) >= min(2, len(names))]
+    assert tables == [door]

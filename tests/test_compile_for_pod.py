@@ -21,8 +21,7 @@ from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh
 from m2mkd_jax.config import FewShotConfig, SourcesConfig
-from m2mkd_jax.phases.families import student_modules, whole_student
-from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.networks import meta_network, student_modules, teacher_network, whole_student
 from m2mkd_jax.phases.pipeline import describe, run_phase
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -15,13 +15,14 @@ from meshes import one_device
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
-from m2mkd_jax.config import PHASES, Config
+from m2mkd_jax.config import PHASE_NAMES, Config
+from m2mkd_jax.families import family_of
 from m2mkd_jax.hybrid import Pair, pair_logits
 from m2mkd_jax.main import check_run
 from m2mkd_jax.nac.graphs import make_graph
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases import networks
-from m2mkd_jax.phases.families import family, student_modules, whole_student
+from m2mkd_jax.phases.networks import student_modules, whole_student
 from m2mkd_jax.phases.pipeline import plan
 from m2mkd_jax.regularizers import make_regularizer
 
@@ -32,7 +33,7 @@ FILES = {
 }
 # Files that do not have every phase.
 SOME = {"nac_tinyimagenet": ("end_to_end", "few_shot")}
-RUNS = [(name, phase) for name in FILES for phase in SOME.get(name, (*PHASES, "pipeline"))]
+RUNS = [(name, phase) for name in FILES for phase in SOME.get(name, (*PHASE_NAMES, "pipeline"))]
 WHOLE = [name for name in FILES if name not in SOME]
 
 
@@ -89,7 +90,7 @@ def test_the_whole_student_is_built_and_split(name):
     logits, _ = jax.eval_shape(network.apply, params, images)
     assert logits.shape == (2, config.data.labels)
     mesh = make_mesh(MeshConfig(fsdp=2))
-    shardings = match_rules(family(config).rules, {"student": params}, mesh)
+    shardings = match_rules(family_of(config.model).rules, {"student": params}, mesh)
     assert any(leaf.spec for leaf in jax.tree.leaves(shardings))
 
 
@@ -147,7 +148,8 @@ def test_students_of_imagenet_fit_the_nac_of_tiny_imagenet():
     def allowed(path, allowances):
         return any(re.fullmatch(allowance.regex, path) for allowance in allowances)
 
-    fresh, left = family(config).fresh(config), family(config).left(config)
+    family = family_of(config.model)
+    fresh, left = family.fresh(config.model), family.left(config.model)
     taken = {path: leaf.shape for path, leaf in taught.items() if not allowed(path, fresh)}
     taken = {path: shape for path, shape in taken.items() if not allowed(path, left)}
     assert taken == {p: leaf.shape for p, leaf in wanted.items() if not allowed(p, fresh)}

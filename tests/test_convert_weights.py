@@ -20,7 +20,7 @@ from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.phases import networks
+from m2mkd_jax.phases import networks, weights
 from m2mkd_jax.pretrained.kinds import KINDS, expected_tensors
 from m2mkd_jax.pretrained.reading import File, Source
 
@@ -192,12 +192,12 @@ def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
         data=dataclasses.replace(saved.data, image_size=48),
         sources=SourcesConfig(teacher=str(tmp_path / "teacher")),
     )
-    origin = networks.require_source(larger, "teacher")
+    origin = weights.require_source(larger, "teacher")
     network = networks.teacher_network(larger)
     for stages in (None, (1,)):
-        needed = networks.wanted(network, "teacher", ONE, vit.PARTITION_RULES, only=stages)
+        needed = networks.parameter_shapes(larger, network, "teacher", ONE, only=stages)
         part = "teacher" if stages is None else "teacher/stage_1"
-        found = networks.take_weights(larger, needed, [networks.Origin(origin, part, part)])
+        found = weights.take_weights(larger, needed, [weights.Origin(origin, part, part)])
         last = found.params["teacher"]["stage_1"]
         np.testing.assert_array_equal(last["head"]["kernel"], state["head.weight"].T)
         adapted = [entry["to"] for entry in found.account["adapted"]]

@@ -7,28 +7,29 @@ from common_jax.command_line import unread
 from common_jax.command_line.fields import find_paths
 from common_jax.config import unfreeze
 from m2mkd_jax import config as m2mkd
+from m2mkd_jax.phases.fields import reads
 
 TABLES = {
-    "m2mkd": (m2mkd, (*m2mkd.PHASES, "pipeline")),
-    "cliptrans": (cliptrans, cliptrans.RUNS),
+    "m2mkd": (m2mkd, reads(), (*m2mkd.PHASE_NAMES, "pipeline")),
+    "cliptrans": (cliptrans, cliptrans.READS, cliptrans.RUNS),
 }
 
 
 def test_a_field_is_read_with_its_section_and_a_section_with_any_field():
-    reads = ("optim", "distill.tau")
+    fields = ("optim", "distill.tau")
     paths = ["optim", "optim.lr", "distill", "distill.tau", "distill.alpha", "optimum", "opti"]
-    assert unread(paths, reads) == ["distill.alpha", "optimum", "opti"]
+    assert unread(paths, fields) == ["distill.alpha", "optimum", "opti"]
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_kind_of_run_reads_fields_that_there_are(name):
-    package, kinds = TABLES[name]
+    package, table, kinds = TABLES[name]
     config = unfreeze(package.Config())
-    assert set(package.READS) == set(kinds)
-    for reads in package.READS.values():
-        assert len(set(reads)) == len(reads)
-        assert all(path in find_paths(config, path) for path in reads)
-    every = [path for reads in package.READS.values() for path in reads]
+    assert set(table) == set(kinds)
+    for paths in table.values():
+        assert len(set(paths)) == len(paths)
+        assert all(path in find_paths(config, path) for path in paths)
+    every = [path for paths in table.values() for path in paths]
     assert unread(config, every) == []  # each section is there for some run
 
 
@@ -47,5 +48,5 @@ def test_every_kind_of_run_reads_fields_that_there_are(name):
     ],
 )
 def test_fields_of_other_runs_are_not_read(name, kind, path):
-    package, _ = TABLES[name]
-    assert unread([path], package.READS[kind]) == [path]
+    _, table, _ = TABLES[name]
+    assert unread([path], table[kind]) == [path]

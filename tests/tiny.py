@@ -11,18 +11,22 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from meshes import one_device
 
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.data.augment import AugmentConfig
+from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.nac.graphs import PriorConfig
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.phase import config_feed
 
 SIZES = {"patch": 4, "width": 16, "heads": 2, "mlp_ratio": 2.0}
 MOE = MoeConfig(experts=4, chosen=2, expert_init="fan_in")
@@ -72,6 +76,11 @@ def tiny_pipeline() -> Config:
     phases = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end")
     recipes = dict.fromkeys(phases, recipe) | {"few_shot": few_shot}
     return dataclasses.replace(config, recipes=recipes)
+
+
+def feed_of(config: Config, workdir) -> Feed:
+    """The data of a run of one phase."""
+    return config_feed(PHASES[config.phase].describe(config, one_device()), workdir)
 
 
 # Compiler options of programs with gradients, which then compile in half the time.

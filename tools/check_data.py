@@ -45,6 +45,7 @@ from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
 from m2mkd_jax.data.subsets import with_labels_of
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline
 
 USER_ERRORS = (*app.USER_ERRORS, ImportError)
@@ -98,12 +99,12 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
         findings.attempt(
             with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"
         )
-    if train is not None and config.phase != "few_shot":
+    if train is not None and not _draws_images(config):
         runs = [("", config)]
         if config.phase == "pipeline":
             runs = findings.attempt(m2mkd_pipeline.plan, config, NOWHERE) or []
         for name, run in runs:
-            if run.optim.batch > len(train) and run.phase != "few_shot":
+            if run.optim.batch > len(train) and not _draws_images(run):
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
                     f"{section}.optim.batch={run.optim.batch} is more than the {len(train)} "
@@ -111,6 +112,10 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
                 )
     if config.ood.source and train is not None:
         _check_ood(config, train, findings)
+
+
+def _draws_images(config: m2mkd.Config) -> bool:
+    return config.phase in PHASES and PHASES[config.phase].draws_images
 
 
 def _undecoded(data: DataConfig) -> DataConfig:

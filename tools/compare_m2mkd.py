@@ -27,7 +27,7 @@ from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import Config
-from m2mkd_jax.curves import FAMILIES
+from m2mkd_jax.curves import CURVES
 from m2mkd_jax.phases.pipeline import describe
 
 CONFIGS = {"vmoe": "configs/m2mkd/cifar10_vmoe.py", "nac": "configs/m2mkd/cifar10_nac.py"}
@@ -165,7 +165,7 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
     show(table)
     figures = [("Test accuracy, end to end", picture)]
     return write_report(
-        flags.workdir, title="m2mKD on CIFAR-10", table=table, figures=figures, families=FAMILIES
+        flags.workdir, title="m2mKD on CIFAR-10", table=table, figures=figures, families=CURVES
     )
 
 

@@ -63,7 +63,9 @@ from common_jax.mesh import batched, make_mesh, replicated
 from common_jax.optim import OptimConfig
 from common_jax.task import Task
 from m2mkd_jax import config as m2mkd
+from m2mkd_jax.families import family_of
 from m2mkd_jax.main import check_run as check_m2mkd
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.pipeline import describe
 
 NOWHERE = "compile_for_pod"  # a workdir that is never written
@@ -105,17 +107,6 @@ class Step:
     ways_out: Sequence[str]
 
 
-# The networks that a phase keeps activations of, by their sections of the config.
-TRAINED = {
-    "pretrain_meta": ("meta",),
-    "train_module": ("meta", "teacher"),
-    "assemble": ("teacher",),
-    "distill": ("model", "meta"),
-    "end_to_end": ("model",),
-    "few_shot": ("model",),
-}
-
-
 def m2mkd_step(config: m2mkd.Config, mesh: Mesh, options: Options) -> Step:
     """The train step of a phase."""
     training = describe(config, mesh)
@@ -123,9 +114,9 @@ def m2mkd_step(config: m2mkd.Config, mesh: Mesh, options: Options) -> Step:
     examples = options.examples or max(IMAGENET, config.optim.batch)
     epoch = steps_per_epoch(examples, config.optim.batch)
     task = training.task(steps_per_epoch=epoch)
-    ways = [f"config.{name}.remat" for name in TRAINED[config.phase]]
-    if "model" in TRAINED[config.phase] and config.model.kind == "vmoe":
-        ways.append("config.mesh.expert")
+    sections = PHASES[config.phase].differentiates
+    ways = [f"config.{name}.remat" for name in sections]
+    ways += [way for name in sections for way in family_of(getattr(config, name)).ways_out]
     return train_step(task, config, config.optim, mesh, ways, flops=step_flops(task, config.optim))
 
 

@@ -16,7 +16,7 @@ import time
 from jobs import Job, demo_parser, mean_and_spread, read_curve, run_all, show
 
 from cliptrans_jax.config import Config
-from cliptrans_jax.curves import FAMILIES
+from cliptrans_jax.curves import CURVES
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
 from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
@@ -90,7 +90,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
         table=table,
         tables=[samples],
         figures=[("chrF on the validation set over the steps of translation", picture)],
-        families=FAMILIES,
+        families=CURVES,
     )
 
 

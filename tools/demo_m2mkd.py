@@ -16,7 +16,7 @@ from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_
 
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
-from m2mkd_jax.curves import FAMILIES
+from m2mkd_jax.curves import CURVES
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
 
@@ -93,7 +93,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
     table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", header, tuple(rows))
     show(table)
     return write_report(
-        workdir, title="m2mKD on digits", table=table, figures=figures, families=FAMILIES
+        workdir, title="m2mKD on digits", table=table, figures=figures, families=CURVES
     )
 
 

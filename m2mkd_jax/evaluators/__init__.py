@@ -1,0 +1,52 @@
+"""Evaluators: totals over batches, and how their means are shown. One line of `EVALUATORS` each."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+
+from jaxtyping import Array, Float, Int
+
+from m2mkd_jax.evaluators.classification import classification_sums
+
+Totals = Callable[
+    [Float[Array, "B L"], Int[Array, "B"], Float[Array, "B"]], dict[str, Float[Array, ""]]
+]
+
+
+def percent(share: float) -> str:
+    """A share of examples, in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def decimal(value: float) -> str:
+    """A number with three decimals."""
+    return f"{value:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """An evaluation of logits against labels.
+
+    Attributes:
+      totals: (logits, labels, mask) -> sums over the batch's examples, by metric. An evaluation
+        divides the sums of all batches by the number of examples.
+      shown: metric -> function that writes its mean in a table.
+    """
+
+    totals: Totals
+    shown: Mapping[str, Callable[[float], str]]
+
+
+EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
+    {
+        "classification": Evaluator(
+            classification_sums, {"accuracy": percent, "accuracy_top5": percent, "loss": decimal}
+        ),
+    }
+)
+
+
+def show(metric: str, mean: float | None) -> str:
+    """The mean of an evaluator's metric as tables have it; "none" where there is no number."""
+    shown = {name: write for one in EVALUATORS.values() for name, write in one.shown.items()}
+    return "none" if mean is None else shown[metric](mean)

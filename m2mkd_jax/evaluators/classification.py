@@ -18,8 +18,7 @@ def restrict_logits(
 def classification_sums(
     logits: Float[Array, "B L"], labels: Int[Array, "B"], mask: Float[Array, "B"]
 ) -> dict[str, Float[Array, ""]]:
-    """Totals over a batch of: hits of the best label, hits among the best five, cross entropy,
-    examples.
+    """Totals over a batch of: hits of the best label, hits among the best five, cross entropy.
 
     A hit is a rank (`rank_of`) below 1 or 5: equal logits rank by their index, as in `argmax` and
     `top_k`, so equal logits everywhere are a hit for label 0 alone; a logit of the true class that
@@ -38,5 +37,4 @@ def classification_sums(
         "accuracy": jnp.sum(mask * (rank < 1)),
         "accuracy_top5": jnp.sum(mask * (rank < 5)),
         "loss": jnp.sum(jnp.where(mask > 0, mask * loss, 0)),
-        "count": jnp.sum(mask),
     }

@@ -7,15 +7,14 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
-from m2mkd_jax.models import vit
-from m2mkd_jax.phases.networks import require_stage_sources, take_weights, teacher_network
-from m2mkd_jax.phases.objective import whole_forward
-from m2mkd_jax.phases.training import Training, train_phase
+from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.training import train_phase, whole_training
+from m2mkd_jax.phases.weights import require_stage_sources, take_weights
 from m2mkd_jax.stages import stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the assembled teacher; its parameters are saved under "teacher", one subtree a
+    """Trains the assembled teacher; its parameters are saved under "teacher", one subtree per
     stage."""
     sources = require_stage_sources(config, "modules", len(config.teacher.depths))
     origins = [
@@ -26,17 +25,24 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         describe(config, mesh),
         workdir,
         mesh,
-        warm_start=lambda wanted: take_weights(config, wanted, origins),
+        warm_start=lambda shapes: take_weights(config, shapes, origins),
     )
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
     """The whole teacher, on any mesh."""
-    network = teacher_network(config, drop_path=config.drop_path)
-    return Training(
-        config,
-        title=config.phase,
-        init=lambda key: {"teacher": network.init(key)},
-        rules=vit.PARTITION_RULES,
-        forward=whole_forward(network, "teacher"),
-    )
+    return whole_training(PHASE, config)
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="teacher",
+    reads=("teacher",),
+    differentiates=("teacher",),
+    sources=(WeightSource("modules"),),
+    ood=True,
+    folder="teacher",
+    makes="teacher",
+    replaceable=True,
+)

@@ -9,18 +9,18 @@ from jax.sharding import Mesh
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import Pair, pair_logits
-from m2mkd_jax.models import vit
-from m2mkd_jax.phases.families import family, student_modules
 from m2mkd_jax.phases.networks import (
+    family_of_role,
     meta_network,
-    require_source,
-    take_weights,
+    parameter_shapes,
+    student_modules,
     teacher_network,
-    wanted,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import Training, train_phase
-from m2mkd_jax.stages import stage_name
+from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.phases.weights import require_source, take_weights
+from m2mkd_jax.stages import module_name, stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -49,21 +49,32 @@ def describe(config: Config, mesh: Mesh) -> Training:
             pair, {**helpers, **params}, images, stages=stages, train=train, rngs=rngs
         )
         return {
-            f"module_{stage}": Outputs(
+            module_name(stage): Outputs(
                 logits[stage], taught[stage], {stage_name(stage): recorded[stage_name(stage)]}
             )
             for stage in stages
         }
 
-    rules = vit.PARTITION_RULES
     return Training(
+        PHASE,
         config,
-        title=f"{config.phase} {config.module}",
         init=lambda key: {"student": pair.student.init(key, only=stages)},
-        rules=family(config).rules,
+        rules=family_of_role(config, "student").rules,
         forward=forward,
-        helpers=wanted(pair.meta, "meta", mesh, rules)
-        | wanted(pair.teacher, "teacher", mesh, rules, only=stages),
-        clip_depth=2,
+        helpers=parameter_shapes(config, pair.meta, "meta", mesh)
+        | parameter_shapes(config, pair.teacher, "teacher", mesh, only=stages),
         distill=config.distill,
     )
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="student",
+    modular=True,
+    reads=("module", "meta", "teacher", "model", "distill"),
+    differentiates=("model", "meta"),
+    sources=(WeightSource("meta"), WeightSource("teacher")),
+    folder="students",
+    makes="students",
+)

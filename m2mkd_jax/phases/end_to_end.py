@@ -1,8 +1,8 @@
 """Phase end_to_end: the whole student network, from distilled students (FT) or from scratch
 (E2E)."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,27 +10,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax.weights import Origin, WarmStart
+from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
-from m2mkd_jax.models import vit
-from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases.circuit import (
-    Circuit,
-    circuit_regularizer,
-    draw_circuit,
-    draw_signatures,
-    start_circuit,
-)
-from m2mkd_jax.phases.families import family, whole_student
-from m2mkd_jax.phases.networks import (
-    require_source,
-    require_stage_sources,
-    take_weights,
-    teacher_network,
-    upcycle,
-    wanted,
-)
-from m2mkd_jax.phases.objective import Forward, whole_forward
-from m2mkd_jax.phases.training import Training, check_training, config_feed, train_phase
+from m2mkd_jax.families import family_of
+from m2mkd_jax.phases.networks import parameter_shapes, teacher_network, whole_student
+from m2mkd_jax.phases.objective import Forward
+from m2mkd_jax.phases.phase import Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.training import check_training, train_phase, whole_training
+from m2mkd_jax.phases.weights import require_source, require_stage_sources, take_weights
 from m2mkd_jax.stages import Network, stage_name
 
 
@@ -41,66 +28,84 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     config.init.upcycle, or from scratch where there is neither.
     """
     warm_start, helpers = _warm_start(config), {}
-    if config.baseline.kind != "none":
+    if config.baseline.active:
         origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
         helpers = take_weights(config, _teacher_shapes(config, mesh), [origin], frozen=True).params
-    feed = config_feed(config, workdir)
-    circuit = None
-    if isinstance(config.model, NacConfig):
-        check_training(describe(config, mesh), feed, mesh)  # before the prior is written
-        circuit = start_circuit(config, workdir)
-    training = describe(config, mesh, circuit=circuit)
+    training, start = describe(config, mesh), None
+    feed = config_feed(training, workdir)
+    preparation = family_of(config.model).preparation
+    if preparation is not None:
+        check_training(training, feed, mesh)  # before the start is written
+        refuse_other_config(workdir, config)
+        start = preparation.make(config.model, config.seed, workdir)
+        training = describe(config, mesh, start=start)
     result = train_phase(training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed)
-    if circuit is not None:
-        draw_circuit(config, circuit, workdir)
+    if preparation is not None:
+        preparation.draw(config.model, start, workdir, config.optim)
     return result
 
 
-def describe(config: Config, mesh: Mesh, *, circuit: Circuit | None = None) -> Training:
+def describe(config: Config, mesh: Mesh, *, start: Any = None) -> Training:
     """The whole student; config.baseline adds distillation from the logits of the whole teacher.
 
-    A NAC's latents start as `circuit` says, and config.regularizers act on its signatures; without
-    one the mediators' are drawn and fitted to no prior, which changes numbers and no program.
+    A family with a preparation begins at `start`. Without one it begins at a sketch, which changes
+    numbers and no program.
     """
-    kind = family(config)
-    network = whole_student(config, drop_path=config.drop_path)
-    forward, helpers = whole_forward(network, "student"), {}
-    if config.baseline.kind != "none":
-        forward = _taught(forward, teacher_network(config))
-        helpers = _teacher_shapes(config, mesh)
-    init, trainable, regularizer = network.init, ".*", None
-    if isinstance(config.model, NacConfig):
-        circuit = circuit or Circuit(draw_signatures(config), None)
-        init = functools.partial(network.init, signatures=circuit.signatures)
-        trainable = config.model.trainable()
-        regularizer = functools.partial(circuit_regularizer, config, circuit)
-    return Training(
-        config,
-        title=config.phase,
-        init=lambda key: {"student": init(key)},
-        rules=kind.rules,
-        forward=forward,
-        trainable=trainable,
-        helpers=helpers,
-        distill=config.baseline,
-        regularizer=regularizer,
-    )
+    training = whole_training(PHASE, config)
+    if config.baseline.active:
+        training = dataclasses.replace(
+            training,
+            forward=_taught(training.forward, teacher_network(config)),
+            helpers=_teacher_shapes(config, mesh),
+            distill=config.baseline,
+        )
+    if family_of(config.model).preparation is not None:
+        training = _prepared(training, start)
+    return training
+
+
+def upcycle(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
+    """The start of the student from the dense ViT of config.init.upcycle."""
+    source = config.init.upcycle
+    start = family_of(config.model).upcycle(config.model, source, shapes["student"])
+    return take_weights(config, shapes, [start.origin], fresh=start.fresh, adapt=start.adapt)
 
 
 def _warm_start(config: Config) -> Callable[[Any], WarmStart] | None:
     if config.sources.students:
-        count, kind = len(whole_student(config)), family(config)
+        count, family = len(whole_student(config)), family_of(config.model)
         origins = [
             Origin(source, f"student/{stage_name(i)}", f"student/{stage_name(i)}")
             for i, source in enumerate(require_stage_sources(config, "students", count))
         ]
-        left, fresh = kind.left(config), kind.fresh(config)
-        return lambda wanted: take_weights(config, wanted, origins, leave=left, fresh=fresh)
-    return functools.partial(upcycle, config) if config.init.upcycle else None
+        left, fresh = family.left(config.model), family.fresh(config.model)
+        return lambda shapes: take_weights(config, shapes, origins, leave=left, fresh=fresh)
+    return (lambda shapes: upcycle(config, shapes)) if config.init.upcycle else None
+
+
+def _prepared(training: Training, start: Any) -> Training:
+    """The training with its family's initial values, frozen parameters and regularizer."""
+    config = training.config
+    model, preparation = config.model, family_of(config.model).preparation
+    if start is None:
+        preparation.check(model, config.seed)
+        start = preparation.sketch(model, config.seed)
+    init = preparation.init(whole_student(config, drop_path=config.drop_path), start)
+
+    def regularizer(steps_per_epoch: int):
+        settings = config.regularizers, config.optim, steps_per_epoch
+        return preparation.regularizer(model, start, *settings)
+
+    return dataclasses.replace(
+        training,
+        init=lambda key: {"student": init(key)},
+        trainable=preparation.trainable(model),
+        regularizer=regularizer,
+    )
 
 
 def _teacher_shapes(config: Config, mesh: Mesh) -> dict[str, Any]:
-    return wanted(teacher_network(config), "teacher", mesh, vit.PARTITION_RULES)
+    return parameter_shapes(config, teacher_network(config), "teacher", mesh)
 
 
 def _taught(student: Forward, teacher: Network) -> Forward:
@@ -113,3 +118,21 @@ def _taught(student: Forward, teacher: Network) -> Forward:
         return {name: part._replace(teacher=taught) for name, part in outputs.items()}
 
     return forward
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="student",
+    # Stitches that a student keeps are as wide as the meta model.
+    reads=("meta.width", "teacher", "model", "regularizers", "baseline"),
+    differentiates=("model",),
+    sources=(
+        WeightSource("students"),
+        WeightSource("teacher", used=lambda config: config.baseline.active),
+        WeightSource("upcycle", section="init"),
+    ),
+    ood=True,
+    folder="end_to_end",
+    makes="network",
+)

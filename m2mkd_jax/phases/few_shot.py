@@ -1,5 +1,5 @@
-"""Phase few_shot (FS): a new head for a handful of classes, trained on a handful of images of
-each; one episode, or several and their mean."""
+"""Phase few_shot (FS): a new head for a few classes, trained on a few images of each; one episode,
+or several and their mean."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from m2mkd_jax.data.feed import Feed, make_feed
 from m2mkd_jax.data.few_shot import Episode, choose_task
 from m2mkd_jax.data.sources import Source, load_source, load_test_source
 from m2mkd_jax.data.subsets import Subset
-from m2mkd_jax.phases.families import family, whole_student
-from m2mkd_jax.phases.networks import require_source, take_weights
-from m2mkd_jax.phases.objective import whole_forward
-from m2mkd_jax.phases.training import Training, check_training, train_phase
+from m2mkd_jax.evaluators import show
+from m2mkd_jax.families import family_of
+from m2mkd_jax.phases.phase import Phase, Splits, Training, WeightSource
+from m2mkd_jax.phases.training import check_training, train_phase, whole_training
+from m2mkd_jax.phases.weights import require_source, take_weights
 
 CONFIDENCE = 0.95
-INTERVAL = "_ci95"  # what is added to the name of a metric for half its interval
-Sources = tuple[Source, Source]
+INTERVAL = "_ci95"  # ends the name of half a metric's interval
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -45,13 +45,13 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The result of the run; of several, see `summary`.
     """
-    few_shot, sources = config.few_shot, load_splits(config)
-    train = _trainer(config, mesh, sources)
+    few_shot, splits = config.few_shot, load_splits(config)
+    train = _trainer(config, mesh, splits)
     if few_shot.episodes == 1:
         return train(few_shot.seed, workdir)
     workdir = epath.Path(workdir)
-    training, feed = check_episodes(config, mesh, sources)
-    check_training(training, feed, mesh)
+    training = describe(config, mesh)
+    check_training(training, first_feed(training, workdir, splits), mesh)
     shapes = jax.eval_shape(training.init, jax.random.key(0))
     _take_network(config, training, shapes, read=False)
     refuse_other_config(workdir, config)
@@ -91,7 +91,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def episodes_table(workdir: epath.Path) -> Table | None:
-    """The episodes of a finished run and their mean; None where there is but one."""
+    """The episodes of a finished run and their mean; None for a single one."""
     path = epath.Path(workdir) / "result.json"
     result = read_json(path) if path.exists() else {}
     if "episodes" not in result:
@@ -106,7 +106,7 @@ def episodes_table(workdir: epath.Path) -> Table | None:
         )
         section = read_json(folder / "config.json", {"few_shot": dict})["few_shot"]
         seed = section.get("seed", "")
-        accuracy, loss = f"{100 * one['test/accuracy']:.1f} %", f"{one['test/loss']:.3f}"
+        accuracy, loss = (show(name, one[f"test/{name}"]) for name in ("accuracy", "loss"))
         rows.append((str(number), str(seed), accuracy, loss))
     accuracy, loss = (
         (result[f"test/{name}"], result[f"test/{name}{INTERVAL}"]) for name in ("accuracy", "loss")
@@ -126,36 +126,29 @@ def episodes_table(workdir: epath.Path) -> Table | None:
 def describe(config: Config, mesh: Mesh) -> Training:
     """The whole student with a head of config.few_shot.ways labels, which alone is trained; the
     same on any mesh, for every episode."""
-    ways = config.few_shot.ways
-    episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=ways))
-    kind = family(episode)
-    network = whole_student(episode, drop_path=config.drop_path)
-    return Training(
-        episode,
-        title=config.phase,
-        init=lambda key: {"student": network.init(key)},
-        rules=kind.rules,
-        forward=whole_forward(network, "student"),
-        trainable=kind.head,
+    data = dataclasses.replace(config.data, labels=config.few_shot.ways)
+    episode = dataclasses.replace(config, data=data)
+    return dataclasses.replace(
+        whole_training(PHASE, episode), trainable=family_of(episode.model).head
     )
 
 
-def check_episodes(config: Config, mesh: Mesh, sources: Sources) -> tuple[Training, Feed]:
-    """Checks that the data gives all episodes; returns what is trained, and the feed of the first.
+def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
+    """The feed of the first episode, after a check that the data gives all of them.
 
     Raises:
       ValueError: where it does not.
     """
-    training, few_shot = describe(config, mesh), config.few_shot
+    config, few_shot = training.config, training.config.few_shot
     for number in reversed(range(few_shot.episodes)):
         drawn = dataclasses.replace(few_shot, seed=few_shot.seed + number, episodes=1)
-        one = dataclasses.replace(training.config, few_shot=drawn)
-        feed = episode_feed(one, sources, workdir=epath.Path())  # which writes nothing
-    return training, feed
+        one = dataclasses.replace(config, few_shot=drawn)
+        feed = episode_feed(one, splits, workdir=epath.Path())  # which writes nothing
+    return feed
 
 
 def _trainer(
-    config: Config, mesh: Mesh, sources: Sources
+    config: Config, mesh: Mesh, splits: Splits
 ) -> Callable[[int, epath.Path], dict[str, Any]]:
     """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
     require_source(config, "network")
@@ -169,7 +162,7 @@ def _trainer(
             workdir,
             mesh,
             warm_start=functools.partial(_take_network, one, training),
-            feed=episode_feed(one, sources, workdir=workdir),
+            feed=episode_feed(one, splits, workdir=workdir),
             programs=programs,
         )
 
@@ -177,31 +170,31 @@ def _trainer(
 
 
 def _take_network(
-    config: Config, training: Training, wanted: Mapping[str, Any], *, read: bool = True
+    config: Config, training: Training, shapes: Mapping[str, Any], *, read: bool = True
 ) -> WarmStart:
-    """What an episode starts from: config.sources.network, and a fresh head."""
+    """The start of an episode: config.sources.network, and a fresh head."""
     origin = Origin(require_source(config, "network"), "student", "student")
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     fresh = (Allowance(training.trainable, reason),)
-    return take_weights(config, wanted, [origin], fresh=fresh, read=read)
+    return take_weights(config, shapes, [origin], fresh=fresh, read=read)
 
 
-def load_splits(config: Config) -> Sources:
+def load_splits(config: Config) -> Splits:
     """The whole training and test splits, of all classes, labelled alike."""
     train = load_source(config.data, config.data.train_split)
     return train, load_test_source(config.data, train.label_names)
 
 
-def episode_feed(episode: Config, sources: Sources, *, workdir: epath.Path) -> Feed:
+def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
     """The feed of one episode.
 
     Args:
       episode: its data has config.few_shot.ways labels.
-      sources: what is drawn from, see `load_splits`.
+      splits: images to draw from, see `load_splits`.
       workdir: of the episode.
     """
     few_shot = episode.few_shot
-    train, test = sources
+    train, test = splits
     chosen, held_out = choose_task(
         np.asarray(train.labels),
         np.asarray(test.labels),
@@ -227,3 +220,19 @@ def episode_feed(episode: Config, sources: Sources, *, workdir: epath.Path) -> F
 def _subset(source: Source, episode: Episode) -> Subset:
     names = tuple(source.label_names[label] for label in sorted(episode.classes))
     return Subset(source, episode.indices, episode.labels, names)
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="student",
+    # Stitches that a student keeps are as wide as the meta model.
+    reads=("meta.width", "model", "few_shot"),
+    differentiates=("model",),
+    sources=(WeightSource("network"),),
+    feed=first_feed,
+    draws_images=True,
+    table=episodes_table,
+    folder="few_shot",
+    optional=True,
+)

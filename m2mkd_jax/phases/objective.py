@@ -1,6 +1,6 @@
-"""The loss and the evaluation that all phases share; a phase says how logits come about."""
+"""The loss and the evaluation that all phases share; a phase gives the forward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,14 @@ from common_jax.step import Loss, Sums
 from m2mkd_jax import losses
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import prepare_evaluation, prepare_training
-from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
-from m2mkd_jax.stages import Network
+from m2mkd_jax.evaluators import EVALUATORS
+from m2mkd_jax.evaluators.classification import restrict_logits
+from m2mkd_jax.families.family import Regularizer, WholeNetwork
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives of a network: logits (B, L), those of a teacher or None, and what
-    the trained stages recorded."""
+    """Outputs of a network: logits (B, L), those of a teacher or None, and the records of its
+    trained stages."""
 
     logits: jax.Array
     teacher: jax.Array | None
@@ -31,13 +32,11 @@ class Outputs(NamedTuple):
 Forward = Callable[
     [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
 ]
-# regularizer(params, step) -> (scalar, metrics)
-Regularizer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
-def whole_forward(network: Network, role: str) -> Forward:
+def whole_forward(network: WholeNetwork, role: str) -> Forward:
     """The forward pass of a network trained as a whole, its parameters under `role`; no teacher."""
 
     def forward(params, helpers, images, train, rngs):
@@ -55,7 +54,7 @@ def make_loss(
     regularizer: Regularizer | None = None,
 ) -> Loss:
     """Label loss, blended with the distillation that `distill` names, plus the experts' balance
-    losses and what `regularizer` gives; summed over the networks where there are several.
+    losses and the regularizer's term; summed over the networks where there are several.
 
     Its metrics are `label_loss`, `distillation`, those of the regularizer and, for every MoE layer,
     `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`. Of several networks `label_loss` and
@@ -68,7 +67,7 @@ def make_loss(
         for name, outputs in forward(params, helpers, images, True, rngs).items():
             value = losses.soft_cross_entropy(outputs.logits, targets)
             parts[name] = {"label_loss": value}
-            if distill.kind != "none":
+            if distill.active:
                 distillation = losses.DISTILLATIONS[distill.kind]
                 term = distillation(outputs.logits, outputs.teacher, distill.tau)
                 value = losses.blend(value, term, distill.alpha)
@@ -84,12 +83,19 @@ def make_loss(
     return loss
 
 
-def make_sums(forward: Forward, config: Config, *, classes: tuple[int, ...] | None = None) -> Sums:
+def make_sums(
+    forward: Forward,
+    config: Config,
+    evaluators: Sequence[str],
+    *,
+    classes: tuple[int, ...] | None = None,
+) -> Sums:
     """Totals of one evaluation batch for `common_jax.step.make_evaluator`.
 
     Args:
-      forward: how logits come about.
+      forward: from parameters and images to logits.
       config: its evaluation section says whether anything is drawn.
+      evaluators: keys of `EVALUATORS`.
       classes: the network's classes among which the batch's labels count, label i meaning the
         i-th; None where labels are those of the network.
     """
@@ -103,11 +109,11 @@ def make_sums(forward: Forward, config: Config, *, classes: tuple[int, ...] | No
             logits = outputs.logits
             if classes is not None:
                 logits = restrict_logits(logits, classes)
-            parts[name] = classification_sums(logits, batch["label"], batch["_mask"])
-        count = jnp.sum(batch["_mask"])
-        for part in parts.values():
-            del part["count"]
-        return _with_means(parts) | {"count": count}
+            parts[name] = {}
+            for evaluator in evaluators:
+                totals = EVALUATORS[evaluator].totals
+                parts[name] |= totals(logits, batch["label"], batch["_mask"])
+        return _with_means(parts) | {"count": jnp.sum(batch["_mask"])}
 
     return sums
 

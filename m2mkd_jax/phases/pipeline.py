@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -11,21 +11,16 @@ from jax.sharding import Mesh
 from common_jax.config import in_recipe, under
 from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config, Recipe
-from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases import assemble, distill, end_to_end, few_shot, pretrain_meta, train_module
-from m2mkd_jax.phases.circuit import check_circuit
-from m2mkd_jax.phases.networks import check_source
-from m2mkd_jax.phases.training import Training, check_training, config_feed
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.few_shot import load_splits
+from m2mkd_jax.phases.fields import check_sources, given_sources
+from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.training import check_training
+from m2mkd_jax.phases.weights import check_source
 
-# Phases that train one network, and those that train the modules of config.module. Each has a
-# `describe`, for what it trains, and a `run`.
-WHOLE: dict[str, ModuleType] = {
-    "pretrain_meta": pretrain_meta,
-    "assemble": assemble,
-    "end_to_end": end_to_end,
-    "few_shot": few_shot,
-}
-MODULAR: dict[str, ModuleType] = {"train_module": train_module, "distill": distill}
+# A pipeline always trains the network that this field of config.sources takes, and its result is
+# that run's.
+PRODUCT = "network"
 # Fields in which a finished run may differ from its plan: a moved pipeline has its sources in other
 # folders, and an episode has labels of its own.
 APART = r"sources\..*|data\.labels"
@@ -41,13 +36,13 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
     Returns:
       The result of the run, or of the last one.
     """
+    check_sources(config)
     if config.phase == "pipeline":
         return run_pipeline(config, workdir, mesh)
-    if config.phase in WHOLE:
-        return WHOLE[config.phase].run(config, workdir, mesh)
+    phase = PHASES[config.phase]
     result = {}
-    for folder, part in program_folders(config, one="", several="module").items():
-        result = MODULAR[config.phase].run(part, workdir / folder, mesh)
+    for folder, part in run_folders(config).items():
+        result = phase.run(part, workdir / folder, mesh)
     return result
 
 
@@ -60,38 +55,43 @@ def program_folders(config: Config, *, one: str, several: str) -> dict[str, Conf
     return {f"{several}_{program.module}": program for program in programs}
 
 
+def run_folders(config: Config) -> dict[str, Config]:
+    """The runs of one phase, by their folders below its workdir; "" is the workdir itself."""
+    if not PHASES[config.phase].modular:
+        return {"": config}
+    return program_folders(config, one="", several="module")
+
+
 def describe(config: Config, mesh: Mesh) -> Training:
-    """What the one run of `config` trains.
+    """The training of the one run of `config`.
 
     Raises:
       ValueError: where `config` means several runs.
     """
+    check_sources(config)
     if config.phase == "pipeline":
         raise ValueError(
             "config.phase='pipeline' is several runs, each with a program of its own: name one of "
-            f"{[*WHOLE, *MODULAR]}"
+            f"{list(PHASES)}"
         )
-    if config.phase in WHOLE:
-        return WHOLE[config.phase].describe(config, mesh)
-    if len(programs := config.programs()) > 1:
+    if PHASES[config.phase].modular and len(programs := config.programs()) > 1:
         raise ValueError(
             f"config.module={config.module!r} with config.distill.pairs_at_once="
             f"{config.distill.pairs_at_once} is {len(programs)} programs: name the modules of one "
             f"of them, {[program.module for program in programs]}"
         )
-    return MODULAR[config.phase].describe(config, mesh)
+    return PHASES[config.phase].describe(config, mesh)
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Meta model, teacher modules, teacher, student modules, whole student and, if it has a
-    recipe, few-shot.
+    """All phases, in the order of `PHASES`.
 
     Every run gets the recipe of its phase from config.recipes and the weights of the runs before
-    it. Where config.sources.meta or config.sources.teacher name a finished one, it is taken and
-    not trained. few_shot is left out where it has no recipe.
+    it. A phase whose weights config.sources gives is left out, and so is an optional one without a
+    recipe.
 
     Returns:
-      The result of the end-to-end run.
+      The result of the run that makes `PRODUCT`.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config)
@@ -106,7 +106,12 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
         else:
             with in_recipe(Recipe, run_config.phase):
                 results[folder] = run_phase(run_config, workdir / folder, mesh)
-    return results["end_to_end"]
+    return results[result_folder()]
+
+
+def result_folder() -> str:
+    """The folder of the run whose result is the pipeline's."""
+    return next(phase.folder for phase in PHASES.values() if phase.makes == PRODUCT)
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
@@ -123,22 +128,19 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     ]
     if not left:
         return
-    for role in ("meta", "teacher"):
-        if getattr(config.sources, role):
-            check_source(config, role, mesh)
-    sources = few_shot.load_splits(config)  # of all runs
+    for source in given_sources():
+        if source.value(config):
+            check_source(config, source.field, mesh)
+    splits = load_splits(config)  # of all runs
     trainings = []
     for folder, one in left:
+        phase = PHASES[one.phase]
         with in_recipe(Recipe, one.phase):
-            if one.phase == "few_shot":
-                training, feed = few_shot.check_episodes(one, mesh, sources)
-            else:
-                training, feed = describe(one, mesh), config_feed(one, workdir / folder, sources)
-            if one.phase == "end_to_end" and isinstance(one.model, NacConfig):
-                check_circuit(one)
-        trainings.append((training, feed, one.phase))
-    for trace in (False, True):  # what is quick to see first
-        for training, feed, phase in trainings:
+            training = phase.describe(one, mesh)
+            trainings.append((training, phase.feed(training, workdir / folder, splits)))
+    for trace in (False, True):  # the quick checks of all runs first
+        for training, feed in trainings:
+            phase = training.config.phase
             with in_recipe(Recipe, phase):
                 check_training(training, feed, mesh, key=f"config.recipes.{phase}", trace=trace)
 
@@ -147,43 +149,52 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     """The runs of the pipeline in order: the folder of each below `workdir`, and its config.
 
     Raises:
-      ValueError: when a phase has no recipe; few_shot may lack one, and is then left out.
+      ValueError: when a phase has no recipe and is not optional.
     """
-    given = config.sources
-    needed = () if given.meta else ("pretrain_meta",)
-    needed += () if given.teacher else ("train_module", "assemble")
-    needed += ("distill", "end_to_end")
-    if missing := [phase for phase in needed if phase not in config.recipes]:
-        raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
-    meta = given.meta or str(workdir / "meta")
-    teacher = given.teacher or str(workdir / "teacher")
-
-    runs = [] if given.meta else [("meta", _phase(config, "pretrain_meta"))]
-    if not given.teacher:
-        phase = _phase(config, "train_module", meta=meta)
-        modules = program_folders(phase, one="modules", several="module")
-        sources = _of_stages(modules, workdir)
-        runs += [*modules.items(), ("teacher", _phase(config, "assemble", modules=sources))]
-    phase = _phase(config, "distill", meta=meta, teacher=teacher)
-    students = program_folders(phase, one="students", several="student")
-    runs += students.items()
-    whole = {"students": _of_stages(students, workdir)}
-    if config.baseline.kind != "none":
-        whole["teacher"] = teacher
-    runs.append(("end_to_end", _phase(config, "end_to_end", **whole)))
-    if "few_shot" in config.recipes:
-        network = str(workdir / "end_to_end")
-        runs.append(("few_shot", _phase(config, "few_shot", network=network)))
+    made = {source.field: source.value(config) for source in given_sources()}
+    runs = []
+    for name in chosen_phases(config):
+        phase = PHASES[name]
+        sources = phase.used_sources(config)
+        taken = {one.field: made[one.field] for one in sources if one.field in made}
+        run_config = _phase_config(config, name, taken)
+        if phase.modular:
+            programs = program_folders(run_config, one=phase.folder, several=phase.role)
+            made[phase.makes] = _of_stages(programs, workdir)
+        else:
+            programs = {phase.folder: run_config}
+            made[phase.makes] = str(workdir / phase.folder)
+        runs += programs.items()
     return runs
 
 
+def chosen_phases(config: Config) -> list[str]:
+    """The phases that the pipeline runs, in order.
+
+    Counted from the last one: a phase runs where a later one takes its weights and config.sources
+    does not give them, and an optional one where it has a recipe.
+
+    Raises:
+      ValueError: when one of them has no recipe.
+    """
+    given = {source.field for source in given_sources() if source.value(config)}
+    needed, chosen = {PRODUCT}, []
+    for name, phase in reversed(PHASES.items()):
+        if name in config.recipes if phase.optional else phase.makes in needed - given:
+            chosen.insert(0, name)
+            needed |= {source.field for source in phase.used_sources(config)}
+    if missing := [name for name in chosen if name not in config.recipes]:
+        raise ValueError(f"config.recipes lacks {missing}, which phase='pipeline' needs")
+    return chosen
+
+
 def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, ...]:
-    """The workdir that holds each stage."""
-    held = {stage: folder for folder, one in programs.items() for stage in one.modules()}
-    return tuple(str(workdir / held[stage]) for stage in sorted(held))
+    """The workdir of each stage's module."""
+    folders = {stage: folder for folder, one in programs.items() for stage in one.modules()}
+    return tuple(str(workdir / folders[stage]) for stage in sorted(folders))
 
 
-def _phase(config: Config, phase: str, **sources: str | tuple[str, ...]) -> Config:
+def _phase_config(config: Config, phase: str, sources: Mapping[str, Any]) -> Config:
     recipe = config.recipes[phase]
     with under("config"):
         return dataclasses.replace(

@@ -1,4 +1,5 @@
-"""Phase pretrain_meta (PT): the meta model, one block a stage, trained with labels from scratch."""
+"""Phase pretrain_meta (PT): the meta model, one block per stage, trained with labels from
+scratch."""
 
 from typing import Any
 
@@ -6,10 +7,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from m2mkd_jax.config import Config
-from m2mkd_jax.models import vit
-from m2mkd_jax.phases.networks import meta_network
-from m2mkd_jax.phases.objective import whole_forward
-from m2mkd_jax.phases.training import Training, train_phase
+from m2mkd_jax.phases.phase import Phase, Training
+from m2mkd_jax.phases.training import train_phase, whole_training
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -19,11 +18,17 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 def describe(config: Config, mesh: Mesh) -> Training:
     """The meta model, on any mesh."""
-    network = meta_network(config, drop_path=config.drop_path)
-    return Training(
-        config,
-        title=config.phase,
-        init=lambda key: {"meta": network.init(key)},
-        rules=vit.PARTITION_RULES,
-        forward=whole_forward(network, "meta"),
-    )
+    return whole_training(PHASE, config)
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="meta",
+    reads=("meta",),
+    differentiates=("meta",),
+    ood=True,
+    folder="meta",
+    makes="meta",
+    replaceable=True,
+)

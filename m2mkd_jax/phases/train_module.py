@@ -9,16 +9,18 @@ from jax.sharding import Mesh
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
-from m2mkd_jax.models import encoder, vit
+from m2mkd_jax.models import encoder
 from m2mkd_jax.phases.networks import (
+    family_of_role,
     meta_network,
-    require_source,
-    take_weights,
-    teacher_network,
-    wanted,
+    module_network,
+    parameter_shapes,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import Training, train_phase
+from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.training import train_phase
+from m2mkd_jax.phases.weights import require_source, take_weights
+from m2mkd_jax.stages import module_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
     Stochastic depth ramps over, and acts on, meta and module blocks alike (as the original has it).
     """
-    meta, teacher, stages = meta_network(config), teacher_network(config), config.modules()
+    meta, teacher = meta_network(config), module_network(config, "module")
+    stages = config.modules()
     hybrids = {
         stage: encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)
         for stage in stages
@@ -55,14 +58,26 @@ def describe(config: Config, mesh: Mesh) -> Training:
             train_meta=train,
             rngs=rngs,
         )
-        return {f"module_{stage}": Outputs(logits[stage], None, {}) for stage in stages}
+        return {module_name(stage): Outputs(logits[stage], None, {}) for stage in stages}
 
     return Training(
+        PHASE,
         config,
-        title=f"{config.phase} {config.module}",
         init=lambda key: {"module": teacher.init(key, only=stages)},
-        rules=vit.PARTITION_RULES,
+        rules=family_of_role(config, "module").rules,
         forward=forward,
-        helpers=wanted(meta, "meta", mesh, vit.PARTITION_RULES, only=others),
-        clip_depth=2,
+        helpers=parameter_shapes(config, meta, "meta", mesh, only=others),
     )
+
+
+PHASE = Phase(
+    describe=describe,
+    run=run,
+    role="module",
+    modular=True,
+    reads=("module", "meta", "teacher", "distill.pairs_at_once"),
+    differentiates=("meta", "teacher"),
+    sources=(WeightSource("meta"),),
+    folder="modules",
+    makes="modules",
+)

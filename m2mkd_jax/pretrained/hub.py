@@ -11,7 +11,7 @@ from common_jax.weights import weights_file
 from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.networks import same_numbers
+from m2mkd_jax.phases.weights import same_numbers
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # Where each of our fields stands in timm's pretrained_cfg, and in Hugging Face's preprocessor.

@@ -15,8 +15,12 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.nac.model import NacConfig
-from m2mkd_jax.phases.families import student_modules, whole_student
-from m2mkd_jax.phases.networks import meta_network, teacher_network
+from m2mkd_jax.phases.networks import (
+    meta_network,
+    student_modules,
+    teacher_network,
+    whole_student,
+)
 from m2mkd_jax.pretrained.foreign import is_headless, named_elsewhere
 from m2mkd_jax.stages import Place, stage_name
 

@@ -14,8 +14,8 @@ from common_jax.weights import Account, list_problems
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import convert
 from m2mkd_jax.config import Config
+from m2mkd_jax.families import kind_of
 from m2mkd_jax.models import vit
-from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, expected_tensors
 from m2mkd_jax.pretrained.reading import Pretrained
 from m2mkd_jax.stages import stage_name
@@ -38,8 +38,7 @@ def kind_of_run(config: Config, held: Mapping[str, Any]) -> str:
       config: of the run.
       held: what its checkpoint holds, {role: {"stage_0": ...}}.
     """
-    student = "nac" if isinstance(config.model, NacConfig) else "vmoe"
-    name = KIND_OF_PHASE[config.phase].format(student=student)
+    name = KIND_OF_PHASE[config.phase].format(student=kind_of(config.model))
     whole = len(held.get("teacher", ())) == len(config.teacher.depths)
     return "teacher_module" if name == "teacher" and not whole else name
 

@@ -7,16 +7,13 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import NAC, tiny_config
+from tiny import NAC, OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
-from m2mkd_jax.nac.graphs import PriorConfig
-from m2mkd_jax.nac.kernel import KernelConfig
-from m2mkd_jax.nac.priors import Prior
-from m2mkd_jax.phases import circuit
-from m2mkd_jax.phases.circuit import (
+from m2mkd_jax.families import circuit
+from m2mkd_jax.families.circuit import (
     Circuit,
     check_circuit,
     circuit_regularizer,
@@ -24,6 +21,9 @@ from m2mkd_jax.phases.circuit import (
     draw_signatures,
     start_circuit,
 )
+from m2mkd_jax.nac.graphs import PriorConfig
+from m2mkd_jax.nac.kernel import KernelConfig
+from m2mkd_jax.nac.priors import Prior
 from m2mkd_jax.regularizers import HingeConfig, RegularizersConfig
 
 FREE = dataclasses.replace(NAC, prior=PriorConfig("none"), mediators=256, signature_width=64)
@@ -33,8 +33,13 @@ def config_of(model=NAC, **changes):
     return dataclasses.replace(tiny_config("end_to_end"), model=model, **changes)
 
 
+def start_of(config):
+    """Model and seed, from which a circuit starts."""
+    return config.model, config.seed
+
+
 def test_signatures_are_drawn_for_each_set_of_latents_from_the_seed_and_its_name():
-    signatures = draw_signatures(config_of(FREE, seed=3))
+    signatures = draw_signatures(*start_of(config_of(FREE, seed=3)))
     counts = {"input": FREE.inputs, "mediator": 256, "output": FREE.outputs}
     for name, count in counts.items():
         key = fold_name(jax.random.key(3), f"{name} signatures")
@@ -44,13 +49,13 @@ def test_signatures_are_drawn_for_each_set_of_latents_from_the_seed_and_its_name
     assert np.mean(mediators) == pytest.approx(0, abs=0.03)
     assert np.std(mediators) == pytest.approx(1, abs=0.03)
     assert np.all(signatures["input"][:2] != signatures["output"][:2])
-    other = draw_signatures(config_of(FREE, seed=4))
+    other = draw_signatures(*start_of(config_of(FREE, seed=4)))
     assert all(np.all(other[name] != signatures[name]) for name in counts)
 
 
 def test_a_run_starts_from_drawn_signatures_without_a_prior(tmp_path):
     config = config_of(FREE)
-    started, drawn = start_circuit(config, tmp_path), draw_signatures(config)
+    started, drawn = start_circuit(*start_of(config), tmp_path), draw_signatures(*start_of(config))
     assert started.prior is None and not list(tmp_path.iterdir())
     assert started.signatures.keys() == drawn.keys()
     for name, signatures in drawn.items():
@@ -66,7 +71,7 @@ def test_mediators_alone_start_from_the_prior(monkeypatch, tmp_path):
 
     monkeypatch.setattr(circuit, "prepare_prior", prepare)
     config = config_of(seed=6)
-    started, drawn = start_circuit(config, tmp_path), draw_signatures(config)
+    started, drawn = start_circuit(*start_of(config), tmp_path), draw_signatures(*start_of(config))
     assert started.signatures["mediator"] is fitted is started.prior.signatures
     for name in ("input", "output"):
         np.testing.assert_array_equal(started.signatures[name], drawn[name])
@@ -76,7 +81,7 @@ def test_mediators_alone_start_from_the_prior(monkeypatch, tmp_path):
 
 def test_all_latents_of_a_complete_graph_are_alike(tmp_path):
     complete = dataclasses.replace(NAC, prior=PriorConfig("complete"))
-    started = start_circuit(config_of(complete), tmp_path)
+    started = start_circuit(*start_of(config_of(complete)), tmp_path)
     first = [1.0] + [0.0] * (NAC.signature_width - 1)
     for name, count in (("input", 4), ("mediator", 8), ("output", 2)):
         np.testing.assert_array_equal(started.signatures[name], [first] * count)
@@ -85,8 +90,11 @@ def test_all_latents_of_a_complete_graph_are_alike(tmp_path):
 def test_a_graph_that_does_not_fit_is_refused_and_none_always_fits():
     odd = dataclasses.replace(NAC, prior=PriorConfig("grid", dims=(3, 3)))
     with pytest.raises(ValueError, match=r"config\.model\.prior\.dims"):
-        check_circuit(config_of(odd))
-    assert check_circuit(config_of(FREE)) is None and check_circuit(config_of()) is None
+        check_circuit(*start_of(config_of(odd)))
+    assert (
+        check_circuit(*start_of(config_of(FREE))) is None
+        and check_circuit(*start_of(config_of())) is None
+    )
 
 
 def params_of(signatures):
@@ -109,8 +117,10 @@ def test_a_weight_moves_epoch_by_epoch(optim, epochs):
     """(1 - p) 2 + p 6, p the share of the epochs that are over."""
     terms = RegularizersConfig(hinge=HingeConfig(weight=2.0, weight_end=6.0, hinge=1.5))
     config = config_of(regularizers=terms, optim=optim)
-    signatures = draw_signatures(config)
-    regularizer = circuit_regularizer(config, Circuit(signatures, None), 5)
+    signatures = draw_signatures(*start_of(config))
+    regularizer = circuit_regularizer(
+        config.model, Circuit(signatures, None), config.regularizers, config.optim, 5
+    )
     params = params_of(signatures)
     for step in range(optim.total_steps(5)):
         total, metrics = regularizer(params, jnp.int32(step))
@@ -124,7 +134,13 @@ def test_every_iteration_has_the_kernel_of_its_own(monkeypatch):
     monkeypatch.setattr(circuit, "make_regularizer", lambda *args, **named: given.append(named))
     layered = dataclasses.replace(NAC, iterations=2, layerwise={"kernel/truncation": (0.4, 0.7)})
     config = config_of(layered)
-    circuit_regularizer(config, Circuit(draw_signatures(config), None), 5)
+    circuit_regularizer(
+        config.model,
+        Circuit(draw_signatures(*start_of(config)), None),
+        config.regularizers,
+        config.optim,
+        5,
+    )
     assert [kernel.truncation for kernel in given[0]["kernels"]] == [0.4, 0.7]
 
 
@@ -152,7 +168,7 @@ def test_the_picture_is_of_the_start_and_of_what_was_learned(monkeypatch, tmp_pa
     communities = np.arange(8) % 3
     prior = Prior(np.eye(8, dtype=bool), communities, before, 0.0, 0, 0, 0)
     config = config_of(optim=OptimConfig(ema=ema))
-    draw_circuit(config, Circuit({"mediator": before}, prior), tmp_path)
+    draw_circuit(config.model, Circuit({"mediator": before}, prior), tmp_path, config.optim)
     ((start, after, groups, settings),) = drawn.calls
     assert start is before and groups is communities
     np.testing.assert_array_equal(after, learned)
@@ -165,7 +181,7 @@ def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
     before = np.ones((8, 8))
     drawn = Drawn(monkeypatch, before)
     model = dataclasses.replace(FREE, kernel=KernelConfig(truncation=None))
-    draw_circuit(config_of(model), Circuit({"mediator": before}, None), tmp_path)
+    draw_circuit(model, Circuit({"mediator": before}, None), tmp_path, OPTIM)
     ((_, _, groups, settings),) = drawn.calls
     assert not np.any(groups) and len(groups) == 8
     assert settings["truncation"] == 2.0  # the largest distance there is: all are connected
@@ -175,7 +191,7 @@ def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):
     drawn = Drawn(monkeypatch, np.ones((8, 8)))
     started = Circuit({"mediator": np.ones((8, 8))}, None)
     monkeypatch.setattr(circuit, "is_picture", lambda path: path.name == "connectivity.png")
-    draw_circuit(config_of(), started, tmp_path)
+    draw_circuit(NAC, started, tmp_path, OPTIM)
     assert not drawn.calls
 
 
@@ -185,5 +201,5 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
 
     Drawn(monkeypatch, np.ones((8, 8)))
     monkeypatch.setattr(circuit, "draw_connectivity", fail)
-    draw_circuit(config_of(), Circuit({"mediator": np.ones((8, 8))}, None), tmp_path)
+    draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path, OPTIM)
     assert "no ink" in caplog.text

@@ -7,13 +7,12 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import feed_of, tiny_config
 
 from common_jax.inputs import BadExample
 from common_jax.optim import OptimConfig
 from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.phases.few_shot import load_splits
-from m2mkd_jax.phases.training import config_feed
 
 RGB = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
@@ -59,7 +58,7 @@ def test_a_test_class_that_training_lacks_is_refused_before_anything_is_written(
     workdir = tmp_path / "run"
     message = r"split 'test' has 3 classes, and 1 are no classes .*: ant; .* cat, dog, fox\. Rename"
     with pytest.raises(ValueError, match=message):
-        config_feed(config_of(root, 3), workdir)
+        feed_of(config_of(root, 3), workdir)
     with pytest.raises(ValueError, match=message):
         load_splits(config_of(root, 3))
     assert not workdir.exists()
@@ -67,7 +66,7 @@ def test_a_test_class_that_training_lacks_is_refused_before_anything_is_written(
 
 def test_a_test_set_of_fewer_classes_has_the_labels_of_training(tmp_path):
     root = make(tmp_path / "set", train={"ant": 2, "cat": 2, "dog": 2}, test={"cat": 3, "dog": 1})
-    feed = config_feed(config_of(root, 3), tmp_path)
+    feed = feed_of(config_of(root, 3), tmp_path)
     assert feed.label_names == ("ant", "cat", "dog")
     assert labels_by_class(feed) == {"c": {1}, "d": {2}}
     _, test = load_splits(config_of(root, 3))
@@ -79,7 +78,7 @@ def test_a_test_set_of_fewer_classes_has_the_labels_of_training(tmp_path):
 def test_the_same_classes_are_left_as_they_are(tmp_path, held):
     same = {"ant": 2, "cat": 2}
     root = make(tmp_path / "set", train=same, test=same)
-    feed = config_feed(config_of(root, 2, in_memory=held), tmp_path)
+    feed = feed_of(config_of(root, 2, in_memory=held), tmp_path)
     assert labels_by_class(feed) == {"a": {0}, "c": {1}}
 
 
@@ -87,7 +86,7 @@ def test_class_numbers_without_names_are_refused_beside_names(tmp_path):
     wnids = {f"n{i:02}": 1 for i in range(11)}
     root = make(tmp_path / "set", train=wnids, test={str(i): 1 for i in range(11)})
     with pytest.raises(ValueError, match=r"class numbers without names, as in ImageNetV2.*Rename"):
-        config_feed(config_of(root, 11), tmp_path)
+        feed_of(config_of(root, 11), tmp_path)
 
 
 def test_numbers_are_names_where_both_sets_have_them(tmp_path):
@@ -107,7 +106,7 @@ def test_images_without_class_folders_say_what_to_do(tmp_path):
             archive.write(file, file.relative_to(root))
     for path in (root, packed):
         with pytest.raises(ValueError, match=r"split 'test': all 3 images lie in .*valprep\.sh"):
-            config_feed(config_of(path, 2), tmp_path)
+            feed_of(config_of(path, 2), tmp_path)
 
 
 def test_images_beside_class_folders_are_left_out_with_a_warning(tmp_path, caplog):

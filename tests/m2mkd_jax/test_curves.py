@@ -1,7 +1,7 @@
 """Panels of a report of m2mKD."""
 
 from common_jax.report import panels
-from m2mkd_jax.curves import FAMILIES
+from m2mkd_jax.curves import CURVES
 
 
 def test_a_run_with_experts_has_panels_of_them_and_one_of_all_losses():
@@ -17,7 +17,7 @@ def test_a_run_with_experts_has_panels_of_them_and_one_of_all_losses():
         }
         for step in (20, 40)
     ]
-    found = {panel.title: list(curves) for panel, curves in panels(lines, FAMILIES).items()}
+    found = {panel.title: list(curves) for panel, curves in panels(lines, CURVES).items()}
     assert found.pop("Loss") == ["train/distillation", "train/label_loss"]
     titles = ("Tokens dropped by experts", "Router entropy")
     titles += ("Expert load at the end (% of tokens)", "Expert load over time")

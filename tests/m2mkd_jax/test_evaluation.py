@@ -10,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from meshes import one_device, split_mesh
-from tiny import tiny_config
+from tiny import feed_of, tiny_config
 
 from common_jax.checkpoint import finished_steps
 from common_jax.metrics import read_metrics
@@ -18,8 +18,10 @@ from common_jax.optim import OptimConfig
 from common_jax.state import evaluation_key, fold_name
 from m2mkd_jax.config import DistillConfig, EvaluationConfig
 from m2mkd_jax.data.ood import OodConfig
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.objective import EVALUATION_STREAMS, Outputs, make_loss, make_sums
-from m2mkd_jax.phases.training import Training, config_feed, train_phase, with_feed
+from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.training import train_phase, with_feed
 
 # 1,437 images make three steps an epoch; 360 to test make two batches, the last one padded.
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
@@ -48,8 +50,8 @@ def forward(params, helpers, images, train, rngs):
 
 def training_of(config, **settings):
     return Training(
+        PHASES[config.phase],
         config,
-        title="linear",
         init=init,
         rules=(("/net/kernel", PartitionSpec()),),
         forward=forward,
@@ -59,7 +61,7 @@ def training_of(config, **settings):
 
 def evaluator(config, tmp_path, mesh):
     """The evaluation of the test set that a run of `config` has."""
-    task = with_feed(training_of(config), config_feed(config, tmp_path), mesh)
+    task = with_feed(training_of(config), feed_of(config, tmp_path), mesh)
     return task.evaluators["test"]
 
 
@@ -72,8 +74,8 @@ def test_forward_gets_the_evaluation_streams_or_nothing(tmp_path, noise):
         return forward(params, helpers, images, train, rngs)
 
     key = evaluation_key(np.uint32(0), 0)
-    batch = jax.tree.map(jnp.asarray, next(config_feed(config, tmp_path).evaluation()))
-    make_sums(spy, config)(init(jax.random.key(0)), {}, batch, key)
+    batch = jax.tree.map(jnp.asarray, next(feed_of(config, tmp_path).evaluation()))
+    make_sums(spy, config, ["classification"])(init(jax.random.key(0)), {}, batch, key)
     ((train, rngs),) = seen
     assert train is False
     if noise == "mean":
@@ -110,7 +112,7 @@ def test_draws_depend_on_the_seed_of_the_run(tmp_path, noise):
 def test_a_set_of_other_classes_is_scored_among_these(tmp_path):
     """A model that is right among all ten, whose digits 6 and 9 no rendition shows."""
     config = config_of("mean", ood=OodConfig(source="digits_r"))
-    feed = config_feed(config, tmp_path)
+    feed = feed_of(config, tmp_path)
     evaluators = with_feed(training_of(config), feed, one_device()).evaluators
     assert list(evaluators) == ["test", "ood"]
     favoured = {"net": {"kernel": jnp.zeros((64, 10)).at[:, 6].set(100.0)}}
@@ -135,7 +137,7 @@ def test_eight_devices_draw_what_one_draws(tmp_path, noise):
 def test_padding_counts_for_nothing(tmp_path):
     config, params = config_of("mean"), init(jax.random.key(3))
     found = evaluator(config, tmp_path, one_device())(params, {}, 0)
-    batches = list(config_feed(config, tmp_path).evaluation())
+    batches = list(feed_of(config, tmp_path).evaluation())
     real = [batch["_mask"] == 1 for batch in batches]
     assert [int(mask.sum()) for mask in real] == [360] and len(real[0]) == 400
     images = np.concatenate([b["image"][m] for b, m in zip(batches, real, strict=True)])

@@ -9,8 +9,9 @@ import pytest
 from flax import traverse_util
 from tiny import NAC, tiny_config
 
+from m2mkd_jax.families import family_of
 from m2mkd_jax.nac.kernel import KernelConfig
-from m2mkd_jax.phases.families import family, student_modules, whole_student
+from m2mkd_jax.phases.networks import student_modules, whole_student
 
 DEEP = dataclasses.replace(NAC, iterations=3)
 CASES = {
@@ -51,9 +52,9 @@ def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
     students, whole = shapes(student_modules(config)), shapes(whole_student(config))
     smaller = {n for n in whole if case == "Tiny-ImageNet" and re.fullmatch(SMALLER, n)}
     assert bool(smaller) == (case == "Tiny-ImageNet")
-    kind = family(config)
-    assert matched(kind.left(config), students) == (students.keys() - whole.keys()) | smaller
-    assert matched(kind.fresh(config), whole) == (whole.keys() - students.keys()) | smaller
+    kind = family_of(config.model)
+    assert matched(kind.left(config.model), students) == (students.keys() - whole.keys()) | smaller
+    assert matched(kind.fresh(config.model), whole) == (whole.keys() - students.keys()) | smaller
     for name in students.keys() & whole.keys():
         assert students[name] == whole[name], name
 
@@ -62,7 +63,7 @@ def test_what_is_left_and_what_is_fresh_is_what_the_two_do_not_share(case):
 def test_the_head_is_the_classifier_alone(case):
     config = config_of(case)
     names = shapes(whole_student(config))
-    head = {n for n in names if re.fullmatch(family(config).head, n)}
+    head = {n for n in names if re.fullmatch(family_of(config.model).head, n)}
     place = "stage_2/head" if case == "V-MoE" else "stage_4/pooling/head"
     assert head == {f"student/{place}/{leaf}" for leaf in ("kernel", "bias")}
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
@@ -74,8 +75,8 @@ def test_the_head_is_the_classifier_alone(case):
 @pytest.mark.parametrize("case", CASES)
 def test_a_reason_names_what_it_is_for(case):
     config = config_of(case)
-    kind = family(config)
-    allowances = kind.left(config) + kind.fresh(config)
+    kind = family_of(config.model)
+    allowances = kind.left(config.model) + kind.fresh(config.model)
     reasons = {a.reason for a in allowances if "config.model" in a.reason}
     want = {
         "V-MoE": {"stitches='dropped'"},

@@ -19,8 +19,8 @@ from m2mkd_jax.data.few_shot import choose_episode, choose_task
 from m2mkd_jax.data.samplers import repeated_indices
 from m2mkd_jax.data.sources import ArraySource
 from m2mkd_jax.phases import few_shot
-from m2mkd_jax.phases.families import whole_student
 from m2mkd_jax.phases.few_shot import episode_feed, episodes_table, load_splits, summary
+from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.phases.pipeline import run_phase
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(20), 30))
@@ -313,7 +313,7 @@ def test_the_draw_follows_the_episode_s_seed_and_the_order_that_of_the_run(tmp_p
     assert {image for image, _ in first} != {image for image, _ in drawn}
 
 
-def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch):
+def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch, tmp_path):
     config = config_of(episodes=3)
     drawn, choose = [], few_shot.choose_task
 
@@ -322,12 +322,12 @@ def test_a_check_draws_every_episode_and_gives_the_first(monkeypatch):
         return choose(*arguments, seed=seed, **settings)
 
     monkeypatch.setattr(few_shot, "choose_task", spy)
-    sources = few_shot.load_splits(config)
-    training, feed = few_shot.check_episodes(config, one_device(), sources)
+    training = few_shot.describe(config, one_device())
+    feed = few_shot.first_feed(training, tmp_path, few_shot.load_splits(config))
     assert sorted(drawn) == [5, 6, 7]
     classes = sorted(random.Random(5).sample(range(10), 4))
     assert feed.label_names == tuple(str(name) for name in classes)
-    assert training.config.data.labels == 4
+    assert training.config.data.labels == 4 and not list(tmp_path.iterdir())
 
 
 def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):

@@ -17,8 +17,7 @@ from common_jax.config import freeze, unfreeze
 from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
-from m2mkd_jax.models import vit
-from m2mkd_jax.phases import networks
+from m2mkd_jax.phases import networks, weights
 from m2mkd_jax.pretrained.foreign import foreign_parts, is_headless
 
 HALF = [0.5, 0.5, 0.5]
@@ -285,25 +284,25 @@ def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
     write_tensors(file, deit(width=192, blocks=1))
     convert_weights.main([str(file), str(tmp_path / "teacher"), "--config.data.mean=0.5,0.5,0.5"])
     config = freeze(Config, checkpoint.load_config(tmp_path / "teacher"))
-    networks.compare_images(config, str(tmp_path / "teacher"), frozen=True)
+    weights.compare_images(config, str(tmp_path / "teacher"), frozen=True)
     assert not caplog.text
     other = dataclasses.replace(config.data, mean=(0.485, 0.456, 0.406), image_size=48)
     run = dataclasses.replace(
         config, data=other, sources=SourcesConfig(teacher=str(tmp_path / "teacher"))
     )
     mesh = one_device()
-    wanted = networks.wanted(networks.teacher_network(run), "teacher", mesh, vit.PARTITION_RULES)
-    origins = [networks.Origin(run.sources.teacher, "teacher", "teacher")]
+    shapes = networks.parameter_shapes(run, networks.teacher_network(run), "teacher", mesh)
+    origins = [weights.Origin(run.sources.teacher, "teacher", "teacher")]
     with pytest.raises(
         ValueError, match=r"teacher was made for images normalised with mean"
     ) as raised:
-        networks.take_weights(run, wanted, origins, frozen=True)
+        weights.take_weights(run, shapes, origins, frozen=True)
     assert "Give --config.data.mean=0.5,0.5,0.5, or another source" in str(raised.value)
-    networks.compare_images(run, run.sources.teacher, frozen=False)
+    weights.compare_images(run, run.sources.teacher, frozen=False)
     assert "it trains on other numbers from now on" in caplog.text
     assert "of side 32, and config.data.image_size=48" in caplog.text
     with pytest.raises(ValueError, match="teacher was made for images normalised with"):
-        networks.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase
+        weights.check_source(run, "teacher", mesh)  # as a pipeline does before its first phase
     assert unfreeze(config).data.mean == (0.5, 0.5, 0.5)
 
 

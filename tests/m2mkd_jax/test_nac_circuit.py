@@ -11,9 +11,9 @@ from etils import epath
 from tiny import NAC, OPTIM
 
 from m2mkd_jax.config import Config
+from m2mkd_jax.families import circuit
+from m2mkd_jax.families.circuit import Circuit
 from m2mkd_jax.nac.graphs import PriorConfig, make_graph
-from m2mkd_jax.phases import circuit
-from m2mkd_jax.phases.circuit import Circuit
 
 MODEL = dataclasses.replace(
     NAC, inputs=30, mediators=40, outputs=50, prior=PriorConfig("erdos_renyi", steps=2)
@@ -25,13 +25,18 @@ def config_of(*, optim=OPTIM, seed: int = 0, **changes) -> Config:
     return Config(phase="end_to_end", model=model, optim=optim, seed=seed)
 
 
+def start_of(config):
+    """Model and seed, from which a circuit starts."""
+    return config.model, config.seed
+
+
 # First signatures.
 
 
 def test_signatures_are_normal_and_of_their_set_and_seed():
     drawn = []
     for seed in (0, 1):
-        signatures = circuit.draw_signatures(config_of(seed=seed))
+        signatures = circuit.draw_signatures(*start_of(config_of(seed=seed)))
         shapes = {name: array.shape for name, array in signatures.items()}
         assert shapes == {"input": (30, 8), "mediator": (40, 8), "output": (50, 8)}
         drawn += list(signatures.values())
@@ -42,8 +47,8 @@ def test_signatures_are_normal_and_of_their_set_and_seed():
 
 def test_mediators_start_from_the_prior_and_the_others_are_drawn(tmp_path):
     config = config_of(seed=3)
-    started = circuit.start_circuit(config, epath.Path(tmp_path))
-    drawn = circuit.draw_signatures(config)
+    started = circuit.start_circuit(*start_of(config), epath.Path(tmp_path))
+    drawn = circuit.draw_signatures(*start_of(config))
     for name in ("input", "output"):
         np.testing.assert_array_equal(started.signatures[name], drawn[name])
     np.testing.assert_array_equal(started.signatures["mediator"], started.prior.signatures)
@@ -55,24 +60,24 @@ def test_mediators_start_from_the_prior_and_the_others_are_drawn(tmp_path):
 
 def test_without_a_prior_all_are_drawn(tmp_path):
     config = config_of(prior=PriorConfig())
-    started = circuit.start_circuit(config, epath.Path(tmp_path))
+    started = circuit.start_circuit(*start_of(config), epath.Path(tmp_path))
     assert started.prior is None and not list(tmp_path.iterdir())
-    for name, array in circuit.draw_signatures(config).items():
+    for name, array in circuit.draw_signatures(*start_of(config)).items():
         np.testing.assert_array_equal(started.signatures[name], array)
 
 
 def test_a_complete_graph_connects_all_sets(tmp_path):
     config = config_of(prior=PriorConfig("complete"))
-    started = circuit.start_circuit(config, epath.Path(tmp_path))
+    started = circuit.start_circuit(*start_of(config), epath.Path(tmp_path))
     for name, count in (("input", 30), ("mediator", 40), ("output", 50)):
         np.testing.assert_array_equal(started.signatures[name], np.eye(1, 8).repeat(count, 0))
 
 
 def test_a_prior_that_does_not_fit_is_refused_before_the_run():
-    circuit.check_circuit(config_of())
-    circuit.check_circuit(config_of(prior=PriorConfig(communities=7)))  # of no graph
+    circuit.check_circuit(*start_of(config_of()))
+    circuit.check_circuit(*start_of(config_of(prior=PriorConfig(communities=7))))  # of no graph
     with pytest.raises(ValueError, match=r"config\.model\.prior\.graph"):
-        circuit.check_circuit(config_of(prior=PriorConfig("hypercube")))
+        circuit.check_circuit(*start_of(config_of(prior=PriorConfig("hypercube"))))
 
 
 # Regularisers.
@@ -109,7 +114,9 @@ START = Circuit({"mediator": np.zeros((40, 8))}, None)
 )
 def test_progress_is_the_share_of_the_epochs_that_are_over(asked, steps, per_epoch, progress):
     config = config_of(optim=dataclasses.replace(OPTIM, steps=steps))
-    regularizer = circuit.circuit_regularizer(config, START, per_epoch)
+    regularizer = circuit.circuit_regularizer(
+        config.model, START, config.regularizers, config.optim, per_epoch
+    )
     params = {"student": {"graph": 1}}
     found = {step: regularizer(params, step)[0] for step in progress}
     assert found == pytest.approx(progress)
@@ -119,7 +126,7 @@ def test_progress_is_the_share_of_the_epochs_that_are_over(asked, steps, per_epo
 def test_regularisers_see_each_iterations_kernel(asked):
     truncation = {"kernel/truncation": (0.5, None, 1.1)}
     config = config_of(iterations=3, layerwise=truncation)
-    circuit.circuit_regularizer(config, START, 1)
+    circuit.circuit_regularizer(config.model, START, config.regularizers, config.optim, 1)
     assert [kernel.truncation for kernel in asked["kernels"]] == [0.5, None, 1.1]
     assert asked["signatures"] is START.signatures
     assert asked["config"] is config.regularizers
@@ -144,7 +151,7 @@ def drawing(monkeypatch, tmp_path):
     monkeypatch.setattr(circuit, "draw_connectivity", draw)
 
     def run(config, start=START):
-        circuit.draw_circuit(config, start, epath.Path(tmp_path))
+        circuit.draw_circuit(config.model, start, epath.Path(tmp_path), config.optim)
         return calls
 
     return run
@@ -172,7 +179,7 @@ def test_without_truncation_all_are_connected(drawing):
 
 
 def test_mediators_are_ordered_by_the_priors_communities(drawing, tmp_path):
-    start = circuit.start_circuit(config_of(), epath.Path(tmp_path) / "run")
+    start = circuit.start_circuit(*start_of(config_of()), epath.Path(tmp_path) / "run")
     assert drawing(config_of(), start)["groups"] is start.prior.communities
 
 

@@ -188,7 +188,7 @@ def sums_of(outputs, mask, **settings):
     batch = jax.tree.map(jnp.asarray, BATCH | {"_mask": np.asarray(mask, np.float32)})
     outputs = jax.tree.map(jnp.asarray, outputs)
     config = dataclasses.replace(CONFIG, evaluation=EvaluationConfig("mean"))
-    sums = make_sums(lambda *_: outputs, config, **settings)
+    sums = make_sums(lambda *_: outputs, config, ["classification"], **settings)
     return {name: float(v) for name, v in sums({}, {}, batch, jax.random.key(0)).items()}
 
 

@@ -10,20 +10,22 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from PIL import Image
-from tiny import tiny_config
+from tiny import feed_of, tiny_config
 
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.optim import OptimConfig
-from m2mkd_jax.config import Config, FewShotConfig
+from m2mkd_jax.config import FewShotConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig, load_ood
 from m2mkd_jax.data.sources import DataConfig, load_source
 from m2mkd_jax.data.subsets import match_classes
 from m2mkd_jax.evaluators.classification import classification_sums, restrict_logits
 from m2mkd_jax.main import results_table
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import episode_feed, load_splits
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.training import Training, config_feed, train_phase
+from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.training import train_phase
 
 DIGITS = tuple("0123456789")
 DIGITS_R = OodConfig(source="digits_r")
@@ -122,7 +124,7 @@ def test_a_folder_with_fewer_classes_fits_the_training_set(tmp_path):
         data=data,
         ood=OodConfig("folder", str(fewer)),
     )
-    feed = config_feed(config, tmp_path)
+    feed = feed_of(config, tmp_path)
     assert feed.ood_classes == (1, 3)
     batches = list(feed.ood())
     assert [batch["image"].shape for batch in batches] == [(4, 36, 36, 3)] * 2
@@ -264,8 +266,8 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
         return {"net": Outputs(logits + 0 * params["net"]["bias"], None, {})}
 
     training = Training(
+        PHASES[config.phase],
         config,
-        title="linear",
         init=lambda key: {"net": {"bias": jnp.zeros(10)}},
         rules=(("/net/bias", PartitionSpec()),),
         forward=forward,
@@ -280,10 +282,12 @@ def test_a_run_evaluates_its_ood_set_among_its_classes(tmp_path):
 
 def test_an_episode_has_no_ood_set(tmp_path):
     few_shot = FewShotConfig(ways=3, shots=2, test_shots=2)
-    config = Config(phase="few_shot", few_shot=few_shot, ood=DIGITS_R, optim=OptimConfig(batch=6))
+    config = tiny_config("few_shot", optim=OptimConfig(batch=6))
+    config = dataclasses.replace(config, few_shot=few_shot, ood=DIGITS_R)
     episode = dataclasses.replace(config, data=dataclasses.replace(config.data, labels=3))
     assert episode_feed(episode, load_splits(config), workdir=tmp_path).ood is None
-    assert config_feed(config, tmp_path).ood is not None
+    whole = dataclasses.replace(config, phase="end_to_end")
+    assert feed_of(whole, tmp_path).ood is not None
 
 
 def test_the_table_has_a_column_for_ood_where_a_run_has_it(tmp_path):

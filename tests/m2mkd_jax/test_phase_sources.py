@@ -12,11 +12,17 @@ from tiny import OPTIM, tiny_config
 
 from common_jax import checkpoint, loop
 from common_jax.mesh import match_rules, with_shardings
+from common_jax.weights import Origin
 from m2mkd_jax.config import DistillConfig, FewShotConfig, SourcesConfig
-from m2mkd_jax.phases import networks
-from m2mkd_jax.phases.families import student_modules, whole_student
-from m2mkd_jax.phases.networks import meta_network, teacher_network
-from m2mkd_jax.phases.pipeline import describe, run_phase
+from m2mkd_jax.phases import weights
+from m2mkd_jax.phases.networks import (
+    meta_network,
+    parameter_shapes,
+    student_modules,
+    teacher_network,
+    whole_student,
+)
+from m2mkd_jax.phases.pipeline import run_phase
 
 MESH = one_device()
 ROLES = ("meta", "teacher", "module", "student")
@@ -174,18 +180,17 @@ def test_the_loop_is_given_the_run_s_own_settings(held, started, tmp_path):
     assert task.steps_per_epoch == 1437 // 8 and set(task.evaluators) == {"test"}
 
 
-def wanted(config, held, role="teacher"):
+def shapes_and_origins(config, held, role="teacher"):
     network = {"teacher": teacher_network, "meta": meta_network}[role](config)
-    rules = describe(dataclasses.replace(config, phase="assemble"), MESH).rules
-    origins = [networks.Origin(held["a"], role, role)]
-    return networks.wanted(network, role, MESH, rules), origins
+    origins = [Origin(held["a"], role, role)]
+    return parameter_shapes(config, network, role, MESH), origins
 
 
 def test_position_tables_are_resized_to_the_images_of_the_run(held):
     """A table of one number stays one, since a place's weights sum to 1."""
     config = config_of("assemble", held)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
-    found = networks.take_weights(config, *wanted(config, held))
+    found = weights.take_weights(config, *shapes_and_origins(config, held))
     table = found.params["teacher"]["stage_0"]["pos_embed"]
     assert table.shape == (1, 17, 16)
     np.testing.assert_allclose(table, number("a", "teacher", 0), rtol=1e-6)
@@ -198,7 +203,7 @@ def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
     sources = SourcesConfig(fresh=r".*/head/.*", leave=r".*/qkv/bias")
     teacher = dataclasses.replace(config.teacher, qkv_bias=False)
     config = dataclasses.replace(config, sources=sources, teacher=teacher)
-    account = networks.take_weights(config, *wanted(config, held)).account
+    account = weights.take_weights(config, *shapes_and_origins(config, held)).account
     assert {entry["reason"] for entry in account["fresh"]} == {"config.sources.fresh"}
     assert {entry["name"] for entry in account["fresh"]} == {
         "teacher/stage_2/head/kernel",
@@ -208,12 +213,12 @@ def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
     assert len(account["left"]) == 4  # of the teacher's blocks
     neither = dataclasses.replace(config, sources=SourcesConfig(fresh=r".*/head/.*"))
     with pytest.raises(ValueError, match=r"qkv/bias .* has no place"):
-        networks.take_weights(neither, *wanted(config, held))
+        weights.take_weights(neither, *shapes_and_origins(config, held))
 
 
 def test_what_a_check_looks_at_is_not_read(held):
     config = config_of("assemble", held)
-    assert networks.take_weights(config, *wanted(config, held), read=False).params == {}
+    assert weights.take_weights(config, *shapes_and_origins(config, held), read=False).params == {}
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -234,14 +239,14 @@ def test_other_numbers_for_pixels_are_seen(monkeypatch, caplog, name, made, ours
     stored = {"data": {"mean": [0.5], "std": [0.5], "image_size": 8} | {name: made}}
     monkeypatch.setattr(checkpoint, "load_config", lambda source: stored)
     if same:
-        networks.compare_images(config, "there", frozen=True)
-        networks.compare_images(config, "there", frozen=False)
+        weights.compare_images(config, "there", frozen=True)
+        weights.compare_images(config, "there", frozen=False)
         assert not caplog.text
         return
     with pytest.raises(ValueError, match=rf"normalised with {name}=.*Give --config\.data\.{name}="):
-        networks.compare_images(config, "there", frozen=True)
+        weights.compare_images(config, "there", frozen=True)
     assert not caplog.text
-    networks.compare_images(config, "there", frozen=False)
+    weights.compare_images(config, "there", frozen=False)
     assert f"normalised with {name}=" in caplog.text
 
 
@@ -249,7 +254,7 @@ def test_images_of_another_side_are_a_warning(monkeypatch, caplog):
     for stored, said in (({"image_size": 16}, True), ({"image_size": 8}, False), ({}, False)):
         monkeypatch.setattr(checkpoint, "load_config", lambda source, s=stored: {"data": s})
         caplog.clear()
-        networks.compare_images(tiny_config("assemble"), "there", frozen=True)
+        weights.compare_images(tiny_config("assemble"), "there", frozen=True)
         assert ("images of side 16" in caplog.text) == said
 
 

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import one_device
-from tiny import NAC, OPTIM, SIZES, fill, tiny_config, unoptimised
+from tiny import NAC, OPTIM, SIZES, feed_of, fill, tiny_config, unoptimised
 
 from m2mkd_jax.config import Config, DistillConfig, FewShotConfig, PairsConfig
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.hybrid import replace_stage
 from m2mkd_jax.models import encoder
-from m2mkd_jax.phases import end_to_end
-from m2mkd_jax.phases.families import student_modules, whole_student
-from m2mkd_jax.phases.networks import meta_network, require_stage_sources, teacher_network
+from m2mkd_jax.phases import training as phase_training
+from m2mkd_jax.phases.networks import meta_network, student_modules, teacher_network, whole_student
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.pipeline import describe
-from m2mkd_jax.phases.training import config_feed
+from m2mkd_jax.phases.weights import require_stage_sources
 
 MESH = one_device()
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("drop_path", "gate"))}
@@ -118,7 +117,7 @@ def test_train_module_runs_a_teacher_module_within_the_meta_model():
 def test_the_baseline_s_teacher_is_whole_and_not_in_training(monkeypatch):
     student = Outputs(jnp.ones((4, 10)), None, {"stage_0": {}})
     forward = lambda *arguments: {"student": student}  # noqa: E731
-    monkeypatch.setattr(end_to_end, "whole_forward", lambda network, role: forward)
+    monkeypatch.setattr(phase_training, "whole_forward", lambda network, role: forward)
     config = config_of("end_to_end", rate=0.5, baseline=DistillConfig("soft", 0.2, 3.0))
     training, network = describe(config, MESH), teacher_network(config)
     params = fill(network.init)
@@ -273,7 +272,7 @@ def test_batches_are_micro_batches_and_labels_those_of_the_episode():
 
 def test_the_feed_s_batches_are_whole_in_training_and_micro_in_evaluation(tmp_path):
     optim = dataclasses.replace(OPTIM, batch=64, accumulate=4)
-    feed = config_feed(config_of("end_to_end", optim=optim), tmp_path)
+    feed = feed_of(config_of("end_to_end", optim=optim), tmp_path)
     assert next(feed.batches(0))["image"].shape == (64, 8, 8, 1)
     assert next(iter(feed.evaluation()))["image"].shape == (16, 8, 8, 1)
     assert feed.steps_per_epoch == 1437 // 64 and feed.ood is None
@@ -281,7 +280,7 @@ def test_the_feed_s_batches_are_whole_in_training_and_micro_in_evaluation(tmp_pa
 
 def test_the_order_of_training_depends_on_the_seed(tmp_path):
     first, same, other = (
-        next(config_feed(config_of("end_to_end", seed=seed), tmp_path).batches(0))["label"]
+        next(feed_of(config_of("end_to_end", seed=seed), tmp_path).batches(0))["label"]
         for seed in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, same)
@@ -291,7 +290,7 @@ def test_the_order_of_training_depends_on_the_seed(tmp_path):
 @pytest.mark.parametrize("phase", ["pretrain_meta", "train_module", "assemble", "distill"])
 def test_whole_networks_alone_are_tested_out_of_distribution(phase, tmp_path):
     config = config_of(phase, ood=OodConfig(source="digits_r"))
-    feed = config_feed(config, tmp_path)
+    feed = feed_of(config, tmp_path)
     assert (feed.ood is not None) == (phase in ("pretrain_meta", "assemble"))
 
 

@@ -9,9 +9,9 @@ import pytest
 from meshes import one_device
 from tiny import OPTIM, tiny_config, tiny_pipeline
 
-from m2mkd_jax.config import PHASES, Config, DistillConfig, PairsConfig, Recipe, SourcesConfig
+from m2mkd_jax.config import PHASE_NAMES, Config, DistillConfig, PairsConfig, Recipe, SourcesConfig
 from m2mkd_jax.data.augment import AugmentConfig
-from m2mkd_jax.phases import pipeline
+from m2mkd_jax.phases import PHASES, pipeline
 from m2mkd_jax.phases.pipeline import APART, plan, program_folders, run_phase
 
 ROOT = pathlib.Path("/runs")
@@ -22,7 +22,7 @@ RECIPES = {
         AugmentConfig(padding=number),
         drop_path=number / 10,
     )
-    for number, phase in enumerate(PHASES)
+    for number, phase in enumerate(PHASE_NAMES)
 }
 
 
@@ -54,6 +54,10 @@ def test_every_run_has_its_phase_and_the_recipe_of_it():
     for _, run in runs:
         assert Recipe(run.optim, run.augment, run.drop_path) == RECIPES[run.phase]
         assert run.module == "all" and run.recipes == {}
+
+
+def test_every_name_of_a_phase_has_a_record_in_the_same_order():
+    assert tuple(PHASES) == PHASE_NAMES
 
 
 def test_all_else_is_the_pipeline_s():
@@ -105,7 +109,7 @@ def test_what_has_no_recipe_is_left_out_or_missed():
 
     runs = sources_of(config_of(recipes=without("few_shot")))
     assert "few_shot" not in runs and "end_to_end" in runs
-    for phase in PHASES[:-1]:
+    for phase in PHASE_NAMES[:-1]:
         with pytest.raises(ValueError, match=rf"config\.recipes lacks \['{phase}'\]"):
             plan(config_of(recipes=without(phase)), ROOT)
     given = SourcesConfig(meta="/m", teacher="/t")
@@ -160,7 +164,8 @@ def test_modules_of_several_programs_are_run_in_order(monkeypatch, tmp_path):
         ran.append((config.module, workdir))
         return {"module": config.module}
 
-    monkeypatch.setattr(pipeline.MODULAR["distill"], "run", run)
+    records = dict(PHASES, distill=dataclasses.replace(PHASES["distill"], run=run))
+    monkeypatch.setattr(pipeline, "PHASES", records)
     config = dataclasses.replace(tiny_config("distill"), distill=PairsConfig(pairs_at_once=2))
     assert run_phase(config, tmp_path, one_device()) == {"module": "2"}
     assert ran == [("0+1", tmp_path / "module_0+1"), ("2", tmp_path / "module_2")]

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from meshes import one_device
-from tiny import SIZES, fill, tiny_config, unoptimised
+from tiny import NAC, SIZES, fill, tiny_config, unoptimised
 
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.state import merge
 from m2mkd_jax.config import InitConfig, SourcesConfig
-from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
-from m2mkd_jax.phases.end_to_end import run
-from m2mkd_jax.phases.families import whole_student
-from m2mkd_jax.phases.networks import teacher_network, upcycle, wanted
+from m2mkd_jax.phases.end_to_end import run, upcycle
+from m2mkd_jax.phases.fields import check_sources
+from m2mkd_jax.phases.networks import parameter_shapes, teacher_network, whole_student
 
 EXPERTS = 3
 ONE = one_device()
@@ -46,7 +45,7 @@ def config_of(source, *, depths=(1, 1, 2), **moe):
 
 def start(config):
     network = whole_student(config)
-    return network, upcycle(config, wanted(network, "student", ONE, vmoe.PARTITION_RULES))
+    return network, upcycle(config, parameter_shapes(config, network, "student", ONE))
 
 
 def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
@@ -147,9 +146,13 @@ def test_upcycling_what_is_no_vit_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"phase": "assemble"}, "is for phase='end_to_end' and phase='assemble'"),
+        ({"phase": "pipeline"}, "is for phase='end_to_end' and phase='pipeline'"),
         ({"sources": SourcesConfig(students=("a",))}, "starts from one of them"),
+        ({"model": NAC}, r"a kind in \['vmoe'\] from a ViT and model.kind='nac'"),
     ],
 )
 def test_upcycling_elsewhere_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(tiny_config("end_to_end"), init=InitConfig(upcycle="x"), **changes)
+        check_sources(
+            dataclasses.replace(tiny_config("end_to_end"), init=InitConfig(upcycle="x"), **changes)
+        )

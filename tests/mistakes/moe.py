@@ -254,10 +254,10 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=LOADING,
     ),
     Mistake(
-        file="m2mkd_jax/loading.py",
+        file="m2mkd_jax/phases/networks.py",
         what="the meta model in place of the module",
-        right='"train_module": ("module", teacher_network)',
-        wrong='"train_module": ("module", meta_network)',
+        right='"module": "teacher",',
+        wrong='"module": "meta",',
         tests=LOADING,
     ),
 )

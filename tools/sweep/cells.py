@@ -18,6 +18,7 @@ from common_jax.command_line import check_field, run_config_file, unread
 from common_jax.config import freeze
 from m2mkd_jax import config as m2mkd
 from m2mkd_jax.phases import pipeline as m2mkd_pipeline
+from m2mkd_jax.phases.fields import reads
 
 NOWHERE = epath.Path("WORKDIR")  # never written to
 BRACKETS = {"(": ")", "[": "]"}
@@ -300,12 +301,11 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _m2mkd_results(config: m2mkd.Config) -> tuple[str | None, Files]:
-    main: str | None = ""
-    folders = [""]
     if config.phase == "pipeline":
-        main, folders = "end_to_end", [name for name, _ in m2mkd_pipeline.plan(config, NOWHERE)]
-    elif config.phase in m2mkd_pipeline.MODULAR:
-        folders = list(m2mkd_pipeline.program_folders(config, one="", several="module"))
+        folders = [name for name, _ in m2mkd_pipeline.plan(config, NOWHERE)]
+        main = m2mkd_pipeline.result_folder()
+    else:
+        folders = list(m2mkd_pipeline.run_folders(config))
         main = None if len(folders) > 1 else ""
     return main, dict.fromkeys(folders, ("result.json",))
 
@@ -322,7 +322,7 @@ def _cliptrans_results(config: cliptrans.Config) -> tuple[str | None, Files]:
 
 # The field that tells whose config it is.
 PROGRAMS = {
-    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results, m2mkd.READS),
+    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results, reads()),
     "stage": Program(
         "cliptrans_jax.main", cliptrans.Config, "test/bleu", _cliptrans_results, cliptrans.READS
     ),

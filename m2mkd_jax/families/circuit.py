@@ -1,0 +1,138 @@
+"""The training of a whole NAC beside its network: signatures that start from a graph prior,
+regularisers that keep them near it, and a picture of the learned graph."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from common_jax import checkpoint
+from common_jax.optim import OptimConfig
+from common_jax.report import dispensable, is_picture
+from common_jax.state import fold_name
+from m2mkd_jax.connectivity import draw_connectivity
+from m2mkd_jax.families.family import Regularizer
+from m2mkd_jax.nac.graphs import make_graph
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.network import NacNetwork
+from m2mkd_jax.nac.priors import Prior, prepare_prior
+from m2mkd_jax.regularizers import RegularizersConfig, make_regularizer
+
+PICTURE = "connectivity.png"
+CAPTION = "mediators before and after training: distances, and the graph"
+
+
+@dataclasses.dataclass(frozen=True)
+class Circuit:
+    """The start of a NAC's latents.
+
+    Attributes:
+      signatures: first signatures (T, Y) of "input", "mediator" and "output".
+      prior: the graph that the mediators' are fitted to; None where they are drawn.
+    """
+
+    signatures: Mapping[str, np.ndarray]
+    prior: Prior | None
+
+
+def start_circuit(model: NacConfig, seed: int, workdir: epath.Path) -> Circuit:
+    """The signatures that a run starts from, a function of model and seed alone; a prior's fit is
+    kept in `workdir`.
+
+    Raises:
+      ValueError: when the prior's graph does not fit the mediators.
+    """
+    signatures = draw_signatures(model, seed)
+    prior = prepare_prior(
+        model.prior,
+        nodes=model.mediators,
+        signature_width=model.signature_width,
+        seed=seed,
+        cache=workdir,
+    )
+    if prior is not None:
+        signatures["mediator"] = prior.signatures
+    if model.prior.graph == "complete":
+        first = np.eye(1, model.signature_width, dtype=np.float32)
+        signatures = {name: np.repeat(first, len(x), axis=0) for name, x in signatures.items()}
+    return Circuit(signatures, prior)
+
+
+def sketch_circuit(model: NacConfig, seed: int) -> Circuit:
+    """A start of the same shapes, whose mediators are drawn and fitted to no prior."""
+    return Circuit(draw_signatures(model, seed), None)
+
+
+def check_circuit(model: NacConfig, seed: int) -> None:
+    """Raises ValueError when the prior's graph does not fit the mediators."""
+    if model.prior.graph != "none":
+        make_graph(model.prior, nodes=model.mediators, seed=seed)
+
+
+def draw_signatures(model: NacConfig, seed: int) -> dict[str, np.ndarray]:
+    """Signatures (T, Y) of "input", "mediator" and "output" latents, standard normal numbers."""
+    key = jax.random.key(seed)
+    counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
+    return {
+        name: np.asarray(
+            jax.random.normal(fold_name(key, f"{name} signatures"), (n, model.signature_width))
+        )
+        for name, n in counts.items()
+    }
+
+
+def circuit_init(network: NacNetwork, circuit: Circuit) -> Callable[[jax.Array], Any]:
+    """The network's `init`, whose signatures are the circuit's."""
+    return functools.partial(network.init, signatures=circuit.signatures)
+
+
+def circuit_regularizer(
+    model: NacConfig,
+    circuit: Circuit,
+    config: RegularizersConfig,
+    optim: OptimConfig,
+    steps_per_epoch: int,
+) -> Regularizer:
+    """The weighted sum of the regularisers of `config` on the student's signatures; weights move
+    from epoch to epoch."""
+    kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]
+    regularize = make_regularizer(config, circuit.signatures, kernels=kernels)
+    epochs = max(optim.total_steps(steps_per_epoch) // steps_per_epoch, 1)
+
+    def regularizer(params: Any, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return regularize(params["student"], (step // steps_per_epoch) / epochs)
+
+    return regularizer
+
+
+def draw_circuit(
+    model: NacConfig, circuit: Circuit, workdir: epath.Path, optim: OptimConfig
+) -> None:
+    """Writes connectivity.png, the mediators' graph before and after training, unless it exists; a
+    failure is a warning.
+
+    Args:
+      model: config.model.
+      circuit: the start.
+      workdir: of the finished run.
+      optim: config.optim; of a run that kept a running average, that average is drawn.
+    """
+    path = workdir / PICTURE
+    if jax.process_index() != 0 or is_picture(path):
+        return
+    with dispensable(path):
+        learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=optim.ema > 0)
+        before = circuit.signatures["mediator"]
+        groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
+        truncation = model.kernel.truncation
+        draw_connectivity(
+            before,
+            np.asarray(learned["signatures"]),
+            groups,
+            truncation=2.0 if truncation is None else truncation,
+            path=path,
+        )

@@ -1,0 +1,137 @@
+"""The record of a family: all that the rest of the code needs to know of a kind of network."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from etils import epath
+from jax.typing import DTypeLike
+
+from common_jax.mesh import Rules
+from common_jax.optim import OptimConfig
+from common_jax.weights import Adapt, Allowance, Origin
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.regularizers import RegularizersConfig
+from m2mkd_jax.stages import Network
+
+# regularizer(params, step) -> (scalar, metrics)
+Regularizer = Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@runtime_checkable
+class WholeNetwork(Protocol):
+    """A network from images to logits; its parameters have one subtree per stage."""
+
+    def __len__(self) -> int: ...
+
+    def init(self, key: jax.Array) -> Any: ...
+
+    def apply(self, params: Any, x: jax.Array) -> tuple[jax.Array, Mapping[str, Any]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The surroundings of a network, beside its own section of the config.
+
+    Attributes:
+      interface: image side, channels and labels.
+      dtype: the precision that it computes in.
+      seed: of the run.
+      meta_width: width of the meta model's tokens, which modules are stitched to.
+      meta_tokens: gives the number of these tokens. It is a function, since few networks ask.
+    """
+
+    interface: Interface
+    dtype: DTypeLike
+    seed: int
+    meta_width: int
+    meta_tokens: Callable[[], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycling:
+    """The start of a network from a dense ViT, as arguments of `common_jax.weights.take`."""
+
+    origin: Origin
+    fresh: tuple[Allowance, ...]
+    adapt: Mapping[str, Adapt]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """Work before and after the training of a whole network.
+
+    `section` is the network's section of the config and `start` the value of `make`.
+
+    Attributes:
+      check: (section, seed) -> None; ValueError where `make` would fail.
+      sketch: (section, seed) -> a start of the same shapes as that of `make`, without its work.
+      make: (section, seed, workdir) -> the start of a run, kept in the workdir.
+      init: (network, start) -> function from a key to all parameters.
+      trainable: section -> regex of the parameters that are updated.
+      regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a term
+        of the loss.
+      draw: (section, start, workdir, config.optim) -> None; draws a picture of the trained
+        network.
+      picture: file name of the picture.
+      caption: its caption in the report.
+    """
+
+    check: Callable[[Any, int], None]
+    sketch: Callable[[Any, int], Any]
+    make: Callable[[Any, int, epath.Path], Any]
+    init: Callable[[Any, Any], Callable[[jax.Array], Any]]
+    trainable: Callable[[Any], str]
+    regularizer: Callable[[Any, Any, RegularizersConfig, OptimConfig, int], Regularizer]
+    draw: Callable[[Any, Any, epath.Path, OptimConfig], None]
+    picture: str
+    caption: str
+
+
+def _accept(*arguments: Any) -> None:
+    """A check that nothing fails."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of network.
+
+    `section` is the network's section of the config, of type `config`.
+
+    Attributes:
+      config: dataclass of its section. That of a meta model or teacher has `depths` and `width`.
+      roles: sections of the config that it can fill, of "meta", "teacher" and "model".
+      whole: (section, context, stochastic depth) -> the whole network.
+      modules: (section, context, stochastic depth) -> its modules, one per stage.
+      rules: partition rules of both.
+      head: regex of the classifier's parameters.
+      adapt: section -> functions that give parameters another shape, such as a larger position
+        table, by a regex of paths below the role.
+      left: section -> parameters of the modules that have no place in the whole network.
+      fresh: section -> parameters of the whole network that no module has.
+      tokens: (section, interface) -> tokens between two stages. A meta model needs it.
+      check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
+      check_noise: (section, config.evaluation.noise) -> None; FieldError where they contradict
+        each other.
+      upcycle: (section, workdir, shapes of its parameters) -> its start from a dense ViT; None
+        where there is no such start.
+      preparation: see `Preparation`; None where there is none.
+      ways_out: fields of the config that lessen its share of a chip's memory.
+    """
+
+    config: type
+    roles: tuple[str, ...]
+    whole: Callable[[Any, Context, float], WholeNetwork]
+    modules: Callable[[Any, Context, float], Network]
+    rules: Rules
+    head: str
+    adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
+    left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
+    fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
+    tokens: Callable[[Any, Interface], int] | None = None
+    check_mesh: Callable[[Any, Mapping[str, int], int], None] = _accept
+    check_noise: Callable[[Any, str], None] = _accept
+    upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None
+    preparation: Preparation | None = None
+    ways_out: tuple[str, ...] = ()

@@ -1,0 +1,104 @@
+"""The family of NACs: students of m2mKD that are a graph of latents."""
+
+from common_jax.config import FieldError
+from common_jax.weights import Allowance
+from m2mkd_jax.families.circuit import (
+    CAPTION,
+    PICTURE,
+    check_circuit,
+    circuit_init,
+    circuit_regularizer,
+    draw_circuit,
+    sketch_circuit,
+    start_circuit,
+)
+from m2mkd_jax.families.family import Context, Family, Preparation
+from m2mkd_jax.nac import model
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.nac.network import NacNetwork
+from m2mkd_jax.stages import Network
+
+
+def build_whole(section: NacConfig, context: Context, drop_path: float) -> NacNetwork:
+    """The whole NAC."""
+    return model.build(section, context.interface, dtype=context.dtype, drop_path=drop_path)
+
+
+def build_modules(section: NacConfig, context: Context, drop_path: float) -> Network:
+    """The NAC cut into students: read-in, mediator iterations and read-out."""
+    return model.build_students(
+        section,
+        context.interface,
+        meta_width=context.meta_width,
+        meta_tokens=context.meta_tokens(),
+        seed=context.seed,
+        dtype=context.dtype,
+        drop_path=drop_path,
+    )
+
+
+def left(section: NacConfig) -> tuple[Allowance, ...]:
+    """Stitches; and of iterations that share parameters, those of all students but the first."""
+    found = [Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")]
+    later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
+    if section.share_propagators and later:
+        reason = "config.model.share_propagators takes the first mediator student alone"
+        found.append(Allowance(rf"student/stage_({later})/(attention|ffn)/.*", reason))
+    if section.share_ffns and later:
+        reason = "config.model.share_ffns takes the MLP of the first mediator student alone"
+        found.append(Allowance(rf"student/stage_({later})/ffn/.*", reason))
+    return (*found, *_of_other_data(section))
+
+
+def fresh(section: NacConfig) -> tuple[Allowance, ...]:
+    """Latents, bandwidths of kernels and code-conditioned heads."""
+    return (
+        Allowance(r"student/graph/.*", "latents and seeder are in no student"),
+        Allowance(r"student/stage_\d+/attention/bandwidth", "students attend without a kernel"),
+        Allowance(r"student/stage_\d+/code_head/.*", "students have no code-conditioned head"),
+        *_of_other_data(section),
+    )
+
+
+def _of_other_data(section: NacConfig) -> tuple[Allowance, ...]:
+    """Parameters that depend on the size of an image and the number of labels."""
+    if section.students != "tinyimagenet":
+        return ()
+    reason = "config.model.students='tinyimagenet'"
+    return (
+        Allowance(r"student/stage_\d+/tokenizer/grid", reason),
+        Allowance(r"student/stage_\d+/pooling/.*", reason),
+    )
+
+
+def check_noise(section: NacConfig, noise: str) -> None:
+    """Raises FieldError where the kernel draws edges in evaluation and nothing may be drawn."""
+    if section.kernel.evaluation == "sample" and noise == "mean":
+        raise FieldError(
+            "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
+            "nothing: change either"
+        )
+
+
+FAMILY = Family(
+    config=NacConfig,
+    roles=("model",),
+    whole=build_whole,
+    modules=build_modules,
+    rules=model.PARTITION_RULES,
+    head=r"\w+/stage_\d+/pooling/head/.*",
+    left=left,
+    fresh=fresh,
+    check_noise=check_noise,
+    preparation=Preparation(
+        check=check_circuit,
+        sketch=sketch_circuit,
+        make=start_circuit,
+        init=circuit_init,
+        trainable=NacConfig.trainable,
+        regularizer=circuit_regularizer,
+        draw=draw_circuit,
+        picture=PICTURE,
+        caption=CAPTION,
+    ),
+)

@@ -1,0 +1,92 @@
+"""Sparse upcycling: a V-MoE that starts from a dense ViT."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+
+from common_jax import checkpoint
+from common_jax.weights import Allowance, Origin
+from m2mkd_jax.convert import locate
+from m2mkd_jax.families.family import Upcycling
+from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.stages import stage_name
+
+# Parameters of a block's MLP -> the same parameters of all its experts.
+EXPERT_NAMES = {
+    "mlp/up/kernel": "moe/up",
+    "mlp/up/bias": "moe/up_bias",
+    "mlp/down/kernel": "moe/down",
+    "mlp/down/bias": "moe/down_bias",
+}
+FRESH = (
+    Allowance(r"student/.*/moe/router/.*", "config.init.upcycle: a ViT has no router"),
+    Allowance(r"student/.*/(pre|post)_stitch/.*", "config.init.upcycle: a ViT has no stitches"),
+)
+
+
+def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, Any]) -> Upcycling:
+    """A V-MoE's start from a dense ViT: in every block with experts each of them is the ViT's MLP;
+    router and stitches start from scratch; all other parameters are the ViT's.
+
+    Where a token's gates sum to 1 (router "topk_softmax") and no pair is dropped, the V-MoE then
+    computes the same as the ViT; elsewhere the experts' branch is the MLP's times that sum (sparse
+    upcycling, Komatsuzaki et al. 2022). Blocks are counted through the whole network, so that the
+    two may be cut into other stages.
+
+    Args:
+      section: config.model.
+      source: config.init.upcycle, a workdir or a step in it.
+      student: shapes of the V-MoE's parameters.
+
+    Raises:
+      ValueError: where the source holds no whole ViT, or one of another depth.
+    """
+    shapes, flat = checkpoint.load_shapes(source), traverse_util.flatten_dict(student, sep="/")
+    roles = [role for role in ("teacher", "meta") if role in shapes]
+    if not roles:
+        raise ValueError(
+            f"config.init.upcycle={source!r} holds {sorted(shapes)}, and needs a dense ViT: give a "
+            "run that trained a teacher or a meta model, or a converted ViT"
+        )
+    dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
+    renamed = _rename(dense, section, source)
+    copies = {  # `take` names what does not fit
+        re.escape(f"student/{path}"): np.broadcast_to
+        for name, path in renamed.items()
+        if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape
+    }
+    return Upcycling(Origin(source, roles[0], "student", renamed), FRESH, copies)
+
+
+def _rename(
+    dense: Mapping[str, Any], section: VMoEConfig, source: epath.PathLike
+) -> dict[str, str]:
+    """The path of each of a dense ViT's parameters in the V-MoE."""
+    blocks = {}
+    for name in dense:
+        if match := re.match(r"stage_(\d+)/block_(\d+)/", name):
+            stage, block = int(match[1]), int(match[2])
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+    found, depths = tuple(blocks[stage] for stage in sorted(blocks)), section.depths
+    if sum(found) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
+        raise ValueError(
+            f"config.init.upcycle={source!r} has stages {sorted(blocks)} of {found} "
+            f"blocks, {sum(found)} in all, and config.model.depths={depths} are {sum(depths)}: "
+            "give a ViT that is whole and as deep"
+        )
+    experts, renamed = section.moe_positions(), {}
+    for name in dense:
+        stage, rest = name.split("/", 1)
+        first = sum(found[: int(stage.removeprefix("stage_"))])
+        if match := re.match(r"block_(\d+)/(.*)", rest):
+            number, rest = first + int(match[1]), match[2]
+            stage, block = locate(number, depths)
+            rest = EXPERT_NAMES.get(rest, rest) if number in experts else rest
+            renamed[name] = f"{stage_name(stage)}/block_{block}/{rest}"
+        elif rest.startswith(("norm/", "head/")):
+            renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
+    return renamed

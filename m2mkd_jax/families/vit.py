@@ -1,0 +1,36 @@
+"""The family of ViTs: meta models and teachers."""
+
+from common_jax.weights import Adapt
+from m2mkd_jax.families.family import Context, Family
+from m2mkd_jax.models import encoder, vit
+from m2mkd_jax.models.positions import resize_positions
+from m2mkd_jax.stages import Network
+
+HEAD = r"\w+/stage_\d+/head/.*"
+
+
+def build(section: vit.ViTConfig, context: Context, drop_path: float) -> Network:
+    """The whole ViT, which is also its modules, one per stage."""
+    return vit.build(section, context.interface, dtype=context.dtype, drop_path=drop_path)
+
+
+def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
+    """Tokens between two stages."""
+    return encoder.tokens(section.encoder, interface)
+
+
+def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
+    """Position tables, resized to the number of an image's patches."""
+    return {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
+
+
+FAMILY = Family(
+    config=vit.ViTConfig,
+    roles=("meta", "teacher"),
+    whole=build,
+    modules=build,
+    rules=vit.PARTITION_RULES,
+    head=HEAD,
+    adapt=resize,
+    tokens=tokens,
+)

@@ -1,0 +1,43 @@
+"""The fields of the config that each phase reads, and those that name its sources of weights."""
+
+from common_jax.ranges import shown
+from m2mkd_jax.config import Config
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
+
+
+def reads() -> dict[str, tuple[str, ...]]:
+    """Sections and fields of the config that each phase reads, and the pipeline; a flag or a sweep
+    of any other changes nothing."""
+    table = {name: phase.all_reads() for name, phase in PHASES.items()}
+    sections = dict.fromkeys(
+        path.split(".")[0]
+        for phase in PHASES.values()
+        for path in (*phase.reads, *(("ood",) if phase.ood else ()))
+    )
+    del sections["module"]  # a pipeline trains all of them
+    given = tuple(source.path for source in given_sources())
+    return table | {"pipeline": (*ALWAYS, *sections, *given, *ALLOWANCES, "recipes")}
+
+
+def given_sources() -> tuple[WeightSource, ...]:
+    """The sources that replace phases of a pipeline."""
+    return tuple(WeightSource(phase.makes) for phase in PHASES.values() if phase.replaceable)
+
+
+def used_sources(config: Config) -> tuple[WeightSource, ...]:
+    """The sources that the run of `config` takes weights from."""
+    if config.phase == "pipeline":
+        return given_sources()
+    return PHASES[config.phase].used_sources(config)
+
+
+def check_sources(config: Config) -> None:
+    """Raises ValueError where config.init.upcycle is set and the phase does not read it: the run
+    would start otherwise than asked for."""
+    readers = [name for name, paths in reads().items() if "init.upcycle" in paths]
+    if config.init.upcycle and config.phase not in readers:
+        raise ValueError(
+            f"config.init.upcycle={shown(config.init.upcycle)} is for phase="
+            f"{' or '.join(map(repr, readers))} and phase={config.phase!r}: leave it out"
+        )

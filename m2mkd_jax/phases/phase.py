@@ -1,0 +1,192 @@
+"""The record of a phase, and of the training that it describes."""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from common_jax.mesh import Rules
+from common_jax.report import Table
+from common_jax.task import Task
+from m2mkd_jax.config import Config, DistillConfig
+from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
+from m2mkd_jax.data.sources import Source
+from m2mkd_jax.families.family import Regularizer
+from m2mkd_jax.phases.objective import Forward, make_loss
+
+Splits = tuple[Source, Source]  # training and test
+
+# Random numbers of training: transforms of images, pairing of examples, stochastic depth, noise of
+# routers; of NACs noise on codes, edges, first states of latents, Gumbel noise of the pooling.
+STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
+SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # on the terminal
+
+# Sections and fields that every phase reads.
+ALWAYS = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
+RECIPE = ("optim", "augment", "drop_path")
+ALLOWANCES = ("sources.fresh", "sources.leave")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSource:
+    """A field of the config that names a workdir, or several, from which a phase takes weights.
+
+    Attributes:
+      field: its name in its section.
+      section: "sources", unless it is another.
+      used: config -> whether the phase reads it.
+    """
+
+    field: str
+    section: str = "sources"
+    used: Callable[[Config], bool] = lambda config: True
+
+    @property
+    def path(self) -> str:
+        """The key below `config`."""
+        return f"{self.section}.{self.field}"
+
+    def value(self, config: Config) -> str | tuple[str, ...]:
+        """The workdir, or one per stage."""
+        return operator.attrgetter(self.path)(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The training of a phase, made of config and mesh alone: no data and no weights are read for
+    it, and its step can be compiled where the mesh's devices are only described.
+
+    Attributes:
+      phase: the record of its phase.
+      config: with the phase's recipe in `optim`, `augment` and `drop_path`.
+      init, rules, trainable: see `common_jax.task.Task`.
+      forward: from parameters and images to logits.
+      helpers: shapes and shardings of the parameters that `forward` needs and that are not trained.
+      distill: the distillation to blend in.
+      regularizer: steps per epoch -> a term of the loss, of parameters and step alone; None for
+        no term.
+    """
+
+    phase: "Phase"
+    config: Config
+    init: Callable[[jax.Array], Mapping[str, Any]]
+    rules: Rules
+    forward: Forward
+    trainable: str = ".*"
+    helpers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    distill: DistillConfig = DistillConfig(kind="none")
+    regularizer: Callable[[int], Regularizer] | None = None
+
+    @property
+    def clip_depth(self) -> int:
+        """See `common_jax.task.Task`: modules, such as "student/stage_1", are clipped each by
+        itself."""
+        return 2 if self.phase.modular else 0
+
+    def task(self, *, steps_per_epoch: int) -> Task:
+        """The task without data and weights, which is enough to compile its step."""
+        config, regularizer = self.config, self.regularizer
+        return Task(
+            title=f"{config.phase} {config.module}" if self.phase.modular else config.phase,
+            init=self.init,
+            rules=self.rules,
+            trainable=self.trainable,
+            streams=STREAMS,
+            shown=SHOWN,
+            clip_depth=self.clip_depth,
+            loss=make_loss(
+                self.forward,
+                config,
+                self.distill,
+                regularizer=None if regularizer is None else regularizer(steps_per_epoch),
+            ),
+            batch=batch_shapes(config.data, config.optim.micro_batch),
+            steps_per_epoch=steps_per_epoch,
+            helpers=self.helpers,
+        )
+
+
+def config_feed(
+    training: Training, workdir: epath.Path, splits: Splits | tuple[None, None] = (None, None)
+) -> Feed:
+    """The feed of the config's data section, and of its ood section where that names a source and
+    the phase evaluates it.
+
+    Args:
+      training: of the run.
+      workdir: of the run.
+      splits: training and test split, where they are read already.
+    """
+    config, (train, test) = training.config, splits
+    return make_feed(
+        config.data,
+        config.augment,
+        batch=config.optim.batch,
+        micro_batch=config.optim.micro_batch,
+        seed=config.seed,
+        workdir=workdir,
+        train=train,
+        test=test,
+        ood=config.ood if config.ood.source and training.phase.ood else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A kind of run: all that the rest of the code needs to know of it.
+
+    Attributes:
+      describe: (config, mesh) -> its training.
+      run: (config, workdir, mesh) -> its result. Trains, or resumes.
+      role: key of the parameters that it trains and saves: "meta", "module", "teacher" or
+        "student".
+      reads: sections and fields of the config that it reads, beside `ALWAYS`, `RECIPE`, its sources
+        and the OOD set.
+      differentiates: sections of the networks that gradients pass through, whose activations are
+        kept.
+      sources: fields that name the workdirs it takes weights from.
+      modular: whether it trains the modules that config.module names, `distill.pairs_at_once` of
+        them in one program, and not a whole network.
+      ood: whether it evaluates the OOD set.
+      evaluators: keys of `m2mkd_jax.evaluators.EVALUATORS`.
+      feed: (training, workdir, splits) -> its data.
+      draws_images: whether it trains on a few images that it draws of the training split.
+      table: workdir -> a table of its own in the report, or None.
+      folder: of its run in a pipeline.
+      makes: field of config.sources that takes its workdir, in later phases.
+      replaceable: whether a pipeline takes the workdir in config.sources.MAKES in its place.
+      optional: whether a pipeline without a recipe for it leaves it out.
+    """
+
+    describe: Callable[[Config, Mesh], Training]
+    run: Callable[[Config, epath.Path, Mesh], dict[str, Any]]
+    role: str
+    reads: tuple[str, ...]
+    differentiates: tuple[str, ...]
+    sources: tuple[WeightSource, ...] = ()
+    modular: bool = False
+    ood: bool = False
+    evaluators: tuple[str, ...] = ("classification",)
+    feed: Callable[..., Feed] = config_feed
+    draws_images: bool = False
+    table: Callable[[epath.Path], Table | None] = lambda workdir: None
+    folder: str
+    makes: str = ""
+    replaceable: bool = False
+    optional: bool = False
+
+    def all_reads(self) -> tuple[str, ...]:
+        """Sections and fields of the config that it reads; a flag or a sweep of any other changes
+        nothing."""
+        ood = ("ood",) if self.ood else ()
+        sources = tuple(source.path for source in self.sources)
+        allowances = ALLOWANCES if sources else ()
+        return (*ALWAYS, *RECIPE, *self.reads, *ood, *sources, *allowances)
+
+    def used_sources(self, config: Config) -> tuple[WeightSource, ...]:
+        """The sources that a run of `config` takes weights from."""
+        return tuple(source for source in self.sources if source.used(config))

@@ -1,0 +1,157 @@
+"""Another phase, family or evaluator is one record: the rest of the code finds it in the table."""
+
+import dataclasses
+import pathlib
+import typing
+
+import jax
+import pytest
+from jax import numpy as jnp
+from meshes import one_device
+from tiny import NAC, tiny_config, tiny_pipeline
+
+from m2mkd_jax import families
+from m2mkd_jax.config import Config, DistillConfig
+from m2mkd_jax.evaluators import EVALUATORS, Evaluator, show
+from m2mkd_jax.families import FAMILIES, family_of, kind_of, section_type
+from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.nac.model import NacConfig
+from m2mkd_jax.phases import PHASES, fields, objective, pipeline
+from m2mkd_jax.phases.networks import SECTIONS
+from m2mkd_jax.phases.objective import Outputs, make_sums
+from m2mkd_jax.phases.phase import Phase, WeightSource
+
+# Phases.
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_a_record_names_roles_sections_and_evaluators_that_exist(name):
+    phase, config = PHASES[name], tiny_config(name)
+    assert phase.role in SECTIONS and set(phase.evaluators) <= set(EVALUATORS)
+    assert all(hasattr(config, section) for section in phase.differentiates)
+    assert SECTIONS[phase.role] in phase.differentiates
+    training = phase.describe(config, one_device())
+    assert training.phase is phase
+    assert list(jax.eval_shape(training.init, jax.random.key(0))) == [phase.role]
+    for source in phase.sources:
+        assert isinstance(source.value(config), str | tuple)
+
+
+def test_a_source_is_made_by_an_earlier_phase():
+    made = set()
+    for name, phase in PHASES.items():
+        needed = {one.field for one in phase.sources if one.section == "sources"}
+        assert needed <= made, name
+        made.add(phase.makes)
+    assert pipeline.PRODUCT in made
+
+
+def test_the_teacher_is_a_source_of_a_student_that_is_taught_its_logits():
+    config = tiny_config("end_to_end")
+    assert [one.path for one in fields.used_sources(config)] == ["sources.students", "init.upcycle"]
+    taught = dataclasses.replace(config, baseline=DistillConfig("soft"))
+    assert "sources.teacher" in [one.path for one in fields.used_sources(taught)]
+    paths = [one.path for one in fields.used_sources(tiny_pipeline())]
+    assert paths == ["sources.meta", "sources.teacher"]
+
+
+def test_another_phase_is_planned_and_read_by_its_record_alone(monkeypatch):
+    """It stands in for few_shot, whose name the config knows."""
+    probe = Phase(
+        describe=PHASES["few_shot"].describe,
+        run=PHASES["few_shot"].run,
+        role="student",
+        reads=("model", "run"),
+        differentiates=("model",),
+        sources=(WeightSource("students"), WeightSource("meta")),
+        folder="probe",
+        ood=True,
+    )
+    table = dict(PHASES, few_shot=dataclasses.replace(probe, optional=True))
+    monkeypatch.setattr(pipeline, "PHASES", table)
+    monkeypatch.setattr(fields, "PHASES", table)
+    root = pathlib.Path("/runs")
+    folder, run = pipeline.plan(tiny_pipeline(), root)[-1]
+    assert folder == "probe" and run.phase == "few_shot"
+    assert run.sources.students == ("/runs/students",) * 3 and run.sources.meta == "/runs/meta"
+    assert run.sources.network == ""
+    reads = fields.reads()["few_shot"]
+    assert {"ood", "sources.students", "sources.meta", "sources.fresh"} <= set(reads)
+    assert "few_shot" not in reads and "few_shot" not in fields.reads()["pipeline"]
+
+
+# Families.
+
+
+def test_a_section_belongs_to_the_family_of_its_own_type():
+    sections = {"vit": ViTConfig(), "vmoe": VMoEConfig(), "nac": NacConfig()}
+    assert {kind: kind_of(section) for kind, section in sections.items()} == {
+        kind: kind for kind in FAMILIES
+    }
+    for kind, section in sections.items():
+        assert family_of(section) is FAMILIES[kind]
+
+
+def test_a_section_takes_every_family_of_its_role():
+    hints = typing.get_type_hints(Config)
+    for section in ("meta", "teacher", "model"):
+        types = typing.get_args(hints[section]) or (hints[section],)
+        assert set(types) == {f.config for f in FAMILIES.values() if section in f.roles}
+    assert section_type("meta") is ViTConfig
+
+
+def test_another_family_joins_the_type_of_its_section(monkeypatch):
+    class OtherConfig(VMoEConfig):
+        """Of a family that there is not."""
+
+    other = dataclasses.replace(FAMILIES["vmoe"], config=OtherConfig, roles=("model", "meta"))
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES, other=other))
+    assert OtherConfig in typing.get_args(section_type("model"))
+    assert typing.get_args(section_type("meta")) == (ViTConfig, OtherConfig)
+    assert kind_of(OtherConfig()) == "other" and kind_of(VMoEConfig()) == "vmoe"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_meta_model_says_how_many_tokens_it_has(kind):
+    family = FAMILIES[kind]
+    assert ("meta" in family.roles) <= (family.tokens is not None)
+
+
+def test_a_context_is_the_run_s():
+    config = dataclasses.replace(tiny_config("distill"), seed=4, precision="bfloat16", model=NAC)
+    context = config.context
+    assert (context.seed, context.dtype, context.meta_width) == (4, jnp.bfloat16, 16)
+    assert context.interface == config.interface and context.meta_tokens() == 5
+
+
+# Evaluators.
+
+
+def test_another_evaluator_is_summed_over_its_line_alone(monkeypatch):
+    def count_sure(logits, labels, mask):
+        return {"sure": jnp.sum(mask * (jnp.max(logits, axis=-1) > 2))}
+
+    table = dict(EVALUATORS, certainty=Evaluator(count_sure, {"sure": str}))
+    monkeypatch.setattr(objective, "EVALUATORS", table)
+    logits = jnp.asarray([[3.0, 0.0], [1.0, 0.0], [5.0, 0.0]])
+    outputs = {"net": Outputs(logits, None, {})}
+    batch = {
+        "image": jnp.zeros((3, 8, 8, 1), jnp.uint8),
+        "label": jnp.asarray([0, 0, 1]),
+        "_mask": jnp.asarray([1.0, 1.0, 0.0]),
+    }
+    config = tiny_config("end_to_end")
+
+    def sums(names):
+        forward = make_sums(lambda *_: outputs, config, names)
+        return forward({}, {}, batch, jax.random.key(0))
+
+    assert sums(["certainty"]) == {"sure": 1, "count": 2}
+    both = sums(["classification", "certainty"])
+    assert (both["accuracy"], both["sure"], both["count"]) == (2, 1, 2)
+
+
+def test_a_mean_is_shown_as_its_evaluator_writes_it():
+    assert show("accuracy", 0.5) == "50.0 %" and show("loss", 1.23456) == "1.235"
+    assert show("accuracy", None) == "none"
