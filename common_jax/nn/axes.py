@@ -27,6 +27,7 @@ AXES = {
     "U": "width of an image token that NAC reads in",
     "V": "vocabulary",
     "W": "beams of a search",
+    "X": "channels of an image",
     "Y": "NAC signature",
     "Z": "NAC code",
 }
