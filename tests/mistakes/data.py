@@ -181,8 +181,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file=f"{DATA}/digits.py",
         what="stretched values are cut off, not rounded",
-        right="np.round(found.images * (255 / 16))",
-        wrong="np.floor(found.images * (255 / 16))",
+        right="np.round(dataset.images * (255 / 16))",
+        wrong="np.floor(dataset.images * (255 / 16))",
         tests=LISTS,
     ),
     Mistake(
