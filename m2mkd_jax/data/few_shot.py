@@ -13,7 +13,7 @@ class Episode:
     Attributes:
       classes: the chosen classes, in the order of their draw.
       indices: [ways * shots] places in the labels of the split, shuffled.
-      labels: [ways * shots] int32: rank of each example's class among the chosen ones, in [0, ways).
+      labels: [ways * shots] int32: rank of each example's class among `classes`, in [0, ways).
     """
 
     classes: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The host's transforms of one image, from decoded pixels to uint8 pixels of config.data.image_size.
+"""The host's transforms of one image: decoded pixels in, uint8 of config.data.image_size out.
 
 Large images are cropped and resized here with PIL, whose filters the originals' numbers depend on.
 Small ones (side <= 32) pass unchanged unless RandAugment is on: the device crops and flips them.
