@@ -67,7 +67,7 @@ class Examples:
         self,
         images: Float32[np.ndarray, "_ M"] | None,
         texts: Mapping[str, Float32[np.ndarray, "_ M"]],
-    ) -> Float32[np.ndarray, "B M"]:
+    ) -> Float32[np.ndarray, "_ M"]:
         """Picks each example's feature from the features of the corpus's rows."""
         if self.side is Side.IMAGE:
             assert images is not None

@@ -1,4 +1,5 @@
-"""CLIP's preprocessing of pictures and their augmentation in contrastive training, with PIL."""
+"""Pictures as CLIP takes them, and random changes of them for contrastive training. Numpy and
+PIL."""
 
 import dataclasses
 import math
@@ -10,23 +11,23 @@ from PIL import Image, ImageEnhance
 from common_jax.config import Section
 from common_jax.ranges import BelowOne, within
 
-# CLIP's normalisation of pixels in [0, 1], one number per channel.
+# CLIP's, of pixels in [0, 1], one number a channel.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
-    """Applies CLIP's preprocessing: short side to `size` (bicubic), centre crop, normalise.
+    """CLIP's preprocessing: short side to `size` (bicubic), centre crop, normalise.
 
     Args:
       image: uint8 (I, J, 3), (I, J, 4) or (I, J).
-      size: side of the result, 224 for CLIP ViT-B/32.
+      size: side of the square that comes out, 224 for CLIP ViT-B/32.
 
     Returns:
       float32 (size, size, 3).
 
     Raises:
-      ValueError: another shape, or another type, whose range is unknown.
+      ValueError: another shape; values of another type, whose range nobody knows.
     """
     image = np.asarray(image)
     flat = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
@@ -39,7 +40,7 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
     width, height = picture.size
     short = min(width, height)
     if short != size:
-        # The long side is truncated to whole pixels, not rounded, as in CLIP's processors.
+        # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
         picture = picture.resize(
             (size * width // short, size * height // short), Image.Resampling.BICUBIC
         )

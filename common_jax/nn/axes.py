@@ -1,7 +1,7 @@
 """The axis letters: one meaning each, in annotations, einsum equations and docstrings alike.
 
 Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can
-be taken for the other. V-MoE's paper code writes S and K for what are N and A here.
+be taken for the other.
 """
 
 AXES = {
@@ -17,17 +17,17 @@ AXES = {
     "J": "image columns",
     "K": "width of an attention head",
     "L": "labels (classes)",
-    "M": "width of a CLIP embedding",
+    "M": "width of an embedding that texts and images share",
     "N": "tokens of a routing group",
     "P": "pairs (token, expert) of a routing group, or prefix positions of a decoder",
     "Q": "query, key, value: the three parts of one projection",
     "R": "rows of a grouped matrix product, sorted by expert, or slots of a decoder's cache",
     "S": "tokens attended to (keys, senders), or of a source sentence",
     "T": "tokens (queries, receivers), or of a target sentence",
-    "U": "width of an image token that NAC reads in",
+    "U": "width of an image token before it is projected to D",
     "V": "vocabulary",
     "W": "beams of a search",
     "X": "channels of an image",
-    "Y": "NAC signature",
-    "Z": "NAC code",
+    "Y": "signature of a node of a graph",
+    "Z": "code that scales the weights of a layer",
 }
