@@ -186,12 +186,12 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
             {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
             r"captions_val2017\.json is not a complete file",
         ),
-        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
+        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is not text"),
         (
             {"images": [{"id": [3], "file_name": "x"}]},
             r"captions_val2017\.json is not a complete file",
         ),
-        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
+        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is not text; fetch it again"),
     ):
         coco(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
