@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import SYSTEM, Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
-from cliptrans_jax.data.framing import Tokenizer, checked_texts
+from cliptrans_jax.data.framing import Tokenizer, require_texts
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.decode import Search
@@ -123,7 +123,7 @@ class LoadedModel:
 
 def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
     """Sentences as the readers of corpora give them."""
-    lines = checked_texts(sentences, name="sentences")
+    lines = require_texts(sentences, name="sentences")
     if not lines:
         raise ValueError("sentences is empty; give at least one sentence")
     lines = [re.sub(r"\s*\n\s*", " ", line.strip()) for line in lines]

@@ -1,4 +1,4 @@
-"""Pictures of who is connected to whom: a NAC's mediators before and after training."""
+"""Plots of the connections between a NAC's mediators, before and after training."""
 
 from io import BytesIO
 
@@ -18,8 +18,8 @@ from common_jax.workdir import write_bytes
 from m2mkd_jax.nac.kernel import cosine_distance
 
 DPI = 110
-MOST_EDGES = 2000  # drawn of a graph; more are a black disc
-MOST_BORDERS = 32  # drawn between communities; more hide the matrix
+MOST_EDGES = 2000  # in a plot of a graph; more give a black disc
+MOST_BORDERS = 32  # between communities in a matrix; more hide it
 INK, EDGE = "#333333", "#555555"
 
 
@@ -31,15 +31,15 @@ def draw_connectivity(
     truncation: float,
     path: epath.PathLike,
 ) -> None:
-    """Writes a PNG: distances of the mediators by community, and below them the graph of those
-    within `truncation`, before training on the left and after it on the right.
+    """Writes a PNG of the mediators' distances and graphs, before training (left) and after it.
 
-    Both sides share colours, and places in the layout, which is that of the graph before training.
-    At most MOST_EDGES edges are drawn, nearest neighbours first; a title says when there are more.
+    The upper row shows the distances, sorted by community, the lower row the graph of those within
+    `truncation`. Both sides share their colours and the layout of the graph before training. At
+    most MOST_EDGES edges are drawn, nearest neighbours first; the title tells if there are more.
 
     Args:
       signatures_before, signatures_after: of the same mediators.
-      communities: of each mediator, a group; the matrices are sorted by it.
+      communities: community of each mediator, by which the matrices are sorted.
       truncation: distance up to which two mediators are connected.
       path: of the PNG.
     """
@@ -69,7 +69,8 @@ def draw_connectivity(
 
 
 def _edges(distance: np.ndarray, truncation: float) -> np.ndarray:
-    """(edges, 2) pairs within `truncation`, first each mediator's nearest, then its second, ..."""
+    """Returns pairs (edges, 2) within `truncation`, each mediator's nearest first, then its second,
+    and so on."""
     rank = np.argsort(np.argsort(distance, axis=1, kind="stable"), axis=1)
     first, second = np.nonzero(np.triu(distance <= truncation, 1))
     place = np.minimum(rank[first, second], rank[second, first])
@@ -86,20 +87,22 @@ def _caption(name: str, edges: np.ndarray, nodes: int) -> str:
 
 
 def _lay_out(nodes: int, edges: np.ndarray) -> np.ndarray:
-    """(nodes, 2) places between -1 and 1: nodes with edges by a spring model, those without on a
-    circle around them."""
+    """Returns places (nodes, 2) between -1 and 1.
+
+    Nodes with edges are placed by a spring model, those without on a circle around them.
+    """
     places = np.zeros((nodes, 2))
-    joined = np.unique(edges)
-    alone = np.setdiff1d(np.arange(nodes), joined)
-    angles = 2 * np.pi * np.arange(len(alone)) / max(1, len(alone))
-    places[alone] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    if len(joined):
+    connected = np.unique(edges)
+    isolated = np.setdiff1d(np.arange(nodes), connected)
+    angles = 2 * np.pi * np.arange(len(isolated)) / max(1, len(isolated))
+    places[isolated] = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    if len(connected):
         graph = nx.Graph()
-        graph.add_nodes_from(joined.tolist())
+        graph.add_nodes_from(connected.tolist())
         graph.add_edges_from(edges.tolist())
-        reach = 0.85 if len(alone) else 1.0
-        found = nx.spring_layout(graph, seed=0, scale=reach)
-        places[joined] = np.array([found[node] for node in joined.tolist()])
+        reach = 0.85 if len(isolated) else 1.0
+        layout = nx.spring_layout(graph, seed=0, scale=reach)
+        places[connected] = np.array([layout[node] for node in connected.tolist()])
     return places
 
 
@@ -118,12 +121,12 @@ def _draw_distances(
 
 
 def _draw_graph(axes: Axes, edges: np.ndarray, groups: np.ndarray, places: np.ndarray) -> None:
-    drawn = edges[:MOST_EDGES]
-    fade = np.clip(60 / max(1, len(drawn)) ** 0.7, 0.1, 0.6)
-    axes.add_collection(LineCollection(places[drawn], colors=EDGE, linewidths=0.6, alpha=fade))
+    edges = edges[:MOST_EDGES]
+    fade = np.clip(60 / max(1, len(edges)) ** 0.7, 0.1, 0.6)
+    axes.add_collection(LineCollection(places[edges], colors=EDGE, linewidths=0.6, alpha=fade))
     count = groups.max() + 1
     colours = matplotlib.colormaps["tab20" if count <= 20 else "gist_rainbow"]
-    # tab20 has 20 colours to pick by number, a continuous map takes shares of its length.
+    # tab20 is indexed by number, a continuous map by shares of its length.
     values = groups if count <= 20 else groups / (count - 1)
     size = np.clip(5000 / len(groups), 10, 120)
     axes.scatter(*places.T, s=size, c=colours(values), linewidths=0.4, edgecolors="white", zorder=2)

@@ -1,8 +1,8 @@
 """A network is a sequence of stages, and its parameters are a dict with one subtree per stage.
 
 Cutting a teacher is picking subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, assembling is
-a merge. The same `Network` serves teacher, meta model, student and hybrid, whole or in part:
-parameters of the stages that are run are all it asks for.
+a merge. The same `Network` serves teacher, meta model, student and hybrid, whole or in part: it
+needs only the parameters of the stages that run.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ Params = Mapping[str, Any]
 
 
 class Place(enum.Enum):
-    """Where a stage stands: the first embeds images, the last ends in norm and head, the only one
-    does both."""
+    """The position of a stage: the first embeds images, the last ends in norm and head, the only
+    one does both."""
 
     FIRST = "first"
     MIDDLE = "middle"
@@ -29,7 +29,7 @@ class Place(enum.Enum):
 
     @classmethod
     def of(cls, stage: int, count: int) -> "Place":
-        """The place of stage `stage` (0-based) among `count`; raises IndexError outside them."""
+        """Returns the place of stage `stage` (0-based) among `count`; raises IndexError outside."""
         if not 0 <= stage < count:
             raise IndexError(f"stage {stage} is not one of the {count} stages 0..{count - 1}")
         if count == 1:
@@ -38,13 +38,12 @@ class Place(enum.Enum):
 
 
 class Stage(Protocol):
-    """A linen module that gives an example of its input."""
+    """A linen module that can be a stage of a network: it describes its input."""
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array: ...
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of a batch that the stage takes: images for the first, tokens for the
-        others."""
+        """Returns shape and dtype of a batch of input: images for the first stage, else tokens."""
         ...
 
 
@@ -58,10 +57,12 @@ class Network:
         return len(self.stages)
 
     def init(self, key: jax.Array, *, only: tuple[int, ...] | None = None, batch: int = 1) -> dict:
-        """Fresh parameters of all stages, or of those in `only`; each stage's depend on `key` and
-        its index alone."""
-        chosen = range(len(self)) if only is None else only
-        return {stage_name(i): self._init_stage(key, i, batch) for i in chosen}
+        """Initialises the parameters of all stages, or of those in `only`.
+
+        A stage's parameters depend only on `key` and its index.
+        """
+        numbers = range(len(self)) if only is None else only
+        return {stage_name(i): self._init_stage(key, i, batch) for i in numbers}
 
     def apply(
         self,
@@ -78,23 +79,23 @@ class Network:
 
         Args:
           params: parameters of at least these stages.
-          x: images (B, I, J, channels) when `start` is 0, else tokens (B, T, D).
+          x: images (B, I, J, X) when `start` is 0, else tokens (B, T, D).
           start, stop: stage numbers; half-open; `start == stop` returns `x`.
           train: draws stochastic depth and gate noise from `rngs`.
-          rngs: one key a stream name; every stage folds its own index into it.
-          record: linen collections to hand back, see the modules for what they hold.
+          rngs: one key per stream name; every stage folds its own name into it.
+          record: linen collections to return, see the modules for their content.
 
         Returns:
-          Tokens, or logits (B, L) past the last stage; and the records, one subtree per stage.
+          Tokens, or logits (B, L) after the last stage; and the collections, one subtree per stage.
 
         Raises:
-          KeyError: when `params` lacks a stage that is to be run.
+          KeyError: when `params` lacks a stage that runs.
         """
         recorded = {}
         for i in range(start, len(self) if stop is None else stop):
             name = stage_name(i)
             if name not in params:
-                raise KeyError(f"parameters of {name} are needed, only {sorted(params)} are here")
+                raise KeyError(f"parameters of {name} are missing, there are only {sorted(params)}")
             keys = {stream: fold_name(key, name) for stream, key in (rngs or {}).items()}
             x, records = self.stages[i].apply(
                 {"params": params[name]}, x, train=train, rngs=keys, mutable=list(record)
@@ -114,5 +115,5 @@ def module_name(stage: int) -> str:
 
 
 def stage_name(stage: int) -> str:
-    """The key of a stage's parameters, `stage_0` for the first."""
+    """Returns the key of a stage's parameters, `stage_0` for the first."""
     return f"stage_{stage}"

@@ -1,4 +1,4 @@
-"""Byte-pair vocabularies (BPE) over bytes: CLIP's, and those that are trained here."""
+"""Byte-pair vocabularies (BPE) over bytes: CLIP's, and those trained here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,20 +7,20 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from cliptrans_jax.data.token_files import added_message, bounded, read_record
+from cliptrans_jax.data.token_files import added_message, read_record, require_bounded
 from common_jax.untrusted import brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"  # what CLIP's pieces at the end of a word end with
-# How CLIP cuts a text into words, before pieces. Its two control tokens are no words here.
+WORD_END = "</w>"  # suffix of CLIP's pieces at the end of a word
+# CLIP's words, which are then cut into pieces. Its two control tokens are not words here.
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """How CLIP cuts a text, by what `read_clip_files` returns; there are no control tokens.
+def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Builds CLIP's tokenizer, without control tokens, from the result of `read_clip_files`.
 
     Raises:
-      ValueError: the library refuses the vocabulary.
+      ValueError: the library rejects the vocabulary.
     """
     model = _model(vocab, merges, unk_token=CLIP_EOS, end_of_word_suffix=WORD_END)
     tokenizer = tokenizers.Tokenizer(model)
@@ -38,19 +38,19 @@ def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tok
     return tokenizer
 
 
-def trained(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """How a tokenizer that is trained here cuts a text: any text, as bytes, white space included.
+def byte_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """Builds a tokenizer that was trained here: it cuts any text, white space included, as bytes.
 
     Raises:
-      ValueError: the library refuses the vocabulary, or it lacks a byte.
+      ValueError: the library rejects the vocabulary, or it lacks a byte.
     """
-    if lost := sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocab)):
-        raise ValueError(f"its vocabulary lacks {len(lost)} of the 256 bytes")
+    if missing := sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(vocab)):
+        raise ValueError(f"its vocabulary lacks {len(missing)} of the 256 bytes")
     return byte_level(_model(vocab, merges))
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """A tokenizer of a byte-level model, trained or still to be."""
+    """Returns a tokenizer of a byte-level model, which may still be untrained."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,10 +58,10 @@ def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def parse(record: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of the `model` of a `tokenizer.json`.
+    """Returns vocabulary and merges of the `model` of a `tokenizer.json`.
 
     Raises:
-      ValueError: there is no vocabulary of ids from 0 without a gap, or no merges of its tokens.
+      ValueError: no vocabulary with ids from 0 without a gap, or no list of merges.
     """
     model = record.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -69,16 +69,18 @@ def parse(record: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, st
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise ValueError("its model has no list of merges")
-    return checked_vocab(model.get("vocab")), [_pair(merge) for merge in merges]
+    return require_vocab(model.get("vocab")), [_pair(merge) for merge in merges]
 
 
 def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str, str]]]:
-    """The file that has the vocabulary, the vocabulary and the merges of a folder: `tokenizer.json`
-    or, without it, `vocab.json` and `merges.txt`.
+    """Reads `tokenizer.json` or, without it, `vocab.json` and `merges.txt` of a folder.
+
+    Returns:
+      The file of the vocabulary, the vocabulary, and the merges.
 
     Raises:
       FileNotFoundError: no merges.txt beside vocab.json.
-      ValueError: a file that holds something else; it is named.
+      ValueError: a file with other content; the message names it.
     """
     path = folder / "tokenizer.json"
     if path.is_file():
@@ -87,31 +89,32 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
             vocab, merges = parse(record)
             known = {token["content"] for token in record.get("added_tokens") or ()}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no tokenizer.json of CLIP: {plain(str(error))}") from error
+            raise ValueError(f"{path} is not CLIP's tokenizer.json: {plain(str(error))}") from error
         if added := sorted(map(str, known - set(vocab))):
             raise ValueError(added_message(path, added))
         return path, vocab, merges
-    path, listed = folder / "vocab.json", folder / "merges.txt"
-    if not listed.is_file():
-        raise FileNotFoundError(f"{path} is there without merges.txt; fetch it as well")
+    path, merges_path = folder / "vocab.json", folder / "merges.txt"
+    if not merges_path.is_file():
+        raise FileNotFoundError(f"{path} was found without merges.txt; fetch that file as well")
     try:
-        vocab = checked_vocab(read_record(path))
+        vocab = require_vocab(read_record(path))
     except ValueError as error:
-        raise ValueError(f"{path} is no vocabulary of CLIP: {plain(str(error))}") from error
+        raise ValueError(f"{path} is not a vocabulary of CLIP: {plain(str(error))}") from error
     try:
-        lines = [line.rstrip("\r") for line in bounded(listed).read_bytes().decode().split("\n")]
+        lines = require_bounded(merges_path).read_bytes().decode().split("\n")
+        lines = [line.rstrip("\r") for line in lines]
         merges = [_pair(line) for line in lines if line and not line.startswith("#version:")]
     except ValueError as error:
-        raise ValueError(f"{listed} is no list of merges: {plain(str(error))}") from error
+        raise ValueError(f"{merges_path} is not a list of merges: {plain(str(error))}") from error
     return path, vocab, merges
 
 
-def checked_vocab(vocab: Any) -> dict[str, int]:
-    """A vocabulary whose ids are whole numbers from 0, each once; raises ValueError otherwise."""
+def require_vocab(vocab: Any) -> dict[str, int]:
+    """Returns the vocabulary; raises ValueError unless its ids are integers from 0, each once."""
     if not isinstance(vocab, dict) or not vocab:
         raise ValueError("it has no vocabulary")
     if not all(type(place) is int for place in vocab.values()):
-        raise ValueError("its vocabulary has ids that are no whole numbers")
+        raise ValueError("its vocabulary has ids that are not integers")
     if sorted(vocab.values()) != [*range(len(vocab))]:
         raise ValueError(f"the ids of its {len(vocab)} tokens are not 0 to {len(vocab) - 1}")
     return vocab
@@ -130,5 +133,5 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **more: str) ->
         raise ValueError(f"its vocabulary lacks tokens of the merge {brief(missing[0])}")
     try:
         return models.BPE(vocab=vocab, merges=merges, **more)
-    except Exception as error:  # the library raises no narrower one
-        raise ValueError(f"the library refuses it: {plain(str(error))}") from error
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"the library rejects it: {plain(str(error))}") from error

@@ -1,4 +1,4 @@
-"""Where sentences and pictures come from: the embedded emoji, Multi30k, WIT, WMT or COCO."""
+"""The sources of sentences and pictures: the embedded emoji, Multi30k, WIT, WMT and COCO."""
 
 import dataclasses
 import os
@@ -20,15 +20,15 @@ class DataConfig(Section):
       source: a key of SOURCES.
       path: the folder of the source; `emoji` has none.
       source_language, target_language: two codes that the source has, such as "en" and "de";
-        `coco` has the first alone.
-      train_split, valid_split, test_split: as the source calls them: train, val, test for `emoji`;
+        `coco` has only the first.
+      train_split, valid_split, test_split: the source's names: train, val, test for `emoji`;
         train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
         of files for `wmt`; train2017, val2017 and so on for `coco`.
       workers: processes that read and prepare pictures; 0 does it in the training thread.
       bad_share: share of the pictures that may be unreadable before the run stops.
-      emoji_size: side in pixels that emoji are drawn at.
-      emoji_flags: whether countries' flags are among the emoji. Their names are proper nouns, and
-        a network that has not seen one can guess it from neither picture nor text.
+      emoji_size: side in pixels at which emoji are drawn.
+      emoji_flags: whether countries' flags are among the emoji. Their names are proper nouns, which
+        a network cannot guess from picture or text unless training has shown them.
     """
 
     source: Annotated[str, key_of(lambda: SOURCES)] = "emoji"
@@ -66,20 +66,21 @@ class DataConfig(Section):
 def load_corpus(
     config: DataConfig, split: str, languages: Sequence[str], *, with_images: bool = False
 ) -> Corpus:
-    """The examples of a split in some languages.
+    """Loads the examples of a split in some languages.
 
     Args:
-      split: as the source calls it.
-      languages: what to read, at least one. `wit`, `wmt` and `coco` hold those of `config.pair`
-        alone.
-      with_images: open the pictures too; `wit` then leaves out the examples that have none. Where
-        a source has no pictures, `Corpus.require_images` says why.
+      config: config.data.
+      split: the source's name of it.
+      languages: those to read, at least one. `wit`, `wmt` and `coco` have only those of
+        `config.pair`.
+      with_images: opens the pictures too; `wit` then leaves out the examples without one. If a
+        source has no pictures, `Corpus.require_images` gives the reason.
 
     Raises:
-      FileNotFoundError: a file or folder that is not there, with what is.
+      FileNotFoundError: a missing file or folder; the message lists those present.
       ValueError: an unknown split or language; files that do not fit each other.
     """
-    assert languages, "no language asked for"
+    assert languages, "no language is requested"
     for language in languages:
         if problem := _language_problem(config.source, language):
             raise ValueError(f"language={problem}")
@@ -93,12 +94,12 @@ def load_corpus(
 
 
 def _language_problem(source: str, language: str) -> str | None:
-    """What is wrong with a language of a source; None for nothing."""
+    """Describes the problem with a language of a source; None where there is none."""
     known = LANGUAGES.get(source)
     if known is None or language in known:
         return None
     return (
-        f"{shown(language)} is no language of config.data.source={source!r}, which has "
+        f"{shown(language)} is not a language of config.data.source={source!r}, which has "
         f"{', '.join(known)}{did_you_mean(language, known)}"
     )
 
@@ -131,7 +132,7 @@ def _load_wit(
 def _load_wmt(
     config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
 ) -> Corpus:
-    del with_images  # the corpus says why it has none
+    del with_images  # the corpus gives the reason why it has none
     return layouts.load_wmt(_root(config), split, languages, pair=config.pair)
 
 
@@ -147,7 +148,7 @@ def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.path))
     if not root.is_dir():
         raise FileNotFoundError(
-            f"config.data.path={config.path!r} is no folder; give the one that holds "
+            f"config.data.path={config.path!r} is not a folder; give the one with "
             f"{config.source}'s files"
         )
     return root
@@ -161,7 +162,7 @@ SOURCES: Mapping[str, Callable[[DataConfig, str, tuple[str, ...], bool], Corpus]
     "coco": _load_coco,
 }
 
-# What is known beforehand; WMT has whatever folders there are.
+# Languages of the sources that have fixed ones; WMT's are those of its folders.
 LANGUAGES: Mapping[str, tuple[str, ...]] = {
     "emoji": emoji_set.LANGUAGES,
     "multi30k": layouts.MULTI30K_LANGUAGES,

@@ -1,4 +1,4 @@
-"""A corpus: sentences in several languages, aligned, with a picture each where there are any."""
+"""A corpus: aligned sentences in several languages, with a picture each where there are any."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from common_jax.inputs import BadExample
 from common_jax.inputs.pictures import decode_picture, read_file
 
 TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
-MOST_INFLATED = 200  # times that a gzipped text is larger than its file
+MOST_INFLATED = 200  # largest ratio of a text to its gzip file
 
 
 @runtime_checkable
@@ -28,24 +28,24 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Uint8 (I, J, 3) RGB of any size; raises BadExample where it cannot be read."""
+        """Returns uint8 (I, J, 3) RGB of any size; raises BadExample where it cannot be read."""
         ...
 
     def name(self, index: int) -> str:
-        """What to look for when picture `index` is bad."""
+        """Returns file or emoji of picture `index`, for messages."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Examples of one split; entry i of everything below is of example i.
+    """Examples of one split; entry i of all sequences belongs to example i.
 
     Attributes:
-      name: what messages call it, such as "multi30k test_2016_flickr".
-      texts: language -> sentences. A missing sentence is an empty one.
+      name: name in messages, such as "multi30k test_2016_flickr".
+      texts: sentences by language. A missing sentence is an empty one.
       images: the pictures, or None.
-      keys: a name an example: an image file, an emoji, or a file's line.
-      no_images: why `images` is None.
+      keys: a name per example: an image file, an emoji, or a file's line.
+      no_images: the reason why `images` is None.
     """
 
     name: str
@@ -64,26 +64,28 @@ class Corpus:
 
     @functools.cached_property
     def empty(self) -> dict[str, int]:
-        """Language -> number of its empty sentences."""
+        """Number of empty sentences by language."""
         return {language: texts.count("") for language, texts in self.texts.items()}
 
     def require_sentences(self, languages: Sequence[str], *, reader: str) -> None:
-        """Raises ValueError where there is none at all in one of the languages that `reader`, such
-        as "stage 'translate'", reads or writes."""
+        """Raises ValueError where one of the languages has no sentence.
+
+        `reader` reads or writes them, such as "stage 'translate'".
+        """
         for language in languages:
             if len(self) and self.empty[language] == len(self):
-                have = [code for code, count in self.empty.items() if count < len(self)]
+                present = [code for code, count in self.empty.items() if count < len(self)]
                 raise ValueError(
                     f"{self.name} has no sentence in {language!r}, which {reader} needs, only in "
-                    f"{', '.join(have) or 'none'}; take another config.data or, for captions "
+                    f"{', '.join(present) or 'none'}; use another config.data or, for captions "
                     "in one language, set config.caption_language"
                 )
 
     def require_images(self) -> Images:
-        """The pictures.
+        """Returns the pictures.
 
         Raises:
-          ValueError: there are none; the message says why.
+          ValueError: there are none; the message gives the reason.
         """
         if self.images is None:
             raise ValueError(f"{self.name} has no images: {self.no_images}")
@@ -92,7 +94,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
-    """Image files of a folder, decoded when asked for."""
+    """Image files of a folder, decoded on access."""
 
     root: Path
     names: tuple[str, ...]
@@ -111,39 +113,38 @@ class FolderImages:
 
 
 def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImages | None, str]:
-    """The images `names` in the first of the folders `roots` that holds any of them. Names may have
-    folders of their own.
+    """Opens the images `names` in the first of the folders `roots` that has any of them.
 
-    A file that is missing there is counted in a log line, and a BadExample when asked for.
+    Names may have folders of their own. A file that is missing there is counted in a log line, and
+    raises BadExample on access.
 
     Returns:
-      (images, "") or (None, why there are none).
+      (images, "") or (None, the reason why there are none).
     """
-    inside = {name.rpartition("/")[0] for name in names}
+    folders = {name.rpartition("/")[0] for name in names}
     for root in roots:
         present = set()
-        for folder in filter(lambda folder: (root / folder).is_dir(), inside):
-            before = f"{folder}/" if folder else ""
-            present |= {f"{before}{entry.name}" for entry in os.scandir(root / folder)}
+        for folder in filter(lambda folder: (root / folder).is_dir(), folders):
+            prefix = f"{folder}/" if folder else ""
+            present |= {f"{prefix}{entry.name}" for entry in os.scandir(root / folder)}
         missing = [name for name in names if name not in present]
         if len(missing) < len(names):
             if missing:
                 logging.warning("%s lacks %d images: %s", root, len(missing), listed(missing))
             return FolderImages(root, tuple(names)), ""
     where = " or ".join(map(str, roots))
-    such = f", such as {names[0]}," if names else ""
-    return None, f"none of the {len(names)} images{such} is in {where}"
+    example = f", such as {names[0]}," if names else ""
+    return None, f"none of the {len(names)} images{example} is in {where}"
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
-    """The lines of a UTF-8 text file, plain or gzipped (by its name), without white space around.
+    """Reads the lines of a UTF-8 text file, plain or gzipped (by its name), and strips them.
 
-    Lines end at a line feed and nowhere else, since a sentence may hold any other separator that
-    Unicode knows.
+    Only a line feed ends a line, since a sentence may contain any other separator of Unicode.
 
     Raises:
-      ValueError: a line that is not UTF-8 or has a zero byte, named by its number; lines that end
-        with carriage returns alone; a broken gzip.
+      ValueError: a line that is not UTF-8 or has a zero byte, with its number; lines that end with
+        carriage returns alone; a damaged gzip file.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -152,7 +153,9 @@ def read_lines(path: Path) -> tuple[str, ...]:
             with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
                 content = file.read(limit + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file ({error}); fetch it again") from error
+            raise ValueError(
+                f"{path} is not a complete gzip file ({error}); fetch it again"
+            ) from error
         if len(content) > limit:
             raise ValueError(
                 f"{path} unpacks to more than {MOST_INFLATED} times its size, which no text does; "
@@ -170,8 +173,8 @@ def read_lines(path: Path) -> tuple[str, ...]:
     for number, line in enumerate(lines, start=1):
         if b"\0" in line:
             raise ValueError(
-                f"{path}, line {number} has a zero byte: it is no text, or text in UTF-16; convert "
-                "the file to UTF-8, for example with iconv"
+                f"{path}, line {number} has a zero byte: it is not text, or text in UTF-16; "
+                "convert the file to UTF-8, for example with iconv"
             )
         try:
             decoded.append(line.decode("utf-8").strip())
@@ -184,7 +187,7 @@ def read_lines(path: Path) -> tuple[str, ...]:
 
 
 def find_text(path: Path) -> Path | None:
-    """`path` or, where it is not there, `path`.gz; None if neither is."""
+    """Returns `path` or, if that does not exist, `path`.gz; None if neither does."""
     packed = path.with_name(f"{path.name}.gz")
     return path if path.is_file() else packed if packed.is_file() else None
 
@@ -192,13 +195,13 @@ def find_text(path: Path) -> Path | None:
 def read_texts(
     folder: Path, split: str, languages: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """The sentences of `folder/split.LANGUAGE`, plain or gzipped.
+    """Reads the sentences of `folder/split.LANGUAGE`, plain or gzipped.
 
     Returns:
-      (language -> sentences, file -> number of its lines), for `require_aligned`.
+      Sentences by language, and numbers of lines by file, for `require_aligned`.
 
     Raises:
-      FileNotFoundError: a missing file, with the splits or languages that are there.
+      FileNotFoundError: a missing file; the message lists the splits or languages present.
     """
     texts, counts = {}, {}
     for language in languages:
@@ -212,30 +215,30 @@ def read_texts(
 
 def _missing_text(folder: Path, split: str, language: str) -> FileNotFoundError:
     stems = [p.name.removesuffix(".gz").rpartition(".") for p in folder.iterdir() if p.is_file()]
-    there = {code for stem, _, code in stems if stem == split}
-    if there:
-        rest = f"; of {split!r} there are the languages {listed(there)}"
+    present = {code for stem, _, code in stems if stem == split}
+    if present:
+        hint = f"{split!r} has the languages {listed(present)}"
     else:
         splits = {stem for stem, _, code in stems if stem and code != "txt"}
-        rest = f"; there are the splits {listed(splits)}{did_you_mean(split, sorted(splits))}"
+        hint = f"there are the splits {listed(splits)}{did_you_mean(split, sorted(splits))}"
     return FileNotFoundError(
-        f"no {folder / split}.{language} nor .{language}.gz{rest}; correct config.data.path, "
+        f"no {folder / split}.{language} or .{language}.gz; {hint}; correct config.data.path, "
         "the split or the language, or add the file"
     )
 
 
 def require_aligned(counts: Mapping[str, int]) -> None:
-    """Raises ValueError, naming all files, unless all have the same number of lines."""
+    """Raises ValueError, with all files, unless all have the same number of lines."""
     if len(set(counts.values())) > 1:
-        shown = "\n  ".join(f"{path}: {count}" for path, count in counts.items())
+        lines = "\n  ".join(f"{path}: {count}" for path, count in counts.items())
         raise ValueError(
-            f"files that belong together have different numbers of lines:\n  {shown}\n"
+            f"files that belong together have different numbers of lines:\n  {lines}\n"
             "fetch the odd one again; line i of each must be of the same example"
         )
 
 
 def log_empty(corpus: Corpus) -> Corpus:
-    """Says how many sentences are empty, if any is; returns the corpus."""
+    """Logs the number of empty sentences, if there are any; returns the corpus."""
     for language, count in corpus.empty.items():
         if count:
             logging.warning(
@@ -245,7 +248,7 @@ def log_empty(corpus: Corpus) -> Corpus:
 
 
 def listed(names: Sequence[str] | set[str]) -> str:
-    """The first ten names in order, and how many more there are."""
+    """Returns the first ten names in order and the number of the others."""
     names = sorted(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return (", ".join(names[:10]) or "nothing") + more

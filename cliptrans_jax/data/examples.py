@@ -1,5 +1,5 @@
-"""What a stage reads: which sentence goes to the encoder, which to the decoder, what features are
-taken of, and which tokens are dropped (CLIPTrans, src/dataset.py and src/multi30k.py)."""
+"""A stage's examples: the sentences of encoder and decoder, the side of the features, and dropped
+tokens (CLIPTrans, src/dataset.py and src/multi30k.py)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from cliptrans_jax.stages import Side, Stage
 from common_jax.config import Section
 from common_jax.ranges import Fraction
 
-Tokens = Sequence[np.ndarray]  # int32 ids of sentences, framed
+Tokens = Sequence[np.ndarray]  # framed sentences, int32 ids
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig(Section):
-    """Which tokens of the encoder's sentence are dropped. Captioning stages drop always.
+    """Dropping of tokens from the encoder's sentence. Captioning stages always drop.
 
     Attributes:
       mask_prob: probability of dropping a token; the language code and `</s>` always stay, so 1
-        leaves these two.
-      train, test: whether translation drops tokens as well, in training and in evaluation.
+        leaves only these two.
+      train, test: drops tokens in translation as well, in training and in evaluation.
     """
 
     mask_prob: Fraction = 1.0
@@ -31,20 +31,20 @@ class NoiseConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a stage, all of one length, before tokens are dropped.
+    """The examples of a stage before tokens are dropped, in sequences of equal length.
 
     Attributes:
-      source, target: framed ids of what the encoder reads and the decoder writes.
-      side: what features are taken of.
-      rows: the row of the corpus that each example is of; of its pictures, keys and texts.
-      languages: source and target language of each example, which say whose text features.
+      source, target: framed ids of the encoder's and the decoder's sentences.
+      side: whether features are of images or of texts.
+      rows: each example's row of the corpus, for its picture, key and texts.
+      languages: source and target language of each example; text features are of the source.
       drops: whether tokens of the source are dropped.
     """
 
     source: Tokens
     target: Tokens
     side: Side
-    rows: Int32[np.ndarray, "N"]
+    rows: Int32[np.ndarray, "B"]
     languages: tuple[tuple[str, str], ...]
     drops: bool
 
@@ -59,16 +59,16 @@ class Examples:
     def of_source(
         self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]
     ) -> list[np.ndarray]:
-        """For each example what its source sentence has, of arrays by language and row."""
+        """Picks each example's entry from arrays by source language and row."""
         pairs = zip(self.languages, self.rows, strict=True)
         return [by_language[source][row] for (source, _), row in pairs]
 
     def features(
         self,
-        images: Float32[np.ndarray, "N M"] | None,
-        texts: Mapping[str, Float32[np.ndarray, "N M"]],
-    ) -> Float32[np.ndarray, "N2 M"]:
-        """A feature an example, of features by row of the corpus."""
+        images: Float32[np.ndarray, "_ M"] | None,
+        texts: Mapping[str, Float32[np.ndarray, "_ M"]],
+    ) -> Float32[np.ndarray, "_ M"]:
+        """Picks each example's feature from the features of the corpus's rows."""
         if self.side is Side.IMAGE:
             assert images is not None
             return images[self.rows]
@@ -86,27 +86,27 @@ def choose_examples(
     caption_language: str = "",
     all_languages: bool = False,
 ) -> Examples:
-    """The examples of a stage.
+    """Makes the examples of a stage.
 
     Args:
-      stage: of the table STAGES.
+      stage: an entry of STAGES.
       tokens: framed ids of a corpus by language.
       pair: source and target language.
       train: whether they are for training.
       noise: see NoiseConfig.
-      side: what features are taken of in place of the stage's choice; for evaluation.
-      caption_language: what captioning stages write; "" as `default_caption_language`.
-      all_languages: captioning in both languages: an example a sentence of the target language,
-        then one a sentence of the source language.
+      side: replaces the stage's side of the features; for evaluation.
+      caption_language: language of captioning stages; "" for `default_caption_language`.
+      all_languages: captions in both languages: an example per sentence of the target language,
+        then one per sentence of the source language.
 
     Raises:
       ValueError: `all_languages` outside captioning.
     """
     size = len(tokens[pair[0]])
     if stage.captioning:
-        one = caption_language or default_caption_language(pair)
-        written = (pair[1], pair[0]) if all_languages else (one,)
-        languages = [(language, language) for language in written for _ in range(size)]
+        single = caption_language or default_caption_language(pair)
+        chosen = (pair[1], pair[0]) if all_languages else (single,)
+        languages = [(language, language) for language in chosen for _ in range(size)]
         drops = True
     elif all_languages:
         raise ValueError(
@@ -127,32 +127,32 @@ def choose_examples(
 
 
 def default_caption_language(pair: tuple[str, str]) -> str:
-    """English where it is of the pair, then Spanish, as in the original; else the source's."""
+    """Returns English if the pair has it, else Spanish, else the source (as the original does)."""
     return next((language for language in ("en", "es") if language in pair), pair[0])
 
 
 def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
-    """Whether training leaves of the encoder's sentence but its frame."""
+    """Returns True where training drops all of the encoder's sentence but its frame."""
     return (stage.captioning or noise.train) and noise.mask_prob == 1
 
 
 def drop_tokens(
     ids: Int32[np.ndarray, "S"], draws: Float32[np.ndarray, "S"], mask_prob: float
-) -> Int32[np.ndarray, "S2"]:
-    """The tokens whose draw, uniform in [0, 1), is above `mask_prob`, and the first and last
-    (mask_inputs_): dropped ones leave no gap."""
+) -> Int32[np.ndarray, "_"]:
+    """Keeps the tokens whose draw, uniform in [0, 1), is above `mask_prob`, and the first and last
+    (mask_inputs_). Dropped tokens leave no gap."""
     return ids[keep_mask(draws, mask_prob)]
 
 
 def keep_mask(draws: Float32[np.ndarray, "S"], mask_prob: float) -> Bool[np.ndarray, "S"]:
-    """Which tokens stay."""
-    kept = draws > np.float32(mask_prob)
-    kept[0] = kept[-1] = True
-    return kept
+    """Returns True for tokens that stay."""
+    keep = draws > np.float32(mask_prob)
+    keep[0] = keep[-1] = True
+    return keep
 
 
-def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "N S"]:
-    """Sentences as rows of one array, padded behind.
+def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "B S"]:
+    """Returns sentences as rows of one array, padded at the end.
 
     Raises:
       ValueError: a sentence longer than `length`.
@@ -162,7 +162,7 @@ def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "N 
         if len(ids) > length:
             raise ValueError(
                 f"a sentence has {len(ids)} tokens, and there is room for {length}; "
-                "lower max_length of config.tokenizer or, for what a text tower reads, of "
+                "lower max_length of config.tokenizer or, for a text tower, of "
                 "config.clip_tokenizer"
             )
         row[: len(ids)] = ids

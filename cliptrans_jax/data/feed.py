@@ -1,8 +1,7 @@
-"""Batches of a stage: which sentences stand together, padded to few lengths, tokens dropped anew in
-every epoch.
+"""Batches of a stage: sentences grouped, padded to few lengths, with tokens dropped per epoch.
 
-What stands where is a function of (seed, epoch, place) alone, and so is the length that a batch is
-padded to: all hosts agree on it without a word.
+The content of a batch and its padded length depend only on (seed, epoch, place): all hosts agree
+on them without communication.
 """
 
 import dataclasses
@@ -26,20 +25,20 @@ from common_jax.inputs import (
 from common_jax.ranges import Size
 
 Batch = dict[str, np.ndarray]
-TRIVIAL = 2  # tokens of a source of which only language code and end are left
+TRIVIAL = 2  # tokens of a source without words: language code and end
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchingConfig(Section):
-    """How sentences come together.
+    """Padding and grouping of sentences.
 
     Attributes:
-      bucket: batches are padded to this many tokens, or twice, four times as many and so on: few
-        lengths are compiled.
-      half_steps: whether they may also be padded to one and a half times as many as each of these:
-        less padding, and twice as much to compile.
-      window: batches whose sentences are sorted by length among themselves, so that less of a batch
-        is padding; 1 leaves the order of the epoch alone.
+      bucket: batches are padded to this many tokens, or to twice, four times as many and so on, so
+        few lengths are compiled.
+      half_steps: also pads to one and a half times each of these lengths: less padding, and twice
+        as many programs to compile.
+      window: number of batches whose sentences are sorted by length together, which leaves less
+        padding; 1 keeps the order of the epoch.
     """
 
     bucket: Size = 16
@@ -47,29 +46,29 @@ class BatchingConfig(Section):
     window: Size = 1
 
     def padded(self, longest: int) -> int:
-        """The length that a batch is padded to whose longest sentence has so many tokens."""
+        """Returns the padded length of a batch whose longest sentence has `longest` tokens."""
         length = self.bucket * 2 ** max(0, math.ceil(math.log2(longest / self.bucket)))
-        between = length * 3 // 4
-        fits = length > self.bucket and longest <= between
-        return between if self.half_steps and fits else length
+        half_step = length * 3 // 4  # 1.5 times the length below
+        fits = length > self.bucket and longest <= half_step
+        return half_step if self.half_steps and fits else length
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The examples of a stage with their features, ready to be cut into batches.
+    """The examples of a stage with their features, for batches.
 
     Attributes:
       examples: sentences.
-      features: a CLIP feature an example; None where the model takes none, or computes it.
-      clip_tokens: what it computes it of, framed for the text tower; None elsewhere.
-      pad: the id of padding in every tokenizer.
-      room: tokens that the model has positions for behind its prefix, which no batch is padded
-        beyond.
-      clip_room: the same of the text tower; None without `clip_tokens`.
+      features: a CLIP feature per example; None if the model takes none, or computes them itself.
+      clip_tokens: sentences that a model with a text tower computes features from, framed for the
+        tower; None for other models.
+      pad: the padding id, the same in every tokenizer.
+      room: number of positions that the model has after its prefix, the limit of padded lengths.
+      clip_room: the same for the text tower; None without `clip_tokens`.
     """
 
     examples: Examples
-    features: Float32[np.ndarray, "N M"] | None
+    features: Float32[np.ndarray, "B M"] | None
     clip_tokens: Sequence[np.ndarray] | None
     pad: int
     room: int
@@ -84,8 +83,8 @@ class TrainFeed:
     """Training batches of `Inputs`.
 
     Attributes:
-      inputs: what is fed.
-      noise: how tokens are dropped, where the stage drops any.
+      inputs: the examples with features.
+      noise: probability of dropped tokens, for stages that drop any.
       batching: padding and grouping.
       batch: examples of a batch over all hosts.
       seed: of order and draws.
@@ -101,11 +100,12 @@ class TrainFeed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the rest of it is left out."""
+        """Whole batches in an epoch; the remaining examples are left out."""
         return steps_per_epoch(len(self.inputs), self.batch)
 
     def batches(self, start: int) -> Iterator[Batch]:
-        """From global step `start` on, without end."""
+        """Yields batches from global step `start` on, without end."""
+        # No state but the step: a run resumes in the middle of an epoch by computing its place.
         rows = host_rows(self.batch, self.shard)
         for step in itertools.count(start):
             epoch, place = divmod(step, self.steps_per_epoch)
@@ -116,7 +116,8 @@ class TrainFeed:
             )  # fmt: skip
 
     def shapes(self, micro_batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of a micro-batch over all hosts; other batches may be longer."""
+        """Returns shapes and dtypes of a micro-batch over all hosts; some batches are longer."""
+        # One collated example, so that keys and dtypes cannot differ from those of real batches.
         example = collate(
             self.inputs, np.arange(1), slice(0, 1), self.batching, noise=self.noise,
             seed=self.seed, epoch=0,
@@ -126,33 +127,36 @@ class TrainFeed:
             for name, x in example.items()
         }
 
-    def _order(self, epoch: int) -> Int64[np.ndarray, "N"]:
+    def _order(self, epoch: int) -> Int64[np.ndarray, "B"]:
         order = epoch_permutation(self.seed, epoch, len(self.inputs))
         if self.batching.window == 1:
             return order
         return _sort_windows(self, epoch)
 
 
+# Cached, since sorting takes longer than a batch; two entries for batches made ahead of an epoch.
 @functools.lru_cache(maxsize=2)
-def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "N"]:
-    """Within a window of batches the sentences are sorted by length, and the batches shuffled."""
+def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
+    """Sorts the sentences of each window of batches by length, then shuffles its batches."""
     order = epoch_permutation(feed.seed, epoch, len(feed.inputs))
     examples, batch = feed.inputs.examples, feed.batch
     pairs = zip(examples.source, examples.target, strict=True)
     lengths = np.array([len(a) + len(b) for a, b in pairs])
+    # A large factor, so that (seed, epoch) and (seed + 1, epoch - 1) do not share a permutation.
     generator = np.random.RandomState(feed.seed * 1_000_003 % 2**31 + epoch)
-    whole = len(order) // batch
+    count = len(order) // batch
     batches = []
-    for first in range(0, whole, feed.batching.window):
-        window = order[first * batch : min(first + feed.batching.window, whole) * batch]
-        ranked = window[np.argsort(lengths[window], kind="stable")].reshape(-1, batch)
-        batches.extend(ranked[generator.permutation(len(ranked))])
+    for first in range(0, count, feed.batching.window):
+        window = order[first * batch : min(first + feed.batching.window, count) * batch]
+        by_length = window[np.argsort(lengths[window], kind="stable")].reshape(-1, batch)
+        # Shuffled, or the lengths would rise within every window.
+        batches.extend(by_length[generator.permutation(len(by_length))])
     return np.concatenate(batches)
 
 
 def collate(
     inputs: Inputs,
-    chosen: Int64[np.ndarray, "N"],
+    chosen: Int64[np.ndarray, "B"],
     rows: slice,
     batching: BatchingConfig,
     *,
@@ -160,27 +164,30 @@ def collate(
     seed: int,
     epoch: int,
 ) -> Batch:
-    """The rows of a batch that fall to this host.
+    """Collates this host's rows of a batch.
 
     Args:
       inputs: all examples.
       chosen: the batch's examples, over all hosts.
-      rows: this host's among them.
-      batching: says what the batch is padded to.
-      noise, seed, epoch: which tokens are dropped is drawn from seed, epoch and example.
+      rows: this host's rows of them.
+      batching: determines the padded length.
+      noise: probability of a dropped token.
+      seed, epoch: of the draws of dropped tokens, with the example's number.
 
     Returns:
       `source` [B, S] and `labels` [B, T] int32, and `features` [B, M] or `clip_tokens` [B, S].
     """
+    # Lengths come from the sentences of all hosts, after dropping: every host must pad to the same
+    # shape, and each draws the dropped tokens of the whole batch to know it.
     examples = inputs.examples
     sources = [examples.source[i] for i in chosen]
     if examples.drops:
         sources = [
-            _dropped(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
+            _drop(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
             for ids, i in zip(sources, chosen, strict=True)
         ]
     targets = [examples.target[i] for i in chosen]
-    source, target = (_longest(x, batching, inputs.room) for x in (sources, targets))
+    source, target = (_padded_length(x, batching, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
     batch = {
@@ -191,7 +198,7 @@ def collate(
         batch["features"] = inputs.features[chosen[rows]]
     if inputs.clip_tokens is not None:
         tokens = [inputs.clip_tokens[i] for i in chosen]
-        length = _longest(tokens, batching, inputs.clip_room)
+        length = _padded_length(tokens, batching, inputs.clip_room)
         batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch
 
@@ -199,14 +206,14 @@ def collate(
 def batch_shapes(
     batch: int, *, tokens: int, source: int | None = None, features: int = 0, clip_tokens: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what `collate` gives.
+    """Returns the shapes of a batch of `collate`.
 
     Args:
-      batch: examples.
-      tokens: that sentences are padded to.
-      source: the same of what the encoder reads, where that differs.
+      batch: number of examples.
+      tokens: padded length of the sentences.
+      source: padded length of the encoder's sentences, where it differs.
       features: width of the features; 0 for none.
-      clip_tokens: tokens for the text tower; 0 for none.
+      clip_tokens: padded length of the text tower's sentences; 0 for none.
     """
     shapes = {
         "source": jax.ShapeDtypeStruct((batch, tokens if source is None else source), np.int32),
@@ -229,13 +236,17 @@ def evaluation_batches(
     shard: tuple[int, int],
     by_length: bool = False,
 ) -> Iterator[Batch]:
-    """All examples once, the last batch filled up with its last example.
+    """Yields all examples once; copies of the last example fill up the last batch.
 
-    Every batch also has `_mask` [B], 0 on what fills it up, and `_index` [B], the example. The same
+    Every batch also has `_mask` [B], 0 for these copies, and `_index` [B], the example. The same
     tokens are dropped in every pass.
 
     Args:
-      by_length: whether long sources come first, so that batches hold sentences of like length.
+      inputs: all examples.
+      batch: examples of a batch over all hosts.
+      batching, noise, seed: as in `TrainFeed`.
+      shard: (this host, number of hosts).
+      by_length: starts with long sources, so batches have sentences of similar length.
     """
     order = np.arange(len(inputs))
     if by_length:
@@ -252,15 +263,16 @@ def evaluation_batches(
         }
 
 
-def _dropped(ids: np.ndarray, generator: np.random.Generator, mask_prob: float) -> np.ndarray:
+def _drop(ids: np.ndarray, generator: np.random.Generator, mask_prob: float) -> np.ndarray:
     return drop_tokens(ids, generator.random(len(ids), dtype=np.float32), mask_prob)
 
 
-def _longest(sentences: Sequence[np.ndarray], batching: BatchingConfig, room: int) -> int:
+def _padded_length(sentences: Sequence[np.ndarray], batching: BatchingConfig, room: int) -> int:
     longest = max(len(ids) for ids in sentences)
+    # Sources without words keep their two tokens: in captioning a whole bucket would be padding.
     return longest if longest <= TRIVIAL else min(batching.padded(longest), room)
 
 
 def host_shard() -> tuple[int, int]:
-    """(this host, number of hosts)."""
+    """Returns (this host, number of hosts)."""
     return jax.process_index(), jax.process_count()

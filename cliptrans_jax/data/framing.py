@@ -20,12 +20,12 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Sentences to ids and back.
+    """Converts sentences to ids and back.
 
     Attributes:
       vocab: number of ids, the rows of an embedding.
-      pad: what fills up a batch.
-      eos: the last token of every sentence.
+      pad: id of padding.
+      eos: id of the last token of every sentence.
       languages: the codes that `language_id` knows.
     """
 
@@ -37,38 +37,40 @@ class Tokenizer(Protocol):
     def languages(self) -> tuple[str, ...]: ...
 
     def language_id(self, language: str) -> int:
-        """The token of a language; raises ValueError with the known ones."""
+        """Returns the token of a language; raises ValueError, with the known ones, for others."""
         ...
 
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
-        """int32 ids [LID, pieces..., </s>] of each text; for no language [<s>, pieces..., </s>].
+        """Returns int32 ids [language, pieces..., </s>] of each text; for None [<s>, ..., </s>].
 
-        All of a text is text: "</s>" in it is four characters and no end. A long one is cut before
-        its last `</s>`, and the log says how many were.
+        Control tokens in a text are ordinary text: "</s>" is four characters and does not end it.
+        Long sentences are cut before the final `</s>`, and the log gives their number.
 
         Raises:
-          ValueError: an unknown language, or texts that are no sequence of Unicode texts.
+          ValueError: an unknown language, or texts that are not a sequence of Unicode texts.
         """
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """The text of ids, up to the first `</s>` after the first id; what has no text (special
-        tokens, languages) is left out."""
+        """Returns the text of ids, up to the first `</s>` after the first id.
+
+        Special tokens and languages, which have no text, are left out.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FramedTokenizer:
-    """A way to cut text into pieces, and the frame around them.
+    """A `Tokenizer` from functions that cut and join text, which adds the frame.
 
     Attributes:
-      cut: texts -> ids of their pieces.
-      join: ids of pieces -> text.
+      cut: maps texts to ids of their pieces.
+      join: maps ids of pieces to text.
       vocab, pad, eos: as in `Tokenizer`.
-      bos: the first token where there is no language.
-      language_ids: language -> its token.
+      language_ids: token of each language.
       special: ids that have no text.
-      limit: tokens of a sentence, frame included.
+      limit: most tokens of a sentence, frame included.
+      bos: the first token without a language.
     """
 
     cut: Callable[[list[str]], list[list[int]]]
@@ -96,24 +98,28 @@ class FramedTokenizer:
 
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
         first = self.bos if language is None else self.language_id(language)
-        texts = checked_texts(texts)
+        texts = require_texts(texts)
         sentences = self.cut(texts)
-        room, frame = self.limit - 2, self.special - {UNK}
+        # A piece of text may be unknown, but never another special token.
+        room, control = self.limit - 2, self.special - {UNK}
         for text, pieces in zip(texts, sentences, strict=True):
-            # A table gives NaN for an id that it lacks, and CLIP's unknown token is its end.
+            # Checked here, since an embedding silently gives NaN for an id beyond its table.
             if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
                 raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {brief(text)}")
-            if not frame.isdisjoint(pieces):
+            # CLIP's unknown token is also its end token, which would end the sentence there.
+            if not control.isdisjoint(pieces):
                 raise ValueError(f"the tokenizer's vocabulary lacks characters of {brief(text)}")
-        if cut := sum(len(pieces) > room for pieces in sentences):
+        # Pieces are cut, not ids: every sentence keeps its frame, whatever its length.
+        if too_long := sum(len(pieces) > room for pieces in sentences):
             logging.warning(
                 "%d of %d sentences have more than %d tokens, and are cut there",
-                *(cut, len(sentences), room),
+                *(too_long, len(sentences), room),
             )
         return [np.array([first, *pieces[:room], self.eos], np.int32) for pieces in sentences]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]
+        # The first id may be `</s>` itself, which decoding starts with.
         if self.eos in ids[1:]:
             ids = ids[: ids.index(self.eos, 1)]
         return self.join([i for i in ids if i not in self.special])
@@ -123,14 +129,15 @@ def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int]
     """Raises ValueError unless a network can read a tokenizer's ids.
 
     Args:
+      tokenizer: the tokenizer.
       vocab: rows of the network's table; an id beyond them gives NaN.
-      special: the network's ids of "pad" and "eos", as far as it has them.
+      special: the network's ids of "pad" and "eos", or of those that it has.
       key: of the network's config, for messages.
     """
     if tokenizer.vocab > vocab:
         raise ValueError(
             f"{key}.vocab={vocab} is less than the {tokenizer.vocab} tokens of the tokenizer; "
-            "raise it, or take the tokenizer that the weights were trained with"
+            "raise it, or use the tokenizer that the weights were trained with"
         )
     for name, place in special.items():
         if place != getattr(tokenizer, name):
@@ -139,16 +146,18 @@ def require_fits(tokenizer: Tokenizer, *, vocab: int, special: Mapping[str, int]
             )
 
 
-def checked_texts(texts: object, *, name: str = "texts") -> list[str]:
-    """The texts as a list.
+def require_texts(texts: object, *, name: str = "texts") -> list[str]:
+    """Returns the texts as a list.
 
     Args:
+      texts: the texts.
       name: of the argument, for messages.
 
     Raises:
-      ValueError: one text in place of several, anything that is no text, or a text with half of a
-        surrogate pair, which is no character.
+      ValueError: a single text instead of several, anything that is not text, or a text with half
+        of a surrogate pair, which is not a character.
     """
+    # A str is a sequence of str: without this check each of its characters would be a sentence.
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
         hint = f"; give [{brief(texts)}] for one" if isinstance(texts, str) else ""
         raise ValueError(
@@ -165,7 +174,7 @@ def checked_texts(texts: object, *, name: str = "texts") -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"{name}[{place}] has half of a surrogate pair, which is no character: "
-                f"{brief(text)}; decode what it was read from as a whole, as UTF-8 or UTF-16"
+                f"{name}[{place}] has half of a surrogate pair, which is not a character: "
+                f"{brief(text)}; decode its file as a whole, as UTF-8 or UTF-16"
             ) from None
     return texts

@@ -51,15 +51,15 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig(Section):
-    """How far a training picture is changed, at most; every change is drawn evenly up to there.
+    """Largest changes of a training picture; each is drawn uniformly up to its limit.
 
     Attributes:
-      shift: of the side, in both directions.
+      shift: share of the side, in both directions.
       scale: from 1 - scale to 1 + scale.
       rotate: degrees to either side.
-      flip: whether half of the pictures are mirrored. Letters and arrows are others when mirrored.
+      flip: mirrors half of the pictures. Mirrored letters and arrows mean something else.
       brightness, contrast, saturation: factors from 1 - x to 1 + x.
-      fill: grey value of what comes into view from outside.
+      fill: grey value of uncovered pixels.
     """
 
     shift: BelowOne = 0.08
@@ -75,17 +75,18 @@ class AugmentConfig(Section):
 def augment_picture(
     image: np.ndarray, config: AugmentConfig, generator: np.random.Generator
 ) -> np.ndarray:
-    """A picture moved, scaled, turned, perhaps mirrored, and with other colours.
+    """Shifts, scales, rotates and perhaps mirrors a picture, and changes its colours.
 
     Args:
       image: uint8 (I, J, 3).
-      generator: every random number is from here; as many are drawn whatever the config.
+      config: the largest changes.
+      generator: source of all random numbers, equally many for every config.
 
     Returns:
       uint8 (I, J, 3).
     """
     down, right, scale, turn, brightness, contrast, saturation = generator.uniform(-1, 1, 7)
-    mirrored = generator.random() < 0.5 and config.flip
+    mirror = generator.random() < 0.5 and config.flip
     picture = Image.fromarray(image)
     columns, rows = picture.size
     matrix = _pixel_matrix(
@@ -93,7 +94,7 @@ def augment_picture(
         shift=(right * config.shift * columns, down * config.shift * rows),
         scale=1 + scale * config.scale,
         degrees=turn * config.rotate,
-        mirrored=mirrored,
+        mirror=mirror,
     )
     picture = picture.transform(
         picture.size,
@@ -114,13 +115,13 @@ def _pixel_matrix(
     shift: tuple[float, float],
     scale: float,
     degrees: float,
-    mirrored: bool,
+    mirror: bool,
 ) -> tuple[float, ...]:
-    """PIL's six numbers: where in the old picture a pixel (column, row) of the new one is from."""
+    """Returns PIL's six numbers, which map a pixel (column, row) of the result to its source."""
     centre = np.array(size) / 2
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = np.array([[cosine, -sine], [sine, cosine]]) / scale
-    if mirrored:
-        turn = np.diag([-1.0, 1.0]) @ turn
-    offset = centre - turn @ (centre + np.array(shift))
-    return (*turn[0], offset[0], *turn[1], offset[1])
+    matrix = np.array([[cosine, -sine], [sine, cosine]]) / scale
+    if mirror:
+        matrix = np.diag([-1.0, 1.0]) @ matrix
+    offset = centre - matrix @ (centre + np.array(shift))
+    return (*matrix[0], offset[0], *matrix[1], offset[1])

@@ -1,4 +1,4 @@
-"""The published tokenizers of mBART-50, XLM-R and CLIP, read from a folder of their files."""
+"""The published tokenizers of mBART-50, XLM-R and CLIP, read from the folder of their files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ MBART50_CODES: Mapping[str, str] = {
     "zh": "zh_CN",
     "af": "af_ZA",
 }
-# Those that mBART-50 has beyond these, in the order of their ids.
+# mBART-50's other languages, in the order of their ids.
 OTHER_CODES = (
     *("az_AZ", "bn_IN", "fa_IR", "he_IL", "hr_HR", "id_ID", "ka_GE", "km_KH", "mk_MK", "ml_IN"),
     *("mn_MN", "mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH"),
@@ -47,13 +47,13 @@ MASK = "<mask>"
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedTokenizer:
     """A published tokenizer.
 
     Attributes:
-      repository: where its files are on the Hugging Face hub.
-      files: one of these must be there, and holds all of it.
-      codes: language -> its token.
+      repository: repository of its files on the Hugging Face hub.
+      files: the files that contain all of it; one of them is needed.
+      codes: token of each language.
       last: the tokens after the pieces, in the order of their ids.
     """
 
@@ -64,15 +64,15 @@ class Published:
 
 
 PIECES, JSON = "sentencepiece.bpe.model", "tokenizer.json"
-PUBLISHED: Mapping[str, Published] = {
-    "mbart50": Published(
+PUBLISHED: Mapping[str, PublishedTokenizer] = {
+    "mbart50": PublishedTokenizer(
         "facebook/mbart-large-50",
         (JSON, PIECES),
         MBART50_CODES,
         (*MBART50_CODES.values(), *OTHER_CODES, MASK),
     ),
-    "xlmr": Published("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
-    "clip": Published(
+    "xlmr": PublishedTokenizer("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
+    "clip": PublishedTokenizer(
         "openai/clip-vit-base-patch32",
         (JSON, "vocab.json"),
         {},
@@ -82,22 +82,22 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedTokenizer:
-    """The tokenizer in a folder.
+    """Loads the tokenizer in a folder.
 
     Args:
       kind: a key of PUBLISHED.
-      path: the folder, as it was given.
-      limit: tokens of a sentence, frame included.
+      path: the folder, as in the config.
+      limit: most tokens of a sentence, frame included.
       key: of the config's section, for messages.
 
     Raises:
-      FileNotFoundError: the folder lacks what the kind needs.
-      ValueError: what is there is no tokenizer of the kind.
+      FileNotFoundError: the folder lacks the files of the kind.
+      ValueError: its files are not a tokenizer of the kind.
     """
     published, folder = PUBLISHED[kind], Path(path).expanduser()
     if not any((folder / name).is_file() for name in published.files):
         raise FileNotFoundError(
-            f"{key}.path={path!r} holds neither {' nor '.join(published.files)}; "
+            f"{key}.path={path!r} has neither {' nor '.join(published.files)}; "
             f"fetch them from {published.repository!r}, for example with "
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )
@@ -107,29 +107,31 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
         return _unigram(_find_unigram(kind, folder), published, limit)
     except ValueError as error:
         raise ValueError(
-            f"{key}.path={path!r} does not hold the tokenizer of {key}.kind={kind!r} "
+            f"{key}.path={path!r} does not have the tokenizer of {key}.kind={kind!r} "
             f"({published.repository}): {error}"
         ) from error
 
 
 def _find_unigram(kind: str, folder: Path) -> unigram.Unigram:
-    """The model of a folder. SentencePiece's own file is taken where there are both, but they must
-    agree."""
+    """Returns the model of a folder.
+
+    SentencePiece's own file has priority over tokenizer.json; if both exist they must agree.
+    """
     model = unigram.read_model(folder / PIECES) if (folder / PIECES).is_file() else None
     if (folder / JSON).is_file():
-        listed = unigram.read_tokenizer_json(folder / JSON, PUBLISHED["mbart50"].last)
-        _require_last(kind, listed.path, listed.extra)
+        json_model = unigram.read_tokenizer_json(folder / JSON, PUBLISHED["mbart50"].last)
+        _require_last(kind, json_model.path, json_model.extra)
         if model is None:
-            return listed
-        if [piece for piece, _ in model.pieces] != [piece for piece, _ in listed.pieces]:
+            return json_model
+        if [piece for piece, _ in model.pieces] != [piece for piece, _ in json_model.pieces]:
             raise ValueError(
-                f"{model.path} and {listed.path.name} beside it have other pieces; remove the one "
-                "that is not the tokenizer's"
+                f"{model.path} and {json_model.path.name} beside it have different pieces; remove "
+                "the one that is not the tokenizer's"
             )
     known = {*SPECIAL, *PUBLISHED[kind].last}
     if added := [token for token in unigram.added_tokens(folder) if token not in known]:
         raise ValueError(added_message(folder, added))
-    assert model is not None, "one of the files is there"
+    assert model is not None, "neither file exists"
     return model
 
 
@@ -149,13 +151,13 @@ def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
 
 
 def _first(tokens: tuple[str, ...]) -> str:
-    """The first few of some tokens, for a message."""
+    """Lists the first few tokens, for a message."""
     more = f" and so on, {len(tokens)} in all" if len(tokens) > 3 else ""
     return f"{plain(', '.join(tokens[:3])) or 'none'}{more}"
 
 
-def _unigram(model: unigram.Unigram, published: Published, limit: int) -> FramedTokenizer:
-    """Ids are those of fairseq: the special tokens, the pieces, the last tokens."""
+def _unigram(model: unigram.Unigram, published: PublishedTokenizer, limit: int) -> FramedTokenizer:
+    """Builds the tokenizer with fairseq's ids: special tokens, pieces, last tokens."""
     processor = model.processor()
     names = [*SPECIAL, *(piece for piece, _ in model.pieces), *published.last]
     first = len(names) - len(published.last)
@@ -184,11 +186,11 @@ def _clip(folder: Path, limit: int) -> FramedTokenizer:
     bos, eos = len(vocab) - 2, len(vocab) - 1
     if (vocab.get(byte_pairs.CLIP_BOS), vocab.get(byte_pairs.CLIP_EOS)) != (bos, eos):
         raise ValueError(
-            f"{path} does not end with {byte_pairs.CLIP_BOS} and {byte_pairs.CLIP_EOS}, as the "
+            f"{path} does not end with {byte_pairs.CLIP_BOS} and {byte_pairs.CLIP_EOS}, which the "
             "tower needs; fetch its files again"
         )
     try:
-        tokenizer = byte_pairs.clip(vocab, merges)
+        tokenizer = byte_pairs.clip_tokenizer(vocab, merges)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

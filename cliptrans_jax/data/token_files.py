@@ -1,4 +1,4 @@
-"""The files of tokenizers, which anybody may have written: read within bounds, named in errors."""
+"""Bounded reading of tokenizers' files, whose content is not trusted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ MAX_BYTES = 1 << 27
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, naming it, for anything else."""
-    return read_json(bounded(path))
+    """Reads the object in a JSON file; raises ValueError, which names it, for anything else."""
+    return read_json(require_bounded(path))
 
 
-def bounded(path: Path) -> Path:
-    """The path; raises ValueError where the file is larger than any tokenizer's."""
+def require_bounded(path: Path) -> Path:
+    """Returns the path; raises ValueError where the file is larger than any tokenizer's."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes, more than any tokenizer's {MAX_BYTES}; fetch "
@@ -27,10 +27,10 @@ def bounded(path: Path) -> Path:
 
 
 def added_message(path: Path, added: Sequence[str]) -> str:
-    """What to do about tokens that somebody added to a published tokenizer."""
+    """Returns the message about tokens that were added to a published tokenizer."""
     more = f" and {len(added) - 5} more" if len(added) > 5 else ""
     return (
         f"{path} has tokens that the published tokenizer lacks: "
-        f"{plain(', '.join(added[:5]))}{more}. No network here has them in its table; give the "
-        "folder of the tokenizer as it was published, where all other tokens have the same ids"
+        f"{plain(', '.join(added[:5]))}{more}. No network here has them in its table; use the "
+        "folder of the published tokenizer, where all other tokens have the same ids"
     )

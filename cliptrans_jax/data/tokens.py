@@ -1,8 +1,6 @@
-"""Sentences as token ids: the published tokenizers of mBART-50, XLM-R and CLIP, and one trained
-here.
+"""Sentences as token ids: published tokenizers of mBART-50, XLM-R and CLIP, and one trained here.
 
-All frame a sentence alike. With a language it is [language, pieces..., </s>], as mBART has source
-and target; without one it is [<s>, pieces..., </s>], as the encoders of CLIP and M-CLIP have it.
+All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
 """
 
 import dataclasses
@@ -25,19 +23,19 @@ from common_jax.ranges import Size, key_of, shown
 from common_jax.untrusted import plain
 from common_jax.workdir import read_json, write_bytes
 
-# Byte-level pieces start from these many, so no character is unknown.
+# Byte-level pieces start from all bytes, so no character is unknown.
 BYTES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """How sentences are cut into tokens.
+    """The tokenizer of sentences.
 
     Attributes:
       kind: a key of KINDS.
       path: the folder of a published tokenizer's files; empty for `trained`.
-      vocab: of `trained`: how many ids there are at most, languages and all.
-      max_length: tokens a sentence is cut to, frame included; None: as many as the kind takes.
+      vocab: of `trained`: largest number of ids, languages included.
+      max_length: most tokens of a sentence, frame included; None for the kind's limit.
     """
 
     kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
@@ -51,7 +49,7 @@ class TokenizerConfig(Section):
         if self.max_length is not None and not 3 <= self.max_length <= limit:
             raise FieldError(
                 f"max_length={self.max_length} must be from 3 (a frame and a token) to {limit}, "
-                f"the most that {self.kind!r} takes, or None"
+                f"the limit of {self.kind!r}, or None"
             )
         if self.kind == "trained" and self.vocab <= BYTES + len(SPECIAL) + 1:
             raise FieldError(
@@ -64,7 +62,7 @@ class TokenizerConfig(Section):
 
     @property
     def limit(self) -> int:
-        """Tokens a sentence may have, frame included."""
+        """Most tokens of a sentence, frame included."""
         return LIMITS[self.kind] if self.max_length is None else self.max_length
 
 
@@ -76,15 +74,16 @@ def load_tokenizer(
     languages: Sequence[str] = (),
     path: os.PathLike | str | None = None,
 ) -> Tokenizer:
-    """The tokenizer of `config`; nothing is fetched.
+    """Loads the tokenizer of `config` without downloading anything.
 
     Args:
-      key: where `config` stands, for messages.
+      config: the tokenizer's section.
+      key: name of that section, for messages.
       sentences, languages, path: of `trained`: see `load_or_train_tokenizer`.
 
     Raises:
-      FileNotFoundError: the folder lacks what the kind needs.
-      ValueError: what is there is no tokenizer of the kind.
+      FileNotFoundError: the folder lacks the files of the kind.
+      ValueError: its files are not a tokenizer of the kind.
     """
     return KINDS[config.kind](config, key, sentences, languages, path)
 
@@ -95,20 +94,21 @@ def load_or_train_tokenizer(
     languages: Sequence[str],
     path: os.PathLike | str,
 ) -> FramedTokenizer:
-    """The tokenizer that stands in the file `path`; trained and written there if it does not.
+    """Loads the tokenizer in the file `path`, or trains it and writes that file.
 
-    It merges pairs of bytes (BPE), so that every text comes back as it was, of whatever characters.
-    Ids are <s>, <pad>, </s>, <unk>, the pieces, the languages in order and <mask>. The same
-    sentences give the same ids, in every process.
+    It merges pairs of bytes (BPE), so decoding restores every text, whatever its characters. Ids
+    are <s>, <pad>, </s>, <unk>, the pieces, the languages in order and <mask>. The same sentences
+    give the same ids in every process.
 
     Args:
-      sentences: to train on, in all languages together; None takes the file's, which must be there.
-      languages: each has a token.
+      config: the tokenizer's section.
+      sentences: to train on, in all languages together; None if the file exists.
+      languages: those with a token.
       path: a JSON file.
 
     Raises:
       FileNotFoundError: no file and no sentences.
-      ValueError: the file is of other sentences, languages or size, or is broken.
+      ValueError: the file belongs to other sentences, languages or size, or is damaged.
     """
     path, languages = epath.Path(path), tuple(languages)
     if sentences is not None:
@@ -121,22 +121,22 @@ def load_or_train_tokenizer(
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
     expected = _origin(config, sentences, languages)
-    if differing := [key for key in expected if expected[key] != made_from.get(key)]:
+    if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
-            f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in differing
+            f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in changed
         )
         raise ValueError(
-            f"{path} was made from other input: {changes}; remove it to train it again, or set the "
-            "config back"
+            f"{path} was made from other input: {changes}; remove it to train it again, or restore "
+            "the config"
         )
-    return _framed(tokenizer, languages, config.limit)
+    return _add_frame(tokenizer, languages, config.limit)
 
 
 def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
-    """What a trained tokenizer was made from, and its pieces.
+    """Returns the origin of a trained tokenizer, and its pieces.
 
     Raises:
-      ValueError: the file is not as `_train` makes it.
+      ValueError: the file is not one of `_train`.
     """
     try:
         record = read_json(path)
@@ -145,21 +145,21 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
             raise ValueError("it lacks 'made_from' or 'bpe'")
         bpe = json.loads(text)
         if not isinstance(bpe, dict):
-            raise ValueError("its 'bpe' is no object")
+            raise ValueError("its 'bpe' is not an object")
         vocab, merges = byte_pairs.parse(bpe)
         if [vocab.get(token) for token in SPECIAL] != [*range(len(SPECIAL))]:
             raise ValueError(f"its first tokens are not {', '.join(SPECIAL)}")
-        return made_from, byte_pairs.trained(vocab, merges)
+        return made_from, byte_pairs.byte_tokenizer(vocab, merges)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no tokenizer of this project ({plain(str(error))}); remove it"
+            f"{path} is not a tokenizer of this project ({plain(str(error))}); remove it"
         ) from error
 
 
 def _origin(
     config: TokenizerConfig, sentences: list[str] | None, languages: tuple[str, ...]
 ) -> dict:
-    """What a trained tokenizer is made from; sentences as a checksum."""
+    """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
     origin: dict = {"vocab": config.vocab, "languages": list(languages)}
     if sentences is not None:
         origin["sentences"] = zlib.crc32("\n".join(sentences).encode())
@@ -180,7 +180,7 @@ def _train(config: TokenizerConfig, sentences: list[str], languages: tuple[str, 
         special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator((_spaced(text) for text in sentences), trainer)
+    tokenizer.train_from_iterator((_add_space(text) for text in sentences), trainer)
     logging.info(
         "trained a tokenizer of %d pieces on %d sentences",
         tokenizer.get_vocab_size(),
@@ -189,12 +189,12 @@ def _train(config: TokenizerConfig, sentences: list[str], languages: tuple[str, 
     return {"made_from": _origin(config, sentences, languages), "bpe": tokenizer.to_str()}
 
 
-def _spaced(text: str) -> str:
-    """A space in front, so that the first word is cut as it is inside a sentence."""
+def _add_space(text: str) -> str:
+    """Adds a space before the text, so that its first word is cut like the others."""
     return f" {text}" if text else ""
 
 
-def _framed(
+def _add_frame(
     tokenizer: tokenizers.Tokenizer, languages: tuple[str, ...], limit: int
 ) -> FramedTokenizer:
     pieces = tokenizer.get_vocab_size()
@@ -202,7 +202,7 @@ def _framed(
 
     def cut(texts: list[str]) -> list[list[int]]:
         encodings = tokenizer.encode_batch(
-            [_spaced(text) for text in texts], add_special_tokens=False
+            [_add_space(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]
 
@@ -216,7 +216,7 @@ def _framed(
     )
 
 
-def _trained(
+def _load_trained(
     config: TokenizerConfig,
     key: str,
     sentences: Iterable[str] | None,
@@ -224,18 +224,18 @@ def _trained(
     path: os.PathLike | str | None,
 ) -> FramedTokenizer:
     del key
-    assert path is not None, "a trained tokenizer has a file"
+    assert path is not None, "a trained tokenizer needs a file"
     return load_or_train_tokenizer(config, sentences, languages, path)
 
 
-def _published(
+def _load_published(
     config: TokenizerConfig,
     key: str,
     sentences: Iterable[str] | None,
     languages: Sequence[str],
     path: os.PathLike | str | None,
 ) -> FramedTokenizer:
-    del sentences, languages, path  # it is trained already
+    del sentences, languages, path  # needed only for training
     return load_published(config.kind, config.path, limit=config.limit, key=key)
 
 
@@ -244,10 +244,10 @@ Loader = Callable[
     FramedTokenizer,
 ]
 KINDS: Mapping[str, Loader] = {
-    "trained": _trained,
-    "mbart50": _published,
-    "xlmr": _published,
-    "clip": _published,
+    "trained": _load_trained,
+    "mbart50": _load_published,
+    "xlmr": _load_published,
+    "clip": _load_published,
 }
-# Tokens a sentence may have, as many as the networks have positions for.
+# Most tokens of a sentence: the networks' numbers of positions.
 LIMITS: Mapping[str, int] = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77}

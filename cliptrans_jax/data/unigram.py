@@ -1,8 +1,8 @@
-"""SentencePiece's unigram models, read from either of the files that they are published in.
+"""SentencePiece's unigram models, read from either of the files in which they are published.
 
 The library itself cuts sentences, as in the original, whichever file the pieces come from: other
-implementations of its normaliser differ from it in decomposed Hangul and kana, in accents after
-wide letters, and in white space. A token such as "</s>" in a sentence is text to it.
+implementations of its normaliser differ in decomposed Hangul and kana, in accents after wide
+letters, and in white space. It treats a token such as "</s>" in a sentence as text.
 """
 
 import base64
@@ -18,14 +18,14 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import bounded, read_record
+from cliptrans_jax.data.token_files import read_record, require_bounded
 from common_jax.untrusted import as_text, brief, plain
 
-# What the models begin with, which no text is cut into.
+# The first tokens of a model; no text is cut into them.
 CONTROLS = ("<unk>", "<s>", "</s>")
-# What stands in tokenizer.json beside the normaliser of the model and does the same as its flags.
+# Normalisers in tokenizer.json that only repeat the model's own flags.
 HARMLESS = ("Replace", "Strip")
-# Wide letters and digits, and what NFKC makes of them; the library puts its space in front.
+# Wide letters and digits, and their form in NFKC after the library's leading space.
 PROBE = ("ＡＢＣ１２３", "▁ABC123")
 
 
@@ -36,8 +36,8 @@ class Unigram:
     Attributes:
       path: the file, for messages.
       pieces: (piece, score), without special tokens and languages.
-      extra: tokens after the pieces, such as languages; () where the file does not list them.
-      charsmap: the normaliser, as SentencePiece compiles it.
+      extra: tokens after the pieces, such as languages; () if the file does not list them.
+      charsmap: the normaliser in SentencePiece's compiled form.
     """
 
     path: Path
@@ -48,19 +48,22 @@ class Unigram:
     def __post_init__(self):
         names = {*CONTROLS, *(piece for piece, _ in self.pieces)}
         if not self.pieces or len(names) != len(self.pieces) + len(CONTROLS):
-            raise ValueError(f"{self.path} has no pieces, or one twice; fetch it again")
+            raise ValueError(f"{self.path} has no pieces, or duplicates; fetch it again")
         if not all(piece and math.isfinite(score) for piece, score in self.pieces):
             raise ValueError(
                 f"{self.path} has an empty piece, or a score that is not finite; fetch it again"
             )
 
     def processor(self) -> sentencepiece.SentencePieceProcessor:
-        """The model, in which piece i is number i + 3.
+        """Returns SentencePiece's processor, in which piece i is number i + 3.
 
         Raises:
-          ValueError: the library refuses it, or it does not bring text into the form NFKC.
+          ValueError: the library rejects the model, or it does not normalise text to NFKC.
         """
+        # Before the library sees it: it would follow a wrong offset out of its memory.
         _check_charsmap(self.path, self.charsmap)
+        # Built again rather than passed on, so that a file cannot switch anything else on: other
+        # fields of the model keep the library's defaults.
         model = sentencepiece_model_pb2.ModelProto()
         kinds = model.SentencePiece.Type
         for name, kind in zip(CONTROLS, (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL), strict=True):
@@ -70,32 +73,34 @@ class Unigram:
                 model.pieces.add(piece=piece, score=score)
             model.normalizer_spec.name = "nmt_nfkc"
             model.normalizer_spec.precompiled_charsmap = self.charsmap
-            found = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-            normal = found.normalize(PROBE[0])
-        except (ValueError, RuntimeError) as error:  # of pieces that are not UTF-8, and the library
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            normalised = processor.normalize(PROBE[0])
+        # protobuf raises ValueError for pieces that are not UTF-8, the library RuntimeError.
+        except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{self.path} is refused by sentencepiece: {plain(str(error))}"
+                f"{self.path} is rejected by sentencepiece: {plain(str(error))}"
             ) from error
-        if normal != PROBE[1]:
+        # An empty normaliser is valid to the library, and would silently change the ids.
+        if normalised != PROBE[1]:
             raise ValueError(
-                f"{self.path} does not normalise text (NFKC): {PROBE[0]!r} becomes {normal!r}, not "
-                f"{PROBE[1]!r}. transformers 5.0 to 5.2 write such files; fetch the published one, "
-                "or put sentencepiece.bpe.model beside it"
+                f"{self.path} does not normalise text (NFKC): {PROBE[0]!r} becomes {normalised!r}, "
+                f"not {PROBE[1]!r}. transformers 5.0 to 5.2 write such files; fetch the published "
+                "one, or put sentencepiece.bpe.model beside it"
             )
-        return found
+        return processor
 
 
 def read_model(path: Path) -> Unigram:
-    """The model in a `sentencepiece.bpe.model`.
+    """Reads the model in a `sentencepiece.bpe.model`.
 
     Raises:
-      ValueError: the file holds no unigram model of plain pieces.
+      ValueError: the file is not a unigram model of plain pieces.
     """
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(bounded(path).read_bytes())
+        model = sentencepiece_model_pb2.ModelProto.FromString(require_bounded(path).read_bytes())
     except DecodeError as error:
         raise ValueError(
-            f"{path} is no SentencePiece model ({plain(str(error))}); fetch it again"
+            f"{path} is not a SentencePiece model ({plain(str(error))}); fetch it again"
         ) from error
     kinds = model.SentencePiece.Type
     first = tuple(piece.piece for piece in model.pieces[: len(CONTROLS)])
@@ -105,22 +110,23 @@ def read_model(path: Path) -> Unigram:
     usual = spec.add_dummy_prefix and spec.remove_extra_whitespaces and spec.escape_whitespaces
     if first != CONTROLS or not (normal and unigram and usual):
         raise ValueError(
-            f"{path} is no unigram model that begins with {', '.join(CONTROLS)} and has plain "
-            f"pieces otherwise, as XLM-R's and mBART-50's (it begins with {brief(first)}); fetch "
-            "it again"
+            f"{path} is not a unigram model that begins with {', '.join(CONTROLS)} and then has "
+            f"plain pieces, as XLM-R's and mBART-50's (it begins with {brief(first)}); fetch it "
+            "again"
         )
     pieces = tuple((piece.piece, piece.score) for piece in model.pieces[len(CONTROLS) :])
     return Unigram(path, pieces, (), spec.precompiled_charsmap)
 
 
 def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
-    """The model in a `tokenizer.json`: special tokens, pieces, and extra tokens in its vocabulary.
+    """Reads the model in a `tokenizer.json`: special tokens, pieces, then extra tokens.
 
     Args:
-      extra: what may come after the pieces; pieces end before the first of them.
+      path: the file.
+      extra: tokens that may follow the pieces, which end before the first of these.
 
     Raises:
-      ValueError: the file holds no unigram model in this order, or another normaliser.
+      ValueError: the file is not a unigram model in this order, or has another normaliser.
     """
     record = read_record(path)
     try:
@@ -133,48 +139,52 @@ def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
         charsmap = _charsmap(record["normalizer"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is no tokenizer.json of a unigram model ({type(error).__name__}: "
+            f"{path} is not a tokenizer.json of a unigram model ({type(error).__name__}: "
             f"{plain(str(error))}); fetch it again"
         ) from error
     if tuple(names[: len(SPECIAL)]) != SPECIAL or model.get("unk_id", UNK) != UNK:
         raise ValueError(
             f"{path} begins with the tokens {brief(names[: len(SPECIAL)])} and not with "
-            f"{', '.join(SPECIAL)}: it is another tokenizer's"
+            f"{', '.join(SPECIAL)}: it belongs to another tokenizer"
         )
+    # Files list languages either in the vocabulary or among the added tokens; cut at the first one,
+    # both give the same pieces.
     ends = [place for place, name in enumerate(names) if name in extra]
     end = min([*ends, len(vocab)])
     return Unigram(path, vocab[len(SPECIAL) : end], tuple(names[end:]), charsmap)
 
 
 def added_tokens(folder: Path) -> list[str]:
-    """The tokens that other files of a folder add to a `sentencepiece.bpe.model`.
+    """Returns the tokens that other files of a folder add to a `sentencepiece.bpe.model`.
 
     Raises:
-      ValueError: a file that is not as `transformers` writes it.
+      ValueError: a file that is not in the form of `transformers`.
     """
-    found: list[str] = []
+    added: list[str] = []
     for name in ("added_tokens.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
         record = read_record(folder / name)
         try:
             if name == "added_tokens.json":
-                found += map(as_text, record)
+                added += map(as_text, record)
             else:
                 tokens = record.get("added_tokens_decoder") or {}
-                found += [as_text(token["content"]) for token in tokens.values()]
+                added += [as_text(token["content"]) for token in tokens.values()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{folder / name} has no added tokens as transformers writes them "
+                f"{folder / name} has no added tokens in the form of transformers "
                 f"({type(error).__name__}: {plain(str(error))}); fetch it again"
             ) from error
-    return found
+    return added
 
 
 def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """The added tokens after the vocabulary, in the order of their ids."""
+    """Returns the added tokens after the vocabulary, in the order of their ids."""
     places = {int(token["id"]): as_text(token["content"]) for token in tokens}
     count = len(names)
+    # Some tokens repeat entries of the vocabulary, which must agree; the others extend it, without
+    # a gap.
     within = all(names[place] == token for place, token in places.items() if 0 <= place < count)
     after = sorted(place for place in places if not 0 <= place < count)
     if not within or after != [*range(count, count + len(after))]:
@@ -183,18 +193,18 @@ def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
 
 
 def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
-    """The normaliser that SentencePiece compiled; b"" where there is none.
+    """Returns SentencePiece's compiled normaliser; b"" where there is none.
 
     Raises:
       ValueError: there is another one as well.
     """
-    found = b""
+    charsmap = b""
     for part in _parts(normalizer):
         if part["type"] == "Precompiled":
-            found = base64.b64decode(part["precompiled_charsmap"], validate=True)
+            charsmap = base64.b64decode(part["precompiled_charsmap"], validate=True)
         elif part["type"] not in HARMLESS:
             raise ValueError(f"a normaliser {part['type']!r}, which SentencePiece does not have")
-    return found
+    return charsmap
 
 
 def _parts(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
@@ -205,22 +215,23 @@ def _parts(normalizer: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 def _check_charsmap(path: Path, charsmap: bytes) -> None:
     """Raises ValueError unless every offset of a compiled normaliser stays within it.
 
-    The library follows the offsets without looking. A normaliser is the length of a double-array
-    trie in bytes, the trie, and what its leaves point to: texts that end with a zero byte.
+    The library follows the offsets without checks. A normaliser is the length of a double-array
+    trie in bytes, the trie, and the texts that its leaves point to, which end with a zero byte.
     """
     if not charsmap:
-        return  # the probe of `processor` finds that out
+        return  # the probe of `processor` detects this
     size = int.from_bytes(charsmap[:4], "little")
     texts = charsmap[4 + size :]
     sound = size % 1024 == 0 and size > 0 and texts.endswith(b"\0")
     if sound:
         units = np.frombuffer(charsmap, "<u4", size // 4, 4)
-        # As in Darts-clone: a unit's children lie at its place XOR its offset XOR a byte, and its
-        # leaf at byte 0. Bit 31 marks the leaves, bit 8 the units that have one, and bit 9 offsets
-        # that are shifted by 8.
+        # The layout of Darts-clone: a unit's children are at its place XOR its offset XOR a byte,
+        # its leaf at byte 0. Bit 31 marks leaves, bit 8 units that have one, and bit 9 offsets that
+        # are shifted by 8.
         offsets = (units >> 10).astype(np.int64) << np.where(units & 0x200, 8, 0)
         inner = np.flatnonzero(units < 1 << 31)
         children = inner ^ offsets[inner]
+        # The children of a unit differ in the low byte alone, so its largest one is enough.
         sound = bool(np.all(children | 0xFF < len(units)))
     if sound:
         leaves = units[children[(units[inner] & 0x100) > 0]] & 0x7FFFFFFF

@@ -1,8 +1,8 @@
-"""Checkpoints: orbax, written while training goes on, and read on any mesh, whole or in part.
+"""Checkpoints with orbax, written during training and read on any mesh, whole or in part.
 
-A step's folder holds four items: `params`, all that a user loads; `trainer`, what a run needs to
-resume; `config`, the JSON that made it; `run`, whose it is. Finished folders carry orbax's marker
-in every item; only those are ever read, and of a workdir only those of its run.
+A step's folder has four items: `params`, all that a user loads; `trainer`, the state that a run
+needs to resume; `config`, the run's config; `run`, the run's id. Finished folders have orbax's
+marker in every item; only these are ever read, and in a workdir only those of its run.
 """
 
 from common_jax.checkpoint.belonging import FOLDER, Stock, finished_steps, own_steps, take_stock

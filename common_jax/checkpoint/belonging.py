@@ -1,5 +1,5 @@
-"""Whether checkpoints are of the run in whose folder they lie: what a folder's name says against
-what it holds, and what lies beside it."""
+"""Checks that checkpoints belong to the run in whose folder they are, by their content, their
+folder's name and the files beside them."""
 
 import contextlib
 import dataclasses
@@ -25,10 +25,10 @@ class Stock:
     """The finished checkpoints in a workdir.
 
     Attributes:
-      steps: of its run, ascending.
-      foreign: by the number of its folder, why a checkpoint is not the run's.
+      steps: those of its run, ascending.
+      foreign: the reason why a checkpoint is not the run's, by the number of its folder.
       unmarked: those of `steps` that an earlier version wrote, without an id.
-      id: of the run, by run.json or else by its checkpoints; None where neither says.
+      id: of the run, from run.json or else from its checkpoints; None if neither has one.
     """
 
     steps: tuple[int, ...] = ()
@@ -38,8 +38,10 @@ class Stock:
 
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
-    """The steps below `folder` that carry orbax's marker, and so does their every item, ascending;
-    read from disk, whosever they are."""
+    """Returns the steps below `folder` with orbax's marker in every item, ascending.
+
+    They are read from the disk, and may be of any run.
+    """
     folder = epath.Path(folder)
     if not folder.exists():
         return []
@@ -52,21 +54,22 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
 
 
 def own_steps(folder: epath.PathLike) -> list[int]:
-    """The finished steps of the run whose `checkpoints` this folder is, ascending; the log names
-    the others.
+    """Returns the finished steps of the run that this `checkpoints` folder belongs to, ascending.
+
+    The log names the others.
 
     Raises:
-      ValueError: when there are checkpoints, and all contradict what lies beside them.
+      ValueError: when there are checkpoints, and all contradict the files beside them.
     """
     folder = epath.Path(folder)
     workdir = folder.parent if folder.name == FOLDER else None
     steps, config, total = finished_steps(folder), None, None
     if workdir is not None:
-        with contextlib.suppress(ValueError, OSError):  # a step's own folder has all that counts
+        with contextlib.suppress(ValueError, OSError):  # a step has a config of its own
             config = read_json(workdir / "config.json")
         with contextlib.suppress(ValueError, OSError):
             total = read_json(workdir / "result.json").get("steps")
-        # The last step of a run is always saved: without it the result is not this run's.
+        # A run always saves its last step: without it the result is another run's.
         total = total if total in steps else None
     stock = _take_stock(folder, workdir, steps, config=config, total=total)
     for step, why in stock.foreign.items():
@@ -80,13 +83,14 @@ def own_steps(folder: epath.PathLike) -> list[int]:
 
 
 def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
-    """The checkpoints that a run finds when it starts. To be called by all processes at the same
-    place; nothing is changed before all have looked.
+    """Returns the checkpoints that exist when a run starts.
+
+    All processes must call this at the same place; nothing changes before all have looked.
 
     Args:
       workdir: of the run.
-      config: its config, a frozen dataclass or a mapping.
-      total: its steps.
+      config: of the run, a frozen dataclass or a mapping.
+      total: steps of the run.
 
     Raises:
       ValueError: when there are checkpoints, and none is the run's.
@@ -110,15 +114,15 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What a step's folder says of itself; None where it does not, or cannot be read: that is
-    reported where all of it is read.
+    """The description in a step's folder. Missing or unreadable parts are None: `restore_latest`
+    reports them.
 
     Attributes:
       number: the folder's name.
       marked: whether it has a mark, readable or not.
-      mark: whose it is.
-      stored: updates in its state.
-      config: that made it.
+      mark: run and step of the checkpoint.
+      stored: number of updates in its state.
+      config: of its run.
     """
 
     number: int
@@ -129,7 +133,7 @@ class _Content:
 
     @classmethod
     def of(cls, step: epath.Path) -> "_Content":
-        """Reads it."""
+        """Reads the description."""
         mark, stored, config = None, None, None
         with contextlib.suppress(*FAILURES):
             mark = read_mark(step)
@@ -149,28 +153,28 @@ def _take_stock(
     total: int | None,
 ) -> Stock:
     contents = [_Content.of(folder / str(step)) for step in steps]
-    reasons = {one.number: _contradiction(one, config=config, total=total) for one in contents}
+    reasons = {c.number: _contradiction(c, config=config, total=total) for c in contents}
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
-        # run.json is lost, or an earlier version wrote none: the newest of the checkpoints that
-        # nothing contradicts says which run it is.
-        found = [one.mark.id for one in contents if one.mark and not reasons[one.number]]
-        unmarked = tuple(one.number for one in contents if not one.marked)
-        identity = Identity(found[-1], unmarked) if found else None
+        # run.json is lost, or an earlier version wrote none: the newest checkpoint without a
+        # contradiction has the run's id.
+        ids = [c.mark.id for c in contents if c.mark and not reasons[c.number]]
+        unmarked = tuple(c.number for c in contents if not c.marked)
+        identity = Identity(ids[-1], unmarked) if ids else None
     if identity is not None:
-        for one in contents:
-            reasons[one.number] = reasons[one.number] or _other_run(one, identity)
-    own = [one for one in contents if not reasons[one.number]]
+        for content in contents:
+            reasons[content.number] = reasons[content.number] or _other_run(content, identity)
+    own = [content for content in contents if not reasons[content.number]]
     return Stock(
-        steps=tuple(one.number for one in own),
+        steps=tuple(content.number for content in own),
         foreign={step: why for step, why in reasons.items() if why},
-        unmarked=tuple(one.number for one in own if not one.marked),
+        unmarked=tuple(content.number for content in own if not content.marked),
         id=None if identity is None else identity.id,
     )
 
 
 def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
-    """Why a step's folder is not what its name and place say; "" where nothing contradicts."""
+    """Returns the contradiction between a step's content and its name and place; "" if none."""
     number, mark = content.number, content.mark
     if total is not None and number > total:
         return f"the run ends at step {total}"

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder, checked without reading its parameters."""
+"""The content of a checkpoint's folder, checked without reading its parameters."""
 
 import asyncio
 import dataclasses
@@ -15,10 +15,10 @@ from etils import epath
 
 from common_jax.workdir import read_json
 
-# The item that says whose the checkpoint is, {"id": of run.json, "step": its own number}.
+# The item with the checkpoint's run and step, {"id": of run.json, "step": its own number}.
 MARK = "run"
 JSON = "metadata"  # orbax's name for the file of a JSON item
-# Whatever orbax, tensorstore or the system raises, in this thread or another.
+# All failures of orbax, tensorstore and the system, in this thread or another.
 FAILURES = (Exception, asyncio.CancelledError)
 
 Outline = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type by orbax's name of an array
@@ -26,11 +26,11 @@ Outline = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type by orbax
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Whose a checkpoint is.
+    """Run and step of a checkpoint.
 
     Attributes:
-      id: of its run.
-      step: its own number, whatever its folder is called.
+      id: of the run.
+      step: number of the step, independent of the folder's name.
     """
 
     id: str
@@ -38,33 +38,33 @@ class Mark:
 
 
 def read_mark(step: epath.Path) -> Mark | None:
-    """The mark of a step's folder; None where an earlier version wrote it, without one.
+    """Reads the mark of a step's folder; None if an earlier version wrote it without one.
 
     Raises:
-      ValueError, OSError: when there is one that cannot be read.
+      ValueError, OSError: when there is a mark that cannot be read.
     """
     if not (step / MARK).exists():
         return None
     path = step / MARK / JSON
     content = read_json(path)
-    found, number = content.get("id"), content.get("step")
-    if not isinstance(found, str) or type(number) is not int:
+    run_id, number = content.get("id"), content.get("step")
+    if not isinstance(run_id, str) or type(number) is not int:
         raise ValueError(f"{path} holds {str(content)[:200]}, where a run's id and step belong")
-    return Mark(found, number)
+    return Mark(run_id, number)
 
 
 def read_stored_step(step: epath.Path) -> int:
-    """The number of updates in a step's state.
+    """Reads the number of updates in a step's state.
 
     Raises:
-      whatever tensorstore does, when it cannot be read.
+      one of FAILURES, when it cannot be read.
     """
     spec = {"driver": "zarr", "kvstore": {**_kvstore(step / "trainer"), "path": "step/"}}
     return int(ts.open(spec, open=True, read=True).result().read().result())
 
 
 def outline(tree: Any) -> Outline:
-    """Shapes and types of a tree's arrays, by the names that orbax gives them."""
+    """Returns shapes and types of a tree's arrays, by orbax's names of them."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
@@ -78,59 +78,60 @@ def outline(tree: Any) -> Outline:
 def check_written(
     folder: epath.Path, arrays: Mapping[str, Outline], texts: Mapping[str, Any]
 ) -> None:
-    """Checks what was written: every item, the shape and type of every array, that each of its
-    chunks is there, and every JSON. No array is read.
+    """Checks a written step without reading an array.
+
+    That is: every item, the shape, type and number of chunks of every array, and every JSON value.
 
     Args:
       folder: of a step.
-      arrays: what each item of arrays was to hold.
-      texts: the value that each JSON item was to hold.
+      arrays: expected content of each item of arrays.
+      texts: expected value of each JSON item.
 
     Raises:
       OSError: when anything is missing or differs, with its name.
     """
     for item, value in texts.items():
-        # As text, in which even what is not a number equals itself.
+        # Compared as text, in which NaN equals itself.
         if json.dumps(read_json(folder / item / JSON)) != json.dumps(value):
             raise OSError(f"its item {item!r} reads back as something else")
-    for item, wanted in arrays.items():
-        _check_item(folder / item, wanted)
+    for item, expected in arrays.items():
+        _check_item(folder / item, expected)
 
 
-def _check_item(folder: epath.Path, wanted: Outline) -> None:
+def _check_item(folder: epath.Path, expected: Outline) -> None:
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
     except FAILURES as error:
         raise OSError(f"its item {folder.name!r} does not read back: {str(error)[:300]}") from error
-    found = {
+    stored = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        if hasattr(leaf, "shape")  # and not what stands for an empty node
+        if hasattr(leaf, "shape")  # not a placeholder of an empty node
     }
     chunks: dict[str, int] = {}
     for key in keys:
         name, _, part = key.decode().rpartition("/")
-        if not part.startswith("."):  # .zarray describes an array
+        if not part.startswith("."):  # .zarray is the description of an array
             chunks[name] = chunks.get(name, 0) + 1
-    wrong = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
-    wrong += [f"{name} is unexpected" for name in sorted(found.keys() - wanted.keys())]
-    for name in sorted(wanted.keys() & found.keys()):
-        leaf, (shape, dtype) = found[name], wanted[name]
+    errors = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
+    errors += [f"{name} is unexpected" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        leaf, (shape, dtype) = stored[name], expected[name]
         if (tuple(leaf.shape), np.dtype(leaf.dtype)) != (shape, dtype):
-            wrong.append(f"{name} is {leaf.dtype} {tuple(leaf.shape)}, and was {dtype} {shape}")
+            errors.append(f"{name} is {leaf.dtype} {tuple(leaf.shape)}, and was {dtype} {shape}")
             continue
         sizes = leaf.storage.chunk_shape if leaf.storage else shape
         count = math.prod(math.ceil(n / size) for n, size in zip(shape, sizes, strict=True))
         if chunks.get(name, 0) != count:
-            wrong.append(f"{name} has {chunks.get(name, 0)} of its {count} chunks")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise OSError(f"its item {folder.name!r} reads back wrong: {'; '.join(wrong[:5])}{more}")
+            errors.append(f"{name} has {chunks.get(name, 0)} of its {count} chunks")
+    if errors:
+        more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
+        raise OSError(f"its item {folder.name!r} reads back wrong: {'; '.join(errors[:5])}{more}")
 
 
 def _kvstore(folder: epath.Path) -> dict[str, Any]:
-    """tensorstore's description of an item's arrays, on a disk or in a bucket."""
+    """Returns tensorstore's specification of an item's arrays, on a disk or in a bucket."""
     path = str(folder)
     scheme, colon, rest = path.partition("://")
     if not colon:

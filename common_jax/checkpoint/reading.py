@@ -1,4 +1,4 @@
-"""What is found in checkpoints, by whatever mesh they were written."""
+"""Reading of checkpoints, which any mesh may have written."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
 from common_jax.workdir import read_json
 
-AVERAGE = "average"  # a further item, of runs that keep a running average
-PATTERN = re.compile(r"[*?\[\]\\]")  # what file systems take and globbing does not
+AVERAGE = "average"  # a further item, of runs with a running average
+PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in patterns
 
 
 def load(
@@ -28,27 +28,26 @@ def load(
     rules: Rules | None = None,
     average: bool = False,
 ) -> dict[str, Any]:
-    """Parameters of a checkpoint, or the part of them below `subtree`, without building the
-    trainer.
+    """Loads the parameters of a checkpoint, or those below `subtree`, without a trainer.
 
-    Only the files of that part are read, whatever mesh wrote them.
+    Only the files of that part are read; any mesh may have written them.
 
     Args:
       source: a run's workdir (its newest finished checkpoint), its `checkpoints` folder, or one
         step's folder.
       subtree: path of keys, such as "encoder/block_2"; empty for all.
       mesh: devices to put them on; None for the first device alone.
-      rules: how they are split over `mesh`; None holds them whole on every device.
-      average: takes the running average of what was trained, which is what was evaluated, where
-        the run kept one (config.optim.ema).
+      rules: their partition over `mesh`; None replicates them.
+      average: uses the running average of trained parameters, which was evaluated, if the run has
+        one (config.optim.ema).
 
     Returns:
       The nested dict below `subtree`.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint, naming what was looked for.
-      ValueError: when there are, and all contradict the run that they lie in.
-      KeyError: when `subtree` is not in the checkpoint, naming what is.
+      FileNotFoundError: when there is no finished checkpoint, naming `source`.
+      ValueError: when all checkpoints contradict the run in whose folder they are.
+      KeyError: when the checkpoint lacks `subtree`, naming its subtrees.
     """
     step = find_step(source)
     shapes = _shapes(step)
@@ -59,50 +58,54 @@ def load(
     }
     if not chosen:
         raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
-    wanted = traverse_util.unflatten_dict(chosen, sep="/")
+    abstract = traverse_util.unflatten_dict(chosen, sep="/")
     if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), wanted)
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
     elif rules is None:
-        shardings = jax.tree.map(lambda _: replicated(mesh), wanted)
+        shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
     else:
-        shardings = match_rules(rules, wanted, mesh)
-    wanted = with_shardings(wanted, shardings)
-    restored = read(step, wanted)
-    kept = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
-    if averaged := _common(wanted, kept):
+        shardings = match_rules(rules, abstract, mesh)
+    abstract = with_shardings(abstract, shardings)
+    restored = read(step, abstract)
+    # The average has only parameters that were trained; frozen ones come from `params`.
+    averages = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
+    if averaged := _common(abstract, averages):
         restored = merge(restored, read(step, averaged, item=AVERAGE))
     for key in filter(None, subtree.split("/")):
         restored = restored[key]
     return restored
 
 
-def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
-    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from an item of a step's folder
-    and nothing else of it."""
+def read(step: epath.Path, abstract: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
+    """Reads the parameters of `abstract`, ShapeDtypeStructs with shardings, from an item of a step.
+
+    Nothing else of the item is read.
+    """
     return ocp.PyTreeCheckpointer().restore(
         step / item,
         args=ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
             partial_restore=True,
         ),
     )
 
 
 def load_config(source: epath.PathLike) -> dict[str, Any]:
-    """The config that made the checkpoint `source` names, as `load` finds it."""
+    """Reads the config of the checkpoint that `load` would load from `source`."""
     return read_json(find_step(source) / "config" / JSON)
 
 
 def load_shapes(source: epath.PathLike) -> dict[str, Any]:
-    """Nested dict of ShapeDtypeStructs of all the parameters that `source` holds; reads no
-    array."""
+    """Returns a nested dict of ShapeDtypeStructs of all parameters of `source`; reads no array."""
     return _shapes(find_step(source))
 
 
 def check_source(key: str, source: str) -> None:
-    """Raises FileNotFoundError, naming the field, unless the run that it names has a finished
-    checkpoint; an empty one names none."""
+    """Raises FileNotFoundError, with the field `key`, unless its run has a finished checkpoint.
+
+    An empty `source` names no run, and passes.
+    """
     try:
         if source:
             find_step(source)
@@ -111,13 +114,15 @@ def check_source(key: str, source: str) -> None:
 
 
 def find_step(source: epath.PathLike) -> epath.Path:
-    """The folder of the step that `source` means: itself, or the newest finished one of the run
-    below it; raises as `load`."""
+    """Returns the folder of a step: `source` itself, or the newest finished one of the run there.
+
+    Raises as `load`.
+    """
     source = absolute(source)
     if "\\" in str(source):
         raise ValueError(
-            f"{str(source)[:300]!r}: no checkpoint can be read there, since a backslash in a path "
-            "is taken for a slash; rename the folder, or give a link to it"
+            f"{str(source)[:300]!r}: no checkpoint can be read there, since orbax treats a "
+            "backslash in a path as a slash; rename the folder, or give a link to it"
         )
     if source.name.isdigit() and (source / "params").exists():
         return source
@@ -134,7 +139,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root, which orbax insists on; a bucket's (`gs://...`) is one already."""
+    """Returns the absolute path, which orbax requires; a bucket's (`gs://...`) already is one."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.expanduser().resolve()
 
@@ -142,19 +147,19 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def refuse_pattern(path: epath.PathLike, name: str) -> None:
     """Raises ValueError for a folder that no checkpoint can be written to.
 
-    orbax finds the files that it merges by a pattern that begins with the folder's own path, so
-    that letters with a meaning there would leave a checkpoint without its arrays. What a link
-    points to does not matter: orbax does not follow it.
+    orbax finds the files that it merges with a pattern that begins with the folder's own path:
+    special characters there would leave a checkpoint without its arrays. What a link points to does
+    not matter, since orbax does not follow it.
 
     Args:
       path: of the folder.
-      name: what to call it, for example "--workdir".
+      name: its name in messages, for example "--workdir".
     """
     resolved = absolute(path)
-    if found := sorted(set(PATTERN.findall(str(resolved)))):
+    if special := sorted(set(PATTERN.findall(str(resolved)))):
         raise ValueError(
             f"{name}={str(path)[:300]!r}: checkpoints cannot be written below "
-            f"{str(resolved)[:300]!r}, since {' '.join(found)} in a path stand for other names; "
+            f"{str(resolved)[:300]!r}, since {' '.join(special)} in a path stand for other names; "
             "give a folder without them, or a link to this one"
         )
 
@@ -164,10 +169,10 @@ def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
-def _common(wanted: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of `wanted` whose paths are in `held` too."""
-    paths = traverse_util.flatten_dict(held)
-    flat = traverse_util.flatten_dict(wanted)
+def _common(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of `tree` whose paths `other` has too."""
+    paths = traverse_util.flatten_dict(other)
+    flat = traverse_util.flatten_dict(tree)
     return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if p in paths})
 
 

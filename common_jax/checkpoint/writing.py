@@ -1,4 +1,4 @@
-"""A run's own checkpoints: written while it trains, and read where it resumes."""
+"""A run's own checkpoints, written while it trains and read when it resumes."""
 
 import contextlib
 import dataclasses
@@ -33,24 +33,24 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those from before are whole."""
+    """A checkpoint could not be written; the earlier ones are whole."""
 
 
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
 
-    A save counts once what was written has been checked, which happens in orbax's thread: before
-    that the folder has no marker, and no older checkpoint is deleted for it.
+    A save counts once its files have been checked, in orbax's thread: before that its folder has no
+    marker, and no older checkpoint is deleted for it.
 
-    Every method is called by all processes of a run at the same place; all raise where one fails.
+    All processes of a run call every method at the same place; all raise where one fails.
 
     Args:
       workdir: the run's folder; checkpoints go to its subfolder `checkpoints`.
-      keep: how many of the newest stay.
+      keep: number of the newest checkpoints that stay.
       best: name of the metric whose highest value keeps its checkpoint, or None.
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
-      run_id: of the run's run.json, kept in every checkpoint; None for checkpoints of no run.
-      foreign: checkpoints there that are not the run's, by step, and why: they are put aside, as
+      run_id: of the run's run.json, written to every checkpoint; None for checkpoints of no run.
+      foreign: reasons why checkpoints are not the run's, by step: they are put aside, as
         foreign_STEP.
 
     Raises:
@@ -70,13 +70,14 @@ class Checkpoints:
         refuse_pattern(workdir, "workdir")
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
-        self._scores: dict[int, float] = {}  # of steps evaluated after they were saved
-        self._step = None  # of the save that is under way
-        self._arrays: dict[str, Outline] = {}  # what it writes
+        self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
+        # Step and expected content of the save in progress, for the check in orbax's thread.
+        self._step = None
+        self._arrays: dict[str, Outline] = {}
         self._texts: dict[str, Any] = {}
         for step, why in (foreign or {}).items():
             logging.warning("checkpoint %s is put aside: %s", self.folder / str(step), why)
-        # Before orbax looks: it would take a foreign step for the newest, and delete ours.
+        # Before orbax looks: it could count a foreign step as the newest, and delete ours for it.
         self._foreign = frozenset(foreign or ())
         self._put_aside(self._foreign, "foreign")
         self._manager = self._open()
@@ -91,10 +92,15 @@ class Checkpoints:
     ) -> None:
         """Starts to write `state`; returns when the arrays are copied, before they are on disk.
 
+        Args:
+          state: the state.
+          step: of the state.
+          config: of the run, as JSON.
+          metrics: of the state's evaluation; None if it is evaluated later.
+
         Raises:
-          ValueError: when there are metrics and the one that decides what is best is not among
-            them.
-          SaveError: when this save or the one before fails, unless failures are to be warned of.
+          ValueError: when there are metrics, but not the one that decides which is best.
+          SaveError: when this save or the one before it fails and `on_failed` is "stop".
         """
         if metrics and self._best is not None and self._best not in metrics:
             raise ValueError(
@@ -109,6 +115,7 @@ class Checkpoints:
             texts[MARK] = {"id": self._run_id, "step": step}
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
+        # First the save before this one, since the fields below describe a single save.
         self._attempt(self._finish)
         self._step, self._texts = step, texts
         self._arrays = {name: outline(tree) for name, tree in arrays.items()}
@@ -117,25 +124,25 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(**items),
                 metrics=dict(metrics) if metrics else None,
-                force=True,  # never left out in silence
+                force=True,  # orbax must not skip it by a rule of its own
             )
         )
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Says what a checkpoint that was saved without metrics was evaluated to."""
+        """Adds the metrics of a checkpoint that was saved without them."""
         if self._best is not None and self._best in metrics:
             self._scores[step] = metrics[self._best]
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
-        """The newest state that can be read, on the shardings of `abstract`.
+        """Restores the newest state that can be read, with the shardings of `abstract`.
 
-        A checkpoint that cannot be read is named in a warning, and the one before it is tried. It
-        is put aside, as damaged_STEP, when one can be read.
+        A warning names a checkpoint that cannot be read, and the one before it is tried. As soon as
+        one can be read, the damaged ones are put aside, as damaged_STEP.
 
         Raises:
           ValueError: when none can be read.
         """
-        # Another process may still see what the first has put aside.
+        # On shared storage another process may still see a folder that the first has renamed.
         steps, damaged = sorted(set(finished_steps(self.folder)) - self._foreign), []
         # The newest that any process sees: on shared storage one may see a folder later.
         while (step := int(hosts.agree(max(set(steps) - set(damaged), default=-1))[0])) >= 0:
@@ -145,13 +152,15 @@ class Checkpoints:
             except FAILURES as error:
                 failure = error
             if not hosts.agree(failure is not None).any():
+                # Only now, when the run has a state to continue from: without one it must not
+                # change the folder. The manager lists the steps when it opens, so it is replaced.
                 if damaged:
                     self._manager.close()
                     self._put_aside(damaged, "damaged")
                     self._manager = self._open()
                 return state
-            why = failure or "another process says why"
-            logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), why)
+            reason = failure or "another process says why"
+            logging.warning("checkpoint %s cannot be read (%s)", self.folder / str(step), reason)
             damaged.append(step)
         raise ValueError(
             f"none of the checkpoints {steps} in {self.folder} can be read; the warnings above say "
@@ -159,20 +168,19 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk and has been checked there; raises
-        SaveError when the last has not."""
+        """Waits until all saves are on disk and checked; raises SaveError if the last one fails."""
         self._attempt(self._finish, last=True)
 
     def close(self) -> None:
-        """Waits for saves and lets go of orbax's threads; raises as `wait`."""
+        """Waits for saves and ends orbax's threads; raises as `wait`."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
     def abandon(self) -> None:
-        """After a failure: lets a save that is under way reach the disk, where no other process is
-        needed for it, and says nothing of its own."""
+        """Lets a save in progress reach the disk after a failure; raises nothing."""
+        # Several processes write a checkpoint together, and the others may already be gone.
         if jax.process_count() == 1:
             with contextlib.suppress(*FAILURES):
                 self._manager.close()
@@ -180,7 +188,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             _remove_unfinished(self.folder)
-        hosts.agree(0)  # nobody continues before
+        hosts.agree(0)  # a barrier: the others must not list the folder before it is clean
         policies = [checkpoint_managers.LatestN(self._keep)]
         if self._best is not None:
             policies.append(_Best(self._metric))
@@ -192,10 +200,12 @@ class Checkpoints:
         return _Manager(self.folder, options=options)
 
     def _look(self) -> None:
-        """Raises OSError unless what was written of a save is what was to be written. orbax calls
-        it in its thread, in the process that then puts the marker there."""
+        """Raises OSError unless a save's files have the expected content.
+
+        orbax calls it in its thread, in the process that then writes the marker.
+        """
         name = str(self._step)
-        # In a bucket, where nothing can be renamed, a step is written in place.
+        # Before the marker, a step has a temporary name; in a bucket, which cannot rename, its own.
         places = [
             path
             for path in self.folder.iterdir()
@@ -206,45 +216,46 @@ class Checkpoints:
         check_written(places[0], self._arrays, self._texts)
 
     def _finish(self) -> None:
-        """Waits for the save that is under way; raises where it has failed, or where the folder is
-        no longer the run's."""
+        """Waits for the save in progress; raises if it failed, or the folder is no longer ours."""
         self._manager.wait_until_finished()
         if self._step is None or jax.process_index() != 0:
             return
+        # Looks at the disk again: orbax reports success even if the folder is deleted meanwhile.
         if self._step not in finished_steps(self.folder):
             raise OSError("it is not there")
         if self._run_id is not None:
-            found = read_identity(self.folder.parent)
-            if found is None or found.id != self._run_id:
+            identity = read_identity(self.folder.parent)
+            if identity is None or identity.id != self._run_id:
                 raise OSError(
-                    f"run.json beside it is {'gone' if found is None else 'of another run'}, so "
+                    f"run.json beside it is {'gone' if identity is None else 'of another run'}, so "
                     "the workdir was deleted or replaced"
                 )
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
-        """Does what may find that a save has failed, in this process or another.
-
-        A manager that has failed once trips over what it has not finished, so it gives way to a
-        new one.
-        """
+        """Runs an action that may report a failed save, in this process or another."""
         failure = None
         try:
             action()
         except FAILURES as error:
             failure = error
+        # Every process reaches this line, failed or not, and then all take the same branch.
         if not hosts.agree(failure is not None).any():
             return
         failed, self._step = self._step, None
+        # A manager with an unfinished save fails in every later call, so a new one replaces it.
         with contextlib.suppress(*FAILURES):
             self._manager.close()
         self._manager = self._open()
-        kept = finished_steps(self.folder)
+        steps = finished_steps(self.folder)
+        newest = (
+            f"the newest whole one is of step {steps[-1]}" if steps else "it would be the first"
+        )
         message = (
             f"the checkpoint of step {failed} could not be written to {self.folder} "
-            f"({failure or 'another process says why'}); "
-            + (f"the newest whole one is of step {kept[-1]}" if kept else "there is none before it")
+            f"({failure or 'another process says why'}); {newest}"
         )
         if last or self._on_failed == "stop":
+            # tensorstore's own errors have no errno, only text.
             full = isinstance(failure, OSError) and failure.errno in FULL
             full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
             way_out = "Make room, and start" if full else "Start"
@@ -260,52 +271,52 @@ class Checkpoints:
         }
         if abstract.ema is not None:
             items[AVERAGE] = ocp.args.StandardRestore(abstract.ema)
-        read_mark(self.folder / str(step))  # raises where it is damaged
+        read_mark(self.folder / str(step))  # raises if it is damaged
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         average = restored[AVERAGE] if abstract.ema is not None else None
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
     def _put_aside(self, steps: Collection[int], why: str) -> None:
-        """Renames folders to WHY_STEP: nothing in them is lost, and the run can save these steps
-        again."""
+        """Renames folders to WHY_STEP: nothing is lost, and the run can save these steps again."""
         for step in steps if jax.process_index() == 0 else ():
             _move(self.folder / str(step), self.folder / f"{why}_{step}")
-        hosts.agree(0)  # nobody continues before
+        hosts.agree(0)  # a barrier: the others must not list the folder before
 
     def _metric(self, checkpoint: Any) -> float:
+        # orbax stores metrics with the save; those of a later evaluation live in this process only.
         if checkpoint.metrics is not None and self._best in checkpoint.metrics:
             return checkpoint.metrics[self._best]
         return self._scores.get(checkpoint.step, float("-inf"))
 
 
 class _Manager(ocp.CheckpointManager):
-    """orbax's manager that leaves it to the train loop to ask whether to stop."""
+    """orbax's manager without its own check for preemption, which the train loop makes."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Always False: asked in between, from a thread and with the run's step in place of the
-        number of the question, the processes would miss the point that they agreed on."""
+        """Returns False."""
+        # jax agrees on a stop by counting the calls of all processes. Calls from orbax, with the
+        # run's step in place of that count, would make them miss the agreed point.
         del step
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint of the highest value; of equal ones the earliest. None that has no
-    value, or one that is not finite."""
+    """Keeps the checkpoint with the highest finite value, the earliest one of several."""
 
     value: Callable[[Any], float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Says of every checkpoint whether it is to stay."""
+        """Returns True for the checkpoint that stays."""
         values = [self.value(checkpoint) for checkpoint in checkpoints]
-        # `max` of a list with NaN depends on its order.
+        # Filtered, since the `max` of a list with NaN depends on its order.
         best = max(filter(np.isfinite, values), default=None)
         first = None if best is None else values.index(best)
         return [place == first for place in range(len(values))]
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:
-    """Renames a folder; where the name is taken, to the next free one, TARGET_2 and so on."""
+    """Renames a folder to `target`, or to TARGET_2 and so on if that exists."""
     free, number = target, 1
     while free.exists():
         number += 1
@@ -316,21 +327,21 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 def write_params(
     workdir: epath.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """Makes a workdir that others start from: one checkpoint, of step 0, with parameters alone.
+    """Makes a workdir for other runs to start from: a checkpoint of step 0, with only parameters.
 
     Args:
-      workdir: new.
+      workdir: a new folder.
       params: nested dict of arrays.
-      config: JSON of the run that could have made them.
+      config: JSON of a run with such parameters.
 
     Raises:
       ValueError: for a folder that no checkpoint can be written to.
-      SaveError: when it could not be written, or does not read back.
+      SaveError: when it cannot be written, or does not read back.
     """
     refuse_pattern(workdir, "workdir")
-    none = np.zeros((), np.int32)
+    zero = np.zeros((), np.int32)
     state = TrainState(
-        step=none, params=params, opt_state={}, ema=None, sums={}, skipped=none, skipped_in_row=none
+        step=zero, params=params, opt_state={}, ema=None, sums={}, skipped=zero, skipped_in_row=zero
     )
     run_id = keep_identity(workdir).id
     checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
@@ -346,7 +357,7 @@ def _trainer(state: TrainState) -> dict[str, Any]:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    """Deletes what a killed save left: it would block the next save of its step."""
+    """Deletes the remains of a killed save, which would block the next save of its step."""
     if not folder.exists():
         return
     finished = {str(step) for step in finished_steps(folder)}
@@ -358,7 +369,7 @@ def _remove_unfinished(folder: epath.Path) -> None:
 
 
 def _remove(folder: epath.Path, *, patience: float = 10.0) -> None:
-    """Deletes a folder into which threads of a failed save may still write for a while."""
+    """Deletes a folder into which the threads of a failed save may still write for a while."""
     deadline = time.monotonic() + patience
     while folder.exists():
         try:

@@ -1,4 +1,4 @@
-"""Batches to train and to evaluate on."""
+"""Batches for training and for evaluation."""
 
 import contextlib
 import dataclasses
@@ -34,9 +34,9 @@ ENDLESS = 2**50  # examples: more than are ever read
 
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-    """Reads rows of the global batches; a bad example is a result here, not an exception.
+    """Reads rows of the global batches; returns a bad example instead of raising it.
 
-    Called, it reads the rows of one host, counted through all steps.
+    A call reads one of this host's rows, numbered consecutively through all steps.
     """
 
     source: Source
@@ -47,12 +47,14 @@ class _TrainReader:
     rows: slice
 
     def __call__(self, position: int) -> Outcome:
+        # A single number, since that is what grain hands to its worker processes.
         step, row = divmod(position, self.rows.stop - self.rows.start)
         return self.read(step, self.rows.start + row)
 
     def place(self, step: int, row: int) -> tuple[int, int, int]:
-        """(epoch, example index, which copy of it)."""
+        """Returns epoch, index of the example, and number of its copy."""
         epoch, place = divmod(step, len(self.source) // self.batch)
+        # Copies are neighbours in the order: all of them fall into one batch, or two.
         position, copy = divmod(place * self.batch + row, self.repeats)
         return epoch, example_index(self.seed, epoch, position, size=len(self.source)), copy
 
@@ -61,8 +63,10 @@ class _TrainReader:
         try:
             example = self.source[index]
             if self.transform is not None:
+                # Seeded by the example, not by the row: other hosts and workers draw the same.
                 rng = example_generator(self.seed, epoch, index, copy=copy)
                 example = self.transform(example, rng)
+        # An exception would end a worker process, and the bad example must be counted in one place.
         except BadExample as bad:
             return bad
         return example
@@ -81,36 +85,43 @@ def train_batches(
     shard: tuple[int, int] = (0, 1),
     report_path: os.PathLike | str | None = None,
 ) -> Iterator[Batch]:
-    """Training batches from global step `start_step` on, without end.
+    """Returns training batches from global step `start_step` on, without end.
 
-    Every epoch is a new permutation with its last incomplete batch dropped. Nothing before
-    `start_step` is read. A source in memory (`arrays`) without a transform is gathered by index;
-    any other is read example by example in `workers` processes (0: in the caller's), which start
-    with the first batch and end with the iterator. Their number changes no bit of a batch.
+    Every epoch is a new permutation without its last incomplete batch. Nothing before `start_step`
+    is read. A source in memory (`arrays`) without a transform is gathered by index; any other is
+    read example by example in `workers` processes (0: in the caller's), which start with the first
+    batch and end with the iterator. Their number does not change a bit of any batch.
 
-    With `repeats` above 1, that many copies of an example follow each other in an epoch, each with
-    random numbers of its own. The number of steps stays, so an epoch then holds about a
-    `repeats`-th of the examples.
+    With `repeats` above 1, an epoch has that many consecutive copies of an example, each with its
+    own random numbers. The number of steps stays, so an epoch then covers only one in `repeats`
+    examples.
 
     A bad example is counted, reported and, while at most `bad_share` of the source is bad, replaced
     by the next good row of the same global batch, with that row's pixels: the same on any number of
     hosts.
 
     Args:
-      transform: (example, generator) -> example, with every random number from the generator; None
-        for none. It and the source must be picklable where there are workers.
-      batch: global batch size; the arrays that come out have batch / hosts rows.
+      source: the examples.
+      transform: maps (example, generator) to an example and draws all random numbers from the
+        generator; None for none. With workers, it and the source must be picklable.
+      seed: of the order and of the generators.
+      batch: global batch size; the arrays have batch / hosts rows.
+      start_step: global step of the first batch.
+      repeats: copies of an example in an epoch.
+      workers: processes that read.
+      bad_share: share of the source that may be bad.
       shard: (this host, number of hosts).
-      report_path: a `bad_examples.jsonl` to add to: one line an example, `{"name", "reason",
+      report_path: a `bad_examples.jsonl` to extend by a line per bad example, `{"name", "reason",
         "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` beside it.
 
     Raises:
       ValueError: the batch is larger than the source or does not divide among the hosts; more than
-        `bad_share` bad.
+        `bad_share` is bad.
     """
+    # Checked now: this function returns generators, whose bodies run only with the first batch.
     rows = host_rows(batch, shard)
     steps_per_epoch(len(source), batch)
-    epoch_permutation(seed, 0, 1)  # a bad seed fails here, not at the first batch
+    epoch_permutation(seed, 0, 1)
     if source.arrays is not None and transform is None:
         order = (seed, len(source), batch, repeats)
         return _gather_train_batches(source.arrays, order, start_step, rows)
@@ -123,10 +134,10 @@ def _gather_train_batches(
     arrays: dict[str, np.ndarray], order: tuple[int, int, int, int], start_step: int, rows: slice
 ) -> Iterator[Batch]:
     seed, size, batch, repeats = order
-    mine = np.arange(rows.start, rows.stop)
+    host = np.arange(rows.start, rows.stop)
     for step in itertools.count(start_step):
         epoch, place = divmod(step, size // batch)
-        chosen = epoch_permutation(seed, epoch, size)[(place * batch + mine) // repeats]
+        chosen = epoch_permutation(seed, epoch, size)[(place * batch + host) // repeats]
         yield {name: array[chosen] for name, array in arrays.items()}
 
 
@@ -137,6 +148,7 @@ def _read_train_batches(
     count = reader.rows.stop - first
     positions = range(start_step * count, ENDLESS)
     stream = read_in_order(reader, positions, batch=count, workers=workers)
+    # Closed with this generator, or the worker processes would outlive it.
     with contextlib.closing(stream):
         for step in itertools.count(start_step):
             examples = list(itertools.islice(stream, count))
@@ -150,8 +162,10 @@ def _next_good(
     reader: _TrainReader, step: int, row: int, example: BadExample, bad: BadExamples
 ) -> Example:
     bad.add(reader.place(step, row)[1], example)
-    for ahead in range(1, reader.batch):
-        other = (row + ahead) % reader.batch
+    # Searches the global batch, not this host's rows, so that the choice does not depend on the
+    # number of hosts. It reads here, in the training process: bad examples are rare.
+    for offset in range(1, reader.batch):
+        other = (row + offset) % reader.batch
         example = reader.read(step, other)
         if not isinstance(example, BadExample):
             return example
@@ -173,16 +187,16 @@ def eval_batches(
     bad_share: float = 0.0,
     report_path: os.PathLike | str | None = None,
 ) -> Iterator[Batch]:
-    """All examples in order, once, the last batch padded.
+    """Returns all examples in order, once, with a padded last batch.
 
-    `_mask` [B] float32 is 1 on real rows and 0 on padding. Every host yields ceil(size / batch)
-    batches of batch / hosts rows, whatever falls to it. A bad example is counted, reported and
-    masked out while at most `bad_share` of the source is bad. Arguments as in `train_batches`, but
-    that the transform takes no generator.
+    `_mask` [B] float32 is 1 for real rows and 0 for padding. Every host yields ceil(size / batch)
+    batches of batch / hosts rows, even if it has no examples left. A bad example is counted,
+    reported and masked out while at most `bad_share` of the source is bad. Arguments are as in
+    `train_batches`, except that the transform takes no generator.
 
     Raises:
-      ValueError: an empty source, a batch that does not divide among the hosts, more than
-        `bad_share` bad.
+      ValueError: an empty source, a batch that does not divide among the hosts; more than
+        `bad_share` is bad.
     """
     rows = host_rows(batch, shard)
     if len(source) == 0:
@@ -194,7 +208,7 @@ def eval_batches(
 
 
 def _eval_places(size: int, batch: int, rows: slice) -> Iterator[np.ndarray]:
-    """The real examples of this host's rows, batch by batch; padding stands only at the end."""
+    """Yields the real examples among this host's rows of each batch; padding is at the end."""
     for first in range(0, size, batch):
         yield np.arange(min(first + rows.start, size), min(first + rows.stop, size))
 
@@ -214,7 +228,7 @@ def _gather_eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class _EvalReader:
-    """Reads the examples of one host: `order` [n], by their places in it."""
+    """Reads the examples of one host, by their places in `order` [n]."""
 
     source: Source
     transform: EvalTransform | None
@@ -227,8 +241,8 @@ class _EvalReader:
         try:
             example = self.source[index]
             return example if self.transform is None else self.transform(example)
-        except BadExample as problem:
-            return problem
+        except BadExample as bad:
+            return bad
 
 
 def _read_eval_batches(
@@ -253,15 +267,17 @@ def _read_eval_batches(
                     bad.add(int(index), example)
             real = [not isinstance(example, BadExample) for example in examples]
             real += [False] * (count - len(real))
+            # Every host yields equally many batches of one shape, padded where it runs out: a
+            # compiled evaluation step is a collective that all of them must enter.
             if blank is None and not all(real):
                 blank = _blank(reader, bad)
-            filled = [blank if isinstance(example, BadExample) else example for example in examples]
-            filled += [blank] * (count - len(filled))
-            yield _stack(filled) | {"_mask": np.asarray(real, np.float32)}
+            padded = [blank if isinstance(example, BadExample) else example for example in examples]
+            padded += [blank] * (count - len(padded))
+            yield _stack(padded) | {"_mask": np.asarray(real, np.float32)}
 
 
 def _blank(reader: _EvalReader, bad: BadExamples) -> Example:
-    """Zeros of the shapes of a real example: this host may have none, so it looks at all."""
+    """Returns zeros of a real example's shapes; searches all hosts' rows, as this may have none."""
     for index in range(len(reader.source)):
         example = reader.read(index)
         if not isinstance(example, BadExample):

@@ -1,4 +1,4 @@
-"""Single examples: where they come from, and what becomes of those that cannot be read."""
+"""Single examples, their sources, and the account of those that cannot be read."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 
 
 class BadExample(ValueError):
-    """One example that cannot be read: `name` is what to look for (a file), `reason` why."""
+    """An example that cannot be read: `name` identifies it (a file), `reason` says why."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -24,12 +24,12 @@ class BadExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-Outcome = Example | BadExample  # of reading one
+Outcome = Example | BadExample  # of reading an example
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples; `arrays` holds all of them stacked where they fit in memory."""
+    """Random access to examples; `arrays` has all of them stacked if they are in memory."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray] | None: ...
@@ -37,56 +37,57 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """One example; raises BadExample where it cannot be read."""
+        """Returns an example; raises BadExample where it cannot be read."""
         ...
 
 
 class BadExamples:
-    """The bad examples met so far: counted once each, reported by name, stopping above a share.
+    """The bad examples so far: each is counted once and reported by name; too many raise an error.
 
-    The share is that of distinct bad examples in the whole source (`size`), so that neither one bad
-    file early in a run nor the same file met in every epoch stops it.
+    The limit is the share of distinct bad examples in the whole source (`size`): neither one bad
+    file early in a run nor the same file in every epoch stops it.
     """
 
     def __init__(self, size: int, bad_share: float, report_path: os.PathLike | str | None):
         self.size = size
         self.bad_share = bad_share
         self.report_path = report_path
-        self.found: dict[int, BadExample] = {}
+        self._by_index: dict[int, BadExample] = {}
 
     def add(self, index: int, bad: BadExample) -> None:
-        """Counts and reports one; raises ValueError with names and counts above the share."""
-        if index in self.found:
+        """Counts and reports one; raises ValueError, with names and counts, above the share."""
+        if index in self._by_index:
             return
-        self.found[index] = bad
-        logging.warning("bad example %d (%d so far): %s", index, len(self.found), bad)
+        self._by_index[index] = bad
+        logging.warning("bad example %d (%d so far): %s", index, len(self._by_index), bad)
         if self.report_path is not None:
             _append_line(self.report_path, {"name": bad.name, "reason": bad.reason, "index": index})
-        if len(self.found) > self.bad_share * self.size:
+        if len(self._by_index) > self.bad_share * self.size:
             raise self.error(f"more than config.data.bad_share={self.bad_share:g} allows")
 
     def error(self, why: str) -> ValueError:
-        """To be raised: the names and the count of what was found."""
-        named = "; ".join(str(bad) for bad in list(self.found.values())[:10])
-        more = f"; and {len(self.found) - 10} more" if len(self.found) > 10 else ""
-        listed = f" (all of them in {self.report_path})" if self.report_path is not None else ""
+        """Returns the error with names and number of the bad examples."""
+        count = len(self._by_index)
+        names = "; ".join(str(bad) for bad in list(self._by_index.values())[:10])
+        more = f"; and {count - 10} more" if count > 10 else ""
+        where = f" (all of them in {self.report_path})" if self.report_path is not None else ""
         return ValueError(
-            f"{len(self.found)} bad examples of {self.size}, {why}: {named}{more}{listed}; "
+            f"{count} bad examples of {self.size}, {why}: {names}{more}{where}; "
             "repair or remove them, or raise config.data.bad_share"
         )
 
 
 def _append_line(path: os.PathLike | str, record: dict) -> None:
-    # Read and write anew, not append: object stores cannot append, and the file is short.
+    # Rewritten, not appended to: object stores cannot append, and the file is short.
     path, line = epath.Path(path), json.dumps(record) + "\n"
-    before = path.read_text() if path.exists() else ""
-    if line not in before:  # as it is when a resumed run meets it again
+    text = path.read_text() if path.exists() else ""
+    if line not in text:  # a resumed run reports the same example again
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(before + line)
+        path.write_text(text + line)
 
 
 def host_report_path(path: os.PathLike | str | None, shard: tuple[int, int]) -> epath.Path | None:
-    """The report file of one host: `bad_examples.jsonl`, and `bad_examples.3.jsonl` for host 3."""
+    """Returns a host's report file: `bad_examples.jsonl`, or `bad_examples.3.jsonl` for host 3."""
     if path is None:
         return None
     path = epath.Path(path)

@@ -1,20 +1,20 @@
-"""Which example stands at which place of an epoch, and the random numbers it gets there."""
+"""The order of the examples in an epoch, and the random numbers of each."""
 
 import functools
 
 import numpy as np
 
-# Two streams of one seed: the order of an epoch and the draws of an example must not be the same
-# numbers.
+# Two streams of one seed, since the order of an epoch and the draws of an example must be
+# independent.
 ORDER_STREAM, EXAMPLE_STREAM = 0, 1
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of one epoch: [size] int64, read-only.
+    """Returns the order of one epoch: [size] int64, read-only.
 
-    From numpy's legacy generator, whose numbers no numpy version may change: a run started under
-    one version resumes exactly under another.
+    It comes from numpy's legacy generator, whose numbers are frozen: a run started under one
+    version of numpy resumes exactly under another.
 
     Raises:
       ValueError: a negative seed.
@@ -25,14 +25,14 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def example_index(seed: int, epoch: int, position: int, *, size: int) -> int:
-    """The example at place `position` (0 <= position < size) of an epoch."""
+    """Returns the example at place `position` (0 <= position < size) of an epoch."""
     return int(epoch_permutation(seed, epoch, size)[position])
 
 
 def example_generator(seed: int, epoch: int, index: int, *, copy: int = 0) -> np.random.Generator:
-    """The random numbers of example `index` in an epoch, wherever and whenever it is read.
+    """Returns the generator of example `index` in an epoch, the same wherever it is read.
 
-    Where an epoch repeats it, every copy has numbers of its own.
+    If an epoch repeats the example, every copy has its own.
     """
     path = (epoch, index, copy) if copy else (epoch, index)
     return np.random.Generator(_bits(seed, EXAMPLE_STREAM, *path))
@@ -40,7 +40,7 @@ def example_generator(seed: int, epoch: int, index: int, *, copy: int = 0) -> np
 
 def _bits(seed: int, stream: int, *path: int) -> np.random.MT19937 | np.random.PCG64:
     if seed < 0:
-        raise ValueError(f"config.seed={seed} must not be negative; take any whole number from 0")
+        raise ValueError(f"config.seed={seed} must not be negative; use any integer from 0")
     entropy = np.random.SeedSequence((seed, stream, *path))
     kind = np.random.MT19937 if stream == ORDER_STREAM else np.random.PCG64
     return kind(entropy)
@@ -53,25 +53,25 @@ def steps_per_epoch(
     batch_key: str = "config.optim.batch",
     size_key: str = "config.data.train_split",
 ) -> int:
-    """Whole batches in an epoch, size // batch: the last incomplete one is dropped in training.
+    """Returns the whole batches in an epoch, size // batch; training drops the incomplete one.
 
     Raises:
-      ValueError: no whole batch fits, which would make every epoch empty. The two keys are what the
-        message names.
+      ValueError: the source is smaller than a batch, so every epoch would be empty. The message
+        names the two keys.
     """
     if not 0 < batch <= size:
         raise ValueError(
             f"{batch_key}={batch} must be from 1 to {size}, the number of examples in {size_key}; "
-            f"lower {batch_key} or take more data"
+            f"lower {batch_key} or use more data"
         )
     return size // batch
 
 
 def host_rows(batch: int, shard: tuple[int, int]) -> slice:
-    """The rows of the global batch that host shard[0] of shard[1] yields.
+    """Returns the rows of the global batch that host shard[0] of shard[1] yields.
 
     Raises:
-      ValueError: the batch does not divide among the hosts, or no such host.
+      ValueError: the batch does not divide among the hosts, or there is no such host.
     """
     host, hosts = shard
     if not 0 <= host < hosts:

@@ -1,7 +1,7 @@
-"""From the bytes of an image file to 8-bit pixels.
+"""Decodes image files to 8-bit pixels.
 
-Whatever decodes a picture of a data set does so here, so that one file is the same picture, or the
-same bad example, in both systems.
+All pictures of data sets are decoded here: a file is the same picture, or the same bad example, in
+every system.
 """
 
 import io
@@ -11,19 +11,19 @@ import stat
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Pillow would try every format that it knows. EPS starts Ghostscript, others are seldom tested.
+# Pillow would try all of its formats. EPS starts Ghostscript, others are rarely tested.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB"}
 
-# A header can promise any size. A few hundred bytes may unpack to SMALL pixels; beyond that a file
-# must have a byte for each PIXELS_PER_BYTE, which photographs exceed tenfold. LARGEST is where
-# Pillow warns.
+# A header can declare any size. A few hundred bytes may unpack to SMALL pixels; beyond that a file
+# must have a byte for each PIXELS_PER_BYTE, which photographs exceed tenfold. LARGEST is Pillow's
+# own limit for a warning.
 SMALL = 2**24
 PIXELS_PER_BYTE = 20
 LARGEST = 89_478_485
 LARGEST_FILE = 2**28  # bytes
-# Resizing the short side of a strip to 256 pixels makes the long one as many times longer.
+# A strip's long side grows with its short one when that is resized to 256 pixels.
 LONGEST = 100  # long side over short side
 
 WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -31,12 +31,12 @@ BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # of TIFF's tags
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """The bytes of an image file.
+    """Returns the bytes of an image file.
 
     Raises:
-      OSError: it cannot be read, is no regular file, or has more than 256 MiB.
+      OSError: it cannot be read, is not a regular file, or has more than 256 MiB.
     """
-    # Opening a pipe would wait for a writer.
+    # Opening a pipe without O_NONBLOCK would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -53,16 +53,16 @@ def require_small(size: int) -> None:
 
 
 def decode_picture(content: bytes, channels: int) -> Image.Image:
-    """The picture of an image file's bytes: of 8 bits, grey or RGB by `channels`.
+    """Decodes an image file's bytes to a picture of 8 bits, grey or RGB by `channels`.
 
     Of 16 bits per channel the upper 8 are kept, in grey and in RGB alike. As PIL's
     `convert("RGB")` does, it drops transparency, takes the first frame of an animation, and does
     not apply EXIF's orientation.
 
     Raises:
-      OSError: there are no bytes, they are none of FORMATS, or Pillow cannot read them.
-      ValueError: more pixels than the file can hold, or a strip of them; grey values without a
-        known range (32-bit integers and floats); anything else that Pillow trips over.
+      OSError: there are no bytes, they are in none of FORMATS, or Pillow cannot read them.
+      ValueError: more pixels than so few bytes can give, or a strip of them; grey values of unknown
+        range (32-bit integers and floats); any other failure of Pillow.
     """
     if not content:
         raise OSError("the file is empty (0 bytes)")
@@ -72,18 +72,18 @@ def decode_picture(content: bytes, channels: int) -> Image.Image:
             image.load()
             image = _of_8_bits(image)
             return image if image.mode == MODES[channels] else image.convert(MODES[channels])
-    except UnidentifiedImageError:  # whose message has the address of the bytes
+    except UnidentifiedImageError:  # its message would contain the address of the buffer
         raise UnidentifiedImageError(f"it is none of {', '.join(FORMATS)}") from None
     except (OSError, ValueError):
         raise
-    # On damaged bytes Pillow raises nearly every built-in exception: SyntaxError, struct.error,
+    # On damaged bytes Pillow raises almost any built-in exception: SyntaxError, struct.error,
     # IndexError, TypeError, OverflowError, MemoryError and more.
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
-    """Uint8 (I, J, channels) of a grey or RGB picture."""
+    """Returns uint8 (I, J, X) of a grey or RGB picture."""
     pixels = np.asarray(picture)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -92,7 +92,7 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
     width, height = size
     limit = min(LARGEST, max(SMALL, PIXELS_PER_BYTE * content))
     if width < 1 or height < 1:
-        raise ValueError(f"{height} x {width} pixels are no picture")
+        raise ValueError(f"{height} x {width} pixels are not a picture")
     if width * height > limit:
         raise ValueError(
             f"{height} x {width} pixels are more than the {limit} allowed for {content} bytes"
@@ -104,8 +104,8 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel; `convert` would clip what is wider to white."""
-    # Pillow gives 16-bit grey of PNG and PPM as one of WIDE_GREY or as I, by its version.
+    """Returns the picture with 8 bits per channel; `convert` would clip wider values to white."""
+    # For 16-bit grey of PNG and PPM Pillow has one of WIDE_GREY or I, depending on its version.
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide and image.mode not in ("I", "F"):
         return image
@@ -114,6 +114,6 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     if not wide or not plain or tuple(tags.get(BITS_PER_SAMPLE, (16,))) != (16,):
         raise ValueError(
             f"{image.format} with grey values of unknown range (mode {image.mode}); save it with 8 "
-            "or 16 bits a channel, black as 0"
+            "or 16 bits per channel, black as 0"
         )
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -1,13 +1,13 @@
-"""Pieces of a batch, from the processes that read to the one that trains.
+"""Pieces of a batch, sent from the processes that read to the one that trains.
 
-They go through shared memory that is used again and again. Memory fresh from the kernel costs
-several times what the copying does: every page is cleared and mapped, by both processes. So each
-sender has a ring of slots as large as its first piece, and the receiver says in the ring's head how
-many pieces it has copied out. A piece that finds no slot free, or is larger, goes as it is: no one
-waits for a ring, and what comes out is the same.
+They go through shared memory that is reused. Fresh memory from the kernel costs several times as
+much as the copy: every page is cleared, and mapped by both processes. So each sender has a ring of
+slots as large as its first piece, and the receiver counts in the ring's head the pieces that it has
+copied out. A piece that is larger, or finds no free slot, is sent without the ring: nobody waits,
+and the result is the same.
 
-Names of rings are the receiver's: a sender may have ended before its last pieces are received, and
-may be killed at any time.
+The receiver names the rings and removes them: a sender may end before its last pieces are received,
+and may be killed at any time.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 from common_jax.inputs.examples import BadExample, Batch, Outcome
 
 HEAD = 64  # bytes before the first slot; arrays start at multiples of it
-COUNT = "q"  # the head's only content: how many pieces the receiver is done with
+COUNT = "q"  # the head's only content: the number of pieces that the receiver has copied out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Field:
     start: int
 
     def array(self, ring: SharedMemory, slot: int) -> np.ndarray:
-        """The array itself, of the slot that begins at byte `slot` of the ring."""
+        """Returns a view of the array in the slot that begins at byte `slot` of the ring."""
         return np.ndarray(self.shape, self.dtype, ring.buf, slot + self.start)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
-    """What is sent in place of a piece that lies in a ring: the `number`-th that was put there, in
-    the slot that begins at byte `slot`."""
+class RingPiece:
+    """The reference that is sent for a piece in a ring: its `number` in the order of writing, and
+    the byte `slot` at which its slot begins."""
 
     ring: str
     number: int
@@ -52,21 +52,21 @@ class Placed:
 
 
 class Sender:
-    """Outcomes -> what is to be sent to a `Receiver`; can be pickled until it is first called.
+    """Maps outcomes to a message for a `Receiver`; can be pickled until its first call.
 
     Args:
-      names: what the rings' names begin with; each sender takes the first that is free.
-      slots: how many pieces the ring holds; as many as can be under way are of use. All are soon
-        written to, whether or not anything waits.
+      names: prefix of the rings' names; each sender uses the first free one.
+      slots: pieces in the ring; as many as can be in flight are useful. All are soon written to,
+        even if nothing waits.
     """
 
     def __init__(self, names: str, slots: int):
         self.names = names
         self.slots = slots
         self._ring: SharedMemory | None = None
-        self._slot_size = self._placed = 0
+        self._slot_size = self._written = 0
 
-    def __call__(self, outcomes: list[Outcome]) -> Placed | Batch | list[Outcome]:
+    def __call__(self, outcomes: list[Outcome]) -> RingPiece | Batch | list[Outcome]:
         if not _alike(outcomes):
             return outcomes
         fields, size = [], 0
@@ -75,13 +75,13 @@ class Sender:
             size += _padded(len(outcomes) * value.nbytes)
         if self._ring is None:
             self._make_ring(size)
-        if size > self._slot_size or self._placed - self._done[0] >= self.slots:
+        if size > self._slot_size or self._written - self._done[0] >= self.slots:
             return {x.name: np.stack([outcome[x.name] for outcome in outcomes]) for x in fields}
-        slot = HEAD + self._placed % self.slots * self._slot_size
+        slot = HEAD + self._written % self.slots * self._slot_size
         for x in fields:
             np.stack([outcome[x.name] for outcome in outcomes], out=x.array(self._ring, slot))
-        self._placed += 1
-        return Placed(self._ring.name, self._placed - 1, slot, tuple(fields))
+        self._written += 1
+        return RingPiece(self._ring.name, self._written - 1, slot, tuple(fields))
 
     def _make_ring(self, size: int) -> None:
         self._slot_size = size
@@ -94,11 +94,11 @@ class Sender:
 
 
 class Receiver:
-    """What `Sender`s sent -> the outcomes, in memory of their own.
+    """Maps the messages of `Sender`s back to outcomes, in memory of their own.
 
     Args:
-      names: what the senders were given.
-      senders: how many there are at most.
+      names: the senders' prefix.
+      senders: their largest number.
     """
 
     def __init__(self, names: str, senders: int):
@@ -106,27 +106,27 @@ class Receiver:
         self.senders = senders
         self._rings: dict[str, tuple[SharedMemory, memoryview]] = {}
 
-    def __call__(self, sent: Placed | Batch | list[Outcome]) -> Iterable[Outcome]:
-        if isinstance(sent, Placed):
-            sent = self._copied(sent)
-        if isinstance(sent, list):
-            return sent
-        count = len(next(iter(sent.values())))
+    def __call__(self, message: RingPiece | Batch | list[Outcome]) -> Iterable[Outcome]:
+        if isinstance(message, RingPiece):
+            message = self._copy(message)
+        if isinstance(message, list):
+            return message
+        count = len(next(iter(message.values())))
         # With the dots a scalar stays an array, whose strings keep their width.
-        return ({name: value[row, ...] for name, value in sent.items()} for row in range(count))
+        return ({name: value[row, ...] for name, value in message.items()} for row in range(count))
 
-    def _copied(self, piece: Placed) -> Batch:
+    def _copy(self, piece: RingPiece) -> Batch:
         if piece.ring not in self._rings:
             ring = SharedMemory(piece.ring)
             self._rings[piece.ring] = ring, ring.buf[:HEAD].cast(COUNT)
         ring, done = self._rings[piece.ring]
-        # Only the pieces before this one: the queue that brought this one lies between their
-        # copies and this store, so no processor can let the sender see it too early.
+        # Counts only the pieces before this one: the queue that delivered this one is a barrier
+        # between their copies and this store, so the sender cannot see the store too early.
         done[0] = piece.number
         return {field.name: field.array(ring, piece.slot).copy() for field in piece.fields}
 
     def close(self) -> None:
-        """Removes the rings, also of senders that nothing was received from; they have ended."""
+        """Removes all rings, also those of senders without a message; the senders have ended."""
         for ring, done in self._rings.values():
             _close(ring, done)
         self._rings.clear()
@@ -147,7 +147,7 @@ def _close(ring: SharedMemory, done: memoryview) -> None:
 
 
 def _alike(outcomes: list[Outcome]) -> bool:
-    """Whether they are examples that can be stacked, and unstacked to the same."""
+    """Returns True for examples that can be stacked, and unstacked to the same."""
     first, *others = map(_kinds, outcomes)
     if not first or any(dtype.hasobject for dtype, _ in first.values()):
         return False
@@ -155,7 +155,7 @@ def _alike(outcomes: list[Outcome]) -> bool:
 
 
 def _kinds(outcome: Outcome) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """What the arrays of an example are; nothing of a bad one."""
+    """Returns types and shapes of an example's arrays; nothing for a bad one."""
     if isinstance(outcome, BadExample):
         return {}
     return {name: (value.dtype, value.shape) for name, value in outcome.items()}

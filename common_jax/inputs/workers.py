@@ -1,7 +1,7 @@
-"""Reading in processes: the same results in the same order as reading here, only sooner.
+"""Reading in processes: the same results in the same order as in this process, only sooner.
 
-Threads do not help: between the calls of an image library that let go of the interpreter's lock
-there is enough that does not. The processes are grain's; examples come back by pieces.py.
+Threads do not help: image libraries release the interpreter's lock in some calls, but too much of
+the work is outside of these. The processes are grain's; examples return through pieces.py.
 """
 
 import contextlib
@@ -22,22 +22,24 @@ from common_jax.inputs.pieces import Receiver, Sender
 
 Read = Callable[[int], Outcome]
 
-PIECE = 16  # positions at most that go through a queue together
-AHEAD = 2  # batches that wait in the workers' queues; grain takes as many again out of them
+PIECE = 16  # most positions that go through a queue together
+AHEAD = 2  # batches that wait in the workers' queues; grain buffers as many again
 
 
 def read_in_order(
     read: Read, positions: range, *, batch: int, workers: int = 0
 ) -> Iterator[Outcome]:
-    """read(position) for one position after the other.
+    """Yields read(position) for each position in order.
 
-    With `workers` processes, they are some batches ahead. The processes start with the first
-    outcome and end with the iterator, or with this process.
+    `workers` processes read some batches ahead. They start with the first outcome and end with the
+    iterator, or with this process.
 
     Args:
-      read: position -> example or BadExample; for processes it must be picklable. What it raises is
-        raised here when its turn comes, and ends the iterator.
-      batch: outcomes that are taken at once.
+      read: maps a position to an example or BadExample; with processes it must be picklable. Its
+        exceptions are raised here when their turn comes, and end the iterator.
+      positions: the positions.
+      batch: outcomes that the caller needs at once.
+      workers: number of processes; 0 reads in this one.
     """
     if not workers:
         yield from map(read, positions)
@@ -47,20 +49,21 @@ def read_in_order(
     piece = max(1, min(PIECE, batch // workers))
     waiting = -(-AHEAD * batch // (piece * workers))
     data = grain.MapDataset.range(positions.start, positions.stop, positions.step)
-    # grain takes as many pieces out of a process's queue as may wait there. One more is in its hand
-    # meanwhile, one is made, and one is copied out: with so many slots no piece finds all taken.
+    # grain buffers as many pieces of a process as may wait in its queue. Three more are in flight,
+    # one between the two, one being made and one being copied out: with so many slots, one is
+    # always free.
     names, slots = f"pieces-{secrets.token_hex(8)}", 2 * waiting + 3
     data = data.map(read).batch(piece, batch_fn=Sender(names, slots))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
-    # A worker is a core's work: it reads without threads.
+    # A worker fills a core, so it reads without threads.
     ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     stream = iter(ahead.mp_prefetch(options, worker_init_fn=_settle))
     receive = Receiver(names, workers)
     try:
         with _blocked():
-            first = next(stream, None)  # which starts the processes
-        for sent in () if first is None else itertools.chain([first], stream):
-            yield from receive(sent)
+            first = next(stream, None)  # starts the processes
+        for message in () if first is None else itertools.chain([first], stream):
+            yield from receive(message)
     except Exception as error:
         error.add_note(
             f"Read in config.data.workers={workers} processes. If one was terminated, there may "
@@ -79,21 +82,24 @@ def read_in_order(
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Blocks signals, also in processes that are started meanwhile: before these reach `_settle`,
-    Ctrl-C would end each with a traceback. Other threads of this process still receive them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    """Blocks signals in this thread, and in processes that it starts.
+
+    Until these processes run `_settle`, Ctrl-C would end each with a traceback. Other threads of
+    this process still receive the signals.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _settle(worker: int, workers: int) -> None:
-    """What a worker does first."""
-    # A request to stop is for the process that trains, which saves first.
+    """Prepares a worker process."""
+    # Requests to stop are for the process that trains, which saves first.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Whatever a transform does, it must not take hold of an accelerator.
+    # A transform that uses jax must not reserve an accelerator.
     jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

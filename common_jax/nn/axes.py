@@ -27,6 +27,7 @@ AXES = {
     "U": "width of an image token before it is projected to D",
     "V": "vocabulary",
     "W": "beams of a search",
+    "X": "channels of an image",
     "Y": "signature of a node of a graph",
     "Z": "code that scales the weights of a layer",
 }

@@ -1,4 +1,4 @@
-"""JSON that a stranger or an accident may have changed."""
+"""Untrusted JSON, which may have been changed by anyone or by accident."""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from common_jax.untrusted.refusal import RefusedError, brief
 
 
 def parse_json(content: bytes) -> Any:
-    """The value in JSON text.
+    """Returns the value of JSON text.
 
-    A byte order mark is passed over, as editors leave it. NaN and Infinity are taken, as Python
-    writes them for numbers that are not finite.
+    Ignores a byte order mark, which some editors write. Accepts NaN and Infinity, which Python
+    writes for numbers that are not finite.
 
     Raises:
-      RefusedError: for text that is not UTF-8 or not JSON, that nests too deep, or that gives one
-        key of an object twice.
+      RefusedError: for text that is not UTF-8 or not JSON, that nests too deep, or that has one key
+        of an object twice.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
@@ -31,9 +31,9 @@ def parse_json(content: bytes) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value of JSON that should be text; raises TypeError for anything else."""
+    """Returns a value of JSON that must be text; raises TypeError for anything else."""
     if not isinstance(value, str):
-        raise TypeError(f"{brief(value)} is no text")
+        raise TypeError(f"{brief(value)} is not text")
     return value
 
 
@@ -41,6 +41,6 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise RefusedError(f"gives the key {brief(twice)} twice in one object")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise RefusedError(f"gives the key {brief(duplicate)} twice in one object")
     return value

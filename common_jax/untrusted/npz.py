@@ -1,4 +1,4 @@
-"""Numpy's archives of arrays, of which nothing is believed that the bytes do not bear out."""
+"""Untrusted .npz files of numpy, whose declarations are checked against their bytes."""
 
 import math
 import re
@@ -13,23 +13,23 @@ from common_jax.untrusted.shapes import MOST_BYTES, full_size
 from common_jax.untrusted.zips import open_archive
 
 MAGIC = b"\x93NUMPY\x01\x00"
-# The one form in which numpy writes the header of plain numbers and texts. Reading it this way
-# leaves no literal to evaluate, and no structure, object or date to be surprised by.
+# The only form in which numpy writes the header of plain numbers and texts. A pattern evaluates no
+# literal, and admits no structures, objects or dates.
 HEADER = re.compile(
-    r"\{'descr': '(?P<dtype>[<>|][?biufcSU]\d{1,9})', 'fortran_order': (?P<turned>True|False), "
+    r"\{'descr': '(?P<dtype>[<>|][?biufcSU]\d{1,9})', 'fortran_order': (?P<fortran>True|False), "
     r"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \} *\n"
 )
 
 
 def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Arrays of a `.npz` file that `numpy.savez` wrote, by their names.
+    """Reads arrays of a `.npz` file that `numpy.savez` wrote, by their names.
 
     Args:
       path: of the file.
-      names: which arrays; others are not read.
+      names: of the arrays; others are not read.
 
     Raises:
-      ValueError: naming the file, when it is damaged, lacks an array, or holds anything but plain
+      ValueError: naming the file, when it is damaged, lacks an array, or has anything but plain
         numbers and texts.
       OSError: when it cannot be read.
     """
@@ -53,15 +53,15 @@ def _array(name: str, content: bytearray) -> np.ndarray:
     shape = tuple(int(size) for size in re.findall(r"\d+", match["shape"]))
     size = math.prod(shape) * dtype.itemsize
     largest = full_size(shape, dtype.itemsize)
-    # Items of no bytes would let all axes be of any length.
+    # Items of zero bytes would allow axes of any length.
     if size != len(content) - end or largest >= MOST_BYTES or len(shape) > 32 or not dtype.itemsize:
         raise RefusedError(
-            f"declares {brief(name)} as {dtype} {brief(shape)}, which its {len(content) - end} "
-            "bytes are not"
+            f"declares {brief(name)} as {dtype} {brief(shape)}, which does not fit its "
+            f"{len(content) - end} bytes"
         )
     if dtype.kind == "U":
         codes = np.frombuffer(content, np.dtype("u4").newbyteorder(dtype.byteorder), offset=end)
-        if (codes > sys.maxunicode).any():  # of which numpy would make texts that break Python's
-            raise RefusedError(f"holds {brief(name)} with characters that there are not")
+        if (codes > sys.maxunicode).any():  # numpy would make invalid Python strings of them
+            raise RefusedError(f"holds {brief(name)} with characters that do not exist")
     array = np.frombuffer(content, dtype, math.prod(shape), end)
-    return array.reshape(shape, order="F" if match["turned"] == "True" else "C")
+    return array.reshape(shape, order="F" if match["fortran"] == "True" else "C")

@@ -1,4 +1,4 @@
-"""How a file is refused: in a short, printable message."""
+"""Refusals of files, with short, printable messages."""
 
 import reprlib
 from typing import Any
@@ -7,12 +7,12 @@ LONGEST = 200  # characters of a value that a message quotes
 
 
 class RefusedError(ValueError):
-    """What is wrong with a file, in words that follow its name."""
+    """A problem with a file; the message continues a sentence that starts with the file's name."""
 
 
 class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # More digits than Python is willing to print end in a ValueError.
+        # Python raises ValueError for integers with too many digits.
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 512 else repr(x)
 
 
@@ -21,12 +21,12 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, LONGEST // 2, LONGEST //
 
 
 def brief(value: Any) -> str:
-    """The repr of a value, cut: in bounded time, whatever its size, depth and content."""
+    """Returns the shortened repr of a value, in bounded time for any size, depth and content."""
     return _cut(_BRIEF.repr(value))
 
 
 def plain(text: str) -> str:
-    """A text of a stranger, cut, with a question mark for whatever cannot be printed."""
+    """Returns untrusted text shortened, with question marks for unprintable characters."""
     return _cut("".join(c if c.isprintable() else "?" for c in text[: LONGEST + 1]))
 
 

@@ -1,5 +1,5 @@
-"""Zip archives of strangers: entries are read only as far as they declare, and only where the file
-can hold what they declare."""
+"""Untrusted zip archives: an entry is read only up to its declared size, and only if the file can
+contain that much."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from etils import epath
 
 from common_jax.untrusted.refusal import RefusedError, brief, plain
 
-# What `zipfile` raises for bytes that are no archive, or not a whole one.
+# The exceptions of `zipfile` for bytes that are not a complete archive.
 DAMAGED = (
     EOFError,
     IndexError,
@@ -27,11 +27,11 @@ DAMAGED = (
     zlib.error,
 )
 AGAIN = "copy or download it again"
-PIECE = 1 << 24  # bytes that are read at once
-# A stored entry is as large as the file has room for. Compression gains little on numbers: an
-# archive that inflates to more than this many times its size is a bomb.
+PIECE = 1 << 24  # bytes per read
+# A stored entry cannot be larger than the file. Compression gains little on numbers: an archive
+# that inflates to more than this many times its size is a bomb.
 MOST_INFLATED = 16
-SMALL = 1 << 24  # bytes that are no harm, whatever the file: text packs better than numbers
+SMALL = 1 << 24  # bytes that are always allowed: text packs better than numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Archive:
     Attributes:
       zip: the archive.
       size: of the whole file, in bytes.
-      entries: what it declares to hold, by name.
+      entries: its declared entries, by name.
     """
 
     zip: zipfile.ZipFile
@@ -50,11 +50,11 @@ class Archive:
 
     @property
     def room(self) -> int:
-        """The most bytes that all entries together may inflate to."""
+        """Most bytes that all entries together may inflate to."""
         return max(MOST_INFLATED * self.size, SMALL)
 
     def read(self, name: str, *, limit: int | None = None) -> bytearray:
-        """The bytes of an entry, which are as many as it declares and have its checksum.
+        """Reads an entry, which must have its declared size and checksum.
 
         Args:
           name: of the entry.
@@ -70,18 +70,21 @@ class Archive:
         content, start = bytearray(entry.file_size), 0
         with _damaged(), self.zip.open(entry) as file:
             while start < len(content):
-                # With a size, so that a compressed entry inflates to no more than it declares.
+                # With a size, so a compressed entry cannot inflate beyond its declaration.
                 piece = file.read(min(len(content) - start, PIECE))
                 if not piece:
                     raise EOFError(f"{brief(name)} ends early")
                 content[start : start + len(piece)] = piece
                 start += len(piece)
-            file.read(1)  # compares the checksum of an empty entry too
+            file.read(1)  # compares the checksum, also of an empty entry
         return content
 
     def require_room(self, names: Sequence[str], *, limit: int | None = None) -> None:
-        """Raises RefusedError when these entries together declare more than `limit`, in bytes
-        (None: `room`), or one more than the file has room for."""
+        """Raises RefusedError for entries that are too large.
+
+        That is when they together declare more than `limit` bytes (None: `room`), or one of them
+        more than the file can contain.
+        """
         entries = [self.entries[name] for name in names]
         for entry in entries:
             stored = entry.compress_type == zipfile.ZIP_STORED
@@ -95,9 +98,9 @@ class Archive:
                 )
         limit = self.room if limit is None else limit
         if (total := sum(entry.file_size for entry in entries)) > limit:
-            what = brief(names[0]) if len(names) == 1 else f"{len(names)} entries"
+            where = brief(names[0]) if len(names) == 1 else f"{len(names)} entries"
             raise RefusedError(
-                f"declares {total} bytes in {what}, which a file of {self.size} bytes should not "
+                f"declares {total} bytes in {where}, which a file of {self.size} bytes should not "
                 f"hold; {AGAIN}"
             )
 
@@ -107,7 +110,7 @@ def open_archive(path: epath.PathLike) -> Iterator[Archive]:
     """Opens a zip archive.
 
     Raises:
-      RefusedError: when it is none, or has two entries of one name.
+      RefusedError: when it is not a zip archive, or has two entries of one name.
       OSError: when the file cannot be read.
     """
     with epath.Path(path).open("rb") as file:
@@ -130,9 +133,9 @@ def _damaged() -> Iterator[None]:
     except DAMAGED as error:
         reason = plain(str(error)) or type(error).__name__
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before or after all that a file can have
+        if error.errno != errno.EINVAL:  # a place outside any possible file
             raise
-        reason = "it points to a place that no file has"
+        reason = "it points to a place outside of any file"
     else:
         return
     raise RefusedError(f"is damaged or cut off ({reason}); {AGAIN}")

@@ -1,5 +1,4 @@
-"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity,
-and the places that the config names."""
+"""A run's folder: its lock, JSON files, config and identity, and paths that the config names."""
 
 from common_jax.workdir.claim import (
     claim,

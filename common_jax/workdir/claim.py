@@ -1,4 +1,4 @@
-"""A workdir belongs to one config: others are refused, with the fields that differ."""
+"""The config of a workdir: a run of another config is refused, with the fields that differ."""
 
 import dataclasses
 import json
@@ -16,12 +16,14 @@ from common_jax.workdir.files import read_json, write_json
 from common_jax.workdir.lock import require
 
 FILE = "config.json"
-SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
+SHOWN, WIDTH = 12, 120  # fields in a message, and characters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Keeps `config` in a workdir, in place of any that is there: `refuse_other_config` is to be
-    called before. Raises as `require`."""
+    """Writes `config` to a workdir, over any that is there: call `refuse_other_config` first.
+
+    Raises as `require`.
+    """
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
@@ -30,14 +32,15 @@ def claim(workdir: epath.PathLike, config: Any) -> None:
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = "") -> None:
-    """Raises ValueError when `workdir` holds a run of another config, with the fields that differ;
-    one that came to no checkpoint and no result may be replaced, which the log says.
+    """Raises ValueError when `workdir` has a run of another config, with the fields that differ.
+
+    A run without checkpoint and result may be replaced, and the log says so.
 
     Args:
       workdir: of the run.
       config: frozen dataclass of the run. Fields that the stored config lacks, since an earlier
-        version wrote it, are taken as the dataclass's defaults; those that this version lacks are
-        named in a warning. Of a plain mapping all fields must be there.
+        version wrote it, have the dataclass's defaults; a warning names those that this version
+        lacks. A plain mapping must have all fields.
       apart: regex of fields that may differ.
     """
     path = epath.Path(workdir) / FILE
@@ -45,8 +48,8 @@ def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = ""
         return
     stored = read_json(path)
     if dataclasses.is_dataclass(config):
-        stored, gone = versions.fill(type(config), stored)
-        versions.name_gone(gone, path)
+        stored, removed = versions.fill(type(config), stored)
+        versions.name_gone(removed, path)
     lines = configs.difference(_lasting(stored, apart), _lasting(plain(config), apart))
     if lines and not holds_results(workdir):
         logging.info(
@@ -67,8 +70,8 @@ BELOW = 3  # folders in folders: a run of a sweep, a part of its pipeline, a rep
 
 
 def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
-    """Whether a run has come to a checkpoint, whole or damaged, or to a result, in a workdir or in
-    folders below it."""
+    """Returns True where a run has a checkpoint, whole or damaged, or a result, in the workdir or
+    in folders below it."""
     workdir = epath.Path(workdir)
     if any((workdir / name).exists() for name in OUTCOMES):
         return True
@@ -82,8 +85,10 @@ def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
 
 
 def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """The fields that two configs both have and that differ, one line each, passing ones left
-    out: whether they may be of one run, of whatever versions they are."""
+    """Lists the fields that both configs have and that differ, a line each, without PASSING ones.
+
+    None means that they may belong to one run, even if different versions wrote them.
+    """
     before, after = _lasting(stored), _lasting(plain(config))
     return configs.difference(
         {key: before[key] for key in before.keys() & after.keys()},
@@ -92,14 +97,14 @@ def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config, a frozen dataclass or a mapping, as config.json holds it."""
+    """Returns a config, a frozen dataclass or a mapping, in the form of config.json."""
     if dataclasses.is_dataclass(config):
         config = configs.unfreeze(config).to_dict()
     return dict(config)
 
 
-# Fields that change nothing of what is computed but its rounding: a run may resume with others.
-# `remat` is a field of networks, wherever they stand.
+# Fields that change nothing but the rounding of the results: a run may resume with other values.
+# `remat` is a field of networks in any section.
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"
     r"|mesh\.(data|fsdp|expert)"
@@ -109,15 +114,15 @@ PASSING = re.compile(
 
 
 def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
-    as_read = json.loads(json.dumps(config))  # tuples within tuples are lists there
+    as_read = json.loads(json.dumps(config))  # turns tuples within tuples into lists
     flat = configs.flatten(as_read)
     lasting = {key: value for key, value in flat if not PASSING.fullmatch(key)}
     return {key: value for key, value in lasting.items() if not re.fullmatch(apart, key)}
 
 
 def _shorten(lines: list[str]) -> list[str]:
-    # First what both have: where a section is of another kind, all of its fields are absent.
+    # Fields that both have come first: where a section is of another kind, all others are absent.
     ordered = sorted(lines, key=lambda line: "'(absent)'" in line)
-    cut = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]
-    more = len(cut) - SHOWN
-    return cut if more <= 0 else [*cut[:SHOWN], f"and {more} more"]
+    short = [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in ordered]
+    more = len(short) - SHOWN
+    return short if more <= 0 else [*short[:SHOWN], f"and {more} more"]

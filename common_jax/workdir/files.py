@@ -1,4 +1,4 @@
-"""JSON files that are written whole or not at all, and read with the file's name in every error."""
+"""Atomic writing of JSON files, and reading with the file's name in every error."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from common_jax.untrusted import RefusedError, brief, parse_json
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes a JSON file whole or not at all, whenever the process may be killed."""
+    """Writes a JSON file atomically, even if the process is killed."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file whole or not at all, whenever the process may be killed."""
+    """Writes a file atomically, even if the process is killed."""
     path = epath.Path(path)
     temporary = temporary_beside(path)
     try:
@@ -30,7 +30,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 def temporary_beside(path: epath.PathLike) -> epath.Path:
-    """A name in the folder of `path` that no other process takes, for a file on its way there."""
+    """Returns a unique name in the folder of `path`, for a file that will be renamed to it."""
     path = epath.Path(path)
     return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
@@ -38,14 +38,14 @@ def temporary_beside(path: epath.PathLike) -> epath.Path:
 def read_json(
     path: epath.PathLike, fields: Mapping[str, type | UnionType] | None = None
 ) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Args:
       path: of the file.
-      fields: what the object must have beside whatever else, and of which types.
+      fields: types of fields that the object must have; it may have others.
 
     Raises:
-      ValueError: when the file holds anything else, naming it and what is wrong.
+      ValueError: when the file has any other content, naming the file and the problem.
       OSError: when it cannot be read.
     """
     content = epath.Path(path).read_bytes()
@@ -59,7 +59,7 @@ def read_json(
             # To Python, true and false are integers.
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
                 raise RefusedError(
-                    f"has {name!r}: {brief(value[name])}, which is no {_named(kind)}"
+                    f"has {name!r}: {brief(value[name])}, which is not of type {_type_name(kind)}"
                 )
     except RefusedError as refused:
         raise ValueError(
@@ -69,5 +69,5 @@ def read_json(
     return value
 
 
-def _named(kind: type | UnionType) -> str:
+def _type_name(kind: type | UnionType) -> str:
     return getattr(kind, "__name__", str(kind))

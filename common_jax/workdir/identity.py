@@ -1,5 +1,4 @@
-"""The identity of a run: run.json, made at its first start, with an id that all of its checkpoints
-carry."""
+"""The identity of a run: run.json, made at its first start, whose id is in all its checkpoints."""
 
 import dataclasses
 import datetime
@@ -15,16 +14,16 @@ from common_jax.workdir.files import read_json, write_json
 
 FILE = "run.json"
 PACKAGE = "modular-jax"
-DIGITS = 12  # hexadecimal: 48 bits, which float64 holds exactly and all processes can agree on
+DIGITS = 12  # hexadecimal: 48 bits, exact in float64, which processes exchange
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Who a run is.
+    """The content of run.json.
 
     Attributes:
       id: random hexadecimal digits.
-      unmarked: steps of the checkpoints that an earlier version wrote without an id.
+      unmarked: steps of checkpoints that an earlier version wrote without an id.
     """
 
     id: str
@@ -32,47 +31,48 @@ class Identity:
 
 
 def read_identity(workdir: epath.PathLike) -> Identity | None:
-    """The identity of the run in `workdir`; None where there is no run.json.
+    """Reads the identity of the run in `workdir`; None where there is no run.json.
 
     Raises:
-      ValueError: when run.json is not one, naming it.
+      ValueError: when run.json has no identity, naming the file.
     """
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
     content = read_json(path)
-    found, unmarked = content.get("id"), content.get("unmarked", [])
-    steps = isinstance(unmarked, list) and all(type(step) is int for step in unmarked)
-    if not isinstance(found, str) or not found or not steps:
+    run_id, unmarked = content.get("id"), content.get("unmarked", [])
+    are_steps = isinstance(unmarked, list) and all(type(step) is int for step in unmarked)
+    if not isinstance(run_id, str) or not run_id or not are_steps:
         raise ValueError(
             f"{path} holds {str(content)[:200]}, where the id of a run is expected. Restore it; or "
             "delete it, and the run takes the id of its checkpoints"
         )
-    return Identity(found, tuple(unmarked))
+    return Identity(run_id, tuple(unmarked))
 
 
 def keep_identity(
     workdir: epath.PathLike, *, adopt: str | None = None, unmarked: Sequence[int] = ()
 ) -> Identity:
-    """The identity of the run in `workdir`, which is made where there is none. To be called by all
-    processes at the same place; all get the same id.
+    """Returns the identity of the run in `workdir`, and makes one where there is none.
+
+    All processes must call this at the same place; all get the same id.
 
     Args:
       workdir: of the run.
       adopt: the id to write where there is no run.json; None draws one.
-      unmarked: steps of checkpoints without an id that the run has by then.
+      unmarked: steps of checkpoints without an id that the run already has.
     """
-    found = None
+    identity = None
     if jax.process_index() == 0:
-        found = read_identity(workdir)
-        if found is None:
-            found = Identity(adopt or secrets.token_hex(DIGITS // 2), tuple(unmarked))
-            _write(workdir, found)
+        identity = read_identity(workdir)
+        if identity is None:
+            identity = Identity(adopt or secrets.token_hex(DIGITS // 2), tuple(unmarked))
+            _write(workdir, identity)
     if jax.process_count() == 1:
-        return found
+        return identity
     # The others may not see the file yet.
-    number = int(hosts.agree(int(found.id, 16) if found else -1)[0])
-    return found or Identity(f"{number:0{DIGITS}x}")
+    number = int(hosts.agree(int(identity.id, 16) if identity else -1)[0])
+    return identity or Identity(f"{number:0{DIGITS}x}")
 
 
 def _write(workdir: epath.PathLike, identity: Identity) -> None:

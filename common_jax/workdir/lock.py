@@ -1,9 +1,9 @@
-"""One writer a workdir: the lock that a run holds while it writes there.
+"""One writer per workdir: the lock that a run holds while it writes there.
 
 The lock is a file that only one process can create. It names its holder, and a thread of the holder
-touches it every few seconds. A holder that can be looked up, on the same machine, counts as gone as
-soon as its process is; any other one when it has not touched the file for `STALE` seconds, by the
-clock of the file system, which is the same for all machines.
+touches it every few seconds. A holder on the same machine can be looked up, and its lock is stale
+as soon as the process has ended. Any other lock is stale when the file was not touched for `STALE`
+seconds, by the clock of the file system, which is the same for all machines.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from common_jax.workdir.files import temporary_beside
 
 NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
-STALE = 90.0  # seconds without a touch after which a lock counts as left behind
-LOOK = 1.0  # seconds between two looks at a lock whose holder cannot be looked up
+STALE = 90.0  # seconds without a touch after which a lock is stale
+LOOK = 1.0  # seconds between two checks of a lock whose holder cannot be looked up
 
-# By the absolute path of a workdir: the locks that this process holds; None for one that the first
-# of several processes holds for it.
-_held: dict[str, "_Hold | None"] = {}
+# The locks of this process by the absolute path of the workdir; None where the first of several
+# processes holds the lock for this one.
+_locks: dict[str, "_Lock | None"] = {}
 
 
 class Locked(OSError):
@@ -40,19 +40,19 @@ class Locked(OSError):
 
 
 class LockLost(OSError):
-    """The lock was held, and is another process's now, or was deleted."""
+    """This process has lost its lock to another one, or the lock was deleted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock; the content of its file.
+    """The process that holds a lock; the content of the lock's file.
 
     Attributes:
       host: its name.
-      machine: what tells machines, their boots and containers apart.
-      pid: the process.
-      started: when the process was started, in the kernel's ticks; None where nothing says so.
-      since: when the lock was taken, as people read it.
+      machine: distinguishes machines, their boots and their containers.
+      pid: of the process.
+      started: start of the process in the kernel's ticks; None if unknown.
+      since: time of locking, for people.
       token: random, different for every lock.
     """
 
@@ -65,7 +65,7 @@ class Holder:
 
     @classmethod
     def this(cls) -> "Holder":
-        """This process, from now on."""
+        """Describes this process, from now on."""
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
@@ -77,15 +77,16 @@ class Holder:
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process still runs; None where it is of another machine or container."""
+        """True if the process still runs; None if it belongs to another machine or container."""
         if self.machine != _machine():
             return None
         try:
-            os.kill(self.pid, 0)
+            os.kill(self.pid, 0)  # signal 0 only asks whether the process exists
         except ProcessLookupError:
             return False
         except PermissionError:  # it runs, as another user
             pass
+        # A pid is reused; together with the start it is unique until the next boot.
         return self.started is None or self.started == _start_of(self.pid)
 
     def __str__(self) -> str:
@@ -94,41 +95,45 @@ class Holder:
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds the lock of a workdir, which is created where it is missing and removed again where
-    nothing was written. A process that holds it already may hold it again.
+    """Holds the lock of a workdir, which it creates if missing and removes again if it stays empty.
 
-    Of several processes that are one run, the first holds it for all; they call this at the same
-    place. A disk on which no lock can be written is no error here, since a finished run needs none:
-    `require` then raises what the system said. A bucket has no locks, which a warning says.
+    A process may hold its own lock several times. If several processes are one run, the first holds
+    the lock for all; they call this at the same place. A disk on which no lock can be written is
+    not an error here, since a finished run needs none: `require` then raises the system's error. A
+    bucket has no locks, and a warning says so.
 
     Raises:
       Locked: when another process holds it, naming host, process and time; in all processes.
     """
     path, lock = _key(workdir), None
-    if path in _held:
+    if path in _locks:
         yield
         return
     try:
-        with signals.deferred():  # so that a lock that was taken is let go
+        # A signal between the two lines would leave a lock that nothing releases.
+        with signals.deferred():
             lock = _acquire(path)
-            _held[path] = lock
+            _locks[path] = lock
         yield
     finally:
-        _held.pop(path, None)
+        _locks.pop(path, None)
         if lock is not None:
             lock.release()
 
 
-def _acquire(path: str) -> "_Hold | None":
-    """The lock of a workdir; None in all but the first of several processes. Raises Locked in all
-    where the first finds that another process holds it."""
+def _acquire(path: str) -> "_Lock | None":
+    """Returns the lock of a workdir; None in all but the first of several processes.
+
+    Raises Locked in all of them where another process holds it.
+    """
     lock = refusal = None
-    several = jax.distributed.is_initialized()  # asking jax otherwise would start its devices
+    several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
         try:
-            lock = _Hold.of(path)
+            lock = _Lock.of(path)
         except Locked as error:
             refusal = error
+    # All processes must agree before any raises: the others would wait for it forever.
     if several and hosts.agree(refusal is not None).any():
         refusal = refusal or Locked(f"{path} is in use by another run; process 0 says whose")
     if refusal is not None:
@@ -137,30 +142,33 @@ def _acquire(path: str) -> "_Hold | None":
 
 
 def require(workdir: epath.PathLike) -> None:
-    """Makes sure that this process may write in a workdir whose lock it holds. To be called before
-    anything is written that another run could mix with; without `hold` around it does nothing.
+    """Checks that this process may still write in a workdir that it has locked.
+
+    Call it before anything is written that could mix with another run's files. Outside of `hold` it
+    does nothing.
 
     Raises:
-      LockLost: when another process has taken the lock over, or it was deleted.
+      LockLost: when another process has taken over the lock, or it was deleted.
       OSError: when the lock could not be written.
     """
-    if (lock := _held.get(_key(workdir))) is not None:
+    if (lock := _locks.get(_key(workdir))) is not None:
         lock.require()
 
 
-class _Hold:
+class _Lock:
     """A lock that this process holds, or could not write."""
 
     def __init__(self, path: pathlib.Path | None):
-        self._path, self._made = path, []
+        self._path, self._new_folders = path, []
         self._holder, self._failure = Holder.this(), None
         self._released = threading.Event()
 
     @classmethod
-    def of(cls, workdir: str) -> "_Hold":
-        """Takes the lock of a workdir; raises Locked."""
+    def of(cls, workdir: str) -> "_Lock":
+        """Locks a workdir; raises Locked."""
         if "://" in workdir:
-            if not any(workdir.startswith(f"{other}/") for other in _held):
+            # An object store creates no file exclusively. Warns once, not for every run below it.
+            if not any(workdir.startswith(f"{other}/") for other in _locks):
                 logging.warning(
                     "%s has no locks: make sure that no other process writes there", workdir
                 )
@@ -170,11 +178,13 @@ class _Hold:
             try:
                 lock._make_folders()
                 lock._take()
-            except FileNotFoundError:  # removed in between, by a start that was refused
+            # A start that was refused has removed its empty folders in between.
+            except FileNotFoundError:
                 lock._make_folders()
                 lock._take()
         except Locked:
             raise
+        # Raised by `require` instead, since a finished run on a read-only disk needs no lock.
         except OSError as error:
             lock._failure = error
             lock._remove_folders()
@@ -188,22 +198,22 @@ class _Hold:
             raise OSError(error.errno, f"no lock can be written: {error.strerror}", str(self._path))
         if self._path is None:
             return
+        # Compares tokens, not processes: another lock of the same process is not this one.
         holder = _read(self._path)
         if holder is not None and holder.token == self._holder.token:
             return
-        what = (
+        event = (
             f"{self._path.parent} was taken over by {holder}"
             if holder is not None
             else f"{self._path} was deleted, or its folder was"
         )
         raise LockLost(
-            f"{what}, while this run was writing there: it stops, so that two runs do not mix. "
+            f"{event}, while this run was writing there: it stops, so that two runs do not mix. "
             "Start the same command again when no other one runs"
         )
 
     def release(self) -> None:
-        """Removes the lock, unless it is another process's by now, and folders that it made and
-        that are still empty."""
+        """Removes the lock, unless it now belongs to another process, and its own empty folders."""
         self._released.set()
         if self._path is None or self._failure is not None:
             return
@@ -218,16 +228,18 @@ class _Hold:
         for parent in reversed([folder, *folder.parents]):
             if not parent.exists():
                 parent.mkdir(exist_ok=True)
-                self._made.append(parent)
+                self._new_folders.append(parent)
 
     def _remove_folders(self) -> None:
-        with contextlib.suppress(OSError):  # those that are not empty
-            for folder in reversed(dict.fromkeys(self._made)):
+        with contextlib.suppress(OSError):  # folders that are not empty, and those above them
+            for folder in reversed(dict.fromkeys(self._new_folders)):
                 folder.rmdir()
 
     def _take(self) -> None:
         content = json.dumps(dataclasses.asdict(self._holder), indent=2) + "\n"
-        watched = None  # holder and time of the last touch, of one that cannot be looked up
+        # Holder and last touch of a lock whose holder cannot be looked up. Such a lock is waited
+        # for: if it changes its holder lives, and if it does not for STALE seconds it is stale.
+        watched = None
         while True:
             with contextlib.suppress(FileExistsError):
                 self._create(content)
@@ -235,7 +247,7 @@ class _Hold:
             try:
                 touched, holder = self._path.stat().st_mtime, _read(self._path)
                 age = self._now() - touched
-            except FileNotFoundError:  # released in between
+            except FileNotFoundError:  # it was released in between
                 continue
             alive = None if holder is None else holder.alive
             if alive is False or (alive is None and age > STALE):
@@ -256,10 +268,12 @@ class _Hold:
                     STALE - age,
                 )
             time.sleep(LOOK)
+            # One of several processes must not leave alone: they stop together, at a step.
             if signals.requested() and not jax.distributed.is_initialized():
                 raise signals.Stopped
 
     def _create(self, content: str) -> None:
+        # Mode "x" is atomic: of several processes that try, one creates the file.
         with open(self._path, "x") as file:
             try:
                 file.write(content)
@@ -269,14 +283,16 @@ class _Hold:
                 raise
 
     def _take_over(self, holder: Holder | None, age: float) -> None:
-        """Puts a lock that was left behind out of the way; of several processes that try, one does.
-        One that was slow may have moved the lock of the one that was quicker, and puts it back."""
+        """Removes a stale lock; of several processes that try, one succeeds."""
+        # Renamed first, which only one process can do. A slow process may rename the new lock of a
+        # faster one instead; it then finds another holder in it and puts it back.
         aside = pathlib.Path(temporary_beside(self._path))
         try:
             self._path.rename(aside)
         except FileNotFoundError:
             return
         if _read(aside) != holder:
+            # A link, not a rename, which would overwrite a lock created since.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self._path)
             aside.unlink()
@@ -290,7 +306,8 @@ class _Hold:
         )
 
     def _now(self) -> float:
-        """The time by the file system's clock."""
+        """Returns the time of the file system's clock."""
+        # A server's clock may differ from this machine's, and touches are stamped by the server.
         probe = pathlib.Path(temporary_beside(self._path))
         try:
             probe.touch()
@@ -300,20 +317,20 @@ class _Hold:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            # What is wrong with it comes out where something is written.
+            # A lost lock is reported by `require`, before the next write; this thread cannot raise.
             with contextlib.suppress(OSError):
                 self.require()
                 os.utime(self._path)
 
 
 def _read(path: pathlib.Path) -> Holder | None:
-    """Who holds a lock; None for a file that is not there, or not (yet) of this form."""
+    """Reads the holder of a lock; None for a missing file, or one that is not (yet) a lock."""
     try:
         holder = Holder(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
-    numbered = isinstance(holder.pid, int) and 0 < holder.pid < 2**31
-    return holder if numbered else None
+    valid_pid = isinstance(holder.pid, int) and 0 < holder.pid < 2**31
+    return holder if valid_pid else None
 
 
 def _key(workdir: epath.PathLike) -> str:
@@ -321,7 +338,7 @@ def _key(workdir: epath.PathLike) -> str:
 
 
 def _machine() -> str:
-    """A name that two processes share when one can look the other up by its number."""
+    """Returns a name that two processes share if one can look up the other by its pid."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -330,11 +347,14 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process was started, which tells it from an earlier one of the same number; None for
-    one that has ended and only waits to be asked for its status."""
+    """Returns the start of a process, which distinguishes it from an earlier one with its pid.
+
+    Returns None for a zombie, which has ended and only keeps its status.
+    """
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    # The name of the program, in parentheses, may contain spaces and parentheses itself.
     state, *numbers = stat.rpartition(")")[2].split()
     return None if state in "ZX" else int(numbers[18])

@@ -1,4 +1,4 @@
-"""Checks of the places that a command line names, before anything is computed."""
+"""Checks of the paths on a command line, before anything is computed."""
 
 import os
 import pathlib
@@ -9,12 +9,12 @@ from etils import epath
 
 
 def check_input(key: str, value: str, expected: str) -> None:
-    """Raises FileNotFoundError unless the file or folder that a field names is there.
+    """Raises FileNotFoundError unless the file or folder that a field names exists.
 
     Args:
-      key: the field as it is set, such as "config.data.path".
-      value: a path; empty, or in a bucket (`gs://...`), it is not looked at.
-      expected: what belongs there.
+      key: name of the field, such as "config.data.path".
+      value: a path; not checked if it is empty or in a bucket (`gs://...`).
+      expected: description of the file or folder.
     """
     if not value or "://" in value:
         return
@@ -23,17 +23,16 @@ def check_input(key: str, value: str, expected: str) -> None:
         path.stat()
     except OSError as error:
         raise FileNotFoundError(
-            f"{_named(key, value)} cannot be found ({_reason(path, error)}); give {expected}"
+            f"{_assignment(key, value)} cannot be found ({_reason(path, error)}); give {expected}"
         ) from error
 
 
 def check_output(key: str, value: epath.PathLike) -> None:
-    """Raises OSError unless `value` is a folder, or one that can be made; leaves nothing
-    behind.
+    """Raises OSError unless `value` is a folder or can become one; creates nothing.
 
     Args:
       key: the flag or the field, such as "--workdir".
-      value: a path; in a bucket it is not looked at.
+      value: a path; not checked in a bucket.
     """
     if "://" in str(value):
         return
@@ -47,29 +46,29 @@ def check_output(key: str, value: epath.PathLike) -> None:
                 pass
     except OSError as error:
         raise type(error)(
-            f"{_named(key, str(value))} cannot be made a folder ({_reason(path, error)}); give "
-            "another one"
+            f"{_assignment(key, str(value))} cannot be made a folder ({_reason(path, error)}); "
+            "give another one"
         ) from error
 
 
-def _named(key: str, value: str) -> str:
+def _assignment(key: str, value: str) -> str:
     text = repr(value) if len(value) <= 300 else f"{value[:300]!r}..."
     return f"{key}={text}"
 
 
 def _reason(path: pathlib.Path, error: OSError) -> str:
-    """What is wrong with `path`, and the last part of it that is there."""
-    why = error.strerror or str(error)
+    """Describes the problem with `path`, and the last part of it that exists."""
+    problem = error.strerror or str(error)
     nearest = _nearest(path.absolute())
     if nearest == path.absolute():
-        return why
+        return problem
     is_file = ", a file," if nearest.is_file() else ""
-    return f"{why}; {nearest}{is_file} is the last part of it that exists"
+    return f"{problem}; {nearest}{is_file} is the last part of it that exists"
 
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:
-    """The last part of an absolute path that is there."""
-    return next(one for one in _upwards(path) if os.path.exists(one))
+    """Returns the last part of an absolute path that exists."""
+    return next(part for part in _upwards(path) if os.path.exists(part))
 
 
 def _upwards(path: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -1,5 +1,5 @@
-"""Configs that other versions of the project wrote: fields that came since take today's defaults,
-fields that went are named."""
+"""Configs of other versions of the project: new fields have today's defaults, and removed fields
+are named."""
 
 import dataclasses
 import logging
@@ -15,21 +15,20 @@ T = TypeVar("T")
 
 
 def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
-    """The frozen config of a run, of whatever version.
+    """Returns the frozen config of a run of any version.
 
     Args:
       cls: the dataclass of the config.
-      stored: what the run kept of it. A field it lacks is taken as today's default, since a new
-        field's default is what earlier versions did; one that `cls` lacks is left out, which a
-        warning says.
-      source: what to call it in messages.
+      stored: the stored config. A field that it lacks has today's default, which is what earlier
+        versions did; one that `cls` lacks is left out, with a warning.
+      source: its name in messages.
 
     Raises:
-      ValueError: for a value that `cls` does not take, naming `source`.
+      ValueError: for a value that `cls` does not accept, naming `source`.
     """
-    known, gone = fill(cls, stored)
-    if gone:
-        logging.warning("%s: this version has no %s, which it leaves out", source, _list(gone))
+    known, removed = fill(cls, stored)
+    if removed:
+        logging.warning("%s: this version has no %s, which it leaves out", source, _list(removed))
     try:
         return configs.freeze(cls, known)
     except ValueError as error:
@@ -37,50 +36,52 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
 
 
 def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A stored config with today's fields; no value is checked.
+    """Completes a stored config to today's fields, without checking values.
 
     Returns:
-      The nested dict of all fields of `cls`, and what `stored` has beside them, {"a.b": value}.
+      The nested dict of all fields of `cls`, and the fields that only `stored` has, {"a.b": value}.
     """
-    gone: dict[str, Any] = {}
-    return _fill(cls, stored, "", gone), gone
+    removed: dict[str, Any] = {}
+    return _fill(cls, stored, "", removed), removed
 
 
-def name_gone(gone: Mapping[str, Any], source: Any) -> None:
+def name_gone(removed: Mapping[str, Any], source: Any) -> None:
     """Warns of the fields of a run that this version no longer has."""
-    if gone:
-        logging.warning("%s: this version has no %s; the run resumes without", source, _list(gone))
+    if removed:
+        fields = _list(removed)
+        logging.warning("%s: this version has no %s; the run resumes without", source, fields)
 
 
-def _fill(cls: type, stored: Mapping[str, Any], path: str, gone: dict[str, Any]) -> dict[str, Any]:
+def _fill(
+    cls: type, stored: Mapping[str, Any], path: str, removed: dict[str, Any]
+) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in stored.keys() - fields.keys():
-        gone[f"{path}{key}"] = stored[key]
-    filled = {name: _default(field) for name, field in fields.items() if name not in stored}
+        removed[f"{path}{key}"] = stored[key]
+    values = {name: _default(field) for name, field in fields.items() if name not in stored}
     for name in fields.keys() & stored.keys():
-        filled[name] = _fill_value(hints[name], stored[name], f"{path}{name}.", gone)
-    return filled
+        values[name] = _fill_value(hints[name], stored[name], f"{path}{name}.", removed)
+    return values
 
 
-def _fill_value(hint: Any, value: Any, path: str, gone: dict[str, Any]) -> Any:
+def _fill_value(hint: Any, value: Any, path: str, removed: dict[str, Any]) -> Any:
     origin = typing.get_origin(hint)
     if not isinstance(value, Mapping):
         return value
     if origin in (typing.Union, types.UnionType):
         sections = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
-        # As `freeze` chooses: by `kind`, the first where none is named. A kind that is gone stays
-        # as it is, to be refused by name.
-        chosen = sections[0] if sections else None
+        # The choice of `freeze`: by `kind`, or the first without one. A removed kind stays as it
+        # is, so that `freeze` refuses it by name.
+        section = sections[0] if sections else None
         if len(sections) > 1 and "kind" in value:
-            kinds = (section for section in sections if section.kind == value["kind"])
-            chosen = next(kinds, None)
-        return dict(value) if chosen is None else _fill(chosen, value, path, gone)
+            section = next((s for s in sections if s.kind == value["kind"]), None)
+        return dict(value) if section is None else _fill(section, value, path, removed)
     if dataclasses.is_dataclass(hint):
-        return _fill(hint, value, path, gone)
+        return _fill(hint, value, path, removed)
     if origin in (dict, Mapping):
         element = typing.get_args(hint)[1]
-        return {key: _fill_value(element, x, f"{path}{key}.", gone) for key, x in value.items()}
+        return {key: _fill_value(element, x, f"{path}{key}.", removed) for key, x in value.items()}
     return dict(value)
 
 
@@ -92,7 +93,7 @@ def _default(field: dataclasses.Field) -> Any:
     return configs.unfreeze(value).to_dict() if dataclasses.is_dataclass(value) else value
 
 
-def _list(gone: Mapping[str, Any]) -> str:
-    shown = [plain(f"config.{name}={str(gone[name])[:60]}") for name in sorted(gone)]
-    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
-    return ", ".join(shown[:10]) + more
+def _list(fields: Mapping[str, Any]) -> str:
+    lines = [plain(f"config.{name}={str(fields[name])[:60]}") for name in sorted(fields)]
+    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+    return ", ".join(lines[:10]) + more

@@ -1,7 +1,7 @@
-"""What happens to a batch of images on the device: geometry, normalising, erasing and mixing.
+"""Augmentation of a batch on the device: geometry, normalisation, erasing and mixing.
 
-All functions are pure, draw from the key they are given and run under jit. Images are [B, I, J,
-Ch]: integer pixels in [0, 255] until `normalise`, float32 after it.
+All functions are pure, draw from the key passed to them and run under jit. Images are [B, I, J, X]:
+integer pixels in [0, 255] until `normalise`, float32 after it.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ SMALL_SIDE = 32
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig(Section):
-    """`config.augment`: how training images are changed; the defaults change nothing.
+    """`config.augment`: the changes to training images; the defaults change nothing.
 
     Attributes:
-      repeats: copies of an image in an epoch, one after the other and so nearly always in one
-        batch, each changed on its own, while the number of steps stays; 1 turns it off, DeiT has
+      repeats: copies of an image in an epoch, each augmented independently. They are consecutive,
+        so nearly always in one batch; the number of steps stays the same. 1 turns it off, DeiT uses
         3.
-      padding: pixels of black around a small image before a random crop of its own size.
+      padding: black pixels around a small image before a random crop of its own size.
       flip: mirror left to right with probability 0.5.
       randaugment: RandAugment on the host (m2mkd_jax/data/randaugment.py).
-      operations, magnitude, magnitude_std: of RandAugment: operations an image, their mean strength
-        in [0, 10], its standard deviation.
+      operations, magnitude, magnitude_std: of RandAugment: operations per image, their mean
+        magnitude in [0, 10], and its standard deviation.
       erasing: probability of a rectangle of noise.
       mixup, cutmix: the alpha of the Beta distribution of each; 0 turns it off.
       switch: probability of cutmix where both are on.
-      mix_probability: probability that a batch is mixed at all.
+      mix_probability: probability that a batch is mixed.
       smoothing: label smoothing, in [0, 1).
       rotate: largest rotation, in degrees, of small images.
       scale: largest relative change of size of small images; 0.1 draws from [0.9, 1.1].
@@ -62,37 +62,38 @@ class AugmentConfig(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed, so that their size must be even."""
+        """True where batches are mixed; their size must then be even."""
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     @property
     def moves(self) -> bool:
-        """Whether small images are rotated, scaled or shifted."""
+        """True where small images are rotated, scaled or shifted."""
         return bool(self.rotate or self.scale or self.shift)
 
 
 def geometry_on_device(config: AugmentConfig, image_size: int) -> bool:
-    """Whether crop and flip of training images happen here, or in the host's train transform.
+    """Returns True where the device crops and flips training images, not the host's transform.
 
-    Large images are cropped while they are resized, and RandAugment comes after crop and flip: both
-    are the host's.
+    The host crops large images, since it resizes them too, and whatever RandAugment follows, since
+    that comes after crop and flip.
     """
     return image_size <= SMALL_SIDE and not config.randaugment
 
 
 def augment(
-    images: UInt8[Array, "B I J Ch"],
+    images: UInt8[Array, "B I J X"],
     key: Array,
     *,
     config: AugmentConfig,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> Float[Array, "B I J Ch"]:
-    """Everything of config.augment but the mixing, for uint8 images as the host sends them.
+) -> Float[Array, "B I J X"]:
+    """Applies all of config.augment but the mixing to the uint8 images that the host sends.
 
-    Order: small affine movement, padded crop, flip (these three for small images), normalising,
+    Order: small affine movement, padded crop, flip (these three for small images), normalisation,
     random erasing.
     """
+    # Always four keys, so that switching one augmentation off leaves the draws of the others.
     affine_key, crop_key, flip_key, erase_key = jax.random.split(key, 4)
     if geometry_on_device(config, images.shape[1]):
         if config.moves:
@@ -103,6 +104,8 @@ def augment(
             images = pad_and_crop(images, crop_key, padding=config.padding)
         if config.flip:
             images = flip(images, flip_key)
+    # Geometry works on integers, where padding is black (0). Erasing comes after the normalisation,
+    # since its noise is standard normal in the model's units.
     images = normalise(images, mean=mean, std=std)
     if config.erasing:
         images = random_erasing(images, erase_key, probability=config.erasing)
@@ -110,42 +113,44 @@ def augment(
 
 
 def normalise(
-    images: Shaped[Array, "B I J Ch"], *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "B I J Ch"]:
-    """(pixel / 255 - mean) / std, channel by channel, for pixels in [0, 255]."""
+    images: Shaped[Array, "B I J X"], *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B I J X"]:
+    """Returns (pixel / 255 - mean) / std per channel, for pixels in [0, 255]."""
     scaled = images.astype(jnp.float32) / 255
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def pad_and_crop(
-    images: Shaped[Array, "B I J Ch"], key: Array, *, padding: int
-) -> Shaped[Array, "B I J Ch"]:
-    """Black (0) padding on all sides and a random crop of the old size, one for each image."""
+    images: Shaped[Array, "B I J X"], key: Array, *, padding: int
+) -> Shaped[Array, "B I J X"]:
+    """Pads with black (0) on all sides and takes a random crop of the old size from each image."""
     count, height, width, channels = images.shape
-    around = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), around, around, (0, 0)))
+    sides = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
+    # The upper bound of randint is exclusive: offsets are 0 to 2 * padding.
     corners = jax.random.randint(key, (count, 2), 0, 2 * padding + 1)
 
     def crop(image, corner):
+        # The corner is traced, so the slice must be dynamic; its size is not.
         return jax.lax.dynamic_slice(image, (*corner, 0), (height, width, channels))
 
     return jax.vmap(crop)(padded, corners)
 
 
-def flip(images: Shaped[Array, "B I J Ch"], key: Array) -> Shaped[Array, "B I J Ch"]:
+def flip(images: Shaped[Array, "B I J X"], key: Array) -> Shaped[Array, "B I J X"]:
     """Mirrors each image left to right with probability 0.5."""
-    mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+    mirror = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
+    return jnp.where(mirror, images[:, :, ::-1], images)
 
 
 def random_affine(
-    images: Shaped[Array, "B I J Ch"], key: Array, *, degrees: float, scale: float, shift: float
-) -> Shaped[Array, "B I J Ch"]:
-    """Rotates, scales and shifts each image a little, about its centre; what comes in is black.
+    images: Shaped[Array, "B I J X"], key: Array, *, degrees: float, scale: float, shift: float
+) -> Shaped[Array, "B I J X"]:
+    """Rotates, scales and shifts each image a little about its centre; uncovered pixels are black.
 
     Uniform draws: angle in [-degrees, degrees], size in [1 - scale, 1 + scale], translation in
-    [-shift, shift] pixels a direction. Bilinear; integer images come back rounded, in their type.
-    All three 0 give the images back exactly.
+    [-shift, shift] pixels per direction. The interpolation is bilinear; integer images are rounded
+    and keep their type. With all three 0 the images stay exactly the same.
     """
     draws = jax.random.uniform(key, (4, len(images)), minval=-1.0, maxval=1.0)
     return affine(
@@ -157,17 +162,25 @@ def random_affine(
 
 
 def affine(
-    images: Shaped[Array, "B I J Ch"],
+    images: Shaped[Array, "B I J X"],
     *,
     angle: Float[Array, "B"],
     size: Float[Array, "B"],
     shift: Float[Array, "B 2"],
-) -> Shaped[Array, "B I J Ch"]:
-    """The image turned counter-clockwise by `angle` (radians), `size` times as large, moved by
-    `shift` (pixels down, pixels right), all about its centre, by bilinear interpolation."""
+) -> Shaped[Array, "B I J X"]:
+    """Rotates, scales and shifts images about their centre, with bilinear interpolation.
+
+    Args:
+      images: of any numeric type, which the result keeps.
+      angle: rotation in radians, counter-clockwise.
+      size: factor of the size.
+      shift: pixels down, pixels right.
+    """
     count, height, width, channels = images.shape
     row, column = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     centre_row, centre_column = (height - 1) / 2, (width - 1) / 2
+    # Every output pixel looks up its source, so the map is the inverse: shift back, rotate by
+    # -angle, divide by the size.
     down = row - centre_row - shift[:, 0, None, None]
     right = column - centre_column - shift[:, 1, None, None]
     cosine = (jnp.cos(angle) / size)[:, None, None]
@@ -177,53 +190,56 @@ def affine(
 
     top, left = jnp.floor(source_row), jnp.floor(source_column)
     flat = images.reshape(count, height * width, channels).astype(jnp.float32)
-    moved = jnp.zeros(images.shape, jnp.float32)
-    for step_down in (0, 1):
-        for step_right in (0, 1):
-            at_row, at_column = top + step_down, left + step_right
-            weight = (1 - jnp.abs(source_row - at_row)) * (1 - jnp.abs(source_column - at_column))
-            inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
-            place = (at_row * width + at_column).astype(jnp.int32)
+    result = jnp.zeros(images.shape, jnp.float32)
+    for row_offset in (0, 1):  # the four pixels around each source point
+        for column_offset in (0, 1):
+            row, column = top + row_offset, left + column_offset
+            weight = (1 - jnp.abs(source_row - row)) * (1 - jnp.abs(source_column - column))
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            place = (row * width + column).astype(jnp.int32)
+            # Pixels outside read place 0 and get weight 0: a gather cannot skip them.
             place = jnp.where(inside, place, 0).reshape(count, height * width, 1)
             pixels = jnp.take_along_axis(flat, place, axis=1).reshape(images.shape)
-            moved += jnp.where(inside, weight, 0.0)[..., None] * pixels
+            result += jnp.where(inside, weight, 0.0)[..., None] * pixels
     if jnp.issubdtype(images.dtype, jnp.integer):
-        moved = jnp.round(moved)
-    return moved.astype(images.dtype)
+        result = jnp.round(result)  # a cast alone would truncate
+    return result.astype(images.dtype)
 
 
 def random_erasing(
-    images: Float[Array, "B I J Ch"], key: Array, *, probability: float
-) -> Float[Array, "B I J Ch"]:
-    """Fills one rectangle of an image with standard normal noise, with the given probability.
+    images: Float[Array, "B I J X"], key: Array, *, probability: float
+) -> Float[Array, "B I J X"]:
+    """Fills one rectangle of each normalised image with standard normal noise, with `probability`.
 
     As timm's RandomErasing in mode pixel: of 10 draws (area share uniform in [0.02, 1/3], aspect
-    log-uniform in [0.3, 1/0.3]) the first that is smaller than the image in both directions is
-    taken; if there is none, nothing happens. For normalised images.
+    log-uniform in [0.3, 1/0.3]) the first one that is smaller than the image in both directions
+    counts; if there is none, the image stays as it is.
     """
     count, height, width, _ = images.shape
     keys = jax.random.split(key, 5)
-    tries = (count, 10)
-    area = height * width * jax.random.uniform(keys[0], tries, minval=0.02, maxval=1 / 3)
-    log_aspect = jax.random.uniform(keys[1], tries, minval=math.log(0.3), maxval=math.log(1 / 0.3))
+    # All ten draws at once instead of timm's loop, whose length depends on the data.
+    draws = (count, 10)
+    area = height * width * jax.random.uniform(keys[0], draws, minval=0.02, maxval=1 / 3)
+    log_aspect = jax.random.uniform(keys[1], draws, minval=math.log(0.3), maxval=math.log(1 / 0.3))
     tall = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect)))
     wide = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect)))
     fits = (tall < height) & (wide < width)
-    first = jnp.argmax(fits, axis=1, keepdims=True)
+    first = jnp.argmax(fits, axis=1, keepdims=True)  # 0 where none fits, masked below
     tall = jnp.take_along_axis(tall, first, axis=1)[:, 0]
     wide = jnp.take_along_axis(wide, first, axis=1)[:, 0]
     corner = jax.random.uniform(keys[2], (2, count))
     top = jnp.floor(corner[0] * (height - tall + 1))
     left = jnp.floor(corner[1] * (width - wide + 1))
-    erased = fits.any(axis=1) & jax.random.bernoulli(keys[3], probability, (count,))
+    erase = fits.any(axis=1) & jax.random.bernoulli(keys[3], probability, (count,))
     box = (top, top + tall, left, left + wide)
     inside = jax.vmap(lambda *edges: box_mask(edges, height, width))(*box)
+    # Noise for every pixel: a box of traced size has no static shape to draw.
     noise = jax.random.normal(keys[4], images.shape, images.dtype)
-    return jnp.where((inside & erased[:, None, None])[..., None], noise, images)
+    return jnp.where((inside & erase[:, None, None])[..., None], noise, images)
 
 
 def box_mask(box: tuple, height: int, width: int) -> Shaped[Array, "I J"]:
-    """True inside the box (top, bottom, left, right), half-open; its edges may be traced."""
+    """Returns True inside the half-open box (top, bottom, left, right); edges may be traced."""
     top, bottom, left, right = box
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside_rows = (rows >= top) & (rows < bottom)
@@ -232,30 +248,29 @@ def box_mask(box: tuple, height: int, width: int) -> Shaped[Array, "I J"]:
 
 
 def soft_targets(labels: Int[Array, "B"], count: int, smoothing: float) -> Float[Array, "B L"]:
-    """1 - smoothing + smoothing / L at the label, smoothing / L elsewhere; L = count."""
+    """Returns 1 - smoothing + smoothing / L at the label, smoothing / L elsewhere; L = count."""
     return jax.nn.one_hot(labels, count) * (1 - smoothing) + smoothing / count
 
 
 def mix_targets(targets: Float[Array, "B L"], lam: float | Float[Array, ""]) -> Float[Array, "B L"]:
-    """lam * y_b + (1 - lam) * y_{B-1-b}."""
+    """Returns lam * y_b + (1 - lam) * y_{B-1-b}."""
     return lam * targets + (1 - lam) * targets[::-1]
 
 
 def mixup(
-    images: Float[Array, "B I J Ch"], lam: float | Float[Array, ""]
-) -> Float[Array, "B I J Ch"]:
-    """lam * x_b + (1 - lam) * x_{B-1-b}: the partner is the same batch in reversed order."""
+    images: Float[Array, "B I J X"], lam: float | Float[Array, ""]
+) -> Float[Array, "B I J X"]:
+    """Returns lam * x_b + (1 - lam) * x_{B-1-b}: the partners are the batch in reversed order."""
     return lam * images + (1 - lam) * images[::-1]
 
 
 def cutmix_box(lam: float | Float[Array, ""], centre: tuple, *, height: int, width: int) -> tuple:
-    """The box (top, bottom, left, right), half-open, that cutmix pastes around `centre` (row,
-    column).
+    """Returns the half-open box (top, bottom, left, right) that cutmix pastes around `centre`.
 
-    Its sides are int(side * sqrt(1 - lam)) before it is clipped to the image; an odd side loses one
-    pixel, being laid out as centre -+ side // 2.
+    Its sides are int(side * sqrt(1 - lam)) before it is clipped to the image. It spans centre -
+    side // 2 to centre + side // 2, so an odd side loses one pixel. `centre` is (row, column).
     """
-    # A python lambda stays in double precision, as in the original; float32 can round another way.
+    # A Python float stays in double precision, as in the original; float32 can round differently.
     xp = jnp if isinstance(lam, jax.Array) else np
     ratio = xp.sqrt(1.0 - lam)
     edges = []
@@ -266,29 +281,31 @@ def cutmix_box(lam: float | Float[Array, ""], centre: tuple, *, height: int, wid
 
 
 def cutmix(
-    images: Float[Array, "B I J Ch"], lam: float | Float[Array, ""], centre: tuple
-) -> tuple[Float[Array, "B I J Ch"], float | Float[Array, ""]]:
+    images: Float[Array, "B I J X"], lam: float | Float[Array, ""], centre: tuple
+) -> tuple[Float[Array, "B I J X"], float | Float[Array, ""]]:
     """Pastes a box of x_{B-1-b} into x_b; returns the images and lambda = 1 - box area / (I J)."""
     height, width = images.shape[1:3]
     box = cutmix_box(lam, centre, height=height, width=width)
     inside = box_mask(box, height, width)[:, :, None]
+    # The box was rounded and clipped, so lambda is computed from its real area, not the drawn one.
     area = (box[1] - box[0]) * (box[3] - box[2])
     return jnp.where(inside, images[::-1], images), 1.0 - area / (height * width)
 
 
 def mix(
-    images: Float[Array, "B I J Ch"],
+    images: Float[Array, "B I J X"],
     labels: Int[Array, "B"],
     key: Array,
     *,
     config: AugmentConfig,
     labels_count: int,
-) -> tuple[Float[Array, "B I J Ch"], Float[Array, "B L"]]:
-    """Mixup or cutmix of a whole batch, and its soft targets (timm's Mixup, mode batch).
+) -> tuple[Float[Array, "B I J X"], Float[Array, "B L"]]:
+    """Applies mixup or cutmix to a whole batch and returns it with its soft targets (timm's Mixup,
+    mode batch).
 
-    One draw for the batch: whether to mix, which of the two, lambda ~ Beta(alpha, alpha), the
-    centre of the box. With both alphas 0 the images stay and the targets are the smoothed one-hot
-    labels.
+    All images share one draw of: mixing or not, mixup or cutmix, lambda ~ Beta(alpha, alpha), and
+    the centre of the box. With both alphas 0 the images stay and the targets are the smoothed
+    one-hot labels.
 
     Raises:
       ValueError: an odd batch where mixing is on.
@@ -304,36 +321,37 @@ def mix(
         )
     height, width = images.shape[1:3]
     apply_key, switch_key, mixup_key, cutmix_key, row_key, column_key = jax.random.split(key, 6)
-    applied = jax.random.bernoulli(apply_key, config.mix_probability)
+    # A batch that is not mixed has lambda 1, which leaves it exactly as it is; in cutmix that is an
+    # empty box.
+    apply = jax.random.bernoulli(apply_key, config.mix_probability)
 
-    def mixed_up(images):
+    def apply_mixup(images):
         lam = jax.random.beta(mixup_key, config.mixup, config.mixup)
-        lam = jnp.where(applied, lam, 1.0)
+        lam = jnp.where(apply, lam, 1.0)
         return mixup(images, lam), lam
 
-    def cut(images):
+    def apply_cutmix(images):
         lam = jax.random.beta(cutmix_key, config.cutmix, config.cutmix)
         row = jax.random.randint(row_key, (), 0, height)
         column = jax.random.randint(column_key, (), 0, width)
-        # lambda 1 is an empty box.
-        return cutmix(images, jnp.where(applied, lam, 1.0), (row, column))
+        return cutmix(images, jnp.where(apply, lam, 1.0), (row, column))
 
     if config.mixup > 0 and config.cutmix > 0:
-        switched = jax.random.bernoulli(switch_key, config.switch)
-        images, lam = jax.lax.cond(switched, cut, mixed_up, images)
+        use_cutmix = jax.random.bernoulli(switch_key, config.switch)
+        images, lam = jax.lax.cond(use_cutmix, apply_cutmix, apply_mixup, images)
     else:
-        images, lam = cut(images) if config.cutmix > 0 else mixed_up(images)
+        images, lam = apply_cutmix(images) if config.cutmix > 0 else apply_mixup(images)
     return images, mix_targets(targets, lam)
 
 
 def draw_mix(
     rng: np.random.RandomState, config: AugmentConfig, *, height: int, width: int
 ) -> tuple[bool, float, tuple[int, int] | None]:
-    """(whether cutmix, lambda, centre or None) as the original draws them from numpy's generator.
+    """Draws (use cutmix, lambda, centre or None) from numpy's generator as the original does.
 
-    The order of draws is timm's Mixup._params_per_batch and rand_bbox: whether to mix, which,
-    lambda, then for cutmix the centre's row and column. Nothing is drawn that the case does not
-    need.
+    The order of draws is that of timm's Mixup._params_per_batch and rand_bbox: mixing or not, mixup
+    or cutmix, lambda, then for cutmix the centre's row and column. Draws that a case does not need
+    are left out, as they are there.
     """
     use_cutmix, lam = False, 1.0
     if (config.mixup > 0 or config.cutmix > 0) and rng.rand() < config.mix_probability:

@@ -1,4 +1,4 @@
-"""scikit-learn's digits as arrays, and renditions of them that are drawn otherwise."""
+"""scikit-learn's digits as arrays, and renditions of them in other styles."""
 
 import functools
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from PIL import Image, ImageFilter
 Picture = UInt8[np.ndarray, "I J"]
 
 NAMES = tuple("0123456789")
-TEST = 360  # the last ones of 1,797
+TEST = 360  # the last 360 of 1,797
 SPLITS = {"train": slice(None, -TEST), "test": slice(-TEST, None)}
 
 SIDE = 8
-FINE = 8  # strokes are one or two pixels wide: they are turned and thickened in eighths of a pixel
-# A 6 and a 9 are each other's rotation: with a turn on top it is less clear which is meant.
+FINE = 8  # strokes are one or two pixels wide: they are rotated and thickened at 8 times the size
+# Without 6 and 9, which are rotations of each other: a further turn makes them ambiguous.
 RENDERED = tuple("01234578")
 
 
-def load_split(split: str) -> tuple[UInt8[np.ndarray, "N I J 1"], Int32[np.ndarray, "N"]]:
-    """Images and labels of "train" (1,437) or "test" (360), read-only, labels as in NAMES.
+def load_split(split: str) -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, "B"]]:
+    """Returns images and labels of "train" (1,437) or "test" (360), read-only, labels as in NAMES.
 
     The set's values 0 to 16 are stretched to 0 to 255 (v * 255 / 16, rounded).
     """
@@ -29,48 +29,50 @@ def load_split(split: str) -> tuple[UInt8[np.ndarray, "N I J 1"], Int32[np.ndarr
 
 
 @functools.cache
-def load_renditions() -> tuple[UInt8[np.ndarray, "N I J 1"], Int32[np.ndarray, "N"]]:
-    """Every test image of the classes RENDERED in every one of RENDITIONS, one rendition after the
-    other; read-only, labels as in RENDERED."""
+def load_renditions() -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, "B"]]:
+    """Returns every test image of the classes RENDERED in each of RENDITIONS, with its label.
+
+    Images are sorted by rendition; the arrays are read-only, labels as in RENDERED.
+    """
     images, labels = load_split("test")
     label_of = np.full(len(NAMES), -1, np.int32)
     label_of[[NAMES.index(name) for name in RENDERED]] = np.arange(len(RENDERED))
-    kept = label_of[labels] >= 0
-    rendered = [render(image) for render in RENDITIONS.values() for image in images[kept, ..., 0]]
+    usable = label_of[labels] >= 0
+    rendered = [render(image) for render in RENDITIONS.values() for image in images[usable, ..., 0]]
     renditions = np.stack(rendered)[..., None]
-    labels = np.tile(label_of[labels[kept]], len(RENDITIONS))
+    labels = np.tile(label_of[labels[usable]], len(RENDITIONS))
     renditions.flags.writeable = labels.flags.writeable = False
     return renditions, labels
 
 
 @functools.cache
 def _all_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Read once a process: parsing them takes longer than a short run."""
+    """Loads the set once per process: parsing it takes longer than a short run."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = np.round(found.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = found.target.astype(np.int32)
+    dataset = load_digits()
+    images = np.round(dataset.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = dataset.target.astype(np.int32)
     images.flags.writeable = labels.flags.writeable = False
     return images, labels
 
 
-def inverted(image: Picture) -> Picture:
+def invert(image: Picture) -> Picture:
     return 255 - image
 
 
-def turned(image: Picture, *, degrees: float) -> Picture:
-    """Turned about the centre, counter-clockwise if positive; black comes in at the corners."""
+def rotate(image: Picture, *, degrees: float) -> Picture:
+    """Rotates about the centre, counter-clockwise if positive, with black corners."""
     return _coarse(_fine(image).rotate(degrees, Image.Resampling.BILINEAR))
 
 
-def thickened(image: Picture) -> Picture:
-    """Every stroke grows by 3/8 of a pixel to all sides (grey-scale dilation)."""
+def thicken(image: Picture) -> Picture:
+    """Grows every stroke by 3/8 of a pixel on all sides (grey-scale dilation)."""
     return _coarse(_fine(image).filter(ImageFilter.MaxFilter(7)))
 
 
-def thinned(image: Picture) -> Picture:
-    """Every stroke shrinks by 3/8 of a pixel from all sides (grey-scale erosion)."""
+def thin(image: Picture) -> Picture:
+    """Shrinks every stroke by 3/8 of a pixel on all sides (grey-scale erosion)."""
     return _coarse(_fine(image).filter(ImageFilter.MinFilter(7)))
 
 
@@ -83,9 +85,9 @@ def _coarse(image: Image.Image) -> Picture:
 
 
 RENDITIONS: dict[str, Callable[[Picture], Picture]] = {
-    "inverted": inverted,
-    "turned left": functools.partial(turned, degrees=25.0),
-    "turned right": functools.partial(turned, degrees=-25.0),
-    "thickened": thickened,
-    "thinned": thinned,
+    "inverted": invert,
+    "turned left": functools.partial(rotate, degrees=25.0),
+    "turned right": functools.partial(rotate, degrees=-25.0),
+    "thickened": thicken,
+    "thinned": thin,
 }

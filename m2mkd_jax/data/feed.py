@@ -1,5 +1,5 @@
-"""A run's data: training batches from any step on, evaluation passes, and what the device does to
-a batch."""
+"""A run's data: training batches from any step on, evaluation passes, and the batch's preparation
+on the device."""
 
 import dataclasses
 import functools
@@ -21,16 +21,16 @@ Batches = Iterator[dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Where a run's batches come from.
+    """The batches of a run.
 
     Attributes:
-      batches: first step -> training batches of "image" uint8 (B, I, J, channels) and "label"
-        int32 (B) from there on.
+      batches: returns the training batches from a step on, of "image" uint8 (B, I, J, X) and
+        "label" int32 (B).
       evaluation: starts a pass over the test set, padded, with "_mask".
       steps_per_epoch: whole batches in the training set.
       label_names: name of every class.
-      ood: starts a pass over the OOD set, as `evaluation` does; None where there is none.
-      ood_classes: the training set's class that each label of the OOD set means.
+      ood: starts a pass over the OOD set, as `evaluation` does; None without such a set.
+      ood_classes: the training set's class for each label of the OOD set.
     """
 
     batches: Callable[[int], Batches]
@@ -53,19 +53,19 @@ def make_feed(
     test: Source | None = None,
     ood: OodConfig | None = None,
 ) -> Feed:
-    """The feed of `data`, or of the sources that are given in place of its splits.
+    """Makes the feed of `data`, or of sources that replace its splits.
 
     Args:
       data, augmentation: config sections.
-      batch: training examples a step, over all hosts.
+      batch: training examples per step, over all hosts.
       micro_batch: examples that are on the devices at once, in training and evaluation.
       seed: of the order and of the host's transforms.
-      workdir: gets bad_examples.jsonl when an image cannot be read.
-      train, test: sources in place of the splits.
+      workdir: folder of bad_examples.jsonl, which lists images that cannot be read.
+      train, test: sources that replace the splits.
       ood: config section of the OOD set; None for none.
 
     Raises:
-      FileNotFoundError, ValueError: when the data is not there or does not fit, see `load_source`,
+      FileNotFoundError, ValueError: when the data is missing or does not fit, see `load_source`,
         `load_test_source` and `load_ood`.
     """
     train = load_source(data, data.train_split) if train is None else train
@@ -89,10 +89,10 @@ def make_feed(
     passes = functools.partial(inputs.eval_batches, batch=micro_batch, **shared)
     ood_pass, ood_classes = None, ()
     if ood is not None:
-        found = load_ood(data, ood, label_names=tuple(train.label_names))
-        ood_transform = eval_transform(found.data, arrays=found.source.arrays)
-        ood_pass = functools.partial(passes, found.source, transform=ood_transform)
-        ood_classes = found.classes
+        ood_set = load_ood(data, ood, label_names=tuple(train.label_names))
+        ood_transform = eval_transform(ood_set.data, arrays=ood_set.source.arrays)
+        ood_pass = functools.partial(passes, ood_set.source, transform=ood_transform)
+        ood_classes = ood_set.classes
     return Feed(
         batches=lambda start: batches(start_step=start),
         evaluation=functools.partial(
@@ -106,7 +106,7 @@ def make_feed(
 
 
 def batch_shapes(data: DataConfig, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `batch` training examples, over all hosts."""
+    """Returns shapes and dtypes of `batch` training examples, over all hosts."""
     side = data.image_size
     return {
         "image": jax.ShapeDtypeStruct((batch, side, side, data.channels), np.uint8),
@@ -119,11 +119,11 @@ def prepare_training(
     rngs: Mapping[str, jax.Array],
     data: DataConfig,
     augmentation: AugmentConfig,
-) -> tuple[Float[Array, "B I J Ch"], Float[Array, "B L"]]:
-    """Images and soft targets of a training batch: augmented, normalised and mixed on the device.
+) -> tuple[Float[Array, "B I J X"], Float[Array, "B L"]]:
+    """Augments, normalises and mixes a training batch; returns its images and soft targets.
 
     Draws from the streams "augment" and "mix". Without mixing the targets are smoothed one-hot
-    vectors, whose cross entropy is the smoothed one.
+    vectors, whose cross entropy is the label-smoothed one.
     """
     images = augment(
         batch["image"], rngs["augment"], config=augmentation, mean=data.mean, std=data.std
@@ -131,8 +131,6 @@ def prepare_training(
     return mix(images, batch["label"], rngs["mix"], config=augmentation, labels_count=data.labels)
 
 
-def prepare_evaluation(
-    batch: Mapping[str, jax.Array], data: DataConfig
-) -> Float[Array, "B I J Ch"]:
-    """Images of an evaluation batch, normalised."""
+def prepare_evaluation(batch: Mapping[str, jax.Array], data: DataConfig) -> Float[Array, "B I J X"]:
+    """Returns the normalised images of an evaluation batch."""
     return normalise(batch["image"], mean=data.mean, std=data.std)

@@ -1,5 +1,4 @@
-"""Choosing the classes and examples of a few-shot task, exactly as the originals' seeds choose
-them."""
+"""The choice of a few-shot task's classes and examples, the same as the originals' for a seed."""
 
 import dataclasses
 import random
@@ -12,9 +11,9 @@ class Episode:
     """One side (training or validation) of a few-shot task.
 
     Attributes:
-      classes: the chosen classes, in the order they were drawn.
-      indices: [ways * shots] places in the labels that were given, shuffled.
-      labels: [ways * shots] int32: the rank of each example's class among the chosen, in [0, ways).
+      classes: the chosen classes, in the order of their draw.
+      indices: [ways * shots] places in the labels of the split, shuffled.
+      labels: [ways * shots] int32: rank of each example's class among `classes`, in [0, ways).
     """
 
     classes: tuple[int, ...]
@@ -31,13 +30,13 @@ def choose_episode(
     labels_count: int,
     eligible: np.ndarray | None = None,
 ) -> Episode:
-    """`shots` examples of each of `ways` classes out of `labels_count`.
+    """Chooses `shots` examples of each of `ways` classes out of `labels_count`.
 
     The classes come from the standard library's generator, the examples from numpy's legacy one,
-    both seeded with `seed`: for each class in drawn order a permutation of its places, of which the
-    first `shots` are kept; then a permutation of all. So two calls with one seed choose the same
-    classes, whatever the shots. (CifarFS and Cub2011 of the original's timm/data; there seed 0 is
-    no seed at all, here it is one like any other.)
+    both seeded with `seed`: for each class, in the order of the draw, the first `shots` of a
+    permutation of its places; then a permutation of all. Two calls with one seed therefore choose
+    the same classes for any number of shots. (CifarFS and Cub2011 of the original's timm/data,
+    where seed 0 means no seed; here it is an ordinary one.)
 
     Args:
       labels: [n] class of each example, from 0.
@@ -78,11 +77,11 @@ def choose_task(
     labels_count: int,
     validate_on_train: bool = False,
 ) -> tuple[Episode, Episode]:
-    """Training and validation episodes of the same classes.
+    """Chooses training and validation episodes of the same classes.
 
     The validation examples come from the test split. `validate_on_train` takes them from the
-    training split, as the original does for CIFAR-100: being seeded alike, they then contain every
-    training example. Only for comparing with its published numbers.
+    training split, as the original does for CIFAR-100: with the same seed they then contain every
+    training example. It serves only to compare with the published numbers.
     """
     train = choose_episode(
         train_labels, ways=ways, shots=shots, seed=seed, labels_count=labels_count

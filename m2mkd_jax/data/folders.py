@@ -1,6 +1,6 @@
-"""Image files in folders and zips, one class a folder, and Tiny-ImageNet with its lists.
+"""Image files in folders and zips, one folder per class, and Tiny-ImageNet with its lists.
 
-A split is listed without reading an image. Messages call the place `config.data.path`.
+A split is listed without reading an image. Messages name the location as `config.data.path`.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ Files = DirectoryFiles | ZipFiles
 
 
 class FolderSource:
-    """Image files with labels, decoded when asked for.
+    """Image files with labels, decoded on access.
 
     Attributes:
-      side: resizes each whole picture to this square (bicubic) unless it has that size; None leaves
-        it as it is.
+      side: resizes each whole picture to a square of this side (bicubic) unless it has that size;
+        None leaves it as it is.
     """
 
     arrays = None
@@ -64,15 +64,19 @@ class FolderSource:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """What to look for when image `index` is bad."""
+        """Returns the path of image `index`, for messages."""
         return printable(f"{self.files.root}/{self.files.names[index]}")
 
     def __getitem__(self, index: int) -> Example:
-        """{"image": uint8 [I, J, Ch] at the file's own size, "label": int32}, or BadExample."""
+        """Returns {"image": uint8 [I, J, X] at the file's own size, "label": int32}.
+
+        Raises:
+          BadExample: an image that cannot be read.
+        """
         return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
 
     def picture(self, index: int) -> Image.Image:
-        """The image before its pixels are copied out of PIL, or BadExample."""
+        """Returns the decoded PIL image, whose pixels are not copied yet; raises BadExample."""
         try:
             picture = decode_picture(self.files.read(index), self.channels)
         except (OSError, ValueError) as error:
@@ -83,26 +87,27 @@ class FolderSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A split's images: `labels` [n] int32 are places in `label_names`."""
+class SplitFiles:
+    """The image files of a split; `labels` [n] int32 are places in `label_names`."""
 
     files: Files
     labels: np.ndarray
     label_names: tuple[str, ...]
 
 
-def find_folder(path: str, split: str) -> Found:
-    """The images below PATH/SPLIT/CLASS/, where PATH is a directory, an uncompressed zip of the
-    same tree, or a directory of such zips, PATH/SPLIT.zip, with SPLIT/CLASS/ or CLASS/ inside;
-    classes are the folder names, sorted. An empty `split` means PATH/CLASS/.
+def find_folder(path: str, split: str) -> SplitFiles:
+    """Lists the images below PATH/SPLIT/CLASS/; classes are the folder names, sorted.
+
+    PATH is a directory, an uncompressed zip of the same tree, or a directory of such zips,
+    PATH/SPLIT.zip, with SPLIT/CLASS/ or CLASS/ inside. An empty `split` means PATH/CLASS/.
 
     Raises:
-      FileNotFoundError: no such path, split, or no image in it.
+      FileNotFoundError: no such path or split, or no image in it.
       ValueError: an empty class folder, images without class folders, classes that share a folder,
         a compressed or broken zip.
     """
-    root = existing(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
-    split = "/".join(Path(split).parts)  # as names of files begin, without a slash at the end
+    root = require_path(path, "the folder or zip that holds SPLIT/CLASS/*.jpg")
+    split = "/".join(Path(split).parts)  # a prefix of file names, without a trailing slash
     packed = root / f"{split}.zip"
     if root.is_dir() and not (root / split).is_dir() and packed.is_file():
         root = packed
@@ -114,20 +119,21 @@ def find_folder(path: str, split: str) -> Found:
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.array([label_of[name.split("/")[depth]] for name in files.names], np.int32)
     require_filled(labels, classes, at=at, way_out="fill or remove the folder")
-    return Found(files, labels, tuple(classes))
+    return SplitFiles(files, labels, tuple(classes))
 
 
-def find_tiny_imagenet(path: str, split: str) -> Found:
-    """Tiny-ImageNet-200 as it is published: `wnids.txt`, `train/WNID/images/*.JPEG`,
-    `val/images/*.JPEG` and `val/val_annotations.txt`; classes are the wnids, sorted.
+def find_tiny_imagenet(path: str, split: str) -> SplitFiles:
+    """Lists the images of Tiny-ImageNet-200 in its published layout.
 
-    An annotated file that is missing is a BadExample when asked for.
+    That is `wnids.txt`, `train/WNID/images/*.JPEG`, `val/images/*.JPEG` and
+    `val/val_annotations.txt`; classes are the wnids, sorted. An annotated file that is missing
+    raises BadExample on access.
 
     Raises:
-      FileNotFoundError: no such path, or a list that is missing.
-      ValueError: another split than train and val, a class that wnids.txt lacks, or one twice.
+      FileNotFoundError: no such path, or a missing list.
+      ValueError: a split other than train and val, a class that wnids.txt lacks, or a duplicate.
     """
-    root = existing(path, "the folder tiny-imagenet-200 that holds wnids.txt")
+    root = require_path(path, "the folder tiny-imagenet-200 that holds wnids.txt")
     if split not in ("train", "val"):
         raise ValueError(
             f"'tiny_imagenet' has no split {split!r} with labels, only train and val; correct "
@@ -144,14 +150,14 @@ def find_tiny_imagenet(path: str, split: str) -> Found:
                 f"wnids.txt: {listed(missing)}; unpack tiny-imagenet-200.zip again"
             )
     else:
-        rows = _annotated(root / split)
+        rows = _read_annotations(root / split)
     labels = label_rows(rows, wnids, at=f"{root / 'wnids.txt'}, which lacks classes of {split!r}")
     require_filled(labels, wnids, at=f"{root}, split {split!r}", way_out="unpack it again")
-    return Found(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, tuple(wnids))
+    return SplitFiles(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, tuple(wnids))
 
 
-def _annotated(folder: Path) -> list[tuple[str, str]]:
-    """(file, wnid) of the lines of val_annotations.txt."""
+def _read_annotations(folder: Path) -> list[tuple[str, str]]:
+    """Returns (file, wnid) of each line of val_annotations.txt, sorted."""
     path, rows = folder / "val_annotations.txt", []
     if not path.is_file():
         raise FileNotFoundError(
@@ -168,10 +174,10 @@ def _annotated(folder: Path) -> list[tuple[str, str]]:
 
 
 def label_rows(rows: Sequence[tuple[str, object]], classes: Sequence, *, at: str) -> np.ndarray:
-    """[n] int32: the place in `classes` of the class of each row (file, class).
+    """Returns the place in `classes` of the class of each row (file, class), [n] int32.
 
     Raises:
-      ValueError: a class that is none of them.
+      ValueError: a class that is not among them.
     """
     place = {name: label for label, name in enumerate(classes)}
     unknown = sorted({str(name) for _, name in rows if name not in place})
@@ -198,33 +204,33 @@ def require_filled(labels: np.ndarray, classes: Sequence[str], *, at: str, way_o
 
 
 def require_distinct(names: Iterable[str], *, at: str) -> None:
-    """Raises ValueError where a name is there twice."""
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    """Raises ValueError where a name occurs twice."""
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
         raise ValueError(
-            f"{at}: these names stand there more than once: {listed(twice)}; make "
+            f"{at}: these names occur more than once: {listed(duplicates)}; make "
             "them distinct or remove the copies"
         )
 
 
 def read_names(path: Path) -> list[str]:
-    """The lines of a class list: one name a line, empty lines left out.
+    """Returns the names of a class list, one per line, without empty lines.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not UTF-8, no name, or a name twice.
+      ValueError: not UTF-8, no name, or a name that occurs twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}, the list of class names, is missing")
     names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
-        raise ValueError(f"{path} names no class; one name a line is expected")
+        raise ValueError(f"{path} names no class; one name per line is expected")
     require_distinct(names, at=str(path))
     return names
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; ValueError where it is not UTF-8."""
+    """Returns the text of a UTF-8 file; raises ValueError where it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -235,7 +241,7 @@ def read_text(path: Path) -> str:
 
 
 def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
-    """The items, with a bar on a terminal and a log line every LOG_SECONDS elsewhere."""
+    """Yields the items, with a bar on a terminal and a log line every LOG_SECONDS elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm.tqdm(items, total=total, desc=title)
         return
@@ -247,16 +253,16 @@ def progress(items: Iterable[T], *, total: int, title: str) -> Iterator[T]:
         yield item
 
 
-def existing(path: str, what: str) -> Path:
-    """`path`; FileNotFoundError, asking for `what`, where it is not there."""
+def require_path(path: str, what: str) -> Path:
+    """Returns `path`; raises FileNotFoundError, which asks for `what`, where it does not exist."""
     root = Path(os.path.expanduser(path))
     if not path:
         raise FileNotFoundError(f"config.data.path={path!r} is empty; give {what}")
     if not os.path.exists(root):
-        above = next(folder for folder in root.absolute().parents if folder.is_dir())
-        beside = listed(p.name for p in above.iterdir()) or "nothing"
-        there = "beside it" if above == root.absolute().parent else f"in {str(above)!r}"
+        parent = next(folder for folder in root.absolute().parents if folder.is_dir())
+        entries = listed(p.name for p in parent.iterdir()) or "nothing"
+        where = "beside it" if parent == root.absolute().parent else f"in {str(parent)!r}"
         raise FileNotFoundError(
-            f"config.data.path={path!r} does not exist; give {what}; {there}: {beside}"
+            f"config.data.path={path!r} does not exist; give {what}; {where}: {entries}"
         )
     return root

@@ -19,14 +19,14 @@ from m2mkd_jax.data.subsets import Subset, match_classes
 
 @dataclasses.dataclass(frozen=True)
 class OodConfig(Section):
-    """`config.ood`: the test set. Everything else about its images stands in config.data.
+    """`config.ood`: the OOD test set. All other settings of its images are those of config.data.
 
     Attributes:
       source: a key of SOURCES; "" for no such set.
       path: as config.data.path.
       split: folder name under `path`; of `digits_r`, `imagenet_r` and `tiny_imagenet_r`: "test".
       name: of `tfds`, as config.data.name.
-      classes: a file of class names, one a line: the classes to test on; "" for all. Where it is
+      classes: a file with the names of the classes to test on, one per line; "" for all. If it is
         empty, `tiny_imagenet_r` leaves out the classes that the training set lacks.
     """
 
@@ -44,7 +44,7 @@ class OodSet:
     Attributes:
       source: its examples; label i is its i-th class.
       data: config.data with the set's own source, path and split.
-      classes: the training set's number of each of its classes.
+      classes: the training set's label of each of its classes.
     """
 
     source: Source
@@ -52,7 +52,7 @@ class OodSet:
     classes: tuple[int, ...]
 
 
-# What loaders call the keys that an OOD set has of its own.
+# Loaders name keys of config.data in their messages; an OOD set has its own for these.
 OWN_KEYS = {
     "config.data.train_split or config.data.test_split": "config.ood.split",
     "config.data.path": "config.ood.path",
@@ -62,16 +62,16 @@ OWN_KEYS = {
 
 
 def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) -> OodSet:
-    """The set of `ood`, which must name a source.
+    """Loads the set of `ood`, which must name a source.
 
     Args:
       data: size, channels and reading of its images.
-      ood: where they are.
+      ood: their location.
       label_names: names of the training set's classes.
 
     Raises:
       FileNotFoundError: no such path, split or class list.
-      ValueError: the images do not fit config.data, or a class is none of the training set's.
+      ValueError: the images do not fit config.data, or a class is not one of the training set's.
     """
     with renamed(OWN_KEYS), under("config.data"):
         own = dataclasses.replace(
@@ -80,7 +80,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             path=ood.path,
             name=ood.name,
             test_split=ood.split,
-            per_class=0,  # taken for any split that has the training split's name
+            per_class=0,  # would apply where the split has the name of the training split
             test_per_class=0,
         )
         source = open_source(own, ood.split)
@@ -97,19 +97,20 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
 
 
 def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str]) -> Source:
-    """The examples of the classes that `ood` tests on; all of them where it names none.
+    """Returns the examples of the classes that `ood` tests on; all where it names none.
 
     Raises:
       FileNotFoundError: no such class list.
-      ValueError: the list is broken or names a class that the set lacks.
+      ValueError: the list is malformed or names a class that the set lacks.
     """
     names = source.label_names
     if ood.classes:
         chosen = set(read_names(Path(os.path.expanduser(ood.classes))))
-        if lost := chosen - set(names):
+        if unknown := chosen - set(names):
             raise ValueError(
-                f"config.ood.classes={ood.classes!r} names {len(lost)} classes that "
-                f"config.ood.path={ood.path!r} lacks: {listed(lost)}; correct the list or the path"
+                f"config.ood.classes={ood.classes!r} names {len(unknown)} classes that "
+                f"config.ood.path={ood.path!r} lacks: {listed(unknown)}; correct the list or the "
+                "path"
             )
     elif ood.source == "tiny_imagenet_r":
         chosen = set(names) & set(base_names)
@@ -117,8 +118,8 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     else:
         return source
     if not chosen or len(chosen) == len(names):
-        return source  # where none is chosen, match_classes says so
-    kept = [label for label, name in enumerate(names) if name in chosen]
-    indices = np.flatnonzero(np.isin(source.labels, kept))
-    labels = np.searchsorted(kept, source.labels[indices]).astype(np.int32)
-    return Subset(source, indices, labels, tuple(names[label] for label in kept))
+        return source  # where none is chosen, match_classes raises an error
+    old_labels = [label for label, name in enumerate(names) if name in chosen]
+    indices = np.flatnonzero(np.isin(source.labels, old_labels))
+    labels = np.searchsorted(old_labels, source.labels[indices]).astype(np.int32)
+    return Subset(source, indices, labels, tuple(names[label] for label in old_labels))

@@ -1,7 +1,7 @@
 """RandAugment with PIL: timm's policy `rand-m9-mstd0.5-inc1` and its 15 "increasing" operations.
 
 Each operation takes (image, argument, fill); `level_argument` turns a magnitude in [0, 10] into the
-argument. The geometric ones resample bicubically and fill what comes into the picture.
+argument. The geometric ones resample bicubically and paint uncovered pixels in `fill`.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def invert(image: Image.Image, argument: None = None, fill: Fill = FILL) -> Imag
 
 
 def rotate(image: Image.Image, argument: float, fill: Fill = FILL) -> Image.Image:
-    """Turns by `argument` degrees, counter-clockwise if positive, about the centre."""
+    """Rotates by `argument` degrees about the centre, counter-clockwise if positive."""
     return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=_fill(image, fill))
 
 
@@ -124,7 +124,7 @@ OPERATIONS: dict[str, Callable[..., Image.Image]] = {
 
 NAMES = tuple(OPERATIONS)
 
-# (magnitude / 10, negative) -> argument; operations without one take None.
+# From (magnitude / 10, negative) to the argument; operations without one get None.
 ARGUMENTS: dict[str, Callable[[float, bool], Argument]] = {
     "AutoContrast": lambda share, negative: None,
     "Equalize": lambda share, negative: None,
@@ -145,14 +145,15 @@ ARGUMENTS: dict[str, Callable[[float, bool], Argument]] = {
 
 
 def level_argument(name: str, magnitude: float, negative: bool) -> Argument:
-    """The argument of operation `name` at a magnitude in [0, 10]; `negative` turns the sign of
-    those that have two directions.
+    """Returns the argument of operation `name` at a magnitude in [0, 10].
+
+    `negative` flips the sign of operations that have two directions.
 
     Raises:
       ValueError: no operation of that name.
     """
     if name not in ARGUMENTS:
-        raise ValueError(f"{name!r} is no operation of RandAugment; take one of {list(ARGUMENTS)}")
+        raise ValueError(f"{name!r} is no operation of RandAugment; use one of {list(ARGUMENTS)}")
     return ARGUMENTS[name](magnitude / LARGEST, negative)
 
 
@@ -170,7 +171,7 @@ def randaugment(
     The magnitude of each is Normal(magnitude, magnitude_std), clipped to [0, 10]; its sign is
     negative half the time. (timm's RandAugment, auto_augment.py.)
     """
-    # Two calls for all draws: each takes microseconds.
+    # Two calls for all draws, since each call costs microseconds.
     draws, levels = rng.random((operations, 3)).tolist(), rng.standard_normal(operations).tolist()
     for (choice, applied, sign), level in zip(draws, levels, strict=True):
         if applied >= probability:

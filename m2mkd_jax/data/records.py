@@ -1,7 +1,6 @@
-"""Sets whose labels stand in records and not in folder names: TFDS's ArrayRecords, and
-iNaturalist's json files.
+"""Sets with labels in records, not in folder names: TFDS's ArrayRecords and iNaturalist's JSON.
 
-Reading ArrayRecords needs the package tensorflow_datasets (`pip install -e '.[tfds]'`) and no
+Reading ArrayRecords needs the package tensorflow_datasets (`pip install -e '.[tfds]'`) but not
 TensorFlow; preparing them needs both (tools/prepare_data.py).
 """
 
@@ -24,30 +23,30 @@ from common_jax.inputs.pictures import decode_picture, pixels_of
 from common_jax.untrusted import brief, read_npz
 from common_jax.workdir import write_bytes
 from m2mkd_jax.data.folders import (
-    Found,
-    existing,
+    SplitFiles,
     label_rows,
     progress,
     read_text,
     require_distinct,
     require_filled,
+    require_path,
 )
 from m2mkd_jax.data.listing import DirectoryFiles, listed
 
 CHUNK = 256  # records that a thread reads at a time
-SAMPLE = 2**16  # bytes of a file that its fingerprint looks at
+SAMPLE = 2**16  # bytes of a file that enter its fingerprint
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class RecordSource:
-    """Images of TFDS ArrayRecords, read and decoded when asked for.
+    """Images of TFDS ArrayRecords, read and decoded on access.
 
     Attributes:
       folder: the prepared set, with dataset_info.json and features.json.
-      split: as TFDS names it, such as "train" or "train[:10%]".
+      split: in TFDS's notation, such as "train" or "train[:10%]".
       labels: [len] int32.
       label_names: of the feature `label`.
-      shards: the files that the split is of.
+      shards: the files of the split.
     """
 
     arrays = None
@@ -59,65 +58,71 @@ class RecordSource:
         builder = open_builder(folder)
         instructions = _instructions(builder, folder, split)
         self.shards = tuple(str(part.filename) for part in instructions)
+        # A split such as "train[:10%]" may start and stop inside a file; these only serve messages.
         self._skips = np.array([part.skip for part in instructions])
         self._ends = np.cumsum([part.take for part in instructions])
         if not self.shards:
-            raise ValueError(f"{folder}, split {split!r} has no records; take another split")
+            raise ValueError(f"{folder}, split {split!r} has no records; use another split")
         self.label_names = tuple(builder.info.features["label"].names)
         self._opened: tuple[int, Any] | None = None
         self.labels = _split_labels(builder, folder, split)
 
     def __getstate__(self) -> dict:
+        # Open readers cannot be pickled; a worker process opens its own.
         return vars(self) | {"_opened": None}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def name(self, index: int) -> str:
-        """What to look for when image `index` is bad: a file, and the record's number in it."""
+        """Returns file and record number of image `index`, for messages."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         before = int(self._ends[shard - 1]) if shard else 0
         return f"{self.shards[shard]}, record {index - before + int(self._skips[shard])}"
 
     def __getitem__(self, index: int) -> Example:
-        """{"image": uint8 [I, J, Ch] at its own size, "label": int32}, or BadExample."""
+        """Returns {"image": uint8 [I, J, X] at its own size, "label": int32}.
+
+        Raises:
+          BadExample: a record that cannot be read.
+        """
         return {"image": pixels_of(self.picture(index)), "label": self.labels[index]}
 
     def picture(self, index: int) -> Image.Image:
-        """The image before its pixels are copied out of PIL, or BadExample."""
+        """Returns the decoded PIL image, whose pixels are not copied yet; raises BadExample."""
         try:
             content = self._records[index]["image"]
-            # Of a file that was cut off, array_record returns records without content.
+            # array_record returns None for records beyond the end of a truncated file.
             return decode_picture(content or b"", self.channels)
         except (RuntimeError, OSError, ValueError) as error:
             raise BadExample(self.name(index), f"{type(error).__name__}: {error}") from error
 
     @property
     def _records(self) -> Any:
-        # Readers have threads of their own, which do not live on in a forked process.
+        # Readers have threads of their own, which a forked process does not inherit.
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = os.getpid(), _open_records(open_builder(self.folder), self.split)
         return self._opened[1]
 
 
 def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSource:
-    """A split of a set that TFDS prepared as ArrayRecords.
+    """Opens a split of a set that TFDS prepared as ArrayRecords.
 
-    Its labels are read from `labels-SPLIT.npz` in the set's folder, as tools/prepare_data.py writes
-    it. Where that is missing or of other records, every record is read once and the file is
-    written, if the folder lets it.
+    Its labels are read from `labels-SPLIT.npz` in the set's folder, which tools/prepare_data.py
+    writes. If that is missing or belongs to other records, every record is read once and the file
+    is written, unless the folder is read-only.
 
     Args:
       path: TFDS's data_dir, or the folder of a prepared version where `name` is empty.
       name: of the set in the data_dir, such as "imagenet2012", "imagenet2012:5.1.0" or
-        "cifar10_1/v4"; the latest version unless it says one.
-      split: as TFDS names it.
+        "cifar10_1/v4"; without a version, the latest one.
+      split: in TFDS's notation.
       channels: 1 (grey) or 3 (RGB).
 
     Raises:
       ImportError: no tensorflow_datasets.
-      FileNotFoundError: no such folder, set, version or split, with what is there.
-      ValueError: no ArrayRecords, no image and label; labels outside the range, empty classes.
+      FileNotFoundError: no such folder, set, version or split; the message lists those present.
+      ValueError: no ArrayRecords, no image or label; labels out of range, empty classes.
     """
     folder = find_prepared(path, name)
     source = RecordSource(folder, split, channels=channels)
@@ -125,18 +130,19 @@ def load_records(path: str, name: str, split: str, *, channels: int) -> RecordSo
     require_distinct(source.label_names, at=f"{folder}, names of the feature label")
     places = set(range(len(source.label_names)))
     present = set(source.labels.tolist())
+    # Part of a split may well miss a class, and a label out of range would not be a subset.
     if "[" in split and present < places:
         logging.warning("%s has no image for %d classes", at, len(places - present))
     else:
-        require_filled(source.labels, source.label_names, at=at, way_out="take another split")
+        require_filled(source.labels, source.label_names, at=at, way_out="use another split")
     return source
 
 
 def find_prepared(path: str, name: str) -> epath.Path:
-    """The folder of one prepared version; arguments as in `load_records`.
+    """Returns the folder of one prepared version; arguments as in `load_records`.
 
     Raises:
-      FileNotFoundError: it is not there.
+      FileNotFoundError: no such folder.
     """
     root = epath.Path(path).expanduser()
     base, _, version = name.partition(":")
@@ -146,9 +152,9 @@ def find_prepared(path: str, name: str) -> epath.Path:
         "correct config.data.path and config.data.name"
     )
     if not path or not folder.is_dir():
-        there = _folders(root) if path and root.is_dir() else "no such folder"
+        present = _folders(root) if path and root.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"config.data.path={path!r} has no set config.data.name={name!r} (there: {there}); "
+            f"config.data.path={path!r} has no set config.data.name={name!r} (there: {present}); "
             f"{way_out}"
         )
     if version:
@@ -156,10 +162,11 @@ def find_prepared(path: str, name: str) -> epath.Path:
     elif not (folder / "dataset_info.json").exists():
         versions = [entry.name for entry in folder.iterdir() if VERSION.fullmatch(entry.name)]
         if versions:
+            # Compared as numbers: 10.0.0 comes after 2.0.0.
             folder /= max(versions, key=lambda text: [int(part) for part in text.split(".")])
     if not (folder / "dataset_info.json").exists():
         raise FileNotFoundError(
-            f"{folder} is no prepared set: it has no dataset_info.json (there: "
+            f"{folder} is not a prepared set: it has no dataset_info.json (there: "
             f"{_folders(folder if folder.is_dir() else folder.parent)}); {way_out}"
         )
     return folder
@@ -170,7 +177,7 @@ def _folders(folder: epath.Path) -> str:
 
 
 def open_builder(folder: epath.Path) -> Any:
-    """TFDS's builder of a prepared set with the features `image` and `label`.
+    """Returns TFDS's builder of a prepared set with the features `image` and `label`.
 
     Raises:
       ImportError: no tensorflow_datasets.
@@ -181,13 +188,13 @@ def open_builder(folder: epath.Path) -> Any:
     except ImportError as error:
         raise ImportError(
             "config.data.source='tfds' needs the package tensorflow_datasets: "
-            "pip install -e '.[tfds]', or take config.data.source='folder'"
+            "pip install -e '.[tfds]', or use config.data.source='folder'"
         ) from error
     try:
         builder = tfds.builder_from_directory(os.fspath(folder))
         features = builder.info.features
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    # tfds raises nearly anything on damaged files: protobuf's, json's and its own exceptions.
+    # On damaged files tfds raises almost any type: protobuf's, json's and its own exceptions.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -196,7 +203,7 @@ def open_builder(folder: epath.Path) -> Any:
     if (kinds.get("image"), kinds.get("label")) != ("Image", "ClassLabel"):
         raise ValueError(
             f"{folder} has the features {kinds}; image: Image and label: ClassLabel are needed. "
-            "Take another set as config.data.name"
+            "Choose another set as config.data.name"
         )
     if builder.info.file_format.value != "array_record":
         raise ValueError(
@@ -218,19 +225,21 @@ def _instructions(builder: Any, folder: epath.Path, split: str) -> list[Any]:
 
 
 def _open_records(builder: Any, split: str) -> Any:
-    """Random access to {"image": bytes, "label": int}, images left encoded."""
+    """Returns a sequence of {"image": bytes, "label": int}, with encoded images."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
+    # All images stay encoded, masks too: PIL decodes those that are needed, as in other sources.
     images = [name for name in features if isinstance(features[name], tfds.features.Image)]
-    decoders = {name: tfds.decode.SkipDecoding() for name in images}  # masks too
+    decoders = {name: tfds.decode.SkipDecoding() for name in images}
     return builder.as_data_source(split, decoders=decoders)
 
 
 def _split_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
-    """[n] int32 of a split or of a part of it."""
+    """Returns the labels [n] int32 of a split or of a part of it."""
     import tensorflow_datasets as tfds
 
+    # Labels are stored by whole split: any slice of it, and any sum of slices, can reuse them.
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     whole = {part.splitname for part in parts}
     labels = {name: stored_labels(builder, folder, name) for name in whole}
@@ -238,10 +247,13 @@ def _split_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
 
 
 def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
-    """[n] int32 of a whole split: from `labels-SPLIT.npz`, or read once and written there.
+    """Returns the labels [n] int32 of a whole split, and stores them for the next call.
+
+    They are read from `labels-SPLIT.npz`, or else once from all records and written there.
 
     Raises:
-      ValueError: a record that cannot be read; without it nothing is known of its label.
+      FileNotFoundError: files of the split that are missing.
+      ValueError: a record that cannot be read, and whose label is therefore unknown.
     """
     paths = builder.info.splits[split].filepaths
     missing = [os.fspath(path) for path in paths if not epath.Path(path).exists()]
@@ -250,15 +262,17 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
             f"{folder}, split {split!r}: {len(missing)} of {len(paths)} files are missing: "
             f"{listed(missing)}; copy or prepare the set again"
         )
+    # Names, sizes and the beginnings of two files identify the records well enough; opening all
+    # files is slow in an object store.
     shards = [(path.name, path.stat().length) for path in map(epath.Path, paths)]
     digest = hashlib.sha256(json.dumps(shards).encode())
-    for path in (paths[0], paths[-1]):  # all of them would be slow to open in an object store
+    for path in (paths[0], paths[-1]):
         with epath.Path(path).open("rb") as file:
             digest.update(file.read(SAMPLE))
     fingerprint = digest.hexdigest()
     file = folder / f"labels-{split}.npz"
     if file.exists():
-        labels = _kept_labels(file, fingerprint, size=builder.info.splits[split].num_examples)
+        labels = _load_labels(file, fingerprint, size=builder.info.splits[split].num_examples)
         if labels is not None:
             return labels
     labels = _read_labels(builder, split)
@@ -267,17 +281,19 @@ def stored_labels(builder: Any, folder: epath.Path, split: str) -> np.ndarray:
     try:
         write_bytes(file, content.getvalue())
     except OSError as error:
-        logging.warning("%s cannot be kept (%s): every run reads all labels first", file, error)
+        logging.warning("%s cannot be written (%s): every run reads all labels first", file, error)
     return labels
 
 
-def _kept_labels(file: epath.Path, fingerprint: str, *, size: int) -> np.ndarray | None:
-    """[size] int32 of a file of `stored_labels`; None, and a warning, where it is another's or
-    broken."""
+def _load_labels(file: epath.Path, fingerprint: str, *, size: int) -> np.ndarray | None:
+    """Returns the labels [size] int32 in a file of `stored_labels`.
+
+    Returns None, with a warning, where it belongs to other records or is damaged.
+    """
     try:
         stored = read_npz(file, ("fingerprint", "labels"))
         if str(stored["fingerprint"]) != fingerprint:
-            logging.warning("%s is of other records and is made again", file)
+            logging.warning("%s belongs to other records and is made again", file)
             return None
         labels = stored["labels"]
         if labels.shape != (size,) or labels.dtype != np.int32:
@@ -294,18 +310,19 @@ def _read_labels(builder: Any, split: str) -> np.ndarray:
     def read(start: int) -> list[int]:
         numbers = range(start, min(start + CHUNK, size))
         try:
-            found = [record["label"] for record in records.__getitems__(list(numbers))]
+            # One call for the chunk, which the reader spreads over threads of its own.
+            labels = [record["label"] for record in records.__getitems__(list(numbers))]
         except RuntimeError as error:
             raise ValueError(_unreadable(builder, split, numbers, str(error))) from error
-        if None in found:  # as it is in a file that was cut off
+        if None in labels:  # array_record's answer beyond the end of a truncated file
             raise ValueError(_unreadable(builder, split, numbers, "records without a label"))
-        return found
+        return labels
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         chunks = pool.map(read, range(0, size, CHUNK))
         title = f"labels of {builder.info.full_name} {split}"
-        found = progress(chunks, total=-(-size // CHUNK), title=title)
-        return np.array([label for chunk in found for label in chunk], np.int32)
+        chunks = progress(chunks, total=-(-size // CHUNK), title=title)
+        return np.array([label for chunk in chunks for label in chunk], np.int32)
 
 
 def _unreadable(builder: Any, split: str, numbers: range, reason: str) -> str:
@@ -316,22 +333,23 @@ def _unreadable(builder: Any, split: str, numbers: range, reason: str) -> str:
     )
 
 
-def find_inaturalist(path: str, split: str) -> Found:
-    """iNaturalist 2018 or 2019 as it is published: `SPLITyear.json` with images, annotations and
-    categories, and the files that its `file_name`s say, relative to PATH.
+def find_inaturalist(path: str, split: str) -> SplitFiles:
+    """Lists the images of iNaturalist 2018 or 2019 in its published layout.
 
-    Labels are the ranks of the category ids. An image that is missing is a BadExample when asked
-    for.
+    That is `SPLITyear.json` with images, annotations and categories, and image files at the
+    `file_name`s in it, relative to PATH. Labels are the ranks of the category ids. A missing image
+    raises BadExample on access.
 
     Args:
-      split: the name of a json file without its suffix, such as "train2018", or its beginning,
-        "train" or "val", where one year is there.
+      path: the folder of the set.
+      split: the name of a JSON file without its suffix, such as "train2018", or just "train" or
+        "val" where the folder has a single year.
 
     Raises:
       FileNotFoundError: no such path or file.
-      ValueError: a file that is no such json; labels or images that it lacks.
+      ValueError: a file that is not such JSON; labels or images that it lacks.
     """
-    root = existing(path, "the folder that holds train2018.json or train2019.json")
+    root = require_path(path, "the folder that holds train2018.json or train2019.json")
     source = _inaturalist_json(root, split)
     try:
         record = json.loads(read_text(source))
@@ -340,19 +358,20 @@ def find_inaturalist(path: str, split: str) -> Found:
         pairs = [(item["image_id"], item["category_id"]) for item in record["annotations"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{source} is no whole file with images (id, file_name), annotations (image_id, "
-            f"category_id) and categories (id, name): {type(error).__name__} {error!s:.200}; fetch "
-            "it again. A test set without annotations cannot be evaluated"
+            f"{source} is not a complete file with images (id, file_name), annotations (image_id, "
+            f"category_id) and categories (id, name): {type(error).__name__} {error!s:.200}; "
+            "download it again. A test set without annotations cannot be evaluated"
         ) from error
     require_distinct((name for _, name in categories), at=str(source))
-    lost = [str(image) for image, _ in pairs if image not in files]
-    if lost:
-        raise ValueError(f"{source}: annotations of images that it lacks: {listed(lost)}")
+    unknown = [str(image) for image, _ in pairs if image not in files]
+    if unknown:
+        raise ValueError(f"{source}: annotations of images that it lacks: {listed(unknown)}")
+    # Sorted by file, so that seeds choose the same images whatever the order in the JSON.
     rows = sorted((files[image], category) for image, category in pairs)
     labels = label_rows(rows, [number for number, _ in categories], at=str(source))
     names = tuple(name for _, name in categories)
     require_filled(labels, names, at=str(source), way_out="remove the category from the file")
-    return Found(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, names)
+    return SplitFiles(DirectoryFiles(root, tuple(name for name, _ in rows)), labels, names)
 
 
 def _inaturalist_json(root: Path, split: str) -> Path:
@@ -361,10 +380,10 @@ def _inaturalist_json(root: Path, split: str) -> Path:
         return exact
     years = sorted(root.glob(f"{split}20[0-9][0-9].json")) if split else []
     if len(years) != 1:
-        there = listed(file.name for file in root.glob("*.json")) or "no json"
-        several = "several years, give one of them" if years else "no such file"
+        present = listed(file.name for file in root.glob("*.json")) or "no json"
+        problem = "several years, name one of them" if years else "no such file"
         raise FileNotFoundError(
-            f"config.data.path={str(root)!r}, split {split!r}: {several} (there: {there}); set "
+            f"config.data.path={str(root)!r}, split {split!r}: {problem} (there: {present}); set "
             "config.data.train_split or config.data.test_split to a file's name without .json, "
             "such as train2018"
         )

@@ -1,12 +1,13 @@
-"""Repeated augmentation as the original defines it, by process.
+"""Repeated augmentation as the original defines it, by process, for comparison.
 
-Training does without: `common_jax.inputs.train_batches` lays the same list out over the rows of the
-global batch, so that it does not depend on how many hosts there are. Batch s holds places s B to
-(s + 1) B - 1 of the repeated permutation, which is what the original's processes together see in
-step s, however many they are; place p is row p of it here and belongs to process p mod `world`
-there. Either way copies of an image are neighbours. Two things differ: there the permutation hangs
-on the epoch alone, here on the seed as well; and there an epoch is first cut to a multiple of
-`rounding` examples, here to whole batches, which is as many steps if `rounding` divides the batch.
+Training does not use it: `common_jax.inputs.train_batches` distributes the same list over the rows
+of the global batch, which does not depend on the number of hosts. Batch s has places s B to (s + 1)
+B - 1 of the repeated permutation, which all of the original's processes together see in step s,
+whatever their number; the example at place p is row p here and belongs to process p mod `world`
+there. Either way copies of an image are neighbours. There are two differences: the original's
+permutation depends only on the epoch, ours on the seed too; and the original first cuts an epoch to
+a multiple of `rounding` examples, we cut it to whole batches, which gives the same number of steps
+if `rounding` divides the batch.
 """
 
 import math
@@ -17,16 +18,20 @@ import numpy as np
 def repeated_indices(
     permutation: np.ndarray, *, rank: int, world: int, repeats: int = 3, rounding: int = 256
 ) -> np.ndarray:
-    """The examples that process `rank` of `world` visits in an epoch, in order.
+    """Returns the examples that process `rank` of `world` visits in an epoch, in order.
 
-    Each index of the permutation stands `repeats` times in a row; the list is padded by its own
-    head to a multiple of `world`; a process takes every world-th from its rank on, and keeps
-    floor(floor(n / rounding) * rounding / world) of them. So an epoch has about n samples of about
-    n / repeats distinct images, and a set of fewer than `rounding` examples has none: take a plain
-    permutation for small sets. (Deep Incubation, samplers.py RASampler.)
+    Each index of the permutation is repeated `repeats` times in a row; the list is padded with its
+    own beginning to a multiple of `world`; a process has every world-th element from its rank on,
+    and of these the first floor(floor(n / rounding) * rounding / world). An epoch therefore has
+    about n samples of about n / repeats distinct images, and none for a set of fewer than
+    `rounding` examples: use a plain permutation for small sets. (Deep Incubation, samplers.py
+    RASampler.)
 
     Args:
       permutation: [n], the order of the epoch.
+      rank, world: number of the process, and of all processes.
+      repeats: copies of an example.
+      rounding: number of which a multiple of examples is visited.
 
     Raises:
       ValueError: no such process.

@@ -1,8 +1,8 @@
-"""Where the images come from: embedded sets, folders and zips, TFDS's ArrayRecords, and sets in
-their own layouts.
+"""Sources of images: embedded sets, folders and zips, TFDS's ArrayRecords, and sets in their own
+layouts.
 
-A loader takes (config.data, split). It leaves it to `load_source` to hold the number of classes
-against config.data.labels, since an OOD set has classes of its own number.
+A loader takes (config.data, split). It does not compare the number of classes with
+config.data.labels, since an OOD set has another number; `load_source` does.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from common_jax.ranges import BelowOne, Count, Finite, Name, Positive, Size, key
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
     FolderSource,
-    Found,
+    SplitFiles,
     find_folder,
     find_tiny_imagenet,
     progress,
@@ -32,10 +32,10 @@ from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.subsets import first_of_each_class, with_labels_of
 
-# Sources held decoded in memory, at the one size they have.
+# Sources that are always decoded in memory and have a single size.
 EMBEDDED = ("digits", "digits_r")
 IN_MEMORY = ("auto", "always", "never")
-# What "auto" keeps decoded: images of one size up to this side, up to so many bytes in all.
+# Limits of "auto" on sets decoded in memory: side of the images, bytes of all of them.
 MEMORY_SIDE = 64
 MEMORY_BYTES = 256 * 2**20
 CHUNK = 256  # images that a thread decodes at a time
@@ -50,20 +50,20 @@ class DataConfig(Section):
       source: a key of SOURCES.
       path: of `folder`: a directory SPLIT/CLASS/*.jpg, an uncompressed zip of the same tree, or a
         directory of SPLIT.zip; of `tfds`: the data_dir; of the others: the published folder.
-      image_size: side of the square that the model sees, in pixels.
+      image_size: side of the model's square input, in pixels.
       channels: 1 (grey) or 3 (RGB).
       labels: number of classes.
-      mean, std: one number a channel, in units of the full range: (pixel / 255 - mean) / std.
+      mean, std: one number per channel, in units of the full range: (pixel / 255 - mean) / std.
       train_split, test_split: folder names under `path`; of `digits`: "train" and "test"; of
         `tfds`: as TFDS names them; of `inaturalist`: names of json files, such as "train2018".
       workers: processes that read and decode; 0 does it in the training thread.
       bad_share: share of the images that may be unreadable before the run stops.
       name: of `tfds`: the set in the data_dir, such as "imagenet2012"; "" where `path` is the
         folder of a prepared version itself.
-      in_memory: whether images stay decoded in memory, "always", "never" or "auto": where all have
-        one size of at most 64 pixels a side and they take at most 256 MiB.
+      in_memory: keeps decoded images in memory: "always", "never", or "auto", where all have one
+        size of at most 64 x 64 pixels and need at most 256 MiB.
       per_class, test_per_class: images of each class to train and to test on, the first in the
-        set's order; 0 for all. For what a method gains as data shrinks.
+        set's order; 0 for all. They serve experiments with less data.
     """
 
     source: Annotated[str, key_of(lambda: SOURCES)] = "digits"
@@ -99,24 +99,24 @@ class DataConfig(Section):
 
 @runtime_checkable
 class Source(inputs.Source, Protocol):
-    """Examples {"image": uint8 [I, J, Ch], "label": int32 []}."""
+    """Examples {"image": uint8 [I, J, X], "label": int32 []}."""
 
     @property
     def labels(self) -> np.ndarray:
-        """[len] int32, known without reading an image."""
+        """Labels [len] int32, known without reading an image."""
         ...
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The name of each class; a label is a place in it."""
+        """Names of the classes; a label is a place among them."""
         ...
 
 
 def load_source(config: DataConfig, split: str) -> Source:
-    """The images of one split (config.train_split or config.test_split).
+    """Loads the images of one split (config.train_split or config.test_split).
 
     Raises:
-      FileNotFoundError: no such path or split; the message says what is there.
+      FileNotFoundError: no such path or split; the message lists those present.
       ImportError: `tfds` without its package.
       ValueError: config.data does not fit the data.
     """
@@ -133,13 +133,15 @@ def load_source(config: DataConfig, split: str) -> Source:
 
 
 def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
-    """The images of config.test_split, its labels those of the training set's classes.
+    """Loads the images of config.test_split with the labels of the training set's classes.
 
     Args:
-      label_names: the training set's; all others are refused, and some may be missing.
+      config: config.data.
+      label_names: the training set's classes; the test set may lack some and has no others.
 
     Raises:
-      as `load_source`; ValueError: a class that the training set lacks.
+      FileNotFoundError, ImportError: as `load_source`.
+      ValueError: as `load_source`, and for a class that the training set lacks.
     """
     source = open_source(config, config.test_split)
     place = "".join(
@@ -152,17 +154,17 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
 
 
 def open_source(config: DataConfig, split: str) -> Source:
-    """`load_source` of any number of classes; config.labels is not looked at."""
+    """Does what `load_source` does for any number of classes; ignores config.labels."""
     source = SOURCES[config.source](config, split)
     counts = {config.test_split: config.test_per_class, config.train_split: config.per_class}
     if count := counts.get(split, 0):
         source = first_of_each_class(source, count)
-    return hold_in_memory(source, config, split=split)
+    return decode_into_memory(source, config, split=split)
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """A set that stays decoded in memory: arrays {"image": [len, I, J, Ch], "label": [len]}."""
+    """A set in memory: arrays {"image": [len, I, J, X], "label": [len]}."""
 
     arrays: dict[str, np.ndarray]
     label_names: tuple[str, ...]
@@ -179,9 +181,9 @@ class ArraySource:
 
 
 class DecodedSource:
-    """A set that was decoded once: images [len, I, J, Ch] and the bad ones among them.
+    """A set that was decoded once: images [len, I, J, X] and the errors of the bad ones.
 
-    `arrays` is there unless an image is bad, so that each of those is still counted and named.
+    `arrays` is None if an image is bad: each of those is then still counted and named on access.
     """
 
     def __init__(
@@ -210,17 +212,17 @@ class DecodedSource:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
-def hold_in_memory(source: Source, config: DataConfig, *, split: str) -> Source:
-    """The source decoded, where config.in_memory says so; else the source itself.
+def decode_into_memory(source: Source, config: DataConfig, *, split: str) -> Source:
+    """Decodes the source into memory where config.in_memory says so; else returns it as it is.
 
     Raises:
-      ValueError: "always", and images of several sizes or none that can be read.
+      ValueError: "always" with images of several sizes, or none that can be read.
     """
     if source.arrays is not None or config.in_memory == "never":
         return source
     at = f"config.data.source={config.source!r}, path={config.path!r}, split {split!r}"
     sample = (_read(source, index) for index in range(min(10, len(source))))
-    first = next((one for one in sample if not isinstance(one, BadExample)), None)
+    first = next((example for example in sample if not isinstance(example, BadExample)), None)
     shape = (0, 0, 0) if first is None else first["image"].shape
     size = len(source) * int(np.prod(shape))
     fits = 0 < size <= MEMORY_BYTES and max(shape[:2]) <= MEMORY_SIDE
@@ -231,7 +233,7 @@ def hold_in_memory(source: Source, config: DataConfig, *, split: str) -> Source:
     images, bad = np.zeros((len(source), *shape), np.uint8), {}
 
     def decode(start: int) -> tuple[int, ...] | None:
-        """The shape of an image that has another; None where all have `shape`."""
+        """Decodes a chunk; returns the shape of an image that differs, None where all are alike."""
         for index in range(start, min(start + CHUNK, len(source))):
             example = _read(source, index)
             if isinstance(example, BadExample):
@@ -245,16 +247,17 @@ def hold_in_memory(source: Source, config: DataConfig, *, split: str) -> Source:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, len(source), CHUNK)
         shapes = progress(pool.map(decode, starts), total=len(starts), title=f"decoding {split}")
-        other = next((found for found in shapes if found is not None), None)
+        other_shape = next((shape for shape in shapes if shape is not None), None)
         pool.shutdown(cancel_futures=True)
-    if other is None:
+    if other_shape is None:
         logging.info("%s: %d images in memory, %.0f MiB", at, len(source), size / 2**20)
         names = source.label_names
         return DecodedSource(images, source.labels, label_names=names, bad=bad)
     if config.in_memory == "always":
         raise ValueError(
             f"{at}: config.data.in_memory='always' needs images of one size, but there are "
-            f"{_pixels(shape)} and {_pixels(other)} pixels; set it to 'auto' or resize the files"
+            f"{_pixels(shape)} and {_pixels(other_shape)} pixels; set it to 'auto' or resize the "
+            "files"
         )
     return source
 
@@ -271,14 +274,14 @@ def _pixels(shape: tuple[int, ...]) -> str:
 
 
 def load_digits_source(config: DataConfig, split: str) -> ArraySource:
-    """scikit-learn's handwritten digits: 1,437 images to train and 360 to test, 8 x 8 pixels, grey.
+    """Loads scikit-learn's handwritten digits: 1,437 images to train, 360 to test, 8 x 8 pixels,
+    grey.
 
-    The set's values 0 to 16 are stretched to 0 to 255, so that (pixel / 255 - mean) / std with mean
-    = std = 0.5 gives [-1, 1] as for any image.
+    The set's values 0 to 16 are stretched to 0 to 255, so (pixel / 255 - mean) / std with mean =
+    std = 0.5 gives [-1, 1] as for any image.
 
     Raises:
-      ValueError: config.data asks for another size or channel count, or `split` is not train or
-        test.
+      ValueError: config.data has another size or channel count, or `split` is not train or test.
     """
     _require_embedded(config, split, splits=digits.SPLITS)
     images, labels = digits.load_split(split)
@@ -286,14 +289,15 @@ def load_digits_source(config: DataConfig, split: str) -> ArraySource:
 
 
 def load_digits_r_source(config: DataConfig, split: str) -> ArraySource:
-    """Renditions of the digits' test images, to test on what training has not shown (config.ood).
+    """Loads renditions of the digits' test images, in styles that training does not have
+    (config.ood).
 
-    Each is inverted, turned by 25 degrees to the left and to the right, thickened and thinned; 6
-    and 9, which turning brings close to each other, are left out. That makes 286 images in 5
-    renditions, of 8 classes, in the form that `digits` has.
+    Each image is inverted, rotated by 25 degrees to the left and to the right, thickened and
+    thinned; 6 and 9, which a rotation brings close to each other, are left out. That gives 286
+    images in 5 renditions, of 8 classes, in the form of `digits`.
 
     Raises:
-      ValueError: config.data asks for another size or channel count, or `split` is not test.
+      ValueError: config.data has another size or channel count, or `split` is not test.
     """
     _require_embedded(config, split, splits=("test",))
     images, labels = digits.load_renditions()
@@ -305,41 +309,41 @@ def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]
         if getattr(config, key) != value:
             raise ValueError(
                 f"config.data.{key}={getattr(config, key)} does not fit {config.source!r}, whose "
-                f"images have {value}; set it to {value} or take another source"
+                f"images have {value}; set it to {value} or use another source"
             )
     if split not in splits:
         raise ValueError(
             f"{config.source!r} has no split {split!r}, only {sorted(splits)}; "
-            "correct config.data.train_split or config.data.test_split, or take another "
+            "correct config.data.train_split or config.data.test_split, or use another "
             "config.data.source"
         )
 
 
 def load_files(
-    config: DataConfig, split: str, *, find: Callable[[str, str], Found]
+    config: DataConfig, split: str, *, find: Callable[[str, str], SplitFiles]
 ) -> FolderSource:
-    """The image files of a split that `find(path, split)` lists."""
-    return _opened(find(config.path, split), config)
+    """Loads the image files of a split that `find(path, split)` lists."""
+    return _folder_source(find(config.path, split), config)
 
 
 def load_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
-    """ImageNet-R as it is published: PATH/WNID/*.jpg, whose one split is called test."""
+    """Loads ImageNet-R in its published layout, PATH/WNID/*.jpg; its only split is called test."""
     _require_test(config, split)
-    return _opened(find_folder(config.path, ""), config)
+    return _folder_source(find_folder(config.path, ""), config)
 
 
 def load_tiny_imagenet_r_source(config: DataConfig, split: str) -> FolderSource:
-    """ImageNet-R with each picture resized to 64 x 64 pixels, as Tiny-ImageNet has them.
+    """Loads ImageNet-R with each picture resized to 64 x 64 pixels, the size of Tiny-ImageNet.
 
-    `load_ood` keeps the 62 classes of it that Tiny-ImageNet has; a folder of these alone, resized
-    already, is as good.
+    `load_ood` keeps the 62 classes that are also Tiny-ImageNet's; a folder with only these, at any
+    size, works too.
     """
     _require_test(config, split)
-    return _opened(find_folder(config.path, ""), config, side=TINY_SIDE)
+    return _folder_source(find_folder(config.path, ""), config, side=TINY_SIDE)
 
 
 def load_tfds_source(config: DataConfig, split: str) -> RecordSource:
-    """A set that TFDS prepared as ArrayRecords (`load_records`)."""
+    """Loads a set that TFDS prepared as ArrayRecords (`load_records`)."""
     return load_records(config.path, config.name, split, channels=config.channels)
 
 
@@ -347,15 +351,17 @@ def _require_test(config: DataConfig, split: str) -> None:
     if split != "test":
         raise ValueError(
             f"{config.source!r} has no split {split!r}, only ['test'], to test on; correct "
-            "config.data.train_split or config.data.test_split, or take another config.data.source"
+            "config.data.train_split or config.data.test_split, or use another config.data.source"
         )
 
 
-def _opened(found: Found, config: DataConfig, *, side: int | None = None) -> FolderSource:
+def _folder_source(
+    split_files: SplitFiles, config: DataConfig, *, side: int | None = None
+) -> FolderSource:
     return FolderSource(
-        found.files,
-        found.labels,
-        label_names=found.label_names,
+        split_files.files,
+        split_files.labels,
+        label_names=split_files.label_names,
         channels=config.channels,
         side=side,
     )

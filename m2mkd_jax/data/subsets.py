@@ -1,5 +1,5 @@
-"""Sets of images made of others: an episode's, a few of each class, and a test set with the labels
-of the training set."""
+"""Sources derived from others: chosen examples, a few of each class, and a test set relabelled
+with the training set's classes."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from common_jax.inputs import Example
 from m2mkd_jax.data.listing import listed
 
 
-class Labelled(inputs.Source, Protocol):
-    """What `m2mkd_jax.data.sources.Source` says."""
+class LabelledSource(inputs.Source, Protocol):
+    """A source with labels; `m2mkd_jax.data.sources.Source` satisfies it."""
 
     @property
     def labels(self) -> np.ndarray: ...
@@ -26,9 +26,9 @@ class Labelled(inputs.Source, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Some examples of a source, in the order of `indices` [n], with labels [n] of their own."""
+    """Some examples of a source, in the order of `indices` [n], with their own labels [n]."""
 
-    source: Labelled
+    source: LabelledSource
     indices: np.ndarray
     labels: np.ndarray
     label_names: tuple[str, ...]
@@ -47,15 +47,15 @@ class Subset:
         return self.source[int(self.indices[index])] | {"label": self.labels[index]}
 
 
-def first_of_each_class(source: Labelled, count: int) -> Subset:
-    """The first `count` examples of every class, in the order of the source.
+def first_of_each_class(source: LabelledSource, count: int) -> Subset:
+    """Returns the first `count` examples of every class, in the order of the source.
 
     Raises:
-      ValueError: a class has fewer.
+      ValueError: a class with fewer examples.
     """
     labels, names = np.asarray(source.labels), source.label_names
-    held = np.bincount(labels, minlength=len(names))
-    if few := [f"{name} has {n}" for name, n in zip(names, held, strict=True) if n < count]:
+    counts = np.bincount(labels, minlength=len(names))
+    if few := [f"{name} has {n}" for name, n in zip(names, counts, strict=True) if n < count]:
         raise ValueError(
             f"config.data.per_class or test_per_class={count} asks for more images than some "
             f"classes have: {', '.join(few[:10])}; lower it"
@@ -71,15 +71,16 @@ def first_of_each_class(source: Labelled, count: int) -> Subset:
 def match_classes(
     names: Sequence[str], base_names: Sequence[str], *, at: str, way_out: str
 ) -> tuple[int, ...]:
-    """The place in `base_names`, those of the training set, of each of `names`.
+    """Returns the place of each of `names` in `base_names`.
 
     Args:
       names: classes of another set.
-      at: what messages call that set.
-      way_out: what can be done about classes that are not there.
+      base_names: classes of the training set.
+      at: name of the other set in messages.
+      way_out: advice for classes that the training set lacks.
 
     Raises:
-      ValueError: there are such.
+      ValueError: a class that the training set lacks.
     """
     place = {name: index for index, name in enumerate(base_names)}
     unknown = [name for name in names if name not in place]
@@ -92,18 +93,19 @@ def match_classes(
             )
         raise ValueError(
             f"{at} has {len(names)} classes, and {len(unknown)} are no classes of config.data: "
-            f"{listed(unknown)}; the {len(place)} there are {listed(place)}. {numbers}{way_out}"
+            f"{listed(unknown)}; its {len(place)} classes are {listed(place)}. {numbers}{way_out}"
         )
     return tuple(place[name] for name in names)
 
 
-def with_labels_of(source: Labelled, base_names: Sequence[str], *, at: str) -> Labelled:
-    """The test set `source` with the labels of the training set, whose classes are `base_names`.
+def with_labels_of(source: LabelledSource, base_names: Sequence[str], *, at: str) -> LabelledSource:
+    """Relabels a test set with the training set's classes, `base_names`.
 
-    Names decide, so that neither order nor classes without a test image shift a label.
+    Classes are matched by name, so neither their order nor classes without a test image shift a
+    label.
 
     Raises:
-      ValueError: a class that the training set lacks; `at` says where.
+      ValueError: a class that the training set lacks; `at` names the test set.
     """
     names = tuple(source.label_names)
     if names == tuple(base_names):

@@ -1,8 +1,8 @@
-"""What the host does to one image: decoded pixels in, uint8 pixels of config.data.image_size out.
+"""The host's transforms of one image: decoded pixels in, uint8 of config.data.image_size out.
 
-Large images are cropped and resized here with PIL, because that is what the originals' numbers rest
-on. Small ones (side <= 32) pass as they are unless RandAugment is on: the device crops and flips
-them. Normalising and random erasing are the device's too (m2mkd_jax/data/augment.py).
+Large images are cropped and resized here with PIL, whose filters the originals' numbers depend on.
+Small ones (side <= 32) pass unchanged unless RandAugment is on: the device crops and flips them.
+The device also normalises and erases (m2mkd_jax/data/augment.py).
 """
 
 import dataclasses
@@ -28,42 +28,42 @@ Arrays = Mapping[str, np.ndarray]
 def train_transform(
     config: DataConfig, augment: AugmentConfig, *, arrays: Arrays | None = None
 ) -> Callable[[Example, np.random.Generator], Example] | None:
-    """The random transform of a training example; None where the device does everything.
+    """Returns the random transform of a training example; None where the device does everything.
 
-    In order: a random crop, resized (side > 32) or padded crop (smaller); flip; RandAugment.
+    In order: a random crop, resized (side > 32) or padded (smaller); flip; RandAugment.
 
     Args:
-      arrays: those of the source, if it is in memory: small images then stay there without a
-        transform.
+      config, augment: config.data and config.augment.
+      arrays: the source's arrays, if it is in memory; small images then need no transform.
 
     Raises:
-      ValueError: images of `arrays` that should be config.data.image_size wide and are not.
+      ValueError: `arrays` has small images of another side than config.data.image_size.
     """
     side = config.image_size
     if geometry_on_device(augment, side):
-        return _sized(config, arrays)
+        return _size_check(config, arrays)
     return TrainTransform(side, augment)
 
 
 def eval_transform(
     config: DataConfig, *, arrays: Arrays | None = None
 ) -> Callable[[Example], Example] | None:
-    """The fixed transform of an evaluation example; None where there is nothing to do.
+    """Returns the fixed transform of an evaluation example; None where there is nothing to do.
 
-    Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cut out.
-    Smaller images, and the embedded sets: as they are. Arguments as in `train_transform`.
+    Side > 32: the shorter side is resized to int(256 / 224 * side), then the centre is cropped.
+    Smaller images and the embedded sets stay as they are. Arguments as in `train_transform`.
     """
     if config.source in EMBEDDED:
         return None
     side = config.image_size
-    return _sized(config, arrays) if side <= SMALL_SIDE else EvalTransform(side)
+    return _size_check(config, arrays) if side <= SMALL_SIDE else EvalTransform(side)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """A source whose images stay PIL's, for `TrainTransform`: pixels are copied once they are few.
+class PictureSource:
+    """A source of PIL images for `TrainTransform`, whose pixels are copied only after the crop.
 
-    That is a tenth of the time an image takes. Other sources have no `picture` to give.
+    That saves a tenth of an image's time. The source must have a method `picture`.
     """
 
     source: Source
@@ -76,17 +76,17 @@ class Pictures:
         return {"image": self.source.picture(index), "label": self.source.labels[index]}
 
 
-def with_pictures(source: Source, transform: Callable | None) -> Source | Pictures:
-    """The source as it is best read for a transform of `train_transform`."""
+def with_pictures(source: Source, transform: Callable | None) -> Source | PictureSource:
+    """Returns the source in the form that is fastest for a transform of `train_transform`."""
     pictures = isinstance(transform, TrainTransform) and hasattr(source, "picture")
-    return Pictures(source) if pictures else source
+    return PictureSource(source) if pictures else source
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
     """Crop, flip and RandAugment of one image, to `side` x `side` pixels; can be pickled.
 
-    The image may be pixels, (I, J, Ch), or a picture of PIL's.
+    The image is an array of pixels, (I, J, X), or a PIL image.
     """
 
     side: int
@@ -126,7 +126,7 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class SideCheck:
-    """Lets images of the side pass, in training and in evaluation; can be pickled."""
+    """Raises ValueError for images of another side; can be pickled."""
 
     side: int
 
@@ -136,14 +136,15 @@ class SideCheck:
 
 
 def crop_box(rng: np.random.Generator, *, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop, in pixels.
+    """Draws (top, left, height, width) of a random crop, in pixels.
 
-    Of 10 draws (area share uniform in [0.08, 1], aspect log-uniform in [3/4, 4/3]) the first that
-    fits; else the largest central crop of an aspect in that range. (torchvision's
+    It is the first of 10 draws (area share uniform in [0.08, 1], aspect log-uniform in [3/4, 4/3])
+    that fits, or else the largest central crop of an aspect in that range. (torchvision's
     RandomResizedCrop.get_params; sides round half to even.)
     """
     for _ in range(10):
-        area_draw, aspect_draw, y, x = rng.random(4).tolist()  # one call: each takes microseconds
+        # One call, since each costs microseconds.
+        area_draw, aspect_draw, y, x = rng.random(4).tolist()
         area = height * width * _between(AREA, area_draw)
         aspect = math.exp(_between(LOG_ASPECT, aspect_draw))
         wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -162,23 +163,21 @@ def _between(ends: tuple[float, float], share: float) -> float:
 
 
 def random_resized_crop(image: Image.Image, rng: np.random.Generator, *, side: int) -> Image.Image:
-    """A random crop (`crop_box`), resized to the side with PIL's bicubic filter.
-
-    Not by `resize(box=...)`, whose filter looks beyond the crop's edge: other pixels.
-    """
+    """Takes a random crop (`crop_box`), resized to the side with PIL's bicubic filter."""
+    # Not `resize(box=...)`, whose filter also reads pixels beyond the crop's edge.
     top, left, tall, wide = crop_box(rng, height=image.height, width=image.width)
     crop = image.crop((left, top, left + wide, top + tall))
     return crop.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def padded_crop(image: Image.Image, rng: np.random.Generator, *, padding: int) -> Image.Image:
-    """A crop of the image's own size, moved by up to `padding` pixels; what comes in is black."""
+    """Takes a crop of the image's own size, moved by up to `padding` pixels, with black padding."""
     left, top = (int(start) - padding for start in rng.integers(0, 2 * padding + 1, size=2))
     return image.crop((left, top, left + image.width, top + image.height))
 
 
 def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
-    """Shorter side to int(256 / 224 * side), bicubic; then the central square of `side`."""
+    """Resizes the shorter side to int(256 / 224 * side), bicubic, and crops the central square."""
     short = int(256 / 224 * side)
     scaled_long = int(short * max(image.size) / min(image.size))
     size = (short, scaled_long) if image.width <= image.height else (scaled_long, short)
@@ -187,15 +186,15 @@ def resize_and_centre(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _sized(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
-    """What is left to do for images that pass as they are: to see that they have their size."""
+def _size_check(config: DataConfig, arrays: Arrays | None) -> SideCheck | None:
+    """Checks the size of small images: now if they are in memory, else by the returned check."""
     if arrays is not None:
         _require_side(arrays["image"].shape[1:3], config.image_size)
     return None if arrays is not None or config.source in EMBEDDED else SideCheck(config.image_size)
 
 
-def _require_side(found: tuple[int, int], side: int) -> None:
-    height, width = found
+def _require_side(size: tuple[int, int], side: int) -> None:
+    height, width = size
     if (height, width) != (side, side):
         raise ValueError(
             f"config.data.image_size={side}, but an image is {height} x {width} pixels; images of "

@@ -1,4 +1,4 @@
-"""The image files of an uncompressed zip, by class, read by offset."""
+"""The image files of an uncompressed zip by class, read by offset."""
 
 import os
 import zipfile
@@ -15,21 +15,22 @@ from m2mkd_jax.data.listing import is_hidden, is_image, listed, missing_split, r
 HEADER = 30  # bytes of a member's local header, before its name
 END = 22  # bytes of the record at the end, before the zip's comment
 UTF8, ENCRYPTED = 0x800, 0x1  # flags of a member
-CHECKED = 2**12  # other members whose names are checked at the start
+CHECKED = 2**12  # number of other members whose names are checked at the start
 NOWHERE = 2**62  # an offset beyond the end of any file
 
 
 class ZipFiles:
     """The stored (uncompressed) members of a zip, read by offset.
 
-    Reading takes no lock and moves no file position, so threads share one descriptor; a pickled
+    Reading needs no lock and moves no file position, so threads share one descriptor; a pickled
     copy opens its own. The central directory, large for a million images, is parsed only once.
     """
 
     def __init__(self, root: Path, members: list[zipfile.ZipInfo]):
         self.root = root
         self.names = tuple(member.filename for member in members)
-        # Unsigned, since zip64 may declare any size.
+        # One array instead of a million objects, which every worker process would copy. Unsigned,
+        # since zip64 may declare any size.
         self._places = np.array([_place(member) for member in members], np.uint64).reshape(-1, 7)
         self._file = root.open("rb")
         self._size = os.fstat(self._file.fileno()).st_size
@@ -42,29 +43,32 @@ class ZipFiles:
         self._file = self.root.open("rb")
 
     def read(self, index: int) -> bytes:
-        """The content of a member.
+        """Reads the content of a member.
 
         Raises:
-          OSError: its place, size, name or checksum are not what the zip says.
+          OSError: its place, size, name or checksum contradict the central directory.
         """
-        offset, size, stored, checksum, *name = map(int, self._places[index])
-        # Compared before anything is allocated for it.
-        if offset + size > self._size or size != stored:
-            raise OSError(f"the zip says that it has {size} bytes, which are not there")
+        # Python integers, since the sum of two unsigned ones of 64 bits may overflow.
+        offset, size, stored_size, checksum, *name = map(int, self._places[index])
+        # Compared with the file before anything is allocated.
+        if offset + size > self._size or size != stored_size:
+            raise OSError(f"the zip declares {size} bytes for it, which are not there")
         require_small(size)
-        # The local header repeats the name and may have another extra field than the directory's.
         header = _local_header(self._file.fileno(), offset, *name)
         if header is None:
-            raise OSError("the zip has something else where it should be")
+            raise OSError("the zip has something else at its place")
+        # The lengths of name and extra field: the local extra field may be longer than the central
+        # directory's, so only the local header tells where the content starts.
         skip = HEADER + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         content = os.pread(self._file.fileno(), size, offset + skip)
         if len(content) != size or zlib.crc32(content) != checksum:
-            raise OSError("its bytes in the zip do not match the checksum there")
+            raise OSError("its bytes in the zip do not match the zip's checksum")
         return content
 
 
 def _place(member: zipfile.ZipInfo) -> tuple[int, ...]:
-    """Offset, size, size in the zip, CRC; of the name as it is stored length, CRC and encoding."""
+    """Returns offset, size, stored size and CRC; and of the name length, CRC and encoding."""
+    # `orig_filename`, since zipfile cuts `filename` at a zero byte.
     utf8 = member.flag_bits & UTF8
     name = member.orig_filename.encode("utf-8" if utf8 else "cp437")
     # A damaged directory may put a member before the start of the file.
@@ -74,7 +78,7 @@ def _place(member: zipfile.ZipInfo) -> tuple[int, ...]:
 
 
 def _local_header(file: int, offset: int, length: int, checksum: int, utf8: int) -> bytes | None:
-    """The header before a member's content, name included; None where it is of another name."""
+    """Returns the header before a member's content with its name; None for another name."""
     header = os.pread(file, HEADER + length, min(offset, NOWHERE))
     same = (
         header[:4] == b"PK\x03\x04"
@@ -85,11 +89,11 @@ def _local_header(file: int, offset: int, length: int, checksum: int, utf8: int)
 
 
 def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
-    """(images, classes, place of the class in an image's path).
+    """Returns (images, classes, place of the class in an image's path).
 
     Raises:
       FileNotFoundError: no such split.
-      ValueError: a broken zip; images that are compressed, encrypted, or there twice; names that
+      ValueError: a damaged zip; images that are compressed, encrypted or duplicate; names that
         lead out of the zip.
     """
     try:
@@ -100,9 +104,10 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
         raise
     except (OSError, *DAMAGED) as error:
         raise ValueError(
-            f"config.data.path={str(root)!r} is neither a folder nor a whole zip ({error}); "
+            f"config.data.path={str(root)!r} is neither a folder nor a complete zip ({error}); "
             "make the zip again"
         ) from error
+    # macOS adds a shadow of every file there, with the same suffix.
     members = [m for m in members if not m.filename.startswith("__MACOSX/")]
     outside = [m.filename for m in members if _leads_out(m.filename)]
     _require_none(
@@ -110,7 +115,7 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     )
     tops = {m.filename.split("/")[0] for m in members if "/" in m.filename}
     if split and split not in tops and root.name == f"{split}.zip":
-        split = ""  # CLASS/*.jpg, as a folder that was zipped from inside
+        split = ""  # CLASS/*.jpg: the split's folder was zipped from inside
     inside = [m for m in members if not split or m.filename.startswith(f"{split}/")]
     if not inside:
         raise missing_split(root, split, tops)
@@ -121,48 +126,51 @@ def find_in_zip(root: Path, split: str) -> tuple[ZipFiles, list[str], int]:
     loose = [name for name, below in parts.items() if len(below) == 1 and is_image(below[0])]
     require_class_folders(loose, classes, at=f"config.data.path={str(root)!r}, split {split!r}")
     images = [m for m in deep if parts[m.filename][0] and is_image("/".join(parts[m.filename]))]
+    # By name, as a directory lists them: seeds then choose the same images from either.
     images.sort(key=lambda member: member.filename)
-    _require_left_out(root, members, images)
-    twice = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
-    _require_none(root, twice, "stand there more than once", "make the zip again")
-    locked = [m.filename for m in images if m.flag_bits & ENCRYPTED]
-    _require_none(root, locked, "are encrypted", "make the zip without a password")
-    packed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
+    _require_no_hidden_image(root, members, images)
+    duplicates = [name for name, count in Counter(m.filename for m in images).items() if count > 1]
+    _require_none(root, duplicates, "occur more than once", "make the zip again")
+    encrypted = [m.filename for m in images if m.flag_bits & ENCRYPTED]
+    _require_none(root, encrypted, "are encrypted", "make the zip without a password")
+    compressed = [m.filename for m in images if m.compress_type != zipfile.ZIP_STORED]
     _require_none(
         root,
-        packed,
+        compressed,
         "are compressed",
-        "images do not shrink and cannot be read by offset then: make the zip with `zip -0 -r`",
+        "images do not shrink and could not be read by offset: make the zip with `zip -0 -r`",
     )
     return ZipFiles(root, images), classes, depth
 
 
-def _require_count(root: Path, found: int, *, comment: int) -> None:
-    """Raises zipfile.BadZipFile where the list of members has lost some: damaged, one entry can
-    swallow the next."""
+def _require_count(root: Path, listed_count: int, *, comment: int) -> None:
+    """Raises zipfile.BadZipFile where the list of members lacks some."""
+    # A damaged length makes one entry of the directory swallow the next, which zipfile accepts.
     with root.open("rb") as file:
         file.seek(-(END + comment), os.SEEK_END)
         count = int.from_bytes(file.read(END)[10:12], "little")
-    # 0xFFFF stands for a number in zip64's own record; some programs count modulo 65,536.
-    if count not in (0xFFFF, found % 2**16):
-        raise zipfile.BadZipFile(f"{found} of its {count} members are listed")
+    # 0xFFFF means that the number is in zip64's own record; some programs count modulo 65,536.
+    if count not in (0xFFFF, listed_count % 2**16):
+        raise zipfile.BadZipFile(f"{listed_count} of its {count} members are listed")
 
 
-def _require_left_out(
+def _require_no_hidden_image(
     root: Path, members: list[zipfile.ZipInfo], images: list[zipfile.ZipInfo]
 ) -> None:
-    """Raises ValueError where one of the first CHECKED members that are no images of the split has
-    another name in its own header: a damaged directory can hide an image, which is then never read
-    and so never found to be bad."""
+    """Raises ValueError where a member that is not an image has another name in its own header.
+
+    A damaged directory can hide an image by renaming it, and an image that is never read is never
+    counted as bad. Checks the first CHECKED such members.
+    """
     known = {member.filename for member in images}
-    rest = [m for m in members if m.filename not in known][:CHECKED]
+    others = [m for m in members if m.filename not in known][:CHECKED]
     with root.open("rb") as file:
-        for member in rest:
+        for member in others:
             offset, _, _, _, *name = _place(member)
             if _local_header(file.fileno(), offset, *name) is None:
                 raise ValueError(
                     f"config.data.path={str(root)!r}: {listed([member.filename])} has another name "
-                    "in the zip's list than before its content; make the zip again"
+                    "in the zip's directory than in its own header; make the zip again"
                 )
 
 

@@ -37,18 +37,18 @@ class BlockConfig(Section):
       qkv_bias: whether queries, keys and values have a bias; the exit layer always has one.
       ffn_factor: hidden width of the MLP over D, rounded.
       geglu: gates the hidden layer: first half times GELU of the second.
-      layer_scale: first value of the factors of each branch; None for no factors.
+      layer_scale: initial value of the factors of each branch; None for no factors.
       linear: the linear layers.
       code_noise: noise on the codes in training, relative to their size.
       drop_path: probability of dropping a branch in training.
       residual: whether the attention is added to the receivers' states.
-      ffn_residual: whether the MLP is added to what it takes.
+      ffn_residual: whether the MLP's output is added to its input.
       share_norm: norms the senders with the receivers' LayerNorm.
       kernel: of the attention; None for attention without one.
       mask: whether the log kernel is added to the scores.
       scale_after_softmax: multiplies the attention weights by the affinities once more.
-      normalise_kernel: normalises the affinities over the senders before they are used; without
-        effect but with `scale_after_softmax`, since the softmax takes any factor of a row out.
+      normalise_kernel: normalises those affinities over the senders. Matters only with
+        `scale_after_softmax`, since a softmax ignores a factor that its whole row shares.
     """
 
     width: Size
@@ -74,8 +74,8 @@ class BlockConfig(Section):
         super().__post_init__()
         if self.drop_path and not self.residual:
             raise FieldError(
-                f"drop_path={self.drop_path} drops a branch, and without residual there is none: "
-                "set it to 0"
+                f"drop_path={self.drop_path} needs residual=True, since it drops what is added to "
+                "the residual: set drop_path to 0"
             )
         if self.hidden < 1:
             raise FieldError(
@@ -89,7 +89,7 @@ class BlockConfig(Section):
 
     @property
     def hidden(self) -> int:
-        """Hidden width F of the MLP, half of what its first layer gives under GEGLU."""
+        """Hidden width F of the MLP; under GEGLU its first layer is twice as wide."""
         return round(self.ffn_factor * self.width)
 
     def layer(self, dtype: DTypeLike, inputs: int, outputs: int, use_bias: bool) -> CodeLinear:
@@ -98,7 +98,7 @@ class BlockConfig(Section):
 
     @property
     def uses_kernel(self) -> bool:
-        """Whether affinities have a part in the result."""
+        """True where affinities change the result."""
         return self.kernel is not None and (self.mask or self.scale_after_softmax)
 
 
@@ -107,8 +107,10 @@ class LatentAttention(nn.Module):
     KernelModulatedLatentAttention).
 
     softmax(q k^T / sqrt(K) + log kernel) v, heads concatenated (head is the slower index), exit
-    layer, layer scale, residual. Parameters: `receiver_norm`, `sender_norm` unless shared, `query`,
-      `key`, `value`, `exit`, `layer_scale` (D), `bandwidth` () of a kernel with a learnable one.
+    layer, layer scale, residual.
+
+    Parameters: `receiver_norm`, `sender_norm` unless shared, `query`, `key`, `value`, `exit`,
+    `layer_scale` (D), `bandwidth` () of a kernel with a learnable one.
     """
 
     config: BlockConfig
@@ -125,13 +127,17 @@ class LatentAttention(nn.Module):
         self.exit = config.layer(self.dtype, config.inner, config.width, True)
         self.layer_scale = layer_scale(self, config.layer_scale, config.width)
         if config.kernel is not None and config.kernel.learnable_bandwidth:
+            # Unconstrained, as in the original: a bandwidth can be trained to below 0.
             init = nn.initializers.constant(config.kernel.bandwidth)
             self.bandwidth = self.param("bandwidth", init, ())
 
     def project(
         self, senders: Float[Array, "B S D"], codes: Float[Array, "#S Z"], *, train: bool
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        """Keys and values of senders."""
+        """Projects senders to keys and values.
+
+        Apart from `__call__`, so that senders whose states stay the same are projected once.
+        """
         normed = (self.receiver_norm if self.config.share_norm else self.sender_norm)(senders)
         key, value = (f(normed, codes, train=train) for f in (self.key, self.value))
         return self._split(key), self._split(value)
@@ -146,13 +152,13 @@ class LatentAttention(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The receivers' new states.
+        """Returns the receivers' new states.
 
         Args:
           receivers: their states.
           codes: their codes, or one code for all.
           keys, values: from `project`.
-          distance: of their signatures to the senders'; only where there is a kernel.
+          distance: from their signatures to the senders'; needed only with a kernel.
           train: samples the edges of a stochastic kernel (stream "kernel") and drops paths (stream
             "drop_path").
         """
@@ -163,14 +169,17 @@ class LatentAttention(nn.Module):
             log_affinity = self._log_affinity(distance, receivers.shape[0], train=train)
         pooled = attend(query, keys, values, log_affinity, config=config)
         pooled = pooled.reshape(*pooled.shape[:2], config.inner)
+        # The exit layer is conditioned on the receivers' codes, as the query is.
         branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
         if not config.residual:
             return branch
         return receivers + drop_branch(self, branch, config.drop_path, train=train)
 
     def _log_affinity(self, distance, batch: int, *, train: bool) -> jax.Array:
-        """(1 or B, T, S), in float32."""
+        """Log affinities (1 or B, T, S), in float32."""
         kernel = self.config.kernel
+        # Signatures do not depend on the image: one matrix serves the whole batch, and an axis of
+        # examples appears only where every example samples edges of its own.
         bandwidth = self.bandwidth if kernel.learnable_bandwidth else kernel.bandwidth
         logs = kernels.log_kernel(distance, bandwidth, kernel)[None]
         if not kernel.stochastic:
@@ -179,6 +188,7 @@ class LatentAttention(nn.Module):
             shape = (batch, *distance.shape)
             u = draw(self, "kernel", uniform(shape), stream="kernel")
             return kernels.sample_log(logs, u, temperature=kernel.temperature)
+        # Evaluation without samples uses the edges' probabilities themselves, or their majority.
         return kernels.threshold_log(logs) if kernel.evaluation == "threshold" else logs
 
     def _split(self, x: jax.Array) -> Float[Array, "B T H K"]:
@@ -201,6 +211,7 @@ class Ffn(nn.Module):
         config = self.config
         up = config.hidden * (2 if config.geglu else 1)
         shared = {"code_width": config.code_width, "use_bias": True, "dtype": self.dtype}
+        # Under GEGLU values and gate are the halves of one projection, in this order.
         y = norm("norm", self.dtype)(x)
         y = CodeLinear(config.linear, config.width, up, name="up", **shared)(y, codes, train=train)
         if config.geglu:
@@ -238,17 +249,17 @@ class Propagator(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The receivers' new states.
+        """Returns the receivers' new states.
 
         Args:
           receivers, receiver_codes: states and codes.
-          senders: states of groups of latents; a group that also receives is normed just once
+          senders: states of groups of latents; a group that also receives is normed only once
             where the norm is shared.
-          sender_codes: codes of all groups, one after the other, or one code for all. Noise on
-            them is drawn apart from the receivers', even for the same latents.
-          distance: of the signatures of receivers and all senders.
+          sender_codes: codes of all groups, concatenated, or one code for all.
+          distance: from the receivers' signatures to those of all senders.
           train: see `LatentAttention`; the noise on codes is of stream "code".
         """
+        # Two independent draws, even where a latent both receives and sends.
         noise = self.config.code_noise
         receiver_codes = add_code_noise(self, "receiver_codes", receiver_codes, noise, train=train)
         sender_codes = add_code_noise(self, "sender_codes", sender_codes, noise, train=train)
@@ -256,16 +267,21 @@ class Propagator(nn.Module):
         return self.receive(receivers, receiver_codes, keys, values, distance, train=train)
 
     def project(self, senders, codes, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of groups of senders, (B, S, H, K) each; no noise is added."""
+        """Projects groups of senders to keys and values, (B, S, H, K) each; adds no noise."""
+        # Group by group, not concatenated first: the norm of a group that also receives is then
+        # the same expression on both sides, and the compiler computes it once.
         pairs = [
             self.attention.project(group, group_codes, train=train)
             for group, group_codes in zip(senders, split_codes(codes, senders), strict=True)
         ]
         return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True))
 
-    def go_on(self, receivers, codes, keys, values, distance, *, train: bool = False) -> jax.Array:
-        """As `__call__` with senders that are those of `keys` and `values`, made before, and the
-        receivers themselves; no noise is added to the codes."""
+    def extend(self, receivers, codes, keys, values, distance, *, train: bool = False) -> jax.Array:
+        """Does what `__call__` does where some senders are already projected.
+
+        The senders are those of `keys` and `values`, followed by the receivers themselves; no noise
+        is added to the codes.
+        """
         own = self.project((receivers,), codes, train=train)
         keys, values = (
             jnp.concatenate(pair, axis=1) for pair in zip((keys, values), own, strict=True)
@@ -273,7 +289,7 @@ class Propagator(nn.Module):
         return self.receive(receivers, codes, keys, values, distance, train=train)
 
     def receive(self, receivers, codes, keys, values, distance, *, train: bool = False):
-        """Attention to keys and values, and the MLP; no noise is added to the codes."""
+        """Attends to keys and values, then applies the MLP; adds no noise to the codes."""
         states = self.attention(receivers, codes, keys, values, distance, train=train)
         return self.ffn(states, codes, train=train)
 
@@ -286,21 +302,24 @@ def attend(
     *,
     config: BlockConfig,
 ) -> Float[Array, "B T H K"]:
-    """Attention weights, in float32, times values.
+    """Returns the values weighted by the attention of each head.
 
     A receiver without any edge gets 0, or NaN where `config.kernel.empty_row` is "nan".
     """
+    # Scores and weights stay in float32 until the last product, whatever the network computes in:
+    # log affinities reach from 0 to minus infinity.
     scores = head_scores(query, keys)
     if log_affinity is None:
         weights = jax.nn.softmax(scores)
         return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(values.dtype), values)
     empty_row = config.kernel.empty_row
-    log_affinity = log_affinity[:, None]
+    log_affinity = log_affinity[:, None]  # the same for all heads
     if config.mask:
         weights = masked_softmax(scores, log_affinity, empty_row=empty_row)
     else:
         weights = jax.nn.softmax(scores)
     if config.scale_after_softmax:
+        # On top of the mask, an edge counts by the square of its affinity.
         if config.normalise_kernel:
             log_affinity = kernels.normalise_log_rows(log_affinity, empty_row=empty_row)
         weights = weights * jnp.exp(log_affinity)
@@ -319,18 +338,22 @@ def head_scores(
 def masked_softmax(
     scores: Float[Array, "B H T S"], log_mask: Float[Array, "#B 1 T S"], *, empty_row: str
 ) -> Float[Array, "B H T S"]:
-    """softmax(scores + log_mask) over the last axis; a row of the mask without an edge gives zeros
-    and no gradient, or NaN where `empty_row` is "nan"."""
+    """Returns softmax(scores + log_mask) over the last axis.
+
+    A row of the mask without an edge gives zeros and no gradient, or NaN where `empty_row` is
+    "nan".
+    """
     if empty_row == "nan":
         return jax.nn.softmax(scores + log_mask)
+    # Replaced before the softmax as well as after it: a row that is all minus infinity is NaN, and
+    # selecting zeros afterwards would still send the NaN back through the gradient.
     empty = kernels.is_empty(log_mask)
     weights = jax.nn.softmax(scores + jnp.where(empty, 0.0, log_mask))
     return jnp.where(empty, 0.0, weights)
 
 
 def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Codes (S, Z) of all groups cut into those of each; a single code (1, Z) serves every
-    group."""
+    """Splits codes (S, Z) of all groups by group; a single code (1, Z) serves every group."""
     sizes = [group.shape[1] for group in groups]
     if codes.shape[0] == 1:
         return [codes] * len(sizes)
@@ -340,19 +363,19 @@ def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Arr
 
 
 def layer_scale(module: nn.Module, value: float | None, width: int) -> jax.Array | None:
-    """The factors of a branch, (D), or None."""
+    """Creates the factors of a branch, (D), or returns None without a `value`."""
     if value is None:
         return None
     return module.param("layer_scale", nn.initializers.constant(value), (width,))
 
 
 def scaled(branch: jax.Array, factors: jax.Array | None) -> jax.Array:
-    """The branch times its factors, if it has any."""
+    """Returns the branch times its factors, if it has any."""
     return branch if factors is None else branch * factors.astype(branch.dtype)
 
 
 def drop_branch(module: nn.Module, branch: jax.Array, rate: float, *, train: bool) -> jax.Array:
-    """Stochastic depth in training, one draw an example (stream "drop_path")."""
+    """Applies stochastic depth in training, one draw per example (stream "drop_path")."""
     if not train or not rate:
         return branch
     u = draw(module, "drop_path", uniform((branch.shape[0], 1, 1)), stream="drop_path")

@@ -25,13 +25,13 @@ class PriorConfig(Section):
       attachments: edges that each new node brings, of barabasi_albert.
       edge_probability: of erdos_renyi.
       communities: number of communities of planted_partition, of cliques of ring_of_cliques.
-      community_size: nodes of one of them, or of each bell of barbell; 0 shares out all nodes.
+      community_size: nodes of one of them, or of each bell of barbell; 0 divides all nodes evenly.
       p_in, p_out: probability of an edge within a community and between two, of planted_partition.
-      neighbours: nodes that each one is joined to at first, of watts_strogatz; 0 for a tenth of
+      neighbours: nodes that each node is joined to initially, of watts_strogatz; 0 for a tenth of
         the nodes.
       rewire: probability that such an edge moves to a random node.
       dims: sides of grid.
-      periodic: whether grid closes to a torus.
+      periodic: closes grid to a torus.
       branching, height: children of a node and levels below the root, of balanced_tree.
       path_length: nodes between the bells, of barbell.
       truncation: distance below which two signatures count as connected in the fit. The kernels'
@@ -62,11 +62,12 @@ class PriorConfig(Section):
 
 
 def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray, "T T"]:
-    """The adjacency of a graph: symmetric, without self edges; nodes in networkx's order, those of
-    a community together.
+    """Returns the adjacency of the configured graph, symmetric and without self edges.
+
+    Nodes are in networkx's order, which keeps those of a community together.
 
     Raises:
-      ValueError: when the graph cannot have `nodes` nodes, with sizes that fit.
+      ValueError: when the graph cannot have `nodes` nodes; the message names sizes that fit.
     """
     if config.graph == "complete":
         return ~np.eye(nodes, dtype=bool)
@@ -77,8 +78,11 @@ def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray
 def find_communities(
     config: PriorConfig, adjacency: Bool[np.ndarray, "T T"], *, seed: int
 ) -> Int[np.ndarray, "T"]:
-    """A group for each node, by which pictures are ordered: the blocks or cliques that the graph
-    was made of, else what Louvain's method finds, numbered by first node."""
+    """Returns a community number per node, by which plots order the nodes.
+
+    These are the blocks or cliques that the graph was built from; for other graphs, the
+    communities of Louvain's method, numbered by their first node.
+    """
     nodes = len(adjacency)
     if config.graph in ("planted_partition", "ring_of_cliques"):
         return np.arange(nodes) // (config.community_size or nodes // config.communities)
@@ -108,16 +112,16 @@ def _watts_strogatz(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
     return nx.watts_strogatz_graph(nodes, neighbours, config.rewire, seed=seed)
 
 
-def _community_size(config: PriorConfig, nodes: int, least: int) -> int:
+def _community_size(config: PriorConfig, nodes: int, minimum: int) -> int:
     count, size = config.communities, config.community_size or nodes // config.communities
-    if count < least or size < least or count * size != nodes:
+    if count < minimum or size < minimum or count * size != nodes:
         _refuse(
             "communities",
             count,
             nodes,
             f"x community_size={size} is {count * size} nodes; choose two factors of {nodes}, "
-            f"each at least {least}, or community_size=0 and communities one of "
-            f"{[n for n in range(least, nodes // least + 1) if nodes % n == 0]}",
+            f"each at least {minimum}, or community_size=0 and communities one of "
+            f"{[n for n in range(minimum, nodes // minimum + 1) if nodes % n == 0]}",
         )
     return size
 
@@ -177,11 +181,11 @@ def _barbell(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
 
 def _hypercube(config: PriorConfig, nodes: int, seed: int) -> nx.Graph:
     del seed
-    below = nodes.bit_length() - 1
-    if nodes != 2**below:
-        fits = f"has 2^d nodes, such as {2**below} or {2 ** (below + 1)}"
+    dims = nodes.bit_length() - 1
+    if nodes != 2**dims:
+        fits = f"has 2^d nodes, such as {2**dims} or {2 ** (dims + 1)}"
         _refuse("graph", config.graph, nodes, fits)
-    return nx.hypercube_graph(below)
+    return nx.hypercube_graph(dims)
 
 
 def _refuse(field: str, value: object, nodes: int, fits: str) -> None:
@@ -190,7 +194,7 @@ def _refuse(field: str, value: object, nodes: int, fits: str) -> None:
     )
 
 
-# Name of a graph -> (config, nodes, seed) -> graph of that many nodes.
+# By name: a function (config, nodes, seed) that returns a graph of that many nodes.
 GENERATORS: types.MappingProxyType[str, Callable[[PriorConfig, int, int], nx.Graph]] = (
     types.MappingProxyType(
         {

@@ -1,5 +1,4 @@
-"""How strongly two signatures are connected: distances, kernels over them, and their random
-samples."""
+"""The strength of a connection between two signatures: distances, kernels, and sampled edges."""
 
 import dataclasses
 from typing import Annotated
@@ -25,18 +24,17 @@ class KernelConfig(Section):
 
     Attributes:
       truncation: distance beyond which two latents are not connected; None connects all.
-      truncation_kind: "direct" keeps distances up to the truncation and puts the others at
+      truncation_kind: "direct" keeps distances up to the truncation and sets the others to
         infinity, "masked" keeps those below it and multiplies by a mask.
-      straight_through: gives edges that are cut the gradient they would have uncut. Of masked
-        truncation it does so in the exponential form alone, as in the original.
+      straight_through: gives cut edges the gradient that they would have uncut. With masked
+        truncation only the exponential form does so, as in the original.
       stochastic: samples the edges in training (relaxed Bernoulli).
       temperature: of the samples.
-      evaluation: what evaluation uses of a stochastic kernel: the "kernel" itself, a "sample", or
-        "threshold", edges of an affinity above 1/2.
-      bandwidth: of the distances, or its first value.
-      learnable_bandwidth: whether it is a parameter; it is not held positive.
-      empty_row: what a receiver without any edge attends to: "zero", nothing, or "nan" as in the
-        original.
+      evaluation: a stochastic kernel's edges in evaluation: the "kernel" itself, a "sample", or
+        "threshold", the edges of an affinity of at least 1/2.
+      bandwidth: of the distances, or its initial value.
+      learnable_bandwidth: whether it is a parameter; nothing keeps it positive.
+      empty_row: the output of a receiver without any edge: "zero", or "nan" as in the original.
     """
 
     truncation: Annotated[float, above(0, 2)] | None = 0.9
@@ -53,10 +51,9 @@ class KernelConfig(Section):
 def cosine_distance(
     receivers: Float[Array, "*B T Y"], senders: Float[Array, "*B S Y"]
 ) -> Float[Array, "*B T S"]:
-    """1 - a.b of the normalised signatures a, b: from 0 (same direction) to 2, in float32.
-
-    A distance of lower precision would move edges across the truncation.
-    """
+    """Returns 1 - a.b of the normalised signatures a, b: from 0 (same direction) to 2."""
+    # In float32 with exact products: in bfloat16, or on the MXU's default precision, rounding moves
+    # edges across the truncation.
     receivers = l2_normalise(receivers.astype(jnp.promote_types(receivers.dtype, jnp.float32)))
     senders = l2_normalise(senders.astype(jnp.promote_types(senders.dtype, jnp.float32)))
     return 1 - jnp.matmul(receivers, jnp.swapaxes(senders, -1, -2), precision="highest")
@@ -65,63 +62,67 @@ def cosine_distance(
 def log_kernel(
     distance: Float[Array, "*B T S"], bandwidth: Float[Array, ""] | float, config: KernelConfig
 ) -> Float[Array, "*B T S"]:
-    """-d / beta, minus infinity where the edge is cut (NAC, DotProductKernel, log form).
+    """Returns -d / beta, minus infinity where the edge is cut (NAC, DotProductKernel, log form).
 
     d = `distance`, beta = `bandwidth`.
     """
     scaled = distance / bandwidth
     if config.truncation is None:
         return -scaled
-    kept = _kept(distance, bandwidth, config)
+    within = _within_truncation(distance, bandwidth, config)
     if config.truncation_kind == "masked":
-        return -scaled + jnp.where(kept, 0.0, -jnp.inf)
-    cut = jnp.where(kept, -scaled, -jnp.inf)
+        # A sum, not a selection: -scaled keeps its gradient, straight-through or not.
+        return -scaled + jnp.where(within, 0.0, -jnp.inf)
+    cut = jnp.where(within, -scaled, -jnp.inf)
     return _with_gradient_of(-scaled, cut) if config.straight_through else cut
 
 
 def exp_kernel(
     distance: Float[Array, "*B T S"], bandwidth: Float[Array, ""] | float, config: KernelConfig
 ) -> Float[Array, "*B T S"]:
-    """exp(-d / beta), 0 where the edge is cut (NAC, DotProductKernel, exponential form)."""
+    """Returns exp(-d / beta), 0 where the edge is cut (NAC, DotProductKernel, exponential form)."""
     scaled = distance / bandwidth
     if config.truncation is None:
         return jnp.exp(-scaled)
     if config.truncation_kind == "direct":
         return jnp.exp(log_kernel(distance, bandwidth, config))
-    whole = jnp.exp(-scaled)
-    cut = jnp.where(_kept(distance, bandwidth, config), whole, 0.0)
-    return _with_gradient_of(whole, cut) if config.straight_through else cut
+    uncut = jnp.exp(-scaled)
+    cut = jnp.where(_within_truncation(distance, bandwidth, config), uncut, 0.0)
+    return _with_gradient_of(uncut, cut) if config.straight_through else cut
 
 
 def sample_log(
     log_affinity: Float[Array, "*#B T S"], uniform: Float[Array, "*B T S"], *, temperature: float
 ) -> Float[Array, "*B T S"]:
-    r"""Log of a relaxed Bernoulli sample of the edges (NAC, stochastic kernel).
+    r"""Returns the log of a relaxed Bernoulli sample of the edges (NAC, stochastic kernel).
 
     log sigmoid((logit u + logit p) / temperature), clipped to [log tiny, log(1 - eps)], with p =
-    exp(`log_affinity`) and u = `uniform` clipped to [eps, 1 - eps], eps that of float32. An edge
-    that is cut has p = eps: it is unlikely, not impossible, and gets no gradient. Neither does an
-    edge of p = 1, such as a latent's with itself.
+    exp(`log_affinity`) and u = `uniform` clipped to [eps, 1 - eps], eps that of float32. A cut edge
+    has p = eps: it is unlikely, not impossible, and gets no gradient. Neither does an edge of p =
+    1, such as a latent's with itself.
     """
-    p = _clip_through(jnp.exp(log_affinity), 0.0, 1.0)
-    p = jnp.clip(p, EPS, 1 - EPS)
+    p = jnp.clip(jnp.exp(log_affinity), EPS, 1 - EPS)
     u = jnp.clip(uniform, EPS, 1 - EPS)
+    # log1p(-p), not log(1 - p): the difference drops the low digits of a small p.
     logits = (jnp.log(u) - jnp.log1p(-u) + jnp.log(p) - jnp.log1p(-p)) / temperature
     return jnp.clip(jax.nn.log_sigmoid(logits), jnp.log(TINY), jnp.log1p(-EPS))
 
 
 def threshold_log(log_affinity: Float[Array, "*B T S"]) -> Float[Array, "*B T S"]:
-    """0 for an affinity of at least 1/2, else minus infinity."""
+    """Returns 0 for an affinity of at least 1/2, else minus infinity."""
     return jnp.where(log_affinity >= jnp.log(0.5), 0.0, -jnp.inf)
 
 
 def normalise_log_rows(
     log_affinity: Float[Array, "*B T S"], *, empty_row: str
 ) -> Float[Array, "*B T S"]:
-    """Log affinities that sum to 1 over the senders; a row without an edge stays without, or is
-    NaN where `empty_row` says so."""
+    """Normalises log affinities to sum to 1 over the senders.
+
+    A row without an edge stays empty, or becomes NaN where `empty_row` is "nan".
+    """
     if empty_row == "nan":
         return log_affinity - jax.nn.logsumexp(log_affinity, axis=-1, keepdims=True)
+    # Filled before the logsumexp, whose gradient over an empty row is NaN.
     empty = is_empty(log_affinity)
     filled = jnp.where(empty, 0.0, log_affinity)
     rows = filled - jax.nn.logsumexp(filled, axis=-1, keepdims=True)
@@ -129,8 +130,10 @@ def normalise_log_rows(
 
 
 def normalise_rows(affinity: Float[Array, "*B T S"], *, empty_row: str) -> Float[Array, "*B T S"]:
-    """Affinities that sum to 1 over the senders; a row without an edge stays 0, or is NaN where
-    `empty_row` says so."""
+    """Normalises affinities to sum to 1 over the senders.
+
+    A row without an edge stays 0, or becomes NaN where `empty_row` is "nan".
+    """
     total = jnp.sum(affinity, axis=-1, keepdims=True)
     if empty_row == "nan":
         return affinity / total
@@ -138,12 +141,12 @@ def normalise_rows(affinity: Float[Array, "*B T S"], *, empty_row: str) -> Float
 
 
 def is_empty(log_affinity: Float[Array, "*B T S"]) -> jax.Array:
-    """Which receivers have no edge, (*B, T, 1) bool."""
+    """Returns True for receivers without an edge, (*B, T, 1) bool."""
     return jnp.all(jnp.isneginf(log_affinity), axis=-1, keepdims=True)
 
 
-def _kept(distance, bandwidth, config: KernelConfig) -> jax.Array:
-    # Compared as the original does, after division: a negative bandwidth turns the order round.
+def _within_truncation(distance, bandwidth, config: KernelConfig) -> jax.Array:
+    # Compared after the division, as in the original: a negative bandwidth reverses the order.
     bandwidth = jax.lax.stop_gradient(bandwidth)
     if config.truncation_kind == "direct":
         return distance / bandwidth <= config.truncation / bandwidth
@@ -151,10 +154,7 @@ def _kept(distance, bandwidth, config: KernelConfig) -> jax.Array:
 
 
 def _with_gradient_of(source: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, whose gradient is that of `source`; exact where `value` is infinite, too."""
+    """Returns `value` with the gradient of `source`."""
+    # The added difference is exactly 0, so `value` comes out unrounded, infinities included; the
+    # usual source + stop_gradient(value - source) would round.
     return jax.lax.stop_gradient(value) + (source - jax.lax.stop_gradient(source))
-
-
-def _clip_through(x: jax.Array, low: float, high: float) -> jax.Array:
-    """Clipped, the gradient passed on as it is."""
-    return _with_gradient_of(x, jnp.clip(x, low, high))

@@ -1,5 +1,5 @@
-"""The latents of a NAC: signatures, which say who talks to whom, codes, which say what each
-computes, and first states."""
+"""The latents of a NAC: signatures (who attends to whom), codes (what each one computes), and
+initial states."""
 
 import dataclasses
 from typing import Annotated
@@ -32,10 +32,10 @@ class LatentConfig:
     """A set of latents.
 
     Attributes:
-      count: how many.
+      count: number of latents.
       layers: number of layers with codes of their own; None for the same codes in all.
       identical_codes: starts all with the same code.
-      identical_signatures: starts all with the same signature e_1, which connects all with all.
+      identical_signatures: starts all with the same signature e_1, which connects all to all.
     """
 
     count: int
@@ -46,13 +46,13 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GraphConfig(Section):
-    """All latents and how they get their first states.
+    """All latents and how their initial states come about.
 
     Attributes:
       input, mediator, output: the three sets.
       width, signature_width, code_width: D, Y and Z.
       seeding: "noise" draws states around a linear function of the code, in evaluation too;
-        "mean" takes that function; "code" takes the code itself (Z = D); "learned" has states as
+        "mean" uses that function; "code" uses the code itself (Z = D); "learned" makes the states
         parameters.
       code_noise: noise on the seeder's codes in training.
     """
@@ -77,21 +77,29 @@ class GraphConfig(Section):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Signatures (T, Y), codes (T, Z) or one set a layer (layers, T, Z), and first states (B, T,
-    D) of a set of latents; no states where it takes those of another set."""
+    """The values of one set of latents.
+
+    Attributes:
+      signatures: (T, Y).
+      codes: (T, Z), or (layers, T, Z) where every layer has its own.
+      states: the initial states (B, T, D); None where the set starts from the states of another.
+    """
 
     signatures: jax.Array
     codes: jax.Array
     states: jax.Array | None
 
     def layer_codes(self, layer: int) -> Float[Array, "T Z"]:
-        """The codes of a layer, counted from 0; -1 is the last."""
+        """Returns the codes of a layer, counted from 0; -1 is the last."""
         return self.codes[layer] if self.codes.ndim == 3 else self.codes
 
 
 class LatentSet(nn.Module):
-    """Parameters of one set: `signatures` (T, Y), `codes` (T, Z) or (layers, T, Z), and `states`
-    (T, D) where they are learned (NAC, Latents)."""
+    """The parameters of one set of latents (NAC, Latents).
+
+    Parameters: `signatures` (T, Y), `codes` (T, Z) or (layers, T, Z), and `states` (T, D) where
+    they are learned.
+    """
 
     config: LatentConfig
     graph: GraphConfig
@@ -113,7 +121,7 @@ class LatentSet(nn.Module):
 
 
 class Seeder(nn.Module):
-    """First states from codes: mu(c) + exp(log_variance(c) / 2) eps, c the normed code (NAC,
+    """Initial states from codes: mu(c) + exp(log_variance(c) / 2) eps, c the normed code (NAC,
     LatentSeeder).
 
     Parameters: `norm`, `mean`, and `log_variance` where there is noise.
@@ -126,7 +134,7 @@ class Seeder(nn.Module):
     def __call__(
         self, codes: Float[Array, "T Z"]
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
-        """Mean and standard deviation of the states; the latter None without noise."""
+        """Returns mean and standard deviation of the states; the latter is None without noise."""
         if self.graph.seeding == "code":
             return codes, None
         codes = norm("norm", jnp.float32)(codes)
@@ -138,7 +146,7 @@ class Seeder(nn.Module):
 
 
 class LogVariance(nn.Module):
-    """A linear layer whose bias starts at -5, a deviation of 0.08."""
+    """A linear layer whose bias starts at -5: initially the states deviate by exp(-2.5) = 0.08."""
 
     features: int
 
@@ -151,7 +159,7 @@ class LogVariance(nn.Module):
 
 
 class Graph(nn.Module):
-    """All latents of a NAC with their first states.
+    """All latents of a NAC with their initial states.
 
     Parameters: `input`, `mediator`, `output`, each a `LatentSet`, and `seeder`.
     """
@@ -170,15 +178,15 @@ class Graph(nn.Module):
     def __call__(
         self, batch: int, *, train: bool = False, seed_mediators: bool = True
     ) -> dict[str, Latents]:
-        """Latents of "input", "mediator" and "output".
+        """Returns the latents of "input", "mediator" and "output".
+
+        The states' noise (stream "state") is drawn in evaluation too, and left out where the
+        collection "noise" has no numbers and the stream no key.
 
         Args:
-          batch: examples B; with noise every example has states of its own.
-          train: puts noise on the codes (stream "code").
-          seed_mediators: False where the mediators take the input latents' states.
-
-        The states' noise (stream "state") is drawn in evaluation too, and left out where neither
-        numbers nor a key are given for it.
+          batch: number of examples B; with noise every example has states of its own.
+          train: adds noise to the codes (stream "code").
+          seed_mediators: False where the mediators start from the input latents' states.
         """
         sets = {"input": self.input(), "mediator": self.mediator(), "output": self.output()}
         latents = {}
@@ -194,6 +202,7 @@ class Graph(nn.Module):
             states = arrays["states"]
             return jnp.broadcast_to(states, (batch, *states.shape)).astype(self.dtype)
         codes = arrays["codes"]
+        # Initial states come before the first layer, so its codes seed them.
         codes = codes[0] if codes.ndim == 3 else codes
         codes = add_code_noise(self, f"{name}_codes", codes, self.config.code_noise, train=train)
         mean, deviation = self.seeder(codes)

@@ -1,5 +1,5 @@
-"""Layers that NAC's parts share: code-conditioned linear layers, layer norm, layer scale, and how
-random numbers are drawn."""
+"""Layers that the parts of a NAC share (code-conditioned linear layers, LayerNorm), and the draws
+of random numbers."""
 
 import dataclasses
 import math
@@ -27,13 +27,15 @@ ACTIVATIONS = types.MappingProxyType({"none": lambda x: x, "gelu": gelu})
 
 
 def layer_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """(x - mean) / sqrt(variance + 1e-5) over the last axis, without parameters."""
+    """Returns (x - mean) / sqrt(variance + 1e-5) over the last axis, without parameters."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + NORM_EPS)
 
 
 def l2_normalise(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """x / max(|x|, 1e-12) over the last axis; the gradient at 0 is finite."""
+    """Returns x / max(|x|, 1e-12) over the last axis, with a finite gradient at 0."""
+    # The root's argument is replaced where it is small: its derivative at 0 is infinite, and
+    # selecting the other branch afterwards would give NaN.
     square = jnp.sum(x**2, axis=-1, keepdims=True)
     small = square <= L2_EPS**2
     norm = jnp.sqrt(jnp.where(small, 1.0, square))
@@ -61,13 +63,13 @@ class LinearConfig(Section):
       kind: "modulated" scales the input by the code (ModFC), "weight_modulated" the weights
         (WModFC), "plain" ignores the code (FC).
       normalization: of the scales of a modulated layer: "layer", "l2", "none", "sigmoid", "tanh".
-      gain: factor of the normalised scales, or its first value.
+      gain: factor of the normalised scales, or its initial value.
       learnable_gain: whether the gain is a parameter.
       add_one: adds 1 to the scales, so that a gain of 0 is an ordinary linear layer.
       renormalization: of the scaled input: "none", "layer" or "l2".
       dropout: of the scales, in training.
       weight_gain: factor of the initial weights.
-      activation: behind the layer, "none" or "gelu".
+      activation: after the layer, "none" or "gelu".
     """
 
     kind: Annotated[str, one_of(*KINDS)] = "modulated"
@@ -82,12 +84,12 @@ class LinearConfig(Section):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the layer is a linear map of its input once the code is given."""
+        """True where the layer is a linear map of its input for a fixed code."""
         return self.renormalization == "none" and self.activation == "none"
 
 
 class CodeLinear(nn.Module):
-    """A linear layer conditioned on codes (NAC, ModFC and its kin).
+    """A linear layer conditioned on codes (NAC: ModFC, WModFC, FC).
 
     With x the input and c the code of a position:
       modulated:         N'(x * s) W + b,  s = gain N(c W_code) [+ 1]
@@ -95,8 +97,10 @@ class CodeLinear(nn.Module):
       plain:             x W + b
 
     Parameters: `kernel` (in, out), `bias` (out) if `use_bias`, `code_kernel` (Z, in), `gain` () if
-      learnable, `code_bias` (in) of a weight-modulated layer. Scales are computed in float32 and
-      without a batch axis; only the product with `kernel` is in `dtype`.
+    learnable, `code_bias` (in) of a weight-modulated layer.
+
+    Scales are computed in float32 and without a batch axis; only the product with `kernel` is in
+    `dtype`.
     """
 
     config: LinearConfig
@@ -138,7 +142,7 @@ class CodeLinear(nn.Module):
         return ACTIVATIONS[config.activation](y)
 
     def scales(self, codes: Float[Array, "T Z"], *, train: bool = False) -> Float[Array, "T _"]:
-        """Factors of the input of a modulated layer, (T, in); ones of a plain layer."""
+        """Returns the factors (T, in) of a modulated layer's input; ones for a plain layer."""
         config = self.config
         if config.kind == "plain":
             return jnp.ones((codes.shape[0], self.inputs), codes.dtype)
@@ -151,7 +155,7 @@ class CodeLinear(nn.Module):
         return scales + 1 if config.add_one else scales
 
     def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:
-        """One matrix (out, in) a code, its rows of unit length."""
+        """Returns one matrix (out, in) per code, its rows of unit length."""
         modulation = codes @ self.code_kernel + self.code_bias + 1
         matrices = self.kernel.T * modulation[:, None, :]
         square = jnp.sum(matrices**2, axis=-1, keepdims=True)
@@ -159,7 +163,10 @@ class CodeLinear(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W + b, uniform within 1 / sqrt(in) at first; `kernel` (in, out), `bias` (out)."""
+    """x W + b, initially uniform within 1 / sqrt(in).
+
+    Parameters: `kernel` (in, out), `bias` (out).
+    """
 
     features: int
     dtype: DTypeLike
@@ -174,12 +181,13 @@ class Linear(nn.Module):
 
 
 def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> nn.LayerNorm:
-    """LayerNorm over the last axis, its statistics two-pass and in float32."""
+    """Returns a LayerNorm over the last axis, with two-pass statistics in float32."""
+    # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large against the spread.
     return nn.LayerNorm(epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
-    """Uniform within gain / sqrt(fan_in), the original framework's default for linear layers."""
+    """Uniform within gain / sqrt(fan_in), PyTorch's default for linear layers."""
     bound = gain / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
@@ -189,49 +197,55 @@ def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initiali
 def draw(
     module: nn.Module, name: str, sample: Callable[[jax.Array], jax.Array], *, stream: str
 ) -> jax.Array:
-    """Random numbers: those given as `name` in the collection "noise", else new ones.
+    """Draws random numbers, or returns those that the collection "noise" has under `name`.
+
+    Golden cases and tests put the original's draws there.
 
     Args:
-      module: who draws; the numbers stand under its path.
-      name: what they are for.
-      sample: key -> array.
-      stream: the rngs' name of the key.
+      module: the module that draws; the collection has its numbers under the module's path.
+      name: purpose of the numbers.
+      sample: maps a key to an array.
+      stream: name of the key among the rngs.
 
     Raises:
-      ValueError: when the given array is of another shape.
-      flax.errors.InvalidRngError: when none are given and the stream has no key.
+      ValueError: when the collection's array has another shape.
+      flax.errors.InvalidRngError: when the collection has none and the stream has no key.
     """
     if not module.has_variable(NOISE, name):
         return sample(module.make_rng(stream))
-    given = module.get_variable(NOISE, name)
+    noise = module.get_variable(NOISE, name)
     expected = jax.eval_shape(sample, jax.random.key(0)).shape
-    if given.shape != expected:
+    if noise.shape != expected:
         path = "/".join((*module.path, name))
-        raise ValueError(f"noise {path} is of shape {given.shape}, {expected} is drawn here")
-    return given
+        raise ValueError(f"noise {path} has shape {noise.shape}, expected {expected}")
+    return noise
 
 
 def can_draw(module: nn.Module, name: str, *, stream: str) -> bool:
-    """Whether `draw` would find numbers or a key: what is drawn in evaluation too (states,
-    pooling) is left out where it does not."""
+    """Returns True where `draw` has numbers or a key.
+
+    Draws of evaluation (states, pooling) are left out elsewhere.
+    """
     return module.has_variable(NOISE, name) or module.has_rng(stream)
 
 
 def uniform(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """key -> uniform numbers in [0, 1) of a shape, float32."""
+    """Returns a function from a key to uniform float32 numbers in [0, 1) of a shape."""
     return lambda key: jax.random.uniform(key, shape)
 
 
 def normal(shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
-    """key -> normal numbers of a shape, float32."""
+    """Returns a function from a key to normal float32 numbers of a shape."""
     return lambda key: jax.random.normal(key, shape)
 
 
 def add_code_noise(
     module: nn.Module, name: str, codes: Float[Array, "T Z"], scale: float, *, train: bool
 ) -> Float[Array, "T Z"]:
-    """c + scale |c| (2 u - 1) in training, u uniform in [0, 1), one draw for the whole batch (NAC,
-    VectorScaleNoise); no gradient passes through the noise."""
+    """Returns c + scale |c| (2 u - 1) in training, u uniform in [0, 1) (NAC, VectorScaleNoise).
+
+    There is one draw for the whole batch, and no gradient passes through the noise.
+    """
     if not train or not scale:
         return codes
     u = draw(module, name, uniform(codes.shape), stream="code")

@@ -1,4 +1,4 @@
-"""The config of a NAC, and what is built from it: the whole network, or its students."""
+"""The config of a NAC, and the builders of the whole network and of its students."""
 
 import dataclasses
 import types
@@ -44,27 +44,27 @@ class NacConfig(Section):
 
     Attributes:
       kind: "nac".
-      tokenizer: image to tokens.
-      inputs, mediators, outputs: numbers of latents I, M and O.
+      tokenizer: turns images into tokens.
+      inputs, mediators, outputs: numbers of latents.
       iterations: of the mediators.
       width, code_width, signature_width: D, Z and Y.
       heads, head_width: of all attentions.
-      read_in_heads, read_out_heads: of these alone; 0 for `heads`.
+      read_in_heads, read_out_heads: heads of these attentions; 0 for `heads`.
       ffn_factor: hidden width of an MLP over D.
       geglu, qkv_bias, layer_scale: see `blocks.BlockConfig`.
       linear: the code-conditioned layers.
       kernel: between mediators, and between input latents and mediators.
-      mask: whether the kernels mask the attention; False attends to all, the read-out too.
+      mask: whether the kernels mask the attention; False attends to all, in the read-out too.
       share_norm: norms senders with the receivers' LayerNorm, in the propagators.
       code_noise: noise on codes in training, relative to their size.
-      seeding: first states of latents, see `latents.GraphConfig`.
+      seeding: initial states of latents, see `latents.GraphConfig`.
       seeder_code_noise: whether the seeder's codes get that noise, too.
       read_in: "attention" or "projection", which needs as many input latents as tokens.
-      read_in_scale: first value of the read-in attention's layer scale.
-      read_in_residual: whether the read-in attention is added to the first states.
-      read_out_residual: whether the read-out attention is added to the first states.
-      read_out_head: whether a code-conditioned layer makes logits of each output state before the
-        pooling; needed by "first_slot".
+      read_in_scale: initial value of the read-in attention's layer scale.
+      read_in_residual: whether the read-in attention is added to the initial states.
+      read_out_residual: whether the read-out attention is added to the initial states.
+      read_out_head: whether a code-conditioned layer maps each output state to logits before the
+        pooling; "first_slot" needs it.
       read_out_head_norm: whether its input is normed.
       pooling, temperature: of the output states, see `network.ReadOutConfig`.
       inputs_to_mediators, inputs_to_outputs, inputs_as_mediators: see `network.Wiring`.
@@ -74,13 +74,13 @@ class NacConfig(Section):
       identical_codes: starts all mediators with the same code.
       learn_codes, learn_signatures: whether the latents' are trained.
       layerwise: values that differ by iteration: the name of a field of `blocks.BlockConfig`
-        ("ffn_factor", "kernel/truncation") and one value an iteration.
+        ("ffn_factor", "kernel/truncation") and one value per iteration.
       prior: the graph that the mediators' signatures start from.
-      students: which students the whole NAC starts from: "imagenet" takes all of them,
-        "tinyimagenet" neither positional grid nor pooling, which fit other images and labels
-        ("tinyimnet" and "tinynet" are taken for it, "imnet" for the first).
+      students: the students' parameters that the whole NAC starts from: "imagenet" takes all,
+        "tinyimagenet" leaves out positional grid and pooling, which fit other images and labels
+        ("tinyimnet" and "tinynet" are spellings of it, "imnet" of the first).
       legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
-        original does by mistake; the whole NAC then takes that over.
+        original does by mistake; the whole NAC then inherits it.
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
     """
 
@@ -137,7 +137,7 @@ class NacConfig(Section):
         super().__post_init__()
         if self.pooling == "first_slot" and not self.read_out_head:
             raise FieldError(
-                "pooling='first_slot' takes an output state for logits: set read_out_head=True"
+                "pooling='first_slot' uses an output state as logits: set read_out_head=True"
             )
         if self.inputs_as_mediators and self.inputs != self.mediators:
             raise FieldError(
@@ -147,7 +147,7 @@ class NacConfig(Section):
         if self.share_propagators and self.layerwise:
             raise FieldError(
                 f"layerwise={shown(self.layerwise)} makes iterations differ and "
-                "share_propagators=True makes them one: drop either"
+                "share_propagators=True makes them the same: drop either"
             )
         for name, values in self.layerwise.items():
             if len(values) != self.iterations:
@@ -155,6 +155,7 @@ class NacConfig(Section):
                     f"layerwise.{name}={shown(values)} must have iterations={self.iterations} "
                     "values"
                 )
+        # These are built again when needed: here they only check their own fields.
         self.graph()
         self.block()
         for layer in range(self.iterations if self.layerwise else 0):
@@ -162,11 +163,11 @@ class NacConfig(Section):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """A block a stage: read-in, one propagator an iteration, read-out."""
+        """One block per stage: read-in, a propagator per iteration, read-out."""
         return (1,) * (self.iterations + 2)
 
     def block(self, *, drop_path: float = 0.0) -> BlockConfig:
-        """A propagator's sizes."""
+        """Returns the config of a propagator, before `layerwise`."""
         return BlockConfig(
             width=self.width,
             code_width=self.code_width,
@@ -185,7 +186,7 @@ class NacConfig(Section):
         )
 
     def propagator(self, layer: int, *, drop_path: float) -> BlockConfig:
-        """The sizes of one iteration, with what `layerwise` says of it."""
+        """Returns the config of one iteration's propagator, with its values of `layerwise`."""
         block = self.block(drop_path=drop_path)
         for name, values in self.layerwise.items():
             try:
@@ -196,7 +197,7 @@ class NacConfig(Section):
         return block
 
     def read_in_config(self) -> ReadInConfig:
-        """The read-in's; it drops no paths and has no kernel."""
+        """Returns the config of the read-in, which drops no paths and has no kernel."""
         block = dataclasses.replace(
             self.block(),
             heads=self.read_in_heads or self.heads,
@@ -206,7 +207,10 @@ class NacConfig(Section):
         return ReadInConfig(block, self.read_in, self.read_in_scale)
 
     def read_out_config(self, labels: int) -> ReadOutConfig:
-        """The read-out's; it drops no paths, and its kernel neither cuts nor samples."""
+        """Returns the config of the read-out.
+
+        It drops no paths, and its kernel neither cuts nor samples edges.
+        """
         block = dataclasses.replace(
             self.block(),
             heads=self.read_out_heads or self.heads,
@@ -218,7 +222,7 @@ class NacConfig(Section):
         return ReadOutConfig(block, self.pooling, self.temperature, head, self.read_out_head_norm)
 
     def graph(self) -> GraphConfig:
-        """The latents'."""
+        """Returns the config of the latents."""
         complete = self.prior.graph == "complete"
         mediator = LatentConfig(
             self.mediators,
@@ -238,13 +242,13 @@ class NacConfig(Section):
         )
 
     def trainable(self) -> str:
-        """Regex of the parameters that are trained."""
+        """Returns a regex of the parameters that are trained."""
         fixed = [] if self.learn_codes else ["codes"]
         fixed += [] if self.learn_signatures else ["signatures"]
         return rf"(?!.*/graph/\w+/({'|'.join(fixed)})$).*" if fixed else ".*"
 
 
-# image side, number of labels, fields that differ from the defaults
+# Image side, number of labels, and the fields that differ from the defaults.
 PRESETS = types.MappingProxyType(
     {
         "tinyimagenet": (64, 200, {}),
@@ -266,7 +270,7 @@ PRESETS = types.MappingProxyType(
 
 
 def preset(name: str) -> tuple[NacConfig, int, int]:
-    """A published NAC: its sizes, image side and number of labels.
+    """Returns config, image side and number of labels of a published NAC.
 
     Raises:
       ValueError: for a name that is not in PRESETS.
@@ -284,16 +288,16 @@ def build(
     dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> NacNetwork:
-    """The whole NAC of `config`; `drop_path` is the same in every propagator.
+    """Builds the whole NAC; `drop_path` is the same in every propagator.
 
     Raises:
       ValueError: for an image too small for the tokenizer's convolutions.
     """
     if config.tokenizer.side(interface.image_size) < 1:
         raise ValueError(
-            f"config.data.image_size={interface.image_size} leaves nothing behind "
-            f"config.model.tokenizer.stages={config.tokenizer.stages} stages and "
-            f"config.model.tokenizer.stem={config.tokenizer.stem}"
+            f"config.data.image_size={interface.image_size} is too small for "
+            f"config.model.tokenizer.stages={config.tokenizer.stages} and "
+            f"config.model.tokenizer.stem={config.tokenizer.stem}: no token is left"
         )
     propagators = (
         config.propagator(layer, drop_path=drop_path) for layer in range(config.iterations)
@@ -324,14 +328,14 @@ def build_students(
     dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> Network:
-    """The NAC cut into students: read-in, one mediator student an iteration, read-out.
+    """Builds the students of a NAC: read-in, one mediator student per iteration, read-out.
 
     Args:
-      config: of the whole; students have neither kernels nor noise on codes.
+      config: of the whole NAC; students have neither kernels nor noise on codes.
       interface: image side, channels and labels.
       meta_width, meta_tokens: width and number of the meta model's tokens.
       seed: of the students' fixed codes and states.
-      dtype: what they compute in.
+      dtype: of the computation.
       drop_path: of the mediator students.
     """
     bare = {"kernel": None, "code_noise": 0.0}
@@ -356,7 +360,7 @@ def build_students(
 
 
 def _replace(block: Any, names: list[str], value: Any) -> Any:
-    """`block` with the field `names` (a path through its dataclasses) set to `value`."""
+    """Returns `block` with the field `names` (a path through its dataclasses) set to `value`."""
     fields = dataclasses.fields(block) if dataclasses.is_dataclass(block) else ()
     known = sorted(field.name for field in fields)
     if names[0] not in known:
@@ -366,8 +370,8 @@ def _replace(block: Any, names: list[str], value: Any) -> Any:
     return dataclasses.replace(block, **{names[0]: value})
 
 
-# Matrices are split over fsdp along their longer way, code to scale along the scale; what latents
-# own, and all that is one number a channel, is small and held whole.
+# Matrices are split over fsdp along their longer side, code kernels along the scales. The latents'
+# own arrays and vectors of one number per channel are small: every device holds them whole.
 PARTITION_RULES = (
     (r"/(query|key|value|up|linear|projection)/kernel$", P("fsdp")),
     (r"/(exit|down)/kernel$", P(None, "fsdp")),

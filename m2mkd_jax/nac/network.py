@@ -1,5 +1,5 @@
-"""Neural Attentive Circuits, whole: image tokens are read into input latents, mediators exchange
-messages along a learned graph, output latents read them out."""
+"""The whole Neural Attentive Circuit: input latents attend to image tokens, mediators exchange
+messages along a learned graph, output latents attend to them and are pooled."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,8 +29,13 @@ GRAPH = "graph"
 
 @dataclasses.dataclass(frozen=True)
 class ReadInConfig:
-    """How tokens become states of input latents: by "attention" or by "projection"; `scale` is the
-    first value of the attention's layer scale."""
+    """The way from tokens to states of input latents.
+
+    Attributes:
+      block: of the attention and its MLP.
+      kind: "attention" or "projection".
+      scale: initial value of the attention's layer scale; None for none.
+    """
 
     block: BlockConfig
     kind: str = "attention"
@@ -39,11 +44,11 @@ class ReadInConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReadOutConfig:
-    """How states become logits.
+    """The way from states to logits.
 
     Attributes:
       block: of the attention of the output latents.
-      pooling: "gumbel", "gumbel_hard", "softmax" or "first_slot", the first output state itself.
+      pooling: "gumbel", "gumbel_hard", "softmax" or "first_slot", the first output state as it is.
       temperature: of the pooling.
       head: width of a code-conditioned layer between block and pooling; None for none.
       head_norm: whether that layer's input is normed.
@@ -58,11 +63,12 @@ class ReadOutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Wiring:
-    """Who hears whom.
+    """Who attends to whom.
 
     Attributes:
-      inputs_to_mediators: "always", in the "first" iteration alone, or "never".
-      inputs_to_outputs: whether the output latents hear the input latents.
+      inputs_to_mediators: when mediators attend to input latents: "always", in the "first"
+        iteration only, or "never".
+      inputs_to_outputs: whether the output latents attend to the input latents.
       inputs_as_mediators: starts the mediators with the states of the input latents.
     """
 
@@ -72,9 +78,9 @@ class Wiring:
 
 
 class ReadIn(nn.Module):
-    """Stage 0: image -> tokens -> states of the input latents. Parameters: `tokenizer`, `read_in`.
+    """Stage 0: image -> tokens -> states of the input latents.
 
-    Records under `intermediates`: `tokens` (B, S, U).
+    Parameters: `tokenizer`, `read_in`. Sows under `intermediates`: `tokens` (B, S, U).
     """
 
     tokenizer: TokenizerConfig
@@ -85,7 +91,7 @@ class ReadIn(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: Float[Array, "B I J Ch"],
+        images: Float[Array, "B I J X"],
         receivers: Float[Array, "#B T D"],
         codes: Float[Array, "#T Z"],
         *,
@@ -104,11 +110,11 @@ class ReadIn(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """The last stage: output latents hear the others, and their states are pooled to logits (NAC,
-    ReadOut).
+    """The last stage: output latents attend to the others, and their states are pooled to logits
+    (NAC, ReadOut).
 
     Parameters: `attention` and `ffn`, as of a `Propagator`; `code_head` where there is one;
-      `pooling` unless the first slot is taken. Records under `intermediates`: `output_states`.
+    `pooling` unless the first state is the output. Sows under `intermediates`: `output_states`.
     """
 
     config: ReadOutConfig
@@ -120,10 +126,10 @@ class ReadOut(nn.Module):
         self.block = Propagator(config.block, self.dtype)
         nn.share_scope(self, self.block)
         if config.head is not None:
-            # Where its states are the logits, these are in float32, as those of other heads are.
-            logits = config.pooling == "first_slot"
-            exact = jnp.promote_types(self.dtype, jnp.float32)
-            self.code_head = CodeHead(config, exact if logits else self.dtype)
+            # Where its outputs are the logits, they are in float32, as the logits of other heads.
+            gives_logits = config.pooling == "first_slot"
+            precise = jnp.promote_types(self.dtype, jnp.float32)
+            self.code_head = CodeHead(config, precise if gives_logits else self.dtype)
         if config.pooling != "first_slot":
             self.pooling = ConfidencePooling(
                 self.labels, config.pooling, config.temperature, self.dtype
@@ -175,16 +181,16 @@ class CodeHead(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class NacNetwork:
-    """A NAC as a sequence of stages, read-in, propagators, read-out, beside the graph of latents.
+    """A NAC as a sequence of stages (read-in, propagators, read-out) and the graph of latents.
 
     Attributes:
       graph: all latents; parameters under "graph".
       read_in, propagators, read_out: stage 0, 1.., and the last; parameters under `stage_name(i)`.
-      wiring: who hears whom.
+      wiring: who attends to whom.
       interface: image side, channels and labels.
       share_propagators: all iterations run stage 1; no other propagator has parameters.
       share_ffns: all iterations run the MLP of stage 1.
-      dtype: what it computes in.
+      dtype: of the computation.
       remat: recomputes each propagator in the backward pass.
     """
 
@@ -205,12 +211,12 @@ class NacNetwork:
     def init(
         self, key: jax.Array, *, signatures: Mapping[str, jax.Array | np.ndarray] | None = None
     ) -> dict[str, Any]:
-        """Fresh parameters.
+        """Initialises the parameters.
 
         Args:
-          key: each stage's parameters depend on it and on the stage's name alone.
-          signatures: of sets of latents ("mediator", ...) that start from a graph prior; the
-            others are drawn.
+          key: a stage's parameters depend only on it and on the stage's name.
+          signatures: of the sets of latents ("mediator", ...) that start from a graph prior; those
+            of the others are drawn.
         """
         latents = Graph(self.graph, self.dtype)
         params = {GRAPH: latents.init(fold_name(key, GRAPH), 1)["params"]}
@@ -218,8 +224,8 @@ class NacNetwork:
             params[GRAPH][name]["signatures"] = jnp.asarray(array, jnp.float32)
         last, graph = len(self) - 1, self.graph
         size, channels = self.interface.image_size, self.interface.channels
-        # A single latent will do, since parameters' shapes do not depend on how many there are;
-        # but a read-in by projection wants one a token.
+        # One latent is enough, since the shapes of parameters do not depend on their number; only a
+        # read-in by projection needs one latent per token.
         state, code = jnp.zeros((1, 1, graph.width)), jnp.zeros((1, graph.code_width))
         message = (state, code, (state,), code, jnp.zeros((1, 1)))
         image = jnp.zeros((1, size, size, channels))
@@ -230,37 +236,38 @@ class NacNetwork:
         calls[last] = (self.read_out, message)
         for i, (module, arguments) in calls.items():
             name = stage_name(i)
-            fresh = module.init(fold_name(key, name), *arguments, train=False)["params"]
+            # Keys by name, not split in order: a stage starts alike in a NAC of any length.
+            stage = module.init(fold_name(key, name), *arguments, train=False)["params"]
             if self.share_ffns and 1 < i < last:
-                del fresh["ffn"]
-            params[name] = fresh
+                del stage["ffn"]
+            params[name] = stage
         return params
 
     def apply(
         self,
         params: Params,
-        images: Float[Array, "B I J Ch"],
+        images: Float[Array, "B I J X"],
         *,
         train: bool = False,
         rngs: Mapping[str, jax.Array] | None = None,
         noise: Mapping[str, Any] | None = None,
         record: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B L"], dict[str, Any]]:
-        """Logits of images.
+        """Computes the logits of images.
 
         Args:
-          params: as `init` makes them.
+          params: parameters laid out as those of `init`.
           images: of the interface's size.
-          train: noise on codes, sampled edges, dropped paths, scale dropout.
+          train: adds noise to codes, samples edges, drops paths and scales.
           rngs: keys of the streams "code", "kernel", "drop_path" (training), "state" and "pooling"
             (evaluation too; without them the states are means and the pooling has no noise).
-          noise: random numbers to use in place of drawn ones, one subtree "graph" or stage, see
+          noise: random numbers that replace drawn ones, a subtree each for "graph" and stages, see
             `layers.draw`.
-          record: linen collections to hand back; "states" are the states of all latents behind
-            each part: `input`, `mediator` and, with "intermediates", what the stages sow.
+          record: linen collections to return, and "states" for the final states of `input` and
+            `mediator` latents.
 
         Returns:
-          Logits (B, L) and what was recorded.
+          Logits (B, L), and the recorded collections by part.
 
         Raises:
           ValueError: for images of another shape.
@@ -279,20 +286,23 @@ class NacNetwork:
         states = constrain(states, "batch", "tokens", "width")
         mediator_states = states if wiring.inputs_as_mediators else mediators.states
 
+        # Unrolled, not a scan: iterations may differ in config and parameters, and each is a stage
+        # with a subtree of its own.
         distance = self._distance(mediators, inputs)
         cached = self._project_inputs_once(call, states, inputs, train)
         for layer in range(len(self.propagators)):
             codes = mediators.layer_codes(layer)
-            hears = {"always": True, "first": layer == 0, "never": False}
-            heard = hears[wiring.inputs_to_mediators]
+            attends = {"always": True, "first": layer == 0, "never": False}
+            with_inputs = attends[wiring.inputs_to_mediators]
+            # Input latents come first among the senders, in states, codes and distances alike.
             mediator_states = self._propagate(
                 call,
                 layer,
                 mediator_states,
                 codes,
-                (states, inputs) if heard else None,
-                distance if heard else distance[:, inputs.signatures.shape[0] :],
-                cached if heard else None,
+                (states, inputs) if with_inputs else None,
+                distance if with_inputs else distance[:, inputs.signatures.shape[0] :],
+                cached if with_inputs else None,
             )
 
         output, codes = latents["output"], mediators.layer_codes(-1)
@@ -315,18 +325,19 @@ class NacNetwork:
         return logits, call.recorded
 
     def _propagate(self, call, layer, states, codes, inputs, distance, cached) -> jax.Array:
-        """One iteration: the mediators hear the input latents, if these are given, and each
-        other."""
-        name, overrides = stage_name(layer + 1), {}
+        """Runs one iteration: mediators attend to each other, and to the input latents unless
+        `inputs` is None."""
+        # Shared parameters exist once, under stage 1; noise and keys stay those of the iteration.
+        name, shared = stage_name(layer + 1), {}
         if self.share_propagators:
-            overrides = call.params[stage_name(1)]
+            shared = call.params[stage_name(1)]
         elif self.share_ffns:
-            overrides = {"ffn": call.params[stage_name(1)]["ffn"]}
-        params = {**call.params.get(name, {}), **overrides}
+            shared = {"ffn": call.params[stage_name(1)]["ffn"]}
+        params = {**call.params.get(name, {}), **shared}
         module = self.propagators[layer]
         if cached is not None:
             arguments = (states, codes, *cached, distance)
-            return call(name, module, *arguments, params=params, method="go_on", remat=self.remat)
+            return call(name, module, *arguments, params=params, method="extend", remat=self.remat)
         senders, sender_codes = (states,), codes
         if inputs is not None:
             input_states, input_latents = inputs
@@ -336,13 +347,16 @@ class NacNetwork:
         return call(name, module, *arguments, params=params, remat=self.remat)
 
     def _distance(self, mediators: Latents, inputs: Latents) -> Float[Array, "T S"]:
-        """Of mediators to input latents and mediators: once for all iterations."""
+        """Returns distances from mediators to input latents and mediators, for all iterations."""
         signatures = jnp.concatenate([inputs.signatures, mediators.signatures])
         return cosine_distance(mediators.signatures, signatures)
 
     def _project_inputs_once(self, call, states, inputs, train: bool):
-        """Keys and values of the input latents where all iterations share them: the weights are
-        shared, and no noise is drawn on the codes; else None."""
+        """Projects the input latents to keys and values that all iterations share.
+
+        Returns None where iterations differ: each has weights, noise on codes or dropped scales of
+        its own, or not all attend to the input latents.
+        """
         noisy = train and (self.propagators[0].config.code_noise or self._drops_scales())
         always = self.wiring.inputs_to_mediators == "always"
         if not self.share_propagators or noisy or not always:
@@ -357,14 +371,14 @@ class NacNetwork:
         side, channels = self.interface.image_size, self.interface.channels
         if images.shape[1:] != (side, side, channels):
             raise ValueError(
-                f"images of shape {images.shape[1:]} came where the model takes "
+                f"images have shape {images.shape[1:]}, and the model takes "
                 f"{(side, side, channels)}; check config.data.image_size and config.data.channels"
             )
 
 
 @dataclasses.dataclass
 class _Caller:
-    """Runs a part with its parameters, noise and keys, and keeps what it records."""
+    """Runs a part with its own parameters, noise and keys, and collects its recordings."""
 
     params: Params
     noise: Mapping[str, Any]
@@ -377,6 +391,8 @@ class _Caller:
         variables = {"params": self.params[name] if params is None else params}
         if name in self.noise:
             variables[NOISE] = self.noise[name]
+        # A key by stage name: linen derives keys from paths within the module, which are the same
+        # in every iteration.
         keys = {stream: fold_name(key, name) for stream, key in self.rngs.items()}
         collections = [c for c in self.record if c != "states"]
 
@@ -391,6 +407,7 @@ class _Caller:
                 **switches,
             )
 
+        # Keys and noise are arguments, so the backward pass recomputes with the same draws.
         run = jax.checkpoint(run) if remat else run
         result, recorded = run(variables, keys, *arguments)
         if recorded:

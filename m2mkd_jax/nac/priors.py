@@ -1,4 +1,4 @@
-"""Graph priors: signatures that are fitted to a graph before training."""
+"""Graph priors: signatures fitted to a graph before training."""
 
 import dataclasses
 import functools
@@ -28,15 +28,16 @@ ADAM_EPS = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Prior:
-    """Signatures that start as a graph.
+    """A graph and the signatures fitted to it.
 
     Attributes:
       adjacency: (T, T) bool, of the graph.
-      communities: (T,) int, a group of nodes for each.
+      communities: (T,) int, the community of each node.
       signatures: (T, Y) float32, fitted to the graph.
-      disagreement: share of pairs that are connected in one of the two only; with hinge=False the
-        mean squared error of the distances.
-      edges, missed, spurious: of the graph; those not in the signatures, and those only there.
+      disagreement: share of pairs connected in only one of graph and signatures; with hinge=False
+        the mean squared error of the distances.
+      edges, missed, spurious: number of the graph's edges, of those that the signatures lack, and
+        of those that only the signatures have.
     """
 
     adjacency: np.ndarray
@@ -56,15 +57,17 @@ def prepare_prior(
     seed: int,
     cache: epath.PathLike | None = None,
 ) -> Prior | None:
-    """The prior of a run, made once: graph and fit (NAC, graph priors; seeding.py of the original).
+    """Makes the prior of a run, or reads the one that the run made before (NAC, graph priors;
+    seeding.py of the original).
 
     All processes get that of process 0.
 
     Args:
-      nodes: T, the mediators.
-      signature_width: Y.
+      config: graph and fit.
+      nodes: number T of mediators.
+      signature_width: width Y.
       seed: of the graph and of the signatures before the fit.
-      cache: folder that keeps it as FILE; one of other settings, or a broken one, is made again.
+      cache: folder with the prior in FILE; one of other settings, or a damaged one, is replaced.
 
     Returns:
       The prior; None for the graph "none".
@@ -85,7 +88,7 @@ def prepare_prior(
         if path is not None and jax.process_index() == 0:
             _write(path, prior, fingerprint)
     if jax.process_count() > 1:
-        # Fits on different hosts could differ in the last bits, and parameters must not.
+        # Fits on different hosts may differ in the last bits, which replicated parameters must not.
         prior = _as_prior(multihost_utils.broadcast_one_to_all(dataclasses.asdict(prior)))
     logging.info(
         "graph prior %s: %d nodes, %d edges; signatures miss %d, add %d, disagreement %.3g",
@@ -100,8 +103,8 @@ def prepare_prior(
 
 
 def draw_signatures(key: jax.Array, *, nodes: int, width: int) -> Float[Array, "T Y"]:
-    """Signatures before the fit: a random matrix with orthonormal columns, or orthonormal rows
-    where nodes are fewer than `width`."""
+    """Draws the signatures before the fit: a random matrix with orthonormal columns, or with
+    orthonormal rows where there are fewer nodes than `width`."""
     return jax.nn.initializers.orthogonal()(key, (nodes, width), jnp.float32)
 
 
@@ -110,7 +113,7 @@ def fit_signatures(
     init: Float[Array | np.ndarray, "T Y"],
     config: PriorConfig,
 ) -> tuple[Float[Array, "T Y"], Float[Array, "_"]]:
-    r"""Adam on  1/T^2 sum_ts [A_ts max(tau, d_ts) + (1 - A_ts) max(-tau, -d_ts)].
+    r"""Minimises 1/T^2 sum_ts [A_ts max(tau, d_ts) + (1 - A_ts) max(-tau, -d_ts)] with Adam.
 
     A = `adjacency`, d = cosine distances of the signatures, tau = `config.truncation`; a node with
     itself counts as not connected. With hinge=False: the mean of (d_ts - l_ts / max l)^2, l the
@@ -130,7 +133,7 @@ def fit_signatures(
 
 
 def scaled_paths(adjacency: Bool[np.ndarray, "T T"]) -> Float[np.ndarray, "T T"]:
-    """Lengths of shortest paths over the longest of them; 0 where there is no path."""
+    """Returns the lengths of shortest paths over the longest one; 0 where there is no path."""
     lengths = csgraph.shortest_path(np.asarray(adjacency, float), directed=False, unweighted=True)
     lengths = np.where(np.isfinite(lengths), lengths, 0)
     return (lengths / max(1, lengths.max())).astype(np.float32)
@@ -141,16 +144,18 @@ def disagreement(
     adjacency: Bool[np.ndarray, "T T"],
     truncation: float,
 ) -> float:
-    """The share of the T^2 pairs that are connected in the graph or by signatures nearer than
-    `truncation`, but not in both; a node with itself agrees."""
-    found = np.asarray(_is_near(signatures, truncation)) & ~np.eye(len(adjacency), dtype=bool)
-    return float(np.mean(found != adjacency, dtype=np.float32))
+    """Returns the share of the T^2 pairs connected in either the graph or the signatures, not both.
+
+    Signatures connect pairs that are nearer than `truncation`; a node with itself agrees.
+    """
+    near = np.asarray(_is_near(signatures, truncation)) & ~np.eye(len(adjacency), dtype=bool)
+    return float(np.mean(near != adjacency, dtype=np.float32))
 
 
 def path_error(
     signatures: Float[Array | np.ndarray, "T Y"], adjacency: Bool[np.ndarray, "T T"]
 ) -> float:
-    """Mean squared difference of signatures' distances and `scaled_paths`."""
+    """Returns the mean squared difference of the signatures' distances and `scaled_paths`."""
     return float(_loss(jnp.asarray(signatures), jnp.asarray(scaled_paths(adjacency)), None))
 
 
@@ -159,7 +164,7 @@ def count_errors(
     adjacency: Bool[np.ndarray, "T T"],
     truncation: float,
 ) -> tuple[int, int]:
-    """Edges of the graph that the signatures miss, and edges that only the signatures have."""
+    """Counts the graph's edges that the signatures lack, and the edges of the signatures alone."""
     near = np.triu(_is_near(signatures, truncation), 1)
     edges = np.triu(adjacency, 1)
     return int(np.sum(edges & ~near)), int(np.sum(near & ~edges))
@@ -174,8 +179,8 @@ def _loss(signatures: jax.Array, target: jax.Array, truncation: float | None) ->
     distance = cosine_distance(signatures, signatures)
     if truncation is None:
         return jnp.mean((distance - target) ** 2)
-    edge, other = jnp.maximum(truncation, distance), jnp.maximum(-truncation, -distance)
-    return jnp.mean(jnp.where(target > 0, edge, other))
+    edge, no_edge = jnp.maximum(truncation, distance), jnp.maximum(-truncation, -distance)
+    return jnp.mean(jnp.where(target > 0, edge, no_edge))
 
 
 @functools.partial(jax.jit, static_argnames=("truncation", "steps"))
@@ -189,6 +194,7 @@ def _fit(target, init, learning_rate, *, truncation: float | None, steps: int):
         return (optax.apply_updates(signatures, updates), state), loss
 
     (signatures, _), losses = jax.lax.scan(update, (init, adam.init(init)), length=steps)
+    # The scan records each loss before its update, so the one after the last is computed here.
     last = _loss(signatures, target, truncation)
     return signatures, jnp.append(losses, last)
 
@@ -223,12 +229,12 @@ def _write(path: epath.PathLike, prior: Prior, fingerprint: str) -> None:
 
 
 def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior | None:
-    """What `_write` wrote; None when it is of another fingerprint or cannot be read."""
+    """Reads the file of `_write`; None when it has another fingerprint or cannot be read."""
     forms = _forms(nodes, width)
     try:
         arrays = read_npz(path, ("fingerprint", *forms))
-        held = arrays.pop("fingerprint")
-        if held.ndim == 0 and held.dtype.kind == "U" and str(held) != fingerprint:
+        stored = arrays.pop("fingerprint")
+        if stored.ndim == 0 and stored.dtype.kind == "U" and str(stored) != fingerprint:
             return None
         for name, (kind, shape) in forms.items():
             if arrays[name].dtype.kind != kind or arrays[name].shape != shape:
@@ -236,7 +242,7 @@ def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior |
                     f"{path} is damaged ({name} is {arrays[name].dtype} "
                     f"{brief(arrays[name].shape)}, where {shape} is expected)"
                 )
-        if held.ndim or held.dtype.kind != "U":
+        if stored.ndim or stored.dtype.kind != "U":
             raise ValueError(f"{path} is damaged (it has no fingerprint)")
     except (OSError, ValueError) as error:
         logging.warning("%s; the graph prior is made again", error)
@@ -245,7 +251,7 @@ def _read(path: epath.Path, fingerprint: str, nodes: int, width: int) -> Prior |
 
 
 def _forms(nodes: int, width: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What kind of numbers each field of a Prior holds, and in which shape."""
+    """Returns the kind of numbers and the shape of each field of a Prior."""
     return {
         "adjacency": ("b", (nodes, nodes)),
         "communities": ("i", (nodes,)),

@@ -1,18 +1,20 @@
-"""How input latents read the image's tokens.
+"""The read-in: input latents attend to the tokens of an image.
 
-Every receiver has keys and values of its own: the tokens are scaled by factors of the receiver's
-code before they are projected. Projecting would take arrays of shape (B, tokens, receivers, C), 9.9
-GB each for ImageNet at 32 images. None is made here: since the projection is linear,
+Every receiver has keys and values of its own, since the tokens are scaled by factors from the
+receiver's code before they are projected. As written, that needs arrays of shape (B, S, T, H K),
+9.9 GB each for ImageNet at 32 images. The projection is linear, so the sums can be rearranged and
+none of these arrays is needed:
 
   score_bhts = <(W_h q_bth) * s_t, x_bs> / sqrt(K)        s = scales of the keys
   out_bth    = W'_h^T (s'_t * sum_s a_bhts x_bs) + b'_h    s' = scales of the values
 
-with W_h (U, K) a head's part of the kernel. The keys' bias adds a number that is the same for all
-tokens, so softmax takes it out; the values' bias is added once, since the weights a sum to 1. It is
-attention with H T queries of width U and keys = values = the normed tokens, shared by all heads.
+with W_h (U, K) a head's part of the kernel. The keys' bias adds the same number to all tokens'
+scores, which softmax ignores; the values' bias is added once, since the weights a sum to 1. The
+result is attention with H T queries of width U whose keys and values are both the normed tokens,
+shared by all heads.
 
-Layers that are no linear maps of their input, or scale their weights, leave no choice: for them the
-plain form is taken, with its memory.
+Layers that are not linear in their input, or that scale their weights, cannot be rearranged: they
+use the plain form and its memory.
 """
 
 import math
@@ -28,15 +30,15 @@ from m2mkd_jax.nac.layers import CodeLinear, add_code_noise, norm
 
 
 class ReadInAttention(nn.Module):
-    """Attention from receivers to tokens that each receiver keys and values by its own code (NAC,
+    """Attention from receivers to tokens, with keys and values by each receiver's code (NAC,
     ReadInAttention).
+
+    Parameters: `receiver_norm`, `sender_norm`, `query`, `key`, `value`, `exit`, `layer_scale` (D).
 
     Attributes:
       config: of the block.
       token_width: width U of a token.
-      scale: first value of the layer scale; None for none.
-
-    Parameters: `receiver_norm`, `sender_norm`, `query`, `key`, `value`, `exit`, `layer_scale` (D).
+      scale: initial value of the layer scale; None for none.
     """
 
     config: BlockConfig
@@ -62,11 +64,12 @@ class ReadInAttention(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The receivers' new states."""
+        """Returns the receivers' new states."""
         config = self.config
         query = self.query(self.receiver_norm(receivers), codes, train=train)
         query = query.reshape(*query.shape[:-1], config.heads, config.head_width)
         tokens = self.sender_norm(tokens)
+        # The rearrangement needs "key = kernel applied to scaled token" and nothing after it.
         if config.linear.is_linear and config.linear.kind != "weight_modulated":
             heads = pool_tokens(
                 query,
@@ -77,6 +80,8 @@ class ReadInAttention(nn.Module):
                 self._by_head(self.value),
             )
             pooled = heads.reshape(*heads.shape[:2], config.inner)
+            # The weights of a receiver sum to 1, so its values' bias can follow the pooling. The
+            # keys' bias is a parameter for the sake of published weights; it changes no result.
             if config.qkv_bias:
                 pooled = pooled + self.value.bias.astype(self.dtype)
         else:
@@ -85,13 +90,17 @@ class ReadInAttention(nn.Module):
         return receivers + branch if config.residual else branch
 
     def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
-        """Attention with keys and values of every token for every receiver, two arrays of shape
-        (B, S, T, C)."""
-        spread = jnp.broadcast_to(
+        """Attends with keys and values of every token for every receiver.
+
+        Needs two arrays of shape (B, S, T, H K).
+        """
+        per_receiver = jnp.broadcast_to(
             tokens[:, :, None], (*tokens.shape[:2], query.shape[1], self.token_width)
         )
         keys, values = (
-            layer(spread, codes, train=train).reshape(*spread.shape[:3], *query.shape[2:])
+            layer(per_receiver, codes, train=train).reshape(
+                *per_receiver.shape[:3], *query.shape[2:]
+            )
             for layer in (self.key, self.value)
         )
         precise = jnp.promote_types(query.dtype, jnp.float32)
@@ -105,7 +114,7 @@ class ReadInAttention(nn.Module):
 
 
 class AttentiveReadIn(nn.Module):
-    """Noise on the codes, attention to the tokens, MLP (NAC, AttentiveReadIn).
+    """Attention to the tokens and an MLP, with noise on the codes (NAC, AttentiveReadIn).
 
     Parameters: `attention`, `ffn`.
     """
@@ -129,15 +138,16 @@ class AttentiveReadIn(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The input latents' states."""
+        """Returns the input latents' states."""
+        # One draw for attention and MLP: a receiver has the same noisy code in both.
         codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
         states = self.attention(receivers, codes, tokens, train=train)
         return self.ffn(states, codes, train=train)
 
 
 class ProjectionReadIn(nn.Module):
-    """Token i becomes the state of input latent i, by a projection under its code with noise (NAC,
-    ProjectionReadIn); there must be as many tokens as latents.
+    """Projects token i to the state of input latent i, under the latent's noisy code (NAC,
+    ProjectionReadIn). There must be as many tokens as latents.
 
     Parameters: `projection`, `ffn`.
     """
@@ -161,11 +171,12 @@ class ProjectionReadIn(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The input latents' states; those they had do not matter."""
+        """Returns the input latents' states, which do not depend on `receivers`."""
         if tokens.shape[1] != codes.shape[0]:
             raise ValueError(
-                f"there are {tokens.shape[1]} tokens and {codes.shape[0]} input latents; "
-                "config.model.read_in='projection' needs as many: change config.model.inputs"
+                f"config.model.read_in='projection' needs as many input latents as tokens, and "
+                f"there are {codes.shape[0]} and {tokens.shape[1]}: set config.model.inputs to "
+                f"{tokens.shape[1]}"
             )
         del receivers
         codes = add_code_noise(self, "receiver_codes", codes, self.config.code_noise, train=train)
@@ -180,21 +191,25 @@ def pool_tokens(
     key_kernel: Float[Array, "U H K"],
     value_kernel: Float[Array, "U H K"],
 ) -> Float[Array, "B T H K"]:
-    """Attention over tokens x with keys W (s_t * x) and values W' (s'_t * x) of each receiver t,
-    rearranged so that neither is made; see the head of the file.
+    """Attends to tokens x with keys W (s_t * x) and values W' (s'_t * x) of each receiver t.
 
-    Costs 4 B T C U + 4 B H T S U multiply-adds' operations forward, C = H K, against 4 B S T U C of
-    the plain form.
+    Neither keys nor values are computed; see the docstring of the file for the rearrangement.
+    Costs 4 B T H K U + 4 B H T S U floating point operations forward, against 4 B S T U H K of the
+    plain form.
     """
     dtype = query.dtype
     batch, receivers, heads, width = query.shape
     key_scales, value_scales = (s[:, None, :].astype(dtype) for s in (key_scales, value_scales))
+    # Moves the key projection to the query's side, and 1 / sqrt(K) with it, where it is cheapest.
     widened = jnp.einsum("BTHK,UHK->BTHU", query / math.sqrt(width), key_kernel.astype(dtype))
-    # One batched product with all heads' queries as rows; the tokens are read once, not per head.
+    # One batched product with the queries of all heads as rows, so that tokens, and not a copy of
+    # them per head, are the second factor.
     rows = (widened * key_scales).reshape(batch, receivers * heads, -1)
     precise = jnp.promote_types(dtype, jnp.float32)
     scores = jnp.einsum("BTU,BSU->BTS", rows, tokens, preferred_element_type=precise)
     weights = jax.nn.softmax(scores).astype(dtype)
+    # The mean of the raw tokens comes first: scales and projection of the values do not depend on
+    # the token and can wait until S is summed over.
     pooled = jnp.einsum("BTS,BSU->BTU", weights, tokens)
     pooled = pooled.reshape(batch, receivers, heads, -1) * value_scales
     return jnp.einsum("BTHU,UHK->BTHK", pooled, value_kernel.astype(dtype))

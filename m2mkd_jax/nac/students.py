@@ -1,7 +1,8 @@
-"""Students of m2mKD for a NAC: its read-in, one mediator iteration, its read-out, each between
-linear stitches to the meta model's width and with codes and states that are random and fixed.
+"""Students of m2mKD for a NAC: its read-in, one mediator iteration, and its read-out.
 
-They are stages as any other: the first takes images, the others tokens of the meta model.
+Each sits between linear stitches to the meta model's width, with codes and states that are random
+and fixed. Students are ordinary stages: the first takes images, the others tokens of the meta
+model.
 """
 
 import jax
@@ -19,13 +20,15 @@ from m2mkd_jax.nac.tokenizer import TokenizerConfig
 
 
 class ReadInStudent(nn.Module):
-    """One token an image: the state of a single input latent, brought to the meta model's width.
+    """Gives one token per image: the state of a single input latent, in the meta model's width.
 
     Parameters: `tokenizer`, `read_in`, `post_stitch`.
 
     Attributes:
-      seed: of the latent's code and states.
+      tokenizer, config, interface: of the stage.
       stitch_width: width of the meta model's tokens.
+      seed: of the latent's code and states.
+      dtype: of the computation.
     """
 
     tokenizer: TokenizerConfig
@@ -40,7 +43,7 @@ class ReadInStudent(nn.Module):
         nn.share_scope(self, self.stage)
         self.post_stitch = Linear(self.stitch_width, self.dtype)
 
-    def __call__(self, x: Float[Array, "B I J Ch"], *, train: bool) -> Float[Array, "B 1 D"]:
+    def __call__(self, x: Float[Array, "B I J X"], *, train: bool) -> Float[Array, "B 1 D"]:
         block = self.config.block
         codes = fixed_codes(self, self.seed, block.code_width)
         states = fixed_states(self, self.seed, x.shape[0], block.width, self.dtype)
@@ -53,10 +56,11 @@ class ReadInStudent(nn.Module):
 
 
 class MediatorStudent(nn.Module):
-    """All tokens of the meta model as mediators with one code: attention without a kernel, MLP.
+    """Treats the tokens of the meta model as mediators with one code: attention without a kernel,
+    and an MLP.
 
-    Parameters: `pre_stitch`, `attention`, `ffn`, `post_stitch`. `tokens` is how many tokens the
-      meta model has; see `ReadInStudent` for the rest.
+    Parameters: `pre_stitch`, `attention`, `ffn`, `post_stitch`. The attribute `tokens` is the
+    number of the meta model's tokens; see `ReadInStudent` for the others.
     """
 
     config: BlockConfig
@@ -82,7 +86,7 @@ class MediatorStudent(nn.Module):
 
 
 class ReadOutStudent(nn.Module):
-    """A single output latent hears all tokens of the meta model, and is pooled to logits.
+    """Lets a single output latent attend to all tokens of the meta model, and pools it to logits.
 
     Parameters: `pre_stitch`, `attention`, `ffn`, `pooling`; see `MediatorStudent`.
     """
@@ -111,8 +115,10 @@ class ReadOutStudent(nn.Module):
 
 
 def fixed_codes(module: nn.Module, seed: int, width: int) -> Float[Array, "1 Z"]:
-    """The code of all of a student's latents: normal, the same in every call, in training and
-    evaluation; or what the collection "noise" gives as `codes`."""
+    """Returns the one code of a student's latents: a normal draw, the same in every call.
+
+    The collection "noise" may have another as `codes`.
+    """
     if module.has_variable(NOISE, "codes"):
         return module.get_variable(NOISE, "codes")
     return jax.random.normal(_key(seed, "codes"), (1, width))
@@ -121,8 +127,10 @@ def fixed_codes(module: nn.Module, seed: int, width: int) -> Float[Array, "1 Z"]
 def fixed_states(
     module: nn.Module, seed: int, batch: int, width: int, dtype: DTypeLike
 ) -> Float[Array, "B 1 D"]:
-    """The first state of a student's latent: normal, another in each place of the batch, the same
-    in every call; or what the collection "noise" gives as `states`."""
+    """Returns the initial states of a student's latent: normal draws, the same in every call.
+
+    They differ between places of the batch. The collection "noise" may have others as `states`.
+    """
     if module.has_variable(NOISE, "states"):
         return module.get_variable(NOISE, "states").astype(dtype)
     return jax.random.normal(_key(seed, "states"), (batch, 1, width)).astype(dtype)

@@ -1,4 +1,4 @@
-"""Images to tokens: a ConvNeXt trunk and a learned positional grid beside its features."""
+"""The tokenizer of a NAC: a ConvNeXt trunk with a learned positional grid."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from m2mkd_jax.nac.layers import norm
 NORM_EPS = 1e-6  # of the trunk; the rest of NAC has 1e-5
 STEM = 4
 DEPTHWISE = 7
-# Blocks a stage.
+# Blocks per stage.
 PRESETS = types.MappingProxyType(
     {
         "tiny": (3, 3, 9),
@@ -39,15 +39,15 @@ class TokenizerConfig(Section):
     """Sizes of the tokenizer, `config.model.tokenizer`.
 
     Attributes:
-      preset: blocks a stage, a key of PRESETS.
-      stages: how many of the three stages there are; each but the first halves the side.
-      width: channels of the third stage; a stage before has half, whether the third is there or
-        not.
+      preset: blocks per stage, a key of PRESETS.
+      stages: number of stages, of three; each but the first halves the side.
+      width: channels of the third stage, even if it is left out; each earlier stage has half of
+        the next.
       stem: side of the first convolution's patches, 4 in the original.
       grid_width: channels of the positional grid.
       grid_size: side of the grid; 0 for that of the feature map.
-      grid_resize: what to do about another feature map: "none" refuses it, "adaptive" averages
-        the grid to its size.
+      grid_resize: for a feature map of another size, "none" raises an error, "adaptive" averages
+        the grid to the map's size.
     """
 
     preset: Annotated[str, one_of(*PRESETS)] = "tiny"
@@ -77,16 +77,16 @@ class TokenizerConfig(Section):
         return self.widths[-1] + self.grid_width
 
     def side(self, image_size: int) -> int:
-        """Side of the feature map of a square image; every convolution rounds down."""
+        """Returns the side of a square image's feature map; every convolution rounds down."""
         return image_size // self.stem // 2 ** (self.stages - 1)
 
 
 class Tokenizer(nn.Module):
-    """ConvNeXt features and the positional grid, one token a place in raster order (NAC,
-    ConvNeXtImageTokenizer).
+    """Gives ConvNeXt features and the positional grid, one token per place in raster order (NAC,
+    ConvNeXtImageTokenizer). There is no norm after the last stage.
 
-    Parameters: `stem` and `stem_norm`; `downsample_S/norm`, `downsample_S/conv`; `block_S_I`;
-      `grid` (rows, columns, grid width). There is no norm behind the last stage.
+    Parameters: `stem` and `stem_norm`; `downsample_<stage>/norm`, `downsample_<stage>/conv`;
+    `block_<stage>_<i>`; `grid` (rows, columns, grid width).
     """
 
     config: TokenizerConfig
@@ -94,7 +94,7 @@ class Tokenizer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B S U"]:
+    def __call__(self, images: Float[Array, "B I J X"]) -> Float[Array, "B S U"]:
         config = self.config
         x = images.astype(self.dtype)
         for stage, width in enumerate(config.widths):
@@ -110,7 +110,10 @@ class Tokenizer(nn.Module):
         return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
 
     def _enter(self, x: jax.Array, stage: int, width: int) -> jax.Array:
-        """The convolution in front of a stage, and its norm: behind the stem, before the others."""
+        """Applies the convolution before a stage and its norm.
+
+        The norm comes after the stem, and before the other convolutions.
+        """
         if stage == 0:
             x = _conv(width, self.config.stem, self.dtype, "stem")(x)
             return norm("stem_norm", self.dtype, NORM_EPS)(x)
@@ -131,7 +134,7 @@ class Downsample(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """x + gamma * down(gelu(up(norm(depthwise(x))))), the convolution of side 7.
 
-    Parameters: `depthwise`, `norm`, `up`, `down`, `gamma` (channels), first 1e-6.
+    Parameters: `depthwise`, `norm`, `up`, `down`, `gamma` (channels), initially 1e-6.
     """
 
     dtype: DTypeLike
@@ -161,7 +164,7 @@ class ConvNeXtBlock(nn.Module):
 def fit_grid(
     grid: Float[Array, "_ _ _"], size: tuple[int, ...], *, resize: str
 ) -> Float[Array, "_ _ _"]:
-    """The grid for a feature map of `size`.
+    """Returns the grid in the size of a feature map.
 
     Raises:
       ValueError: when the sizes differ and `resize` is "none".
@@ -182,13 +185,15 @@ def fit_grid(
 
 
 def _adaptive_bins(old: int, new: int) -> list[tuple[int, int]]:
-    """Ranges of old places that average to each new one, floor(i old / new)..ceil((i + 1) old /
-    new)."""
+    """Returns the range of old places that is averaged for each new place i.
+
+    It is floor(i old / new)..ceil((i + 1) old / new), as in PyTorch's adaptive pooling.
+    """
     return [(i * old // new, -(-(i + 1) * old // new)) for i in range(new)]
 
 
 def _conv(width: int, side: int, dtype: DTypeLike, name: str) -> nn.Conv:
-    """A convolution that cuts the image into squares of `side`."""
+    """Returns a convolution over disjoint squares of `side`."""
     return nn.Conv(
         width,
         (side, side),

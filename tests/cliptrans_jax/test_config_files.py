@@ -169,7 +169,7 @@ def test_every_item_of_a_sweep_is_understood(name):
         ("emoji", "stage=captions", r"^stage='captions'"),
         ("emoji", "model=none", "model='none' must be one of"),
         ("emoji", "target=fr", "config argument 'target=fr' is not understood"),
-        ("multi30k", "target=ro", r"^target_language='ro' is no language"),
+        ("multi30k", "target=ro", r"^target_language='ro' is not a language"),
         ("multi30k", "prefix=-1", r"^prefix=-1"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),
         ("wit", "pair=en_ru", "pair='en_ru' must be one of"),

@@ -173,19 +173,25 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
         load_corpus(config, "val2017", ("en",), with_images=True).require_images()
     for changes, message in (
         ({"images": []}, r"captions_val2017\.json has captions of 2 images it lacks: 3, 7"),
-        ({"annotations": [{"image_id": 3}]}, r"captions_val2017\.json is no whole file .*caption"),
-        ({"images": None}, r"captions_val2017\.json is no whole file"),
+        (
+            {"annotations": [{"image_id": 3}]},
+            r"captions_val2017\.json is not a complete file .*caption",
+        ),
+        ({"images": None}, r"captions_val2017\.json is not a complete file"),
         (
             {"annotations": [{"image_id": 3, "caption": "a \ud83d"}]},
-            r"captions_val2017\.json is no whole file .*surrogates",
+            r"captions_val2017\.json is not a complete file .*surrogates",
         ),
         (
             {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
-            r"captions_val2017\.json is no whole file",
+            r"captions_val2017\.json is not a complete file",
         ),
-        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is no text"),
-        ({"images": [{"id": [3], "file_name": "x"}]}, r"captions_val2017\.json is no whole file"),
-        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is no text; fetch it again"),
+        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is not text"),
+        (
+            {"images": [{"id": [3], "file_name": "x"}]},
+            r"captions_val2017\.json is not a complete file",
+        ),
+        ({"annotations": [{"image_id": 3, "caption": None}]}, "None is not text; fetch it again"),
     ):
         coco(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
@@ -259,7 +265,7 @@ def test_a_folder_that_is_no_multi30k_says_what_it_has(tmp_path):
     (tmp_path / "raws").mkdir()
     with pytest.raises(FileNotFoundError, match=r"neither raw/ nor .*\(there: raws\)"):
         load_corpus(DataConfig("multi30k", str(tmp_path)), "val", ("en",))
-    with pytest.raises(FileNotFoundError, match=r"config\.data\.path='/nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"config\.data\.path='/nowhere' is not a folder"):
         load_corpus(DataConfig("multi30k", "/nowhere"), "val", ("en",))
 
 
@@ -297,7 +303,7 @@ def test_a_broken_gzip_is_named(tmp_path):
     config = multi30k(tmp_path, packed=True)
     path = tmp_path / "raw/val.de.gz"
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(ValueError, match=r"val\.de\.gz is no whole gzip file"):
+    with pytest.raises(ValueError, match=r"val\.de\.gz is not a complete gzip file"):
         load_corpus(config, "val", ("de",))
     path.write_bytes(gzip.compress(bytes(1 << 22)))  # 4 kB
     with pytest.raises(ValueError, match=r"val\.de\.gz unpacks to more than 200 times its size"):
@@ -426,7 +432,7 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
         ({"path": "/x"}, r"^path='/x' must be empty"),
         ({"source": "wit"}, r"^path='' must be its folder"),
         ({"source_language": "eng"}, r"^source_language='eng' .*did you mean 'en'"),
-        ({"target_language": "cs"}, r"^target_language='cs' is no language"),
+        ({"target_language": "cs"}, r"^target_language='cs' is not a language"),
         ({"target_language": "en"}, r"^target_language='en' must be another"),
         ({"valid_split": ""}, r"^valid_split='' must be a string that is not empty"),
         ({"bad_share": 1.0}, r"^bad_share=1\.0 must be in \[0, 1\)"),
@@ -442,6 +448,6 @@ def test_a_wrong_config_is_refused_by_key(fields, message):
 @pytest.mark.parametrize(("source", "known"), [("emoji", "en, es, ja"), ("multi30k", "en, de, fr")])
 def test_an_unknown_language_names_the_known(tmp_path, source, known):
     config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
-    with pytest.raises(ValueError, match=f"language='xx' is no language of .*which has {known}"):
+    with pytest.raises(ValueError, match=f"language='xx' is not a language of .*which has {known}"):
         load_corpus(config, "train", ("en", "xx"))
     assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco"}

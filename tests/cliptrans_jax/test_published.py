@@ -152,7 +152,7 @@ def test_added_tokens_are_named(model, tmp_path):
     record = unigram_json(model, PUBLISHED["mbart50"].last)
     size = len(record["model"]["vocab"])
     record["added_tokens"] += [{"id": size + i, "content": f"<new{i}>"} for i in range(2)]
-    said = (r"<new0>, <new1>", r"give the folder of the tokenizer as it was published")
+    said = (r"<new0>, <new1>", r"use the folder of the published tokenizer")
     refuse("mbart50", write(tmp_path / "a", record), *said)
     for name, content in (
         ("added_tokens.json", {"<mask>": 9, "<new0>": size, "<new1>": size + 1}),
@@ -228,7 +228,7 @@ def test_a_broken_tokenizer_json_is_refused(model, tmp_path):
         refuse("xlmr", folder, r"tokenizer\.json")
     for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        refuse("xlmr", tmp_path, r"tokenizer\.json is (not JSON|not UTF-8|no tokenizer)")
+        refuse("xlmr", tmp_path, r"tokenizer\.json is (not JSON|not UTF-8|not a tokenizer)")
 
 
 def test_a_broken_sentencepiece_model_is_refused(model, tmp_path):
@@ -306,7 +306,7 @@ def test_a_broken_clip_vocabulary_is_refused(tmp_path):
     for place, (bad, merges, said) in enumerate(
         (
             ({}, CLIP_MERGES, "no vocabulary"),
-            (vocab | {"a": "0"}, CLIP_MERGES, "no whole numbers"),
+            (vocab | {"a": "0"}, CLIP_MERGES, "not integers"),
             (vocab | {"a": 1}, CLIP_MERGES, "are not 0 to"),
             (vocab | {"a": 10**20}, CLIP_MERGES, "are not 0 to"),
             (vocab | {"new": len(vocab)}, CLIP_MERGES, "does not end with"),

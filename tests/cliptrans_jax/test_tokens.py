@@ -184,7 +184,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         with_vocab({token: i for token, i in vocab.items() if token != "!"}),
     ):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"t\.json is no tokenizer of this project .*remove"):
+        with pytest.raises(
+            ValueError, match=r"t\.json is not a tokenizer of this project .*remove"
+        ):
             load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, path)
 
 
@@ -296,7 +298,7 @@ def test_pieces_are_no_frame_and_within_the_table(text, said):
 def test_clip_cuts_words_as_published():
     """Contractions, letters of any script, single digits, and runs of anything else."""
     letters = {letter: place for place, letter in enumerate("abc")}
-    tokenizer = byte_pairs.clip({**letters, byte_pairs.CLIP_EOS: 3}, [])
+    tokenizer = byte_pairs.clip_tokenizer({**letters, byte_pairs.CLIP_EOS: 3}, [])
 
     def words(text):
         normal = tokenizer.normalizer.normalize_str(text)

@@ -307,7 +307,7 @@ def test_checkpoints_that_lie_in_such_a_folder_load(stopped, tmp_path):
     shutil.move(stopped, moved)
     assert checkpoint.load(moved)["w"] == want
     shutil.move(moved, tmp_path / "lr=\\")
-    with pytest.raises(ValueError, match="a backslash in a path is taken for a slash"):
+    with pytest.raises(ValueError, match="orbax treats a backslash in a path as a slash"):
         checkpoint.load(tmp_path / "lr=\\")
 
 

@@ -150,7 +150,7 @@ def test_of_many_that_start_together_one_gets_it(workdir, stale):
     def contend():
         start.wait()
         try:
-            got.append(lock._Hold.of(str(workdir)))
+            got.append(lock._Lock.of(str(workdir)))
         except Locked:
             refused.append(1)
 
@@ -193,7 +193,7 @@ def test_without_a_lock_nothing_is_written(workdir, monkeypatch, number):
     def fail(self, content):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock._Hold, "_create", fail)
+    monkeypatch.setattr(lock._Lock, "_create", fail)
     with hold(workdir):  # as a finished run may
         with pytest.raises(OSError, match=r"no lock can be written.*run\.lock") as error:
             require(workdir)
@@ -210,7 +210,7 @@ def test_a_lock_that_does_not_fit_on_the_disk_is_removed(workdir, monkeypatch):
 
     monkeypatch.setattr(lock, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        lock._Hold(workdir / NAME)._create("{}")
+        lock._Lock(workdir / NAME)._create("{}")
     assert list(workdir.iterdir()) == []
 
 

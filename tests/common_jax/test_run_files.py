@@ -21,9 +21,9 @@ from m2mkd_jax.config import Config
         (b"[" * 100_000, "is not JSON that can be read: it nests too deep"),
         (b'{"steps": 3, "steps": 4}', "gives the key 'steps' twice"),
         (b'{"loss": 0.5}', "lacks 'steps'"),
-        (b'{"steps": "3", "loss": 1}', "has 'steps': '3', which is no int"),
-        (b'{"steps": true, "loss": 1}', "has 'steps': True, which is no int"),
-        (b'{"steps": 3, "loss": [1]}', r"has 'loss': \[1\], which is no int . float"),
+        (b'{"steps": "3", "loss": 1}', "has 'steps': '3', which is not of type int"),
+        (b'{"steps": true, "loss": 1}', "has 'steps': True, which is not of type int"),
+        (b'{"steps": 3, "loss": [1]}', r"has 'loss': \[1\], which is not of type int . float"),
     ],
 )
 def test_a_json_file_that_is_not_as_it_was_written_is_named(tmp_path, content, message):

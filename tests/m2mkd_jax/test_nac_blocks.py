@@ -171,7 +171,7 @@ def test_a_block_is_the_plain_one(changes):
     # The same in two steps, the keys and values of the others first.
     keys, values = apply(block, params, (OTHERS,), OTHER_CODES, method="project")
     arguments = RECEIVERS, CODES, keys, values, DISTANCE
-    np.testing.assert_allclose(apply(block, params, *arguments, method="go_on"), want, atol=2e-5)
+    np.testing.assert_allclose(apply(block, params, *arguments, method="extend"), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -263,7 +263,7 @@ def test_fields_reach_the_students():
 
 
 def test_an_image_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"config\.data\.image_size=3 leaves nothing"):
+    with pytest.raises(ValueError, match=r"config\.data\.image_size=3 is too small"):
         model.build(CONFIG, Interface(3, 3, 7))
 
 

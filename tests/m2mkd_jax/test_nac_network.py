@@ -254,7 +254,7 @@ def test_noise_that_is_given_is_used(images):
     np.testing.assert_allclose(run(network, params, images, noise=given), mean, atol=1e-6)
     given = {"graph": {"input_states": jnp.ones((3, 4, 24))}}
     assert not np.allclose(run(network, params, images, noise=given), mean, atol=1e-3)
-    with pytest.raises(ValueError, match=r"noise input_states is of shape \(3, 5, 24\)"):
+    with pytest.raises(ValueError, match=r"noise input_states has shape \(3, 5, 24\)"):
         network.apply(params, images, noise={"graph": {"input_states": jnp.zeros((3, 5, 24))}})
 
 

@@ -422,15 +422,20 @@ def test_inaturalist_with_wrong_records_is_refused(tmp_path):
                 r"train2018\.json: labels that are none of its 2 classes: 2",
             ),
             ({"images": []}, r"annotations of images that it lacks: 50, 51"),
-            ({"annotations": None}, r"train2018\.json is no whole file with images"),
-            ({"annotations": [{"image_id": []}]}, r"train2018\.json is no whole file with images"),
+            ({"annotations": None}, r"train2018\.json is not a complete file with images"),
+            (
+                {"annotations": [{"image_id": []}]},
+                r"train2018\.json is not a complete file with images",
+            ),
         )
     ):
         with pytest.raises(ValueError, match=message):
             load_source(inaturalist(tmp_path / str(number), **changes), "train")
     config = inaturalist(tmp_path / "nested")
     (tmp_path / "nested/train2018.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"train2018\.json is no whole file.* RecursionError"):
+    with pytest.raises(
+        ValueError, match=r"train2018\.json is not a complete file.* RecursionError"
+    ):
         load_source(config, "train")
     config = inaturalist(tmp_path / "years")
     shutil.copy(tmp_path / "years/train2018.json", tmp_path / "years/train2019.json")

@@ -200,7 +200,7 @@ def test_names_beyond_ascii_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train/ant/0.png", "train/ant/0.png"), r"train/ant/0\.png stand there more than once"),
+        (("train/ant/0.png", "train/ant/0.png"), r"train/ant/0\.png occur more than once"),
         (("train/ant/0.png", "../train/bee/0.png"), r"\.\./train/bee/0\.png have names that lead"),
         (("train/ant/0.png", "/train/bee/0.png"), r"/train/bee/0\.png have names that lead out"),
         (

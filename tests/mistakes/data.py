@@ -181,8 +181,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file=f"{DATA}/digits.py",
         what="stretched values are cut off, not rounded",
-        right="np.round(found.images * (255 / 16))",
-        wrong="np.floor(found.images * (255 / 16))",
+        right="np.round(dataset.images * (255 / 16))",
+        wrong="np.floor(dataset.images * (255 / 16))",
         tests=LISTS,
     ),
     Mistake(
@@ -244,8 +244,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file=f"{INPUTS}/pieces.py",
         what="a slot is written to before its piece is copied out",
-        right="self._placed - self._done[0] >= self.slots",
-        wrong="self._placed - self._done[0] > self.slots",
+        right="self._written - self._done[0] >= self.slots",
+        wrong="self._written - self._done[0] > self.slots",
         tests="tests/common_jax/test_pieces.py::"
         "test_a_full_ring_overwrites_nothing_and_no_one_waits",
     ),

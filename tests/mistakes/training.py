@@ -297,8 +297,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/checkpoint/belonging.py",
         "where run.json is lost the oldest checkpoint says which run it is",
-        "Identity(found[-1], unmarked)",
-        "Identity(found[0], unmarked)",
+        "Identity(ids[-1], unmarked)",
+        "Identity(ids[0], unmarked)",
         IDENTITY,
     ),
     Mistake(
