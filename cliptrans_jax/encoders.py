@@ -1,6 +1,7 @@
 """The frozen towers: sentences and pictures to features, computed once and kept."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,7 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
-from cliptrans_jax.towers import clip, mclip
-from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from cliptrans_jax.towers.mclip import MClip, MClipConfig
-from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
+from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, tower_of
 from common_jax.inputs import BadExample, eval_batches
 
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
@@ -35,42 +33,32 @@ class TextTower:
     """Sentences to features.
 
     Attributes:
-      config: sizes.
+      config: sizes, of a text tower of `TOWERS`.
       params: as read; not on any device yet.
-      tokenizer: frames sentences for it; None where it is but described.
+      tokenizer: frames sentences for it; None where the tower is only described.
       dtype: what is computed in.
     """
 
-    config: MClipConfig | ClipTextConfig
+    config: Any
     params: Mapping[str, Any]
     tokenizer: Tokenizer | None
     dtype: DTypeLike
 
     @classmethod
-    def described(cls, config: MClipConfig | ClipTextConfig, dtype: DTypeLike) -> "TextTower":
+    def described(cls, config: Any, dtype: DTypeLike) -> "TextTower":
         """The tower with shapes in the place of parameters."""
-        network = ClipText if isinstance(config, ClipTextConfig) else MClip
-        ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-        visible = jax.ShapeDtypeStruct((1, 2), bool)
-        init = network(config, dtype).init
-        params = jax.eval_shape(lambda *given: init(jax.random.key(0), *given), ids, visible)
-        return cls(config, params["params"], None, dtype)
+        init = functools.partial(tower_of(config).init, config, dtype)
+        return cls(config, jax.eval_shape(init, jax.random.key(0)), None, dtype)
 
     @property
     def longest(self) -> int:
         """Tokens that it has positions for."""
-        config = self.config
-        return config.longest if isinstance(config, MClipConfig) else config.positions
+        return self.config.longest
 
     def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
         """Features (B, M) of framed ids (B, S) with pads."""
-        if isinstance(self.config, ClipTextConfig):  # no token hears the pads behind it
-            return ClipText(self.config, self.dtype).apply({"params": params}, ids, None)
-        visible = ids != self.config.pad
-        rngs = {} if dropout is None else {"dropout": dropout}
-        return MClip(self.config, self.dtype).apply(
-            {"params": params}, ids, visible, train=dropout is not None, rngs=rngs
-        )
+        tower = tower_of(self.config)
+        return tower.apply(self.config, self.dtype, params, ids, dropout=dropout)
 
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
@@ -132,25 +120,22 @@ class ImageTower:
     """Pictures to features.
 
     Attributes:
-      config: sizes.
+      config: sizes, of an image tower of `TOWERS`.
       params: as read; not on any device yet.
       dtype: what is computed in.
     """
 
-    config: ClipVisionConfig | ResNetConfig
+    config: Any
     params: Mapping[str, Any]
     dtype: DTypeLike
 
     def apply(self, params: Any, images: jax.Array) -> jax.Array:
         """Features (B, M) of prepared pictures (B, I, J, 3)."""
-        network = ClipVision if isinstance(self.config, ClipVisionConfig) else ClipResNet
-        return network(self.config, self.dtype).apply({"params": params}, images)
+        return tower_of(self.config).apply(self.config, self.dtype, params, images)
 
-
-# The tokenizer of a published text tower, by the tower's kind.
-TOKENIZERS = {"mclip": "xlmr", "clip_text": "clip"}
-# Rules of the parameters of a text tower that trains, under "clip".
-TEXT_RULES = {MClipConfig: mclip.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """A picture as the tower takes it; see `prepare_picture`."""
+        return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
 
 def load_published_text(
@@ -170,13 +155,13 @@ def load_published_text(
     """
     found = pretrained.load(
         folder,
-        kind=("mclip", "clip_text"),
+        kind=tuple(tower.kind for tower in TEXT_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
         base=base,
     )
-    if tokenizer.kind != (proper := TOKENIZERS[found.kind]):
+    if tokenizer.kind != (proper := tower_of(found.config).sentences.tokenizer):
         raise ValueError(
             f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
             f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
@@ -205,7 +190,7 @@ def load_published_image(
     """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
     found = pretrained.load(
         folder,
-        kind=("clip_res", "clip_vision"),
+        kind=tuple(tower.kind for tower in IMAGE_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
@@ -254,7 +239,7 @@ def image_features(
     firsts = np.unique(rows, return_index=True)[1]
 
     def compute() -> np.ndarray:
-        source = _Pictures(images, firsts, tower.config.image)
+        source = _Pictures(images, firsts, tower)
 
         def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
             return tower.apply(params, batch["image"])
@@ -287,14 +272,14 @@ class _Pictures:
 
     arrays = None
 
-    def __init__(self, images: Images, rows: np.ndarray, size: int):
-        self._images, self._rows, self._size = images, rows, size
+    def __init__(self, images: Images, rows: np.ndarray, tower: ImageTower):
+        self._images, self._rows, self._tower = images, rows, tower
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": prepare_picture(self._images[int(self._rows[index])], self._size)}
+        return {"image": self._tower.prepare(self._images[int(self._rows[index])])}
 
 
 def by_length(ids: Sequence[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,6 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
 from cliptrans_jax.data.framing import Tokenizer, checked_texts
-from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import ImageTower, TextTower
@@ -112,7 +111,7 @@ class LoadedModel:
             return None, None
         if pictures is not None:
             tower: ImageTower = self.material.image_tower
-            prepared = np.stack([prepare_picture(x, tower.config.image) for x in pictures])
+            prepared = np.stack([tower.prepare(x) for x in pictures])
             return np.asarray(jax.jit(tower.apply)(tower.params, prepared), np.float32), None
         tower: TextTower = self.material.text_tower
         ids = tower.tokenizer.encode(sentences, None)

@@ -23,12 +23,12 @@ from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.losses import contrastive_loss
+from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
-from cliptrans_jax.towers import clip, mclip
-from cliptrans_jax.towers.clip import ClipVision
-from cliptrans_jax.towers.mclip import MClip
+from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
+from common_jax.mesh import Rules
 from common_jax.ranking import rank_of
 from common_jax.step import make_evaluator
 from common_jax.task import Task
@@ -123,7 +123,7 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
     return Task(
         title="clip",
         init=functools.partial(init, config),
-        rules=PARTITION_RULES,
+        rules=partition_rules(config),
         trainable=".*",
         loss=functools.partial(_loss, config),
         batch={
@@ -136,24 +136,20 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
     """Fresh parameters of both towers."""
-    towers, keys = config.clip, jax.random.split(key)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    images = jnp.zeros((1, towers.image.image, towers.image.image, 3))
-    text = MClip(towers.text, config.dtype).init(keys[0], ids, ids == ids)["params"]
-    image = ClipVision(towers.image, config.dtype).init(keys[1], images)["params"]
-    scale = jnp.asarray(math.log(towers.scale))
+    towers, keys = (config.clip.text, config.clip.image), jax.random.split(key)
+    text, image = (
+        tower_of(tower).init(tower, config.dtype, key)
+        for tower, key in zip(towers, keys, strict=True)
+    )
+    scale = jnp.asarray(math.log(config.clip.scale))
     return {"clip": {"text": text, "image": image, "log_scale": scale}}
 
 
 def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
-    towers, tree = config.clip, params["clip"]
-    rngs = {} if dropout is None else {"dropout": dropout}
-    ids = batch["ids"]
-    texts = MClip(towers.text, config.dtype).apply(
-        {"params": tree["text"]}, ids, ids != towers.text.pad, train=dropout is not None, rngs=rngs
-    )
-    image = ClipVision(towers.image, config.dtype)
-    return texts, image.apply({"params": tree["image"]}, batch["image"])
+    text, image, tree = config.clip.text, config.clip.image, params["clip"]
+    texts = tower_of(text).apply(text, config.dtype, tree["text"], batch["ids"], dropout=dropout)
+    images = tower_of(image).apply(image, config.dtype, tree["image"], batch["image"])
+    return texts, images
 
 
 def _loss(config: Config, params, helpers, batch, rngs, step):
@@ -245,14 +241,17 @@ def _prepare(config: Config, length: int, example: dict) -> dict:
 
 
 def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -> dict:
+    tower = config.clip.image
     return {
-        "image": prepare_picture(picture, config.clip.image.image),
+        "image": prepare_picture(picture, tower.image, tower_of(tower).pictures),
         "ids": pad([ids], length, pad_id=config.clip.text.pad)[0],
     }
 
 
-PARTITION_RULES = (
-    (r"/log_scale$", P()),
-    *((rf"/text/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in mclip.PARTITION_RULES),
-    *((rf"/image/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in clip.PARTITION_RULES),
-)
+def partition_rules(config: Config) -> Rules:
+    """Partition rules of both towers and of the scale."""
+    return (
+        (r"/log_scale$", P()),
+        *rules_below("text", tower_of(config.clip.text).rules),
+        *rules_below("image", tower_of(config.clip.image).rules),
+    )

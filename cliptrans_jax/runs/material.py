@@ -26,8 +26,7 @@ from cliptrans_jax.encoders import (
     text_features,
 )
 from cliptrans_jax.stages import STAGES, Side
-from cliptrans_jax.towers.clip import ClipTextConfig
-from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.table import TEXT_TOWERS, text_tower_of
 from common_jax import checkpoint
 from common_jax.inputs import steps_per_epoch
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
@@ -112,11 +111,14 @@ class Material:
             return load_trained_text(config, self.tokenizer)
         _require(config, "clip_text")
         if config.clip_tokenizer.kind == "trained":
+            kinds = " or ".join(
+                f"{tower.sentences.tokenizer!r} for {tower.kind!r}" for tower in TEXT_TOWERS
+            )
             raise ValueError(
                 f"config.clip_tokenizer.kind='trained', and config.sources.clip_text="
                 f"{config.sources.clip_text!r} is a published tower, which has a tokenizer of its "
-                "own: set config.clip_tokenizer.kind to 'xlmr' for M-CLIP or 'clip' for CLIP, and "
-                "config.clip_tokenizer.path to its folder"
+                f"own: set config.clip_tokenizer.kind to {kinds}, and config.clip_tokenizer.path "
+                "to its folder"
             )
         _check_published(config, "clip_text")
         return load_published_text(
@@ -260,7 +262,7 @@ def describe_text(config: Config) -> TextTower:
     if config.sources.clip or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
-        sizes = ClipTextConfig() if config.clip_tokenizer.kind == "clip" else MClipConfig()
+        sizes = text_tower_of(config.clip_tokenizer.kind).config()
     return TextTower.described(sizes, config.dtype)
 
 

@@ -22,7 +22,7 @@ from cliptrans_jax.data.feed import (
 )
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
-from cliptrans_jax.encoders import TEXT_RULES, TextTower
+from cliptrans_jax.encoders import TextTower
 from cliptrans_jax.evaluators.scores import as_metrics, score
 from cliptrans_jax.evaluators.translation import (
     Features,
@@ -43,6 +43,7 @@ from cliptrans_jax.runs.objective import (
 )
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
+from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
@@ -178,7 +179,7 @@ class Model:
         """Partition rules of all parameters, a frozen tower's among them."""
         if self.tower is None:
             return cliptrans.PARTITION_RULES
-        return (*cliptrans.PARTITION_RULES, *TEXT_RULES[type(self.tower.config)])
+        return (*cliptrans.PARTITION_RULES, *tower_of(self.tower.config).rules)
 
     @property
     def features(self) -> Features:

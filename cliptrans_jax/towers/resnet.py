@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Tower
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.ranges import Positive, Size, Sizes
@@ -220,4 +221,11 @@ PARTITION_RULES = (
     (r"/attention_pool/positions$", P(None, "fsdp")),
     (r"/attention_pool/(query|key|value|out)/kernel$", P("fsdp")),
     (r"/(bias|scale|mean|var)$", P()),
+)
+TOWER = Tower(
+    kind="clip_res",
+    config=ResNetConfig,
+    network=ClipResNet,
+    rules=PARTITION_RULES,
+    pictures=CLIP_PICTURES,
 )

@@ -81,7 +81,7 @@ def check(config: Config) -> None:
     config.optim.total_steps(steps_per_epoch=100)
     if config.stage == "clip":
         tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
-        match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=2)))
+        match_rules(contrastive.partition_rules(config), tree, make_mesh(MeshConfig(fsdp=2)))
         assert config.clip.text.features == config.clip.image.features
         assert config.clip.text.vocab >= config.tokenizer.vocab
         return

@@ -16,6 +16,7 @@ from tiny_cliptrans import read_split, tiny_config
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.material import train_tokenizer
+from cliptrans_jax.towers.table import tower_of
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -41,8 +42,10 @@ class Keyed:
 
 
 def test_the_scale_begins_where_the_config_says_and_every_tower_by_a_key_of_its_own(monkeypatch):
-    monkeypatch.setattr(contrastive, "MClip", Keyed)
-    monkeypatch.setattr(contrastive, "ClipVision", Keyed)
+    def keyed(config):
+        return dataclasses.replace(tower_of(config), network=Keyed)
+
+    monkeypatch.setattr(contrastive, "tower_of", keyed)
     drawn = [contrastive.init(config_of(), jax.random.key(seed))["clip"] for seed in (0, 1)]
     for towers in drawn:
         assert set(towers) == {"text", "image", "log_scale"}

@@ -35,6 +35,9 @@ class ImageTower:
 
     config, params = types.SimpleNamespace(image=8), {"factor": np.float32(2)}
 
+    def prepare(self, image):
+        return prepare_picture(image, self.config.image)
+
     def apply(self, params, images):
         return params["factor"] * jnp.mean(images, axis=(1, 2))[:, :1]
 

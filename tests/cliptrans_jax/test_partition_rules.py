@@ -9,12 +9,12 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny_cliptrans import UNEVEN, tiny_config
 
-from cliptrans_jax.encoders import TEXT_RULES
 from cliptrans_jax.models import cliptrans, mapper
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from cliptrans_jax.towers.table import TOWERS
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 
@@ -53,9 +53,9 @@ def test_rules_split_every_matrix_along_a_width_and_none_is_idle():
 def test_rules_of_stage_clip_match_its_towers():
     config = tiny_config("clip", None)
     tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
-    match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=8)))
-    idle = idle_rules(contrastive.PARTITION_RULES, tree)
-    assert idle == [regex for regex, _ in contrastive.PARTITION_RULES if "words" in regex][1:]
+    rules = contrastive.partition_rules(config)
+    match_rules(rules, tree, make_mesh(MeshConfig(fsdp=8)))
+    assert idle_rules(rules, tree) == [regex for regex, _ in rules if "words" in regex][1:]
 
 
 def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
@@ -74,7 +74,7 @@ def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
 
 def count_parameters(tree, *, fsdp):
     """All of them, and those on each device, by the rules alone."""
-    rules = (*cliptrans.PARTITION_RULES, *TEXT_RULES[MClipConfig])
+    rules = (*cliptrans.PARTITION_RULES, *TOWERS[MClipConfig].rules)
     whole = split = 0
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
         spec = next(spec for regex, spec in rules if re.search(regex, "/" + path))
