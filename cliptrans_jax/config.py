@@ -18,6 +18,7 @@ from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.stages import FREEZES, STAGES, Side
 from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -52,8 +53,8 @@ _CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
 READS: dict[str, tuple[str, ...]] = {
     # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
     "clip": (
-        *_ANY, *_TOWERS, "optim", "model.mbart.vocab", "model.mbart.positions",
-        "model.mapper.prefix",
+        *_ANY, *_TOWERS, "optim", "model.mapper.prefix", "model.translator",
+        *(f"model.{name}.{size}" for name in TRANSLATORS for size in ("vocab", "positions")),
     ),
     "caption": _CAPTIONING,
     "text_recon": _CAPTIONING,
@@ -93,7 +94,8 @@ class SourcesConfig(Section):
     Attributes:
       model: workdir of an earlier stage, or a released CLIPTrans checkpoint; what a stage starts
         from, and what "evaluate" scores.
-      mbart: folder of a published mBART, where there is no `model`.
+      mbart: folder of a published translator, of the kind that config.model.translator names,
+        where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
       clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
@@ -130,6 +132,15 @@ class SourcesConfig(Section):
             raise FieldError(
                 f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
             )
+
+    @property
+    def translator(self) -> str:
+        """Folder of a published translator, or ""."""
+        return self.mbart
+
+    def after(self, stage: str) -> "SourcesConfig":
+        """The sources of a stage that starts from the workdir of an earlier one, if any."""
+        return dataclasses.replace(self, model=stage, mbart="") if stage else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +257,7 @@ class Config(Section):
     def sentence_limit(self) -> int:
         """Tokens that a sentence of the translation model is cut to: what the tokenizer takes, and
         what the model has positions for behind its prefix."""
-        room = self.model.mbart.positions - self.model.mapper.prefix
+        room = self.model.sizes.positions - self.model.mapper.prefix
         return min(self.tokenizer.limit, room)
 
     @property
@@ -273,11 +284,12 @@ class Config(Section):
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
 
     def _check_lengths(self) -> None:
-        prefix, room = self.model.mapper.prefix, self.model.mbart.positions
+        prefix, room = self.model.mapper.prefix, self.model.sizes.positions
         longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
         if self.stage != "clip" and longest + prefix > room:
             raise FieldError(
-                f"model.mbart.positions={room} is less than the longest sentence of {longest} "
+                f"model.{self.model.translator}.positions={room} is less than the longest sentence "
+                f"of {longest} "
                 f"tokens and model.mapper.prefix={prefix}; set tokenizer.max_length or "
                 "decode.max_new_tokens"
             )
@@ -307,15 +319,15 @@ class Config(Section):
 
     def _check_beams(self) -> None:
         # A search looks at the 2 W best tokens of the vocabulary.
-        most = self.model.mbart.vocab // 2
+        most = self.model.sizes.vocab // 2
         for name, beams in (
             ("decode.beams", self.decode.beams),
             ("valid_beams", self.valid_beams),
         ):
             if beams > most:
                 raise FieldError(
-                    f"{name}={beams} must be at most half of model.mbart.vocab="
-                    f"{self.model.mbart.vocab}"
+                    f"{name}={beams} must be at most half of model.{self.model.translator}.vocab="
+                    f"{self.model.sizes.vocab}"
                 )
 
 

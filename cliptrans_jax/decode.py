@@ -23,9 +23,9 @@ from flax import struct
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.models import attention, prefix
+from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
-from cliptrans_jax.translators.mbart import Cache, MBart
+from cliptrans_jax.translators.translator import Cache, cache_slots, grow_cache
 from common_jax.config import Section
 from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within
@@ -37,7 +37,7 @@ FIRST = 3  # length of the hypotheses that the first step reads
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Section):
-    """How translations are searched for; the defaults are mBART-50's and the original's.
+    """How translations are searched for; the defaults are the original's.
 
     Attributes:
       beams: hypotheses followed at a time; 1 is greedy decoding.
@@ -209,9 +209,9 @@ class Search:
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
-        logits = self._mbart(params, hidden[:, -1], method=MBart.logits)
+        logits = self.translator.call("logits", params, hidden[:, -1])
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
-        sizes = self.translator.config.mbart
+        sizes = self.translator.config.sizes
         tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
         tokens = tokens.at[:, :, 0].set(sizes.start).at[:, :, 1].set(language[:, None])
         state = SearchState(
@@ -238,16 +238,15 @@ class Search:
         language: Int[Array, "B"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The decoder's states at `</s>`, prefix and language code, and its cache of them."""
-        sizes = self.translator.config.mbart
+        sizes = self.translator.config.sizes
         start = jnp.full_like(language, sizes.start)
         ids = jnp.stack([start, language], axis=1)
-        embeddings = self._mbart(params, ids, method=MBart.embed)
+        embeddings = self.translator.call("embed", params, ids)
         vectors = self.translator.prefix(params, features, source.shape[0])
         block, visible = prefix.start_block(
             embeddings[:, :1], vectors, embeddings[:, 1:], self.translator.config.prefix
         )
-        fill = functools.partial(MBart.prefill, room=0)
-        return self._mbart(params, block, states, source != sizes.pad, visible, method=fill)
+        return self.translator.call("prefill", params, block, states, source != sizes.pad, visible)
 
     def step(
         self, params: Params, source: Int[Array, "B S"], state: SearchState
@@ -261,23 +260,24 @@ class Search:
         origins = state.origins.at[:, :, index].set(own)
 
         # Slot first + t * W + w holds the token that beam w decoded t-th.
-        times = jnp.arange((state.cache[0][0][0].shape[2] - first) // beams)
+        times = jnp.arange((cache_slots(state.cache) - first) // beams)
         came = origins[:, :, : len(times), None] == own
         heard = came & (times <= index)[:, None]
         heard = heard.reshape(*heard.shape[:2], -1)
         visible = jnp.pad(heard, ((0, 0), (0, 0), (first, 0)), constant_values=True)
 
-        hidden, cache = self._mbart(
+        call = self.translator.call
+        hidden, cache = call(
+            "extend",
             params,
-            self._mbart(params, last, method=MBart.embed),
+            call("embed", params, last),
             state.cache,
             first + index * beams,
             first + index,
             visible[:, None],
-            source != self.translator.config.mbart.pad,
-            method=MBart.extend,
+            source != self.translator.config.sizes.pad,
         )
-        logits = self._mbart(params, hidden, method=MBart.logits)
+        logits = call("logits", params, hidden)
         return state.replace(cache=cache, origins=origins), logits
 
     def advance(
@@ -285,7 +285,7 @@ class Search:
     ) -> tuple[SearchState, Candidates]:
         """Chooses the next token of every beam, and moves what has ended to the finished ones."""
         config, beams = self.config, self.config.beams
-        eos = self.translator.config.mbart.eos
+        eos = self.translator.config.sizes.eos
         totals, tokens = self._continuations(state, logits)
 
         # The 2 W best over all beams, of which those that end take no place among the beams.
@@ -310,7 +310,7 @@ class Search:
         done = state.done | done
 
         followed = jnp.take_along_axis(state.tokens, next_beams[:, :, None], axis=1)
-        pad = self.translator.config.mbart.pad
+        pad = self.translator.config.sizes.pad
         shown = jnp.where(state.done[:, None], pad, next_tokens)
         state = state.replace(
             length=state.length + 1,
@@ -332,7 +332,7 @@ class Search:
         logits = jax.lax.optimization_barrier(logits)
         best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        eos = self.translator.config.mbart.eos
+        eos = self.translator.config.sizes.eos
         forced = jnp.full_like(scores, -jnp.inf).at[:, :, 0].set(0.0)
         end = jnp.zeros_like(tokens).at[:, :, 0].set(eos)
         last = state.length == self.config.max_length - 1
@@ -367,11 +367,7 @@ class Search:
 
     def _grow(self, cache: Cache, steps: int) -> Cache:
         """The cache with room for so many steps."""
-        longer = functools.partial(attention.grow, slots=self._slots(steps))
-        return tuple((jax.tree.map(longer, own), heard) for own, heard in cache)
-
-    def _mbart(self, params: Params, *arguments, method):
-        return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)
+        return grow_cache(cache, self._slots(steps))
 
 
 def _top_k(

@@ -34,7 +34,8 @@ class LoadedModel:
 
     Attributes:
       config: of its run.
-      params: {"mbart": ..., "mapper": ...}, and "clip" where its text tower was trained.
+      params: those of the translator in its subtree, "mapper", and "clip" where its text tower was
+        trained.
       tokenizer: of sources and outputs.
       material: gives the towers that features come from, when they are first needed.
       search: the compiled search.

@@ -16,7 +16,7 @@ from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import dispensable, write_report
 from common_jax.workdir import check_output, hold, holds_results
 
-DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
+DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in a translator's decoder; captioning
 first, then translation.
 
 All stages in order:

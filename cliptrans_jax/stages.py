@@ -7,6 +7,8 @@ decoder writes, and what stays as it is.
 import dataclasses
 import enum
 
+from cliptrans_jax.translators.translator import Architecture
+
 
 class Side(enum.Enum):
     """What a CLIP feature is taken of."""
@@ -37,23 +39,26 @@ STAGES = {
     "triplet": Stage(train=Side.IMAGE, test=Side.TEXT, captioning=False),
 }
 
-# What captioning stages leave as it is. The original freezes mBART's encoder, and with it the
-# embedding that encoder, decoder and output share.
+# The parts of the translator that captioning stages leave as they are, as fields of its
+# `Architecture`. The original freezes the encoder, and with it the embedding that encoder, decoder
+# and output share.
 FREEZES = {
-    "encoder": r"mbart/(embedding|encoder/.*)",
-    "encoder_layers": r"mbart/encoder/.*",
-    "nothing": None,
+    "encoder": ("embedding", "encoder"),
+    "encoder_layers": ("encoder",),
+    "nothing": (),
 }
 
 
-def trainable(stage: Stage, freeze: str) -> str:
+def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
     """Regex of the paths of the parameters that a stage updates.
 
     Args:
       stage: of the table.
       freeze: a key of FREEZES; of captioning stages alone.
+      architecture: of the translator.
     """
-    held = ["mbart/logits_bias"]  # a buffer in every published model
-    if stage.captioning and FREEZES[freeze] is not None:
-        held.append(FREEZES[freeze])
-    return rf"(?!({'|'.join(held)})$).+"
+    frozen = ["buffers"]
+    if stage.captioning:
+        frozen.extend(FREEZES[freeze])
+    paths = "|".join(getattr(architecture, part) for part in frozen)
+    return rf"(?!{architecture.subtree}/({paths})$).+"

@@ -57,7 +57,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
     Args:
       hypotheses: the outputs.
       references: one for each.
-      language: of both, here and below such as "de" or mBART's "de_DE".
+      language: of both, here and below such as "de" or, with a country, "de_DE".
 
     Raises:
       ValueError: when there are no sentences, or not one reference for each.

@@ -1,5 +1,5 @@
 """Where a prefix stands among a decoder's slots, and which slots hear which (CLIPTrans,
-src/models/model.py and its change to mBART's decoder).
+src/models/model.py and its change to the decoder).
 
 Training reads `</s>`, the prefix, the language code and the words. The published decoding reads
 the prefix first and `</s>` after it; by default ours reads what training did.

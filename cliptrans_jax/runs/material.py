@@ -90,11 +90,11 @@ class Material:
                 raise ValueError(
                     f"config.tokenizer.kind={config.tokenizer.kind!r} has no token for the "
                     f"language {language!r} of config.data (it has {known}); take another "
-                    "tokenizer, such as 'mbart50' or 'trained'"
+                    f"tokenizer, such as {config.model.architecture.tokenizer!r} or 'trained'"
                 )
-        sizes = config.model.mbart
+        sizes = config.model.sizes
         special = {"pad": sizes.pad, "eos": sizes.eos}
-        require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.model.mbart")
+        require_fits(tokenizer, vocab=sizes.vocab, special=special, key=config.model.key)
         for name in ("model", "clip"):
             _require_same_tokenizer(config, name, text)
         return tokenizer, text
@@ -298,7 +298,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     the workdir where a run has left a checkpoint or a result, else a new one, not written yet.
 
     Raises:
-      ValueError: more tokens than config.model.mbart.vocab.
+      ValueError: more tokens than the translator's vocabulary.
     """
     languages, sentences = config.known_languages, None
     if config.tokenizer.kind == "trained":
@@ -311,8 +311,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         path = path if kept else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    vocab = config.model.mbart.vocab
-    require_fits(tokenizer, vocab=vocab, special={}, key="config.model.mbart")
+    vocab = config.model.sizes.vocab
+    require_fits(tokenizer, vocab=vocab, special={}, key=config.model.key)
     return tokenizer, text
 
 

@@ -1,6 +1,5 @@
 """Loss, evaluation and warm start of the stages of the table."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,7 +42,7 @@ def make_loss(
 ) -> Loss:
     """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
     helpers is frozen, and drops nothing."""
-    pad, features = translator.config.mbart.pad, make_features(tower)
+    pad, features = translator.config.sizes.pad, make_features(tower)
 
     def loss(params, helpers, batch, rngs, step):
         dropout = rngs["dropout"]
@@ -69,7 +68,7 @@ def make_loss(
 def make_sums(translator: Translator, features: Features) -> Sums:
     """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
     token, those of rank 0 (`rank_of`)."""
-    pad = translator.config.mbart.pad
+    pad = translator.config.sizes.pad
 
     def sums(params, helpers, batch, key):
         labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
@@ -91,10 +90,11 @@ def make_sums(translator: Translator, features: Features) -> Sums:
 def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
-    """What a stage starts from: another run, a released checkpoint or a published mBART, and the
-    text tower `tower` that it goes on to train; None where all is fresh."""
-    sources = config.sources
-    if not (sources.model or sources.mbart or tower is not None):
+    """The weights that a stage starts from: those of another run, a released checkpoint or a
+    published translator, and those of the text tower `tower` that it trains further; None where all
+    is fresh."""
+    sources, architecture = config.sources, config.model.architecture
+    if not (sources.model or sources.translator or tower is not None):
         return None
 
     def warm_start(wanted: Mapping[str, Any]) -> WarmStart:
@@ -109,12 +109,16 @@ def make_warm_start(
                 sources.model, kind="cliptrans", config=config.model, weights=sources.weights
             )
             parts.append(_published(found, found.params, rest))
-        elif sources.mbart:
+        elif sources.translator:
             found = pretrained.load(
-                sources.mbart, kind="mbart", fetch=sources.fetch, weights=sources.weights
+                sources.translator,
+                kind=architecture.kind,
+                fetch=sources.fetch,
+                weights=sources.weights,
             )
             _require_sizes(config, found.config)
-            parts.append(_published(found, {"mbart": found.params}, {"mbart": rest["mbart"]}))
+            name = architecture.subtree
+            parts.append(_published(found, {name: found.params}, {name: rest[name]}))
         if tower is not None and "clip" not in rest:
             params = pretrained.place(tower.params, wanted["clip"])
             account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
@@ -171,17 +175,15 @@ def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any])
 
 
 def _require_sizes(config: Config, found: Any) -> None:
-    ours = dataclasses.asdict(config.model.mbart)
-    theirs = dataclasses.asdict(found)
-    own = ("dropout", "remat", "scan_layers")  # which are no part of the weights
+    model = config.model
     differing = [
-        f"config.model.mbart.{name}={ours[name]!r}, and the file has {theirs[name]!r}"
-        for name in ours
-        if name not in own and ours[name] != theirs[name]
+        f"{model.key}.{name}={ours!r}, and the file has {theirs!r}"
+        for name, (ours, theirs) in model.architecture.differing_sizes(model.sizes, found).items()
     ]
     if differing:
         raise ValueError(
-            f"config.sources.mbart={config.sources.mbart!r} is another model than the config's: "
+            f"config.sources.mbart={config.sources.translator!r} is another model than the "
+            "config's: "
             + "; ".join(differing)
             + ". Set these fields to what the file has; a vocabulary may be larger than the "
             "tokenizer's"

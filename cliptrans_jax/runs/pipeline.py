@@ -74,12 +74,7 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
             continue
         recipe = config.recipes[stage]
         with under("config"):
-            start = dataclasses.replace(
-                given,
-                clip=clip,
-                model=last or given.model,
-                mbart="" if last else given.mbart,
-            )
+            start = dataclasses.replace(given.after(last), clip=clip)
             one = dataclasses.replace(
                 config,
                 stage=stage,

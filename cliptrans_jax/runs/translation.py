@@ -56,7 +56,8 @@ from common_jax.workdir import read_json, read_result
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the stage of the config, or goes on; then scores the test split.
 
-    Parameters are saved under "mbart" and "mapper", and under "clip" where the text tower trains.
+    Parameters are saved under the translator's subtree and "mapper", and under "clip" where the
+    text tower trains.
 
     Returns:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
@@ -153,7 +154,7 @@ class Model:
 
     Attributes:
       config: of the run.
-      translator: mBART and mapping network.
+      translator: encoder-decoder and mapping network.
       tower: the text tower where the step runs it, else None.
     """
 
@@ -164,8 +165,8 @@ class Model:
     @classmethod
     def of(cls, config: Config, material: Material) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
-        vocab = config.model.mbart.vocab
-        require_fits(material.tokenizer, vocab=vocab, special={}, key="config.model.mbart")
+        vocab = config.model.sizes.vocab
+        require_fits(material.tokenizer, vocab=vocab, special={}, key=config.model.key)
         tower = material.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
@@ -177,9 +178,8 @@ class Model:
     @property
     def rules(self) -> Rules:
         """Partition rules of all parameters, a frozen tower's among them."""
-        if self.tower is None:
-            return cliptrans.PARTITION_RULES
-        return (*cliptrans.PARTITION_RULES, *tower_of(self.tower.config).rules)
+        rules = cliptrans.partition_rules(self.config.model)
+        return rules if self.tower is None else (*rules, *tower_of(self.tower.config).rules)
 
     @property
     def features(self) -> Features:
@@ -217,7 +217,7 @@ class Model:
             title=config.stage,
             init=self.init,
             rules=self.rules,
-            trainable=trainable(STAGES[config.stage], config.freeze),
+            trainable=trainable(STAGES[config.stage], config.freeze, config.model.architecture),
             loss=make_loss(
                 self.translator,
                 self.tower,

@@ -88,7 +88,7 @@ def check(config: Config) -> None:
     params, logits = build(config.model)
     assert logits.shape == (2, 5, config.model.mbart.vocab)
     assert ("mapper" in params) is config.has_prefix
-    match_rules(cliptrans.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=8)))
+    match_rules(cliptrans.partition_rules(config.model), params, make_mesh(MeshConfig(fsdp=8)))
     assert config.tokenizer.kind != "trained" or config.tokenizer.vocab <= logits.shape[-1]
 
 

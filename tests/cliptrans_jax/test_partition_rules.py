@@ -9,8 +9,8 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny_cliptrans import UNEVEN, tiny_config
 
-from cliptrans_jax.models import cliptrans, mapper
-from cliptrans_jax.models.cliptrans import ModelConfig, Translator
+from cliptrans_jax.models import mapper
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator, partition_rules
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
@@ -19,6 +19,7 @@ from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
 
 WIDTHS = (16, 4 * 16, 8)  # of a token, of a prefix, of a feature
+RULES = partition_rules(ModelConfig())
 
 
 def translator(kind):
@@ -38,16 +39,14 @@ def test_rules_split_every_matrix_along_a_width_and_none_is_idle():
     mesh = make_mesh(MeshConfig(fsdp=8))
     trees = [shapes_of(translator(kind)) for kind in MAPPERS]
     for tree in trees:
-        shardings = traverse_util.flatten_dict(
-            match_rules(cliptrans.PARTITION_RULES, tree, mesh), sep="/"
-        )
+        shardings = traverse_util.flatten_dict(match_rules(RULES, tree, mesh), sep="/")
         for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
             spec = tuple(shardings[path].spec)
             if len(leaf.shape) < 2 or path.endswith("/bias"):
                 assert not any(spec), path
             else:
                 assert leaf.shape[spec.index("fsdp")] in WIDTHS, path
-    assert idle_rules(cliptrans.PARTITION_RULES, *trees) == []
+    assert idle_rules(RULES, *trees) == []
 
 
 def test_rules_of_stage_clip_match_its_towers():
@@ -74,7 +73,7 @@ def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
 
 def count_parameters(tree, *, fsdp):
     """All of them, and those on each device, by the rules alone."""
-    rules = (*cliptrans.PARTITION_RULES, *TOWERS[MClipConfig].rules)
+    rules = (*RULES, *TOWERS[MClipConfig].rules)
     whole = split = 0
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
         spec = next(spec for regex, spec in rules if re.search(regex, "/" + path))

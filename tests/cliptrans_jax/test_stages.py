@@ -23,6 +23,7 @@ from cliptrans_jax.data.feed import (
     evaluation_batches,
 )
 from cliptrans_jax.stages import FREEZES, STAGES, Side, trainable
+from cliptrans_jax.translators.table import TRANSLATORS
 
 SIZE, BATCH, PAD, EOS, ROOM = 22, 4, 1, 2, 24
 CODES = {"en": 90, "de": 91}
@@ -130,7 +131,7 @@ PATHS = {
 @pytest.mark.parametrize("freeze", list(FREEZES))
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_what_a_stage_moves(stage, freeze):
-    regex = trainable(STAGES[stage], freeze)
+    regex = trainable(STAGES[stage], freeze, TRANSLATORS["mbart"])
     for path, holds in PATHS.items():
         held = freeze in holds if STAGES[stage].captioning else path == "mbart/logits_bias"
         assert bool(re.fullmatch(regex, path)) is not held, path

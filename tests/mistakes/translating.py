@@ -54,8 +54,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/stages.py",
         "translation freezes what captioning does",
-        "if stage.captioning and FREEZES[freeze] is not None:",
-        "if FREEZES[freeze] is not None:",
+        "    if stage.captioning:\n",
+        "    if stage:\n",
         f"{OBJECTIVE}::test_the_parameters_that_a_stage_trains",
     ),
     Mistake(
