@@ -6,6 +6,7 @@ from typing import Annotated
 import ml_collections
 from jax import numpy as jnp
 
+from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig
@@ -79,12 +80,23 @@ class ClipConfig(Section):
     Attributes:
       text: the text tower.
       image: the image tower.
-      scale: the first value of exp(log_scale), by which similarities are multiplied.
+      scale: the first value of exp(log_scale), by which the loss "softmax" multiplies similarities.
+      loss: a key of CONTRASTIVE.
     """
 
     text: MClipConfig = MClipConfig()
     image: ClipVisionConfig = ClipVisionConfig()
     scale: Positive = 1 / 0.07
+    loss: Annotated[str, key_of(lambda: CONTRASTIVE)] = "softmax"
+
+    def __post_init__(self):
+        super().__post_init__()
+        default = type(self).scale
+        if self.scale != default and not CONTRASTIVE[self.loss].takes_scale:
+            raise FieldError(
+                f"scale={self.scale} is not for loss={self.loss!r}, whose scale has a first value of "
+                "its own; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-# Of a width of 1,024 the third that `up` and `down` have as hidden units is 341: it cannot be split.
+# A third of the width, the hidden units of `up` and `down`, is 341 of 1,024: it cannot be split.
 PARTITION_RULES = (
     (r"/(project|out|down)/kernel$", P(None, "fsdp")),
     (r"/(hidden|up)/kernel$", P("fsdp", None)),

@@ -3,7 +3,6 @@ for a published one where nothing can be fetched."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,13 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
+from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
-from cliptrans_jax.losses import contrastive_loss
 from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from cliptrans_jax.towers.table import tower_of
@@ -34,11 +33,9 @@ from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
 
-LARGEST_SCALE = math.log(100)  # exp(log_scale) is held below 100, as CLIP's
-
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains both towers; saved under "clip/text", "clip/image" and "clip/log_scale".
+    """Trains both towers; saved under "clip/text", "clip/image" and what the loss learns.
 
     Returns:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
@@ -135,14 +132,14 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of both towers."""
+    """Fresh parameters of both towers and of the loss."""
     towers, keys = (config.clip.text, config.clip.image), jax.random.split(key)
     text, image = (
         tower_of(tower).init(tower, config.dtype, key)
         for tower, key in zip(towers, keys, strict=True)
     )
-    scale = jnp.asarray(math.log(config.clip.scale))
-    return {"clip": {"text": text, "image": image, "log_scale": scale}}
+    learned = CONTRASTIVE[config.clip.loss].init(config.clip.scale)
+    return {"clip": {"text": text, "image": image, **learned}}
 
 
 def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
@@ -154,8 +151,9 @@ def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
 
 def _loss(config: Config, params, helpers, batch, rngs, step):
     texts, images = _embed(config, params, batch, rngs["dropout"])
-    scale = jnp.minimum(params["clip"]["log_scale"], LARGEST_SCALE)
-    return contrastive_loss(texts, images, scale), {"scale": jnp.exp(scale)}
+    objective = CONTRASTIVE[config.clip.loss]
+    learned = objective.limit(params["clip"])
+    return objective.loss(texts, images, **learned), objective.metrics(learned)
 
 
 def _sums(config: Config, params, helpers, batch, key):
@@ -249,9 +247,9 @@ def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -
 
 
 def partition_rules(config: Config) -> Rules:
-    """Partition rules of both towers and of the scale."""
+    """Partition rules of both towers and of what the loss learns."""
     return (
-        (r"/log_scale$", P()),
+        *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
         *rules_below("text", tower_of(config.clip.text).rules),
         *rules_below("image", tower_of(config.clip.image).rules),
     )

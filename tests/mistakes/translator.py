@@ -161,7 +161,7 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{LOSSES}::test_label_loss_of_even_chances",
     ),
     Mistake(
-        "cliptrans_jax/losses.py",
+        "cliptrans_jax/contrastive/softmax.py",
         "images alone look for their texts",
         "rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)",
         "rows, columns = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(scores, axis=0)",
