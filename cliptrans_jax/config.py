@@ -16,10 +16,20 @@ from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
-from cliptrans_jax.stages import FREEZES, STAGES, Side
+from cliptrans_jax.stages import (
+    CAPTION,
+    CHOOSE,
+    FREEZES,
+    MODEL,
+    STAGES,
+    TOWERS,
+    TRANSLATION_STAGES,
+    Side,
+    Trains,
+    trains,
+)
 from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
-from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -37,35 +47,15 @@ from common_jax.ranges import (
     shown,
 )
 
-# Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
-# and scoring a trained model.
-RUNS = ("clip", *STAGES, "pipeline", "evaluate")
-# Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
+# Kinds of run: the stages, all of them in order, and scoring a trained model.
+RUNS = (*STAGES, "pipeline", "evaluate")
+# Sections and fields that every run reads.
 _ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
-_MODEL = (
-    "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
-    "keep_text_features",
-)  # fmt: skip
-_CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
-_TRAIN = ("optim", "label_smoothing", *_CHOOSE)
-_CAPTION = ("freeze", "caption_language", "all_languages")
-_TOWERS = ("clip", "augment")
-_CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
 READS: dict[str, tuple[str, ...]] = {
-    # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
-    "clip": (
-        *_ANY, *_TOWERS, "optim", "model.mapper.prefix", "model.translator",
-        *(f"model.{name}.{size}" for name in TRANSLATORS for size in ("vocab", "positions")),
-    ),
-    "caption": _CAPTIONING,
-    "text_recon": _CAPTIONING,
-    "translate": (*_ANY, *_MODEL, *_TRAIN, "unfreeze_clip"),
-    "triplet": (*_ANY, *_MODEL, *_TRAIN),
-    "pipeline": (
-        *_ANY, *_TOWERS, *_MODEL, *_CHOOSE, *_CAPTION, "unfreeze_clip", "recipes",
-    ),
-    "evaluate": (*_ANY, *_MODEL, "unfreeze_clip"),
-}  # fmt: skip
+    **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
+    "pipeline": (*_ANY, *TOWERS, *MODEL, *CHOOSE, *CAPTION, "unfreeze_clip", "recipes"),
+    "evaluate": (*_ANY, *MODEL, "unfreeze_clip"),
+}
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
 # Metrics of the validation set whose highest value is the best.
@@ -94,8 +84,8 @@ class ClipConfig(Section):
         default = type(self).scale
         if self.scale != default and not CONTRASTIVE[self.loss].takes_scale:
             raise FieldError(
-                f"scale={self.scale} is not for loss={self.loss!r}, whose scale has a first value of "
-                "its own; leave it out"
+                f"scale={self.scale} is not for loss={self.loss!r}, which has a first value of its "
+                "own; leave it out"
             )
 
 
@@ -243,12 +233,13 @@ class Config(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := set(self.recipes) - {"clip", *STAGES}:
-            raise FieldError(f"recipes has no stages {shown(unknown)}, only {['clip', *STAGES]}")
-        if self.unfreeze_clip and self.stage not in ("translate", "evaluate", "pipeline"):
+        if unknown := set(self.recipes) - set(STAGES):
+            raise FieldError(f"recipes has no stages {shown(unknown)}, only {[*STAGES]}")
+        if self.unfreeze_clip and self.stage in STAGES and not STAGES[self.stage].unfreezes_tower:
+            able = [name for name, stage in STAGES.items() if stage.unfreezes_tower]
             raise FieldError(
-                f"unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
-                "tower cannot learn from pictures"
+                f"unfreeze_clip=True is for stage {' or '.join(map(repr, able))}, not "
+                f"{self.stage!r}: the text tower cannot learn from pictures"
             )
         self._check_languages()
         self._check_lengths()
@@ -282,15 +273,17 @@ class Config(Section):
         """Whether the step itself runs the text tower, where features are of texts."""
         return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
-    def consistent(self) -> "Config":
-        """The config with what `parity` means written into its fields; to be asked for once."""
+    def apply_parity(self) -> "Config":
+        """The config with the fields that `parity` stands for set; to be called once."""
         if not self.parity:
             return self
         # Adam's direction does not know the gradient's scale, but for eps: gradients summed over k
         # micro-batches are averaged ones with eps / k.
         optim = dataclasses.replace(self.optim, eps=self.optim.eps / self.optim.accumulate)
         prefix = PrefixConfig(layout="original", mask="original")
-        looks = self.noise.test and self.stage == "translate" and not self.unfreeze_clip
+        stage = STAGES.get(self.stage)
+        dropping = self.noise.test and not self.unfreeze_clip
+        looks = dropping and stage is not None and stage.parity_looks
         side = "image" if looks else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
@@ -298,7 +291,7 @@ class Config(Section):
     def _check_lengths(self) -> None:
         prefix, room = self.model.mapper.prefix, self.model.sizes.positions
         longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
-        if self.stage != "clip" and longest + prefix > room:
+        if trains(self.stage) is not Trains.TOWERS and longest + prefix > room:
             raise FieldError(
                 f"model.{self.model.translator}.positions={room} is less than the longest sentence "
                 f"of {longest} "
@@ -315,7 +308,8 @@ class Config(Section):
                 f"caption_language={shown(self.caption_language)} must be of the pair {pair}, or "
                 "empty"
             )
-        if self.all_languages and self.stage in STAGES and not STAGES[self.stage].captioning:
+        stage = TRANSLATION_STAGES.get(self.stage)
+        if self.all_languages and stage is not None and not stage.captioning:
             raise FieldError(
                 f"all_languages=True is for captioning stages, not {self.stage!r}: a "
                 "translation has one target"
@@ -323,7 +317,8 @@ class Config(Section):
 
     def _check_best(self) -> None:
         known = [f"val/{name}" for name in (*LABEL_METRICS, *METRICS * self.valid_decode)]
-        if self.stage in (*STAGES, "pipeline") and self.run.best not in (None, *known):
+        chooses = (*TRANSLATION_STAGES, "pipeline")
+        if self.stage in chooses and self.run.best not in (None, *known):
             raise FieldError(
                 f"run.best={shown(self.run.best)} must be one of {known} with "
                 f"valid_decode={self.valid_decode}, or None to take the newest checkpoint"

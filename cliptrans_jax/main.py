@@ -7,9 +7,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, Config
-from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
+from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import gallery, scores_table
+from cliptrans_jax.stages import Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
@@ -56,7 +57,7 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     check_output("--workdir", workdir)
     if config.features:
         check_output("config.features", config.features)
-    if config.stage == "clip" or holds_results(workdir):
+    if trains(config.stage) is Trains.TOWERS or holds_results(workdir):
         return
     if config.has_prefix:
         checkpoint.check_source("config.sources.clip", config.sources.clip)
@@ -79,7 +80,7 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
     if config.stage != "evaluate":
         batch = f"{key}.optim.batch / {key}.optim.accumulate"
         check_batch(mesh, batch, config.optim.micro_batch)
-    if config.stage != "clip":
+    if trains(config.stage) is not Trains.TOWERS:
         check_batch(mesh, "config.decode.batch", config.decode.batch)
 
 

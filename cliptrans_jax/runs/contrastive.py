@@ -23,7 +23,7 @@ from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
 from cliptrans_jax.models.rules import rules_below
-from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
+from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches

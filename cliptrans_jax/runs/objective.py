@@ -14,7 +14,7 @@ from cliptrans_jax.evaluators.translation import Features
 from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import CHUNK, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs.material import check_weights
+from cliptrans_jax.runs.run_data import check_weights
 from common_jax import checkpoint
 from common_jax.ranking import rank_of
 from common_jax.state import merge

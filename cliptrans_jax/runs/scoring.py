@@ -20,7 +20,7 @@ from cliptrans_jax.evaluators.show import (
     write_translations,
 )
 from cliptrans_jax.evaluators.translation import Translate
-from cliptrans_jax.runs.material import Set
+from cliptrans_jax.runs.run_data import Split
 from common_jax.inputs import BadExample
 from common_jax.report import Table
 from common_jax.workdir import read_json, write_json
@@ -28,7 +28,7 @@ from common_jax.workdir import read_json, write_json
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
-def decode_batches(config: Config, chosen: Set):
+def decode_batches(config: Config, chosen: Split):
     """Batches of a set for the search, sentences of like length together."""
     return evaluation_batches(
         chosen.inputs,
@@ -44,7 +44,7 @@ def decode_batches(config: Config, chosen: Set):
 def score_split(
     config: Config,
     workdir: epath.Path,
-    chosen: Set,
+    chosen: Split,
     translate: Translate,
     params: Any,
     *,

@@ -33,7 +33,6 @@ from cliptrans_jax.evaluators.translation import (
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.material import Material, Set, describe_text, encodes_texts
 from cliptrans_jax.runs.objective import (
     check_start,
     make_features,
@@ -41,6 +40,7 @@ from cliptrans_jax.runs.objective import (
     make_sums,
     make_warm_start,
 )
+from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from cliptrans_jax.towers.table import tower_of
@@ -67,22 +67,22 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if result is not None and done.exists():
         logging.info("%s is finished already: %s", asked.stage, workdir)
         return result | {"test": read_json(done)}
-    config = asked.consistent()
-    material = Material(config, workdir, mesh)
-    count = material.check(train=True)
-    model = Model.of(config, material)
+    config = asked.apply_parity()
+    data = RunData(config, workdir, mesh)
+    count = data.check(train=True)
+    model = Model.of(config, data)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     check_start(
         config, model.trained_tower, with_shardings(shapes, match_rules(model.rules, shapes, mesh))
     )
     task = model.bare_task(mesh, examples=count)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
-    material.save_tokenizer()  # nothing is written above
-    train = material.load(config.data.train_split, train=True)
-    valid = material.load(config.data.valid_split, train=False)
-    test = material.load(config.data.test_split, train=False)
-    translate = model.translate(material)
-    guess = model.translate(material, beams=config.valid_beams) if config.valid_beams else translate
+    data.save_tokenizer()  # nothing is written above
+    train = data.load(config.data.train_split, train=True)
+    valid = data.load(config.data.valid_split, train=False)
+    test = data.load(config.data.test_split, train=False)
+    translate = model.translate(data)
+    guess = model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
     feed = TrainFeed(
         train.inputs,
         config.noise,
@@ -125,7 +125,7 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
       examples: of the training set.
       tokens: that sentences are padded to.
     """
-    config = asked.consistent()
+    config = asked.apply_parity()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
     return model.bare_task(mesh, examples=examples, tokens=tokens)
@@ -141,9 +141,9 @@ def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as the run.
     """
-    config = asked.consistent()
-    material = Material(config, workdir, mesh)
-    count = material.check(train=True, towers=False)
+    config = asked.apply_parity()
+    data = RunData(config, workdir, mesh)
+    count = data.check(train=True, towers=False)
     task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
@@ -163,11 +163,11 @@ class Model:
     tower: TextTower | None
 
     @classmethod
-    def of(cls, config: Config, material: Material) -> "Model":
+    def of(cls, config: Config, data: RunData) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
         vocab = config.model.sizes.vocab
-        require_fits(material.tokenizer, vocab=vocab, special={}, key=config.model.key)
-        tower = material.text_tower if encodes_texts(config) else None
+        require_fits(data.tokenizer, vocab=vocab, special={}, key=config.model.key)
+        tower = data.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
     @property
@@ -242,16 +242,16 @@ class Model:
         shapes = self.frozen_shapes(mesh)
         return place({"clip": self.tower.params}, shapes) if shapes else {}
 
-    def translate(self, material: Material, *, beams: int = 0) -> Translate:
+    def translate(self, data: RunData, *, beams: int = 0) -> Translate:
         """The search of the config, with another number of beams if one is given. It is compiled
         once however many sets it translates."""
         config, language = self.config, None
         if config.parity and STAGES[config.stage].captioning:
-            language = material.tokenizer.language_id(config.data.target_language)
+            language = data.tokenizer.language_id(config.data.target_language)
         decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
         search = Search(self.translator, decode)
         return make_translate(
-            search, self.features, material.tokenizer, mesh=material.mesh, language=language
+            search, self.features, data.tokenizer, mesh=data.mesh, language=language
         )
 
 
@@ -269,11 +269,11 @@ class Validation:
     config: Config
     loss: Any
     translate: Translate | None
-    valid: Set
+    valid: Split
 
     @classmethod
     def of(
-        cls, config: Config, model: Model, valid: Set, translate: Translate, *, mesh: Mesh
+        cls, config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
     ) -> "Validation":
         """The evaluation that a config asks for."""
 

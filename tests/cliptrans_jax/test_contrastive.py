@@ -15,7 +15,7 @@ from tiny_cliptrans import read_split, tiny_config
 
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.material import train_tokenizer
+from cliptrans_jax.runs.run_data import train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 
 pytestmark = pytest.mark.usefixtures("little_optimised")

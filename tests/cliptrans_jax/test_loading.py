@@ -60,8 +60,8 @@ def loaded(**changes):
                 found[int(batch["_index"][row])] = [Hypothesis(text, float(heard[row].sum()))]
         return found
 
-    material = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
-    return LoadedModel(config, {"mbart": 0}, NUMBERS, material, search, one_device()), fed
+    data = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
+    return LoadedModel(config, {"mbart": 0}, NUMBERS, data, search, one_device()), fed
 
 
 def framed(text):

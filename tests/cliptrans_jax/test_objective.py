@@ -25,7 +25,7 @@ from cliptrans_jax.runs.objective import (
     make_sums,
     make_warm_start,
 )
-from cliptrans_jax.stages import STAGES
+from cliptrans_jax.stages import TRANSLATION_STAGES
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.state import TrainState, partition
@@ -214,7 +214,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("freeze", HELD)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRANSLATION_STAGES)
 def test_the_parameters_that_a_stage_trains(stage, freeze):
     """Of captioning: the mapper and the decoder's positions, norms and layers."""
     config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)

@@ -21,7 +21,7 @@ from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import best_texts, make_translate
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import translation
-from cliptrans_jax.runs.material import Set
+from cliptrans_jax.runs.run_data import Split
 from cliptrans_jax.runs.translation import Model, Validation
 from cliptrans_jax.stages import Side
 
@@ -121,10 +121,10 @@ def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypat
 
     monkeypatch.setattr(translation, "make_translate", make)
     model = model_of(stage, parity=parity)
-    material = types.SimpleNamespace(tokenizer=NUMBERS, mesh=one_device())
-    model.translate(material, beams=beams)
+    data = types.SimpleNamespace(tokenizer=NUMBERS, mesh=one_device())
+    model.translate(data, beams=beams)
     ((search, settings),) = made
-    assert settings == {"mesh": material.mesh, "language": language}
+    assert settings == {"mesh": data.mesh, "language": language}
     assert search.config == dataclasses.replace(model.config.decode, beams=wanted)
     assert search.translator is model.translator
 
@@ -186,11 +186,11 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
 )
 def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
     config = dataclasses.replace(tiny_config(stage, None), **changes)
-    material = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
-    assert Model.of(config, material).tower == ("the tower" if runs else None)
-    material.tokenizer = dataclasses.replace(NUMBERS, vocab=301)
+    data = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
+    assert Model.of(config, data).tower == ("the tower" if runs else None)
+    data.tokenizer = dataclasses.replace(NUMBERS, vocab=301)
     with pytest.raises(ValueError, match=r"config\.model\.mbart\.vocab=300 is less than the 301"):
-        Model.of(config, material)
+        Model.of(config, data)
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
@@ -221,7 +221,7 @@ def set_of(pair):
     )
     features = np.zeros((3, FEATURES), np.float32)
     room = 32 - PREFIX
-    return Set(
+    return Split(
         Corpus("numbers", TEXTS, None, ("a", "b", "c")), Inputs(examples, features, None, 1, room)
     )
 
@@ -285,7 +285,7 @@ def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
         seed=7,
     )
     valid = set_of(("en", "de"))
-    valid = Set(
+    valid = Split(
         valid.corpus,
         dataclasses.replace(
             valid.inputs, examples=dataclasses.replace(valid.inputs.examples, drops=True)
@@ -323,7 +323,7 @@ def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
     monkeypatch.setattr(translation.checkpoint, "load", load)
     monkeypatch.setattr(translation, "best_step", lambda _, metric: epath.Path(f"/{metric}/3"))
     monkeypatch.setattr(translation, "score_split", scored)
-    monkeypatch.setattr(Model, "translate", lambda self, material, *, beams=0: f"{beams} beams")
+    monkeypatch.setattr(Model, "translate", lambda self, data, *, beams=0: f"{beams} beams")
     config = tiny_config("translate", corpus)
     network = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(

@@ -25,7 +25,7 @@ from cliptrans_jax.encoders import (
     load_published_text,
     text_features,
 )
-from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.stages import STAGES, Side, Trains, trains
 from cliptrans_jax.towers.table import TEXT_TOWERS, text_tower_of
 from common_jax import checkpoint
 from common_jax.inputs import steps_per_epoch
@@ -36,7 +36,7 @@ PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a n
 
 
 @dataclasses.dataclass(frozen=True)
-class Set:
+class Split:
     """One split as a stage sees it.
 
     Attributes:
@@ -59,11 +59,11 @@ class Set:
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class RunData:
     """A run's config with what it reads, each loaded when it is first asked for.
 
     Attributes:
-      config: `Config.consistent`.
+      config: `Config.apply_parity`.
       workdir: gets features, unless config.features says where, and the tokenizer.
       mesh: where features are computed.
       known: the tokenizer, where it need be neither trained nor checked.
@@ -180,7 +180,7 @@ class Material:
                 )
         return count
 
-    def load(self, split: str, *, train: bool) -> Set:
+    def load(self, split: str, *, train: bool) -> Split:
         """The inputs of the config's stage from a split.
 
         Raises:
@@ -204,7 +204,7 @@ class Material:
             caption_language=caption_language(config),
             all_languages=several,
         )
-        return Set(corpus, self._inputs(corpus, examples))
+        return Split(corpus, self._inputs(corpus, examples))
 
     def _side(self, *, train: bool) -> Side:
         return feature_side(self.config, train=train)
@@ -373,7 +373,7 @@ def load_trained_image(config: Config) -> ImageTower:
 
 def _clip_config(config: Config) -> Config:
     found = checkpoint.load_config(config.sources.clip)
-    if found.get("stage") != "clip":
+    if trains(found.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
             f"{json.dumps(found.get('stage'))}, not of 'clip'"
