@@ -13,6 +13,7 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
@@ -58,9 +59,6 @@ READS: dict[str, tuple[str, ...]] = {
 }
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
-# Metrics of the validation set whose highest value is the best.
-LABEL_METRICS = ("token_accuracy",)
-METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +314,14 @@ class Config(Section):
             )
 
     def _check_best(self) -> None:
-        known = [f"val/{name}" for name in (*LABEL_METRICS, *METRICS * self.valid_decode)]
-        chooses = (*TRANSLATION_STAGES, "pipeline")
-        if self.stage in chooses and self.run.best not in (None, *known):
+        stages = STAGES if self.stage == "pipeline" else (self.stage,)
+        known = [
+            f"val/{metric}"
+            for evaluator in evaluators_of(*stages)
+            if self.valid_decode or not evaluator.searches
+            for metric in evaluator.best
+        ]
+        if known and self.run.best not in (None, *known):
             raise FieldError(
                 f"run.best={shown(self.run.best)} must be one of {known} with "
                 f"valid_decode={self.valid_decode}, or None to take the newest checkpoint"

@@ -194,6 +194,6 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     model = Model.of(config, data)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
     search = make_translate(
-        Search(model.translator, config.decode), model.features, tokenizer, mesh=mesh
+        Search(model.translator, config.decode), model.encode, tokenizer, mesh=mesh
     )
     return LoadedModel(config, params, tokenizer, data, search, mesh)

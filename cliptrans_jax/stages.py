@@ -46,6 +46,7 @@ class Stage:
       trains: the network that it trains.
       reads: sections and fields of the config that it reads, beside those of every run; a flag of
         any other changes nothing.
+      evaluators: keys of `evaluators.table.EVALUATORS`, which its validation set is evaluated by.
       train, test: of the translator's stages: what features are taken of in training and in
         evaluation.
       captioning: the encoder reads the target itself, with its tokens dropped, and not its source
@@ -58,6 +59,7 @@ class Stage:
 
     trains: Trains
     reads: tuple[str, ...]
+    evaluators: tuple[str, ...]
     train: Side = Side.TEXT
     test: Side = Side.TEXT
     captioning: bool = False
@@ -74,22 +76,35 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
                 *TOWERS, "optim", "model.mapper.prefix", "model.translator",
                 *(f"model.{name}.{key}" for name in TRANSLATORS for key in ("vocab", "positions")),
             ),
+            ("retrieval",),
         ),
         "caption": Stage(
             Trains.TRANSLATOR,
             (*MODEL, *TRAIN, *CAPTION),
+            ("labels", "translations"),
             train=Side.IMAGE,
             test=Side.IMAGE,
             captioning=True,
         ),
-        "text_recon": Stage(Trains.TRANSLATOR, (*MODEL, *TRAIN, *CAPTION), captioning=True),
+        "text_recon": Stage(
+            Trains.TRANSLATOR,
+            (*MODEL, *TRAIN, *CAPTION),
+            ("labels", "translations"),
+            captioning=True,
+        ),
         "translate": Stage(
             Trains.TRANSLATOR,
             (*MODEL, *TRAIN, "unfreeze_clip"),
+            ("labels", "translations"),
             unfreezes_tower=True,
             parity_looks=True,
         ),
-        "triplet": Stage(Trains.TRANSLATOR, (*MODEL, *TRAIN), train=Side.IMAGE),
+        "triplet": Stage(
+            Trains.TRANSLATOR,
+            (*MODEL, *TRAIN),
+            ("labels", "translations"),
+            train=Side.IMAGE,
+        ),
     }
 )  # fmt: skip
 TRANSLATION_STAGES: Mapping[str, Stage] = types.MappingProxyType(

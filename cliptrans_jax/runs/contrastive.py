@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.contrastive.table import CONTRASTIVE
@@ -22,14 +20,15 @@ from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
+from cliptrans_jax.evaluators.evaluator import evaluate_all
+from cliptrans_jax.evaluators.retrieval import PairSet
+from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import Rules
-from common_jax.ranking import rank_of
-from common_jax.step import make_evaluator
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
 
@@ -72,15 +71,14 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shard=host_shard(),
         )
 
-    task = dataclasses.replace(
-        task,
-        batches=batches,
-        evaluators={
-            "val": make_evaluator(
-                functools.partial(_sums, config), validation, mesh=mesh, seed=config.seed
-            )
-        },
+    pairs = PairSet(
+        embed=functools.partial(_embed, config, dropout=None),
+        batches=validation,
+        mesh=mesh,
+        seed=config.seed,
     )
+    evaluations = [evaluator.make(pairs) for evaluator in evaluators_of(config.stage)]
+    task = dataclasses.replace(task, batches=batches, evaluators={"val": evaluate_all(evaluations)})
     return loop.train(
         task,
         run_config,
@@ -154,31 +152,6 @@ def _loss(config: Config, params, helpers, batch, rngs, step):
     objective = CONTRASTIVE[config.clip.loss]
     learned = objective.limit(params["clip"])
     return objective.loss(texts, images, **learned), objective.metrics(learned)
-
-
-def _sums(config: Config, params, helpers, batch, key):
-    texts, images = _embed(config, params, batch, None)
-    return retrieval_sums(texts, images, batch["_mask"])
-
-
-def retrieval_sums(
-    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
-) -> dict[str, Float[Array, ""]]:
-    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
-    or 0.
-
-    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
-    Equal similarities rank by their index, and one that is not finite is never a hit.
-    """
-    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    real, own = mask > 0, jnp.arange(len(mask))
-    # What some accelerators do by default, round factors to bfloat16, would make ties.
-    scores = jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
-    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
-    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
-    return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
 
 
 def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:

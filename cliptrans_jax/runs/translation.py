@@ -2,6 +2,7 @@
 translate the test set with it."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -23,21 +24,16 @@ from cliptrans_jax.data.feed import (
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TextTower
-from cliptrans_jax.evaluators.scores import as_metrics, score
-from cliptrans_jax.evaluators.translation import (
-    Features,
-    Translate,
-    best_texts,
-    make_translate,
-)
+from cliptrans_jax.evaluators.evaluator import evaluate_all
+from cliptrans_jax.evaluators.table import evaluators_of
+from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate, make_translate
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
 from cliptrans_jax.runs.objective import (
     check_start,
-    make_features,
+    make_encode,
     make_loss,
-    make_sums,
     make_warm_start,
 )
 from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
@@ -48,7 +44,7 @@ from common_jax import checkpoint, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
-from common_jax.step import make_evaluator
+from common_jax.step import Evaluate
 from common_jax.task import Task
 from common_jax.workdir import read_json, read_result
 
@@ -97,7 +93,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batches=feed.batches,
-        evaluators={"val": Validation.of(config, model, valid, guess, mesh=mesh)},
+        evaluators={"val": validate(config, model, valid, guess, mesh=mesh)},
     )
     result = loop.train(
         task,
@@ -182,9 +178,9 @@ class Model:
         return rules if self.tower is None else (*rules, *tower_of(self.tower.config).rules)
 
     @property
-    def features(self) -> Features:
-        """What the prefix is made of."""
-        return make_features(self.tower)
+    def encode(self) -> Encode:
+        """encode(params, batch) -> the features that the prefix is made of."""
+        return make_encode(self.tower)
 
     def init(self, key: jax.Array) -> Mapping[str, Any]:
         """Fresh parameters; those of a text tower that trains are zeros, since they always come
@@ -251,56 +247,44 @@ class Model:
         decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
         search = Search(self.translator, decode)
         return make_translate(
-            search, self.features, data.tokenizer, mesh=data.mesh, language=language
+            search, self.encode, data.tokenizer, mesh=data.mesh, language=language
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """evaluate(params, helpers, step) -> loss and, if asked for, scores of translations.
+def validate(
+    config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
+) -> Evaluate:
+    """The evaluation of a validation set that the stage and the config ask for.
 
-    Attributes:
-      config: of the run.
-      loss: the loss's evaluation.
-      translate: the search; None for the loss alone.
-      valid: the set.
+    Args:
+      translate: the search of its translations.
     """
 
-    config: Config
-    loss: Any
-    translate: Translate | None
-    valid: Split
+    def batches():
+        return evaluation_batches(
+            valid.inputs,
+            batch=config.optim.micro_batch,
+            batching=config.batching,
+            noise=config.noise,
+            seed=config.seed,
+            shard=host_shard(),
+        )
 
-    @classmethod
-    def of(
-        cls, config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
-    ) -> "Validation":
-        """The evaluation that a config asks for."""
-
-        def batches():
-            return evaluation_batches(
-                valid.inputs,
-                batch=config.optim.micro_batch,
-                batching=config.batching,
-                noise=config.noise,
-                seed=config.seed,
-                shard=host_shard(),
-            )
-
-        sums = make_sums(model.translator, model.features)
-        loss = make_evaluator(sums, batches, mesh=mesh, seed=config.seed)
-        return cls(config, loss, translate if config.valid_decode else None, valid)
-
-    def __call__(self, params: Any, helpers: Any, step: int) -> dict[str, float]:
-        """Means over the set."""
-        values = self.loss(params, helpers, step)
-        if self.translate is None:
-            return values
-        found = self.translate({**helpers, **params}, decode_batches(self.config, self.valid))
-        references = [self.valid.reference(index) for index in range(len(self.valid.inputs))]
-        language = self.valid.inputs.examples.languages[0][1]
-        scores = score(best_texts(found, len(references)), references, language=language)
-        return values | as_metrics(scores)
+    sentences = SentenceSet(
+        translator=model.translator,
+        encode=model.encode,
+        batches=batches,
+        mesh=mesh,
+        seed=config.seed,
+        translate=translate,
+        search_batches=functools.partial(decode_batches, config, valid),
+        references=[valid.reference(index) for index in range(len(valid.inputs))],
+        language=valid.inputs.examples.languages[0][1],
+    )
+    evaluators = evaluators_of(config.stage)
+    return evaluate_all(
+        [x.make(sentences) for x in evaluators if config.valid_decode or not x.searches]
+    )
 
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import linen as nn
@@ -18,6 +18,7 @@ LayerCache = tuple[Slots, Memory]
 Cache = tuple[LayerCache, ...]
 
 
+@runtime_checkable
 class Sizes(Protocol):
     """Fields of every translator's config.
 
@@ -36,6 +37,7 @@ class Sizes(Protocol):
     start: int
 
 
+@runtime_checkable
 class Network(Protocol):
     """Methods of every translator's flax module, a function of (config, dtype).
 

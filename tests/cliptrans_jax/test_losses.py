@@ -9,9 +9,9 @@ from jax import numpy as jnp
 from meshes import split_mesh
 
 from cliptrans_jax.contrastive.softmax import softmax_loss
+from cliptrans_jax.evaluators.retrieval import retrieval_sums
 from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
-from cliptrans_jax.runs.contrastive import retrieval_sums
 
 PAD = 1
 

@@ -187,7 +187,7 @@ MISTAKES: tuple[Mistake, ...] = (
         OBJECTIVE,
     ),
     Mistake(
-        f"{PACKAGE}/runs/objective.py",
+        f"{PACKAGE}/evaluators/labels.py",
         "an evaluation counts what fills up its last batch",
         'labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)',
         'labels = batch["labels"]',
