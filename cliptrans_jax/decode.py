@@ -90,7 +90,7 @@ class Hypotheses:
       scores: sum of log-probabilities over length ** length_penalty; -inf where there are fewer.
     """
 
-    tokens: Int[Array, "B W L"]
+    tokens: Int[Array, "B W T"]
     lengths: Int[Array, "B W"]
     scores: Float[Array, "B W"]
 
@@ -110,9 +110,9 @@ class SearchState:
     """
 
     length: Int[Array, ""]
-    tokens: Int[Array, "B W L"]
+    tokens: Int[Array, "B W T"]
     scores: Float[Array, "B W"]
-    origins: Int[Array, "B W L"]
+    origins: Int[Array, "B W T"]
     finished: Hypotheses
     done: Bool[Array, "B"]
     cache: Cache
@@ -122,9 +122,9 @@ class SearchState:
 class Candidates:
     """The 2 W best continuations of a step and those taken as beams; for looking at a search."""
 
-    scores: Float[Array, "B C"]
-    tokens: Int[Array, "B C"]
-    beams: Int[Array, "B C"]
+    scores: Float[Array, "B candidates"]
+    tokens: Int[Array, "B candidates"]
+    beams: Int[Array, "B candidates"]
     next_scores: Float[Array, "B W"]
     next_tokens: Int[Array, "B W"]
     next_beams: Int[Array, "B W"]
@@ -324,7 +324,7 @@ class Search:
 
     def _continuations(
         self, state: SearchState, logits: Float[Array, "B W V"]
-    ) -> tuple[Float[Array, "B W C"], Int[Array, "B W C"]]:
+    ) -> tuple[Float[Array, "B W candidates"], Int[Array, "B W candidates"]]:
         """Total scores and tokens of each beam's best continuations. At the last step only the end
         is left, and costs nothing."""
         count = min(2 * self.config.beams, logits.shape[-1])
@@ -342,9 +342,9 @@ class Search:
     def _finish(
         self,
         state: SearchState,
-        best: Float[Array, "B C"],
-        beam: Int[Array, "B C"],
-        ends: Bool[Array, "B C"],
+        best: Float[Array, "B candidates"],
+        beam: Int[Array, "B candidates"],
+        ends: Bool[Array, "B candidates"],
     ) -> Hypotheses:
         """The finished hypotheses with those that end among the W best; the W best stay."""
         beams, old = self.config.beams, state.finished
@@ -363,7 +363,7 @@ class Search:
 
     def _slots(self, steps: int) -> int:
         """Slots of a cache with room for so many steps."""
-        return self.translator.config.mapper.prefix + 2 + steps * self.config.beams
+        return self.translator.prefix_length + 2 + steps * self.config.beams
 
     def _grow(self, cache: Cache, steps: int) -> Cache:
         """The cache with room for so many steps."""

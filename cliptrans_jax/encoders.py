@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from cliptrans_jax import pretrained
 from cliptrans_jax.data.corpus import Corpus, Images
@@ -55,14 +55,16 @@ class TextTower:
         """Tokens that it has positions for."""
         return self.config.longest
 
-    def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
-        """Features (B, M) of framed ids (B, S) with pads."""
+    def apply(
+        self, params: Any, ids: Int[Array, "B S"], *, dropout: jax.Array | None = None
+    ) -> Float[Array, "B M"]:
+        """Features of framed ids with pads."""
         tower = tower_of(self.config)
         return tower.apply(self.config, self.dtype, params, ids, dropout=dropout)
 
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
-    ) -> Float32[np.ndarray, "N M"]:
+    ) -> Float32[np.ndarray, "B M"]:
         """A feature a framed sentence, computed on all devices of the mesh, those of a like length
         together: little of a batch is padding.
 
@@ -102,7 +104,7 @@ class TextTower:
                     f"tower has 0 to {vocab - 1}; take the tokenizer that it was trained with"
                 )
 
-    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
         """Features of a batch of `encode`."""
         return self.apply(params, batch["ids"])
 
@@ -129,11 +131,11 @@ class ImageTower:
     params: Mapping[str, Any]
     dtype: DTypeLike
 
-    def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        """Features (B, M) of prepared pictures (B, I, J, 3)."""
+    def apply(self, params: Any, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
+        """Features of prepared pictures."""
         return tower_of(self.config).apply(self.config, self.dtype, params, images)
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
+    def prepare(self, image: np.ndarray) -> Float32[np.ndarray, "I J 3"]:
         """A picture as the tower takes it; see `prepare_picture`."""
         return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
@@ -205,7 +207,7 @@ def text_features(
     *,
     folder: epath.PathLike,
     mesh: Mesh,
-) -> Float32[np.ndarray, "N M"]:
+) -> Float32[np.ndarray, "B M"]:
     """A feature a sentence of one language, from `folder` where it holds the same tower's of the
     same sentences."""
     ids = tower.tokenizer.encode(corpus.texts[language], None)
@@ -221,7 +223,7 @@ def text_features(
 
 def image_features(
     tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh, workers: int = 0
-) -> Float32[np.ndarray, "N M"]:
+) -> Float32[np.ndarray, "B M"]:
     """A feature an example, from `folder` where it holds the same tower's of the same files.
 
     A picture that several examples show, such as one of COCO with its five captions, is read,
@@ -238,10 +240,10 @@ def image_features(
     rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
     firsts = np.unique(rows, return_index=True)[1]
 
-    def compute() -> np.ndarray:
+    def compute() -> Float32[np.ndarray, "B M"]:
         source = _Pictures(images, firsts, tower)
 
-        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        def apply(params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
             return tower.apply(params, batch["image"])
 
         batches = eval_batches(
@@ -272,7 +274,7 @@ class _Pictures:
 
     arrays = None
 
-    def __init__(self, images: Images, rows: np.ndarray, tower: ImageTower):
+    def __init__(self, images: Images, rows: Int[np.ndarray, "B"], tower: ImageTower):
         self._images, self._rows, self._tower = images, rows, tower
 
     def __len__(self) -> int:
@@ -282,7 +284,7 @@ class _Pictures:
         return {"image": self._tower.prepare(self._images[int(self._rows[index])])}
 
 
-def by_length(ids: Sequence[np.ndarray]) -> np.ndarray:
+def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
     """Places of sentences, the shortest first; equal ones stay in their order."""
     return np.argsort([len(x) for x in ids], kind="stable")
 
@@ -312,7 +314,7 @@ def _whole(batch: int, mesh: Mesh) -> int:
     return max(1, batch // mesh.size) * mesh.size
 
 
-def _bytes(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
     """What says which sentences these are."""
     return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
 

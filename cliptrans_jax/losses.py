@@ -63,7 +63,9 @@ def states_loss(
     if labels.size <= chunk * batch_shards():
         return label_loss(scores(readout, states), labels, pad=pad, smoothing=smoothing)
 
-    def loss(readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(
+        readout: Readout, states: Float[Array, "#B #T D"], labels: Int[Array, "#B #T"]
+    ) -> Float[Array, ""]:
         logits = scores(readout, states)
         return label_loss(logits, labels, pad=pad, smoothing=smoothing)[0]
 

@@ -44,7 +44,7 @@ class Examples:
     source: Tokens
     target: Tokens
     side: Side
-    rows: Int32[np.ndarray, "N"]
+    rows: Int32[np.ndarray, "B"]
     languages: tuple[tuple[str, str], ...]
     drops: bool
 
@@ -65,9 +65,9 @@ class Examples:
 
     def features(
         self,
-        images: Float32[np.ndarray, "N M"] | None,
-        texts: Mapping[str, Float32[np.ndarray, "N M"]],
-    ) -> Float32[np.ndarray, "N2 M"]:
+        images: Float32[np.ndarray, "_ M"] | None,
+        texts: Mapping[str, Float32[np.ndarray, "_ M"]],
+    ) -> Float32[np.ndarray, "_ M"]:
         """A feature an example, of features by row of the corpus."""
         if self.side is Side.IMAGE:
             assert images is not None
@@ -138,7 +138,7 @@ def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
 
 def drop_tokens(
     ids: Int32[np.ndarray, "S"], draws: Float32[np.ndarray, "S"], mask_prob: float
-) -> Int32[np.ndarray, "S2"]:
+) -> Int32[np.ndarray, "_"]:
     """The tokens whose draw, uniform in [0, 1), is above `mask_prob`, and the first and last
     (mask_inputs_): dropped ones leave no gap."""
     return ids[keep_mask(draws, mask_prob)]
@@ -151,7 +151,7 @@ def keep_mask(draws: Float32[np.ndarray, "S"], mask_prob: float) -> Bool[np.ndar
     return kept
 
 
-def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "N S"]:
+def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "B S"]:
     """Sentences as rows of one array, padded behind.
 
     Raises:

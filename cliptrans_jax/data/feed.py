@@ -69,7 +69,7 @@ class Inputs:
     """
 
     examples: Examples
-    features: Float32[np.ndarray, "N M"] | None
+    features: Float32[np.ndarray, "B M"] | None
     clip_tokens: Sequence[np.ndarray] | None
     pad: int
     room: int
@@ -126,7 +126,7 @@ class TrainFeed:
             for name, x in example.items()
         }
 
-    def _order(self, epoch: int) -> Int64[np.ndarray, "N"]:
+    def _order(self, epoch: int) -> Int64[np.ndarray, "B"]:
         order = epoch_permutation(self.seed, epoch, len(self.inputs))
         if self.batching.window == 1:
             return order
@@ -134,7 +134,7 @@ class TrainFeed:
 
 
 @functools.lru_cache(maxsize=2)
-def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "N"]:
+def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
     """Within a window of batches the sentences are sorted by length, and the batches shuffled."""
     order = epoch_permutation(feed.seed, epoch, len(feed.inputs))
     examples, batch = feed.inputs.examples, feed.batch
@@ -152,7 +152,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "N"]:
 
 def collate(
     inputs: Inputs,
-    chosen: Int64[np.ndarray, "N"],
+    chosen: Int64[np.ndarray, "B"],
     rows: slice,
     batching: BatchingConfig,
     *,

@@ -82,13 +82,18 @@ class Translator:
         """The encoder-decoder alone."""
         return self.config.architecture.network(self.config.sizes, self.dtype)
 
+    @property
+    def prefix_length(self) -> int:
+        """Vectors of the prefix."""
+        return self.config.mapper.prefix
+
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
         ids = jnp.ones((1, 2), jnp.int32)
         keys = jax.random.split(key)
         network = self.network.init(keys[0], ids, ids > 0, ids)["params"]
         params = {self.config.architecture.subtree: network}
-        if self.config.mapper.prefix:
+        if self.prefix_length:
             features = jnp.zeros((1, self.config.mapper.features))
             params["mapper"] = self._mapper.init(keys[1], features, False)["params"]
         return params
@@ -102,7 +107,7 @@ class Translator:
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B P D"]:
         """The prefix of every example; of length 0 where the model has none."""
-        if not self.config.mapper.prefix:
+        if not self.prefix_length:
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
         rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, 1)}
@@ -148,7 +153,7 @@ class Translator:
         """The states that `scores` turns into those of `train_logits`. Slots of the prefix predict
         nothing and are left out."""
         states = self.decode_labels(params, features, source, labels, dropout=dropout)
-        return prefix.remove(states, self.config.mapper.prefix)
+        return prefix.remove(states, self.prefix_length)
 
     def readout(self, params: Params) -> Params:
         """The parameters that `scores` needs, such as the embedding (V, D) and a bias (V)."""
@@ -167,7 +172,7 @@ class Translator:
         labels: Int[Array, "B T"],
         *,
         dropout: jax.Array | None = None,
-    ) -> Float[Array, "B T2 D"]:
+    ) -> Float[Array, "B T+{self.prefix_length} D"]:
         """The decoder's last states at all T + P slots."""
         embeddings, visible = self.decoder_input(params, features, labels, dropout=dropout)
         states = self.encode(params, source, dropout=dropout)
@@ -188,9 +193,12 @@ class Translator:
         labels: Int[Array, "B T"],
         *,
         dropout: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T2 D"], Bool[Array, "#B 1 T2 T2"]]:
+    ) -> tuple[
+        Float[Array, "B T+{self.prefix_length} D"],
+        Bool[Array, "#B 1 T+{self.prefix_length} T+{self.prefix_length}"],
+    ]:
         """The embeddings that the decoder reads in training, and which slots attend to which."""
-        config, count = self.config, self.config.mapper.prefix
+        config, count = self.config, self.prefix_length
         given = config.architecture.decoder_input(labels, config.sizes)
         embeddings = self.call("embed", params, given)
         if not count:  # no scored slot can attend to a pad after it, so none need be hidden

@@ -113,7 +113,7 @@ class _PRelu(nn.Module):
         return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
 
 
-def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B P D2"]:
+def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B {prefix} _"]:
     x = constrain(x, "batch", "width")
     return constrain(x.reshape(x.shape[0], prefix, -1), "batch", "tokens", "width")
 

@@ -96,7 +96,7 @@ class Stem(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B I J 3"]) -> Float[Array, "B I4 J4 D"]:
+    def __call__(self, x: Float[Array, "B I J 3"]) -> Float[Array, "B I//4 J//4 D"]:
         width = self.config.width
         for i, (channels, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), 1):
             x = _conv(channels, 3, self.dtype, f"conv_{i}", stride=stride)(x)
@@ -118,7 +118,7 @@ class Bottleneck(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B I2 J2 D"]:
+    def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B _ _ D"]:
         y = nn.relu(self._norm("norm_1", _conv(self.channels, 1, self.dtype, "conv_1")(x)))
         y = nn.relu(self._norm("norm_2", _conv(self.channels, 3, self.dtype, "conv_2")(y)))
         y = _average(y, self.stride)
@@ -211,7 +211,7 @@ def _conv(channels: int, side: int, dtype: DTypeLike, name: str, *, stride: int 
     )
 
 
-def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I2 J2 D"]:
+def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I//{side} J//{side} D"]:
     return nn.avg_pool(x, (side, side), strides=(side, side)) if side > 1 else x
 
 

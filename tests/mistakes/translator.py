@@ -114,7 +114,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{MODELS}/cliptrans.py",
         "the first slots of the prefix stay, the last words go",
-        "return prefix.remove(states, self.config.mapper.prefix)",
+        "return prefix.remove(states, self.prefix_length)",
         "return states[:, : labels.shape[1]]",
         NUMBERS,
     ),
