@@ -16,7 +16,7 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
 
 import dataclasses
 import functools
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import jax
 from flax import struct
@@ -80,6 +80,7 @@ class DecodeConfig(Section):
         return tuple(-(-self.steps * part // count) for part in range(1, count + 1))
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class Hypotheses:
     """Finished translations of every example, best first.
@@ -95,6 +96,7 @@ class Hypotheses:
     scores: Float[Array, "B W"]
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class SearchState:
     """A search between two steps.
@@ -118,6 +120,7 @@ class SearchState:
     cache: Cache
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class Candidates:
     """The 2 W best continuations of a step and those taken as beams; for looking at a search."""
@@ -365,7 +368,7 @@ class Search:
         """Slots of a cache with room for so many steps."""
         return self.translator.prefix_length + 2 + steps * self.config.beams
 
-    def _grow(self, cache: Cache, steps: int) -> Cache:
+    def _grow(self, cache: Cache, steps: int) -> tuple[tuple, ...]:
         """The cache with room for so many steps."""
         return grow_cache(cache, self._slots(steps))
 

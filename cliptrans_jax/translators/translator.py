@@ -153,7 +153,10 @@ def cache_slots(cache: Cache) -> int:
     return own[0].shape[2]
 
 
-def grow_cache(cache: Cache, slots: int) -> Cache:
+def grow_cache(cache: Cache, slots: int) -> tuple[tuple, ...]:
     """The cache with room for `slots` of the decoder's own tokens."""
-    grow = ((0, 0), (0, 0), (0, slots - cache_slots(cache)), (0, 0))
-    return tuple((tuple(jnp.pad(part, grow) for part in own), states) for own, states in cache)
+    return tuple((tuple(_grow(part, slots) for part in own), states) for own, states in cache)
+
+
+def _grow(part: Float[Array, "B H R K"], slots: int) -> Float[Array, "B H {slots} K"]:
+    return jnp.pad(part, ((0, 0), (0, 0), (0, slots - part.shape[2]), (0, 0)))

@@ -363,7 +363,7 @@ def test_defaults_are_the_published_ones():
         ("bucket", 0),
         ("growth", 0),
         ("halvings", -1),
-        ("length_penalty", 11),
+        ("length_penalty", 11.0),
     ],
 )
 def test_impossible_settings_are_named(key, value):
