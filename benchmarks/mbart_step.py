@@ -21,7 +21,7 @@ import numpy as np
 import timing
 
 from cliptrans_jax.data.feed import BatchingConfig
-from cliptrans_jax.models.cliptrans import PARTITION_RULES, Translator
+from cliptrans_jax.models.cliptrans import Translator, partition_rules
 from cliptrans_jax.runs.objective import make_loss
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.optim import OptimConfig
@@ -81,8 +81,9 @@ def main() -> None:
         mbart = dataclasses.replace(plain, dropout=dropout)
         model = Translator(dataclasses.replace(translator.config, mbart=mbart))
         loss = make_loss(model, None, label_smoothing=0.0)
+        rules = partition_rules(model.config)
         return timing.Training(
-            timing.make_task(loss, lambda key: params, PARTITION_RULES, batch), OPTIM, batch
+            timing.make_task(loss, lambda key: params, rules, batch), OPTIM, batch
         )
 
     def theirs(dropout: float):

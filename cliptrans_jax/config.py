@@ -6,16 +6,29 @@ from typing import Annotated
 import ml_collections
 from jax import numpy as jnp
 
+from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
-from cliptrans_jax.stages import FREEZES, STAGES, Side
+from cliptrans_jax.stages import (
+    CAPTION,
+    CHOOSE,
+    FREEZES,
+    MODEL,
+    STAGES,
+    TOWERS,
+    TRANSLATION_STAGES,
+    Side,
+    Trains,
+    trains,
+)
 from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax.command_line import System
@@ -36,41 +49,18 @@ from common_jax.ranges import (
     shown,
 )
 
-# Kinds of run: the four stages of the paper, the training of a small M-CLIP, all of them in order,
-# and scoring a trained model.
-RUNS = ("clip", *STAGES, "pipeline", "evaluate")
+# Kinds of run: the stages, all of them in order, and scoring a trained model.
+RUNS = (*STAGES, "pipeline", "evaluate")
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
-# Sections and fields that the kinds of run read; a flag or a sweep of any other changes nothing.
+# Sections and fields that every run reads.
 _ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
-_MODEL = (
-    "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
-    "keep_text_features",
-)  # fmt: skip
-_CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
-_TRAIN = ("optim", "label_smoothing", *_CHOOSE)
-_CAPTION = ("freeze", "caption_language", "all_languages")
-_TOWERS = ("clip", "augment")
-_CAPTIONING = (*_ANY, *_MODEL, *_TRAIN, *_CAPTION)
 READS: dict[str, tuple[str, ...]] = {
-    # The tokenizer of stage "clip" is the translation model's, and as long as its positions allow.
-    "clip": (
-        *_ANY, *_TOWERS, "optim", "model.mbart.vocab", "model.mbart.positions",
-        "model.mapper.prefix",
-    ),
-    "caption": _CAPTIONING,
-    "text_recon": _CAPTIONING,
-    "translate": (*_ANY, *_MODEL, *_TRAIN, "unfreeze_clip"),
-    "triplet": (*_ANY, *_MODEL, *_TRAIN),
-    "pipeline": (
-        *_ANY, *_TOWERS, *_MODEL, *_CHOOSE, *_CAPTION, "unfreeze_clip", "recipes",
-    ),
-    "evaluate": (*_ANY, *_MODEL, "unfreeze_clip"),
-}  # fmt: skip
+    **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
+    "pipeline": (*_ANY, *TOWERS, *MODEL, *CHOOSE, *CAPTION, "unfreeze_clip", "recipes"),
+    "evaluate": (*_ANY, *MODEL, "unfreeze_clip"),
+}
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
-# Metrics of the validation set whose highest value is the best.
-LABEL_METRICS = ("token_accuracy",)
-METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +70,23 @@ class ClipConfig(Section):
     Attributes:
       text: the text tower.
       image: the image tower.
-      scale: the first value of exp(log_scale), by which similarities are multiplied.
+      scale: the first value of exp(log_scale), by which the loss "softmax" multiplies similarities.
+      loss: a key of CONTRASTIVE.
     """
 
     text: MClipConfig = MClipConfig()
     image: ClipVisionConfig = ClipVisionConfig()
     scale: Positive = 1 / 0.07
+    loss: Annotated[str, key_of(lambda: CONTRASTIVE)] = "softmax"
+
+    def __post_init__(self):
+        super().__post_init__()
+        default = type(self).scale
+        if self.scale != default and not CONTRASTIVE[self.loss].takes_scale:
+            raise FieldError(
+                f"scale={self.scale} is not for loss={self.loss!r}, which has a first value of its "
+                "own; leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ class SourcesConfig(Section):
     Attributes:
       model: workdir of an earlier stage, or a released CLIPTrans checkpoint; what a stage starts
         from, and what "evaluate" scores.
-      mbart: folder of a published mBART, where there is no `model`.
+      mbart: folder of a published translator, of the kind that config.model.translator names,
+        where there is no `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, in place of `clip`.
       clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
@@ -132,6 +134,15 @@ class SourcesConfig(Section):
             raise FieldError(
                 f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
             )
+
+    @property
+    def translator(self) -> str:
+        """Folder of a published translator, or ""."""
+        return self.mbart
+
+    def after(self, stage: str) -> "SourcesConfig":
+        """The sources of a stage that starts from the workdir of an earlier one, if any."""
+        return dataclasses.replace(self, model=stage, mbart="") if stage else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,12 +233,13 @@ class Config(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := set(self.recipes) - {"clip", *STAGES}:
-            raise FieldError(f"recipes has no stages {shown(unknown)}, only {['clip', *STAGES]}")
-        if self.unfreeze_clip and self.stage not in ("translate", "evaluate", "pipeline"):
+        if unknown := set(self.recipes) - set(STAGES):
+            raise FieldError(f"recipes has no stages {shown(unknown)}, only {[*STAGES]}")
+        if self.unfreeze_clip and self.stage in STAGES and not STAGES[self.stage].unfreezes_tower:
+            able = [name for name, stage in STAGES.items() if stage.unfreezes_tower]
             raise FieldError(
-                f"unfreeze_clip=True is for stage 'translate', not {self.stage!r}: the text "
-                "tower cannot learn from pictures"
+                f"unfreeze_clip=True is for stage {' or '.join(map(repr, able))}, not "
+                f"{self.stage!r}: the text tower cannot learn from pictures"
             )
         self._check_languages()
         self._check_lengths()
@@ -248,7 +260,7 @@ class Config(Section):
     def sentence_limit(self) -> int:
         """Tokens that a sentence of the translation model is cut to: what the tokenizer takes, and
         what the model has positions for behind its prefix."""
-        room = self.model.mbart.positions - self.model.mapper.prefix
+        room = self.model.sizes.positions - self.model.mapper.prefix
         return min(self.tokenizer.limit, room)
 
     @property
@@ -261,25 +273,28 @@ class Config(Section):
         """Whether the step itself runs the text tower, where features are of texts."""
         return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
-    def consistent(self) -> "Config":
-        """The config with what `parity` means written into its fields; to be asked for once."""
+    def apply_parity(self) -> "Config":
+        """The config with the fields that `parity` stands for set; to be called once."""
         if not self.parity:
             return self
         # Adam's direction does not know the gradient's scale, but for eps: gradients summed over k
         # micro-batches are averaged ones with eps / k.
         optim = dataclasses.replace(self.optim, eps=self.optim.eps / self.optim.accumulate)
         prefix = PrefixConfig(layout="original", mask="original")
-        looks = self.noise.test and self.stage == "translate" and not self.unfreeze_clip
+        stage = STAGES.get(self.stage)
+        dropping = self.noise.test and not self.unfreeze_clip
+        looks = dropping and stage is not None and stage.parity_looks
         side = "image" if looks else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
 
     def _check_lengths(self) -> None:
-        prefix, room = self.model.mapper.prefix, self.model.mbart.positions
+        prefix, room = self.model.mapper.prefix, self.model.sizes.positions
         longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
-        if self.stage != "clip" and longest + prefix > room:
+        if trains(self.stage) is not Trains.TOWERS and longest + prefix > room:
             raise FieldError(
-                f"model.mbart.positions={room} is less than the longest sentence of {longest} "
+                f"model.{self.model.translator}.positions={room} is less than the longest sentence "
+                f"of {longest} "
                 f"tokens and model.mapper.prefix={prefix}; set tokenizer.max_length or "
                 "decode.max_new_tokens"
             )
@@ -293,15 +308,22 @@ class Config(Section):
                 f"caption_language={shown(self.caption_language)} must be of the pair {pair}, or "
                 "empty"
             )
-        if self.all_languages and self.stage in STAGES and not STAGES[self.stage].captioning:
+        stage = TRANSLATION_STAGES.get(self.stage)
+        if self.all_languages and stage is not None and not stage.captioning:
             raise FieldError(
                 f"all_languages=True is for captioning stages, not {self.stage!r}: a "
                 "translation has one target"
             )
 
     def _check_best(self) -> None:
-        known = [f"val/{name}" for name in (*LABEL_METRICS, *METRICS * self.valid_decode)]
-        if self.stage in (*STAGES, "pipeline") and self.run.best not in (None, *known):
+        stages = STAGES if self.stage == "pipeline" else (self.stage,)
+        known = [
+            f"val/{metric}"
+            for evaluator in evaluators_of(*stages)
+            if self.valid_decode or not evaluator.searches
+            for metric in evaluator.best
+        ]
+        if known and self.run.best not in (None, *known):
             raise FieldError(
                 f"run.best={shown(self.run.best)} must be one of {known} with "
                 f"valid_decode={self.valid_decode}, or None to take the newest checkpoint"
@@ -309,15 +331,15 @@ class Config(Section):
 
     def _check_beams(self) -> None:
         # A search looks at the 2 W best tokens of the vocabulary.
-        most = self.model.mbart.vocab // 2
+        most = self.model.sizes.vocab // 2
         for name, beams in (
             ("decode.beams", self.decode.beams),
             ("valid_beams", self.valid_beams),
         ):
             if beams > most:
                 raise FieldError(
-                    f"{name}={beams} must be at most half of model.mbart.vocab="
-                    f"{self.model.mbart.vocab}"
+                    f"{name}={beams} must be at most half of model.{self.model.translator}.vocab="
+                    f"{self.model.sizes.vocab}"
                 )
 
 

@@ -16,16 +16,16 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
 
 import dataclasses
 import functools
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import jax
 from flax import struct
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.models import attention, prefix
+from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
-from cliptrans_jax.translators.mbart import Cache, MBart
+from cliptrans_jax.translators.translator import Cache, cache_slots, grow_cache
 from common_jax.config import Section
 from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within
@@ -37,7 +37,7 @@ FIRST = 3  # length of the hypotheses that the first step reads
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Section):
-    """How translations are searched for; the defaults are mBART-50's and the original's.
+    """How translations are searched for; the defaults are the original's.
 
     Attributes:
       beams: hypotheses followed at a time; 1 is greedy decoding.
@@ -80,6 +80,7 @@ class DecodeConfig(Section):
         return tuple(-(-self.steps * part // count) for part in range(1, count + 1))
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class Hypotheses:
     """Finished translations of every example, best first.
@@ -90,11 +91,12 @@ class Hypotheses:
       scores: sum of log-probabilities over length ** length_penalty; -inf where there are fewer.
     """
 
-    tokens: Int[Array, "B W L"]
+    tokens: Int[Array, "B W T"]
     lengths: Int[Array, "B W"]
     scores: Float[Array, "B W"]
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class SearchState:
     """A search between two steps.
@@ -110,21 +112,22 @@ class SearchState:
     """
 
     length: Int[Array, ""]
-    tokens: Int[Array, "B W L"]
+    tokens: Int[Array, "B W T"]
     scores: Float[Array, "B W"]
-    origins: Int[Array, "B W L"]
+    origins: Int[Array, "B W T"]
     finished: Hypotheses
     done: Bool[Array, "B"]
     cache: Cache
 
 
+@no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class Candidates:
     """The 2 W best continuations of a step and those taken as beams; for looking at a search."""
 
-    scores: Float[Array, "B C"]
-    tokens: Int[Array, "B C"]
-    beams: Int[Array, "B C"]
+    scores: Float[Array, "B candidates"]
+    tokens: Int[Array, "B candidates"]
+    beams: Int[Array, "B candidates"]
     next_scores: Float[Array, "B W"]
     next_tokens: Int[Array, "B W"]
     next_beams: Int[Array, "B W"]
@@ -209,9 +212,9 @@ class Search:
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
-        logits = self._mbart(params, hidden[:, -1], method=MBart.logits)
+        logits = self.translator.call("logits", params, hidden[:, -1])
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
-        sizes = self.translator.config.mbart
+        sizes = self.translator.config.sizes
         tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
         tokens = tokens.at[:, :, 0].set(sizes.start).at[:, :, 1].set(language[:, None])
         state = SearchState(
@@ -238,16 +241,15 @@ class Search:
         language: Int[Array, "B"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The decoder's states at `</s>`, prefix and language code, and its cache of them."""
-        sizes = self.translator.config.mbart
+        sizes = self.translator.config.sizes
         start = jnp.full_like(language, sizes.start)
         ids = jnp.stack([start, language], axis=1)
-        embeddings = self._mbart(params, ids, method=MBart.embed)
+        embeddings = self.translator.call("embed", params, ids)
         vectors = self.translator.prefix(params, features, source.shape[0])
         block, visible = prefix.start_block(
             embeddings[:, :1], vectors, embeddings[:, 1:], self.translator.config.prefix
         )
-        fill = functools.partial(MBart.prefill, room=0)
-        return self._mbart(params, block, states, source != sizes.pad, visible, method=fill)
+        return self.translator.call("prefill", params, block, states, source != sizes.pad, visible)
 
     def step(
         self, params: Params, source: Int[Array, "B S"], state: SearchState
@@ -261,23 +263,24 @@ class Search:
         origins = state.origins.at[:, :, index].set(own)
 
         # Slot first + t * W + w holds the token that beam w decoded t-th.
-        times = jnp.arange((state.cache[0][0][0].shape[2] - first) // beams)
+        times = jnp.arange((cache_slots(state.cache) - first) // beams)
         came = origins[:, :, : len(times), None] == own
         heard = came & (times <= index)[:, None]
         heard = heard.reshape(*heard.shape[:2], -1)
         visible = jnp.pad(heard, ((0, 0), (0, 0), (first, 0)), constant_values=True)
 
-        hidden, cache = self._mbart(
+        call = self.translator.call
+        hidden, cache = call(
+            "extend",
             params,
-            self._mbart(params, last, method=MBart.embed),
+            call("embed", params, last),
             state.cache,
             first + index * beams,
             first + index,
             visible[:, None],
-            source != self.translator.config.mbart.pad,
-            method=MBart.extend,
+            source != self.translator.config.sizes.pad,
         )
-        logits = self._mbart(params, hidden, method=MBart.logits)
+        logits = call("logits", params, hidden)
         return state.replace(cache=cache, origins=origins), logits
 
     def advance(
@@ -285,7 +288,7 @@ class Search:
     ) -> tuple[SearchState, Candidates]:
         """Chooses the next token of every beam, and moves what has ended to the finished ones."""
         config, beams = self.config, self.config.beams
-        eos = self.translator.config.mbart.eos
+        eos = self.translator.config.sizes.eos
         totals, tokens = self._continuations(state, logits)
 
         # The 2 W best over all beams, of which those that end take no place among the beams.
@@ -310,7 +313,7 @@ class Search:
         done = state.done | done
 
         followed = jnp.take_along_axis(state.tokens, next_beams[:, :, None], axis=1)
-        pad = self.translator.config.mbart.pad
+        pad = self.translator.config.sizes.pad
         shown = jnp.where(state.done[:, None], pad, next_tokens)
         state = state.replace(
             length=state.length + 1,
@@ -324,7 +327,7 @@ class Search:
 
     def _continuations(
         self, state: SearchState, logits: Float[Array, "B W V"]
-    ) -> tuple[Float[Array, "B W C"], Int[Array, "B W C"]]:
+    ) -> tuple[Float[Array, "B W candidates"], Int[Array, "B W candidates"]]:
         """Total scores and tokens of each beam's best continuations. At the last step only the end
         is left, and costs nothing."""
         count = min(2 * self.config.beams, logits.shape[-1])
@@ -332,7 +335,7 @@ class Search:
         logits = jax.lax.optimization_barrier(logits)
         best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        eos = self.translator.config.mbart.eos
+        eos = self.translator.config.sizes.eos
         forced = jnp.full_like(scores, -jnp.inf).at[:, :, 0].set(0.0)
         end = jnp.zeros_like(tokens).at[:, :, 0].set(eos)
         last = state.length == self.config.max_length - 1
@@ -342,9 +345,9 @@ class Search:
     def _finish(
         self,
         state: SearchState,
-        best: Float[Array, "B C"],
-        beam: Int[Array, "B C"],
-        ends: Bool[Array, "B C"],
+        best: Float[Array, "B candidates"],
+        beam: Int[Array, "B candidates"],
+        ends: Bool[Array, "B candidates"],
     ) -> Hypotheses:
         """The finished hypotheses with those that end among the W best; the W best stay."""
         beams, old = self.config.beams, state.finished
@@ -363,15 +366,11 @@ class Search:
 
     def _slots(self, steps: int) -> int:
         """Slots of a cache with room for so many steps."""
-        return self.translator.config.mapper.prefix + 2 + steps * self.config.beams
+        return self.translator.prefix_length + 2 + steps * self.config.beams
 
-    def _grow(self, cache: Cache, steps: int) -> Cache:
+    def _grow(self, cache: Cache, steps: int) -> tuple[tuple, ...]:
         """The cache with room for so many steps."""
-        longer = functools.partial(attention.grow, slots=self._slots(steps))
-        return tuple((jax.tree.map(longer, own), heard) for own, heard in cache)
-
-    def _mbart(self, params: Params, *arguments, method):
-        return self.translator.network.apply({"params": params["mbart"]}, *arguments, method=method)
+        return grow_cache(cache, self._slots(steps))
 
 
 def _top_k(

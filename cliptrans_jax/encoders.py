@@ -1,6 +1,7 @@
 """The frozen towers: sentences and pictures to features, computed once and kept."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from cliptrans_jax import pretrained
 from cliptrans_jax.data.corpus import Corpus, Images
@@ -19,10 +20,7 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
-from cliptrans_jax.towers import clip, mclip
-from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from cliptrans_jax.towers.mclip import MClip, MClipConfig
-from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
+from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, tower_of
 from common_jax.inputs import BadExample, eval_batches
 
 # Tokens that sentences are padded to multiples of, so that few lengths are compiled.
@@ -35,46 +33,38 @@ class TextTower:
     """Sentences to features.
 
     Attributes:
-      config: sizes.
+      config: sizes, of a text tower of `TOWERS`.
       params: as read; not on any device yet.
-      tokenizer: frames sentences for it; None where it is but described.
+      tokenizer: frames sentences for it; None where the tower is only described.
       dtype: what is computed in.
     """
 
-    config: MClipConfig | ClipTextConfig
+    config: Any
     params: Mapping[str, Any]
     tokenizer: Tokenizer | None
     dtype: DTypeLike
 
     @classmethod
-    def described(cls, config: MClipConfig | ClipTextConfig, dtype: DTypeLike) -> "TextTower":
+    def described(cls, config: Any, dtype: DTypeLike) -> "TextTower":
         """The tower with shapes in the place of parameters."""
-        network = ClipText if isinstance(config, ClipTextConfig) else MClip
-        ids = jax.ShapeDtypeStruct((1, 2), np.int32)
-        visible = jax.ShapeDtypeStruct((1, 2), bool)
-        init = network(config, dtype).init
-        params = jax.eval_shape(lambda *given: init(jax.random.key(0), *given), ids, visible)
-        return cls(config, params["params"], None, dtype)
+        init = functools.partial(tower_of(config).init, config, dtype)
+        return cls(config, jax.eval_shape(init, jax.random.key(0)), None, dtype)
 
     @property
     def longest(self) -> int:
         """Tokens that it has positions for."""
-        config = self.config
-        return config.longest if isinstance(config, MClipConfig) else config.positions
+        return self.config.longest
 
-    def apply(self, params: Any, ids: jax.Array, *, dropout: jax.Array | None = None) -> jax.Array:
-        """Features (B, M) of framed ids (B, S) with pads."""
-        if isinstance(self.config, ClipTextConfig):  # no token hears the pads behind it
-            return ClipText(self.config, self.dtype).apply({"params": params}, ids, None)
-        visible = ids != self.config.pad
-        rngs = {} if dropout is None else {"dropout": dropout}
-        return MClip(self.config, self.dtype).apply(
-            {"params": params}, ids, visible, train=dropout is not None, rngs=rngs
-        )
+    def apply(
+        self, params: Any, ids: Int[Array, "B S"], *, dropout: jax.Array | None = None
+    ) -> Float[Array, "B M"]:
+        """Features of framed ids with pads."""
+        tower = tower_of(self.config)
+        return tower.apply(self.config, self.dtype, params, ids, dropout=dropout)
 
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
-    ) -> Float32[np.ndarray, "N M"]:
+    ) -> Float32[np.ndarray, "B M"]:
         """A feature a framed sentence, computed on all devices of the mesh, those of a like length
         together: little of a batch is padding.
 
@@ -114,7 +104,7 @@ class TextTower:
                     f"tower has 0 to {vocab - 1}; take the tokenizer that it was trained with"
                 )
 
-    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
         """Features of a batch of `encode`."""
         return self.apply(params, batch["ids"])
 
@@ -132,25 +122,22 @@ class ImageTower:
     """Pictures to features.
 
     Attributes:
-      config: sizes.
+      config: sizes, of an image tower of `TOWERS`.
       params: as read; not on any device yet.
       dtype: what is computed in.
     """
 
-    config: ClipVisionConfig | ResNetConfig
+    config: Any
     params: Mapping[str, Any]
     dtype: DTypeLike
 
-    def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        """Features (B, M) of prepared pictures (B, I, J, 3)."""
-        network = ClipVision if isinstance(self.config, ClipVisionConfig) else ClipResNet
-        return network(self.config, self.dtype).apply({"params": params}, images)
+    def apply(self, params: Any, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
+        """Features of prepared pictures."""
+        return tower_of(self.config).apply(self.config, self.dtype, params, images)
 
-
-# The tokenizer of a published text tower, by the tower's kind.
-TOKENIZERS = {"mclip": "xlmr", "clip_text": "clip"}
-# Rules of the parameters of a text tower that trains, under "clip".
-TEXT_RULES = {MClipConfig: mclip.PARTITION_RULES, ClipTextConfig: clip.PARTITION_RULES}
+    def prepare(self, image: np.ndarray) -> Float32[np.ndarray, "I J 3"]:
+        """A picture as the tower takes it; see `prepare_picture`."""
+        return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
 
 def load_published_text(
@@ -170,13 +157,13 @@ def load_published_text(
     """
     found = pretrained.load(
         folder,
-        kind=("mclip", "clip_text"),
+        kind=tuple(tower.kind for tower in TEXT_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
         base=base,
     )
-    if tokenizer.kind != (proper := TOKENIZERS[found.kind]):
+    if tokenizer.kind != (proper := tower_of(found.config).sentences.tokenizer):
         raise ValueError(
             f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
             f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
@@ -205,7 +192,7 @@ def load_published_image(
     """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
     found = pretrained.load(
         folder,
-        kind=("clip_res", "clip_vision"),
+        kind=tuple(tower.kind for tower in IMAGE_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
@@ -220,7 +207,7 @@ def text_features(
     *,
     folder: epath.PathLike,
     mesh: Mesh,
-) -> Float32[np.ndarray, "N M"]:
+) -> Float32[np.ndarray, "B M"]:
     """A feature a sentence of one language, from `folder` where it holds the same tower's of the
     same sentences."""
     ids = tower.tokenizer.encode(corpus.texts[language], None)
@@ -236,7 +223,7 @@ def text_features(
 
 def image_features(
     tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh, workers: int = 0
-) -> Float32[np.ndarray, "N M"]:
+) -> Float32[np.ndarray, "B M"]:
     """A feature an example, from `folder` where it holds the same tower's of the same files.
 
     A picture that several examples show, such as one of COCO with its five captions, is read,
@@ -253,10 +240,10 @@ def image_features(
     rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
     firsts = np.unique(rows, return_index=True)[1]
 
-    def compute() -> np.ndarray:
-        source = _Pictures(images, firsts, tower.config.image)
+    def compute() -> Float32[np.ndarray, "B M"]:
+        source = _Pictures(images, firsts, tower)
 
-        def apply(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        def apply(params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
             return tower.apply(params, batch["image"])
 
         batches = eval_batches(
@@ -287,17 +274,17 @@ class _Pictures:
 
     arrays = None
 
-    def __init__(self, images: Images, rows: np.ndarray, size: int):
-        self._images, self._rows, self._size = images, rows, size
+    def __init__(self, images: Images, rows: Int[np.ndarray, "B"], tower: ImageTower):
+        self._images, self._rows, self._tower = images, rows, tower
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": prepare_picture(self._images[int(self._rows[index])], self._size)}
+        return {"image": self._tower.prepare(self._images[int(self._rows[index])])}
 
 
-def by_length(ids: Sequence[np.ndarray]) -> np.ndarray:
+def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
     """Places of sentences, the shortest first; equal ones stay in their order."""
     return np.argsort([len(x) for x in ids], kind="stable")
 
@@ -327,7 +314,7 @@ def _whole(batch: int, mesh: Mesh) -> int:
     return max(1, batch // mesh.size) * mesh.size
 
 
-def _bytes(ids: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
     """What says which sentences these are."""
     return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
 

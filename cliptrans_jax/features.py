@@ -21,7 +21,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float32, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
@@ -29,19 +29,21 @@ from common_jax.untrusted import brief, plain, read_npz
 from common_jax.workdir import temporary_beside
 
 Batch = Mapping[str, Any]
-# apply(params, batch) -> feature vectors (B, M) of any float dtype
-Apply = Callable[[Any, Batch], jax.Array]
+# apply(params, batch) -> feature vectors of any float dtype
+Apply = Callable[[Any, Batch], Float[Array, "B M"]]
+
+Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
 
 LOG_SECONDS = 20  # between log lines, where there is no terminal for a progress bar
 BROADCAST_BYTES = 1 << 26  # at most that go to the other hosts at once, through their devices
 
 
-def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
+def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., Encoded]:
     """encode(params, batch, row) -> (features (B, M), mask, row), jitted, the whole of it on every
     device. Devices of a mesh need not come in the order of the hosts: rows carry their numbers."""
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def encode(params: Any, batch: Batch, row: jax.Array):
+    def encode(params: Any, batch: Batch, row: Int[Array, "B"]) -> Encoded:
         return apply(params, batch).astype(jnp.float32), batch["_mask"], row
 
     return encode
@@ -55,7 +57,7 @@ def encode_all(
     mesh: Mesh,
     size: int | None = None,
     title: str = "features",
-) -> Float32[np.ndarray, "examples M"]:
+) -> Float32[np.ndarray, "B M"]:
     """The features of all examples in their order, the whole of them on every host.
 
     Args:
@@ -78,7 +80,7 @@ def encode_all(
         params = jax.device_put(params, replicated(mesh))
     parts, masks = [], []
 
-    def collect(encoded: tuple[jax.Array, ...]) -> None:
+    def collect(encoded: Encoded) -> None:
         features, mask, row = map(np.asarray, encoded)
         order = np.argsort(row)
         parts.append(features[order])
@@ -139,8 +141,8 @@ def cached(
     folder: epath.PathLike,
     name: str,
     fingerprint: str,
-    compute: Callable[[], Float32[np.ndarray, "examples M"]],
-) -> Float32[np.ndarray, "examples M"]:
+    compute: Callable[[], Float32[np.ndarray, "B M"]],
+) -> Float32[np.ndarray, "B M"]:
     """What `compute()` gives, from `folder/name.npz` if that was made for the same fingerprint.
 
     Otherwise all hosts compute it and the first one writes the file, whole or not at all. Only the
@@ -179,7 +181,9 @@ def _progress(batches: Iterable[Batch], title: str) -> Iterable[Batch]:
             yield batch
 
 
-def _checked(features: np.ndarray, real: np.ndarray, size: int | None, title: str) -> np.ndarray:
+def _checked(
+    features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, "_"], size: int | None, title: str
+) -> Float32[np.ndarray, "B M"]:
     count = int(real.sum())
     if not real[:count].all():
         missing = np.flatnonzero(~real[: np.flatnonzero(real)[-1]])
@@ -253,7 +257,7 @@ def _add(digest: Any, part: bytes | str | np.ndarray) -> None:
     digest.update(body)
 
 
-def _read(path: epath.Path, fingerprint: str) -> np.ndarray | None:
+def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | None:
     """The features of a whole file of this fingerprint; the log says why there are none."""
     if not path.exists():
         logging.info("%s: not there yet, computing it", path)
@@ -284,7 +288,7 @@ def _read(path: epath.Path, fingerprint: str) -> np.ndarray | None:
     return features
 
 
-def _write(path: epath.Path, features: np.ndarray, fingerprint: str) -> None:
+def _write(path: epath.Path, features: Float32[np.ndarray, "B M"], fingerprint: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
@@ -295,7 +299,9 @@ def _write(path: epath.Path, features: np.ndarray, fingerprint: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _from_first_host(features: np.ndarray | None) -> np.ndarray | None:
+def _from_first_host(
+    features: Float32[np.ndarray, "B M"] | None,
+) -> Float32[np.ndarray, "_ M"] | None:
     """What the first host holds, on every host."""
     if jax.process_count() == 1:
         return features

@@ -14,15 +14,14 @@ from cliptrans_jax.config import SYSTEM, Config
 from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
 from cliptrans_jax.data.framing import Tokenizer, require_texts
-from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import ImageTower, TextTower
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import Translate, make_translate
-from cliptrans_jax.runs.material import TOKENIZER, Material
+from cliptrans_jax.runs.run_data import TOKENIZER, RunData
 from cliptrans_jax.runs.translation import Model, best_step
-from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.stages import TRANSLATION_STAGES, Side
 from common_jax import checkpoint
 from common_jax.command_line import check_system
 from common_jax.mesh import MeshConfig, make_mesh
@@ -35,9 +34,10 @@ class LoadedModel:
 
     Attributes:
       config: of its run.
-      params: {"mbart": ..., "mapper": ...}, and "clip" where its text tower was trained.
+      params: those of the translator in its subtree, "mapper", and "clip" where its text tower was
+        trained.
       tokenizer: of sources and outputs.
-      material: gives the towers that features come from, when they are first needed.
+      data: gives the towers that features come from, when they are first needed.
       search: the compiled search.
       mesh: devices.
     """
@@ -45,7 +45,7 @@ class LoadedModel:
     config: Config
     params: Any
     tokenizer: Tokenizer
-    material: Material
+    data: RunData
     search: Translate
     mesh: Mesh
 
@@ -92,7 +92,7 @@ class LoadedModel:
             tokens,
             self.tokenizer.pad,
             self.config.sentence_limit,
-            None if tokens is None else self.material.text_tower.longest,
+            None if tokens is None else self.data.text_tower.longest,
         )
         batches = evaluation_batches(
             inputs,
@@ -111,10 +111,10 @@ class LoadedModel:
         if not self.config.has_prefix:
             return None, None
         if pictures is not None:
-            tower: ImageTower = self.material.image_tower
-            prepared = np.stack([prepare_picture(x, tower.config.image) for x in pictures])
+            tower: ImageTower = self.data.image_tower
+            prepared = np.stack([tower.prepare(x) for x in pictures])
             return np.asarray(jax.jit(tower.apply)(tower.params, prepared), np.float32), None
-        tower: TextTower = self.material.text_tower
+        tower: TextTower = self.data.text_tower
         ids = tower.tokenizer.encode(sentences, None)
         if self.config.unfreeze_clip:
             return None, ids
@@ -175,14 +175,14 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     step = checkpoint.find_step(source)
     saved = checkpoint.load_config(step)
     check_system(saved, SYSTEM, str(source))
-    config = freeze_stored(Config, saved, step).consistent()
+    config = freeze_stored(Config, saved, step).apply_parity()
     # Sentences' features are computed before the search, where they are not trained with it.
     config = dataclasses.replace(config, keep_text_features=True)
     workdir = step.parent.parent
-    if config.stage not in STAGES:
+    if config.stage not in TRANSLATION_STAGES:
         raise ValueError(
             f"{workdir} is a run of stage {config.stage!r}, which trains no translation model; "
-            f"give a run of one of {list(STAGES)}"
+            f"give a run of one of {list(TRANSLATION_STAGES)}"
         )
     if step != checkpoint.absolute(source):
         step = best_step(workdir, config.run.best)
@@ -190,10 +190,10 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     tokenizer = load_tokenizer(
         cut, sentences=None, languages=config.known_languages, path=workdir / TOKENIZER
     )
-    material = Material(config, workdir, mesh, known=tokenizer)
-    model = Model.of(config, material)
+    data = RunData(config, workdir, mesh, known=tokenizer)
+    model = Model.of(config, data)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
     search = make_translate(
-        Search(model.translator, config.decode), model.features, tokenizer, mesh=mesh
+        Search(model.translator, config.decode), model.encode, tokenizer, mesh=mesh
     )
-    return LoadedModel(config, params, tokenizer, material, search, mesh)
+    return LoadedModel(config, params, tokenizer, data, search, mesh)

@@ -1,4 +1,4 @@
-"""What is minimised: the label loss of translation, and the contrastive loss of a CLIP."""
+"""The label loss of translation."""
 
 import jax
 from jax import numpy as jnp
@@ -63,25 +63,12 @@ def states_loss(
     if labels.size <= chunk * batch_shards():
         return label_loss(scores(readout, states), labels, pad=pad, smoothing=smoothing)
 
-    def loss(readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
+    def loss(
+        readout: Readout, states: Float[Array, "#B #T D"], labels: Int[Array, "#B #T"]
+    ) -> Float[Array, ""]:
         logits = scores(readout, states)
         return label_loss(logits, labels, pad=pad, smoothing=smoothing)[0]
 
     total = total_of_chunks(loss, readout, states, labels, pad=pad, dtype=dtype, chunk=chunk)
     kind = jnp.promote_types(states.dtype, jnp.float32)
     return total, jnp.sum((labels >= 0) & (labels != pad), dtype=kind)
-
-
-def contrastive_loss(
-    texts: Float[Array, "B M"], images: Float[Array, "B M"], log_scale: Float[Array, ""]
-) -> Float[Array, ""]:
-    """CLIP loss (Radford et al. 2021, figure 3):  1/(2B) sum_b (-log p_bb - log q_bb).
-
-    p and q are the softmax over rows and columns of exp(log_scale) x_b . y_c, where x and y are
-    texts and images of unit length.
-    """
-    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    scores = jnp.exp(log_scale) * (texts @ images.T)
-    rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)
-    return -(jnp.mean(jnp.diag(rows)) + jnp.mean(jnp.diag(columns))) / 2

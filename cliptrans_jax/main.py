@@ -8,16 +8,17 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
-from cliptrans_jax.runs.material import check_weights
 from cliptrans_jax.runs.pipeline import plan, run_stage
+from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import gallery, scores_table
+from cliptrans_jax.stages import Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.mesh import check_batch, make_mesh
 from common_jax.report import dispensable, write_report
 from common_jax.workdir import check_output, hold, holds_results
 
-DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in the decoder of mBART; captioning
+DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in a translator's decoder; captioning
 first, then translation.
 
 All stages in order:
@@ -57,7 +58,7 @@ def check_places(config: Config, workdir: epath.Path) -> None:
     check_output("--workdir", workdir)
     if config.features:
         check_output("config.features", config.features)
-    if config.stage == "clip" or holds_results(workdir):
+    if trains(config.stage) is Trains.TOWERS or holds_results(workdir):
         return
     if config.has_prefix:
         checkpoint.check_source("config.sources.clip", config.sources.clip)
@@ -81,7 +82,7 @@ def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
     if config.stage != "evaluate":
         batch = f"{key}.optim.batch / {key}.optim.accumulate"
         check_batch(mesh, batch, config.optim.micro_batch)
-    if config.stage != "clip":
+    if trains(config.stage) is not Trains.TOWERS:
         check_batch(mesh, "config.decode.batch", config.decode.batch)
 
 

@@ -27,8 +27,7 @@ from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.beside import CONFIG, Beside, picture_numbers, read_beside
 from cliptrans_jax.tensors.kinds import KINDS, Layout
-from cliptrans_jax.towers.clip import ClipVisionConfig
-from cliptrans_jax.towers.resnet import ResNetConfig
+from cliptrans_jax.towers.table import TOWERS
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import did_you_mean
 from common_jax.untrusted import brief
@@ -158,7 +157,7 @@ def load(
             f"config is a {type(config).__name__}, and kind={kind!r} takes a "
             f"{layout.config_type.__name__}"
         )
-    if isinstance(config, ClipVisionConfig | ResNetConfig):
+    if (tower := TOWERS.get(layout.config_type)) and tower.pictures:
         _require_pictures(about, file)
     dropped = {re.escape(prefix) + regex: why for regex, why in layout.dropped.items()}
     if prefix:

@@ -46,7 +46,7 @@ LAYERS = {
         ("data",),
         ("tensors",),
         ("convert", "convert_towers"),
-        ("names", "losses", "stages"),
+        ("names", "losses", "contrastive", "stages"),
         ("models", "towers", "translators"),
     ),
     "common_jax": (

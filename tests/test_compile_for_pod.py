@@ -16,7 +16,7 @@ from tiny_cliptrans import write_corpus
 from cliptrans_jax.config import SourcesConfig as StageSources
 from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.contrastive import init as init_clip
-from cliptrans_jax.runs.material import describe_text
+from cliptrans_jax.runs.run_data import describe_text
 from common_jax import checkpoint, loop
 from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh

@@ -34,8 +34,8 @@ from cliptrans_jax.config import SIDES
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.runs import pipeline as cliptrans_pipeline
-from cliptrans_jax.runs.material import used_languages
-from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.runs.run_data import used_languages
+from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES, Side, Trains, trains
 from common_jax import app
 from common_jax.config import freeze
 from common_jax.inputs import BadExample
@@ -210,22 +210,23 @@ def needs_of(runs: Iterable[cliptrans.Config]) -> dict[str, Need]:
         pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
         if run.tokenizer.kind == "trained":
             needs["train_split"].languages |= set(run.known_languages)
-        if run.stage == "clip":
+        if trains(run.stage) is Trains.TOWERS:
             for key in data_keys[:2]:
                 needs[key].languages |= set(run.known_languages)
                 needs[key].filled |= set(run.known_languages)
                 needs[key].pictures = True
             needs["train_split"].batch = max(needs["train_split"].batch, run.optim.batch)
             continue
-        stage = STAGES.get(run.stage, STAGES["translate"])
+        trained = run.stage in TRANSLATION_STAGES
+        stage = TRANSLATION_STAGES[run.stage if trained else SCORED_AS]
         test_side = SIDES[run.test_side] or stage.test
-        for key in data_keys if run.stage in STAGES else data_keys[2:]:
+        for key in data_keys if trained else data_keys[2:]:
             side = stage.train if key == "train_split" else test_side
             needs[key].languages |= pair
-            needs[key].filled |= set(used_languages(run) if run.stage in STAGES else pair)
+            needs[key].filled |= set(used_languages(run) if trained else pair)
             if run.has_prefix and side is Side.IMAGE:
                 needs[key].pictures = needs[key].strict = True
-        if run.stage in STAGES:
+        if trained:
             batch = run.optim.batch // (2 if run.all_languages else 1)
             needs["train_split"].batch = max(needs["train_split"].batch, batch)
     return needs
@@ -235,10 +236,10 @@ def check_cliptrans(config: cliptrans.Config, findings: Findings) -> None:
     """Checks the sentences and pictures of every split that the run reads."""
     data = config.data
     findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
-    runs = [config.consistent()]
+    runs = [config.apply_parity()]
     if config.stage == "pipeline":
         planned = findings.attempt(cliptrans_pipeline.plan, config, NOWHERE) or []
-        runs = [run.consistent() for _, run in planned]
+        runs = [run.apply_parity() for _, run in planned]
     for key, need in needs_of(runs).items():
         _check_split(config, key, need, findings)
 

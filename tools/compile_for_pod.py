@@ -53,8 +53,8 @@ from cliptrans_jax import config as cliptrans
 from cliptrans_jax.features import encode_program
 from cliptrans_jax.main import check_run as check_cliptrans
 from cliptrans_jax.runs import translation
-from cliptrans_jax.runs.material import describe_text
-from cliptrans_jax.stages import STAGES
+from cliptrans_jax.runs.run_data import describe_text
+from cliptrans_jax.stages import TRANSLATION_STAGES
 from common_jax import app
 from common_jax.command_line import run_config_file
 from common_jax.config import freeze
@@ -124,13 +124,13 @@ def cliptrans_step(asked: cliptrans.Config, mesh: Mesh, options: Options) -> Ste
     """The train step of a stage of the table, or the program of the frozen text tower."""
     if options.encode:
         return encode_step(asked, mesh, options)
-    if asked.stage not in STAGES:
+    if asked.stage not in TRANSLATION_STAGES:
         raise ValueError(
-            f"config.stage={asked.stage!r} must be one of {list(STAGES)}, each of which is a "
-            "program of its own"
+            f"config.stage={asked.stage!r} must be one of {list(TRANSLATION_STAGES)}, each of "
+            "which is a program of its own"
         )
     check_cliptrans(asked, mesh)
-    optim = asked.consistent().optim
+    optim = asked.apply_parity().optim
     examples = options.examples or max(MULTI30K, optim.batch)
     sizes = {"examples": examples, "tokens": options.tokens}
     task = translation.describe(asked, mesh, **sizes)

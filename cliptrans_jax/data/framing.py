@@ -1,7 +1,7 @@
 """The frame that every tokenizer here puts around a sentence.
 
-With a language it is [language, pieces..., </s>], as mBART has source and target; without one it is
-[<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have it.
+With a language it is [language, pieces..., </s>], as the translator has source and target; without
+one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have it.
 """
 
 import dataclasses

@@ -8,20 +8,21 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Pictures
 from common_jax.config import Section
 from common_jax.ranges import BelowOne, within
 
-# CLIP's, of pixels in [0, 1], one number a channel.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+# CLIP's, of pixels in [0, 1], one number per channel.
+MEAN, STD = (np.array(x, np.float32) for x in (CLIP_PICTURES.mean, CLIP_PICTURES.std))
 
 
-def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
-    """CLIP's preprocessing: short side to `size` (bicubic), centre crop, normalise.
+def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICTURES) -> np.ndarray:
+    """A picture as a tower takes it: short side resized to `size`, centre crop, normalised.
 
     Args:
       image: uint8 (I, J, 3), (I, J, 4) or (I, J).
       size: side of the square that comes out, 224 for CLIP ViT-B/32.
+      pictures: the numbers and the filter of the tower.
 
     Returns:
       float32 (size, size, 3).
@@ -42,11 +43,12 @@ def prepare_picture(image: np.ndarray, size: int) -> np.ndarray:
     if short != size:
         # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
         picture = picture.resize(
-            (size * width // short, size * height // short), Image.Resampling.BICUBIC
+            (size * width // short, size * height // short), Image.Resampling[pictures.resampling]
         )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
-    return (pixels / 255 - MEAN) / STD
+    mean, std = (np.array(x, np.float32) for x in (pictures.mean, pictures.std))
+    return (pixels / 255 - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)

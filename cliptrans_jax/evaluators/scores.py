@@ -24,6 +24,7 @@ from sacremoses.corpus import NonbreakingPrefixes
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
 DEFAULT_TOKENIZER = "13a"
 
+METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")  # fields of `Scores` that are logged
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # METEOR's weight of recall, and shape and weight of its penalty
 
 
@@ -57,7 +58,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
     Args:
       hypotheses: the outputs.
       references: one for each.
-      language: of both, here and below such as "de" or mBART's "de_DE".
+      language: of both, here and below such as "de" or, with a country, "de_DE".
 
     Raises:
       ValueError: when there are no sentences, or not one reference for each.
@@ -98,8 +99,7 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
 
 def as_metrics(scores: Scores) -> dict[str, float]:
     """The numbers that a run logs and draws."""
-    names = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
-    return {name: getattr(scores, name) for name in names}
+    return {name: getattr(scores, name) for name in METRICS}
 
 
 def bleu(

@@ -10,12 +10,16 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.decode import Hypotheses, Search
+from cliptrans_jax.evaluators.evaluator import Evaluator
+from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
 from cliptrans_jax.evaluators.show import Hypothesis
+from cliptrans_jax.models.cliptrans import Translator
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
+from common_jax.step import Evaluate
 
-# features(params, batch) -> (B, M), or None where the model takes none.
-Features = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
+# encode(params, batch) -> features (B, M), or None where the model takes none.
+Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
 Batches = Iterable[Mapping[str, np.ndarray]]
 
 
@@ -67,7 +71,7 @@ class Translate:
 
 def make_translate(
     search: Search,
-    features: Features,
+    encode: Encode,
     tokenizer: Tokenizer,
     *,
     mesh: Mesh,
@@ -77,7 +81,7 @@ def make_translate(
 
     Args:
       search: model and search.
-      features: what the prefix is made of.
+      encode: gives the features that the prefix is made of.
       tokenizer: of the outputs.
       mesh: devices, over all of which a batch is split.
       language: the code that every output starts with; None for that of its reference.
@@ -86,7 +90,7 @@ def make_translate(
     def run(params: Any, batch: Mapping[str, jax.Array]):
         first = batch["labels"][:, 0]
         first = first if language is None else jax.numpy.full_like(first, language)
-        found = search.run(params, features(params, batch), batch["source"], first)
+        found = search.run(params, encode(params, batch), batch["source"], first)
         return found, batch["_index"], batch["_mask"]
 
     return Translate(jax.jit(run, out_shardings=replicated(mesh)), tokenizer, mesh)
@@ -95,3 +99,44 @@ def make_translate(
 def best_texts(found: Mapping[int, Sequence[Hypothesis]], size: int) -> list[str]:
     """The best output of every example, in order."""
     return [found[index][0].text for index in range(size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceSet:
+    """A set of sentences and the model that translates them.
+
+    Attributes:
+      translator: the model.
+      encode: gives the features of a batch.
+      batches: starts a pass over the set.
+      mesh: where batches go.
+      seed: of everything random.
+      translate: the search.
+      search_batches: starts a pass in batches of the search.
+      references: a translation per sentence.
+      language: of the references.
+    """
+
+    translator: Translator
+    encode: Encode
+    batches: Callable[[], Batches]
+    mesh: Mesh
+    seed: int
+    translate: Translate
+    search_batches: Callable[[], Batches]
+    references: Sequence[str]
+    language: str
+
+
+def evaluate_translations(sentences: SentenceSet) -> Evaluate:
+    """evaluate(params, helpers, step) -> scores of the best translations."""
+
+    def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
+        found = sentences.translate({**helpers, **params}, sentences.search_batches())
+        outputs = best_texts(found, len(sentences.references))
+        return as_metrics(score(outputs, sentences.references, language=sentences.language))
+
+    return evaluate
+
+
+EVALUATOR = Evaluator(evaluate_translations, best=METRICS, searches=True)

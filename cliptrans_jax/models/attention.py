@@ -101,11 +101,6 @@ class CrossAttention(nn.Module):
         return self.out(attend(self.query(x), memory, visible))
 
 
-def grow(part: Float[Array, "B H S K"], *, slots: int) -> Float[Array, "B H R K"]:
-    """Kept keys or values with room for `slots` in all."""
-    return jnp.pad(part, ((0, 0), (0, 0), (0, slots - part.shape[2]), (0, 0)))
-
-
 def attend(
     query: Float[Array, "B T H K"], memory: Memory, visible: Bool[Array, "B 1 #T S"]
 ) -> Float[Array, "B T H K"]:

@@ -154,7 +154,7 @@ def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Arr
 
 def _cut(
     states: Float[Array, "B T D"], labels: Int[Array, "B T"], *, pad: int, rows: int
-) -> tuple[Float[Array, "C B R D"], Int[Array, "C B R"]]:
+) -> tuple[Float[Array, "_ B R D"], Int[Array, "_ B R"]]:
     """Chunks of so many slots along T, but of one at least, filled up with pads."""
     rows = min(max(1, rows), states.shape[1])
     more = -states.shape[1] % rows

@@ -1,8 +1,8 @@
-"""The translation model: a mapping network's prefix in the decoder of mBART (CLIPTrans, section 3
+"""The translation model: a mapping network's prefix in a translator's decoder (CLIPTrans, section 3
 of the paper; src/models/model.py)."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax import numpy as jnp
@@ -12,9 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models import mapper, prefix
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
-from cliptrans_jax.translators import mbart
-from cliptrans_jax.translators.mbart import MBart, MBartConfig
+from cliptrans_jax.models.rules import rules_below
+from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.translators.table import TRANSLATORS
+from cliptrans_jax.translators.translator import Architecture, Network, Sizes
 from common_jax.config import FieldError, Section
+from common_jax.mesh import Rules
+from common_jax.ranges import key_of
 
 Params = dict[str, Any]
 
@@ -24,29 +28,46 @@ class ModelConfig(Section):
     """A translation model.
 
     Attributes:
-      mbart: the encoder-decoder.
+      mbart: sizes of the translator of that name.
       mapper: the mapping network.
-      prefix: how the decoder reads what that gives.
+      prefix: how the decoder reads the vectors of the mapping network.
+      translator: the encoder-decoder, a key of TRANSLATORS; the section of that name has its sizes.
     """
 
     mbart: MBartConfig = MBartConfig()
     mapper: MapperConfig = MapperConfig()
     prefix: PrefixConfig = PrefixConfig()
+    translator: Annotated[str, key_of(lambda: TRANSLATORS)] = "mbart"
 
     def __post_init__(self):
         super().__post_init__()
-        width = self.mbart.width
+        width = self.sizes.width
         if self.mapper.prefix and self.mapper.kind == "transformer" and (width % 2 or width < 3):
             raise FieldError(
-                f"mbart.width={width} must be even and at least 4 with mapper.kind='transformer', "
-                "which has 2 heads and an MLP of a third of the width"
+                f"{self.translator}.width={width} must be even and at least 4 with "
+                "mapper.kind='transformer', which has 2 heads and an MLP of a third of the width"
             )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The record of the translator."""
+        return TRANSLATORS[self.translator]
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes and special ids of the translator."""
+        return getattr(self, self.architecture.subtree)
+
+    @property
+    def key(self) -> str:
+        """The section with the sizes, for messages."""
+        return f"config.model.{self.architecture.subtree}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Translator:
-    """Pure functions of parameters {"mbart": ..., "mapper": ...}; without a prefix the mapper is
-    absent, and so are features.
+    """Pure functions of parameters {"mbart": ..., "mapper": ...}, the first of which is the
+    translator's subtree; without a prefix there are no mapper and no features.
 
     Attributes:
       config: sizes.
@@ -57,16 +78,22 @@ class Translator:
     dtype: DTypeLike = jnp.float32
 
     @property
-    def network(self) -> MBart:
-        """mBART alone."""
-        return MBart(self.config.mbart, self.dtype)
+    def network(self) -> Network:
+        """The encoder-decoder alone."""
+        return self.config.architecture.network(self.config.sizes, self.dtype)
+
+    @property
+    def prefix_length(self) -> int:
+        """Vectors of the prefix."""
+        return self.config.mapper.prefix
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
         ids = jnp.ones((1, 2), jnp.int32)
         keys = jax.random.split(key)
-        params = {"mbart": self.network.init(keys[0], ids, ids > 0, ids)["params"]}
-        if self.config.mapper.prefix:
+        network = self.network.init(keys[0], ids, ids > 0, ids)["params"]
+        params = {self.config.architecture.subtree: network}
+        if self.prefix_length:
             features = jnp.zeros((1, self.config.mapper.features))
             params["mapper"] = self._mapper.init(keys[1], features, False)["params"]
         return params
@@ -80,9 +107,8 @@ class Translator:
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B P D"]:
         """The prefix of every example; of length 0 where the model has none."""
-        width = self.config.mbart.width
-        if not self.config.mapper.prefix:
-            return jnp.zeros((batch, 0, width), self.dtype)
+        if not self.prefix_length:
+            return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
         rngs = {} if dropout is None else {"dropout": jax.random.fold_in(dropout, 1)}
         variables = {"params": params["mapper"]}
@@ -91,10 +117,9 @@ class Translator:
     def encode(
         self, params: Params, source: Int[Array, "B S"], *, dropout: jax.Array | None = None
     ) -> Float[Array, "B S D"]:
-        """Encoder states; pads are heard by none."""
-        return self._mbart(
-            params, source, source != self.config.mbart.pad, method=MBart.encode, dropout=dropout
-        )
+        """Encoder states; no token attends to pads."""
+        visible = source != self.config.sizes.pad
+        return self.call("encode", params, source, visible, dropout=dropout)
 
     def train_logits(
         self,
@@ -128,15 +153,16 @@ class Translator:
         """The states that `scores` turns into those of `train_logits`. Slots of the prefix predict
         nothing and are left out."""
         states = self.decode_labels(params, features, source, labels, dropout=dropout)
-        return prefix.remove(states, self.config.mapper.prefix)
+        return prefix.remove(states, self.prefix_length)
 
     def readout(self, params: Params) -> Params:
-        """The parameters that `scores` needs: the embedding (V, D) and the bias (V)."""
-        return {name: params["mbart"][name] for name in ("embedding", "logits_bias")}
+        """The parameters that `scores` needs, such as the embedding (V, D) and a bias (V)."""
+        architecture = self.config.architecture
+        return {name: params[architecture.subtree][name] for name in architecture.readout}
 
     def scores(self, readout: Params, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores of all tokens, in float32 at least."""
-        return self._mbart({"mbart": readout}, states, method=MBart.logits)
+        return self.call("logits", {self.config.architecture.subtree: readout}, states)
 
     def decode_labels(
         self,
@@ -146,17 +172,17 @@ class Translator:
         labels: Int[Array, "B T"],
         *,
         dropout: jax.Array | None = None,
-    ) -> Float[Array, "B T2 D"]:
+    ) -> Float[Array, "B T+{self.prefix_length} D"]:
         """The decoder's last states at all T + P slots."""
         embeddings, visible = self.decoder_input(params, features, labels, dropout=dropout)
         states = self.encode(params, source, dropout=dropout)
-        return self._mbart(
+        return self.call(
+            "decode",
             params,
             embeddings,
             states,
-            source != self.config.mbart.pad,
+            source != self.config.sizes.pad,
             visible,
-            method=MBart.decode,
             dropout=None if dropout is None else jax.random.fold_in(dropout, 2),
         )
 
@@ -167,36 +193,40 @@ class Translator:
         labels: Int[Array, "B T"],
         *,
         dropout: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T2 D"], Bool[Array, "#B 1 T2 T2"]]:
-        """What the decoder reads in training, and which slots hear which."""
-        config, count = self.config, self.config.mapper.prefix
-        given = mbart.shift_right(labels, pad=config.mbart.pad)
-        embeddings = self._mbart(params, given, method=MBart.embed)
-        if not count:  # no scored slot can hear a pad behind it, so none need be hidden
+    ) -> tuple[
+        Float[Array, "B T+{self.prefix_length} D"],
+        Bool[Array, "#B 1 T+{self.prefix_length} T+{self.prefix_length}"],
+    ]:
+        """The embeddings that the decoder reads in training, and which slots attend to which."""
+        config, count = self.config, self.prefix_length
+        given = config.architecture.decoder_input(labels, config.sizes)
+        embeddings = self.call("embed", params, given)
+        if not count:  # no scored slot can attend to a pad after it, so none need be hidden
             length = labels.shape[1]
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
-        seen = jnp.pad(given[:, 1:] != config.mbart.pad, ((0, 0), (1 + count, 0)))
+        seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
         seen = seen.at[:, : 1 + count].set(True)
         visible = prefix.visibility(seen, prefix=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible
 
     @property
     def _mapper(self):
-        return mapper.build(self.config.mapper, self.config.mbart.width, self.dtype)
+        return mapper.build(self.config.mapper, self.config.sizes.width, self.dtype)
 
-    def _mbart(self, params: Params, *arguments, method, dropout: jax.Array | None = None):
+    def call(self, method: str, params: Params, *arguments: Any, dropout: jax.Array | None = None):
+        """What a method of `Network` gives for the translator's parameters among `params`."""
         train = {"train": True} if dropout is not None else {}
         rngs = {} if dropout is None else {"dropout": dropout}
-        variables = {"params": params["mbart"]}
+        variables = {"params": params[self.config.architecture.subtree]}
         return self.network.apply(variables, *arguments, **train, method=method, rngs=rngs)
 
 
-# Paths of parameters start with "mbart/" or "mapper/".
-PARTITION_RULES = (
-    *((rf"/mbart/(.*/)?{regex.removeprefix('/')}", spec) for regex, spec in mbart.PARTITION_RULES),
-    *(
-        (rf"/mapper/(.*/)?{regex.removeprefix('/')}", spec)
-        for regex, spec in mapper.PARTITION_RULES
-    ),
-)
+def partition_rules(config: ModelConfig) -> Rules:
+    """Partition rules of a model's parameters, whose paths start with the translator's subtree or
+    with "mapper"."""
+    architecture = config.architecture
+    return (
+        *rules_below(architecture.subtree, architecture.rules),
+        *rules_below("mapper", mapper.PARTITION_RULES),
+    )

@@ -113,7 +113,7 @@ class _PRelu(nn.Module):
         return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
 
 
-def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B P D2"]:
+def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B {prefix} _"]:
     x = constrain(x, "batch", "width")
     return constrain(x.reshape(x.shape[0], prefix, -1), "batch", "tokens", "width")
 
@@ -130,7 +130,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-# A third of the width, the hidden units of `up` and `down`, is 341 for mBART: it cannot be split.
+# A third of the width, the hidden units of `up` and `down`, is 341 of 1,024: it cannot be split.
 PARTITION_RULES = (
     (r"/(project|out|down)/kernel$", P(None, "fsdp")),
     (r"/(hidden|up)/kernel$", P("fsdp", None)),

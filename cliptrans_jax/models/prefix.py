@@ -1,5 +1,5 @@
 """Where a prefix stands among a decoder's slots, and which slots hear which (CLIPTrans,
-src/models/model.py and its change to mBART's decoder).
+src/models/model.py and its change to the decoder).
 
 Training reads `</s>`, the prefix, the language code and the words. The published decoding reads
 the prefix first and `</s>` after it; by default ours reads what training did.
@@ -39,18 +39,18 @@ class PrefixConfig(Section):
 
 def insert(
     embeddings: Float[Array, "B T D"], prefix: Float[Array, "B P D"]
-) -> Float[Array, "B T2 D"]:
+) -> Float[Array, "B T+P D"]:
     """The prefix behind the first slot: what the decoder reads in training."""
     return jnp.concatenate([embeddings[:, :1], prefix, embeddings[:, 1:]], axis=1)
 
 
-def insert_ignored(labels: Int[Array, "B T"], count: int) -> Int[Array, "B T2"]:
+def insert_ignored(labels: Int[Array, "B T"], count: int) -> Int[Array, "B T+{count}"]:
     """Labels for `insert`ed embeddings: those of the prefix are ignored."""
     ignored = jnp.full((labels.shape[0], count), IGNORED, labels.dtype)
     return jnp.concatenate([labels[:, :1], ignored, labels[:, 1:]], axis=1)
 
 
-def remove(hidden: Float[Array, "B T D"], count: int) -> Float[Array, "B T2 D"]:
+def remove(hidden: Float[Array, "B T D"], count: int) -> Float[Array, "B T-{count} D"]:
     """`insert` backwards: states without those of the prefix, none of which predicts a label."""
     return jnp.concatenate([hidden[:, :1], hidden[:, 1 + count :]], axis=1)
 
@@ -76,7 +76,7 @@ def start_block(
     prefix: Float[Array, "B P D"],
     language: Float[Array, "B 1 D"],
     config: PrefixConfig,
-) -> tuple[Float[Array, "B T D"], Bool[Array, "1 1 T T"]]:
+) -> tuple[Float[Array, "B P+2 D"], Bool[Array, "1 1 P+2 P+2"]]:
     """What decoding begins with, P + 2 slots, and which of them hear which.
 
     Args:

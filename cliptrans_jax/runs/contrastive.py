@@ -3,42 +3,38 @@ for a published one where nothing can be fetched."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
 
 from cliptrans_jax.config import Config
+from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
-from cliptrans_jax.losses import contrastive_loss
-from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
-from cliptrans_jax.towers import clip, mclip
-from cliptrans_jax.towers.clip import ClipVision
-from cliptrans_jax.towers.mclip import MClip
+from cliptrans_jax.evaluators.evaluator import evaluate_all
+from cliptrans_jax.evaluators.retrieval import PairSet
+from cliptrans_jax.evaluators.table import evaluators_of
+from cliptrans_jax.models.rules import rules_below
+from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
+from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
-from common_jax.ranking import rank_of
-from common_jax.step import make_evaluator
+from common_jax.mesh import Rules
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
 
-LARGEST_SCALE = math.log(100)  # exp(log_scale) is held below 100, as CLIP's
-
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains both towers; saved under "clip/text", "clip/image" and "clip/log_scale".
+    """Trains both towers; saved under "clip/text", "clip/image" and what the loss learns.
 
     Returns:
       The run's result; accuracy is that of finding a picture's name, in the first language, among
@@ -75,15 +71,14 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shard=host_shard(),
         )
 
-    task = dataclasses.replace(
-        task,
-        batches=batches,
-        evaluators={
-            "val": make_evaluator(
-                functools.partial(_sums, config), validation, mesh=mesh, seed=config.seed
-            )
-        },
+    pairs = PairSet(
+        embed=functools.partial(_embed, config, dropout=None),
+        batches=validation,
+        mesh=mesh,
+        seed=config.seed,
     )
+    evaluations = [evaluator.make(pairs) for evaluator in evaluators_of(config.stage)]
+    task = dataclasses.replace(task, batches=batches, evaluators={"val": evaluate_all(evaluations)})
     return loop.train(
         task,
         run_config,
@@ -123,7 +118,7 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
     return Task(
         title="clip",
         init=functools.partial(init, config),
-        rules=PARTITION_RULES,
+        rules=partition_rules(config),
         trainable=".*",
         streams=("dropout",),
         shown=("train/loss", "train/skipped", "val/loss", "val/accuracy"),
@@ -137,56 +132,28 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of both towers."""
-    towers, keys = config.clip, jax.random.split(key)
-    ids = jnp.zeros((1, 2), jnp.int32)
-    images = jnp.zeros((1, towers.image.image, towers.image.image, 3))
-    text = MClip(towers.text, config.dtype).init(keys[0], ids, ids == ids)["params"]
-    image = ClipVision(towers.image, config.dtype).init(keys[1], images)["params"]
-    scale = jnp.asarray(math.log(towers.scale))
-    return {"clip": {"text": text, "image": image, "log_scale": scale}}
+    """Fresh parameters of both towers and of the loss."""
+    towers, keys = (config.clip.text, config.clip.image), jax.random.split(key)
+    text, image = (
+        tower_of(tower).init(tower, config.dtype, key)
+        for tower, key in zip(towers, keys, strict=True)
+    )
+    learned = CONTRASTIVE[config.clip.loss].init(config.clip.scale)
+    return {"clip": {"text": text, "image": image, **learned}}
 
 
 def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
-    towers, tree = config.clip, params["clip"]
-    rngs = {} if dropout is None else {"dropout": dropout}
-    ids = batch["ids"]
-    texts = MClip(towers.text, config.dtype).apply(
-        {"params": tree["text"]}, ids, ids != towers.text.pad, train=dropout is not None, rngs=rngs
-    )
-    image = ClipVision(towers.image, config.dtype)
-    return texts, image.apply({"params": tree["image"]}, batch["image"])
+    text, image, tree = config.clip.text, config.clip.image, params["clip"]
+    texts = tower_of(text).apply(text, config.dtype, tree["text"], batch["ids"], dropout=dropout)
+    images = tower_of(image).apply(image, config.dtype, tree["image"], batch["image"])
+    return texts, images
 
 
 def _loss(config: Config, params, helpers, batch, rngs, step):
     texts, images = _embed(config, params, batch, rngs["dropout"])
-    scale = jnp.minimum(params["clip"]["log_scale"], LARGEST_SCALE)
-    return contrastive_loss(texts, images, scale), {"scale": jnp.exp(scale)}
-
-
-def _sums(config: Config, params, helpers, batch, key):
-    texts, images = _embed(config, params, batch, None)
-    return retrieval_sums(texts, images, batch["_mask"])
-
-
-def retrieval_sums(
-    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
-) -> dict[str, Float[Array, ""]]:
-    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
-    or 0.
-
-    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
-    Equal similarities rank by their index, and one that is not finite is never a hit.
-    """
-    texts = texts / jnp.linalg.norm(texts, axis=-1, keepdims=True)
-    images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
-    real, own = mask > 0, jnp.arange(len(mask))
-    # What some accelerators do by default, round factors to bfloat16, would make ties.
-    scores = jnp.matmul(texts, images.T, precision=jax.lax.Precision.HIGHEST)
-    scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
-    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
-    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
-    return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
+    objective = CONTRASTIVE[config.clip.loss]
+    learned = objective.limit(params["clip"])
+    return objective.loss(texts, images, **learned), objective.metrics(learned)
 
 
 def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
@@ -247,14 +214,17 @@ def _prepare(config: Config, length: int, example: dict) -> dict:
 
 
 def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -> dict:
+    tower = config.clip.image
     return {
-        "image": prepare_picture(picture, config.clip.image.image),
+        "image": prepare_picture(picture, tower.image, tower_of(tower).pictures),
         "ids": pad([ids], length, pad_id=config.clip.text.pad)[0],
     }
 
 
-PARTITION_RULES = (
-    (r"/log_scale$", P()),
-    *((rf"/text/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in mclip.PARTITION_RULES),
-    *((rf"/image/(.*/)?{regex.lstrip('/')}", spec) for regex, spec in clip.PARTITION_RULES),
-)
+def partition_rules(config: Config) -> Rules:
+    """Partition rules of both towers and of what the loss learns."""
+    return (
+        *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
+        *rules_below("text", tower_of(config.clip.text).rules),
+        *rules_below("image", tower_of(config.clip.image).rules),
+    )

@@ -10,10 +10,11 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
-from cliptrans_jax.runs.material import Material
 from cliptrans_jax.runs.objective import is_run, make_warm_start
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.scoring import score_split
 from cliptrans_jax.runs.translation import Model, best_step
+from cliptrans_jax.stages import SCORED_AS
 from common_jax import checkpoint
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.workdir import claim, freeze_stored, refuse_other_config
@@ -27,10 +28,10 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if not asked.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
     refuse_other_config(workdir, asked)
-    config = dataclasses.replace(asked, stage="translate", all_languages=False).consistent()
-    material = Material(config, workdir, mesh)
-    material.check(train=False)
-    model = Model.of(config, material)
+    config = dataclasses.replace(asked, stage=SCORED_AS, all_languages=False).apply_parity()
+    data = RunData(config, workdir, mesh)
+    data.check(train=False)
+    model = Model.of(config, data)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = match_rules(model.rules, shapes, mesh)
     source = config.sources.model
@@ -42,10 +43,10 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     else:
         wanted = with_shardings(shapes, shardings)
         params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
-    test = material.load(config.data.test_split, train=False)
+    test = data.load(config.data.test_split, train=False)
     claim(workdir, asked)
     params = {**model.frozen(mesh), **params}
-    scores = score_split(config, workdir, test, model.translate(material), params, step=name)
+    scores = score_split(config, workdir, test, model.translate(data), params, step=name)
     logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
     return {"stage": "evaluate"} | scores
 

@@ -1,6 +1,5 @@
-"""Loss, evaluation and warm start of the stages of the table."""
+"""Loss and warm start of the stages that train a translator."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,23 +10,22 @@ from jax import numpy as jnp
 from cliptrans_jax import pretrained
 from cliptrans_jax.config import Config
 from cliptrans_jax.encoders import TextTower
-from cliptrans_jax.evaluators.translation import Features
-from cliptrans_jax.losses import label_loss, states_loss
-from cliptrans_jax.models.chunks import CHUNK, sum_chunks
+from cliptrans_jax.evaluators.translation import Encode
+from cliptrans_jax.losses import states_loss
+from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs.material import check_weights
+from cliptrans_jax.runs.run_data import check_weights
 from common_jax import checkpoint
-from common_jax.ranking import rank_of
 from common_jax.state import merge
-from common_jax.step import Loss, Sums
+from common_jax.step import Loss
 from common_jax.weights import Allowance, Origin, WarmStart, take
 
 
-def make_features(tower: TextTower | None) -> Features:
-    """features(params, batch): those of the batch, or what the text tower under "clip" gives; with
-    a key as third argument that drops out, as in training."""
+def make_encode(tower: TextTower | None) -> Encode:
+    """encode(params, batch) -> the features of the batch, or those that the text tower under "clip"
+    gives of its tokens; with a key as third argument the tower drops out, as in training."""
 
-    def features(
+    def encode(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
     ) -> jax.Array | None:
         if "clip_tokens" not in batch:
@@ -35,7 +33,7 @@ def make_features(tower: TextTower | None) -> Features:
         assert tower is not None
         return tower.apply(params["clip"], batch["clip_tokens"], dropout=dropout)
 
-    return features
+    return encode
 
 
 def make_loss(
@@ -43,14 +41,14 @@ def make_loss(
 ) -> Loss:
     """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
     helpers is frozen, and drops nothing."""
-    pad, features = translator.config.mbart.pad, make_features(tower)
+    pad, encode = translator.config.sizes.pad, make_encode(tower)
 
     def loss(params, helpers, batch, rngs, step):
         dropout = rngs["dropout"]
         key = jax.random.fold_in(dropout, 3) if "clip" in params else None
-        found = features({**helpers, **params}, batch, key)
+        features = encode({**helpers, **params}, batch, key)
         source, labels = batch["source"], batch["labels"]
-        states = translator.label_states(params, found, source, labels, dropout=dropout)
+        states = translator.label_states(params, features, source, labels, dropout=dropout)
         total, count = states_loss(
             translator.scores,
             translator.readout(params),
@@ -66,35 +64,14 @@ def make_loss(
     return loss
 
 
-def make_sums(translator: Translator, features: Features) -> Sums:
-    """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
-    token, those of rank 0 (`rank_of`)."""
-    pad = translator.config.mbart.pad
-
-    def sums(params, helpers, batch, key):
-        labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
-        found = features({**helpers, **params}, batch)
-        states = translator.label_states(params, found, batch["source"], batch["labels"])
-        readout = translator.readout(params)
-
-        def chunk_sums(states, labels):
-            logits = translator.scores(readout, states)
-            total, count = label_loss(logits, labels, pad=pad)
-            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
-            return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
-
-        return sum_chunks(chunk_sums, states, labels, pad=pad)
-
-    return sums
-
-
 def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
-    """What a stage starts from: another run, a released checkpoint or a published mBART, and the
-    text tower `tower` that it goes on to train; None where all is fresh."""
-    sources = config.sources
-    if not (sources.model or sources.mbart or tower is not None):
+    """The weights that a stage starts from: those of another run, a released checkpoint or a
+    published translator, and those of the text tower `tower` that it trains further; None where all
+    is fresh."""
+    sources, architecture = config.sources, config.model.architecture
+    if not (sources.model or sources.translator or tower is not None):
         return None
 
     def warm_start(wanted: Mapping[str, Any]) -> WarmStart:
@@ -109,12 +86,16 @@ def make_warm_start(
                 sources.model, kind="cliptrans", config=config.model, weights=sources.weights
             )
             parts.append(_published(found, found.params, rest))
-        elif sources.mbart:
+        elif sources.translator:
             found = pretrained.load(
-                sources.mbart, kind="mbart", fetch=sources.fetch, weights=sources.weights
+                sources.translator,
+                kind=architecture.kind,
+                fetch=sources.fetch,
+                weights=sources.weights,
             )
             _require_sizes(config, found.config)
-            parts.append(_published(found, {"mbart": found.params}, {"mbart": rest["mbart"]}))
+            name = architecture.subtree
+            parts.append(_published(found, {name: found.params}, {name: rest[name]}))
         if tower is not None and "clip" not in rest:
             params = pretrained.place(tower.params, wanted["clip"])
             account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
@@ -171,17 +152,15 @@ def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any])
 
 
 def _require_sizes(config: Config, found: Any) -> None:
-    ours = dataclasses.asdict(config.model.mbart)
-    theirs = dataclasses.asdict(found)
-    own = ("dropout", "remat", "scan_layers")  # which are no part of the weights
+    model = config.model
     differing = [
-        f"config.model.mbart.{name}={ours[name]!r}, and the file has {theirs[name]!r}"
-        for name in ours
-        if name not in own and ours[name] != theirs[name]
+        f"{model.key}.{name}={ours!r}, and the file has {theirs!r}"
+        for name, (ours, theirs) in model.architecture.differing_sizes(model.sizes, found).items()
     ]
     if differing:
         raise ValueError(
-            f"config.sources.mbart={config.sources.mbart!r} is another model than the config's: "
+            f"config.sources.mbart={config.sources.translator!r} is another model than the "
+            "config's: "
             + "; ".join(differing)
             + ". Set these fields to what the file has; a vocabulary may be larger than the "
             "tokenizer's"

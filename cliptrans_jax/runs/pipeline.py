@@ -11,19 +11,20 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import Config, Recipe
 from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
-from cliptrans_jax.stages import STAGES
+from cliptrans_jax.stages import STAGES, Trains
 from common_jax.config import in_recipe, under
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
-ORDER = ("clip", "caption", "text_recon", "translate", "triplet")
+# The module with `run` and `check` of the stages that train a network.
+MODULES = {Trains.TOWERS: contrastive, Trains.TRANSLATOR: translation}
 
 
 def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Runs the stage that `config` names; returns its result, of the pipeline that of the last
     stage."""
-    runs: dict[str, Run] = dict.fromkeys(STAGES, translation.run) | {
-        "clip": contrastive.run,
+    runs: dict[str, Run] = {
+        **{name: MODULES[stage.trains].run for name, stage in STAGES.items()},
         "evaluate": evaluate,
         "pipeline": run_pipeline,
     }
@@ -53,7 +54,7 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
     for folder, one in plan(config, workdir):
         if (workdir / folder / "result.json").exists():
             continue
-        check = contrastive.check if one.stage == "clip" else translation.check
+        check = MODULES[STAGES[one.stage].trains].check
         with in_recipe(Recipe, one.stage):
             check(one, workdir / folder, mesh, key=f"config.recipes.{one.stage}")
 
@@ -69,31 +70,27 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     given, runs, last = config.sources, [], ""
     towers = given.clip or given.clip_text or given.clip_image
     clip = given.clip
-    for stage in ORDER:
-        if stage not in config.recipes or (stage == "clip" and towers):
+    for name, stage in STAGES.items():
+        trains_towers = stage.trains is Trains.TOWERS
+        if name not in config.recipes or (trains_towers and towers):
             continue
-        recipe = config.recipes[stage]
+        recipe = config.recipes[name]
         with under("config"):
-            start = dataclasses.replace(
-                given,
-                clip=clip,
-                model=last or given.model,
-                mbart="" if last else given.mbart,
-            )
+            start = dataclasses.replace(given.after(last), clip=clip)
             one = dataclasses.replace(
                 config,
-                stage=stage,
-                sources=dataclasses.replace(given) if stage == "clip" else start,
+                stage=name,
+                sources=given if trains_towers else start,
                 optim=recipe.optim,
                 label_smoothing=recipe.label_smoothing,
                 recipes={},
                 features=config.features or str(workdir / "features"),
-                unfreeze_clip=config.unfreeze_clip and stage == "translate",
-                all_languages=config.all_languages and stage in STAGES and STAGES[stage].captioning,
+                unfreeze_clip=config.unfreeze_clip and stage.unfreezes_tower,
+                all_languages=config.all_languages and stage.captioning,
             )
-        runs.append((stage, one))
-        if stage == "clip":
-            clip = str(workdir / stage)
+        runs.append((name, one))
+        if trains_towers:
+            clip = str(workdir / name)
         else:
-            last = str(workdir / stage)
+            last = str(workdir / name)
     return runs

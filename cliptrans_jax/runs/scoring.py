@@ -12,7 +12,7 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.feed import BatchingConfig, evaluation_batches, host_shard
-from cliptrans_jax.evaluators.scores import as_metrics, score
+from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
 from cliptrans_jax.evaluators.show import (
     Row,
     picture_table,
@@ -20,7 +20,7 @@ from cliptrans_jax.evaluators.show import (
     write_translations,
 )
 from cliptrans_jax.evaluators.translation import Translate
-from cliptrans_jax.runs.material import Set
+from cliptrans_jax.runs.run_data import Split
 from common_jax.inputs import BadExample
 from common_jax.report import Table
 from common_jax.workdir import read_json, write_json
@@ -28,7 +28,7 @@ from common_jax.workdir import read_json, write_json
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
-def decode_batches(config: Config, chosen: Set):
+def decode_batches(config: Config, chosen: Split):
     """Batches of a set for the search, sentences of like length together."""
     return evaluation_batches(
         chosen.inputs,
@@ -44,7 +44,7 @@ def decode_batches(config: Config, chosen: Set):
 def score_split(
     config: Config,
     workdir: epath.Path,
-    chosen: Set,
+    chosen: Split,
     translate: Translate,
     params: Any,
     *,
@@ -113,15 +113,15 @@ def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
 def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
     """One row a scored run below `folder`, with the scores' signatures under it."""
     header = ("run", "set", "sentences", "BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
-    keys = ("bleu", "bleu_lower", "chrf", "meteor", "exact")
-    fields = {"set": str, "sentences": int, "signatures": dict} | dict.fromkeys(keys, int | float)
+    numeric = dict.fromkeys(METRICS, int | float)
+    fields = {"set": str, "sentences": int, "signatures": dict} | numeric
     rows, signatures = [], {}
     for name in names:
         path = folder / name / SCORES
         if path.exists():
             found = read_json(path, fields)
             signatures = found["signatures"]
-            numbers = (f"{found[key]:.1f}" for key in keys)
+            numbers = (f"{found[key]:.1f}" for key in METRICS)
             rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))
     caption = "; ".join(f"{name}: {text}" for name, text in signatures.items())
     return Table(f"Scores of the test split. {caption}", header, tuple(rows)) if rows else None

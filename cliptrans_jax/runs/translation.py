@@ -2,6 +2,7 @@
 translate the test set with it."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -22,32 +23,28 @@ from cliptrans_jax.data.feed import (
 )
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
-from cliptrans_jax.encoders import TEXT_RULES, TextTower
-from cliptrans_jax.evaluators.scores import as_metrics, score
-from cliptrans_jax.evaluators.translation import (
-    Features,
-    Translate,
-    best_texts,
-    make_translate,
-)
+from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.evaluators.evaluator import evaluate_all
+from cliptrans_jax.evaluators.table import evaluators_of
+from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate, make_translate
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.material import Material, Set, describe_text, encodes_texts
 from cliptrans_jax.runs.objective import (
     check_start,
-    make_features,
+    make_encode,
     make_loss,
-    make_sums,
     make_warm_start,
 )
+from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
+from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint, loop
 from common_jax.inputs import steps_per_epoch
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.metrics import read_metrics
-from common_jax.step import make_evaluator
+from common_jax.step import Evaluate
 from common_jax.task import Task
 from common_jax.workdir import read_json, read_result
 
@@ -55,7 +52,8 @@ from common_jax.workdir import read_json, read_result
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the stage of the config, or goes on; then scores the test split.
 
-    Parameters are saved under "mbart" and "mapper", and under "clip" where the text tower trains.
+    Parameters are saved under the translator's subtree and "mapper", and under "clip" where the
+    text tower trains.
 
     Returns:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
@@ -65,22 +63,22 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     if result is not None and done.exists():
         logging.info("%s is finished already: %s", asked.stage, workdir)
         return result | {"test": read_json(done)}
-    config = asked.consistent()
-    material = Material(config, workdir, mesh)
-    count = material.check(train=True)
-    model = Model.of(config, material)
+    config = asked.apply_parity()
+    data = RunData(config, workdir, mesh)
+    count = data.check(train=True)
+    model = Model.of(config, data)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     check_start(
         config, model.trained_tower, with_shardings(shapes, match_rules(model.rules, shapes, mesh))
     )
     task = model.bare_task(mesh, examples=count)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
-    material.save_tokenizer()  # nothing is written above
-    train = material.load(config.data.train_split, train=True)
-    valid = material.load(config.data.valid_split, train=False)
-    test = material.load(config.data.test_split, train=False)
-    translate = model.translate(material)
-    guess = model.translate(material, beams=config.valid_beams) if config.valid_beams else translate
+    data.save_tokenizer()  # nothing is written above
+    train = data.load(config.data.train_split, train=True)
+    valid = data.load(config.data.valid_split, train=False)
+    test = data.load(config.data.test_split, train=False)
+    translate = model.translate(data)
+    guess = model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
     feed = TrainFeed(
         train.inputs,
         config.noise,
@@ -95,7 +93,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batches=feed.batches,
-        evaluators={"val": Validation.of(config, model, valid, guess, mesh=mesh)},
+        evaluators={"val": validate(config, model, valid, guess, mesh=mesh)},
     )
     result = loop.train(
         task,
@@ -123,7 +121,7 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
       examples: of the training set.
       tokens: that sentences are padded to.
     """
-    config = asked.consistent()
+    config = asked.apply_parity()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
     return model.bare_task(mesh, examples=examples, tokens=tokens)
@@ -139,9 +137,9 @@ def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as the run.
     """
-    config = asked.consistent()
-    material = Material(config, workdir, mesh)
-    count = material.check(train=True, towers=False)
+    config = asked.apply_parity()
+    data = RunData(config, workdir, mesh)
+    count = data.check(train=True, towers=False)
     task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
@@ -152,7 +150,7 @@ class Model:
 
     Attributes:
       config: of the run.
-      translator: mBART and mapping network.
+      translator: encoder-decoder and mapping network.
       tower: the text tower where the step runs it, else None.
     """
 
@@ -161,11 +159,11 @@ class Model:
     tower: TextTower | None
 
     @classmethod
-    def of(cls, config: Config, material: Material) -> "Model":
+    def of(cls, config: Config, data: RunData) -> "Model":
         """The model of a config; the vocabulary is checked, no parameter is made."""
-        vocab = config.model.mbart.vocab
-        require_fits(material.tokenizer, vocab=vocab, special={}, key="config.model.mbart")
-        tower = material.text_tower if encodes_texts(config) else None
+        vocab = config.model.sizes.vocab
+        require_fits(data.tokenizer, vocab=vocab, special={}, key=config.model.key)
+        tower = data.text_tower if encodes_texts(config) else None
         return cls(config, Translator(config.model, config.dtype), tower)
 
     @property
@@ -176,14 +174,13 @@ class Model:
     @property
     def rules(self) -> Rules:
         """Partition rules of all parameters, a frozen tower's among them."""
-        if self.tower is None:
-            return cliptrans.PARTITION_RULES
-        return (*cliptrans.PARTITION_RULES, *TEXT_RULES[type(self.tower.config)])
+        rules = cliptrans.partition_rules(self.config.model)
+        return rules if self.tower is None else (*rules, *tower_of(self.tower.config).rules)
 
     @property
-    def features(self) -> Features:
-        """What the prefix is made of."""
-        return make_features(self.tower)
+    def encode(self) -> Encode:
+        """encode(params, batch) -> the features that the prefix is made of."""
+        return make_encode(self.tower)
 
     def init(self, key: jax.Array) -> Mapping[str, Any]:
         """Fresh parameters; those of a text tower that trains are zeros, since they always come
@@ -216,7 +213,7 @@ class Model:
             title=config.stage,
             init=self.init,
             rules=self.rules,
-            trainable=trainable(STAGES[config.stage], config.freeze),
+            trainable=trainable(STAGES[config.stage], config.freeze, config.model.architecture),
             streams=("dropout",),
             shown=("train/loss", "train/skipped", "val/loss", "val/bleu", "val/chrf"),
             loss=make_loss(
@@ -243,65 +240,53 @@ class Model:
         shapes = self.frozen_shapes(mesh)
         return place({"clip": self.tower.params}, shapes) if shapes else {}
 
-    def translate(self, material: Material, *, beams: int = 0) -> Translate:
+    def translate(self, data: RunData, *, beams: int = 0) -> Translate:
         """The search of the config, with another number of beams if one is given. It is compiled
         once however many sets it translates."""
         config, language = self.config, None
         if config.parity and STAGES[config.stage].captioning:
-            language = material.tokenizer.language_id(config.data.target_language)
+            language = data.tokenizer.language_id(config.data.target_language)
         decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
         search = Search(self.translator, decode)
         return make_translate(
-            search, self.features, material.tokenizer, mesh=material.mesh, language=language
+            search, self.encode, data.tokenizer, mesh=data.mesh, language=language
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Validation:
-    """evaluate(params, helpers, step) -> loss and, if asked for, scores of translations.
+def validate(
+    config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
+) -> Evaluate:
+    """The evaluation of a validation set that the stage and the config ask for.
 
-    Attributes:
-      config: of the run.
-      loss: the loss's evaluation.
-      translate: the search; None for the loss alone.
-      valid: the set.
+    Args:
+      translate: the search of its translations.
     """
 
-    config: Config
-    loss: Any
-    translate: Translate | None
-    valid: Set
+    def batches():
+        return evaluation_batches(
+            valid.inputs,
+            batch=config.optim.micro_batch,
+            batching=config.batching,
+            noise=config.noise,
+            seed=config.seed,
+            shard=host_shard(),
+        )
 
-    @classmethod
-    def of(
-        cls, config: Config, model: Model, valid: Set, translate: Translate, *, mesh: Mesh
-    ) -> "Validation":
-        """The evaluation that a config asks for."""
-
-        def batches():
-            return evaluation_batches(
-                valid.inputs,
-                batch=config.optim.micro_batch,
-                batching=config.batching,
-                noise=config.noise,
-                seed=config.seed,
-                shard=host_shard(),
-            )
-
-        sums = make_sums(model.translator, model.features)
-        loss = make_evaluator(sums, batches, mesh=mesh, seed=config.seed)
-        return cls(config, loss, translate if config.valid_decode else None, valid)
-
-    def __call__(self, params: Any, helpers: Any, step: int) -> dict[str, float]:
-        """Means over the set."""
-        values = self.loss(params, helpers, step)
-        if self.translate is None:
-            return values
-        found = self.translate({**helpers, **params}, decode_batches(self.config, self.valid))
-        references = [self.valid.reference(index) for index in range(len(self.valid.inputs))]
-        language = self.valid.inputs.examples.languages[0][1]
-        scores = score(best_texts(found, len(references)), references, language=language)
-        return values | as_metrics(scores)
+    sentences = SentenceSet(
+        translator=model.translator,
+        encode=model.encode,
+        batches=batches,
+        mesh=mesh,
+        seed=config.seed,
+        translate=translate,
+        search_batches=functools.partial(decode_batches, config, valid),
+        references=[valid.reference(index) for index in range(len(valid.inputs))],
+        language=valid.inputs.examples.languages[0][1],
+    )
+    evaluators = evaluators_of(config.stage)
+    return evaluate_all(
+        [x.make(sentences) for x in evaluators if config.valid_decode or not x.searches]
+    )
 
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -101,6 +102,11 @@ class ClipTextConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         _check_heads(self)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sentence."""
+        return self.positions
 
 
 # The text tower that stands beside `models.resnet`'s defaults.
@@ -266,4 +272,24 @@ PARTITION_RULES = (
     (r"/projection/kernel$", P("fsdp")),
     (r"/(class_token|positions)$", P()),
     (r"/(bias|scale)$", P()),
+)
+
+
+def _all_visible(config: ClipTextConfig, ids: Int[Array, "B S"]) -> None:
+    """No mask: tokens attend to none after them, and pads come last."""
+
+
+TEXT = Tower(
+    kind="clip_text",
+    config=ClipTextConfig,
+    network=ClipText,
+    rules=PARTITION_RULES,
+    sentences=Sentences(tokenizer="clip", visible=_all_visible, drops_out=False),
+)
+VISION = Tower(
+    kind="clip_vision",
+    config=ClipVisionConfig,
+    network=ClipVision,
+    rules=PARTITION_RULES,
+    pictures=CLIP_PICTURES,
 )

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from cliptrans_jax.towers.tower import Sentences, Tower
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -191,4 +192,17 @@ PARTITION_RULES = (
     (r"/mlp/down/kernel$", P(None, "fsdp")),
     (r"/projection/kernel$", P("fsdp")),
     (r"/(bias|scale)$", P()),
+)
+
+
+def _visible(config: MClipConfig, ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
+    return ids != config.pad
+
+
+TOWER = Tower(
+    kind="mclip",
+    config=MClipConfig,
+    network=MClip,
+    rules=PARTITION_RULES,
+    sentences=Sentences(tokenizer="xlmr", visible=_visible, drops_out=True),
 )

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Tower
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.ranges import Positive, Size, Sizes
@@ -95,7 +96,7 @@ class Stem(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B I J 3"]) -> Float[Array, "B I4 J4 D"]:
+    def __call__(self, x: Float[Array, "B I J 3"]) -> Float[Array, "B I//4 J//4 D"]:
         width = self.config.width
         for i, (channels, stride) in enumerate(((width // 2, 2), (width // 2, 1), (width, 1)), 1):
             x = _conv(channels, 3, self.dtype, f"conv_{i}", stride=stride)(x)
@@ -117,7 +118,7 @@ class Bottleneck(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B I2 J2 D"]:
+    def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B _ _ D"]:
         y = nn.relu(self._norm("norm_1", _conv(self.channels, 1, self.dtype, "conv_1")(x)))
         y = nn.relu(self._norm("norm_2", _conv(self.channels, 3, self.dtype, "conv_2")(y)))
         y = _average(y, self.stride)
@@ -210,7 +211,7 @@ def _conv(channels: int, side: int, dtype: DTypeLike, name: str, *, stride: int 
     )
 
 
-def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I2 J2 D"]:
+def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I//{side} J//{side} D"]:
     return nn.avg_pool(x, (side, side), strides=(side, side)) if side > 1 else x
 
 
@@ -220,4 +221,11 @@ PARTITION_RULES = (
     (r"/attention_pool/positions$", P(None, "fsdp")),
     (r"/attention_pool/(query|key|value|out)/kernel$", P("fsdp")),
     (r"/(bias|scale|mean|var)$", P()),
+)
+TOWER = Tower(
+    kind="clip_res",
+    config=ResNetConfig,
+    network=ClipResNet,
+    rules=PARTITION_RULES,
+    pictures=CLIP_PICTURES,
 )

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention, Memory
+from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention
+from cliptrans_jax.translators.translator import Architecture, Cache, LayerCache
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
@@ -83,12 +84,6 @@ class _Sizes:
     dtype: Any
 
 
-# Keys and values of a decoder layer: of its own R slots, and of the encoder's S states.
-Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
-LayerCache = tuple[Slots, Memory]
-Cache = tuple[LayerCache, ...]
-
-
 class EncoderLayer(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
@@ -143,16 +138,13 @@ class DecoderLayer(nn.Module):
         states: Float[Array, "B S D"],
         visible: Bool[Array, "#B 1 T T"],
         states_visible: Bool[Array, "B 1 1 S"],
-        room: int,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The same outside training, with keys and values kept and `room` for further tokens."""
-        own, (keys, values) = self.attention(self.attention_norm(x), visible)
+        """The same outside training, with keys and values kept."""
+        own, memory = self.attention(self.attention_norm(x), visible)
         x = x + own
         heard = self.cross_attention.remember(states)
         x = x + self.cross_attention.recall(self.cross_attention_norm(x), heard, states_visible)
-        x = x + self.mlp(self.mlp_norm(x))
-        grow = ((0, 0), (0, 0), (0, room), (0, 0))
-        return x, ((jnp.pad(keys, grow), jnp.pad(values, grow)), heard)
+        return x + self.mlp(self.mlp_norm(x)), (memory, heard)
 
     def extend(
         self,
@@ -232,12 +224,11 @@ class Decoder(nn.Module):
         states: Float[Array, "B S D"],
         visible: Bool[Array, "#B 1 T T"],
         states_visible: Bool[Array, "B 1 1 S"],
-        room: int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """See `MBart.prefill`."""
         x, cache = self._place(x, jnp.arange(x.shape[1])), []
         for layer in self.layer:
-            x, kept = layer.prefill(x, states, visible, states_visible, room)
+            x, kept = layer.prefill(x, states, visible, states_visible)
             cache.append(kept)
         return self.norm(x), tuple(cache)
 
@@ -286,7 +277,7 @@ class MBart(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of the tokens after those of `target`, which hear no later ones."""
+        """Logits of the tokens after those of `target`, which attend to no later ones."""
         length = target.shape[1]
         visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
         states = self.encode(source, source_mask, train=train)
@@ -303,7 +294,7 @@ class MBart(nn.Module):
     def encode(
         self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"], *, train: bool = False
     ) -> Float[Array, "B S D"]:
-        """States of source tokens; those outside `mask` are heard by none."""
+        """See `Network.encode`."""
         return self.encoder(self.embed(ids), mask[:, None, None, :], train)
 
     def decode(
@@ -315,11 +306,11 @@ class MBart(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The decoder's last states; `visible` says which slots (last axis) each slot hears."""
+        """See `Network.decode`."""
         return self.decoder(embeddings, states, visible, states_mask[:, None, None, :], train)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of all tokens, in float32 at least."""
+        """See `Network.logits`."""
         kind = jnp.promote_types(self.dtype, jnp.float32)
         embedding = jnp.asarray(self.embedding, self.dtype)
         scores = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=kind)
@@ -331,13 +322,9 @@ class MBart(nn.Module):
         states: Float[Array, "B S D"],
         states_mask: Bool[Array, "B S"],
         visible: Bool[Array, "#B 1 T T"],
-        *,
-        room: int,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """`decode` outside training, and keys and values with `room` slots for later tokens."""
-        return self.decoder.prefill(
-            embeddings, states, visible, states_mask[:, None, None, :], room
-        )
+        """See `Network.prefill`."""
+        return self.decoder.prefill(embeddings, states, visible, states_mask[:, None, None, :])
 
     def extend(
         self,
@@ -348,15 +335,7 @@ class MBart(nn.Module):
         visible: Bool[Array, "B 1 T R"],
         states_mask: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """One step of decoding for T continuations of each example side by side.
-
-        Args:
-          embeddings: their last tokens, which all stand at `position`.
-          cache: of `prefill`, R slots long.
-          slot: the first of the T slots of the cache that they take.
-          visible: the slots that each of them hears, its own among them.
-          states_mask: as in `prefill`.
-        """
+        """See `Network.extend`."""
         return self.decoder.extend(
             embeddings, cache, slot, position, visible, states_mask[:, None, None, :]
         )
@@ -370,8 +349,8 @@ def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> 
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
-    """What the decoder reads to predict `labels`: the last label that is no pad, then all labels
-    but the last slot's (mBART, shift_tokens_right).
+    """The ids that the decoder reads to predict `labels`: the last label that is no pad, then all
+    labels but the last slot's (mBART, shift_tokens_right).
 
     A negative label (ignored by the loss) counts as a pad.
     """
@@ -397,4 +376,24 @@ PARTITION_RULES = (
     (r"/up/kernel$", P("fsdp", None)),
     (r"/down/kernel$", P(None, "fsdp")),
     (r"/(bias|scale|logits_bias)$", P()),
+)
+
+
+def _decoder_input(labels: Int[Array, "B T"], config: MBartConfig) -> Int[Array, "B T"]:
+    return shift_right(labels, pad=config.pad)
+
+
+ARCHITECTURE = Architecture(
+    subtree="mbart",
+    config=MBartConfig,
+    network=MBart,
+    rules=PARTITION_RULES,
+    decoder_input=_decoder_input,
+    embedding="embedding",
+    encoder="encoder/.*",
+    buffers="logits_bias",
+    readout=("embedding", "logits_bias"),
+    kind="mbart",
+    tokenizer="mbart50",
+    settings=("dropout", "remat", "scan_layers"),
 )

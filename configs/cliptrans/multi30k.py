@@ -30,7 +30,7 @@ from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.stages import STAGES
+from cliptrans_jax.stages import TRANSLATION_STAGES
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     stages = ("caption", "translate") if args.prefix else ("translate",)
-    single = {args.stage: recipe} if args.stage in STAGES else {}
+    single = {args.stage: recipe} if args.stage in TRANSLATION_STAGES else {}
     return choose_recipe(config, dict.fromkeys(stages, recipe) | single)
 
 

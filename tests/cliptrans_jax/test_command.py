@@ -16,8 +16,8 @@ from tiny_cliptrans import TEST, VOCAB, tiny_config
 from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.material import save_tokenizer, train_tokenizer
 from cliptrans_jax.runs.objective import check_start
+from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
 from common_jax import app
 from common_jax.checkpoint import Checkpoints
 from common_jax.config import unfreeze

@@ -116,7 +116,7 @@ def test_parity_is_written_into_the_fields(accumulate):
     """Adam of summed gradients is Adam of their mean with a smaller epsilon."""
     config = sized(parity=True)
     optim = dataclasses.replace(config.optim, batch=8, accumulate=accumulate, eps=1e-6)
-    found = dataclasses.replace(config, optim=optim).consistent()
+    found = dataclasses.replace(config, optim=optim).apply_parity()
     assert math.isclose(found.optim.eps, 1e-6 / accumulate)
     assert found.model.prefix == PrefixConfig(layout="original", mask="original")
     assert found.model.mbart == config.model.mbart and found.test_side == ""
@@ -133,9 +133,9 @@ def test_parity_is_written_into_the_fields(accumulate):
     ],
 )
 def test_parity_looks_at_pictures_where_the_original_does(changes, side):
-    assert dataclasses.replace(sized(parity=True), **changes).consistent().test_side == side
+    assert dataclasses.replace(sized(parity=True), **changes).apply_parity().test_side == side
     plain = dataclasses.replace(sized(), **changes)
-    assert plain.consistent() is plain
+    assert plain.apply_parity() is plain
 
 
 def test_a_run_has_one_source_of_weights_and_one_of_towers():

@@ -16,8 +16,8 @@ from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.pipeline import ORDER, plan
-from cliptrans_jax.stages import STAGES, Side
+from cliptrans_jax.runs.pipeline import plan
+from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES, Side
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -27,7 +27,7 @@ FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
 # File: the stages that it has beside "evaluate", and what else can be said after the stage.
 STAGES_OF = {
-    "emoji": ("pipeline", "clip", *STAGES),
+    "emoji": ("pipeline", "clip", *TRANSLATION_STAGES),
     "multi30k": ("pipeline", "caption", "text_recon", "translate", "triplet"),
     "multi30k_tiny": ("translate",),
     "wit": ("pipeline", "caption", "text_recon", "translate", "triplet"),
@@ -77,18 +77,18 @@ def build(model):
 
 def check(config: Config) -> None:
     """Holds that a stage can be run."""
-    config = config.consistent()
+    config = config.apply_parity()
     config.optim.total_steps(steps_per_epoch=100)
     if config.stage == "clip":
         tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
-        match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=2)))
+        match_rules(contrastive.partition_rules(config), tree, make_mesh(MeshConfig(fsdp=2)))
         assert config.clip.text.features == config.clip.image.features
         assert config.clip.text.vocab >= config.tokenizer.vocab
         return
     params, logits = build(config.model)
     assert logits.shape == (2, 5, config.model.mbart.vocab)
     assert ("mapper" in params) is config.has_prefix
-    match_rules(cliptrans.PARTITION_RULES, params, make_mesh(MeshConfig(fsdp=8)))
+    match_rules(cliptrans.partition_rules(config.model), params, make_mesh(MeshConfig(fsdp=8)))
     assert config.tokenizer.kind != "trained" or config.tokenizer.vocab <= logits.shape[-1]
 
 
@@ -127,7 +127,7 @@ def test_pipelines_hand_weights_on(name, rest, stages, tmp_path):
     config = load(name, arguments("pipeline", rest))
     runs = plan(config, tmp_path)
     assert [folder for folder, _ in runs] == [one.stage for _, one in runs] == stages
-    assert stages == [stage for stage in ORDER if stage in stages]
+    assert stages == [stage for stage in STAGES if stage in stages]
     last = ""
     for stage, one in runs:
         assert one.optim == config.recipes[stage].optim
@@ -232,9 +232,9 @@ def test_wit_has_the_settings_of_multi30k(pair):
 
 def test_parity_writes_what_it_means():
     config = load("multi30k", "stage=translate")
-    assert config.consistent() is config
+    assert config.apply_parity() is config
     asked = load("multi30k", "stage=translate", parity=True)
-    meant = asked.consistent()
+    meant = asked.apply_parity()
     assert meant.optim == dataclasses.replace(asked.optim, eps=1e-6 / 4)
     assert meant.model.prefix == PrefixConfig(layout="original", mask="original")
     assert meant.test_side == ""
@@ -248,8 +248,8 @@ def test_parity_writes_what_it_means():
 )
 def test_parity_looks_at_pictures_when_test_tokens_are_dropped(stage, test, side):
     flags = {"noise.test": test, "parity": True}
-    assert load("multi30k", f"stage={stage}", **flags).consistent().test_side == side
-    assert load("multi30k", f"stage={stage}", **flags | {"parity": False}).consistent() == load(
+    assert load("multi30k", f"stage={stage}", **flags).apply_parity().test_side == side
+    assert load("multi30k", f"stage={stage}", **flags | {"parity": False}).apply_parity() == load(
         "multi30k", f"stage={stage}", **flags | {"parity": False}
     )
-    assert STAGES[stage].test is Side.TEXT
+    assert TRANSLATION_STAGES[stage].test is Side.TEXT

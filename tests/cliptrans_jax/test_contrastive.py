@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import linen as nn
 from jax import numpy as jnp
 from meshes import one_device
 from tiny import fill
 from tiny_cliptrans import read_split, tiny_config
 
 from cliptrans_jax.data.pictures import prepare_picture
+from cliptrans_jax.evaluators import retrieval
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.material import train_tokenizer
+from cliptrans_jax.runs.run_data import train_tokenizer
+from cliptrans_jax.towers.table import tower_of
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -29,25 +32,27 @@ def config_of(*, root=None, dropout=0.5, **changes):
     return dataclasses.replace(config, clip=clip, **changes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Keyed:
-    """A tower whose parameters are the key that they are drawn by."""
+class Keyed(nn.Module):
+    """A tower whose parameter is the key that it is drawn by."""
 
     config: object
     dtype: object
 
-    def init(self, key, *arrays):
-        return {"params": jax.random.key_data(key)}
+    @nn.compact
+    def __call__(self, *arrays):
+        self.param("key", jax.random.key_data)
 
 
 def test_the_scale_begins_where_the_config_says_and_every_tower_by_a_key_of_its_own(monkeypatch):
-    monkeypatch.setattr(contrastive, "MClip", Keyed)
-    monkeypatch.setattr(contrastive, "ClipVision", Keyed)
+    def keyed(config):
+        return dataclasses.replace(tower_of(config), network=Keyed)
+
+    monkeypatch.setattr(contrastive, "tower_of", keyed)
     drawn = [contrastive.init(config_of(), jax.random.key(seed))["clip"] for seed in (0, 1)]
     for towers in drawn:
         assert set(towers) == {"text", "image", "log_scale"}
         assert float(towers["log_scale"]) == pytest.approx(math.log(3.0), rel=1e-6)
-    keys = {tuple(towers[name].tolist()) for towers in drawn for name in ("text", "image")}
+    keys = {tuple(towers[name]["key"].tolist()) for towers in drawn for name in ("text", "image")}
     assert len(keys) == 4
 
 
@@ -72,9 +77,7 @@ def test_the_loss_is_of_both_directions_and_its_scale_is_held(monkeypatch, log_s
     wanted = (cross_entropy(scores) + cross_entropy(scores.T)) / 2
     assert float(found) == pytest.approx(wanted, rel=1e-4)
     assert float(metrics["scale"]) == pytest.approx(scale, rel=1e-5)
-    sums = contrastive._sums(config_of(), params, {}, {"_mask": jnp.array([1, 1, 1, 0])}, None)
-    assert float(sums["count"]) == 3
-    assert asked == ["the key", None]  # an evaluation drops nothing out
+    assert asked == ["the key"]
 
 
 def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():
@@ -148,10 +151,22 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
         seen.update(task=task, run=run, **settings)
         return {"steps": 6}
 
+    def embed(config, params, batch, dropout):
+        seen["dropout"] = dropout
+        return jnp.eye(4), jnp.eye(4)
+
+    def evaluator(sums, batches, **more):
+        batches()
+        seen["more"] = more
+        return lambda params, helpers, step: {
+            "count": float(sums(params, helpers, {"_mask": jnp.array([1, 1, 1, 0])}, None)["count"])
+        }
+
+    monkeypatch.setattr(contrastive, "_embed", embed)
     monkeypatch.setattr(contrastive.loop, "train", train)
     monkeypatch.setattr(contrastive, "train_batches", reader("train"))
     monkeypatch.setattr(contrastive, "eval_batches", reader("valid"))
-    monkeypatch.setattr(contrastive, "make_evaluator", lambda _, batches, **more: (batches, more))
+    monkeypatch.setattr(retrieval, "make_evaluator", evaluator)
     config = config_of(root=corpus, seed=7)
     assert contrastive.run(config, epath.Path(tmp_path / "run"), one_device()) == {"steps": 6}
     task = seen["task"]
@@ -159,10 +174,10 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     name, settings = seen["train"]
     assert name == "multi30k train"
     assert (settings["seed"], settings["batch"], settings["start_step"]) == (7, 8, 5)
-    validation, more = task.evaluators["val"]
-    validation()
+    assert task.evaluators["val"]({}, {}, 3) == {"count": 3}
     name, settings = seen["valid"]
-    assert (name, more["seed"], settings["batch"]) == ("multi30k val", 7, 6)
+    assert (name, seen["more"]["seed"], settings["batch"]) == ("multi30k val", 7, 6)
+    assert seen["dropout"] is None  # an evaluation drops nothing out
     assert (task.steps_per_epoch, seen["seed"], seen["run"].best) == (3, 7, None)
     assert task.batch["image"].shape == (8, 16, 16, 3)
     transform = settings["transform"]

@@ -13,7 +13,7 @@ from meshes import split_mesh
 from tiny import QUICK, unoptimised
 
 from cliptrans_jax.decode import NEVER, DecodeConfig, Search
-from cliptrans_jax.models.cliptrans import PARTITION_RULES, ModelConfig, Translator
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator, partition_rules
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
@@ -243,7 +243,7 @@ def test_eight_devices_find_what_one_finds(sixteen):
     arguments, wanted = sixteen
     translator, params = model("training")
     mesh = split_mesh()
-    split = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
+    split = jax.device_put(params, match_rules(partition_rules(translator.config), params, mesh))
     batch = jax.NamedSharding(mesh, BATCH)
     config = settings(beams=2, length_penalty=0.0, growth=2, halvings=2)
     run = Search(translator, config).run
@@ -259,7 +259,7 @@ def test_no_example_leaves_its_device(sixteen):
     translator, params = model("training")
     mesh = make_mesh(MeshConfig(data=8))
     config = settings(beams=2, growth=2, halvings=1)
-    whole = jax.device_put(params, match_rules(PARTITION_RULES, params, mesh))
+    whole = jax.device_put(params, match_rules(partition_rules(translator.config), params, mesh))
     with jax.set_mesh(mesh), unoptimised():
         compiled = jax.jit(Search(translator, config).run, compiler_options=QUICK)
         split = jax.device_put(arguments, jax.NamedSharding(mesh, BATCH))
@@ -363,7 +363,7 @@ def test_defaults_are_the_published_ones():
         ("bucket", 0),
         ("growth", 0),
         ("halvings", -1),
-        ("length_penalty", 11),
+        ("length_penalty", 11.0),
     ],
 )
 def test_impossible_settings_are_named(key, value):

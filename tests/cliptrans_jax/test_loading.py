@@ -35,6 +35,9 @@ class ImageTower:
 
     config, params = types.SimpleNamespace(image=8), {"factor": np.float32(2)}
 
+    def prepare(self, image):
+        return prepare_picture(image, self.config.image)
+
     def apply(self, params, images):
         return params["factor"] * jnp.mean(images, axis=(1, 2))[:, :1]
 
@@ -57,8 +60,8 @@ def loaded(**changes):
                 found[int(batch["_index"][row])] = [Hypothesis(text, float(heard[row].sum()))]
         return found
 
-    material = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
-    return LoadedModel(config, {"mbart": 0}, NUMBERS, material, search, one_device()), fed
+    data = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())
+    return LoadedModel(config, {"mbart": 0}, NUMBERS, data, search, one_device()), fed
 
 
 def framed(text):

@@ -8,9 +8,10 @@ import pytest
 from jax import numpy as jnp
 from meshes import split_mesh
 
-from cliptrans_jax.losses import contrastive_loss, label_loss, states_loss
+from cliptrans_jax.contrastive.softmax import softmax_loss
+from cliptrans_jax.evaluators.retrieval import retrieval_sums
+from cliptrans_jax.losses import label_loss, states_loss
 from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
-from cliptrans_jax.runs.contrastive import retrieval_sums
 
 PAD = 1
 
@@ -184,7 +185,7 @@ def test_contrastive_loss_by_hand():
         return x - np.log(np.exp(x).sum(axis=axis, keepdims=True))
 
     own = [np.diag(log_softmax(scores, axis)).mean() for axis in (1, 0)]
-    found = contrastive_loss(jnp.asarray(texts), jnp.asarray(images), jnp.log(3.0))
+    found = softmax_loss(jnp.asarray(texts), jnp.asarray(images), log_scale=jnp.log(3.0))
     assert float(found) == pytest.approx(-sum(own) / 2, rel=1e-5)
 
 

@@ -15,17 +15,17 @@ from tiny import random_like
 from tiny_cliptrans import MBART, OPTIM, tiny_config
 
 from cliptrans_jax import pretrained
+from cliptrans_jax.evaluators.labels import make_sums
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import objective, translation
 from cliptrans_jax.runs.objective import (
     check_start,
     is_run,
-    make_features,
+    make_encode,
     make_loss,
-    make_sums,
     make_warm_start,
 )
-from cliptrans_jax.stages import STAGES
+from cliptrans_jax.stages import TRANSLATION_STAGES
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.state import TrainState, partition
@@ -127,7 +127,7 @@ def test_training_drops_out_by_the_key_of_dropout():
 
 def sums(mask, params=PARAMS):
     model = Model()
-    found = make_sums(model, make_features(None))(
+    found = make_sums(model, make_encode(None))(
         params, {}, BATCH | {"_mask": jnp.asarray(mask, jnp.float32)}, jax.random.key(0)
     )
     assert model.keys == [None]  # it drops nothing out
@@ -172,9 +172,9 @@ SUMMED = jnp.float32([[0.07], [0.11], [0.06]]) * jnp.arange(1.0, 1 + VOCAB)
 
 
 def test_features_are_the_batchs_or_the_towers():
-    assert make_features(None)(PARAMS, {"source": BATCH["source"]}) is None
-    assert make_features(None)(PARAMS, BATCH) is BATCH["features"]
-    np.testing.assert_allclose(make_features(Tower())(CLIP, TEXTS), SUMMED, rtol=1e-6)
+    assert make_encode(None)(PARAMS, {"source": BATCH["source"]}) is None
+    assert make_encode(None)(PARAMS, BATCH) is BATCH["features"]
+    np.testing.assert_allclose(make_encode(Tower())(CLIP, TEXTS), SUMMED, rtol=1e-6)
 
 
 @pytest.mark.parametrize("trains", [False, True])
@@ -198,7 +198,7 @@ def test_a_tower_drops_out_where_it_trains_alone(trains):
 def test_an_evaluation_takes_the_tower_from_parameters_or_helpers(trains):
     trained, helpers = (PARAMS | CLIP, {}) if trains else (PARAMS, CLIP)
     tower, batch = Tower(), TEXTS | {"_mask": jnp.ones(3)}
-    found = make_sums(Model(), make_features(tower))(trained, helpers, batch, jax.random.key(0))
+    found = make_sums(Model(), make_encode(tower))(trained, helpers, batch, jax.random.key(0))
     wanted = -of_labels(log_p(SUMMED))[REAL].sum()
     assert float(found["loss"]) == pytest.approx(wanted, rel=1e-5)
     assert tower.keys == [None]
@@ -214,7 +214,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("freeze", HELD)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TRANSLATION_STAGES)
 def test_the_parameters_that_a_stage_trains(stage, freeze):
     """Of captioning: the mapper and the decoder's positions, norms and layers."""
     config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)

@@ -10,16 +10,17 @@ from jax import numpy as jnp
 from meshes import idle_rules
 from tiny_cliptrans import UNEVEN, tiny_config
 
-from cliptrans_jax.encoders import TEXT_RULES
-from cliptrans_jax.models import cliptrans, mapper
-from cliptrans_jax.models.cliptrans import ModelConfig, Translator
+from cliptrans_jax.models import mapper
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator, partition_rules
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from cliptrans_jax.towers.table import TOWERS
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 WIDTHS = (16, 4 * 16, 8)  # of a token, of a prefix, of a feature
+RULES = partition_rules(ModelConfig())
 
 
 def translator(kind):
@@ -39,24 +40,22 @@ def test_rules_split_every_matrix_along_a_width_and_none_is_idle():
     mesh = make_mesh(MeshConfig(fsdp=8))
     trees = [shapes_of(translator(kind)) for kind in MAPPERS]
     for tree in trees:
-        shardings = traverse_util.flatten_dict(
-            match_rules(cliptrans.PARTITION_RULES, tree, mesh), sep="/"
-        )
+        shardings = traverse_util.flatten_dict(match_rules(RULES, tree, mesh), sep="/")
         for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
             spec = tuple(shardings[path].spec)
             if len(leaf.shape) < 2 or path.endswith("/bias"):
                 assert not any(spec), path
             else:
                 assert leaf.shape[spec.index("fsdp")] in WIDTHS, path
-    assert idle_rules(cliptrans.PARTITION_RULES, *trees) == []
+    assert idle_rules(RULES, *trees) == []
 
 
 def test_rules_of_stage_clip_match_its_towers():
     config = tiny_config("clip", None)
     tree = jax.eval_shape(functools.partial(contrastive.init, config), jax.random.key(0))
-    match_rules(contrastive.PARTITION_RULES, tree, make_mesh(MeshConfig(fsdp=8)))
-    idle = idle_rules(contrastive.PARTITION_RULES, tree)
-    assert idle == [regex for regex, _ in contrastive.PARTITION_RULES if "words" in regex][1:]
+    rules = contrastive.partition_rules(config)
+    match_rules(rules, tree, make_mesh(MeshConfig(fsdp=8)))
+    assert idle_rules(rules, tree) == [regex for regex, _ in rules if "words" in regex][1:]
 
 
 def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
@@ -75,7 +74,7 @@ def test_the_published_model_fits_sixteen_devices_of_16_gigabytes():
 
 def count_parameters(tree, *, fsdp):
     """All of them, and those on each device, by the rules alone."""
-    rules = (*cliptrans.PARTITION_RULES, *TEXT_RULES[MClipConfig])
+    rules = (*RULES, *TOWERS[MClipConfig].rules)
     whole = split = 0
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items():
         spec = next(spec for regex, spec in rules if re.search(regex, "/" + path))

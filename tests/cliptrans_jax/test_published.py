@@ -22,7 +22,7 @@ from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.data.unigram import Unigram
 from cliptrans_jax.encoders import TextTower, load_published_text
-from cliptrans_jax.runs.material import Material
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.towers.clip import ClipTextConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax import checkpoint
@@ -415,7 +415,7 @@ def test_the_translators_tokenizer_has_its_languages(model, tmp_path):
     )
     message = r"config\.tokenizer\.kind='xlmr' has no token for the language 'en'.*'mbart50' or"
     with pytest.raises(ValueError, match=message):
-        Material(config, epath.Path(tmp_path), make_mesh(MeshConfig())).tokenizer  # noqa: B018
+        RunData(config, epath.Path(tmp_path), make_mesh(MeshConfig())).tokenizer  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["model", "clip"])
@@ -430,7 +430,7 @@ def test_weights_of_a_run_with_another_kind_of_tokenizer_are_refused(
     )
     step = epath.Path(tmp_path / "runs" / "checkpoints" / "6")
     monkeypatch.setattr(checkpoint, "find_step", lambda source: step)
-    found = Material(config, epath.Path(tmp_path), make_mesh(MeshConfig()))
+    found = RunData(config, epath.Path(tmp_path), make_mesh(MeshConfig()))
     monkeypatch.setattr(checkpoint, "load_config", lambda path: {"tokenizer": {"kind": "trained"}})
     message = rf"config\.sources\.{name}='runs/other' .*kind='trained'.*kind='mbart50'"
     with pytest.raises(ValueError, match=message):

@@ -22,8 +22,8 @@ from tiny_cliptrans import (
 )
 
 import cliptrans_jax
-from cliptrans_jax.config import METRICS
 from cliptrans_jax.evaluators import scores
+from cliptrans_jax.evaluators.scores import METRICS
 from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
 from cliptrans_jax.main import main
 from cliptrans_jax.runs import evaluate, scoring, translation

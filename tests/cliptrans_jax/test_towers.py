@@ -190,8 +190,8 @@ def test_defaults_are_the_published_models():
     shared = {"eps": 1e-5, "features": 512}
     large = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
     ids = {"vocab": 250002, "positions": 514, "types": 1, "pad": 1}
-    mclip = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}
-    assert dataclasses.asdict(mclip.MClipConfig()) == mclip
+    xlmr = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}
+    assert dataclasses.asdict(mclip.MClipConfig()) == xlmr
     shared |= {"layers": 12, "activation": "quick_gelu"}
     vision = {"image": 224, "patch": 32, "width": 768, "heads": 12, "hidden": 3072}
     assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision

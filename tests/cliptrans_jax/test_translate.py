@@ -16,13 +16,22 @@ from cliptrans_jax.data.examples import Examples, NoiseConfig
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.decode import Hypotheses
 from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.evaluators import labels
+from cliptrans_jax.evaluators import translation as scored_by
+from cliptrans_jax.evaluators.evaluator import evaluate_all
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis
-from cliptrans_jax.evaluators.translation import best_texts, make_translate
+from cliptrans_jax.evaluators.translation import (
+    SentenceSet,
+    best_texts,
+    evaluate_translations,
+    make_translate,
+)
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs import translation
-from cliptrans_jax.runs.material import Set
-from cliptrans_jax.runs.translation import Model, Validation
+from cliptrans_jax.runs.run_data import Split
+from cliptrans_jax.runs.scoring import decode_batches
+from cliptrans_jax.runs.translation import Model, validate
 from cliptrans_jax.stages import Side
 
 START, PAD, EOS = 2, 1, 2
@@ -121,10 +130,10 @@ def test_the_search_of_a_stage(stage, parity, language, beams, wanted, monkeypat
 
     monkeypatch.setattr(translation, "make_translate", make)
     model = model_of(stage, parity=parity)
-    material = types.SimpleNamespace(tokenizer=NUMBERS, mesh=one_device())
-    model.translate(material, beams=beams)
+    data = types.SimpleNamespace(tokenizer=NUMBERS, mesh=one_device())
+    model.translate(data, beams=beams)
     ((search, settings),) = made
-    assert settings == {"mesh": material.mesh, "language": language}
+    assert settings == {"mesh": data.mesh, "language": language}
     assert search.config == dataclasses.replace(model.config.decode, beams=wanted)
     assert search.translator is model.translator
 
@@ -186,11 +195,11 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
 )
 def test_a_model_has_a_text_tower_where_its_step_runs_one(stage, changes, runs):
     config = dataclasses.replace(tiny_config(stage, None), **changes)
-    material = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
-    assert Model.of(config, material).tower == ("the tower" if runs else None)
-    material.tokenizer = dataclasses.replace(NUMBERS, vocab=301)
+    data = types.SimpleNamespace(tokenizer=NUMBERS, text_tower="the tower")
+    assert Model.of(config, data).tower == ("the tower" if runs else None)
+    data.tokenizer = dataclasses.replace(NUMBERS, vocab=301)
     with pytest.raises(ValueError, match=r"config\.model\.mbart\.vocab=300 is less than the 301"):
-        Model.of(config, material)
+        Model.of(config, data)
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
@@ -221,12 +230,28 @@ def set_of(pair):
     )
     features = np.zeros((3, FEATURES), np.float32)
     room = 32 - PREFIX
-    return Set(
+    return Split(
         Corpus("numbers", TEXTS, None, ("a", "b", "c")), Inputs(examples, features, None, 1, room)
     )
 
 
-def validation(pair, *, decode=True):
+def sentences(split, translate):
+    """A set of sentences that `translate` searches, without a model."""
+    config = tiny_config("translate", None)
+    return SentenceSet(
+        translator=None,
+        encode=None,
+        batches=None,
+        mesh=one_device(),
+        seed=0,
+        translate=translate,
+        search_batches=lambda: decode_batches(config, split),
+        references=[split.reference(index) for index in range(3)],
+        language=split.inputs.examples.languages[0][1],
+    )
+
+
+def searched(pair):
     """An evaluation whose search gives three outputs, of which the second alone is right."""
     seen = []
 
@@ -236,25 +261,26 @@ def validation(pair, *, decode=True):
         right = Hypothesis(TEXTS[pair[1]][1], -0.5)
         return {2: outputs, 0: outputs, 1: [right, outputs[0]]}
 
-    def loss(params, helpers, step):
-        return {"loss": params["a"] + helpers["b"] + step, "token_accuracy": 0.5}
-
-    config = tiny_config("translate", None)
-    return Validation(config, loss, translate if decode else None, set_of(pair)), seen
+    return evaluate_translations(sentences(set_of(pair), translate)), seen
 
 
-def test_a_validation_has_the_loss_and_scores_of_the_best_outputs():
-    evaluate, seen = validation(("en", "de"))
+def test_translations_are_scored_by_the_best_outputs():
+    evaluate, seen = searched(("en", "de"))
     found = evaluate({"a": 1.0}, {"b": 10.0}, 100)
-    assert found["loss"] == 111.0 and found["token_accuracy"] == 0.5
     assert found["exact"] == pytest.approx(100 / 3)
     outputs = ["1 2 3 4", TEXTS["de"][1], "1 2 3 4"]
     assert found["chrf"] == pytest.approx(score(outputs, TEXTS["de"], language="de").chrf)
     ((params, batches),) = seen
     assert params == {"a": 1.0, "b": 10.0}
     assert sorted(batches[0]["_index"][batches[0]["_mask"] > 0].tolist()) == [0, 1, 2]
-    quick, seen = validation(("en", "de"), decode=False)
-    assert quick({"a": 1.0}, {"b": 10.0}, 100) == {"loss": 111.0, "token_accuracy": 0.5}
+
+
+def test_evaluators_are_one_evaluation():
+    def loss(params, helpers, step):
+        return {"loss": params["a"] + helpers["b"] + step}
+
+    evaluate = evaluate_all([loss, lambda params, helpers, step: {"exact": 50.0}])
+    assert evaluate({"a": 1.0}, {"b": 10.0}, 100) == {"loss": 111.0, "exact": 50.0}
 
 
 @pytest.mark.parametrize(("pair", "language"), [(("en", "de"), "de"), (("en", "en"), "en")])
@@ -265,8 +291,8 @@ def test_scores_are_in_the_language_that_is_written(pair, language, monkeypatch)
         asked.append((tuple(references), language))
         return score(outputs, references, language=language)
 
-    monkeypatch.setattr(translation, "score", record)
-    validation(pair)[0]({"a": 0.0}, {"b": 0.0}, 0)
+    monkeypatch.setattr(scored_by, "score", record)
+    searched(pair)[0]({}, {}, 0)
     assert asked == [(TEXTS[language], language)]
 
 
@@ -274,8 +300,9 @@ def test_scores_are_in_the_language_that_is_written(pair, language, monkeypatch)
 def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
     made = []
     monkeypatch.setattr(
-        translation, "make_evaluator", lambda *given, **settings: made.append((given, settings))
+        labels, "make_evaluator", lambda _, *given, **more: made.append((given, more))
     )
+    monkeypatch.setattr(translation, "evaluate_all", lambda evaluations: evaluations)
     config = tiny_config("translate", None)
     model = model_of(
         "translate",
@@ -285,15 +312,15 @@ def test_a_validation_is_what_the_config_asks_for(decode, monkeypatch):
         seed=7,
     )
     valid = set_of(("en", "de"))
-    valid = Set(
+    valid = Split(
         valid.corpus,
         dataclasses.replace(
             valid.inputs, examples=dataclasses.replace(valid.inputs.examples, drops=True)
         ),
     )
-    found = Validation.of(model.config, model, valid, made.append, mesh=one_device())
-    assert (found.translate is None) is not decode
-    (((_, batches), settings),) = made
+    found = validate(model.config, model, valid, None, mesh=one_device())
+    assert len(found) == 1 + decode
+    (((batches,), settings),) = made
     assert settings["seed"] == 7
     rows = list(batches())
     assert [batch["_mask"].tolist() for batch in rows] == [[1, 1], [1, 0]]  # micro-batches
@@ -323,7 +350,10 @@ def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
     monkeypatch.setattr(translation.checkpoint, "load", load)
     monkeypatch.setattr(translation, "best_step", lambda _, metric: epath.Path(f"/{metric}/3"))
     monkeypatch.setattr(translation, "score_split", scored)
-    monkeypatch.setattr(Model, "translate", lambda self, material, *, beams=0: f"{beams} beams")
+    monkeypatch.setattr(
+        translation, "validate", lambda config, model, valid, guess, *, mesh: (valid, guess)
+    )
+    monkeypatch.setattr(Model, "translate", lambda self, data, *, beams=0: f"{beams} beams")
     config = tiny_config("translate", corpus)
     network = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(
@@ -348,7 +378,7 @@ def test_a_run_trains_on_one_split_chooses_by_another_and_scores_the_third(
         8, 7, config.noise, config.batching,
     )  # fmt: skip
     assert len(feed.inputs) == 24 and feed.inputs.examples.drops
-    valid = task.evaluators["val"]
-    assert (valid.valid.corpus.name, valid.translate) == ("multi30k val", "1 beams")
-    assert not valid.valid.inputs.examples.drops
+    valid, translate = task.evaluators["val"]
+    assert (valid.corpus.name, translate) == ("multi30k val", "1 beams")
+    assert not valid.inputs.examples.drops
     assert (tmp_path / "run" / "tokenizer.json").exists()

@@ -4,7 +4,7 @@ from mistakes.mistake import Mistake
 
 PACKAGE, TESTS = "cliptrans_jax", "tests/cliptrans_jax"
 ENCODERS, FEED = f"{TESTS}/test_encoders.py", f"{TESTS}/test_stages.py"
-OBJECTIVE, MATERIAL = f"{TESTS}/test_objective.py", f"{TESTS}/test_material.py"
+OBJECTIVE, RUN_DATA = f"{TESTS}/test_objective.py", f"{TESTS}/test_run_data.py"
 KEPT = (
     f"{ENCODERS}::test_every_sentence_gets_its_own_feature_back "
     f"{ENCODERS}::test_text_features_are_kept_for_one_tower_and_one_text "
@@ -54,8 +54,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/stages.py",
         "translation freezes what captioning does",
-        "if stage.captioning and FREEZES[freeze] is not None:",
-        "if FREEZES[freeze] is not None:",
+        "    if stage.captioning:\n",
+        "    if stage:\n",
         f"{OBJECTIVE}::test_the_parameters_that_a_stage_trains",
     ),
     Mistake(
@@ -187,7 +187,7 @@ MISTAKES: tuple[Mistake, ...] = (
         OBJECTIVE,
     ),
     Mistake(
-        f"{PACKAGE}/runs/objective.py",
+        f"{PACKAGE}/evaluators/labels.py",
         "an evaluation counts what fills up its last batch",
         'labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)',
         'labels = batch["labels"]',
@@ -208,25 +208,25 @@ MISTAKES: tuple[Mistake, ...] = (
         DRAWN,
     ),
     Mistake(
-        f"{PACKAGE}/runs/material.py",
+        f"{PACKAGE}/runs/run_data.py",
         "training looks at what was asked for in evaluation",
         "return stage.train if train else SIDES[config.test_side] or stage.test",
         "return SIDES[config.test_side] or (stage.train if train else stage.test)",
-        MATERIAL,
+        RUN_DATA,
     ),
     Mistake(
-        f"{PACKAGE}/runs/material.py",
+        f"{PACKAGE}/runs/run_data.py",
         "the tokenizer learns its pieces from the test set",
         "corpus = load_corpus(config.data, config.data.train_split, languages)",
         "corpus = load_corpus(config.data, config.data.test_split, languages)",
-        MATERIAL,
+        RUN_DATA,
     ),
     Mistake(
         f"{PACKAGE}/runs/scoring.py",
         "the gallery has the first rows alone",
         "chosen = [rows[i * len(rows) // count] for i in range(count)]",
         "chosen = rows[:count]",
-        MATERIAL,
+        RUN_DATA,
     ),
     Mistake(
         f"{PACKAGE}/runs/pipeline.py",

@@ -2,7 +2,7 @@
 
 from mistakes.mistake import Mistake
 
-MODELS = "cliptrans_jax/models"
+MODELS, TRANSLATORS = "cliptrans_jax/models", "cliptrans_jax/translators"
 TESTS = "tests/cliptrans_jax"
 NUMBERS = f"{TESTS}/test_models.py::test_the_model_computes_what_its_tensors_say"
 READS = f"{TESTS}/test_models.py::test_what_the_decoder_reads_in_training"
@@ -28,42 +28,42 @@ SIZES = f"{TESTS}/test_pretrained.py::test_towers_under_openai_s_names_tell_thei
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "the decoder's positions do not skip the two rows",
         "self.positions(OFFSET + position)",
         "self.positions(position)",
         NUMBERS,
     ),
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "another epsilon",
         "EPSILON = 1e-5",
         "EPSILON = 1e-6",
         NUMBERS,
     ),
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "embeddings are scaled by the width",
         "x * self.config.width**0.5",
         "x * self.config.width",
         NUMBERS,
     ),
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "a pad's embedding learns from where it is read",
         "jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)",
         "jnp.where((ids == self.config.pad)[..., None], x, x)",
         f"{TESTS}/test_mbart.py::test_no_gradient_comes_back_through_the_embedding_of_a_pad",
     ),
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "what cross-attention gives is not dropped",
         "x = x + self.drop(heard, deterministic=not train)",
         "x = x + heard",
         DROPS,
     ),
     Mistake(
-        f"{MODELS}/mbart.py",
+        f"{TRANSLATORS}/mbart.py",
         "the encoder's embeddings drop out outside training",
         "x = self.drop(x, deterministic=not train)\n        return self.norm(_run(self, x, visi",
         "x = self.drop(x, deterministic=False)\n        return self.norm(_run(self, x, visi",
@@ -107,14 +107,14 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{MODELS}/cliptrans.py",
         "pads are heard",
-        "seen = jnp.pad(given[:, 1:] != config.mbart.pad, ((0, 0), (1 + count, 0)))",
+        "seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))",
         "seen = jnp.pad(given[:, 1:] >= 0, ((0, 0), (1 + count, 0)))",
         READS,
     ),
     Mistake(
         f"{MODELS}/cliptrans.py",
         "the first slots of the prefix stay, the last words go",
-        "return prefix.remove(states, self.config.mapper.prefix)",
+        "return prefix.remove(states, self.prefix_length)",
         "return states[:, : labels.shape[1]]",
         NUMBERS,
     ),
@@ -161,7 +161,7 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{LOSSES}::test_label_loss_of_even_chances",
     ),
     Mistake(
-        "cliptrans_jax/losses.py",
+        "cliptrans_jax/contrastive/softmax.py",
         "images alone look for their texts",
         "rows, columns = jax.nn.log_softmax(scores, axis=1), jax.nn.log_softmax(scores, axis=0)",
         "rows, columns = jax.nn.log_softmax(scores, axis=0), jax.nn.log_softmax(scores, axis=0)",
@@ -203,42 +203,42 @@ MISTAKES: tuple[Mistake, ...] = (
         STEPS,
     ),
     Mistake(
-        f"{MODELS}/clip.py",
+        "cliptrans_jax/towers/clip.py",
         "a sentence is pooled at its last token",
         "return jnp.argmax(ids, axis=1)",
         "return jnp.full(len(ids), ids.shape[1] - 1)",
         TOWERS,
     ),
     Mistake(
-        f"{MODELS}/clip.py",
+        "cliptrans_jax/towers/clip.py",
         "patches run along the columns first",
         ".transpose(0, 1, 3, 2, 4, 5)",
         ".transpose(0, 3, 1, 2, 4, 5)",
         TOWERS,
     ),
     Mistake(
-        f"{MODELS}/xlmr.py",
+        "cliptrans_jax/towers/mclip.py",
         "the pad is the usual one whatever the config says",
         "places = position_ids(ids, config.pad)",
         "places = position_ids(ids, 1)",
         TOWERS,
     ),
     Mistake(
-        f"{MODELS}/xlmr.py",
+        "cliptrans_jax/towers/mclip.py",
         "the mean is over all tokens",
         "total = jnp.sum(x, axis=1, where=visible[:, :, None])",
         "total = jnp.sum(x, axis=1)",
         TOWERS,
     ),
     Mistake(
-        f"{MODELS}/resnet.py",
+        "cliptrans_jax/towers/resnet.py",
         "the shortcut is not averaged",
         '"shortcut")(_average(x, self.stride))',
         '"shortcut")(x[:, :: self.stride, :: self.stride])',
         RESNET,
     ),
     Mistake(
-        f"{MODELS}/resnet.py",
+        "cliptrans_jax/towers/resnet.py",
         "variances have no epsilon",
         'jax.lax.rsqrt(stored["var"] + self.eps)',
         'jax.lax.rsqrt(stored["var"])',

@@ -159,7 +159,7 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
     yield "loss over all slots", full, arrays["outputs/loss"], *tolerance
     table = convert.cliptrans_table(config)
     stage = STAGES[case.config["config"]["stage"]]
-    moved = state.partition(gradient, trainable(stage, "encoder"))[0]
+    moved = state.partition(gradient, trainable(stage, "encoder", config.architecture))[0]
     written = names.write(table, moved)
     still = sorted(set(_own(names.write(table, gradient))) - set(written))
     frozen = sorted(set(case.config["frozen_params"]) - set(convert.cliptrans_aliases()))

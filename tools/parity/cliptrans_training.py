@@ -50,7 +50,7 @@ def _stage(
             test=options.get("noise_test", False),
         ),
         unfreeze_clip=options.get("unfreeze_clip", False),
-    ).consistent()
+    ).apply_parity()
     train = one["side"] == "train"
     examples = choose_examples(
         STAGES[one["stage"]],
@@ -125,7 +125,7 @@ def run_optimizer(case: Case) -> Iterator[Comparison]:
             accumulate=count,
             batch=count * size,
         ),
-    ).consistent()
+    ).apply_parity()
 
     def loss(params, helpers, batch, rngs, step):
         logits = batch["x"] @ params["w"].T + params["b"]

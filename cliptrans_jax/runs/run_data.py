@@ -25,9 +25,8 @@ from cliptrans_jax.encoders import (
     load_published_text,
     text_features,
 )
-from cliptrans_jax.stages import STAGES, Side
-from cliptrans_jax.towers.clip import ClipTextConfig
-from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.stages import STAGES, Side, Trains, trains
+from cliptrans_jax.towers.table import TEXT_TOWERS, text_tower_of
 from common_jax import checkpoint
 from common_jax.inputs import steps_per_epoch
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
@@ -37,7 +36,7 @@ PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a n
 
 
 @dataclasses.dataclass(frozen=True)
-class Set:
+class Split:
     """One split as a stage sees it.
 
     Attributes:
@@ -60,11 +59,11 @@ class Set:
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
+class RunData:
     """A run's config with what it reads, each loaded when it is first asked for.
 
     Attributes:
-      config: `Config.consistent`.
+      config: `Config.apply_parity`.
       workdir: gets features, unless config.features says where, and the tokenizer.
       mesh: where features are computed.
       known: the tokenizer, where it need be neither trained nor checked.
@@ -91,11 +90,11 @@ class Material:
                 raise ValueError(
                     f"config.tokenizer.kind={config.tokenizer.kind!r} has no token for the "
                     f"language {language!r} of config.data (it has {known}); take another "
-                    "tokenizer, such as 'mbart50' or 'trained'"
+                    f"tokenizer, such as {config.model.architecture.tokenizer!r} or 'trained'"
                 )
-        sizes = config.model.mbart
+        sizes = config.model.sizes
         special = {"pad": sizes.pad, "eos": sizes.eos}
-        require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.model.mbart")
+        require_fits(tokenizer, vocab=sizes.vocab, special=special, key=config.model.key)
         for name in ("model", "clip"):
             _require_same_tokenizer(config, name, text)
         return tokenizer, text
@@ -112,11 +111,14 @@ class Material:
             return load_trained_text(config, self.tokenizer)
         _require(config, "clip_text")
         if config.clip_tokenizer.kind == "trained":
+            kinds = " or ".join(
+                f"{tower.sentences.tokenizer!r} for {tower.kind!r}" for tower in TEXT_TOWERS
+            )
             raise ValueError(
                 f"config.clip_tokenizer.kind='trained', and config.sources.clip_text="
                 f"{config.sources.clip_text!r} is a published tower, which has a tokenizer of its "
-                "own: set config.clip_tokenizer.kind to 'xlmr' for M-CLIP or 'clip' for CLIP, and "
-                "config.clip_tokenizer.path to its folder"
+                f"own: set config.clip_tokenizer.kind to {kinds}, and config.clip_tokenizer.path "
+                "to its folder"
             )
         _check_published(config, "clip_text")
         return load_published_text(
@@ -178,7 +180,7 @@ class Material:
                 )
         return count
 
-    def load(self, split: str, *, train: bool) -> Set:
+    def load(self, split: str, *, train: bool) -> Split:
         """The inputs of the config's stage from a split.
 
         Raises:
@@ -202,7 +204,7 @@ class Material:
             caption_language=caption_language(config),
             all_languages=several,
         )
-        return Set(corpus, self._inputs(corpus, examples))
+        return Split(corpus, self._inputs(corpus, examples))
 
     def _side(self, *, train: bool) -> Side:
         return feature_side(self.config, train=train)
@@ -260,7 +262,7 @@ def describe_text(config: Config) -> TextTower:
     if config.sources.clip or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
-        sizes = ClipTextConfig() if config.clip_tokenizer.kind == "clip" else MClipConfig()
+        sizes = text_tower_of(config.clip_tokenizer.kind).config()
     return TextTower.described(sizes, config.dtype)
 
 
@@ -296,7 +298,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     the workdir where a run has left a checkpoint or a result, else a new one, not written yet.
 
     Raises:
-      ValueError: more tokens than config.model.mbart.vocab.
+      ValueError: more tokens than the translator's vocabulary.
     """
     languages, sentences = config.known_languages, None
     if config.tokenizer.kind == "trained":
@@ -309,8 +311,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         path = path if kept else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    vocab = config.model.mbart.vocab
-    require_fits(tokenizer, vocab=vocab, special={}, key="config.model.mbart")
+    vocab = config.model.sizes.vocab
+    require_fits(tokenizer, vocab=vocab, special={}, key=config.model.key)
     return tokenizer, text
 
 
@@ -371,7 +373,7 @@ def load_trained_image(config: Config) -> ImageTower:
 
 def _clip_config(config: Config) -> Config:
     found = checkpoint.load_config(config.sources.clip)
-    if found.get("stage") != "clip":
+    if trains(found.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
             f"{json.dumps(found.get('stage'))}, not of 'clip'"

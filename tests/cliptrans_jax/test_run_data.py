@@ -17,9 +17,9 @@ from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis, Row, read_translations, write_translations
-from cliptrans_jax.runs import material, scoring
-from cliptrans_jax.runs.material import (
-    Material,
+from cliptrans_jax.runs import run_data, scoring
+from cliptrans_jax.runs.run_data import (
+    RunData,
     caption_language,
     describe_text,
     encodes_texts,
@@ -58,8 +58,8 @@ class Tower:
 
 
 @pytest.fixture
-def material_of(monkeypatch, tmp_path):
-    """material_of(config): a Material whose towers and features are stand-ins; asks are kept."""
+def data_of(monkeypatch, tmp_path):
+    """data_of(config): a RunData whose towers and features are stand-ins; asks are kept."""
     asked = []
 
     def texts(tower, corpus, language, *, folder, mesh):
@@ -71,11 +71,11 @@ def material_of(monkeypatch, tmp_path):
         corpus.require_images()
         return features(corpus, "pictures")
 
-    monkeypatch.setattr(material, "text_features", texts)
-    monkeypatch.setattr(material, "image_features", images)
+    monkeypatch.setattr(run_data, "text_features", texts)
+    monkeypatch.setattr(run_data, "image_features", images)
 
     def build(config):
-        made = Material(config, epath.Path(tmp_path / "run"), one_device())
+        made = RunData(config, epath.Path(tmp_path / "run"), one_device())
         made.__dict__["text_tower"] = made.__dict__["image_tower"] = Tower()
         return made
 
@@ -97,9 +97,9 @@ READS = [
 
 
 @pytest.mark.parametrize(("stage", "train", "source", "target", "looks"), READS)
-def test_what_a_stage_reads_of_a_split(corpus, material_of, stage, train, source, target, looks):
+def test_what_a_stage_reads_of_a_split(corpus, data_of, stage, train, source, target, looks):
     split = "train" if train else TEST
-    made = material_of(config_of(stage, corpus))
+    made = data_of(config_of(stage, corpus))
     found = made.load(split, train=train)
     texts = dict(zip(PAIR, read_split(corpus, split)[:2], strict=True))
     count = len(texts["en"])
@@ -113,13 +113,13 @@ def test_what_a_stage_reads_of_a_split(corpus, material_of, stage, train, source
     wanted = np.stack([np.arange(count), np.full(count, CODES[looks])], axis=1)
     np.testing.assert_array_equal(inputs.features, wanted)
     folder = str(made.workdir / "features")
-    assert material_of.asked == [(f"multi30k {split}", looks, folder)]
+    assert data_of.asked == [(f"multi30k {split}", looks, folder)]
     assert inputs.clip_tokens is None
 
 
-def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, material_of):
+def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, data_of):
     """The target's first; features are of the sentence's own language."""
-    made = material_of(config_of("text_recon", corpus, all_languages=True))
+    made = data_of(config_of("text_recon", corpus, all_languages=True))
     english, german, _ = read_split(corpus, "train")
     found = made.load("train", train=True)
     assert [found.reference(i) for i in range(48)] == [*german, *english]
@@ -132,12 +132,12 @@ def test_captions_in_both_languages_are_trained_on_and_one_is_evaluated(corpus, 
 
 
 @pytest.mark.parametrize(("side", "looks"), [("image", "pictures"), ("text", "en"), ("", "en")])
-def test_evaluation_may_look_at_the_other_side(corpus, material_of, side, looks):
-    made = material_of(config_of("triplet", corpus, test_side=side, features="/kept"))
+def test_evaluation_may_look_at_the_other_side(corpus, data_of, side, looks):
+    made = data_of(config_of("triplet", corpus, test_side=side, features="/kept"))
     made.load("train", train=True)
     made.load("val", train=False)
-    assert [what for _, what, _ in material_of.asked] == ["pictures", looks]
-    assert {folder for _, _, folder in material_of.asked} == {"/kept"}
+    assert [what for _, what, _ in data_of.asked] == ["pictures", looks]
+    assert {folder for _, _, folder in data_of.asked} == {"/kept"}
 
 
 @pytest.mark.parametrize(
@@ -148,21 +148,21 @@ def test_evaluation_may_look_at_the_other_side(corpus, material_of, side, looks)
         ("translate", {"unfreeze_clip": True}),
     ],
 )
-def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, material_of, stage, change):
-    found = material_of(config_of(stage, corpus, **change)).load("train", train=True)
+def test_a_step_that_runs_the_tower_gets_its_tokens(corpus, data_of, stage, change):
+    found = data_of(config_of(stage, corpus, **change)).load("train", train=True)
     english = read_split(corpus, "train")[0]
-    assert found.inputs.features is None and material_of.asked == []
+    assert found.inputs.features is None and data_of.asked == []
     assert [ids.tolist() for ids in found.inputs.clip_tokens] == [[0, len(x), 2] for x in english]
     assert found.inputs.clip_room == Tower.longest
 
 
-def test_a_model_without_a_prefix_looks_at_nothing(corpus, material_of):
+def test_a_model_without_a_prefix_looks_at_nothing(corpus, data_of):
     config = config_of("caption", corpus)
     mapper = dataclasses.replace(config.model.mapper, prefix=0)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, mapper=mapper))
-    found = material_of(config).load("train", train=True)
+    found = data_of(config).load("train", train=True)
     assert (found.inputs.features, found.inputs.clip_tokens) == (None, None)
-    assert material_of.asked == [] and found.corpus.images is None
+    assert data_of.asked == [] and found.corpus.images is None
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_a_model_without_a_prefix_looks_at_nothing(corpus, material_of):
     ],
 )
 def test_a_check_opens_every_split_with_what_its_stage_needs(
-    corpus, material_of, monkeypatch, stage, languages, train, wanted
+    corpus, data_of, monkeypatch, stage, languages, train, wanted
 ):
-    opened, real = {}, material.load_corpus
+    opened, real = {}, run_data.load_corpus
 
     def load(config, split, codes, *, with_images=False):
         opened[split] = with_images
         return real(config, split, codes, with_images=with_images)
 
-    monkeypatch.setattr(material, "load_corpus", load)
-    made = material_of(config_of(stage, corpus, all_languages=languages))
+    monkeypatch.setattr(run_data, "load_corpus", load)
+    made = data_of(config_of(stage, corpus, all_languages=languages))
     count = made.check(train=train)
     assert (opened, count) == wanted
 
@@ -246,15 +246,15 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
     def load(folder, *given, **settings):
         asked[folder] = (given, settings)
 
-    monkeypatch.setattr(material, "load_published_text", load)
-    monkeypatch.setattr(material, "load_published_image", load)
+    monkeypatch.setattr(run_data, "load_published_text", load)
+    monkeypatch.setattr(run_data, "load_published_image", load)
     sources = SourcesConfig(
         clip_text="text", clip_image="image", fetch=True, weights="ema", clip_activation="gelu",
         clip_text_base="base",
     )  # fmt: skip
     tokenizer = TokenizerConfig("clip", "folder")
     config = config_of("translate", sources=sources, clip_tokenizer=tokenizer)
-    made = Material(config, epath.Path(tmp_path), one_device())
+    made = RunData(config, epath.Path(tmp_path), one_device())
     assert made.text_tower is made.image_tower is None
     both = {"dtype": config.dtype, "fetch": True, "weights": "ema", "activation": "gelu"}
     assert asked == {"text": ((tokenizer,), both | {"base": "base"}), "image": ((), both)}
@@ -263,7 +263,7 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
 def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
     """Whatever sizes stage "clip" has in this config."""
     config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
-    tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
+    tokenizer, _ = run_data.train_tokenizer(config, epath.Path(tmp_path))
     sizes = {"heads": 4, "eps": 1e-3}
     trained = config_of(
         "clip",
@@ -274,13 +274,13 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
         ),
     )
     monkeypatch.setattr(
-        material.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
+        run_data.checkpoint, "load_config", lambda source: unfreeze(trained).to_dict()
     )
     monkeypatch.setattr(
-        material.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
+        run_data.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
     )
-    text = material.load_trained_text(config, tokenizer)
-    image = material.load_trained_image(config)
+    text = run_data.load_trained_text(config, tokenizer)
+    image = run_data.load_trained_image(config)
     assert text.tokenizer is tokenizer
     assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
     assert text.params == {"trained": len("clip/text")}
@@ -290,7 +290,7 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
 def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
     english, german, _ = read_split(corpus, "train")
     config = config_of("translate", corpus, languages=("de", "en"))
-    _, text = material.train_tokenizer(config, epath.Path(tmp_path))
+    _, text = run_data.train_tokenizer(config, epath.Path(tmp_path))
     made_from = json.loads(text)["made_from"]
     assert made_from["languages"] == ["de", "en"]
     assert made_from["sentences"] == zlib.crc32("\n".join([*german, *english]).encode())
@@ -302,7 +302,7 @@ def test_sentences_are_cut_to_the_model_behind_its_prefix(corpus, tmp_path, give
     config = dataclasses.replace(
         config, tokenizer=dataclasses.replace(config.tokenizer, max_length=given)
     )
-    tokenizer, _ = material.train_tokenizer(config, epath.Path(tmp_path))
+    tokenizer, _ = run_data.train_tokenizer(config, epath.Path(tmp_path))
     assert tokenizer.limit == config.sentence_limit == limit
 
 
@@ -334,14 +334,14 @@ def scored(tmp_path, config, made, outputs, *, step="12"):
 
 
 @pytest.mark.parametrize(("stage", "target"), [("translate", "de"), ("caption", "en")])
-def test_a_scored_set_is_written_row_by_row(corpus, material_of, tmp_path, stage, target):
+def test_a_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, target):
     config = config_of(stage, corpus)
     english, german, _ = read_split(corpus, TEST)
     references = {"en": english, "de": german}[target]
     outputs = dict(zip(english, references, strict=True)) | {english[1]: "ganz falsch"}
     folder = epath.Path(tmp_path / "out")
     folder.mkdir()
-    report, asked = scored(folder, config, material_of(config), outputs)
+    report, asked = scored(folder, config, data_of(config), outputs)
     rows = read_translations(folder / "translations.tsv")
     assert [row.index for row in rows] == [*range(5)]
     assert [row.key for row in rows] == [f"{x.replace(' ', '_')}.png" for x in english]
@@ -362,11 +362,11 @@ def test_a_scored_set_is_written_row_by_row(corpus, material_of, tmp_path, stage
     assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
 
 
-def test_a_set_is_searched_in_batches_of_the_search(corpus, material_of, tmp_path):
+def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
     """Whatever batches and seed training has; tokens are dropped by the run's seed."""
     config = config_of("translate", corpus, noise=NoiseConfig(mask_prob=0.5, test=True), seed=3)
     decode = dataclasses.replace(config.decode, batch=2, bucket=6)
-    chosen = material_of(config).load("val", train=False)
+    chosen = data_of(config).load("val", train=False)
 
     def batches(**changes):
         given = dataclasses.replace(config, decode=decode, **changes)

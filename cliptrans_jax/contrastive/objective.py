@@ -1,0 +1,64 @@
+"""The record of a contrastive loss: its formula, and the numbers that it learns itself."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+Numbers = Mapping[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A number that a loss learns.
+
+    Attributes:
+      start: its first value; None for log(config.clip.scale).
+      most: the largest value that the loss is computed with; None for no limit.
+    """
+
+    start: float | None = None
+    most: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """A loss of pairs of texts and images, any two pairs of a batch being no pair.
+
+    Attributes:
+      loss: (texts (B, M), images (B, M), and the learned numbers by name) -> scalar.
+      learned: by name, which is that of the parameter under "clip".
+      metrics: learned numbers -> what a training step logs of them.
+    """
+
+    loss: Callable[..., Float[Array, ""]]
+    learned: Mapping[str, Learned]
+    metrics: Callable[[Numbers], Numbers]
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether config.clip.scale is read."""
+        return any(number.start is None for number in self.learned.values())
+
+    def init(self, scale: float) -> dict[str, jax.Array]:
+        """First values of the learned numbers."""
+        starts = {name: number.start for name, number in self.learned.items()}
+        return {
+            name: jnp.asarray(math.log(scale) if start is None else start)
+            for name, start in starts.items()
+        }
+
+    def limit(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The learned numbers among `params`, none above its limit."""
+        return {
+            name: params[name] if number.most is None else jnp.minimum(params[name], number.most)
+            for name, number in self.learned.items()
+        }
+
+
+def unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
+    """The features at length 1."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,0 +1,42 @@
+"""The loss over a set's labels, and how often the most probable token is the label."""
+
+from jax import numpy as jnp
+
+from cliptrans_jax.evaluators.evaluator import Evaluator
+from cliptrans_jax.evaluators.translation import Encode, SentenceSet
+from cliptrans_jax.losses import label_loss
+from cliptrans_jax.models.chunks import sum_chunks
+from cliptrans_jax.models.cliptrans import Translator
+from common_jax.ranking import rank_of
+from common_jax.step import Evaluate, Sums, make_evaluator
+
+
+def make_sums(translator: Translator, encode: Encode) -> Sums:
+    """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
+    token, those of rank 0 (`rank_of`)."""
+    pad = translator.config.sizes.pad
+
+    def sums(params, helpers, batch, key):
+        labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
+        features = encode({**helpers, **params}, batch)
+        states = translator.label_states(params, features, batch["source"], batch["labels"])
+        readout = translator.readout(params)
+
+        def chunk_sums(states, labels):
+            logits = translator.scores(readout, states)
+            total, count = label_loss(logits, labels, pad=pad)
+            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
+            return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
+
+        return sum_chunks(chunk_sums, states, labels, pad=pad)
+
+    return sums
+
+
+def evaluate_labels(sentences: SentenceSet) -> Evaluate:
+    """evaluate(params, helpers, step) -> loss and token accuracy, means over the set's labels."""
+    sums = make_sums(sentences.translator, sentences.encode)
+    return make_evaluator(sums, sentences.batches, mesh=sentences.mesh, seed=sentences.seed)
+
+
+EVALUATOR = Evaluator(evaluate_labels, best=("token_accuracy",))

@@ -1,0 +1,66 @@
+"""How often texts and pictures find each other."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from cliptrans_jax.contrastive.objective import unit
+from cliptrans_jax.evaluators.evaluator import Evaluator
+from common_jax.ranking import rank_of
+from common_jax.step import Evaluate, make_evaluator
+
+Features = Float[Array, "B M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSet:
+    """A set of texts and their pictures.
+
+    Attributes:
+      embed: (params, batch) -> features of texts and of images.
+      batches: starts a pass over the set.
+      mesh: where batches go.
+      seed: of everything random.
+    """
+
+    embed: Callable[[Any, Mapping[str, jax.Array]], tuple[Features, Features]]
+    batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
+    mesh: Mesh
+    seed: int
+
+
+def retrieval_sums(
+    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
+) -> dict[str, Float[Array, ""]]:
+    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
+    or 0.
+
+    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
+    Equal similarities rank by their index, and one that is not finite is never a hit.
+    """
+    real, own = mask > 0, jnp.arange(len(mask))
+    # Factors rounded to bfloat16, the default of some accelerators, would make ties.
+    scores = jnp.matmul(unit(texts), unit(images).T, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
+    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
+    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
+    return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
+
+
+def evaluate_retrieval(pairs: PairSet) -> Evaluate:
+    """evaluate(params, helpers, step) -> accuracy among the pairs of a batch, both directions
+    averaged."""
+
+    def sums(params: Any, helpers: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
+        return retrieval_sums(*pairs.embed(params, batch), batch["_mask"])
+
+    return make_evaluator(sums, pairs.batches, mesh=pairs.mesh, seed=pairs.seed)
+
+
+EVALUATOR = Evaluator(evaluate_retrieval)

@@ -1,0 +1,43 @@
+"""The table of towers, by the class of their config."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from cliptrans_jax.towers import clip, mclip, resnet
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.resnet import ResNetConfig
+from cliptrans_jax.towers.tower import Tower
+
+# Of a file that holds several towers of a side, the first of this order is read.
+TOWERS: Mapping[type, Tower] = types.MappingProxyType(
+    {
+        MClipConfig: mclip.TOWER,
+        ClipTextConfig: clip.TEXT,
+        ResNetConfig: resnet.TOWER,
+        ClipVisionConfig: clip.VISION,
+    }
+)
+TEXT_TOWERS = tuple(tower for tower in TOWERS.values() if tower.sentences is not None)
+IMAGE_TOWERS = tuple(tower for tower in TOWERS.values() if tower.pictures is not None)
+
+
+def tower_of(config: Any) -> Tower:
+    """The record of the tower that a config is of."""
+    return TOWERS[type(config)]
+
+
+def text_tower_of(tokenizer: str) -> Tower:
+    """The text tower that is published with a kind of tokenizer.
+
+    Raises:
+      ValueError: for a tokenizer of no tower.
+    """
+    for tower in TEXT_TOWERS:
+        if tower.sentences.tokenizer == tokenizer:
+            return tower
+    raise ValueError(
+        f"config.clip_tokenizer.kind={tokenizer!r} is of no text tower; it must be one of "
+        f"{[tower.sentences.tokenizer for tower in TEXT_TOWERS]}"
+    )

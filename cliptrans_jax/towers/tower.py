@@ -1,0 +1,106 @@
+"""The record of a tower: all that other files need to know of one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from common_jax.mesh import Rules
+
+Channels = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """How a text tower reads sentences.
+
+    Attributes:
+      tokenizer: kind of the tokenizer that is published with it.
+      visible: (config, ids) -> the tokens (B, S) that are attended to; None for all of them.
+      drops_out: whether it drops out in training.
+    """
+
+    tokenizer: str
+    visible: Callable[[Any, Int[Array, "B S"]], Bool[Array, "B S"] | None]
+    drops_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """How pictures are prepared for an image tower.
+
+    Attributes:
+      mean, std: of each channel, of pixels in [0, 1].
+      resampling: name of PIL's filter that resizes them.
+    """
+
+    mean: Channels
+    std: Channels
+    resampling: str
+
+
+CLIP_PICTURES = Pictures(
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    resampling="BICUBIC",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A kind of tower, of one side: it has `sentences` or `pictures`.
+
+    Configs of text towers have `vocab`, `features` and `longest`, the tokens of the longest
+    sentence; those of image towers have `image`, the side of a picture, and `features`.
+
+    Attributes:
+      kind: name of its published weights, a key of `tensors.kinds.KINDS`.
+      config: class of its sizes.
+      network: flax module of (config, dtype).
+      rules: partition rules of its parameters.
+      sentences: of a text tower.
+      pictures: of an image tower.
+    """
+
+    kind: str
+    config: type
+    network: type[nn.Module]
+    rules: Rules
+    sentences: Sentences | None = None
+    pictures: Pictures | None = None
+
+    def init(self, config: Any, dtype: DTypeLike, key: jax.Array) -> Mapping[str, Any]:
+        """Fresh parameters."""
+        if self.sentences is None:
+            inputs = (jnp.zeros((1, config.image, config.image, 3)),)
+        else:
+            ids = jnp.zeros((1, 2), jnp.int32)
+            inputs = (ids, self.sentences.visible(config, ids))
+        return self.network(config, dtype).init(key, *inputs)["params"]
+
+    def apply(
+        self,
+        config: Any,
+        dtype: DTypeLike,
+        params: Any,
+        inputs: Int[Array, "B S"] | Float[Array, "B I J 3"],
+        *,
+        dropout: jax.Array | None = None,
+    ) -> Float[Array, "B M"]:
+        """Features of framed ids with pads, or of prepared pictures.
+
+        Args:
+          dropout: key of dropout in training; None elsewhere. A tower that has none ignores it.
+        """
+        network, variables = self.network(config, dtype), {"params": params}
+        if self.sentences is None:
+            return network.apply(variables, inputs)
+        visible = self.sentences.visible(config, inputs)
+        if dropout is None or not self.sentences.drops_out:
+            return network.apply(variables, inputs, visible)
+        return network.apply(variables, inputs, visible, train=True, rngs={"dropout": dropout})

@@ -1,0 +1,162 @@
+"""What a translation network is to the rest of the code: its methods, and a record of the rest."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from cliptrans_jax.models.attention import Memory
+from common_jax.mesh import Rules
+
+# Keys and values of a decoder layer: of its own R slots, and of the encoder's S states.
+Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
+LayerCache = tuple[Slots, Memory]
+Cache = tuple[LayerCache, ...]
+
+
+@runtime_checkable
+class Sizes(Protocol):
+    """Fields of every translator's config.
+
+    Attributes:
+      vocab: tokens, language codes included.
+      width: of a token.
+      positions: longest sequence, the decoder's prefix included.
+      pad, eos, start: ids of padding, of the end, and of what decoding starts with.
+    """
+
+    vocab: int
+    width: int
+    positions: int
+    pad: int
+    eos: int
+    start: int
+
+
+@runtime_checkable
+class Network(Protocol):
+    """Methods of every translator's flax module, a function of (config, dtype).
+
+    The decoder takes embeddings, not ids, so that vectors which are no tokens can stand among them.
+    Masks are True where a token may be attended to.
+    """
+
+    def __call__(
+        self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"], target: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Logits of the tokens after those of `target`; touches every parameter, for `init`."""
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of the decoder's tokens, without positions."""
+
+    def encode(
+        self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"], *, train: bool = False
+    ) -> Float[Array, "B S D"]:
+        """States of source tokens."""
+
+    def decode(
+        self,
+        embeddings: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        states_mask: Bool[Array, "B S"],
+        visible: Bool[Array, "#B 1 T T"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's last states; `visible` says which slots (last axis) each slot attends to.
+
+        Slot t has position t.
+        """
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Scores of all tokens, in float32 at least."""
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B T D"],
+        states: Float[Array, "B S D"],
+        states_mask: Bool[Array, "B S"],
+        visible: Bool[Array, "#B 1 T T"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """`decode` outside training, with the keys and values of its T slots and of the encoder's
+        states."""
+
+    def extend(
+        self,
+        embeddings: Float[Array, "B T D"],
+        cache: Cache,
+        slot: jax.Array,
+        position: jax.Array,
+        visible: Bool[Array, "B 1 T R"],
+        states_mask: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """One step of decoding for T continuations of each example side by side.
+
+        Args:
+          embeddings: their last tokens, which all stand at `position`.
+          cache: of `prefill`, grown to R slots.
+          slot: the first of the T slots of the cache that they take.
+          visible: the slots that each of them attends to, its own among them.
+          states_mask: as in `prefill`.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A kind of translator.
+
+    Attributes:
+      subtree: where its parameters lie in a checkpoint, and its sizes in `config.model`.
+      config: class of its sizes, see `Sizes`.
+      network: flax module, see `Network`.
+      rules: partition rules of its parameters.
+      decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels.
+      embedding, encoder, buffers: regexes of the paths, below the subtree, of the embedding that
+        encoder and decoder share, of the rest of the encoder, and of what no training changes.
+      readout: names of the parameters that `logits` needs.
+      kind: name of its published weights, a key of `tensors.kinds.KINDS`.
+      tokenizer: kind of the tokenizer that is published with it, which frames its sentences.
+      settings: fields of its config that are no part of the weights.
+    """
+
+    subtree: str
+    config: type
+    network: type[nn.Module]
+    rules: Rules
+    decoder_input: Callable[[Int[Array, "B T"], Any], Int[Array, "B T"]]
+    embedding: str
+    encoder: str
+    buffers: str
+    readout: tuple[str, ...]
+    kind: str
+    tokenizer: str
+    settings: tuple[str, ...]
+
+    def differing_sizes(self, ours: Any, theirs: Any) -> Mapping[str, tuple[Any, Any]]:
+        """By name, what two configs have in fields that decide the weights and are not equal."""
+        fields = [field.name for field in dataclasses.fields(self.config)]
+        pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
+        return {
+            name: pair
+            for name, pair in pairs.items()
+            if name not in self.settings and pair[0] != pair[1]
+        }
+
+
+def cache_slots(cache: Cache) -> int:
+    """Slots R of the decoder's own tokens."""
+    own, _ = cache[0]
+    return own[0].shape[2]
+
+
+def grow_cache(cache: Cache, slots: int) -> tuple[tuple, ...]:
+    """The cache with room for `slots` of the decoder's own tokens."""
+    return tuple((tuple(_grow(part, slots) for part in own), states) for own, states in cache)
+
+
+def _grow(part: Float[Array, "B H R K"], slots: int) -> Float[Array, "B H {slots} K"]:
+    return jnp.pad(part, ((0, 0), (0, 0), (0, slots - part.shape[2]), (0, 0)))
