@@ -152,7 +152,7 @@ def load(
         tensors,
         shapes=layout.shapes(config),
         file=f"{file}, below {prefix!r}," if prefix else file,
-        advice=lambda: ADVICE,
+        advice=lambda _: ADVICE,
     )
     params = as_float32(params, file)
     account = dataclasses.replace(

@@ -67,7 +67,7 @@ def read(
     shapes: Mapping[str, Any],
     file: str,
     what: str = "this model",
-    advice: Callable[[], str] = lambda: "give the config of the model in the file",
+    advice: Callable[[list[str]], str] = lambda _: "give the config of the model in the file",
 ) -> tuple[dict[str, Any], Account]:
     """Our parameters from published tensors, each in the type that it has in the file.
 
@@ -77,7 +77,7 @@ def read(
       shapes: nested dict of what has a `shape`, as `jax.eval_shape` of the network's init gives.
       file: what to call the tensors' origin in messages.
       what: what the tensors should be, in messages.
-      advice: the way out, for a message.
+      advice: problems, a line each that begins with the tensor -> the way out, for a message.
 
     Raises:
       ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to one
@@ -111,15 +111,22 @@ def read(
                 params[path] = entry.read(*parts.values())
             except ValueError as error:
                 problems.append(str(error))
-    left = []
+    left, others = [], _other_forms(table.entries[path] for path in flat)
     for name in sorted(tensors.keys() - known):
         reason = next((why for rx, why in table.left_out.items() if re.fullmatch(rx, name)), None)
-        if reason is None:
-            problems.append(f"{name} {np.shape(tensors[name])} has no place")
-        else:
+        if reason is not None:
             left.append((name, reason))
+        elif name in others:
+            problems.append(
+                f"{name} {np.shape(tensors[name])} is there besides {others[name]}, which says the "
+                "same; leave out either"
+            )
+        else:
+            problems.append(f"{name} {np.shape(tensors[name])} has no place")
     if problems := problems + misshapen:
-        raise ValueError(f"{file} does not fit {what}:{list_problems(problems)}\n{advice()}")
+        raise ValueError(
+            f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
+        )
     account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left), tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
@@ -262,6 +269,12 @@ def _form(entry: Entry, tensors: Tensors) -> Entry:
     there = [form for form in entry.forms if any(name in tensors for name in form.names)]
     own = any(name in tensors for name in entry.names)
     return there[0] if there and not own else entry
+
+
+def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
+    """Name of a tensor of an entry's other forms -> the first tensor of the entry."""
+    pairs = ((form, entry.names[0]) for entry in entries for form in entry.forms)
+    return {name: first for form, first in pairs for name in form.names}
 
 
 def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -15,10 +15,9 @@ from common_jax.config import under
 from common_jax.mesh import Rules, match_rules, with_shardings
 from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
-from m2mkd_jax.convert import locate
 from m2mkd_jax.models import vit
 from m2mkd_jax.models.positions import resize_positions
-from m2mkd_jax.stages import Network, stage_name
+from m2mkd_jax.stages import Network, locate, stage_name
 
 ADAPT = {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
 # A block's MLP, and the same of all experts.
