@@ -25,13 +25,13 @@ import numpy as np
 import timing
 from flax import traverse_util
 
-from cliptrans_jax import names
-from cliptrans_jax.convert import ALIASES, mbart_table
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.translators import mbart_names
 from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
+from common_jax.weights import table as tables
 
 LANGUAGE = 9  # stands for every language code
 FIRST_WORD = 10
@@ -162,8 +162,8 @@ def make_network(
         **settings,
     )
     network = transformers.MBartForConditionalGeneration(theirs)
-    tensors = names.write(mbart_table(config), params["mbart"])
-    tensors |= {alias: tensors[name] for alias, name in ALIASES.items()}
+    tensors = tables.write(mbart_names.table(config), params["mbart"])
+    tensors |= {alias: tensors[name] for alias, name in mbart_names.ALIASES.items()}
     network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     return network
 

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 import timing
 
-from cliptrans_jax import names
-from cliptrans_jax.convert_towers import mclip_table
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.encoders import BUCKET, TEXT_BATCH, TextTower, by_length
 from cliptrans_jax.features import encode_program
+from cliptrans_jax.towers import mclip_names
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.weights import table as tables
 
 TOLERANCE = 1e-4
 BEGIN, END, FIRST_WORD = 0, 2, 10
@@ -83,7 +83,7 @@ def make_theirs(torch, transformers, config: MClipConfig, params) -> Callable:
     network = transformers.XLMRobertaModel(theirs, add_pooling_layer=False).eval()
     tensors = {
         name: torch.tensor(np.array(x))
-        for name, x in names.write(mclip_table(config), params).items()
+        for name, x in tables.write(mclip_names.table(config), params).items()
     }
     weight, bias = (tensors.pop(f"LinearTransformation.{part}") for part in ("weight", "bias"))
     network.load_state_dict(

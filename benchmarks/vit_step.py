@@ -18,9 +18,9 @@ import numpy as np
 import timing
 
 from common_jax.optim import OptimConfig
+from common_jax.weights import table as tables
 from m2mkd_jax import losses
-from m2mkd_jax.convert import network_to_original
-from m2mkd_jax.models import vit
+from m2mkd_jax.models import vit, vit_names
 from m2mkd_jax.models.encoder import Interface
 
 OPTIM = OptimConfig(steps=1000, schedule="constant", lr=1e-4, lr_per=None, decay_all=True)
@@ -149,7 +149,9 @@ def main() -> None:
     interface = Interface(image_size, 3, sizes.labels)
     batch = make_batch(interface, sizes.batch)
     ours = make_step(config, interface, batch)
-    weights = network_to_original(ours.state.params["network"], depths=config.depths)
+    weights = tables.write(
+        vit_names.network_table(config.depths, heads=config.heads), ours.state.params["network"]
+    )
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(batch["label"]).long()
     peers = {

@@ -19,13 +19,12 @@ from typing import Any
 import huggingface_hub
 import jax
 import numpy as np
-from flax import traverse_util
 
-from cliptrans_jax import names
 from cliptrans_jax.data.pictures import MEAN, STD
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
-from cliptrans_jax.tensors.beside import CONFIG, Beside, picture_numbers, read_beside
+from cliptrans_jax.tensors.beside import Beside, picture_numbers, read_beside
+from cliptrans_jax.tensors.config_json import CONFIG, mbart_hf_config
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from cliptrans_jax.towers.table import TOWERS
 from cliptrans_jax.translators.mbart import MBartConfig
@@ -40,7 +39,16 @@ from common_jax.weights import (
     read_weights,
     write_tensors,
 )
-from common_jax.weights.files import NARROW, SUFFIXES, same_content
+from common_jax.weights.files import SUFFIXES, same_content
+from common_jax.weights.table import (
+    Pretrained,
+    as_float32,
+    expected_tensors,
+    list_differences,
+    read,
+    take_prefix,
+    write,
+)
 
 __all__ = [
     "Pretrained",
@@ -52,7 +60,6 @@ __all__ = [
     "save_cliptrans",
 ]
 
-FLOATS = ("float32", "float64", *NARROW)
 # What is fetched: what a model is and its tokenizer, and its weights in one of two formats.
 ABOUT = (
     "config.json",
@@ -65,6 +72,7 @@ ABOUT = (
     "vocab.json",
     "merges.txt",
 )
+ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
 # The files that OpenAI published, by name; all of their towers have the quick GELU.
 OPENAI_FILES = (
     *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
@@ -72,25 +80,6 @@ OPENAI_FILES = (
 )
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """Published weights as ours.
-
-    Attributes:
-      kind: a key of `tensors.kinds.KINDS`.
-      config: the network's sizes.
-      params: numpy arrays of float32 in our tree; of "cliptrans" {"mbart": ..., "mapper": ...}.
-      account: what became of every tensor.
-      source: where they come from, as it was given.
-    """
-
-    kind: str
-    config: Any
-    params: Mapping[str, Any]
-    account: Account
-    source: str
 
 
 def load(
@@ -136,8 +125,8 @@ def load(
     file, about = str(path), read_beside(path)
     kind = kinds.kind_of_config(about.get(CONFIG), file) if len(allowed) != 1 else None
     prefix = weights if weights.endswith(".") else ""
-    read = read_weights(path, weights="" if prefix else weights)
-    tensors = read.tensors
+    stored = read_weights(path, weights="" if prefix else weights)
+    tensors = stored.tensors
     kind = kinds.first_kind(allowed, tensors) if allowed else kind or kinds.kind_of_tensors(tensors)
     if kind is None:
         raise ValueError(
@@ -145,12 +134,10 @@ def load(
             f"{sorted(tensors)[:4]}. Give the weights of one of these"
         )
     layout, prefix = kinds.find_layout(kind, tensors, file, prefix)
-    notes, assumed = read.notes, ()
-    if prefix:
-        notes += (f"the prefix {prefix!r} was taken off the names",)
+    tensors, others = take_prefix(tensors, prefix)
+    notes, assumed = (*stored.notes, *others.notes), ()
     if config is None:
-        own = {name.removeprefix(prefix): x for name, x in tensors.items()}
-        config, assumed, said = _config(layout, own, about, path, activation, base)
+        config, assumed, said = _config(layout, tensors, about, path, activation, base)
         notes += said
     elif not isinstance(config, layout.config_type):
         raise ValueError(
@@ -159,26 +146,20 @@ def load(
         )
     if (tower := TOWERS.get(layout.config_type)) and tower.pictures:
         _require_pictures(about, file)
-    dropped = {re.escape(prefix) + regex: why for regex, why in layout.dropped.items()}
-    if prefix:
-        dropped |= {rf"(?!{re.escape(prefix)}).*": "of the rest of the model"}
-    params, account = names.read(
-        names.below(layout.table(config), source=prefix, target=""),
+    params, account = read(
+        layout.table(config),
         tensors,
         shapes=layout.shapes(config),
-        file=file,
-        aliases={prefix + alias: prefix + name for alias, name in layout.aliases.items()},
-        dropped=dropped,
-        zeros=[prefix + name for name in layout.zeros],
+        file=f"{file}, below {prefix!r}," if prefix else file,
+        advice=lambda _: ADVICE,
     )
-    account = dataclasses.replace(account, notes=(*notes, *account.notes), assumed=assumed)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
-        raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    flat = traverse_util.flatten_dict(params, sep="/")
-    if odd := [path for path, x in flat.items() if not np.isfinite(x).all()]:
-        raise ValueError(f"{file} holds numbers that are not finite, in {', '.join(odd[:5])}")
+    params = as_float32(params, file)
+    account = dataclasses.replace(
+        account,
+        dropped=(*others.dropped, *account.dropped),
+        notes=(*notes, *account.notes),
+        assumed=assumed,
+    )
     for note in account.notes:
         logging.info("%s: %s", source, note)
     if assumed:
@@ -296,9 +277,7 @@ def save(
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         part.mkdir(parents=True)
-        (part / "config.json").write_text(
-            json.dumps(kinds.mbart_hf_config(config), indent=2) + "\n"
-        )
+        (part / "config.json").write_text(json.dumps(mbart_hf_config(config), indent=2) + "\n")
         write_tensors(part / "model.safetensors", tensors)
         for name, file in extra.items():
             shutil.copyfile(file, part / name)
@@ -332,10 +311,10 @@ def cliptrans_tensors(
       ValueError: when the parameters are not of `config`.
     """
     tensors, table = _tensors(kinds.CLIPTRANS, params, config), kinds.CLIPTRANS.table(config)
-    taken = [(name, path, tensors[name].shape) for path, e in table.items() for name in e.names]
-    aliases = kinds.CLIPTRANS.aliases
-    named = tensors | {alias: tensors[name] for alias, name in aliases.items()}
-    return named, Account(tuple(taken), tuple(aliases.items()))
+    expected = expected_tensors(table, params)
+    taken = tuple((name, path, shape) for name, (path, shape) in expected.items())
+    named = tensors | {alias: tensors[name] for alias, name in table.aliases.items()}
+    return named, Account(taken, tuple(table.aliases.items()))
 
 
 def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,25 +367,13 @@ def _find(source: str | os.PathLike, fetch: bool) -> Path:
 def _tensors(layout: Layout, params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     """Our parameters as tensors of float32 under a layout's names."""
     _require(params, layout.shapes(config))
-    tensors = names.write(layout.table(config), params)
+    tensors = write(layout.table(config), params)
     return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
 
 
 def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Holds parameters against the shapes that they should have."""
-    flat, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
-    problems = [
-        f"{path} {wanted[path].shape} is missing" for path in sorted(set(wanted) - set(flat))
-    ]
-    problems += [
-        f"{path} {np.shape(flat[path])} has no place" for path in sorted(set(flat) - set(wanted))
-    ]
-    problems += [
-        f"{path} is {np.shape(x)} and should be {wanted[path].shape}"
-        for path, x in flat.items()
-        if path in wanted and np.shape(x) != wanted[path].shape
-    ]
-    if problems:
+    """Raises ValueError where parameters do not have the shapes that they should have."""
+    if problems := list_differences(params, shapes):
         raise ValueError(
             f"the parameters are not of this model ({len(problems)} differ):"
             f"{list_problems(problems)}\ngive the config that they were made with"

@@ -7,7 +7,7 @@ needs only the parameters of the stages that run.
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -117,3 +117,13 @@ def module_name(stage: int) -> str:
 def stage_name(stage: int) -> str:
     """Returns the key of a stage's parameters, `stage_0` for the first."""
     return f"stage_{stage}"
+
+
+def locate(block: int, depths: Sequence[int]) -> tuple[int, int]:
+    """Stage of a block of a network, numbered through, and the block's number within the stage;
+    raises IndexError where the network has fewer blocks."""
+    for stage, depth in enumerate(depths):
+        if block < depth:
+            return stage, block
+        block -= depth
+    raise IndexError(f"depths={tuple(depths)} are {sum(depths)} blocks, counted from 0")

@@ -8,13 +8,13 @@ import json
 from tiny import random_like
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax import names
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.tensors import kinds
+from cliptrans_jax.tensors import config_json, kinds
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
+from common_jax.weights import table as tables
 from common_jax.weights import write_tensors
 
 MODEL = ModelConfig(UNEVEN, MapperConfig(prefix=3, features=6))
@@ -47,7 +47,7 @@ def make_params(layout, config, *, seed=0):
 
 def make_tensors(kind, config=None, *, layout=0, seed=0):
     layout, config = kinds.KINDS[kind][layout], config or CONFIGS[kind]
-    return names.write(layout.table(config), make_params(layout, config, seed=seed))
+    return tables.write(layout.table(config), make_params(layout, config, seed=seed))
 
 
 def write_folder(folder, hf, tensors):
@@ -58,4 +58,4 @@ def write_folder(folder, hf, tensors):
 
 
 def hf_mbart(**changes):
-    return kinds.mbart_hf_config(UNEVEN) | changes
+    return config_json.mbart_hf_config(UNEVEN) | changes

@@ -16,12 +16,13 @@ from weight_files import deit, listed_by_stage, make_state, save_checkpoint, wri
 from common_jax import checkpoint
 from common_jax.config import freeze
 from common_jax.weights import read_plain, read_tensors, write_tensors
+from common_jax.weights.table import expected_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.phases import networks, weights
-from m2mkd_jax.pretrained.kinds import KINDS, expected_tensors
+from m2mkd_jax.pretrained.kinds import KINDS
 from m2mkd_jax.pretrained.reading import File, Source
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -317,7 +318,7 @@ def test_which_module_a_file_holds_must_be_clear(tmp_path, config_file, capsys):
 
 def hollow(kind, config):
     """Tensors of a kind that take no memory."""
-    expected = expected_tensors(KINDS[kind], config, None)
+    expected = expected_tensors(KINDS[kind].table(config, None), KINDS[kind].shapes(config, None))
     return {name: np.broadcast_to(np.float32(0), shape) for name, (_, shape) in expected.items()}
 
 

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import torch_files
 
+from common_jax.weights.table import expected_tensors
 from m2mkd_jax import pretrained
-from m2mkd_jax.pretrained.kinds import expected_tensors
 
 # What configs are made of here: a file with this content, given as --config.
 CONFIG = """
@@ -57,11 +57,12 @@ def make_state(kind, config, stage=None, *, seed=0):
     """Tensors of a kind with a number of its own in every place; what iterations of a NAC share is
     the same in each."""
     rng, key = np.random.default_rng(seed), (kind, stage, config.model.kind)
+    names = pretrained.KINDS[kind]
     if key not in _EXPECTED:
-        _EXPECTED[key] = expected_tensors(pretrained.KINDS[kind], config, stage)
+        _EXPECTED[key] = expected_tensors(names.table(config, stage), names.shapes(config, stage))
     state, of_path = {}, {}
     for name, (path, shape) in _EXPECTED[key].items():
-        array = of_path.get(path) if pretrained.KINDS[kind].is_nac else None
+        array = of_path.get(path) if names.is_nac else None
         array = rng.standard_normal(shape).astype(np.float32) if array is None else array
         state[name] = of_path[path] = array
     return state

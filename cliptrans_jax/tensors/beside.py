@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from cliptrans_jax.tensors import open_clip
+from cliptrans_jax.tensors.config_json import CONFIG
 from common_jax.weights import weights_file
 from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 Beside = Mapping[str, Mapping[str, Any]]  # a file's name -> its content
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cliptrans_jax.convert_towers import checked, require_supported
+from cliptrans_jax.tensors.config_json import checked, require_supported
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from common_jax.untrusted import brief
 

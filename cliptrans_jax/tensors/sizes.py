@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from cliptrans_jax import convert
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.tensors import open_clip
 from cliptrans_jax.towers import resnet
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
-from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators import mbart, mbart_names
 from cliptrans_jax.translators.mbart import MBartConfig
 
 Tensors = Mapping[str, np.ndarray]
@@ -41,8 +40,12 @@ def cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
 def mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
     """Of an mBART below a prefix; raises ValueError naming a tensor that does not tell its part."""
     embedding = next(
-        (prefix + n for n in (convert.EMBEDDING, *convert.ALIASES) if prefix + n in tensors),
-        prefix + convert.EMBEDDING,
+        (
+            prefix + n
+            for n in (mbart_names.EMBEDDING, *mbart_names.ALIASES)
+            if prefix + n in tensors
+        ),
+        prefix + mbart_names.EMBEDDING,
     )
     vocab, width = _shape(tensors, embedding, 2, file)
     published = MBartConfig()

@@ -35,10 +35,10 @@ def format_account(account: Account) -> str:
     """A table of what became of a file's tensors, layers of one make folded into a line."""
     groups = {}
     for name, path, shape in account.taken:
-        parts = _fold(path).split("/")
+        parts = fold(path).split("/")
         numbered = [i + 1 for i, part in enumerate(parts) if "*" in part]
         cut = numbered[-1] if numbered else max(1, len(parts) - 1)
-        groups.setdefault("/".join(parts[:cut]), []).append((_fold(name), int(np.prod(shape))))
+        groups.setdefault("/".join(parts[:cut]), []).append((fold(name), int(np.prod(shape))))
     rows = [
         (group, len(held), sum(size for _, size in held), _common([name for name, _ in held]))
         for group, held in groups.items()
@@ -50,7 +50,7 @@ def format_account(account: Account) -> str:
     for title, pairs in (("the same as", account.aliases), ("dropped:", account.dropped)):
         folded = {}
         for name, why in pairs:
-            folded.setdefault((_fold(name), _fold(why)), []).append(name)
+            folded.setdefault((fold(name), fold(why)), []).append(name)
         lines += [
             f"{name} {title} {why}" + (f" ({len(held)} tensors)" if len(held) > 1 else "")
             for (name, why), held in folded.items()
@@ -73,7 +73,7 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
     if len(lines) > 12:
         folded = {}
         for line in lines:
-            folded.setdefault(_fold(line), []).append(line)
+            folded.setdefault(fold(line), []).append(line)
         lines = [
             f"{fold} ({len(held)} times)" if len(held) > 1 else held[0]
             for fold, held in folded.items()
@@ -86,8 +86,8 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
     return "".join(indent + line for line in shown)
 
 
-def _fold(path: str) -> str:
-    """A path with its numbers as "*"."""
+def fold(path: str) -> str:
+    """A path or a name with its numbers of layers as "*"."""
     return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)
 
 

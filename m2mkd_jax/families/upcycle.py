@@ -10,10 +10,9 @@ from flax import traverse_util
 
 from common_jax import checkpoint
 from common_jax.weights import Allowance, Origin
-from m2mkd_jax.convert import locate
 from m2mkd_jax.families.family import Upcycling
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.stages import stage_name
+from m2mkd_jax.stages import locate, stage_name
 
 # Parameters of a block's MLP -> the same parameters of all its experts.
 EXPERT_NAMES = {

@@ -1,7 +1,8 @@
 """Files of the original, of timm and of DeiT as parameters that a phase starts from, and back."""
 
+from common_jax.weights.table import Pretrained
 from m2mkd_jax.pretrained.kinds import KINDS
-from m2mkd_jax.pretrained.reading import Pretrained, Source, find_source, load, read_files
+from m2mkd_jax.pretrained.reading import Source, find_source, load, read_files
 from m2mkd_jax.pretrained.sizes import Told, tell_config
 from m2mkd_jax.pretrained.writing import as_checkpoint, kind_of_run, load_run, to_tensors
 

@@ -1,19 +1,21 @@
-"""Kinds of files: which phase would have made their parameters, and how the original calls them."""
+"""Kinds of files: which phase would have made their parameters, and what they call the tensors."""
 
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
-from m2mkd_jax import convert, convert_nac
+from common_jax.weights.table import Table, rank_kinds
 from m2mkd_jax.config import Config
+from m2mkd_jax.models import vit_names
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
+from m2mkd_jax.nac import names as nac_names
+from m2mkd_jax.nac.layers import LinearConfig
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.phases.networks import (
     meta_network,
@@ -25,7 +27,11 @@ from m2mkd_jax.pretrained.foreign import is_headless, named_elsewhere
 from m2mkd_jax.stages import Place, stage_name
 
 Tensors = Mapping[str, np.ndarray]
-Params = Mapping[str, Any]
+# A tensor that networks have, as regex: ViTs and V-MoEs, whole or in stages, whole NACs, and stages
+# of these.
+_VIT, _NAC = r"(?:stages\.\d+\.)?blocks\.\d+\.norm1\.weight", r"latent_graphs\.\d+\..*"
+_NAC_STAGE = r"(?:tokenizer\.backbone|latent_attention)\..*"
+WHOLE = (_VIT, _NAC)  # of networks that are found below a prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Kind:
       sizes: the class of that section.
       single: whether it is one stage of a network.
       network: config -> the network; a single stage is one of its stages.
+      marker: regex of a tensor that such files have.
     """
 
     about: str
@@ -51,6 +58,7 @@ class Kind:
     sizes: type
     single: bool
     network: Callable[[Config], Any]
+    marker: str = _VIT
 
     @property
     def is_nac(self) -> bool:
@@ -77,95 +85,79 @@ class Kind:
             return jax.eval_shape(network.init, jax.random.key(0))
         return jax.eval_shape(lambda key: network.init(key, only=(stage,)), jax.random.key(0))
 
-    def to_original(self, params: Params, config: Config, stage: int | None) -> dict[str, Any]:
-        """The tensors of parameters, by the names in a file of this kind, experts apart."""
-        channels = config.data.channels
+    def table(self, config: Config, stage: int | None) -> Table:
+        """The names in a file of this kind, by our paths in all stages or in one."""
+        sizes = getattr(config, self.section)
         if self.is_nac and stage is None:
-            return convert_nac.network_to_original(params, **_sharing(config.model))
+            return nac_names.network_table(sizes)
+        place = None if stage is None else Place.of(stage, len(sizes.depths))
         if self.is_nac:
-            part = student_part(stage, len(config.model.depths))
-            return convert_nac.part_to_original(params[stage_name(stage)], part)
-        if stage is None:
-            depths = self.depths(config)
-            return convert.network_to_original(params, depths=depths, channels=channels)
-        return convert.stage_to_original(params[stage_name(stage)], channels=channels)
+            own = nac_names.student_table(sizes, place)
+        else:
+            experts = sizes.moe.experts if self.sizes is VMoEConfig else 0
+            given = {"heads": sizes.heads, "channels": config.data.channels, "experts": experts}
+            if stage is None:
+                return vit_names.network_table(sizes.depths, **given)
+            own = vit_names.stage_table(sizes.depths[stage], place, **given)
+        return own.below(source="", target=f"{stage_name(stage)}/")
 
-    def from_original(self, state: Tensors, config: Config, stage: int | None) -> dict[str, Any]:
-        """`to_original` backwards."""
-        if self.is_nac and stage is None:
-            return convert_nac.network_from_original(state, **_sharing(config.model))
+    def examples(self) -> Iterable[Table]:
+        """Tables of such files of small networks, which tell kinds apart."""
         if self.is_nac:
-            part = student_part(stage, len(config.model.depths))
-            return {stage_name(stage): convert_nac.part_from_original(state, part)}
-        heads = getattr(config, self.section).heads
-        if stage is None:
-            depths = self.depths(config)
-            return convert.network_from_original(state, depths=depths, heads=heads)
-        return {stage_name(stage): convert.stage_from_original(state, heads=heads)}
-
-
-def student_part(stage: int, count: int) -> str:
-    """The key of `convert_nac.PARTS` of a NAC's student."""
-    place = {Place.FIRST: "read_in", Place.LAST: "read_out"}.get(Place.of(stage, count), "mediator")
-    return f"{place}_student"
-
-
-def expected_tensors(
-    kind: Kind, config: Config, stage: int | None, shapes: Params | None = None
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that a file of this kind has with a config, experts apart: by its name our path
-    and its shape. `shapes` are `kind.shapes`, where they are known."""
-    shapes = kind.shapes(config, stage) if shapes is None else shapes
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    # Each parameter is filled with its number, which then stands in all tensors made of it. A
-    # filled array takes no memory, nor does any view of it.
-    filled = {
-        path: np.broadcast_to(np.int32(number), leaf.shape)
-        for number, (path, leaf) in enumerate(flat.items())
-    }
-    state = kind.to_original(traverse_util.unflatten_dict(filled, sep="/"), config, stage)
-    paths = list(flat)
-    return {name: (paths[int(np.ravel(x)[0])], x.shape) for name, x in state.items()}
+            for kind in nac_names.CODE_LINEAR:
+                config = NacConfig(linear=LinearConfig(kind=kind), iterations=1)
+                if self.single:
+                    yield from (nac_names.student_table(config, p) for p in nac_names.STUDENTS)
+                else:
+                    yield nac_names.network_table(config)
+            return
+        experts = int(self.sizes is VMoEConfig)
+        if self.single:
+            places = (Place.FIRST, Place.MIDDLE, Place.LAST)
+            yield from (vit_names.stage_table(1, p, heads=1, experts=experts) for p in places)
+        else:
+            yield vit_names.network_table((1, 1), heads=1, experts=experts)
 
 
 def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
-    """The kind that the tensors' names tell.
+    """The kind whose table claims the most of the tensors.
+
+    Kinds of the same names are told apart by what else a file says: the original writes
+    "model_name" beside a teacher's modules, and lists a meta model as stages of one block.
 
     Raises:
-      ValueError: where they tell none, or leave a choice.
+      ValueError: where no kind claims them, or several do.
     """
     names = set(tensors)
-    experts = any(".moe." in name for name in names)
-    stitches = any(re.search(r"(pre|post)_stitch\.(ln|fc)\.", name) for name in names)
-    whole = {"cls_token", "head.weight"} <= names
-    if any(name.startswith("latent_graphs.") for name in names):
-        return "nac"
-    if any(name.startswith(("tokenizer.backbone.", "latent_attention.")) for name in names):
-        return "nac_student"
-    if "model_name" in plain:
-        return "teacher_module"
-    if experts or stitches:
-        return "vmoe" if whole else "vmoe_student"
-    if whole:
-        depths = alias_depths(tensors)
-        return "meta" if len(depths) > 1 and set(depths) == {1} else "teacher"
-    if is_headless(names):
-        raise ValueError(
-            f"{file} holds a ViT without its classifier (head.weight), as timm leaves it with "
-            "num_classes=0: a teacher's and a meta model's logits need one. Take the file with "
-            "its head, or train one first"
-        )
+    formats = ((name, kind.marker, kind.examples) for name, kind in KINDS.items())
+    claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
+    if claims and not KINDS[claims[0].kind].is_nac:
+        if "model_name" in plain:
+            return "teacher_module"
+        if is_headless(names):
+            raise ValueError(
+                f"{file} holds a ViT without its classifier (head.weight), as timm leaves it with "
+                "num_classes=0: a teacher's and a meta model's logits need one. Take the file with "
+                "its head, or train one first"
+            )
+    best = [claim.kind for claim in claims if len(claim.misfits) == len(claims[0].misfits)]
+    match best:
+        case ["meta", "teacher", *_]:
+            depths = alias_depths(tensors)
+            return "meta" if len(depths) > 1 and set(depths) == {1} else "teacher"
+        case ["teacher_module", "module", *_]:
+            raise ValueError(
+                f"{file} holds a part of a ViT, and its names do not tell which: give "
+                "--kind=teacher_module for one of a trained teacher, --kind=module for one that is "
+                "to be assembled"
+            )
+        case [first, *_]:
+            return first
     if whose := named_elsewhere(names):
         raise ValueError(
             f"{file} holds a ViT under {whose} names, which are not read: take timm's file of the "
             "same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
             "timm/deit_base_patch16_224.fb_in1k"
-        )
-    if any(name.startswith("blocks.") for name in names):
-        raise ValueError(
-            f"{file} holds a part of a ViT, and its names do not tell which: give "
-            "--kind=teacher_module for one of a trained teacher, --kind=module for one that is "
-            "to be assembled"
         )
     raise ValueError(
         f"{file} is of no kind that names tell, {sorted(KINDS)}: its tensors are called "
@@ -181,12 +173,6 @@ def alias_depths(tensors: Tensors) -> tuple[int, ...]:
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     depths = tuple(len(blocks.get(i, ())) for i in range(max(blocks, default=-1) + 1))
     return depths if all(depths) else ()
-
-
-def _sharing(config: NacConfig) -> dict[str, Any]:
-    return {
-        name: getattr(config, name) for name in ("iterations", "share_propagators", "share_ffns")
-    }
 
 
 KINDS: Mapping[str, Kind] = types.MappingProxyType(
@@ -260,6 +246,7 @@ KINDS: Mapping[str, Kind] = types.MappingProxyType(
             sizes=NacConfig,
             single=False,
             network=whole_student,
+            marker=_NAC,
         ),
         "nac_student": Kind(
             about="a NAC's student module, or a folder of all, for config.sources.students",
@@ -270,6 +257,7 @@ KINDS: Mapping[str, Kind] = types.MappingProxyType(
             sizes=NacConfig,
             single=True,
             network=student_modules,
+            marker=_NAC_STAGE,
         ),
     }
 )

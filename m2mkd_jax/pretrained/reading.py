@@ -9,28 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from common_jax.config import did_you_mean
-from common_jax.weights import Account, list_problems, read_plain, read_weights, weights_file
-from common_jax.weights.files import NARROW, TORCH_SUFFIXES
-from m2mkd_jax import convert
+from common_jax.weights import Account, read_plain, read_weights, weights_file
+from common_jax.weights.files import TORCH_SUFFIXES
+from common_jax.weights.table import Pretrained, as_float32, prefixes, read, take_prefix
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
 from m2mkd_jax.pretrained.hub import Said, read_said, require_same_images
-from m2mkd_jax.pretrained.kinds import KINDS, Kind, Tensors, expected_tensors, guess
+from m2mkd_jax.pretrained.kinds import KINDS, WHOLE, Kind, Tensors, guess
 
-FLOATS = ("float32", "float64", *NARROW)
 # What DeiT's distilled models have beside a class token and a head.
 DISTILLED = ("dist_token", "head_dist.weight")
 # Of one stage, what only the first or the last has.
 FIRST = ("cls_token", "tokenizer.positional_grid.grid")
 LAST = ("head.weight", "tokenizer.to_logits.weight")
-# What stands before the names of a network within a model of others.
-PREFIXES = (
-    re.compile(r"(.*?)(?:stages\.\d+\.)?blocks\.\d+\.norm1\.weight"),
-    re.compile(r"(.*?)latent_graphs\.\d+\..*"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +54,6 @@ class Source:
     kind: str
     files: tuple[File, ...]
     guessed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """Parameters as a phase's checkpoint has them.
-
-    Attributes:
-      kind: a key of KINDS.
-      config: of the run that could have made them.
-      params: numpy arrays of float32, {role: {"stage_0": ...}}.
-      account: what became of every tensor.
-    """
-
-    kind: str
-    config: Config
-    params: Mapping[str, Any]
-    account: Account
 
 
 def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...]:
@@ -151,7 +127,8 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
         *(sum((getattr(a, f.name) for a in accounts), ()) for f in dataclasses.fields(Account))
     )
     made = run_config(config, kind, tuple(trees))
-    return Pretrained(source.kind, made, {kind.role: trees}, account)
+    origin = str(source.files[0].path.parent if several else source.files[0].path)
+    return Pretrained(source.kind, made, {kind.role: trees}, account, origin)
 
 
 def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
@@ -233,29 +210,22 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path, weights: str) -> File:
     prefix = weights if weights.endswith(".") else ""
-    read = read_weights(path, weights="" if prefix else weights)
-    prefix = _prefix(read.tensors, prefix, path)
-    tensors = {
-        name.removeprefix(prefix): x for name, x in read.tensors.items() if name.startswith(prefix)
-    }
-    others = sorted(name for name in read.tensors if not name.startswith(prefix))
-    notes = (f"the prefix {prefix!r} was taken off the names",) if prefix else ()
+    stored = read_weights(path, weights="" if prefix else weights)
+    tensors, others = take_prefix(stored.tensors, _prefix(stored.tensors, prefix, path))
     return File(
         path,
         tensors,
         read_plain(path) if path.is_file() else {},
         read_said(path),
-        (*read.notes, *notes),
-        tuple((name, f"not below {prefix!r}") for name in others),
+        (*stored.notes, *others.notes),
+        others.dropped,
     )
 
 
 def _prefix(tensors: Tensors, chosen: str, path: Path) -> str:
     """What stands before the names of the network in a file; raises ValueError where several
     networks are there and none is chosen."""
-    matches = [re.fullmatch(regex, name) for regex in PREFIXES for name in tensors]
-    prefixes = {match[1] for match in matches if match}
-    found = sorted(prefix for prefix in prefixes if not prefix or prefix.endswith("."))
+    found = sorted({x for marker in WHOLE for x in prefixes(marker, tensors)})
     if chosen and chosen not in found:
         there = ", ".join(map(repr, found[:5])) or "none"
         raise ValueError(f"{path} holds no network below weights={chosen!r}; there are: {there}")
@@ -270,37 +240,32 @@ def _prefix(tensors: Tensors, chosen: str, path: Path) -> str:
 def _load_file(
     file: File, name: str, config: Config, stage: int | None
 ) -> tuple[dict[str, Any], Account]:
-    kind, problems = KINDS[name], []
-    state, dropped = _own(file.tensors, stage)
-    state, aliases = _without_aliases(state, kind, config, stage, problems)
-    try:
-        parted, fused = convert.part_experts(state)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
-    expected = expected_tensors(kind, config, stage)
-    problems += _compare(parted, expected)
-    if problems:
-        raise ValueError(
-            f"{file.path} does not fit kind={name!r}:{list_problems(problems)}\n"
-            + _advice(parted, expected, kind, stage)
-            + _depth_hint(state, kind, config)
-        )
-    try:
-        params = kind.from_original(parted, config, stage)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {error}") from None
-    taken = {
-        fused.get(n, n): (path, state[fused.get(n, n)].shape) for n, (path, _) in expected.items()
-    }
-    return _as_float32(params, file.path), Account(
-        tuple((n, f"{kind.role}/{path}", shape) for n, (path, shape) in taken.items()),
-        aliases,
-        (*file.dropped, *dropped),
-        file.notes,
+    kind = KINDS[name]
+    shapes = kind.shapes(config, stage)
+    own, others = _own(file.tensors, stage)
+
+    def advice(problems: list[str]) -> str:
+        return _advice(problems, own, kind, stage) + _depth_hint(own, kind, config)
+
+    params, account = read(
+        kind.table(config, stage),
+        own,
+        shapes=shapes,
+        file=str(file.path),
+        what=f"kind={name!r}",
+        advice=advice,
     )
+    account = dataclasses.replace(
+        account,
+        taken=tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken),
+        dropped=(*file.dropped, *others, *account.dropped),
+        notes=(*file.notes, *account.notes),
+    )
+    params = as_float32(params, str(file.path))
+    return jax.tree.map(lambda x: np.asarray(x, order="C"), params), account
 
 
-def _advice(state: Tensors, expected: Mapping[str, Any], kind: Kind, stage: int | None) -> str:
+def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) -> str:
     """What to do about a file that does not fit."""
     lines = []
     if not kind.is_nac and (parts := foreign_parts(state)):
@@ -308,16 +273,14 @@ def _advice(state: Tensors, expected: Mapping[str, Any], kind: Kind, stage: int 
             f"the network in the file has {parts}, which no config of m2mKD's ViT has: take a "
             "model without"
         )
-    headless = stage is None and not kind.is_nac and is_headless(state)
-    if headless:
+    if stage is None and not kind.is_nac and is_headless(state):
         lines.append(
             "the file has no classifier (head.weight), as timm leaves it with num_classes=0: take "
             "the one with its head"
         )
-    rest = [name for name in expected.keys() - state.keys() if not name.startswith("head.")]
-    rest += [name for name in state.keys() - expected.keys() if not is_foreign(name)]
-    shapes = [n for n, (_, shape) in expected.items() if n in state and state[n].shape != shape]
-    if rest or shapes or not lines:
+    names = [problem.split()[0] for problem in problems]
+    lacks_head = {name for name in names if name.startswith("head.") and name not in state}
+    if not lines or not all(is_foreign(name) or name in lacks_head for name in names):
         lines.append(
             f"give the config.{kind.section} and config.data of the network in the file (its "
             "position table is resized by the phase that takes it)"
@@ -335,54 +298,12 @@ def _own(tensors: Tensors, stage: int | None) -> tuple[Tensors, tuple[tuple[str,
     return own, tuple((name, "of other stages, or listed twice") for name in others)
 
 
-def _without_aliases(
-    state: Tensors, kind: Kind, config: Config, stage: int | None, problems: list[str]
-) -> tuple[dict[str, np.ndarray], tuple[tuple[str, str], ...]]:
-    """The state under root names alone: `stages.<i>.X` are the same tensors once more."""
-    depths = kind.depths(config) if stage is None else kind.depths(config)[stage : stage + 1]
-    plain = {n: x for n, x in state.items() if not n.startswith("stages.")}
-    aliases = []
-    for name in state.keys() - plain.keys():
-        match = re.fullmatch(r"stages\.(\d+)\.(.+)", name)
-        if match is None or int(match[1]) >= len(depths):
-            plain[name] = state[name]  # which is then one that has no place
-            continue
-        root = convert.root_name(match[2], stage=int(match[1]), depths=depths)
-        if not np.array_equal(plain.setdefault(root, state[name]), state[name]):
-            problems.append(f"{name} should equal {root} and does not")
-        aliases.append((name, root))
-    return plain, tuple(sorted(aliases))
-
-
-def _compare(state: Tensors, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
-    problems = [
-        f"{name} {shape} is missing, for {path}"
-        for name, (path, shape) in expected.items()
-        if name not in state
-    ]
-    problems += [f"{n} {state[n].shape} has no place" for n in sorted(state.keys() - expected)]
-    return problems + [
-        f"{name} is {state[name].shape} and should be {shape}"
-        for name, (_, shape) in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-
-
 def _depth_hint(state: Tensors, kind: Kind, config: Config) -> str:
-    held = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
-    depth = sum(kind.depths(config))
-    if kind.single or not held or len(held) == depth:
-        return ""
+    blocks = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
     depths = kind.depths(config)
+    if kind.single or not blocks or len(blocks) == sum(depths):
+        return ""
     return (
-        f"; the file has {len(held)} blocks, and config.{kind.section}.depths={depths} are {depth}"
+        f"; the file has {len(blocks)} blocks, and config.{kind.section}.depths={depths} are "
+        f"{sum(depths)}"
     )
-
-
-def _as_float32(params: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    flat = traverse_util.flatten_dict(params, sep="/")
-    if odd := [f"{name} is {x.dtype}" for name, x in flat.items() if x.dtype.name not in FLOATS]:
-        raise ValueError(f"{path} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
-    if odd := [name for name, x in flat.items() if not np.isfinite(x.astype(np.float32)).all()]:
-        raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(odd[:5])}")
-    return jax.tree.map(lambda x: np.asarray(x, np.float32, order="C"), dict(params))

@@ -7,17 +7,21 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
 from common_jax import checkpoint
 from common_jax.weights import Account, list_problems
+from common_jax.weights.table import (
+    Pretrained,
+    Table,
+    expected_tensors,
+    list_differences,
+    write,
+)
 from common_jax.workdir import freeze_stored
-from m2mkd_jax import convert
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import kind_of
 from m2mkd_jax.models import vit
-from m2mkd_jax.pretrained.kinds import KINDS, Kind, expected_tensors
-from m2mkd_jax.pretrained.reading import Pretrained
+from m2mkd_jax.pretrained.kinds import KINDS, Kind
 from m2mkd_jax.stages import stage_name
 
 # phase -> the kind of its parameters; of a student's, by the kind of the student.
@@ -81,18 +85,19 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
         tree = {chosen[0]: checkpoint.load(source, subtree=subtree, average=average)}
     else:
         tree = checkpoint.load(source, subtree=kind.role, average=config.optim.ema > 0)
-    wanted, stage = kind.shapes(config, _stage(kind, config)), _stage(kind, config)
-    _require(tree, wanted, str(source))
-    expected = expected_tensors(kind, config, stage, wanted)
+    shapes = kind.shapes(config, _stage(kind, config))
+    if problems := list_differences(tree, shapes):
+        raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
+    expected = expected_tensors(_table(kind, config), shapes)
     taken = [(n, f"{kind.role}/{path}", shape) for n, (path, shape) in expected.items()]
     params = {kind.role: jax.tree.map(np.asarray, dict(tree))}
-    return Pretrained(name, config, params, Account(tuple(taken)))
+    return Pretrained(name, config, params, Account(tuple(taken)), str(source))
 
 
 def to_tensors(found: Pretrained) -> dict[str, np.ndarray]:
     """The tensors of a network, or of one stage under its own names, in float32."""
     kind = KINDS[found.kind]
-    state = kind.to_original(found.params[kind.role], found.config, _stage(kind, found.config))
+    state = write(_table(kind, found.config), found.params[kind.role])
     return {name: np.asarray(x, np.float32, order="C") for name, x in state.items()}
 
 
@@ -115,45 +120,22 @@ def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[st
             "block_state_dict": state,
             "divided_depths": list(depths),
         }
-    stages = [state] if kind.single else _by_stage(state, depths)
-    listed = {f"stages.{i}.{n}": x for i, part in enumerate(stages) for n, x in part.items()}
+    aliases = _table(kind, config).aliases
+    listed = {alias: state[name] for alias, name in aliases.items() if name in state}
+    stages = [{} for _ in range(1 if kind.single else len(depths))]
+    for alias, array in listed.items():
+        _, number, name = alias.split(".", 2)
+        stages[int(number)][name] = array
     place = {"block_index": stage, "divided_depths": list(depths)} if kind.single else {}
     return {"model": state | listed, "model_stages": stages} | place
 
 
+def _table(kind: Kind, config: Config) -> Table:
+    return kind.table(config, _stage(kind, config))
+
+
 def _stage(kind: Kind, config: Config) -> int | None:
     return int(config.module) if kind.single else None
-
-
-def _require(params: Mapping[str, Any], shapes: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError naming every parameter that is missing, without a place or of another
-    shape."""
-    held, wanted = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
-    problems = [f"{path} {wanted[path].shape} is missing" for path in sorted(wanted.keys() - held)]
-    problems += [f"{path} {held[path].shape} has no place" for path in sorted(held.keys() - wanted)]
-    problems += [
-        f"{path} is {x.shape} and should be {wanted[path].shape}"
-        for path, x in held.items()
-        if path in wanted and x.shape != wanted[path].shape
-    ]
-    if problems:
-        raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
-
-
-def _by_stage(
-    state: Mapping[str, np.ndarray], depths: tuple[int, ...]
-) -> list[dict[str, np.ndarray]]:
-    """The same arrays under stage-local names."""
-    stages = [{} for _ in depths]
-    for name, array in state.items():
-        first, _, rest = name.partition(".")
-        if first != "blocks":
-            stages[-1 if first in ("norm", "head") else 0][name] = array
-            continue
-        number, _, rest = rest.partition(".")
-        stage, block = convert.locate(int(number), depths)
-        stages[stage][f"blocks.{block}.{rest}"] = array
-    return stages
 
 
 def _variant(config: Config) -> str:

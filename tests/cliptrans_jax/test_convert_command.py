@@ -12,7 +12,6 @@ import torch_files
 from flax import traverse_util
 from tiny import fill
 
-from cliptrans_jax import names
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs.objective import make_warm_start
@@ -20,6 +19,7 @@ from cliptrans_jax.tensors.kinds import CLIPTRANS
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.weights import read_tensors
+from common_jax.weights import table as tables
 
 CONFIG = """
 from tiny_cliptrans import tiny_config
@@ -40,9 +40,9 @@ def shards(tmp_path_factory):
         tiny_cliptrans.tiny_config("translate", None).model,
     )
     params = jax.tree.map(np.asarray, fill(Translator(model).init))
-    tensors = names.write(CLIPTRANS.table(model), params)
+    tensors = tables.write(CLIPTRANS.table(model), params)
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    tensors |= {alias: tensors[name] for alias, name in CLIPTRANS.aliases.items()}
+    tensors |= {alias: tensors[name] for alias, name in CLIPTRANS.table(model).aliases.items()}
     for shard in (1, 2):
         part = {f"module.{name}": tensors[name] for name in list(tensors)[shard - 1 :: 2]}
         torch_files.save(folder / f"model_best_test_{shard}.pth", part)
@@ -73,7 +73,10 @@ def test_shards_become_a_source_and_a_checkpoint_again(shards, tmp_path, capsys)
 
     for name, want in (
         ("out.pth", tensors),
-        ("out.safetensors", {n: x for n, x in tensors.items() if n not in CLIPTRANS.aliases}),
+        (
+            "out.safetensors",
+            {n: x for n, x in tensors.items() if n not in CLIPTRANS.table(config.model).aliases},
+        ),
     ):
         convert(tmp_path / "run", tmp_path / name)
         back = read_tensors(tmp_path / name)

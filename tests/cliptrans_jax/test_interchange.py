@@ -1,5 +1,6 @@
 """Published weights against Hugging Face's own reading of them, from the hub to the devices."""
 
+import dataclasses
 import json
 
 import huggingface_hub
@@ -12,23 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax import names, pretrained
-from cliptrans_jax.convert_towers import (
-    CLIP_TEXT_DROPPED,
-    CLIP_VISION_DROPPED,
-    MCLIP_DROPPED,
-    clip_text_config,
-    clip_text_table,
-    clip_vision_config,
-    clip_vision_table,
-    mclip_config,
-    mclip_table,
-)
-from cliptrans_jax.tensors import kinds
-from cliptrans_jax.towers import clip, mclip
-from cliptrans_jax.translators import mbart
+from cliptrans_jax import pretrained
+from cliptrans_jax.tensors import config_json, kinds
+from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
+from cliptrans_jax.translators import mbart, mbart_names
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
+from common_jax.weights import table as tables
 
 NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
 # What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
@@ -74,7 +66,7 @@ def reference():
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)
-    sizes = kinds.mbart_hf_config(UNEVEN)
+    sizes = config_json.mbart_hf_config(UNEVEN)
     model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes))
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -112,7 +104,7 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_pa
     found = pretrained.load(tmp_path)
     assert (found.kind, found.config) == ("mbart", UNEVEN)
     aliases = {alias for alias, _ in found.account.aliases}
-    assert aliases == (set(kinds.MBART.aliases) if form == "bin" else set())
+    assert aliases == (set(mbart_names.ALIASES) if form == "bin" else set())
     np.testing.assert_allclose(
         logits_of(found.params), reference_logits(reference), rtol=1e-5, atol=1e-5
     )
@@ -162,7 +154,7 @@ def test_a_model_of_the_hub_is_fetched_only_when_asked(tmp_path, monkeypatch, fo
     pretrained.save(tmp_path / "there", params, UNEVEN)
     folder.mkdir()
     config = (tmp_path / "there" / "config.json").read_bytes()
-    tensors = names.write(kinds.MBART.table(UNEVEN), params)
+    tensors = tables.write(kinds.MBART.table(UNEVEN), params)
     weights = {
         "safetensors": {"model.safetensors": lambda path: pretrained.write_tensors(path, tensors)},
         "bin": {"pytorch_model.bin": lambda path: torch_files.save(path, tensors)},
@@ -230,17 +222,12 @@ def test_each_device_is_given_only_its_part():
 
 def test_an_account_is_a_short_table(tmp_path):
     params = make_params()
-    tensors = names.write(kinds.MBART.table(UNEVEN), params)
-    tensors |= {alias: tensors[name] for alias, name in kinds.MBART.aliases.items()}
+    tensors = tables.write(kinds.MBART.table(UNEVEN), params)
+    tensors |= {alias: tensors[name] for alias, name in mbart_names.ALIASES.items()}
     extra = {f"old.{i}.weight": np.zeros(1) for i in range(12)}
-    _, account = names.read(
-        kinds.MBART.table(UNEVEN),
-        tensors | extra,
-        shapes=kinds.MBART.shapes(UNEVEN),
-        file="model.bin",
-        aliases=kinds.MBART.aliases,
-        dropped={r"old\..*": "of another time"},
-    )
+    names = dataclasses.replace(kinds.MBART.table(UNEVEN), left_out={r"old\..*": "of another time"})
+    shapes = kinds.MBART.shapes(UNEVEN)
+    _, account = tables.read(names, tensors | extra, shapes=shapes, file="model.bin")
     table = pretrained.format_account(account)
     lines = [line.split() for line in table.splitlines()]
     total = sum(x.size for x in jax.tree.leaves(params))
@@ -255,11 +242,11 @@ def test_an_account_is_a_short_table(tmp_path):
 
 
 def test_mbart_50_s_config_is_the_default():
-    assert kinds.mbart_config(MBART50) == MBartConfig()
-    assert kinds.mbart_config(kinds.mbart_hf_config(UNEVEN)) == UNEVEN
+    assert config_json.mbart_config(MBART50) == MBartConfig()
+    assert config_json.mbart_config(config_json.mbart_hf_config(UNEVEN)) == UNEVEN
     for start, want in ((None, 5), (7, 7)):
         told = {"eos_token_id": 5, "decoder_start_token_id": start}
-        assert kinds.mbart_config(MBART50 | told).start == want
+        assert config_json.mbart_config(MBART50 | told).start == want
 
 
 @pytest.mark.parametrize(
@@ -280,10 +267,10 @@ def test_mbart_50_s_config_is_the_default():
 )
 def test_a_setting_that_cannot_be_computed_is_named(key, value):
     with pytest.raises(ValueError) as raised:
-        kinds.mbart_config(MBART50 | {key: value})
+        config_json.mbart_config(MBART50 | {key: value})
     assert f"{key}={value!r} of mBART's config.json is not supported" in str(raised.value)
     with pytest.raises(ValueError, match=r"config\.json lacks d_model"):
-        kinds.mbart_config({key: x for key, x in MBART50.items() if key != "d_model"})
+        config_json.mbart_config({key: x for key, x in MBART50.items() if key != "d_model"})
 
 
 def randomize(torch, module):
@@ -305,9 +292,9 @@ def saved(model, folder):
     return tensors, json.loads((folder / "config.json").read_text())
 
 
-def read_with(network, table, tensors, dropped, *arrays):
+def read_with(network, table, tensors, *arrays):
     shapes = jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]
-    return names.read(table, tensors, shapes=shapes, file="saved", dropped=dropped)[0]
+    return tables.read(table, tensors, shapes=shapes, file="saved")[0]
 
 
 def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
@@ -333,8 +320,8 @@ def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
     about = {"modelBase": "some", "transformerDimensions": 16, "numDims": 6}
     config = mclip_config(about, hf)
     network = mclip.MClip(config, F32)
-    table = mclip_table(config)
-    params = read_with(network, table, tensors, MCLIP_DROPPED, IDS, IDS)
+    table = mclip_names.table(config)
+    params = read_with(network, table, tensors, IDS, IDS)
     ids = np.array([[0, 7, 49, 30, 2, 1], [0, 12, 1, 9, 2, 1], [0, 2, 1, 1, 1, 1]])
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
     with torch.no_grad():
@@ -374,11 +361,11 @@ def test_clip_agrees_with_hugging_face(activation, tmp_path):
         want = (model.visual_projection(vision).numpy(), model.text_projection(text).numpy())
     vision, text = clip_vision_config(hf), clip_text_config(hf)
     image_tower, text_tower = clip.ClipVision(vision, F32), clip.ClipText(text, F32)
-    for network, table, dropped, arrays, features in (
-        (image_tower, clip_vision_table(vision), CLIP_VISION_DROPPED, (images,), want[0]),
-        (text_tower, clip_text_table(text), CLIP_TEXT_DROPPED, (ids, mask), want[1]),
+    for network, table, arrays, features in (
+        (image_tower, clip_names.vision_table(vision), (images,), want[0]),
+        (text_tower, clip_names.text_table(text), (ids, mask), want[1]),
     ):
         arrays = tuple(map(jnp.asarray, arrays))
-        params = read_with(network, table, tensors, dropped, *arrays)
+        params = read_with(network, table, tensors, *arrays)
         found = network.apply({"params": params}, *arrays)
         np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)

@@ -12,9 +12,9 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny import fill
 
-from cliptrans_jax import convert, names
-from cliptrans_jax.models import mapper
+from cliptrans_jax.models import cliptrans_names, mapper
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
+from common_jax.weights import table as tables
 
 WIDTH, PREFIX = 16, 4
 CLIP = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), "float32")
@@ -34,8 +34,8 @@ def params_of(kind):
 
 def published(kind, params):
     """The same under published names."""
-    table = convert.mapper_table(MapperConfig(kind))
-    return naive.Weights(names.write(table, params))
+    table = cliptrans_names.mapper_table(MapperConfig(kind))
+    return naive.Weights(tables.write(table, params))
 
 
 @pytest.mark.parametrize(

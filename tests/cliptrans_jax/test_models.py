@@ -13,13 +13,13 @@ from jax import numpy as jnp
 from tiny import fill
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax import convert, names
 from cliptrans_jax.decode import DecodeConfig, Search
-from cliptrans_jax.models import prefix
+from cliptrans_jax.models import cliptrans_names, prefix
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MAPPERS, MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.translators.mbart import MBart, MBartConfig, shift_right
+from common_jax.weights import table as tables
 
 WIDTH, VOCAB, FEATURES, PAD, EOS = 16, 40, 8, 1, 2
 MBART = MBartConfig(
@@ -162,7 +162,7 @@ def test_the_model_computes_what_its_tensors_say():
     labels = np.array([[31, 11, 12, 13, 14, EOS], [30, 15, EOS, PAD, PAD, PAD]], np.int32)
     for size in SIZES_OF_NUMBERS:
         params = jax.tree.map(lambda x, size=size: size * x, params_of(model))
-        tensors = names.write(convert.cliptrans_table(model.config), params)
+        tensors = tables.write(cliptrans_names.table(model.config), params)
         found = logits(model, source=source, labels=labels, clip=clip, params=params)
         adapter = naive.Weights(tensors, "adapter.")
         wanted = [
@@ -257,8 +257,8 @@ def test_what_the_decoder_reads_in_training():
         words = 4 * np.asarray(params["mbart"]["embedding"])[[EOS, 31, 7, EOS, PAD]]
         np.testing.assert_allclose(np.delete(read[0], slice(1, 1 + count), 0), words, rtol=1e-6)
         if count:
-            table = convert.mapper_table(model.config.mapper)
-            adapter = naive.Weights(names.write(table, params["mapper"]))
+            table = cliptrans_names.mapper_table(model.config.mapper)
+            adapter = naive.Weights(tables.write(table, params["mapper"]))
             vectors = naive.prefix(adapter, "mlp", CLIP[0], count)
             np.testing.assert_allclose(read[0, 1 : 1 + count], vectors, rtol=1e-4, atol=1e-5)
 
@@ -366,7 +366,7 @@ def test_embeddings_and_every_branch_drop_out_in_training_alone():
     """With all branches zero the norms of the embeddings are left, and of these the last bias."""
     model = translator(0, dropout=0.3, encoder_layers=2, decoder_layers=2)
     params, labels = params_of(model), jnp.asarray(LABELS[:1])
-    tensors = naive.Weights(names.write(convert.cliptrans_table(model.config), params), "mbart.")
+    tensors = naive.Weights(tables.write(cliptrans_names.table(model.config), params), "mbart.")
     decoder = tensors.below("model.decoder.")
     words = naive.embed(tensors.below("model."), [EOS, *LABELS[0, :-1]])
     x = decoder.norm("layernorm_embedding", words + decoder["embed_positions.weight"][2:9])

@@ -21,7 +21,8 @@ from published_files import (
 from same import assert_same
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax import convert, names, pretrained
+from cliptrans_jax import pretrained
+from cliptrans_jax.models import cliptrans_names
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.tensors import kinds, sizes
@@ -29,6 +30,7 @@ from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.weights import read_tensors, write_tensors
+from common_jax.weights import table as tables
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
@@ -115,7 +117,7 @@ def test_a_whole_model_comes_back_bit_for_bit(tmp_path, mapper):
 def released(*, clip=False):
     """The tensors of a checkpoint of several devices, the embedding under its four names."""
     tensors = make_tensors("cliptrans")
-    tensors |= {a: tensors[name] for a, name in convert.cliptrans_aliases().items()}
+    tensors |= {a: tensors[name] for a, name in kinds.CLIPTRANS.table(MODEL).aliases.items()}
     if clip:
         below = {f"clip.text_encoder.{name}": x for name, x in make_tensors("mclip").items()}
         tensors |= below | {"clip.image_encoder.logit_scale": np.zeros((), np.float32)}
@@ -130,7 +132,7 @@ def test_a_released_file_is_read(tmp_path):
     found = pretrained.load(path, kind="cliptrans", config=MODEL)
     assert_same(found.params, make_params(kinds.CLIPTRANS, MODEL))
     aliases = {alias for alias, _ in found.account.aliases}
-    assert aliases == set(convert.cliptrans_aliases()) and not found.account.dropped
+    assert aliases == set(kinds.CLIPTRANS.table(MODEL).aliases) and not found.account.dropped
 
 
 def test_released_shards_are_read(tmp_path):
@@ -158,7 +160,7 @@ def test_an_alias_that_differs_and_a_tensor_without_a_place_are_named(tmp_path):
     tensors["module.mbart.lm_head.weight"] = np.zeros((40, 16), np.float32)
     tensors["module.adapter.gate.weight"] = np.zeros(3, np.float32)
     torch_files.save(tmp_path / "model.pt", tensors)
-    with pytest.raises(ValueError, match=r"model\.pt does not hold this model") as raised:
+    with pytest.raises(ValueError, match=r"model\.pt does not fit this model") as raised:
         pretrained.load(tmp_path / "model.pt", config=MODEL)
     assert "mbart.lm_head.weight should equal mbart.model.shared.weight" in str(raised.value)
     assert "adapter.gate.weight (3,) has no place" in str(raised.value)
@@ -168,7 +170,7 @@ def hollow(config):
     """Tensors of a model that take no memory."""
     shapes = kinds.CLIPTRANS.shapes(config)
     nothing = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-    return names.write(convert.cliptrans_table(config), nothing)
+    return tables.write(cliptrans_names.table(config), nothing)
 
 
 @pytest.mark.parametrize("mapper", ["mlp", "hidden_mlp", "transformer", None])
@@ -282,7 +284,7 @@ def test_towers_are_read_by_the_sizes_of_their_files(tmp_path):
         assert (found.kind, found.config) == (kind, config)
         assert_same(found.params, make_params(kinds.KINDS[kind][layout], config))
     # M-CLIP's own config.json says another width than these few numbers have.
-    with pytest.raises(ValueError, match=r"mclip does not hold this model"):
+    with pytest.raises(ValueError, match=r"mclip does not fit this model"):
         pretrained.load(mclip)
 
 

@@ -14,9 +14,9 @@ from jax import numpy as jnp
 from meshes import idle_rules
 from tiny import QUICK, fill
 
-from cliptrans_jax import convert_towers, names
-from cliptrans_jax.towers import clip, mclip, resnet
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
 from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
+from common_jax.weights import table as tables
 
 # No epsilon and no pad is the default.
 SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps": 1e-4}
@@ -103,15 +103,15 @@ def test_features_leave_in_float32_and_are_nearly_the_same_in_bfloat16(name, par
 
 NAIVE = {  # the table of names, and the feature of one example
     "mclip": (
-        convert_towers.mclip_table(MCLIP),
+        mclip_names.table(MCLIP),
         functools.partial(naive.mclip, heads=MCLIP.heads, pad=MCLIP.pad),
     ),
     "vision": (
-        convert_towers.clip_vision_table(VISION),
+        clip_names.vision_table(VISION),
         functools.partial(naive.clip_vision, heads=VISION.heads),
     ),
     "text": (
-        convert_towers.clip_text_table(TEXT),
+        clip_names.text_table(TEXT),
         functools.partial(naive.clip_text, heads=TEXT.heads),
     ),
 }
@@ -123,7 +123,7 @@ def test_a_tower_computes_what_its_tensors_say(name, size, params):
     shrunk = jax.tree.map(lambda x: size * x, params[name])
     found = np.asarray(program(name)(shrunk, *inputs(name)))
     table, feature = NAIVE[name]
-    weights = naive.Weights(names.write(table, shrunk), eps=SIZES["eps"])
+    weights = naive.Weights(tables.write(table, shrunk), eps=SIZES["eps"])
     if name == "vision":
         examples = [(image,) for image in np.asarray(inputs(name)[0]).transpose(0, 3, 1, 2)]
     else:
@@ -142,7 +142,7 @@ def test_activations_are_those_that_the_config_names(params):
     )
     network = clip.ClipText(dataclasses.replace(TEXT, activation="gelu"), jnp.float32)
     found = jax.jit(network.apply)({"params": params["text"]}, *inputs("text"))
-    weights = naive.Weights(names.write(NAIVE["text"][0], params["text"]), eps=SIZES["eps"])
+    weights = naive.Weights(tables.write(NAIVE["text"][0], params["text"]), eps=SIZES["eps"])
     for row, (ids, mask) in enumerate(zip(IDS, MASK == 1, strict=True)):
         want = naive.clip_text(weights, ids, mask, heads=2, activation=naive.gelu)
         np.testing.assert_allclose(found[row], want, rtol=1e-4, atol=1e-5)
@@ -160,7 +160,7 @@ def test_mclip_drops_out_embeddings_and_branches(params):
         assert [path[0] for path, _, _ in calls] == ["embeddings", "layer_0", "layer_0"]
         return recorded["intermediates"]["last_hidden"][0]
 
-    weights = naive.Weights(names.write(NAIVE["mclip"][0], params["mclip"]), eps=SIZES["eps"])
+    weights = naive.Weights(tables.write(NAIVE["mclip"][0], params["mclip"]), eps=SIZES["eps"])
     block = weights.below("transformer.encoder.layer.0.")
     for zero, x in (
         (lambda path: True, np.zeros((2, 8, 16))),
@@ -408,7 +408,7 @@ def test_resnet_computes_what_its_tensors_say():
     flat = traverse_util.flatten_dict(fill(network.init, jnp.asarray(images))["params"], sep="/")
     params = {path: abs(x) + 0.5 if path.endswith("/var") else x for path, x in flat.items()}
     params = traverse_util.unflatten_dict(params, sep="/")
-    tensors = names.write(convert_towers.openai_resnet_table(config), params)
+    tensors = tables.write(resnet_names.table(config), params)
     found = jax.jit(network.apply)({"params": params}, jnp.asarray(images))
     weights = naive.Weights(tensors, eps=config.eps)
     want = [naive.resnet(weights, image.transpose(2, 0, 1)) for image in images]

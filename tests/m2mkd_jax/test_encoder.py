@@ -11,8 +11,8 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny import SIZES, fill, unoptimised
 
-from m2mkd_jax import convert
-from m2mkd_jax.models import encoder, vit, vmoe
+from common_jax.weights import table as tables
+from m2mkd_jax.models import encoder, vit, vit_names, vmoe
 from m2mkd_jax.models.stitch import Stitch
 from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.stages import stage_name
@@ -26,7 +26,7 @@ def test_a_network_computes_what_its_equations_say():
     config = vmoe.VMoEConfig(moe=MOE, moe_blocks="1,3", **sizes)
     network = vmoe.build(config, IMAGES, stitch_width=12)
     params = fill(network.init)
-    state = convert.network_to_original(params, depths=config.depths)
+    state = tables.write(vit_names.network_table(config.depths, heads=2, experts=3), params)
     images = np.random.default_rng(1).normal(size=(2, 8, 8, 3))
     logits, blocks = naive_vit.run(state, images, heads=2, eps=0.1)
     with unoptimised():

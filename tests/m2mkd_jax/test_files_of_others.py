@@ -171,7 +171,7 @@ def test_a_student_and_a_teacher_in_one_state_dict_are_chosen_between(tmp_path):
         read(tmp_path / "dino.safetensors")
     _, found = read(tmp_path / "dino.safetensors", weights="teacher.")
     np.testing.assert_array_equal(head(found), raw["head.weight"] + 2)
-    assert dict(found.account.dropped)["student.cls_token"] == "not below 'teacher.'"
+    assert dict(found.account.dropped)["student.cls_token"] == "of the rest of the model"
     with pytest.raises(ValueError, match=r"no network below weights='x\.'; there are: 'student\.'"):
         read(tmp_path / "dino.safetensors", weights="x.")
 

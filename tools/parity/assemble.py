@@ -16,9 +16,9 @@ from common_jax.optim import OptimConfig, decay_mask
 from common_jax.state import merge
 from common_jax.step import init_state
 from common_jax.weights import Allowance, Origin, take
-from m2mkd_jax import convert
 from m2mkd_jax.stages import stage_name
 from parity.cases import Case, Comparison, compare_lists, compare_trees
+from parity.names import read_stage, write_network, write_stage
 from parity.networks import build_vit, build_vmoe, load_network, to_images
 
 BUILDERS = {"vit": build_vit, "vmoe": build_vmoe}
@@ -54,7 +54,7 @@ def run_assemble(case: Case) -> Iterator[Comparison]:
         )
     assembled = merge(before, start.params.get(ROLE, {}))
     depths = full["divided_depths"]
-    state = convert.network_to_original(assembled, depths=depths)
+    state = write_network(assembled, depths=depths)
     want = arrays.below("outputs/assembled/")
     yield from compare_trees("outputs/assembled/", state, want, case.tolerance("assembled"))
     logits, _ = network.apply(assembled, to_images(arrays["inputs/images"]))
@@ -68,7 +68,7 @@ def run_assemble(case: Case) -> Iterator[Comparison]:
         yield compare_lists(f"{stage}/dropped", dropped, entry["silently_dropped"])
         kept = _names(before[stage], f"{ROLE}/{stage}/", fresh)
         yield compare_lists(f"{stage}/left_at_init", kept, entry["left_at_init"])
-    old = convert.network_to_original(before, depths=depths)
+    old = write_network(before, depths=depths)
     unchanged = sorted(name for name in state if np.array_equal(state[name], old[name]))
     stated = sorted(case.config["parameters_not_changed_by_assembly"])
     yield compare_lists("parameters_not_changed_by_assembly", unchanged, stated)
@@ -82,21 +82,21 @@ def _load_checkpoint(case: Case, i: int) -> dict[str, Any]:
     for j in range(len(keys)):
         state = case.arrays.below(f"params/ckpt_{i}/model_stages/{j}/")
         name = stage_name(i if len(keys) == 1 else j)
-        stages[name] = convert.stage_from_original(state, heads=sizes["num_heads"])
+        stages[name] = read_stage(state, heads=sizes["num_heads"])
     return stages
 
 
 def _compare_structure(case: Case, i: int, stages: Mapping[str, Any]) -> Iterator[Comparison]:
     """Names in the checkpoint, and how many of its parameters decay."""
     structure = case.config["checkpoint_structure"][i]
-    states = [convert.stage_to_original(stage) for stage in stages.values()]
+    states = [write_stage(stage) for stage in stages.values()]
     for j, (state, names) in enumerate(zip(states, structure["model_stages_keys"], strict=True)):
         yield compare_lists(f"ckpt_{i}/stage {j} names", state, names)
     count = sum(len(state) for state in states)
     yield f"ckpt_{i}/model_key_count", 2 * count, structure["model_key_count"], 0, 0
     mask = decay_mask({ROLE: stages}, OptimConfig.no_decay)[ROLE]
     full = jax.tree.map(lambda decays, leaf: np.full(leaf.shape, decays), mask, dict(stages))
-    decays = [a.all() for stage in full.values() for a in convert.stage_to_original(stage).values()]
+    decays = [a.all() for stage in full.values() for a in write_stage(stage).values()]
     groups = [len(decays) - sum(decays), sum(decays)]
     yield f"ckpt_{i}/group sizes", groups, structure["optimizer_param_group_sizes"], 0, 0
 
@@ -117,4 +117,4 @@ def _names(stage: Mapping[str, Any], prefix: str, paths: set[str]) -> list[str]:
     """The original's names of those of a stage's parameters whose path is among `paths`."""
     flat = traverse_util.flatten_dict(stage, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if prefix + path in paths}
-    return list(convert.stage_to_original(traverse_util.unflatten_dict(chosen, sep="/")))
+    return list(write_stage(traverse_util.unflatten_dict(chosen, sep="/")))

@@ -7,17 +7,18 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from cliptrans_jax import convert, names
 from cliptrans_jax.losses import label_loss
+from cliptrans_jax.models import cliptrans_names
 from cliptrans_jax.models import mapper as mappers
 from cliptrans_jax.models import prefix as prefixes
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.stages import STAGES, trainable
-from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators import mbart, mbart_names
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax import state
+from common_jax.weights import table as tables
 from parity.cases import Case, Comparison, compare_lists
 
 EXACT = (0, 0)
@@ -59,12 +60,11 @@ def translator(sizes: Mapping[str, Any], *, layout: str = "original") -> Transla
 
 def load(model: Translator, case: Case) -> dict[str, Any]:
     """The parameters of a case."""
-    return names.read(
-        convert.cliptrans_table(model.config),
+    return tables.read(
+        cliptrans_names.table(model.config),
         case.arrays.below("params/"),
         shapes=jax.eval_shape(model.init, jax.random.key(0)),
         file=case.name,
-        aliases=convert.cliptrans_aliases(),
     )[0]
 
 
@@ -76,14 +76,13 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
     ids = jnp.asarray(arrays["inputs/input_ids"])
     mask = jnp.asarray(arrays["inputs/attention_mask"]) > 0
     labels = jnp.asarray(arrays["inputs/labels"])
-    table = convert.mbart_table(config)
+    table = mbart_names.table(config)
     given = mbart.shift_right(labels, pad=config.pad)
-    params, _ = names.read(
+    params, _ = tables.read(
         table,
         arrays.below("params/"),
         shapes=jax.eval_shape(network.init, jax.random.key(0), ids, mask, given)["params"],
         file=case.name,
-        aliases=convert.ALIASES,
     )
     yield "shift", given, arrays["outputs/shift_tokens_right"], *EXACT
     length = labels.shape[1]
@@ -109,7 +108,7 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
     yield "states", states, arrays["outputs/encoder_last_hidden_state"], *tolerance
     yield "logits", logits, arrays["outputs/logits"], *tolerance
     yield "loss", loss, arrays["outputs/loss"], *tolerance
-    yield from _gradients(names.write(table, gradient), case, tolerance)
+    yield from _gradients(tables.write(table, gradient), case, tolerance)
 
 
 def run_prefix(case: Case) -> Iterator[Comparison]:
@@ -157,12 +156,12 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
     yield "logits", logits, arrays["outputs/logits"], *tolerance
     yield "loss", loss, arrays["outputs/loss"], *tolerance
     yield "loss over all slots", full, arrays["outputs/loss"], *tolerance
-    table = convert.cliptrans_table(config)
+    table = cliptrans_names.table(config)
     stage = STAGES[case.config["config"]["stage"]]
     moved = state.partition(gradient, trainable(stage, "encoder", config.architecture))[0]
-    written = names.write(table, moved)
-    still = sorted(set(_own(names.write(table, gradient))) - set(written))
-    frozen = sorted(set(case.config["frozen_params"]) - set(convert.cliptrans_aliases()))
+    written = tables.write(table, moved)
+    still = sorted(set(_own(tables.write(table, gradient))) - set(written))
+    frozen = sorted(set(case.config["frozen_params"]) - set(table.aliases))
     yield compare_lists("frozen", still, frozen)
     yield compare_lists("moved", sorted(written), sorted(case.arrays.below("grads/")))
     yield from _gradients(written, case, tolerance)
@@ -176,8 +175,8 @@ def run_mapper(case: Case) -> Iterator[Comparison]:
     )
     network = mappers.build(config, sizes["mbart_dim"], jnp.float32)
     x, cotangent = (jnp.asarray(arrays[f"inputs/{name}"]) for name in ("x", "cotangent"))
-    table = convert.mapper_table(config)
-    params, _ = names.read(
+    table = cliptrans_names.mapper_table(config)
+    params, _ = tables.read(
         table,
         {name.removeprefix("adapter."): x for name, x in arrays.below("params/").items()},
         shapes=jax.eval_shape(lambda: network.init(jax.random.key(0), x, False))["params"],
@@ -186,7 +185,7 @@ def run_mapper(case: Case) -> Iterator[Comparison]:
     y, pull = jax.vjp(lambda p, x: network.apply({"params": p}, x, False), params, x)
     yield "y", y, arrays["outputs/y"], *tolerance
     of_params, of_input = pull(cotangent)
-    got = names.write(table, of_params) | {"__input__": of_input}
+    got = tables.write(table, of_params) | {"__input__": of_input}
     for name, wanted in arrays.below("grads/").items():
         yield f"grads/{name}", got[name.removeprefix("adapter.")], wanted, *tolerance
 

@@ -9,8 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from cliptrans_jax import convert_towers, names
-from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
+from common_jax.weights import table as tables
 from parity.cases import Case, Comparison, compare_trees
 
 # (ids, mask) of every feature that a case may hold; None: no mask, or one that hears all.
@@ -43,11 +43,9 @@ def run_mclip(case: Case) -> Iterator[Comparison]:
         features=sizes["num_dims"],
     )
     network = mclip.MClip(config, jnp.float32)
-    table = convert_towers.mclip_table(config)
+    table = mclip_names.table(config)
     example = jnp.zeros((1, 1), jnp.int32)
-    params, comparisons = _read(
-        case, network, table, convert_towers.MCLIP_DROPPED, example, example
-    )
+    params, comparisons = _read(case, network, table, example, example)
     yield from comparisons
 
     want, results = case.arrays.below("outputs/"), {}
@@ -78,9 +76,9 @@ def run_clip_image(case: Case) -> Iterator[Comparison]:
         **_clip_sizes(sizes, "vision"),
     )
     network = clip.ClipVision(config, jnp.float32)
-    table = convert_towers.clip_vision_table(config)
+    table = clip_names.vision_table(config)
     images = jnp.asarray(case.arrays["inputs/pixel_values"].transpose(0, 2, 3, 1))
-    params, comparisons = _read(case, network, table, convert_towers.CLIP_VISION_DROPPED, images)
+    params, comparisons = _read(case, network, table, images)
     yield from comparisons
 
     features, hidden = _apply(network, params, images)
@@ -102,11 +100,9 @@ def run_clip_text(case: Case) -> Iterator[Comparison]:
         **_clip_sizes(sizes, "text"),
     )
     network = clip.ClipText(config, jnp.float32)
-    table = convert_towers.clip_text_table(config)
+    table = clip_names.text_table(config)
     example = jnp.zeros((1, 1), jnp.int32)
-    params, comparisons = _read(
-        case, network, table, convert_towers.CLIP_TEXT_DROPPED, example, None
-    )
+    params, comparisons = _read(case, network, table, example, None)
     yield from comparisons
 
     want, results = case.arrays.below("outputs/"), {}
@@ -140,14 +136,14 @@ def _clip_sizes(sizes: Mapping[str, Any], tower: str) -> dict[str, Any]:
 
 
 def _read(
-    case: Case, network: nn.Module, table: names.Table, dropped: Mapping[str, str], *example: Any
+    case: Case, network: nn.Module, table: tables.Table, *example: Any
 ) -> tuple[dict[str, Any], list[Comparison]]:
     """The case's parameters, and the comparisons that say that they can be written back."""
     tensors = case.arrays.below("params/")
     shapes = jax.eval_shape(network.init, jax.random.key(0), *example)["params"]
-    params, account = names.read(table, tensors, shapes=shapes, file=case.name, dropped=dropped)
+    params, account = tables.read(table, tensors, shapes=shapes, file=case.name)
     taken = {name: tensors[name] for name, _, _ in account.taken}
-    written = names.write(table, params)
+    written = tables.write(table, params)
     return params, list(compare_trees("params/", written, taken, (0, 0)))
 
 

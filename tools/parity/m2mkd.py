@@ -9,12 +9,13 @@ import numpy as np
 from jax import numpy as jnp
 
 from common_jax.nn.patches import PatchEmbedding
-from m2mkd_jax import convert, losses
+from m2mkd_jax import losses
 from m2mkd_jax.hybrid import Pair, pair_logits
 from m2mkd_jax.models import encoder
 from m2mkd_jax.models.positions import resize_positions
 from m2mkd_jax.stages import stage_name
 from parity.cases import Case, Comparison, compare_lists, compare_trees
+from parity.names import root_name, write_network, write_stage
 from parity.networks import (
     build_student,
     build_vit,
@@ -65,9 +66,9 @@ def run_vit(case: Case) -> Iterator[Comparison]:
     yield "full_state_dict_key_count", 2 * len(root), case.config["full_state_dict_key_count"], 0, 0
     yield from _compare_stage_keys(case, params)
     for i, names in enumerate(case.config["stage_key_to_root_key"]):
-        for name, array in convert.stage_to_original(params[stage_name(i)]).items():
+        for name, array in write_stage(params[stage_name(i)]).items():
             yield f"stage_{i}/{name}", array, root[names[name]], 0, 0
-            found = convert.root_name(name, stage=i, depths=depths)
+            found = root_name(name, stage=i, depths=depths)
             yield compare_lists(f"stage_{i}/{name} at root", [found], [names[name]])
 
 
@@ -134,7 +135,7 @@ def run_m2mkd_loss(case: Case) -> Iterator[Comparison]:
         return pairs[0][stage], pairs[1][stage]
 
     def to_original(gradient):
-        return convert.stage_to_original(gradient[stage_name(stage)])
+        return write_stage(gradient[stage_name(stage)])
 
     yield from _compare_objectives(case, logits, trained, results, to_original)
 
@@ -152,7 +153,7 @@ def run_kd_baseline(case: Case) -> Iterator[Comparison]:
         return given, student.apply(trained, images, train=True)[0]
 
     def to_original(gradient):
-        return convert.network_to_original(gradient, depths=sizes["student"]["divided_depths"])
+        return write_network(gradient, depths=sizes["student"]["divided_depths"])
 
     yield from _compare_objectives(case, logits, trained, {}, to_original)
 
@@ -166,7 +167,7 @@ def run_split_teacher(case: Case) -> Iterator[Comparison]:
     x = to_images(arrays["inputs/images"])
     for i in range(len(network)):
         module = {stage_name(i): params[stage_name(i)]}
-        state = convert.stage_to_original(module[stage_name(i)])
+        state = write_stage(module[stage_name(i)])
         prefix = f"outputs/module_{i}/"
         yield from compare_trees(prefix, state, arrays.below(prefix), case.tolerance("split"))
         x, _ = network.apply(module, x, start=i, stop=i + 1)
@@ -175,7 +176,7 @@ def run_split_teacher(case: Case) -> Iterator[Comparison]:
         ranges = case.config["loader_ranges"][str(i)]
         yield f"range of {i}", bounds[i : i + 2], [ranges["start"], ranges["end"]], 0, 0
     for name, file in case.config["files"].items():
-        names = convert.stage_to_original(params[stage_name(file["block_index"])])
+        names = write_stage(params[stage_name(file["block_index"])])
         yield compare_lists(f"{name}/keys", names, file["block_state_dict_keys"])
 
 
@@ -273,6 +274,6 @@ def _objective(case: Case, base: str, kind: str) -> Callable[..., tuple]:
 
 def _compare_stage_keys(case: Case, params: Mapping[str, Any]) -> Iterator[Comparison]:
     """The names in each stage's state, in the original's order."""
-    stages = [convert.stage_to_original(stage) for stage in params.values()]
+    stages = [write_stage(stage) for stage in params.values()]
     for i, (state, names) in enumerate(zip(stages, case.config["model_stages_keys"], strict=True)):
         yield compare_lists(f"names of stage_{i}", state, names)

@@ -7,7 +7,6 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from m2mkd_jax import convert_nac
 from m2mkd_jax.losses import smoothed_cross_entropy
 from m2mkd_jax.nac import kernel as kernels
 from m2mkd_jax.nac.blocks import Ffn, LatentAttention, Propagator
@@ -31,6 +30,7 @@ from parity.nac_configs import (
     tokenizer_config,
 )
 from parity.nac_networks import Draws, build_network, to_device
+from parity.names import read_part, write_nac, write_part
 from parity.networks import to_images
 
 KERNEL_GRADIENTS = (1e-3, 1e-3)
@@ -41,7 +41,7 @@ PAIRED = (*CODED, "sender_codes", "receiver_signatures", "sender_signatures")
 
 def run_linear(case: Case) -> Iterator[Comparison]:
     """FC or WModFC."""
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "code_linear")
+    params = read_part(case.arrays.below("params/"), "code_linear")
     sizes = case.config["config"]
     layer = CodeLinear(
         linear_config(sizes, params),
@@ -58,7 +58,7 @@ def run_linear(case: Case) -> Iterator[Comparison]:
 def run_modulated_linear(case: Case) -> Iterator[Comparison]:
     """ModFC in every variant that the json lists, on the same tensors."""
     arrays, sizes = case.arrays, case.config["config"]
-    whole = to_device(convert_nac.part_from_original(arrays.below("params/"), "code_linear"))
+    whole = to_device(read_part(arrays.below("params/"), "code_linear"))
     gradients = arrays.below("grads/")
     for name, variant in case.config["variants"].items():
         config = linear_config(variant, whole)
@@ -82,7 +82,7 @@ def run_modulated_linear(case: Case) -> Iterator[Comparison]:
             continue
         _, vjp = jax.vjp(apply, params, x, codes)
         by_params, by_x, by_codes = vjp(jnp.asarray(arrays["inputs/cot"]))
-        found = convert_nac.part_to_original(by_params, "code_linear")
+        found = write_part(by_params, "code_linear")
         found |= {"inputs/x": by_x, "inputs/ctx": by_codes}
         for key, gradient in found.items():
             if f"{name}/{key}" in gradients:
@@ -157,7 +157,7 @@ def _kernel(a, b, bandwidth, config, call, uniform) -> jax.Array:
 
 def run_attention(case: Case) -> Iterator[Comparison]:
     """Latent attention under a kernel."""
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "attention")
+    params = read_part(case.arrays.below("params/"), "attention")
     attention = LatentAttention(attention_config(case.config["config"], params), jnp.float32)
     draws = Draws(case.arrays.below("noise/"))
     noise = {
@@ -178,7 +178,7 @@ def run_attention(case: Case) -> Iterator[Comparison]:
 def run_read_in_attention(case: Case) -> Iterator[Comparison]:
     """Attention from latents to tokens."""
     kwargs = case.config["config"]
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "attention")
+    params = read_part(case.arrays.below("params/"), "attention")
     block = block_config(kwargs, {"attention": params})
     scale = 1.0 if "layer_scale" in params else None
     attention = ReadInAttention(block, kwargs["input_dim"], scale, jnp.float32)
@@ -189,7 +189,7 @@ def run_read_in_attention(case: Case) -> Iterator[Comparison]:
 def run_read_in(case: Case) -> Iterator[Comparison]:
     """A whole read-in, by attention or projection."""
     kwargs = case.config["config"]
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "read_in")
+    params = read_part(case.arrays.below("params/"), "read_in")
     config = read_in_config(inherit(kwargs, kwargs), params)
     if config.kind == "projection":
         module = ProjectionReadIn(config.block, kwargs["input_dim"], jnp.float32)
@@ -202,7 +202,7 @@ def run_read_in(case: Case) -> Iterator[Comparison]:
 
 def run_ffn(case: Case) -> Iterator[Comparison]:
     """The code-conditioned MLP."""
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "ffn")
+    params = read_part(case.arrays.below("params/"), "ffn")
     block = block_config(case.config["config"], {"ffn": params})
     noise = {"drop_path": Draws(case.arrays.below("noise/")).take("drop_path", "uniform")}
     apply = bind(
@@ -213,7 +213,7 @@ def run_ffn(case: Case) -> Iterator[Comparison]:
 
 def run_propagator(case: Case) -> Iterator[Comparison]:
     """Attention and MLP with noise on the codes."""
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "propagator")
+    params = read_part(case.arrays.below("params/"), "propagator")
     block = block_config(case.config["config"], params)
     yield from _run_messages(case, Propagator(block, jnp.float32), params, "propagator", None)
 
@@ -221,7 +221,7 @@ def run_propagator(case: Case) -> Iterator[Comparison]:
 def run_read_out(case: Case) -> Iterator[Comparison]:
     """Attention, MLP and the optional head of the output latents."""
     kwargs = case.config["config"]
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "read_out")
+    params = read_part(case.arrays.below("params/"), "read_out")
     config = read_out_config(kwargs, params, None)
     # What a case calls the output is every latent's; our stage gives the first one's alone.
     module = ReadOut(config, kwargs["output_dim"], jnp.float32)
@@ -247,7 +247,7 @@ def _run_messages(case: Case, module, params, part: str, read_out) -> Iterator[C
 def run_seeder(case: Case) -> Iterator[Comparison]:
     """First states from codes."""
     kwargs, arrays = case.config["config"], case.arrays
-    params = convert_nac.part_from_original(arrays.below("params/"), "seeder")
+    params = read_part(arrays.below("params/"), "seeder")
     sets = (LatentConfig(len(arrays["inputs/codes"])),) * 3
     sizes = {"signature_width": 1, "code_width": kwargs["code_dim"], "width": kwargs["state_dim"]}
     graph = GraphConfig(*sets, **sizes, seeding=seeding(kwargs, {}))
@@ -273,7 +273,7 @@ def run_latents(case: Case) -> Iterator[Comparison]:
     given = fill("latents", case.config["config"], LATENTS)
     arrays = case.arrays.below("params/")
     held = {name.removeprefix("latents."): array for name, array in arrays.items()}
-    params = to_device(convert_nac.part_from_original(held, "latents"))
+    params = to_device(read_part(held, "latents"))
     learned = given["learnable_initial_states"]
     sets = (LatentConfig(given["num_latents"], layers=given["num_layers"]),) * 3
     config = GraphConfig(
@@ -296,7 +296,7 @@ def run_latents(case: Case) -> Iterator[Comparison]:
 def run_tokenizer(case: Case) -> Iterator[Comparison]:
     """Tokens, the features before the grid, and gradients."""
     kwargs, image = case.config["config"], case.arrays["inputs/image"]
-    params = convert_nac.part_from_original(case.arrays.below("params/"), "tokenizer")
+    params = read_part(case.arrays.below("params/"), "tokenizer")
     config = tokenizer_config(kwargs, width=kwargs["repr_dim"])
     module = Tokenizer(config, image.shape[-1], jnp.float32)
     side, width = config.side(image.shape[-1]), config.widths[-1]
@@ -355,7 +355,7 @@ def run_network(case: Case) -> Iterator[Comparison]:
     for name, want in arrays.below("outputs/").items():
         yield f"outputs/{name}", results[name], want, *case.tolerance("float32")
     if case.config["has_grads"]:
-        found = convert_nac.network_to_original(by_params, **sharing)
+        found = write_nac(by_params, sharing)
         found["inputs/image"] = jnp.moveaxis(by_images, -1, 1)
         for name, want in arrays.below("grads/").items():
             yield f"grads/{name}", found[name], want, *grad_tolerance(case)

@@ -8,11 +8,11 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from m2mkd_jax import convert_nac
 from m2mkd_jax.nac.layers import NOISE
 from parity.cases import Case, Comparison
 from parity.nac_configs import split_ffn
 from parity.nac_networks import to_device
+from parity.names import write_part
 
 # Where a json states no tolerance of gradients.
 GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}
@@ -52,7 +52,7 @@ def compare(
     cotangents = {name: arrays.get(f"inputs/cot_{name}") for name in outputs}
     weights = {n: jnp.zeros_like(outputs[n]) if a is None else a for n, a in cotangents.items()}
     by_params, by_inputs = jax.jit(lambda weights: vjp(weights))(to_device(weights))
-    found = convert_nac.part_to_original(by_params, part)
+    found = write_part(by_params, part)
     found |= {f"inputs/{name}": gradient for name, gradient in by_inputs.items()}
     for name, want in arrays.below("grads/").items():
         yield f"grads/{name}", found[name], want, *grad_tolerance(case)

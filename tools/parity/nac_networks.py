@@ -9,10 +9,10 @@ import numpy as np
 from flax import linen as nn
 from jax import numpy as jnp
 
-from m2mkd_jax import convert_nac
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac.blocks import Propagator
 from m2mkd_jax.nac.latents import GraphConfig, LatentConfig
+from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.nac.network import NacNetwork, ReadIn, ReadOut, Wiring
 from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStudent
 from m2mkd_jax.stages import stage_name
@@ -43,6 +43,7 @@ from parity.nac_configs import (
     share_ffn,
     tokenizer_config,
 )
+from parity.names import read_nac
 
 Params = Mapping[str, Any]
 ROOT = "latent_graphs.0."
@@ -112,18 +113,18 @@ def to_device(tree: Any) -> Any:
 
 def build_network(
     config: Arguments, state: Mapping[str, np.ndarray], image_size: int
-) -> tuple[NacNetwork, Params, dict[str, Any]]:
-    """A whole NAC, its parameters, and how its iterations share (as the converter takes it)."""
+) -> tuple[NacNetwork, Params, NacConfig]:
+    """A whole NAC, its parameters, and a config that says how its iterations share."""
     whole = fill("NeuralCompiler", config, NETWORK)
     sizes = {"state_dim": whole["state_dim"], "output_dim": whole["output_dim"]}
     graph = fill("LatentGraph", whole["latent_graph_kwargs"], GRAPH, **sizes)
     count = graph["num_iterations"]
-    sharing = {
-        "iterations": count,
-        "share_propagators": graph["share_propagator_weights"],
-        "share_ffns": graph["share_ffn_between_propagators"],
-    }
-    params = to_device(convert_nac.network_from_original(state, **sharing))
+    sharing = NacConfig(
+        iterations=count,
+        share_propagators=graph["share_propagator_weights"],
+        share_ffns=graph["share_ffn_between_propagators"],
+    )
+    params = to_device(read_nac(state, sharing))
     channels = {"input_dim": whole["input_dim"]}
     tokenizer = tokenizer_config(
         {**channels, **(whole["input_tokenizer_kwargs"] or {})},
@@ -144,12 +145,12 @@ def build_network(
     blocks = by_layer(
         block,
         graph["propagator_layerwise_kwargs"],
-        1 if sharing["share_propagators"] else count,
+        1 if sharing.share_propagators else count,
     )
     blocks = [propagator_config(own, PROPAGATOR) for own in blocks]
-    if sharing["share_propagators"]:
+    if sharing.share_propagators:
         blocks *= count
-    elif sharing["share_ffns"]:
+    elif sharing.share_ffns:
         blocks = [blocks[0], *(share_ffn(block, blocks[0]) for block in blocks[1:])]
     read_out = inherit(
         graph["read_out_kwargs"],
@@ -176,7 +177,8 @@ def build_network(
         wiring=_wiring(graph),
         interface=interface,
         dtype=jnp.float32,
-        **{name: sharing[name] for name in ("share_propagators", "share_ffns")},
+        share_propagators=sharing.share_propagators,
+        share_ffns=sharing.share_ffns,
     )
     return network, params, sharing
 

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
-from m2mkd_jax import convert_nac, losses
+from m2mkd_jax import losses
 from m2mkd_jax.hybrid import Pair, finish, pair_logits, replace_stage
 from m2mkd_jax.nac.layers import NOISE
 from m2mkd_jax.stages import Network, stage_name
@@ -15,6 +15,7 @@ from parity.cases import Case, Comparison
 from parity.nac_compare import compare, grad_tolerance
 from parity.nac_configs import split_ffn
 from parity.nac_networks import Draws, build_student, to_device
+from parity.names import read_part, write_part
 from parity.networks import build_vit, load_network, to_images
 
 PARTS = {
@@ -30,7 +31,7 @@ def run_student(case: Case) -> Iterator[Comparison]:
     """A student alone: its output and all gradients, those by its fixed codes and states too."""
     config, arrays = case.config["config"], case.arrays
     (kind,) = PARTS.keys() & config.keys()
-    params = convert_nac.part_from_original(arrays.below("params/"), PARTS[kind])
+    params = read_part(arrays.below("params/"), PARTS[kind])
     given = {"readin": "image"}.get(kind, "meta_output")
     inputs = ("codes", given) if kind == "mediator" else ("codes", "states", given)
     x = arrays[f"inputs/{given}"]
@@ -65,7 +66,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
     stage = config["idx"] % count
     kind = {0: "readin", count - 1: "readout"}.get(stage, "mediator")
     state = arrays.below("params/student.")
-    params = convert_nac.part_from_original(state, PARTS[kind])
+    params = read_part(state, PARTS[kind])
     student = build_student(
         kind,
         config["share_kwargs"] | config["student"],
@@ -120,7 +121,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
     }
     for name, want in arrays.below("outputs/").items():
         yield f"outputs/{name}", results[name], want, *case.tolerance("float32")
-    found = convert_nac.part_to_original(by_params, PARTS[kind])
+    found = write_part(by_params, PARTS[kind])
     found = {f"student.{name}": gradient for name, gradient in found.items()}
     found |= {f"inputs/{name}": gradient for name, gradient in by_fixed.items()}
     if "grads/inputs/image" in arrays:

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from m2mkd_jax import convert
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.moe.layer import MoeConfig
 from m2mkd_jax.stages import Network, stage_name
+from parity.names import read_network, read_stage
 
 Sizes = Mapping[str, Any]
 STUDENTS = 3  # a lone student is built as one of so many: first, middle or last
@@ -60,15 +60,13 @@ def interface(sizes: Sizes) -> encoder.Interface:
 
 def load_network(state: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, Any]:
     """Parameters of all stages from a state under root names."""
-    params = convert.network_from_original(
-        state, depths=sizes["divided_depths"], heads=sizes["num_heads"]
-    )
+    params = read_network(state, depths=sizes["divided_depths"], heads=sizes["num_heads"])
     return jax.tree.map(jnp.asarray, params)
 
 
 def load_stage(state: Mapping[str, np.ndarray], sizes: Sizes, *, stage: int) -> dict[str, Any]:
     """Parameters of one stage, under its name, from a state under stage-local names."""
-    params = convert.stage_from_original(state, heads=sizes["num_heads"])
+    params = read_stage(state, heads=sizes["num_heads"])
     return {stage_name(stage): jax.tree.map(jnp.asarray, params)}
 
 

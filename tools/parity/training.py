@@ -15,10 +15,11 @@ from jax import numpy as jnp
 
 from common_jax.optim import OptimConfig, decay_mask, epoch_cosine, make_optimizer
 from common_jax.step import init_state, make_step
-from m2mkd_jax import convert, losses
+from m2mkd_jax import losses
 from m2mkd_jax.hybrid import replace_stage
 from m2mkd_jax.stages import Network, stage_name
 from parity.cases import Case, Comparison, compare_lists, compare_trees
+from parity.names import write_network
 from parity.networks import build_vit, build_vmoe, load_network, load_stage, to_images
 
 SEED = 0
@@ -103,7 +104,7 @@ class Training:
 
     def to_original(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Under the original's root names."""
-        return convert.network_to_original(params, depths=self.sizes["divided_depths"])
+        return write_network(params, depths=self.sizes["divided_depths"])
 
 
 def run_train_module(case: Case) -> Iterator[Comparison]:

@@ -1,34 +1,23 @@
 """Reading the encoders' published tensors: every name has a place, and the numbers come out
 right."""
 
+import dataclasses
 import functools
 import re
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax import numpy as jnp
 from same import assert_same
 from tiny import random_like
 
-from cliptrans_jax import names
-from cliptrans_jax.convert_towers import (
-    CLIP_TEXT_DROPPED,
-    CLIP_VISION_DROPPED,
-    MCLIP_DROPPED,
-    OPENAI_RESNET_DROPPED,
-    OPENAI_TEXT_DROPPED,
-    clip_text_config,
-    clip_text_table,
-    clip_vision_config,
-    clip_vision_table,
-    mclip_config,
-    mclip_table,
-    openai_resnet_table,
-    openai_text_table,
-    openai_vision_table,
-)
-from cliptrans_jax.towers import clip, mclip, resnet
+from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from common_jax.weights import entries
+from common_jax.weights import table as tables
+from common_jax.weights.table import Table
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
 MCLIP = mclip.MClipConfig(vocab=40, positions=12, **SIZES)
@@ -36,27 +25,20 @@ VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
 TEXT = clip.ClipTextConfig(vocab=40, positions=10, **SIZES)
 RESNET = resnet.ResNetConfig(image=64, layers=(2, 1, 1, 1), width=4, features=8)
 IDS, F32 = jnp.zeros((1, 4), jnp.int32), jnp.float32
-TOWERS = {  # network, table, what is dropped, example
-    "mclip": (mclip.MClip(MCLIP, F32), mclip_table(MCLIP), MCLIP_DROPPED, (IDS, IDS)),
+TOWERS = {  # network, table, example
+    "mclip": (mclip.MClip(MCLIP, F32), mclip_names.table(MCLIP), (IDS, IDS)),
     "clip_vision": (
         clip.ClipVision(VISION, F32),
-        clip_vision_table(VISION),
-        CLIP_VISION_DROPPED,
+        clip_names.vision_table(VISION),
         (jnp.zeros((1, 8, 8, 3)),),
     ),
-    "clip_text": (clip.ClipText(TEXT, F32), clip_text_table(TEXT), CLIP_TEXT_DROPPED, (IDS, None)),
+    "clip_text": (clip.ClipText(TEXT, F32), clip_names.text_table(TEXT), (IDS, None)),
     "openai_resnet": (
         resnet.ClipResNet(RESNET, F32),
-        openai_resnet_table(RESNET),
-        OPENAI_RESNET_DROPPED,
+        resnet_names.table(RESNET),
         (jnp.zeros((1, 64, 64, 3)),),
     ),
-    "openai_text": (
-        clip.ClipText(TEXT, F32),
-        openai_text_table(TEXT),
-        OPENAI_TEXT_DROPPED,
-        (IDS, None),
-    ),
+    "openai_text": (clip.ClipText(TEXT, F32), clip_names.openai_text_table(TEXT), (IDS, None)),
 }
 # What the files hold beside the towers.
 EXTRA = {
@@ -146,7 +128,7 @@ pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def shapes_of(tower):
-    network, _, _, arrays = TOWERS[tower]
+    network, _, arrays = TOWERS[tower]
     return jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]
 
 
@@ -154,26 +136,25 @@ def tensors_of(file):
     """Everything that a file of these towers would hold."""
     tensors = {name: np.zeros(shape, np.float32) for name, shape in EXTRA[file].items()}
     for tower in FILES[file]:
-        tensors |= names.write(TOWERS[tower][1], random_like(shapes_of(tower)))
+        tensors |= tables.write(TOWERS[tower][1], random_like(shapes_of(tower)))
     return tensors
 
 
 def read(tower, tensors):
-    _, table, dropped, _ = TOWERS[tower]
-    return names.read(
-        table, tensors, shapes=shapes_of(tower), file="model.safetensors", dropped=dropped
-    )
+    shapes = shapes_of(tower)
+    return tables.read(TOWERS[tower][1], tensors, shapes=shapes, file="model.safetensors")
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_tensors_go_there_and_back_unchanged(tower):
     table, params = TOWERS[tower][1], random_like(shapes_of(tower))
-    tensors = names.write(table, params)
+    assert table.entries.keys() == traverse_util.flatten_dict(params, sep="/").keys()
+    tensors = tables.write(table, params)
     shapes = {name: tensors[name].shape for name in SHAPES[tower]}
     assert shapes == SHAPES[tower]
     back, _ = read(tower, tensors)
     assert_same(back, params)
-    assert_same(names.write(table, back), tensors)
+    assert_same(tables.write(table, back), tensors)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -194,14 +175,14 @@ def test_what_is_missing_unknown_or_of_another_shape_is_named(file):
         tensors = tensors_of(file)
         missing, reshaped = list(SHAPES[tower])[:2]
         shape = tensors[reshaped].shape
-        del tensors[missing]
+        lost = tensors.pop(missing).shape
         tensors[reshaped] = np.zeros((*shape, 7), np.float32)
         tensors["surplus.weight"] = np.zeros(3)
         tensors[f"{next(iter(EXTRA[file]))}.more"] = np.zeros(4)
-        with pytest.raises(ValueError, match=r"model\.safetensors does not hold") as raised:
+        with pytest.raises(ValueError, match=r"model\.safetensors does not fit") as raised:
             read(tower, tensors)
         for part in (
-            f"{missing} is missing",
+            f"{missing} {lost} is missing, for ",
             f"{reshaped} is {(*shape, 7)} and should be {shape}",
             "surplus.weight (3,) has no place",
             ".more (4,) has no place",  # though what it starts with may be dropped
@@ -231,12 +212,16 @@ RENAMED = {  # Hugging Face's names to OpenAI's
 
 
 @pytest.mark.parametrize(
-    ("openai", "tower"), [(openai_text_table, "clip_text"), (openai_vision_table, "clip_vision")]
+    ("openai", "tower"),
+    [
+        (clip_names.openai_text_table, "clip_text"),
+        (clip_names.openai_vision_table, "clip_vision"),
+    ],
 )
 def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
-    network, hugging, _, _ = TOWERS[tower]
+    network, hugging, _ = TOWERS[tower]
     params, wanted = random_like(shapes_of(tower)), {}
-    for name, tensor in names.write(hugging, params).items():
+    for name, tensor in tables.write(hugging, params).items():
         theirs = functools.reduce(lambda x, pair: re.sub(*pair, x), RENAMED.items(), name)
         if "in_proj" in theirs:  # queries, keys and values in this order
             parts = [wanted[theirs]] if theirs in wanted else []
@@ -244,18 +229,18 @@ def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
         else:
             wanted[theirs] = tensor.T if theirs.endswith(("text_projection", ".proj")) else tensor
     table = openai(network.config)
-    assert_same(names.write(table, params), wanted)
-    back, _ = names.read(table, wanted, shapes=shapes_of(tower), file="openai")
+    assert_same(tables.write(table, params), wanted)
+    back, _ = tables.read(table, wanted, shapes=shapes_of(tower), file="openai")
     assert_same(back, params)
 
 
 def test_entries_by_their_formulas():
     """Of a layer [out, in] with two heads of three."""
     layers = [np.arange(24).reshape(6, 4) + 100 * i for i in range(3)]
-    kernel = names.split_heads(("q", "k", "v"), 2).read(*layers)
-    bias = names.split_head_biases(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
-    out = names.join_heads("out", 2).read(layers[0].T)
-    stacked = names.stacked_attention("self_attn", "attention", heads=2)
+    kernel = entries.split_heads(("q", "k", "v"), 2).read(*layers)
+    bias = entries.split_head_biases(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
+    out = entries.join_heads("out", 2).read(layers[0].T)
+    stacked = entries.stacked_attention("self_attn", "attention", heads=2)
     for path, want in (("kernel", kernel), ("bias", bias)):
         whole = np.concatenate([x if path == "kernel" else x[:, 0] for x in layers])
         np.testing.assert_array_equal(stacked[f"attention/qkv/{path}"].read(whole), want)
@@ -266,28 +251,32 @@ def test_entries_by_their_formulas():
         assert width or bias[part, head, place] == value
         assert part or out[head, place, width] == value
     conv = np.arange(48).reshape(2, 3, 2, 4)
-    kernel = names.convolution("conv").read(conv)
+    kernel = entries.convolution("conv").read(conv)
     for index in np.ndindex(*conv.shape):
         assert kernel[index[2], index[3], index[1], index[0]] == conv[index]
 
 
 def test_an_alias_stands_for_its_tensor_and_zeros_for_a_missing_one():
-    table = {"a": names.copy("a.weight"), "b": names.copy("b.weight")}
+    needed = {"a": entries.copy("a.weight"), "b": entries.copy("b.weight")}
+    table = Table(needed, aliases={"tied.weight": "a.weight"})
+    lenient = Table(
+        needed | {"b": dataclasses.replace(needed["b"], fill=0.0)}, aliases=table.aliases
+    )
     shapes = {"a": np.zeros(2), "b": np.zeros(3)}
     tensors = {"tied.weight": np.ones(2), "b.weight": np.ones(3)}
-    options = {"shapes": shapes, "file": "f", "aliases": {"tied.weight": "a.weight"}}
-    found, account = names.read(table, tensors, **options)
+    given = {"shapes": shapes, "file": "f"}
+    found, account = tables.read(table, tensors, **given)
     assert found["a"].tolist() == [1, 1]
     assert account.aliases == (("tied.weight", "a.weight"),)
-    with pytest.raises(ValueError, match=r"b\.weight is missing, for b \(3,\)"):
-        names.read(table, {"a.weight": np.ones(2)}, **options)
-    found, account = names.read(table, {"a.weight": np.ones(2)}, zeros=["b.weight"], **options)
+    with pytest.raises(ValueError, match=r"b\.weight \(3,\) is missing, for b"):
+        tables.read(table, {"a.weight": np.ones(2)}, **given)
+    found, account = tables.read(lenient, {"a.weight": np.ones(2)}, **given)
     assert (found["b"].tolist(), account.aliases) == ([0, 0, 0], ())
     assert account.notes == ("b.weight is not in the file: zeros",)
-    found, account = names.read(table, tensors, zeros=["b.weight"], **options)
+    found, account = tables.read(lenient, tensors, **given)
     assert (found["b"].tolist(), account.notes) == ([1, 1, 1], ())
     with pytest.raises(ValueError, match=r"tied\.weight should equal a\.weight and does not"):
-        names.read(table, tensors | {"a.weight": np.zeros(2)}, **options)
+        tables.read(table, tensors | {"a.weight": np.zeros(2)}, **given)
 
 
 def test_the_published_configs_are_the_defaults():

@@ -1,5 +1,5 @@
-"""NAC's converter: exact in both directions, one copy of what is shared, and clear about what does
-not fit."""
+"""Names of NACs' tensors: exact in both directions, one copy of what is shared, and clear about
+what does not fit."""
 
 import dataclasses
 import re
@@ -11,11 +11,14 @@ from flax import traverse_util
 from jax import numpy as jnp
 from same import assert_same
 
-from m2mkd_jax import convert_nac
+from common_jax.weights import table as tables
+from common_jax.weights.table import Table
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac import model
+from m2mkd_jax.nac import names as nac_names
 from m2mkd_jax.nac.layers import CodeLinear, LinearConfig
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
+from m2mkd_jax.stages import Place
 
 ITERATIONS = 3
 SIZES = model.NacConfig(
@@ -32,7 +35,7 @@ SIZES = model.NacConfig(
 )
 INTERFACE = Interface(16, 3, 9)
 PROPAGATOR = "latent_graphs.0.propagators."
-STUDENTS = ("read_in_student", *["mediator_student"] * ITERATIONS, "read_out_student")
+PLACES = (Place.FIRST, *[Place.MIDDLE] * ITERATIONS, Place.LAST)
 
 
 def fill(shapes):
@@ -41,13 +44,17 @@ def fill(shapes):
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
+def read(table, state, params):
+    """Parameters of the shapes of `params`."""
+    return tables.read(table, state, shapes=params, file="a.pth")[0]
+
+
 def random_network(**changes):
-    """Parameters of a whole NAC and how its iterations share, as the converter takes it."""
+    """Parameters of a whole NAC and the table of its names."""
     config = dataclasses.replace(SIZES, **changes)
     network = model.build(config, INTERFACE)
     params = fill(jax.eval_shape(network.init, jax.random.key(0)))
-    sharing = {name: getattr(config, name) for name in ("share_propagators", "share_ffns")}
-    return params, {"iterations": ITERATIONS, **sharing}
+    return params, nac_names.network_table(config)
 
 
 def random_students():
@@ -70,15 +77,19 @@ def random_students():
     ],
 )
 def test_a_whole_nac_comes_back(changes):
-    params, sharing = random_network(**changes)
-    state = convert_nac.network_to_original(params, **sharing)
-    assert_same(convert_nac.network_from_original(state, **sharing), params)
+    params, table = random_network(**changes)
+    state = tables.write(table, params)
+    assert_same(read(table, state, params), params)
+    kind = dataclasses.replace(SIZES, iterations=1, **changes).linear.kind
+    small = nac_names.network_table(model.NacConfig(linear=LinearConfig(kind=kind)))
+    assert tables.misfits(small, state) == []
 
 
 def test_students_come_back():
-    for (name, params), part in zip(random_students().items(), STUDENTS, strict=True):
-        state = convert_nac.part_to_original(params, part)
-        assert_same(convert_nac.part_from_original(state, part), params)
+    for (name, params), place in zip(random_students().items(), PLACES, strict=True):
+        table = nac_names.student_table(SIZES, place)
+        state = tables.write(table, params)
+        assert_same(read(table, state, params), params)
         assert len(state) == len(jax.tree.leaves(params)), name
 
 
@@ -88,13 +99,13 @@ def test_code_conditioned_layers_come_back(kind, use_bias):
     layer = CodeLinear(LinearConfig(kind=kind), 3, 5, 4, use_bias, jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((2, 1, 3)), jnp.zeros((1, 4)))
     params = fill(shapes["params"])
-    state = convert_nac.part_to_original(params, "code_linear")
-    assert_same(convert_nac.part_from_original(state, "code_linear"), params)
+    table = Table(nac_names.code_linear(kind))
+    assert_same(read(table, tables.write(table, params), params), params)
 
 
 def test_names_and_shapes_are_the_original_s():
-    params, sharing = random_network(share_codes=False)
-    shapes = {n: a.shape for n, a in convert_nac.network_to_original(params, **sharing).items()}
+    params, table = random_network(share_codes=False)
+    shapes = {name: array.shape for name, array in tables.write(table, params).items()}
     graph = "latent_graphs.0."
     assert shapes["input_tokenizer.backbone.downsample_layers.0.0.weight"] == (4, 3, 4, 4)
     assert shapes["input_tokenizer.backbone.downsample_layers.1.1.weight"] == (8, 4, 2, 2)
@@ -113,8 +124,8 @@ def test_names_and_shapes_are_the_original_s():
 
 
 def test_layouts_mean_the_same_sums():
-    params, sharing = random_network()
-    state = convert_nac.network_to_original(params, **sharing)
+    params, table = random_network()
+    state = tables.write(table, params)
     rng = np.random.default_rng(1)
     tokenizer, attention = params["stage_0"]["tokenizer"], params["stage_1"]["attention"]
     square, x = rng.standard_normal((4, 4, 3)), rng.standard_normal(12)
@@ -137,41 +148,42 @@ def test_layouts_mean_the_same_sums():
     ],
 )
 def test_what_iterations_share_is_listed_for_each_and_kept_once(switch, shared, own):
-    params, sharing = random_network(**{switch: True})
+    params, table = random_network(**{switch: True})
     assert "ffn" not in params.get("stage_2", {})
-    state = convert_nac.network_to_original(params, **sharing)
+    state = tables.write(table, params)
     for i in range(1, ITERATIONS):
         first, alias = (state[f"{PROPAGATOR}{j}.{shared}"] for j in (0, i))
         np.testing.assert_array_equal(alias, first)
         if own is not None:
             assert np.any(state[f"{PROPAGATOR}0.{own}"] != state[f"{PROPAGATOR}{i}.{own}"])
     state[f"{PROPAGATOR}2.{shared}"] = state[f"{PROPAGATOR}2.{shared}"] + 1
-    with pytest.raises(ValueError, match=re.escape(f"{PROPAGATOR}2.{shared} is not")):
-        convert_nac.network_from_original(state, **sharing)
+    problem = f"{PROPAGATOR}2.{shared} should equal {PROPAGATOR}0.{shared}"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        read(table, state, params)
 
 
 def test_a_part_of_a_network_goes_under_its_full_names():
-    params, sharing = random_network()
+    params, table = random_network()
     part = {"stage_2": {"ffn": {"norm": params["stage_2"]["ffn"]["norm"]}}}
-    state = convert_nac.network_to_original(part, **sharing)
+    state = tables.write(table, part)
     names = (f"{PROPAGATOR}1.ffn.layernorm.weight", f"{PROPAGATOR}1.ffn.layernorm.bias")
     assert tuple(state) == names
 
 
 def test_what_has_no_place_is_refused_and_named():
-    params, sharing = random_network()
-    state = convert_nac.network_to_original(params, **sharing)
+    params, table = random_network()
+    state = tables.write(table, params)
     strange = {"latent_graphs.0.stitch_norm.weight": np.ones(1), "head.weight": np.ones(1)}
     with pytest.raises(ValueError, match=r"(?s)head\.weight.*stitch_norm\.weight"):
-        convert_nac.network_from_original(state | strange, **sharing)
+        read(table, state | strange, params)
+    fewer = dataclasses.replace(SIZES, iterations=2)
+    shapes = jax.eval_shape(model.build(fewer, INTERFACE).init, jax.random.key(0))
     with pytest.raises(ValueError, match=r"propagators\.2\."):
-        convert_nac.network_from_original(state, iterations=2)
+        read(nac_names.network_table(fewer), state, shapes)
     with pytest.raises(ValueError, match="ffn/gate"):
-        convert_nac.part_to_original({"ffn": {"gate": np.ones(1)}}, "propagator")
+        tables.write(Table(nac_names.propagator("plain")), {"ffn": {"gate": np.ones(1)}})
     with pytest.raises(ValueError, match="stage_9"):
-        convert_nac.network_to_original(
-            {"stage_9": {"ffn": {"layer_scale": np.ones(1)}}}, **sharing
-        )
+        tables.write(table, {"stage_9": {"ffn": {"layer_scale": np.ones(1)}}})
 
 
 # The original's names, and where their tensors stand here; matrices are transposed.
@@ -256,8 +268,8 @@ WHOLE = (
 
 
 def test_every_tensor_has_its_name():
-    params, sharing = random_network(share_norm=False, qkv_bias=True, read_out_head=True)
-    state = convert_nac.network_to_original(params, **sharing)
+    params, table = random_network(share_norm=False, qkv_bias=True, read_out_head=True)
+    state = tables.write(table, params)
     flat = traverse_util.flatten_dict(params, sep="/")
     for prefix, place, names in WHOLE:
         for name, path in names.items():
@@ -267,21 +279,19 @@ def test_every_tensor_has_its_name():
 
 
 def test_students_have_their_names():
-    tables = {
-        "read_in_student": {"read_in.ffn.ffn.0.native_weight": "read_in/ffn/up/kernel"},
-        "mediator_student": {
+    tensors = {
+        Place.FIRST: {"read_in.ffn.ffn.0.native_weight": "read_in/ffn/up/kernel"},
+        Place.MIDDLE: {
             "pre_stitch.bias": "pre_stitch/bias",
             "ffn.layernorm.bias": "ffn/norm/bias",
         },
-        "read_out_student": {"tokenizer.to_logits.bias": "pooling/head/bias"},
+        Place.LAST: {"tokenizer.to_logits.bias": "pooling/head/bias"},
     }
-    for params, part in zip(random_students().values(), STUDENTS, strict=True):
-        state, flat = (
-            convert_nac.part_to_original(params, part),
-            traverse_util.flatten_dict(params, sep="/"),
-        )
-        table = dict(tables[part])
-        if part != "read_out_student":
-            table["post_stitch.weight"] = "post_stitch/kernel"
-        for name, path in table.items():
+    for params, place in zip(random_students().values(), PLACES, strict=True):
+        state = tables.write(nac_names.student_table(SIZES, place), params)
+        flat = traverse_util.flatten_dict(params, sep="/")
+        names = dict(tensors[place])
+        if place is not Place.LAST:
+            names["post_stitch.weight"] = "post_stitch/kernel"
+        for name, path in names.items():
             np.testing.assert_array_equal(state[name], np.transpose(flat[path]), err_msg=name)

@@ -1,0 +1,54 @@
+"""Tensor names of CLIPTrans' own checkpoints: mBART and a mapping network."""
+
+from collections.abc import Callable, Mapping
+
+from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.translators import mbart_names
+from common_jax.weights.entries import Entry, copy, linear, norm, stacked_attention
+from common_jax.weights.table import Table
+
+LEFT_OUT = {r"clip\..*": 'of the encoder, which is read by itself (kind="mclip", "clip_text")'}
+
+
+def table(config: ModelConfig) -> Table:
+    """Of the whole model, as in a checkpoint without "module."."""
+    mbart = mbart_names.table(config.mbart).below(source="mbart.", target="mbart/")
+    mapper = mapper_table(config.mapper).below(source="adapter.", target="mapper/")
+    return Table(mbart.entries | mapper.entries, mbart.aliases, LEFT_OUT)
+
+
+def mapper_table(config: MapperConfig) -> Table:
+    """Of a mapping network by our paths in "mapper", without the prefix "adapter."."""
+    return Table(MAPPERS[config.kind]() if config.prefix else {})
+
+
+def _mlp() -> dict[str, Entry]:
+    return linear("hidden.0", "out") | {"prelu/slope": copy("hidden.1.weight")}
+
+
+def _hidden_mlp() -> dict[str, Entry]:
+    return (
+        linear("hidden.0", "hidden")
+        | linear("hidden.2", "out")
+        | {"prelu/slope": copy("hidden.3.weight")}
+    )
+
+
+def _transformer() -> dict[str, Entry]:
+    layer = "transformer.layers.0"
+    return (
+        linear("projector", "project")
+        | stacked_attention(f"{layer}.self_attn", "attention", heads=2)
+        | norm(f"{layer}.norm1", "attention_norm")
+        | linear(f"{layer}.linear1", "up")
+        | linear(f"{layer}.linear2", "down")
+        | norm(f"{layer}.norm2", "mlp_norm")
+    )
+
+
+MAPPERS: Mapping[str, Callable[[], dict[str, Entry]]] = {
+    "mlp": _mlp,
+    "hidden_mlp": _hidden_mlp,
+    "transformer": _transformer,
+}

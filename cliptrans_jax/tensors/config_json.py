@@ -1,0 +1,307 @@
+"""The sizes of networks, as config.json of Hugging Face's and M-CLIP's repositories has them."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cliptrans_jax.towers import clip, mclip
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.translators import mbart
+from cliptrans_jax.translators.mbart import MBartConfig
+from common_jax.untrusted import brief
+from common_jax.workdir import read_json
+
+Hf = Mapping[str, Any]  # a config.json of Hugging Face
+CONFIG = "config.json"
+
+# mBART's sizes by their keys in config.json.
+MBART_FIELDS = types.MappingProxyType(
+    {
+        "vocab": "vocab_size",
+        "width": "d_model",
+        "encoder_layers": "encoder_layers",
+        "decoder_layers": "decoder_layers",
+        "encoder_heads": "encoder_attention_heads",
+        "decoder_heads": "decoder_attention_heads",
+        "encoder_hidden": "encoder_ffn_dim",
+        "decoder_hidden": "decoder_ffn_dim",
+        "positions": "max_position_embeddings",
+        "dropout": "dropout",
+        "scale_embedding": "scale_embedding",
+        "pad": "pad_token_id",
+        "eos": "eos_token_id",
+    }
+)
+MBART_FILE = "mBART's config.json"
+# What else changes an mBART, and the one value that can be computed. All other keys are about
+# decoding, fresh weights, classifiers and versions, and are not looked at: init_std, use_cache,
+# num_beams, max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and their like.
+MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "model_type": "mbart",
+        "architectures": ["MBartForConditionalGeneration"],
+        "activation_function": "gelu",
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "tie_word_embeddings": True,
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+    }
+)
+# The same of keys that only older files have, or files of quantised weights.
+MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "add_bias_logits": False,
+        "add_final_layer_norm": True,
+        "normalize_before": True,
+        "normalize_embedding": True,
+        "static_position_embeddings": False,
+        "extra_pos_embeddings": mbart.OFFSET,
+        "pruned_heads": {},
+        "quantization_config": None,
+    }
+)
+MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
+    {"xlm-roberta-large": MClipConfig(), "FacebookAI/xlm-roberta-large": MClipConfig()}
+)
+_MCLIP_FIELDS = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "positions": "max_position_embeddings",
+    "types": "type_vocab_size",
+    "eps": "layer_norm_eps",
+    "pad": "pad_token_id",
+    "dropout": "hidden_dropout_prob",
+    "activation": "hidden_act",
+}
+_MCLIP_ALLOWED = {
+    "model_type": ("xlm-roberta", "roberta"),
+    "hidden_act": tuple(mclip.ACTIVATIONS),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+_CLIP_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+_CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
+_CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
+_CLIP_FEATURES = {"features": "projection_dim"}
+_CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
+_XLMR_FILE = "XLM-RoBERTa's config.json"
+_CLIP_ALLOWED = {
+    "hidden_act": tuple(clip.ACTIVATIONS),
+    "dropout": (0.0,),
+    "attention_dropout": (0.0,),
+}
+# No published model has more; shapes are made of these numbers before tensors are looked at.
+MOST, MOST_LAYERS = 10_000_000, 1000
+_EXPECTED = {
+    int: "a whole number from {least} to {most}",
+    float: "a number from {least} to {most}",
+    bool: "true or false",
+    str: "a text",
+}
+
+
+def mbart_config(hf: Hf) -> MBartConfig:
+    """Sizes of an mBART from its config.json; a `decoder_start_token_id` that is left out is the
+    end's, with which shifted labels start.
+
+    Raises:
+      ValueError: naming the key and the value that is missing, or that the network cannot be
+        computed with; see `MBART_FIXED`.
+    """
+    fixed = MBART_FIXED | MBART_FIXED_ONCE
+    require_supported(hf, {key: (value, None) for key, value in fixed.items()}, MBART_FILE)
+    if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
+        raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
+    given = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
+    start = {"start": given["eos"]}
+    if hf.get("decoder_start_token_id") is not None:
+        start = checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
+    return MBartConfig(**given, **start)
+
+
+def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
+    """The config.json of an mBART, `mbart_config` backwards."""
+    plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
+    ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
+    return MBART_FIXED | plain | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
+
+
+def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
+    """Sizes of an M-CLIP text tower.
+
+    Args:
+      hf: the config.json of the M-CLIP repository: `modelBase`, `transformerDimensions`, `numDims`.
+      transformer_hf: that of the XLM-RoBERTa that `modelBase` names; None where `MCLIP_BASES` has
+        it.
+
+    Raises:
+      ValueError: naming the key and the value, for one that is missing or that the tower cannot be
+        computed with, and for a `transformerDimensions` that is not the width.
+    """
+    _required(hf, "numDims", _MCLIP_FILE)
+    features = checked(hf, {"features": "numDims"}, MClipConfig, _MCLIP_FILE)
+    if transformer_hf is None:
+        name = _required(hf, "modelBase", _MCLIP_FILE)
+        if not (isinstance(name, str) and name in MCLIP_BASES):
+            raise ValueError(
+                f"modelBase={name!r} of M-CLIP's config.json is not one of {sorted(MCLIP_BASES)}; "
+                "give the config.json of that model too"
+            )
+        config = dataclasses.replace(MCLIP_BASES[name], **features)
+    else:
+        require_supported(transformer_hf, _MCLIP_ALLOWED, _XLMR_FILE)
+        for key in _MCLIP_FIELDS.values():
+            _required(transformer_hf, key, _XLMR_FILE)
+        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _XLMR_FILE)
+        config = MClipConfig(**features, **sizes)
+    if (width := _required(hf, "transformerDimensions", _MCLIP_FILE)) != config.width:
+        raise ValueError(
+            f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
+            f"transformer, {config.width}; the two files are not of one model"
+        )
+    return config
+
+
+def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
+    """`mclip_config`, with the config.json of its transformer wherever that lies.
+
+    Args:
+      hf: the M-CLIP's config.json; `modelBase` may be a folder, as its makers had it, or one below
+        that of `file`.
+      file: the folder or the file of its weights.
+
+    Raises:
+      ValueError: as `mclip_config`, and for a `modelBase` that is not there.
+    """
+    name = hf.get("modelBase")
+    if not isinstance(name, str) or name in MCLIP_BASES:
+        return mclip_config(hf, None)
+    path = Path(file)
+    folder = path if path.is_dir() else path.parent
+    for place in (folder / name, folder / name / CONFIG):
+        if place.suffix == ".json" and place.is_file():
+            return mclip_config(hf, read_json(place))
+    raise ValueError(
+        f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
+        f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: say what the tower was made "
+        "from with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
+        "or a folder with the config.json of an XLM-RoBERTa"
+    )
+
+
+def clip_vision_config(hf: Hf) -> ClipVisionConfig:
+    """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone.
+
+    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
+    The `vision_config_dict` of older files takes the place of `vision_config`.
+
+    Raises:
+      ValueError: naming the key and the value that the tower cannot be computed with.
+    """
+    _required(hf, "model_type", _CLIP_FILE)
+    require_supported(hf, {"model_type": ("clip", "clip_vision_model")}, _CLIP_FILE)
+    tower, where = _tower(hf, "vision_config")
+    require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
+    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
+    return ClipVisionConfig(**sizes, **checked(hf, _CLIP_FEATURES, ClipVisionConfig, _CLIP_FILE))
+
+
+def clip_text_config(hf: Hf) -> ClipTextConfig:
+    """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone.
+
+    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
+    The `text_config_dict` of older files takes the place of `text_config`.
+
+    Raises:
+      ValueError: naming the key and the value that the tower cannot be computed with.
+    """
+    _required(hf, "model_type", _CLIP_FILE)
+    require_supported(hf, {"model_type": ("clip", "clip_text_model")}, _CLIP_FILE)
+    tower, where = _tower(hf, "text_config")
+    require_supported(tower, _CLIP_ALLOWED, where)
+    sizes = checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where)
+    sizes |= checked(hf, _CLIP_FEATURES, ClipTextConfig, _CLIP_FILE)
+    config = ClipTextConfig(**sizes)
+    # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
+    # where a file says 2, as OpenAI's do.
+    require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
+    return config
+
+
+def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
+    """What a config.json says, by the fields of `cls`; keys that are left out are left out.
+
+    Args:
+      hf: the file's content.
+      fields: field of `cls` -> key in the file.
+      cls: a dataclass, whose defaults say of which type each field is.
+      where: what to call the file, or its section, in messages.
+
+    Raises:
+      ValueError: naming the key and the value, for one of another type or out of its range.
+    """
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+    given = {field: hf[key] for field, key in fields.items() if key in hf}
+    for field, value in given.items():
+        kind, key = kinds[field], fields[field]
+        least = 0 if kind is float or key.endswith("_id") else 1
+        most = MOST_LAYERS if field.endswith("layers") else MOST
+        if kind in (int, float):
+            is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+            fits = is_number and least <= value <= most
+        else:
+            fits = isinstance(value, kind)
+        if not fits:
+            expected = _EXPECTED[kind].format(least=least, most=most)
+            raise ValueError(f"{key}={brief(value)} of {where} must be {expected}")
+    return given
+
+
+def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
+    """Raises ValueError for a key of a file, or of its section, that has none of the values that
+    are `allowed` for it; `where` as in `checked`."""
+    for key, values in allowed.items():
+        if key in hf and hf[key] not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(
+                f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; take "
+                "another model"
+            )
+
+
+def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
+    """What is said of one tower of a CLIP, and what to call it in messages."""
+    older = f"{name}_dict"
+    key = older if hf.get(older) is not None else name
+    whole = hf["model_type"] == "clip" or key in hf
+    tower = hf.get(key) if whole else hf
+    tower = {} if tower is None else tower
+    if not isinstance(tower, dict):
+        raise ValueError(f"{key}={brief(tower)} of {_CLIP_FILE} must be a dictionary of sizes")
+    return tower, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
+
+
+def _required(hf: Hf, key: str, where: str) -> Any:
+    if key not in hf:
+        raise ValueError(
+            f"{key} is missing in {where}, which has {sorted(hf)[:20]}; give the file of the model "
+            "whose weights are read"
+        )
+    return hf[key]

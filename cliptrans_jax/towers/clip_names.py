@@ -1,0 +1,123 @@
+"""Tensor names of CLIP's ViT and text tower, in Hugging Face's files and under OpenAI's names.
+
+A file holds both towers; each table leaves the other's tensors out.
+"""
+
+from collections.abc import Callable
+
+from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from common_jax.weights.entries import (
+    Entry,
+    copy,
+    linear,
+    norm,
+    patches,
+    self_attention,
+    stacked_attention,
+    transpose,
+)
+from common_jax.weights.table import Table
+
+_OTHER_TOWER = "of the other tower, which is read by itself"
+_LEFT_OUT = {
+    r"(text|vision)_model\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
+    r"logit_scale": "the temperature of CLIP's own training",
+}
+OPENAI_LEFT_OUT = {
+    r"logit_scale": "the temperature of CLIP's own training",
+    r"input_resolution|context_length|vocab_size": "a size, which the config says",
+}
+OPENAI_TEXT_TOWER = {
+    r"transformer\..*|ln_final\..*|text_projection": _OTHER_TOWER,
+    r"token_embedding\.weight|positional_embedding": _OTHER_TOWER,
+}
+
+
+def vision_table(config: ClipVisionConfig) -> Table:
+    """Of `towers.clip.ClipVision`, by Hugging Face's names."""
+    source = "vision_model"
+    entries = {
+        "class_token": copy(f"{source}.embeddings.class_embedding"),
+        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
+        "patches/kernel": patches(f"{source}.embeddings.patch_embedding.weight"),
+        **norm(f"{source}.pre_layrnorm", "pre_norm"),  # so spelled in the files
+        **_blocks(config, f"{source}.encoder.layers", _block),
+        **norm(f"{source}.post_layernorm", "post_norm"),
+        "projection/kernel": transpose("visual_projection.weight"),
+    }
+    other = {r"text_model\..*|text_projection\.weight": _OTHER_TOWER}
+    return Table(entries, left_out=_LEFT_OUT | other)
+
+
+def text_table(config: ClipTextConfig) -> Table:
+    """Of `towers.clip.ClipText`, by Hugging Face's names."""
+    source = "text_model"
+    entries = {
+        "words": copy(f"{source}.embeddings.token_embedding.weight"),
+        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
+        **_blocks(config, f"{source}.encoder.layers", _block),
+        **norm(f"{source}.final_layer_norm", "final_norm"),
+        "projection/kernel": transpose("text_projection.weight"),
+    }
+    other = {r"vision_model\..*|visual_projection\.weight": _OTHER_TOWER}
+    return Table(entries, left_out=_LEFT_OUT | other)
+
+
+def openai_vision_table(config: ClipVisionConfig) -> Table:
+    """Of `towers.clip.ClipVision`, by OpenAI's names."""
+    entries = {
+        "class_token": copy("visual.class_embedding"),
+        "positions": copy("visual.positional_embedding"),
+        "patches/kernel": patches("visual.conv1.weight"),
+        **norm("visual.ln_pre", "pre_norm"),
+        **_blocks(config, "visual.transformer.resblocks", _openai_block),
+        **norm("visual.ln_post", "post_norm"),
+        "projection/kernel": copy("visual.proj"),  # stored (in, out)
+    }
+    return Table(entries, left_out=OPENAI_LEFT_OUT | OPENAI_TEXT_TOWER)
+
+
+def openai_text_table(config: ClipTextConfig) -> Table:
+    """Of `towers.clip.ClipText`, by OpenAI's names."""
+    entries = {
+        "words": copy("token_embedding.weight"),
+        "positions": copy("positional_embedding"),
+        **norm("ln_final", "final_norm"),
+        "projection/kernel": copy("text_projection"),  # stored (in, out)
+        **_blocks(config, "transformer.resblocks", _openai_block),
+    }
+    return Table(entries, left_out=OPENAI_LEFT_OUT | {r"visual\..*": _OTHER_TOWER})
+
+
+def _blocks(
+    config: ClipVisionConfig | ClipTextConfig,
+    source: str,
+    block: Callable[[str, str, int], dict[str, Entry]],
+) -> dict[str, Entry]:
+    entries = {}
+    for i in range(config.layers):
+        entries |= block(f"{source}.{i}", f"layer_{i}", config.heads)
+    return entries
+
+
+def _block(source: str, target: str, heads: int) -> dict[str, Entry]:
+    queries, keys, values, out = (
+        f"{source}.self_attn.{part}_proj" for part in ("q", "k", "v", "out")
+    )
+    return {
+        **self_attention((queries, keys, values), out, f"{target}/attention", heads=heads),
+        **norm(f"{source}.layer_norm1", f"{target}/attention_norm"),
+        **norm(f"{source}.layer_norm2", f"{target}/mlp_norm"),
+        **linear(f"{source}.mlp.fc1", f"{target}/mlp/up"),
+        **linear(f"{source}.mlp.fc2", f"{target}/mlp/down"),
+    }
+
+
+def _openai_block(source: str, target: str, heads: int) -> dict[str, Entry]:
+    return {
+        **stacked_attention(f"{source}.attn", f"{target}/attention", heads=heads),
+        **norm(f"{source}.ln_1", f"{target}/attention_norm"),
+        **norm(f"{source}.ln_2", f"{target}/mlp_norm"),
+        **linear(f"{source}.mlp.c_fc", f"{target}/mlp/up"),
+        **linear(f"{source}.mlp.c_proj", f"{target}/mlp/down"),
+    }

@@ -1,0 +1,80 @@
+"""Tensor names of mBART as Hugging Face publishes it."""
+
+import dataclasses
+
+from cliptrans_jax.translators.mbart import MBartConfig
+from common_jax.weights import entries
+from common_jax.weights.entries import Entry
+from common_jax.weights.table import Table
+
+EMBEDDING = "model.shared.weight"
+# One matrix under four names.
+ALIASES = {
+    "model.encoder.embed_tokens.weight": EMBEDDING,
+    "model.decoder.embed_tokens.weight": EMBEDDING,
+    "lm_head.weight": EMBEDDING,
+}
+
+
+def table(config: MBartConfig) -> Table:
+    """Of an mBART by our paths in "mbart"."""
+    found = {
+        "embedding": entries.copy(EMBEDDING),
+        "logits_bias": dataclasses.replace(_row("final_logits_bias"), fill=0.0),
+    }
+    layers = {"encoder": config.encoder_layers, "decoder": config.decoder_layers}
+    heads = {"encoder": config.encoder_heads, "decoder": config.decoder_heads}
+    for side, count in layers.items():
+        source = f"model.{side}"
+        found[f"{side}/positions/embedding"] = entries.copy(f"{source}.embed_positions.weight")
+        found |= entries.norm(f"{source}.layernorm_embedding", f"{side}/embedding_norm")
+        found |= entries.norm(f"{source}.layer_norm", f"{side}/norm")
+        for index in range(count):
+            layer = _encoder_layer(f"{source}.layers.{index}", heads[side])
+            if side == "decoder":
+                layer |= _cross_attention(f"{source}.layers.{index}", heads[side])
+            found |= entries.below(layer, source="", target=f"{side}/layer_{index}/")
+    return Table(found, ALIASES)
+
+
+def _encoder_layer(source: str, heads: int) -> dict[str, Entry]:
+    attention = f"{source}.self_attn"
+    projections = tuple(f"{attention}.{part}_proj" for part in "qkv")
+    return (
+        entries.self_attention(projections, f"{attention}.out_proj", "attention", heads=heads)
+        | entries.norm(f"{source}.self_attn_layer_norm", "attention_norm")
+        | entries.linear(f"{source}.fc1", "mlp/up")
+        | entries.linear(f"{source}.fc2", "mlp/down")
+        | entries.norm(f"{source}.final_layer_norm", "mlp_norm")
+    )
+
+
+def _cross_attention(source: str, heads: int) -> dict[str, Entry]:
+    attention, target = f"{source}.encoder_attn", "cross_attention"
+    pair = tuple(f"{attention}.{part}_proj" for part in "kv")
+    return {
+        f"{target}/query/kernel": _one(
+            entries.split_heads((f"{attention}.q_proj.weight",), heads), 1
+        ),
+        f"{target}/query/bias": _one(
+            entries.split_head_biases((f"{attention}.q_proj.bias",), heads), 0
+        ),
+        f"{target}/memory/kernel": entries.split_heads(tuple(f"{p}.weight" for p in pair), heads),
+        f"{target}/memory/bias": entries.split_head_biases(tuple(f"{p}.bias" for p in pair), heads),
+        f"{target}/out/kernel": entries.join_heads(f"{attention}.out_proj.weight", heads),
+        f"{target}/out/bias": entries.copy(f"{attention}.out_proj.bias"),
+    } | entries.norm(f"{source}.encoder_attn_layer_norm", "cross_attention_norm")
+
+
+def _one(entry: Entry, axis: int) -> Entry:
+    """A projection of one part, without the axis of parts."""
+    return Entry(
+        entry.names,
+        lambda x: entry.read(x).squeeze(axis),
+        lambda x: entry.write(x[:, None] if axis else x[None]),
+    )
+
+
+def _row(name: str) -> Entry:
+    """[1, V] as (V,)."""
+    return Entry((name,), lambda x: x[0], lambda x: (x[None],))

@@ -1,0 +1,207 @@
+"""Entries: how one parameter of ours is made of published tensors, and written back.
+
+Both directions move numbers and change none, so that a round trip is the identity. Plain numpy.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How one parameter is made of published tensors.
+
+    Attributes:
+      names: the tensors.
+      read: (tensors in the order of `names`) -> parameter. May raise ValueError for tensors that
+        contradict each other.
+      write: parameter -> tensors in that order.
+      forms: other tensors that some files hold in place of these; they are read, never written.
+      optional: whether there are networks of the table without the parameter. Tells kinds apart;
+        whether a parameter must be there, its network's shapes say.
+      fill: number that the parameter is filled with where a file lacks it; None where it may not
+        be lacking.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[..., np.ndarray]
+    write: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    forms: tuple["Entry", ...] = ()
+    optional: bool = False
+    fill: float | None = None
+
+
+Entries = Mapping[str, Entry]  # by our path "encoder/layer_0/mlp/up/kernel"
+
+
+def copy(name: str) -> Entry:
+    """A tensor that is a parameter as it is."""
+    return Entry((name,), lambda x: x, lambda x: (x,))
+
+
+def transpose(name: str) -> Entry:
+    """A linear layer's [out, in] as a kernel (in, out)."""
+    return Entry((name,), np.transpose, lambda x: (x.T,))
+
+
+def convolution(name: str) -> Entry:
+    """A convolution's [out, in, rows, columns] as a kernel (rows, columns, in, out)."""
+    return Entry((name,), lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))
+
+
+def patches(name: str, channels: int = 3) -> Entry:
+    """A convolution [D, channels, p, p] whose stride is its side, as the kernel (p * p * channels,
+    D) of a product."""
+    whole = convolution(name)
+
+    def write(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+        rows, width = kernel.shape
+        side = math.isqrt(rows // channels)
+        if side * side * channels != rows:
+            raise ValueError(
+                f"a patch kernel of {rows} rows is of no square patch of channels={channels}"
+            )
+        return whole.write(kernel.reshape(side, side, channels, width))
+
+    return Entry(whole.names, lambda x: whole.read(x).reshape(-1, x.shape[0]), write)
+
+
+def split_heads(names: tuple[str, ...], heads: int) -> Entry:
+    """Linear layers' [D, D] side by side as one kernel (D, len(names), H, K), for queries, keys
+    and values of one attention."""
+
+    def read(*tensors: np.ndarray) -> np.ndarray:
+        return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)
+
+    def write(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(kernel[:, i].reshape(kernel.shape[0], -1).T for i in range(len(names)))
+
+    return Entry(names, read, write)
+
+
+def split_head_biases(names: tuple[str, ...], heads: int) -> Entry:
+    """Their biases, [D] each, as (len(names), H, K)."""
+
+    def read(*tensors: np.ndarray) -> np.ndarray:
+        return np.stack([x.reshape(heads, -1) for x in tensors])
+
+    def write(bias: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(part.reshape(-1) for part in bias)
+
+    return Entry(names, read, write)
+
+
+def join_heads(name: str, heads: int) -> Entry:
+    """The output layer's [D, D] as a kernel (H, K, D)."""
+
+    def read(x: np.ndarray) -> np.ndarray:
+        return x.T.reshape(heads, -1, x.shape[0])
+
+    return Entry((name,), read, lambda x: (x.reshape(-1, x.shape[-1]).T,))
+
+
+def linear(source: str, target: str) -> dict[str, Entry]:
+    """Entries of a linear layer with bias."""
+    return {
+        f"{target}/kernel": transpose(f"{source}.weight"),
+        f"{target}/bias": copy(f"{source}.bias"),
+    }
+
+
+def norm(source: str, target: str) -> dict[str, Entry]:
+    """Entries of a LayerNorm."""
+    return {
+        f"{target}/scale": copy(f"{source}.weight"),
+        f"{target}/bias": copy(f"{source}.bias"),
+    }
+
+
+def self_attention(
+    sources: tuple[str, str, str], out: str, target: str, *, heads: int
+) -> dict[str, Entry]:
+    """Entries of `common_jax.nn.attention.SelfAttention`.
+
+    Args:
+      sources: names of the linear layers of queries, keys and values.
+      out: name of the output layer.
+      target: path of the attention.
+      heads: their number.
+    """
+    return {
+        f"{target}/qkv/kernel": split_heads(tuple(f"{s}.weight" for s in sources), heads),
+        f"{target}/qkv/bias": split_head_biases(tuple(f"{s}.bias" for s in sources), heads),
+        f"{target}/out/kernel": join_heads(f"{out}.weight", heads),
+        f"{target}/out/bias": copy(f"{out}.bias"),
+    }
+
+
+def stacked_heads(name: str, heads: int) -> Entry:
+    """Queries, keys and values as the rows [3D, ...] of one tensor, as (..., 3, H, K)."""
+
+    def read(x: np.ndarray) -> np.ndarray:
+        return np.moveaxis(x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1))
+
+    def write(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        rows = math.prod(x.shape[-3:])
+        return (np.moveaxis(x, (-3, -2, -1), (0, 1, 2)).reshape(rows, *x.shape[:-3]),)
+
+    return Entry((name,), read, write)
+
+
+def stacked_attention(source: str, target: str, *, heads: int) -> dict[str, Entry]:
+    """Entries of torch.nn.MultiheadAttention, whose queries, keys and values are the rows of one
+    tensor `in_proj_weight`."""
+    return {
+        f"{target}/qkv/kernel": stacked_heads(f"{source}.in_proj_weight", heads),
+        f"{target}/qkv/bias": stacked_heads(f"{source}.in_proj_bias", heads),
+        f"{target}/out/kernel": join_heads(f"{source}.out_proj.weight", heads),
+        f"{target}/out/bias": copy(f"{source}.out_proj.bias"),
+    }
+
+
+def below(entries: Entries, *, source: str, target: str) -> dict[str, Entry]:
+    """The entries with every tensor name and every path put under a prefix, such as "mbart." and
+    "mbart/"."""
+    return {target + path: _renamed(entry, source) for path, entry in entries.items()}
+
+
+def optional(entries: Entries) -> dict[str, Entry]:
+    """The same of a part that networks may be without."""
+    return {path: dataclasses.replace(entry, optional=True) for path, entry in entries.items()}
+
+
+def tied(entries: Entries, first: str, others: tuple[str, ...]) -> dict[str, Entry]:
+    """Entries of a module that a file lists several times and that is one here.
+
+    Args:
+      entries: of the module; all tensors' names start with `first`.
+      first: "propagators.0.", say.
+      others: what the same names start with elsewhere, such as "propagators.1.".
+    """
+    return {path: _tie(entry, first, others) for path, entry in entries.items()}
+
+
+def _tie(entry: Entry, first: str, others: tuple[str, ...]) -> Entry:
+    (name,) = entry.names
+    names = (name, *(name.replace(first, other, 1) for other in others))
+
+    def read(*tensors: np.ndarray) -> np.ndarray:
+        for other, tensor in zip(names, tensors, strict=True):
+            if not np.array_equal(tensor, tensors[0]):
+                raise ValueError(f"{other} should equal {name} and does not")
+        return entry.read(tensors[0])
+
+    return dataclasses.replace(
+        entry, names=names, read=read, write=lambda x: entry.write(x) * len(names)
+    )
+
+
+def _renamed(entry: Entry, source: str) -> Entry:
+    return dataclasses.replace(
+        entry,
+        names=tuple(source + name for name in entry.names),
+        forms=tuple(_renamed(form, source) for form in entry.forms),
+    )

@@ -1,0 +1,301 @@
+"""Tables between published tensors and our parameters: one strict reader, the same table backwards
+as the writer, and the kind of network that names tell."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from common_jax.weights.account import Account, fold, list_problems
+from common_jax.weights.entries import Entries, Entry, below
+from common_jax.weights.files import NARROW
+
+Tensors = Mapping[str, np.ndarray]
+FLOATS = ("float32", "float64", *NARROW)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The names of one network's tensors in one kind of file.
+
+    Attributes:
+      entries: one for every parameter that such a network may have, by our path.
+      aliases: name -> name of the tensor that it must equal if both are there, and whose place it
+        takes if that one is missing.
+      left_out: regex of whole names -> why they are not read.
+    """
+
+    entries: Entries
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def below(self, *, source: str, target: str) -> "Table":
+        """The table of a network that is a part of another, such as of "mbart." in "mbart/"."""
+        return Table(
+            below(self.entries, source=source, target=target),
+            {source + alias: source + name for alias, name in self.aliases.items()},
+            {f"{re.escape(source)}(?:{regex})": why for regex, why in self.left_out.items()},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """Published weights as ours.
+
+    Attributes:
+      kind: of the file, as its system names it.
+      config: the network's sizes, or the config of a run that could have made the parameters.
+      params: numpy arrays of float32 in our tree.
+      account: what became of every tensor.
+      source: where they come from, as it was given.
+    """
+
+    kind: str
+    config: Any
+    params: Mapping[str, Any]
+    account: Account
+    source: str
+
+
+def read(
+    table: Table,
+    tensors: Tensors,
+    *,
+    shapes: Mapping[str, Any],
+    file: str,
+    what: str = "this model",
+    advice: Callable[[list[str]], str] = lambda _: "give the config of the model in the file",
+) -> tuple[dict[str, Any], Account]:
+    """Our parameters from published tensors, each in the type that it has in the file.
+
+    Args:
+      table: has an entry for every parameter in `shapes`.
+      tensors: name -> array.
+      shapes: nested dict of what has a `shape`, as `jax.eval_shape` of the network's init gives.
+      file: what to call the tensors' origin in messages.
+      what: what the tensors should be, in messages.
+      advice: problems, a line each that begins with the tensor -> the way out, for a message.
+
+    Raises:
+      ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to one
+        that it should equal.
+    """
+    tensors, problems, misshapen = dict(tensors), [], []
+    same = _resolve(tensors, table.aliases, problems)
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
+    params, taken, notes, known = {}, [], [], set()
+    for path, entry in table.entries.items():
+        if path not in flat:
+            continue
+        entry, target = _form(entry, tensors), flat[path]
+        parts = {name: np.asarray(tensors[name]) for name in entry.names if name in tensors}
+        expected = _tensor_shapes(entry, target.shape)
+        known |= parts.keys()
+        taken += [(name, path, part.shape) for name, part in parts.items()]
+        if not parts and entry.fill is not None:
+            params[path] = np.full(target.shape, entry.fill, np.float32)
+            value = "zeros" if entry.fill == 0 else f"{entry.fill:g} everywhere"
+            notes.append(f"{', '.join(entry.names)} is not in the file: {value}")
+            continue
+        for name, shape in expected.items():
+            if name not in parts:
+                problems.append(f"{name} {shape} is missing, for {path}")
+            elif parts[name].shape != shape:
+                misshapen.append(f"{name} is {parts[name].shape} and should be {shape}")
+        if {name: part.shape for name, part in parts.items()} == expected:
+            try:
+                params[path] = entry.read(*parts.values())
+            except ValueError as error:
+                problems.append(str(error))
+    left, others = [], _other_forms(table.entries[path] for path in flat)
+    for name in sorted(tensors.keys() - known):
+        reason = next((why for rx, why in table.left_out.items() if re.fullmatch(rx, name)), None)
+        if reason is not None:
+            left.append((name, reason))
+        elif name in others:
+            problems.append(
+                f"{name} {np.shape(tensors[name])} is there besides {others[name]}, which says the "
+                "same; leave out either"
+            )
+        else:
+            problems.append(f"{name} {np.shape(tensors[name])} has no place")
+    if problems := problems + misshapen:
+        raise ValueError(
+            f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
+        )
+    account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left), tuple(notes))
+    return traverse_util.unflatten_dict(params, sep="/"), account
+
+
+def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Published tensors from our parameters, in the order of the table.
+
+    Args:
+      table: may hold entries of more than `params`.
+      params: our parameters, or anything of their shapes, such as gradients.
+
+    Raises:
+      ValueError: for parameters that the table has no names for; all are named.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if unknown := sorted(flat.keys() - table.entries.keys()):
+        raise ValueError(f"there are no published names for {unknown}")
+    tensors = {}
+    for path, entry in table.entries.items():
+        if path in flat:
+            parts = entry.write(np.asarray(flat[path]))
+            tensors |= dict(zip(entry.names, parts, strict=True))
+    return tensors
+
+
+def expected_tensors(
+    table: Table, shapes: Mapping[str, Any]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor that `write` makes of parameters of these shapes: by its name our path and its
+    shape."""
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    return {
+        name: (path, shape)
+        for path, entry in table.entries.items()
+        if path in flat
+        for name, shape in _tensor_shapes(entry, flat[path].shape).items()
+    }
+
+
+def as_float32(params: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The parameters in float32; raises ValueError for other than floating-point numbers, and for
+    numbers that are not finite."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
+        raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
+    wide = {path: np.asarray(x, np.float32) for path, x in flat.items()}
+    if odd := [path for path, x in wide.items() if not np.isfinite(x).all()]:
+        raise ValueError(f"{file} holds numbers that are not finite, in {', '.join(odd[:5])}")
+    return traverse_util.unflatten_dict(wide, sep="/")
+
+
+def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
+    """Every parameter that is missing, without a place or of another shape, a line each."""
+    flat, expected = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
+    lines = [f"{path} {expected[path].shape} is missing" for path in sorted(expected.keys() - flat)]
+    lines += [
+        f"{path} {np.shape(flat[path])} has no place" for path in sorted(flat.keys() - expected)
+    ]
+    return lines + [
+        f"{path} is {np.shape(x)} and should be {expected[path].shape}"
+        for path, x in flat.items()
+        if path in expected and np.shape(x) != expected[path].shape
+    ]
+
+
+def misfits(table: Table, names: Collection[str]) -> list[str]:
+    """How a file's names differ from those of a table's network of any size: numbers of layers are
+    "*". Empty where the table claims all names and every part that it needs is there."""
+    there = {fold(name) for name in names}
+    claimed, missing = {fold(alias) for alias in table.aliases}, {}
+    for entry in table.entries.values():
+        forms = [{fold(name) for name in form.names} for form in (entry, *entry.forms)]
+        claimed.update(*forms)
+        if not (entry.optional or entry.fill is not None or any(form <= there for form in forms)):
+            missing |= dict.fromkeys(forms[0])
+    foreign = {
+        fold(name): None
+        for name in sorted(names)
+        if fold(name) not in claimed and not any(re.fullmatch(rx, name) for rx in table.left_out)
+    }
+    return [f"{n} is missing" for n in missing] + [f"{n} has no place" for n in foreign]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A kind of network that a file may hold.
+
+    Attributes:
+      kind: as its system names it.
+      prefix: what stands before its tensors' names.
+      misfits: how the names below that prefix differ from the nearest of its tables.
+    """
+
+    kind: str
+    prefix: str
+    misfits: tuple[str, ...]
+
+
+def rank_kinds(
+    formats: Iterable[tuple[str, str, Callable[[], Iterable[Table]]]], names: Collection[str]
+) -> list[Claim]:
+    """Kinds of network that a file may hold, the likeliest first: that of the shortest prefix, and
+    below one prefix that whose table claims the most; in the order given where these are equal.
+
+    Args:
+      formats: (kind, marker as in `prefixes`, what gives tables of networks of any size).
+      names: of the file's tensors.
+    """
+    claims = []
+    for kind, marker, tables in formats:
+        for prefix in prefixes(marker, names):
+            own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            nearest = min((misfits(table, own) for table in tables()), key=len)
+            claims.append(Claim(kind, prefix, tuple(nearest)))
+    return sorted(claims, key=lambda claim: (len(claim.prefix), len(claim.misfits)))
+
+
+def prefixes(marker: str, names: Iterable[str]) -> list[str]:
+    """What stands before the names of each network in a file, such as "" or "teacher.".
+
+    Args:
+      marker: regex of a name that a network of this kind has.
+      names: of all tensors.
+    """
+    matches = (re.fullmatch(rf"(|.*?\.)(?:{marker})", name) for name in names)
+    return sorted({match[1] for match in matches if match})
+
+
+def take_prefix(tensors: Tensors, prefix: str) -> tuple[dict[str, np.ndarray], Account]:
+    """The tensors below a prefix by their names without it, and the account of the others."""
+    own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+    others = sorted(name for name in tensors if not name.startswith(prefix))
+    notes = (f"the prefix {prefix!r} was taken off the names",) if prefix else ()
+    left = tuple((name, "of the rest of the model") for name in others)
+    return own, Account((), dropped=left, notes=notes)
+
+
+def _form(entry: Entry, tensors: Tensors) -> Entry:
+    """The form of an entry that a file holds; the entry itself where it holds none, or several."""
+    there = [form for form in entry.forms if any(name in tensors for name in form.names)]
+    own = any(name in tensors for name in entry.names)
+    return there[0] if there and not own else entry
+
+
+def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
+    """Name of a tensor of an entry's other forms -> the first tensor of the entry."""
+    pairs = ((form, entry.names[0]) for entry in entries for form in entry.forms)
+    return {name: first for form, first in pairs for name in form.names}
+
+
+def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of an entry's tensors, for a parameter of a shape; an array that takes no memory
+    tells them."""
+    parts = entry.write(np.broadcast_to(np.float32(0), shape))
+    return {name: part.shape for name, part in zip(entry.names, parts, strict=True)}
+
+
+def _resolve(
+    tensors: dict[str, np.ndarray], aliases: Mapping[str, str], problems: list[str]
+) -> dict[str, str]:
+    """Takes aliases out of `tensors`, filling in what they stand for; returns those taken out."""
+    same = {}
+    for alias, name in aliases.items():
+        if alias not in tensors:
+            continue
+        tensor = tensors.pop(alias)
+        if name not in tensors:
+            tensors[name] = tensor
+        elif not np.array_equal(tensors[name], tensor):
+            problems.append(f"{alias} should equal {name} and does not")
+        same[alias] = name
+    return same
