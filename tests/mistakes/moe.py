@@ -17,12 +17,12 @@ SLOTS = (
     "tests/m2mkd_jax/test_dispatch.py::test_bfloat16_is_summed_in_float32"
 )
 LAYER = " ".join(
-    f"tests/m2mkd_jax/test_moe.py::{name}"
+    f"tests/m2mkd_jax/{name}"
     for name in (
-        "test_slots_are_the_fair_share_times_the_factor_rounded_up",
-        "test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
-        "test_other_routers_draw_no_noise",
-        "test_the_gate_is_exact_whatever_the_type_of_tokens",
+        "test_moe_config.py::test_slots_are_the_fair_share_times_the_factor_rounded_up",
+        "test_moe.py::test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
+        "test_moe.py::test_other_routers_draw_no_noise",
+        "test_moe.py::test_the_gate_is_exact_whatever_the_type_of_tokens",
     )
 )
 STARTS = "tests/m2mkd_jax/test_encoder.py::test_every_parameter_starts_as_the_original_s"
@@ -86,8 +86,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="m2mkd_jax/moe/dispatch.py",
         what="answers summed in the type of the tokens",
-        right="wide = jnp.promote_types(x.dtype, jnp.float32)",
-        wrong="wide = x.dtype",
+        right="wide = jnp.promote_types(answers.dtype, jnp.float32)",
+        wrong="wide = answers.dtype",
         tests=SLOTS,
     ),
     Mistake(
@@ -98,24 +98,24 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=ROWS,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="slots rounded down",
         right="math.ceil(self.capacity_factor",
         wrong="math.floor(self.capacity_factor",
         tests=LAYER,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="the order of priority is ignored",
         right="order=config.order",
         wrong='order="token"',
         tests=LAYER,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="noise for every router",
-        right='return self.router == "softmax_topk" and self.noise_std > 0',
-        wrong="return self.noise_std > 0",
+        right="noisy=lambda config: noisy and config.noise_std > 0",
+        wrong="noisy=lambda config: config.noise_std > 0",
         tests=LAYER,
     ),
     Mistake(
