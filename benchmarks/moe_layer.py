@@ -18,8 +18,9 @@ import numpy as np
 import timing
 from jax import Array
 
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.grouped import RAGGED, Experts, arrange, block_size, grouped_mlp
-from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
+from m2mkd_jax.moe.layer import MoeMlp
 
 TARGETS = {"dropless": 0.67, "capacity": None, "ragged_dot": None}
 

@@ -26,8 +26,9 @@ from jax import Array
 
 from m2mkd_jax.models.encoder import Block, BlockConfig, EncoderConfig
 from m2mkd_jax.moe import dispatch
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.grouped import Experts
-from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
+from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.moe.routers import Routes, rank_in_expert
 
 TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.encoder import Interface
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.nac import model as nac
 
 INTERFACE = Interface(image_size=8, channels=3, labels=5)

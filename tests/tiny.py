@@ -21,7 +21,7 @@ from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.feed import Feed
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.nac.graphs import PriorConfig
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.nac.tokenizer import TokenizerConfig

@@ -24,7 +24,7 @@ from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 
 AUGMENT = AugmentConfig(padding=4, flip=True)
 OPTIM = OptimConfig(

@@ -19,7 +19,7 @@ from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 
 AUGMENT = AugmentConfig(rotate=10.0, scale=0.1, shift=0.7, smoothing=0.1)
 OPTIM = OptimConfig(

@@ -8,7 +8,7 @@ from m2mkd_jax.families.upcycle import upcycle
 from m2mkd_jax.families.vit import HEAD, resize
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import check_moe
+from m2mkd_jax.moe.config import check_moe
 from m2mkd_jax.stages import Network
 
 

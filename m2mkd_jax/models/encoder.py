@@ -17,7 +17,8 @@ from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp
 from common_jax.nn.patches import PatchEmbedding
 from m2mkd_jax.models.stitch import Stitch
-from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
+from m2mkd_jax.moe.config import MoeConfig
+from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.stages import Network
 
 STREAMS = ("drop_path", "gate")  # of random numbers that a block may draw from

@@ -13,7 +13,7 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths
 from m2mkd_jax.pretrained.reading import File, Source

@@ -14,7 +14,7 @@ from tiny import SIZES, fill, unoptimised
 from common_jax.weights import table as tables
 from m2mkd_jax.models import encoder, vit, vit_names, vmoe
 from m2mkd_jax.models.stitch import Stitch
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import stage_name
 
 IMAGES = encoder.Interface(image_size=8, channels=3, labels=5)

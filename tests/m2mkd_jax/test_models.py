@@ -13,7 +13,7 @@ from meshes import idle_rules, one_device
 
 from common_jax.mesh import match_rules
 from m2mkd_jax.models import encoder, vit, vmoe
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Network, Place, stage_name
 
 # Parameters at the usual depth with 1000 labels, as the original counts them.

@@ -14,7 +14,8 @@ from common_jax.config import unfreeze
 from common_jax.state import merge
 from m2mkd_jax.config import InitConfig, SourcesConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
-from m2mkd_jax.moe.layer import MoeConfig, MoeMlp
+from m2mkd_jax.moe.config import MoeConfig
+from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.phases.end_to_end import run, upcycle
 from m2mkd_jax.phases.fields import check_sources
 from m2mkd_jax.phases.networks import parameter_shapes, teacher_network, whole_student

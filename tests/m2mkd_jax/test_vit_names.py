@@ -11,7 +11,7 @@ from tiny import random_like
 
 from common_jax.weights import table as tables
 from m2mkd_jax.models import encoder, vit, vit_names, vmoe
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Place, locate
 
 DEPTHS, HEADS, EXPERTS = (2, 1, 2), 2, 3

@@ -9,7 +9,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from m2mkd_jax.models import encoder, vit, vmoe
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Network, stage_name
 from parity.names import read_network, read_stage
 
