@@ -5,7 +5,7 @@ import pytest
 from common_jax import app
 from common_jax.checkpoint import check_source
 from common_jax.workdir import check_input, check_output
-from m2mkd_jax.data.folders import existing
+from m2mkd_jax.data.folders import require_path
 
 
 def test_a_missing_place_is_named_with_the_last_part_that_exists(tmp_path):
@@ -26,11 +26,11 @@ def test_a_missing_place_is_named_with_the_last_part_that_exists(tmp_path):
 def test_images_below_a_missing_mount_are_named(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path='/nfs/images' "):
-        existing("/nfs/images", "a folder")
+        require_path("/nfs/images", "a folder")
     with pytest.raises(FileNotFoundError, match=r"give a folder; .*: images"):
-        existing(f"{tmp_path}/imags", "a folder")
+        require_path(f"{tmp_path}/imags", "a folder")
     with pytest.raises(FileNotFoundError, match=r"config\.data\.path='' "):
-        existing("", "a folder")
+        require_path("", "a folder")
 
 
 def test_a_folder_that_cannot_be_made_is_refused_and_nothing_stays(tmp_path):
