@@ -357,6 +357,7 @@ def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Arr
     sizes = [group.shape[1] for group in groups]
     if codes.shape[0] == 1:
         return [codes] * len(sizes)
+    # Noise was added to all codes at once, so one draw covers all groups whatever their number.
     assert sum(sizes) == codes.shape[0], (sizes, codes.shape)
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     return jnp.split(codes, ends)

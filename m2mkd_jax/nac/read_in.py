@@ -110,6 +110,7 @@ class ReadInAttention(nn.Module):
         return heads.reshape(*heads.shape[:2], self.config.inner)
 
     def _by_head(self, linear: CodeLinear) -> Float[Array, "U H K"]:
+        # The head is the slower index of the outputs, as in `LatentAttention`.
         return linear.kernel.reshape(-1, self.config.heads, self.config.head_width)
 
 

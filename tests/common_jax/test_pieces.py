@@ -10,7 +10,7 @@ import pytest
 from same import assert_all_same
 
 from common_jax.inputs import BadExample, train_batches
-from common_jax.inputs.pieces import RingPiece, Receiver, Sender
+from common_jax.inputs.pieces import Receiver, RingPiece, Sender
 from common_jax.inputs.workers import read_in_order
 
 

@@ -50,8 +50,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{NAC}layers.py",
         "dropped scales are divided by the share that is dropped",
-        "scales = scales * kept / keep",
-        "scales = scales * kept / config.dropout",
+        "scales = scales * mask / keep",
+        "scales = scales * mask / config.dropout",
         LAYERS,
     ),
     Mistake(
