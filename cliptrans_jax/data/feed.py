@@ -48,7 +48,7 @@ class BatchingConfig(Section):
     def padded(self, longest: int) -> int:
         """Returns the padded length of a batch whose longest sentence has `longest` tokens."""
         length = self.bucket * 2 ** max(0, math.ceil(math.log2(longest / self.bucket)))
-        half_step = length * 3 // 4  # 1.5 times the length below
+        half_step = length * 3 // 4  # 1.5 times the next shorter one
         fits = length > self.bucket and longest <= half_step
         return half_step if self.half_steps and fits else length
 

@@ -25,7 +25,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from m2mkd_jax.nac.blocks import BlockConfig, Ffn, layer_scale, scaled
+from m2mkd_jax.nac.blocks import BlockConfig, Ffn, layer_scale, scale_branch
 from m2mkd_jax.nac.layers import CodeLinear, add_code_noise, norm
 
 
@@ -86,7 +86,7 @@ class ReadInAttention(nn.Module):
                 pooled = pooled + self.value.bias.astype(self.dtype)
         else:
             pooled = self._pool_plainly(query, tokens, codes, train=train)
-        branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
+        branch = scale_branch(self.exit(pooled, codes, train=train), self.layer_scale)
         return receivers + branch if config.residual else branch
 
     def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:

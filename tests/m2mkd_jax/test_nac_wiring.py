@@ -1,4 +1,4 @@
-"""Who attends to whom in a whole NAC, and what is drawn where; students as parts between stitches."""
+"""Who attends to whom in a whole NAC, and the draws of each part; students as parts."""
 
 import collections
 import dataclasses

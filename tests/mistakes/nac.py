@@ -78,8 +78,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{NAC}blocks.py",
         "the exit layer takes one receiver's code for all",
-        "branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)",
-        "branch = scaled(self.exit(pooled, codes[:1], train=train), self.layer_scale)",
+        "branch = scale_branch(self.exit(pooled, codes, train=train), self.layer_scale)",
+        "branch = scale_branch(self.exit(pooled, codes[:1], train=train), self.layer_scale)",
         BLOCK,
     ),
     Mistake(
