@@ -170,11 +170,6 @@ def count_errors(
     return int(np.sum(edges & ~near)), int(np.sum(near & ~edges))
 
 
-def density(signatures: Float[Array | np.ndarray, "T Y"], truncation: float) -> float:
-    """Returns the share of the T^2 pairs nearer than `truncation`, self pairs included."""
-    return float(np.mean(_is_near(signatures, truncation)))
-
-
 def _is_near(signatures, truncation: float) -> np.ndarray:
     signatures = jnp.asarray(signatures, jnp.float32)
     return np.asarray(cosine_distance(signatures, signatures) < truncation)

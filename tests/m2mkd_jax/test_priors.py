@@ -314,14 +314,13 @@ def test_nodes_without_a_path_are_at_length_0():
     np.testing.assert_array_equal(priors.scaled_paths(adjacency), adjacency)
 
 
-def test_errors_and_density_are_counted():
+def test_errors_are_counted():
     # Latents 0 and 1 are near, 2 is at a right angle.
     signatures = np.array([[1, 0], [1, 0.1], [0, 1]], np.float32)
     adjacency = np.zeros((3, 3), bool)
     adjacency[0, 2] = adjacency[2, 0] = True
     assert priors.count_errors(signatures, adjacency, 0.5) == (1, 1)
     assert priors.disagreement(signatures, adjacency, 0.5) == pytest.approx(4 / 9)
-    assert priors.density(signatures, 0.5) == pytest.approx(5 / 9)
 
 
 @pytest.fixture
