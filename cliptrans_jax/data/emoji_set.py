@@ -64,16 +64,16 @@ def load_emoji(
     for language in languages:
         if language not in LANGUAGES:
             raise ValueError(f"'emoji' has no language {language!r}, only {', '.join(LANGUAGES)}")
-    chosen = tuple(
+    members = tuple(
         emoji
         for emoji, its_split in splits().items()
         if its_split == split and (flags or not is_flag(emoji))
     )
-    texts = {language: tuple(map(names(language).get, chosen)) for language in languages}
-    logging.info("emoji %s: %d of %d groups", split, len(chosen), count_groups(chosen))
-    images = None if size is None else EmojiImages(chosen, size)
+    texts = {language: tuple(map(names(language).get, members)) for language in languages}
+    logging.info("emoji %s: %d of %d groups", split, len(members), count_groups(members))
+    images = None if size is None else EmojiImages(members, size)
     reason = TEXTS_ALONE if size is None else ""
-    return Corpus(f"emoji {split}", texts, images, chosen, reason)
+    return Corpus(f"emoji {split}", texts, images, members, reason)
 
 
 def count_groups(emoji: Sequence[str]) -> int:

@@ -105,8 +105,8 @@ def choose_examples(
     size = len(tokens[pair[0]])
     if stage.captioning:
         single = caption_language or default_caption_language(pair)
-        chosen = (pair[1], pair[0]) if all_languages else (single,)
-        languages = [(language, language) for language in chosen for _ in range(size)]
+        captions = (pair[1], pair[0]) if all_languages else (single,)
+        languages = [(language, language) for language in captions for _ in range(size)]
         drops = True
     elif all_languages:
         raise ValueError(

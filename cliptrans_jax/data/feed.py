@@ -48,7 +48,7 @@ class BatchingConfig(Section):
     def padded(self, longest: int) -> int:
         """Returns the padded length of a batch whose longest sentence has `longest` tokens."""
         length = self.bucket * 2 ** max(0, math.ceil(math.log2(longest / self.bucket)))
-        half_step = length * 3 // 4  # 1.5 times the length below
+        half_step = length * 3 // 4  # 1.5 times the next shorter one
         fits = length > self.bucket and longest <= half_step
         return half_step if self.half_steps and fits else length
 
@@ -109,9 +109,9 @@ class TrainFeed:
         rows = host_rows(self.batch, self.shard)
         for step in itertools.count(start):
             epoch, place = divmod(step, self.steps_per_epoch)
-            chosen = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
+            indices = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
             yield collate(
-                self.inputs, chosen, rows, self.batching, noise=self.noise,
+                self.inputs, indices, rows, self.batching, noise=self.noise,
                 seed=self.seed, epoch=epoch,
             )  # fmt: skip
 
@@ -156,7 +156,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
 
 def collate(
     inputs: Inputs,
-    chosen: Int64[np.ndarray, "B"],
+    indices: Int64[np.ndarray, "B"],
     rows: slice,
     batching: BatchingConfig,
     *,
@@ -168,7 +168,7 @@ def collate(
 
     Args:
       inputs: all examples.
-      chosen: the batch's examples, over all hosts.
+      indices: the batch's examples, over all hosts.
       rows: this host's rows of them.
       batching: determines the padded length.
       noise: probability of a dropped token.
@@ -180,13 +180,13 @@ def collate(
     # Lengths come from the sentences of all hosts, after dropping: every host must pad to the same
     # shape, and each draws the dropped tokens of the whole batch to know it.
     examples = inputs.examples
-    sources = [examples.source[i] for i in chosen]
+    sources = [examples.source[i] for i in indices]
     if examples.drops:
         sources = [
             _drop(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
-            for ids, i in zip(sources, chosen, strict=True)
+            for ids, i in zip(sources, indices, strict=True)
         ]
-    targets = [examples.target[i] for i in chosen]
+    targets = [examples.target[i] for i in indices]
     source, target = (_padded_length(x, batching, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
@@ -195,9 +195,9 @@ def collate(
         "labels": pad(targets[rows], target, pad_id=inputs.pad),
     }
     if inputs.features is not None:
-        batch["features"] = inputs.features[chosen[rows]]
+        batch["features"] = inputs.features[indices[rows]]
     if inputs.clip_tokens is not None:
-        tokens = [inputs.clip_tokens[i] for i in chosen]
+        tokens = [inputs.clip_tokens[i] for i in indices]
         length = _padded_length(tokens, batching, inputs.clip_room)
         batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch
@@ -254,12 +254,12 @@ def evaluation_batches(
         order = np.argsort(-lengths, kind="stable")
     rows = host_rows(batch, shard)
     for first in range(0, len(order), batch):
-        chosen = order[first : first + batch]
-        real = np.arange(batch) < len(chosen)
-        chosen = np.pad(chosen, (0, batch - len(chosen)), mode="edge")
-        yield collate(inputs, chosen, rows, batching, noise=noise, seed=seed, epoch=0) | {
+        indices = order[first : first + batch]
+        real = np.arange(batch) < len(indices)
+        indices = np.pad(indices, (0, batch - len(indices)), mode="edge")
+        yield collate(inputs, indices, rows, batching, noise=noise, seed=seed, epoch=0) | {
             "_mask": real[rows].astype(np.float32),
-            "_index": chosen[rows].astype(np.int32),
+            "_index": indices[rows].astype(np.int32),
         }
 
 

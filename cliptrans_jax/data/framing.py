@@ -73,6 +73,7 @@ class FramedTokenizer:
       bos: the first token without a language.
     """
 
+    # Functions, not a subclass per kind: tokenizers differ only in how they cut and join.
     cut: Callable[[list[str]], list[list[int]]]
     join: Callable[[list[int]], str]
     vocab: int

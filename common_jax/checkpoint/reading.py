@@ -51,14 +51,14 @@ def load(
     """
     step = find_step(source)
     shapes = _shapes(step)
-    chosen = {
+    selection = {
         path: shape
         for path, shape in traverse_util.flatten_dict(shapes, sep="/").items()
         if not subtree or path == subtree or path.startswith(subtree + "/")
     }
-    if not chosen:
+    if not selection:
         raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
-    abstract = traverse_util.unflatten_dict(chosen, sep="/")
+    abstract = traverse_util.unflatten_dict(selection, sep="/")
     if mesh is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
     elif rules is None:

@@ -248,7 +248,7 @@ class Checkpoints:
         self._manager = self._open()
         steps = finished_steps(self.folder)
         newest = (
-            f"the newest whole one is of step {steps[-1]}" if steps else "it would be the first"
+            f"the newest whole one is of step {steps[-1]}" if steps else "there is none before it"
         )
         message = (
             f"the checkpoint of step {failed} could not be written to {self.folder} "

@@ -29,9 +29,10 @@ from common_jax.inputs.workers import read_in_order
 TrainTransform = Callable[[Example, np.random.Generator], Example]
 EvalTransform = Callable[[Example], Example]
 
-ENDLESS = 2**50  # examples: more than are ever read
+ENDLESS = 2**50  # examples: more than are ever read; grain needs an end
 
 
+# A dataclass, not a closure, since worker processes get it pickled.
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
     """Reads rows of the global batches; returns a bad example instead of raising it.
@@ -134,11 +135,12 @@ def _gather_train_batches(
     arrays: dict[str, np.ndarray], order: tuple[int, int, int, int], start_step: int, rows: slice
 ) -> Iterator[Batch]:
     seed, size, batch, repeats = order
+    # One index into each array replaces reading and stacking examples one by one.
     host = np.arange(rows.start, rows.stop)
     for step in itertools.count(start_step):
         epoch, place = divmod(step, size // batch)
-        chosen = epoch_permutation(seed, epoch, size)[(place * batch + host) // repeats]
-        yield {name: array[chosen] for name, array in arrays.items()}
+        indices = epoch_permutation(seed, epoch, size)[(place * batch + host) // repeats]
+        yield {name: array[indices] for name, array in arrays.items()}
 
 
 def _read_train_batches(

@@ -109,7 +109,9 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide and image.mode not in ("I", "F"):
         return image
-    tags = getattr(image, "tag_v2", {})  # of TIFF alone; 12 bits and inverted values come unscaled
+    tags = getattr(
+        image, "tag_v2", {}
+    )  # only TIFF has them; 12 bits and inverted values come unscaled
     plain = tags.get(PHOTOMETRIC, BLACK_IS_ZERO) == BLACK_IS_ZERO
     if not wide or not plain or tuple(tags.get(BITS_PER_SAMPLE, (16,))) != (16,):
         raise ValueError(

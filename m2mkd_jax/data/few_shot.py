@@ -52,7 +52,7 @@ def choose_episode(
     classes = random.Random(seed).sample(range(labels_count), ways)
     allowed = np.ones(len(labels), bool) if eligible is None else np.asarray(eligible, bool)
     draw = np.random.RandomState(seed)
-    chosen = []
+    picks = []
     for name in classes:
         places = np.flatnonzero((labels == name) & allowed)
         if len(places) < shots:
@@ -60,8 +60,8 @@ def choose_episode(
                 f"class {name} has {len(places)} examples, but {shots} are asked for; lower "
                 "config.few_shot.shots or config.few_shot.test_shots"
             )
-        chosen.append(draw.permutation(places)[:shots])
-    indices = draw.permutation(np.concatenate(chosen))
+        picks.append(draw.permutation(places)[:shots])
+    indices = draw.permutation(np.concatenate(picks))
     ranks = np.searchsorted(np.sort(classes), labels[indices])
     return Episode(tuple(classes), indices, ranks.astype(np.int32))
 

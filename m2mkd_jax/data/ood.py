@@ -105,21 +105,23 @@ def choose_classes(source: Source, ood: OodConfig, *, base_names: Sequence[str])
     """
     names = source.label_names
     if ood.classes:
-        chosen = set(read_names(Path(os.path.expanduser(ood.classes))))
-        if unknown := chosen - set(names):
+        selection = set(read_names(Path(os.path.expanduser(ood.classes))))
+        if unknown := selection - set(names):
             raise ValueError(
                 f"config.ood.classes={ood.classes!r} names {len(unknown)} classes that "
                 f"config.ood.path={ood.path!r} lacks: {listed(unknown)}; correct the list or the "
                 "path"
             )
     elif ood.source == "tiny_imagenet_r":
-        chosen = set(names) & set(base_names)
-        logging.info("config.ood: %d of %d classes are the training set's", len(chosen), len(names))
+        selection = set(names) & set(base_names)
+        logging.info(
+            "config.ood: %d of %d classes are the training set's", len(selection), len(names)
+        )
     else:
         return source
-    if not chosen or len(chosen) == len(names):
-        return source  # where none is chosen, match_classes raises an error
-    old_labels = [label for label, name in enumerate(names) if name in chosen]
+    if not selection or len(selection) == len(names):
+        return source  # an empty one is an error of match_classes
+    old_labels = [label for label, name in enumerate(names) if name in selection]
     indices = np.flatnonzero(np.isin(source.labels, old_labels))
     labels = np.searchsorted(old_labels, source.labels[indices]).astype(np.int32)
     return Subset(source, indices, labels, tuple(names[label] for label in old_labels))

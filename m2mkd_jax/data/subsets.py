@@ -37,8 +37,8 @@ class Subset:
     def arrays(self) -> dict[str, np.ndarray] | None:
         if self.source.arrays is None:
             return None
-        chosen = {name: array[self.indices] for name, array in self.source.arrays.items()}
-        return chosen | {"label": self.labels}
+        arrays = {name: array[self.indices] for name, array in self.source.arrays.items()}
+        return arrays | {"label": self.labels}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,8 +64,8 @@ def first_of_each_class(source: LabelledSource, count: int) -> Subset:
     for label in range(len(names)):
         places = np.flatnonzero(labels == label)
         rank[places] = np.arange(len(places))
-    chosen = np.flatnonzero(rank < count)
-    return Subset(source, chosen, labels[chosen], names)
+    indices = np.flatnonzero(rank < count)
+    return Subset(source, indices, labels[indices], names)
 
 
 def match_classes(

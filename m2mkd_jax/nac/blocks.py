@@ -170,7 +170,7 @@ class LatentAttention(nn.Module):
         pooled = attend(query, keys, values, log_affinity, config=config)
         pooled = pooled.reshape(*pooled.shape[:2], config.inner)
         # The exit layer is conditioned on the receivers' codes, as the query is.
-        branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
+        branch = scale_branch(self.exit(pooled, codes, train=train), self.layer_scale)
         if not config.residual:
             return branch
         return receivers + drop_branch(self, branch, config.drop_path, train=train)
@@ -220,7 +220,9 @@ class Ffn(nn.Module):
         else:
             y = gelu(y)
         down = CodeLinear(config.linear, config.hidden, config.width, name="down", **shared)
-        y = scaled(down(y, codes, train=train), layer_scale(self, config.layer_scale, config.width))
+        y = scale_branch(
+            down(y, codes, train=train), layer_scale(self, config.layer_scale, config.width)
+        )
         if config.ffn_residual:
             y = x + drop_branch(self, y, config.drop_path, train=train)
         return constrain(y, "batch", "tokens", "width")
@@ -357,6 +359,7 @@ def split_codes(codes: jax.Array, groups: tuple[jax.Array, ...]) -> list[jax.Arr
     sizes = [group.shape[1] for group in groups]
     if codes.shape[0] == 1:
         return [codes] * len(sizes)
+    # Noise was added to all codes at once, so one draw covers all groups whatever their number.
     assert sum(sizes) == codes.shape[0], (sizes, codes.shape)
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     return jnp.split(codes, ends)
@@ -369,7 +372,7 @@ def layer_scale(module: nn.Module, value: float | None, width: int) -> jax.Array
     return module.param("layer_scale", nn.initializers.constant(value), (width,))
 
 
-def scaled(branch: jax.Array, factors: jax.Array | None) -> jax.Array:
+def scale_branch(branch: jax.Array, factors: jax.Array | None) -> jax.Array:
     """Returns the branch times its factors, if it has any."""
     return branch if factors is None else branch * factors.astype(branch.dtype)
 

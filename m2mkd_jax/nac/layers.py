@@ -150,8 +150,8 @@ class CodeLinear(nn.Module):
         scales = gain * NORMALISATIONS[config.normalization](codes @ self.code_kernel)
         if train and config.dropout:
             keep = 1 - config.dropout
-            kept = draw(self, "dropout", uniform(scales.shape), stream="code") < keep
-            scales = scales * kept / keep
+            mask = draw(self, "dropout", uniform(scales.shape), stream="code") < keep
+            scales = scales * mask / keep
         return scales + 1 if config.add_one else scales
 
     def _matrices(self, codes: Float[Array, "T Z"]) -> Float[Array, "T _ _"]:

@@ -63,7 +63,7 @@ class ReadOutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Wiring:
-    """Who attends to whom.
+    """The connections between the groups of latents.
 
     Attributes:
       inputs_to_mediators: when mediators attend to input latents: "always", in the "first"
@@ -100,6 +100,7 @@ class ReadIn(nn.Module):
         tokens = Tokenizer(self.tokenizer, self.interface.image_size, self.dtype, name="tokenizer")(
             images
         )
+        # Kept only if the caller records "intermediates", so it costs nothing otherwise.
         self.sow("intermediates", "tokens", tokens)
         config, width = self.config, self.tokenizer.token_width
         if config.kind == "projection":
@@ -123,6 +124,7 @@ class ReadOut(nn.Module):
 
     def setup(self):
         config = self.config
+        # The block's parameters are directly below the stage's, as in a propagator.
         self.block = Propagator(config.block, self.dtype)
         nn.share_scope(self, self.block)
         if config.head is not None:
@@ -273,6 +275,8 @@ class NacNetwork:
           ValueError: for images of another shape.
         """
         self._check_images(images)
+        # Every part is applied by itself with its own subtree, not as a child of one large module:
+        # a student is trained on such a subtree, and the whole network uses it as it is.
         call = _Caller(params, noise or {}, rngs or {}, train, record)
         wiring, batch = self.wiring, images.shape[0]
         latents = call(
@@ -305,6 +309,7 @@ class NacNetwork:
                 cached if with_inputs else None,
             )
 
+        # Mediators send to the read-out with the codes of their last iteration.
         output, codes = latents["output"], mediators.layer_codes(-1)
         senders, signatures = (mediator_states,), mediators.signatures
         if wiring.inputs_to_outputs:
@@ -357,6 +362,8 @@ class NacNetwork:
         Returns None where iterations differ: each has weights, noise on codes or dropped scales of
         its own, or not all attend to the input latents.
         """
+        # Input latents do not change after the read-in. Projecting them once saves their
+        # share of the senders' projections in every iteration but the first.
         noisy = train and (self.propagators[0].config.code_noise or self._drops_scales())
         always = self.wiring.inputs_to_mediators == "always"
         if not self.share_propagators or noisy or not always:

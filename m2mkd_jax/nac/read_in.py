@@ -25,7 +25,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from m2mkd_jax.nac.blocks import BlockConfig, Ffn, layer_scale, scaled
+from m2mkd_jax.nac.blocks import BlockConfig, Ffn, layer_scale, scale_branch
 from m2mkd_jax.nac.layers import CodeLinear, add_code_noise, norm
 
 
@@ -86,7 +86,7 @@ class ReadInAttention(nn.Module):
                 pooled = pooled + self.value.bias.astype(self.dtype)
         else:
             pooled = self._pool_plainly(query, tokens, codes, train=train)
-        branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)
+        branch = scale_branch(self.exit(pooled, codes, train=train), self.layer_scale)
         return receivers + branch if config.residual else branch
 
     def _pool_plainly(self, query, tokens, codes, *, train: bool) -> Float[Array, "B T _"]:
@@ -110,6 +110,7 @@ class ReadInAttention(nn.Module):
         return heads.reshape(*heads.shape[:2], self.config.inner)
 
     def _by_head(self, linear: CodeLinear) -> Float[Array, "U H K"]:
+        # The head is the slower index of the outputs, as in `LatentAttention`.
         return linear.kernel.reshape(-1, self.config.heads, self.config.head_width)
 
 

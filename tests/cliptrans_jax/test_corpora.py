@@ -171,26 +171,15 @@ def test_coco_that_is_not_whole_is_refused(tmp_path):
         load_corpus(config, "train2017", ("en",))
     with pytest.raises(ValueError, match=r"has no images: none of the 3 images, such as 22\.jpg"):
         load_corpus(config, "val2017", ("en",), with_images=True).require_images()
+    broken = r"captions_val2017\.json is not a complete file"
     for changes, message in (
         ({"images": []}, r"captions_val2017\.json has captions of 2 images it lacks: 3, 7"),
-        (
-            {"annotations": [{"image_id": 3}]},
-            r"captions_val2017\.json is not a complete file .*caption",
-        ),
-        ({"images": None}, r"captions_val2017\.json is not a complete file"),
-        (
-            {"annotations": [{"image_id": 3, "caption": "a \ud83d"}]},
-            r"captions_val2017\.json is not a complete file .*surrogates",
-        ),
-        (
-            {"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]},
-            r"captions_val2017\.json is not a complete file",
-        ),
-        ({"images": [{"id": 3, "file_name": 5}]}, r"captions_val2017\.json .* 5 is not text"),
-        (
-            {"images": [{"id": [3], "file_name": "x"}]},
-            r"captions_val2017\.json is not a complete file",
-        ),
+        ({"annotations": [{"image_id": 3}]}, rf"{broken} .*caption"),
+        ({"images": None}, broken),
+        ({"annotations": [{"image_id": 3, "caption": "a \ud83d"}]}, rf"{broken} .*surrogates"),
+        ({"images": [{"id": 7, "file_name": 1}, {"id": 3, "file_name": "a"}]}, broken),
+        ({"images": [{"id": 3, "file_name": 5}]}, rf"{broken} .* 5 is not text"),
+        ({"images": [{"id": [3], "file_name": "x"}]}, broken),
         ({"annotations": [{"image_id": 3, "caption": None}]}, "None is not text; fetch it again"),
     ):
         coco(tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Who hears whom in a whole NAC, and what is drawn where; students as parts between stitches."""
+"""Who attends to whom in a whole NAC, and the draws of each part; students as parts."""
 
 import collections
 import dataclasses
@@ -78,12 +78,12 @@ def part_by_part(network, params, *, to_mediators, to_outputs, inputs_as_mediato
 
     graph = run("graph", Graph(network.graph, jnp.float32), BATCH)
     inputs, mediators, outputs = (graph[name] for name in ("input", "mediator", "output"))
-    heard = run("stage_0", network.read_in, IMAGES, inputs.states, inputs.codes, train=False)
-    states = heard if inputs_as_mediators else mediators.states
+    input_states = run("stage_0", network.read_in, IMAGES, inputs.states, inputs.codes, train=False)
+    states = input_states if inputs_as_mediators else mediators.states
     for layer in range(ITERATIONS):
         codes, module = mediators.codes[layer], network.propagators[layer]
         if layer in to_mediators:
-            senders, sender_codes = (heard, states), jnp.concatenate([inputs.codes, codes])
+            senders, sender_codes = (input_states, states), jnp.concatenate([inputs.codes, codes])
             d = distance(mediators.signatures, inputs.signatures, mediators.signatures)
         else:
             senders, sender_codes = (states,), codes
@@ -91,7 +91,7 @@ def part_by_part(network, params, *, to_mediators, to_outputs, inputs_as_mediato
         states = run(f"stage_{layer + 1}", module, states, codes, senders, sender_codes, d)
     senders, codes, signatures = (states,), mediators.codes[-1], mediators.signatures
     if to_outputs:
-        senders, codes = (heard, states), jnp.concatenate([inputs.codes, codes])
+        senders, codes = (input_states, states), jnp.concatenate([inputs.codes, codes])
         signatures = jnp.concatenate([inputs.signatures, signatures])
     d = distance(outputs.signatures, signatures)
     arguments = outputs.states, outputs.codes, senders, codes, d

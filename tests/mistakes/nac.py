@@ -50,8 +50,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{NAC}layers.py",
         "dropped scales are divided by the share that is dropped",
-        "scales = scales * kept / keep",
-        "scales = scales * kept / config.dropout",
+        "scales = scales * mask / keep",
+        "scales = scales * mask / config.dropout",
         LAYERS,
     ),
     Mistake(
@@ -78,8 +78,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{NAC}blocks.py",
         "the exit layer takes one receiver's code for all",
-        "branch = scaled(self.exit(pooled, codes, train=train), self.layer_scale)",
-        "branch = scaled(self.exit(pooled, codes[:1], train=train), self.layer_scale)",
+        "branch = scale_branch(self.exit(pooled, codes, train=train), self.layer_scale)",
+        "branch = scale_branch(self.exit(pooled, codes[:1], train=train), self.layer_scale)",
         BLOCK,
     ),
     Mistake(
