@@ -104,7 +104,7 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
     side, _, channels = expected
     if shape[1:] != expected:
         if shape == expected:
-            way_out = "a single image needs an axis in front, x[None]"
+            way_out = "a single image needs a batch axis first, x[None]"
         elif shape[1:] == (channels, side, side):
             way_out = "channels come last, np.moveaxis(x, 1, -1)"
         elif len(shape) == 4 and shape[3] == channels:
@@ -133,8 +133,8 @@ def check_tokens(x: jax.Array, expected: tuple[int, ...]) -> jax.Array:
     shape = _shape_of(x, "tokens")
     if shape[1:] != expected:
         raise ValueError(
-            f"tokens are of shape {shape} and must be (B, {_listed(expected)}), as the stage in "
-            "front gives them"
+            f"tokens are of shape {shape} and must be (B, {_listed(expected)}), as the stage "
+            "before gives them"
         )
     return x
 

@@ -61,10 +61,10 @@ def hard_distillation(
     return smoothed_cross_entropy(student, jnp.argmax(teacher, axis=-1), 0.0)
 
 
-# distillation(student logits, teacher logits, temperature) -> scalar
-Distillation = Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
-
-DISTILLATIONS: dict[str, Distillation] = {
+# (student logits, teacher logits, temperature) -> scalar
+DISTILLATIONS: dict[
+    str, Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
+] = {
     "soft": soft_distillation,
     "soft_batch_mean": soft_distillation_batch_mean,
     "hard": hard_distillation,

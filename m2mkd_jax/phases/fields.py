@@ -33,11 +33,14 @@ def used_sources(config: Config) -> tuple[WeightSource, ...]:
 
 
 def check_sources(config: Config) -> None:
-    """Raises ValueError where config.init.upcycle is set and the phase does not read it: the run
-    would start otherwise than asked for."""
-    readers = [name for name, paths in reads().items() if "init.upcycle" in paths]
-    if config.init.upcycle and config.phase not in readers:
-        raise ValueError(
-            f"config.init.upcycle={shown(config.init.upcycle)} is for phase="
-            f"{' or '.join(map(repr, readers))} and phase={config.phase!r}: leave it out"
-        )
+    """Raises ValueError for a source beside config.sources, such as config.init.upcycle, that the
+    phase does not read: the run would start from other weights than asked for."""
+    table = reads()
+    for source in (source for phase in PHASES.values() for source in phase.sources):
+        value = source.value(config)
+        if source.section != "sources" and value and source.path not in table[config.phase]:
+            readers = [name for name, paths in table.items() if source.path in paths]
+            raise ValueError(
+                f"config.{source.path}={shown(value)} is for phase="
+                f"{' or '.join(map(repr, readers))} and phase={config.phase!r}: leave it out"
+            )

@@ -131,6 +131,6 @@ def require_stage_sources(config: Config, name: str, count: int) -> tuple[str, .
         raise ValueError(
             f"config.sources.{name} names {len(sources)} workdirs {sources} and "
             f"phase={config.phase!r} needs "
-            f"{count}, one a stage in order, or one that holds all stages"
+            f"{count}, one per stage in order, or one that holds all stages"
         )
     return sources if len(sources) == count else sources * count

@@ -303,6 +303,6 @@ def test_stages_come_from_as_many_workdirs_in_order_or_from_one():
     for given in ((), ("a", "b"), ("a",) * 4):
         sources = dataclasses.replace(config.sources, modules=given)
         with pytest.raises(
-            ValueError, match=rf"names {len(given)} workdirs .*needs 3, one a stage"
+            ValueError, match=rf"names {len(given)} workdirs .*needs 3, one per stage"
         ):
             require_stage_sources(dataclasses.replace(config, sources=sources), "modules", 3)
