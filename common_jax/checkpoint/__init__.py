@@ -1,8 +1,9 @@
-"""Checkpoints: orbax, written while training goes on, and read on any mesh, whole or in part.
+"""Checkpoints: orbax, written during training, and read on any mesh, whole or in part.
 
-A step's folder holds four items: `params`, all that a user loads; `trainer`, what a run needs to
-resume; `config`, the JSON that made it; `run`, whose it is. Finished folders carry orbax's marker
-in every item; only those are ever read, and of a workdir only those of its run.
+A step's folder holds four items: `params`, all that a user loads; `trainer`, the rest that a run
+needs to resume; `config`, the JSON that made it; `run`, the run that it belongs to. Finished
+folders carry orbax's marker in every item; only those are read, and of a workdir only those of its
+run.
 """
 
 from common_jax.checkpoint.belonging import FOLDER, Stock, finished_steps, own_steps, take_stock

@@ -1,5 +1,7 @@
-"""Whether checkpoints are of the run in whose folder they lie: what a folder's name says against
-what it holds, and what lies beside it."""
+"""Checkpoints that belong to the run in whose folder they are, and those that do not.
+
+A folder's name is compared with its content, and its content with the run's other files.
+"""
 
 import contextlib
 import dataclasses
@@ -26,9 +28,9 @@ class Stock:
 
     Attributes:
       steps: of its run, ascending.
-      foreign: by the number of its folder, why a checkpoint is not the run's.
+      foreign: number of a folder -> why its checkpoint is not the run's.
       unmarked: those of `steps` that an earlier version wrote, without an id.
-      id: of the run, by run.json or else by its checkpoints; None where neither says.
+      id: of the run, from run.json or else its checkpoints; None where neither has one.
     """
 
     steps: tuple[int, ...] = ()
@@ -38,8 +40,8 @@ class Stock:
 
 
 def finished_steps(folder: epath.PathLike) -> list[int]:
-    """The steps below `folder` that carry orbax's marker, and so does their every item, ascending;
-    read from disk, whosever they are."""
+    """The steps below `folder` that carry orbax's marker, as does their every item, ascending; read
+    from disk, and of whatever run."""
     folder = epath.Path(folder)
     if not folder.exists():
         return []
@@ -52,11 +54,11 @@ def finished_steps(folder: epath.PathLike) -> list[int]:
 
 
 def own_steps(folder: epath.PathLike) -> list[int]:
-    """The finished steps of the run whose `checkpoints` this folder is, ascending; the log names
+    """The finished steps of the run whose `checkpoints` this folder is, ascending; warnings name
     the others.
 
     Raises:
-      ValueError: when there are checkpoints, and all contradict what lies beside them.
+      ValueError: when there are checkpoints, and all contradict the files beside them.
     """
     folder = epath.Path(folder)
     workdir = folder.parent if folder.name == FOLDER else None
@@ -80,7 +82,7 @@ def own_steps(folder: epath.PathLike) -> list[int]:
 
 
 def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
-    """The checkpoints that a run finds when it starts. To be called by all processes at the same
+    """The checkpoints that a run finds when it starts. All processes must call this at the same
     place; nothing is changed before all have looked.
 
     Args:
@@ -110,13 +112,13 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
 
 @dataclasses.dataclass(frozen=True)
 class _Content:
-    """What a step's folder says of itself; None where it does not, or cannot be read: that is
-    reported where all of it is read.
+    """The content of a step's folder; None for a part that is missing or cannot be read, which is
+    reported later, when all of it is read.
 
     Attributes:
       number: the folder's name.
       marked: whether it has a mark, readable or not.
-      mark: whose it is.
+      mark: the run that it belongs to.
       stored: updates in its state.
       config: that made it.
     """
@@ -152,8 +154,8 @@ def _take_stock(
     reasons = {one.number: _contradiction(one, config=config, total=total) for one in contents}
     identity = None if workdir is None else read_identity(workdir)
     if identity is None and workdir is not None:
-        # run.json is lost, or an earlier version wrote none: the newest of the checkpoints that
-        # nothing contradicts says which run it is.
+        # run.json is lost, or an earlier version wrote none: the newest checkpoint that nothing
+        # contradicts says which run it is.
         found = [one.mark.id for one in contents if one.mark and not reasons[one.number]]
         unmarked = tuple(one.number for one in contents if not one.marked)
         identity = Identity(found[-1], unmarked) if found else None
@@ -170,7 +172,7 @@ def _take_stock(
 
 
 def _contradiction(content: _Content, *, config: Any, total: int | None) -> str:
-    """Why a step's folder is not what its name and place say; "" where nothing contradicts."""
+    """The reason why a step's folder is not what its name and place say; "" where there is none."""
     number, mark = content.number, content.mark
     if total is not None and number > total:
         return f"the run ends at step {total}"

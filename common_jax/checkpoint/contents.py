@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder, checked without reading its parameters."""
+"""The content of a checkpoint's folder, checked without reading its parameters."""
 
 import asyncio
 import dataclasses
@@ -15,10 +15,10 @@ from etils import epath
 
 from common_jax.workdir import read_json
 
-# The item that says whose the checkpoint is, {"id": of run.json, "step": its own number}.
+# The item that names the run of a checkpoint, {"id": of run.json, "step": its own number}.
 MARK = "run"
 JSON = "metadata"  # orbax's name for the file of a JSON item
-# Whatever orbax, tensorstore or the system raises, in this thread or another.
+# Anything that orbax, tensorstore or the system raises, in this thread or another.
 FAILURES = (Exception, asyncio.CancelledError)
 
 Outline = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type by orbax's name of an array
@@ -26,11 +26,11 @@ Outline = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type by orbax
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Whose a checkpoint is.
+    """The run that a checkpoint belongs to.
 
     Attributes:
       id: of its run.
-      step: its own number, whatever its folder is called.
+      step: its own number, even if its folder is renamed.
     """
 
     id: str
@@ -57,14 +57,14 @@ def read_stored_step(step: epath.Path) -> int:
     """The number of updates in a step's state.
 
     Raises:
-      whatever tensorstore does, when it cannot be read.
+      FAILURES: of tensorstore, when it cannot be read.
     """
     spec = {"driver": "zarr", "kvstore": {**_kvstore(step / "trainer"), "path": "step/"}}
     return int(ts.open(spec, open=True, read=True).result().read().result())
 
 
 def outline(tree: Any) -> Outline:
-    """Shapes and types of a tree's arrays, by the names that orbax gives them."""
+    """Shapes and types of a tree's arrays, by orbax's names of them."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
@@ -78,19 +78,19 @@ def outline(tree: Any) -> Outline:
 def check_written(
     folder: epath.Path, arrays: Mapping[str, Outline], texts: Mapping[str, Any]
 ) -> None:
-    """Checks what was written: every item, the shape and type of every array, that each of its
-    chunks is there, and every JSON. No array is read.
+    """Checks a written checkpoint: every item, the shape, type and chunks of every array, and every
+    JSON. No array is read.
 
     Args:
       folder: of a step.
-      arrays: what each item of arrays was to hold.
-      texts: the value that each JSON item was to hold.
+      arrays: the expected arrays of each item.
+      texts: the expected value of each JSON item.
 
     Raises:
       OSError: when anything is missing or differs, with its name.
     """
     for item, value in texts.items():
-        # As text, in which even what is not a number equals itself.
+        # As text, in which NaN equals itself.
         if json.dumps(read_json(folder / item / JSON)) != json.dumps(value):
             raise OSError(f"its item {item!r} reads back as something else")
     for item, wanted in arrays.items():
@@ -106,7 +106,7 @@ def _check_item(folder: epath.Path, wanted: Outline) -> None:
     found = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        if hasattr(leaf, "shape")  # and not what stands for an empty node
+        if hasattr(leaf, "shape")  # which orbax's placeholder of an empty node lacks
     }
     chunks: dict[str, int] = {}
     for key in keys:

@@ -1,4 +1,4 @@
-"""What is found in checkpoints, by whatever mesh they were written."""
+"""Reading checkpoints of any mesh, whole or in part."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from common_jax.state import merge
 from common_jax.workdir import read_json
 
 AVERAGE = "average"  # a further item, of runs that keep a running average
-PATTERN = re.compile(r"[*?\[\]\\]")  # what file systems take and globbing does not
+PATTERN = re.compile(r"[*?\[\]\\]")  # letters that file systems allow and globbing interprets
 
 
 def load(
@@ -39,16 +39,16 @@ def load(
       subtree: path of keys, such as "encoder/block_2"; empty for all.
       mesh: devices to put them on; None for the first device alone.
       rules: how they are split over `mesh`; None holds them whole on every device.
-      average: takes the running average of what was trained, which is what was evaluated, where
-        the run kept one (config.optim.ema).
+      average: takes the running average of the trained parameters, which is what was evaluated,
+        where the run kept one (config.optim.ema).
 
     Returns:
       The nested dict below `subtree`.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint, naming what was looked for.
-      ValueError: when there are, and all contradict the run that they lie in.
-      KeyError: when `subtree` is not in the checkpoint, naming what is.
+      FileNotFoundError: when there is no finished checkpoint, naming the place.
+      ValueError: when there are checkpoints, and none belongs to the run in whose folder they are.
+      KeyError: when `subtree` is not in the checkpoint, naming the subtrees there.
     """
     step = find_step(source)
     shapes = _shapes(step)
@@ -77,8 +77,8 @@ def load(
 
 
 def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -> dict[str, Any]:
-    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from an item of a step's folder
-    and nothing else of it."""
+    """The parameters of `wanted`, ShapeDtypeStructs with shardings, from an item of a step;
+    reads no others."""
     return ocp.PyTreeCheckpointer().restore(
         step / item,
         args=ocp.args.PyTreeRestore(
@@ -90,19 +90,18 @@ def read(step: epath.Path, wanted: Mapping[str, Any], *, item: str = "params") -
 
 
 def load_config(source: epath.PathLike) -> dict[str, Any]:
-    """The config that made the checkpoint `source` names, as `load` finds it."""
+    """The config that made the checkpoint that `load` would read from `source`."""
     return read_json(find_step(source) / "config" / JSON)
 
 
 def load_shapes(source: epath.PathLike) -> dict[str, Any]:
-    """Nested dict of ShapeDtypeStructs of all the parameters that `source` holds; reads no
-    array."""
+    """Nested dict of ShapeDtypeStructs of all parameters in `source`; reads no array."""
     return _shapes(find_step(source))
 
 
 def check_source(key: str, source: str) -> None:
-    """Raises FileNotFoundError, naming the field, unless the run that it names has a finished
-    checkpoint; an empty one names none."""
+    """Raises FileNotFoundError, naming the field `key`, unless the run `source` has a finished
+    checkpoint; an empty `source` is not checked."""
     try:
         if source:
             find_step(source)
@@ -134,7 +133,7 @@ def find_step(source: epath.PathLike) -> epath.Path:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root, which orbax insists on; a bucket's (`gs://...`) is one already."""
+    """The absolute path, which orbax requires; in a bucket (`gs://...`) it is so already."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.expanduser().resolve()
 
@@ -142,13 +141,13 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def refuse_pattern(path: epath.PathLike, name: str) -> None:
     """Raises ValueError for a folder that no checkpoint can be written to.
 
-    orbax finds the files that it merges by a pattern that begins with the folder's own path, so
-    that letters with a meaning there would leave a checkpoint without its arrays. What a link
-    points to does not matter: orbax does not follow it.
+    orbax finds the files that it merges by a pattern that begins with the folder's own path.
+    Letters that mean something in a pattern would leave a checkpoint without its arrays. The target
+    of a link does not matter: orbax does not follow it.
 
     Args:
       path: of the folder.
-      name: what to call it, for example "--workdir".
+      name: its name in the message, for example "--workdir".
     """
     resolved = absolute(path)
     if found := sorted(set(PATTERN.findall(str(resolved)))):

@@ -1,4 +1,4 @@
-"""A run's own checkpoints: written while it trains, and read where it resumes."""
+"""A run's own checkpoints: written while it trains, and read when it resumes."""
 
 import contextlib
 import dataclasses
@@ -33,16 +33,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those from before are whole."""
+    """A checkpoint could not be written; earlier ones are whole."""
 
 
 class Checkpoints:
     """The checkpoints of one run: saves asynchronously, keeps the newest `keep` and the best one.
 
-    A save counts once what was written has been checked, which happens in orbax's thread: before
-    that the folder has no marker, and no older checkpoint is deleted for it.
+    A save counts once the written files have been checked, in orbax's thread: before that the
+    folder has no marker, and no older checkpoint is deleted for it.
 
-    Every method is called by all processes of a run at the same place; all raise where one fails.
+    All processes of a run must call every method at the same place; all raise where one fails.
 
     Args:
       workdir: the run's folder; checkpoints go to its subfolder `checkpoints`.
@@ -50,7 +50,7 @@ class Checkpoints:
       best: name of the metric whose highest value keeps its checkpoint, or None.
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
       run_id: of the run's run.json, kept in every checkpoint; None for checkpoints of no run.
-      foreign: checkpoints there that are not the run's, by step, and why: they are put aside, as
+      foreign: step -> reason, of checkpoints there that are not the run's: they are renamed to
         foreign_STEP.
 
     Raises:
@@ -92,9 +92,8 @@ class Checkpoints:
         """Starts to write `state`; returns when the arrays are copied, before they are on disk.
 
         Raises:
-          ValueError: when there are metrics and the one that decides what is best is not among
-            them.
-          SaveError: when this save or the one before fails, unless failures are to be warned of.
+          ValueError: when there are metrics and the one that decides which is best is missing.
+          SaveError: when this save or the one before fails, unless `on_failed` is "go_on".
         """
         if metrics and self._best is not None and self._best not in metrics:
             raise ValueError(
@@ -122,15 +121,15 @@ class Checkpoints:
         )
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Says what a checkpoint that was saved without metrics was evaluated to."""
+        """Gives the metrics of a checkpoint that was saved before it was evaluated."""
         if self._best is not None and self._best in metrics:
             self._scores[step] = metrics[self._best]
 
     def restore_latest(self, abstract: TrainState) -> TrainState:
         """The newest state that can be read, on the shardings of `abstract`.
 
-        A checkpoint that cannot be read is named in a warning, and the one before it is tried. It
-        is put aside, as damaged_STEP, when one can be read.
+        A checkpoint that cannot be read is named in a warning, and the one before it is tried. Once
+        one can be read, the damaged ones are renamed to damaged_STEP.
 
         Raises:
           ValueError: when none can be read.
@@ -159,20 +158,19 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when every save has reached the disk and has been checked there; raises
-        SaveError when the last has not."""
+        """Waits until every save is on disk and checked; raises SaveError when the last failed."""
         self._attempt(self._finish, last=True)
 
     def close(self) -> None:
-        """Waits for saves and lets go of orbax's threads; raises as `wait`."""
+        """Waits for saves and ends orbax's threads; raises as `wait`."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
     def abandon(self) -> None:
-        """After a failure: lets a save that is under way reach the disk, where no other process is
-        needed for it, and says nothing of its own."""
+        """After a failure of the run: finishes a save that is under way, if no other process is
+        needed for it, and raises nothing."""
         if jax.process_count() == 1:
             with contextlib.suppress(*FAILURES):
                 self._manager.close()
@@ -192,8 +190,8 @@ class Checkpoints:
         return _Manager(self.folder, options=options)
 
     def _look(self) -> None:
-        """Raises OSError unless what was written of a save is what was to be written. orbax calls
-        it in its thread, in the process that then puts the marker there."""
+        """Raises OSError unless a save was written as intended. orbax calls it in its thread, in
+        the process that then writes the marker."""
         name = str(self._step)
         # In a bucket, where nothing can be renamed, a step is written in place.
         places = [
@@ -206,8 +204,8 @@ class Checkpoints:
         check_written(places[0], self._arrays, self._texts)
 
     def _finish(self) -> None:
-        """Waits for the save that is under way; raises where it has failed, or where the folder is
-        no longer the run's."""
+        """Waits for the save that is under way; raises if it has failed, or if the folder no longer
+        belongs to the run."""
         self._manager.wait_until_finished()
         if self._step is None or jax.process_index() != 0:
             return
@@ -222,10 +220,9 @@ class Checkpoints:
                 )
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
-        """Does what may find that a save has failed, in this process or another.
+        """Runs an action that raises if a save has failed, in this process or another.
 
-        A manager that has failed once trips over what it has not finished, so it gives way to a
-        new one.
+        A manager whose save has failed stumbles over the unfinished one, so it is replaced.
         """
         failure = None
         try:
@@ -247,9 +244,9 @@ class Checkpoints:
         if last or self._on_failed == "stop":
             full = isinstance(failure, OSError) and failure.errno in FULL
             full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
-            way_out = "Make room, and start" if full else "Start"
+            advice = "Make room, and start" if full else "Start"
             raise SaveError(
-                f"{message}. {way_out} the same command again: it resumes from there"
+                f"{message}. {advice} the same command again: it resumes from there"
             ) from failure
         logging.warning("%s; the run continues", message)
 
@@ -266,7 +263,7 @@ class Checkpoints:
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
 
     def _put_aside(self, steps: Collection[int], why: str) -> None:
-        """Renames folders to WHY_STEP: nothing in them is lost, and the run can save these steps
+        """Renames folders to WHY_STEP: their content is kept, and the run can save these steps
         again."""
         for step in steps if jax.process_index() == 0 else ():
             _move(self.folder / str(step), self.folder / f"{why}_{step}")
@@ -279,24 +276,23 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """orbax's manager that leaves it to the train loop to ask whether to stop."""
+    """orbax's manager, which leaves the question whether to stop to the train loop."""
 
     def reached_preemption(self, step: int) -> bool:
-        """Always False: asked in between, from a thread and with the run's step in place of the
-        number of the question, the processes would miss the point that they agreed on."""
+        """Always False. orbax would ask from a thread and by the run's step, where `hosts.check`
+        counts its questions: the processes would miss the point on which they agreed."""
         del step
         return False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Best(checkpoint_managers.PreservationPolicy):
-    """Keeps the checkpoint of the highest value; of equal ones the earliest. None that has no
-    value, or one that is not finite."""
+    """Keeps the checkpoint of the highest finite value; of equal ones the earliest."""
 
     value: Callable[[Any], float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Says of every checkpoint whether it is to stay."""
+        """True for each checkpoint that is kept."""
         values = [self.value(checkpoint) for checkpoint in checkpoints]
         # `max` of a list with NaN depends on its order.
         best = max(filter(np.isfinite, values), default=None)
@@ -316,7 +312,7 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 def write_params(
     workdir: epath.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """Makes a workdir that others start from: one checkpoint, of step 0, with parameters alone.
+    """Makes a workdir for other runs to start from: one checkpoint, of step 0, of parameters only.
 
     Args:
       workdir: new.
@@ -346,7 +342,7 @@ def _trainer(state: TrainState) -> dict[str, Any]:
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
-    """Deletes what a killed save left: it would block the next save of its step."""
+    """Deletes the remains of a killed save, which would block the next save of its step."""
     if not folder.exists():
         return
     finished = {str(step) for step in finished_steps(folder)}

@@ -1,9 +1,9 @@
-"""Batches of a random-access source: which example stands where is computed, never remembered.
+"""Batches of a random-access source, in an order that is computed and never stored.
 
 The example at a place of an epoch is a function of (seed, epoch, place), so the position of a run
-is its global step: nothing to save, and a run goes on exactly on another number of hosts. Random
-transforms draw from a generator seeded by (seed, epoch, index), so a resumed run sees the same
-pixels as well.
+is its global step: there is no iterator to save per host, as grain's has to be, and a run resumes
+exactly on another number of hosts. Random transforms draw from a generator seeded by (seed, epoch,
+index), so a resumed run sees the same pixels as well.
 
 A batch is a dict of numpy arrays with the examples along the first axis. `batch` is always the
 global size; each host yields its own consecutive rows.

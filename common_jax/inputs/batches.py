@@ -34,9 +34,9 @@ ENDLESS = 2**50  # examples: more than are ever read
 
 @dataclasses.dataclass(frozen=True)
 class _TrainReader:
-    """Reads rows of the global batches; a bad example is a result here, not an exception.
+    """Reads rows of the global batches; a bad example is returned, not raised.
 
-    Called, it reads the rows of one host, counted through all steps.
+    A call reads one row of this host, counted through all steps.
     """
 
     source: Source
@@ -83,13 +83,13 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Training batches from global step `start_step` on, without end.
 
-    Every epoch is a new permutation with its last incomplete batch dropped. Nothing before
-    `start_step` is read. A source in memory (`arrays`) without a transform is gathered by index;
-    any other is read example by example in `workers` processes (0: in the caller's), which start
-    with the first batch and end with the iterator. Their number changes no bit of a batch.
+    Every epoch is a new permutation without its last incomplete batch. Nothing before `start_step`
+    is read. A source in memory (`arrays`) without a transform is gathered by index; any other is
+    read example by example in `workers` processes (0: in this one), which start with the first
+    batch and end with the iterator. Their number changes no bit of a batch.
 
     With `repeats` above 1, that many copies of an example follow each other in an epoch, each with
-    random numbers of its own. The number of steps stays, so an epoch then holds about a
+    its own random numbers. The number of steps stays the same, so an epoch then holds about a
     `repeats`-th of the examples.
 
     A bad example is counted, reported and, while at most `bad_share` of the source is bad, replaced
@@ -101,8 +101,8 @@ def train_batches(
         for none. It and the source must be picklable where there are workers.
       batch: global batch size; the arrays that come out have batch / hosts rows.
       shard: (this host, number of hosts).
-      report_path: a `bad_examples.jsonl` to add to: one line an example, `{"name", "reason",
-        "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` beside it.
+      report_path: a `bad_examples.jsonl` to add to, one line per example, `{"name", "reason",
+        "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` in the same folder.
 
     Raises:
       ValueError: the batch is larger than the source or does not divide among the hosts; more than
@@ -176,9 +176,9 @@ def eval_batches(
     """All examples in order, once, the last batch padded.
 
     `_mask` [B] float32 is 1 on real rows and 0 on padding. Every host yields ceil(size / batch)
-    batches of batch / hosts rows, whatever falls to it. A bad example is counted, reported and
-    masked out while at most `bad_share` of the source is bad. Arguments as in `train_batches`, but
-    that the transform takes no generator.
+    batches of batch / hosts rows, however many real ones it has. A bad example is counted, reported
+    and masked out while at most `bad_share` of the source is bad. Arguments as in `train_batches`,
+    except that the transform takes no generator.
 
     Raises:
       ValueError: an empty source, a batch that does not divide among the hosts, more than
@@ -194,7 +194,7 @@ def eval_batches(
 
 
 def _eval_places(size: int, batch: int, rows: slice) -> Iterator[np.ndarray]:
-    """The real examples of this host's rows, batch by batch; padding stands only at the end."""
+    """The real examples of this host's rows, batch by batch; padding comes only at the end."""
     for first in range(0, size, batch):
         yield np.arange(min(first + rows.start, size), min(first + rows.stop, size))
 
@@ -261,7 +261,7 @@ def _read_eval_batches(
 
 
 def _blank(reader: _EvalReader, bad: BadExamples) -> Example:
-    """Zeros of the shapes of a real example: this host may have none, so it looks at all."""
+    """Zeros of the shapes of a real example; this host may have none, so all are searched."""
     for index in range(len(reader.source)):
         example = reader.read(index)
         if not isinstance(example, BadExample):

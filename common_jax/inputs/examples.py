@@ -1,4 +1,4 @@
-"""Single examples: where they come from, and what becomes of those that cannot be read."""
+"""Single examples, their source, and the count of those that cannot be read."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ Batch = dict[str, np.ndarray]
 
 
 class BadExample(ValueError):
-    """One example that cannot be read: `name` is what to look for (a file), `reason` why."""
+    """One example that cannot be read: `name` says which (a file), `reason` why."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -24,12 +24,12 @@ class BadExample(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-Outcome = Example | BadExample  # of reading one
+Outcome = Example | BadExample  # of reading an example
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to examples; `arrays` holds all of them stacked where they fit in memory."""
+    """Random access to examples; `arrays` holds all of them, stacked, where they fit in memory."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray] | None: ...
@@ -42,10 +42,10 @@ class Source(Protocol):
 
 
 class BadExamples:
-    """The bad examples met so far: counted once each, reported by name, stopping above a share.
+    """The bad examples so far, each counted once and reported by name; too many stop the run.
 
-    The share is that of distinct bad examples in the whole source (`size`), so that neither one bad
-    file early in a run nor the same file met in every epoch stops it.
+    The allowed share is that of distinct bad examples in the whole source (`size`), so that neither
+    one bad file early in a run nor the same file in every epoch stops it.
     """
 
     def __init__(self, size: int, bad_share: float, report_path: os.PathLike | str | None):
@@ -55,7 +55,7 @@ class BadExamples:
         self.found: dict[int, BadExample] = {}
 
     def add(self, index: int, bad: BadExample) -> None:
-        """Counts and reports one; raises ValueError with names and counts above the share."""
+        """Counts and reports one; above the share raises ValueError, with names and counts."""
         if index in self.found:
             return
         self.found[index] = bad
@@ -66,7 +66,7 @@ class BadExamples:
             raise self.error(f"more than config.data.bad_share={self.bad_share:g} allows")
 
     def error(self, why: str) -> ValueError:
-        """To be raised: the names and the count of what was found."""
+        """The error to raise, with names and count of the bad examples."""
         named = "; ".join(str(bad) for bad in list(self.found.values())[:10])
         more = f"; and {len(self.found) - 10} more" if len(self.found) > 10 else ""
         listed = f" (all of them in {self.report_path})" if self.report_path is not None else ""
@@ -77,10 +77,10 @@ class BadExamples:
 
 
 def _append_line(path: os.PathLike | str, record: dict) -> None:
-    # Read and write anew, not append: object stores cannot append, and the file is short.
+    # Rewritten, not appended to: object stores cannot append, and the file is short.
     path, line = epath.Path(path), json.dumps(record) + "\n"
     before = path.read_text() if path.exists() else ""
-    if line not in before:  # as it is when a resumed run meets it again
+    if line not in before:  # a resumed run may find the same example again
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(before + line)
 

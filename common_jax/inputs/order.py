@@ -1,4 +1,4 @@
-"""Which example stands at which place of an epoch, and the random numbers it gets there."""
+"""The order of examples in an epoch, and the random numbers of each."""
 
 import functools
 
@@ -30,9 +30,9 @@ def example_index(seed: int, epoch: int, position: int, *, size: int) -> int:
 
 
 def example_generator(seed: int, epoch: int, index: int, *, copy: int = 0) -> np.random.Generator:
-    """The random numbers of example `index` in an epoch, wherever and whenever it is read.
+    """The random numbers of example `index` in an epoch, whichever process reads it and when.
 
-    Where an epoch repeats it, every copy has numbers of its own.
+    Where an epoch repeats an example, every copy has its own.
     """
     path = (epoch, index, copy) if copy else (epoch, index)
     return np.random.Generator(_bits(seed, EXAMPLE_STREAM, *path))
@@ -56,8 +56,8 @@ def steps_per_epoch(
     """Whole batches in an epoch, size // batch: the last incomplete one is dropped in training.
 
     Raises:
-      ValueError: no whole batch fits, which would make every epoch empty. The two keys are what the
-        message names.
+      ValueError: no whole batch fits, which would make every epoch empty. The message names the two
+        keys.
     """
     if not 0 < batch <= size:
         raise ValueError(

@@ -104,7 +104,7 @@ def _require_pixels(size: tuple[int, int], content: int) -> None:
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel; `convert` would clip what is wider to white."""
+    """The picture with 8 bits per channel; `convert` would clip wider values to white."""
     # Pillow gives 16-bit grey of PNG and PPM as one of WIDE_GREY or as I, by its version.
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide and image.mode not in ("I", "F"):

@@ -1,13 +1,15 @@
 """Pieces of a batch, from the processes that read to the one that trains.
 
-They go through shared memory that is used again and again. Memory fresh from the kernel costs
-several times what the copying does: every page is cleared and mapped, by both processes. So each
-sender has a ring of slots as large as its first piece, and the receiver says in the ring's head how
-many pieces it has copied out. A piece that finds no slot free, or is larger, goes as it is: no one
-waits for a ring, and what comes out is the same.
+They go through shared memory that is reused. Fresh memory costs several times what the copying
+does, since the kernel clears every page and both processes map it: examples of 224 x 224 pixels
+pass six times as fast as through grain's own shared memory, which is made for every piece (two
+workers, two cores, median of five turns, 4.6 to 26). Each sender has a ring of slots as large as
+its first piece, and the receiver writes into the ring's head how many pieces it has copied out. A
+piece that is larger, or finds no free slot, is sent by grain: no one waits for a ring, and the
+result is the same.
 
-Names of rings are the receiver's: a sender may have ended before its last pieces are received, and
-may be killed at any time.
+The receiver names the rings and removes them: a sender may have ended before its last pieces are
+received, and may be killed at any time.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ import numpy as np
 from common_jax.inputs.examples import BadExample, Batch, Outcome
 
 HEAD = 64  # bytes before the first slot; arrays start at multiples of it
-COUNT = "q"  # the head's only content: how many pieces the receiver is done with
+COUNT = "q"  # the content of the head: how many pieces the receiver has copied out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,14 @@ class Field:
     start: int
 
     def array(self, ring: SharedMemory, slot: int) -> np.ndarray:
-        """The array itself, of the slot that begins at byte `slot` of the ring."""
+        """The array in the slot that begins at byte `slot` of the ring."""
         return np.ndarray(self.shape, self.dtype, ring.buf, slot + self.start)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
-    """What is sent in place of a piece that lies in a ring: the `number`-th that was put there, in
-    the slot that begins at byte `slot`."""
+class Reference:
+    """Sent for a piece that was written to a ring: the `number`-th there, in the slot that begins
+    at byte `slot`."""
 
     ring: str
     number: int
@@ -52,11 +54,11 @@ class Placed:
 
 
 class Sender:
-    """Outcomes -> what is to be sent to a `Receiver`; can be pickled until it is first called.
+    """Turns outcomes into a message to a `Receiver`; can be pickled until it is first called.
 
     Args:
-      names: what the rings' names begin with; each sender takes the first that is free.
-      slots: how many pieces the ring holds; as many as can be under way are of use. All are soon
+      names: the beginning of the rings' names; each sender takes the first that is free.
+      slots: pieces that the ring holds; more than can be under way are of no use. All are soon
         written to, whether or not anything waits.
     """
 
@@ -66,7 +68,7 @@ class Sender:
         self._ring: SharedMemory | None = None
         self._slot_size = self._placed = 0
 
-    def __call__(self, outcomes: list[Outcome]) -> Placed | Batch | list[Outcome]:
+    def __call__(self, outcomes: list[Outcome]) -> Reference | Batch | list[Outcome]:
         if not _alike(outcomes):
             return outcomes
         fields, size = [], 0
@@ -81,7 +83,7 @@ class Sender:
         for x in fields:
             np.stack([outcome[x.name] for outcome in outcomes], out=x.array(self._ring, slot))
         self._placed += 1
-        return Placed(self._ring.name, self._placed - 1, slot, tuple(fields))
+        return Reference(self._ring.name, self._placed - 1, slot, tuple(fields))
 
     def _make_ring(self, size: int) -> None:
         self._slot_size = size
@@ -94,11 +96,11 @@ class Sender:
 
 
 class Receiver:
-    """What `Sender`s sent -> the outcomes, in memory of their own.
+    """Turns messages of `Sender`s into outcomes, copied out of the rings.
 
     Args:
-      names: what the senders were given.
-      senders: how many there are at most.
+      names: as of the senders.
+      senders: the most that there are.
     """
 
     def __init__(self, names: str, senders: int):
@@ -106,27 +108,27 @@ class Receiver:
         self.senders = senders
         self._rings: dict[str, tuple[SharedMemory, memoryview]] = {}
 
-    def __call__(self, sent: Placed | Batch | list[Outcome]) -> Iterable[Outcome]:
-        if isinstance(sent, Placed):
+    def __call__(self, sent: Reference | Batch | list[Outcome]) -> Iterable[Outcome]:
+        if isinstance(sent, Reference):
             sent = self._copied(sent)
         if isinstance(sent, list):
             return sent
         count = len(next(iter(sent.values())))
-        # With the dots a scalar stays an array, whose strings keep their width.
+        # `...` keeps a scalar an array, so that strings keep their width.
         return ({name: value[row, ...] for name, value in sent.items()} for row in range(count))
 
-    def _copied(self, piece: Placed) -> Batch:
+    def _copied(self, piece: Reference) -> Batch:
         if piece.ring not in self._rings:
             ring = SharedMemory(piece.ring)
             self._rings[piece.ring] = ring, ring.buf[:HEAD].cast(COUNT)
         ring, done = self._rings[piece.ring]
-        # Only the pieces before this one: the queue that brought this one lies between their
-        # copies and this store, so no processor can let the sender see it too early.
+        # Only the pieces before this one are reported as done: the queue brought this one after
+        # they were copied, so no reordering by the processor lets the sender see it too early.
         done[0] = piece.number
         return {field.name: field.array(ring, piece.slot).copy() for field in piece.fields}
 
     def close(self) -> None:
-        """Removes the rings, also of senders that nothing was received from; they have ended."""
+        """Removes all rings, also those of senders from which nothing came; all have ended."""
         for ring, done in self._rings.values():
             _close(ring, done)
         self._rings.clear()
@@ -147,7 +149,7 @@ def _close(ring: SharedMemory, done: memoryview) -> None:
 
 
 def _alike(outcomes: list[Outcome]) -> bool:
-    """Whether they are examples that can be stacked, and unstacked to the same."""
+    """Whether all are examples that can be stacked and unstacked without loss."""
     first, *others = map(_kinds, outcomes)
     if not first or any(dtype.hasobject for dtype, _ in first.values()):
         return False
@@ -155,7 +157,7 @@ def _alike(outcomes: list[Outcome]) -> bool:
 
 
 def _kinds(outcome: Outcome) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """What the arrays of an example are; nothing of a bad one."""
+    """Types and shapes of an example's arrays; none for a bad one."""
     if isinstance(outcome, BadExample):
         return {}
     return {name: (value.dtype, value.shape) for name, value in outcome.items()}

@@ -1,7 +1,7 @@
-"""Reading in processes: the same results in the same order as reading here, only sooner.
+"""Reading in processes: the same results in the same order as in this process, only sooner.
 
-Threads do not help: between the calls of an image library that let go of the interpreter's lock
-there is enough that does not. The processes are grain's; examples come back by pieces.py.
+Threads do not help: too much of the work between an image library's calls holds the interpreter's
+lock. The processes are grain's; examples come back by pieces.py.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from common_jax.inputs.pieces import Receiver, Sender
 Read = Callable[[int], Outcome]
 
 PIECE = 16  # positions at most that go through a queue together
-AHEAD = 2  # batches that wait in the workers' queues; grain takes as many again out of them
+AHEAD = 2  # batches that wait in the workers' queues; grain holds as many again
 
 
 def read_in_order(
     read: Read, positions: range, *, batch: int, workers: int = 0
 ) -> Iterator[Outcome]:
-    """read(position) for one position after the other.
+    """Yields read(position) for one position after the other.
 
-    With `workers` processes, they are some batches ahead. The processes start with the first
-    outcome and end with the iterator, or with this process.
+    `workers` processes read some batches ahead. They start with the first outcome and end with the
+    iterator, or with this process.
 
     Args:
-      read: position -> example or BadExample; for processes it must be picklable. What it raises is
-        raised here when its turn comes, and ends the iterator.
-      batch: outcomes that are taken at once.
+      read: position -> example or BadExample; for processes it must be picklable. An exception of
+        it is raised here in its turn, and ends the iterator.
+      batch: outcomes that the caller takes together.
     """
     if not workers:
         yield from map(read, positions)
@@ -47,12 +47,12 @@ def read_in_order(
     piece = max(1, min(PIECE, batch // workers))
     waiting = -(-AHEAD * batch // (piece * workers))
     data = grain.MapDataset.range(positions.start, positions.stop, positions.step)
-    # grain takes as many pieces out of a process's queue as may wait there. One more is in its hand
-    # meanwhile, one is made, and one is copied out: with so many slots no piece finds all taken.
+    # grain takes as many pieces out of a process's queue as may wait there. Meanwhile it handles
+    # another, one is being made, and one is copied out: with this many slots one is always free.
     names, slots = f"pieces-{secrets.token_hex(8)}", 2 * waiting + 3
     data = data.map(read).batch(piece, batch_fn=Sender(names, slots))
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
-    # A worker is a core's work: it reads without threads.
+    # A worker is meant to use one core: it reads without threads.
     ahead = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     stream = iter(ahead.mp_prefetch(options, worker_init_fn=_settle))
     receive = Receiver(names, workers)
@@ -79,7 +79,7 @@ def read_in_order(
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Blocks signals, also in processes that are started meanwhile: before these reach `_settle`,
+    """Blocks signals, also in processes that are started in the block: until these reach `_settle`,
     Ctrl-C would end each with a traceback. Other threads of this process still receive them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
@@ -89,11 +89,11 @@ def _blocked() -> Iterator[None]:
 
 
 def _settle(worker: int, workers: int) -> None:
-    """What a worker does first."""
-    # A request to stop is for the process that trains, which saves first.
+    """Prepares a worker process."""
+    # A request to stop is for the process that trains, which saves before it ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Whatever a transform does, it must not take hold of an accelerator.
+    # A transform that uses jax must not take an accelerator.
     jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

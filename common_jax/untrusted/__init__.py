@@ -1,5 +1,5 @@
-"""Readers of bytes that may be anything: sizes are compared with what is there before anything is
-allocated, and whatever is wrong is a ValueError that names the file."""
+"""Readers of bytes that may be anything: declared sizes are compared with the size of the file
+before anything is allocated, and every failure is a ValueError that names the file."""
 
 from common_jax.untrusted.json_text import as_text, parse_json
 from common_jax.untrusted.npz import read_npz

@@ -1,4 +1,4 @@
-"""JSON that a stranger or an accident may have changed."""
+"""JSON that may have been damaged or made to do harm."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from common_jax.untrusted.refusal import RefusedError, brief
 def parse_json(content: bytes) -> Any:
     """The value in JSON text.
 
-    A byte order mark is passed over, as editors leave it. NaN and Infinity are taken, as Python
+    A byte order mark, which some editors write, is skipped. NaN and Infinity are allowed, as Python
     writes them for numbers that are not finite.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Numpy's archives of arrays, of which nothing is believed that the bytes do not bear out."""
+"""Numpy's archives of arrays; nothing that they declare is trusted before it is checked."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from common_jax.untrusted.shapes import MOST_BYTES, full_size
 from common_jax.untrusted.zips import open_archive
 
 MAGIC = b"\x93NUMPY\x01\x00"
-# The one form in which numpy writes the header of plain numbers and texts. Reading it this way
-# leaves no literal to evaluate, and no structure, object or date to be surprised by.
+# The form in which numpy writes the header of plain numbers and texts. Read this way, no literal is
+# evaluated, and structures, objects and dates are refused.
 HEADER = re.compile(
     r"\{'descr': '(?P<dtype>[<>|][?biufcSU]\d{1,9})', 'fortran_order': (?P<turned>True|False), "
     r"'shape': \((?P<shape>(\d{1,18}, ?)*(\d{1,18})?)\), \} *\n"

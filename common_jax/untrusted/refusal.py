@@ -1,4 +1,4 @@
-"""How a file is refused: in a short, printable message."""
+"""Short, printable messages that refuse a file."""
 
 import reprlib
 from typing import Any
@@ -7,12 +7,12 @@ LONGEST = 200  # characters of a value that a message quotes
 
 
 class RefusedError(ValueError):
-    """What is wrong with a file, in words that follow its name."""
+    """A file is refused; the message follows the name of the file."""
 
 
 class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # More digits than Python is willing to print end in a ValueError.
+        # Python refuses to print very large integers with a ValueError.
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 512 else repr(x)
 
 
@@ -26,7 +26,7 @@ def brief(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """A text of a stranger, cut, with a question mark for whatever cannot be printed."""
+    """Untrusted text, cut, with a question mark for each letter that cannot be printed."""
     return _cut("".join(c if c.isprintable() else "?" for c in text[: LONGEST + 1]))
 
 

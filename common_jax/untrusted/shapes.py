@@ -9,7 +9,7 @@ MOST_BYTES = 1 << 62  # numpy counts them in 64 bits
 
 
 def are_counts(*values: Any) -> bool:
-    """Whether all are whole numbers that sizes and places can be."""
+    """Whether all values are whole numbers in the range of sizes and offsets."""
     return all(type(value) is int and 0 <= value < MOST_BYTES for value in values)
 
 

@@ -1,5 +1,5 @@
-"""Zip archives of strangers: entries are read only as far as they declare, and only where the file
-can hold what they declare."""
+"""Untrusted zip archives: an entry is read to its declared size and no further, and only where the
+file can hold that much."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from etils import epath
 
 from common_jax.untrusted.refusal import RefusedError, brief, plain
 
-# What `zipfile` raises for bytes that are no archive, or not a whole one.
+# Errors of `zipfile` for bytes that are no archive, or not a whole one.
 DAMAGED = (
     EOFError,
     IndexError,
@@ -31,7 +31,7 @@ PIECE = 1 << 24  # bytes that are read at once
 # A stored entry is as large as the file has room for. Compression gains little on numbers: an
 # archive that inflates to more than this many times its size is a bomb.
 MOST_INFLATED = 16
-SMALL = 1 << 24  # bytes that are no harm, whatever the file: text packs better than numbers
+SMALL = 1 << 24  # bytes that do no harm in any file: text compresses better than numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Archive:
     Attributes:
       zip: the archive.
       size: of the whole file, in bytes.
-      entries: what it declares to hold, by name.
+      entries: as declared, by name.
     """
 
     zip: zipfile.ZipFile
@@ -54,7 +54,7 @@ class Archive:
         return max(MOST_INFLATED * self.size, SMALL)
 
     def read(self, name: str, *, limit: int | None = None) -> bytearray:
-        """The bytes of an entry, which are as many as it declares and have its checksum.
+        """The bytes of an entry, whose number and checksum are as declared.
 
         Args:
           name: of the entry.

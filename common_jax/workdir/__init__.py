@@ -1,5 +1,5 @@
-"""A run's folder: who writes there, its JSON files, the config that it belongs to, its identity,
-and the places that the config names."""
+"""A run's folder: its lock, its JSON files, its config, its identity and its result; and checks of
+the paths in a config."""
 
 from common_jax.workdir.claim import (
     claim,

@@ -1,4 +1,4 @@
-"""A workdir belongs to one config: others are refused, with the fields that differ."""
+"""The config that a workdir belongs to: others are refused, with the fields that differ."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ SHOWN, WIDTH = 12, 120  # fields that a message lists, and letters of each
 
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
-    """Keeps `config` in a workdir, in place of any that is there: `refuse_other_config` is to be
-    called before. Raises as `require`."""
+    """Writes `config` to a workdir and replaces any that is there, so call `refuse_other_config`
+    first. Raises as `require`."""
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
@@ -30,8 +30,8 @@ def claim(workdir: epath.PathLike, config: Any) -> None:
 
 
 def refuse_other_config(workdir: epath.PathLike, config: Any, *, apart: str = "") -> None:
-    """Raises ValueError when `workdir` holds a run of another config, with the fields that differ;
-    one that came to no checkpoint and no result may be replaced, which the log says.
+    """Raises ValueError when `workdir` holds a run of another config, with the fields that differ.
+    A run without a checkpoint or result may be replaced, which the log says.
 
     Args:
       workdir: of the run.
@@ -67,8 +67,8 @@ BELOW = 3  # folders in folders: a run of a sweep, a part of its pipeline, a rep
 
 
 def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
-    """Whether a run has come to a checkpoint, whole or damaged, or to a result, in a workdir or in
-    folders below it."""
+    """Whether a run in a workdir, or in folders below it, has a checkpoint, whole or damaged, or a
+    result."""
     workdir = epath.Path(workdir)
     if any((workdir / name).exists() for name in OUTCOMES):
         return True
@@ -82,8 +82,8 @@ def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
 
 
 def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
-    """The fields that two configs both have and that differ, one line each, passing ones left
-    out: whether they may be of one run, of whatever versions they are."""
+    """The fields that differ between two configs, one line each, without passing ones and without
+    those that one lacks: configs of one run, even of two versions, have none."""
     before, after = _lasting(stored), _lasting(plain(config))
     return configs.difference(
         {key: before[key] for key in before.keys() & after.keys()},
@@ -98,7 +98,7 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that change nothing of what is computed but its rounding: a run may resume with others.
+# Fields that change only the rounding of a result: a run may resume with other values.
 # `remat` is a field of networks, wherever they stand.
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save)"

@@ -30,7 +30,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 def temporary_beside(path: epath.PathLike) -> epath.Path:
-    """A name in the folder of `path` that no other process takes, for a file on its way there."""
+    """A name in the folder of `path` that no other process uses, for a file to be renamed."""
     path = epath.Path(path)
     return path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
@@ -42,7 +42,7 @@ def read_json(
 
     Args:
       path: of the file.
-      fields: what the object must have beside whatever else, and of which types.
+      fields: keys that the object must have, perhaps among others, and their types.
 
     Raises:
       ValueError: when the file holds anything else, naming it and what is wrong.

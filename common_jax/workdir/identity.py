@@ -20,7 +20,7 @@ DIGITS = 12  # hexadecimal: 48 bits, which float64 holds exactly and all process
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Who a run is.
+    """The identity of a run.
 
     Attributes:
       id: random hexadecimal digits.
@@ -54,13 +54,13 @@ def read_identity(workdir: epath.PathLike) -> Identity | None:
 def keep_identity(
     workdir: epath.PathLike, *, adopt: str | None = None, unmarked: Sequence[int] = ()
 ) -> Identity:
-    """The identity of the run in `workdir`, which is made where there is none. To be called by all
-    processes at the same place; all get the same id.
+    """The identity of the run in `workdir`, a new one if it has none. All processes must call this
+    at the same place; all get the same id.
 
     Args:
       workdir: of the run.
       adopt: the id to write where there is no run.json; None draws one.
-      unmarked: steps of checkpoints without an id that the run has by then.
+      unmarked: steps of the run's checkpoints that have no id.
     """
     found = None
     if jax.process_index() == 0:

@@ -1,9 +1,9 @@
-"""One writer a workdir: the lock that a run holds while it writes there.
+"""The lock of a workdir, so that one run at a time writes there.
 
 The lock is a file that only one process can create. It names its holder, and a thread of the holder
-touches it every few seconds. A holder that can be looked up, on the same machine, counts as gone as
-soon as its process is; any other one when it has not touched the file for `STALE` seconds, by the
-clock of the file system, which is the same for all machines.
+touches it every few seconds. A holder on the same machine can be looked up, and its lock is stale
+as soon as the process has ended; that of any other when the file has not been touched for `STALE`
+seconds, by the clock of the file system, which is the same for all machines.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from common_jax.workdir.files import temporary_beside
 
 NAME = "run.lock"
 BEAT = 10.0  # seconds between two touches
-STALE = 90.0  # seconds without a touch after which a lock counts as left behind
+STALE = 90.0  # seconds without a touch after which a lock is stale
 LOOK = 1.0  # seconds between two looks at a lock whose holder cannot be looked up
 
-# By the absolute path of a workdir: the locks that this process holds; None for one that the first
-# of several processes holds for it.
+# The locks that this process holds, by the absolute path of the workdir; None for one that the
+# first of several processes holds for all.
 _held: dict[str, "_Hold | None"] = {}
 
 
@@ -40,19 +40,19 @@ class Locked(OSError):
 
 
 class LockLost(OSError):
-    """The lock was held, and is another process's now, or was deleted."""
+    """The lock of this run now belongs to another process, or was deleted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock; the content of its file.
+    """The holder of a lock, and the content of its file.
 
     Attributes:
       host: its name.
-      machine: what tells machines, their boots and containers apart.
+      machine: differs between machines, their boots and containers.
       pid: the process.
-      started: when the process was started, in the kernel's ticks; None where nothing says so.
-      since: when the lock was taken, as people read it.
+      started: when the process was started, in the kernel's ticks; None where that is unknown.
+      since: when it got the lock, in a form for people.
       token: random, different for every lock.
     """
 
@@ -77,7 +77,7 @@ class Holder:
 
     @property
     def alive(self) -> bool | None:
-        """Whether the process still runs; None where it is of another machine or container."""
+        """Whether the process still runs; None if it is on another machine or in a container."""
         if self.machine != _machine():
             return None
         try:
@@ -94,12 +94,12 @@ class Holder:
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[None]:
-    """Holds the lock of a workdir, which is created where it is missing and removed again where
-    nothing was written. A process that holds it already may hold it again.
+    """Holds the lock of a workdir. The folder is created if it is missing, and removed again if
+    nothing was written. A process that holds the lock may hold it again.
 
     Of several processes that are one run, the first holds it for all; they call this at the same
     place. A disk on which no lock can be written is no error here, since a finished run needs none:
-    `require` then raises what the system said. A bucket has no locks, which a warning says.
+    `require` then raises the system's error. A bucket has no locks, which a warning says.
 
     Raises:
       Locked: when another process holds it, naming host, process and time; in all processes.
@@ -109,7 +109,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         yield
         return
     try:
-        with signals.deferred():  # so that a lock that was taken is let go
+        with signals.deferred():  # so that no lock stays when a signal comes in between
             lock = _acquire(path)
             _held[path] = lock
         yield
@@ -269,8 +269,8 @@ class _Hold:
                 raise
 
     def _take_over(self, holder: Holder | None, age: float) -> None:
-        """Puts a lock that was left behind out of the way; of several processes that try, one does.
-        One that was slow may have moved the lock of the one that was quicker, and puts it back."""
+        """Removes a stale lock; of several processes that try, one succeeds. A slow one may have
+        moved the new lock of a quick one, and puts it back."""
         aside = pathlib.Path(temporary_beside(self._path))
         try:
             self._path.rename(aside)
@@ -300,14 +300,14 @@ class _Hold:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            # What is wrong with it comes out where something is written.
+            # A failure here is reported by the next `require`.
             with contextlib.suppress(OSError):
                 self.require()
                 os.utime(self._path)
 
 
 def _read(path: pathlib.Path) -> Holder | None:
-    """Who holds a lock; None for a file that is not there, or not (yet) of this form."""
+    """The holder of a lock; None for a file that does not exist, or is not (yet) of this form."""
     try:
         holder = Holder(**json.loads(path.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -321,7 +321,7 @@ def _key(workdir: epath.PathLike) -> str:
 
 
 def _machine() -> str:
-    """A name that two processes share when one can look the other up by its number."""
+    """A name that two processes share if one can look up the other by its number."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -331,7 +331,7 @@ def _machine() -> str:
 
 def _start_of(pid: int) -> int | None:
     """When a process was started, which tells it from an earlier one of the same number; None for
-    one that has ended and only waits to be asked for its status."""
+    one that has ended and whose status has not been read."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Checks of the places that a command line names, before anything is computed."""
+"""Checks of the paths in a config or on a command line, before anything is computed."""
 
 import os
 import pathlib
@@ -12,9 +12,9 @@ def check_input(key: str, value: str, expected: str) -> None:
     """Raises FileNotFoundError unless the file or folder that a field names is there.
 
     Args:
-      key: the field as it is set, such as "config.data.path".
-      value: a path; empty, or in a bucket (`gs://...`), it is not looked at.
-      expected: what belongs there.
+      key: the field, such as "config.data.path".
+      value: a path; an empty one, or one in a bucket (`gs://...`), is not checked.
+      expected: the kind of file or folder, for the message.
     """
     if not value or "://" in value:
         return
@@ -28,12 +28,11 @@ def check_input(key: str, value: str, expected: str) -> None:
 
 
 def check_output(key: str, value: epath.PathLike) -> None:
-    """Raises OSError unless `value` is a folder, or one that can be made; leaves nothing
-    behind.
+    """Raises OSError unless `value` is a folder or can be made one; leaves no file.
 
     Args:
       key: the flag or the field, such as "--workdir".
-      value: a path; in a bucket it is not looked at.
+      value: a path; one in a bucket is not checked.
     """
     if "://" in str(value):
         return
@@ -58,7 +57,7 @@ def _named(key: str, value: str) -> str:
 
 
 def _reason(path: pathlib.Path, error: OSError) -> str:
-    """What is wrong with `path`, and the last part of it that is there."""
+    """The reason why `path` cannot be used, and the last part of it that exists."""
     why = error.strerror or str(error)
     nearest = _nearest(path.absolute())
     if nearest == path.absolute():
@@ -68,7 +67,7 @@ def _reason(path: pathlib.Path, error: OSError) -> str:
 
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:
-    """The last part of an absolute path that is there."""
+    """The last part of an absolute path that exists."""
     return next(one for one in _upwards(path) if os.path.exists(one))
 
 

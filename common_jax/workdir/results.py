@@ -36,17 +36,17 @@ def write_result(
 def read_result(
     workdir: epath.PathLike, config: Any, *, phase: str, steps: int | None = None, apart: str = ""
 ) -> dict[str, Any] | None:
-    """What result.json holds; None where the run has none yet.
+    """The content of result.json; None if the run has none yet.
 
     Args:
       workdir: of the run.
       config: of the run, see `refuse_other_config`.
-      phase: what the run is called in its result.
-      steps: how many it has; None where that is not known.
+      phase: the name of the run in its result.
+      steps: updates of the run; None where that is not known.
       apart: regex of fields that may differ.
 
     Raises:
-      ValueError: when the workdir or the result is another run's, with what contradicts what.
+      ValueError: when the workdir or the result is another run's, with the contradiction.
     """
     workdir = epath.Path(workdir)
     refuse_other_config(workdir, config, apart=apart)

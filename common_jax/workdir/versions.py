@@ -1,5 +1,5 @@
-"""Configs that other versions of the project wrote: fields that came since take today's defaults,
-fields that went are named."""
+"""Configs that other versions of the project wrote: fields that were added since get today's
+defaults, fields that were removed are named."""
 
 import dataclasses
 import logging
@@ -19,13 +19,12 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
 
     Args:
       cls: the dataclass of the config.
-      stored: what the run kept of it. A field it lacks is taken as today's default, since a new
-        field's default is what earlier versions did; one that `cls` lacks is left out, which a
-        warning says.
-      source: what to call it in messages.
+      stored: as the run saved it. A missing field gets today's default, since the default of a new
+        field is what earlier versions did; one that `cls` lacks is left out, with a warning.
+      source: its name in messages.
 
     Raises:
-      ValueError: for a value that `cls` does not take, naming `source`.
+      ValueError: for a value that `cls` refuses, naming `source`.
     """
     known, gone = fill(cls, stored)
     if gone:
@@ -40,7 +39,7 @@ def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     """A stored config with today's fields; no value is checked.
 
     Returns:
-      The nested dict of all fields of `cls`, and what `stored` has beside them, {"a.b": value}.
+      The nested dict of all fields of `cls`, and the other fields of `stored`, {"a.b": value}.
     """
     gone: dict[str, Any] = {}
     return _fill(cls, stored, "", gone), gone
@@ -69,8 +68,8 @@ def _fill_value(hint: Any, value: Any, path: str, gone: dict[str, Any]) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         sections = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
-        # As `freeze` chooses: by `kind`, the first where none is named. A kind that is gone stays
-        # as it is, to be refused by name.
+        # As `freeze` chooses: by `kind`, the first where none is named. A kind that was removed
+        # stays as it is, so that `freeze` refuses it by name.
         chosen = sections[0] if sections else None
         if len(sections) > 1 and "kind" in value:
             kinds = (section for section in sections if section.kind == value["kind"])

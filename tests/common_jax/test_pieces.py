@@ -10,7 +10,7 @@ import pytest
 from same import assert_all_same
 
 from common_jax.inputs import BadExample, train_batches
-from common_jax.inputs.pieces import Placed, Receiver, Sender
+from common_jax.inputs.pieces import Receiver, Reference, Sender
 from common_jax.inputs.workers import read_in_order
 
 
@@ -49,7 +49,7 @@ def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
     send, under_way = Sender(names, slots=behind + 2), []
     for number in range(20):
         under_way.append((number, through_pickle(send(piece(number)))))
-        assert isinstance(under_way[-1][1], Placed)
+        assert isinstance(under_way[-1][1], Reference)
         if number >= behind:
             number, sent = under_way.pop(0)
             assert_all_same(receive(sent), piece(number))
@@ -58,11 +58,11 @@ def test_slots_are_used_again_once_their_piece_is_out(names, receive, behind):
 def test_a_full_ring_overwrites_nothing_and_no_one_waits(names, receive):
     send = Sender(names, slots=3)
     sent = [through_pickle(send(piece(number))) for number in range(8)]
-    assert [isinstance(each, Placed) for each in sent] == [True] * 3 + [False] * 5
+    assert [isinstance(each, Reference) for each in sent] == [True] * 3 + [False] * 5
     received = [list(receive(each)) for each in sent]
     for number, outcomes in enumerate(received):
         assert_all_same(outcomes, piece(number))
-    assert isinstance(send(piece(8)), Placed)  # whose slots are free again
+    assert isinstance(send(piece(8)), Reference)  # whose slots are free again
 
 
 def test_what_was_received_is_not_written_over(names, receive):
@@ -89,7 +89,7 @@ def test_what_fits_no_slot_goes_as_it_is(names, receive, outcomes):
     send = Sender(names, slots=4)
     list(receive(send(piece(0))))
     sent = through_pickle(send(outcomes))
-    assert not isinstance(sent, Placed)
+    assert not isinstance(sent, Reference)
     if isinstance(outcomes[0], BadExample):
         bad, *others = receive(sent)
         assert str(bad) == "file: broken"
@@ -166,4 +166,4 @@ def test_all_pieces_of_workers_find_a_slot(monkeypatch):
         if number in (0, 9, 17):
             time.sleep(0.5)  # the workers fill what there is to fill
     batches.close()
-    assert set(received) == {Placed}
+    assert set(received) == {Reference}
