@@ -1,19 +1,19 @@
-"""Says what a config's data holds and what keeps a run from starting, before any device is used.
+"""Describes a config's data and lists what keeps a run from starting, before any device is used.
 
     python tools/check_data.py --config=configs/m2mkd/vmoe_base.py --config.data.path=/data/imagenet
     python tools/check_data.py --config=configs/cliptrans/multi30k.py:target=fr \\
         --config.data.path=/data/multi30k --all
 
 Takes the config and flags of a run of either package. Of image sets it counts classes and the
-images of each, looks at the sizes of a sample and whether it can be read, and at the OOD set; of
-sentences it counts lines and empty ones by language and split, pictures, missing and unreadable
-ones. Every problem is listed, not only the first.
+images of each, reads a sample and reports its sizes, and does the same for the OOD set; of
+sentences it counts lines and empty ones by language and split, and pictures, missing and unreadable
+ones. It lists every problem, not only the first.
 
-  --sample=N  read N pictures a split, spread evenly (default 500)
+  --sample=N  read N pictures of each split, spread evenly (default 500)
   --all       read all of them
 
-Exit status 0 where the data lets a run start, 1 where it does not. Weights and tokenizers are not
-looked at.
+Exit status 0 if a run can start with the data, 1 if it cannot. Weights and tokenizers are not
+checked.
 """
 
 import collections
@@ -55,11 +55,11 @@ NOWHERE = epath.Path("check_data")  # a workdir that is never written
 
 @dataclasses.dataclass
 class Findings:
-    """What was found so far; printed as it comes.
+    """The findings so far, printed as they come.
 
     Attributes:
-      sample: pictures to read of a split; None for all.
-      problems: what keeps a run from starting.
+      sample: pictures to read of each split; None for all.
+      problems: each of them keeps a run from starting.
     """
 
     sample: int | None
@@ -69,13 +69,13 @@ class Findings:
         print(text, flush=True)
 
     def problem(self, text: str) -> None:
-        """Counts what keeps a run from starting, unless it is known already."""
+        """Adds a problem, unless it is known already."""
         if text not in self.problems:
             self.problems.append(text)
             self.say(f"  PROBLEM: {text}")
 
     def attempt(self, load: Callable[..., Any], *args: Any, **settings: Any) -> Any | None:
-        """What `load` returns; None, and a problem more, where a user must mend something."""
+        """The result of `load`; None, with another problem, if it raises a user's error."""
         try:
             return load(*args, **settings)
         except USER_ERRORS as error:
@@ -115,7 +115,7 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
 
 
 def _undecoded(data: DataConfig) -> DataConfig:
-    """Without decoding all that a run would keep in memory, unless it must fit there."""
+    """The data, not decoded as a whole as a run would do, unless the config demands it."""
     return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
 
 
@@ -143,7 +143,7 @@ def _describe_classes(source: Source, findings: Findings) -> None:
 
 
 def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
-    """Sizes of a sample and what of it cannot be read."""
+    """Reports the sizes of a sample, and its unreadable pictures."""
     places = findings.places(len(source))
     sizes, bad = _read(lambda i: source[i]["image"].shape[:2], places)
     common = ", ".join(
@@ -182,14 +182,14 @@ def _check_ood(config: m2mkd.Config, train: Source, findings: Findings) -> None:
 
 @dataclasses.dataclass
 class Need:
-    """What the stages of a run read of a split.
+    """The parts of a split that the stages of a run read.
 
     Attributes:
       languages: of sentences.
       filled: those of them in which there must be sentences.
-      pictures: whether any stage looks at pictures.
-      strict: whether one of those needs every picture.
-      batch: the most training examples a step.
+      pictures: whether any stage reads pictures.
+      strict: whether any stage needs every picture.
+      batch: the most training examples per step.
     """
 
     languages: set[str] = dataclasses.field(default_factory=set)
@@ -200,7 +200,7 @@ class Need:
 
 
 def needs_of(runs: Iterable[cliptrans.Config]) -> dict[str, Need]:
-    """Key of config.data that names a split -> what the runs read of it."""
+    """Key of config.data that names a split -> the parts of it that the runs read."""
     needs: dict[str, Need] = collections.defaultdict(Need)
     for run in runs:
         pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
@@ -253,7 +253,7 @@ def _check_split(config: cliptrans.Config, key: str, need: Need, findings: Findi
                 findings.problem(f"{corpus.name} has no sentence in {language!r}")
     if not readable:
         return
-    # What is wrong with one file is known by now; together they can still differ in length.
+    # Problems of single files are known by now; together they can still differ in length.
     corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
     if corpus is None:
         return
@@ -284,20 +284,18 @@ def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Find
     lost = len(missing) + len(bad)
     if lost > (0 if need.strict else bad_share * len(images)):
         first = listed([images.name(i) for i in missing] + list(bad))
-        way_out = (
+        advice = (
             "every example needs its picture: add or repair them"
             if need.strict
             else f"more than config.data.bad_share={bad_share:g}: add or repair them, or raise it"
         )
-        findings.problem(
-            f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {way_out}"
-        )
+        findings.problem(f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {advice}")
 
 
 def _read(
     measure: Callable[[int], tuple[int, int]], places: Sequence[int]
 ) -> tuple[collections.Counter, dict[str, str]]:
-    """Rows and columns of the examples that can be read, counted, and name -> reason of others."""
+    """Counts of (rows, columns) of the readable examples, and name -> reason of the others."""
 
     def read(index: int) -> tuple[int, int] | BadExample:
         try:
@@ -318,7 +316,7 @@ def _say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) 
 
 
 def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
-    """Prints what is found; 0 where a run could start, else 1."""
+    """Prints the findings; returns 0 if a run could start, else 1."""
     logging.getLogger().setLevel(logging.WARNING)
     findings = Findings(sample)
     package, look = (cliptrans, check_cliptrans) if "stage" in config else (m2mkd, check_m2mkd)
@@ -339,7 +337,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; exits with 0, 1, or 2 where the command line is not understood."""
+    """The command; exits with 0, 1, or 2 if the command line is not understood."""
     sample: int | None = SAMPLE
     rest = [argv[0], f"--workdir={NOWHERE}"]
     for arg in argv[1:]:

@@ -3,8 +3,7 @@
 Trains a small M-CLIP on pictures and their names in six languages, and three translators from
 English to German with equal budgets: an mBART on the texts alone, one with features as a prefix,
 and one that has learnt to caption the pictures before. No form of a test emoji (skin tone, gender,
-hair) is in training. Prints one table and a few translations. Started again, it goes on where it
-stopped.
+hair) is in training. Prints one table and a few translations. Started again, it resumes.
 
     python tools/demo_cliptrans.py --workdir runs/demo/cliptrans
 """
@@ -44,7 +43,7 @@ def main() -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name; all that have features have them from one M-CLIP."""
+    """The runs by name; all features are of one M-CLIP."""
     root = flags.workdir.resolve()
 
     def job(arguments: str, seed: int, needs: str | None = None) -> Job:
@@ -95,7 +94,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
 
 
 def translations(workdir: pathlib.Path) -> Table:
-    """Some test emoji with their pictures, and what the models of seed 0 make of their names."""
+    """Some test emoji with their pictures, and the translations of the models of seed 0."""
     outputs = {
         title: read_translations(workdir / f"{name}_0" / "translate" / "translations.tsv")
         for title, name in MODELS.items()

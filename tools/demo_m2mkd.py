@@ -4,7 +4,7 @@ to?
 Runs the whole pipeline on scikit-learn's digits (the last 360 are the test set, by other writers
 than the rest) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
 scratch with the same end-to-end budgets, for several seeds; prints one table. The NAC is tested on
-renditions of the digits as well (OOD). Started again, it goes on where it stopped.
+renditions of the digits as well (OOD). Started again, it resumes.
 
     python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
 """
@@ -32,8 +32,8 @@ def main() -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name. The first pipeline compiles what the later ones find in the cache, and so
-    has the start. A NAC takes meta model and teacher of the V-MoE's pipeline."""
+    """The runs by name. One pipeline starts first and compiles the programs that others read from
+    the cache. A NAC takes meta model and teacher of the V-MoE's pipeline."""
 
     def job(student: str, phase: str, seed: int, teacher: str | None = None) -> Job:
         command = ["-m", "m2mkd_jax.main", f"--config={CONFIGS[student]}:phase={phase}"]

@@ -25,11 +25,11 @@ EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and what TFDS needs of ot
 
 
 def prepare(name: str, data_dir: str, *, manual_dir: str | None) -> epath.Path:
-    """The folder of the set, which is prepared unless it is there.
+    """The folder of the set, which is prepared unless it exists.
 
     Raises:
       ImportError: TensorFlow or TFDS is missing.
-      ValueError: no such set, or none of images with labels.
+      ValueError: the set does not exist, or has no images with labels.
     """
     try:
         return find_prepared(data_dir, name)
@@ -56,7 +56,7 @@ def _require_features(name: str, features: Any) -> None:
 
 
 def describe(folder: epath.Path) -> list[str]:
-    """One line for the set and one a split: records, files, classes, images a class. Writes the
+    """One line for the set and one per split: records, files, classes, images per class. Writes the
     files of labels."""
     builder = open_builder(folder)
     names = builder.info.features["label"].names
@@ -74,12 +74,12 @@ def describe(folder: epath.Path) -> list[str]:
 
 @ends_quietly
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0 where the set is there in the end, 2 where it cannot be."""
+    """The command; returns 0 if the set exists in the end, 2 if it cannot be prepared."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", help="of the set, as TFDS calls it; NAME:VERSION for a version")
-    parser.add_argument("--data-dir", required=True, help="TFDS's folder, made if need be")
+    parser.add_argument("--data-dir", required=True, help="TFDS's folder, made if it is missing")
     parser.add_argument("--manual-dir", help="folder of archives that were fetched by hand")
     args = parser.parse_args(argv)
     try:

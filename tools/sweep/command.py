@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
-from jobs import Ended, Job, count, describe, run_each, show
+from jobs import Job, Outcome, count, describe, run_each, show
 
 from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
@@ -146,7 +146,7 @@ def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
         commands = {run.name: run.command for run in left}
         print(FORMS[flags.emit](commands, workdir, at_a_time=flags.jobs), end="")
         return 0
-    ended = Ended({}, None)
+    ended = Outcome({}, None)
     if flags.emit is None and left:
         jobs = {run.name: Job(run.command) for run in left}
         ended = run_each(jobs, pathlib.Path(workdir), at_a_time=flags.jobs or 1)
@@ -221,7 +221,7 @@ def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[C
     return missing_metrics(rows, metrics)
 
 
-def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None:
+def report(unfinished: Sequence[str], ended: Outcome, workdir: epath.Path) -> None:
     """Says which runs are not finished, and what became of them."""
     if not unfinished:
         return
