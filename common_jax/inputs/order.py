@@ -46,23 +46,16 @@ def _bits(seed: int, stream: int, *path: int) -> np.random.MT19937 | np.random.P
     return kind(entropy)
 
 
-def steps_per_epoch(
-    size: int,
-    batch: int,
-    *,
-    batch_key: str = "config.optim.batch",
-    size_key: str = "config.data.train_split",
-) -> int:
+def steps_per_epoch(size: int, batch: int) -> int:
     """Whole batches in an epoch, size // batch: the last incomplete one is dropped in training.
 
     Raises:
-      ValueError: no whole batch fits, which would make every epoch empty. The message names the two
-        keys.
+      ValueError: no whole batch fits, which would make every epoch empty.
     """
     if not 0 < batch <= size:
         raise ValueError(
-            f"{batch_key}={batch} must be from 1 to {size}, the number of examples in {size_key}; "
-            f"lower {batch_key} or take more data"
+            f"config.optim.batch={batch} must be from 1 to {size}, the number of examples in "
+            "config.data.train_split; lower config.optim.batch or take more data"
         )
     return size // batch
 

@@ -14,6 +14,8 @@ from plan.flops import Flops
 from plan.hlo import read_program
 from plan.traffic import hbm_bytes
 
+SHOWN = 5  # largest arrays that are listed
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -127,7 +129,7 @@ class ArraySize:
     bytes: int
 
 
-def largest_arguments(arguments: Any, *, count: int = 5) -> list[ArraySize]:
+def largest_arguments(arguments: Any) -> list[ArraySize]:
     """The largest arguments of a program on a device. Those of one shape whose paths differ only in
     numbers are one entry.
 
@@ -140,10 +142,10 @@ def largest_arguments(arguments: Any, *, count: int = 5) -> list[ArraySize]:
         shard = leaf.sharding.shard_shape(leaf.shape)
         key = name, f"{leaf.dtype.name}[{','.join(map(str, shard))}]"
         sizes[key] = sizes.get(key, 0) + math.prod(shard) * leaf.dtype.itemsize
-    return _largest(sizes, count)
+    return _largest(sizes)
 
 
-def largest_kept(kept: Any, params: Any, *, devices: int, count: int = 5) -> list[ArraySize]:
+def largest_kept(kept: Any, params: Any, *, devices: int) -> list[ArraySize]:
     """The largest arrays that a forward pass keeps for the backward pass, a device's share.
 
     Args:
@@ -159,12 +161,12 @@ def largest_kept(kept: Any, params: Any, *, devices: int, count: int = 5) -> lis
             key = "kept for the backward pass", f"a share of {shape}"
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // devices
             sizes[key] = sizes.get(key, 0) + size
-    return _largest(sizes, count)
+    return _largest(sizes)
 
 
-def _largest(sizes: Mapping[tuple[str, str], int], count: int) -> list[ArraySize]:
+def _largest(sizes: Mapping[tuple[str, str], int]) -> list[ArraySize]:
     ranked = sorted(((size, *key) for key, size in sizes.items()), reverse=True)
-    return [ArraySize(name, shape, size) for size, name, shape in ranked[:count]]
+    return [ArraySize(name, shape, size) for size, name, shape in ranked[:SHOWN]]
 
 
 def bytes_text(size: float) -> str:
