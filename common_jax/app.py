@@ -14,7 +14,7 @@ from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
 
-# What a user can cause; anything else is our fault and shows its traceback.
+# Errors that a user can cause; any other is our fault and shows its traceback.
 USER_ERRORS = (ValueError, OSError)
 
 
@@ -26,11 +26,11 @@ def run(
     system: command_line.System | None = None,
     reads: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Calls `main(config, workdir)` with what --config and --workdir say.
+    """Calls `main(config, workdir)` with the config and the folder of --config and --workdir.
 
-    Any field of the config can be set by --config.FIELD=VALUE. What a user can cause ends in a
-    message on standard error and exit status 2, before anything is compiled or written; --debug
-    shows its traceback as well.
+    Any field of the config can be set by --config.FIELD=VALUE. An error that a user can cause ends
+    in a message on standard error and exit status 2, before anything is compiled or written;
+    --debug shows its traceback as well.
 
     Args:
       main: the command.
@@ -39,9 +39,9 @@ def run(
       system: whose command it is; configs of other systems are refused. None takes any.
       reads: sections and fields that each kind of run reads; a flag that sets another is warned of.
 
-    Several processes that are one run are connected first, see `common_jax.hosts.start`.
-    Asked to stop, by a signal to any of them, all save and end: with exit status 0 after SIGTERM,
-    130 after Ctrl-C, 129 after SIGHUP (see `common_jax.signals`).
+    Several processes that are one run are connected first, see `common_jax.hosts.start`. After a
+    signal to any of them all save and end: with exit status 0 after SIGTERM, 130 after Ctrl-C, 129
+    after SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
@@ -83,7 +83,7 @@ def _run(
         print(
             f"process {jax.process_index()} of {jax.process_count()} ends here; if another one "
             "ended before, its output says why. Checkpoints are whole: the same command in all "
-            "processes goes on",
+            "processes resumes",
             file=sys.stderr,
         )
         hosts.leave(1)
@@ -100,7 +100,7 @@ def _warn_of_unread(
 def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder` for later runs; None keeps none.
 
-    A folder that cannot be made is warned of: the run computes the same without it.
+    For a folder that cannot be made there is a warning: the run computes the same without it.
     """
     if folder is None:
         return
@@ -115,10 +115,10 @@ def use_compilation_cache(folder: str | None) -> None:
 
 
 def read_config(argv: Sequence[str], description: str = "") -> ml_collections.ConfigDict:
-    """The config that `run` would call its command with, from the same command line; nothing is
-    connected or started.
+    """The config that `run` would call its command with, from the same command line; connects and
+    starts nothing.
 
     Raises:
-      ValueError, OSError: for what a user can have got wrong.
+      ValueError, OSError: for a mistake of the user.
     """
     return command_line.read(command_line.define(), list(argv), description)[0]

@@ -2,8 +2,8 @@
 
 A config file turns the defaults of a dataclass into a `ConfigDict` (`unfreeze`), flags change it,
 and a run turns it back once, at the top (`freeze`). A default therefore stands in one place, the
-dataclass, with its range beside it (`common_jax.ranges`), and a wrong key or value dies in `freeze`
-with the key, the value and the way out.
+dataclass, with its range (`common_jax.ranges`), and a wrong key or value ends in `freeze`, whose
+message names the key, the value and what is expected.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class FieldError(ValueError):
-    """A value that a section cannot have. The message begins with the name of a field of that
+    """A value that a section does not allow. The message begins with the name of a field of that
     section, `heads=7 must divide width=64`; `under` puts the path of the section before it."""
 
 
@@ -30,8 +30,8 @@ class Section:
     """Base of every dataclass of a config: a value of another type or out of its range raises
     FieldError.
 
-    A subclass that checks several fields against each other does so in a `__post_init__` of its
-    own, which calls this one first.
+    A subclass that checks fields against each other does so in its own `__post_init__`, which calls
+    this one first.
     """
 
     def __post_init__(self):
@@ -41,8 +41,8 @@ class Section:
 
 @contextlib.contextmanager
 def under(path: str) -> Iterator[None]:
-    """Puts `path` before the field that a FieldError names; what comes out is no FieldError, so no
-    path is put there twice."""
+    """Puts `path` before the field that a FieldError names, and raises that as a ValueError, so
+    that no path is put there twice."""
     try:
         yield
     except FieldError as error:
@@ -64,8 +64,8 @@ def renamed(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 def in_recipe(recipe: type, name: str) -> contextlib.AbstractContextManager[None]:
-    """`renamed` for a run of a pipeline: the fields of the dataclass `recipe` are called those of
-    `config.recipes.NAME`, where they come from."""
+    """`renamed` for a run of a pipeline: messages name the fields of the dataclass `recipe` as
+    `config.recipes.NAME.FIELD`, which is where a user sets them."""
     fields = (field.name for field in dataclasses.fields(recipe))
     return renamed({f"config.{field}": f"config.recipes.{name}.{field}" for field in fields})
 
@@ -77,12 +77,12 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     Args:
       cls: a frozen dataclass whose fields are scalars, tuples, dataclasses, `X | None` of these, or
         one of several dataclasses (`X | Y`) that their defaults of the field `kind` tell apart.
-      config: ConfigDict or mapping; a field it lacks keeps the dataclass's default.
-      path: what to call `config` in messages, for example "config.model".
+      config: ConfigDict or mapping; missing fields keep the dataclass's default.
+      path: the name of `config` in messages, for example "config.model".
 
     Raises:
       ValueError: for a key `cls` lacks, a value of another type or out of its range, and values
-        that do not fit each other; names key, value and what is taken.
+        that do not fit each other; names key, value and the expected range.
     """
     hints = _hints(cls)
     for key in config:
@@ -97,8 +97,8 @@ def freeze(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
 
 
 def unfreeze(value: Any) -> Any:
-    """`freeze` backwards: a dataclass becomes a type-safe ConfigDict, field by field; other values
-    stay."""
+    """The inverse of `freeze`: a dataclass becomes a type-safe ConfigDict, field by field; other
+    values stay as they are."""
     if isinstance(value, Mapping):
         return ml_collections.ConfigDict({key: unfreeze(item) for key, item in value.items()})
     if not dataclasses.is_dataclass(value):
@@ -118,7 +118,7 @@ def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.Con
     Args:
       text: `key=value` pairs separated by commas; a comma inside a value is written `+`
         (`layer=0+3`).
-      defaults: every argument the file takes, with its default, whose type the value must have.
+      defaults: every argument of the file, with its default, whose type the value must have.
 
     Raises:
       ValueError: for an unknown argument or a value that is not of the default's type.

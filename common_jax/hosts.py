@@ -1,8 +1,8 @@
-"""Several processes as one run: how they find each other, agree, and stop together.
+"""Several processes as one run: they find each other, agree, and stop together.
 
 A request to stop (SIGTERM, as schedulers send it before they take a machine away, or another of
-`common_jax.signals`) may reach one process alone and at any time. All processes `check` at the
-same places, once a step of training and once a batch of evaluation, and get the same answer there:
+`common_jax.signals`) may reach only one process, at any time. All processes `check` at the same
+places, once per step of training and once per batch of evaluation, and get the same answer there:
 the run stops at a step on which all agree.
 """
 
@@ -22,8 +22,8 @@ from common_jax import signals
 # Seconds without a sign of life after which a process counts as dead and all others stop.
 HEARTBEAT = 30
 
-_polls = 0  # questions asked so far: the same number in every process at the same place
-_stopping = False  # the answer was yes once, and stays so
+_polls = 0  # calls of `check` so far: the same number in every process at the same place
+_stopping = False  # the answer was yes once, and remains yes
 
 
 def start(
@@ -86,7 +86,7 @@ def start(
 def cluster() -> str | None:
     """The kind of cluster whose environment describes the processes of this run; None for none.
 
-    On a TPU VM also a single host is one: what it is part of, only its metadata server knows.
+    A single host of a TPU VM counts too: only its metadata server knows what it is part of.
     """
     tasks = {
         "SLURM": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),  # of srun, not of a batch script
@@ -103,8 +103,7 @@ def cluster() -> str | None:
 
 
 def check() -> None:
-    """Raises `signals.Stopped` where all processes are to stop. To be called equally often by all
-    of them."""
+    """Raises `signals.Stopped` where all processes stop. All of them must call it equally often."""
     global _polls, _stopping
     _polls += 1
     if not _stopping:
@@ -118,19 +117,19 @@ def check() -> None:
 def agree(*values: float) -> np.ndarray:
     """The greatest of each value over all processes, the same in all of them; (values,) float64.
 
-    To be called by all of them at the same place.
+    All of them must call it at the same place.
     """
     mine = np.asarray(values, np.float64)
     if jax.process_count() == 1:
         return mine
-    # As bytes, since float64 would become float32 on the way.
+    # As bytes: jax would turn float64 into float32.
     everyone = multihost_utils.process_allgather(mine.view(np.uint8))
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process. One of several that fails does not wait for the others, which would wait
-    for it: they notice within HEARTBEAT seconds that it is gone."""
+    """Ends this process. Where it is one of several and has failed, it does not wait for the
+    others, which would wait for it: they notice within HEARTBEAT seconds that it is gone."""
     if jax.distributed.is_initialized() and status:
         logging.shutdown()
         sys.stdout.flush()

@@ -62,10 +62,11 @@ class Log:
         """Waits for the step that was dispatched last and reads its report; raises as `add`."""
         if self._pending is None:
             return
+        # Taken first, so that a step whose report raises is not read again when the run ends.
         (step, report, line), self._pending = self._pending, None
-        skipped_in_row = int(report["skipped_in_row"])
+        skipped_in_row = int(report["skipped_in_row"])  # waits for the step
         if line:
-            require(self._workdir)
+            require(self._workdir)  # another run may have taken over the lock
             self._recorder.write(step, self._epoch(step), averages(jax.device_get(report)))
             if timing := self._clock.read(step):
                 self._recorder.write_timing(step, **timing)
@@ -125,6 +126,7 @@ class Clock:
     def read(self, step: int) -> dict[str, float] | None:
         """Means since the last reading; None for the first stretch, which compiles."""
         now, before, start = time.perf_counter(), self._step, self._start
+        # Even without a reading: the next stretch begins here.
         self.restart(step)
         if start is None or step == before:
             return None

@@ -1,8 +1,8 @@
-"""Device meshes and the two tables that say how arrays lie on them.
+"""Device meshes and the two tables that split arrays over them.
 
 Parameters: ordered `(regex, PartitionSpec)` rules, kept at the foot of each model's file and
   applied by `match_rules`; a parameter without a rule is an error. Activations: logical names,
-  mapped to mesh axes by `ACTIVATIONS` alone.
+  mapped to mesh axes in `ACTIVATIONS` and nowhere else.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class MeshConfig(Section):
 
 
 def start_backend() -> str:
-    """The platform of JAX's devices, which this starts unless it has been.
+    """The platform of JAX's devices, which are started if they have not been.
 
     Raises:
       ValueError: when JAX_PLATFORMS asks for a platform that cannot be started here.
@@ -73,7 +73,7 @@ def start_backend() -> str:
 
 
 def _installed_platforms() -> list[str]:
-    """Platforms that JAX has code for; whether there is such a device is another question."""
+    """Platforms that JAX has code for, whether or not there is such a device."""
     try:
         plugins = [
             one.name
@@ -115,7 +115,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"the {slices} slices, so that config.mesh.fsdp and config.mesh.expert stay within "
             "one; lower these two"
         )
-    # An axis that is no product of the torus' own, 8 of 16 x 16, takes a part of one of them.
+    # A mesh axis need not be a product of the torus's axes: 8 of 16 x 16 takes a part of one.
     split = {"allow_split_physical_axes": True, "devices": devices}
     if slices == 1:
         placed = mesh_utils.create_device_mesh(shape, **split)
@@ -126,7 +126,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def count_slices(devices: list[jax.Device]) -> int:
-    """Slices of TPUs that the devices are of; 1 for all that is no TPU."""
+    """The number of TPU slices that the devices belong to; 1 for other platforms."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", None) for device in devices})
@@ -144,8 +144,8 @@ def check_batch(mesh: Mesh, key: str, batch: int) -> None:
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-    """Pins the sharding of activation `x`, one logical name of `ACTIVATIONS` per axis; no mesh, no
-    effect."""
+    """Pins the sharding of activation `x`, one logical name of `ACTIVATIONS` per axis; has no
+    effect without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(
@@ -160,10 +160,10 @@ def batch_shards() -> int:
 
 
 def take_rows(tree: Any, rows: jax.Array) -> Any:
-    """The chosen examples of each device's share of a batch, so that none leaves its device.
+    """Chosen examples of each device's share of a batch, so that none leaves its device.
 
     Args:
-      tree: arrays with examples along the first axis; those without axes stay.
+      tree: arrays with examples along the first axis; scalars stay as they are.
       rows: (devices, chosen) numbers within the share.
     """
 
@@ -177,7 +177,7 @@ def take_rows(tree: Any, rows: jax.Array) -> Any:
 
 
 def put_rows(tree: Any, chosen: Any, rows: jax.Array) -> Any:
-    """`tree` with the examples that `take_rows` took out of it replaced by `chosen`."""
+    """`tree` with the examples that `take_rows` chose replaced by `chosen`."""
 
     def put(x: jax.Array, y: jax.Array) -> jax.Array:
         old, new = (z.reshape(len(rows), -1, *z.shape[1:]) for z in (x, y))
@@ -209,7 +209,7 @@ def match_rules(rules: Rules, params: Any, mesh: Mesh) -> Any:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """The shapes and dtypes of arrays as ShapeDtypeStructs that say where each is to lie."""
+    """The shapes and dtypes of arrays, with their shardings, as ShapeDtypeStructs."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

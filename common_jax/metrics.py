@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl, timing.jsonl, TensorBoard and the terminal.
+"""A run's numbers on disk and on the terminal: metrics.jsonl, timing.jsonl, TensorBoard.
 
-metrics.jsonl holds only what is a function of config and seed, so that a resumed run's file is the
-same, byte for byte, as an undisturbed one's; how long things took goes to timing.jsonl.
+metrics.jsonl depends on config and seed only, so that a resumed run writes the same file, byte for
+byte, as an undisturbed one; times go to timing.jsonl.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ MOST_AXES = 8  # of arrays among the metrics
 
 
 class Recorder:
-    """Writes a run's numbers, on process 0 only; going on at `step`, it first drops lines of later
-    steps.
+    """Writes a run's numbers, on process 0 only; where a run resumes, first drops lines of steps
+    after `step`.
 
     Args:
       workdir: the run's folder.
@@ -37,7 +37,7 @@ class Recorder:
       total: updates in all, for the progress bar.
       title: heads the bar and the lines on the terminal.
       shown: names of the metrics on the terminal.
-      patient: keeps lines that cannot be written, and tries again with the next, in place of
+      patient: keeps lines that cannot be written, and tries again with the next, instead of
         raising the system's OSError.
     """
 
@@ -99,7 +99,7 @@ class Recorder:
             self._bar.update(step - self._bar.n)
 
     def complete(self) -> bool:
-        """Whether all lines are written, those that could not be before among them."""
+        """Tries again to write lines that could not be written; returns whether all are now."""
         for name in list(self._unwritten):
             self._append(name, "")
         return not self._unwritten
@@ -133,9 +133,9 @@ class Recorder:
 
 
 class _Events:
-    """TensorBoard's events, written by the thread that calls: tensorboardX's own thread ends where
-    the disk is full, and its queue then holds the run up for ever. They are dispensable: when they
-    cannot be written, a warning says so, and no more are.
+    """TensorBoard's events, written by the calling thread: tensorboardX's own thread ends when the
+    disk is full, and its queue then blocks the run for ever. Events are dispensable: when one
+    cannot be written, a warning says so, and no more are written.
 
     Args:
       workdir: gets the file.
@@ -175,8 +175,8 @@ class _Events:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics or timing file, in order. A last line that lacks its newline and is
-    no whole object was cut off when the run was killed, and is left out.
+    """The lines of a metrics or timing file, in order. A last line without its newline that is no
+    whole object was cut off when the run was killed, and is left out.
 
     Raises:
       ValueError: for any other line that is not a JSON object of numbers and lists of numbers with
@@ -204,7 +204,7 @@ def _parse_line(path: epath.PathLike, number: int, line: bytes) -> dict[str, Any
 
 
 def _is_numbers(value: Any, depth: int = 0) -> bool:
-    """Whether a value is a number or a list of numbers, of as many axes as arrays have."""
+    """Whether a value is a number or a list of numbers, nested as deep as MOST_AXES."""
     if isinstance(value, list) and depth < MOST_AXES:
         return all(_is_numbers(part, depth + 1) for part in value)
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -215,7 +215,7 @@ def _plain(value: Any) -> float | list:
 
 
 def _add_to_end(path: epath.Path, text: str) -> None:
-    """Appends all of the text, or nothing of it."""
+    """Appends all of the text or none of it."""
     left = text.encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -228,8 +228,8 @@ def _add_to_end(path: epath.Path, text: str) -> None:
 
 
 def _drop_later(path: epath.Path, step: int) -> None:
-    """Rewrites `path` without lines of steps after `step`, nor a last line that a kill cut off;
-    raises ValueError as `read_metrics`, and leaves the file as it is."""
+    """Rewrites `path` without lines of steps after `step` and without a last line that was cut off.
+    Where it raises ValueError, as `read_metrics`, the file stays as it is."""
     if not path.exists():
         return
     lines = path.read_bytes().split(b"\n")[:-1]

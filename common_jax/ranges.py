@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 LARGEST_INT = 2**31 - 1  # of int32, in which JAX counts steps and sizes
 SEEDS = 2**32  # of JAX's keys
-# Beyond these a number is a slip, and its square or its reciprocal leaves float32.
+# A number beyond these is a mistake, and its square or its reciprocal leaves float32.
 LARGEST = 1e9
 SMALLEST = 1e-30
 LONGEST = 200  # characters of a value that a message shows
@@ -27,7 +27,7 @@ class Interval:
       text: what a number must be, for messages.
       low, high: the ends.
       open_high: leaves out `high` itself.
-      other: a number that is allowed beside them.
+      other: a number outside that is allowed too.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Names of a table; a function where the table stands below the config that names it."""
+    """Names of a table; a function where the table is defined after the config that uses it."""
 
     names: tuple[Any, ...] | Callable[[], Iterable[str]]
 
@@ -99,7 +99,7 @@ def one_of(*names: str | int) -> Choice:
 
 
 def key_of(table: Callable[[], Iterable[str]]) -> Choice:
-    """A key of the table that `table` returns, which may stand below the config in its file."""
+    """A key of the table that `table` returns, which may be defined after the config."""
     return Choice(table)
 
 
@@ -131,7 +131,7 @@ def did_you_mean(key: Any, known: Iterable[Any]) -> str:
     """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else the empty
     string."""
     names = [name for name in known if isinstance(name, str)]
-    # Closeness takes time with the product of two lengths, and a long text is no slip of the keys.
+    # The time of a comparison grows with both lengths, and a long text is no misspelt key.
     short = isinstance(key, str) and len(key) <= LONGEST
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.6) if short else []
     return f" (did you mean {close[0]!r}?)" if close else ""

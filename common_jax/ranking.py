@@ -1,11 +1,11 @@
-"""Where a score stands among others, for every metric that counts hits."""
+"""The rank of a score among others, for every metric that counts hits."""
 
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
 def rank_of(scores: Float[Array, "*B L"], own: Int[Array, "*B"]) -> Int[Array, "*B"]:
-    """How many of the scores come before that of `own`; 0 for the best.
+    """The number of scores that come before that of `own`; 0 for the best.
 
     The order is that of `argmax` and `top_k`: of equal scores the first comes first, and NaN comes
     before all numbers. So a row of equal scores is a hit for its first place alone. A score of

@@ -1,13 +1,13 @@
 """Requests to stop: SIGTERM from schedulers, Ctrl-C (SIGINT), a terminal that hangs up (SIGHUP).
 
-The first one stops the run in good order. Where a run has something to lose (`deferred`), it is
-only noted, and `common_jax.hosts.check` stops at the next step; anywhere else it stops at
-once. The second one ends the process, unless it comes with the first, since one Ctrl-C may arrive
-by two routes, or is SIGHUP: a terminal that goes away sends it several times.
+The first one stops the run in good order. Where a run has something to lose (`deferred`), the
+request is only noted, and `common_jax.hosts.check` stops at the next step; anywhere else the run
+stops at once. The second one ends the process, unless it comes together with the first, since one
+Ctrl-C may arrive by two routes, or is SIGHUP: a terminal that goes away sends it several times.
 
-Python calls handlers between two of its own instructions, so during a compilation it calls none. A
-thread therefore reads the numbers of signals from a pipe, into which Python's C code writes them at
-once: it says that the request has arrived, and counts.
+Python calls handlers between two of its own instructions, so never during a compilation. A thread
+therefore reads the numbers of signals from a pipe, into which Python's C code writes them at once.
+It says that the request has arrived, and counts.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# To a scheduler that asks a run to stop it has succeeded; a person's shell runs no later command.
+# A scheduler that stops a run takes it as a success; a shell must not run the next command.
 STATUSES = {signal.SIGTERM: 0, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 TOGETHER = 0.5  # seconds within which signals count as one request
@@ -33,14 +33,14 @@ _deferrals = 0
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and does so here. What is to be kept has been saved. As Python's
-    KeyboardInterrupt it is no Exception, so that nothing takes it for a failure."""
+    """The run was asked to stop, and does so here, with everything saved. Like KeyboardInterrupt it
+    is no Exception, so that nothing handles it as a failure."""
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Takes requests to stop, until the end of the block; for the main thread, in others it does
-    nothing. What was ignored before, as SIGHUP is under nohup, stays ignored."""
+    """Accepts requests to stop, until the end of the block; in the main thread, elsewhere it does
+    nothing. A signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,8 +64,8 @@ def listening() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """A block that a request to stop does not interrupt; it takes effect at the block's end, or
-    where the block asks."""
+    """A block that a request to stop does not interrupt; the request takes effect at the end of the
+    block, or where the block asks for it."""
     global _deferrals
     _deferrals += 1
     try:
@@ -109,7 +109,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _watch(receive: int) -> None:
-    """Says what has arrived, hands it on, and ends the process at the second request."""
+    """Announces a request, hands it to jax, and ends the process at the second one."""
     first = None
     with open(receive, "rb", buffering=0) as pipe:
         while content := pipe.read(1):
@@ -126,7 +126,7 @@ def _watch(receive: int) -> None:
             if _deferrals or jax.distributed.is_initialized():
                 _say("asked to stop: saving at the next step\n")
             if jax.distributed.is_initialized():
-                # jax waits for SIGTERM alone, and agrees with the other processes where to stop.
+                # jax handles SIGTERM only, and agrees with the other processes where to stop.
                 os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -222,7 +222,7 @@ XLA = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (52.66G) exceeds available
 @pytest.mark.parametrize(
     ("result", "status", "said"),
     [
-        (Compiled(10**9), 0, "HBM a chip: 1.00 GB of 16.00 GB"),
+        (Compiled(10**9), 0, "HBM per chip: 1.00 GB of 16.00 GB"),
         (
             Compiled(17 * 10**9),
             1,

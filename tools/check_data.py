@@ -289,14 +289,12 @@ def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Find
     lost = len(missing) + len(bad)
     if lost > (0 if need.strict else bad_share * len(images)):
         first = listed([images.name(i) for i in missing] + list(bad))
-        way_out = (
+        advice = (
             "every example needs its picture: add or repair them"
             if need.strict
             else f"more than config.data.bad_share={bad_share:g}: add or repair them, or raise it"
         )
-        findings.problem(
-            f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {way_out}"
-        )
+        findings.problem(f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {advice}")
 
 
 def _read(

@@ -1,4 +1,4 @@
-"""Compiles a run's train step for a TPU pod that need not be there, and says what it takes.
+"""Compiles a run's train step for a TPU pod that need not be there; reports its memory and time.
 
     python tools/compile_for_pod.py --config=configs/m2mkd/vmoe_base.py:phase=end_to_end \\
         --topology=v5e:16x16
@@ -6,20 +6,20 @@
         --topology=v5e:16x16 --json=translate.json
 
 Takes the config and flags of a run of either package; neither data nor weights are read. Where the
-config file has an argument `chips` and none is given, it gets the number of chips: what is compiled
-is what a run with that argument computes. What the numbers mean: docs/sizing.md.
+config file has an argument `chips` and none is given, it gets the number of chips: the program is
+that of a run with that argument. docs/sizing.md explains the numbers.
 
   --topology=CHIP:SHAPE  v4, v5e, v5p or v6e and the shape of a slice, such as v5e:16x16
   --slices=N             so many slices, over which the data axis runs (default 1)
   --examples=N           size of the training set, which schedules need (default: that of ImageNet,
                          or of Multi30k)
-  --tokens=N             of CLIPTrans: that all sentences are padded to (default 64)
-  --encode               of CLIPTrans: the frozen text tower's program, and not the train step
-  --json=PATH            also writes what is found as JSON
+  --tokens=N             of CLIPTrans: length to which all sentences are padded (default 64)
+  --encode               of CLIPTrans: the program of the frozen text tower, not the train step
+  --json=PATH            also writes the numbers as JSON
   --hlo=PATH             also writes the compiled program's text
 
-Exit status 0 where the step fits the chips, 1 where it does not, 2 where flags, config or topology
-do not fit each other, which is said before anything is compiled.
+Exit status 0 if the step fits the chips, 1 if it does not, 2 if flags, config or topology do not
+fit each other, which is checked before anything is compiled.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from jax.sharding import Mesh
 from plan.chips import chip_of, describe_devices
 from plan.flops import Flops, count_flops
 from plan.sizing import (
-    Large,
+    ArraySize,
     Sizing,
     bytes_text,
     collectives_text,
@@ -91,20 +91,20 @@ class Step:
     """A program to compile.
 
     Attributes:
-      title: what it is.
+      title: for people.
       lowered: traced, for the devices of the mesh.
-      arguments: shapes and shardings of what it takes, by name.
+      arguments: shapes and shardings, by name.
       flops: its operations over all devices.
-      kept: what it keeps most of for a backward pass, a device's share; to be asked for.
-      ways_out: config fields that lessen what it takes of a chip.
+      kept: returns the largest arrays that it keeps for a backward pass, a device's share.
+      savers: config fields that lower its memory.
     """
 
     title: str
     lowered: jax.stages.Lowered
     arguments: Any
     flops: Flops
-    kept: Callable[[], list[Large]]
-    ways_out: Sequence[str]
+    kept: Callable[[], list[ArraySize]]
+    savers: Sequence[str]
 
 
 def m2mkd_step(config: m2mkd.Config, mesh: Mesh, options: Options) -> Step:
@@ -115,9 +115,11 @@ def m2mkd_step(config: m2mkd.Config, mesh: Mesh, options: Options) -> Step:
     epoch = steps_per_epoch(examples, config.optim.batch)
     task = training.task(steps_per_epoch=epoch)
     sections = PHASES[config.phase].differentiates
-    ways = [f"config.{name}.remat" for name in sections]
-    ways += [way for name in sections for way in family_of(getattr(config, name)).ways_out]
-    return train_step(task, config, config.optim, mesh, ways, flops=step_flops(task, config.optim))
+    savers = [f"config.{name}.remat" for name in sections]
+    savers += [field for name in sections for field in family_of(getattr(config, name)).savers]
+    return train_step(
+        task, config, config.optim, mesh, savers, flops=step_flops(task, config.optim)
+    )
 
 
 def cliptrans_step(asked: cliptrans.Config, mesh: Mesh, options: Options) -> Step:
@@ -134,15 +136,15 @@ def cliptrans_step(asked: cliptrans.Config, mesh: Mesh, options: Options) -> Ste
     examples = options.examples or max(MULTI30K, optim.batch)
     sizes = {"examples": examples, "tokens": options.tokens}
     task = translation.describe(asked, mesh, **sizes)
-    # Chunks of labels are a loop as long as their number says; in one chunk they can be counted.
+    # The length of a loop over chunks of labels is data; in one chunk operations can be counted.
     whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
     flops = step_flops(translation.describe(whole, mesh, **sizes), optim)
-    ways = ["config.model.mbart.remat", "config.label_chunk"]
-    return train_step(task, asked, optim, mesh, ways, flops=flops)
+    savers = ["config.model.mbart.remat", "config.label_chunk"]
+    return train_step(task, asked, optim, mesh, savers, flops=flops)
 
 
 def encode_step(config: cliptrans.Config, mesh: Mesh, options: Options) -> Step:
-    """The program that computes features of sentences, its parameters whole on every device."""
+    """The program of features of sentences, with all parameters on every device."""
     tower = describe_text(config)
     batch = tower.batch_shapes(mesh, tokens=options.tokens)
     placed, rows = placed_on(batch, batched(mesh)), placed_on(batch["_mask"], batched(mesh))
@@ -155,7 +157,7 @@ def encode_step(config: cliptrans.Config, mesh: Mesh, options: Options) -> Step:
         arguments={"params": params, "batch": placed},
         flops=count_flops(tower.apply_batch, tower.params, batch),
         kept=list,
-        ways_out=ways_of(config),
+        savers=precision_savers(config),
     )
 
 
@@ -164,7 +166,7 @@ def train_step(
     config: m2mkd.Config | cliptrans.Config,
     optim: OptimConfig,
     mesh: Mesh,
-    ways: Sequence[str],
+    savers: Sequence[str],
     *,
     flops: Flops,
 ) -> Step:
@@ -173,7 +175,7 @@ def train_step(
     state, helpers, batch, _ = step_arguments(task, optim, abstract, mesh)
     parts = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
 
-    def kept() -> list[Large]:
+    def kept() -> list[ArraySize]:
         return largest_kept(kept_shapes(task), state.params, devices=mesh.size)
 
     return Step(
@@ -182,12 +184,12 @@ def train_step(
         arguments=parts | {"helpers": helpers, "batch": batch},
         flops=flops,
         kept=kept,
-        ways_out=("config.optim.accumulate", "config.mesh.fsdp", *ways, *ways_of(config)),
+        savers=("config.optim.accumulate", "config.mesh.fsdp", *savers, *precision_savers(config)),
     )
 
 
-def ways_of(config: m2mkd.Config | cliptrans.Config) -> tuple[str, ...]:
-    """What any program could do with less memory by."""
+def precision_savers(config: m2mkd.Config | cliptrans.Config) -> tuple[str, ...]:
+    """The precision, where it could be lower."""
     return () if config.precision == "bfloat16" else ("config.precision=bfloat16",)
 
 
@@ -197,7 +199,7 @@ def placed_on(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def compile_step(config: ml_collections.ConfigDict, options: Options) -> int:
-    """Compiles, says what is found, and gives the exit status."""
+    """Compiles, prints the numbers, and returns the exit status."""
     logging.getLogger().setLevel(logging.WARNING)
     chip = chip_of(options.topology)
     devices = describe_devices(options.topology, slices=options.slices)
@@ -257,14 +259,14 @@ def compile_step(config: ml_collections.ConfigDict, options: Options) -> int:
         f"DOES NOT FIT: a chip of {kind} has {bytes_text(chip.hbm)} of HBM; {problem}",
         "largest of a chip, arguments first:",
         *(f"  {bytes_text(one.bytes)}  {one.name}  {one.shape}" for one in large),
-        "what takes less: " + ", ".join(step.ways_out),
+        "fields that lower it: " + ", ".join(step.savers),
         sep="\n",
     )
     return 1
 
 
 def as_lines(sizing: Sizing) -> list[str]:
-    """What a step takes, for people."""
+    """The numbers of a step, for people."""
     memory, seconds, flops = sizing.memory, sizing.seconds, sizing.flops
     parts = {
         "arguments": memory.arguments,
@@ -274,14 +276,14 @@ def as_lines(sizing: Sizing) -> list[str]:
     parts |= {"of it aliased": memory.aliased, "code": memory.code}
     times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
     lines = [
-        f"HBM a chip: {bytes_text(memory.total)} of {bytes_text(sizing.chip.hbm)} ("
+        f"HBM per chip: {bytes_text(memory.total)} of {bytes_text(sizing.chip.hbm)} ("
         + ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         + ")",
-        f"model FLOPs: {flops.model:.4g} a step, {flops.model / sizing.devices:.4g} a chip; "
+        f"model FLOPs: {flops.model:.4g} per step, {flops.model / sizing.devices:.4g} per chip; "
         f"computed again {flops.again / max(flops.model, 1):.0%} of them",
         f"collectives: {collectives_text(sizing.collectives) or 'none'}",
-        f"HBM traffic a chip: {bytes_text(sizing.traffic)} a step",
-        f"roofline: {1e3 * sizing.step_seconds:.2f} ms a step ({times})",
+        f"HBM traffic per chip: {bytes_text(sizing.traffic)} per step",
+        f"roofline: {1e3 * sizing.step_seconds:.2f} ms per step ({times})",
         f"MFU at most {sizing.mfu:.1%}",
     ]
     if sizing.unknown_loops:
@@ -290,7 +292,7 @@ def as_lines(sizing: Sizing) -> list[str]:
 
 
 def as_json(sizing: Sizing) -> dict[str, Any]:
-    """The same for programs."""
+    """The numbers of a step, for programs."""
     return {
         "hbm_bytes": sizing.memory.total,
         "memory": dataclasses.asdict(sizing.memory),
@@ -304,8 +306,7 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
 
 
 def with_chips(text: str, chips: int) -> str:
-    """FILE:ARGS of --config, with `chips` among the arguments where the file takes it and they do
-    not say it."""
+    """FILE:ARGS of --config, with `chips` added where the file has it and it is not given."""
     file, _, args = text.partition(":")
     if "chips=" in args or not os.path.exists(file):
         return text
@@ -318,7 +319,7 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """The tool's flags, as --name=value or --name value, and the others.
 
     Raises:
-      ValueError: for a value that is none.
+      ValueError: for a value that is no number from 1.
     """
     known = {field.name: field for field in dataclasses.fields(Options)}
     values, rest, pending = {}, [], list(arguments)

@@ -1,6 +1,6 @@
-"""Runs of a demo or a sweep: processes of their own, a few at a time, each after those it needs.
+"""Runs of a demo or a sweep: one process each, a few at a time, each after the one it needs.
 
-And a demo's flags, and what it makes of results.
+And a demo's flags and the numbers in its tables.
 """
 
 import argparse
@@ -31,8 +31,8 @@ class Job:
     """A run.
 
     Attributes:
-      command: arguments of python, the run's workdir left out.
-      needs: the run that must be finished before it starts; None where it needs none.
+      command: arguments of python, without the run's workdir.
+      needs: the run that must be finished before it starts, or None.
     """
 
     command: tuple[str, ...]
@@ -53,7 +53,7 @@ def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.Argum
     )
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
     parser.add_argument(
-        "--seeds", type=count, default=seeds, help="repetitions of what is compared"
+        "--seeds", type=count, default=seeds, help="repetitions of everything that is compared"
     )
     parser.add_argument("--jobs", type=count, default=2, help="runs at a time")
     parser.add_argument("flags", nargs="*", help="more flags of every run, such as --config.x=1")
@@ -61,26 +61,26 @@ def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.Argum
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """What became of runs.
+class Outcome:
+    """The ends of several runs.
 
     Attributes:
-      statuses: exit status by name, minus the signal's number where one ended the run; None where
-        another process is at the run. Runs that were not started are left out.
-      signal: the number of the one that was passed on to the runs; None where there was none.
+      statuses: exit status by name, minus the signal's number if one ended the run; None if another
+        process is working on the run. Runs that were not started are left out.
+      signal: the number of the signal that was passed on to the runs, or None.
     """
 
     statuses: Mapping[str, int | None]
     signal: int | None
 
 
-Running = dict[str, tuple[subprocess.Popen, int]]  # with the place that a run takes, from 0 on
+Running = dict[str, tuple[subprocess.Popen, int]]  # process, and its place, counted from 0
 
 
 def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure. Ctrl-C is waited for until the runs have
-    saved what they have."""
+    output in WORKDIR/NAME.log; exits at the first failure. After Ctrl-C it waits until the runs
+    have saved."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -99,7 +99,7 @@ def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
     except KeyboardInterrupt:
-        # Where a terminal has sent it to them already, the two count as one request.
+        # If a terminal has sent it to them already, the two count as one request.
         for process, _ in running.values():
             process.send_signal(signal.SIGINT)
         for process, _ in running.values():
@@ -107,13 +107,12 @@ def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -
         raise
 
 
-def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Ended:
-    """Runs the jobs by name as `run_all` does, but whatever becomes of the others, from the folder
-    and in the environment that this process has, several at a time each on its share of the cores.
+def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> Outcome:
+    """Runs the jobs by name as `run_all` does, even after failures, in this process's folder and
+    environment, several at a time, each on its share of the cores.
 
-    SIGINT and SIGTERM are passed on to the runs, which are waited for; no other is started then. A
-    run that another process is at, such as an earlier start that was killed and left it behind, is
-    let alone.
+    SIGINT and SIGTERM are passed on to the runs, and it waits for them and starts no others. A run
+    that another process is working on, such as one of an earlier start that was killed, is skipped.
     """
     start, waiting, started, statuses, caught = time.time(), dict(jobs), [], {}, []
 
@@ -122,7 +121,7 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
         process = _start_locked(job, workdir, name, _share_of_cores(place, at_a_time))
         if process is not None:
             started.append(process)
-            if len(caught) > before:  # while it was not among those that are passed the signal
+            if len(caught) > before:  # it started too late to be passed the signal
                 process.send_signal(caught[-1])
         return process
 
@@ -140,11 +139,11 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
         for name, status in _ends(waiting, {}, begin, at_a_time=at_a_time):
             statuses[name] = status
             print(f"{time.time() - start:5.0f} s  {name} {describe(status)}", flush=True)
-    return Ended(statuses, caught[-1] if caught else None)
+    return Outcome(statuses, caught[-1] if caught else None)
 
 
 def describe(status: int | None) -> str:
-    """What a run's end was, for a line of text."""
+    """The end of a run in words."""
     if status is None:
         return "is being run by another process"
     if status < 0:
@@ -159,8 +158,8 @@ def _ends(
     *,
     at_a_time: int,
 ) -> Iterator[tuple[str, int | None]]:
-    """Starts what waits as soon as it may, and yields (name, status) of what has ended. `waiting`
-    and `running` are kept as their names say, for who asks to look at and to change."""
+    """Starts waiting jobs as soon as possible, and yields (name, status) of those that have ended.
+    `waiting` and `running` are kept up to date; the caller may read and change them."""
     done = {None}
     while running or any(job.needs in done for job in waiting.values()):
         for name in [name for name, job in waiting.items() if job.needs in done]:
@@ -182,12 +181,12 @@ def _ends(
 
 
 def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.Popen:
-    """One run of a demo in a process of its own, on one core."""
+    """Starts a run of a demo on one core."""
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
     with open(workdir / f"{name}.log", "a") as log:
-        # Most of the time is compilation; at this level it is a fifth shorter and as fast to run.
+        # Most of the time is compilation, a fifth shorter at this level; steps are as fast.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         # Networks this small are quickest on a core each; two threads would wait for each other.
@@ -199,8 +198,8 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
 def _start_locked(
     job: Job, workdir: pathlib.Path, name: str, cores: str
 ) -> subprocess.Popen | None:
-    """One run in a process that keeps its log locked as long as it lives; None where another has
-    the lock."""
+    """Starts a run whose process keeps its log locked as long as it lives; None if another process
+    has the lock."""
     workdir = workdir.resolve()
     workdir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
@@ -209,8 +208,8 @@ def _start_locked(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        # In a session of its own, Ctrl-C reaches the run once, by being passed on. The lock has a
-        # descriptor of its own, since processes that the run starts would inherit the log's.
+        # In a new session, Ctrl-C reaches the run only once, when it is passed on. The lock has
+        # another descriptor than the log, which processes that the run starts inherit.
         return subprocess.Popen(
             _on_cores(cores, command),
             stdout=log,
@@ -221,12 +220,12 @@ def _start_locked(
 
 
 def _on_cores(cores: str, command: list[str]) -> list[str]:
-    """The command on these cores, all of them where they are "", or there is no taskset."""
+    """The command on these cores; on all where they are "" or there is no taskset."""
     return ["taskset", "-c", cores, *command] if cores and shutil.which("taskset") else command
 
 
 def _share_of_cores(place: int, places: int) -> str:
-    """The cores of one of several places, such as "0,1"; "" where there is not one for each."""
+    """The cores of one of several places, such as "0,1"; "" if there is not one for each."""
     if places == 1 or not hasattr(os, "sched_getaffinity"):
         return ""
     cores = sorted(os.sched_getaffinity(0))
@@ -236,7 +235,7 @@ def _share_of_cores(place: int, places: int) -> str:
 
 @contextlib.contextmanager
 def _handling(numbers: Sequence[signal.Signals], handler: Callable) -> Iterator[None]:
-    """Signals go to the handler meanwhile."""
+    """Signals go to the handler within the block."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -256,8 +255,7 @@ def mean_and_spread(results: Sequence[Mapping[str, float]], metric: str, *, unit
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation; NaN where a value is not finite, on which `statistics`
-    fails."""
+    """The sample standard deviation; NaN if a value is not finite, for which `statistics` fails."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
@@ -277,7 +275,7 @@ def accuracies(run: pathlib.Path) -> dict[str, float]:
 
 
 def show(table: Table) -> None:
-    """Prints a table, its columns as wide as they must be."""
+    """Prints a table in aligned columns."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) + 2 for i in range(len(table.header))]
     print(f"\n{table.caption}\n")

@@ -258,9 +258,9 @@ class Checkpoints:
             # tensorstore's own errors have no errno, only text.
             full = isinstance(failure, OSError) and failure.errno in FULL
             full = full or "No space left" in str(failure) or "quota exceeded" in str(failure)
-            way_out = "Make room, and start" if full else "Start"
+            advice = "Make room, and start" if full else "Start"
             raise SaveError(
-                f"{message}. {way_out} the same command again: it resumes from there"
+                f"{message}. {advice} the same command again: it resumes from there"
             ) from failure
         logging.warning("%s; the run continues", message)
 

@@ -1,4 +1,4 @@
-"""Fields of a config by their paths: which there are, and what the text of a flag means there."""
+"""Fields of a config by their paths, and the values that the text of a flag means there."""
 
 import ast
 import math
@@ -10,21 +10,20 @@ import ml_collections
 
 from common_jax.config import did_you_mean
 
-NOTHING = "None"  # the text that stands for the absence of a value
+NOTHING = "None"  # the text for the absence of a value
 BOOLEANS = {"true": True, "t": True, "1": True, "yes": True} | {
     "false": False, "f": False, "0": False, "no": False,
 }  # fmt: skip
 EXACT = 2**53  # up to here a float holds every whole number
 SHOWN = 6  # paths in a message
-# All that `ast.literal_eval` raises for text that is no literal, or too deep for the parser.
+# Errors of `ast.literal_eval` for text that is no literal, or too deep for the parser.
 NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
 
 def set_field(config: ml_collections.ConfigDict, path: str, text: str) -> None:
-    """Sets the field at `path` to what `text` means for a field of its type.
+    """Sets the field at `path` to the value that `text` means for its type.
 
-    "None" stands for the absence of a value, whatever the type. A section takes a dict, which
-    replaces it.
+    "None" is the absence of a value for every type. A section accepts a dict, which replaces it.
 
     Raises:
       ValueError: for a path without a field, or text of another type, naming both.
@@ -34,7 +33,7 @@ def set_field(config: ml_collections.ConfigDict, path: str, text: str) -> None:
 
 
 def check_field(config: ml_collections.ConfigDict, path: str) -> None:
-    """Raises ValueError unless the path of a flag, `a.b` of `--config.a.b=value`, is of a field."""
+    """Raises ValueError unless the path of a flag, `a.b` of `--config.a.b=1`, is of a field."""
     section, name = config, "config"
     for key in path.split("."):
         if not isinstance(section, ml_collections.ConfigDict):
@@ -54,7 +53,7 @@ def check_field(config: ml_collections.ConfigDict, path: str) -> None:
 
 
 def type_of(config: ml_collections.ConfigDict, path: str) -> type:
-    """The type of the values of a field; NoneType where nothing tells it."""
+    """The type of the values of a field; NoneType where it is unknown."""
     section, key = _section_of(config, path)
     return section.get_type(key)
 
@@ -91,10 +90,10 @@ def either(paths: Sequence[str]) -> str:
 
 
 def convert(kind: type, text: str, path: str) -> Any:
-    """What `text` means for a field of type `kind`; any literal where nothing tells the type.
+    """The value that `text` means for a field of type `kind`; any literal where that is NoneType.
 
     Raises:
-      ValueError: for text that means nothing there, with the field's path.
+      ValueError: for text without a meaning there, with the field's path.
     """
     if text == NOTHING:
         return None
@@ -169,9 +168,9 @@ def _has_text_keys(value: dict) -> bool:
 
 
 def _literal(text: str) -> Any:
-    """What Python takes `text` for; `text` itself where it is no literal."""
+    """The Python literal in `text`; `text` itself if it is none."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of backslashes in what is a path or a regex
+        warnings.simplefilter("ignore")  # about backslashes, as in paths and regexes
         try:
             return ast.literal_eval(text)
         except NO_LITERAL:

@@ -71,7 +71,7 @@ def _find(name: str, text: str) -> pathlib.Path:
     if path.is_file():
         return path
     folder = pathlib.Path(os.path.abspath(path)).parent
-    # People mistake the working directory more often than the file's name.
+    # A wrong working directory is a more frequent mistake than a wrong name.
     here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"
     if not folder.is_dir():
         nearest = next(one for one in folder.parents if one.is_dir())

@@ -1,9 +1,9 @@
 """The command line of a run: absl's flags, and `--config.FIELD=VALUE` for any field of the config.
 
-absl alone reads the arguments, in all of the forms that it takes: one dash or two, the value after
-"=" or as the next argument, `--flagfile`, and `--config.x` or `--noconfig.x` for booleans. Each
-override is noted in the order of the command line and set afterwards, so that of several values of
-a field the last one counts, whatever their forms.
+absl parses the arguments, in all of its forms: one dash or two, the value after "=" or as the next
+argument, `--flagfile`, and `--config.x` or `--noconfig.x` for booleans. Overrides are noted in the
+order of the command line and set afterwards, so that of several values of a field the last one
+counts, in whichever forms they are.
 """
 
 import logging
@@ -55,7 +55,7 @@ def define() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run; started there again, it goes on.", flag_values=values
+        "workdir", None, "Folder of the run; started there again, it resumes.", flag_values=values
     )
     flags.DEFINE_enum(
         "hosts",
@@ -91,16 +91,16 @@ def read(
     """The config with all overrides, the workdir, and the paths of the fields that were set.
 
     Args:
-      values: the flags of `define`, which take what the command line says.
+      values: the flags of `define`, which are set to the values of the command line.
       argv: the command line, the program's name first.
       description: shown by --help, which ends the process.
       system: the config must be of it; None takes any config.
 
     Raises:
-      ValueError, OSError: for anything that a user can have got wrong.
+      ValueError, OSError: for a mistake of the user.
     """
     argv = [argv[0], *_expand(argv[1:])]
-    # Overrides cannot be read before their types are known, which the config file tells.
+    # Overrides cannot be read before their types are known, which are in the config file.
     _parse(values, argv, known_only=True)
     if values["help"].value:
         lines = (
@@ -171,7 +171,7 @@ def _set_all(config: ml_collections.ConfigDict, noted: Sequence[tuple[str, str]]
 
 
 def _expand(arguments: Sequence[str]) -> list[str]:
-    """The arguments with those in the files of --flagfile in its place."""
+    """The arguments, with --flagfile replaced by those in its file."""
     try:
         return flags.FlagValues().read_flags_from_files(list(arguments), force_gnu=True)
     except flags.Error as error:
@@ -191,9 +191,9 @@ def _parse(
     """Parses the arguments into `values` and returns those that are no flags.
 
     Args:
-      values: the flags that there are.
+      values: the defined flags.
       argv: the command line.
-      known_only: passes over flags that are not defined, and what may be their values.
+      known_only: skips flags that are not defined, and arguments that may be their values.
       config: its fields are suggested for a flag that is not defined.
     """
     values.set_gnu_getopt(known_only)
@@ -210,8 +210,8 @@ def _parse(
 
 
 def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
-    """Raises ValueError where the value of a flag is the next flag, which absl reads as the value
-    of a flag that has none."""
+    """Raises ValueError if the value of a flag looks like another flag, which absl takes as the
+    value of a flag that has none."""
     flag = text.lstrip("-").partition("=")[0]
     known = flag in values or flag.removeprefix("no") in values or OVERRIDE.fullmatch(text)
     if text.startswith("--") or (text.startswith("-") and known):
@@ -223,7 +223,7 @@ def _check_is_value(name: str, text: str, values: flags.FlagValues) -> None:
 def _unknown_flag(
     name: str, values: flags.FlagValues, config: ml_collections.ConfigDict | None
 ) -> str:
-    """The message for a flag that is not defined, with the field or flag that may be meant."""
+    """The message for an undefined flag, with the field or flag that may be meant."""
     paths = [] if config is None else find_paths(config, name.replace("-", "_"))
     if paths:
         return f"there is no flag --{shorten(name)}; did you mean {either(paths)}?"

@@ -15,7 +15,7 @@ class SelfAttention(nn.Module):
     input.
 
     Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias` (Q, H, K) if `qkv_bias`, `out/kernel` (H,
-      K, D), `out/bias` (D). The softmax is computed in float32 at least, whatever `dtype` is.
+      K, D), `out/bias` (D). The softmax is computed in float32 or wider, for any `dtype`.
     """
 
     heads: int
@@ -28,7 +28,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 #T T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """`visible` says which tokens (last axis) each token hears; None: all of them."""
+        """`visible` says which tokens (last axis) each token attends to; None: all of them."""
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
         qkv = nn.DenseGeneral(

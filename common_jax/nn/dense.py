@@ -13,11 +13,12 @@ def product(
 ) -> jax.Array:
     """`jax.lax.dot_general` for flax's layers: the last axes of `x` with the first of `kernel`.
 
-    On CPU the gradients are products of two matrices, all tokens of a batch as rows. Written as
-    jax derives them, a kernel's gradient runs over two axes, examples and tokens; XLA's CPU
-    compiler then copies both sides transposed, and computes what it copies anew: in a ViT of 12
-    blocks the gradients of all later residuals, for every kernel. Elsewhere they are as jax derives
-    them, since putting two axes together costs a copy on TPUs. What is not trained gets none.
+    On CPU the gradients are products of two matrices, whose rows are all tokens of a batch. As jax
+    derives it, a kernel's gradient contracts two axes, examples and tokens. XLA's CPU compiler then
+    makes transposed copies of both sides, and computes their contents again for each: in a ViT of
+    12 blocks the gradients of all later residuals, for every kernel. On other platforms the
+    gradients are as jax derives them, since merging two axes costs a copy on TPUs. A kernel or
+    input that is not trained gets no gradient.
     """
     (contracted, _), batch = dimension_numbers
     assert not any(batch) and x.dtype == kernel.dtype, (batch, x.dtype, kernel.dtype)
@@ -39,7 +40,7 @@ _product = jax.custom_vjp(_plain, nondiff_argnums=(0, 1))
 
 
 def _forward(count: int, precision: Any, x: Any, kernel: Any):
-    """The product, and what the gradients that are asked for are made of."""
+    """The product, and the arrays that the requested gradients need."""
     kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
     return _plain(count, precision, x.value, kernel.value), kept
 

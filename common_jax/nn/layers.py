@@ -1,4 +1,4 @@
-"""Layers that follow each other, as one loop whose body is compiled once."""
+"""A stack of layers as one loop, whose body is compiled once."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,21 @@ def scan(
     each: Sequence[jax.Array] = (),
     streams: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """What the last of `layers` makes of x, and what each makes, in a `jax.lax.scan`.
+    """Applies `layers` one after the other to x, in a `jax.lax.scan`.
 
-    The parameters stay those of the single layers, and are stacked in the program: a copy of them,
-    laid out like them. What layers sow is there as if they had run by themselves; their random
-    draws are others than then.
+    Parameters remain those of the single layers and are stacked in the program: a copy of them,
+    sharded like them. Layers sow as if they ran one by one; their random draws differ from that.
 
     Args:
-      layers: modules bound to their parent, with parameters, that differ by these and their names
-        alone; called as layer(x, *arguments, *of_each).
-      x: of the shape and the type that a layer gives.
-      arguments: the same for all; those that are no arrays are constants of the program.
-      each: arrays with an entry a layer.
+      layers: modules bound to their parent, with parameters, that differ only in these and in
+        their names; called as layer(x, *arguments, *own_entries_of_each).
+      x: of the shape and the type that a layer returns.
+      arguments: the same for all layers; those that are not arrays are constants of the program.
+      each: arrays with one entry per layer.
       streams: of random numbers that the layers draw from, where they are given.
+
+    Returns:
+      The output of the last layer, and the outputs of all, stacked.
     """
     first = layers[0]
     single = first.clone(parent=None, name=None)

@@ -117,7 +117,7 @@ class Family:
       upcycle: (section, workdir, shapes of its parameters) -> its start from a dense ViT; None
         where there is no such start.
       preparation: see `Preparation`; None where there is none.
-      ways_out: fields of the config that lessen its share of a chip's memory.
+      savers: fields of the config that lower its memory per chip.
     """
 
     config: type
@@ -134,4 +134,4 @@ class Family:
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None
     preparation: Preparation | None = None
-    ways_out: tuple[str, ...] = ()
+    savers: tuple[str, ...] = ()

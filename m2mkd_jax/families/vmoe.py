@@ -60,5 +60,5 @@ FAMILY = Family(
     left=left,
     check_mesh=check_mesh,
     upcycle=upcycle,
-    ways_out=("config.mesh.expert",),
+    savers=("config.mesh.expert",),
 )

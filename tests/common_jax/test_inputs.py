@@ -211,8 +211,8 @@ def test_a_batch_without_a_good_example_stops_the_run():
 
 def test_steps_per_epoch_names_the_keys():
     assert inputs.steps_per_epoch(30, 8) == 3
-    with pytest.raises(ValueError, match=r"config\.few_shot\.batch=31 .* 30"):
-        inputs.steps_per_epoch(30, 31, batch_key="config.few_shot.batch")
+    with pytest.raises(ValueError, match=r"config\.optim\.batch=31 .* 30"):
+        inputs.steps_per_epoch(30, 31)
     with pytest.raises(ValueError, match="must be from 1 to 30"):
         train(Numbers(), batch=31)
 

@@ -1,4 +1,4 @@
-"""What the chips of a compiled program send each other."""
+"""The collectives of a compiled program, and the bytes that its chips send."""
 
 import dataclasses
 import re
@@ -17,8 +17,8 @@ KINDS = (
     "reduce-scatter",
 )
 
-# Bytes that a chip sends, of a result of so many bytes in a group of n chips; as a ring does it.
-# It receives as many.
+# Bytes that a chip sends, by the size of the result and the n chips of a group, in a ring. It
+# receives as many.
 SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda size, n: size * (n - 1) / n,
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -27,9 +27,9 @@ SENT: dict[str, Callable[[float, int], float]] = {
     "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
     "reduce-scatter": lambda size, n: size * (n - 1),
 }
-# XLA's name of a fusion for TPU that sums over a group and keeps each chip's part.
+# XLA's name of a fusion for TPU that sums over a group and keeps a part on each chip.
 SCATTER = "all-reduce-scatter"
-# What crosses slices: XLA hands it to the hosts, which send it on, and names what becomes of it.
+# Transfers between slices, which XLA hands to the hosts, with the name of the collective.
 _OVER_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')
 _TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of KINDS
 
@@ -40,9 +40,9 @@ class Collective:
 
     Attributes:
       kind: of KINDS.
-      group: chips that take part in one; of what crosses slices on its own, the slices.
+      group: chips in a group; of transfers between slices alone, the slices.
       crosses: whether groups have chips of several slices.
-      count: how often they run in a step.
+      count: runs of all of them in a step.
       bytes: that a chip sends in a step by all of them.
     """
 
@@ -56,9 +56,9 @@ class Collective:
 def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list[Collective]:
     """The collectives of a program, those in loops as often as they run; see `Program.runs`.
 
-    An all-to-all moves its whole result but a chip's own part; a ragged one at most that. Groups of
-    a single chip are left out: nothing moves. One that runs beside other work counts where it
-    starts. Of what the hosts send to other slices, the bytes are those that a chip hands to its.
+    An all-to-all moves its whole result except a chip's own part; a ragged one at most that. Groups
+    of a single chip are left out, since nothing moves. One that overlaps other work counts where it
+    starts. Of transfers between slices, the bytes are those that a chip passes to its host.
 
     Args:
       program: compiled for `devices`.
@@ -95,7 +95,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
 
 
 def _moved(instruction: Instruction) -> int:
-    """Bytes of a collective's result; the started half of one has its operands in front."""
+    """Bytes of a collective's result; that of a started half begins with its operands."""
     sizes = [array.bytes for array in instruction.result]
     if not instruction.kind.endswith("-start") or instruction.kind == "all-reduce-start":
         return sum(sizes)
@@ -128,8 +128,7 @@ def _permuted(text: str) -> np.ndarray:
 
 
 def _over_axes(mesh: str, ids: str, axes: str) -> np.ndarray:
-    """Groups along some axes of a mesh, `'a'=32,'b'=8` and `'b'`: those that differ in nothing
-    else."""
+    """Groups of chips that differ only along some axes of a mesh, `'a'=32,'b'=8` and `'b'`."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
     others = [place for place in range(len(sizes)) if place not in chosen]

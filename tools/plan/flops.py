@@ -1,7 +1,7 @@
 """Floating-point operations of a program, counted in its jaxpr.
 
-XLA's own count takes the body of a loop once, however often it runs, and sees what it made of the
-program; a jaxpr says what was asked for, with the length of every scan. Counted are matrix
+XLA's own count takes the body of a loop once, however often it runs, and is of the optimised
+program; a jaxpr is the program as written, with the length of every scan. Counted are matrix
 products and convolutions, a multiplication with its addition as two; all else (softmax, norms,
 activations, the optimizer) is left out, as is usual for model FLOPs.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# What jax calls, in the stack of names, the part of a backward pass that computes values again.
+# jax's name, in the stack of names, of the part of a backward pass that recomputes values.
 AGAIN = "rematted_computation"
 
 
@@ -43,7 +43,7 @@ class Flops:
 
 
 class UnknownLength(ValueError):
-    """A loop that holds products goes on as long as its data say."""
+    """The length of a loop with products depends on its data."""
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
@@ -79,7 +79,7 @@ def _count_equation(equation: core.JaxprEqn) -> Flops:
     else:
         found = sum((_count(inner) for inner in _inner(parameters)), Flops())
         if name == "while" and found.executed:
-            raise UnknownLength("a loop with matrix products goes on as long as its data say")
+            raise UnknownLength("the length of a loop with matrix products depends on its data")
         if name == "scan":
             found *= parameters["length"]
         elif name == "shard_map":

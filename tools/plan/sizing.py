@@ -1,4 +1,4 @@
-"""What a compiled step takes of a chip, and how fast it could be at best."""
+"""The memory of a compiled step on a chip, and its least time."""
 
 import dataclasses
 import math
@@ -13,6 +13,8 @@ from plan.collectives import Collective, find_collectives
 from plan.flops import Flops
 from plan.hlo import read_program
 from plan.traffic import hbm_bytes
+
+SHOWN = 5  # largest arrays that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Sizing:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least time of a step by each of what it needs, at the chip's full rate: "compute",
-        "hbm" and "ici". What goes between slices is left out."""
+        """The least time of a step for each resource at its full rate: "compute", "hbm" and "ici".
+        Traffic between slices is left out."""
         inside = sum(one.bytes for one in self.collectives if not one.crosses)
         return {
             "compute": self.flops.executed / self.devices / self.chip.flops,
@@ -74,12 +76,12 @@ class Sizing:
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the longest of `seconds`, as if the others ran beside it."""
+        """The roofline: the longest of `seconds`, as if the others ran at the same time."""
         return max(self.seconds.values())
 
     @property
     def mfu(self) -> float:
-        """The most that model FLOPs utilisation can be: model FLOPs a chip and second of
+        """The highest possible model FLOPs utilisation: model FLOPs per chip and second of
         `step_seconds`, over the chip's peak."""
         ideal = self.flops.model / self.devices / self.chip.flops
         return ideal / self.step_seconds
@@ -88,12 +90,12 @@ class Sizing:
 def size_up(
     compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, slices: int = 1
 ) -> Sizing:
-    """What a compiled step takes.
+    """Memory, traffic, collectives and operations of a compiled step.
 
     Args:
-      compiled: for so many devices of so many slices.
-      flops: of a step, over all of them.
-      chip: what it is compiled for.
+      compiled: for `devices` in `slices`.
+      flops: of a step, over all devices.
+      chip: that it is compiled for.
     """
     program = read_program(compiled.as_text())
     return Sizing(
@@ -119,17 +121,17 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Large:
-    """Arrays that take much of a chip: what they are, the shape there, and their bytes in all."""
+class ArraySize:
+    """Large arrays on a chip: their name, their shape there, and their bytes together."""
 
     name: str
     shape: str
     bytes: int
 
 
-def largest_arguments(arguments: Any, *, count: int = 5) -> list[Large]:
-    """The arrays of a program's arguments that take most of a device. Those of one shape whose
-    paths differ in numbers alone are one entry.
+def largest_arguments(arguments: Any) -> list[ArraySize]:
+    """The largest arguments of a program on a device. Those of one shape whose paths differ only in
+    numbers are one entry.
 
     Args:
       arguments: tree of ShapeDtypeStructs with shardings.
@@ -140,15 +142,15 @@ def largest_arguments(arguments: Any, *, count: int = 5) -> list[Large]:
         shard = leaf.sharding.shard_shape(leaf.shape)
         key = name, f"{leaf.dtype.name}[{','.join(map(str, shard))}]"
         sizes[key] = sizes.get(key, 0) + math.prod(shard) * leaf.dtype.itemsize
-    return _largest(sizes, count)
+    return _largest(sizes)
 
 
-def largest_kept(kept: Any, params: Any, *, devices: int, count: int = 5) -> list[Large]:
-    """What a forward pass keeps most of for the backward pass, a device's share.
+def largest_kept(kept: Any, params: Any, *, devices: int) -> list[ArraySize]:
+    """The largest arrays that a forward pass keeps for the backward pass, a device's share.
 
     Args:
       kept: tree of ShapeDtypeStructs, of the whole batch.
-      params: those of the parameters, of whose shapes are matrices, and no activations.
+      params: those of the parameters; an array of such a shape is no activation.
       devices: over which activations are split.
     """
     known = {leaf.shape for leaf in jax.tree.leaves(params)}
@@ -159,12 +161,12 @@ def largest_kept(kept: Any, params: Any, *, devices: int, count: int = 5) -> lis
             key = "kept for the backward pass", f"a share of {shape}"
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // devices
             sizes[key] = sizes.get(key, 0) + size
-    return _largest(sizes, count)
+    return _largest(sizes)
 
 
-def _largest(sizes: Mapping[tuple[str, str], int], count: int) -> list[Large]:
+def _largest(sizes: Mapping[tuple[str, str], int]) -> list[ArraySize]:
     ranked = sorted(((size, *key) for key, size in sizes.items()), reverse=True)
-    return [Large(name, shape, size) for size, name, shape in ranked[:count]]
+    return [ArraySize(name, shape, size) for size, name, shape in ranked[:SHOWN]]
 
 
 def bytes_text(size: float) -> str:

@@ -1,5 +1,5 @@
-"""The step of a run without the run: its arguments described, its program lowered, its operations
-and what it keeps counted. Shapes and shardings are all that any of it needs."""
+"""The step of a run without the run: shapes of its arguments, its lowered program, its operations,
+and the arrays that it keeps. All of it needs shapes and shardings only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +18,8 @@ from plan.flops import Flops, count_flops
 def step_arguments(
     task: Task, optim: OptimConfig, abstract: TrainState, mesh: Mesh
 ) -> tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """What `step_program` is called with, as ShapeDtypeStructs with shardings: enough to compile
-    it where the mesh's devices are only described."""
+    """The arguments of `step_program`, as ShapeDtypeStructs with shardings: enough to compile it
+    for a mesh whose devices are only described."""
     batch = {
         name: jax.ShapeDtypeStruct(
             (optim.accumulate * part.shape[0], *part.shape[1:]),
@@ -56,14 +56,14 @@ def step_flops(task: Task, optim: OptimConfig) -> Flops:
 
 
 def kept_shapes(task: Task) -> Any:
-    """Shapes of what the forward pass of a micro-batch keeps for the backward pass, parameters that
-    it needs among them."""
+    """Shapes of the arrays, parameters included, that the forward pass of a micro-batch keeps for
+    the backward pass."""
     kept = lambda trained, loss: jax.vjp(loss, trained, has_aux=True)[1]  # noqa: E731
     return jax.eval_shape(*_with_loss(task, kept))
 
 
 def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
-    """A function of parameters, helpers and batch that gives function(trained parameters, loss of
+    """A function of parameters, helpers and batch that returns function(trained parameters, loss of
     these), and shapes to call it with."""
 
     def call(params, helpers, batch):

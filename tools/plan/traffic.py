@@ -1,28 +1,28 @@
-"""What a compiled program reads from and writes to the chip's memory."""
+"""The bytes that a compiled program reads from and writes to a chip's memory."""
 
 from plan.hlo import Array, Computation, Instruction, Program, starts_collective
 
-# What moves nothing by itself: names for parts of other results, and the second half of a copy
-# whose first half is counted.
+# Operations that move nothing themselves: names for parts of other results, and the second half of
+# a copy whose first half is counted.
 FREE = {
     "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
-# Operations that read of their first operand what they give.
+# Operations that read only the part of their first operand that they return.
 PARTS = {"dynamic-slice", "gather", "slice"}
 # The end of a collective that ran beside other work; it was counted where it started.
 ENDED = "AsyncCollectiveDone"
-# A fusion of XLA's for TPU that puts its operands side by side, where they already lie.
+# A fusion of XLA's for TPU that concatenates operands which already lie side by side.
 NAMES_ALONE = 'custom_call_target="ConcatBitcast"'
 
 
 def hbm_bytes(program: Program) -> int:
     """Bytes that go between memory and cores in a run of the program.
 
-    The sum over the instructions that stand for themselves (outside fusions, in loops as often as
-    they run) of what each reads and writes in HBM: arrays that XLA keeps on the chip's cores
-    count nothing, a slice counts as large as it is, and an update in place as large as what is
-    updated. Padding of layouts is not counted.
+    The sum over all instructions outside fusions, those in loops as often as they run, of the bytes
+    that each reads and writes in HBM. Arrays that XLA keeps on the chip's cores count nothing, a
+    slice only its own size, and an update in place only the updated part. Padding of layouts is not
+    counted.
     """
     runs, total = program.runs, 0
     for name in _stages(program):
@@ -89,7 +89,7 @@ def _written(one: Instruction) -> int:
 
 
 def _written_by(fused: Computation, fusion: Instruction) -> int:
-    """What a fusion writes: of results that are updates in place, the updates."""
+    """Bytes that a fusion writes: of a result that is updated in place, only the update."""
     root = next(one for one in fused.values() if one.root)
     parts = root.operands if root.kind == "tuple" else (root.name,)
     total = 0
@@ -104,7 +104,7 @@ def _written_by(fused: Computation, fusion: Instruction) -> int:
 
 
 def _update(fused: Computation, name: str) -> int | None:
-    """Bytes of what is updated where `name` is an array with a slice replaced."""
+    """Bytes of the update, if `name` is an array with a slice replaced."""
     one = fused[name]
     while one.kind == "bitcast":
         one = fused[one.operands[0]]
@@ -114,7 +114,7 @@ def _update(fused: Computation, name: str) -> int | None:
 
 
 def _read(program: Program, fused: Computation, place: int) -> int:
-    """What a fusion reads of its parameter number `place`."""
+    """Bytes that a fusion reads of its parameter number `place`."""
     name = next(
         one.name
         for one in fused.values()
@@ -135,7 +135,7 @@ def _used(program: Program, fused: Computation, name: str) -> int:
         elif one.kind == "dynamic-update-slice" and one.operands[0] == name:
             continue
         elif one.overlaps or ENDED in one.rest or (one.root and one.kind == "tuple"):
-            continue  # a collective that runs beside the fusion, or what is handed on as it is
+            continue  # a collective that overlaps the fusion, or a result passed through
         elif one.kind == "fusion" and one.called.get("calls"):
             inner = program.computations[one.called["calls"][0]]
             total += sum(

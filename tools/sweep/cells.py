@@ -23,7 +23,7 @@ from m2mkd_jax.phases.fields import reads
 NOWHERE = epath.Path("WORKDIR")  # never written to
 BRACKETS = {"(": ")", "[": "]"}
 
-Files = dict[str, tuple[str, ...]]  # what each run of a cell leaves when it is finished, by folder
+Files = dict[str, tuple[str, ...]]  # folder of a run -> files that it has when it is finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Program:
     """The command that runs a config.
 
     Attributes:
-      module: what python's -m takes.
+      module: for python's -m.
       config: the dataclass of its configs.
-      metric: what a sweep compares unless it is told.
+      metric: that a sweep compares by default.
       results: the folder of the run that a cell is about (None where there is none), and all files.
       reads: sections and fields that each kind of run reads.
     """
@@ -47,15 +47,15 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A row of the table: one setting of what is swept, to be run once a seed.
+    """A row of the table: one setting of the swept fields, run once per seed.
 
     Attributes:
-      name: of its folders, the seed aside, such as "alpha=0.3,experts=4".
-      values: text by key, as flags and arguments have it.
+      name: of its folders, without the seed, such as "alpha=0.3,experts=4".
+      values: text by key, as in flags and arguments.
       config: of its runs, as a plain dict.
-      command: arguments of python, seed and workdir left out.
-      main: the folder of the run that it is about, "" for its own; None where there is none.
-      files: what each of its runs leaves when it is finished, by folder.
+      command: arguments of python, without seed and workdir.
+      main: the folder of the run whose metrics count, "" for its own; None where there is none.
+      files: folder -> files of each finished run.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Cell:
 
 
 def parse_grid(text: str) -> list[dict[str, str]]:
-    """The product of `KEY=VALUE,VALUE;KEY=VALUE`, one dict a cell; commas in brackets and quotes
+    """The product of `KEY=VALUE,VALUE;KEY=VALUE`, one dict per cell; commas in brackets and quotes
     belong to a value.
 
     Raises:
-      ValueError: for what is not of this form, quoting it.
+      ValueError: for text of another form, quoting it.
     """
     grid: dict[str, list[str]] = {}
     for part in filter(None, (part.strip() for part in _split(text, ";"))):
@@ -88,7 +88,7 @@ def parse_grid(text: str) -> list[dict[str, str]]:
 
 
 def read_sweep(config: str) -> list[dict[str, str]]:
-    """What the `sweep()` of a config file yields: one dict a cell, all with the same keys.
+    """The dicts of a config file's `sweep()`, one per cell, all with the same keys.
 
     Raises:
       ValueError: where there is no such function, or it yields something else.
@@ -116,11 +116,11 @@ def plan_cells(
 
     Args:
       config: a config file with its arguments, FILE.py:key=value.
-      flags: what all cells have in common, --config.FIELD=VALUE.
+      flags: of all cells, --config.FIELD=VALUE.
       settings: text by key, all with the same keys: a field's path, or ":" and an argument's name.
 
     Raises:
-      ValueError: for what any cell's command would refuse, with the reasons of all of them.
+      ValueError: when the command of any cell would refuse its config, with all reasons.
     """
     settings = list(settings)
     _check_keys(config, flags, list(settings[0]))
@@ -174,7 +174,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _check_keys(config: str, flags: Sequence[str], keys: Sequence[str]) -> None:
-    """Raises ValueError for a key that is set elsewhere, too."""
+    """Raises ValueError for a key that is set elsewhere as well."""
     given = {flag.removeprefix("--config.").partition("=")[0]: flag for flag in flags}
     arguments = [pair.partition("=")[0] for pair in config.partition(":")[2].split(",")]
     given |= {f":{name}": f"--config={config}" for name in arguments if name}
@@ -229,7 +229,7 @@ def _read_fields(
     except ValueError as error:
         plain = read_config(config, flags)  # raises what is not the fault of the swept fields
         if unknown := [key for key in fields if key.partition(".")[0] not in plain]:
-            hint = f"an argument of the config file has a colon in front, ':{unknown[0]}=VALUE'"
+            hint = f"an argument of the config file begins with a colon, ':{unknown[0]}=VALUE'"
             raise ValueError(f"{error}; {hint}") from None
         usual = ", ".join(f"config.{key}={_look_up(plain, key)!r}" for key in fields)
         raise ValueError(f"{error}; unswept it is {usual}: write values of that type") from None
@@ -239,7 +239,7 @@ def read_config(config: str, flags: Sequence[str]) -> ml_collections.ConfigDict:
     """The config that a command with these flags would run.
 
     Raises:
-      ValueError, FileNotFoundError: as the command would say it.
+      ValueError, FileNotFoundError: as the command itself.
     """
     return app.read_config(["sweep", f"--config={config}", f"--workdir={NOWHERE}", *flags])
 
@@ -253,7 +253,7 @@ def _look_up(config: ml_collections.ConfigDict, path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value as a flag has it; of a tuple without spaces."""
+    """The text of a value in a flag; a tuple has no spaces."""
     if isinstance(value, tuple | list):
         items = ",".join(repr(item) for item in value)
         return f"({items},)" if len(value) == 1 else f"({items})"
@@ -261,13 +261,13 @@ def _text(value: Any) -> str:
 
 
 def _cell_name(values: Mapping[str, str]) -> str:
-    """A folder's name, the same in whatever order the keys are."""
+    """A folder's name, which does not depend on the order of the keys."""
     name = ",".join(f"{key}={_in_a_name(values[key])}" for key in sorted(values))
     return name if len(name) <= 150 else f"{name[:140]}~{_digest(name)}"
 
 
 def _in_a_name(text: str) -> str:
-    """A value in letters that no shell minds: (1,2) is 1-2; what loses more has a digest."""
+    """A value in letters that are safe in a shell: (1,2) is 1-2; other changes add a digest."""
     item = r"[\w.+-]+"
     if re.fullmatch(rf"\({item}(,{item})*,?\)", text):
         return text.strip("(),").replace(",", "-")
@@ -280,7 +280,7 @@ def _digest(text: str) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """`text` at separators that stand in no brackets and no quotes."""
+    """`text` split at separators outside brackets and quotes."""
     parts, closing, quote = [""], [], ""
     for letter in text:
         if letter == separator and not closing and not quote:
@@ -320,7 +320,7 @@ def _cliptrans_results(config: cliptrans.Config) -> tuple[str | None, Files]:
     return list(runs)[-1], {name: files.get(stage, both) for name, stage in runs.items()}
 
 
-# The field that tells whose config it is.
+# By the field that tells which command a config is for.
 PROGRAMS = {
     "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results, reads()),
     "stage": Program(

@@ -4,18 +4,18 @@
         --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3 --config.optim.epochs=5
 
 A key of the grid is a field of the config, as after --config., or an argument of the config file
-with a colon in front: ':prior=ring,none'. Commas in brackets belong to a value:
-'model.depths=(1,1),(2,2)'. Without --grid it is what the config file's sweep() yields: one dict a
-cell of the table, such as {"distill.alpha": 0.3} or {":prior": "ring"}. Any --config.FIELD=VALUE is
-the same for all.
+after a colon: ':prior=ring,none'. Commas in brackets belong to a value:
+'model.depths=(1,1),(2,2)'. Without --grid, the cells are those of the config file's sweep(), which
+yields one dict per cell, such as {"distill.alpha": 0.3} or {":prior": "ring"}. Any
+--config.FIELD=VALUE is the same for all.
 
-Every cell is checked before one is started. Started again, finished runs are skipped, others go on,
-and failed ones are tried again. More values or more seeds in the same folder take over what is
-there. DIR/sweep.json says what was swept, DIR/NAME and DIR/NAME.log are the runs, and sweep.csv,
-sweep.md and sweep.png in DIR the table and its plot, of the runs that are finished.
+Every cell is checked before one is started. Started again, finished runs are skipped, others
+resume, and failed ones are tried again. More values or more seeds in the same folder add to the
+runs there. DIR/sweep.json has the settings, DIR/NAME and DIR/NAME.log are the runs, and sweep.csv,
+sweep.md and sweep.png in DIR the table and its plot, of the finished runs.
 
-Exit status: 0 where all is finished, 1 where runs are not, 2 where nothing could be started, 128
-plus the number of a signal that was passed on to the runs.
+Exit status: 0 if all runs are finished, 1 if some are not, 2 if nothing could be started, 128 plus
+the number of a signal that was passed on to the runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
-from jobs import Ended, Job, count, describe, run_each, show
+from jobs import Job, Outcome, count, describe, run_each, show
 
 from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.config import freeze
@@ -43,7 +43,7 @@ from sweep.cells import PROGRAMS, Cell, find_program, parse_grid, plan_cells, re
 from sweep.emit import format_commands, format_slurm, format_xpk
 from sweep.table import Row, missing_metrics, read_results, sort_rows, write_table
 
-FIELDS = {"cells": dict, "keys": list, "seeds": int}  # that sweep.json has
+FIELDS = {"cells": dict, "keys": list, "seeds": int}  # of sweep.json
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
 
 
@@ -53,9 +53,9 @@ class Run:
 
     Attributes:
       name: of its folder and its log.
-      cell: what it is a run of.
+      cell: that it belongs to.
       seed: of everything random.
-      command: arguments of python, the workdir left out.
+      command: arguments of python, without the workdir.
     """
 
     name: str
@@ -83,7 +83,7 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="FILE.py, or FILE.py:ARGUMENT=VALUE,...")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="folder of the sweep")
     parser.add_argument("--grid", help="KEY=VALUE,VALUE;KEY=VALUE,VALUE")
-    parser.add_argument("--seeds", type=count, default=1, help="runs a cell, seeds from 0")
+    parser.add_argument("--seeds", type=count, default=1, help="runs per cell, seeds from 0")
     parser.add_argument(
         "--jobs",
         type=count,
@@ -94,13 +94,13 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--metric",
         help="one or more to compare, NAME,NAME; by default "
         + " or ".join(program.metric for program in PROGRAMS.values())
-        + "; one of an earlier run of a pipeline has its folder in front, teacher/test/accuracy",
+        + "; one of an earlier run of a pipeline begins with its folder, teacher/test/accuracy",
     )
     parser.add_argument(
         "--emit",
         choices=(*FORMS, "table"),
-        help="run nothing, but print what others can start for the runs that are not finished: a "
-        "command a line, a script for sbatch, a script of xpk commands; or make the table alone",
+        help="run nothing, but print commands for the runs that are not finished: one per line, a "
+        "script for sbatch, a script of xpk commands; or make the table only",
     )
     flags, common = parser.parse_known_args(argv)
     if unknown := [flag for flag in common if not flag.startswith("--config.")]:
@@ -121,15 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sweep(flags: argparse.Namespace) -> int:
-    """Checks everything, then runs or prints what is not finished, and makes the table.
+    """Checks everything, then runs or prints the unfinished runs, and makes the table.
 
     Raises:
-      ValueError: for what keeps the sweep, or any run of it, from starting.
-      OSError: also where another process runs a sweep in the same folder.
+      ValueError: when the sweep, or any run of it, cannot start.
+      OSError: also when another process runs a sweep in the same folder.
     """
     workdir = absolute(flags.workdir)
     check_output("--workdir", workdir)
-    # The table alone is made of what is there, also while a sweep runs.
+    # The table alone can be made while a sweep runs.
     with contextlib.nullcontext() if flags.emit == "table" else hold(workdir):
         return _sweep(flags, workdir)
 
@@ -146,17 +146,17 @@ def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
         commands = {run.name: run.command for run in left}
         print(FORMS[flags.emit](commands, workdir, at_a_time=flags.jobs), end="")
         return 0
-    ended = Ended({}, None)
+    outcome = Outcome({}, None)
     if flags.emit is None and left:
         jobs = {run.name: Job(run.command) for run in left}
-        ended = run_each(jobs, pathlib.Path(workdir), at_a_time=flags.jobs or 1)
+        outcome = run_each(jobs, pathlib.Path(workdir), at_a_time=flags.jobs or 1)
     wrong = make_table(flags, workdir, cells)
     unfinished = [run.name for run in left if run.results(workdir) is None]
-    report(unfinished, ended, workdir)
+    report(unfinished, outcome, workdir)
     if wrong:
         print(f"error: {wrong}", file=sys.stderr)
-    if ended.signal is not None:
-        return 128 + ended.signal
+    if outcome.signal is not None:
+        return 128 + outcome.signal
     return 1 if unfinished else 2 if wrong else 0
 
 
@@ -167,11 +167,11 @@ def plan_asked(flags: argparse.Namespace) -> list[Cell]:
 
 
 def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], list[Cell]]:
-    """All cells of the folder, those of earlier starts among them, and those that are asked for;
-    writes sweep.json.
+    """All cells of the folder, including those of earlier starts, and the requested ones; writes
+    sweep.json.
 
     Raises:
-      ValueError: for cells that cannot run, and for a folder of something else.
+      ValueError: for cells that cannot run, and for a folder that holds something else.
     """
     if "://" in str(workdir) and flags.emit is None:
         raise ValueError(f"--workdir={workdir}: runs started here need a local folder; or --emit")
@@ -203,12 +203,12 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         "cells": {cell.name: {key: cell.values[key] for key in keys} for cell in cells},
     }
     write_json(record, content)
-    write_json(workdir / "config.json", cells[0].config)  # what later starts are held against
+    write_json(workdir / "config.json", cells[0].config)  # later starts are compared with it
     return cells, asked
 
 
 def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[Cell]) -> str:
-    """Writes and prints the table of all cells; returns what is wrong with --metric, or ""."""
+    """Writes and prints the table of all cells; returns the error in --metric, or ""."""
     content = read_json(workdir / "sweep.json", FIELDS)
     rows = []
     for cell in cells:
@@ -221,16 +221,16 @@ def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[C
     return missing_metrics(rows, metrics)
 
 
-def report(unfinished: Sequence[str], ended: Ended, workdir: epath.Path) -> None:
-    """Says which runs are not finished, and what became of them."""
+def report(unfinished: Sequence[str], outcome: Outcome, workdir: epath.Path) -> None:
+    """Prints which runs are not finished, and how each ended."""
     if not unfinished:
         return
-    print(f"\nNot finished: {len(unfinished)}; the same command goes on with them.")
+    print(f"\nNot finished: {len(unfinished)}; the same command resumes them.")
     for name in unfinished:
-        if name not in ended.statuses:
+        if name not in outcome.statuses:
             print(f"  {name}  not started")
             continue
-        status = ended.statuses[name]
+        status = outcome.statuses[name]
         stopped = status in STATUSES.values()
         text = "stopped early" if stopped else describe(status)
         print(f"  {name}  {text}; see {workdir / name}.log")

@@ -1,4 +1,4 @@
-"""A sweep's runs for others to start: shell commands, a SLURM array, workloads of xpk."""
+"""Commands that start a sweep's runs elsewhere: for a shell, a SLURM array, workloads of xpk."""
 
 import hashlib
 import os
@@ -12,8 +12,9 @@ from etils import epath
 LONGEST = 39  # letters of a workload's name, for xpk
 
 SLURM = """#!/bin/bash
-# {count} runs of {workdir}, one a task; submitted again, each goes on.
-# Add what your cluster asks for (--partition, --account, --gres, --time), or give it to sbatch.
+# {count} runs of {workdir}, one per task; submitted again, each resumes.
+# Add the options that your cluster needs (--partition, --account, --gres, --time), or give them
+# to sbatch.
 #SBATCH --job-name={title}
 #SBATCH --array=0-{last}{limit}
 #SBATCH --chdir="{folder}"
@@ -42,23 +43,23 @@ wait "$step"
 """
 
 XPK = """#!/bin/bash
-# {count} runs of {workdir}, a workload each. Say where they run:
+# {count} runs of {workdir}, one workload each. Set the cluster, its machines and the image:
 : "${{CLUSTER:?the name of the cluster}}"
 : "${{TPU_TYPE:?such as v5litepod-16}}"
 : "${{IMAGE:?a Docker image in whose working directory the commands start}}"
 {lines}
 """
 
-Commands = Mapping[str, Sequence[str]]  # by name of the run; arguments of python, but its workdir
+Commands = Mapping[str, Sequence[str]]  # run -> arguments of python, without its workdir
 
 
 def format_commands(commands: Commands, workdir: epath.Path, *, at_a_time: int | None) -> str:
-    """One shell command a line; how many run at a time is up to who starts them."""
+    """One shell command per line; the number of runs at a time is left to whoever starts them."""
     return "".join(f"{shlex.join(line)}\n" for line in _lines(commands, workdir).values())
 
 
 def format_slurm(commands: Commands, workdir: epath.Path, *, at_a_time: int | None) -> str:
-    """A script for sbatch, an array with a task a run."""
+    """A script for sbatch, an array with one task per run."""
     if not commands:
         return ""
     cases = [
@@ -78,7 +79,7 @@ def format_slurm(commands: Commands, workdir: epath.Path, *, at_a_time: int | No
 
 
 def format_xpk(commands: Commands, workdir: epath.Path, *, at_a_time: int | None) -> str:
-    """A script with one `xpk workload create` a run; how many run at a time is the cluster's."""
+    """A script with one `xpk workload create` per run; the cluster schedules them."""
     if not commands:
         return ""
     lines = [
@@ -101,8 +102,7 @@ def _lines(
 
 
 def _workload(workdir: epath.Path, name: str) -> str:
-    """A name that Kubernetes takes, always the same for a run: its own as far as there is room, and
-    a digest."""
+    """A name that Kubernetes accepts, always the same for a run: its own, cut, and a digest."""
     digest = hashlib.sha1(f"{workdir / name}".encode()).hexdigest()[:6]
     plain = re.sub(r"[^a-z0-9]+", "-", f"{workdir.name}-{name}".lower())
     return "s-" + f"{plain[: LONGEST - 9].strip('-')}-{digest}"

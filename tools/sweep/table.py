@@ -1,4 +1,4 @@
-"""What a sweep has found so far, in the runs that are finished: sweep.csv, sweep.md, sweep.png."""
+"""The table of a sweep, of the runs that are finished: sweep.csv, sweep.md, sweep.png."""
 
 import csv
 import dataclasses
@@ -20,7 +20,7 @@ from common_jax.workdir import contradictions, read_json, write_bytes
 from sweep.cells import Cell, short_keys
 
 MARKERS = "os^Dv*P"
-NOT_SCORES = ("step", "sentences")  # numbers of scores.json that say what was scored
+NOT_SCORES = ("step", "sentences")  # numbers of scores.json that are no scores
 TWIN = " †"
 TWINS = (
     "; †: every number equals that of another cell to the last digit, so the runs may not read "
@@ -42,15 +42,15 @@ class Row:
     results: Sequence[Mapping[str, float]]
 
     def values(self, metric: str) -> list[float]:
-        """What the finished seeds have measured."""
+        """The metric of the finished seeds."""
         return [result[metric] for result in self.results if metric in result]
 
 
 def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] | None:
-    """All numbers that the runs of a cell end with, by name; None unless all are finished.
+    """All final numbers of the runs of a cell, by name; None unless all are finished.
 
-    A metric of the run that the cell is about goes by its own name, `test/accuracy`, one of another
-    run has its folder in front, `teacher/test/accuracy`. Those of scores.json are under `test/`.
+    A metric of the cell's main run goes by its own name, `test/accuracy`, one of another run begins
+    with its folder, `teacher/test/accuracy`. Those of scores.json are under `test/`.
 
     Raises:
       ValueError: when the folder holds a run of another config than the cell's.
@@ -84,15 +84,14 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
-    """By the swept values: numbers by size, others in the order that they came in."""
+    """Sorts by the swept values: numbers by size, others in their original order."""
     keys = list(rows[0].swept)
     orders = {key: _order([row.swept[key] for row in rows]) for key in keys}
     return sorted(rows, key=lambda row: [orders[key].index(row.swept[key]) for key in keys])
 
 
 def missing_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    """What is wrong with metrics that no finished run has, and those that there are; "" if none
-    is."""
+    """An error for metrics that no finished run has, with those that exist; "" if all exist."""
     known = sorted({name for row in rows for result in row.results for name in result})
     missing = [metric for metric in metrics if known and metric not in known]
     lines = [f"--metric={one}: no finished run has it{did_you_mean(one, known)}" for one in missing]
@@ -102,7 +101,7 @@ def missing_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
 def write_table(workdir: epath.Path, rows: Sequence[Row], metrics: Sequence[str]) -> Table:
     """Writes sweep.csv, sweep.md and sweep.png, in which a cell without results is empty; returns
-    the table as people read it."""
+    the table for people."""
     keys = list(rows[0].swept)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -197,7 +196,7 @@ def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
-    """Both to the second digit of the spread; without a spread, four digits of the mean."""
+    """Mean and spread to the second digit of the spread; without one, four digits of the mean."""
     if not values:
         return ""
     mean, spread = statistics.mean(values), deviation(values) if len(values) > 1 else 0.0
@@ -215,7 +214,7 @@ def _as_numbers(texts: Sequence[str]) -> list[float] | None:
 
 
 def _order(texts: Sequence[str]) -> list[str]:
-    """Each text once: by size where all are numbers, else as they came."""
+    """Each text once: by size if all are numbers, else in their original order."""
     once = list(dict.fromkeys(texts))
     return once if _as_numbers(once) is None else sorted(once, key=float)
 
@@ -227,5 +226,5 @@ def _markdown(table: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
+    """Text that matplotlib does not read as mathematics."""
     return text.replace("$", r"\$")
