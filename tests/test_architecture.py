@@ -20,7 +20,7 @@ LAYERS = {
         ("config",),
         ("evaluators",),
         ("data",),
-        ("hybrid", "convert", "convert_nac", "connectivity"),
+        ("hybrid", "connectivity"),
         ("losses", "regularizers"),
         ("assignment",),
         ("nac",),
@@ -39,8 +39,7 @@ LAYERS = {
         ("features", "decode"),
         ("data",),
         ("tensors",),
-        ("convert", "convert_towers"),
-        ("names", "losses", "stages"),
+        ("losses", "stages"),
         ("models", "towers", "translators"),
     ),
     "common_jax": (
