@@ -1,6 +1,7 @@
 """Kinds of published networks: what their files call the tensors, and where their sizes are."""
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ from common_jax.weights.table import Table, prefixes, rank_kinds
 Tensors = Mapping[str, np.ndarray]
 
 # Kinds by what config.json calls its model or its class; of a whole CLIP, the image tower.
-TOLD_BY = types.MappingProxyType(
+KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
         "MBartForConditionalGeneration": "mbart",
@@ -52,7 +53,7 @@ class Layout:
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
       about: the file beside the weights that says what no tensor tells.
-      untold: fields of the config that no tensor tells; without that file they are assumed to be
+      unstated: fields of the config that no tensor tells; without that file they are assumed to be
         as published.
       varied: whether models of the same tensors differ in the activation, so that something must
         say it.
@@ -64,7 +65,7 @@ class Layout:
     shapes: Callable[[Any], Mapping[str, Any]]
     table: Callable[[Any], Table]
     about: str = CONFIG
-    untold: tuple[str, ...] = ()
+    unstated: tuple[str, ...] = ()
     varied: bool = False
 
 
@@ -79,10 +80,11 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
     if "modelBase" in hf:
         return "mclip"
     classes = hf.get("architectures")
-    told = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
-    if kind := next((TOLD_BY[x] for x in told if isinstance(x, str) and x in TOLD_BY), None):
+    stated = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    known = (KIND_BY_NAME.get(x) for x in stated if isinstance(x, str))
+    if kind := next(filter(None, known), None):
         return kind
-    if any(told):
+    if any(stated):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
             f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"
@@ -164,7 +166,7 @@ def _text_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]
     return shapes
 
 
-def _told(
+def _from_config(
     read: Callable[[Hf], Any], published: Callable[[], Any]
 ) -> Callable[[Tensors, Hf | None, str], Any]:
     """The config of a config.json, or else the published model's, which the shapes must confirm."""
@@ -181,7 +183,7 @@ def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
     return sizes.mbart_sizes(tensors, "", file)
 
 
-MBART_UNTOLD = (
+MBART_UNSTATED = (
     "encoder_heads",
     "decoder_heads",
     "scale_embedding",
@@ -190,7 +192,8 @@ MBART_UNTOLD = (
     "eos",
     "start",
 )
-CLIP_UNTOLD = ("heads", "eps", "activation")
+# OpenAI's and OpenCLIP's towers have the same tensors and differ in the activation.
+_clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varied=True)
 
 MBART = Layout(
     marker=r"model\.encoder\.layernorm_embedding\.weight",
@@ -198,7 +201,7 @@ MBART = Layout(
     config=_mbart_config,
     shapes=_mbart_shapes,
     table=mbart_names.table,
-    untold=MBART_UNTOLD,
+    unstated=MBART_UNSTATED,
 )
 CLIPTRANS = Layout(
     marker=r"mbart\.model\.encoder\.layernorm_embedding\.weight",
@@ -206,7 +209,7 @@ CLIPTRANS = Layout(
     config=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=cliptrans_names.table,
-    untold=tuple(f"mbart.{name}" for name in MBART_UNTOLD),
+    unstated=tuple(f"mbart.{name}" for name in MBART_UNSTATED),
 )
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
@@ -218,28 +221,24 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 config=_mclip_config,
                 shapes=_text_shapes(MClip),
                 table=mclip_names.table,
-                untold=("heads", "eps", "pad", "dropout", "activation"),
+                unstated=("heads", "eps", "pad", "dropout", "activation"),
             ),
         ),
         "clip_vision": (
-            Layout(
+            _clip(
                 marker=r"vision_model\.pre_layrnorm\.weight",
                 config_type=ClipVisionConfig,
-                config=_told(config_json.clip_vision_config, ClipVisionConfig),
+                config=_from_config(config_json.clip_vision_config, ClipVisionConfig),
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.vision_table,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
-            Layout(
+            _clip(
                 marker=r"visual\.ln_pre\.weight",
                 config_type=ClipVisionConfig,
                 config=sizes.openai_vision_config,
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.openai_vision_table,
                 about=open_clip.FILE,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
         ),
         "clip_res": (
@@ -252,24 +251,20 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             ),
         ),
         "clip_text": (
-            Layout(
+            _clip(
                 marker=r"text_model\.final_layer_norm\.weight",
                 config_type=ClipTextConfig,
-                config=_told(config_json.clip_text_config, ClipTextConfig),
+                config=_from_config(config_json.clip_text_config, ClipTextConfig),
                 shapes=_text_shapes(ClipText),
                 table=clip_names.text_table,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
-            Layout(
+            _clip(
                 marker=r"ln_final\.weight",
                 config_type=ClipTextConfig,
                 config=sizes.openai_text_config,
                 shapes=_text_shapes(ClipText),
                 table=clip_names.openai_text_table,
                 about=open_clip.FILE,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
         ),
         "cliptrans": (CLIPTRANS,),
