@@ -128,12 +128,9 @@ def load(
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
     tensors = stored.tensors
-    kind = kinds.first_kind(allowed, tensors) if allowed else kind or kinds.kind_of_tensors(tensors)
-    if kind is None:
-        raise ValueError(
-            f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
-            f"{sorted(tensors)[:4]}. Give the weights of one of these"
-        )
+    if allowed:
+        kind = kinds.first_kind(allowed, tensors)
+    kind = kind or kinds.require_kind(tensors, file)
     layout, prefix = kinds.find_layout(kind, tensors, file, prefix)
     tensors, others = take_prefix(tensors, prefix)
     notes, assumed = (*stored.notes, *others.notes), ()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,14 @@ from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.translators import mbart_names
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.untrusted import brief
-from common_jax.weights.table import Table, prefixes, rank_kinds
+from common_jax.weights.table import (
+    Format,
+    Table,
+    choose_prefix,
+    describe_nearest,
+    prefixes,
+    rank_kinds,
+)
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -95,13 +102,19 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 def kind_of_tensors(tensors: Tensors) -> str | None:
     """The kind that the tensors' names tell, as they are or below the shortest prefix; None where
     they have the marker of none."""
-    formats = (
-        (kind, layout.marker, lambda one=layout: [one.table(one.config_type())])
-        for kind, layouts in KINDS.items()
-        for layout in layouts
-    )
-    claims = rank_kinds(formats, tensors)
+    claims = rank_kinds(_formats(), tensors)
     return claims[0].kind if claims else None
+
+
+def require_kind(tensors: Tensors, file: str) -> str:
+    """`kind_of_tensors`; raises ValueError where they are of none."""
+    if kind := kind_of_tensors(tensors):
+        return kind
+    raise ValueError(
+        f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
+        f"{sorted(tensors)[:4]}{describe_nearest(_formats(), tensors)}\n"
+        "give the weights of one of these"
+    )
 
 
 def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
@@ -123,19 +136,20 @@ def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tu
       ValueError: when the file holds no such network, or several.
     """
     for layout in KINDS[kind]:
-        found = [p for p in prefixes(layout.marker, tensors) if not weights or p == weights]
-        if "" in found or len(found) == 1:
-            return layout, min(found)
-        if found:
-            raise ValueError(
-                f"{file} holds a {kind!r} below each of {', '.join(map(repr, found[:5]))}: choose "
-                f"with weights={found[0]} (--config.sources.weights={found[0]} of a run)"
-            )
+        there = prefixes(layout.marker, tensors)
+        if weights in there or (there and not weights):
+            return layout, choose_prefix([layout.marker], tensors, weights, file)
     markers = " or ".join(layout.marker.replace("\\", "") for layout in KINDS[kind])
     other = kind_of_tensors(tensors)
     hint = f"; it holds {other!r}" if other else ""
     where = f" below {weights!r}" if weights else ""
     raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
+
+
+def _formats() -> Iterator[Format]:
+    for kind, layouts in KINDS.items():
+        for one in layouts:
+            yield kind, one.marker, lambda one=one: [one.table(one.config_type())]
 
 
 def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:

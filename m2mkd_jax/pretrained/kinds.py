@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from common_jax.weights.table import Table, rank_kinds
+from common_jax.weights.table import Table, describe_nearest, rank_kinds
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit_names
 from m2mkd_jax.models.vit import ViTConfig
@@ -123,7 +123,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
       ValueError: where no kind claims them, or several do.
     """
     names = set(tensors)
-    formats = ((name, kind.marker, kind.examples) for name, kind in KINDS.items())
+    formats = [(name, kind.marker, kind.examples) for name, kind in KINDS.items()]
     claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
     if claims and not KINDS[claims[0].kind].is_nac:
         if "model_name" in plain:
@@ -155,7 +155,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
         )
     raise ValueError(
         f"{file} is of no kind that names tell, {sorted(KINDS)}: its tensors are called "
-        f"{sorted(names)[:4]}"
+        f"{sorted(names)[:4]}{describe_nearest(formats, names)}"
     )
 
 

@@ -73,11 +73,11 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
         if name not in data:
             channels = (data | more_data)["channels"]
             more_data[name] = numbers if channels == len(numbers) else (0.5,) * channels
-    heads_given = f"{section}.heads" in given or file.said.heads is not None
+    heads_given = f"{section}.heads" in given or file.beside.heads is not None
     is_moe = _first(tensors, "htoh4.bias") is not None
     more_sizes |= _published(sizes, file, is_moe=is_moe, heads_given=heads_given)
-    if file.said.heads:
-        sizes["heads"] = file.said.heads
+    if file.beside.heads:
+        sizes["heads"] = file.beside.heads
     if depths := _depths(source, kind):
         sizes["depths"] = depths
     else:
@@ -155,7 +155,7 @@ def _read_sizes(
         data["image_size"] = side * sizes["patch"]
     if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
         data["labels"] = head.shape[0]
-    return sizes, data | file.said.images
+    return sizes, data | file.beside.images
 
 
 def _published(

@@ -360,7 +360,7 @@ def test_networks_below_two_prefixes_are_chosen_between(tmp_path):
     }
     folder = write_folder(tmp_path / "clip", CLIP, tensors)
     with pytest.raises(
-        ValueError, match=r"below each of 'ema_model\.', 'model\.': choose with weig"
+        ValueError, match=r"networks below 'ema_model\.', 'model\.': choose with weig"
     ):
         pretrained.load(folder, kind="clip_text")
     found = pretrained.load(folder, kind="clip_text", weights="model.")

@@ -229,6 +229,17 @@ def test_other_libraries_names_are_named(tmp_path):
             read(file)
 
 
+def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
+    tensors = {name: x for name, x in deit().items() if not name.endswith("norm1.weight")}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"(?s)a\.safetensors is of no kind .*'vmoe'") as raised:
+        read(tmp_path / "a.safetensors")
+    assert "Nearest is kind='meta':\n  blocks.*.norm1.weight is missing" in str(raised.value)
+    write_tensors(tmp_path / "b.safetensors", {"a.weight": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"its tensors are called \['a\.weight'\]$"):
+        read(tmp_path / "b.safetensors")
+
+
 def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):
     tensors = deit() | {f"decoder.{i}.weight{'x' * 90}": np.ones(1, "f4") for i in range(300)}
     write_tensors(tmp_path / "a.safetensors", tensors)
