@@ -127,12 +127,9 @@ def load(
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
     tensors = stored.tensors
-    kind = kinds.first_kind(allowed, tensors) if allowed else kind or kinds.kind_of_tensors(tensors)
-    if kind is None:
-        raise ValueError(
-            f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
-            f"{sorted(tensors)[:4]}. Give the weights of one of these"
-        )
+    if allowed:
+        kind = kinds.first_kind(allowed, tensors)
+    kind = kind or kinds.require_kind(tensors, file)
     layout, prefix = kinds.find_layout(kind, tensors, file, prefix)
     tensors, others = take_prefix(tensors, prefix)
     notes, assumed = (*stored.notes, *others.notes), ()
@@ -189,18 +186,18 @@ def _config(
         config = layout.config(tensors, said, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    untold, notes = list(layout.untold) if said is None else [], ()
+    unstated, notes = list(layout.unstated) if said is None else [], ()
     if layout.varied and said is None:
         found, notes = _activation(layout, path, activation)
         config = dataclasses.replace(config, activation=found)
         if activation or notes:
-            untold.remove("activation")
+            unstated.remove("activation")
     elif layout.varied and activation not in ("", config.activation):
         raise ValueError(
             f"{file}: its {layout.about} says activation={config.activation!r}, and "
             f"config.sources.clip_activation={activation!r}; leave the latter out"
         )
-    fields = {name: operator.attrgetter(name)(config) for name in untold}
+    fields = {name: operator.attrgetter(name)(config) for name in unstated}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
 
 

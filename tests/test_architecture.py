@@ -26,7 +26,7 @@ LAYERS = {
         ("families",),
         ("evaluators",),
         ("data",),
-        ("hybrid", "convert", "convert_nac", "connectivity", "curves"),
+        ("hybrid", "connectivity", "curves"),
         ("losses", "regularizers"),
         ("assignment",),
         ("nac",),
@@ -45,8 +45,7 @@ LAYERS = {
         ("features", "decode"),
         ("data",),
         ("tensors",),
-        ("convert", "convert_towers"),
-        ("names", "losses", "contrastive", "stages"),
+        ("losses", "contrastive", "stages"),
         ("models", "towers", "translators"),
     ),
     "common_jax": (

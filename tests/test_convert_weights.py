@@ -208,7 +208,7 @@ def test_timm_s_deit_teaches_modules_and_as_a_whole(tmp_path, capsys, suffix):
 def test_a_distilled_deit_is_refused(tmp_path, capsys):
     torch_files.save(tmp_path / "a.pth", {**deit(), "dist_token": np.ones((1, 1, 192), "f4")})
     said = refusal(capsys, tmp_path / "a.pth", tmp_path / "run")
-    assert "distillation token (dist_token)" in said and "take the model without" in said
+    assert "distillation token (dist_token)" in said and "take a model without" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -332,14 +332,14 @@ def test_published_sizes_are_told_by_the_tensors(name):
     )
     section = {"vmoe": "model", "teacher": "teacher"}[kind]
     config = dataclasses.replace(config, data=data, **{section: sizes})
-    told = pretrained.tell_config(
+    inferred = pretrained.infer_config(
         Source(kind, (File(pathlib.Path("a"), hollow(kind, config), {}),), guessed=False)
     )
     want = dataclasses.replace(sizes, moe_blocks="0") if kind == "vmoe" else sizes
-    assert getattr(told.config, section) == want
-    assert told.config.interface == Interface(side, 3, 1000)
-    assert told.told[f"config.{section}.width"] == sizes.width
-    assert told.assumed[f"config.{section}.heads"] == sizes.heads
+    assert getattr(inferred.config, section) == want
+    assert inferred.config.interface == Interface(side, 3, 1000)
+    assert inferred.read[f"config.{section}.width"] == sizes.width
+    assert inferred.assumed[f"config.{section}.heads"] == sizes.heads
 
 
 def test_help_has_a_line_for_every_kind(capsys):

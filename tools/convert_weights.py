@@ -213,10 +213,10 @@ def _take_m2mkd(command: Command) -> Converted:
         print(f"kind {source.kind}, as the names tell: {ABOUT[source.kind]}")
     inferred, assumed = None, {}
     if command.config is None:
-        told = m2mkd.tell_config(source, command.settings)
-        inferred, assumed = told.config, told.assumed
-        _show_sizes("told by the file", told.told, command)
-        _show_sizes("assumed", told.assumed, command)
+        sizes = m2mkd.infer_config(source, command.settings)
+        inferred, assumed = sizes.config, sizes.assumed
+        _show_sizes("read from the file", sizes.read, command)
+        _show_sizes("assumed", sizes.assumed, command)
     config = read_config(command, m2mkd_config.Config, inferred)
     found = m2mkd.load(source, config, overridden=command.settings)
     account = dataclasses.replace(

@@ -99,7 +99,6 @@ _CLIP_FIELDS = {
 }
 _CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
 _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
-_CLIP_FEATURES = {"features": "projection_dim"}
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
 _XLMR_FILE = "XLM-RoBERTa's config.json"
 _CLIP_ALLOWED = {
@@ -215,30 +214,13 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     Raises:
       ValueError: naming the key and the value that the tower cannot be computed with.
     """
-    _required(hf, "model_type", _CLIP_FILE)
-    require_supported(hf, {"model_type": ("clip", "clip_vision_model")}, _CLIP_FILE)
-    tower, where = _tower(hf, "vision_config")
-    require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
-    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
-    return ClipVisionConfig(**sizes, **checked(hf, _CLIP_FEATURES, ClipVisionConfig, _CLIP_FILE))
+    allowed = _CLIP_ALLOWED | {"num_channels": (3,)}
+    return _clip_tower(hf, "vision", _CLIP_VISION_FIELDS, allowed, ClipVisionConfig)[0]
 
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
-    """Sizes of a text tower, from the config.json of a whole CLIP or of the tower alone.
-
-    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
-    The `text_config_dict` of older files takes the place of `text_config`.
-
-    Raises:
-      ValueError: naming the key and the value that the tower cannot be computed with.
-    """
-    _required(hf, "model_type", _CLIP_FILE)
-    require_supported(hf, {"model_type": ("clip", "clip_text_model")}, _CLIP_FILE)
-    tower, where = _tower(hf, "text_config")
-    require_supported(tower, _CLIP_ALLOWED, where)
-    sizes = checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where)
-    sizes |= checked(hf, _CLIP_FEATURES, ClipTextConfig, _CLIP_FILE)
-    config = ClipTextConfig(**sizes)
+    """The same of a text tower, whose section is `text_config`, or `text_config_dict`."""
+    config, tower, where = _clip_tower(hf, "text", _CLIP_TEXT_FIELDS, _CLIP_ALLOWED, ClipTextConfig)
     # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
     # where a file says 2, as OpenAI's do.
     require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
@@ -284,6 +266,18 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
                 f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; take "
                 "another model"
             )
+
+
+def _clip_tower(
+    hf: Hf, side: str, fields: Mapping[str, str], allowed: Mapping[str, tuple], cls: type
+) -> tuple[Any, Hf, str]:
+    """The config of a tower, the section that says it, and what to call that in messages."""
+    _required(hf, "model_type", _CLIP_FILE)
+    require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
+    tower, where = _tower(hf, f"{side}_config")
+    require_supported(tower, allowed, where)
+    features = checked(hf, {"features": "projection_dim"}, cls, _CLIP_FILE)
+    return cls(**checked(tower, fields, cls, where), **features), tower, where
 
 
 def _tower(hf: Hf, name: str) -> tuple[Hf, str]:

@@ -1,8 +1,9 @@
 """Kinds of published networks: what their files call the tensors, and where their sizes are."""
 
 import dataclasses
+import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +23,19 @@ from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
 from cliptrans_jax.translators import mbart_names
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.untrusted import brief
-from common_jax.weights.table import Table, prefixes, rank_kinds
+from common_jax.weights.table import (
+    Format,
+    Table,
+    choose_prefix,
+    describe_nearest,
+    prefixes,
+    rank_kinds,
+)
 
 Tensors = Mapping[str, np.ndarray]
 
 # Kinds by what config.json calls its model or its class; of a whole CLIP, the image tower.
-TOLD_BY = types.MappingProxyType(
+KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
         "MBartForConditionalGeneration": "mbart",
@@ -52,7 +60,7 @@ class Layout:
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
       about: the file beside the weights that says what no tensor tells.
-      untold: fields of the config that no tensor tells; without that file they are assumed to be
+      unstated: fields of the config that no tensor tells; without that file they are assumed to be
         as published.
       varied: whether models of the same tensors differ in the activation, so that something must
         say it.
@@ -64,7 +72,7 @@ class Layout:
     shapes: Callable[[Any], Mapping[str, Any]]
     table: Callable[[Any], Table]
     about: str = CONFIG
-    untold: tuple[str, ...] = ()
+    unstated: tuple[str, ...] = ()
     varied: bool = False
 
 
@@ -79,10 +87,11 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
     if "modelBase" in hf:
         return "mclip"
     classes = hf.get("architectures")
-    told = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
-    if kind := next((TOLD_BY[x] for x in told if isinstance(x, str) and x in TOLD_BY), None):
+    stated = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    known = (KIND_BY_NAME.get(x) for x in stated if isinstance(x, str))
+    if kind := next(filter(None, known), None):
         return kind
-    if any(told):
+    if any(stated):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
             f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"
@@ -93,13 +102,19 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 def kind_of_tensors(tensors: Tensors) -> str | None:
     """The kind that the tensors' names tell, as they are or below the shortest prefix; None where
     they have the marker of none."""
-    formats = (
-        (kind, layout.marker, lambda one=layout: [one.table(one.config_type())])
-        for kind, layouts in KINDS.items()
-        for layout in layouts
-    )
-    claims = rank_kinds(formats, tensors)
+    claims = rank_kinds(_formats(), tensors)
     return claims[0].kind if claims else None
+
+
+def require_kind(tensors: Tensors, file: str) -> str:
+    """`kind_of_tensors`; raises ValueError where they are of none."""
+    if kind := kind_of_tensors(tensors):
+        return kind
+    raise ValueError(
+        f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
+        f"{sorted(tensors)[:4]}{describe_nearest(_formats(), tensors)}\n"
+        "give the weights of one of these"
+    )
 
 
 def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
@@ -121,19 +136,20 @@ def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tu
       ValueError: when the file holds no such network, or several.
     """
     for layout in KINDS[kind]:
-        found = [p for p in prefixes(layout.marker, tensors) if not weights or p == weights]
-        if "" in found or len(found) == 1:
-            return layout, min(found)
-        if found:
-            raise ValueError(
-                f"{file} holds a {kind!r} below each of {', '.join(map(repr, found[:5]))}: choose "
-                f"with weights={found[0]} (--config.sources.weights={found[0]} of a run)"
-            )
+        there = prefixes(layout.marker, tensors)
+        if weights in there or (there and not weights):
+            return layout, choose_prefix([layout.marker], tensors, weights, file)
     markers = " or ".join(layout.marker.replace("\\", "") for layout in KINDS[kind])
     other = kind_of_tensors(tensors)
     hint = f"; it holds {other!r}" if other else ""
     where = f" below {weights!r}" if weights else ""
     raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
+
+
+def _formats() -> Iterator[Format]:
+    for kind, layouts in KINDS.items():
+        for one in layouts:
+            yield kind, one.marker, lambda one=one: [one.table(one.config_type())]
 
 
 def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:
@@ -164,7 +180,7 @@ def _text_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]
     return shapes
 
 
-def _told(
+def _from_config(
     read: Callable[[Hf], Any], published: Callable[[], Any]
 ) -> Callable[[Tensors, Hf | None, str], Any]:
     """The config of a config.json, or else the published model's, which the shapes must confirm."""
@@ -181,7 +197,7 @@ def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
     return sizes.mbart_sizes(tensors, "", file)
 
 
-MBART_UNTOLD = (
+MBART_UNSTATED = (
     "encoder_heads",
     "decoder_heads",
     "scale_embedding",
@@ -190,7 +206,8 @@ MBART_UNTOLD = (
     "eos",
     "start",
 )
-CLIP_UNTOLD = ("heads", "eps", "activation")
+# OpenAI's and OpenCLIP's towers have the same tensors and differ in the activation.
+_clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varied=True)
 
 MBART = Layout(
     marker=r"model\.encoder\.layernorm_embedding\.weight",
@@ -198,7 +215,7 @@ MBART = Layout(
     config=_mbart_config,
     shapes=_mbart_shapes,
     table=mbart_names.table,
-    untold=MBART_UNTOLD,
+    unstated=MBART_UNSTATED,
 )
 CLIPTRANS = Layout(
     marker=r"mbart\.model\.encoder\.layernorm_embedding\.weight",
@@ -206,7 +223,7 @@ CLIPTRANS = Layout(
     config=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=cliptrans_names.table,
-    untold=tuple(f"mbart.{name}" for name in MBART_UNTOLD),
+    unstated=tuple(f"mbart.{name}" for name in MBART_UNSTATED),
 )
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
@@ -218,28 +235,24 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 config=_mclip_config,
                 shapes=_text_shapes(MClip),
                 table=mclip_names.table,
-                untold=("heads", "eps", "pad", "dropout", "activation"),
+                unstated=("heads", "eps", "pad", "dropout", "activation"),
             ),
         ),
         "clip_vision": (
-            Layout(
+            _clip(
                 marker=r"vision_model\.pre_layrnorm\.weight",
                 config_type=ClipVisionConfig,
-                config=_told(config_json.clip_vision_config, ClipVisionConfig),
+                config=_from_config(config_json.clip_vision_config, ClipVisionConfig),
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.vision_table,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
-            Layout(
+            _clip(
                 marker=r"visual\.ln_pre\.weight",
                 config_type=ClipVisionConfig,
                 config=sizes.openai_vision_config,
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.openai_vision_table,
                 about=open_clip.FILE,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
         ),
         "clip_res": (
@@ -252,24 +265,20 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             ),
         ),
         "clip_text": (
-            Layout(
+            _clip(
                 marker=r"text_model\.final_layer_norm\.weight",
                 config_type=ClipTextConfig,
-                config=_told(config_json.clip_text_config, ClipTextConfig),
+                config=_from_config(config_json.clip_text_config, ClipTextConfig),
                 shapes=_text_shapes(ClipText),
                 table=clip_names.text_table,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
-            Layout(
+            _clip(
                 marker=r"ln_final\.weight",
                 config_type=ClipTextConfig,
                 config=sizes.openai_text_config,
                 shapes=_text_shapes(ClipText),
                 table=clip_names.openai_text_table,
                 about=open_clip.FILE,
-                untold=CLIP_UNTOLD,
-                varied=True,
             ),
         ),
         "cliptrans": (CLIPTRANS,),

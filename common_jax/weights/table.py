@@ -225,23 +225,34 @@ class Claim:
     misfits: tuple[str, ...]
 
 
-def rank_kinds(
-    formats: Iterable[tuple[str, str, Callable[[], Iterable[Table]]]], names: Collection[str]
-) -> list[Claim]:
-    """Kinds of network that a file may hold, the likeliest first: that of the shortest prefix, and
-    below one prefix that whose table claims the most; in the order given where these are equal.
+# (kind, marker as in `prefixes`, what gives tables of networks of any size)
+Format = tuple[str, str, Callable[[], Iterable[Table]]]
 
-    Args:
-      formats: (kind, marker as in `prefixes`, what gives tables of networks of any size).
-      names: of the file's tensors.
-    """
+
+def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]:
+    """Kinds of network that a file may hold, the likeliest first: that of the shortest prefix, and
+    below one prefix that whose table claims the most; in the order given where these are equal."""
     claims = []
     for kind, marker, tables in formats:
         for prefix in prefixes(marker, names):
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-            nearest = min((misfits(table, own) for table in tables()), key=len)
-            claims.append(Claim(kind, prefix, tuple(nearest)))
+            claims.append(_claim(kind, prefix, tables(), own))
     return sorted(claims, key=lambda claim: (len(claim.prefix), len(claim.misfits)))
+
+
+def describe_nearest(formats: Iterable[Format], names: Collection[str]) -> str:
+    """For the message about a file of no kind: the kind that it misses least, with what is in the
+    way, or "" where it misses all by half of its names."""
+    claims = (_claim(kind, "", tables(), names) for kind, _, tables in formats)
+    nearest = min(claims, key=lambda claim: len(claim.misfits))
+    if 2 * len(nearest.misfits) > len({fold(name) for name in names}):
+        return ""
+    return f". Nearest is kind={nearest.kind!r}:{list_problems(nearest.misfits)}"
+
+
+def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[str]) -> Claim:
+    nearest = min((misfits(table, names) for table in tables), key=len)
+    return Claim(kind, prefix, tuple(nearest))
 
 
 def prefixes(marker: str, names: Iterable[str]) -> list[str]:
@@ -253,6 +264,30 @@ def prefixes(marker: str, names: Iterable[str]) -> list[str]:
     """
     matches = (re.fullmatch(rf"(|.*?\.)(?:{marker})", name) for name in names)
     return sorted({match[1] for match in matches if match})
+
+
+def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, file: str) -> str:
+    """The prefix of the network that is meant in a file, "" where none has one.
+
+    Args:
+      markers: of the kinds of network, see `prefixes`.
+      names: of all tensors.
+      chosen: the prefix, "teacher.", where several networks are there; else "".
+      file: what to call the tensors' origin in messages.
+
+    Raises:
+      ValueError: where several are there and none is chosen, or not the chosen one.
+    """
+    there = sorted({prefix for marker in markers for prefix in prefixes(marker, names)})
+    shown = ", ".join(map(repr, there[:5])) or "none"
+    if chosen and chosen not in there:
+        raise ValueError(f"{file} holds no network below weights={chosen!r}; there are: {shown}")
+    if chosen or len(there) < 2 or "" in there:
+        return chosen or min(there, default="")
+    raise ValueError(
+        f"{file} holds networks below {shown}: choose with weights={there[0]} "
+        f"(--config.sources.weights={there[0]} of a run, --weights={there[0]} of a command)"
+    )
 
 
 def take_prefix(tensors: Tensors, prefix: str) -> tuple[dict[str, np.ndarray], Account]:

@@ -1,6 +1,7 @@
 """PyTorch's zip archives written without PyTorch: a pickle put together from its opcodes, beside
 raw storages.
 
+Needed since the originals load .pth files alone, which `tools/convert_weights.py` makes of runs.
 `torch.load(path, weights_only=True)` reads them, and so does `torch_archive`. The same value gives
 the same bytes.
 """

@@ -3,20 +3,20 @@
 from common_jax.weights.table import Pretrained
 from m2mkd_jax.pretrained.kinds import KINDS
 from m2mkd_jax.pretrained.reading import Source, find_source, load, read_files
-from m2mkd_jax.pretrained.sizes import Told, tell_config
+from m2mkd_jax.pretrained.sizes import Inferred, infer_config
 from m2mkd_jax.pretrained.writing import as_checkpoint, kind_of_run, load_run, to_tensors
 
 __all__ = [
     "KINDS",
+    "Inferred",
     "Pretrained",
     "Source",
-    "Told",
     "as_checkpoint",
     "find_source",
+    "infer_config",
     "kind_of_run",
     "load",
     "load_run",
     "read_files",
-    "tell_config",
     "to_tensors",
 ]

@@ -29,7 +29,7 @@ POOLS = (None, "", "token")
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Beside:
     """What a folder says of its weights.
 
     Attributes:
@@ -43,7 +43,7 @@ class Said:
     heads: int | None = None
 
 
-def read_said(path: Path) -> Said:
+def read_beside(path: Path) -> Beside:
     """What stands beside the weights in a folder, or in a file of it.
 
     Raises:
@@ -51,7 +51,7 @@ def read_said(path: Path) -> Said:
         tensors look like a plain ViT's and mean something else.
     """
     if not (path.is_dir() and weights_file(path)) and path.name not in FOLDER_FILES:
-        return Said()
+        return Beside()
     folder = path if path.is_dir() else path.parent
     file, about = folder / CONFIG, _read(folder / CONFIG)
     timm = about.get("pretrained_cfg", about)
@@ -62,22 +62,22 @@ def read_said(path: Path) -> Said:
     if not images and (folder / PREPROCESSOR).is_file():
         file = folder / PREPROCESSOR
         images = _numbers(_read(file), HUGGING_FACE, file)
-    return Said(str(file), images, heads) if images or heads else Said()
+    return Beside(str(file), images, heads) if images or heads else Beside()
 
 
-def require_same_images(said: Said, config: Config, overridden: Collection[str] = ()) -> None:
+def require_same_images(beside: Beside, config: Config, overridden: Collection[str] = ()) -> None:
     """Raises ValueError where a folder says another mean or std than config.data.
 
     Args:
-      said: see `read_said`.
+      beside: see `read_beside`.
       config: that the weights are read with.
       overridden: fields such as "data.mean" that the user gave by name, which count.
     """
-    for name, numbers in said.images.items():
+    for name, numbers in beside.images.items():
         ours = getattr(config.data, name)
         if f"data.{name}" not in overridden and not same_numbers(numbers, ours):
             raise ValueError(
-                f"{said.file} says {name}={numbers}, and config.data.{name}={ours}: images would "
+                f"{beside.file} says {name}={numbers}, and config.data.{name}={ours}: images would "
                 f"be other numbers than the network knows. Give --config.data.{name}="
                 f"{','.join(map(str, numbers))}, as a run that uses these weights must too"
             )

@@ -3,13 +3,13 @@
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from common_jax.weights.table import Table, rank_kinds
+from common_jax.weights.table import Table, describe_nearest, rank_kinds
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit_names
 from m2mkd_jax.models.vit import ViTConfig
@@ -40,24 +40,20 @@ class Kind:
 
     Attributes:
       about: a line for people.
-      example: a file's name.
       phase: the phase whose checkpoint has the same parameters.
       role: the key that they are under there.
       section: the field of the config with the network's sizes.
       sizes: the class of that section.
       single: whether it is one stage of a network.
-      network: config -> the network; a single stage is one of its stages.
       marker: regex of a tensor that such files have.
     """
 
     about: str
-    example: str
     phase: str
     role: str
     section: str
-    sizes: type
-    single: bool
-    network: Callable[[Config], Any]
+    sizes: type = ViTConfig
+    single: bool = False
     marker: str = _VIT
 
     @property
@@ -80,7 +76,9 @@ class Kind:
                 f"config.{self.section} is a {type(sizes).__name__}, and this kind of file needs a "
                 f"{self.sizes.__name__}: give the config of such a network"
             )
-        network = self.network(config)
+        builders = {"meta": meta_network, "teacher": teacher_network}
+        students = student_modules if self.single else whole_student
+        network = builders.get(self.section, students)(config)
         if stage is None:
             return jax.eval_shape(network.init, jax.random.key(0))
         return jax.eval_shape(lambda key: network.init(key, only=(stage,)), jax.random.key(0))
@@ -129,7 +127,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
       ValueError: where no kind claims them, or several do.
     """
     names = set(tensors)
-    formats = ((name, kind.marker, kind.examples) for name, kind in KINDS.items())
+    formats = [(name, kind.marker, kind.examples) for name, kind in KINDS.items()]
     claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
     if claims and not KINDS[claims[0].kind].is_nac:
         if "model_name" in plain:
@@ -161,7 +159,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
         )
     raise ValueError(
         f"{file} is of no kind that names tell, {sorted(KINDS)}: its tensors are called "
-        f"{sorted(names)[:4]}"
+        f"{sorted(names)[:4]}{describe_nearest(formats, names)}"
     )
 
 
@@ -178,85 +176,41 @@ def alias_depths(tensors: Tensors) -> tuple[int, ...]:
 KINDS: Mapping[str, Kind] = types.MappingProxyType(
     {
         "meta": Kind(
-            about="a whole ViT as meta model (PT), for config.sources.meta",
-            example="PT_huge.pth",
-            phase="pretrain_meta",
-            role="meta",
-            section="meta",
-            sizes=ViTConfig,
-            single=False,
-            network=meta_network,
+            "a whole ViT as meta model (PT), for config.sources.meta",
+            *("pretrain_meta", "meta", "meta"),
         ),
         "teacher": Kind(
-            about="a whole ViT or DeiT, timm's too, as teacher (FT), for config.sources.teacher",
-            example="deit_base_patch16_224.pth",
-            phase="assemble",
-            role="teacher",
-            section="teacher",
-            sizes=ViTConfig,
-            single=False,
-            network=teacher_network,
+            "a whole ViT or DeiT, timm's too, as teacher (FT), for config.sources.teacher",
+            *("assemble", "teacher", "teacher"),
         ),
         "teacher_module": Kind(
-            about="a module cut from a teacher, or a folder of all, for config.sources.teacher",
-            example="FT_huge/vit_huge_patch14_224_0.pth",
-            phase="assemble",
-            role="teacher",
-            section="teacher",
-            sizes=ViTConfig,
+            "a module cut from a teacher, or a folder of all, for config.sources.teacher",
+            *("assemble", "teacher", "teacher"),
             single=True,
-            network=teacher_network,
         ),
         "module": Kind(
-            about="a module as phase train_module makes it (MT), for config.sources.modules",
-            example="MT_0/finished_checkpoint.pth",
-            phase="train_module",
-            role="module",
-            section="teacher",
-            sizes=ViTConfig,
+            "a module as phase train_module makes it (MT), for config.sources.modules",
+            *("train_module", "module", "teacher"),
             single=True,
-            network=teacher_network,
         ),
         "vmoe": Kind(
-            about="a whole V-MoE, for config.sources.network",
-            example="vmoe_base.pth",
-            phase="end_to_end",
-            role="student",
-            section="model",
-            sizes=VMoEConfig,
-            single=False,
-            network=whole_student,
+            "a whole V-MoE, for config.sources.network",
+            *("end_to_end", "student", "model", VMoEConfig),
         ),
         "vmoe_student": Kind(
-            about="a V-MoE student module, or a folder of all, for config.sources.students",
-            example="student_0/finished_checkpoint.pth",
-            phase="distill",
-            role="student",
-            section="model",
-            sizes=VMoEConfig,
+            "a V-MoE student module, or a folder of all, for config.sources.students",
+            *("distill", "student", "model", VMoEConfig),
             single=True,
-            network=student_modules,
         ),
         "nac": Kind(
-            about="a whole NAC, for config.sources.network",
-            example="nac_scale_imnet.pth",
-            phase="end_to_end",
-            role="student",
-            section="model",
-            sizes=NacConfig,
-            single=False,
-            network=whole_student,
+            "a whole NAC, for config.sources.network",
+            *("end_to_end", "student", "model", NacConfig),
             marker=_NAC,
         ),
         "nac_student": Kind(
-            about="a NAC's student module, or a folder of all, for config.sources.students",
-            example="MediatorStudent_1.pth",
-            phase="distill",
-            role="student",
-            section="model",
-            sizes=NacConfig,
+            "a NAC's student module, or a folder of all, for config.sources.students",
+            *("distill", "student", "model", NacConfig),
             single=True,
-            network=student_modules,
             marker=_NAC_STAGE,
         ),
     }

@@ -13,14 +13,12 @@ import numpy as np
 from common_jax.config import did_you_mean
 from common_jax.weights import Account, read_plain, read_weights, weights_file
 from common_jax.weights.files import TORCH_SUFFIXES
-from common_jax.weights.table import Pretrained, as_float32, prefixes, read, take_prefix
+from common_jax.weights.table import Pretrained, as_float32, choose_prefix, read, take_prefix
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
-from m2mkd_jax.pretrained.hub import Said, read_said, require_same_images
+from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same_images
 from m2mkd_jax.pretrained.kinds import KINDS, WHOLE, Kind, Tensors, guess
 
-# What DeiT's distilled models have beside a class token and a head.
-DISTILLED = ("dist_token", "head_dist.weight")
 # Of one stage, what only the first or the last has.
 FIRST = ("cls_token", "tokenizer.positional_grid.grid")
 LAST = ("head.weight", "tokenizer.to_logits.weight")
@@ -34,17 +32,15 @@ class File:
       path: of the file, or of its folder.
       tensors: by their names.
       plain: the numbers and texts beside them.
-      said: what the folder says of them.
-      notes: how it was read.
-      dropped: (tensor, why it was left).
+      beside: what the folder says of them.
+      others: account of how the file was read, and of its other tensors.
     """
 
     path: Path
     tensors: Tensors
     plain: Mapping[str, Any]
-    said: Said = Said()
-    notes: tuple[str, ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
+    beside: Beside = Beside()
+    others: Account = Account(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +77,6 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
-    for file in files:
-        if found := [name for name in DISTILLED if name in file.tensors]:
-            raise ValueError(
-                f"{file.path} is a DeiT with a distillation token ({', '.join(found)}): its second "
-                "class token and second head have no place in m2mKD's ViT; take the model without "
-                "one, such as deit_base_patch16_224 for deit_base_distilled_patch16_224"
-            )
     name = kind or guess(files[0].tensors, files[0].plain, str(files[0].path))
     if len(files) > 1 and not KINDS[name].single:
         raise ValueError(
@@ -113,7 +102,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
     kind, trees, accounts = KINDS[source.kind], {}, []
     several = len(source.files) > 1
     for file in source.files:
-        require_same_images(file.said, config, overridden)
+        require_same_images(file.beside, config, overridden)
         stage = find_stage(file, kind, config, of_many=several) if kind.single else None
         params, account = _load_file(file, source.kind, config, stage)
         if twice := sorted(trees.keys() & params.keys()):
@@ -211,29 +200,15 @@ def _files(path: Path) -> list[Path]:
 def _read(path: Path, weights: str) -> File:
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
-    tensors, others = take_prefix(stored.tensors, _prefix(stored.tensors, prefix, path))
+    tensors, others = take_prefix(
+        stored.tensors, choose_prefix(WHOLE, stored.tensors, prefix, str(path))
+    )
     return File(
         path,
         tensors,
         read_plain(path) if path.is_file() else {},
-        read_said(path),
-        (*stored.notes, *others.notes),
-        others.dropped,
-    )
-
-
-def _prefix(tensors: Tensors, chosen: str, path: Path) -> str:
-    """What stands before the names of the network in a file; raises ValueError where several
-    networks are there and none is chosen."""
-    found = sorted({x for marker in WHOLE for x in prefixes(marker, tensors)})
-    if chosen and chosen not in found:
-        there = ", ".join(map(repr, found[:5])) or "none"
-        raise ValueError(f"{path} holds no network below weights={chosen!r}; there are: {there}")
-    if chosen or len(found) < 2 or "" in found:
-        return chosen or min(found, default="")
-    raise ValueError(
-        f"{path} holds networks below {', '.join(map(repr, found[:5]))}: choose with "
-        f"weights={found[0]} (--weights={found[0]} of the command)"
+        read_beside(path),
+        dataclasses.replace(others, notes=(*stored.notes, *others.notes)),
     )
 
 
@@ -258,8 +233,8 @@ def _load_file(
     account = dataclasses.replace(
         account,
         taken=tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken),
-        dropped=(*file.dropped, *others, *account.dropped),
-        notes=(*file.notes, *account.notes),
+        dropped=(*file.others.dropped, *others, *account.dropped),
+        notes=(*file.others.notes, *account.notes),
     )
     params = as_float32(params, str(file.path))
     return jax.tree.map(lambda x: np.asarray(x, order="C"), params), account

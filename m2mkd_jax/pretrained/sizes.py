@@ -21,70 +21,87 @@ from m2mkd_jax.stages import stage_name
 
 # Mean and std of ImageNet's images, as DeiT and m2mKD have them.
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# What the published networks have, where no tensor of a middle module tells it.
-PUBLISHED = {"patch": 16, "image_size": 224, "channels": 3, "labels": 1000}
+# What the published networks have, where no tensor of a middle module says it.
+PUBLISHED_PATCH = 16
+PUBLISHED_DATA = {"image_size": 224, "channels": 3, "labels": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """A config, and how it came about.
+class Inferred:
+    """A config, and where it is from.
 
     Attributes:
       config: the default config with the sizes of a file.
-      told: "config.x.y" -> value, as the tensors or the numbers beside them tell it.
-      assumed: the same of what nothing in the file tells, as published networks have it.
+      read: "config.x.y" -> value, from the tensors or the numbers beside them.
+      assumed: the same of what nothing in the file says, as published networks have it.
     """
 
     config: Config
-    told: Mapping[str, Any]
+    read: Mapping[str, Any]
     assumed: Mapping[str, Any]
 
 
-def tell_config(source: Source, given: Collection[str] = ()) -> Told:
+def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
     """The config of a source of a ViT or a whole V-MoE.
 
     Args:
       source: see `find_source`.
-      given: fields such as "teacher.heads" that the caller sets, and that need not be told.
+      given: fields such as "teacher.heads" that the caller sets, and that no file need say.
 
     Raises:
-      ValueError: for a kind whose tensors do not tell it, for a network with parts that have no
+      ValueError: for a kind whose tensors do not say it, for a network with parts that have no
         place here, and for sizes of no published network, whose number of heads is in no tensor.
     """
-    kind = KINDS[source.kind]
+    kind, file = KINDS[source.kind], source.files[0]
     if kind.is_nac or source.kind == "vmoe_student":
         example = "configs/m2mkd/nac_imagenet.py" if kind.is_nac else "configs/m2mkd/vmoe_base.py"
         raise ValueError(
-            f"{source.files[0].path}: the tensors of kind={source.kind!r} do not tell all of the "
+            f"{file.path}: the tensors of kind={source.kind!r} do not tell all of the "
             f"network that they are of; give its config, such as --config={example}"
         )
-    tensors = _gather(source)
+    tensors, section = _gather(source), kind.section
     if parts := foreign_parts(tensors):
         raise ValueError(
-            f"{source.files[0].path} has {parts}, which m2mKD's ViT has no place for, whatever the "
+            f"{file.path} has {parts}, which m2mKD's ViT has no place for, whatever the "
             "config: take a model without, such as timm's deit_base_patch16_224 or "
             "vit_base_patch16_224"
         )
-    told, assumed = {}, {}
-    heads_given = f"{kind.section}.heads" in given
-    data, sizes = _read_sizes(tensors, source.files[0], told, assumed, heads_given=heads_given)
-    sizes["depths"] = _depths(source, kind, told, assumed)
-    section, config = kind.section, Config()
-    meta = dataclasses.replace(config.meta, depths=(1,) * len(sizes["depths"]))
+    sizes, data = _read_sizes(tensors, file)
+    more_sizes = {} if "patch" in sizes else {"patch": PUBLISHED_PATCH}
+    more_data = {name: x for name, x in PUBLISHED_DATA.items() if name not in data}
+    for name, numbers in IMAGENET.items():
+        if name not in data:
+            channels = (data | more_data)["channels"]
+            more_data[name] = numbers if channels == len(numbers) else (0.5,) * channels
+    heads_given = f"{section}.heads" in given or file.beside.heads is not None
+    is_moe = _first(tensors, "htoh4.bias") is not None
+    more_sizes |= _published(sizes, file, is_moe=is_moe, heads_given=heads_given)
+    if file.beside.heads:
+        sizes["heads"] = file.beside.heads
+    if depths := _depths(source, kind):
+        sizes["depths"] = depths
+    else:
+        blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", n) for n in file.tensors) if m}
+        count = max(1, len(blocks))
+        more_sizes["depths"] = (1,) * count if source.kind == "meta" else (count,)
+    moe, meta = {}, {"depths": (1,) * len((more_sizes | sizes)["depths"])}
+    read = {f"config.data.{name}": x for name, x in data.items()}
     if source.kind == "vmoe":
-        sizes |= _moe_sizes(tensors, told)
-        if width := _stitch_width(tensors):
-            meta = dataclasses.replace(meta, width=width)
-            told |= {"config.model.stitches": "kept", "config.meta.width": width}
+        moe["moe"], sizes["moe_blocks"] = _moe_sizes(tensors)
+        read["config.model.moe.experts"] = moe["moe"].experts
+        if (stitch := _first(tensors, "pre_stitch.ln.weight")) is not None:
             sizes["stitches"] = "kept"
-    told = {path.format(section=section): value for path, value in told.items()}
-    assumed = {path.format(section=section): value for path, value in assumed.items()}
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, **data),
-        **{"meta": meta} | {section: kind.sizes(**sizes)},
-    )
-    return Told(config, told, assumed)
+            read["config.meta.width"] = meta["width"] = stitch.shape[0]
+    read |= {f"config.{section}.{name}": x for name, x in sizes.items()}
+    assumed = {f"config.{section}.{name}": x for name, x in more_sizes.items() if name not in sizes}
+    assumed |= {f"config.data.{name}": x for name, x in more_data.items()}
+    config = Config()
+    networks = {
+        "meta": dataclasses.replace(config.meta, **meta),
+        section: kind.sizes(**more_sizes | sizes | moe),
+    }
+    images = dataclasses.replace(config.data, **more_data | data)
+    return Inferred(dataclasses.replace(config, data=images, **networks), read, assumed)
 
 
 def _gather(source: Source) -> dict[str, np.ndarray]:
@@ -103,9 +120,9 @@ def _first(tensors: Mapping[str, np.ndarray], suffix: str) -> np.ndarray | None:
 
 
 def _read_sizes(
-    tensors: Mapping[str, np.ndarray], file: File, told: dict, assumed: dict, *, heads_given: bool
+    tensors: Mapping[str, np.ndarray], file: File
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of config.data and of the network's section; which of them are told and assumed."""
+    """Fields of the network's section and of config.data that a file says."""
     norm = _first(tensors, "norm1.weight")
     hidden = _first(tensors, "mlp.fc1.bias")
     hidden = _first(tensors, "htoh4.bias") if hidden is None else hidden
@@ -138,28 +155,7 @@ def _read_sizes(
         data["image_size"] = side * sizes["patch"]
     if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
         data["labels"] = head.shape[0]
-    data |= file.said.images
-    told |= {f"config.{{section}}.{name}": value for name, value in sizes.items()}
-    told |= {f"config.data.{name}": value for name, value in data.items()}
-    for name, value in PUBLISHED.items():
-        place, section = (sizes, "{section}") if name == "patch" else (data, "data")
-        if name not in place:
-            place[name] = assumed[f"config.{section}.{name}"] = value
-    is_moe = _first(tensors, "htoh4.bias") is not None
-    heads = _published(sizes, file, is_moe=is_moe, heads_given=heads_given)
-    if file.said.heads:
-        heads["heads"] = told["config.{section}.heads"] = file.said.heads
-    assumed |= {
-        f"config.{{section}}.{name}": value
-        for name, value in heads.items()
-        if f"config.{{section}}.{name}" not in told
-    }
-    for name, value in IMAGENET.items():
-        if name not in data and data["channels"] == len(value):
-            data[name] = assumed[f"config.data.{name}"] = value
-        elif name not in data:
-            data[name] = assumed[f"config.data.{name}"] = (0.5,) * data["channels"]
-    return data, sizes | heads
+    return sizes, data | file.beside.images
 
 
 def _published(
@@ -181,7 +177,7 @@ def _published(
         for one in known
         if all(getattr(one, name) == sizes[name] for name in ("width", "mlp_ratio", "qkv_bias"))
     }
-    if len(same) != 1 and (heads_given or file.said.heads):
+    if len(same) != 1 and heads_given:
         return {"heads": 1, "norm_eps": ViTConfig().norm_eps}
     if len(same) != 1:
         shown = {name: sizes[name] for name in ("width", "mlp_ratio", "qkv_bias")}
@@ -194,10 +190,10 @@ def _published(
     return dict(zip(fields, same.pop(), strict=True))
 
 
-def _depths(source: Source, kind: Kind, told: dict, assumed: dict) -> tuple[int, ...]:
-    """Blocks in each stage: as the file lists its stages, or its divided_depths; of a whole network
-    without either, a stage a block of a meta model and one stage of any other."""
-    file, path = source.files[0], "config.{section}.depths"
+def _depths(source: Source, kind: Kind) -> tuple[int, ...]:
+    """Blocks in each stage: as the file lists its stages, or its divided_depths; () of a whole
+    network without either."""
+    file = source.files[0]
     divided = file.plain.get("divided_depths")
     if divided and not (
         isinstance(divided, list | tuple)
@@ -208,32 +204,20 @@ def _depths(source: Source, kind: Kind, told: dict, assumed: dict) -> tuple[int,
             f"{file.path} has divided_depths={brief(divided)}, which should be the number of "
             "blocks in each stage"
         )
-    listed = alias_depths(file.tensors)
-    depths = tuple(divided) if divided else listed
-    if depths:
-        told[path] = depths
-        return depths
-    if kind.single:
+    depths = tuple(divided) if divided else alias_depths(file.tensors)
+    if kind.single and not depths:
         raise ValueError(
             f"{file.path} does not tell how many blocks each stage of its network has: give a "
             f"--config, or --config.{kind.section}.depths=6,6,6,6"
         )
-    blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", n) for n in file.tensors) if m}
-    count = max(1, len(blocks))
-    assumed[path] = (1,) * count if source.kind == "meta" else (count,)
-    return assumed[path]
+    return depths
 
 
-def _moe_sizes(tensors: Mapping[str, np.ndarray], told: dict) -> dict[str, Any]:
+def _moe_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[MoeConfig, str]:
+    """The mixture of experts, and the blocks that have one."""
     gate = _first(tensors, "moe.gate.gate.weight")
     matches = (re.match(r"blocks\.(\d+)\.moe\.", name) for name in tensors)
     blocks = ",".join(str(i) for i in sorted({int(m[1]) for m in matches if m})) or "none"
     bias = _first(tensors, "moe.gate.gate.bias") is not None
     experts = MoeConfig().experts if gate is None else gate.shape[0]
-    told |= {"config.model.moe.experts": experts, "config.model.moe_blocks": blocks}
-    return {"moe": MoeConfig(experts=experts, router_bias=bias), "moe_blocks": blocks}
-
-
-def _stitch_width(tensors: Mapping[str, np.ndarray]) -> int | None:
-    stitch = _first(tensors, "pre_stitch.ln.weight")
-    return None if stitch is None else stitch.shape[0]
+    return MoeConfig(experts=experts, router_bias=bias), blocks

@@ -360,7 +360,7 @@ def test_networks_below_two_prefixes_are_chosen_between(tmp_path):
     }
     folder = write_folder(tmp_path / "clip", CLIP, tensors)
     with pytest.raises(
-        ValueError, match=r"below each of 'ema_model\.', 'model\.': choose with weig"
+        ValueError, match=r"networks below 'ema_model\.', 'model\.': choose with weig"
     ):
         pretrained.load(folder, kind="clip_text")
     found = pretrained.load(folder, kind="clip_text", weights="model.")
@@ -409,7 +409,7 @@ def test_an_mclip_made_from_a_folder_is_read_by_that_folder(tmp_path):
 def test_what_shapes_do_not_tell_is_listed(tmp_path):
     shapes = {"vocab": 20, "encoder_layers": 1, "decoder_layers": 1, "positions": 9}
     small = dataclasses.replace(type(UNEVEN)(), encoder_hidden=8, decoder_hidden=4, **shapes)
-    assumed = {name: getattr(small, name) for name in kinds.MBART.untold}
+    assumed = {name: getattr(small, name) for name in kinds.MBART.unstated}
     assert assumed == {
         "encoder_heads": 16,
         "decoder_heads": 16,

@@ -335,3 +335,19 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
         pretrained.load(tmp_path / "other.safetensors")
     config.write_text("{}")  # which tells nothing, so that the tensors do
     assert pretrained.load(folder, config=UNEVEN).kind == "mbart"
+
+
+def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
+    tensors = make_tensors("mbart")
+    del tensors["model.encoder.layernorm_embedding.weight"]
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors is of no known kind: .*'mclip'"
+    ) as raised:
+        pretrained.load(tmp_path / "a.safetensors")
+    assert "Nearest is kind='mbart':\n  model.encoder.layernorm_embedding.weight is missing" in str(
+        raised.value
+    )
+    write_tensors(tmp_path / "b.safetensors", {"a.weight": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"called \['a\.weight'\]\ngive the weights of one of"):
+        pretrained.load(tmp_path / "b.safetensors")

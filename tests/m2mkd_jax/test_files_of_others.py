@@ -49,8 +49,8 @@ def read(path, *, weights="", kind=None, **given):
     """As the command reads a file without --config."""
     files = pretrained.read_files(path, weights=weights)
     source = pretrained.find_source(files, kind)
-    told = pretrained.tell_config(source, given)
-    return told, pretrained.load(source, told.config)
+    inferred = pretrained.infer_config(source, given)
+    return inferred, pretrained.load(source, inferred.config)
 
 
 def head(found):
@@ -60,14 +60,14 @@ def head(found):
 @pytest.mark.parametrize("single", [False, True])
 def test_timm_s_folder_says_how_images_are_normalised(tmp_path, single):
     folder = timm_folder(tmp_path / "hub")
-    told, found = read(folder / "model.safetensors" if single else folder)
+    inferred, found = read(folder / "model.safetensors" if single else folder)
     assert found.config.data.mean == found.config.data.std == (0.5, 0.5, 0.5)
-    assert told.told["config.data.mean"] == (0.5, 0.5, 0.5)
-    assert "config.data.mean" not in told.assumed
+    assert inferred.read["config.data.mean"] == (0.5, 0.5, 0.5)
+    assert "config.data.mean" not in inferred.assumed
     bare = tmp_path / "vit.safetensors"
     write_tensors(bare, deit())
-    told, found = read(bare)
-    assert found.config.data.mean == (0.485, 0.456, 0.406) == told.assumed["config.data.mean"]
+    inferred, found = read(bare)
+    assert found.config.data.mean == (0.485, 0.456, 0.406) == inferred.assumed["config.data.mean"]
 
 
 def test_hugging_face_s_preprocessor_says_it_too(tmp_path):
@@ -78,9 +78,9 @@ def test_hugging_face_s_preprocessor_says_it_too(tmp_path):
 
 def test_another_mean_than_the_folder_s_is_refused_unless_it_is_asked_for(tmp_path):
     source = pretrained.find_source(pretrained.read_files(timm_folder(tmp_path / "hub")))
-    told = pretrained.tell_config(source)
-    other = dataclasses.replace(told.config.data, mean=(0.485, 0.456, 0.406))
-    config = dataclasses.replace(told.config, data=other)
+    inferred = pretrained.infer_config(source)
+    other = dataclasses.replace(inferred.config.data, mean=(0.485, 0.456, 0.406))
+    config = dataclasses.replace(inferred.config, data=other)
     with pytest.raises(
         ValueError, match=r"hub/config\.json says mean=\(0\.5, 0\.5, 0\.5\)"
     ) as raised:
@@ -112,9 +112,9 @@ def test_a_folder_of_another_network_or_of_odd_numbers_is_named(tmp_path, change
 
 def test_heads_that_timm_says_are_taken(tmp_path):
     folder = timm_folder(tmp_path / "hub", TIMM | {"model_args": {"num_heads": 6, "img_size": 32}})
-    told, found = read(folder)
-    assert found.config.teacher.heads == 6 == told.told["config.teacher.heads"]
-    assert "config.teacher.heads" not in told.assumed
+    inferred, found = read(folder)
+    assert found.config.teacher.heads == 6 == inferred.read["config.teacher.heads"]
+    assert "config.teacher.heads" not in inferred.assumed
 
 
 def training_file(path, **weights):
@@ -207,7 +207,7 @@ def test_a_part_that_no_config_fits_is_named(tmp_path, name, shape, what):
     source = pretrained.find_source(pretrained.read_files(tmp_path / "a.safetensors"))
     plain = tmp_path / "plain.safetensors"
     write_tensors(plain, deit())
-    config = pretrained.tell_config(pretrained.find_source(pretrained.read_files(plain))).config
+    config = pretrained.infer_config(pretrained.find_source(pretrained.read_files(plain))).config
     with pytest.raises(ValueError, match=r"no config of m2mKD's ViT has") as raised:
         pretrained.load(source, config)
     assert "give the config.teacher" not in str(raised.value)
@@ -226,6 +226,17 @@ def test_other_libraries_names_are_named(tmp_path):
         write_tensors(file, {name: np.ones((3, 3), np.float32)})
         with pytest.raises(ValueError, match=rf"a ViT under {whose} names, which are not"):
             read(file)
+
+
+def test_a_file_of_no_kind_is_named_with_the_nearest(tmp_path):
+    tensors = {name: x for name, x in deit().items() if not name.endswith("norm1.weight")}
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"(?s)a\.safetensors is of no kind .*'vmoe'") as raised:
+        read(tmp_path / "a.safetensors")
+    assert "Nearest is kind='meta':\n  blocks.*.norm1.weight is missing" in str(raised.value)
+    write_tensors(tmp_path / "b.safetensors", {"a.weight": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match=r"its tensors are called \['a\.weight'\]$"):
+        read(tmp_path / "b.safetensors")
 
 
 def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):

@@ -50,7 +50,7 @@ LAYERS = "tests/common_jax/test_attention.py tests/common_jax/test_mlp.py"
 DENSE = (
     "tests/common_jax/test_dense.py::test_the_precision_that_is_asked_for_holds_for_gradients_too"
 )
-CONVERT = "tests/m2mkd_jax/test_convert.py"
+CONVERT = "tests/m2mkd_jax/test_vit_names.py"
 LOADING = "tests/m2mkd_jax/test_loading.py"
 
 MISTAKES: tuple[Mistake, ...] = (
@@ -224,19 +224,19 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=STARTS,
     ),
     Mistake(
-        file="m2mkd_jax/convert.py",
+        file="common_jax/weights/entries.py",
         what="a norm's gain and bias take each other's place, both ways",
-        right='("norm2.weight", "norm2/scale", _AS_IS),\n'
-        '        ("norm2.bias", "norm2/bias", _AS_IS),',
-        wrong='("norm2.weight", "norm2/bias", _AS_IS),\n'
-        '        ("norm2.bias", "norm2/scale", _AS_IS),',
+        right='f"{target}/scale": copy(f"{source}.weight"),\n'
+        '        f"{target}/bias": copy(f"{source}.bias"),',
+        wrong='f"{target}/scale": copy(f"{source}.bias"),\n'
+        '        f"{target}/bias": copy(f"{source}.weight"),',
         tests=CONVERT,
     ),
     Mistake(
-        file="m2mkd_jax/convert.py",
-        what="experts in the order in which a file has them",
-        right="np.concatenate([experts[e] for e in range(count)])",
-        wrong="np.concatenate([*experts.values()])",
+        file="m2mkd_jax/models/vit_names.py",
+        what="the last expert is written first",
+        right="tuple(turn(x[e : e + 1]) for e in range(count))",
+        wrong="tuple(turn(x[e : e + 1]) for e in reversed(range(count)))",
         tests=CONVERT,
     ),
     Mistake(

@@ -23,7 +23,7 @@ DRAWS = " ".join(
 )
 PRIORS = "tests/m2mkd_jax/test_priors.py"
 REGULARIZERS = "tests/m2mkd_jax/test_regularizers.py"
-CONVERT = "tests/m2mkd_jax/test_convert_nac.py::test_every_tensor_has_its_name"
+CONVERT = "tests/m2mkd_jax/test_nac_names.py::test_every_tensor_has_its_name"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -244,22 +244,28 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{REGULARIZERS}::test_hinge_by_hand",
     ),
     Mistake(
-        "m2mkd_jax/convert_nac.py",
+        "m2mkd_jax/nac/names.py",
         "keys and values change places",
-        '("key_compiler.", "key/", _CODE_LINEAR),\n'
-        '    ("value_compiler.", "value/", _CODE_LINEAR),',
-        '("key_compiler.", "value/", _CODE_LINEAR),\n'
-        '    ("value_compiler.", "key/", _CODE_LINEAR),',
+        '("key_compiler.", "key/", layer),\n        ("value_compiler.", "value/", layer),',
+        '("key_compiler.", "value/", layer),\n        ("value_compiler.", "key/", layer),',
         CONVERT,
     ),
     Mistake(
-        "m2mkd_jax/convert_nac.py",
+        "m2mkd_jax/nac/names.py",
         "means and log-variances change places",
         '("code_to_state_mu.", "mean/", _DENSE),\n'
-        '    ("code_to_state_logvar.", "log_variance/", _DENSE),',
+        '        ("code_to_state_logvar.", "log_variance/", optional(_DENSE)),',
         '("code_to_state_mu.", "log_variance/", _DENSE),\n'
-        '    ("code_to_state_logvar.", "mean/", _DENSE),',
+        '        ("code_to_state_logvar.", "mean/", optional(_DENSE)),',
         CONVERT,
+    ),
+    Mistake(
+        "common_jax/weights/entries.py",
+        "what iterations share is not compared",
+        "if not np.array_equal(tensor, tensors[0]):",
+        "if tensor.shape != tensors[0].shape:",
+        "tests/m2mkd_jax/test_nac_names.py::"
+        "test_what_iterations_share_is_listed_for_each_and_kept_once",
     ),
     Mistake(
         "m2mkd_jax/families/circuit.py",

@@ -14,7 +14,7 @@ SEARCH = f"{TESTS}/test_decode.py::test_a_plain_search_finds_the_same"
 LOSSES = f"{TESTS}/test_losses.py"
 TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
-TABLES = f"{TESTS}/test_convert_towers.py"
+TABLES = f"{TESTS}/test_tower_names.py"
 NAMES = " ".join(
     f"{TABLES}::{name}"
     for name in (
@@ -245,35 +245,35 @@ MISTAKES: tuple[Mistake, ...] = (
         RESNET,
     ),
     Mistake(
-        "cliptrans_jax/convert.py",
+        "cliptrans_jax/translators/mbart_names.py",
         "the two norms of a layer change places",
-        'names.norm(f"{source}.self_attn_layer_norm", "attention_norm")',
-        'names.norm(f"{source}.final_layer_norm", "attention_norm")',
+        'entries.norm(f"{source}.self_attn_layer_norm", "attention_norm")',
+        'entries.norm(f"{source}.final_layer_norm", "attention_norm")',
         NUMBERS,
     ),
     Mistake(
-        "cliptrans_jax/convert_towers.py",
+        "cliptrans_jax/towers/clip_names.py",
         "the image tower's norms under OpenAI's names change places",
         'norm("visual.ln_pre", "pre_norm")',
         'norm("visual.ln_post", "pre_norm")',
         NAMES,
     ),
     Mistake(
-        "cliptrans_jax/convert_towers.py",
+        "cliptrans_jax/tensors/config_json.py",
         "the longest text stands under another key",
         '"positions": "max_position_embeddings"}',
         '"positions": "n_positions"}',
         NAMES,
     ),
     Mistake(
-        "cliptrans_jax/names.py",
+        "common_jax/weights/entries.py",
         "heads are the inner axis of a stacked attention",
         "x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1)",
         "x.reshape(3, -1, heads, *x.shape[1:]), (0, 2, 1), (-3, -2, -1)",
         NAMES,
     ),
     Mistake(
-        "cliptrans_jax/names.py",
+        "common_jax/weights/table.py",
         "a name is dropped for what it starts with",
         "if re.fullmatch(rx, name)",
         "if re.match(rx, name)",
