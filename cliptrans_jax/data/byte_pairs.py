@@ -17,7 +17,7 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """How CLIP cuts a text, by what `read_clip_files` returns; there are no control tokens.
+    """CLIP's way to cut a text, by what `read_clip_files` returns; there are no control tokens.
 
     Raises:
       ValueError: the library refuses the vocabulary.
@@ -39,7 +39,7 @@ def clip(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tok
 
 
 def trained(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """How a tokenizer that is trained here cuts a text: any text, as bytes, white space included.
+    """The way a tokenizer trained here cuts a text: any text, as bytes, white space included.
 
     Raises:
       ValueError: the library refuses the vocabulary, or it lacks a byte.

@@ -1,4 +1,4 @@
-"""Where sentences and pictures come from: the embedded emoji, Multi30k, WIT, WMT or COCO."""
+"""Sources of sentences and pictures: the embedded emoji, Multi30k, WIT, WMT or COCO."""
 
 import dataclasses
 import os
@@ -93,7 +93,7 @@ def load_corpus(
 
 
 def _language_problem(source: str, language: str) -> str | None:
-    """What is wrong with a language of a source; None for nothing."""
+    """The fault of a language for a source; None if there is none."""
     known = LANGUAGES.get(source)
     if known is None or language in known:
         return None

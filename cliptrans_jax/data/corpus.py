@@ -32,7 +32,7 @@ class Images(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to look for when picture `index` is bad."""
+        """The file to look for when picture `index` is bad."""
         ...
 
 

@@ -169,7 +169,7 @@ def groups() -> dict[str, str]:
 
 
 def base(emoji: str) -> str:
-    """What is left of an emoji without tone, gender, hair and direction; man, woman and person are
+    """The rest of an emoji without tone, gender, hair and direction; man, woman and person are
     one."""
     plain = "".join(c for c in emoji if c != PRESENTATION and c not in TONES)
     first, *rest = ("🧑" if part in PEOPLE else part for part in plain.split(JOINER))
@@ -177,7 +177,7 @@ def base(emoji: str) -> str:
 
 
 def is_flag(emoji: str) -> bool:
-    """Whether it is the flag of a country or of a part of one."""
+    """True if it is the flag of a country or of a part of one."""
     return "\U0001f1e6" <= emoji[0] <= "\U0001f1ff" or "\U000e007f" in emoji
 
 

@@ -1,5 +1,5 @@
-"""What a stage reads: which sentence goes to the encoder, which to the decoder, what features are
-taken of, and which tokens are dropped (CLIPTrans, src/dataset.py and src/multi30k.py)."""
+"""The examples of a stage: which sentence goes to the encoder, which to the decoder, what features
+are taken of, and which tokens are dropped (CLIPTrans, src/dataset.py and src/multi30k.py)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Tokens = Sequence[np.ndarray]  # int32 ids of sentences, framed
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig(Section):
-    """Which tokens of the encoder's sentence are dropped. Captioning stages drop always.
+    """The tokens of the encoder's sentence that are dropped. Captioning stages drop always.
 
     Attributes:
       mask_prob: probability of dropping a token; the language code and `</s>` always stay, so 1
@@ -132,7 +132,7 @@ def default_caption_language(pair: tuple[str, str]) -> str:
 
 
 def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
-    """Whether training leaves of the encoder's sentence but its frame."""
+    """True if training leaves nothing of the encoder's sentence but its frame."""
     return (stage.captioning or noise.train) and noise.mask_prob == 1
 
 
@@ -145,14 +145,14 @@ def drop_tokens(
 
 
 def keep_mask(draws: Float32[np.ndarray, "S"], mask_prob: float) -> Bool[np.ndarray, "S"]:
-    """Which tokens stay."""
+    """The tokens that stay."""
     kept = draws > np.float32(mask_prob)
     kept[0] = kept[-1] = True
     return kept
 
 
 def pad(sentences: Tokens, length: int, *, pad_id: int) -> Int32[np.ndarray, "B S"]:
-    """Sentences as rows of one array, padded behind.
+    """Sentences as rows of one array, with pads after them.
 
     Raises:
       ValueError: a sentence longer than `length`.

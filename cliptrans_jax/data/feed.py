@@ -1,5 +1,5 @@
-"""Batches of a stage: which sentences stand together, padded to few lengths, tokens dropped anew in
-every epoch.
+"""Batches of a stage: which sentences stand together, padded to few lengths, with other tokens
+dropped in every epoch.
 
 What stands where is a function of (seed, epoch, place) alone, and so is the length that a batch is
 padded to: all hosts agree on it without a word.
@@ -31,7 +31,7 @@ TRIVIAL = 2  # tokens of a source of which only language code and end are left
 
 @dataclasses.dataclass(frozen=True)
 class BatchingConfig(Section):
-    """How sentences come together.
+    """The grouping and padding of sentences.
 
     Attributes:
       bucket: batches are padded to this many tokens, or twice, four times as many and so on: few
@@ -63,7 +63,7 @@ class Inputs:
       features: a CLIP feature an example; None where the model takes none, or computes it.
       clip_tokens: what it computes it of, framed for the text tower; None elsewhere.
       pad: the id of padding in every tokenizer.
-      room: tokens that the model has positions for behind its prefix, which no batch is padded
+      room: tokens that the model has positions for after its prefix, which no batch is padded
         beyond.
       clip_room: the same of the text tower; None without `clip_tokens`.
     """

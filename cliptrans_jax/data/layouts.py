@@ -215,7 +215,7 @@ def load_wmt(root: Path, split: str, languages: Sequence[str], *, pair: tuple[st
 
 
 def _entries(folder: Path) -> str:
-    """What is in a folder, for a message."""
+    """The content of a folder, for a message."""
     return listed({p.name for p in folder.iterdir()}) if folder.is_dir() else "no such folder"
 
 

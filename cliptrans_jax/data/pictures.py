@@ -53,7 +53,7 @@ def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICT
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig(Section):
-    """How far a training picture is changed, at most; every change is drawn evenly up to there.
+    """The largest changes of a training picture; every change is drawn evenly up to there.
 
     Attributes:
       shift: of the side, in both directions.

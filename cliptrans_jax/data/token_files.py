@@ -27,7 +27,7 @@ def bounded(path: Path) -> Path:
 
 
 def added_message(path: Path, added: Sequence[str]) -> str:
-    """What to do about tokens that somebody added to a published tokenizer."""
+    """The message about tokens that somebody added to a published tokenizer."""
     more = f" and {len(added) - 5} more" if len(added) > 5 else ""
     return (
         f"{path} has tokens that the published tokenizer lacks: "

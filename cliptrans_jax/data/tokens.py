@@ -31,7 +31,7 @@ BYTES = 256
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """How sentences are cut into tokens.
+    """The tokenizer that cuts sentences.
 
     Attributes:
       kind: a key of KINDS.
@@ -133,7 +133,7 @@ def load_or_train_tokenizer(
 
 
 def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
-    """What a trained tokenizer was made from, and its pieces.
+    """The origin of a trained tokenizer, and its pieces.
 
     Raises:
       ValueError: the file is not as `_train` makes it.
@@ -159,7 +159,7 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 def _origin(
     config: TokenizerConfig, sentences: list[str] | None, languages: tuple[str, ...]
 ) -> dict:
-    """What a trained tokenizer is made from; sentences as a checksum."""
+    """The origin of a trained tokenizer; sentences as a checksum."""
     origin: dict = {"vocab": config.vocab, "languages": list(languages)}
     if sentences is not None:
         origin["sentences"] = zlib.crc32("\n".join(sentences).encode())

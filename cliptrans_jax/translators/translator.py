@@ -1,4 +1,4 @@
-"""What a translation network is to the rest of the code: its methods, and a record of the rest."""
+"""The protocol of a translation network, and the record of all else that other files need."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
