@@ -91,7 +91,7 @@ class ClipConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class SourcesConfig(Section):
-    """Where weights come from. Workdirs are those of runs, or steps in them.
+    """Sources of weights. Workdirs are those of runs, or steps in them.
 
     Attributes:
       model: workdir of an earlier stage, or a released CLIPTrans checkpoint; what a stage starts
@@ -107,7 +107,7 @@ class SourcesConfig(Section):
         "model_ema", or what stands before the names, such as "teacher.".
       fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
         then downloaded; nothing is otherwise.
-      fresh: regex of parameter paths that start anew even though `model` may have them.
+      fresh: regex of parameter paths that start fresh even though `model` may have them.
       leave: regex of parameter paths of `model` that may find no place.
     """
 
@@ -147,7 +147,7 @@ class SourcesConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe(Section):
-    """How one stage trains.
+    """The training of one stage.
 
     Attributes:
       optim: optimizer and length.
@@ -248,7 +248,7 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What networks compute in."""
+        """The type that networks compute in."""
         return PRECISIONS[self.precision]
 
     @property
@@ -259,18 +259,18 @@ class Config(Section):
     @property
     def sentence_limit(self) -> int:
         """Tokens that a sentence of the translation model is cut to: what the tokenizer takes, and
-        what the model has positions for behind its prefix."""
+        what the model has positions for after its prefix."""
         room = self.model.sizes.positions - self.model.mapper.prefix
         return min(self.tokenizer.limit, room)
 
     @property
     def has_prefix(self) -> bool:
-        """Whether the model takes features."""
+        """True if the model takes features."""
         return self.model.mapper.prefix > 0
 
     @property
     def encodes_texts(self) -> bool:
-        """Whether the step itself runs the text tower, where features are of texts."""
+        """True if the step itself runs the text tower, where features are of texts."""
         return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
     def apply_parity(self) -> "Config":
@@ -289,13 +289,13 @@ class Config(Section):
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
 
     def _check_lengths(self) -> None:
-        prefix, room = self.model.mapper.prefix, self.model.sizes.positions
+        count, room = self.model.mapper.prefix, self.model.sizes.positions
         longest = max(self.tokenizer.max_length or 3, self.decode.max_length)
-        if trains(self.stage) is not Trains.TOWERS and longest + prefix > room:
+        if trains(self.stage) is not Trains.TOWERS and longest + count > room:
             raise FieldError(
                 f"model.{self.model.translator}.positions={room} is less than the longest sentence "
                 f"of {longest} "
-                f"tokens and model.mapper.prefix={prefix}; set tokenizer.max_length or "
+                f"tokens and model.mapper.prefix={count}; set tokenizer.max_length or "
                 "decode.max_new_tokens"
             )
 

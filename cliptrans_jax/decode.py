@@ -9,7 +9,7 @@ with one beam it is greedy decoding. Its cost is that of the decoder's matrix pr
     slots of the cache, and a table says which slots a beam descends from; all others are hidden.
   - The cache starts short and grows in a few parts, each with a loop of its own, so that early
     steps do not attend to slots that are still empty. It is written in place.
-  - When half of the examples are done, the others go on in a batch half as large.
+  - When half of the examples are done, the others continue in a batch half as large.
   - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, and a softmax keeps
     their order, so only they are normalised.
 """
@@ -37,14 +37,14 @@ FIRST = 3  # length of the hypotheses that the first step reads
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Section):
-    """How translations are searched for; the defaults are the original's.
+    """The search for translations; the defaults are the original's.
 
     Attributes:
       beams: hypotheses followed at a time; 1 is greedy decoding.
       max_new_tokens: longest output, language code and `</s>` included.
       length_penalty: exponent of the length by which a hypothesis's log-probability is divided.
       early_stopping: ends an example's search as soon as `beams` hypotheses have ended; otherwise
-        it goes on while an open one could still be better than the worst of these.
+        it continues while an open one could still be better than the worst of these.
       batch: sentences decoded at a time, over all devices.
       bucket: sources are padded to this many tokens, or twice, four times as many and so on.
       growth: parts in which the cache of decoded tokens grows to its full length. More of them
@@ -86,7 +86,7 @@ class Hypotheses:
     """Finished translations of every example, best first.
 
     Attributes:
-      tokens: start token, language code, words; pads behind them, no end token.
+      tokens: start token, language code, words; then pads, no end token.
       lengths: of `tokens`.
       scores: sum of log-probabilities over length ** length_penalty; -inf where there are fewer.
     """
@@ -150,25 +150,32 @@ class Search:
         """The whole search; to be jitted.
 
         Args:
-          features: a CLIP feature an example; None where the model has no prefix.
+          features: one per example; None where the model has no prefix.
           source: source tokens with pads.
           language: the code that each translation starts with.
         """
         states = self.translator.encode(params, source)
         state, logits = self.start(params, features, source, states, language, steps=0)
+        # The first word is chosen without a step: its scores are those of the block that was read.
         state, _ = self.advance(state, logits)
+        # Each device halves its own examples: one that moved would take its cache along.
         shards = batch_shards()
         share = len(source) // shards
         finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
         halvings = min(self.config.halvings, (share & -share).bit_length() - 1)  # share's twos
         for halving in range(halvings + 1):
             if halving:
+                # The whole batch keeps what is finished; `rows` says where an example stands in it.
                 finished = put_rows(finished, state.finished, rows)
+                # Open examples come first, in their order. More than half are open only where the
+                # search has run all of its steps.
                 kept = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
                 kept = kept[:, : rows.shape[1] // 2]
                 rows = jnp.take_along_axis(rows, kept, axis=1)
                 source, state = take_rows(source, kept), take_rows(state, kept)
+            # The last batch runs until its last example is done.
             enough = rows.shape[1] // 2 if halving < halvings else 0
+            # A halved batch starts with the full cache: most of its steps are late ones.
             for steps in self.config.parts if not halving else self.config.parts[-1:]:
                 state = state.replace(cache=self._grow(state.cache, steps))
                 state = self._search(params, source, state, steps=steps, enough=enough)
@@ -183,8 +190,8 @@ class Search:
         steps: int,
         enough: int,
     ) -> SearchState:
-        """Goes on for as long as the cache of so many steps has room and more than `enough`
-        examples of a device are not done."""
+        """Steps for as long as the cache of so many steps has room and more than `enough` examples
+        of a device are not done."""
 
         def unfinished(state: SearchState) -> jax.Array:
             open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)
@@ -207,12 +214,13 @@ class Search:
         steps: int | None = None,
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
         """The state in which every beam is [start, language], all but the first with a score of
-        NEVER, and the scores of the token behind them; `steps` is for how many the cache has room,
-        by default for all."""
+        NEVER, and the scores of the token after them; the cache has room for `steps` steps, by
+        default for all."""
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
         logits = self.translator.call("logits", params, hidden[:, -1])
+        # All beams are the same hypothesis until the first choice; with NEVER the others lose it.
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
         sizes = self.translator.config.sizes
         tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
@@ -255,19 +263,21 @@ class Search:
         self, params: Params, source: Int[Array, "B S"], state: SearchState
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
         """Reads the last token of every beam: the state with it in the cache, and the scores of
-        the token behind it."""
+        the token after it."""
         beams, first = self.config.beams, self._slots(0)
         index = state.length - FIRST  # of the token among those decoded
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, 2, keepdims=False)
         own = jnp.arange(beams, dtype=jnp.int32)
+        # The keys of beam w are written as beam w's; `advance` carries this table to its heirs.
         origins = state.origins.at[:, :, index].set(own)
 
-        # Slot first + t * W + w holds the token that beam w decoded t-th.
+        # Slot first + t * W + w holds the token that beam w decoded t-th. A beam attends to it
+        # where its own t-th token is that of beam w, and to no slot of a step still to come.
         times = jnp.arange((cache_slots(state.cache) - first) // beams)
-        came = origins[:, :, : len(times), None] == own
-        heard = came & (times <= index)[:, None]
-        heard = heard.reshape(*heard.shape[:2], -1)
-        visible = jnp.pad(heard, ((0, 0), (0, 0), (first, 0)), constant_values=True)
+        descends = origins[:, :, : len(times), None] == own
+        descends = descends & (times <= index)[:, None]
+        descends = descends.reshape(*descends.shape[:2], -1)
+        visible = jnp.pad(descends, ((0, 0), (0, 0), (first, 0)), constant_values=True)
 
         call = self.translator.call
         hidden, cache = call(
@@ -291,7 +301,8 @@ class Search:
         eos = self.translator.config.sizes.eos
         totals, tokens = self._continuations(state, logits)
 
-        # The 2 W best over all beams, of which those that end take no place among the beams.
+        # The 2 W best over all beams, of which those that end take no place among the beams: each
+        # beam has one continuation that ends, so that W are left.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
         best, place = _top_k(totals.reshape(totals.shape[0], -1), count)
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
@@ -299,6 +310,7 @@ class Search:
         ends = token == eos
         finished = self._finish(state, best, beam, ends)
 
+        # The W best that do not end, in order: those that end are ranked after all others.
         rank = jnp.arange(count)
         order = jnp.argsort(jnp.where(ends, count + rank, rank), axis=1)[:, :beams]
         next_scores, next_tokens, next_beams = (
@@ -331,7 +343,8 @@ class Search:
         """Total scores and tokens of each beam's best continuations. At the last step only the end
         is left, and costs nothing."""
         count = min(2 * self.config.beams, logits.shape[-1])
-        # Both functions below read them: without this each would add the bias for itself.
+        # Both functions below read the logits. Without this XLA would fuse the addition of the bias
+        # into each of them and compute it twice.
         logits = jax.lax.optimization_barrier(logits)
         best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)

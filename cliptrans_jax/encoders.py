@@ -315,12 +315,12 @@ def _whole(batch: int, mesh: Mesh) -> int:
 
 
 def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
-    """What says which sentences these are."""
+    """Arrays that differ for any other sentences."""
     return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
 
 
 def _samples(images: Images) -> list[np.ndarray]:
-    """The pixels of some pictures, so that a folder filled anew under the same names is noticed;
+    """The pixels of some pictures, so that a folder with other files of the same names is noticed;
     reading all of them would take as long as computing their features."""
     chosen = sorted({0, len(images) // 2, len(images) - 1})
     try:

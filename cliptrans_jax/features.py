@@ -143,7 +143,7 @@ def cached(
     fingerprint: str,
     compute: Callable[[], Float32[np.ndarray, "B M"]],
 ) -> Float32[np.ndarray, "B M"]:
-    """What `compute()` gives, from `folder/name.npz` if that was made for the same fingerprint.
+    """The features of `compute()`, from `folder/name.npz` if that has the same fingerprint.
 
     Otherwise all hosts compute it and the first one writes the file, whole or not at all. Only the
     first host reads the file, so that the hosts agree and need not share a disk. A file that is cut
@@ -302,7 +302,7 @@ def _write(path: epath.Path, features: Float32[np.ndarray, "B M"], fingerprint: 
 def _from_first_host(
     features: Float32[np.ndarray, "B M"] | None,
 ) -> Float32[np.ndarray, "_ M"] | None:
-    """What the first host holds, on every host."""
+    """The array that the first host holds, on every host."""
     if jax.process_count() == 1:
         return features
     shape = (-1, -1) if features is None else features.shape

@@ -85,7 +85,7 @@ class LoadedModel:
             languages=((source, target),) * len(sentences),
             drops=False,
         )
-        features, tokens = self._features(sentences, pictures)
+        features, tokens = self._encode(sentences, pictures)
         inputs = Inputs(
             examples,
             features,
@@ -106,7 +106,7 @@ class LoadedModel:
         found = self.search(self.params, batches)
         return [found[index] for index in range(len(sentences))]
 
-    def _features(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
+    def _encode(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
         """Features and tokens for the text tower, one of them or neither."""
         if not self.config.has_prefix:
             return None, None

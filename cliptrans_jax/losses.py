@@ -50,7 +50,7 @@ def states_loss(
     A vocabulary is the widest thing of a step: the logits of 8,192 labels over 250,054 tokens are 8
     GB, and so is their gradient. Here a device takes the gradients of `chunk` labels while it has
     their logits, which are computed once, as without chunks. What devices know of the readout's
-    gradient is summed over them once, behind the last chunk. Pads cost nothing: they come last, and
+    gradient is summed over them once, after the last chunk. Pads cost nothing: they come last, and
     chunks of nothing else are not computed.
 
     Args:

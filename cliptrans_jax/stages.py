@@ -14,7 +14,7 @@ from cliptrans_jax.translators.translator import Architecture
 
 
 class Side(enum.Enum):
-    """What a CLIP feature is taken of."""
+    """The side of a pair that a CLIP feature is taken of."""
 
     IMAGE = "image"
     TEXT = "text"  # of the sentence that the encoder reads

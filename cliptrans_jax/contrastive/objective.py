@@ -26,7 +26,7 @@ class Learned:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """A loss of pairs of texts and images, any two pairs of a batch being no pair.
+    """A loss of the pairs of a batch, against all texts and images of it that are no pair.
 
     Attributes:
       loss: (texts (B, M), images (B, M), and the learned numbers by name) -> scalar.
@@ -40,7 +40,7 @@ class Contrastive:
 
     @property
     def takes_scale(self) -> bool:
-        """Whether config.clip.scale is read."""
+        """True if config.clip.scale is read."""
         return any(number.start is None for number in self.learned.values())
 
     def init(self, scale: float) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""How often texts and pictures find each other."""
+"""The share of texts and pictures that find each other."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -15,8 +15,6 @@ from cliptrans_jax.evaluators.evaluator import Evaluator
 from common_jax.ranking import rank_of
 from common_jax.step import Evaluate, make_evaluator
 
-Features = Float[Array, "B M"]
-
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
@@ -29,7 +27,7 @@ class PairSet:
       seed: of everything random.
     """
 
-    embed: Callable[[Any, Mapping[str, jax.Array]], tuple[Features, Features]]
+    embed: Callable[[Any, Mapping[str, jax.Array]], tuple[Float[Array, "B M"], Float[Array, "B M"]]]
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
     mesh: Mesh
     seed: int

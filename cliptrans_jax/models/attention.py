@@ -72,8 +72,7 @@ class CrossAttention(nn.Module):
     dtype: DTypeLike
 
     def setup(self):
-        features = (self.heads, self.width // self.heads)
-        self.query = _layer(self, features)
+        self.query = _layer(self, (self.heads, self.width // self.heads))
         self.memory = _split(self, 2)
         self.out = _join(self)
 
@@ -126,9 +125,9 @@ def _join(module: DecoderAttention | CrossAttention) -> nn.DenseGeneral:
 
 def _layer(
     module: DecoderAttention | CrossAttention,
-    features: int | tuple[int, ...],
+    shape: int | tuple[int, ...],
     axis: int | tuple[int, ...] = -1,
 ) -> nn.DenseGeneral:
     return nn.DenseGeneral(
-        features, axis, kernel_init=INIT, dtype=module.dtype, dot_general=dense.product
+        shape, axis, kernel_init=INIT, dtype=module.dtype, dot_general=dense.product
     )

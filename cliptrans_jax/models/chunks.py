@@ -37,7 +37,7 @@ def total_of_chunks(
     """loss(readout, states, labels), with gradients, in chunks of `chunk` labels a device.
 
     A chunk's gradients are taken while its logits are there, so that these are computed once, as
-    without chunks. What the devices know of the readout's gradient is summed over them once, behind
+    without chunks. What the devices know of the readout's gradient is summed over them once, after
     the last chunk. Pads cost nothing: a device has as many chunks as its other labels fill.
 
     Args:
@@ -66,7 +66,7 @@ def sum_chunks(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What `total_of_chunks` is asked for, but for its arrays."""
+    """Arguments of `total_of_chunks` that are no arrays."""
 
     loss: Loss
     pad: int
@@ -78,13 +78,13 @@ class _Task:
     ) -> tuple[jax.Array, Readout, jax.Array]:
         """The loss on one device, and its gradients by readout and states.
 
-        Labels come in an order with the pads behind, and chunks of nothing but pads are not
+        Labels come in an order with the pads last, and chunks of nothing but pads are not
         computed.
         """
         rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
         chunk = min(self.chunk, len(flat))
         order = jnp.argsort(flat == self.pad, stable=True)
-        # The last chunk is filled up with places behind the rows: read as zeros, never written.
+        # The last chunk is filled up with places after the rows: read as zeros, never written.
         order = jnp.pad(order, (0, -len(flat) % chunk), constant_values=len(flat))
 
         def add(number, carry):

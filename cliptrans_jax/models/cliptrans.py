@@ -207,7 +207,7 @@ class Translator:
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
         seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
         seen = seen.at[:, : 1 + count].set(True)
-        visible = prefix.visibility(seen, prefix=count, rule=config.prefix.mask)
+        visible = prefix.visibility(seen, count=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible
 
     @property
@@ -215,7 +215,7 @@ class Translator:
         return mapper.build(self.config.mapper, self.config.sizes.width, self.dtype)
 
     def call(self, method: str, params: Params, *arguments: Any, dropout: jax.Array | None = None):
-        """What a method of `Network` gives for the translator's parameters among `params`."""
+        """Calls a method of `Network` with the translator's parameters among `params`."""
         train = {"train": True} if dropout is not None else {}
         rngs = {} if dropout is None else {"dropout": dropout}
         variables = {"params": params[self.config.architecture.subtree]}

@@ -24,7 +24,7 @@ SLOPE = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class MapperConfig(Section):
-    """How a prefix comes about.
+    """The mapping network.
 
     Attributes:
       kind: "mlp", "hidden_mlp" or "transformer".
@@ -113,15 +113,15 @@ class _PRelu(nn.Module):
         return jnp.where(x >= 0, x, slope.astype(x.dtype) * x)
 
 
-def _cut(x: Float[Array, "B D"], prefix: int) -> Float[Array, "B {prefix} _"]:
+def _cut(x: Float[Array, "B D"], count: int) -> Float[Array, "B {count} _"]:
     x = constrain(x, "batch", "width")
-    return constrain(x.reshape(x.shape[0], prefix, -1), "batch", "tokens", "width")
+    return constrain(x.reshape(x.shape[0], count, -1), "batch", "tokens", "width")
 
 
-def _linear(fan_in: int, features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+def _linear(fan_in: int, fan_out: int, dtype: DTypeLike, name: str) -> nn.Dense:
     """An affine map that starts as PyTorch's does, uniform within 1 / sqrt(fan in)."""
     init = _uniform(1 / math.sqrt(fan_in))
-    return nn.Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)
+    return nn.Dense(fan_out, kernel_init=init, bias_init=init, dtype=dtype, name=name)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:
@@ -130,7 +130,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-# A third of the width, the hidden units of `up` and `down`, is 341 of 1,024: it cannot be split.
+# `up` and `down` have a third of the width as hidden units, 341 of 1,024, which cannot be split.
 PARTITION_RULES = (
     (r"/(project|out|down)/kernel$", P(None, "fsdp")),
     (r"/(hidden|up)/kernel$", P("fsdp", None)),

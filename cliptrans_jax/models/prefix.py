@@ -1,4 +1,4 @@
-"""Where a prefix stands among a decoder's slots, and which slots hear which (CLIPTrans,
+"""The place of a prefix among a decoder's slots, and which slots attend to which (CLIPTrans,
 src/models/model.py and its change to the decoder).
 
 Training reads `</s>`, the prefix, the language code and the words. The published decoding reads
@@ -23,12 +23,12 @@ ORIGINAL_KEYS = 10  # the original's mask opens slots 1 to 10, whatever the pref
 
 @dataclasses.dataclass(frozen=True)
 class PrefixConfig(Section):
-    """How a prefix is read.
+    """Layout and mask of a prefix.
 
     Attributes:
       layout: what decoding starts with: "training", `</s>` and then the prefix, or "original", the
         prefix and then `</s>`.
-      mask: which slots hear each other although they are later: "prefix", all of the prefix, or
+      mask: which slots attend to later ones: "prefix", those of the prefix to each other, or
         "original", slots 1 to 10, even where these hold words or pads. The two agree for a prefix
         of 10.
     """
@@ -40,7 +40,9 @@ class PrefixConfig(Section):
 def insert(
     embeddings: Float[Array, "B T D"], prefix: Float[Array, "B P D"]
 ) -> Float[Array, "B T+P D"]:
-    """The prefix behind the first slot: what the decoder reads in training."""
+    """The prefix after the first slot, as the decoder reads it in training."""
+    # The first slot, `</s>`, predicts the language code whatever the features are; from the second
+    # label on every prediction attends to the prefix.
     return jnp.concatenate([embeddings[:, :1], prefix, embeddings[:, 1:]], axis=1)
 
 
@@ -52,23 +54,27 @@ def insert_ignored(labels: Int[Array, "B T"], count: int) -> Int[Array, "B T+{co
 
 def remove(hidden: Float[Array, "B T D"], count: int) -> Float[Array, "B T-{count} D"]:
     """`insert` backwards: states without those of the prefix, none of which predicts a label."""
+    # Removed before the projection to the vocabulary, the widest product of a step.
     return jnp.concatenate([hidden[:, :1], hidden[:, 1 + count :]], axis=1)
 
 
-def visibility(mask: Bool[Array, "B T"], *, prefix: int, rule: str) -> Bool[Array, "B 1 T T"]:
-    """Which slots (last axis) each slot hears: no later ones, none outside `mask`, and
+def visibility(mask: Bool[Array, "B T"], *, count: int, rule: str) -> Bool[Array, "B 1 T T"]:
+    """The slots (last axis) that each slot attends to: no later ones, none outside `mask`, and
 
-    "prefix": slots 1 to `prefix` hear each other;
-    "original": all slots but the first hear slots 1 to 10, whatever `mask` says.
+    "prefix": slots 1 to `count` attend to each other;
+    "original": all slots but the first attend to slots 1 to 10, whatever `mask` says.
     """
     length = mask.shape[1]
     slots = jnp.arange(length)
     query, key = slots[:, None], slots[None, :]
-    heard = (key <= query) & mask[:, None, None, :]
+    earlier = (key <= query) & mask[:, None, None, :]
     if rule == "original":
-        return heard | ((query >= 1) & (key >= 1) & (key <= ORIGINAL_KEYS))
-    within = (query >= 1) & (key >= 1) & (key <= prefix)
-    return heard | (within & mask[:, None, None, :])
+        # Not cut by `mask`: with a shorter prefix, early words see later words and pads.
+        return earlier | ((query >= 1) & (key >= 1) & (key <= ORIGINAL_KEYS))
+    # All vectors of the prefix come from one feature and none is predicted from another, so there
+    # is no later one to hide.
+    within = (query >= 1) & (key >= 1) & (key <= count)
+    return earlier | (within & mask[:, None, None, :])
 
 
 def start_block(
@@ -77,7 +83,7 @@ def start_block(
     language: Float[Array, "B 1 D"],
     config: PrefixConfig,
 ) -> tuple[Float[Array, "B P+2 D"], Bool[Array, "1 1 P+2 P+2"]]:
-    """What decoding begins with, P + 2 slots, and which of them hear which.
+    """The P + 2 slots that decoding begins with, and which of them attend to which.
 
     Args:
       start, language: embeddings of `</s>` and of the language code, which is always the first
@@ -88,9 +94,10 @@ def start_block(
     first = (start, prefix) if config.layout == "training" else (prefix, start)
     block = jnp.concatenate([*first, language], axis=1)
     count = prefix.shape[1]
-    # A block without a prefix is read token by token, where no rule applies.
-    seen = jnp.ones((1, count + 1), bool)
+    # The original decodes without a prefix token by token, where its mask has no later slot to
+    # open; this block is read at once, so that its rule must not be applied.
     rule = config.mask if count else "prefix"
-    heard = visibility(seen, prefix=count, rule=rule)
-    grown = jnp.pad(heard, ((0, 0), (0, 0), (0, 1), (0, 1)))
-    return block, grown.at[:, :, -1, :].set(True)
+    # Its mask is made before the language code is chosen, so that the code's slot is not in it.
+    seen = jnp.ones((1, count + 1), bool)
+    visible = jnp.pad(visibility(seen, count=count, rule=rule), ((0, 0), (0, 0), (0, 1), (0, 1)))
+    return block, visible.at[:, :, -1, :].set(True)

@@ -172,7 +172,7 @@ def _count(params: Mapping[str, Any]) -> int:
 
 
 def is_run(source: str) -> bool:
-    """Whether it is a workdir, or a step in one, and no released file."""
+    """True if it is a workdir, or a step in one, and no released file."""
     try:
         checkpoint.find_step(source)
     except FileNotFoundError:

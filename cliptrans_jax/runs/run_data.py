@@ -1,4 +1,4 @@
-"""What a run reads: corpora, tokenizer and towers, and from them the inputs of its stage."""
+"""The data of a run: corpora, tokenizer and towers, and from them the inputs of its stage."""
 
 import dataclasses
 import functools
@@ -245,13 +245,13 @@ class RunData:
 
 
 def feature_side(config: Config, *, train: bool) -> Side:
-    """What features are taken of."""
+    """The side that features are taken of."""
     stage = STAGES[config.stage]
     return stage.train if train else SIDES[config.test_side] or stage.test
 
 
 def encodes_texts(config: Config) -> bool:
-    """Whether the model runs the text tower, be it only in evaluation."""
+    """True if the model runs the text tower, in training or in evaluation."""
     sides = {feature_side(config, train=train) for train in (True, False)}
     return config.encodes_texts and (config.unfreeze_clip or Side.TEXT in sides)
 

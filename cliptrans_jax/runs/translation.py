@@ -50,7 +50,7 @@ from common_jax.workdir import read_json, read_result
 
 
 def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the stage of the config, or goes on; then scores the test split.
+    """Trains the stage of the config, or resumes it; then scores the test split.
 
     Parameters are saved under the translator's subtree and "mapper", and under "clip" where the
     text tower trains.
@@ -146,7 +146,7 @@ def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a stage trains.
+    """The model that a stage trains.
 
     Attributes:
       config: of the run.

@@ -152,11 +152,11 @@ class Block(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """Images to features: the class token behind the blocks, normed and projected (CLIP,
+    """Images to features: the class token after the blocks, normed and projected (CLIP,
     CLIPVisionModelWithProjection).
 
     Features are not of unit length, and leave in float32 at least. Records under `intermediates`:
-    `embedded` (B, T, D) behind the first norm, `last_hidden` (B, T, D), `pooled` (B, D) behind the
+    `embedded` (B, T, D) after the first norm, `last_hidden` (B, T, D), `pooled` (B, D) after the
     last.
     """
 
@@ -196,8 +196,8 @@ class ClipText(nn.Module):
     """Token ids to features: the state of the end token, normed and projected (CLIP,
     CLIPTextModelWithProjection).
 
-    Every token hears itself and those before it. Features are not of unit length, and leave in
-    float32 at least. Records under `intermediates`: `last_hidden` (B, S, D) behind the last norm.
+    Every token attends to itself and those before it. Features are not of unit length, and leave in
+    float32 at least. Records under `intermediates`: `last_hidden` (B, S, D) after the last norm.
 
     Parameters: `words` (V, D), `positions` (positions, D), the blocks, `final_norm`, `projection`.
       An id outside the vocabulary gives NaN, not the row of another word.
@@ -216,7 +216,7 @@ class ClipText(nn.Module):
 
         Args:
           ids: the tokens; the end token is the largest id of a sentence.
-          mask: which of them are heard; None: all. Behind the end token it makes no difference.
+          mask: which of them are attended to; None: all. After the end it makes no difference.
 
         Raises:
           ValueError: for more tokens than there are positions.
@@ -244,7 +244,7 @@ class ClipText(nn.Module):
 
 
 def end_position(ids: Int[Array, "B S"]) -> Int[Array, "B"]:
-    """Where the end token stands: the first of a sentence's largest ids, so that end tokens may
+    """The place of the end token: the first of a sentence's largest ids, so that end tokens may
     serve as pads."""
     return jnp.argmax(ids, axis=1)
 

@@ -37,7 +37,7 @@ class MClipConfig(Section):
       eps: epsilon of every LayerNorm.
       pad: the id of a pad.
       features: width M of a feature.
-      dropout: rate in training, after the embeddings and behind each branch. Attention weights are
+      dropout: rate in training, after the embeddings and after each branch. Attention weights are
         never dropped.
       activation: a key of `ACTIVATIONS`.
     """
@@ -106,7 +106,7 @@ class Embeddings(nn.Module):
 
 
 class Block(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x)): norms stand behind the sums, as in BERT."""
+    """norm(x + attention(x)), then norm(x + mlp(x)): norms come after the sums, as in BERT."""
 
     config: MClipConfig
     dtype: DTypeLike
@@ -147,7 +147,7 @@ class MClip(nn.Module):
 
         Args:
           ids: the tokens.
-          mask: which of them are heard and averaged; a row without any has the mean 0.
+          mask: which of them are attended to and averaged; a row without any has the mean 0.
           train: drops out, with keys of the stream `dropout`.
 
         Raises:

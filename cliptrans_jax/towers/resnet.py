@@ -134,7 +134,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One query, the mean of all places, hears the places and itself (CLIP, AttentionPool2d).
+    """One query, the mean of all places, attends to the places and itself (CLIP, AttentionPool2d).
 
     Parameters: `positions` (places + 1, D) with the mean's first; `query`, `key`, `value` (D, D)
       and `out` (D, M), each with bias. The features leave in float32 at least.

@@ -17,7 +17,7 @@ Channels = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """How a text tower reads sentences.
+    """The way a text tower reads sentences.
 
     Attributes:
       tokenizer: kind of the tokenizer that is published with it.
@@ -32,7 +32,7 @@ class Sentences:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """How pictures are prepared for an image tower.
+    """The preparation of pictures for an image tower.
 
     Attributes:
       mean, std: of each channel, of pixels in [0, 1].

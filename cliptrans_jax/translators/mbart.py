@@ -75,7 +75,7 @@ class MBartConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """What a layer needs to know."""
+    """Sizes of a layer."""
 
     heads: int
     hidden: int
@@ -127,8 +127,8 @@ class DecoderLayer(nn.Module):
     ) -> Float[Array, "B T D"]:
         own, _ = self.attention(self.attention_norm(x), visible)
         x = x + self.drop(own, deterministic=not train)
-        heard = self.cross_attention(self.cross_attention_norm(x), states, states_visible)
-        x = x + self.drop(heard, deterministic=not train)
+        across = self.cross_attention(self.cross_attention_norm(x), states, states_visible)
+        x = x + self.drop(across, deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
         return constrain(x, "batch", "tokens", "width")
 
@@ -142,9 +142,9 @@ class DecoderLayer(nn.Module):
         """The same outside training, with keys and values kept."""
         own, memory = self.attention(self.attention_norm(x), visible)
         x = x + own
-        heard = self.cross_attention.remember(states)
-        x = x + self.cross_attention.recall(self.cross_attention_norm(x), heard, states_visible)
-        return x + self.mlp(self.mlp_norm(x)), (memory, heard)
+        source = self.cross_attention.remember(states)
+        x = x + self.cross_attention.recall(self.cross_attention_norm(x), source, states_visible)
+        return x + self.mlp(self.mlp_norm(x)), (memory, source)
 
     def extend(
         self,
@@ -155,11 +155,11 @@ class DecoderLayer(nn.Module):
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for further tokens, put into the cache from `slot` on."""
-        memory, heard = cache
+        memory, source = cache
         own, memory = self.attention.extend(self.attention_norm(x), memory, slot, visible)
         x = x + own
-        x = x + self.cross_attention.recall(self.cross_attention_norm(x), heard, states_visible)
-        return x + self.mlp(self.mlp_norm(x)), (memory, heard)
+        x = x + self.cross_attention.recall(self.cross_attention_norm(x), source, states_visible)
+        return x + self.mlp(self.mlp_norm(x)), (memory, source)
 
 
 class Encoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What a translation network is to the rest of the code: its methods, and a record of the rest."""
+"""The protocol of a translation network, and the record of all else that other files need."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -117,7 +117,8 @@ class Architecture:
       decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels.
       embedding, encoder, buffers: regexes of the paths, below the subtree, of the embedding that
         encoder and decoder share, of the rest of the encoder, and of what no training changes.
-      readout: names of the parameters that `logits` needs.
+      readout: names of the parameters that `logits` needs. It is given these alone, so that `setup`
+        may ask for others in submodules only.
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
       tokenizer: kind of the tokenizer that is published with it, which frames its sentences.
       settings: fields of its config that are no part of the weights.

@@ -187,8 +187,8 @@ def matrix(*rows):
 
 
 def visibility(mask, *, count, rule):
-    find = jax.jit(prefix.visibility, static_argnames=("prefix", "rule"))
-    return np.asarray(find(jnp.array([mask]), prefix=count, rule=rule))[0, 0]
+    find = jax.jit(prefix.visibility, static_argnames=("count", "rule"))
+    return np.asarray(find(jnp.array([mask]), count=count, rule=rule))[0, 0]
 
 
 def test_a_prefix_hears_itself_and_nothing_else_hears_what_comes_later():

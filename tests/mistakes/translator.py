@@ -58,8 +58,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{TRANSLATORS}/mbart.py",
         "what cross-attention gives is not dropped",
-        "x = x + self.drop(heard, deterministic=not train)",
-        "x = x + heard",
+        "x = x + self.drop(across, deterministic=not train)",
+        "x = x + across",
         DROPS,
     ),
     Mistake(
@@ -93,8 +93,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{MODELS}/prefix.py",
         "the last vector of the prefix is no part of it",
-        "(key >= 1) & (key <= prefix)",
-        "(key >= 1) & (key < prefix)",
+        "(key >= 1) & (key <= count)",
+        "(key >= 1) & (key < count)",
         READS,
     ),
     Mistake(
@@ -106,7 +106,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         f"{MODELS}/cliptrans.py",
-        "pads are heard",
+        "pads are attended to",
         "seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))",
         "seen = jnp.pad(given[:, 1:] >= 0, ((0, 0), (1 + count, 0)))",
         READS,

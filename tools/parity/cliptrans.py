@@ -89,7 +89,7 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
     visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
     if "inputs/decoder_attention_mask" in arrays:
         seen = jnp.asarray(arrays["inputs/decoder_attention_mask"]) > 0
-        visible = prefixes.visibility(seen, prefix=0, rule="original")
+        visible = prefixes.visibility(seen, count=0, rule="original")
     if "outputs/self_attn_visible" in arrays:
         wanted = arrays["outputs/self_attn_visible"]
         yield "visible", jnp.broadcast_to(visible, wanted.shape), wanted, *EXACT

@@ -1,0 +1,38 @@
+"""The contrastive loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343)."""
+
+import math
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from cliptrans_jax.contrastive.objective import Contrastive, Learned, Numbers, unit
+
+
+def sigmoid_loss(
+    texts: Float[Array, "B M"],
+    images: Float[Array, "B M"],
+    *,
+    log_scale: Float[Array, ""],
+    bias: Float[Array, ""],
+) -> Float[Array, ""]:
+    """SigLIP loss (algorithm 1):  -1/B sum_bc log sigmoid(z_bc (exp(log_scale) x_b . y_c + bias)).
+
+    z_bc = 1 where b = c, else -1; x and y are texts and images of unit length. Every text is
+    compared with every image by itself, so that no sum over the batch stands inside the logarithm.
+    """
+    logits = jnp.exp(log_scale) * (unit(texts) @ unit(images).T) + bias
+    signs = 2 * jnp.eye(len(texts), dtype=logits.dtype) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(texts)
+
+
+def _metrics(learned: Numbers) -> Numbers:
+    return {"scale": jnp.exp(learned["log_scale"]), "bias": learned["bias"]}
+
+
+# With t' = log 10 and b = -10 nearly all pairs start as what they are, which is no pair.
+SIGMOID = Contrastive(
+    loss=sigmoid_loss,
+    learned={"log_scale": Learned(start=math.log(10)), "bias": Learned(start=-10.0)},
+    metrics=_metrics,
+)
