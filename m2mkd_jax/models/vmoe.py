@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from common_jax.config import FieldError
 from common_jax.ranges import one_of, shown
 from m2mkd_jax.models import encoder, vit
-from m2mkd_jax.moe.layer import MoeConfig
+from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.stages import Network, Place
 
 
@@ -96,7 +96,7 @@ def build_students(
 
     The students are one network whose stages are trained apart: the first takes images, the others
     tokens of the meta model; all but the last give tokens of the meta model. Stochastic depth ramps
-    anew in every student.
+    from 0 in every student.
     """
     students = build(config, interface, stitch_width=meta_width, dtype=dtype)
     ramped = (encoder.ramp_drop_path(Network((stage,)), drop_path) for stage in students.stages)
@@ -153,12 +153,13 @@ def _stage_blocks(
     return stages
 
 
-# Experts lie on the expert axis and each of their matrices is split over fsdp along the width.
+# Experts are split over the expert axis, and each of their matrices over fsdp along the width.
+# Whatever a router has is small, and every device needs it whole for its own tokens.
 PARTITION_RULES = (
     (r"/moe/up$", P("expert", "fsdp")),
     (r"/moe/down$", P("expert", None, "fsdp")),
     (r"/moe/(up_bias|down_bias)$", P("expert")),
-    (r"/moe/router/kernel$", P()),
+    (r"/moe/router/", P()),
     (r"/(pre|post)_stitch/linear/kernel$", P("fsdp")),
     *vit.PARTITION_RULES,
 )

@@ -1,24 +1,26 @@
 """Moving tokens to their experts and back: y = sum over a token's pairs of weight * expert(token).
 
-Two ways. `dropless` serves every pair; `capacity` gives every expert a fixed number of slots a
-group and drops the pairs that find none, as V-MoE does. Which pairs there are, and in which order
-they are served, is the routers' matter.
+Two ways for pairs. `dropless` serves every pair; `capacity` gives every expert a fixed number of
+slots per group and drops the pairs that find none, as V-MoE does. Which pairs there are, and in
+which order they are served, is the routers' matter. `serve_slots` does the work of any router whose
+experts have slots.
 
 The mesh is the one that `jax.set_mesh` set: axes data, fsdp and expert, all Auto. The groups are
 split over all three, the experts over `expert`; without a mesh everything is local. On any mesh the
 results are those of the local computation, up to rounding.
 
-Axes: G groups, N tokens of a group, P pairs of a group, E experts, C slots, D width, F hidden.
+Axes: G groups, N tokens of a group, P pairs of a group, E experts, C slots of an expert in a group,
+R = G C rows of an expert, D width, F hidden.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
+from jax import numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from common_jax.mesh import AXES
 from common_jax.nn.mlp import gelu
@@ -33,14 +35,14 @@ def dropless(
 
     With e devices on the expert axis the tokens are gathered over it, every device computes the
     pairs of its own experts (and only those), and the partial sums are reduced and scattered back.
-    Sending each token only where it belongs would save nothing. Let a device hold n = G N / e
-    tokens. Shapes are static, and all n tokens of a device may want the same peer, so an all-to-all
-    that drops none has room for n rows a peer: every device sends (e - 1) n rows and receives as
-    many. The all-gather receives (e - 1) n rows a device too. On the way back the reduce-scatter
-    sends (e - 1) n rows a device, and so does the padded all-to-all.
+    Sending each token only where it belongs would save nothing. Let a device have n = G N / e
+    tokens. Shapes are static, and all n tokens of a device may choose experts of the same peer, so
+    an all-to-all that drops none has room for n rows per peer: every device sends (e - 1) n rows
+    and receives as many. The all-gather receives (e - 1) n rows per device too. On the way back the
+    reduce-scatter sends (e - 1) n rows per device, and so does the padded all-to-all.
     """
     del slots
-    y = _over_mesh(_dropless_local, x, routes, experts)
+    y = over_mesh(_dropless_local, x, routes, experts)
     return y, jnp.zeros((), routes.weight.dtype)
 
 
@@ -50,26 +52,77 @@ def capacity(
     """Each expert serves the first `slots` pairs of each group; returns y and the dropped share.
 
     Tokens are brought to slots and back by index (no one-hot products), and over the expert axis by
-    an all-to-all each way: G E C rows a device.
+    an all-to-all each way: G E C rows per device.
     """
-    y, dropped = _over_mesh(partial(_capacity_local, slots=slots), x, routes, experts)
+    y, dropped = over_mesh(partial(_capacity_local, slots=slots), x, routes, experts)
     return y, jnp.mean(dropped)
 
 
-Dispatcher = Callable[[Array, Routes, Experts, int], tuple[Array, Array]]
-DISPATCHERS: dict[str, Dispatcher] = {"dropless": dropless, "capacity": capacity}
+class Dispatcher(NamedTuple):
+    """An entry of `DISPATCHERS`.
+
+    run: from tokens, routes, experts and the slots of an expert to y and the dropped share.
+    grouped: whether the tokens of a group compete for slots.
+    """
+
+    run: Callable[[Array, Routes, Experts, int], tuple[Array, Array]]
+    grouped: bool
 
 
-def _over_mesh(
-    local: Callable[..., Any], x: Float[Array, "G N D"], routes: Routes, experts: Experts
+# The dispatchers, by the name in `config.model.moe.dispatch`.
+DISPATCHERS: dict[str, Dispatcher] = {
+    "dropless": Dispatcher(dropless, grouped=False),
+    "capacity": Dispatcher(capacity, grouped=True),
+}
+
+
+@runtime_checkable
+class Slots(Protocol):
+    """The slots of all experts on one device's groups: dispatch fills them, combine reads them."""
+
+    def dispatch(self, x: Float[Array, "G N D"]) -> Float[Array, "E R D"]:
+        """The rows that the experts compute, in the order of groups."""
+        ...
+
+    def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
+        """Each token's sum of answers, in float32 at least."""
+        ...
+
+
+def serve_slots(
+    x: Float[Array, "G N D"], slots: Slots, experts: Experts, *, peers: int
+) -> Float[Array, "G N D"]:
+    """combine(expert(dispatch(x))) for one device's groups; to be run by `over_mesh`.
+
+    Args:
+      x: its tokens.
+      slots: of all experts, on these groups.
+      experts: its own experts.
+      peers: devices on the expert axis.
+    """
+    rows = slots.dispatch(x)
+    # A device has its own groups' rows of all experts, and needs its own experts' rows of all
+    # groups: the all-to-all trades one for the other, and its inverse brings the answers back.
+    if peers > 1:
+        rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
+    hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
+    active = gelu(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))).astype(x.dtype)
+    answers = jnp.einsum("ERF,EFD->ERD", active, experts.down) + experts.down_bias[:, None]
+    if peers > 1:
+        answers = jax.lax.all_to_all(answers, "expert", split_axis=1, concat_axis=0, tiled=True)
+    return slots.combine(answers).astype(x.dtype)
+
+
+def over_mesh(
+    local: Callable[..., Any], x: Float[Array, "G N D"], routing: Any, experts: Experts
 ) -> Any:
-    """Runs `local(x, routes, experts, peers=size of the expert axis)` on every device's share.
+    """Runs `local(x, routing, experts, peers=size of the expert axis)` on every device's share.
 
-    What `local` returns must have the groups in front.
+    The leaves of `routing`, and what `local` returns, must have the groups as their first axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(x, routes, experts, peers=1)
+        return local(x, routing, experts, peers=1)
     if set(mesh.axis_names) != set(AXES):
         raise ValueError(
             f"the mesh has axes {mesh.axis_names}, the mixture of experts needs {AXES}; "
@@ -83,7 +136,7 @@ def _over_mesh(
         in_specs=(groups, groups, PartitionSpec("expert")),
         out_specs=groups,
         check_vma=False,
-    )(x, routes, experts)
+    )(x, routing, experts)
 
 
 def _dropless_local(
@@ -93,6 +146,8 @@ def _dropless_local(
     expert = routes.expert
     if peers > 1:
         x, routes = jax.lax.all_gather((x, routes), "expert", tiled=True)
+        # Counted from this device's first expert, so that pairs of other devices fall outside
+        # 0..mine-1, get no row, and cost nothing here.
         expert = routes.expert - mine * jax.lax.axis_index("expert")
     groups, tokens, width = x.shape
     token = (routes.token + tokens * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
@@ -101,45 +156,67 @@ def _dropless_local(
         expert.reshape(-1),
         tokens=groups * tokens,
         experts=mine,
+        # By the mean over all experts: which pairs are this device's is known only at run time.
         block=block_size(token.shape[0], mine * peers),
     )
     y = grouped_mlp(x.reshape(-1, width), routes.weight.reshape(-1), experts, rows)
     y = y.reshape(x.shape)
     if peers > 1:
+        # Every peer has a part of every token's sum: the sums are made where the tokens live.
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
     return y
+
+
+class PairSlots(NamedTuple):
+    """Slots that take one pair each, or none, in the order expert, group, slot.
+
+    token: `[E*G*C]` int32, among the tokens of all groups; beyond the last where there is no pair.
+    weight: `[E*G*C]`, of the answer; 0 where there is no pair.
+    groups, tokens, experts: G, N and E.
+    """
+
+    token: Int[Array, "slots"]
+    weight: Float[Array, "slots"]
+    groups: int
+    tokens: int
+    experts: int
+
+    def dispatch(self, x: Float[Array, "G N D"]) -> Float[Array, "E R D"]:
+        width = x.shape[-1]
+        rows = x.reshape(-1, width).at[self.token].get(mode="fill", fill_value=0)
+        return rows.reshape(self.experts, -1, width)
+
+    def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
+        width = answers.shape[-1]
+        # A token's answers are added one to another, and in bfloat16 256 + 1 is 256.
+        wide = jnp.promote_types(answers.dtype, jnp.float32)
+        weighted = (self.weight[:, None] * answers.reshape(-1, width)).astype(wide)
+        y = jnp.zeros((self.groups * self.tokens, width), wide)
+        y = y.at[self.token].add(weighted, mode="drop")
+        return y.reshape(self.groups, self.tokens, width)
 
 
 def _capacity_local(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, *, peers: int, slots: int
 ) -> tuple[Float[Array, "G N D"], Float[Array, "G"]]:
-    groups, tokens, width = x.shape
+    groups, tokens, _ = x.shape
     count = experts.up.shape[0] * peers
-    wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    # Slots stand in the order expert, group, slot, so that an expert's rows are one matrix.
+    # A pair's slot is its rank among the pairs of its expert in its group: earlier pairs win. With
+    # the expert as the slowest axis an expert's rows are one matrix.
     rank, _ = jax.vmap(partial(rank_in_expert, experts=count))(routes.expert)
     group = jnp.arange(groups, dtype=jnp.int32)[:, None]
     slot = (routes.expert * groups + group) * slots + rank
     slot = jnp.where(rank < slots, slot, count * groups * slots).reshape(-1)
     token = (group * tokens + routes.token).reshape(-1)
     pairs = jnp.arange(token.shape[0], dtype=jnp.int32)
-    # An empty slot points beyond the last token and the last pair: it reads zeros, writes nothing.
+    # Slots look up their pair, not pairs their slot: gathering rows is cheaper than scattering
+    # them. An empty slot points beyond the last token and pair: it reads zeros, writes nothing.
     empty = jnp.zeros(count * groups * slots, jnp.int32)
     slot_token = (empty + groups * tokens).at[slot].set(token, mode="drop")
     slot_pair = (empty + token.shape[0]).at[slot].set(pairs, mode="drop")
-
-    rows = x.reshape(-1, width).at[slot_token].get(mode="fill", fill_value=0)
-    rows = rows.reshape(count, groups * slots, width)
-    if peers > 1:
-        rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
-    hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
-    active = gelu(hidden.astype(wide)).astype(x.dtype)
-    rows = jnp.einsum("ERF,EFD->ERD", active, experts.down) + experts.down_bias[:, None]
-    if peers > 1:
-        rows = jax.lax.all_to_all(rows, "expert", split_axis=1, concat_axis=0, tiled=True)
     weight = routes.weight.reshape(-1).at[slot_pair].get(mode="fill", fill_value=0)
-    answers = (weight[:, None] * rows.reshape(-1, width)).astype(wide)
-    y = jnp.zeros((groups * tokens, width), wide).at[slot_token].add(answers, mode="drop")
+
+    taken = PairSlots(slot_token, weight, groups, tokens, count)
     dropped = jnp.mean(rank >= slots, axis=1, dtype=routes.weight.dtype)
-    return y.reshape(x.shape).astype(x.dtype), dropped
+    return serve_slots(x, taken, experts, peers=peers), dropped

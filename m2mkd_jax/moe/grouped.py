@@ -1,7 +1,7 @@
 """The expert MLPs on tokens sorted by expert: exactly the work that is there, whatever the routing.
 
-The pairs of each expert are laid in rows, and each expert's rows are filled up to whole blocks, so
-that a block has one expert. On CPU and GPU a loop goes over the blocks really in use (a trip count
+Rows are pairs sorted by expert, and each expert's rows are filled up to whole blocks, so that a
+block has one expert. On CPU and GPU a loop goes over the blocks really in use (a trip count
 known only at run time) and does the whole MLP of a block at once; its backward pass is written out
 here, because jax cannot differentiate such a loop backwards, and adds weight gradients in place.
 On TPU the same rows go through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot
@@ -37,7 +37,7 @@ class Experts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where every pair lies; R = blocks * block rows, all static, of which the first are in use.
+    """The row of every pair; R = blocks * block rows, all static, of which the first are in use.
 
     token: `[R]` int32; a row that holds no pair has a number of its own beyond the last token.
     pair: `[R]` int32, likewise.
@@ -71,17 +71,23 @@ def arrange(
 ) -> Rows:
     """Rows for the pairs of experts 0..experts-1; pairs of any other expert get none."""
     pairs = expert.shape[0]
+    # Enough for the worst routing, since shapes are static: every expert may leave one block
+    # partly empty.
     blocks = pairs // block + experts
+    # A counting sort: the rank within an expert, plus the rows of the experts before it.
     rank, sizes = rank_in_expert(expert, experts)
-    used = -(-sizes // block)
+    used = -(-sizes // block)  # blocks, rounded up
     ends = jnp.cumsum(used)
     first = jnp.take((ends - used) * block, expert, mode="clip")
     row = jnp.where((expert >= 0) & (expert < experts), first + rank, blocks * block)
+    # Rows without a pair get numbers that are all different, as `unique_indices` promises below,
+    # and out of bounds, so that they read zeros and write nothing.
     empty = jnp.arange(blocks * block, dtype=jnp.int32)
     number = jnp.arange(blocks)[:, None]
     return Rows(
         token=(tokens + empty).at[row].set(token, mode="drop"),
         pair=(pairs + empty).at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop"),
+        # A block is of the first expert whose blocks end after it; one beyond all is never used.
         expert=jnp.minimum(jnp.sum(ends <= number, axis=1), experts - 1).astype(jnp.int32),
         sizes=(used * block).astype(jnp.int32),
     )
@@ -110,7 +116,7 @@ def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> 
 
 
 class Products(NamedTuple):
-    """What the backward pass multiplies with: rows by a transposed matrix, rows by rows, sums."""
+    """The products of the backward pass: rows by a transposed matrix, rows by rows, sums."""
 
     times: Callable
     outer: Callable
@@ -126,10 +132,13 @@ def _backward_rows(
     products: Products,
 ) -> tuple[Array, Array, Experts]:
     """Gradients of sum(weight * mlp(x) * dy) by x, weight and the experts' parameters."""
+    # The gelu is computed again from the saved hidden values, which halves what is kept.
     wide = hidden.astype(_accumulator(x.dtype))
     cdf = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
     slope = cdf + wide * jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
     active = wide * cdf
+    # back is the gradient by `active` without the weight: with `active` itself it gives the
+    # weight's gradient, so that the answers of the forward pass need not be kept.
     back = products.times(dy, experts.down)
     dweight = jnp.sum(active * back, axis=-1) + jnp.sum(dy * experts.down_bias, axis=-1)
     dhidden = (weight[:, None] * back * slope).astype(x.dtype)
@@ -154,6 +163,8 @@ def _block_forward(
     block = rows.block
     row_weight = _pick(weight, rows.pair)
 
+    # A block's rows are gathered, multiplied and added to y at once, so that no array of all rows
+    # of width D is ever made; XLA updates the carry in place.
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         y, saved = carry
         token = jax.lax.dynamic_slice_in_dim(rows.token, i * block, block)
@@ -164,6 +175,7 @@ def _block_forward(
         y = _add(y, token, (w[:, None] * out).astype(y.dtype), unique=True)
         return y, jax.lax.dynamic_update_slice_in_dim(saved, hidden, i * block, 0)
 
+    # The trip count is data: blocks that no expert uses cost memory in `saved`, and no time.
     y = jnp.zeros(x.shape, _accumulator(x.dtype))
     saved = jnp.zeros((rows.token.shape[0], experts.up.shape[-1]), x.dtype)
     y, saved = jax.lax.fori_loop(0, jnp.sum(rows.sizes) // block, body, (y, saved))
@@ -200,6 +212,7 @@ def _block_backward(
         return (
             _add(dx, token, dx_rows, unique=True),
             _add(dweight, pair, dw.astype(dweight.dtype), unique=True),
+            # Only this block's expert is read and written, not the gradients of all experts.
             jax.tree.map(lambda total, part: total.at[expert].add(part), dexperts, d_one),
         )
 
@@ -222,6 +235,7 @@ def _ragged(
 
 
 def _for_all_rows(experts: Experts, rows: Rows) -> Experts:
+    # ragged_dot finds the matrices by the sizes; biases must be laid out row by row.
     expert = jnp.repeat(rows.expert, rows.block)
     return experts._replace(up_bias=experts.up_bias[expert], down_bias=experts.down_bias[expert])
 
@@ -235,6 +249,7 @@ def _ragged_forward(
     hidden, out = _forward_rows(_pick(x, rows.token), _for_all_rows(experts, rows), times)
     out = _pick(weight, rows.pair)[:, None] * out
     y = jnp.zeros(x.shape, _accumulator(x.dtype))
+    # Not unique here: a token has a row with each of its experts.
     y = _add(y, rows.token, out.astype(y.dtype), unique=False)
     # ragged_dot promises nothing about the rows beyond those in use.
     used = (jnp.arange(hidden.shape[0]) < jnp.sum(rows.sizes))[:, None]
@@ -252,6 +267,7 @@ def _ragged_backward(
     def outer(a: Array, b: Array) -> Array:
         return _ragged(a, b, rows.sizes, (0, 0), [])
 
+    # What ragged_dot leaves in unused rows may be NaN, which no weight of 0 would make 0 again.
     used = (jnp.arange(saved.shape[0]) < jnp.sum(rows.sizes))[:, None]
 
     def times(a: Array, b: Array) -> Array:
@@ -260,6 +276,7 @@ def _ragged_backward(
     products = Products(
         times=times,
         outer=outer,
+        # Sums per expert are a product with ones: the one grouped reduction that there is.
         total=lambda a: outer(jnp.ones((a.shape[0], 1), a.dtype), a)[:, 0],
     )
     dx_rows, dw, dexperts = _backward_rows(

@@ -1,4 +1,8 @@
-"""Who goes where: gate logits to (token, expert, weight) pairs, balance losses and router metrics.
+"""From gate logits to (token, expert, weight) pairs, balance losses and router metrics.
+
+A function that chooses takes (logits, chosen=A, slots=C, order=name in ORDERS): `slots` is read
+where experts choose, `chosen` and `order` where tokens do. It is a router once `ROUTERS` in
+config.py has it.
 
 Axes: G routing groups, N tokens of a group, E experts, A experts a token, P pairs of a group. The
 groups are routed apart from one another; the losses and metrics are taken over all tokens of the
@@ -29,7 +33,7 @@ class Routes(NamedTuple):
 
 
 def topk_softmax(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
-    """The `chosen` largest logits of a token, softmax over those alone (fastmoe naive gate)."""
+    """w = softmax(z over the A largest z of a token); A = `chosen` (fastmoe, naive gate)."""
     del slots
     _, expert = jax.lax.top_k(logits, chosen)
     weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
@@ -37,7 +41,7 @@ def topk_softmax(logits: Float[Array, "G N E"], *, chosen: int, slots: int, orde
 
 
 def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
-    """Softmax over all experts, its `chosen` largest entries, not renormalised (V-MoE)."""
+    """w = the A largest of softmax(z over all experts), not renormalised (V-MoE, eq. 1)."""
     del slots
     _, expert = jax.lax.top_k(logits, chosen)
     weight = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), expert, axis=-1)
@@ -45,9 +49,9 @@ def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, orde
 
 
 def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
-    """Each expert takes the `slots` tokens of its group with the largest softmax score.
+    """Expert e takes the C tokens n of its group with the largest w_ne = softmax_e(z_ne).
 
-    P = E * slots; a token may be taken by any number of experts, or by none (Zhou et al. 2022).
+    C = `slots`, P = E C; any number of experts may take a token, or none (Zhou et al. 2022).
     """
     del chosen, order
     scores = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), -1, -2)
@@ -57,22 +61,13 @@ def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, ord
     return Routes(*(_flat(leaf) for leaf in (token, expert.astype(jnp.int32), weight)))
 
 
-# Every router: (logits, chosen=A, slots=C, order=name in ORDERS) -> Routes. `slots` is read where
-# the experts choose, `chosen` and `order` where the tokens do.
-ROUTERS: dict[str, Callable[..., Routes]] = {
-    "topk_softmax": topk_softmax,
-    "softmax_topk": softmax_topk,
-    "expert_choice": expert_choice,
-}
-TOKEN_CHOICE = ("topk_softmax", "softmax_topk")
-
-
 def _by_position(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
     return jnp.broadcast_to(jnp.arange(logits.shape[1]), logits.shape[:2])
 
 
 def _by_probability(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
-    # log of the top softmax probability: the same order, and ties only where the gates tie.
+    # The log of the largest probability: the same order, and ties only where the gates tie. The
+    # order has no gradient, so none is computed through it.
     top = jnp.max(jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1), axis=-1)
     return jnp.argsort(-top, axis=-1, stable=True)
 
@@ -88,7 +83,8 @@ def _pairs(
     logits: Float[Array, "G N E"],
     order: str,
 ) -> Routes:
-    """Lines the pairs up: all first choices before all second ones, tokens in `order` in each."""
+    """The pairs in order of priority: all first choices before all second ones, tokens in `order`
+    in each."""
     token = ORDERS[order](logits).astype(jnp.int32)
     if order != "token":
         expert = jnp.take_along_axis(expert, token[..., None], axis=1)
@@ -107,6 +103,7 @@ def _flat(leaf: Array) -> Array:
 def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Array, "G N A"]]:
     """Experts and weights of every token, best choice first; for routers where tokens choose."""
     groups, pairs = routes.token.shape
+    # All choices have the tokens in one order, so that of the first undoes each.
     place = jnp.argsort(routes.token[:, : pairs // chosen], axis=-1)[:, None]
 
     def unsort(leaf: Array) -> Array:
@@ -123,6 +120,7 @@ def rank_in_expert(
 
     Pairs of an expert outside 0..experts-1 count for nobody; their own rank has no meaning.
     """
+    # A running count per expert: P E small integers, which sorting the pairs would not beat.
     mine = (expert[:, None] == jnp.arange(experts)).astype(jnp.int32)
     upto = jnp.cumsum(mine, axis=0)
     place = jnp.clip(expert, 0, experts - 1)[:, None]
@@ -148,8 +146,8 @@ def load_loss(
 ) -> Float[Array, ""]:
     """(std(L) / mean(L))^2 over experts, L_e = mean over tokens of P(e among the chosen).
 
-    The noise of one expert is thought drawn anew: P = 1 - Phi((threshold - logit_e) E / std), with
-    the token's threshold its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
+    P is taken over another draw of one expert's noise: P = 1 - Phi((threshold - logit_e) E / std),
+    where the token's threshold is its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
 
     std: as in `noisy`, positive.
     """
@@ -189,6 +187,6 @@ def load(routes: Routes, experts: int) -> Float[Array, "E"]:
 
 
 def entropy(logits: Float[Array, "... E"]) -> Float[Array, ""]:
-    """Mean over tokens of the entropy of softmax(logits), in nats: 0 (sure) to log E (no view)."""
+    """Mean over tokens of the entropy of softmax(logits), in nats: from 0 to log E."""
     log_gates = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.mean(jnp.sum(jnp.exp(log_gates) * log_gates, axis=-1))

@@ -14,7 +14,7 @@ from common_jax.mesh import AXES
 from m2mkd_jax.moe import grouped
 from m2mkd_jax.moe.dispatch import DISPATCHERS
 from m2mkd_jax.moe.grouped import Experts
-from m2mkd_jax.moe.routers import ROUTERS, Routes
+from m2mkd_jax.moe.routers import Routes, softmax_topk
 
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
 # These tests spend their time in the compiler.
@@ -80,7 +80,7 @@ def by_rows(engine, x, routes, experts):
 
 
 def dispatch(name, slots, x, routes, experts):
-    return DISPATCHERS[name](x, routes, experts, slots)[0]
+    return DISPATCHERS[name].run(x, routes, experts, slots)[0]
 
 
 # Two slots an expert and group drop a good part of the pairs (6 tokens, 8 experts, 2 choices).
@@ -106,7 +106,7 @@ def test_equals_a_loop_over_experts(way, routing):
 
 @partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def share_dropped(name, x, routes, experts):
-    return DISPATCHERS[name](x, routes, experts, 2)[1]
+    return DISPATCHERS[name].run(x, routes, experts, 2)[1]
 
 
 @pytest.mark.parametrize("routing", ["random", "all on one expert"])
@@ -250,7 +250,7 @@ def compiled_text(shape, name):
         groups = NamedSharding(mesh, P(AXES))
         x, routes = jax.device_put((x, routes), groups)
         experts = jax.device_put(experts, NamedSharding(mesh, P("expert")))
-        run = jax.jit(lambda *args: DISPATCHERS[name](*args, 2)[0])
+        run = jax.jit(lambda *args: DISPATCHERS[name].run(*args, 2)[0])
         return run.lower(x, routes, experts).compile().as_text()
 
 
@@ -270,7 +270,7 @@ def test_collectives_are_those_meant():
 def test_a_mesh_with_other_axes_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"needs \('data', 'fsdp', 'expert'\)"):
-        DISPATCHERS["dropless"](*make_inputs(dtype=np.float32), 0)
+        DISPATCHERS["dropless"].run(*make_inputs(dtype=np.float32), 0)
 
 
 def served(routes, slots, experts=2, tokens=4):
@@ -282,7 +282,7 @@ def served(routes, slots, experts=2, tokens=4):
         jnp.zeros((experts, 1, experts)),
         jnp.eye(experts),
     )
-    y, dropped = DISPATCHERS["capacity"](jnp.ones((1, tokens, experts)), routes, answers, slots)
+    y, dropped = DISPATCHERS["capacity"].run(jnp.ones((1, tokens, experts)), routes, answers, slots)
     return y[0], dropped
 
 
@@ -302,7 +302,7 @@ def test_capacity_drops_the_pairs_that_come_last():
 @pytest.mark.parametrize(("order", "kept"), [("token", [0, 1]), ("priority", [1, 3])])
 def test_batch_priority_keeps_the_tokens_with_the_highest_gates(order, kept):
     logits = jnp.array([[[1.0, 0.0], [4.0, 0.0], [2.0, 0.0], [3.0, 0.0]]])
-    routes = ROUTERS["softmax_topk"](logits, chosen=1, slots=2, order=order)
+    routes = softmax_topk(logits, chosen=1, slots=2, order=order)
     y, dropped = served(routes, 2)
     np.testing.assert_array_equal(np.flatnonzero(y[:, 0]), kept)
     assert dropped == 0.5

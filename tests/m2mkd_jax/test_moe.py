@@ -3,18 +3,22 @@
 import dataclasses
 import re
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from same import assert_close
 from scipy.special import softmax
 
 from common_jax.config import freeze
 from common_jax.mesh import AXES
 from m2mkd_jax.moe import routers
-from m2mkd_jax.moe.layer import BalanceConfig, MoeConfig, MoeMlp, check_moe
+from m2mkd_jax.moe.config import ROUTERS, BalanceConfig, MoeConfig, check_moe
+from m2mkd_jax.moe.layer import MoeMlp
+from m2mkd_jax.moe.routing import Router, RouterConfig
 
 B, T, D, F, E, A = 8, 5, 12, 20, 8, 2
 # These tests spend their time in the compiler.
@@ -210,6 +214,58 @@ def test_slots_go_to_the_first_or_the_surest_tokens_of_each_group(order, served)
     for row in y[..., 0]:
         np.testing.assert_array_equal(np.flatnonzero(row), served)
     assert wrote["dropped"] == 0.5
+
+
+class Blend(NamedTuple):
+    """A routing without pairs: token b,t gets the mean answer to it, scaled by its logit."""
+
+    logits: jax.Array
+
+    def mix(self, x, experts):
+        hidden = jnp.einsum("BTD,EDF->EBTF", x, experts.up)
+        y = jnp.mean(jnp.einsum("EBTF,EFD->EBTD", hidden, experts.down), axis=0)
+        return self.logits[..., None] * y, {"largest": jnp.max(self.logits)}
+
+    def losses(self):
+        return {"z": lambda: jnp.mean(self.logits**2)}
+
+    def choices(self):
+        return {"logits": self.logits}
+
+
+class FirstNumber(nn.Module):
+    """A gate of one parameter: it times the first number of a token."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x[..., 0] * self.param("gain", nn.initializers.ones, ())
+
+
+def test_a_router_without_pairs_is_an_entry_of_the_table(monkeypatch):
+    blend = Router(
+        config=RouterConfig,
+        gate=lambda config, name: FirstNumber(name=name),
+        route=lambda config, logits, key: Blend(logits),
+        balance=("z",),
+    )
+    monkeypatch.setitem(ROUTERS, "blend", blend)
+    layer, params, x = make(MoeConfig(router="blend", balance=BalanceConfig(z=0.5)))
+    assert params["router"].keys() == {"gain"}
+    y, wrote, _ = run(layer, params, x, train=True)
+    gates = np.asarray(x[..., 0]) * params["router"]["gain"]
+    up, down = params["up"], params["down"]
+    answers = [np.asarray(x) @ up[e] @ down[e] for e in range(E)]
+    np.testing.assert_allclose(y, gates[..., None] * np.mean(answers, axis=0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(wrote["moe"]["largest"], gates.max(), rtol=1e-6)
+    np.testing.assert_allclose(wrote["moe"]["balance_loss"], 0.5 * np.mean(gates**2), rtol=1e-5)
+    np.testing.assert_allclose(wrote["routing"]["logits"], gates, rtol=1e-6)
+    assert set(wrote["moe"]) == {"largest", "balance_loss"}
+    message = r"^chosen=1 must be 2 with router='blend', which does not .* such as 'topk_softmax'"
+    with pytest.raises(ValueError, match=message):
+        MoeConfig(router="blend", chosen=1)
+    with pytest.raises(ValueError, match=r"^balance\.load=0\.5 must be 0 .* has only z; "):
+        MoeConfig(router="blend", balance=BalanceConfig(load=0.5))
+    assert MoeConfig(router="blend", experts=1).experts == 1  # fewer than the default of `chosen`
 
 
 def test_nothing_is_written_unless_asked_for():

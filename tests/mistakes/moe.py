@@ -86,8 +86,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="m2mkd_jax/moe/dispatch.py",
         what="answers summed in the type of the tokens",
-        right="wide = jnp.promote_types(x.dtype, jnp.float32)",
-        wrong="wide = x.dtype",
+        right="wide = jnp.promote_types(answers.dtype, jnp.float32)",
+        wrong="wide = answers.dtype",
         tests=SLOTS,
     ),
     Mistake(
@@ -98,24 +98,24 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=ROWS,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="slots rounded down",
         right="math.ceil(self.capacity_factor",
         wrong="math.floor(self.capacity_factor",
         tests=LAYER,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="the order of priority is ignored",
         right="order=config.order",
         wrong='order="token"',
         tests=LAYER,
     ),
     Mistake(
-        file="m2mkd_jax/moe/layer.py",
+        file="m2mkd_jax/moe/pairs.py",
         what="noise for every router",
-        right='return self.router == "softmax_topk" and self.noise_std > 0',
-        wrong="return self.noise_std > 0",
+        right="noisy=lambda config: noisy and config.noise_std > 0",
+        wrong="noisy=lambda config: config.noise_std > 0",
         tests=LAYER,
     ),
     Mistake(

@@ -1,0 +1,150 @@
+"""The choices of a mixture-of-experts layer, and the tables that its fields name."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Annotated
+
+from common_jax.config import FieldError, Section
+from common_jax.mesh import AXES
+from common_jax.ranges import NonNegative, key_of, one_of, shown
+from m2mkd_jax.moe.pairs import PairsConfig, pair_router
+from m2mkd_jax.moe.routers import expert_choice, softmax_topk, topk_softmax
+from m2mkd_jax.moe.routing import Router
+
+# The routers, by the name in `config.model.moe.router`.
+ROUTERS: dict[str, Router] = {
+    "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z")),
+    "softmax_topk": pair_router(softmax_topk, ("importance", "load", "gshard", "z"), noisy=True),
+    "expert_choice": pair_router(expert_choice, ("z",), tokens_choose=False),
+}
+
+# Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
+# three-dimensional tensor, whose fan-in comes out as d_in * d_out; fan_in is a linear layer's rule.
+EXPERT_INITS = MappingProxyType(
+    {
+        "fastmoe": lambda d_in, d_out: 1 / math.sqrt(d_in * d_out),
+        "fan_in": lambda d_in, d_out: 1 / math.sqrt(d_in),
+    }
+)
+
+
+@dataclass(frozen=True)
+class BalanceConfig(Section):
+    """Weights of the balance losses in the training loss; at 0 a loss is not computed."""
+
+    importance: NonNegative = 0.0
+    load: NonNegative = 0.0
+    gshard: NonNegative = 0.0
+    z: NonNegative = 0.0
+
+    def active(self) -> dict[str, float]:
+        weights = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+@dataclass(frozen=True)
+class MoeConfig(PairsConfig):
+    """The choices of a mixture-of-experts layer; the defaults are the m2mKD students' (fastmoe).
+
+    experts, chosen: E and A. Where experts choose, `chosen` is the mean number per token.
+    router: see `ROUTERS`.
+    order, noise_std: see routers.py; the noise is drawn in training by softmax_topk.
+    dispatch: see `DISPATCHERS`.
+    capacity_factor: slots of an expert = capacity_factor * (tokens of a group) * A / E, rounded up.
+    groups: routing groups of a batch, for capacity and expert_choice; a whole number of groups per
+        device. Token choice without drops has no use for groups.
+    router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
+    expert_init: see `EXPERT_INITS`.
+
+    Raises FieldError for a value out of range or unknown.
+    """
+
+    router: Annotated[str, key_of(lambda: ROUTERS)] = "topk_softmax"
+    expert_init: Annotated[str, one_of(*EXPERT_INITS)] = "fastmoe"
+    balance: BalanceConfig = BalanceConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        router = ROUTERS[self.router]
+        self._refuse_fields_of_other_routers()
+        router.config.check(self)
+        for name, weight in self.balance.active().items():
+            if name not in router.balance:
+                raise FieldError(
+                    f"balance.{name}={weight} must be 0 with router={self.router!r}, which has "
+                    f"only {', '.join(router.balance) or 'none'}; set it to 0 or change the router"
+                )
+        if self.balance.load and not self.noise_std:
+            raise FieldError(
+                f"balance.load={self.balance.load} must be 0 where noise_std is 0, since the load "
+                "loss is a probability under that noise: set one to 0 or raise the other"
+            )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tokens of a group compete, so that it matters what a group is."""
+        return ROUTERS[self.router].grouped(self)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training draws noise for the gate."""
+        return ROUTERS[self.router].noisy(self)
+
+    def _refuse_fields_of_other_routers(self) -> None:
+        own = {field.name for field in fields(ROUTERS[self.router].config)}
+        for name, other in ROUTERS.items():
+            for field in fields(other.config):
+                value = getattr(self, field.name)
+                if field.name not in own and value != field.default:
+                    raise FieldError(
+                        f"{field.name}={shown(value)} must be {field.default!r} with "
+                        f"router={self.router!r}, which does not read it: leave it out, or take a "
+                        f"router that does, such as {name!r}"
+                    )
+
+
+def _require(holds: bool, key: str, value: object, expected: str, way_out: str) -> None:
+    if not holds:
+        raise ValueError(f"config.model.moe.{key}={value} must be {expected}; {way_out}")
+
+
+def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> None:
+    """Raises ValueError if the layer cannot run for this batch on this mesh; nothing is compiled.
+
+    Args:
+      config: of the layer.
+      mesh_shape: sizes by axis name; an axis that is not named has size 1.
+      batch: examples in the global batch.
+    """
+    expert_axis = mesh_shape.get("expert", 1)
+    devices = math.prod(mesh_shape.get(axis, 1) for axis in AXES)
+    _require(
+        config.experts % expert_axis == 0,
+        "experts",
+        config.experts,
+        f"a multiple of the mesh's expert axis, {expert_axis}",
+        "change config.mesh.expert or config.model.moe.experts",
+    )
+    if not config.grouped:
+        if batch % devices:
+            raise ValueError(
+                f"a batch of {batch} examples must be a multiple of the mesh's {devices} devices; "
+                "change config.mesh or the batch size"
+            )
+        return
+    _require(
+        config.groups % devices == 0,
+        "groups",
+        config.groups,
+        f"a multiple of the mesh's {devices} devices",
+        "change config.mesh or config.model.moe.groups",
+    )
+    _require(
+        batch % config.groups == 0,
+        "groups",
+        config.groups,
+        f"a divisor of the batch, {batch} examples",
+        "change the batch size or config.model.moe.groups",
+    )

@@ -1,0 +1,158 @@
+"""Routers that choose pairs of token and expert: their fields, their gate, and their routing.
+
+The functions that choose are in routers.py, moving the tokens is in dispatch.py.
+
+Axes: B examples, T tokens, G routing groups, N tokens of a group, E experts, A experts a token.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from common_jax.config import FieldError
+from common_jax.nn.mlp import INIT
+from common_jax.ranges import NonNegative, Positive, Size, one_of
+from m2mkd_jax.moe import routers
+from m2mkd_jax.moe.dispatch import DISPATCHERS
+from m2mkd_jax.moe.grouped import Experts
+from m2mkd_jax.moe.routing import Router, RouterConfig
+
+
+@dataclass(frozen=True)
+class PairsConfig(RouterConfig):
+    """The fields of `config.model.moe` that routers of pairs read; see `MoeConfig`."""
+
+    chosen: Size = 2
+    order: Annotated[str, one_of(*routers.ORDERS)] = "token"
+    noise_std: NonNegative = 1.0
+    dispatch: Annotated[str, one_of(*DISPATCHERS)] = "dropless"
+    capacity_factor: Positive = 1.25
+    groups: Size = 1
+    router_bias: bool = True
+
+    def check(self) -> None:
+        if self.chosen > self.experts:
+            raise FieldError(
+                f"chosen={self.chosen} must be from 1 to experts={self.experts}; change either"
+            )
+
+    def slots(self, tokens: int) -> int:
+        """Slots of an expert in a group of so many tokens: C."""
+        return min(tokens, math.ceil(self.capacity_factor * tokens * self.chosen / self.experts))
+
+
+@dataclass(frozen=True)
+class PairRouting:
+    """The pairs of a batch, and the logits that they come from.
+
+    Attributes:
+      config: the fields that were read.
+      routes: the pairs.
+      clean: logits without noise.
+      logits: those that the pairs were chosen by.
+      noise: whether noise was drawn.
+      tokens_choose: whether tokens choose experts, every token the same number.
+      batch: B and T.
+    """
+
+    config: PairsConfig
+    routes: routers.Routes
+    clean: Float[Array, "G N E"]
+    logits: Float[Array, "G N E"]
+    noise: bool
+    tokens_choose: bool
+    batch: tuple[int, ...]
+
+    def mix(
+        self, x: Float[Array, "B T D"], experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
+        """y_n = sum over the pairs of token n of weight * expert(x_n), by the config's dispatcher;
+        metrics load `[E]`, dropped and entropy."""
+        groups, tokens, count = self.logits.shape
+        y, dropped = DISPATCHERS[self.config.dispatch].run(
+            x.reshape(groups, tokens, -1), self.routes, experts, self.config.slots(tokens)
+        )
+        metrics = {
+            "load": routers.load(self.routes, count),
+            "dropped": dropped,
+            "entropy": routers.entropy(self.clean),
+        }
+        return y.reshape(x.shape), metrics
+
+    def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
+        """The four losses of routers.py; load only where noise was drawn, since it is a probability
+        under that noise."""
+        config, clean, logits = self.config, self.clean, self.logits
+        load = partial(routers.load_loss, clean, logits, chosen=config.chosen, std=config.noise_std)
+        return {
+            "importance": partial(routers.importance_loss, clean),
+            **({"load": load} if self.noise else {}),
+            "gshard": partial(routers.gshard_loss, logits),
+            "z": partial(routers.z_loss, clean),
+        }
+
+    def choices(self) -> Mapping[str, Array]:
+        """expert and weight `[B, T, A]`, logits `[B, T, E]`, where tokens choose."""
+        if not self.tokens_choose:
+            return {}
+        expert, weight = routers.by_token(self.routes, self.config.chosen)
+        found = {"expert": expert, "weight": weight, "logits": self.logits}
+        return {name: value.reshape(*self.batch, -1) for name, value in found.items()}
+
+
+def linear_gate(config: PairsConfig, name: str) -> nn.Module:
+    """logits = x kernel + bias, in the type of x."""
+    return nn.Dense(
+        config.experts,
+        use_bias=config.router_bias,
+        # A TPU would multiply float32 in bfloat16 otherwise.
+        precision=jax.lax.Precision.HIGHEST,
+        kernel_init=INIT,
+        name=name,
+    )
+
+
+Choose = Callable[..., routers.Routes]
+
+
+def pair_router(
+    choose: Choose, balance: tuple[str, ...], *, noisy: bool = False, tokens_choose: bool = True
+) -> Router:
+    """The entry of ROUTERS for a function of routers.py.
+
+    Args:
+      choose: (logits, chosen=A, slots=C, order=name in ORDERS) -> Routes.
+      balance: the balance losses that mean something for it.
+      noisy: whether training adds noise of `noise_std` to the logits.
+      tokens_choose: whether tokens choose experts; else experts choose tokens, which compete then.
+    """
+
+    def grouped(config: PairsConfig) -> bool:
+        return not tokens_choose or DISPATCHERS[config.dispatch].grouped
+
+    def route(
+        config: PairsConfig, logits: Float[Array, "B T E"], key: PRNGKeyArray | None
+    ) -> PairRouting:
+        # Without competition any grouping gives the same; by example it needs no reshaping.
+        groups = config.groups if grouped(config) else logits.shape[0]
+        clean = logits.reshape(groups, -1, config.experts)
+        drawn = clean if key is None else routers.noisy(clean, key, config.noise_std)
+        slots = config.slots(clean.shape[1])
+        routes = choose(drawn, chosen=config.chosen, slots=slots, order=config.order)
+        batch = logits.shape[:2]
+        return PairRouting(config, routes, clean, drawn, key is not None, tokens_choose, batch)
+
+    return Router(
+        config=PairsConfig,
+        gate=linear_gate,
+        route=route,
+        balance=balance,
+        noisy=lambda config: noisy and config.noise_std > 0,
+        grouped=grouped,
+    )
