@@ -19,7 +19,7 @@ from m2mkd_jax.moe.routers import Routes, softmax_topk
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
 # These tests spend their time in the compiler.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-route = jax.jit(ROUTERS["softmax_topk"], static_argnames=("chosen", "slots", "order"))
+route = jax.jit(softmax_topk, static_argnames=("chosen", "slots", "order"))
 MESHES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
 
 

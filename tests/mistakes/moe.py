@@ -17,12 +17,12 @@ SLOTS = (
     "tests/m2mkd_jax/test_dispatch.py::test_bfloat16_is_summed_in_float32"
 )
 LAYER = " ".join(
-    f"tests/m2mkd_jax/test_moe.py::{name}"
+    f"tests/m2mkd_jax/{name}"
     for name in (
-        "test_slots_are_the_fair_share_times_the_factor_rounded_up",
-        "test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
-        "test_other_routers_draw_no_noise",
-        "test_the_gate_is_exact_whatever_the_type_of_tokens",
+        "test_moe_config.py::test_slots_are_the_fair_share_times_the_factor_rounded_up",
+        "test_moe.py::test_slots_go_to_the_first_or_the_surest_tokens_of_each_group",
+        "test_moe.py::test_other_routers_draw_no_noise",
+        "test_moe.py::test_the_gate_is_exact_whatever_the_type_of_tokens",
     )
 )
 STARTS = "tests/m2mkd_jax/test_encoder.py::test_every_parameter_starts_as_the_original_s"
