@@ -81,11 +81,11 @@ class Slots(Protocol):
     """The slots of all experts on one device's groups: dispatch fills them, combine reads them."""
 
     def dispatch(self, x: Float[Array, "G N D"]) -> Float[Array, "E R D"]:
-        """What the experts are given, rows in the order of groups."""
+        """The rows that the experts compute, in the order of groups."""
         ...
 
     def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
-        """What the tokens get of the experts' answers, summed in float32 at least."""
+        """Each token's sum of answers, in float32 at least."""
         ...
 
 

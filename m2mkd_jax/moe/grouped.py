@@ -37,7 +37,7 @@ class Experts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where every pair lies; R = blocks * block rows, all static, of which the first are in use.
+    """The row of every pair; R = blocks * block rows, all static, of which the first are in use.
 
     token: `[R]` int32; a row that holds no pair has a number of its own beyond the last token.
     pair: `[R]` int32, likewise.
@@ -116,7 +116,7 @@ def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> 
 
 
 class Products(NamedTuple):
-    """What the backward pass multiplies with: rows by a transposed matrix, rows by rows, sums."""
+    """The products of the backward pass: rows by a transposed matrix, rows by rows, sums."""
 
     times: Callable
     outer: Callable

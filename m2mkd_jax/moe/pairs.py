@@ -57,7 +57,7 @@ class PairRouting:
       clean: logits without noise.
       logits: those that the pairs were chosen by.
       noise: whether noise was drawn.
-      tokens_choose: whether every token has as many experts.
+      tokens_choose: whether tokens choose experts, every token the same number.
       batch: B and T.
     """
 

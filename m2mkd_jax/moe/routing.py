@@ -54,7 +54,7 @@ class Routing(Protocol):
         ...
 
     def choices(self) -> Mapping[str, Array]:
-        """What the router decided, `[B, T, ...]` by name, for the collection `routing`."""
+        """The router's decisions, `[B, T, ...]` by name, for the collection `routing`."""
         ...
 
 

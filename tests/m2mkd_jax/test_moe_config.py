@@ -1,12 +1,16 @@
 """The choices of a mixture of experts: defaults, slots, and what is refused."""
 
+import ast
 import dataclasses
+import pathlib
 import re
 
 import pytest
 
+import m2mkd_jax
 from common_jax.config import freeze
-from m2mkd_jax.moe.config import BalanceConfig, MoeConfig, check_moe
+from m2mkd_jax.losses import DISTILLATIONS
+from m2mkd_jax.moe.config import ROUTERS, BalanceConfig, MoeConfig, check_moe
 
 VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
 
@@ -14,7 +18,7 @@ VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", g
 def test_the_defaults_are_the_students():
     moe = dataclasses.asdict(MoeConfig())
     assert moe.pop("balance") == {"importance": 0.0, "load": 0.0, "gshard": 0.0, "z": 0.0}
-    assert moe == {
+    expected = {
         "experts": 8,
         "chosen": 2,
         "router": "topk_softmax",
@@ -26,6 +30,8 @@ def test_the_defaults_are_the_students():
         "router_bias": True,
         "expert_init": "fastmoe",
     }
+    # Fields that other routers bring are theirs to test.
+    assert {name: moe[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -128,3 +134,16 @@ def test_check_moe_passes_what_runs():
     assert check_moe(MoeConfig(), MESH, 16) is None
     assert check_moe(VMOE, MESH, 16) is None
     assert check_moe(MoeConfig(experts=3), {}, 5) is None
+
+
+def test_no_other_file_asks_for_a_router_s_name():
+    names = ROUTERS.keys() - DISTILLATIONS.keys()  # "soft" is a kind of distillation, too
+    package = pathlib.Path(m2mkd_jax.__file__).parent
+    asking = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert len(names) >= 3
+    assert asking == {"moe/config.py"}
