@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
+from meshes import idle_rules
 from tiny import QUICK, unoptimised
 
 from cliptrans_jax.decode import DecodeConfig, Search
@@ -22,7 +23,7 @@ from cliptrans_jax.stages import STAGES, trainable
 from cliptrans_jax.translators.table import TRANSLATORS
 from cliptrans_jax.translators.translator import Architecture, Network, Sizes
 from common_jax.config import Section
-from common_jax.mesh import MeshConfig, idle_rules, make_mesh, match_rules
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
 PAD, END, START, LIMIT = 0, 3, 4, 6
 
