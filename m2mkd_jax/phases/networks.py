@@ -17,10 +17,9 @@ from common_jax.weights import Adapt, Allowance, Origin, WarmStart, take
 from m2mkd_jax.config import Config
 from m2mkd_jax.convert import locate
 from m2mkd_jax.models import vit
-from m2mkd_jax.models.positions import resize_positions
+from m2mkd_jax.models.positions import resizer
 from m2mkd_jax.stages import Network, stage_name
 
-ADAPT = {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
 # A block's MLP, and the same of all experts.
 EXPERT_NAMES = {
     "mlp/up/kernel": "moe/up",
@@ -74,8 +73,23 @@ def take_weights(
         leave = (*leave, Allowance(sources.leave, "config.sources.leave"))
     if sources.fresh:
         fresh = (*fresh, Allowance(sources.fresh, "config.sources.fresh"))
-    adapt = ADAPT | (adapt or {})
+    adapt = _resizers(config) | (adapt or {})
     return take(wanted, origins, leave=leave, fresh=fresh, adapt=adapt, read=read)
+
+
+def _resizers(config: Config) -> dict[str, Adapt]:
+    """Resizes the position table of each role's ViT."""
+    networks = {
+        "meta": config.meta,
+        "module": config.teacher,
+        "teacher": config.teacher,
+        "student": config.model,
+    }
+    return {
+        rf"{role}/.*pos_embed": resizer(network.encoder.leading_positions)
+        for role, network in networks.items()
+        if isinstance(network, vit.ViTConfig)
+    }
 
 
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:
@@ -189,7 +203,7 @@ def _upcycled_names(dense: Mapping[str, Any], config: Config) -> dict[str, str]:
             stage, block = locate(number, depths)
             rest = EXPERT_NAMES.get(rest, rest) if number in experts else rest
             renamed[name] = f"{stage_name(stage)}/block_{block}/{rest}"
-        elif rest.startswith(("norm/", "head/")):
+        elif rest.startswith(("norm/", "head/", "pool/")):
             renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
     return renamed
 
