@@ -47,6 +47,7 @@ ALLOWED = (
     (
         r"augment\.(flip|randaugment)|few_shot\.test_on_train|optim\.decay_all|data\.emoji_flags"
         r"|(meta|teacher|model|model\.mbart)\.(remat|scan_layers)|(meta|teacher|model)\.qkv_bias"
+        r"|(meta|teacher|model)\.(patch_bias|class_token|norm_pre|norm_after_pool)"
         r"|model\.(moe\.router_bias|mbart\.scale_embedding|prior\.(periodic|hinge))"
         r"|model\.linear\.(learnable_gain|add_one)"
         r"|model\.kernel\.(straight_through|stochastic|learnable_bandwidth)"
@@ -60,6 +61,7 @@ ALLOWED = (
     (
         r"optim\.(steps|lr_per|warmup_steps|clip)|run\.(checkpoint_minutes|best|compilation_cache)"
         r"|model\.(layer_scale|read_in_scale|kernel\.truncation|moe\.slots_per_expert)"
+        r"|(meta|teacher)\.layer_scale"
         r"|regularizers\.(\w+\.weight_end|blocks\.clip)|(clip_)?tokenizer\.max_length",
         (None,),
         "None: off, or without a limit",
@@ -68,6 +70,7 @@ ALLOWED = (
         r"data\.(workers|per_class|test_per_class)|distill\.pairs_at_once|few_shot\.seed|seed"
         r"|augment\.(padding|operations|fill)|optim\.(warmup_epochs|warmup_steps)"
         r"|model\.(read_in_heads|read_out_heads|tokenizer\.grid_size)"
+        r"|(meta|teacher|model)\.registers"
         r"|model\.prior\.(community_size|neighbours|height|path_length|steps)"
         r"|(model\.mbart|clip\.text)\.(pad|eos|start)|model\.mapper\.prefix"
         r"|valid_beams|decode\.halvings",
@@ -85,6 +88,7 @@ ALLOWED = (
         r"|augment\.(magnitude|magnitude_std|erasing|mixup|cutmix|switch|mix_probability|smoothing"
         r"|rotate|scale|shift|brightness|contrast|saturation)"
         r"|model\.moe\.(noise_std|balance\.\w+)|model\.(layer_scale|code_noise|read_in_scale)"
+        r"|(meta|teacher)\.layer_scale"
         r"|model\.linear\.dropout|model\.prior\.(edge_probability|p_in|p_out|rewire)"
         r"|regularizers\.\w+\.(weight|weight_end)|regularizers\.blocks\.(within|between)"
         r"|(clip\.text|model\.mbart|model\.mapper)\.dropout",
@@ -93,7 +97,7 @@ ALLOWED = (
     ),
     (
         r"optim\.(lr|warmup_lr|min_lr|weight_decay|power|eps|clip)|run\.checkpoint_minutes"
-        r"|(distill|baseline)\.tau|(meta|teacher|model)\.(mlp_ratio|norm_eps)"
+        r"|(distill|baseline)\.tau|(meta|teacher|model)\.(mlp_ratio|norm_eps|layer_scale)"
         r"|augment\.(magnitude|magnitude_std|mixup|cutmix|rotate)"
         r"|model\.moe\.(noise_std|capacity_factor|balance\.(importance|gshard|z))"
         r"|model\.(ffn_factor|layer_scale|code_noise|read_in_scale|temperature)"

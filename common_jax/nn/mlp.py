@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import linen as nn
@@ -21,6 +22,21 @@ def gelu(x: jax.Array) -> jax.Array:
     far below 0 that the outcome is some 1e-7 of x or less.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The GELU's approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x), OpenAI's approximation of the GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
+    {"gelu": gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+)
 
 
 class Mlp(nn.Module):

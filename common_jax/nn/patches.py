@@ -14,15 +14,16 @@ from common_jax.nn import dense
 class PatchEmbedding(nn.Module):
     """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
 
-    Parameters: `kernel` (patch * patch * channels, D) and `bias` (D); the rows of the kernel run
-      over patch row, patch column, channel. Both start uniform within 1 / sqrt(fan in), the
-      default of PyTorch's convolutions. A convolution of kernel and stride `patch`, written as one
-      matrix product.
+    Parameters: `kernel` (patch * patch * channels, D) and, if `use_bias`, `bias` (D); the rows of
+      the kernel run over patch row, patch column, channel. Both start uniform within
+      1 / sqrt(fan in), the default of PyTorch's convolutions. A convolution of kernel and stride
+      `patch`, written as one matrix product.
     """
 
     patch: int
     width: int
     dtype: DTypeLike
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
@@ -37,9 +38,10 @@ class PatchEmbedding(nn.Module):
         fan_in = self.patch * self.patch * channels
         patches = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], fan_in)
         kernel = self.param("kernel", _uniform(fan_in), (fan_in, self.width))
-        bias = self.param("bias", _uniform(fan_in), (self.width,))
+        bias = self.param("bias", _uniform(fan_in), (self.width,)) if self.use_bias else None
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)
-        return dense.matmul(patches, kernel) + bias
+        tokens = dense.matmul(patches, kernel)
+        return tokens if bias is None else tokens + bias
 
 
 def _uniform(fan_in: int) -> jax.nn.initializers.Initializer:

@@ -86,6 +86,6 @@ def _rename(
             stage, block = locate(number, depths)
             rest = EXPERT_NAMES.get(rest, rest) if number in experts else rest
             renamed[name] = f"{stage_name(stage)}/block_{block}/{rest}"
-        elif rest.startswith(("norm/", "head/")):
+        elif rest.startswith(("norm/", "head/", "pool/")):
             renamed[name] = f"{stage_name(len(depths) - 1)}/{rest}"
     return renamed

@@ -3,7 +3,7 @@
 from common_jax.weights import Adapt
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.models import encoder, vit
-from m2mkd_jax.models.positions import resize_positions
+from m2mkd_jax.models.positions import resizer
 from m2mkd_jax.stages import Network
 
 HEAD = r"\w+/stage_\d+/head/.*"
@@ -21,7 +21,7 @@ def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
 
 def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
     """Position tables, resized to the number of an image's patches."""
-    return {r".*/pos_embed": lambda table, shape: resize_positions(table, shape[1])}
+    return {r".*/pos_embed": resizer(section.encoder.leading_positions)}
 
 
 FAMILY = Family(

@@ -14,8 +14,9 @@ from common_jax.config import FieldError
 from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.mlp import INIT, Mlp
+from common_jax.nn.mlp import ACTIVATIONS, INIT, Mlp
 from common_jax.nn.patches import PatchEmbedding
+from m2mkd_jax.models.pooling import ATTENTION, POOLS, AttentionPool
 from m2mkd_jax.models.stitch import Stitch
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp
@@ -36,7 +37,10 @@ class Interface:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes that all blocks of a network share; `hidden` is the inner width of MLPs and experts."""
+    """Sizes that all blocks of a network share, and what stands before and after the blocks.
+
+    `hidden` is the inner width of MLPs and experts; all other fields are those of `vit.ViTConfig`.
+    """
 
     patch: int
     width: int
@@ -44,12 +48,46 @@ class EncoderConfig:
     hidden: int
     qkv_bias: bool
     norm_eps: float
+    activation: str = "gelu"
+    layer_scale: float | None = None
+    patch_bias: bool = True
+    class_token: bool = True
+    registers: int = 0
+    positions: str = "all"
+    norm_pre: bool = False
+    pool: str = "class"
+    norm_after_pool: bool = False
     remat: bool = False
     scan_layers: bool = False
 
     def __post_init__(self):
         if self.width % self.heads:
             raise FieldError(f"heads={self.heads} must divide width={self.width}")
+        if not self.class_token and self.pool in ("class", "class_and_mean"):
+            raise FieldError(
+                f"pool={self.pool!r} needs a class token and class_token=False: give pool='mean' "
+                "or 'attention', or class_token=True"
+            )
+        if not self.class_token and self.positions == "class":
+            raise FieldError(
+                "positions='class' gives the class token a position and class_token=False: give "
+                "positions='patches', or class_token=True"
+            )
+        if self.norm_after_pool and self.pool == "class_and_mean":
+            raise FieldError(
+                "norm_after_pool=True norms a vector of width D and pool='class_and_mean' gives "
+                "2 D: leave norm_after_pool out, or give another pool"
+            )
+
+    @property
+    def leading(self) -> int:
+        """Tokens before those of the patches: the class token, then the registers."""
+        return self.class_token + self.registers
+
+    @property
+    def leading_positions(self) -> int:
+        """Rows of the position table before those of the patches."""
+        return {"all": self.leading, "class": 1, "patches": 0}[self.positions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +110,11 @@ class BlockConfig:
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), between stitches where
-    there are any."""
+    there are any.
+
+    Layer scale, where the encoder has it, multiplies each branch by a learned vector, `scale1` and
+    `scale2` (D).
+    """
 
     encoder: EncoderConfig
     config: BlockConfig
@@ -89,19 +131,27 @@ class Block(nn.Module):
         y = SelfAttention(encoder.heads, encoder.qkv_bias, self.dtype, name="attention")(
             self._norm("norm1", x)
         )
-        x = x + self._drop_path(y, train, rate)
+        x = x + self._drop_path(self._scale("scale1", y), train, rate)
         y = self._norm("norm2", x)
         if config.moe is None:
-            y = Mlp(encoder.hidden, self.dtype, name="mlp")(y)
+            y = Mlp(encoder.hidden, self.dtype, ACTIVATIONS[encoder.activation], name="mlp")(y)
         else:
             y = MoeMlp(config.moe, encoder.hidden, self.dtype, name="moe")(y, train=train)
-        x = constrain(x + self._drop_path(y, train, rate), "batch", "tokens", "width")
+        y = self._drop_path(self._scale("scale2", y), train, rate)
+        x = constrain(x + y, "batch", "tokens", "width")
         if config.post_stitch is not None:
             x = Stitch(config.post_stitch, self.dtype, name="post_stitch")(x)
         return x
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
         return layer_norm(self.encoder, self.dtype, name)(x)
+
+    def _scale(self, name: str, branch: jax.Array) -> jax.Array:
+        start = self.encoder.layer_scale
+        if start is None:
+            return branch
+        gain = self.param(name, nn.initializers.constant(start), branch.shape[-1:])
+        return branch * gain.astype(branch.dtype)
 
     def _drop_path(
         self, branch: jax.Array, train: bool, rate: Float[Array, ""] | None
@@ -114,11 +164,11 @@ class Block(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """A run of blocks; `embeds` puts patch, class token and positions before it, `classifies` norm
-    and head behind.
+    """A run of blocks; `embeds` puts patches, leading tokens and positions before it, `classifies`
+    norm, pooling and head after it.
 
     Records under `intermediates`: `embedded` (B, T, D), `block` (one (B, T, D) a block),
-    `features` (B, D).
+    `features` (B, D), or (B, 2 D) of pool "class_and_mean".
     """
 
     encoder: EncoderConfig
@@ -136,7 +186,7 @@ class EncoderStage(nn.Module):
         x = self._run_blocks(x, train)
         if not self.classifies:
             return x
-        x = layer_norm(self.encoder, self.dtype, "norm")(x[:, 0])
+        x = self._pool(x)
         self.sow("intermediates", "features", x)
         # In bfloat16 many of 1,000 logits would be equal.
         exact = jnp.promote_types(self.dtype, jnp.float32)
@@ -174,6 +224,37 @@ class EncoderStage(nn.Module):
         width = self.blocks[0].pre_stitch or self.encoder.width
         return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
 
+    def _pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B _"]:
+        """What the head takes: tokens pooled to a vector, and normed before or after that."""
+        encoder = self.encoder
+        expected = tokens(encoder, self.interface)
+        if encoder.pool != "class" and encoder.leading and x.shape[1] != expected:
+            # Of tokens of another network it would leave out other ones than these.
+            raise ValueError(
+                f"pool={encoder.pool!r} tells {encoder.leading} leading tokens from "
+                f"{expected - encoder.leading} patches, and {x.shape[1]} tokens came: config.meta, "
+                "config.teacher and config.model need the same patch, class_token and registers"
+            )
+        norm = layer_norm(encoder, self.dtype, "norm")
+        if encoder.pool == "class" or encoder.norm_after_pool:
+            # The class token is the same normed alone, which saves the norms of all others.
+            return norm(self._pool_tokens(x))
+        return self._pool_tokens(norm(x))
+
+    def _pool_tokens(self, x: Float[Array, "B T D"]) -> Float[Array, "B _"]:
+        encoder = self.encoder
+        patches = x[:, encoder.leading :]
+        if encoder.pool != ATTENTION:
+            return POOLS[encoder.pool](x, patches)
+        return AttentionPool(
+            encoder.heads,
+            encoder.hidden,
+            ACTIVATIONS[encoder.activation],
+            encoder.norm_eps,
+            self.dtype,
+            name="pool",
+        )(patches)
+
     def _embed(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
         expected = self.example(images.shape[0]).shape
         if images.shape != expected:
@@ -182,13 +263,34 @@ class EncoderStage(nn.Module):
                 "config.data.image_size "
                 "and config.data.channels"
             )
-        width = self.encoder.width
-        patches = PatchEmbedding(self.encoder.patch, width, self.dtype, name="patches")(images)
-        cls_token = self.param("cls_token", INIT, (1, 1, width))
-        pos_embed = self.param("pos_embed", INIT, (1, patches.shape[1] + 1, width))
-        cls_tokens = jnp.broadcast_to(cls_token, (images.shape[0], 1, width)).astype(patches.dtype)
-        x = jnp.concatenate([cls_tokens, patches], axis=1) + pos_embed.astype(patches.dtype)
+        encoder, width = self.encoder, self.encoder.width
+        patches = PatchEmbedding(
+            encoder.patch, width, self.dtype, encoder.patch_bias, name="patches"
+        )(images)
+        # Initial values depend on the order in which parameters are asked for: registers come last.
+        leading = [self.param("cls_token", INIT, (1, 1, width))] if encoder.class_token else []
+        rows = encoder.leading_positions + patches.shape[1]
+        positions = self.param("pos_embed", INIT, (1, rows, width))
+        if encoder.registers:
+            leading.append(self.param("register_tokens", INIT, (1, encoder.registers, width)))
+        repeated = (
+            jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(patches.dtype)
+            for token in leading
+        )
+        x = jnp.concatenate([*repeated, patches], axis=1)
+        x = x + self._place(jnp.asarray(positions)).astype(patches.dtype)
+        if encoder.norm_pre:
+            x = layer_norm(encoder, self.dtype, "norm_pre")(x)
         return constrain(x, "batch", "tokens", "width")
+
+    def _place(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:
+        """The position table with a row for every token, 0 for those that have none in it."""
+        placed = self.encoder.leading_positions
+        without = self.encoder.leading - placed
+        if not without:
+            return positions
+        zeros = jnp.zeros((1, without, positions.shape[-1]), positions.dtype)
+        return jnp.concatenate([positions[:, :placed], zeros, positions[:, placed:]], axis=1)
 
 
 def build(
@@ -201,7 +303,8 @@ def build(
     classifies.
 
     Raises:
-      FieldError: for a stage without blocks, or an image side that does not split into patches.
+      FieldError: for a stage without blocks, an image side that does not split into patches, or
+        experts where the activation is not theirs.
     """
     if interface.image_size % encoder.patch:
         raise FieldError(
@@ -210,6 +313,11 @@ def build(
     stages = tuple(stages)
     if not all(stages):
         raise FieldError(f"depths={tuple(map(len, stages))} must all be at least 1")
+    if encoder.activation != "gelu" and any(block.moe for blocks in stages for block in blocks):
+        raise FieldError(
+            f"activation={encoder.activation!r} must be 'gelu' where blocks have experts, which "
+            "compute it: leave it out, or give moe_blocks='none'"
+        )
     return Network(
         tuple(
             EncoderStage(encoder, interface, blocks, i == 0, i == len(stages) - 1, dtype)
@@ -252,8 +360,8 @@ def drop_path(
 
 
 def tokens(encoder: EncoderConfig, interface: Interface) -> int:
-    """How many tokens a network's blocks see: the patches and the class token."""
-    return (interface.image_size // encoder.patch) ** 2 + 1
+    """How many tokens a network's blocks take: class token, registers and patches."""
+    return encoder.leading + (interface.image_size // encoder.patch) ** 2
 
 
 def layer_norm(encoder: EncoderConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:

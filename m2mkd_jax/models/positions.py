@@ -1,6 +1,8 @@
 """Position tables of a checkpoint, resized to another grid of patches."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -8,21 +10,39 @@ from jaxtyping import Float
 CUBIC = -0.75  # the cubic convolution's free coefficient; jax.image.resize has -0.5 and antialiases
 
 
-def resize_positions(table: Float[np.ndarray, "1 T D"], tokens: int) -> Float[np.ndarray, "1 T2 D"]:
-    """The table for `tokens` tokens: the class token's row kept, the square grid W P W^T.
+def resize_positions(
+    table: Float[np.ndarray, "1 T D"], rows: int, leading: int = 1
+) -> Float[np.ndarray, "1 T2 D"]:
+    """The table of `rows` rows: the leading ones kept, the square grid of the patches W P W^T.
 
     Cubic convolution with half-pixel centres, taps outside clamped to the border, no antialiasing
     and no renormalisation, as the original's framework resizes (m2mKD, loading of position
-    tables).
+    tables). So do DINOv2 without registers and SigLIP; timm, and DINOv2 with registers, smooth
+    where they shrink.
+
+    Args:
+      table: positions of tokens.
+      rows: of the table that is asked for, the leading ones among them.
+      leading: rows before those of the patches, see `EncoderConfig.leading_positions`. The number
+        of rows does not tell them: 201 are 5 + 14^2 or 32 + 13^2.
 
     Raises:
       ValueError: when one of the two grids is not a square.
     """
-    old, new = (_side(count - 1) for count in (table.shape[1], tokens))
+    old, new = (_side(count - leading, leading) for count in (table.shape[1], rows))
     weights = resize_weights(old, new)
-    grid = np.asarray(table[0, 1:], np.float64).reshape(old, old, -1)
+    grid = np.asarray(table[0, leading:], np.float64).reshape(old, old, -1)
     grid = np.einsum("ai,bj,ijd->abd", weights, weights, grid).reshape(new * new, -1)
-    return np.concatenate([table[0, :1], grid.astype(table.dtype)])[None]
+    return np.concatenate([table[0, :leading], grid.astype(table.dtype)])[None]
+
+
+def resizer(leading: int) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
+    """A function of a table and the shape that it must have, for `common_jax.weights.take`."""
+    return functools.partial(_resize_to, leading)
+
+
+def _resize_to(leading: int, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return resize_positions(table, shape[1], leading)
 
 
 def resize_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
@@ -45,10 +65,11 @@ def _cubic(distance: float) -> float:
     return 0.0
 
 
-def _side(patches: int) -> int:
-    side = math.isqrt(patches)
-    if side * side != patches:
+def _side(patches: int, leading: int) -> int:
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or not side:
         raise ValueError(
-            f"a position table of {patches} patches is no square grid and cannot be resized"
+            f"a position table of {patches} patches after {leading} leading rows is no square grid "
+            "and cannot be resized"
         )
     return side

@@ -1,23 +1,28 @@
-"""ViT and DeiT, whole or in stages: teachers, meta models and the trunk of V-MoE."""
+"""ViT, DeiT and what pretrained ViTs have since, whole or in stages: teachers, meta models and the
+trunk of V-MoE."""
 
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from common_jax.config import FieldError, Section
-from common_jax.ranges import Positive, Size, Sizes
+from common_jax.nn.mlp import ACTIVATIONS
+from common_jax.ranges import Count, NonNegative, Positive, Size, Sizes, one_of
 from m2mkd_jax.models import encoder
+from m2mkd_jax.models.pooling import ATTENTION, POOLS
 from m2mkd_jax.stages import Network
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(Section):
-    """Sizes of a ViT; the image side, the channels and the labels are the data's.
+    """What a ViT is; the image side, the channels and the labels are the data's.
+
+    The tokens are the class token, the registers and the patches, in this order.
 
     Attributes:
       patch: side of a patch in pixels.
@@ -27,6 +32,19 @@ class ViTConfig(Section):
       qkv_bias: whether queries, keys and values have a bias (ViT-Small and ViT-Huge of the
         original do not).
       norm_eps: epsilon of every LayerNorm of the encoder.
+      activation: of the MLPs, a key of `ACTIVATIONS`.
+      layer_scale: initial value of the vectors that multiply each block's branches; None for none.
+      patch_bias: whether the patch embedding has a bias (CLIP's does not).
+      class_token: whether there is one (SigLIP has none).
+      registers: learned tokens that no head reads (DINOv2 with registers has 4). They decay unless
+        config.optim.no_decay names them, as in `.*/(pos_embed|cls_token|register_tokens)`.
+      positions: which tokens have a position: "all", "class" (the class token and the patches) or
+        "patches" (DeiT III; timm's DINOv2 with registers).
+      norm_pre: a LayerNorm before the first block (CLIP).
+      pool: what the head reads: the "class" token, the "mean" of the patches, "class_and_mean" side
+        by side (DINOv2's linear classifier), or "attention" (SigLIP, see `pooling.AttentionPool`).
+      norm_after_pool: whether the last LayerNorm is applied to the pooled vector and not to the
+        tokens (timm's fc_norm).
       depths: blocks in each stage.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       scan_layers: runs blocks of a stage that are alike as one loop, which takes less time to
@@ -39,6 +57,15 @@ class ViTConfig(Section):
     mlp_ratio: Positive = 4.0
     qkv_bias: bool = True
     norm_eps: Positive = 1e-6
+    activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
+    layer_scale: NonNegative | None = None
+    patch_bias: bool = True
+    class_token: bool = True
+    registers: Count = 0
+    positions: Annotated[str, one_of("all", "class", "patches")] = "all"
+    norm_pre: bool = False
+    pool: Annotated[str, one_of(*POOLS, ATTENTION)] = "class"
+    norm_after_pool: bool = False
     depths: Sizes = (3, 3, 3, 3)
     remat: bool = False
     scan_layers: bool = False
@@ -52,7 +79,7 @@ class ViTConfig(Section):
 
     @property
     def encoder(self) -> encoder.EncoderConfig:
-        """The sizes that all blocks share."""
+        """What all blocks share, and what stands before and after them."""
         return encoder.EncoderConfig(
             patch=self.patch,
             width=self.width,
@@ -60,6 +87,15 @@ class ViTConfig(Section):
             hidden=int(self.width * self.mlp_ratio),
             qkv_bias=self.qkv_bias,
             norm_eps=self.norm_eps,
+            activation=self.activation,
+            layer_scale=self.layer_scale,
+            patch_bias=self.patch_bias,
+            class_token=self.class_token,
+            registers=self.registers,
+            positions=self.positions,
+            norm_pre=self.norm_pre,
+            pool=self.pool,
+            norm_after_pool=self.norm_after_pool,
             remat=self.remat,
             scan_layers=self.scan_layers,
         )
@@ -71,6 +107,12 @@ _SMALL = {"width": 768, "heads": 8, "mlp_ratio": 3.0, "qkv_bias": False, "norm_e
 _BASE = {"width": 768, "heads": 12}
 _LARGE = {"width": 1024, "heads": 16}
 _HUGE = {"width": 1280, "heads": 16, "qkv_bias": False, "norm_eps": 1e-5}
+_DEIT_III = {"layer_scale": 1e-6, "positions": "patches"}
+_DINO = {"patch": 14, "layer_scale": 1e-5}
+_DINO_REGISTERS = _DINO | {"registers": 4, "positions": "patches"}
+# As they were trained; timm computes some of them with the exact GELU.
+_SIGLIP = {"class_token": False, "pool": "attention", "activation": "gelu_tanh"}
+_SO400M = _SIGLIP | {"patch": 14, "width": 1152, "heads": 16, "mlp_ratio": 3.7362}
 
 # Image side, usual depth, and the sizes that differ from the defaults of the config.
 Variant = tuple[int, int, Mapping[str, Any]]
@@ -95,17 +137,43 @@ VARIANTS = types.MappingProxyType(
 )
 
 
+# Under timm's names: DeiT III, DINOv2, and SigLIP's image towers.
+PRETRAINED = types.MappingProxyType(
+    {
+        "deit3_small_patch16_224": (224, 12, _DEIT_SMALL | _DEIT_III),
+        "deit3_small_patch16_384": (384, 12, _DEIT_SMALL | _DEIT_III),
+        "deit3_base_patch16_224": (224, 12, _BASE | _DEIT_III),
+        "deit3_base_patch16_384": (384, 12, _BASE | _DEIT_III),
+        "deit3_large_patch16_224": (224, 24, _LARGE | _DEIT_III),
+        "deit3_large_patch16_384": (384, 24, _LARGE | _DEIT_III),
+        "vit_small_patch14_dinov2": (518, 12, _DEIT_SMALL | _DINO),
+        "vit_base_patch14_dinov2": (518, 12, _BASE | _DINO),
+        "vit_large_patch14_dinov2": (518, 24, _LARGE | _DINO),
+        "vit_small_patch14_reg4_dinov2": (518, 12, _DEIT_SMALL | _DINO_REGISTERS),
+        "vit_base_patch14_reg4_dinov2": (518, 12, _BASE | _DINO_REGISTERS),
+        "vit_large_patch14_reg4_dinov2": (518, 24, _LARGE | _DINO_REGISTERS),
+        "vit_base_patch16_siglip_224": (224, 12, _BASE | _SIGLIP),
+        "vit_base_patch16_siglip_256": (256, 12, _BASE | _SIGLIP),
+        "vit_base_patch16_siglip_384": (384, 12, _BASE | _SIGLIP),
+        "vit_large_patch16_siglip_256": (256, 24, _LARGE | _SIGLIP),
+        "vit_large_patch16_siglip_384": (384, 24, _LARGE | _SIGLIP),
+        "vit_so400m_patch14_siglip_224": (224, 27, _SO400M),
+        "vit_so400m_patch14_siglip_378": (378, 27, _SO400M),
+    }
+)
+
+
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[ViTConfig, int]:
     """The sizes of a published ViT and its image side.
 
     Args:
-      name: a key of `VARIANTS`.
+      name: a key of `VARIANTS` or `PRETRAINED`.
       depths: blocks a stage; by default the usual depth in one stage.
 
     Raises:
       ValueError: for a name that is not there.
     """
-    image_size, depth, sizes = choose(VARIANTS, name)
+    image_size, depth, sizes = choose(VARIANTS | PRETRAINED, name)
     return ViTConfig(depths=depths or (depth,), **sizes), image_size
 
 
@@ -137,11 +205,11 @@ def build(
 # Big matrices are split over fsdp along the width; the rest is small and held whole.
 PARTITION_RULES = (
     (r"/patches/kernel$", P(None, "fsdp")),
-    (r"/attention/qkv/kernel$", P("fsdp")),
+    (r"/attention/(qkv|query|key_value)/kernel$", P("fsdp")),
     (r"/attention/out/kernel$", P(None, None, "fsdp")),
     (r"/mlp/up/kernel$", P("fsdp")),
     (r"/mlp/down/kernel$", P(None, "fsdp")),
     (r"/head/kernel$", P("fsdp")),
-    (r"/(cls_token|pos_embed)$", P()),
-    (r"/(bias|scale)$", P()),
+    (r"/(cls_token|register_tokens|pos_embed|probe)$", P()),
+    (r"/(bias|scale[12]?)$", P()),
 )

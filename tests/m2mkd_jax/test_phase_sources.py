@@ -198,6 +198,22 @@ def test_position_tables_are_resized_to_the_images_of_the_run(held):
     assert adapted["name"] == "teacher/stage_0/pos_embed"
 
 
+def test_position_tables_keep_as_many_leading_rows_as_their_network_has(held):
+    config = config_of("assemble", held)
+    # A row for the register in place of one for the class token.
+    teacher = dataclasses.replace(config.teacher, class_token=False, pool="mean", registers=1)
+    data = dataclasses.replace(config.data, image_size=16)
+    config = dataclasses.replace(config, data=data, teacher=teacher)
+    fresh = SourcesConfig(fresh=".*/register_tokens", leave=".*/cls_token")
+    config = dataclasses.replace(config, sources=fresh)
+    found = networks.take_weights(config, *wanted(config, held))
+    assert found.params["teacher"]["stage_0"]["pos_embed"].shape == (1, 17, 16)
+    bare = dataclasses.replace(teacher, positions="patches")
+    config = dataclasses.replace(config, teacher=bare)
+    with pytest.raises(ValueError, match=r"5 patches after 0 leading rows is no square grid"):
+        networks.take_weights(config, *wanted(config, held))
+
+
 def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
     config = config_of("assemble", held)
     sources = SourcesConfig(fresh=r".*/head/.*", leave=r".*/qkv/bias")

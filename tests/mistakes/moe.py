@@ -46,6 +46,7 @@ SIZES = " ".join(
     )
 )
 POSITIONS = "tests/m2mkd_jax/test_positions.py"
+VARIANTS = "tests/m2mkd_jax/test_vit_variants.py"
 LAYERS = "tests/common_jax/test_attention.py tests/common_jax/test_mlp.py"
 DENSE = (
     "tests/common_jax/test_dense.py::test_the_precision_that_is_asked_for_holds_for_gradients_too"
@@ -159,6 +160,34 @@ MISTAKES: tuple[Mistake, ...] = (
         right='STREAMS = ("drop_path", "gate")',
         wrong='STREAMS = ("drop_path",)',
         tests=LOOPS,
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="registers take the positions of the first patches",
+        right="[positions[:, :placed], zeros, positions[:, placed:]]",
+        wrong="[positions, zeros]",
+        tests=f"{VARIANTS}::test_tokens_are_embedded_by_hand",
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="registers are pooled with the patches",
+        right="patches = x[:, encoder.leading :]",
+        wrong="patches = x[:, encoder.class_token :]",
+        tests=f"{VARIANTS}::test_tokens_are_pooled_by_hand",
+    ),
+    Mistake(
+        file="m2mkd_jax/models/encoder.py",
+        what="layer scale that starts at 1",
+        right="nn.initializers.constant(start)",
+        wrong="nn.initializers.ones",
+        tests=f"{VARIANTS}::test_parameters_start_as_timm_s",
+    ),
+    Mistake(
+        file="m2mkd_jax/models/pooling.py",
+        what="an attention pool without its residual",
+        right="y = y + Mlp(",
+        wrong="y = Mlp(",
+        tests=f"{VARIANTS}::test_tokens_are_pooled_by_hand",
     ),
     Mistake(
         file="m2mkd_jax/models/vit.py",
