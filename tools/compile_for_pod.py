@@ -71,6 +71,7 @@ from m2mkd_jax.phases.pipeline import describe
 NOWHERE = "compile_for_pod"  # a workdir that is never written
 IMAGENET, MULTI30K = 1_281_167, 29_000
 NO_ROOM = "RESOURCE_EXHAUSTED"
+SAVERS = ("config.optim.accumulate", "config.mesh.fsdp")  # that lower the memory of any run
 
 
 @dataclasses.dataclass(frozen=True)
