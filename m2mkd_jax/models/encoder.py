@@ -173,7 +173,7 @@ class EncoderStage(nn.Module):
         width = self.blocks[0].pre_stitch or self.encoder.width
         return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
 
-    def _embed(self, images: Float[Array, "B I J X"]) -> Float[Array, "B T D"]:
+    def _embed(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
         expected = self.example(images.shape[0]).shape
         if images.shape != expected:
             raise ValueError(
