@@ -1,4 +1,4 @@
-"""The axis letters: one meaning each, in annotations, einsum equations and docstrings alike.
+"""The axis letters, with one meaning each in annotations, einsum equations and docstrings.
 
 Mesh axes are words (`data`, `fsdp`, `expert`), array axes are capital letters, so that neither can
 be taken for the other.
