@@ -26,7 +26,7 @@ class PatchEmbedding(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
+    def __call__(self, images: Float[Array, "B I J X"]) -> Float[Array, "B T D"]:
         batch, rows, columns, channels = images.shape
         if rows % self.patch or columns % self.patch:
             raise ValueError(

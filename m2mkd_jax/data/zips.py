@@ -52,7 +52,7 @@ class ZipFiles:
         offset, size, stored_size, checksum, *name = map(int, self._places[index])
         # Compared with the file before anything is allocated.
         if offset + size > self._size or size != stored_size:
-            raise OSError(f"the zip declares {size} bytes for it, which are not there")
+            raise OSError(f"the zip declares {size} bytes, which are not there")
         require_small(size)
         header = _local_header(self._file.fileno(), offset, *name)
         if header is None:

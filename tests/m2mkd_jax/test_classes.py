@@ -140,7 +140,7 @@ def test_a_link_to_a_parent_adds_nothing(tmp_path, caplog):
     (root / "train/ant/again").symlink_to(".", target_is_directory=True)
     source = load_source(data_of(root, 2), "train")
     assert source.labels.tolist() == [0, 1, 1]
-    assert "3 links to folders that are read already" in caplog.text
+    assert "3 links to folders that were read already" in caplog.text
 
 
 def test_classes_that_share_a_folder_are_refused(tmp_path):
