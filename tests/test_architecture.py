@@ -204,7 +204,7 @@ def asked_classes(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "type"):
             asked = node.args[1:]
         elif isinstance(node, ast.Compare):
-            asked = [node.left, *node.comparators]
+            asked = [one for one in (node.left, *node.comparators) if not isinstance(one, ast.Call)]
         else:
             continue
         for expression in asked:
@@ -229,6 +229,7 @@ def test_a_config_s_class_is_asked_for_in_no_file():
         ("type(x) is NacConfig", ["NacConfig"]),
         ("isinstance(x, ml_collections.ConfigDict)", []),
         ("isinstance(x, Mapping)", []),
+        ("x == NacConfig(width=8)", []),
     ],
 )
 def test_a_question_for_a_class_is_seen(code, names):

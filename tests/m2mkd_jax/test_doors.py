@@ -62,7 +62,7 @@ def test_another_phase_is_planned_and_read_by_its_record_alone(monkeypatch):
         describe=PHASES["few_shot"].describe,
         run=PHASES["few_shot"].run,
         role="student",
-        reads=("model", "run"),
+        reads=("model",),
         differentiates=("model",),
         sources=(WeightSource("students"), WeightSource("meta")),
         folder="probe",
