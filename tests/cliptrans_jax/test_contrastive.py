@@ -159,10 +159,9 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     def evaluator(sums, batches, **more):
         batches()
         seen["more"] = more
+        batch, key = {"_mask": jnp.asarray(MASK)}, jax.random.key(0)
         return lambda params, helpers, step: {
-            "count": float(
-                sums(params, helpers, {"_mask": jnp.asarray(MASK)}, jax.random.key(0))["count"]
-            )
+            "count": float(sums(params, helpers, batch, key)["count"])
         }
 
     monkeypatch.setattr(contrastive, "_embed", embed)
