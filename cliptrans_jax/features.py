@@ -110,7 +110,7 @@ def encode_all(
     return _checked(features, real, size, title)
 
 
-def fingerprint(params: Any, *content: bytes | str | np.ndarray) -> str:
+def fingerprint(params: Any, *content: Any) -> str:
     """A name, in hexadecimal digits, of an encoder's weights and what it encodes.
 
     The weights are summed up where they lie, so that nothing large moves; the result does not
@@ -119,8 +119,8 @@ def fingerprint(params: Any, *content: bytes | str | np.ndarray) -> str:
 
     Args:
       params: nested dict of arrays of at most 32 bits a value.
-      content: texts, file contents or arrays, and whatever else decides the features, such as the
-        size that pictures are brought to.
+      content: str, bytes or arrays: texts, file contents and whatever else decides the features, such
+        as the size that pictures are brought to.
 
     Raises:
       TypeError: for content of another kind, which has no bytes of its own.
@@ -241,7 +241,7 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
-def _add(digest: Any, part: bytes | str | np.ndarray) -> None:
+def _add(digest: Any, part: Any) -> None:
     """Adds a part, its kind and its length, so that parts cannot run into each other."""
     if isinstance(part, np.ndarray):
         if part.dtype.hasobject:

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
@@ -43,7 +43,7 @@ class Contrastive:
         """True if config.clip.scale is read."""
         return any(number.start is None for number in self.learned.values())
 
-    def init(self, scale: float) -> dict[str, jax.Array]:
+    def init(self, scale: float) -> dict[str, Float[Array, ""]]:
         """First values of the learned numbers."""
         starts = {name: number.start for name, number in self.learned.items()}
         return {
@@ -51,7 +51,7 @@ class Contrastive:
             for name, start in starts.items()
         }
 
-    def limit(self, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def limit(self, params: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
         """The learned numbers among `params`, none above its limit."""
         return {
             name: params[name] if number.most is None else jnp.minimum(params[name], number.most)

@@ -46,8 +46,8 @@ def retrieval_sums(
     # Factors rounded to bfloat16, the default of some accelerators, would make ties.
     scores = jnp.matmul(unit(texts), unit(images).T, precision=jax.lax.Precision.HIGHEST)
     scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
-    found = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
-    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in found) / 2
+    hits = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
+    right = sum(jnp.where(real, x, False).astype(jnp.float32) for x in hits) / 2
     return {"count": jnp.sum(mask), "accuracy": jnp.sum(right)}
 
 

@@ -40,17 +40,17 @@ class Translate:
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
         """By number of the example; the whole of it on every host. Raises
         `common_jax.signals.Stopped` when all are asked to stop."""
-        found, pending = {}, None
+        hypotheses, pending = {}, None
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 hosts.check()
                 started = self.run(params, to_devices(batch, self.mesh))
                 if pending is not None:
-                    found |= self._read(*pending)  # while the devices work on the next
+                    hypotheses |= self._read(*pending)  # while the devices work on the next
                 pending = started
             if pending is not None:
-                found |= self._read(*pending)
-        return found
+                hypotheses |= self._read(*pending)
+        return hypotheses
 
     def _read(
         self, hypotheses: Hypotheses, index: jax.Array, mask: jax.Array
@@ -90,15 +90,15 @@ def make_translate(
     def run(params: Any, batch: Mapping[str, jax.Array]):
         first = batch["labels"][:, 0]
         first = first if language is None else jax.numpy.full_like(first, language)
-        found = search.run(params, encode(params, batch), batch["source"], first)
-        return found, batch["_index"], batch["_mask"]
+        hypotheses = search.run(params, encode(params, batch), batch["source"], first)
+        return hypotheses, batch["_index"], batch["_mask"]
 
     return Translate(jax.jit(run, out_shardings=replicated(mesh)), tokenizer, mesh)
 
 
-def best_texts(found: Mapping[int, Sequence[Hypothesis]], size: int) -> list[str]:
+def best_texts(hypotheses: Mapping[int, Sequence[Hypothesis]], size: int) -> list[str]:
     """The best output of every example, in order."""
-    return [found[index][0].text for index in range(size)]
+    return [hypotheses[index][0].text for index in range(size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,8 @@ def evaluate_translations(sentences: SentenceSet) -> Evaluate:
     """evaluate(params, helpers, step) -> scores of the best translations."""
 
     def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
-        found = sentences.translate({**helpers, **params}, sentences.search_batches())
-        outputs = best_texts(found, len(sentences.references))
+        hypotheses = sentences.translate({**helpers, **params}, sentences.search_batches())
+        outputs = best_texts(hypotheses, len(sentences.references))
         return as_metrics(score(outputs, sentences.references, language=sentences.language))
 
     return evaluate

@@ -23,6 +23,7 @@ from cliptrans_jax.towers.table import tower_of
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
 PAD, LENGTH = 1, 8
+MASK = np.array([1, 1, 1, 0], np.float32)
 
 
 def config_of(*, root=None, dropout=0.5, **changes):
@@ -158,8 +159,9 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     def evaluator(sums, batches, **more):
         batches()
         seen["more"] = more
+        batch, key = {"_mask": jnp.asarray(MASK)}, jax.random.key(0)
         return lambda params, helpers, step: {
-            "count": float(sums(params, helpers, {"_mask": jnp.array([1, 1, 1, 0])}, None)["count"])
+            "count": float(sums(params, helpers, batch, key)["count"])
         }
 
     monkeypatch.setattr(contrastive, "_embed", embed)
