@@ -1,7 +1,7 @@
 """Runs every benchmark in order and writes docs/performance.md; `make bench` calls it.
 
-Each is a process of its own, whose last line is the JSON that `timing.py` describes. The lines are
-kept in --results, so that --only runs some of them anew and the page is written from all.
+Each runs in its own process, whose last line is the JSON that `timing.py` describes. The results
+are stored in --results, so that --only repeats some of them and the page is written from all.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only vit_step mbart_step
@@ -23,9 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 NOTES = ROOT / "benchmarks" / "notes.md"
 WIDTH = 110
-LIMIT = 900  # seconds of one
+LIMIT = 900  # seconds per benchmark
 
-# In the order of the page: the file's name, and flags that bound its time on two cores.
+# In the order of the page: the file's name, and flags that limit its time on two cores.
 BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("all_pairs", ("--repeats", "5", "--steps", "44")),
     ("vit_step", ()),
@@ -41,16 +41,16 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input_pipeline", ("--images", "1024")),
 )
 
-# What holds a claim that misses its target, by benchmark and claim; printed only where it misses.
+# Why a claim misses its target, by benchmark and claim; printed only if it misses.
 REASONS: dict[tuple[str, str], str] = {
     ("vit_step", "training step of a dense ViT"): (
-        "XLA on CPU sums the gradients of the residuals anew in several fusions, about a tenth of "
-        "the step; the rest is matrix products and the loops around them, which torch runs by "
-        "oneDNN and fused kernels. With two threads the ratio by processor seconds is higher: XLA "
-        "leaves one of them idle in part of the step."
+        "On CPU, XLA recomputes the sums of the residuals' gradients in several fusions, about a "
+        "tenth of the step; the rest is matrix products and the loops around them, for which torch "
+        "uses oneDNN and fused kernels. With two threads the ratio in processor seconds is higher: "
+        "XLA leaves one of them idle during part of the step."
     ),
     ("mclip_features", "text features of M-CLIP, sentences sorted"): (
-        "Ours pads to a multiple of 8 tokens, torch to the longest sentence: an eighth less "
+        "We pad to a multiple of 8 tokens, torch to the longest sentence, which is an eighth less "
         "to compute here."
     ),
 }
@@ -59,22 +59,22 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "tran
 
 HEADER = """# Performance
 
-Written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py); never edited by hand.
-The notes at the end are kept in [notes.md](../benchmarks/notes.md).
+Written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py); do not edit by hand.
+The notes at the end come from [notes.md](../benchmarks/notes.md).
 
-A row is a claim of one benchmark: how many times our seconds the peer took, the median over the
-turns of one run, and in brackets the smallest and the largest. Above 1 ours is faster. Next to it
-is the same by processor seconds, which other work on the machine changes less. With several threads
-torch's wait for each other by spinning: where other work keeps one of them from a core the rest
-burn time, and ratios flatter ours. Those with one thread hold on a busy machine too. "Load" is the
-load average of a minute before the benchmark started.
+Each row is a claim of one benchmark: the peer's time divided by ours, as the median over the
+repeats of one run, with the smallest and the largest in brackets. Above 1 we are faster. The next
+column is the same ratio in processor seconds, which other work on the machine affects less. With
+several threads, torch's threads wait for each other by spinning: if other work takes a core from
+one of them, the rest burn time, and the ratios flatter us. Ratios with one thread are valid on a
+busy machine too. "Load" is the one-minute load average before the benchmark started.
 """
 COLUMNS = (
     "claim",
     "peer",
     "peer / ours",
     "by processor",
-    "turns",
+    "repeats",
     "threads",
     "load",
     "target",
@@ -89,13 +89,13 @@ def parse_flags() -> argparse.Namespace:
     )
     names = [name for name, _ in BENCHMARKS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--threads", type=int, default=2, help="of each benchmark and its peers")
+    parser.add_argument("--threads", type=int, default=2, help="for each benchmark and its peers")
     parser.add_argument("--results", default=ROOT / "build" / "bench", type=pathlib.Path)
     return parser.parse_args()
 
 
 def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
-    """What a benchmark found; `error` where it has failed."""
+    """Results of a benchmark; `error` if it failed."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
     load, start = round(os.getloadavg()[0], 1), time.perf_counter()
     print(f"{name} {' '.join(flags)}", flush=True)
@@ -172,20 +172,20 @@ def misses(results: list[dict[str, Any]]) -> list[str]:
     paragraphs = []
     for result in results:
         if "error" in result:
-            paragraphs.append(f"**{result['benchmark']}** {result['error']}: nothing was measured.")
+            paragraphs.append(f"**{result['benchmark']}** {result['error']}: no result.")
         for claim in result["claims"]:
             if met(claim) == "**no**":
                 key = result["benchmark"], claim["claim"]
-                reason = REASONS.get(key, "Its cause has not been looked for yet.")
+                reason = REASONS.get(key, "The cause has not been investigated yet.")
                 paragraphs.append(
                     f"**{claim['claim']}**, against {claim['peer']}: "
-                    f"{claim['ratio']:.2f}, aimed at {claim['target']}. {reason}"
+                    f"{claim['ratio']:.2f}, target {claim['target']}. {reason}"
                 )
     return paragraphs
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """The whole of docs/performance.md."""
+    """The text of docs/performance.md."""
     table = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     table += [row for result in results for row in rows(result)]
     paragraphs = misses(results) or ["None."]
@@ -213,7 +213,7 @@ def main() -> None:
     PAGE.write_text(page(results))
     print(f"wrote {PAGE.relative_to(ROOT)}")
     if any("error" in result for result in results):
-        raise SystemExit("a benchmark has failed")
+        raise SystemExit("a benchmark failed")
 
 
 if __name__ == "__main__":

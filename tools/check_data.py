@@ -1,19 +1,18 @@
-"""Says what a config's data holds and what keeps a run from starting, before any device is used.
+"""Reports the contents of a config's data and every problem that would prevent a run from starting.
 
     python tools/check_data.py --config=configs/m2mkd/vmoe_base.py --config.data.path=/data/imagenet
     python tools/check_data.py --config=configs/cliptrans/multi30k.py:target=fr \\
         --config.data.path=/data/multi30k --all
 
-Takes the config and flags of a run of either package. Of image sets it counts classes and the
-images of each, looks at the sizes of a sample and whether it can be read, and at the OOD set; of
-sentences it counts lines and empty ones by language and split, pictures, missing and unreadable
-ones. Every problem is listed, not only the first.
+Accepts the config and flags of a run of either package, and uses no device. For image sets it
+counts classes and their images, reads a sample and reports its sizes and unreadable files, and does
+the same for the OOD set. For sentences it counts lines and empty lines by language and split, and
+pictures, missing and unreadable ones. All problems are listed, not only the first.
 
-  --sample=N  read N pictures a split, spread evenly (default 500)
-  --all       read all of them
+  --sample=N  read N pictures per split, evenly spaced (default 500)
+  --all       read every picture
 
-Exit status 0 where the data lets a run start, 1 where it does not. Weights and tokenizers are not
-looked at.
+Exits with 0 if the data lets a run start, otherwise with 1. Does not check weights or tokenizers.
 """
 
 import collections
@@ -55,11 +54,11 @@ NOWHERE = epath.Path("check_data")  # a workdir that is never written
 
 @dataclasses.dataclass
 class Findings:
-    """What was found so far; printed as it comes.
+    """The results so far, printed as they arrive.
 
     Attributes:
-      sample: pictures to read of a split; None for all.
-      problems: what keeps a run from starting.
+      sample: number of pictures to read per split; None for all.
+      problems: those that prevent a run from starting.
     """
 
     sample: int | None
@@ -69,13 +68,13 @@ class Findings:
         print(text, flush=True)
 
     def problem(self, text: str) -> None:
-        """Counts what keeps a run from starting, unless it is known already."""
+        """Records a problem that prevents a run from starting, once."""
         if text not in self.problems:
             self.problems.append(text)
             self.say(f"  PROBLEM: {text}")
 
     def attempt(self, load: Callable[..., Any], *args: Any, **settings: Any) -> Any | None:
-        """What `load` returns; None, and a problem more, where a user must mend something."""
+        """The result of `load`; on an error that the user must fix, records it and returns None."""
         try:
             return load(*args, **settings)
         except USER_ERRORS as error:
@@ -83,14 +82,14 @@ class Findings:
             return None
 
     def places(self, size: int) -> Sequence[int]:
-        """The examples to read of `size`."""
+        """The indices to read, out of `size` examples."""
         if self.sample is None or self.sample >= size:
             return range(size)
         return np.linspace(0, size - 1, self.sample).round().astype(int).tolist()
 
 
 def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
-    """Image sets: training, test and OOD."""
+    """Checks the image sets: training, test and OOD."""
     data = _undecoded(config.data)
     findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
     train = _check_images(data, "train_split", load_source, findings)
@@ -115,7 +114,7 @@ def check_m2mkd(config: m2mkd.Config, findings: Findings) -> None:
 
 
 def _undecoded(data: DataConfig) -> DataConfig:
-    """Without decoding all that a run would keep in memory, unless it must fit there."""
+    """The config without decoding a set that a run would keep in memory, unless it must fit."""
     return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
 
 
@@ -143,7 +142,7 @@ def _describe_classes(source: Source, findings: Findings) -> None:
 
 
 def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
-    """Sizes of a sample and what of it cannot be read."""
+    """Checks the sizes of a sample and that it can be read."""
     places = findings.places(len(source))
     sizes, bad = _read(lambda i: source[i]["image"].shape[:2], places)
     common = ", ".join(
@@ -182,14 +181,14 @@ def _check_ood(config: m2mkd.Config, train: Source, findings: Findings) -> None:
 
 @dataclasses.dataclass
 class Need:
-    """What the stages of a run read of a split.
+    """The parts of a split that the stages of a run read.
 
     Attributes:
       languages: of sentences.
-      filled: those of them in which there must be sentences.
-      pictures: whether any stage looks at pictures.
-      strict: whether one of those needs every picture.
-      batch: the most training examples a step.
+      filled: the languages in which there must be sentences.
+      pictures: whether any stage reads pictures.
+      strict: whether any of these stages needs every picture.
+      batch: the largest number of training examples per step.
     """
 
     languages: set[str] = dataclasses.field(default_factory=set)
@@ -200,7 +199,7 @@ class Need:
 
 
 def needs_of(runs: Iterable[cliptrans.Config]) -> dict[str, Need]:
-    """Key of config.data that names a split -> what the runs read of it."""
+    """Maps the key of config.data that names a split to the parts that the runs read."""
     needs: dict[str, Need] = collections.defaultdict(Need)
     for run in runs:
         pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
@@ -228,7 +227,7 @@ def needs_of(runs: Iterable[cliptrans.Config]) -> dict[str, Need]:
 
 
 def check_cliptrans(config: cliptrans.Config, findings: Findings) -> None:
-    """Sentences and pictures of every split that the run reads."""
+    """Checks the sentences and pictures of every split that the run reads."""
     data = config.data
     findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
     runs = [config.consistent()]
@@ -253,7 +252,7 @@ def _check_split(config: cliptrans.Config, key: str, need: Need, findings: Findi
                 findings.problem(f"{corpus.name} has no sentence in {language!r}")
     if not readable:
         return
-    # What is wrong with one file is known by now; together they can still differ in length.
+    # Problems of single files are recorded by now, but the files may still differ in length.
     corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
     if corpus is None:
         return
@@ -297,7 +296,7 @@ def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Find
 def _read(
     measure: Callable[[int], tuple[int, int]], places: Sequence[int]
 ) -> tuple[collections.Counter, dict[str, str]]:
-    """Rows and columns of the examples that can be read, counted, and name -> reason of others."""
+    """Counts of the sizes of the readable examples, and the reason for each unreadable one."""
 
     def read(index: int) -> tuple[int, int] | BadExample:
         try:
@@ -318,7 +317,7 @@ def _say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) 
 
 
 def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
-    """Prints what is found; 0 where a run could start, else 1."""
+    """Prints the findings; returns 0 if a run could start, otherwise 1."""
     logging.getLogger().setLevel(logging.WARNING)
     findings = Findings(sample)
     package, look = (cliptrans, check_cliptrans) if "stage" in config else (m2mkd, check_m2mkd)
@@ -339,7 +338,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command; exits with 0, 1, or 2 where the command line is not understood."""
+    """The command; exits with 0, 1, or 2 for a bad command line."""
     sample: int | None = SAMPLE
     rest = [argv[0], f"--workdir={NOWHERE}"]
     for arg in argv[1:]:

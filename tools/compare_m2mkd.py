@@ -1,11 +1,11 @@
-"""Does distilling modules help on CIFAR-10: more than other ways to train, and at what price?
+"""Compares m2mKD with other ways to train on CIFAR-10, by accuracy and cost.
 
 Trains a teacher by modules, then a V-MoE and a NAC from scratch, with logit distillation from the
-whole teacher, and with m2mKD; and the V-MoE with m2mKD of other weights (alpha), with a KL
-divergence that is a mean over the batch alone, with its stitches kept, and from scratch and with
-m2mKD for --long-steps updates. All others train end to end for equally long. Prints one table, with
-what all phases of each together cost, and writes curves, over several seeds. Started again, it goes
-on where it stopped.
+whole teacher, and with m2mKD. Also trains the V-MoE with m2mKD at other weights (alpha), with a KL
+divergence averaged over the batch only, with its stitches kept, and, for --long-steps updates, from
+scratch and with m2mKD. All others train end to end for the same number of steps. Prints one table
+over several seeds, including the total cost of all phases, and writes curves. Run it again to
+resume an interrupted comparison.
 
     python tools/compare_m2mkd.py --workdir runs/cifar10 --data /data/cifar10 --per-class 500
 
@@ -30,18 +30,18 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.phases.pipeline import describe
 
 CONFIGS = {"vmoe": "configs/m2mkd/cifar10_vmoe.py", "nac": "configs/m2mkd/cifar10_nac.py"}
-TEACHER = "vmoe_m2mkd"  # whose pipeline trains the meta model and the teacher of all
+TEACHER = "vmoe_m2mkd"  # its pipeline trains the meta model and teacher that all others use
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to train a student: a row of the table.
+    """One way to train a student: a row of the table.
 
     Attributes:
-      row: its name there.
-      phase: "pipeline" for all phases that `takes` leaves to do, or "end_to_end".
-      takes: what it starts from of TEACHER's runs: "meta", "teacher", "students".
-      flags: what else it differs by from the config.
+      row: its label in the table.
+      phase: "pipeline" for all phases that `takes` does not supply, or "end_to_end".
+      takes: the runs of TEACHER that it starts from: "meta", "teacher", "students".
+      flags: other differences from the config.
       long: whether it trains for --long-steps updates.
     """
 
@@ -66,7 +66,7 @@ VARIANTS = {
     "vmoe_alpha_0": Variant("V-MoE, m2mKD, alpha 0", flags=("--config.distill.alpha=0.0",)),
     "vmoe_alpha_0.9": Variant("V-MoE, m2mKD, alpha 0.9", flags=("--config.distill.alpha=0.9",)),
     "vmoe_batch_mean": Variant(
-        "V-MoE, m2mKD, KL a mean over the batch", flags=("--config.distill.kind=soft_batch_mean",)
+        "V-MoE, m2mKD, KL averaged over the batch", flags=("--config.distill.kind=soft_batch_mean",)
     ),
     "vmoe_long": Variant("V-MoE from scratch, longer", "end_to_end", (), long=True),
     "vmoe_m2mkd_long": Variant("V-MoE, m2mKD, longer", "end_to_end", ("students",), long=True),
@@ -79,14 +79,14 @@ VARIANTS = {
 def parse_flags() -> argparse.Namespace:
     parser = demo_parser(__doc__, workdir="runs/cifar10", seeds=1)
     parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--per-class", type=int, default=0, help="training images; 0: all")
+    parser.add_argument("--per-class", type=int, default=0, help="training images; 0 for all")
     parser.add_argument("--long-steps", type=int, default=1326, help="updates of the longer runs")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="rows to train"
     )
     flags = parser.parse_args()
     if not flags.data.is_dir():
-        parser.error(f"--data={flags.data} is no folder")
+        parser.error(f"--data={flags.data} is not a folder")
     if flags.per_class < 0 or flags.long_steps < 1:
         parser.error(
             f"--per-class={flags.per_class} must be at least 0, and --long-steps="
@@ -105,13 +105,13 @@ def main() -> None:
 
 
 def chosen(flags: argparse.Namespace) -> list[str]:
-    """The variants to train: those asked for, and what they start from."""
+    """The variants to train: those in --only, and TEACHER if any of them needs it."""
     needed = any(VARIANTS[name].takes for name in flags.only)
     return [name for name in VARIANTS if name in flags.only or (name == TEACHER and needed)]
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name, all of a seed before those of the next."""
+    """The runs by name, seed by seed."""
     return {
         f"{name}_{seed}": job(flags, name, seed)
         for seed in range(flags.seeds)
@@ -140,7 +140,7 @@ def job(flags: argparse.Namespace, name: str, seed: int) -> Job:
 
 
 def summarise(flags: argparse.Namespace) -> pathlib.Path:
-    """Prints the table and writes the report over all runs; returns its path."""
+    """Prints the table, writes the report on all runs, and returns its path."""
     header = ("CIFAR-10", "test accuracy", "seeds", "training, TFLOP")
     rows, curves = [], {}
     for name in ["teacher", *chosen(flags)]:
@@ -167,7 +167,7 @@ def summarise(flags: argparse.Namespace) -> pathlib.Path:
 
 
 def end(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path | None:
-    """The folder of the run that a row is about; None while it is not finished."""
+    """The folder of a row's final run; None until it is finished."""
     if name == "teacher":
         folder = workdir / f"{TEACHER}_{seed}" / "teacher"
     else:
@@ -176,7 +176,7 @@ def end(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path | None:
     return folder if (folder / "result.json").exists() else None
 
 
-# What each thing that a run starts from was made by, of the folders of TEACHER's pipeline.
+# For each source of a run, the folders of TEACHER's pipeline whose training produced it.
 MADE_BY = {
     "meta": ("meta",),
     "teacher": ("meta", "modules", "teacher"),
@@ -186,8 +186,8 @@ MADE_BY = {
 
 @functools.cache
 def run_flops(folder: pathlib.Path) -> float:
-    """Operations of all updates of a run, those of matrix products and convolutions, as
-    `plan.steps.step_flops` counts them."""
+    """Matrix product and convolution operations of all updates of a run, as counted by
+    `plan.steps.step_flops`."""
     config = freeze_stored(Config, read_json(folder / "config.json"), folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=1)

@@ -1,15 +1,16 @@
-"""Weights of others as checkpoints that the phases start from, and checkpoints as files of theirs.
+"""Converts published weights to checkpoints that runs can start from, and runs back to files.
 
     python tools/convert_weights.py IN OUT [--kind=KIND] [--config=FILE:ARGS] [--config.x=y ...]
 
-From PyTorch's files (.pth, .pt, .bin) or safetensors to a folder for `config.sources`, or from a
-run's workdir (or a step in it) to a file, by the suffix of OUT: .pth as the original writes it,
-.safetensors with the bare tensors. Nothing in a file is run. Every tensor must find its place: what
-is missing, unknown or of another shape is listed, and nothing is written then.
+Converts PyTorch files (.pth, .pt, .bin) or safetensors to a folder for `config.sources`, or a run's
+workdir (or a single step in it) to a file, depending on the suffix of OUT: .pth as the original
+writes it, .safetensors with the bare tensors. Never executes anything in a file. Every tensor must
+have a place: if any is missing, unknown or of another shape, all such tensors are listed and
+nothing is written.
 
-IN may be a folder of files with one module each. Where names tell the kind, --kind may be left
-out. Sizes are those of --config; without it those that the tensors tell, which are printed beside
-what is assumed, and which --config.x=y corrects, such as --config.teacher.depths=6,6,6,6.
+IN may be a folder of files with one module each. --kind is optional if the tensor names identify
+the kind. Sizes come from --config; without it they are inferred from the tensors and printed next
+to what is assumed. Override them with --config.x=y, such as --config.teacher.depths=6,6,6,6.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 
 CLIPTRANS = "cliptrans"
-MODEL = {"mbart", "mapper"}  # what a CLIPTrans checkpoint holds of a run
+MODEL = {"mbart", "mapper"}  # the part of a run that a CLIPTrans checkpoint has
 EXAMPLES = {
     "meta": "PT_huge.pth weights/meta --kind=meta --config=configs/m2mkd/nac_imagenet.py",
     "teacher": "deit_base_patch16_224.pth weights/teacher --config.teacher.depths=3,3,3,3",
@@ -57,7 +58,7 @@ EXAMPLES = {
 ABOUT = {name: kind.about for name, kind in m2mkd.KINDS.items()} | {
     CLIPTRANS: "a CLIPTrans checkpoint, whole or in shards NAME_1.pth, for config.sources.model"
 }
-# Fields of config.sources that take files as they were published, by kind.
+# Fields of config.sources that accept published files directly, by kind.
 TAKEN_AS_IT_IS = {
     "mbart": "mbart",
     "mclip": "clip_text",
@@ -70,7 +71,7 @@ FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What was asked for; `settings` are the overrides `config.x=y` by their paths."""
+    """The parsed command line; `settings` has the overrides `config.x=y` by path."""
 
     source: str
     target: str
@@ -83,7 +84,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """Parameters with the config of a run that could have made them, as JSON."""
+    """Parameters with the config, as JSON, of a run that could have produced them."""
 
     kind: str
     params: Mapping[str, Any]
@@ -124,8 +125,8 @@ def parse(argv: Sequence[str]) -> Command:
         "--weights",
         default="",
         metavar="KEY",
-        help="which weights of a file with several: a key such as model_ema, or what stands before "
-        "a network's names, such as teacher.",
+        help="the weights to use from a file with several: a key such as model_ema, or the prefix "
+        "of a network's names, such as teacher.",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT")
     overrides = [arg for arg in argv if arg.startswith("--config.")]
@@ -140,10 +141,10 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def take(command: Command) -> None:
-    """From a file, or files, to a folder that the phases start from."""
+    """Converts a file, or files, to a folder that runs can start from."""
     checkpoint.refuse_pattern(command.target, "OUT")
     found = _take_cliptrans(command) if command.kind == CLIPTRANS else _take_m2mkd(command)
-    printed = found.kind != CLIPTRANS  # what m2mKD's tensors do not tell, before they are read
+    printed = found.kind != CLIPTRANS  # for m2mKD, `assumed` was printed before reading
     shown = dataclasses.replace(found.account, assumed=()) if printed else found.account
     print(format_account(shown))
     target = epath.Path(command.target)
@@ -163,7 +164,7 @@ def take(command: Command) -> None:
 
 
 def export(command: Command) -> None:
-    """From a run to a file."""
+    """Converts a run to a file."""
     saved = checkpoint.load_config(command.source)
     stage = _only_module(command)
     if "stage" in saved:
@@ -186,7 +187,7 @@ def export(command: Command) -> None:
 
 
 def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
-    """The frozen config of --config, or else the inferred one, with the overrides."""
+    """The frozen config of --config, or else the inferred one, with overrides."""
     if command.config is not None:
         config = read_config_file(command.config)
     else:
@@ -256,7 +257,7 @@ def _take_cliptrans(command: Command) -> Converted:
 def _export_cliptrans(
     command: Command, saved: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], Account]:
-    """The tensors of a translation model, the shared embedding under all of its names."""
+    """The tensors of a translation model, with the shared embedding under all its names."""
     config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=config.optim.ema > 0)
     if "mbart" not in params:
@@ -272,7 +273,7 @@ def _export_cliptrans(
 
 
 def _only_module(command: Command) -> int | None:
-    """K of --config.module=K, the only setting that a run's file takes."""
+    """K of --config.module=K, the only override accepted when converting a run."""
     if command.weights:
         raise ValueError("--weights is for files; of a run with a running average, that is written")
     if command.config is not None or command.settings.keys() - {"module"}:

@@ -1,10 +1,10 @@
-"""CLIPTrans on emoji in minutes: do features of a text, and captioning first, help a translation?
+"""CLIPTrans on emoji in minutes: do text features, and captioning first, help translation?
 
-Trains a small M-CLIP on pictures and their names in six languages, and three translators from
+Trains a small M-CLIP on pictures and their names in six languages, then three translators from
 English to German with equal budgets: an mBART on the texts alone, one with features as a prefix,
-and one that has learnt to caption the pictures before. No form of a test emoji (skin tone, gender,
-hair) is in training. Prints one table and a few translations. Started again, it goes on where it
-stopped.
+and one that first learned to caption the pictures. No variant of a test emoji (skin tone, gender,
+hair) is in the training set. Prints one table and a few translations. Run it again to resume an
+interrupted demo.
 
     python tools/demo_cliptrans.py --workdir runs/demo/cliptrans
 """
@@ -24,7 +24,7 @@ from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json
 
 CONFIG = "configs/cliptrans/emoji.py"
-# Row of the table: name of its runs.
+# Row of the table -> name of its runs.
 MODELS = {
     "text only": "text_only",
     "CLIPTrans without captioning": "no_captioning",
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name; all that have features have them from one M-CLIP."""
+    """The runs by name; all runs with features use the same M-CLIP."""
     root = flags.workdir.resolve()
 
     def job(arguments: str, seed: int, needs: str | None = None) -> Job:
@@ -65,7 +65,7 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
-    """Prints the table and the translations, writes the report over all runs; returns its path."""
+    """Prints the table and translations, writes the report on all runs, and returns its path."""
     rows, curves = [], {}
     for title, name in MODELS.items():
         runs = [workdir / f"{name}_{seed}" / "translate" for seed in range(seeds)]
@@ -93,7 +93,7 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
 
 
 def translations(workdir: pathlib.Path) -> Table:
-    """Some test emoji with their pictures, and what the models of seed 0 make of their names."""
+    """Some test emoji with their pictures, and translations of their names by the seed 0 models."""
     outputs = {
         title: read_translations(workdir / f"{name}_0" / "translate" / "translations.tsv")
         for title, name in MODELS.items()

@@ -1,10 +1,9 @@
-"""m2mKD on real images in minutes: does distilling modules help the network that they are assembled
-to?
+"""m2mKD on real images in minutes: does module distillation help the assembled network?
 
-Runs the whole pipeline on scikit-learn's digits (the last 360 are the test set, by other writers
-than the rest) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
-scratch with the same end-to-end budgets, for several seeds; prints one table. The NAC is tested on
-renditions of the digits as well (OOD). Started again, it goes on where it stopped.
+Runs the whole pipeline on scikit-learn's digits (the last 360, by different writers than the rest,
+are the test set) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
+scratch with the same end-to-end budgets, for several seeds. Prints one table. The NAC is also
+tested on renditions of the digits (OOD). Run it again to resume an interrupted demo.
 
     python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
 """
@@ -31,8 +30,11 @@ def main() -> None:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name. The first pipeline compiles what the later ones find in the cache, and so
-    has the start. A NAC takes meta model and teacher of the V-MoE's pipeline."""
+    """The runs by name.
+
+    The first pipeline starts first, since it compiles what the later ones find in the cache. A NAC
+    uses the meta model and teacher of the V-MoE's pipeline.
+    """
 
     def job(student: str, phase: str, seed: int, teacher: str | None = None) -> Job:
         command = ["-m", "m2mkd_jax.main", f"--config={CONFIGS[student]}:phase={phase}"]
@@ -54,7 +56,7 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
-    """Prints the table and writes the report over all runs; returns its path."""
+    """Prints the table, writes the report on all runs, and returns its path."""
     teachers = [accuracies(workdir / f"vmoe_m2mkd_{seed}" / "teacher") for seed in range(seeds)]
     rows = [("teacher", "", mean_and_spread(teachers, "test/accuracy", unit=" %"), "")]
     figures = []

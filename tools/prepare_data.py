@@ -1,14 +1,14 @@
-"""Prepares a TFDS image set as ArrayRecords, with a file of labels for each split.
+"""Prepares a TFDS image set as ArrayRecords, with a label file for each split.
 
     pip install -e '.[prepare]'
     python tools/prepare_data.py cifar10 --data-dir /data/tfds
     python tools/prepare_data.py imagenet2012 --data-dir /data/tfds --manual-dir /data/archives
 
-Any set of TFDS with the features image and label: imagenet2012, imagenet_r, cifar10, cifar100,
-caltech_birds2011 and so on. TFDS fetches what may be fetched; of imagenet2012 the archives
-ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar must be in --manual-dir. Training then reads it
-without TensorFlow: --config.data.source=tfds --config.data.path=/data/tfds
---config.data.name=cifar10. Of a set that is prepared already, only the labels are made.
+Works with any TFDS set that has the features image and label: imagenet2012, imagenet_r, cifar10,
+cifar100, caltech_birds2011 and so on. TFDS downloads what it may; for imagenet2012 the archives
+ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar must be in --manual-dir. Training then reads the
+set without TensorFlow: --config.data.source=tfds --config.data.path=/data/tfds
+--config.data.name=cifar10. If the set is already prepared, only the label files are written.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from etils import epath
 from common_jax.signals import ends_quietly
 from m2mkd_jax.data.records import find_prepared, open_builder, stored_labels
 
-EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and what TFDS needs of other packages)"
+EXTRA = "pip install -e '.[prepare]' (TFDS, TensorFlow and TFDS's other dependencies)"
 
 
 def prepare(name: str, data_dir: str, *, manual_dir: str | None) -> epath.Path:
-    """The folder of the set, which is prepared unless it is there.
+    """Prepares the set unless it exists, and returns its folder.
 
     Raises:
       ImportError: TensorFlow or TFDS is missing.
-      ValueError: no such set, or none of images with labels.
+      ValueError: there is no such set, or it has no images with labels.
     """
     try:
         return find_prepared(data_dir, name)
@@ -56,8 +56,8 @@ def _require_features(name: str, features: Any) -> None:
 
 
 def describe(folder: epath.Path) -> list[str]:
-    """One line for the set and one a split: records, files, classes, images a class. Writes the
-    files of labels."""
+    """Writes the label files; returns a line for the set and one per split with its numbers of
+    records, files, classes and images per class."""
     builder = open_builder(folder)
     names = builder.info.features["label"].names
     lines = [f"{builder.info.full_name} in {folder}: {len(names)} classes"]
@@ -74,13 +74,13 @@ def describe(folder: epath.Path) -> list[str]:
 
 @ends_quietly
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0 where the set is there in the end, 2 where it cannot be."""
+    """The command; returns 0 once the set is prepared, 2 if it cannot be."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", help="of the set, as TFDS calls it; NAME:VERSION for a version")
-    parser.add_argument("--data-dir", required=True, help="TFDS's folder, made if need be")
-    parser.add_argument("--manual-dir", help="folder of archives that were fetched by hand")
+    parser.add_argument("name", help="the set's name in TFDS; NAME:VERSION for a version")
+    parser.add_argument("--data-dir", required=True, help="TFDS's folder, created if needed")
+    parser.add_argument("--manual-dir", help="folder of manually downloaded archives")
     args = parser.parse_args(argv)
     try:
         folder = prepare(args.name, args.data_dir, manual_dir=args.manual_dir)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: preparing needs {EXTRA}: {error}", file=sys.stderr)
         return 2
     except (ValueError, OSError, AssertionError) as error:
-        # TFDS asserts that archives which must be fetched by hand are there.
+        # TFDS asserts that archives which must be downloaded manually exist.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
