@@ -83,51 +83,36 @@ def read(
       ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to one
         that it should equal.
     """
-    tensors, problems, misshapen = dict(tensors), [], []
+    tensors, problems = dict(tensors), []
     same = _resolve(tensors, table.aliases, problems)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
-    params, taken, notes, known = {}, [], [], set()
-    for path, entry in table.entries.items():
-        if path not in flat:
-            continue
-        entry, target = _form(entry, tensors), flat[path]
-        parts = {name: np.asarray(tensors[name]) for name in entry.names if name in tensors}
-        expected = _tensor_shapes(entry, target.shape)
-        known |= parts.keys()
+    params, taken, notes = {}, [], []
+    entries = {path: entry for path, entry in table.entries.items() if path in flat}
+    for path, entry in entries.items():
+        form, shape = _form(entry, tensors), flat[path].shape
+        parts = {name: np.asarray(tensors[name]) for name in form.names if name in tensors}
         taken += [(name, path, part.shape) for name, part in parts.items()]
         if not parts and entry.fill is not None:
-            params[path] = np.full(target.shape, entry.fill, np.float32)
+            params[path] = np.full(shape, entry.fill, np.float32)
             value = "zeros" if entry.fill == 0 else f"{entry.fill:g} everywhere"
             notes.append(f"{', '.join(entry.names)} is not in the file: {value}")
-            continue
-        for name, shape in expected.items():
-            if name not in parts:
-                problems.append(f"{name} {shape} is missing, for {path}")
-            elif parts[name].shape != shape:
-                misshapen.append(f"{name} is {parts[name].shape} and should be {shape}")
-        if {name: part.shape for name, part in parts.items()} == expected:
+        elif wrong := _differing(parts, _tensor_shapes(form, shape), path):
+            problems += wrong
+        else:
             try:
-                params[path] = entry.read(*parts.values())
+                params[path] = form.read(*parts.values())
             except ValueError as error:
                 problems.append(str(error))
-    left, others = [], _other_forms(table.entries[path] for path in flat)
-    for name in sorted(tensors.keys() - known):
-        reason = next((why for rx, why in table.left_out.items() if re.fullmatch(rx, name)), None)
-        if reason is not None:
-            left.append((name, reason))
-        elif name in others:
-            problems.append(
-                f"{name} {np.shape(tensors[name])} is there besides {others[name]}, which says the "
-                "same; leave out either"
-            )
-        else:
-            problems.append(f"{name} {np.shape(tensors[name])} has no place")
-    if problems := problems + misshapen:
+    known = {name for name, _, _ in taken}
+    rest = {name: x for name, x in tensors.items() if name not in known}
+    left, unknown = _divide(rest, table.left_out, _other_forms(entries.values()))
+    problems += unknown
+    if problems:
         raise ValueError(
             f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
         )
-    account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left), tuple(notes))
+    account = Account(tuple(taken), tuple(sorted(same.items())), left, tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
 
@@ -304,6 +289,33 @@ def _form(entry: Entry, tensors: Tensors) -> Entry:
     there = [form for form in entry.forms if any(name in tensors for name in form.names)]
     own = any(name in tensors for name in entry.names)
     return there[0] if there and not own else entry
+
+
+def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: str) -> list[str]:
+    """Tensors of a parameter that are missing or of another shape, a line each."""
+    missing = {name: shape for name, shape in expected.items() if name not in parts}
+    return [f"{name} {shape} is missing, for {path}" for name, shape in missing.items()] + [
+        f"{name} is {part.shape} and should be {expected[name]}"
+        for name, part in parts.items()
+        if part.shape != expected[name]
+    ]
+
+
+def _divide(
+    rest: Tensors, left_out: Mapping[str, str], forms: Mapping[str, str]
+) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """Of the tensors that no parameter is made of: those that are left out, with the reasons, and
+    the others, a line each."""
+    left, lines = [], []
+    for name, array in sorted(rest.items()):
+        reason = next((why for rx, why in left_out.items() if re.fullmatch(rx, name)), None)
+        if reason is not None:
+            left.append((name, reason))
+        elif name in forms:
+            lines.append(f"{name} {np.shape(array)} and {forms[name]} are one; leave out either")
+        else:
+            lines.append(f"{name} {np.shape(array)} has no place")
+    return tuple(left), lines
 
 
 def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
