@@ -1,5 +1,5 @@
 """Tables between published tensors and our parameters: one strict reader, the same table backwards
-as the writer, and the kind of network that names tell."""
+as the writer, and the kind of network that names show."""
 
 import dataclasses
 import re
@@ -178,8 +178,8 @@ def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> li
 
 
 def misfits(table: Table, names: Collection[str]) -> list[str]:
-    """How a file's names differ from those of a table's network of any size: numbers of layers are
-    "*". Empty where the table claims all names and every part that it needs is there."""
+    """The differences between a file's names and those of a table's network of any size; numbers of
+    layers are "*". Empty where the table claims all names and every part that it needs is there."""
     there = {fold(name) for name in names}
     claimed, missing = {fold(alias) for alias in table.aliases}, {}
     for entry in table.entries.values():
@@ -201,8 +201,8 @@ class Claim:
 
     Attributes:
       kind: as its system names it.
-      prefix: what stands before its tensors' names.
-      misfits: how the names below that prefix differ from the nearest of its tables.
+      prefix: the text before its tensors' names.
+      misfits: differences between the names below that prefix and its nearest table.
     """
 
     kind: str
@@ -241,7 +241,7 @@ def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[st
 
 
 def prefixes(marker: str, names: Iterable[str]) -> list[str]:
-    """What stands before the names of each network in a file, such as "" or "teacher.".
+    """The text before the names of each network in a file, such as "" or "teacher.".
 
     Args:
       marker: regex of a name that a network of this kind has.
@@ -325,8 +325,8 @@ def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an entry's tensors, for a parameter of a shape; an array that takes no memory
-    tells them."""
+    """Shapes of an entry's tensors, for a parameter of a shape; found with an
+    array that takes no memory."""
     parts = entry.write(np.broadcast_to(np.float32(0), shape))
     return {name: part.shape for name, part in zip(entry.names, parts, strict=True)}
 
