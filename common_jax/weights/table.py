@@ -181,12 +181,14 @@ def misfits(table: Table, names: Collection[str]) -> list[str]:
     """The differences between a file's names and those of a table's network of any size; numbers of
     layers are "*". Empty where the table claims all names and every part that it needs is there."""
     there = {fold(name) for name in names}
-    claimed, missing = {fold(alias) for alias in table.aliases}, {}
+    aliases = {fold(alias): fold(name) for alias, name in table.aliases.items()}
+    there |= {name for alias, name in aliases.items() if alias in there}
+    claimed, missing = set(aliases), {}
     for entry in table.entries.values():
         forms = [{fold(name) for name in form.names} for form in (entry, *entry.forms)]
         claimed.update(*forms)
         if not (entry.optional or entry.fill is not None or any(form <= there for form in forms)):
-            missing |= dict.fromkeys(forms[0])
+            missing |= dict.fromkeys(sorted(forms[0]))
     foreign = {
         fold(name): None
         for name in sorted(names)

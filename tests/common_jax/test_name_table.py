@@ -122,6 +122,11 @@ def test_the_table_that_claims_the_most_comes_first(names, claims):
     assert tables.rank_kinds([LARGE, SMALL], set(names)) == [Claim(*claim) for claim in claims]
 
 
+def test_an_alias_stands_for_its_tensor_in_claims_too():
+    table = Table({"a": entries.copy("a")}, {"b": "a"})
+    assert tables.misfits(table, ["b"]) == tables.misfits(table, ["a", "b"]) == []
+
+
 def test_the_shortest_prefix_comes_first():
     ranked = tables.rank_kinds([LARGE, SMALL], {"a", "b", "x.a", "x.b", "x.c"})
     assert [(claim.kind, claim.prefix) for claim in ranked] == [
