@@ -189,6 +189,7 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
 
 
 def _take_m2mkd(command: Command) -> Pretrained:
+    """The parameters, with the config of a run that could have made them as JSON."""
     files = m2mkd.read_files(command.source, weights=command.weights)
     other = kind_of_tensors(files[0].tensors) if command.kind is None else None
     if other == CLIPTRANS:
@@ -229,6 +230,7 @@ def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None
 
 
 def _take_cliptrans(command: Command) -> Pretrained:
+    """The parameters, with the config of a run that could have made them as JSON."""
     cls = cliptrans_config.Config
     given = command.config is not None or command.settings
     config = read_config(command, cls)
