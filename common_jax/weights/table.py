@@ -14,6 +14,7 @@ from common_jax.weights.entries import Entries, Entry, below
 from common_jax.weights.files import NARROW
 
 Tensors = Mapping[str, np.ndarray]
+MOST_PREFIXES = 8  # that are looked below, since a file may hold any number of them
 FLOATS = ("float32", "float64", *NARROW)
 
 
@@ -221,7 +222,8 @@ def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]
     below one prefix that whose table claims the most; in the order given where these are equal."""
     claims = []
     for kind, marker, tables in formats:
-        for prefix in prefixes(marker, names):
+        shortest = sorted(prefixes(marker, names), key=lambda prefix: (len(prefix), prefix))
+        for prefix in shortest[:MOST_PREFIXES]:
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             claims.append(_claim(kind, prefix, tables(), own))
     return sorted(claims, key=lambda claim: (len(claim.prefix), len(claim.misfits)))

@@ -137,6 +137,11 @@ def test_the_shortest_prefix_comes_first():
     ]
 
 
+def test_few_of_many_prefixes_are_looked_below():
+    ranked = tables.rank_kinds([SMALL], {f"{i}.a" for i in range(1000)})
+    assert [claim.prefix for claim in ranked] == [f"{i}." for i in range(8)]
+
+
 def test_the_nearest_kind_is_described():
     described = tables.describe_nearest([LARGE, SMALL], set("bcd"))
     assert described == ""  # two of three names
