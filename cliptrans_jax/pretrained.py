@@ -102,7 +102,7 @@ def load(
         its image tower. The towers are also found below "clip." in a CLIPTrans checkpoint that
         trained them.
       config: sizes, in place of those of the JSON files beside the weights or, without these, of
-        the tensors' shapes. Shapes do not tell heads, ids and epsilons: these are then the
+        the tensors' shapes. Shapes do not show heads, ids and epsilons: these are then the
         published models', and listed under "assumed" in the account.
       fetch: whether `source` may be downloaded.
       weights: which weights are read of a file that holds several: a key of a training checkpoint,
@@ -134,8 +134,8 @@ def load(
     tensors, others = take_prefix(tensors, prefix)
     notes, assumed = (*stored.notes, *others.notes), ()
     if config is None:
-        config, assumed, said = _config(layout, tensors, about, path, activation, base)
-        notes += said
+        config, assumed, more = _config(layout, tensors, about, path, activation, base)
+        notes += more
     elif not isinstance(config, layout.config_type):
         raise ValueError(
             f"config is a {type(config).__name__}, and kind={kind!r} takes a "
@@ -174,20 +174,20 @@ def _config(
 ) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
     """The config of a layout's tensors, the fields of it that were assumed, and notes about where
     others are from."""
-    said, file = about.get(layout.about), str(path)
-    if base and not (said is not None and "modelBase" in said):
+    stated, file = about.get(layout.about), str(path)
+    if base and not (stated is not None and "modelBase" in stated):
         raise ValueError(
             f"config.sources.clip_text_base={base!r} is for an M-CLIP with a config.json, and "
             f"{file} has none with a modelBase; leave it out"
         )
     if base:
-        said = said | {"modelBase": str(Path(base).absolute()) if Path(base).exists() else base}
+        stated = stated | {"modelBase": str(Path(base).absolute()) if Path(base).exists() else base}
     try:
-        config = layout.config(tensors, said, file)
+        config = layout.config(tensors, stated, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    unstated, notes = list(layout.unstated) if said is None else [], ()
-    if layout.varied and said is None:
+    unstated, notes = list(layout.unstated) if stated is None else [], ()
+    if layout.varied and stated is None:
         found, notes = _activation(layout, path, activation)
         config = dataclasses.replace(config, activation=found)
         if activation or notes:
@@ -263,12 +263,12 @@ def save(
     folder, extra = Path(folder), {Path(file).name: Path(file) for file in tokenizer_files}
     if missing := [str(file) for file in extra.values() if not file.is_file()]:
         raise FileNotFoundError(f"tokenizer_files: there is no {', '.join(missing)}")
-    wanted = {"config.json", "model.safetensors", *extra}
-    if len(wanted) != 2 + len(tokenizer_files):
+    names = {"config.json", "model.safetensors", *extra}
+    if len(names) != 2 + len(tokenizer_files):
         raise ValueError(f"tokenizer_files={[*map(str, tokenizer_files)]} must differ in name")
     refused = FileExistsError(f"{folder} exists and holds something else; give another folder")
-    held = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    if (held and held != wanted) or (folder.exists() and not folder.is_dir()):
+    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if (there and there != names) or (folder.exists() and not folder.is_dir()):
         raise refused
     tensors = _tensors(kinds.MBART, params, config)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -278,9 +278,9 @@ def save(
         write_tensors(part / "model.safetensors", tensors)
         for name, file in extra.items():
             shutil.copyfile(file, part / name)
-        if not held:
+        if not there:
             os.replace(part, folder)
-        elif not all(same_content(part / name, folder / name) for name in wanted):
+        elif not all(same_content(part / name, folder / name) for name in names):
             raise refused
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -335,7 +335,7 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _find(source: str | os.PathLike, fetch: bool) -> Path:
-    """Where the source lies on this machine."""
+    """The place of the source on this machine."""
     path, name = Path(source), str(source)
     if "://" in name:
         raise ValueError(f"{name} must be on a disk of this machine; copy it to one first")

@@ -303,7 +303,7 @@ def test_which_module_a_file_holds_must_be_clear(tmp_path, config_file, capsys):
     ]
     assert freeze(Config, checkpoint.load_config(tmp_path / "run")).modules() == (0, 1, 2)
     said = refusal(capsys, folder / "s_1.pth", tmp_path / "one", *flags)
-    assert "does not tell which of the 3 modules it holds: give --config.module=K" in said
+    assert "does not say which of the 3 modules it holds: give --config.module=K" in said
     said = refusal(capsys, folder / "s_2.pth", tmp_path / "one", *flags, "--config.module=1")
     assert "which module it holds is unclear" in said
     said = refusal(capsys, folder, tmp_path / "one", *flags, "--config.module=1")

@@ -38,6 +38,7 @@ from common_jax.mesh import start_backend
 from common_jax.signals import ends_quietly
 from common_jax.weights import Account, format_account, write_tensors, write_torch
 from common_jax.weights.files import TORCH_SUFFIXES
+from common_jax.weights.table import Pretrained
 from common_jax.workdir import freeze_stored
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
@@ -80,16 +81,6 @@ class Command:
     settings: Mapping[str, str]
     force: bool
     weights: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Converted:
-    """Parameters with the config, as JSON, of a run that could have produced them."""
-
-    kind: str
-    params: Mapping[str, Any]
-    config: Mapping[str, Any]
-    account: Account
 
 
 @ends_quietly
@@ -197,7 +188,8 @@ def read_config(command: Command, cls: type, inferred: Any = None) -> Any:
     return freeze(cls, config)
 
 
-def _take_m2mkd(command: Command) -> Converted:
+def _take_m2mkd(command: Command) -> Pretrained:
+    """The parameters, with the config of a run that could have made them as JSON."""
     files = m2mkd.read_files(command.source, weights=command.weights)
     other = kind_of_tensors(files[0].tensors) if command.kind is None else None
     if other == CLIPTRANS:
@@ -227,7 +219,7 @@ def _take_m2mkd(command: Command) -> Converted:
             if path.removeprefix("config.") not in command.settings
         ),
     )
-    return Converted(found.kind, found.params, unfreeze(found.config).to_dict(), account)
+    return dataclasses.replace(found, config=unfreeze(found.config).to_dict(), account=account)
 
 
 def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None:
@@ -237,7 +229,8 @@ def _show_sizes(title: str, fields: Mapping[str, Any], command: Command) -> None
     print(textwrap.fill(f"{title}: {shown}", 100, subsequent_indent="  "))
 
 
-def _take_cliptrans(command: Command) -> Converted:
+def _take_cliptrans(command: Command) -> Pretrained:
+    """The parameters, with the config of a run that could have made them as JSON."""
     cls = cliptrans_config.Config
     given = command.config is not None or command.settings
     config = read_config(command, cls)
@@ -251,7 +244,7 @@ def _take_cliptrans(command: Command) -> Converted:
         recipes={},
         run=dataclasses.replace(config.run, best=None),
     )
-    return Converted(CLIPTRANS, found.params, unfreeze(config).to_dict(), found.account)
+    return dataclasses.replace(found, config=unfreeze(config).to_dict())
 
 
 def _export_cliptrans(

@@ -1,4 +1,4 @@
-"""What stands beside published weights: the JSON files that say what no tensor tells."""
+"""The JSON files beside published weights, which say what no tensor shows."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -228,7 +228,7 @@ def clip_text_config(hf: Hf) -> ClipTextConfig:
 
 
 def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
-    """What a config.json says, by the fields of `cls`; keys that are left out are left out.
+    """The values of a config.json by the fields of `cls`, without keys that it lacks.
 
     Args:
       hf: the file's content.
@@ -271,7 +271,7 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
 def _clip_tower(
     hf: Hf, side: str, fields: Mapping[str, str], allowed: Mapping[str, tuple], cls: type
 ) -> tuple[Any, Hf, str]:
-    """The config of a tower, the section that says it, and what to call that in messages."""
+    """The config of a tower, its section, and the name of that in messages."""
     _required(hf, "model_type", _CLIP_FILE)
     require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
     tower, where = _tower(hf, f"{side}_config")
@@ -281,7 +281,7 @@ def _clip_tower(
 
 
 def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
-    """What is said of one tower of a CLIP, and what to call it in messages."""
+    """The section about one tower of a CLIP, and its name in messages."""
     older = f"{name}_dict"
     key = older if hf.get(older) is not None else name
     whole = hf["model_type"] == "clip" or key in hf

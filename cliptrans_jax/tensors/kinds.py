@@ -51,16 +51,17 @@ KIND_BY_NAME = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the tensors of one network are named in a file.
+    """One way that files name the tensors of a network.
 
     Attributes:
       marker: regex of a tensor that every such file has, and no file of another layout.
       config_type: class of the config.
-      config: (tensors, config.json of their folder or None, their file) -> config.
+      from_tensors: (tensors, their file) -> config, as far as shapes show it.
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
-      about: the file beside the weights that says what no tensor tells.
-      unstated: fields of the config that no tensor tells; without that file they are assumed to be
+      about: the file beside the weights that says what no tensor shows.
+      from_about: (its content, the weights' file) -> config; None where it says none.
+      unstated: fields of the config that no tensor shows; without that file they are assumed to be
         as published.
       varied: whether models of the same tensors differ in the activation, so that something must
         say it.
@@ -68,12 +69,23 @@ class Layout:
 
     marker: str
     config_type: type
-    config: Callable[[Tensors, Hf | None, str], Any]
+    from_tensors: Callable[[Tensors, str], Any]
     shapes: Callable[[Any], Mapping[str, Any]]
     table: Callable[[Any], Table]
     about: str = CONFIG
+    from_about: Callable[[Hf, str], Any] | None = None
     unstated: tuple[str, ...] = ()
     varied: bool = False
+
+    def config(self, tensors: Tensors, about: Hf | None, file: str) -> Any:
+        """The sizes in the file beside the weights or, without it, those of the tensors.
+
+        Raises:
+          ValueError: naming the key or the tensor that does not show its part.
+        """
+        if about is None or self.from_about is None:
+            return self.from_tensors(tensors, file)
+        return self.from_about(about, file)
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -100,7 +112,7 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
-    """The kind that the tensors' names tell, as they are or below the shortest prefix; None where
+    """The kind that the tensors' names show, as they are or below the shortest prefix; None where
     they have the marker of none."""
     claims = rank_kinds(_formats(), tensors)
     return claims[0].kind if claims else None
@@ -124,7 +136,7 @@ def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
-    """How the tensors of that kind are named in a file, and what stands before all their names.
+    """The layout of the tensors of a kind in a file, and the prefix of all their names.
 
     Args:
       kind: a key of KINDS.
@@ -180,23 +192,6 @@ def _text_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]
     return shapes
 
 
-def _from_config(
-    read: Callable[[Hf], Any], published: Callable[[], Any]
-) -> Callable[[Tensors, Hf | None, str], Any]:
-    """The config of a config.json, or else the published model's, which the shapes must confirm."""
-    return lambda tensors, hf, file: read(hf) if hf is not None else published()
-
-
-def _mclip_config(tensors: Tensors, hf: Hf | None, file: str) -> MClipConfig:
-    return config_json.mclip_folder_config(hf, file) if hf is not None else MClipConfig()
-
-
-def _mbart_config(tensors: Tensors, hf: Hf | None, file: str) -> MBartConfig:
-    if hf is not None:
-        return config_json.mbart_config(hf)
-    return sizes.mbart_sizes(tensors, "", file)
-
-
 MBART_UNSTATED = (
     "encoder_heads",
     "decoder_heads",
@@ -212,7 +207,8 @@ _clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varie
 MBART = Layout(
     marker=r"model\.encoder\.layernorm_embedding\.weight",
     config_type=MBartConfig,
-    config=_mbart_config,
+    from_tensors=sizes.mbart_config,
+    from_about=lambda hf, file: config_json.mbart_config(hf),
     shapes=_mbart_shapes,
     table=mbart_names.table,
     unstated=MBART_UNSTATED,
@@ -220,7 +216,7 @@ MBART = Layout(
 CLIPTRANS = Layout(
     marker=r"mbart\.model\.encoder\.layernorm_embedding\.weight",
     config_type=ModelConfig,
-    config=sizes.cliptrans_config,
+    from_tensors=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=cliptrans_names.table,
     unstated=tuple(f"mbart.{name}" for name in MBART_UNSTATED),
@@ -232,7 +228,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker=r"LinearTransformation\.weight",
                 config_type=MClipConfig,
-                config=_mclip_config,
+                from_tensors=lambda tensors, file: MClipConfig(),
+                from_about=config_json.mclip_folder_config,
                 shapes=_text_shapes(MClip),
                 table=mclip_names.table,
                 unstated=("heads", "eps", "pad", "dropout", "activation"),
@@ -242,14 +239,16 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             _clip(
                 marker=r"vision_model\.pre_layrnorm\.weight",
                 config_type=ClipVisionConfig,
-                config=_from_config(config_json.clip_vision_config, ClipVisionConfig),
+                from_tensors=lambda tensors, file: ClipVisionConfig(),
+                from_about=lambda hf, file: config_json.clip_vision_config(hf),
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.vision_table,
             ),
             _clip(
                 marker=r"visual\.ln_pre\.weight",
                 config_type=ClipVisionConfig,
-                config=sizes.openai_vision_config,
+                from_tensors=sizes.openai_vision_config,
+                from_about=lambda content, file: open_clip.vision_config(content),
                 shapes=_image_shapes(ClipVision),
                 table=clip_names.openai_vision_table,
                 about=open_clip.FILE,
@@ -259,7 +258,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             Layout(
                 marker=r"visual\.attnpool\.positional_embedding",
                 config_type=ResNetConfig,
-                config=sizes.resnet_config,
+                from_tensors=sizes.resnet_config,
                 shapes=_image_shapes(ClipResNet),
                 table=resnet_names.table,
             ),
@@ -268,14 +267,16 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
             _clip(
                 marker=r"text_model\.final_layer_norm\.weight",
                 config_type=ClipTextConfig,
-                config=_from_config(config_json.clip_text_config, ClipTextConfig),
+                from_tensors=lambda tensors, file: ClipTextConfig(),
+                from_about=lambda hf, file: config_json.clip_text_config(hf),
                 shapes=_text_shapes(ClipText),
                 table=clip_names.text_table,
             ),
             _clip(
                 marker=r"ln_final\.weight",
                 config_type=ClipTextConfig,
-                config=sizes.openai_text_config,
+                from_tensors=sizes.openai_text_config,
+                from_about=lambda content, file: open_clip.text_config(content),
                 shapes=_text_shapes(ClipText),
                 table=clip_names.openai_text_table,
                 about=open_clip.FILE,

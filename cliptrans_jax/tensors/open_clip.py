@@ -1,4 +1,4 @@
-"""What OpenCLIP says about a model, in the open_clip_config.json beside its weights."""
+"""Sizes of a model in the open_clip_config.json that OpenCLIP puts beside its weights."""
 
 from collections.abc import Mapping
 from typing import Any

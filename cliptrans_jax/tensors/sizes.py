@@ -1,18 +1,16 @@
-"""The config of a network as the shapes of its tensors tell it.
+"""The config of a network, inferred from the shapes of its tensors.
 
-Shapes do not tell heads, ids, epsilons and activations: these are the published models'.
+Shapes do not show heads, ids, epsilons and activations: these are the published models'.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.tensors import open_clip
 from cliptrans_jax.towers import resnet
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
@@ -20,7 +18,6 @@ from cliptrans_jax.translators import mbart, mbart_names
 from cliptrans_jax.translators.mbart import MBartConfig
 
 Tensors = Mapping[str, np.ndarray]
-Hf = Mapping[str, Any]
 
 # The output and the input layer of each mapping network; the first whose output is there is it.
 MAPPER_OUT = {
@@ -31,27 +28,21 @@ MAPPER_OUT = {
 MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
 
 
-def cliptrans_config(tensors: Tensors, hf: Hf | None, file: str) -> ModelConfig:
-    """Of a CLIPTrans checkpoint; raises ValueError naming a tensor that does not tell its part."""
-    sizes = mbart_sizes(tensors, "mbart.", file)
+def cliptrans_config(tensors: Tensors, file: str) -> ModelConfig:
+    """Of a CLIPTrans checkpoint; raises ValueError naming a tensor that does not show its part."""
+    sizes = mbart_config(tensors, file, "mbart.")
     return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
 
 
-def mbart_sizes(tensors: Tensors, prefix: str, file: str) -> MBartConfig:
-    """Of an mBART below a prefix; raises ValueError naming a tensor that does not tell its part."""
-    embedding = next(
-        (
-            prefix + n
-            for n in (mbart_names.EMBEDDING, *mbart_names.ALIASES)
-            if prefix + n in tensors
-        ),
-        prefix + mbart_names.EMBEDDING,
-    )
+def mbart_config(tensors: Tensors, file: str, prefix: str = "") -> MBartConfig:
+    """Of an mBART below a prefix; raises ValueError naming a tensor that does not show its part."""
+    names = [prefix + name for name in (mbart_names.EMBEDDING, *mbart_names.ALIASES)]
+    embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
     published = MBartConfig()
     if width != published.width:
         raise ValueError(
-            f"{file} has an mBART of width {width}, whose number of heads its tensors do not tell; "
+            f"{file} has an mBART of width {width}, whose number of heads its tensors do not show; "
             "give its config (a published one, of width 1024, has 16)"
         )
     sizes = {}
@@ -79,8 +70,8 @@ def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
     return MapperConfig(kind, prefix=rows // width, features=features)
 
 
-def resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
-    """Of OpenAI's ResNet; raises ValueError naming a tensor that does not tell its part."""
+def resnet_config(tensors: Tensors, file: str) -> ResNetConfig:
+    """Of OpenAI's ResNet; raises ValueError naming a tensor that does not show its part."""
     places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
     return ResNetConfig(
         image=round(max(places, 1) ** 0.5) * resnet.STRIDE,
@@ -90,11 +81,9 @@ def resnet_config(tensors: Tensors, hf: Hf | None, file: str) -> ResNetConfig:
     )
 
 
-def openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipTextConfig:
-    """Of a text tower under OpenAI's names, from open_clip_config.json where that is there; raises
-    ValueError naming a tensor, or a key of that file, that does not tell its part."""
-    if said is not None:
-        return open_clip.text_config(said)
+def openai_text_config(tensors: Tensors, file: str) -> ClipTextConfig:
+    """Of a text tower under OpenAI's names; raises ValueError naming a tensor that does not show
+    its part."""
     vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
     return ClipTextConfig(
         vocab=vocab,
@@ -107,11 +96,9 @@ def openai_text_config(tensors: Tensors, said: Hf | None, file: str) -> ClipText
     )
 
 
-def openai_vision_config(tensors: Tensors, said: Hf | None, file: str) -> ClipVisionConfig:
-    """Of a ViT under OpenAI's names, from open_clip_config.json where that is there; raises
-    ValueError naming a tensor, or a key of that file, that does not tell its part."""
-    if said is not None:
-        return open_clip.vision_config(said)
+def openai_vision_config(tensors: Tensors, file: str) -> ClipVisionConfig:
+    """Of a ViT under OpenAI's names; raises ValueError naming a tensor that does not show its
+    part."""
     width, _, _, patch = _shape(tensors, "visual.conv1.weight", 4, file)
     patch = max(1, patch)
     places = _shape(tensors, "visual.positional_embedding", 2, file)[0] - 1
@@ -130,12 +117,12 @@ def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]
     if name not in tensors or tensors[name].ndim != axes:
         found = f"is {tensors[name].shape}" if name in tensors else "is missing"
         raise ValueError(
-            f"{file} does not tell its sizes: {name} {found}, and must have {axes} axes"
+            f"{file} does not say its sizes: {name} {found}, and must have {axes} axes"
         )
     return tensors[name].shape
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """How many layers there are."""
+    """The number of layers."""
     numbers = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
     return len({match[1] for name in tensors if (match := numbers.match(name))})

@@ -1,4 +1,4 @@
-"""What became of the tensors of a file, as a value and as a table."""
+"""Accounts of a file's tensors, as values and as text."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ ROOM, LINE = 1200, 160
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What became of the tensors of a file, by their names.
+    """An account of the tensors of a file, by their names.
 
     Attributes:
       taken: (tensor, our path, its shape in the file).
@@ -40,8 +40,8 @@ def format_account(account: Account) -> str:
         cut = numbered[-1] if numbered else max(1, len(parts) - 1)
         groups.setdefault("/".join(parts[:cut]), []).append((fold(name), int(np.prod(shape))))
     rows = [
-        (group, len(held), sum(size for _, size in held), _common([name for name, _ in held]))
-        for group, held in groups.items()
+        (group, len(sizes), sum(size for _, size in sizes), _common([name for name, _ in sizes]))
+        for group, sizes in groups.items()
     ]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows), ""))
     wide = max(len(row[0]) for row in rows)
@@ -52,8 +52,8 @@ def format_account(account: Account) -> str:
         for name, why in pairs:
             folded.setdefault((fold(name), fold(why)), []).append(name)
         lines += [
-            f"{name} {title} {why}" + (f" ({len(held)} tensors)" if len(held) > 1 else "")
-            for (name, why), held in folded.items()
+            f"{name} {title} {why}" + (f" ({len(names)} tensors)" if len(names) > 1 else "")
+            for (name, why), names in folded.items()
         ]
     lines += [f"note: {note}" for note in account.notes]
     if account.assumed:
@@ -62,7 +62,7 @@ def format_account(account: Account) -> str:
 
 
 def format_assumed(account: Account) -> str:
-    """What was assumed, such as "heads=16, eps=1e-05"."""
+    """The assumed fields, such as "heads=16, eps=1e-05"."""
     return ", ".join(f"{field}={value}" for field, value in account.assumed)
 
 
@@ -75,8 +75,8 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
         for line in lines:
             folded.setdefault(fold(line), []).append(line)
         lines = [
-            f"{fold} ({len(held)} times)" if len(held) > 1 else held[0]
-            for fold, held in folded.items()
+            f"{pattern} ({len(similar)} times)" if len(similar) > 1 else similar[0]
+            for pattern, similar in folded.items()
         ]
     lines = [line if len(line) <= LINE else f"{line[: LINE - 3]}..." for line in lines]
     sizes = itertools.accumulate(len(line) + len(indent) for line in lines)
@@ -92,7 +92,7 @@ def fold(path: str) -> str:
 
 
 def _common(paths: Sequence[str]) -> str:
-    """What folded names of tensors start with."""
+    """The common start of folded names."""
     if len(set(paths)) == 1:
         return paths[0]
     columns = zip(*(path.split(".") for path in paths), strict=False)

@@ -1,4 +1,4 @@
-"""Entries: how one parameter of ours is made of published tensors, and written back.
+"""Entries: recipes that make one parameter of published tensors, and write it back.
 
 Both directions move numbers and change none, so that a round trip is the identity. Plain numpy.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How one parameter is made of published tensors.
+    """One parameter and the published tensors that it is made of.
 
     Attributes:
       names: the tensors.

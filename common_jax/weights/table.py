@@ -1,5 +1,5 @@
 """Tables between published tensors and our parameters: one strict reader, the same table backwards
-as the writer, and the kind of network that names tell."""
+as the writer, and the kind of network that names show."""
 
 import dataclasses
 import re
@@ -14,6 +14,7 @@ from common_jax.weights.entries import Entries, Entry, below
 from common_jax.weights.files import NARROW
 
 Tensors = Mapping[str, np.ndarray]
+MOST_PREFIXES = 8  # that are looked below, since a file may hold any number of them
 FLOATS = ("float32", "float64", *NARROW)
 
 
@@ -83,51 +84,36 @@ def read(
       ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to one
         that it should equal.
     """
-    tensors, problems, misshapen = dict(tensors), [], []
+    tensors, problems = dict(tensors), []
     same = _resolve(tensors, table.aliases, problems)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
-    params, taken, notes, known = {}, [], [], set()
-    for path, entry in table.entries.items():
-        if path not in flat:
-            continue
-        entry, target = _form(entry, tensors), flat[path]
-        parts = {name: np.asarray(tensors[name]) for name in entry.names if name in tensors}
-        expected = _tensor_shapes(entry, target.shape)
-        known |= parts.keys()
+    params, taken, notes = {}, [], []
+    entries = {path: entry for path, entry in table.entries.items() if path in flat}
+    for path, entry in entries.items():
+        form, shape = _form(entry, tensors), flat[path].shape
+        parts = {name: np.asarray(tensors[name]) for name in form.names if name in tensors}
         taken += [(name, path, part.shape) for name, part in parts.items()]
         if not parts and entry.fill is not None:
-            params[path] = np.full(target.shape, entry.fill, np.float32)
+            params[path] = np.full(shape, entry.fill, np.float32)
             value = "zeros" if entry.fill == 0 else f"{entry.fill:g} everywhere"
             notes.append(f"{', '.join(entry.names)} is not in the file: {value}")
-            continue
-        for name, shape in expected.items():
-            if name not in parts:
-                problems.append(f"{name} {shape} is missing, for {path}")
-            elif parts[name].shape != shape:
-                misshapen.append(f"{name} is {parts[name].shape} and should be {shape}")
-        if {name: part.shape for name, part in parts.items()} == expected:
+        elif wrong := _differing(parts, _tensor_shapes(form, shape), path):
+            problems += wrong
+        else:
             try:
-                params[path] = entry.read(*parts.values())
+                params[path] = form.read(*parts.values())
             except ValueError as error:
                 problems.append(str(error))
-    left, others = [], _other_forms(table.entries[path] for path in flat)
-    for name in sorted(tensors.keys() - known):
-        reason = next((why for rx, why in table.left_out.items() if re.fullmatch(rx, name)), None)
-        if reason is not None:
-            left.append((name, reason))
-        elif name in others:
-            problems.append(
-                f"{name} {np.shape(tensors[name])} is there besides {others[name]}, which says the "
-                "same; leave out either"
-            )
-        else:
-            problems.append(f"{name} {np.shape(tensors[name])} has no place")
-    if problems := problems + misshapen:
+    known = {name for name, _, _ in taken}
+    rest = {name: x for name, x in tensors.items() if name not in known}
+    left, unknown = _divide(rest, table.left_out, _other_forms(entries.values()))
+    problems += unknown
+    if problems:
         raise ValueError(
             f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
         )
-    account = Account(tuple(taken), tuple(sorted(same.items())), tuple(left), tuple(notes))
+    account = Account(tuple(taken), tuple(sorted(same.items())), left, tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
 
@@ -193,15 +179,17 @@ def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> li
 
 
 def misfits(table: Table, names: Collection[str]) -> list[str]:
-    """How a file's names differ from those of a table's network of any size: numbers of layers are
-    "*". Empty where the table claims all names and every part that it needs is there."""
+    """The differences between a file's names and those of a table's network of any size; numbers of
+    layers are "*". Empty where the table claims all names and every part that it needs is there."""
     there = {fold(name) for name in names}
-    claimed, missing = {fold(alias) for alias in table.aliases}, {}
+    aliases = {fold(alias): fold(name) for alias, name in table.aliases.items()}
+    there |= {name for alias, name in aliases.items() if alias in there}
+    claimed, missing = set(aliases), {}
     for entry in table.entries.values():
         forms = [{fold(name) for name in form.names} for form in (entry, *entry.forms)]
         claimed.update(*forms)
         if not (entry.optional or entry.fill is not None or any(form <= there for form in forms)):
-            missing |= dict.fromkeys(forms[0])
+            missing |= dict.fromkeys(sorted(forms[0]))
     foreign = {
         fold(name): None
         for name in sorted(names)
@@ -216,8 +204,8 @@ class Claim:
 
     Attributes:
       kind: as its system names it.
-      prefix: what stands before its tensors' names.
-      misfits: how the names below that prefix differ from the nearest of its tables.
+      prefix: the text before its tensors' names.
+      misfits: differences between the names below that prefix and its nearest table.
     """
 
     kind: str
@@ -234,7 +222,8 @@ def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]
     below one prefix that whose table claims the most; in the order given where these are equal."""
     claims = []
     for kind, marker, tables in formats:
-        for prefix in prefixes(marker, names):
+        shortest = sorted(prefixes(marker, names), key=lambda prefix: (len(prefix), prefix))
+        for prefix in shortest[:MOST_PREFIXES]:
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             claims.append(_claim(kind, prefix, tables(), own))
     return sorted(claims, key=lambda claim: (len(claim.prefix), len(claim.misfits)))
@@ -256,7 +245,7 @@ def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[st
 
 
 def prefixes(marker: str, names: Iterable[str]) -> list[str]:
-    """What stands before the names of each network in a file, such as "" or "teacher.".
+    """The text before the names of each network in a file, such as "" or "teacher.".
 
     Args:
       marker: regex of a name that a network of this kind has.
@@ -306,6 +295,33 @@ def _form(entry: Entry, tensors: Tensors) -> Entry:
     return there[0] if there and not own else entry
 
 
+def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: str) -> list[str]:
+    """Tensors of a parameter that are missing or of another shape, a line each."""
+    missing = {name: shape for name, shape in expected.items() if name not in parts}
+    return [f"{name} {shape} is missing, for {path}" for name, shape in missing.items()] + [
+        f"{name} is {part.shape} and should be {expected[name]}"
+        for name, part in parts.items()
+        if part.shape != expected[name]
+    ]
+
+
+def _divide(
+    rest: Tensors, left_out: Mapping[str, str], forms: Mapping[str, str]
+) -> tuple[tuple[tuple[str, str], ...], list[str]]:
+    """Of the tensors that no parameter is made of: those that are left out, with the reasons, and
+    the others, a line each."""
+    left, lines = [], []
+    for name, array in sorted(rest.items()):
+        reason = next((why for rx, why in left_out.items() if re.fullmatch(rx, name)), None)
+        if reason is not None:
+            left.append((name, reason))
+        elif name in forms:
+            lines.append(f"{name} {np.shape(array)} and {forms[name]} are one; leave out either")
+        else:
+            lines.append(f"{name} {np.shape(array)} has no place")
+    return tuple(left), lines
+
+
 def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
     """Name of a tensor of an entry's other forms -> the first tensor of the entry."""
     pairs = ((form, entry.names[0]) for entry in entries for form in entry.forms)
@@ -313,8 +329,8 @@ def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an entry's tensors, for a parameter of a shape; an array that takes no memory
-    tells them."""
+    """Shapes of an entry's tensors, for a parameter of a shape; found with an
+    array that takes no memory."""
     parts = entry.write(np.broadcast_to(np.float32(0), shape))
     return {name: part.shape for name, part in zip(entry.names, parts, strict=True)}
 

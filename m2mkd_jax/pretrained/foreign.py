@@ -28,7 +28,7 @@ ELSEWHERE = {
 
 
 def foreign_parts(names: Collection[str]) -> str:
-    """What a ViT has that has no place here, with a name of each, or ""."""
+    """The parts of a ViT that have no place here, with a name of each, or ""."""
     found = []
     for regex, what in FOREIGN.items():
         example = next((name for name in names if re.fullmatch(regex, name)), None)
@@ -38,12 +38,12 @@ def foreign_parts(names: Collection[str]) -> str:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a tensor is of such a part."""
+    """True for a tensor of such a part."""
     return any(re.fullmatch(regex, name) for regex in FOREIGN)
 
 
 def is_headless(names: Collection[str]) -> bool:
-    """Whether names are a whole ViT's but for its classifier, as timm's num_classes=0 leaves it."""
+    """True for names of a whole ViT without its classifier, as timm's num_classes=0 leaves it."""
     ends = "norm.weight" in names or any(name.startswith("fc_norm.") for name in names)
     return ends and "head.weight" not in names and bool({"cls_token", "pos_embed"} & set(names))
 

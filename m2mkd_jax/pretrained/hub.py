@@ -1,4 +1,4 @@
-"""What the folders of timm and Hugging Face say of a ViT beside its weights."""
+"""Facts about a ViT that folders of timm and Hugging Face state beside its weights."""
 
 import dataclasses
 import math
@@ -30,10 +30,10 @@ POOLS = (None, "", "token")
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What a folder says of its weights.
+    """Facts that a folder states about its weights.
 
     Attributes:
-      file: that says it; "" where none does.
+      file: that states them; "" where none does.
       images: "mean" and "std" of config.data, by these names.
       heads: attention heads, or None.
     """
@@ -44,7 +44,7 @@ class Beside:
 
 
 def read_beside(path: Path) -> Beside:
-    """What stands beside the weights in a folder, or in a file of it.
+    """The facts beside the weights in a folder, or beside a file of one.
 
     Raises:
       ValueError: for a file that holds no JSON object, numbers that are none, and a network whose
@@ -84,8 +84,8 @@ def require_same_images(beside: Beside, config: Config, overridden: Collection[s
 
 
 def _require_plain(about: Mapping[str, Any], file: Path) -> int | None:
-    """Raises ValueError for a network of timm's that its tensors do not tell from a plain ViT;
-    returns its heads, where they are said."""
+    """Raises ValueError for a network of timm's that has the tensors of a plain ViT and computes
+    something else; returns its heads, where they are stated."""
     arguments = about.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{file}: model_args={brief(arguments)} must be a dictionary")

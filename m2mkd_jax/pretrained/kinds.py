@@ -1,4 +1,4 @@
-"""Kinds of files: which phase would have made their parameters, and what they call the tensors."""
+"""Kinds of files: which phase would have made their parameters, and the names of their tensors."""
 
 import dataclasses
 import re
@@ -36,7 +36,7 @@ WHOLE = (_VIT, _NAC)  # of networks that are found below a prefix
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a file holds.
+    """A kind of file.
 
     Attributes:
       about: a line for people.
@@ -100,7 +100,7 @@ class Kind:
         return own.below(source="", target=f"{stage_name(stage)}/")
 
     def examples(self) -> Iterable[Table]:
-        """Tables of such files of small networks, which tell kinds apart."""
+        """Tables of such files of small networks, which distinguish the kinds."""
         if self.is_nac:
             for kind in nac_names.CODE_LINEAR:
                 config = NacConfig(linear=LinearConfig(kind=kind), iterations=1)
@@ -120,7 +120,7 @@ class Kind:
 def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     """The kind whose table claims the most of the tensors.
 
-    Kinds of the same names are told apart by what else a file says: the original writes
+    Kinds of the same names are distinguished by what else a file says: the original writes
     "model_name" beside a teacher's modules, and lists a meta model as stages of one block.
 
     Raises:
@@ -145,7 +145,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
             return "meta" if len(depths) > 1 and set(depths) == {1} else "teacher"
         case ["teacher_module", "module", *_]:
             raise ValueError(
-                f"{file} holds a part of a ViT, and its names do not tell which: give "
+                f"{file} holds a part of a ViT, and its names do not say which: give "
                 "--kind=teacher_module for one of a trained teacher, --kind=module for one that is "
                 "to be assembled"
             )
@@ -158,7 +158,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
             "timm/deit_base_patch16_224.fb_in1k"
         )
     raise ValueError(
-        f"{file} is of no kind that names tell, {sorted(KINDS)}: its tensors are called "
+        f"{file} is of no kind by its names, {sorted(KINDS)}: its tensors are called "
         f"{sorted(names)[:4]}{describe_nearest(formats, names)}"
     )
 

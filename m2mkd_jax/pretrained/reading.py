@@ -32,7 +32,7 @@ class File:
       path: of the file, or of its folder.
       tensors: by their names.
       plain: the numbers and texts beside them.
-      beside: what the folder says of them.
+      beside: facts that the folder states.
       others: account of how the file was read, and of its other tensors.
     """
 
@@ -69,7 +69,7 @@ def read_files(path: str | os.PathLike, *, weights: str = "") -> tuple[File, ...
 
 
 def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
-    """The files as of a kind, a key of KINDS; None where names tell it.
+    """The files as of a kind, a key of KINDS; None to guess it from the names.
 
     Raises:
       ValueError: for no such kind, tensors of no kind, several files where one holds all, and a
@@ -91,7 +91,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
 
     Args:
       source: see `find_source`.
-      config: sizes; of a single module also config.module, where the file does not tell which.
+      config: sizes; of a single module also config.module, where the file does not say which.
       overridden: fields such as "data.mean" that the user gave by name, and that count more than
         what a folder says.
 
@@ -136,46 +136,46 @@ def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
 
 
 def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
-    """Which stage a file of a single module holds.
+    """The stage that a file of a single module holds.
 
     The config's word (config.module) counts first, then the file's own, then what only the first
     and the last stage have; of files in one folder, last, the number at the end of the name.
 
     Raises:
-      ValueError: where nothing tells it, or two of these differ.
+      ValueError: where nothing says it, or two of these differ.
     """
     count = len(kind.depths(config))
-    said = {}
+    stated = {}
     if config.module != "all":
         if len(config.modules()) != 1 or of_many:
             raise ValueError(
                 f"config.module={config.module!r} must be one number for one file of a module, and "
                 "'all' for a folder of them"
             )
-        said["config.module"] = config.modules()[0]
+        stated["config.module"] = config.modules()[0]
     if isinstance(file.plain.get("block_index"), int):
-        said["its block_index"] = file.plain["block_index"]
+        stated["its block_index"] = file.plain["block_index"]
     if match := re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem):
         place = {"ReadIn": 0, "ReadOut": count - 1}.get(match[1], int(match[2] or -1))
-        said["its name"] = place
+        stated["its name"] = place
     whole = any(re.match(r"stages\.[1-9]", name) for name in file.tensors)
     if not whole and any(name in file.tensors for name in FIRST):
-        said["its embedding"] = 0
+        stated["its embedding"] = 0
     elif not whole and any(name in file.tensors for name in LAST):
-        said["its head"] = count - 1
+        stated["its head"] = count - 1
     number = re.search(r"(\d+)$", file.path.stem)
     if of_many and number:
-        said["the number in its name"] = int(number[1])
-    if not said:
+        stated["the number in its name"] = int(number[1])
+    if not stated:
         raise ValueError(
-            f"{file.path} does not tell which of the {count} modules it holds: give "
+            f"{file.path} does not say which of the {count} modules it holds: give "
             f"--config.module=K, from 0 to {count - 1}"
         )
-    if len(set(said.values())) > 1:
+    if len(set(stated.values())) > 1:
         raise ValueError(
-            f"{file.path}: which module it holds is unclear, {said}; modules count from 0"
+            f"{file.path}: which module it holds is unclear, {stated}; modules count from 0"
         )
-    stage = next(iter(said.values()))
+    stage = next(iter(stated.values()))
     if not 0 <= stage < count:
         raise ValueError(
             f"{file.path} holds module {stage}, and config.{kind.section} has {count}, counted "
@@ -241,7 +241,7 @@ def _load_file(
 
 
 def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) -> str:
-    """What to do about a file that does not fit."""
+    """The way out for a file that does not fit."""
     lines = []
     if not kind.is_nac and (parts := foreign_parts(state)):
         lines.append(

@@ -1,4 +1,4 @@
-"""The config of a ViT or V-MoE as its tensors tell it."""
+"""The config of a ViT or V-MoE, inferred from its tensors."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
     if kind.is_nac or source.kind == "vmoe_student":
         example = "configs/m2mkd/nac_imagenet.py" if kind.is_nac else "configs/m2mkd/vmoe_base.py"
         raise ValueError(
-            f"{file.path}: the tensors of kind={source.kind!r} do not tell all of the "
+            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the "
             f"network that they are of; give its config, such as --config={example}"
         )
     tensors, section = _gather(source), kind.section
@@ -108,10 +108,10 @@ def _gather(source: Source) -> dict[str, np.ndarray]:
     """The tensors of all files by their names, those of a module's blocks under its own."""
     tensors = {}
     for number, file in enumerate(source.files):
-        held = {re.sub(r"^stages\.\d+\.", "", n): x for n, x in file.tensors.items()}
+        own = {re.sub(r"^stages\.\d+\.", "", n): x for n, x in file.tensors.items()}
         several = len(source.files) > 1
-        tensors |= {f"{stage_name(number)}.{n}" if several else n: x for n, x in held.items()}
-        tensors |= {n: x for n, x in held.items() if not n.startswith("blocks.")}
+        tensors |= {f"{stage_name(number)}.{n}" if several else n: x for n, x in own.items()}
+        tensors |= {n: x for n, x in own.items() if not n.startswith("blocks.")}
     return tensors
 
 
@@ -128,12 +128,12 @@ def _read_sizes(
     hidden = _first(tensors, "htoh4.bias") if hidden is None else hidden
     if norm is None or hidden is None:
         raise ValueError(
-            f"{file.path} does not tell its sizes: blocks.<i>.norm1.weight and an mlp.fc1.bias or "
+            f"{file.path} does not say its sizes: blocks.<i>.norm1.weight and an mlp.fc1.bias or "
             "moe.experts.<e>.htoh4.bias are needed; give a --config"
         )
     if norm.ndim != 1 or not norm.size or hidden.ndim < 1:
         raise ValueError(
-            f"{file.path} does not tell its sizes: a norm1.weight is {norm.shape}, and an MLP's "
+            f"{file.path} does not say its sizes: a norm1.weight is {norm.shape}, and an MLP's "
             f"bias is {hidden.shape}"
         )
     width = norm.shape[0]
@@ -162,7 +162,7 @@ def _published(
     sizes: Mapping[str, Any], file: File, *, is_moe: bool, heads_given: bool
 ) -> dict[str, Any]:
     """Heads and epsilon of the published networks of these sizes; the config's defaults where the
-    heads are given, or said beside the file, and there is no such network."""
+    heads are given, or stated beside the file, and there is no such network."""
     fields = ("heads", "norm_eps")
     if is_moe:
         known = [VMoEConfig(**changes) for _, _, changes in vmoe.VARIANTS.values()]
@@ -183,7 +183,7 @@ def _published(
         shown = {name: sizes[name] for name in ("width", "mlp_ratio", "qkv_bias")}
         section = "model" if is_moe else "teacher (or meta)"
         raise ValueError(
-            f"{file.path} is of no published network, {shown}, and its tensors do not tell the "
+            f"{file.path} is of no published network, {shown}, and its tensors do not say the "
             f"number of heads: give --config.SECTION.heads=N, SECTION being {section}, or a "
             "--config"
         )
@@ -207,7 +207,7 @@ def _depths(source: Source, kind: Kind) -> tuple[int, ...]:
     depths = tuple(divided) if divided else alias_depths(file.tensors)
     if kind.single and not depths:
         raise ValueError(
-            f"{file.path} does not tell how many blocks each stage of its network has: give a "
+            f"{file.path} does not say how many blocks each stage of its network has: give a "
             f"--config, or --config.{kind.section}.depths=6,6,6,6"
         )
     return depths

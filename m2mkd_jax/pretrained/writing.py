@@ -35,15 +35,15 @@ KIND_OF_PHASE = {
 }
 
 
-def kind_of_run(config: Config, held: Mapping[str, Any]) -> str:
+def kind_of_run(config: Config, tree: Mapping[str, Any]) -> str:
     """The kind of file that a run's parameters make.
 
     Args:
       config: of the run.
-      held: what its checkpoint holds, {role: {"stage_0": ...}}.
+      tree: what its checkpoint holds, {role: {"stage_0": ...}}.
     """
     name = KIND_OF_PHASE[config.phase].format(student=kind_of(config.model))
-    whole = len(held.get("teacher", ())) == len(config.teacher.depths)
+    whole = len(tree.get("teacher", ())) == len(config.teacher.depths)
     return "teacher_module" if name == "teacher" and not whole else name
 
 
@@ -73,11 +73,11 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
         name = "teacher_module"
     kind = KINDS[name]
     if kind.single:
-        held = sorted(shapes[kind.role], key=lambda one: int(one.removeprefix("stage_")))
-        chosen = held if stage is None else [stage_name(stage)]
-        if len(chosen) != 1 or chosen[0] not in held:
+        there = sorted(shapes[kind.role], key=lambda one: int(one.removeprefix("stage_")))
+        chosen = there if stage is None else [stage_name(stage)]
+        if len(chosen) != 1 or chosen[0] not in there:
             raise ValueError(
-                f"{source} holds {', '.join(held)} of kind={name!r}, and a file holds one: give "
+                f"{source} holds {', '.join(there)} of kind={name!r}, and a file holds one: give "
                 "--config.module=K"
             )
         config = dataclasses.replace(config, module=chosen[0].removeprefix("stage_"))
@@ -102,7 +102,7 @@ def to_tensors(found: Pretrained) -> dict[str, np.ndarray]:
 
 
 def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What a file of the original holds, for `common_jax.weights.write_torch`; `state` is what
+    """The content of a file of the original, for `common_jax.weights.write_torch`; `state` is what
     `to_tensors` gives.
 
     A network lists its tensors under root names and, by stage, once more (`stages.<i>.X`, and in

@@ -217,12 +217,12 @@ def test_towers_under_openai_s_names_tell_their_sizes():
         "transformer.resblocks.0.mlp.c_fc.weight": (13, 128),
     }
     tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
-    found = sizes.openai_vision_config(tensors, None, "a.pt")
+    found = sizes.openai_vision_config(tensors, "a.pt")
     assert found == ClipVisionConfig(15, 5, width=192, layers=2, heads=3, hidden=11, features=7)
-    found = sizes.openai_text_config(tensors, None, "a.pt")
+    found = sizes.openai_text_config(tensors, "a.pt")
     assert found == ClipTextConfig(30, 9, width=128, layers=1, heads=2, hidden=13, features=7)
     with pytest.raises(ValueError, match=r"a\.pt does not .*: visual\.proj is \(7,\), and must ha"):
-        sizes.openai_vision_config(tensors | {"visual.proj": np.zeros(7)}, None, "a.pt")
+        sizes.openai_vision_config(tensors | {"visual.proj": np.zeros(7)}, "a.pt")
 
 
 def test_a_resnet_tells_its_sizes():
@@ -235,7 +235,7 @@ def test_a_resnet_tells_its_sizes():
         shapes |= {f"visual.layer{stage}.{i}.conv1.weight": (1, 1, 1, 1) for i in range(depth)}
     tensors = {name: np.zeros(shape) for name, shape in shapes.items()}
     wanted = ResNetConfig(image=96, layers=(2, 1, 3, 1), width=6, features=7)
-    assert sizes.resnet_config(tensors, None, "a.pt") == wanted
+    assert sizes.resnet_config(tensors, "a.pt") == wanted
 
 
 def test_heads_that_no_shape_tells_must_be_given(tmp_path):

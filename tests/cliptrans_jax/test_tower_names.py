@@ -1,7 +1,6 @@
 """Reading the encoders' published tensors: every name has a place, and the numbers come out
 right."""
 
-import dataclasses
 import functools
 import re
 
@@ -15,9 +14,7 @@ from tiny import random_like
 
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
-from common_jax.weights import entries
 from common_jax.weights import table as tables
-from common_jax.weights.table import Table
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
 MCLIP = mclip.MClipConfig(vocab=40, positions=12, **SIZES)
@@ -232,51 +229,6 @@ def test_openai_s_towers_are_the_same_under_their_own_names(openai, tower):
     assert_same(tables.write(table, params), wanted)
     back, _ = tables.read(table, wanted, shapes=shapes_of(tower), file="openai")
     assert_same(back, params)
-
-
-def test_entries_by_their_formulas():
-    """Of a layer [out, in] with two heads of three."""
-    layers = [np.arange(24).reshape(6, 4) + 100 * i for i in range(3)]
-    kernel = entries.split_heads(("q", "k", "v"), 2).read(*layers)
-    bias = entries.split_head_biases(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
-    out = entries.join_heads("out", 2).read(layers[0].T)
-    stacked = entries.stacked_attention("self_attn", "attention", heads=2)
-    for path, want in (("kernel", kernel), ("bias", bias)):
-        whole = np.concatenate([x if path == "kernel" else x[:, 0] for x in layers])
-        np.testing.assert_array_equal(stacked[f"attention/qkv/{path}"].read(whole), want)
-    assert (kernel.shape, bias.shape, out.shape) == ((4, 3, 2, 3), (3, 2, 3), (2, 3, 4))
-    for part, head, place, width in np.ndindex(3, 2, 3, 4):
-        value = layers[part][3 * head + place, width]
-        assert kernel[width, part, head, place] == value
-        assert width or bias[part, head, place] == value
-        assert part or out[head, place, width] == value
-    conv = np.arange(48).reshape(2, 3, 2, 4)
-    kernel = entries.convolution("conv").read(conv)
-    for index in np.ndindex(*conv.shape):
-        assert kernel[index[2], index[3], index[1], index[0]] == conv[index]
-
-
-def test_an_alias_stands_for_its_tensor_and_zeros_for_a_missing_one():
-    needed = {"a": entries.copy("a.weight"), "b": entries.copy("b.weight")}
-    table = Table(needed, aliases={"tied.weight": "a.weight"})
-    lenient = Table(
-        needed | {"b": dataclasses.replace(needed["b"], fill=0.0)}, aliases=table.aliases
-    )
-    shapes = {"a": np.zeros(2), "b": np.zeros(3)}
-    tensors = {"tied.weight": np.ones(2), "b.weight": np.ones(3)}
-    given = {"shapes": shapes, "file": "f"}
-    found, account = tables.read(table, tensors, **given)
-    assert found["a"].tolist() == [1, 1]
-    assert account.aliases == (("tied.weight", "a.weight"),)
-    with pytest.raises(ValueError, match=r"b\.weight \(3,\) is missing, for b"):
-        tables.read(table, {"a.weight": np.ones(2)}, **given)
-    found, account = tables.read(lenient, {"a.weight": np.ones(2)}, **given)
-    assert (found["b"].tolist(), account.aliases) == ([0, 0, 0], ())
-    assert account.notes == ("b.weight is not in the file: zeros",)
-    found, account = tables.read(lenient, tensors, **given)
-    assert (found["b"].tolist(), account.notes) == ([1, 1, 1], ())
-    with pytest.raises(ValueError, match=r"tied\.weight should equal a\.weight and does not"):
-        tables.read(table, tensors | {"a.weight": np.zeros(2)}, **given)
 
 
 def test_the_published_configs_are_the_defaults():

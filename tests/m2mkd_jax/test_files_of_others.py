@@ -272,7 +272,7 @@ def test_odd_numbers_beside_the_tensors_are_named(tmp_path):
     for beside, message in (
         ({"divided_depths": "ab"}, "divided_depths='ab', which should be the number of blocks"),
         ({"divided_depths": [10**8]}, r"divided_depths=\[100000000\]"),
-        ({"model_name": ["a"]}, "does not tell how many blocks"),
+        ({"model_name": ["a"]}, "does not say how many blocks"),
     ):
         value = {"block_state_dict": state_dict(tensors, storages), "model_name": "x"} | beside
         torch_files.write_archive(tmp_path / "a.pth", value, storages)

@@ -15,10 +15,10 @@ LOSSES = f"{TESTS}/test_losses.py"
 TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
 TABLES = f"{TESTS}/test_tower_names.py"
+FORMULAS = "tests/common_jax/test_name_table.py::test_entries_by_their_formulas"
 NAMES = " ".join(
     f"{TABLES}::{name}"
     for name in (
-        "test_entries_by_their_formulas",
         "test_every_key_of_a_config_is_read",
         "test_openai_s_towers_are_the_same_under_their_own_names",
         "test_what_is_missing_unknown_or_of_another_shape_is_named",
@@ -270,7 +270,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "heads are the inner axis of a stacked attention",
         "x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1)",
         "x.reshape(3, -1, heads, *x.shape[1:]), (0, 2, 1), (-3, -2, -1)",
-        NAMES,
+        FORMULAS,
     ),
     Mistake(
         "common_jax/weights/table.py",

@@ -74,7 +74,7 @@ def root_name(name: str, *, stage: int, depths: Sequence[int]) -> str:
 
 
 def read_part(state: State, part: str) -> dict[str, Any]:
-    """What a state holds of a part of a NAC, a key of PARTS, under its own names."""
+    """The parameters in a state of a part of a NAC, a key of PARTS, under its own names."""
     kinds = (PARTS[part](kind).items() for kind in nac_names.CODE_LINEAR)
     return _read(kinds, state)
 
@@ -125,7 +125,7 @@ def _read(tables: Iterable[Iterable[tuple[str, Entry]]], state: State) -> dict[s
 
 
 def _write_kinds(params: Mapping[str, Any], kinds: Mapping[str, Entries]) -> dict[str, np.ndarray]:
-    """Tensors of layers of any kind; of which kind one is, its own parameters tell."""
+    """Tensors of layers of any kind; the parameters of a layer show its kind."""
     flat = traverse_util.flatten_dict(params, sep="/")
     entries = {path: kinds[_kind(path, flat)][path] for path in flat}
     return write(Table(entries), params)
