@@ -255,7 +255,7 @@ class EncoderStage(nn.Module):
             name="pool",
         )(patches)
 
-    def _embed(self, images: Float[Array, "B I J Ch"]) -> Float[Array, "B T D"]:
+    def _embed(self, images: Float[Array, "B I J X"]) -> Float[Array, "B T D"]:
         expected = self.example(images.shape[0]).shape
         if images.shape != expected:
             raise ValueError(
