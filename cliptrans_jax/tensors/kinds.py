@@ -124,7 +124,7 @@ def require_kind(tensors: Tensors, file: str) -> str:
         return kind
     raise ValueError(
         f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
-        f"{sorted(tensors)[:4]}{describe_nearest(_formats(), tensors)}\n"
+        f"{brief(sorted(tensors)[:4])}{describe_nearest(_formats(), tensors)}\n"
         "give the weights of one of these"
     )
 

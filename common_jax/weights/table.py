@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from common_jax.untrusted import brief
 from common_jax.weights.account import Account, fold, list_problems
 from common_jax.weights.entries import Entries, Entry, below
 from common_jax.weights.files import NARROW
@@ -268,7 +269,7 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
       ValueError: where several are there and none is chosen, or not the chosen one.
     """
     there = sorted({prefix for marker in markers for prefix in prefixes(marker, names)})
-    shown = ", ".join(map(repr, there[:5])) or "none"
+    shown = ", ".join(map(brief, there[:5])) or "none"
     if chosen and chosen not in there:
         raise ValueError(f"{file} holds no network below weights={chosen!r}; there are: {shown}")
     if chosen or len(there) < 2 or "" in there:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from common_jax.untrusted import brief
 from common_jax.weights.table import Table, describe_nearest, rank_kinds
 from m2mkd_jax.config import Config
 from m2mkd_jax.models import vit_names
@@ -159,7 +160,7 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
         )
     raise ValueError(
         f"{file} is of no kind by its names, {sorted(KINDS)}: its tensors are called "
-        f"{sorted(names)[:4]}{describe_nearest(formats, names)}"
+        f"{brief(sorted(names)[:4])}{describe_nearest(formats, names)}"
     )
 
 

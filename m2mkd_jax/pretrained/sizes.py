@@ -52,38 +52,18 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
       ValueError: for a kind whose tensors do not say it, for a network with parts that have no
         place here, and for sizes of no published network, whose number of heads is in no tensor.
     """
-    kind, file = KINDS[source.kind], source.files[0]
-    if kind.is_nac or source.kind == "vmoe_student":
-        example = "configs/m2mkd/nac_imagenet.py" if kind.is_nac else "configs/m2mkd/vmoe_base.py"
-        raise ValueError(
-            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the "
-            f"network that they are of; give its config, such as --config={example}"
-        )
-    tensors, section = _gather(source), kind.section
-    if parts := foreign_parts(tensors):
-        raise ValueError(
-            f"{file.path} has {parts}, which m2mKD's ViT has no place for, whatever the "
-            "config: take a model without, such as timm's deit_base_patch16_224 or "
-            "vit_base_patch16_224"
-        )
+    kind, file, section = KINDS[source.kind], source.files[0], KINDS[source.kind].section
+    tensors = _gather(source)
+    _require_inferable(source, tensors)
     sizes, data = _read_sizes(tensors, file)
-    more_sizes = {} if "patch" in sizes else {"patch": PUBLISHED_PATCH}
-    more_data = {name: x for name, x in PUBLISHED_DATA.items() if name not in data}
-    for name, numbers in IMAGENET.items():
-        if name not in data:
-            channels = (data | more_data)["channels"]
-            more_data[name] = numbers if channels == len(numbers) else (0.5,) * channels
-    heads_given = f"{section}.heads" in given or file.beside.heads is not None
-    is_moe = _first(tensors, "htoh4.bias") is not None
-    more_sizes |= _published(sizes, file, is_moe=is_moe, heads_given=heads_given)
     if file.beside.heads:
         sizes["heads"] = file.beside.heads
     if depths := _depths(source, kind):
         sizes["depths"] = depths
-    else:
-        blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", n) for n in file.tensors) if m}
-        count = max(1, len(blocks))
-        more_sizes["depths"] = (1,) * count if source.kind == "meta" else (count,)
+    heads_given = f"{section}.heads" in given or "heads" in sizes
+    more_sizes = {"patch": PUBLISHED_PATCH, **_published(tensors, sizes, file, heads_given)}
+    more_sizes["depths"] = _assumed_depths(source)
+    more_data = _assumed_data(data)
     moe, meta = {}, {"depths": (1,) * len((more_sizes | sizes)["depths"])}
     read = {f"config.data.{name}": x for name, x in data.items()}
     if source.kind == "vmoe":
@@ -93,7 +73,7 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
             sizes["stitches"] = "kept"
             read["config.meta.width"] = meta["width"] = stitch.shape[0]
     read |= {f"config.{section}.{name}": x for name, x in sizes.items()}
-    assumed = {f"config.{section}.{name}": x for name, x in more_sizes.items() if name not in sizes}
+    assumed = {f"config.{section}.{name}": x for name, x in more_sizes.items()}
     assumed |= {f"config.data.{name}": x for name, x in more_data.items()}
     config = Config()
     networks = {
@@ -101,7 +81,47 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
         section: kind.sizes(**more_sizes | sizes | moe),
     }
     images = dataclasses.replace(config.data, **more_data | data)
-    return Inferred(dataclasses.replace(config, data=images, **networks), read, assumed)
+    return Inferred(
+        dataclasses.replace(config, data=images, **networks),
+        read,
+        {name: x for name, x in assumed.items() if name not in read},
+    )
+
+
+def _require_inferable(source: Source, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for a kind, and for parts of a network, that no config can be inferred
+    for."""
+    kind, file = KINDS[source.kind], source.files[0]
+    if kind.is_nac or source.kind == "vmoe_student":
+        example = "configs/m2mkd/nac_imagenet.py" if kind.is_nac else "configs/m2mkd/vmoe_base.py"
+        raise ValueError(
+            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the "
+            f"network that they are of; give its config, such as --config={example}"
+        )
+    if parts := foreign_parts(tensors):
+        raise ValueError(
+            f"{file.path} has {parts}, which m2mKD's ViT has no place for, whatever the "
+            "config: take a model without, such as timm's deit_base_patch16_224 or "
+            "vit_base_patch16_224"
+        )
+
+
+def _assumed_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.data that a file does not say."""
+    assumed = {name: x for name, x in PUBLISHED_DATA.items() if name not in data}
+    channels = (assumed | data)["channels"]
+    for name, numbers in IMAGENET.items():
+        if name not in data:
+            assumed[name] = numbers if channels == len(numbers) else (0.5,) * channels
+    return assumed
+
+
+def _assumed_depths(source: Source) -> tuple[int, ...]:
+    """A stage per block of a meta model, and one stage of any other network."""
+    names = source.files[0].tensors
+    blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", name) for name in names) if m}
+    count = max(1, len(blocks))
+    return (1,) * count if source.kind == "meta" else (count,)
 
 
 def _gather(source: Source) -> dict[str, np.ndarray]:
@@ -159,11 +179,11 @@ def _read_sizes(
 
 
 def _published(
-    sizes: Mapping[str, Any], file: File, *, is_moe: bool, heads_given: bool
+    tensors: Mapping[str, np.ndarray], sizes: Mapping[str, Any], file: File, heads_given: bool
 ) -> dict[str, Any]:
     """Heads and epsilon of the published networks of these sizes; the config's defaults where the
     heads are given, or stated beside the file, and there is no such network."""
-    fields = ("heads", "norm_eps")
+    fields, is_moe = ("heads", "norm_eps"), _first(tensors, "htoh4.bias") is not None
     if is_moe:
         known = [VMoEConfig(**changes) for _, _, changes in vmoe.VARIANTS.values()]
     else:
