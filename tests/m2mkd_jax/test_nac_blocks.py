@@ -390,7 +390,7 @@ def test_a_projection_takes_each_token_under_its_latents_code():
     parts = precise(params)
     want = [mlp(BLOCK, parts["ffn"], linear(x, CODES, parts["projection"]), CODES) for x in tokens]
     np.testing.assert_allclose(apply(module, params, RECEIVERS, CODES, tokens), want, atol=3e-5)
-    with pytest.raises(ValueError, match="there are 3 and 4: set config.model.inputs to 4"):
+    with pytest.raises(ValueError, match=r"there are 3 and 4: set config\.model\.inputs to 4"):
         apply(module, params, RECEIVERS, CODES, TOKENS)
 
 
