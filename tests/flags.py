@@ -59,7 +59,7 @@ ALLOWED = (
     ),
     (
         r"optim\.(steps|lr_per|warmup_steps|clip)|run\.(checkpoint_minutes|best|compilation_cache)"
-        r"|model\.(layer_scale|read_in_scale|kernel\.truncation)"
+        r"|model\.(layer_scale|read_in_scale|kernel\.truncation|moe\.slots_per_expert)"
         r"|regularizers\.(\w+\.weight_end|blocks\.clip)|(clip_)?tokenizer\.max_length",
         (None,),
         "None: off, or without a limit",

@@ -12,12 +12,14 @@ from common_jax.ranges import NonNegative, key_of, one_of, shown
 from m2mkd_jax.moe.pairs import PairsConfig, pair_router
 from m2mkd_jax.moe.routers import expert_choice, softmax_topk, topk_softmax
 from m2mkd_jax.moe.routing import Router
+from m2mkd_jax.moe.soft import SOFT, SoftConfig
 
 # The routers, by the name in `config.model.moe.router`.
 ROUTERS: dict[str, Router] = {
     "topk_softmax": pair_router(topk_softmax, ("importance", "gshard", "z")),
     "softmax_topk": pair_router(softmax_topk, ("importance", "load", "gshard", "z"), noisy=True),
     "expert_choice": pair_router(expert_choice, ("z",), tokens_choose=False),
+    "soft": SOFT,
 }
 
 # Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
@@ -45,7 +47,7 @@ class BalanceConfig(Section):
 
 
 @dataclass(frozen=True)
-class MoeConfig(PairsConfig):
+class MoeConfig(PairsConfig, SoftConfig):
     """The choices of a mixture-of-experts layer; the defaults are the m2mKD students' (fastmoe).
 
     experts, chosen: E and A. Where experts choose, `chosen` is the mean number per token.
@@ -56,6 +58,7 @@ class MoeConfig(PairsConfig):
     groups: routing groups of a batch, for capacity and expert_choice; a whole number of groups per
         device. Token choice without drops has no use for groups.
     router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
+    slots_per_expert: slots of an expert in each example, for soft; None for one per token in all.
     expert_init: see `EXPERT_INITS`.
 
     Raises FieldError for a value out of range or unknown.

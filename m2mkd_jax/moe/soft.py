@@ -1,0 +1,141 @@
+"""Soft MoE: every slot of an expert takes a mean of an example's tokens, every token a mean of all
+answers (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithm 1).
+
+    z_tec = <x_t / |x_t|, scale phi_ec / |phi_ec|>
+    dispatch = softmax of z over the tokens t:      slot_ec = sum_t dispatch_tec x_t
+    combine  = softmax of z over all slots e,c:     y_t = sum_ec combine_tec expert_e(slot_ec)
+
+No pair is chosen, so nothing is dropped, no gradient is cut off, and every expert has as much to do
+as any other: there are no balance losses, no noise and no groups. Examples do not mix.
+
+Axes: B examples, T tokens, E experts, C slots of an expert, R = B C rows of an expert, D width.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+from jax import numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from common_jax.ranges import Size
+from m2mkd_jax.moe.dispatch import over_mesh, serve_slots
+from m2mkd_jax.moe.grouped import Experts
+from m2mkd_jax.moe.routing import Router, RouterConfig
+
+
+@dataclass(frozen=True)
+class SoftConfig(RouterConfig):
+    """The fields of `config.model.moe` that Soft MoE reads.
+
+    slots_per_expert: C; None for as many as give one slot per token, T / E rounded up.
+    """
+
+    slots_per_expert: Size | None = None
+
+
+def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """x / |x| along `axis`; 0, with a gradient of 0, where x is 0."""
+    square = jnp.sum(x * x, axis=axis, keepdims=True)
+    # Twice where: 1 / 0 in a branch that is not taken would make its gradient NaN all the same.
+    some = square > 0
+    return jnp.where(some, x * jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
+
+
+class SoftGate(nn.Module):
+    """z_tec = <x_t / |x_t|, scale phi_ec / |phi_ec|>; `phi` (D, E, C) and `scale` ().
+
+    Without both norms the logits would grow with the width, and softmax would end in one-hot
+    weights (section 2.3 of the paper).
+    """
+
+    config: SoftConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E C"]:
+        _, tokens, width = x.shape
+        experts = self.config.experts
+        slots = self.config.slots_per_expert or math.ceil(tokens / experts)
+        phi = self.param("phi", nn.initializers.normal(width**-0.5), (width, experts, slots))
+        scale = self.param("scale", nn.initializers.ones, ())
+        # A TPU would multiply float32 in bfloat16 otherwise.
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.einsum("BTD,DEC->BTEC", unit(x, -1), scale * unit(phi, 0), precision=exact)
+
+
+class SoftSlots(NamedTuple):
+    """Weights of dispatch and of combine, of all examples: each is a group of its own."""
+
+    into: Float[Array, "B T E C"]
+    out_of: Float[Array, "B T E C"]
+
+    def dispatch(self, x: Float[Array, "B T D"]) -> Float[Array, "E R D"]:
+        """slot_ec = sum_t dispatch_tec x_t, rows in the order of examples."""
+        slots = jnp.einsum("BTEC,BTD->EBCD", self.into.astype(x.dtype), x)
+        return slots.reshape(slots.shape[0], -1, slots.shape[-1])
+
+    def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "B T D"]:
+        """y_t = sum_ec combine_tec answer_ec."""
+        examples, _, experts, slots = self.out_of.shape
+        answers = answers.reshape(experts, examples, slots, -1)
+        # One token's sum has as many terms as there are slots: too many for bfloat16.
+        wide = jnp.promote_types(answers.dtype, jnp.float32)
+        weights = self.out_of.astype(answers.dtype)
+        return jnp.einsum("BTEC,EBCD->BTD", weights, answers, preferred_element_type=wide)
+
+
+@dataclass(frozen=True)
+class SoftRouting:
+    """A batch's logits z, in float32 at least."""
+
+    logits: Float[Array, "B T E C"]
+
+    def mix(
+        self, x: Float[Array, "B T D"], experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
+        """y_t = sum_ec combine_tec expert_e(sum_s dispatch_sec x_s).
+
+        Metrics: load `[E]`, each expert's share of combine; entropy, the mean over tokens of
+        combine's, and dispatch_entropy, the mean over slots of dispatch's, in nats.
+        """
+        weights = self.choices()
+        slots = SoftSlots(weights["dispatch"], weights["combine"])
+        y = over_mesh(serve_slots, x, slots, experts)
+        metrics = {
+            "load": jnp.mean(jnp.sum(slots.out_of, axis=3), axis=(0, 1)),
+            "entropy": jnp.mean(_entropy(slots.out_of, axis=(2, 3))),
+            "dispatch_entropy": jnp.mean(_entropy(slots.into, axis=1)),
+        }
+        return y, metrics
+
+    def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
+        """None: all experts have the same number of slots."""
+        return {}
+
+    def choices(self) -> Mapping[str, Array]:
+        """Weights of dispatch and combine, `[B, T, E, C]`."""
+        return {
+            "dispatch": jax.nn.softmax(self.logits, axis=1),
+            "combine": jax.nn.softmax(self.logits, axis=(2, 3)),
+        }
+
+
+def _entropy(weights: Float[Array, "B T E C"], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    return jnp.sum(jax.scipy.special.entr(weights), axis=axis)
+
+
+def _gate(config: SoftConfig, name: str) -> nn.Module:
+    return SoftGate(config, name=name)
+
+
+def _route(
+    config: SoftConfig, logits: Float[Array, "B T E C"], key: PRNGKeyArray | None
+) -> SoftRouting:
+    del config, key
+    return SoftRouting(logits)
+
+
+SOFT = Router(config=SoftConfig, gate=_gate, route=_route)
