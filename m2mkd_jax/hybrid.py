@@ -4,6 +4,8 @@ With M the meta model and k the stage of a module, a pair shares what stages 0..
 the images, and both of its sides are finished by stages k+1.. of M, norm and head included. Stages
 are counted, never blocks, so a meta stage may be of any depth.
 
+Axes: B examples, I image rows, J image columns, L labels.
+
 Several modules are run as one program: M is frozen and the modules share no parameters, so the sum
 of their losses has by each module's parameters the gradient of its own loss.
 """
@@ -14,8 +16,11 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from m2mkd_jax.stages import Network, Params
+
+Keys = Mapping[str, PRNGKeyArray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,23 +59,25 @@ def replace_stage(meta: Network, stage: int, module: Network) -> Network:
 def shared_tokens(
     networks: Mapping[int, Network],
     meta_params: Params,
-    images: jax.Array,
+    images: Float[Array, "B I J _"],
     *,
     train: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-) -> dict[int, jax.Array]:
-    """What the stages before each module make of the images, computed once where they are equal.
+    rngs: Keys | None = None,
+) -> dict[int, Float[Array, "B ..."]]:
+    """The input of each module, from the stages before it; computed once where they are equal.
 
     Args:
       networks: by the stage of its module, each module's hybrid network.
       meta_params: of the stages before the last of these modules.
-      images: (B, I, J, channels).
+      images: with channels last.
       train, rngs: of these stages.
 
     Returns:
       By stage: images for the first, tokens (B, T, D) for the others. No gradient passes through
       them.
     """
+    # By the stages themselves, not by their numbers: stochastic depth ramps over each hybrid, so
+    # that two hybrids may differ in a stage of M, and only equal ones can share.
     made = {(): images}
     for own, network in networks.items():
         for stage in range(own):
@@ -84,6 +91,7 @@ def shared_tokens(
                     train=train,
                     rngs=rngs,
                 )
+    # M is frozen, so a gradient into these stages would be computed and thrown away.
     return {
         own: jax.lax.stop_gradient(made[network.stages[:own]]) for own, network in networks.items()
     }
@@ -93,12 +101,12 @@ def finish(
     networks: Mapping[int, Network],
     meta_params: Params,
     params: Params,
-    hidden: Mapping[int, jax.Array],
+    hidden: Mapping[int, Float[Array, "B ..."]],
     *,
     train: bool = False,
     train_meta: bool = False,
-    rngs: Mapping[str, jax.Array] | None = None,
-) -> tuple[dict[int, jax.Array], dict[str, Any]]:
+    rngs: Keys | None = None,
+) -> tuple[dict[int, Float[Array, "B L"]], dict[str, Any]]:
     """Logits of hybrid networks from their modules on.
 
     Tokens of all modules that enter the same meta stage go through it together. What it draws, it
@@ -106,31 +114,37 @@ def finish(
 
     Args:
       networks: by the stage of its module, each module's hybrid network.
-      meta_params: of the stages behind the first of these modules.
-      params: of the modules, a subtree a stage.
+      meta_params: of the stages after the first of these modules.
+      params: of the modules, one subtree per stage.
       hidden: by stage, what each module takes: see `shared_tokens`.
       train: whether the modules are in training.
-      train_meta: whether the stages behind them are.
-      rngs: for both, one key a stream.
+      train_meta: whether the stages after them are.
+      rngs: for both, one key per stream.
 
     Returns:
-      Logits (B, L) by stage, and what the modules recorded.
+      Logits by stage, and what the modules recorded.
     """
+    # One sweep over the stages of M: at each, the modules that came before it enter together, and
+    # the module of that very stage starts. At the end `tokens` has the logits of all.
     tokens, recorded = {}, {}
     for stage in range(len(next(iter(networks.values())))):
-        alike = {}  # a NAC's read-in student gives fewer tokens than the others
+        # Together if stage and shape are equal: a NAC's read-in student gives fewer tokens.
+        alike = {}
         for own in tokens:
             alike.setdefault((networks[own].stages[stage], tokens[own].shape), []).append(own)
         span = {"start": stage, "stop": stage + 1, "rngs": rngs}
         for group in alike.values():
             apply = networks[group[0]].apply
 
-            def behind(x, apply=apply, span=span):
+            def run_stage(x, apply=apply, span=span):
                 return apply(meta_params, x, train=train_meta, **span)[0]
 
-            together = jax.vmap(behind)(jnp.stack([tokens[own] for own in group]))
+            # vmap, not a longer batch: the random draws of a stage depend on the batch's shape, and
+            # each module must draw what a run of it alone does. The weights of M are read once.
+            together = jax.vmap(run_stage)(jnp.stack([tokens[own] for own in group]))
             tokens |= dict(zip(group, together, strict=True))
         if stage in networks:
+            # Last, so that a module's own tokens do not go through the meta stage that it replaces.
             tokens[stage], records = networks[stage].apply(
                 params, hidden[stage], train=train, **span
             )
@@ -141,31 +155,31 @@ def finish(
 def pair_logits(
     networks: Pair,
     params: Mapping[str, Params],
-    images: jax.Array,
+    images: Float[Array, "B I J _"],
     *,
     stages: Sequence[int],
     train: bool,
-    rngs: Mapping[str, jax.Array] | None = None,
-) -> tuple[dict[int, jax.Array], dict[int, jax.Array], dict[str, Any]]:
+    rngs: Keys | None = None,
+) -> tuple[dict[int, Float[Array, "B L"]], dict[int, Float[Array, "B L"]], dict[str, Any]]:
     """Both sides of module pairs on the same images (m2mKD, composition).
 
     Args:
       networks: meta model, teacher and students.
       params: their parameters under "meta", "teacher" and "student".
-      images: (B, I, J, channels).
+      images: with channels last.
       stages: which pairs.
       train, rngs: for the students alone.
 
     Returns:
-      Logits of teachers and students by stage, each (B, L); and what the students recorded. No
-      gradient passes through the shared input or a teacher; a student's passes through the meta
-      model.
+      Logits of teachers and students by stage, and what the students recorded. No gradient passes
+      through the shared input or a teacher; a student's passes through the meta model.
     """
     meta = params["meta"]
     teachers, students = (
         {stage: replace_stage(networks.meta, stage, network) for stage in stages}
         for network in (networks.teacher, networks.student)
     )
+    # Before its module a teacher's hybrid has the same stages of M: both sides share their input.
     hidden = shared_tokens(students, meta, images)
     taught, _ = finish(teachers, meta, params["teacher"], hidden)
     logits, recorded = finish(students, meta, params["student"], hidden, train=train, rngs=rngs)

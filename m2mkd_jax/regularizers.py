@@ -1,6 +1,8 @@
-"""What is added to a NAC's label loss to shape its graph: three terms and their weighted sum.
+"""Terms that shape a NAC's graph, added to its label loss, and their weighted sum.
 
 Each depends on the latents' signatures (and, for the block model, the kernels' bandwidths) alone.
+
+Axes: T latents that receive, S latents that send, Y signature.
 """
 
 import dataclasses
@@ -14,7 +16,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from sklearn.mixture import GaussianMixture
 
 from common_jax.config import Section
@@ -35,8 +37,11 @@ REDUCTIONS = types.MappingProxyType(
     }
 )
 
-Metrics = dict[str, Float[Array, ""]]
-Regularizer = Callable[[Mapping[str, Any], Any], tuple[Float[Array, ""], Metrics]]
+Scalar = Float[Array, ""]
+Signatures = Float[Array | np.ndarray, "_ Y"]  # of a kind of latents, on the device or the host
+Metrics = dict[str, Scalar]
+Params = Mapping[str, Any]
+Regularizer = Callable[[Params, float | Scalar], tuple[Scalar, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ class BlocksConfig(Section):
     Attributes:
       weight, weight_end: see HingeConfig.
       clusters: blocks, which must share out the latents evenly.
-      within, between: kernel values wanted within a block and between two.
+      within, between: the kernel's values within a block and between two.
       latents: "mediator" or "all".
       clip: squared errors below it count as it, so that they are left alone; None for none.
     """
@@ -123,12 +128,12 @@ class Mixture:
     """Gaussians on the line.
 
     Attributes:
-      weights, means, sigmas: (components,) float32, of each.
+      weights, means, sigmas: of each, in float32.
     """
 
-    weights: np.ndarray
-    means: np.ndarray
-    sigmas: np.ndarray
+    weights: Float[np.ndarray, "components"]
+    means: Float[np.ndarray, "components"]
+    sigmas: Float[np.ndarray, "components"]
 
 
 def mixture_loss(
@@ -190,6 +195,7 @@ def block_loss(
       ValueError: when `clusters` does not divide T.
     """
     targets = block_targets(links.shape[-1], clusters=clusters, within=within, between=between)
+    # The assignment is a choice, without a gradient; that of the errors is by the links alone.
     assigned = assign_blocks(assignment_cost(links, targets))
     errors = (links - targets[assigned]) ** 2
     if clip is not None:
@@ -200,7 +206,7 @@ def block_loss(
 def block_targets(
     latents: int, *, clusters: int, within: float, between: float
 ) -> Float[Array, "blocks T"]:
-    """The wanted row of each block: `within` at its own latents, `between` elsewhere.
+    """The target row of each block: `within` at its own latents, `between` elsewhere.
 
     Raises:
       ValueError: when `clusters` does not divide `latents`.
@@ -221,14 +227,14 @@ def assignment_cost(
     return jnp.mean((links[..., :, None, :] - targets) ** 2, axis=-1)
 
 
-def weight_at(weight: float, weight_end: float | None, progress: Any) -> Any:
+def weight_at(weight: float, weight_end: float | None, progress: float | Scalar) -> float | Scalar:
     """(1 - p) `weight` + p `weight_end`,  p = `progress`, the share of the epochs that are over."""
     return weight if weight_end is None else (1 - progress) * weight + progress * weight_end
 
 
 def make_regularizer(
     config: RegularizersConfig,
-    signatures: Mapping[str, Float[Array, "_ Y"]],
+    signatures: Mapping[str, Signatures],
     *,
     kernels: Sequence[KernelConfig],
 ) -> Regularizer:
@@ -237,7 +243,7 @@ def make_regularizer(
     Args:
       config: the terms.
       signatures: of `input`, `mediator` and `output` latents before training.
-      kernels: one an iteration, of its propagator.
+      kernels: one per iteration, of its propagator.
 
     Returns:
       A function of a NAC's parameters and the progress (epochs done over all, constant within an
@@ -246,7 +252,7 @@ def make_regularizer(
     Raises:
       ValueError: when the latents do not suit a term.
     """
-    terms: dict[str, tuple[Any, Callable[[Mapping[str, Any]], jax.Array]]] = {}
+    terms: dict[str, tuple[Any, Callable[[Params], Scalar]]] = {}
     hinge, mixture, blocks = config.hinge, config.mixture, config.blocks
     if _is_on(hinge):
         push = functools.partial(hinge_repulsion, hinge=hinge.hinge, reduction=hinge.reduction)
@@ -273,7 +279,7 @@ def make_regularizer(
             ),
         )
 
-    def regularize(params: Mapping[str, Any], progress: Any) -> tuple[jax.Array, Metrics]:
+    def regularize(params: Params, progress: float | Scalar) -> tuple[Scalar, Metrics]:
         total, metrics = jnp.float32(0), {}
         for name, (term, compute) in terms.items():
             value = metrics[f"regularizer/{name}"] = compute(params)
@@ -283,11 +289,12 @@ def make_regularizer(
     return regularize
 
 
-def find_bandwidths(params: Mapping[str, Any], kernels: Sequence[KernelConfig]) -> list[Any]:
+def find_bandwidths(params: Params, kernels: Sequence[KernelConfig]) -> list[float | Scalar]:
     """The bandwidth of each iteration's propagator: its parameter, or the config's where it is not
     learned. A propagator that all iterations share counts in each."""
     stages = sorted((k for k in params if re.fullmatch(r"stage_\d+", k)), key=lambda k: int(k[6:]))
     propagators = [params[stage] for stage in stages[1:-1]]  # between read-in and read-out
+    # Shared by all iterations: one subtree, which the block model counts once per iteration.
     if len(propagators) == 1:
         propagators *= len(kernels)
     return [
@@ -296,7 +303,9 @@ def find_bandwidths(params: Mapping[str, Any], kernels: Sequence[KernelConfig]) 
     ]
 
 
-def _links(params: Mapping[str, Any], latents: str, kernels: Sequence[KernelConfig]) -> jax.Array:
+def _links(
+    params: Params, latents: str, kernels: Sequence[KernelConfig]
+) -> Float[Array, "iterations T T"]:
     joined = _join(_signatures(params), latents)
     distance = cosine_distance(joined, joined)
     bandwidths = find_bandwidths(params, kernels)
@@ -304,15 +313,16 @@ def _links(params: Mapping[str, Any], latents: str, kernels: Sequence[KernelConf
     return jnp.stack(links)
 
 
-def _signatures(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _signatures(params: Params) -> dict[str, Float[Array, "_ Y"]]:
     return {name: params["graph"][name]["signatures"] for name in LATENTS["all"]}
 
 
-def _join(signatures: Mapping[str, jax.Array], latents: str) -> jax.Array:
+def _join(signatures: Mapping[str, Signatures], latents: str) -> Float[Array, "T Y"]:
     return jnp.concatenate([signatures[name] for name in LATENTS[latents]])
 
 
-def _pairs(distance: jax.Array) -> jax.Array:
+def _pairs(distance: Float[Array, "T T"]) -> Bool[Array, "T T"]:
+    # Distances are symmetric: each pair once, and no latent with itself.
     return jnp.tri(*distance.shape, k=-1, dtype=bool)
 
 

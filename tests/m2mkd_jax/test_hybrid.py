@@ -17,10 +17,12 @@ RNGS = {"noise": jax.random.key(7)}
 
 
 class Layer(nn.Module):
-    """factor tanh(x kernel), in training times normal numbers; of so many tokens at most."""
+    """factor tanh(x kernel), in training times normal numbers; of so many tokens at most. The last
+    gives their mean, as logits."""
 
     tokens: int = T
     factor: float = 1.0
+    last: bool = False
 
     @nn.compact
     def __call__(self, x, *, train):
@@ -29,20 +31,22 @@ class Layer(nn.Module):
         if train:
             y *= jax.random.normal(self.make_rng("noise"), y.shape)
         self.sow("moe", "mean", jnp.mean(y))
-        return y
+        return jnp.mean(y, axis=(1, 2)) if self.last else y
 
     def example(self, batch):
-        return jax.ShapeDtypeStruct((batch, T, WIDTH), jnp.float32)
+        return jax.ShapeDtypeStruct((batch, T, 1, WIDTH), jnp.float32)
 
 
-ALIKE = Network((Layer(),) * 3)
+LAST = Layer(last=True)
+ALIKE = Network((Layer(), Layer(), LAST))
 # The first student gives a single token, as a NAC's does.
-PAIR = Pair(ALIKE, ALIKE, Network((Layer(tokens=1), Layer(), Layer())))
+PAIR = Pair(ALIKE, ALIKE, Network((Layer(tokens=1), Layer(), LAST)))
 PARAMS = {
     role: getattr(PAIR, role).init(jax.random.key(number))
     for number, role in enumerate(("meta", "teacher", "student"))
 }
-IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, T, WIDTH)), jnp.float32)
+# One pixel per token, so that a layer takes images as it takes tokens.
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, T, 1, WIDTH)), jnp.float32)
 # Which modules are run together.
 TOGETHER = [(0,), (1,), (2,), (0, 2), (0, 1, 2)]
 
@@ -97,7 +101,7 @@ def kernels(tree):
     return [bool(np.any(tree[stage_name(stage)]["kernel"])) for stage in range(3)]
 
 
-def test_gradients_of_a_student_pass_through_the_stages_behind_it_alone():
+def test_gradients_of_a_student_pass_through_later_stages_alone():
     def total(params, images):
         return jnp.sum(pair_logits(PAIR, params, images, stages=(1,), train=False)[1][1] ** 2)
 
@@ -159,13 +163,13 @@ def test_tokens_before_a_module_are_the_meta_model_s_and_pass_no_gradient():
 
 def test_stages_that_differ_between_hybrids_are_not_shared():
     """As those of hybrids whose stochastic depth ramps over other numbers of blocks."""
-    short = Network((Layer(tokens=1), Layer(), Layer()))
+    short = Network((Layer(tokens=1), Layer(), LAST))
     hidden = shared_tokens({1: PAIR.meta, 2: short}, PARAMS["meta"], IMAGES)
-    assert hidden[1].shape == (4, T, WIDTH) and hidden[2].shape == (4, 1, WIDTH)
+    assert hidden[1].shape == (4, T, 1, WIDTH) and hidden[2].shape == (4, 1, 1, WIDTH)
 
 
-def test_stages_behind_that_differ_between_hybrids_run_apart():
-    halved = Network((Layer(), Layer(), Layer(factor=0.5)))
+def test_later_stages_that_differ_between_hybrids_run_apart():
+    halved = Network((Layer(), Layer(), Layer(factor=0.5, last=True)))
     arguments = PARAMS["meta"], PARAMS["teacher"], {0: IMAGES, 1: IMAGES}
     logits, _ = finish({0: ALIKE, 1: halved}, *arguments)
     plain, _ = finish({0: ALIKE, 1: ALIKE}, *arguments)
@@ -183,7 +187,7 @@ def test_only_parameters_that_are_run_are_needed():
 
 
 def test_one_stage_is_replaced_and_the_meta_model_stays_as_it_is():
-    other = Network((Layer(tokens=1),) * 3)
+    other = Network((Layer(tokens=1), Layer(tokens=1), Layer(tokens=1, last=True)))
     for own in range(3):
         found = replace_stage(PAIR.meta, own, other).stages
         assert [stage.tokens for stage in found] == [1 if i == own else T for i in range(3)]

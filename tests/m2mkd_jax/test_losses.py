@@ -9,9 +9,9 @@ from m2mkd_jax import losses
 
 B, L = 6, 9
 RNG = np.random.default_rng(0)
-STUDENT, TEACHER = (RNG.normal(0, 3, (B, L)).astype(np.float32) for _ in range(2))
-LABELS = RNG.integers(0, L, B)
-TARGETS = RNG.dirichlet(np.ones(L), B).astype(np.float32)
+STUDENT, TEACHER = (jnp.asarray(RNG.normal(0, 3, (B, L)), jnp.float32) for _ in range(2))
+LABELS = jnp.asarray(RNG.integers(0, L, B))
+TARGETS = jnp.asarray(RNG.dirichlet(np.ones(L), B), jnp.float32)
 
 
 def log_softmax(logits):
@@ -33,7 +33,7 @@ def test_smoothed_cross_entropy(smoothing):
     log_p = log_softmax(STUDENT)
     want = -(1 - smoothing) * log_p[range(B), LABELS].mean() - smoothing * log_p.mean()
     assert_equal_but_for_rounding(losses.smoothed_cross_entropy(STUDENT, LABELS, smoothing), want)
-    smooth = (1 - smoothing) * np.eye(L)[LABELS] + smoothing / L
+    smooth = (1 - smoothing) * jnp.eye(L)[LABELS] + smoothing / L
     assert_equal_but_for_rounding(losses.soft_cross_entropy(STUDENT, smooth), want)
 
 
@@ -64,7 +64,7 @@ def test_hard_distillation_is_cross_entropy_against_the_teacher_s_best():
 
 
 def test_soft_distillation_of_a_certain_teacher_is_hard():
-    certain = 100.0 * np.eye(L, dtype=np.float32)[TEACHER.argmax(-1)]
+    certain = 100.0 * jnp.eye(L)[TEACHER.argmax(-1)]
     soft = losses.soft_distillation_batch_mean(STUDENT, certain, 1.0)
     assert_equal_but_for_rounding(soft, losses.hard_distillation(STUDENT, TEACHER, 1.0))
 
@@ -77,7 +77,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_blend(alpha):
-    assert_equal_but_for_rounding(losses.blend(2.0, 5.0, alpha), (1 - alpha) * 2.0 + alpha * 5.0)
+    blended = losses.blend(jnp.float32(2), jnp.float32(5), alpha)
+    assert_equal_but_for_rounding(blended, (1 - alpha) * 2.0 + alpha * 5.0)
 
 
 # Logits of the probabilities (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
@@ -92,7 +93,7 @@ DIVERGENCE = (-2 * LN2 - LN2) / 8 + 0.75 * LN3
     [("soft", DIVERGENCE / 3), ("soft_batch_mean", DIVERGENCE), ("hard", 2 * LN2)],
 )
 def test_each_kind_of_distillation_by_hand(kind, want):
-    student, teacher = HALF.astype(np.float32), EIGHTH.astype(np.float32)
+    student, teacher = jnp.asarray(HALF, jnp.float32), jnp.asarray(EIGHTH, jnp.float32)
     assert losses.DISTILLATIONS[kind](student, teacher, 1.0) == pytest.approx(want, rel=1e-5)
     if kind != "hard":  # twice the logits at twice the temperature are the same distributions
         hot = losses.DISTILLATIONS[kind](2 * student, 2 * teacher, 2.0)
@@ -116,11 +117,11 @@ def test_label_losses_by_hand():
 
 def test_gradients_are_the_differences_of_the_distributions():
     """d/dz of the label loss is (p - y) / B, of soft distillation tau (s - t) / (B L)."""
-    p = np.exp(log_softmax(STUDENT))
+    p, best = np.exp(log_softmax(STUDENT)), np.asarray(TEACHER.argmax(-1))
     gradient = jax.grad(losses.soft_cross_entropy)(STUDENT, TARGETS)
     np.testing.assert_allclose(gradient, (p - TARGETS) / B, rtol=1e-4, atol=1e-6)
     gradient = jax.grad(losses.hard_distillation)(STUDENT, TEACHER, 3.0)
-    np.testing.assert_allclose(gradient, (p - np.eye(L)[TEACHER.argmax(-1)]) / B, 1e-4, 1e-6)
+    np.testing.assert_allclose(gradient, (p - np.eye(L)[best]) / B, 1e-4, 1e-6)
     for tau in (1.0, 2.5):
         s, t = (np.exp(log_softmax(logits / tau)) for logits in (STUDENT, TEACHER))
         gradient = jax.grad(losses.soft_distillation)(STUDENT, TEACHER, tau)

@@ -49,6 +49,7 @@ DISTILLATIONS = {
 
 def loss_of(outputs, distill=NONE, *, config=CONFIG, **settings):
     """Loss and metrics of a forward pass that gives `outputs`."""
+    outputs = jax.tree.map(jnp.asarray, outputs)
     loss = make_loss(lambda *_: outputs, config, distill, **settings)
     value, metrics = loss({}, {}, BATCH, RNGS, jnp.int32(3))
     return float(value), {name: float(metric) for name, metric in metrics.items()}
@@ -144,7 +145,10 @@ def test_a_regularizer_is_given_parameters_and_step():
         return 2.0 * step + params["a"], {"step": step}
 
     loss = make_loss(
-        lambda *_: {"net": Outputs(LOGITS, None, {})}, CONFIG, NONE, regularizer=regularizer
+        lambda *_: {"net": Outputs(jnp.asarray(LOGITS), None, {})},
+        CONFIG,
+        NONE,
+        regularizer=regularizer,
     )
     value, metrics = loss({"a": 0.5}, {}, BATCH, RNGS, jnp.int32(3))
     assert float(value) == pytest.approx(label_loss(LOGITS) + 6.5, rel=1e-5)
@@ -156,7 +160,7 @@ def test_the_forward_pass_is_given_normalised_images_in_training_and_all_keys():
 
     def forward(*arguments):
         seen.append(arguments)
-        return {"net": Outputs(LOGITS, None, {})}
+        return {"net": Outputs(jnp.asarray(LOGITS), None, {})}
 
     make_loss(forward, CONFIG, NONE)({"a": 1}, {"b": 2}, BATCH, RNGS, jnp.int32(0))
     ((params, helpers, images, train, rngs),) = seen

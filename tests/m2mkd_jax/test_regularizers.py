@@ -192,7 +192,7 @@ def test_a_wrong_value_is_named(make, said):
 def test_weight_moves_linearly():
     assert regularizers.weight_at(0.3, None, 0.7) == 0.3
     assert regularizers.weight_at(0.02, 0.5, 3 / 8) == pytest.approx(0.2)
-    assert [regularizers.weight_at(1.0, 0.0, p) for p in (0, 0.5, 1)] == [1, 0.5, 0]
+    assert [regularizers.weight_at(1.0, 0.0, p) for p in (0.0, 0.5, 1.0)] == [1, 0.5, 0]
 
 
 def test_no_weight_computes_nothing():
