@@ -15,7 +15,7 @@ from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.metrics import read_metrics
 from m2mkd_jax.config import DistillConfig, SourcesConfig
-from m2mkd_jax.moe.layer import BalanceConfig, MoeConfig
+from m2mkd_jax.moe.config import BalanceConfig, MoeConfig
 from m2mkd_jax.phases.pipeline import run_phase
 
 RUNS = [
