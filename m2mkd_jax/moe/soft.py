@@ -40,7 +40,9 @@ class SoftConfig(RouterConfig):
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """x / |x| along `axis`; 0, with a gradient of 0, where x is 0."""
     square = jnp.sum(x * x, axis=axis, keepdims=True)
-    return x * jax.lax.rsqrt(square + 1e-12)
+    # Twice where: 1 / 0 in a branch that is not taken would make its gradient NaN all the same.
+    some = square > 0
+    return jnp.where(some, x * jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
 
 
 class SoftGate(nn.Module):

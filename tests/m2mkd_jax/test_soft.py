@@ -22,6 +22,7 @@ from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.moe.config import BalanceConfig, MoeConfig, check_moe
 from m2mkd_jax.moe.layer import MoeMlp
+from m2mkd_jax.moe.soft import unit
 from m2mkd_jax.phases import end_to_end
 
 B, T, D, F, E = 8, 5, 6, 7, 4
@@ -129,6 +130,14 @@ def test_images_of_a_batch_do_not_mix():
     y, beside = run(layer, params, x)[0], run(layer, params, others)[0]
     np.testing.assert_array_equal(y[0], beside[0])
     assert not np.any(np.all(np.isclose(y[1:], beside[1:]), axis=(1, 2)))
+
+
+def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(unit(x, -1), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    slope = jax.grad(lambda x: jnp.sum(unit(x, -1)[:, 0]))(x)
+    # (1 - 0.6^2) / 5 and -0.6 0.8 / 5
+    np.testing.assert_allclose(slope, [[0.128, -0.096], [0, 0]], rtol=1e-5)
 
 
 def test_gradients_are_finite_and_reach_everything():
