@@ -119,8 +119,8 @@ def fingerprint(params: Any, *content: Any) -> str:
 
     Args:
       params: nested dict of arrays of at most 32 bits a value.
-      content: str, bytes or arrays: texts, file contents and whatever else decides the features, such
-        as the size that pictures are brought to.
+      content: str, bytes or arrays: texts, bytes of files and whatever else decides the features,
+        such as the size that pictures are brought to.
 
     Raises:
       TypeError: for content of another kind, which has no bytes of its own.
