@@ -6,6 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from cliptrans_jax.models import attention
+from cliptrans_jax.translators.translator import grow_cache
 
 
 def test_attention_over_kept_keys_computes_its_formula():
@@ -33,6 +34,9 @@ def test_scores_of_half_precision_are_not_rounded():
 
 
 def test_kept_keys_grow_at_their_end():
-    grown = attention.grow(jnp.ones((1, 2, 3, 4)), slots=5)
-    assert grown.shape == (1, 2, 5, 4)
-    assert np.all(np.asarray(grown[:, :, :3]) == 1) and not np.any(np.asarray(grown[:, :, 3:]))
+    kept, states = jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 6, 4))
+    grown, same = grow_cache((((kept, kept), (states, states)),), 5)[0]
+    assert all(part is states for part in same)
+    for part in grown:
+        assert part.shape == (1, 2, 5, 4)
+        assert np.all(np.asarray(part[:, :, :3]) == 1) and not np.any(np.asarray(part[:, :, 3:]))

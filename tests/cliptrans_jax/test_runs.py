@@ -23,10 +23,11 @@ from tiny_cliptrans import (
 
 import cliptrans_jax
 from cliptrans_jax.evaluators import scores
+from cliptrans_jax.evaluators import translation as validation
 from cliptrans_jax.evaluators.scores import METRICS
 from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
 from cliptrans_jax.main import main
-from cliptrans_jax.runs import evaluate, scoring, translation
+from cliptrans_jax.runs import evaluate, scoring
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
@@ -386,7 +387,7 @@ def longer(runs, tmp_path_factory):
         run=dataclasses.replace(config.run, keep=1),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(translation, "score", falling)
+        patch.setattr(validation, "score", falling)
         patch.setattr(scoring, "score", tested)
         result = run_stage(config, workdir, split_mesh())
     return workdir, result, asked
