@@ -369,7 +369,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
     with unoptimised():
         assert run_phase(config, tmp_path / "run", mesh) == result
     assert [(folder / "metrics.jsonl").read_bytes() for folder in folders] == before
-    assert given[-1]["step"]._cache_size() == 0
+    assert given[-1].kept["step"]._cache_size() == 0
     with pytest.raises(ValueError, match=r"(?s)another config.*few_shot\.episodes: 2 -> 4"):
         other = dataclasses.replace(episodes, episodes=4)
         run_phase(dataclasses.replace(config, few_shot=other), tmp_path / "run", mesh)
