@@ -184,7 +184,7 @@ def test_pictures_are_asked_for_where_there_are_none(refused, corpus, runs, tmp_
 def test_a_missing_file_of_a_language_is_named(refused, corpus, tmp_path):
     copied = shutil.copytree(corpus, tmp_path / "copied")
     (copied / "raw" / f"{TEST}.de").unlink()
-    said = [f"{copied}/raw/{TEST}.de", f"of '{TEST}' there are the languages en"]
+    said = [f"{copied}/raw/{TEST}.de", f"'{TEST}' has the languages en"]
     refused([NO_PREFIX], said, corpus=copied)  # although the test set is needed last
 
 
