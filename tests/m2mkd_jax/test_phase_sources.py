@@ -206,12 +206,12 @@ def test_position_tables_keep_as_many_leading_rows_as_their_network_has(held):
     config = dataclasses.replace(config, data=data, teacher=teacher)
     fresh = SourcesConfig(fresh=".*/register_tokens", leave=".*/cls_token")
     config = dataclasses.replace(config, sources=fresh)
-    found = networks.take_weights(config, *wanted(config, held))
+    found = weights.take_weights(config, *shapes_and_origins(config, held))
     assert found.params["teacher"]["stage_0"]["pos_embed"].shape == (1, 17, 16)
     bare = dataclasses.replace(teacher, positions="patches")
     config = dataclasses.replace(config, teacher=bare)
     with pytest.raises(ValueError, match=r"5 patches after 0 leading rows is no square grid"):
-        networks.take_weights(config, *wanted(config, held))
+        weights.take_weights(config, *shapes_and_origins(config, held))
 
 
 def test_what_the_config_lets_start_anew_or_leaves_is_on_record(held):
