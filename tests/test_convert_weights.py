@@ -322,7 +322,7 @@ def hollow(kind, config):
     return {name: np.broadcast_to(np.float32(0), shape) for name, (_, shape) in expected.items()}
 
 
-@pytest.mark.parametrize("name", [*vit.VARIANTS, *vmoe.VARIANTS])
+@pytest.mark.parametrize("name", [*vit.VARIANTS, *vit.PRETRAINED, *vmoe.VARIANTS])
 def test_published_sizes_are_told_by_the_tensors(name):
     kind, variant = ("vmoe", vmoe.variant) if name in vmoe.VARIANTS else ("teacher", vit.variant)
     sizes, side = variant(name, (1,))

@@ -16,14 +16,8 @@ from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.mlp import INIT, Mlp, gelu
+from common_jax.nn.mlp import INIT, Mlp, gelu, quick_gelu
 from common_jax.ranges import Positive, Size, one_of
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """x sigmoid(1.702 x), OpenAI's approximation of the GELU."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
     {"gelu": gelu, "quick_gelu": quick_gelu}

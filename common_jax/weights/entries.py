@@ -138,17 +138,28 @@ def self_attention(
     }
 
 
-def stacked_heads(name: str, heads: int) -> Entry:
-    """Queries, keys and values as the rows [3D, ...] of one tensor, as (..., 3, H, K)."""
+def stacked_heads(name: str, heads: int, parts: int = 3) -> Entry:
+    """Queries, keys and values, or other `parts`, as the rows [parts * D, ...] of one tensor, as
+    (..., parts, H, K)."""
 
     def read(x: np.ndarray) -> np.ndarray:
-        return np.moveaxis(x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1))
+        return np.moveaxis(x.reshape(parts, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1))
 
     def write(x: np.ndarray) -> tuple[np.ndarray, ...]:
         rows = math.prod(x.shape[-3:])
         return (np.moveaxis(x, (-3, -2, -1), (0, 1, 2)).reshape(rows, *x.shape[:-3]),)
 
     return Entry((name,), read, write)
+
+
+def single_heads(name: str, heads: int) -> Entry:
+    """Queries alone as the rows [D, ...] of a tensor, as (..., H, K)."""
+    stacked = stacked_heads(name, heads, parts=1)
+    return Entry(
+        stacked.names,
+        lambda x: stacked.read(x).squeeze(-3),
+        lambda x: stacked.write(np.expand_dims(x, -3)),
+    )
 
 
 def stacked_attention(source: str, target: str, *, heads: int) -> dict[str, Entry]:

@@ -111,6 +111,8 @@ class Family:
       left: section -> parameters of the modules that have no place in the whole network.
       fresh: section -> parameters of the whole network that no module has.
       tokens: (section, interface) -> tokens between two stages. A meta model needs it.
+      leading: section -> fields that say which tokens come before those of the patches between two
+        stages; {} where its modules take any.
       check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
       check_noise: (section, config.evaluation.noise) -> None; FieldError where they contradict
         each other.
@@ -130,6 +132,7 @@ class Family:
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     tokens: Callable[[Any, Interface], int] | None = None
+    leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
     check_mesh: Callable[[Any, Mapping[str, int], int], None] = _accept
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None

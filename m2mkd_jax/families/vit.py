@@ -1,5 +1,7 @@
 """The family of ViTs: meta models and teachers."""
 
+from typing import Any
+
 from common_jax.weights import Adapt
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.models import encoder, vit
@@ -19,6 +21,11 @@ def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
     return encoder.tokens(section.encoder, interface)
 
 
+def leading(section: vit.ViTConfig) -> dict[str, Any]:
+    """Fields that say which tokens come before the patches."""
+    return {"class_token": section.class_token, "registers": section.registers}
+
+
 def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
     """Position tables, resized to the number of an image's patches."""
     return {r".*/pos_embed": resizer(section.encoder.leading_positions)}
@@ -33,4 +40,5 @@ FAMILY = Family(
     head=HEAD,
     adapt=resize,
     tokens=tokens,
+    leading=leading,
 )

@@ -110,9 +110,10 @@ _HUGE = {"width": 1280, "heads": 16, "qkv_bias": False, "norm_eps": 1e-5}
 _DEIT_III = {"layer_scale": 1e-6, "positions": "patches"}
 _DINO = {"patch": 14, "layer_scale": 1e-5}
 _DINO_REGISTERS = _DINO | {"registers": 4, "positions": "patches"}
-# As they were trained; timm computes some of them with the exact GELU.
-_SIGLIP = {"class_token": False, "pool": "attention", "activation": "gelu_tanh"}
-_SO400M = _SIGLIP | {"patch": 14, "width": 1152, "heads": 16, "mlp_ratio": 3.7362}
+# With timm's activations. All were trained with "gelu_tanh"; the exact one is off by some 1e-3.
+_SIGLIP = {"class_token": False, "pool": "attention"}
+_SIGLIP_TANH = _SIGLIP | {"activation": "gelu_tanh"}
+_SO400M = {"width": 1152, "heads": 16, "mlp_ratio": 3.7362}
 
 # Image side, usual depth, and the sizes that differ from the defaults of the config.
 Variant = tuple[int, int, Mapping[str, Any]]
@@ -152,13 +153,19 @@ PRETRAINED = types.MappingProxyType(
         "vit_small_patch14_reg4_dinov2": (518, 12, _DEIT_SMALL | _DINO_REGISTERS),
         "vit_base_patch14_reg4_dinov2": (518, 12, _BASE | _DINO_REGISTERS),
         "vit_large_patch14_reg4_dinov2": (518, 24, _LARGE | _DINO_REGISTERS),
+        "vit_base_patch32_siglip_256": (256, 12, _BASE | _SIGLIP_TANH | {"patch": 32}),
         "vit_base_patch16_siglip_224": (224, 12, _BASE | _SIGLIP),
         "vit_base_patch16_siglip_256": (256, 12, _BASE | _SIGLIP),
         "vit_base_patch16_siglip_384": (384, 12, _BASE | _SIGLIP),
+        "vit_base_patch16_siglip_512": (512, 12, _BASE | _SIGLIP),
         "vit_large_patch16_siglip_256": (256, 24, _LARGE | _SIGLIP),
         "vit_large_patch16_siglip_384": (384, 24, _LARGE | _SIGLIP),
-        "vit_so400m_patch14_siglip_224": (224, 27, _SO400M),
-        "vit_so400m_patch14_siglip_378": (378, 27, _SO400M),
+        "vit_large_patch16_siglip_512": (512, 24, _LARGE | _SIGLIP_TANH),
+        "vit_so400m_patch14_siglip_224": (224, 27, _SO400M | _SIGLIP | {"patch": 14}),
+        "vit_so400m_patch14_siglip_378": (378, 27, _SO400M | _SIGLIP | {"patch": 14}),
+        "vit_so400m_patch16_siglip_256": (256, 27, _SO400M | _SIGLIP_TANH),
+        "vit_so400m_patch16_siglip_384": (384, 27, _SO400M | _SIGLIP_TANH),
+        "vit_so400m_patch16_siglip_512": (512, 27, _SO400M | _SIGLIP_TANH),
     }
 )
 

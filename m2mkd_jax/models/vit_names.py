@@ -2,8 +2,11 @@
 
 In a file of one stage its blocks count from 0; in that of a network they are numbered through. The
 original lists the tensors of both once more by stage, as `stages.<i>.` and the stage's own names.
+The authors of DeiT III and DINOv2 have names of their own for layer scale and registers, which are
+read too.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,15 +21,23 @@ from common_jax.weights.entries import (
     norm,
     optional,
     patches,
+    single_heads,
     stacked_heads,
     transpose,
 )
 from common_jax.weights.table import Table
 from m2mkd_jax.stages import Place, stage_name
 
+LEFT_OUT = {"mask_token": "it stands for masked patches, in pretraining alone"}
+
 
 def network_table(
-    depths: Sequence[int], *, heads: int, channels: int = 3, experts: int = 0
+    depths: Sequence[int],
+    *,
+    heads: int,
+    channels: int = 3,
+    experts: int = 0,
+    norm_after_pool: bool = False,
 ) -> Table:
     """Of a whole network.
 
@@ -35,52 +46,97 @@ def network_table(
       heads: attention heads.
       channels: of the images.
       experts: of a V-MoE; 0 for a ViT.
+      norm_after_pool: see `vit.ViTConfig`; timm gives that norm another name.
     """
+    layout = _Layout(heads, channels, experts, norm_after_pool)
     entries, aliases, first = {}, {}, 0
     for stage, depth in enumerate(depths):
         place = Place.of(stage, len(depths))
-        own = stage_entries(depth, place, heads=heads, channels=channels, experts=experts)
-        root = stage_entries(
-            depth, place, heads=heads, channels=channels, experts=experts, first=first
-        )
+        own = _stage_entries(depth, place, layout)
+        root = _stage_entries(depth, place, layout, first=first)
         listed = (f"stages.{stage}.{name}" for name in _names(own))
         aliases |= dict(zip(listed, _names(root), strict=True))
         entries |= below(root, source="", target=f"{stage_name(stage)}/")
         first += depth
-    return Table(entries, aliases)
+    return Table(entries, aliases, LEFT_OUT)
 
 
 def stage_table(
-    depth: int, place: Place, *, heads: int, channels: int = 3, experts: int = 0
+    depth: int,
+    place: Place,
+    *,
+    heads: int,
+    channels: int = 3,
+    experts: int = 0,
+    norm_after_pool: bool = False,
 ) -> Table:
     """Of one stage of `depth` blocks under its own names and by our paths in it; see
     `network_table`."""
-    entries = stage_entries(depth, place, heads=heads, channels=channels, experts=experts)
-    return Table(entries, {f"stages.0.{name}": name for name in _names(entries)})
+    entries = _stage_entries(depth, place, _Layout(heads, channels, experts, norm_after_pool))
+    return Table(entries, {f"stages.0.{name}": name for name in _names(entries)}, LEFT_OUT)
 
 
-def stage_entries(
-    depth: int, place: Place, *, heads: int, channels: int, experts: int, first: int = 0
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The sizes and parts that decide how tensors are laid out and called."""
+
+    heads: int
+    channels: int
+    experts: int
+    norm_after_pool: bool
+
+
+def _stage_entries(
+    depth: int, place: Place, layout: _Layout, *, first: int = 0
 ) -> dict[str, Entry]:
     """Of one stage, whose first block has the number `first`."""
     entries = {}
     if place in (Place.FIRST, Place.ONLY):
         entries = {
             "pos_embed": copy("pos_embed"),
-            "cls_token": copy("cls_token"),
-            "patches/kernel": patches("patch_embed.proj.weight", channels),
-            "patches/bias": copy("patch_embed.proj.bias"),
+            **optional({"cls_token": copy("cls_token")}),
+            **optional({"register_tokens": _either(copy("reg_token"), copy("register_tokens"))}),
+            "patches/kernel": patches("patch_embed.proj.weight", layout.channels),
+            **optional({"patches/bias": copy("patch_embed.proj.bias")}),
+            **optional(norm("norm_pre", "norm_pre")),
         }
     for block in range(depth):
         entries |= below(
-            _block(heads, experts), source=f"blocks.{first + block}.", target=f"block_{block}/"
+            _block(layout.heads, layout.experts),
+            source=f"blocks.{first + block}.",
+            target=f"block_{block}/",
         )
     if place in (Place.LAST, Place.ONLY):
-        entries |= norm("norm", "norm") | linear("head", "head")
+        entries |= {
+            **norm("fc_norm" if layout.norm_after_pool else "norm", "norm"),
+            **below(optional(_attention_pool(layout.heads)), source="attn_pool.", target="pool/"),
+            **optional(linear("head", "head")),  # a file may be without it, see `is_headless`
+        }
     return entries
 
 
+def _attention_pool(heads: int) -> dict[str, Entry]:
+    return {
+        "probe": copy("latent"),
+        "attention/query/kernel": single_heads("q.weight", heads),
+        "attention/query/bias": single_heads("q.bias", heads),
+        "attention/key_value/kernel": stacked_heads("kv.weight", heads, parts=2),
+        "attention/key_value/bias": stacked_heads("kv.bias", heads, parts=2),
+        "attention/out/kernel": join_heads("proj.weight", heads),
+        "attention/out/bias": copy("proj.bias"),
+        **norm("norm", "norm"),
+        **linear("mlp.fc1", "mlp/up"),
+        **linear("mlp.fc2", "mlp/down"),
+    }
+
+
+def _either(entry: Entry, other: Entry) -> Entry:
+    """The entry of a tensor that some files have under another name."""
+    return dataclasses.replace(entry, forms=(other,))
+
+
 def _block(heads: int, experts: int) -> dict[str, Entry]:
+    scales = {f"scale{i}": _either(copy(f"ls{i}.gamma"), copy(f"gamma_{i}")) for i in (1, 2)}
     trunk = {
         **norm("norm1", "norm1"),
         "attention/qkv/kernel": stacked_heads("attn.qkv.weight", heads),
@@ -88,6 +144,7 @@ def _block(heads: int, experts: int) -> dict[str, Entry]:
         "attention/out/kernel": join_heads("attn.proj.weight", heads),
         "attention/out/bias": copy("attn.proj.bias"),
         **norm("norm2", "norm2"),
+        **optional(scales),
     }
     mlp = linear("mlp.fc1", "mlp/up") | linear("mlp.fc2", "mlp/down")
     if not experts:

@@ -10,6 +10,7 @@ from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import Pair, pair_logits
 from m2mkd_jax.phases.networks import (
+    check_exchange,
     family_of_role,
     meta_network,
     parameter_shapes,
@@ -37,6 +38,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 def describe(config: Config, mesh: Mesh) -> Training:
     """The student modules of config.module, helped by the meta model and as many modules of the
     teacher."""
+    check_exchange(config, "meta", "teacher", "student")
     stages = config.modules()
     pair = Pair(
         meta=meta_network(config),

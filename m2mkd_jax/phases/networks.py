@@ -40,6 +40,25 @@ def module_network(config: Config, role: str, *, drop_path: float = 0.0) -> Netw
         return build(getattr(config, section), config.context, drop_path)
 
 
+def check_exchange(config: Config, *roles: str) -> None:
+    """Raises ValueError where stages of these networks would take each other's places and have
+    other tokens before those of the patches."""
+    stated = {}
+    for section in (SECTIONS[role] for role in roles):
+        own = getattr(config, section)
+        stated |= {f"config.{section}": fields} if (fields := family_of(own).leading(own)) else {}
+    if any(fields != next(iter(stated.values())) for fields in stated.values()):
+        shown = "; ".join(
+            f"{section} has {', '.join(f'{name}={x}' for name, x in fields.items())}"
+            for section, fields in stated.items()
+        )
+        raise ValueError(
+            f"{shown}: stages that take each other's places need the same tokens before those of "
+            "the patches. Give all of these sections the same, as in "
+            f"{' '.join(f'--{section}.registers=4' for section in stated)}"
+        )
+
+
 def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
     """The meta model, one block per stage."""
     return whole_network(config, "meta", drop_path=drop_path)

@@ -11,6 +11,7 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
 from m2mkd_jax.models import encoder
 from m2mkd_jax.phases.networks import (
+    check_exchange,
     family_of_role,
     meta_network,
     module_network,
@@ -39,6 +40,7 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
     Stochastic depth ramps over, and acts on, meta and module blocks alike (as the original has it).
     """
+    check_exchange(config, "meta", "module")
     meta, teacher = meta_network(config), module_network(config, "module")
     stages = config.modules()
     hybrids = {

@@ -37,7 +37,8 @@ def take_weights(
       frozen: whether the parameters are not trained.
 
     Raises:
-      ValueError: as `common_jax.weights.take`; see also `compare_images`.
+      ValueError: as `common_jax.weights.take`, and for frozen parameters that would start from
+        scratch; see also `compare_images`.
     """
     sources = config.sources
     for source in dict.fromkeys(str(origin.source) for origin in origins):
@@ -50,7 +51,15 @@ def take_weights(
     for role in shapes:
         section = getattr(config, SECTIONS[role])
         ways |= {f"{role}/{regex}": way for regex, way in family_of(section).adapt(section).items()}
-    return take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
+    start = take(shapes, origins, leave=leave, fresh=fresh, adapt=ways, read=read)
+    if frozen and start.account["fresh"]:
+        name = start.account["fresh"][0]["name"]
+        raise ValueError(
+            f"config.sources.fresh={sources.fresh!r} names {name}, and phase={config.phase!r} does "
+            "not train it: it would stay as it was drawn. Give a source that has it, or a regex of "
+            "parameters that are trained"
+        )
+    return start
 
 
 def compare_images(config: Config, source: str, *, frozen: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.untrusted import brief
 from common_jax.weights import weights_file
 from common_jax.weights.files import FOLDER_FILES
@@ -23,9 +24,11 @@ HARMLESS = (
     *("img_size", "num_classes", "in_chans", "patch_size", "embed_dim", "depth", "mlp_ratio"),
     *("qkv_bias", "drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate"),
     *("pos_drop_rate", "patch_drop_rate", "weight_init", "dynamic_img_size", "global_pool"),
-    "num_heads",
+    *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "fc_norm"),
+    *("num_heads", "act_layer"),
 )
-POOLS = (None, "", "token")
+# timm's global_pool -> `pool` of a ViT's section.
+POOLS = {"token": "class", "avg": "mean", "map": "attention"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,15 @@ class Beside:
     Attributes:
       file: that states them; "" where none does.
       images: "mean" and "std" of config.data, by these names.
-      heads: attention heads, or None.
+      fields: of the network's section of the config, by their names: "heads", "activation",
+        "pool" and "positions", those that the folder states.
+      architecture: timm's name of the network, or "".
     """
 
     file: str = ""
     images: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    heads: int | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    architecture: str = ""
 
 
 def read_beside(path: Path) -> Beside:
@@ -57,20 +63,27 @@ def read_beside(path: Path) -> Beside:
     timm = about.get("pretrained_cfg", about)
     if not isinstance(timm, dict):
         raise ValueError(f"{file}: pretrained_cfg={brief(timm)} must be a dictionary")
-    heads = _require_plain(about, file) if "architecture" in about else None
+    architecture = about.get("architecture") or ""
+    if not isinstance(architecture, str):
+        raise ValueError(f"{file}: architecture={brief(architecture)} must be a text")
+    fields = _stated_fields(about, file) if architecture else {}
     images = _numbers(timm, TIMM, file)
     if not images and (folder / PREPROCESSOR).is_file():
         file = folder / PREPROCESSOR
         images = _numbers(_read(file), HUGGING_FACE, file)
-    return Beside(str(file), images, heads) if images or heads else Beside()
+    stated = images or fields or architecture
+    return Beside(str(file), images, fields, architecture) if stated else Beside()
 
 
-def require_same_images(beside: Beside, config: Config, overridden: Collection[str] = ()) -> None:
-    """Raises ValueError where a folder says another mean or std than config.data.
+def require_same(
+    beside: Beside, config: Config, section: str, overridden: Collection[str] = ()
+) -> None:
+    """Raises ValueError where a folder says another network, mean or std than the config.
 
     Args:
       beside: see `read_beside`.
       config: that the weights are read with.
+      section: field of the config with the network's sizes.
       overridden: fields such as "data.mean" that the user gave by name, which count.
     """
     for name, numbers in beside.images.items():
@@ -81,20 +94,26 @@ def require_same_images(beside: Beside, config: Config, overridden: Collection[s
                 f"be other numbers than the network knows. Give --config.data.{name}="
                 f"{','.join(map(str, numbers))}, as a run that uses these weights must too"
             )
+    for name, value in beside.fields.items():
+        ours = getattr(getattr(config, section), name, value)
+        if f"{section}.{name}" not in overridden and ours != value:
+            raise ValueError(
+                f"{beside.file} says {name}={value!r}, and config.{section}.{name}={ours!r}: the "
+                f"network would compute something else. Give --config.{section}.{name}={value}, as "
+                "a run that uses these weights must too"
+            )
 
 
-def _require_plain(about: Mapping[str, Any], file: Path) -> int | None:
-    """Raises ValueError for a network of timm's that has the tensors of a plain ViT and computes
-    something else; returns its heads, where they are stated."""
+def _stated_fields(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The fields of a network of timm's that its tensors need not show; raises ValueError where it
+    has the tensors of one of our ViTs and computes something else."""
     arguments = about.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{file}: model_args={brief(arguments)} must be a dictionary")
-    pool = arguments.get("global_pool", about.get("global_pool"))
-    if not any(pool == known for known in POOLS):
-        raise ValueError(
-            f"{file} says global_pool={brief(pool)}, and m2mKD's ViT classifies by its class "
-            "token, global_pool='token'; take another model"
-        )
+    stated = {
+        "pool": _stated(arguments, "global_pool", POOLS, file, about.get("global_pool")),
+        "activation": _stated(arguments, "act_layer", {name: name for name in ACTIVATIONS}, file),
+    }
     if odd := sorted(str(name) for name in arguments if name not in HARMLESS):
         raise ValueError(
             f"{file} says model_args with {brief(odd)}, which may change what the network computes "
@@ -103,7 +122,30 @@ def _require_plain(about: Mapping[str, Any], file: Path) -> int | None:
     heads = arguments.get("num_heads")
     if heads is not None and not (type(heads) is int and 0 < heads <= 1024):
         raise ValueError(f"{file}: num_heads={brief(heads)} must be a whole number above 0")
-    return heads
+    if (patches_alone := arguments.get("no_embed_class")) is not None:
+        stated["positions"] = "patches" if patches_alone else "all"
+    stated["heads"] = heads
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def _stated(
+    arguments: Mapping[str, Any],
+    key: str,
+    known: Mapping[str, str],
+    file: Path,
+    default: Any = None,
+) -> str | None:
+    """Our value of an argument of timm's, None where it is not stated; raises ValueError for one
+    that is not known here."""
+    value = arguments.get(key, default)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(
+            f"{file} says {key}={brief(value)}, and m2mKD's ViT has {', '.join(known)} alone; take "
+            "another model"
+        )
+    return known[value]
 
 
 def _numbers(

@@ -24,7 +24,7 @@ from m2mkd_jax.phases.networks import (
     teacher_network,
     whole_student,
 )
-from m2mkd_jax.pretrained.foreign import is_headless, named_elsewhere
+from m2mkd_jax.pretrained.foreign import named_elsewhere
 from m2mkd_jax.stages import Place, stage_name
 
 Tensors = Mapping[str, np.ndarray]
@@ -93,11 +93,15 @@ class Kind:
         if self.is_nac:
             own = nac_names.student_table(sizes, place)
         else:
-            experts = sizes.moe.experts if self.sizes is VMoEConfig else 0
-            given = {"heads": sizes.heads, "channels": config.data.channels, "experts": experts}
+            layout = {
+                "heads": sizes.heads,
+                "channels": config.data.channels,
+                "experts": sizes.moe.experts if self.sizes is VMoEConfig else 0,
+                "norm_after_pool": sizes.norm_after_pool,
+            }
             if stage is None:
-                return vit_names.network_table(sizes.depths, **given)
-            own = vit_names.stage_table(sizes.depths[stage], place, **given)
+                return vit_names.network_table(sizes.depths, **layout)
+            own = vit_names.stage_table(sizes.depths[stage], place, **layout)
         return own.below(source="", target=f"{stage_name(stage)}/")
 
     def examples(self) -> Iterable[Table]:
@@ -110,12 +114,17 @@ class Kind:
                 else:
                     yield nac_names.network_table(config)
             return
-        experts = int(self.sizes is VMoEConfig)
-        if self.single:
-            places = (Place.FIRST, Place.MIDDLE, Place.LAST)
-            yield from (vit_names.stage_table(1, p, heads=1, experts=experts) for p in places)
-        else:
-            yield vit_names.network_table((1, 1), heads=1, experts=experts)
+        for norm_after_pool in (False, True):
+            layout = {
+                "heads": 1,
+                "experts": int(self.sizes is VMoEConfig),
+                "norm_after_pool": norm_after_pool,
+            }
+            if self.single:
+                places = (Place.FIRST, Place.MIDDLE, Place.LAST)
+                yield from (vit_names.stage_table(1, place, **layout) for place in places)
+            else:
+                yield vit_names.network_table((1, 1), **layout)
 
 
 def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
@@ -130,15 +139,8 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
     names = set(tensors)
     formats = [(name, kind.marker, kind.examples) for name, kind in KINDS.items()]
     claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
-    if claims and not KINDS[claims[0].kind].is_nac:
-        if "model_name" in plain:
-            return "teacher_module"
-        if is_headless(names):
-            raise ValueError(
-                f"{file} holds a ViT without its classifier (head.weight), as timm leaves it with "
-                "num_classes=0: a teacher's and a meta model's logits need one. Take the file with "
-                "its head, or train one first"
-            )
+    if claims and not KINDS[claims[0].kind].is_nac and "model_name" in plain:
+        return "teacher_module"
     best = [claim.kind for claim in claims if len(claim.misfits) == len(claims[0].misfits)]
     match best:
         case ["meta", "teacher", *_]:

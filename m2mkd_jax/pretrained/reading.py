@@ -9,18 +9,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from common_jax.config import did_you_mean
 from common_jax.weights import Account, read_plain, read_weights, weights_file
 from common_jax.weights.files import TORCH_SUFFIXES
-from common_jax.weights.table import Pretrained, as_float32, choose_prefix, read, take_prefix
+from common_jax.weights.table import (
+    Pretrained,
+    Table,
+    as_float32,
+    choose_prefix,
+    read,
+    take_prefix,
+)
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
-from m2mkd_jax.pretrained.foreign import foreign_parts, is_foreign, is_headless
-from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same_images
+from m2mkd_jax.pretrained.foreign import fields_of, foreign_parts, is_foreign, is_headless
+from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same
 from m2mkd_jax.pretrained.kinds import KINDS, WHOLE, Kind, Tensors, guess
 
 # Of one stage, what only the first or the last has.
-FIRST = ("cls_token", "tokenizer.positional_grid.grid")
+FIRST = ("patch_embed.proj.weight", "cls_token", "tokenizer.positional_grid.grid")
 LAST = ("head.weight", "tokenizer.to_logits.weight")
 
 
@@ -92,6 +100,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
     Args:
       source: see `find_source`.
       config: sizes; of a single module also config.module, where the file does not say which.
+        Parameters that config.sources.fresh names are left out, and the file need not have them.
       overridden: fields such as "data.mean" that the user gave by name, and that count more than
         what a folder says.
 
@@ -102,7 +111,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
     kind, trees, accounts = KINDS[source.kind], {}, []
     several = len(source.files) > 1
     for file in source.files:
-        require_same_images(file.beside, config, overridden)
+        require_same(file.beside, config, kind.section, overridden)
         stage = find_stage(file, kind, config, of_many=several) if kind.single else None
         params, account = _load_file(file, source.kind, config, stage)
         if twice := sorted(trees.keys() & params.keys()):
@@ -129,7 +138,7 @@ def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
         config,
         phase=kind.phase,
         module=module,
-        sources=SourcesConfig(),
+        sources=SourcesConfig(fresh=config.sources.fresh),
         init=InitConfig(),
         recipes={},
     )
@@ -216,14 +225,16 @@ def _load_file(
     file: File, name: str, config: Config, stage: int | None
 ) -> tuple[dict[str, Any], Account]:
     kind = KINDS[name]
-    shapes = kind.shapes(config, stage)
     own, others = _own(file.tensors, stage)
+    table, shapes, notes = _leave_fresh(
+        kind.table(config, stage), kind.shapes(config, stage), kind.role, config.sources.fresh
+    )
 
     def advice(problems: list[str]) -> str:
         return _advice(problems, own, kind, stage) + _depth_hint(own, kind, config)
 
     params, account = read(
-        kind.table(config, stage),
+        table,
         own,
         shapes=shapes,
         file=str(file.path),
@@ -234,10 +245,38 @@ def _load_file(
         account,
         taken=tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken),
         dropped=(*file.others.dropped, *others, *account.dropped),
-        notes=(*file.others.notes, *account.notes),
+        notes=(*file.others.notes, *account.notes, *notes),
     )
     params = as_float32(params, str(file.path))
     return jax.tree.map(lambda x: np.asarray(x, order="C"), params), account
+
+
+def _leave_fresh(
+    table: Table, shapes: Mapping[str, Any], role: str, fresh: str
+) -> tuple[Table, Mapping[str, Any], tuple[str, ...]]:
+    """Table and shapes without the parameters that start from scratch, and a note of each.
+
+    Raises:
+      ValueError: where `fresh`, config.sources.fresh, names none.
+    """
+    if not fresh:
+        return table, shapes, ()
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    out = [path for path in flat if re.fullmatch(fresh, f"{role}/{path}")]
+    if not out:
+        raise ValueError(
+            f"config.sources.fresh={fresh!r} names none of the parameters, such as "
+            f"{role}/{next(reversed(flat))}"
+        )
+    names = {name for path in out for name in table.entries[path].names}
+    left = {re.escape(name): "config.sources.fresh" for name in sorted(names)}
+    kept = {path: shape for path, shape in flat.items() if path not in out}
+    notes = tuple(f"{role}/{path} is left out: config.sources.fresh" for path in out)
+    return (
+        dataclasses.replace(table, left_out={**table.left_out, **left}),
+        traverse_util.unflatten_dict(kept, sep="/"),
+        notes,
+    )
 
 
 def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) -> str:
@@ -250,15 +289,21 @@ def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) 
         )
     if stage is None and not kind.is_nac and is_headless(state):
         lines.append(
-            "the file has no classifier (head.weight), as timm leaves it with num_classes=0: take "
-            "the one with its head"
+            "the file has no classifier (head.weight), as timm leaves it with num_classes=0, and "
+            "the logits of a teacher or meta model need its head: take the file with it, or add "
+            "head.weight and head.bias of a classifier that was trained on this network. To "
+            "convert it without, for what reads no head or trains one (modules but the last, "
+            f"config.init.upcycle), give --config.sources.fresh='{kind.role}/stage_\\d+/head/.*'"
         )
     names = [problem.split()[0] for problem in problems]
     lacks_head = {name for name in names if name.startswith("head.") and name not in state}
     if not lines or not all(is_foreign(name) or name in lacks_head for name in names):
+        fields = [] if kind.is_nac else fields_of(names)
+        shown = ", ".join(f"config.{kind.section}.{field}" for field in fields)
         lines.append(
             f"give the config.{kind.section} and config.data of the network in the file (its "
             "position table is resized by the phase that takes it)"
+            + (f", {shown} among them" if shown else "")
         )
     return "; ".join(lines)
 

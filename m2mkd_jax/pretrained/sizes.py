@@ -3,19 +3,19 @@
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from common_jax.config import FieldError
 from common_jax.untrusted import brief
 from m2mkd_jax.config import Config
-from m2mkd_jax.models import vit, vmoe
 from m2mkd_jax.models.vit import ViTConfig
-from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.pretrained.foreign import foreign_parts
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths
+from m2mkd_jax.pretrained.parts import OF_CLIP, PARTS, SIZES, published, read_parts
 from m2mkd_jax.pretrained.reading import File, Source
 from m2mkd_jax.stages import stage_name
 
@@ -55,16 +55,14 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
     kind, file, section = KINDS[source.kind], source.files[0], KINDS[source.kind].section
     tensors = _gather(source)
     _require_inferable(source, tensors)
-    sizes, data = _read_sizes(tensors, file)
-    if file.beside.heads:
-        sizes["heads"] = file.beside.heads
+    stated = {*given, *(f"{section}.{name}" for name in file.beside.fields)}
+    stated |= {f"data.{name}" for name in file.beside.images}
+    sizes, assumed, data = _read_fields(tensors, file, section, stated)
+    assumed_data = _assumed_data(sizes, data)
     if depths := _depths(source, kind):
         sizes["depths"] = depths
-    heads_given = f"{section}.heads" in given or "heads" in sizes
-    more_sizes = {"patch": PUBLISHED_PATCH, **_published(tensors, sizes, file, heads_given)}
-    more_sizes["depths"] = _assumed_depths(source)
-    more_data = _assumed_data(data)
-    moe, meta = {}, {"depths": (1,) * len((more_sizes | sizes)["depths"])}
+    assumed["depths"] = _assumed_depths(source)
+    moe, meta = {}, {"depths": (1,) * len((assumed | sizes)["depths"])}
     read = {f"config.data.{name}": x for name, x in data.items()}
     if source.kind == "vmoe":
         moe["moe"], sizes["moe_blocks"] = _moe_sizes(tensors)
@@ -72,20 +70,22 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
         if (stitch := _first(tensors, "pre_stitch.ln.weight")) is not None:
             sizes["stitches"] = "kept"
             read["config.meta.width"] = meta["width"] = stitch.shape[0]
-    read |= {f"config.{section}.{name}": x for name, x in sizes.items()}
-    assumed = {f"config.{section}.{name}": x for name, x in more_sizes.items()}
-    assumed |= {f"config.data.{name}": x for name, x in more_data.items()}
     config = Config()
-    networks = {
-        "meta": dataclasses.replace(config.meta, **meta),
-        section: kind.sizes(**more_sizes | sizes | moe),
+    try:
+        network = kind.sizes(**assumed | sizes | moe)
+    except FieldError as error:
+        raise ValueError(f"{file.path} says config.{section} with {error}") from None
+    networks = {"meta": dataclasses.replace(config.meta, **meta), section: network}
+    images = dataclasses.replace(config.data, **assumed_data | data)
+    plain = ViTConfig()  # a part that it has not either need not be listed
+    read |= {
+        f"config.{section}.{name}": x
+        for name, x in sizes.items()
+        if name not in PARTS or x != getattr(plain, name)
     }
-    images = dataclasses.replace(config.data, **more_data | data)
-    return Inferred(
-        dataclasses.replace(config, data=images, **networks),
-        read,
-        {name: x for name, x in assumed.items() if name not in read},
-    )
+    shown = {f"config.{section}.{name}": x for name, x in assumed.items() if name not in sizes}
+    shown |= {f"config.data.{name}": x for name, x in assumed_data.items()}
+    return Inferred(dataclasses.replace(config, data=images, **networks), read, shown)
 
 
 def _require_inferable(source: Source, tensors: Mapping[str, np.ndarray]) -> None:
@@ -106,13 +106,15 @@ def _require_inferable(source: Source, tensors: Mapping[str, np.ndarray]) -> Non
         )
 
 
-def _assumed_data(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of config.data that a file does not say."""
+def _assumed_data(sizes: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.data that a file does not say, as the published networks have them."""
     assumed = {name: x for name, x in PUBLISHED_DATA.items() if name not in data}
-    channels = (assumed | data)["channels"]
+    channels = (data | assumed)["channels"]
     for name, numbers in IMAGENET.items():
         if name not in data:
-            assumed[name] = numbers if channels == len(numbers) else (0.5,) * channels
+            siglip = sizes.get("class_token") is False  # which is trained with 0.5
+            plain = siglip or channels != len(numbers)
+            assumed[name] = (0.5,) * channels if plain else numbers
     return assumed
 
 
@@ -139,13 +141,39 @@ def _first(tensors: Mapping[str, np.ndarray], suffix: str) -> np.ndarray | None:
     return next((x for name, x in tensors.items() if name.endswith(suffix)), None)
 
 
-def _read_sizes(
-    tensors: Mapping[str, np.ndarray], file: File
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of the network's section and of config.data that a file says."""
-    norm = _first(tensors, "norm1.weight")
-    hidden = _first(tensors, "mlp.fc1.bias")
-    hidden = _first(tensors, "htoh4.bias") if hidden is None else hidden
+def _read_fields(
+    tensors: Mapping[str, np.ndarray], file: File, section: str, given: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Fields of the network's section that a file says, those that are assumed, and fields of
+    config.data; `given` are fields such as "teacher.heads" that are stated elsewhere."""
+    width, hidden = _widths(tensors, file)
+    sizes = {"width": width, "qkv_bias": _first(tensors, "attn.qkv.bias") is not None}
+    data, assumed = {}, {}
+    if (patch := tensors.get("patch_embed.proj.weight")) is not None and patch.ndim == 4:
+        sizes["patch"], data["channels"] = patch.shape[-1], patch.shape[1]
+    else:
+        assumed["patch"] = PUBLISHED_PATCH
+    if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
+        data["labels"] = head.shape[0]
+    parts, assumed_parts, side = read_parts(tensors, width, file.beside, file.path)
+    data |= side
+    told = sizes | assumed_parts | parts | {"hidden": hidden} | side
+    is_moe = _first(tensors, "htoh4.bias") is not None
+    same = published(told, _name(file), is_moe=is_moe)
+    assumed |= assumed_parts | _as_published(same, told, file, section, given)
+    ratios = {config.mlp_ratio for config in same}
+    sizes["mlp_ratio"] = ratios.pop() if len(ratios) == 1 else _ratio(hidden, width)
+    if parts["layer_scale"] is not None:
+        del parts["layer_scale"]  # the tensors hold what was learned, and not the start
+    return sizes | parts | file.beside.fields, assumed, data | file.beside.images
+
+
+def _widths(tensors: Mapping[str, np.ndarray], file: File) -> tuple[int, int]:
+    """The width of a token, and of an MLP's hidden layer."""
+    blocks = {name: x for name, x in tensors.items() if not name.startswith("attn_pool.")}
+    norm = _first(blocks, "norm1.weight")
+    hidden = _first(blocks, "mlp.fc1.bias")
+    hidden = _first(blocks, "htoh4.bias") if hidden is None else hidden
     if norm is None or hidden is None:
         raise ValueError(
             f"{file.path} does not say its sizes: blocks.<i>.norm1.weight and an mlp.fc1.bias or "
@@ -156,58 +184,60 @@ def _read_sizes(
             f"{file.path} does not say its sizes: a norm1.weight is {norm.shape}, and an MLP's "
             f"bias is {hidden.shape}"
         )
-    width = norm.shape[0]
-    sizes = {
-        "width": width,
-        "mlp_ratio": hidden.shape[-1] / width,
-        "qkv_bias": _first(tensors, "attn.qkv.bias") is not None,
-    }
-    data = {}
-    if (patch := tensors.get("patch_embed.proj.weight")) is not None and patch.ndim == 4:
-        sizes["patch"], data["channels"] = patch.shape[-1], patch.shape[1]
-    if (table := tensors.get("pos_embed")) is not None and "patch" in sizes and table.ndim == 3:
-        side = math.isqrt(max(table.shape[1] - 1, 0))
-        if side == 0 or side * side + 1 != table.shape[1]:
-            raise ValueError(
-                f"{file.path} has a position table of {table.shape[1]} rows, which are no square "
-                "of patches and a class token: m2mKD's ViT needs both; take another model"
-            )
-        data["image_size"] = side * sizes["patch"]
-    if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
-        data["labels"] = head.shape[0]
-    return sizes, data | file.beside.images
+    return norm.shape[0], hidden.shape[-1]
 
 
-def _published(
-    tensors: Mapping[str, np.ndarray], sizes: Mapping[str, Any], file: File, heads_given: bool
+def _ratio(hidden: int, width: int) -> float:
+    """`mlp_ratio` for a hidden width, which is the whole part of its product with the width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _as_published(
+    same: Sequence[ViTConfig],
+    told: Mapping[str, Any],
+    file: File,
+    section: str,
+    given: Collection[str],
 ) -> dict[str, Any]:
-    """Heads and epsilon of the published networks of these sizes; the config's defaults where the
-    heads are given, or stated beside the file, and there is no such network."""
-    fields, is_moe = ("heads", "norm_eps"), _first(tensors, "htoh4.bias") is not None
-    if is_moe:
-        known = [VMoEConfig(**changes) for _, _, changes in vmoe.VARIANTS.values()]
-    else:
-        name = file.plain.get("model_name")
-        variants = vit.VARIANTS
-        if isinstance(name, str) and name in variants:
-            variants = {name: variants[name]}
-        known = [ViTConfig(**changes) for _, _, changes in variants.values()]
-    same = {
-        tuple(getattr(one, field) for field in fields)
-        for one in known
-        if all(getattr(one, name) == sizes[name] for name in ("width", "mlp_ratio", "qkv_bias"))
-    }
-    if len(same) != 1 and heads_given:
-        return {"heads": 1, "norm_eps": ViTConfig().norm_eps}
-    if len(same) != 1:
-        shown = {name: sizes[name] for name in ("width", "mlp_ratio", "qkv_bias")}
-        section = "model" if is_moe else "teacher (or meta)"
+    """Fields that no tensor shows, as all of the published networks `same` have them; the config's
+    defaults where the heads are given and there is no such network.
+
+    Raises:
+      ValueError: where the heads are not given and no published network says them, and where a
+        network of CLIP's is none of the published ones and the fields that it needs are not given.
+    """
+    fields = {}
+    for name in ("heads", "norm_eps", "activation", "layer_scale"):
+        values = {getattr(config, name) for config in same}
+        fields[name] = values.pop() if len(values) == 1 else None
+    if (fields["heads"] is None or fields["norm_eps"] is None) and f"{section}.heads" not in given:
+        shown = {name: told[name] for name in SIZES}
+        where = "model" if section == "model" else "teacher (or meta)"
         raise ValueError(
             f"{file.path} is of no published network, {shown}, and its tensors do not say the "
-            f"number of heads: give --config.SECTION.heads=N, SECTION being {section}, or a "
+            f"number of heads: give --config.SECTION.heads=N, SECTION being {where}, or a "
             "--config"
         )
-    return dict(zip(fields, same.pop(), strict=True))
+    if told.get("norm_pre") and not any(config.norm_pre for config in same):
+        needed = [*(f"{section}.{name}" for name in OF_CLIP), "data.mean", "data.std"]
+        if missing := [name for name in needed if name not in given]:
+            raise ValueError(
+                f"{file.path} has a norm before its blocks (norm_pre), as CLIP's networks have, "
+                "whose tensors do not say how they compute: give "
+                f"{', '.join(f'--config.{name}' for name in missing)}"
+            )
+    default = {"heads": 1, "norm_eps": ViTConfig().norm_eps, "activation": ViTConfig().activation}
+    default["layer_scale"] = told["layer_scale"]
+    if told["layer_scale"] is None:
+        del default["layer_scale"], fields["layer_scale"]
+    return default | {name: x for name, x in fields.items() if x is not None}
+
+
+def _name(file: File) -> str:
+    """timm's name of the network, where anything says it."""
+    name = file.beside.architecture or file.plain.get("model_name")
+    return name if isinstance(name, str) else ""
 
 
 def _depths(source: Source, kind: Kind) -> tuple[int, ...]:

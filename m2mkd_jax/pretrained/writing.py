@@ -1,12 +1,14 @@
 """The parameters of a run as a file of the original."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from common_jax import checkpoint
 from common_jax.weights import Account, list_problems
@@ -85,7 +87,7 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
         tree = {chosen[0]: checkpoint.load(source, subtree=subtree, average=average)}
     else:
         tree = checkpoint.load(source, subtree=kind.role, average=config.optim.ema > 0)
-    shapes = kind.shapes(config, _stage(kind, config))
+    shapes = _without_absent(kind.shapes(config, _stage(kind, config)), tree, kind.role, config)
     if problems := list_differences(tree, shapes):
         raise ValueError(f"{source} is not of its own config:{list_problems(problems)}")
     expected = expected_tensors(_table(kind, config), shapes)
@@ -130,6 +132,20 @@ def as_checkpoint(found: Pretrained, state: Mapping[str, np.ndarray]) -> dict[st
     return {"model": state | listed, "model_stages": stages} | place
 
 
+def _without_absent(
+    shapes: Mapping[str, Any], tree: Mapping[str, Any], role: str, config: Config
+) -> dict[str, Any]:
+    """The shapes without parameters that a conversion left out, as config.sources.fresh says."""
+    flat, there = (traverse_util.flatten_dict(one, sep="/") for one in (shapes, tree))
+    fresh = config.sources.fresh
+    kept = {
+        path: shape
+        for path, shape in flat.items()
+        if path in there or not (fresh and re.fullmatch(fresh, f"{role}/{path}"))
+    }
+    return traverse_util.unflatten_dict(kept, sep="/")
+
+
 def _table(kind: Kind, config: Config) -> Table:
     return kind.table(config, _stage(kind, config))
 
@@ -141,7 +157,7 @@ def _stage(kind: Kind, config: Config) -> int | None:
 def _variant(config: Config) -> str:
     """The published name of the teacher; "" where it has none."""
     plain = dataclasses.replace(config.teacher, depths=(1,), remat=False, scan_layers=False)
-    for name, (image_size, _, changes) in vit.VARIANTS.items():
+    for name, (image_size, _, changes) in (vit.VARIANTS | vit.PRETRAINED).items():
         if image_size == config.data.image_size and vit.ViTConfig(depths=(1,), **changes) == plain:
             return name
     return ""

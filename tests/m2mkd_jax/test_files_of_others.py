@@ -93,10 +93,13 @@ def test_another_mean_than_the_folder_s_is_refused_unless_it_is_asked_for(tmp_pa
     ("change", "message"),
     [
         (
-            {"global_pool": "avg"},
-            r"global_pool='avg', and m2mKD's ViT classifies by",
+            {"global_pool": "avgmax"},
+            r"global_pool='avgmax', and m2mKD's ViT has token, avg, map alone",
         ),
-        ({"model_args": {"act_layer": "quick_gelu"}}, r"model_args with \['act_layer'\]"),
+        ({"model_args": {"act_layer": "relu"}}, r"act_layer='relu', and m2mKD's ViT has gelu,"),
+        ({"model_args": {"global_pool": ["avg"]}}, r"global_pool=\['avg'\], and m2mKD's ViT has"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, r"model_args with \['norm_layer'\]"),
+        ({"architecture": 3}, "architecture=3 must be a text"),
         ({"model_args": [3]}, r"model_args=\[3\] must be a dictionary"),
         ({"pretrained_cfg": "x"}, "pretrained_cfg='x' must be a dictionary"),
         ({"pretrained_cfg": {"mean": "0.5"}}, "mean='0.5' must be a list of numbers"),
@@ -190,11 +193,12 @@ def test_a_vit_without_its_head_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("name", "shape", "what"),
     [
-        ("blocks.0.ls1.gamma", (192,), "layer scale"),
-        ("reg_token", (1, 4, 192), "register tokens"),
-        ("fc_norm.weight", (192,), "pooling over patches"),
-        ("norm_pre.weight", (192,), "a norm before the blocks"),
-        ("attn_pool.latent", (1, 1, 192), "attention pooling"),
+        ("dist_token", (1, 1, 192), "a distillation token"),
+        ("head_dist.weight", (7, 192), "a distillation token"),
+        ("blocks.0.mlp.w12.weight", (192, 192), "gated or normed MLPs"),
+        ("blocks.0.attn.rope.freqs", (8,), "rotary positions"),
+        ("attn_pool.q_norm.weight", (64,), "norms of queries and keys"),
+        ("attn_pool.pos_embed", (4, 192), "positions in its pooling"),
         ("blocks.1.attn.q_norm.weight", (64,), "norms of queries and keys"),
         ("pre_logits.fc.weight", (192, 192), "a layer before the head"),
     ],
@@ -250,7 +254,9 @@ def test_a_file_of_many_other_tensors_is_refused_in_few_words(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pos_embed": (1, 4, 192)}, "position table of 4 rows, which are no square"),
+        ({"pos_embed": (1, 7, 192)}, "position table of 7 rows, which are no square"),
+        ({"reg_token": (4, 192)}, r"does not say its sizes: reg_token is \(4, 192\)"),
+        ({"reg_token": (1, 0, 192)}, r"does not say its sizes: reg_token is \(1, 0, 192\)"),
         ({"blocks.0.norm1.weight": (3, 4)}, r"a norm1\.weight is \(3, 4\)"),
         ({"blocks.0.norm1.weight": ()}, r"a norm1\.weight is \(\)"),
         ({"blocks.0.norm1.weight": (0,)}, r"a norm1\.weight is \(0,\)"),

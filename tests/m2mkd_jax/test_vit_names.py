@@ -162,7 +162,7 @@ def test_blocks_are_numbered_through_the_stages(block, stage, within):
 
 def test_what_is_listed_by_stage_must_be_the_same(vit_params):
     state = tables.write(WHOLE, vit_params)
-    listed = {alias: state[name] for alias, name in WHOLE.aliases.items()}
+    listed = {alias: state[name] for alias, name in WHOLE.aliases.items() if name in state}
     assert_same(read(WHOLE, state | listed, vit_params), vit_params)
     assert_same(read(WHOLE, listed, vit_params), vit_params)
     other = listed | {"stages.1.blocks.0.norm1.bias": np.zeros(6)}
@@ -251,9 +251,11 @@ def test_a_table_claims_the_tensors_of_its_networks(vit_params, vmoe_params):
     ]
     del dense["blocks.0.norm1.bias"]
     assert tables.misfits(plain, dense) == []  # other blocks have it
-    del dense["head.bias"]
+    del dense["head.bias"]  # a file may be without a head
+    assert tables.misfits(plain, dense) == []
+    del dense["norm.bias"]
     assert tables.misfits(plain, dense | {"fc_norm.weight": None}) == [
-        "head.bias is missing",
+        "norm.bias is missing",
         "fc_norm.weight has no place",
     ]
 

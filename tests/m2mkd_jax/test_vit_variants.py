@@ -88,13 +88,19 @@ PARAMETERS = {
     "vit_small_patch14_reg4_dinov2": 22_442_344,
     "vit_base_patch14_reg4_dinov2": 87_351_016,
     "vit_large_patch14_reg4_dinov2": 305_395_688,
+    "vit_base_patch32_siglip_256": 95_321_320,
     "vit_base_patch16_siglip_224": 93_653_224,
     "vit_base_patch16_siglip_256": 93_699_304,
     "vit_base_patch16_siglip_384": 93_945_064,
+    "vit_base_patch16_siglip_512": 94_289_128,
     "vit_large_patch16_siglip_256": 316_981_224,
     "vit_large_patch16_siglip_384": 317_308_904,
+    "vit_large_patch16_siglip_512": 317_767_656,
     "vit_so400m_patch14_siglip_224": 428_833_704,
     "vit_so400m_patch14_siglip_378": 429_378_600,
+    "vit_so400m_patch16_siglip_256": 429_041_064,
+    "vit_so400m_patch16_siglip_384": 429_409_704,
+    "vit_so400m_patch16_siglip_512": 429_925_800,
 }
 
 

@@ -268,8 +268,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/weights/entries.py",
         "heads are the inner axis of a stacked attention",
-        "x.reshape(3, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1)",
-        "x.reshape(3, -1, heads, *x.shape[1:]), (0, 2, 1), (-3, -2, -1)",
+        "x.reshape(parts, heads, -1, *x.shape[1:]), (0, 1, 2), (-3, -2, -1)",
+        "x.reshape(parts, -1, heads, *x.shape[1:]), (0, 2, 1), (-3, -2, -1)",
         FORMULAS,
     ),
     Mistake(
