@@ -36,14 +36,7 @@ from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
 # In the order of the pipeline; `m2mkd_jax.phases.PHASES` has a record of each.
-PHASE_NAMES = (
-    "pretrain_meta",
-    "train_module",
-    "assemble",
-    "distill",
-    "end_to_end",
-    "few_shot",
-)
+PHASE_NAMES = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end", "few_shot")
 SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
 Meta, Teacher, Student = (section_type(role) for role in ("meta", "teacher", "model"))
 NOISES = ("mean", "fixed", "sampled")

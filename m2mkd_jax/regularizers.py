@@ -266,11 +266,7 @@ def make_regularizer(
             ),
         )
     if _is_on(blocks):
-        settings = {
-            "clusters": blocks.clusters,
-            "within": blocks.within,
-            "between": blocks.between,
-        }
+        settings = {"clusters": blocks.clusters, "within": blocks.within, "between": blocks.between}
         block_targets(len(_join(signatures, blocks.latents)), **settings)
         terms["blocks"] = (
             blocks,

@@ -349,9 +349,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def drop_path(
-    branch: Float[Array, "B T D"],
-    uniform: Float[Array, "B 1 1"],
-    rate: float | Float[Array, ""],
+    branch: Float[Array, "B T D"], uniform: Float[Array, "B 1 1"], rate: float | Float[Array, ""]
 ) -> Float[Array, "B T D"]:
     """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) a
     sample."""

@@ -1,4 +1,4 @@
-"""Phase train_module (MT): teacher modules, each trained in its place inside the frozen meta
+"""Phase train_module (MT): trains teacher modules, each in its place inside the frozen meta
 model."""
 
 from typing import Any
@@ -10,12 +10,7 @@ from common_jax.weights import Origin
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
 from m2mkd_jax.models import encoder
-from m2mkd_jax.phases.networks import (
-    family_of_role,
-    meta_network,
-    module_network,
-    parameter_shapes,
-)
+from m2mkd_jax.phases.networks import family_of_role, meta_network, module_network, parameter_shapes
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import Phase, Training, WeightSource
 from m2mkd_jax.phases.training import train_phase
@@ -24,8 +19,8 @@ from m2mkd_jax.stages import module_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the modules of the teacher that config.module names, from scratch; their parameters
-    are saved under "module/stage_K"."""
+    """Trains the teacher modules that config.module names from scratch and saves them under
+    "module/stage_K"."""
     training = describe(config, mesh)
     meta = require_source(config, "meta")
     origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
@@ -34,10 +29,10 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The modules of config.module, each in a hybrid whose other stages are the meta model's and
-    stay as they are.
+    """The modules of config.module, each in a hybrid whose other stages are the frozen meta
+    model's.
 
-    Stochastic depth ramps over, and acts on, meta and module blocks alike (as the original has it).
+    As in the original, stochastic depth ramps over all blocks of a hybrid, meta and module alike.
     """
     meta, teacher = meta_network(config), module_network(config, "module")
     stages = config.modules()

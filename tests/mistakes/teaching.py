@@ -233,10 +233,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/training.py",
         "every run evaluates with the draws of seed 0",
-        """        seed=config.seed,
-        fold_step=""",
-        """        seed=0,
-        fold_step=""",
+        "seed=config.seed, fold_step=",
+        "seed=0, fold_step=",
         DRAWS,
     ),
     Mistake(

@@ -49,9 +49,7 @@ def translator(sizes: Mapping[str, Any], *, layout: str = "original") -> Transla
     config = ModelConfig(
         mbart=mbart_config(sizes["mbart"]),
         mapper=MapperConfig(
-            kind=sizes["mapping_network"],
-            prefix=sizes["prefix_length"],
-            features=sizes["clip_dim"],
+            kind=sizes["mapping_network"], prefix=sizes["prefix_length"], features=sizes["clip_dim"]
         ),
         prefix=PrefixConfig(layout=layout, mask="original"),
     )

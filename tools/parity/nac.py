@@ -252,10 +252,7 @@ def run_seeder(case: Case) -> Iterator[Comparison]:
     sizes = {"signature_width": 1, "code_width": kwargs["code_dim"], "width": kwargs["state_dim"]}
     graph = GraphConfig(*sets, **sizes, seeding=seeding(kwargs, {}))
     draws = Draws(arrays.below("noise/"))
-    noise = {
-        "codes": draws.take("code_noiser", "uniform"),
-        "states": draws.take("root", "normal"),
-    }
+    noise = {"codes": draws.take("code_noiser", "uniform"), "states": draws.take("root", "normal")}
 
     def seed(module, x, train):
         scale = kwargs.get("code_noise_scale") or 0.0

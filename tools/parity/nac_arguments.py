@@ -11,13 +11,7 @@ from typing import Any
 Arguments = Mapping[str, Any]
 
 LINEAR_KINDS = {"ModFC": "modulated", "FC": "plain", "WModFC": "weight_modulated"}
-NORMALIZATIONS = {
-    "ln": "layer",
-    "l2": "l2",
-    "none": "none",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
-}
+NORMALIZATIONS = {"ln": "layer", "l2": "l2", "none": "none", "sigmoid": "sigmoid", "tanh": "tanh"}
 ACTIVATIONS = {None: "none", "GELU": "gelu"}
 EVALUATIONS = {"no_sample": "kernel", "sample": "sample", "threshold": "threshold"}
 POOLINGS = {"gumbel": "gumbel", "gumbel-hard": "gumbel_hard", "vanilla": "softmax"}
@@ -106,17 +100,8 @@ PROPAGATOR = {
     "qkv_bias_in_attention": True,
     "stitch_dim": None,
 }
-READ_OUT = {
-    **PROPAGATOR,
-    "output_dim": None,
-    "pre_output_layernorm": True,
-    "use_head": True,
-}
-PROJECTION_READ_IN = {
-    **BLOCK,
-    "input_dim": NEEDED,
-    "ffn_layer_scale_initial_value": 1e-6,
-}
+READ_OUT = {**PROPAGATOR, "output_dim": None, "pre_output_layernorm": True, "use_head": True}
+PROJECTION_READ_IN = {**BLOCK, "input_dim": NEEDED, "ffn_layer_scale_initial_value": 1e-6}
 ATTENTIVE_READ_IN = {
     **PROJECTION_READ_IN,
     **HEADS,
@@ -211,11 +196,7 @@ NETWORK = {
 }
 MEDIATOR_STUDENT = {**PROPAGATOR, "num_heads": 6}
 OUTPUT_TOKENIZER = {"tokenizer_type": "FirstSlotAsLogits", "tokenizer_kwargs": None}
-READ_OUT_STUDENT = {
-    **READ_OUT,
-    **OUTPUT_TOKENIZER,
-    "include_residual_in_latent_attention": False,
-}
+READ_OUT_STUDENT = {**READ_OUT, **OUTPUT_TOKENIZER, "include_residual_in_latent_attention": False}
 READ_IN_STUDENT = {
     **ATTENTIVE_READ_IN,
     "num_heads": 6,

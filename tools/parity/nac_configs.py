@@ -138,11 +138,7 @@ def read_in_config(given: Arguments, params: Params) -> ReadInConfig:
         scale = options["ffn_layer_scale_initial_value"]
         linear = _linear(options["mod_fc_cls"], options["mod_fc_kwargs"])
         first = BlockConfig(
-            options["state_dim"],
-            options["code_dim"],
-            heads=1,
-            head_width=1,
-            linear=linear,
+            options["state_dim"], options["code_dim"], heads=1, head_width=1, linear=linear
         )
         return ReadInConfig(_join(options, first, scale, drops=False), "projection", None)
     options = fill("AttentiveReadIn", given, ATTENTIVE_READ_IN)
@@ -171,10 +167,7 @@ def read_out_config(
     name, arguments = pooling or ("FirstSlotAsLogits", None)
     if name == "OutputLatentPooling":
         pooled = fill("pooling", arguments, POOLING)
-        kind, temperature = (
-            POOLINGS[pooled["softmax_type"]],
-            float(pooled["softmax_temperature"]),
-        )
+        kind, temperature = (POOLINGS[pooled["softmax_type"]], float(pooled["softmax_temperature"]))
     elif name != "FirstSlotAsLogits":
         raise ValueError(f"there is no output tokenizer {name!r} here")
     head = options["output_dim"] if options["use_head"] else None

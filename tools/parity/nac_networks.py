@@ -127,8 +127,7 @@ def build_network(
     params = to_device(read_nac(state, sharing))
     channels = {"input_dim": whole["input_dim"]}
     tokenizer = tokenizer_config(
-        {**channels, **(whole["input_tokenizer_kwargs"] or {})},
-        width=whole["state_dim"],
+        {**channels, **(whole["input_tokenizer_kwargs"] or {})}, width=whole["state_dim"]
     )
     shared = {
         **pick(graph, {**PROPAGATOR, **READ_OUT}),
@@ -136,16 +135,11 @@ def build_network(
         "ffn_layer_scale_initial_value": graph["layer_scale_initial_value"],
     }
     del shared["output_dim"]
-    kinds = {
-        "AttentiveReadIn": ATTENTIVE_READ_IN,
-        "ProjectionReadIn": PROJECTION_READ_IN,
-    }
+    kinds = {"AttentiveReadIn": ATTENTIVE_READ_IN, "ProjectionReadIn": PROJECTION_READ_IN}
     read_in = inherit(graph["read_in_kwargs"], pick(shared, kinds[graph["read_in_cls"]]))
     block = inherit(graph["propagator_kwargs"], pick(shared, PROPAGATOR))
     blocks = by_layer(
-        block,
-        graph["propagator_layerwise_kwargs"],
-        1 if sharing.share_propagators else count,
+        block, graph["propagator_layerwise_kwargs"], 1 if sharing.share_propagators else count
     )
     blocks = [propagator_config(own, PROPAGATOR) for own in blocks]
     if sharing.share_propagators:
@@ -153,8 +147,7 @@ def build_network(
     elif sharing.share_ffns:
         blocks = [blocks[0], *(share_ffn(block, blocks[0]) for block in blocks[1:])]
     read_out = inherit(
-        graph["read_out_kwargs"],
-        {**pick(shared, PROPAGATOR), "output_dim": graph["output_dim"]},
+        graph["read_out_kwargs"], {**pick(shared, PROPAGATOR), "output_dim": graph["output_dim"]}
     )
     pooling = (
         whole["output_tokenizer_type"],
@@ -198,11 +191,7 @@ def build_student(
     """
     post = kind != "readout"
     kernel = (params["post_stitch"] if post else params["pre_stitch"])["kernel"]
-    fixed = {
-        "stitch_width": kernel.shape[1 if post else 0],
-        "seed": 0,
-        "dtype": jnp.float32,
-    }
+    fixed = {"stitch_width": kernel.shape[1 if post else 0], "seed": 0, "dtype": jnp.float32}
     if kind == "readin":
         options = fill("read-in student", pick(given, READ_IN_STUDENT), READ_IN_STUDENT)
         tokenizer = tokenizer_config(

@@ -18,11 +18,7 @@ from parity.nac_networks import Draws, build_student, to_device
 from parity.names import read_part, write_part
 from parity.networks import build_vit, load_network, to_images
 
-PARTS = {
-    "readin": "read_in_student",
-    "mediator": "mediator_student",
-    "readout": "read_out_student",
-}
+PARTS = {"readin": "read_in_student", "mediator": "mediator_student", "readout": "read_out_student"}
 # The original's settings of a ViT that golden NAC cases leave out.
 VIT_NAMES = {"norm_eps": "ln_eps"}
 
@@ -113,12 +109,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
         loss, argnums=(0, 1), has_aux=True
     )(trained, fixed)
     shared, _ = meta.apply(held["meta"], images, stop=stage)
-    results = {
-        "teacher_logits": given,
-        "student_logits": own,
-        "loss": value,
-        "meta_output": shared,
-    }
+    results = {"teacher_logits": given, "student_logits": own, "loss": value, "meta_output": shared}
     for name, want in arrays.below("outputs/").items():
         yield f"outputs/{name}", results[name], want, *case.tolerance("float32")
     found = write_part(by_params, PARTS[kind])
