@@ -181,7 +181,7 @@ def load_splits(config: Config) -> Splits:
 
 
 def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
-    """The feed of one episode, whose `data` has config.few_shot.ways labels, drawn from `splits`."""
+    """The feed of one episode drawn from `splits`; its data has config.few_shot.ways labels."""
     few_shot = episode.few_shot
     train, test = splits
     chosen, held_out = choose_task(

@@ -212,8 +212,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/families/vmoe.py",
         "stitches that are kept have the student's width",
-        "stitch_width=context.meta_width if kept else None",
-        "stitch_width=section.width if kept else None",
+        "stitch_width=context.meta_width if",
+        "stitch_width=section.width if",
         FAMILIES,
     ),
     Mistake(
