@@ -79,8 +79,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "gradients pass into what a teacher gives",
-        "return jax.lax.stop_gradient(taught), logits, recorded",
-        "return taught, logits, recorded",
+        "return jax.lax.stop_gradient(targets), logits, recorded",
+        "return targets, logits, recorded",
         HYBRID,
     ),
     Mistake(
