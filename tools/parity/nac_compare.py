@@ -23,11 +23,10 @@ Run = Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]]
 
 def bind(case: Case, module, noise: Mapping[str, Any], method) -> Run:
     """run(params, inputs) of a module in the case's mode with its recorded noise."""
-    drawn = {name: value for name, value in noise.items() if value is not None}
     train = case.config["mode"] == "train"
 
     def apply(params, inputs):
-        variables = {"params": params, NOISE: to_device(_drop_none(drawn))}
+        variables = {"params": params, NOISE: to_device(_drop_none(noise))}
         return {"out": module.apply(variables, inputs, train, method=method)}
 
     return apply

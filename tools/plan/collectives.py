@@ -105,7 +105,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     if match := re.search(pattern, attributes):
         return _over_axes(match[1], match[2] or f"[{devices}]", match[3])
     if match := re.search(r"replica_groups=(?!\{\})[^,]*", attributes):
-        raise ValueError(f"a collective names its groups in an unknown way: {match[0]}")
+        raise ValueError(f"a collective names its groups in a way that is not known: {match[0]}")
     return np.arange(devices)[None]
 
 
