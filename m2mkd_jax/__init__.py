@@ -5,7 +5,7 @@ __all__ = ["load_model"]
 
 
 def __getattr__(name: str):
-    # Not before it is asked for: processes that read images need none of the networks.
+    # Imported on first use: processes that read images need no networks.
     if name == "load_model":
         from m2mkd_jax.loading import load_model
 

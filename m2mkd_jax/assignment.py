@@ -1,4 +1,4 @@
-"""Sharing rows out among blocks of one size, at the least cost; on the device."""
+"""Assignment of rows to blocks of equal size at the least cost, on the device."""
 
 import jax
 from jax import numpy as jnp
@@ -6,11 +6,11 @@ from jaxtyping import Array, Float, Int
 
 
 def assign_blocks(cost: Float[Array, "*B T blocks"]) -> Int[Array, "*B T"]:
-    """The block of each row: each block gets T / blocks rows, and the costs' sum is least.
+    """The block of each row: each block gets T / blocks rows, and the sum of costs is minimal.
 
-    Exact up to rounding, as a linear assignment to T / blocks copies of every block is. It knows
-    that they are copies: on two cores it takes 6 and 11 ms for 256 and 768 rows and 8 blocks, where
-    `optax.assignment.hungarian_algorithm` takes 59 and 897. Nothing is differentiated.
+    Exact up to rounding, like a linear assignment to T / blocks copies of every block. Since copies
+    are equal it is faster: for 256 and 768 rows and 8 blocks it takes 6 and 11 ms on two cores,
+    `optax.assignment.hungarian_algorithm` 59 and 897. There is no gradient.
     """
     flat = jax.lax.stop_gradient(cost).reshape(-1, *cost.shape[-2:])
     return jax.vmap(_assign)(flat).reshape(cost.shape[:-1])
@@ -18,27 +18,26 @@ def assign_blocks(cost: Float[Array, "*B T blocks"]) -> Int[Array, "*B T"]:
 
 def _assign(cost: jax.Array) -> jax.Array:
     """Successive shortest paths: rows start in their cheapest blocks, then one row at a time leaves
-    a crowded block, along the cheapest chain of moves that ends where there is room."""
+    a crowded block, along the cheapest chain of moves that ends in a block with room."""
     rows, blocks = cost.shape
     room = rows // blocks
-    everyone = jnp.arange(blocks)
-    # Chains shorter by no more than rounding could go round in circles.
+    # Without it, rounding could make chains cyclic.
     tolerance = blocks * jnp.finfo(cost.dtype).eps * jnp.max(jnp.abs(cost))
 
     def sizes(labels):
-        return jnp.sum(labels[:, None] == everyone, axis=0)
+        return jnp.sum(labels[:, None] == jnp.arange(blocks), axis=0)
 
     def crowded(state):
         moved, labels = state
-        # As many chains as rows suffice; NaN costs would find no end.
+        # As many chains as rows suffice; with NaN costs there would be no end.
         return (moved < rows) & jnp.any(sizes(labels) > room)
 
     def relieve(state):
         moved, labels = state
         extra = cost - jnp.take_along_axis(cost, labels[:, None], axis=1)
-        member = labels[:, None] == everyone
+        member = labels[:, None] == jnp.arange(blocks)
         extra = jnp.where(member[:, :, None], extra[:, None, :], jnp.inf)
-        who = jnp.argmin(extra, axis=0)  # (from, to): the member that moves most cheaply
+        mover = jnp.argmin(extra, axis=0)  # (from, to): the row of `from` that moves most cheaply
         price = jnp.min(extra, axis=0)
         size = sizes(labels)
 
@@ -55,7 +54,7 @@ def _assign(cost: jax.Array) -> jax.Array:
         def step_back(_, walk):
             here, labels = walk
             origin = before[here]
-            row = jnp.where(origin < 0, rows, who[origin, here])  # rows is out of bounds: no one
+            row = jnp.where(origin < 0, rows, mover[origin, here])  # `rows` is out of bounds: none
             labels = labels.at[row].set(here, mode="drop")
             return jnp.where(origin < 0, here, origin), labels
 

@@ -1,4 +1,4 @@
-"""The config of a run of m2mkd_jax: one frozen dataclass, whose defaults are the only ones."""
+"""The config of a run of m2mkd_jax: one frozen dataclass with all defaults."""
 
 import dataclasses
 from typing import Annotated
@@ -35,15 +35,8 @@ from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.regularizers import RegularizersConfig
 
-# In the order of the pipeline; `m2mkd_jax.phases.PHASES` has a record of each.
-PHASE_NAMES = (
-    "pretrain_meta",
-    "train_module",
-    "assemble",
-    "distill",
-    "end_to_end",
-    "few_shot",
-)
+# In the order of the pipeline; see `m2mkd_jax.phases.PHASES`.
+PHASE_NAMES = ("pretrain_meta", "train_module", "assemble", "distill", "end_to_end", "few_shot")
 SYSTEM = System("m2mkd_jax", field="phase", others={"stage": "cliptrans_jax"})
 Meta, Teacher, Student = (section_type(role) for role in ("meta", "teacher", "model"))
 NOISES = ("mean", "fixed", "sampled")
@@ -55,7 +48,7 @@ class DistillConfig(Section):
     """m2mKD's objective, (1 - alpha) label loss + alpha distillation.
 
     Attributes:
-      kind: "soft" (the original's, a mean over labels too), "soft_batch_mean", "hard" or "none".
+      kind: "soft" (as the original, with a mean over labels), "soft_batch_mean", "hard" or "none".
       alpha: weight of the distillation.
       tau: temperature of soft distillation.
     """
@@ -72,11 +65,11 @@ class DistillConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig(DistillConfig):
-    """m2mKD's objective, and how many modules one program trains.
+    """m2mKD's objective, and the number of modules per program.
 
     Attributes:
-      pairs_at_once: the most modules that one program trains, where config.module names several;
-        the others follow in further programs. 0: all in one.
+      pairs_at_once: maximum number of modules that one program trains; the others follow in further
+        programs. 0: all in one.
     """
 
     pairs_at_once: Count = 0
@@ -87,14 +80,14 @@ class FewShotConfig(Section):
     """An episode: `ways` classes of `shots` training images each, drawn with `seed`.
 
     Attributes:
-      ways: classes drawn.
+      ways: number of classes.
       shots: training images per class.
       test_shots: test images per class, from the test split.
       seed: of the draw.
-      test_on_train: draws the test images from the training split, so that all training images are
-        among them, as the original does on CIFAR-100: for comparison with published numbers only.
-      episodes: number of episodes, with `seed`, `seed` + 1 and so on; above 1 the result is their
-        mean with its 95 % confidence interval.
+      test_on_train: draws the test images from the training split, so that they include all
+        training images, as the original does on CIFAR-100: only to compare with published numbers.
+      episodes: number of episodes, with seeds `seed`, `seed` + 1 and so on; above 1 the result is
+        their mean with a 95 % confidence interval.
     """
 
     ways: Size = 8
@@ -119,9 +112,9 @@ class SourcesConfig(Section):
 
     Attributes:
       meta: of the meta model.
-      modules: of the trained modules, one per stage in order, or one that holds them all.
+      modules: of the trained modules, one per stage in order, or one with all of them.
       teacher: of the teacher.
-      students: of the distilled students, one per stage in order, or one that holds them all. ()
+      students: of the distilled students, one per stage in order, or one with all of them. ()
         trains from scratch.
       network: of a trained whole student.
       fresh: regex of parameter paths that start from scratch even where a source has them.
@@ -139,12 +132,11 @@ class SourcesConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """The start of a whole student that does not start from students.
+    """Initialisation of a whole student that does not start from students.
 
     Attributes:
-      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, from which a V-MoE
-        starts: every expert as the MLP of its block, router and stitches from scratch, all other
-        parameters as the ViT's. "" starts from scratch.
+      upcycle: workdir (or a step in it) of a dense ViT, trained or converted, to start a V-MoE
+        from, see `m2mkd_jax.families.upcycle`. "" starts from scratch.
     """
 
     upcycle: str = ""
@@ -152,19 +144,19 @@ class InitConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """Random numbers in the evaluation of networks that draw outside training, too.
+    """Random numbers in evaluation, for networks that use them there.
 
     Attributes:
-      noise: "mean" draws nothing: means take the place of random states, and pooling has no noise;
-        "fixed" draws the same numbers at every evaluation, from the seed and a batch's number;
-        "sampled" draws others each time, from the step as well.
+      noise: "mean" draws nothing: means replace random states, and pooling has no noise; "fixed"
+        draws the same numbers in every evaluation, from the seed and the batch number; "sampled"
+        draws new ones each time, from the step as well.
     """
 
     noise: Annotated[str, one_of(*NOISES)] = "mean"
 
 
 def check_mixing(section: "Recipe | Config") -> None:
-    """Raises FieldError where examples are mixed in pairs and the batch is odd."""
+    """Raises FieldError if examples are mixed in pairs but the batch is odd."""
     optim = section.optim
     if section.augment.mixes and optim.micro_batch % 2:
         raise FieldError(
@@ -200,23 +192,22 @@ class Config(Section):
       phase: one of PHASE_NAMES, or "pipeline".
       module: the modules to train, in phases that train modules: "all", or stage numbers such as
         "2" or "0+3".
-      seed: of everything random.
+      seed: of all random numbers.
       precision: "float32" or "bfloat16", for the networks; parameters, softmax, router, norm
-        statistics and losses are float32 in any case.
+        statistics and losses are always float32.
       data: images and labels.
-      ood: another test set, of some of the classes, for whole networks; neither single modules nor
-        episodes are tested on it.
+      ood: another test set with some of the classes, for whole networks; not for single modules or
+        episodes.
       evaluation: random numbers in evaluation.
-      meta: the meta model; its stages are the depths.
+      meta: the meta model; its depths define the stages.
       teacher: the teacher, with as many stages.
       model: the student, of kind "vmoe" or "nac", with as many stages.
-      regularizers: terms that keep a NAC's graph near its prior, in the training of the whole.
-      distill: m2mKD's objective, and the number of modules that are trained at once.
-      baseline: distillation of the whole student from the whole teacher's logits; kind "none" for
-        none.
+      regularizers: terms that keep a NAC's graph near its prior, when it is trained as a whole.
+      distill: m2mKD's objective, and the number of modules trained at once.
+      baseline: distillation of the whole student from the whole teacher's logits, by default none.
       few_shot: the episode.
       sources: weights to start from.
-      init: the start of a whole student that does not start from students.
+      init: initialisation of a whole student that does not start from students.
       optim, augment, drop_path: the phase's recipe, see Recipe; the pipeline has recipes instead.
       recipes: the recipe of each phase of the pipeline.
       mesh: devices.
@@ -274,17 +265,17 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The type in which networks compute."""
+        """The dtype in which networks compute."""
         return PRECISIONS[self.precision]
 
     @property
     def interface(self) -> Interface:
-        """Image side, channels and labels of every network of the run."""
+        """Input and output of every network of the run."""
         return Interface(self.data.image_size, self.data.channels, self.data.labels)
 
     @property
     def context(self) -> Context:
-        """The part of the config that every network depends on, beside its own section."""
+        """Settings that every network needs besides its own section."""
         tokens = family_of(self.meta).tokens
         return Context(
             interface=self.interface,
@@ -312,8 +303,8 @@ class Config(Section):
         return tuple(sorted(stages))
 
     def programs(self) -> list["Config"]:
-        """The config of each program of a modular phase, with as many of the modules as
-        `distill.pairs_at_once` allows."""
+        """The config of each program of a modular phase, with at most `distill.pairs_at_once`
+        modules."""
         stages = self.modules()
         size = self.distill.pairs_at_once or len(stages)
         if len(stages) <= size:
@@ -325,14 +316,14 @@ class Config(Section):
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
-    """Puts the recipe of `config.phase` in place; the pipeline gets all of them under `recipes`.
+    """Sets the recipe of `config.phase`; the pipeline gets all of them under `recipes`.
 
     Args:
       config: a ConfigDict of `Config` with its phase set.
-      recipes: one per phase.
+      recipes: by phase.
 
     Raises:
-      ValueError: when there is none for the phase.
+      ValueError: when the phase has no recipe.
     """
     if config.phase == "pipeline":
         for name in (field.name for field in dataclasses.fields(Recipe)):

@@ -1,4 +1,4 @@
-"""The curves of m2mKD's metrics in a report, beside those that any run has."""
+"""The curves of m2mKD's metrics in a report, besides those of any run."""
 
 from common_jax.report import ACCURACY, OF_TRAINING, Family, Shares
 

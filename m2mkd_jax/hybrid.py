@@ -1,13 +1,13 @@
-"""Meta models around modules: the networks that modular training and distillation run.
+"""Hybrid networks, meta models with a module inside, for modular training and distillation.
 
-With M the meta model and k the stage of a module, a pair shares what stages 0..k-1 of M make of
-the images, and both of its sides are finished by stages k+1.. of M, norm and head included. Stages
-are counted, never blocks, so a meta stage may be of any depth.
+With M the meta model and k the stage of a module, both sides of a pair share the output of stages
+0..k-1 of M, and continue with stages k+1.. of M, norm and head included. Stages are counted, not
+blocks, so a meta stage may have any depth.
 
 Axes: B examples, I image rows, J image columns, L labels.
 
-Several modules are run as one program: M is frozen and the modules share no parameters, so the sum
-of their losses has by each module's parameters the gradient of its own loss.
+One program can train several modules: M is frozen and the modules share no parameters, so the
+gradient of the sum of their losses by each module's parameters is that of its own loss.
 """
 
 import dataclasses
@@ -64,36 +64,30 @@ def shared_tokens(
     train: bool = False,
     rngs: Keys | None = None,
 ) -> dict[int, Float[Array, "B ..."]]:
-    """The input of each module, from the stages before it; computed once where they are equal.
+    """The input of each module from the stages before it; equal stages run once.
 
     Args:
-      networks: by the stage of its module, each module's hybrid network.
+      networks: each module's hybrid network, by the module's stage.
       meta_params: of the stages before the last of these modules.
       images: with channels last.
       train, rngs: of these stages.
 
     Returns:
-      By stage: images for the first, tokens (B, T, D) for the others. No gradient passes through
-      them.
+      By stage: images for the first, tokens (B, T, D) for the others, without gradient.
     """
-    # By the stages themselves, not by their numbers: stochastic depth ramps over each hybrid, so
-    # that two hybrids may differ in a stage of M, and only equal ones can share.
-    made = {(): images}
+    # Keyed by the stages themselves, not by their numbers: stochastic depth ramps over each hybrid,
+    # so two hybrids may differ in a stage of M, and only equal ones can share.
+    outputs = {(): images}
     for own, network in networks.items():
         for stage in range(own):
-            before = network.stages[: stage + 1]
-            if before not in made:
-                made[before], _ = network.apply(
-                    meta_params,
-                    made[network.stages[:stage]],
-                    start=stage,
-                    stop=stage + 1,
-                    train=train,
-                    rngs=rngs,
-                )
-    # M is frozen, so a gradient into these stages would be computed and thrown away.
+            stages = network.stages[: stage + 1]
+            if stages not in outputs:
+                x, span = outputs[stages[:-1]], {"start": stage, "stop": stage + 1}
+                outputs[stages], _ = network.apply(meta_params, x, train=train, rngs=rngs, **span)
+    # M is frozen, so gradients into these stages would be computed in vain.
     return {
-        own: jax.lax.stop_gradient(made[network.stages[:own]]) for own, network in networks.items()
+        own: jax.lax.stop_gradient(outputs[network.stages[:own]])
+        for own, network in networks.items()
     }
 
 
@@ -107,28 +101,28 @@ def finish(
     train_meta: bool = False,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """Logits of hybrid networks from their modules on.
+    """Runs hybrid networks from their modules to the logits.
 
-    Tokens of all modules that enter the same meta stage go through it together. What it draws, it
-    draws once for all of them, as each would by itself with the same keys.
+    Tokens of all modules that enter the same meta stage go through it together, with the random
+    numbers that each would draw alone.
 
     Args:
-      networks: by the stage of its module, each module's hybrid network.
+      networks: each module's hybrid network, by the module's stage.
       meta_params: of the stages after the first of these modules.
       params: of the modules, one subtree per stage.
-      hidden: by stage, what each module takes: see `shared_tokens`.
+      hidden: input of each module by stage, see `shared_tokens`.
       train: whether the modules are in training.
       train_meta: whether the stages after them are.
       rngs: for both, one key per stream.
 
     Returns:
-      Logits by stage, and what the modules recorded.
+      Logits by stage, and the modules' records.
     """
-    # One sweep over the stages of M: at each, the modules that came before it enter together, and
-    # the module of that very stage starts. At the end `tokens` has the logits of all.
+    # One pass over the stages of M: the tokens of earlier modules go through a stage together, and
+    # the module of that stage starts. At the end `tokens` has the logits of all.
     tokens, recorded = {}, {}
     for stage in range(len(next(iter(networks.values())))):
-        # Together if stage and shape are equal: a NAC's read-in student gives fewer tokens.
+        # Together if stage and shape are equal: a NAC's read-in student outputs fewer tokens.
         alike = {}
         for own in tokens:
             alike.setdefault((networks[own].stages[stage], tokens[own].shape), []).append(own)
@@ -139,12 +133,12 @@ def finish(
             def run_stage(x, apply=apply, span=span):
                 return apply(meta_params, x, train=train_meta, **span)[0]
 
-            # vmap, not a longer batch: the random draws of a stage depend on the batch's shape, and
-            # each module must draw what a run of it alone does. The weights of M are read once.
+            # vmap instead of a larger batch: random draws depend on the batch shape, and must be
+            # those of a run of each module alone. The weights of M are read once.
             together = jax.vmap(run_stage)(jnp.stack([tokens[own] for own in group]))
             tokens |= dict(zip(group, together, strict=True))
         if stage in networks:
-            # Last, so that a module's own tokens do not go through the meta stage that it replaces.
+            # Last, so that a module's tokens do not go through the meta stage that it replaces.
             tokens[stage], records = networks[stage].apply(
                 params, hidden[stage], train=train, **span
             )
@@ -167,20 +161,20 @@ def pair_logits(
       networks: meta model, teacher and students.
       params: their parameters under "meta", "teacher" and "student".
       images: with channels last.
-      stages: which pairs.
+      stages: of the pairs.
       train, rngs: for the students alone.
 
     Returns:
-      Logits of teachers and students by stage, and what the students recorded. No gradient passes
-      through the shared input or a teacher; a student's passes through the meta model.
+      Logits of teachers and students by stage, and the students' records. Gradients pass through
+      the meta model after a student, but not through the shared input or a teacher.
     """
     meta = params["meta"]
     teachers, students = (
         {stage: replace_stage(networks.meta, stage, network) for stage in stages}
         for network in (networks.teacher, networks.student)
     )
-    # Before its module a teacher's hybrid has the same stages of M: both sides share their input.
+    # Both hybrids have the same stages of M before their modules, so they share their input.
     hidden = shared_tokens(students, meta, images)
-    taught, _ = finish(teachers, meta, params["teacher"], hidden)
+    targets, _ = finish(teachers, meta, params["teacher"], hidden)
     logits, recorded = finish(students, meta, params["student"], hidden, train=train, rngs=rngs)
-    return jax.lax.stop_gradient(taught), logits, recorded
+    return jax.lax.stop_gradient(targets), logits, recorded

@@ -1,4 +1,4 @@
-"""Trained networks, ready to be called, from nothing but a workdir."""
+"""Loading a trained network from a workdir."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,23 +27,21 @@ def load_model(
 
     Args:
       source: the run's workdir (its newest checkpoint) or one step's folder.
-      module: which one, by its stage, of a run that trained several.
+      module: stage of the module, if the run trained several.
       mesh: devices to put the parameters on, split as in training; None for the first device.
 
     Returns:
-      `apply(params, x)` and `params`. For a whole network x are images (B, I, J, channels) with
-      pixels from 0 to 255, and the result is logits (B, labels). For a single module, of a
-      phase that trains modules, it runs that stage alone, on images if it is the first and else on
-      tokens (B, T, D).
-
-    Where the run kept a running average (config.optim.ema), the parameters are that average, as
-    they were evaluated.
+      `apply(params, x)` and `params`. For a whole network x is a batch of images (B, I, J,
+      channels) with pixels from 0 to 255, and the result is logits (B, labels). For a single
+      module, `apply` runs only that stage, on images if it is the first and else on tokens
+      (B, T, D). If the run kept a running average (config.optim.ema), `params` are that average,
+      as in evaluation.
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
       ValueError: when the run trained several modules and `module` is none of them, no checkpoint
-        in the workdir is its run's, or it is of the other system; and by `apply`, for x of another
-        shape or type.
+        in the workdir is from its run, or it is from the other system; and by `apply`, for x of
+        another shape or type.
     """
     source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
@@ -73,7 +71,7 @@ def load_model(
 
 
 def _stage(config: Config, module: int | None) -> int | None:
-    """The stage of the module to load, None for a whole network; raises as `load_model`."""
+    """The stage of the module to load; None for a whole network."""
     modular = PHASES[config.phase].modular
     stages = config.modules() if modular else ()
     if module is None and len(stages) < 2:
@@ -88,7 +86,7 @@ def _stage(config: Config, module: int | None) -> int | None:
 
 
 def prepare(images: jax.Array, config: Config) -> jax.Array:
-    """Images with pixels from 0 to 255 as the run's networks take them; raises as
+    """Prepares images with pixels from 0 to 255 for the run's networks; raises as
     `check_images`."""
     side, channels = config.data.image_size, config.data.channels
     check_images(images, (side, side, channels))
@@ -96,10 +94,8 @@ def prepare(images: jax.Array, config: Config) -> jax.Array:
 
 
 def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
-    """Raises ValueError unless `images` are a batch (B, *expected) of pixels from 0 to 255.
-
-    Pixels are looked at where they are not bytes, and not while a function is traced.
-    """
+    """Raises ValueError unless `images` is a batch (B, *expected) of pixels from 0 to 255; pixels
+    are not checked under tracing."""
     shape = _shape_of(images, "images")
     side, _, channels = expected
     if shape[1:] != expected:
@@ -117,7 +113,7 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
     if isinstance(images, jax.core.Tracer) or images.dtype == jnp.uint8 or 0 in shape:
         return
     low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 255):  # as it is with NaN
+    if not (low >= 0 and high <= 255):  # true for NaN
         raise ValueError(
             f"pixels are from {low:g} to {high:g} and must be from 0 to 255, not normalised: mean "
             "and std of the run are applied here"
@@ -129,7 +125,8 @@ def check_images(images: jax.Array, expected: tuple[int, int, int]) -> None:
 
 
 def check_tokens(x: jax.Array, expected: tuple[int, ...]) -> jax.Array:
-    """`x`, tokens (B, T, D) of the stage before; ValueError where (T, D) is not `expected`."""
+    """`x`, tokens (B, T, D) from the stage before; raises ValueError if (T, D) is not
+    `expected`."""
     shape = _shape_of(x, "tokens")
     if shape[1:] != expected:
         raise ValueError(

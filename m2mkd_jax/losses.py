@@ -36,9 +36,8 @@ def soft_distillation(
     r"""m2mKD loss, soft:  tau^2 / (B L) sum_bl t_bl (log t_bl - log s_bl),  s, t = softmax(. /
     tau).
 
-    The mean is over B and L, as in the original, not over B: at L labels the term, and its
-    gradient, is L times weaker than a KL divergence averaged over examples. See
-    docs/differences.md.
+    The mean is over B and L, as in the original, not over B: the term and its gradient are L times
+    smaller than a KL divergence averaged over examples. See docs/differences.md.
     """
     log_s, log_t = jax.nn.log_softmax(student / tau), jax.nn.log_softmax(teacher / tau)
     return tau**2 * jnp.mean(jnp.exp(log_t) * (log_t - log_s))
@@ -55,8 +54,8 @@ def soft_distillation_batch_mean(
 def hard_distillation(
     student: Float[Array, "B L"], teacher: Float[Array, "B L"], tau: float
 ) -> Float[Array, ""]:
-    r"""m2mKD loss, hard:  cross entropy of the student against the teacher's best label; no tau in
-    it."""
+    r"""m2mKD loss, hard:  cross entropy of the student with the teacher's best label; ignores
+    tau."""
     del tau
     return smoothed_cross_entropy(student, jnp.argmax(teacher, axis=-1), 0.0)
 

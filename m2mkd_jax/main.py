@@ -64,9 +64,8 @@ def _report(config: Config, workdir: epath.Path, runs: list[tuple[str, Config]])
 
 
 def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
-    """One row per run of the pipeline, with a column of OOD accuracy where any run has it; after a
-    run of several modules, whose own row is their mean, one row for each of them; None without
-    `folders`."""
+    """One row per run of the pipeline, with a column of OOD accuracy if any run has it; a run of
+    several modules has a row of their mean and one per module. None without `folders`."""
     header, rows = ["run", "steps", "test accuracy", "test loss"], []
     fields = {"steps": int, "test/accuracy": int | float | None, "test/loss": int | float}
     results = [read_json(workdir / name / "result.json", fields) for name in folders]
@@ -77,9 +76,9 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
         modules = [key[1] for key in keys if len(key) == 3 and key[::2] == ["test", "accuracy"]]
         for name in ("", *sorted(modules, key=lambda name: (len(name), name))):
             split = f"test/{name}" if name else "test"
-            shown = (show(metric, result[f"{split}/{metric}"]) for metric in ("accuracy", "loss"))
+            values = (show(metric, result[f"{split}/{metric}"]) for metric in ("accuracy", "loss"))
             label = f"{folder}, {name.replace('_', ' ')}" if name else folder
-            rows.append((label, str(result["steps"]), *shown, *ood))
+            rows.append((label, str(result["steps"]), *values, *ood))
     header += ["OOD accuracy"] if has_ood else []
     return Table("Runs of the pipeline", tuple(header), tuple(rows)) if rows else None
 
@@ -87,7 +86,7 @@ def results_table(workdir: epath.Path, folders: list[str]) -> Table | None:
 def learned_figures(
     workdir: epath.Path, runs: list[tuple[str, Config]]
 ) -> list[tuple[str, epath.Path]]:
-    """Caption and picture of every run whose network's family draws one."""
+    """Captions and paths of the pictures that the networks' families draw."""
     figures = []
     for folder, run in runs:
         preparation = family_of_role(run, PHASES[run.phase].role).preparation
@@ -97,11 +96,8 @@ def learned_figures(
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, for a source of the config that does not exist, and for a
-    workdir that cannot be made.
-
-    The sources of a run with results may be gone.
-    """
+    """Raises OSError, naming the field, for a workdir that cannot be made and, unless the run has
+    results, for a source that does not exist."""
     check_output("--workdir", workdir)
     if holds_results(workdir):
         return
@@ -109,14 +105,14 @@ def check_places(config: Config, workdir: epath.Path) -> None:
         key, value = f"config.{source.path}", source.value(config)
         if isinstance(value, str):
             checkpoint.check_source(key, value)
-        elif len(value) in (1, len(config.meta.depths)):  # the phase refuses other numbers
+        elif len(value) in (1, len(config.meta.depths)):  # the phase rejects other numbers
             for i, folder in enumerate(value):
                 checkpoint.check_source(f"{key}[{i}]", folder)
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError for a batch or a trained network that does not fit the mesh; `key` is the
-    path of the section that `optim` is from."""
+    """Raises ValueError for a batch or network that does not fit the mesh; `key` is the path of
+    optim's section."""
     micro_batch = config.optim.micro_batch
     check_batch(mesh, f"{key}.optim.batch / {key}.optim.accumulate", micro_batch)
     role = PHASES[config.phase].role

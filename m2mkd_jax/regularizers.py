@@ -49,9 +49,9 @@ class HingeConfig(Section):
     """Repulsion of near signatures, `config.regularizers.hinge`.
 
     Attributes:
-      weight: of the term, at first.
-      weight_end: that it moves to linearly by the end; None keeps it.
-      hinge: distance from which signatures are left alone.
+      weight: initial weight of the term.
+      weight_end: final weight, reached linearly; None for a constant weight.
+      hinge: distance beyond which signatures do not repel.
       reduction: "sum" or "mean" over the near pairs.
     """
 
@@ -63,7 +63,7 @@ class HingeConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig(Section):
-    """Keeps distances distributed as they were at first, `config.regularizers.mixture`.
+    """Keeps the initial distribution of distances, `config.regularizers.mixture`.
 
     Attributes:
       weight, weight_end: see HingeConfig.
@@ -83,10 +83,10 @@ class BlocksConfig(Section):
 
     Attributes:
       weight, weight_end: see HingeConfig.
-      clusters: blocks, which must share out the latents evenly.
+      clusters: number of blocks, a divisor of the number of latents.
       within, between: the kernel's values within a block and between two.
       latents: "mediator" or "all".
-      clip: squared errors below it count as it, so that they are left alone; None for none.
+      clip: lower bound of squared errors, below which there is no gradient; None for none.
     """
 
     weight: NonNegative = 0.0
@@ -100,11 +100,7 @@ class BlocksConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RegularizersConfig(Section):
-    """The terms, `config.regularizers`; one of weight 0 throughout is not computed.
-
-    Attributes:
-      hinge, mixture, blocks: the terms.
-    """
+    """The terms, `config.regularizers`; a term whose weight is always 0 is not computed."""
 
     hinge: HingeConfig = HingeConfig()
     mixture: MixtureConfig = MixtureConfig()
@@ -117,7 +113,7 @@ def hinge_repulsion(
     r"""- sum_{t > s} d_ts [d_ts < h]:  pushes near signatures apart.
 
     d = cosine distances of `signatures`, h = `hinge`; "mean" divides by the number of near pairs,
-    and is 0 without one. (NAC, signature hinge repulsion; regularization.py of the original.)
+    and is 0 if there are none. (NAC, signature hinge repulsion; regularization.py of the original.)
     """
     distance = cosine_distance(signatures, signatures)
     return -REDUCTIONS[reduction](distance, _pairs(distance) & (distance < hinge))
@@ -125,11 +121,7 @@ def hinge_repulsion(
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Gaussians on the line.
-
-    Attributes:
-      weights, means, sigmas: of each, in float32.
-    """
+    """A mixture of one-dimensional Gaussians, in float32."""
 
     weights: Float[np.ndarray, "components"]
     means: Float[np.ndarray, "components"]
@@ -152,8 +144,7 @@ def mixture_loss(
 
 
 def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
-    """The mixture that the distances of pairs of signatures are likeliest under (by EM; on the
-    host).
+    """Fits a mixture to the distances of pairs of signatures by EM, on the host.
 
     Raises:
       ValueError: when there are fewer pairs than components.
@@ -166,7 +157,7 @@ def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
             "pairs of latents; lower it"
         )
     model = GaussianMixture(components, covariance_type="spherical", random_state=0)
-    # In float32 a component of equal distances fails for want of a variance.
+    # In float32 a component of equal distances has no variance, and fails.
     model.fit(pairs[:, None].astype(np.float64))
     return Mixture(
         *(
@@ -187,15 +178,15 @@ def block_loss(
     r"""sum_b 1/T^2 sum_ts max(c, (k_bts - g_z(b,t),s)^2):  pulls kernels to a block model.
 
     k = `links`, kernels in exponential form; g_zs = `within` where s is in block z, else `between`;
-    c = `clip`. Latent s is in block s // (T / clusters); z gives each row of a kernel to a block,
-    T / clusters rows to each, so that the squared errors are least. Rows alone are matched, columns
-    stay. (NAC, stochastic block model; regularization.py of the original.)
+    c = `clip`. Latent s is in block s // (T / clusters); z assigns T / clusters rows of a kernel to
+    each block with the least squared error. Only rows are matched, not columns. (NAC, stochastic
+    block model; regularization.py of the original.)
 
     Raises:
       ValueError: when `clusters` does not divide T.
     """
     targets = block_targets(links.shape[-1], clusters=clusters, within=within, between=between)
-    # The assignment is a choice, without a gradient; that of the errors is by the links alone.
+    # The assignment has no gradient; the errors' gradient is by the links alone.
     assigned = assign_blocks(assignment_cost(links, targets))
     errors = (links - targets[assigned]) ** 2
     if clip is not None:
@@ -228,7 +219,7 @@ def assignment_cost(
 
 
 def weight_at(weight: float, weight_end: float | None, progress: float | Scalar) -> float | Scalar:
-    """(1 - p) `weight` + p `weight_end`,  p = `progress`, the share of the epochs that are over."""
+    """(1 - p) `weight` + p `weight_end`,  p = `progress`, the fraction of epochs done."""
     return weight if weight_end is None else (1 - progress) * weight + progress * weight_end
 
 
@@ -238,19 +229,19 @@ def make_regularizer(
     *,
     kernels: Sequence[KernelConfig],
 ) -> Regularizer:
-    """The weighted sum of the terms whose weight is not 0 throughout.
+    """The weighted sum of the terms whose weight is not always 0.
 
     Args:
       config: the terms.
-      signatures: of `input`, `mediator` and `output` latents before training.
-      kernels: one per iteration, of its propagator.
+      signatures: initial signatures of `input`, `mediator` and `output` latents.
+      kernels: of the propagator of each iteration.
 
     Returns:
-      A function of a NAC's parameters and the progress (epochs done over all, constant within an
-      epoch), which gives the sum and the unweighted terms as `regularizer/NAME`.
+      regularize(params, progress) -> the sum and the unweighted terms as `regularizer/NAME`;
+      progress is the fraction of epochs done, constant within an epoch.
 
     Raises:
-      ValueError: when the latents do not suit a term.
+      ValueError: when a term does not fit the latents.
     """
     terms: dict[str, tuple[Any, Callable[[Params], Scalar]]] = {}
     hinge, mixture, blocks = config.hinge, config.mixture, config.blocks
@@ -258,19 +249,15 @@ def make_regularizer(
         push = functools.partial(hinge_repulsion, hinge=hinge.hinge, reduction=hinge.reduction)
         terms["hinge"] = hinge, lambda params: push(_join(_signatures(params), "all"))
     if _is_on(mixture):
-        fitted = fit_mixture(_join(signatures, "all"), components=mixture.components)
+        gaussians = fit_mixture(_join(signatures, "all"), components=mixture.components)
         terms["mixture"] = (
             mixture,
             lambda params: mixture_loss(
-                _join(_signatures(params), "all"), fitted, reduction=mixture.reduction
+                _join(_signatures(params), "all"), gaussians, reduction=mixture.reduction
             ),
         )
     if _is_on(blocks):
-        settings = {
-            "clusters": blocks.clusters,
-            "within": blocks.within,
-            "between": blocks.between,
-        }
+        settings = {"clusters": blocks.clusters, "within": blocks.within, "between": blocks.between}
         block_targets(len(_join(signatures, blocks.latents)), **settings)
         terms["blocks"] = (
             blocks,
@@ -290,11 +277,11 @@ def make_regularizer(
 
 
 def find_bandwidths(params: Params, kernels: Sequence[KernelConfig]) -> list[float | Scalar]:
-    """The bandwidth of each iteration's propagator: its parameter, or the config's where it is not
-    learned. A propagator that all iterations share counts in each."""
+    """The bandwidth of each iteration's propagator: its parameter, or the config's if it is not
+    learned."""
     stages = sorted((k for k in params if re.fullmatch(r"stage_\d+", k)), key=lambda k: int(k[6:]))
     propagators = [params[stage] for stage in stages[1:-1]]  # between read-in and read-out
-    # Shared by all iterations: one subtree, which the block model counts once per iteration.
+    # A shared propagator is one subtree, which counts once per iteration.
     if len(propagators) == 1:
         propagators *= len(kernels)
     return [

@@ -1,8 +1,8 @@
-"""A network is a sequence of stages, and its parameters are a dict with one subtree per stage.
+"""Networks as sequences of stages, with one subtree of parameters per stage.
 
-Cutting a teacher is picking subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, assembling is
-a merge. The same `Network` serves teacher, meta model, student and hybrid, whole or in part: it
-needs only the parameters of the stages that run.
+A teacher is cut by selecting subtrees, a hybrid is `meta[:i] . module . meta[i+1:]`, and modules
+are assembled by merging. `Network` is a teacher, meta model, student or hybrid, whole or in part:
+it needs only the parameters of the stages that run.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ Params = Mapping[str, Any]
 
 
 class Place(enum.Enum):
-    """The position of a stage: the first embeds images, the last ends in norm and head, the only
-    one does both."""
+    """The position of a stage: the first embeds images, the last has norm and head, a single one
+    both."""
 
     FIRST = "first"
     MIDDLE = "middle"
@@ -29,7 +29,7 @@ class Place(enum.Enum):
 
     @classmethod
     def of(cls, stage: int, count: int) -> "Place":
-        """Returns the place of stage `stage` (0-based) among `count`; raises IndexError outside."""
+        """The place of stage `stage` (0-based) among `count`; raises IndexError outside."""
         if not 0 <= stage < count:
             raise IndexError(f"stage {stage} is not one of the {count} stages 0..{count - 1}")
         if count == 1:
@@ -38,18 +38,18 @@ class Place(enum.Enum):
 
 
 class Stage(Protocol):
-    """A linen module that can be a stage of a network: it describes its input."""
+    """A linen module that can be a stage of a network."""
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array: ...
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Returns shape and dtype of a batch of input: images for the first stage, else tokens."""
+        """Shape and dtype of a batch of input: images for the first stage, else tokens."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A sequence of stages; stage i keeps its parameters under `stage_name(i)`."""
+    """A sequence of stages; the parameters of stage i are under `stage_name(i)`."""
 
     stages: tuple[nn.Module, ...]
 
@@ -57,10 +57,8 @@ class Network:
         return len(self.stages)
 
     def init(self, key: jax.Array, *, only: tuple[int, ...] | None = None, batch: int = 1) -> dict:
-        """Initialises the parameters of all stages, or of those in `only`.
-
-        A stage's parameters depend only on `key` and its index.
-        """
+        """Initialises all stages, or those in `only`; a stage depends only on `key` and its
+        number."""
         numbers = range(len(self)) if only is None else only
         return {stage_name(i): self._init_stage(key, i, batch) for i in numbers}
 
@@ -80,10 +78,10 @@ class Network:
         Args:
           params: parameters of at least these stages.
           x: images (B, I, J, X) when `start` is 0, else tokens (B, T, D).
-          start, stop: stage numbers; half-open; `start == stop` returns `x`.
+          start, stop: stage numbers; `start == stop` returns `x`.
           train: draws stochastic depth and gate noise from `rngs`.
           rngs: one key per stream name; every stage folds its own name into it.
-          record: linen collections to return, see the modules for their content.
+          record: linen collections to return.
 
         Returns:
           Tokens, or logits (B, L) after the last stage; and the collections, one subtree per stage.
@@ -115,13 +113,13 @@ def module_name(stage: int) -> str:
 
 
 def stage_name(stage: int) -> str:
-    """Returns the key of a stage's parameters, `stage_0` for the first."""
+    """The key of a stage's parameters, `stage_0` for the first."""
     return f"stage_{stage}"
 
 
 def locate(block: int, depths: Sequence[int]) -> tuple[int, int]:
-    """Stage of a block of a network, numbered through, and the block's number within the stage;
-    raises IndexError where the network has fewer blocks."""
+    """The stage of a block, counted through the network, and the block's number in it; raises
+    IndexError if the network has fewer blocks."""
     for stage, depth in enumerate(depths):
         if block < depth:
             return stage, block

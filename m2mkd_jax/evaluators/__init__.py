@@ -1,4 +1,4 @@
-"""Evaluators: totals over batches, and how their means are shown. One line of `EVALUATORS` each."""
+"""Evaluators: totals over batches, and how to print their means. One line of `EVALUATORS` each."""
 
 import dataclasses
 import types
@@ -14,7 +14,7 @@ Totals = Callable[
 
 
 def percent(share: float) -> str:
-    """A share of examples, in percent."""
+    """A fraction as a percentage."""
     return f"{100 * share:.1f} %"
 
 
@@ -29,8 +29,8 @@ class Evaluator:
 
     Attributes:
       totals: (logits, labels, mask) -> sums over the batch's examples, by metric. An evaluation
-        divides the sums of all batches by the number of examples.
-      shown: metric -> function that writes its mean in a table.
+        divides the sums over all batches by the number of examples.
+      shown: metric -> function that formats its mean for a table.
     """
 
     totals: Totals
@@ -47,6 +47,6 @@ EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
 
 
 def show(metric: str, mean: float | None) -> str:
-    """The mean of an evaluator's metric as tables have it; "none" where there is no number."""
-    shown = {name: write for one in EVALUATORS.values() for name, write in one.shown.items()}
-    return "none" if mean is None else shown[metric](mean)
+    """The mean of an evaluator's metric, formatted for a table; "none" for None."""
+    formats = {name: write for one in EVALUATORS.values() for name, write in one.shown.items()}
+    return "none" if mean is None else formats[metric](mean)

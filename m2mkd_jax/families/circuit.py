@@ -1,5 +1,5 @@
-"""The training of a whole NAC beside its network: signatures that start from a graph prior,
-regularisers that keep them near it, and a picture of the learned graph."""
+"""Training a whole NAC: signatures initialised from a graph prior, regularisers that keep them near
+it, and a picture of the learned graph."""
 
 import dataclasses
 import functools
@@ -28,11 +28,11 @@ CAPTION = "mediators before and after training: distances, and the graph"
 
 @dataclasses.dataclass(frozen=True)
 class Circuit:
-    """The start of a NAC's latents.
+    """Initial values of a NAC's latents.
 
     Attributes:
-      signatures: first signatures (T, Y) of "input", "mediator" and "output".
-      prior: the graph that the mediators' are fitted to; None where they are drawn.
+      signatures: signatures (T, Y) of "input", "mediator" and "output".
+      prior: the graph that the mediators' are fitted to; None if they are random.
     """
 
     signatures: Mapping[str, np.ndarray]
@@ -40,8 +40,8 @@ class Circuit:
 
 
 def start_circuit(model: NacConfig, seed: int, workdir: epath.Path) -> Circuit:
-    """The signatures that a run starts from, a function of model and seed alone; a prior's fit is
-    kept in `workdir`.
+    """Initial signatures, which depend on model and seed alone; the fit to a prior is cached in
+    `workdir`.
 
     Raises:
       ValueError: when the prior's graph does not fit the mediators.
@@ -63,7 +63,7 @@ def start_circuit(model: NacConfig, seed: int, workdir: epath.Path) -> Circuit:
 
 
 def sketch_circuit(model: NacConfig, seed: int) -> Circuit:
-    """A start of the same shapes, whose mediators are drawn and fitted to no prior."""
+    """Random signatures of the same shapes, without the fit to the prior."""
     return Circuit(draw_signatures(model, seed), None)
 
 
@@ -74,7 +74,7 @@ def check_circuit(model: NacConfig, seed: int) -> None:
 
 
 def draw_signatures(model: NacConfig, seed: int) -> dict[str, np.ndarray]:
-    """Signatures (T, Y) of "input", "mediator" and "output" latents, standard normal numbers."""
+    """Signatures (T, Y) of "input", "mediator" and "output" latents, from a standard normal."""
     key = jax.random.key(seed)
     counts = {"input": model.inputs, "mediator": model.mediators, "output": model.outputs}
     return {
@@ -86,7 +86,7 @@ def draw_signatures(model: NacConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def circuit_init(network: NacNetwork, circuit: Circuit) -> Callable[[jax.Array], Any]:
-    """The network's `init`, whose signatures are the circuit's."""
+    """The network's `init` with the circuit's signatures."""
     return functools.partial(network.init, signatures=circuit.signatures)
 
 
@@ -97,8 +97,8 @@ def circuit_regularizer(
     optim: OptimConfig,
     steps_per_epoch: int,
 ) -> Regularizer:
-    """The weighted sum of the regularisers of `config` on the student's signatures; weights move
-    from epoch to epoch."""
+    """The weighted sum of the regularisers of `config` on the student's signatures; the weights
+    change once per epoch."""
     kernels = [model.propagator(i, drop_path=0.0).kernel for i in range(model.iterations)]
     regularize = make_regularizer(config, circuit.signatures, kernels=kernels)
     epochs = max(optim.total_steps(steps_per_epoch) // steps_per_epoch, 1)
@@ -113,14 +113,7 @@ def draw_circuit(
     model: NacConfig, circuit: Circuit, workdir: epath.Path, optim: OptimConfig
 ) -> None:
     """Writes connectivity.png, the mediators' graph before and after training, unless it exists; a
-    failure is a warning.
-
-    Args:
-      model: config.model.
-      circuit: the start.
-      workdir: of the finished run.
-      optim: config.optim; of a run that kept a running average, that average is drawn.
-    """
+    failure is a warning. Where `optim` keeps a running average of parameters, that is drawn."""
     path = workdir / PICTURE
     if jax.process_index() != 0 or is_picture(path):
         return

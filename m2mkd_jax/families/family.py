@@ -1,4 +1,4 @@
-"""The record of a family: all that the rest of the code needs to know of a kind of network."""
+"""`Family`: everything that the rest of the code needs to know about a kind of network."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -32,14 +32,14 @@ class WholeNetwork(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The surroundings of a network, beside its own section of the config.
+    """Settings that a network needs besides its own section of the config.
 
     Attributes:
       interface: image side, channels and labels.
-      dtype: the precision that it computes in.
+      dtype: precision of computation.
       seed: of the run.
       meta_width: width of the meta model's tokens, which modules are stitched to.
-      meta_tokens: gives the number of these tokens. It is a function, since few networks ask.
+      meta_tokens: returns the number of these tokens; a function, since few networks need it.
     """
 
     interface: Interface
@@ -51,7 +51,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Upcycling:
-    """The start of a network from a dense ViT, as arguments of `common_jax.weights.take`."""
+    """Initialisation of a network from a dense ViT, as arguments of `common_jax.weights.take`."""
 
     origin: Origin
     fresh: tuple[Allowance, ...]
@@ -66,14 +66,13 @@ class Preparation:
 
     Attributes:
       check: (section, seed) -> None; ValueError where `make` would fail.
-      sketch: (section, seed) -> a start of the same shapes as that of `make`, without its work.
-      make: (section, seed, workdir) -> the start of a run, kept in the workdir.
+      sketch: (section, seed) -> values of the same shapes as `make` returns, without its work.
+      make: (section, seed, workdir) -> initial values of a run, cached in the workdir.
       init: (network, start) -> function from a key to all parameters.
-      trainable: section -> regex of the parameters that are updated.
+      trainable: section -> regex of the parameters to update.
       regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a term
         of the loss.
-      draw: (section, start, workdir, config.optim) -> None; draws a picture of the trained
-        network.
+      draw: (section, start, workdir, config.optim) -> None; draws the trained network.
       picture: file name of the picture.
       caption: its caption in the report.
     """
@@ -90,7 +89,7 @@ class Preparation:
 
 
 def _accept(*arguments: Any) -> None:
-    """A check that nothing fails."""
+    """Accepts anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Family:
 
     Attributes:
       config: dataclass of its section. That of a meta model or teacher has `depths` and `width`.
-      roles: sections of the config that it can fill, of "meta", "teacher" and "model".
+      roles: sections of the config that it can fill, among "meta", "teacher" and "model".
       whole: (section, context, stochastic depth) -> the whole network.
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
@@ -110,16 +109,14 @@ class Family:
         table, by a regex of paths below the role.
       left: section -> parameters of the modules that have no place in the whole network.
       fresh: section -> parameters of the whole network that no module has.
-      tokens: (section, interface) -> tokens between two stages. A meta model needs it.
-      leading: section -> fields that say which tokens come before those of the patches between two
+      tokens: (section, interface) -> tokens between two stages; required for a meta model.
+      leading: section -> fields that say which tokens precede those of the patches between two
         stages; {} where its modules take any.
       check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
-      check_noise: (section, config.evaluation.noise) -> None; FieldError where they contradict
-        each other.
-      upcycle: (section, workdir, shapes of its parameters) -> its start from a dense ViT; None
-        where there is no such start.
-      preparation: see `Preparation`; None where there is none.
-      savers: fields of the config that lower its memory per chip.
+      check_noise: (section, config.evaluation.noise) -> None; FieldError where they conflict.
+      upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
+      preparation: see `Preparation`.
+      savers: fields of the config that reduce its memory per chip.
     """
 
     config: type

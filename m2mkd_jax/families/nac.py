@@ -1,4 +1,4 @@
-"""The family of NACs: students of m2mKD that are a graph of latents."""
+"""The family of NACs: m2mKD students that are a graph of latents."""
 
 from common_jax.config import FieldError
 from common_jax.weights import Allowance
@@ -38,16 +38,17 @@ def build_modules(section: NacConfig, context: Context, drop_path: float) -> Net
 
 
 def left(section: NacConfig) -> tuple[Allowance, ...]:
-    """Stitches; and of iterations that share parameters, those of all students but the first."""
-    found = [Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")]
+    """Stitches; where iterations share parameters, also those of all students but the first."""
+    stitches = Allowance(r"student/stage_\d+/(pre|post)_stitch/.*", "stitches are for distillation")
+    allowances = [stitches, *_data_dependent(section)]
     later = "|".join(str(stage) for stage in range(2, section.iterations + 1))
     if section.share_propagators and later:
         reason = "config.model.share_propagators takes the first mediator student alone"
-        found.append(Allowance(rf"student/stage_({later})/(attention|ffn)/.*", reason))
+        allowances.append(Allowance(rf"student/stage_({later})/(attention|ffn)/.*", reason))
     if section.share_ffns and later:
         reason = "config.model.share_ffns takes the MLP of the first mediator student alone"
-        found.append(Allowance(rf"student/stage_({later})/ffn/.*", reason))
-    return (*found, *_of_other_data(section))
+        allowances.append(Allowance(rf"student/stage_({later})/ffn/.*", reason))
+    return tuple(allowances)
 
 
 def fresh(section: NacConfig) -> tuple[Allowance, ...]:
@@ -56,12 +57,12 @@ def fresh(section: NacConfig) -> tuple[Allowance, ...]:
         Allowance(r"student/graph/.*", "latents and seeder are in no student"),
         Allowance(r"student/stage_\d+/attention/bandwidth", "students attend without a kernel"),
         Allowance(r"student/stage_\d+/code_head/.*", "students have no code-conditioned head"),
-        *_of_other_data(section),
+        *_data_dependent(section),
     )
 
 
-def _of_other_data(section: NacConfig) -> tuple[Allowance, ...]:
-    """Parameters that depend on the size of an image and the number of labels."""
+def _data_dependent(section: NacConfig) -> tuple[Allowance, ...]:
+    """Parameters whose shapes depend on the image size or the number of labels."""
     if section.students != "tinyimagenet":
         return ()
     reason = "config.model.students='tinyimagenet'"
@@ -72,11 +73,11 @@ def _of_other_data(section: NacConfig) -> tuple[Allowance, ...]:
 
 
 def check_noise(section: NacConfig, noise: str) -> None:
-    """Raises FieldError where the kernel draws edges in evaluation and nothing may be drawn."""
+    """Raises FieldError where the kernel samples edges but evaluation draws no noise."""
     if section.kernel.evaluation == "sample" and noise == "mean":
         raise FieldError(
             "model.kernel.evaluation='sample' draws edges and evaluation.noise='mean' draws "
-            "nothing: change either"
+            "nothing: change one of them"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sparse upcycling: a V-MoE that starts from a dense ViT."""
+"""Sparse upcycling: a V-MoE initialised from a dense ViT."""
 
 import re
 from collections.abc import Mapping
@@ -28,13 +28,13 @@ FRESH = (
 
 
 def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, Any]) -> Upcycling:
-    """A V-MoE's start from a dense ViT: in every block with experts each of them is the ViT's MLP;
-    router and stitches start from scratch; all other parameters are the ViT's.
+    """Initialises a V-MoE from a dense ViT: every expert is a copy of its block's MLP, router and
+    stitches start from scratch, and all other parameters are the ViT's.
 
     Where a token's gates sum to 1 (router "topk_softmax") and no pair is dropped, the V-MoE then
-    computes the same as the ViT; elsewhere the experts' branch is the MLP's times that sum (sparse
-    upcycling, Komatsuzaki et al. 2022). Blocks are counted through the whole network, so that the
-    two may be cut into other stages.
+    computes the same as the ViT; otherwise the experts' branch is the MLP's times that sum (sparse
+    upcycling, Komatsuzaki et al. 2022). Blocks are counted through the whole network, so the two
+    may be cut into different stages.
 
     Args:
       section: config.model.
@@ -42,7 +42,7 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
       student: shapes of the V-MoE's parameters.
 
     Raises:
-      ValueError: where the source holds no whole ViT, or one of another depth.
+      ValueError: if the source has no whole ViT, or one of another depth.
     """
     shapes, flat = checkpoint.load_shapes(source), traverse_util.flatten_dict(student, sep="/")
     roles = [role for role in ("teacher", "meta") if role in shapes]
@@ -53,7 +53,7 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
         )
     dense = traverse_util.flatten_dict(shapes[roles[0]], sep="/")
     renamed = _rename(dense, section, source)
-    copies = {  # `take` names what does not fit
+    copies = {  # `take` reports parameters whose shapes do not fit
         re.escape(f"student/{path}"): np.broadcast_to
         for name, path in renamed.items()
         if "/moe/" in path and path in flat and flat[path].shape[1:] == dense[name].shape
@@ -64,23 +64,23 @@ def upcycle(section: VMoEConfig, source: epath.PathLike, student: Mapping[str, A
 def _rename(
     dense: Mapping[str, Any], section: VMoEConfig, source: epath.PathLike
 ) -> dict[str, str]:
-    """The path of each of a dense ViT's parameters in the V-MoE."""
+    """The V-MoE's path of each parameter of a dense ViT."""
     blocks = {}
     for name in dense:
         if match := re.match(r"stage_(\d+)/block_(\d+)/", name):
             stage, block = int(match[1]), int(match[2])
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
-    found, depths = tuple(blocks[stage] for stage in sorted(blocks)), section.depths
-    if sum(found) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
+    dense_depths, depths = tuple(blocks[stage] for stage in sorted(blocks)), section.depths
+    if sum(dense_depths) != sum(depths) or sorted(blocks) != list(range(len(blocks))):
         raise ValueError(
-            f"config.init.upcycle={source!r} has stages {sorted(blocks)} of {found} "
-            f"blocks, {sum(found)} in all, and config.model.depths={depths} are {sum(depths)}: "
-            "give a ViT that is whole and as deep"
+            f"config.init.upcycle={source!r} has stages {sorted(blocks)} of {dense_depths} blocks, "
+            f"{sum(dense_depths)} in all, and config.model.depths={depths} are {sum(depths)}: give "
+            "a ViT that is whole and as deep"
         )
     experts, renamed = section.moe_positions(), {}
     for name in dense:
         stage, rest = name.split("/", 1)
-        first = sum(found[: int(stage.removeprefix("stage_"))])
+        first = sum(dense_depths[: int(stage.removeprefix("stage_"))])
         if match := re.match(r"block_(\d+)/(.*)", rest):
             number, rest = first + int(match[1]), match[2]
             stage, block = locate(number, depths)

@@ -12,7 +12,7 @@ HEAD = r"\w+/stage_\d+/head/.*"
 
 
 def build(section: vit.ViTConfig, context: Context, drop_path: float) -> Network:
-    """The whole ViT, which is also its modules, one per stage."""
+    """The whole ViT; its stages are its modules."""
     return vit.build(section, context.interface, dtype=context.dtype, drop_path=drop_path)
 
 

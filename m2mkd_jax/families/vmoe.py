@@ -1,4 +1,4 @@
-"""The family of V-MoEs: students of m2mKD whose experts may start from a dense ViT."""
+"""The family of V-MoEs: m2mKD students whose experts may start from a dense ViT."""
 
 from collections.abc import Mapping
 
@@ -13,12 +13,11 @@ from m2mkd_jax.stages import Network
 
 
 def build_whole(section: VMoEConfig, context: Context, drop_path: float) -> Network:
-    """The whole V-MoE, with stitches between its stages if they are kept."""
-    kept = section.stitches == "kept"
+    """The whole V-MoE, with stitches between stages if `section` keeps them."""
     return vmoe.build(
         section,
         context.interface,
-        stitch_width=context.meta_width if kept else None,
+        stitch_width=context.meta_width if section.stitches == "kept" else None,
         dtype=context.dtype,
         drop_path=drop_path,
     )

@@ -1,4 +1,4 @@
-"""The pre-norm encoder that ViT teachers, meta models and V-MoE students share, cut into stages."""
+"""The pre-norm encoder shared by ViT teachers, meta models and V-MoE students, cut into stages."""
 
 import dataclasses
 import itertools
@@ -22,12 +22,12 @@ from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.stages import Network
 
-STREAMS = ("drop_path", "gate")  # of random numbers that a block may draw from
+STREAMS = ("drop_path", "gate")  # random streams that a block may use
 
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What a network takes and gives: images of `image_size` squared with `channels`, logits over
+    """Input and output of a network: square images with last axis `channels`, logits over
     `labels`."""
 
     image_size: int
@@ -37,9 +37,9 @@ class Interface:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes that all blocks of a network share, and what stands before and after the blocks.
+    """Settings shared by all blocks of a network, and those of its embedding and head.
 
-    `hidden` is the inner width of MLPs and experts; all other fields are those of `vit.ViTConfig`.
+    `hidden` is the inner width of MLPs and experts; the other fields are those of `vit.ViTConfig`.
     """
 
     patch: int
@@ -81,25 +81,24 @@ class EncoderConfig:
 
     @property
     def leading(self) -> int:
-        """Tokens before those of the patches: the class token, then the registers."""
+        """Number of tokens before the patches: the class token, then the registers."""
         return self.class_token + self.registers
 
     @property
     def leading_positions(self) -> int:
-        """Rows of the position table before those of the patches."""
+        """Number of rows of the position table before the patches."""
         return {"all": self.leading, "class": 1, "patches": 0}[self.positions]
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """What differs between blocks.
+    """Settings of a single block.
 
     Attributes:
       drop_path: probability of dropping each branch in training.
       moe: the mixture of experts in place of the MLP; None for a dense block.
-      pre_stitch: width of the tokens that come in, where a stitch brings them to the encoder's
-        width.
-      post_stitch: width of the tokens that leave, where a stitch brings them there.
+      pre_stitch: input width of a stitch before the block; None for no stitch.
+      post_stitch: output width of a stitch after the block; None for no stitch.
     """
 
     drop_path: float = 0.0
@@ -109,10 +108,9 @@ class BlockConfig:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), between stitches where
-    there are any.
+    """x + attention(norm(x)), then x + mlp(norm(x)) or x + moe(norm(x)), between optional stitches.
 
-    Layer scale, where the encoder has it, multiplies each branch by a learned vector, `scale1` and
+    Layer scale, if the encoder has it, multiplies the branches by learned vectors `scale1` and
     `scale2` (D).
     """
 
@@ -124,7 +122,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "B T _"], train: bool, rate: Float[Array, ""] | None = None
     ) -> Float[Array, "B T _"]:
-        """`rate` stands in for `config.drop_path` where it is data of the program."""
+        """`rate` replaces `config.drop_path` in a loop over blocks, where it is traced."""
         encoder, config = self.encoder, self.config
         if config.pre_stitch is not None:
             x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
@@ -164,11 +162,11 @@ class Block(nn.Module):
 
 
 class EncoderStage(nn.Module):
-    """A run of blocks; `embeds` puts patches, leading tokens and positions before it, `classifies`
-    norm, pooling and head after it.
+    """Consecutive blocks; `embeds` adds the embedding before them, `classifies` norm, pooling and
+    head after them.
 
-    Records under `intermediates`: `embedded` (B, T, D), `block` (one (B, T, D) a block),
-    `features` (B, D), or (B, 2 D) of pool "class_and_mean".
+    Records under `intermediates`: `embedded` (B, T, D), `block` (one (B, T, D) per block),
+    `features` (B, D), or (B, 2 D) for pool "class_and_mean".
     """
 
     encoder: EncoderConfig
@@ -194,7 +192,7 @@ class EncoderStage(nn.Module):
         return constrain(logits, "batch", "labels")
 
     def _run_blocks(self, x: Float[Array, "B T _"], train: bool) -> Float[Array, "B T _"]:
-        """One after another; those in a row that are alike as one loop under `scan_layers`."""
+        """Runs the blocks; `scan_layers` runs consecutive blocks that are alike as one loop."""
         loops = self.encoder.scan_layers and not self.is_initializing()
         block = nn.remat(Block, static_argnums=(2,)) if self.encoder.remat else Block
         blocks = [
@@ -216,7 +214,7 @@ class EncoderStage(nn.Module):
         return x
 
     def example(self, batch: int) -> jax.ShapeDtypeStruct:
-        """Images for a stage that embeds, else tokens of the width its first block takes."""
+        """Shape and dtype of the input: images if the stage embeds, else tokens of its width."""
         interface = self.interface
         if self.embeds:
             size = interface.image_size
@@ -225,11 +223,11 @@ class EncoderStage(nn.Module):
         return jax.ShapeDtypeStruct((batch, tokens(self.encoder, interface), width), self.dtype)
 
     def _pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B _"]:
-        """What the head takes: tokens pooled to a vector, and normed before or after that."""
+        """The input of the head: tokens pooled to a vector, and normed before or after pooling."""
         encoder = self.encoder
         expected = tokens(encoder, self.interface)
         if encoder.pool != "class" and encoder.leading and x.shape[1] != expected:
-            # Of tokens of another network it would leave out other ones than these.
+            # Another network's tokens may have other leading tokens to leave out.
             raise ValueError(
                 f"pool={encoder.pool!r} tells {encoder.leading} leading tokens from "
                 f"{expected - encoder.leading} patches, and {x.shape[1]} tokens came: config.meta, "
@@ -237,7 +235,7 @@ class EncoderStage(nn.Module):
             )
         norm = layer_norm(encoder, self.dtype, "norm")
         if encoder.pool == "class" or encoder.norm_after_pool:
-            # The class token is the same normed alone, which saves the norms of all others.
+            # Only the class token is read, so the norms of all others are saved.
             return norm(self._pool_tokens(x))
         return self._pool_tokens(norm(x))
 
@@ -260,37 +258,35 @@ class EncoderStage(nn.Module):
         if images.shape != expected:
             raise ValueError(
                 f"images of shape {images.shape} came where the model takes {expected}; check "
-                "config.data.image_size "
-                "and config.data.channels"
+                "config.data.image_size and config.data.channels"
             )
         encoder, width = self.encoder, self.encoder.width
         patches = PatchEmbedding(
             encoder.patch, width, self.dtype, encoder.patch_bias, name="patches"
         )(images)
-        # Initial values depend on the order in which parameters are asked for: registers come last.
+        # Initial values depend on the order in which parameters are made: registers come last.
         leading = [self.param("cls_token", INIT, (1, 1, width))] if encoder.class_token else []
         rows = encoder.leading_positions + patches.shape[1]
         positions = self.param("pos_embed", INIT, (1, rows, width))
         if encoder.registers:
             leading.append(self.param("register_tokens", INIT, (1, encoder.registers, width)))
-        repeated = (
+        batched = (
             jnp.broadcast_to(token, (images.shape[0], *token.shape[1:])).astype(patches.dtype)
             for token in leading
         )
-        x = jnp.concatenate([*repeated, patches], axis=1)
-        x = x + self._place(jnp.asarray(positions)).astype(patches.dtype)
+        x = jnp.concatenate([*batched, patches], axis=1)
+        x = x + self._pad_positions(jnp.asarray(positions)).astype(patches.dtype)
         if encoder.norm_pre:
             x = layer_norm(encoder, self.dtype, "norm_pre")(x)
         return constrain(x, "batch", "tokens", "width")
 
-    def _place(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:
-        """The position table with a row for every token, 0 for those that have none in it."""
-        placed = self.encoder.leading_positions
-        without = self.encoder.leading - placed
-        if not without:
+    def _pad_positions(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:
+        """The position table with a row of zeros for every leading token that has no position."""
+        start, stop = self.encoder.leading_positions, self.encoder.leading
+        if start == stop:
             return positions
-        zeros = jnp.zeros((1, without, positions.shape[-1]), positions.dtype)
-        return jnp.concatenate([positions[:, :placed], zeros, positions[:, placed:]], axis=1)
+        zeros = jnp.zeros((1, stop - start, positions.shape[-1]), positions.dtype)
+        return jnp.concatenate([positions[:, :start], zeros, positions[:, start:]], axis=1)
 
 
 def build(
@@ -303,8 +299,8 @@ def build(
     classifies.
 
     Raises:
-      FieldError: for a stage without blocks, an image side that does not split into patches, or
-        experts where the activation is not theirs.
+      FieldError: for a stage without blocks, an image side that is not a multiple of the patch, or
+        experts with another activation than theirs.
     """
     if interface.image_size % encoder.patch:
         raise FieldError(
@@ -327,19 +323,13 @@ def build(
 
 
 def ramp_drop_path(network: Network, rate: float) -> Network:
-    """The network with stochastic depth rising linearly from 0 at its first block to `rate` at its
-    last."""
-    depth = sum(len(stage.blocks) for stage in network.stages)
-    rates = iter(drop_path_rates(rate, depth))
+    """The network with stochastic depth that rises linearly from 0 at its first block to `rate` at
+    its last."""
+    rates = iter(drop_path_rates(rate, sum(len(stage.blocks) for stage in network.stages)))
     stages = []
     for stage in network.stages:
-        blocks = tuple(
-            dataclasses.replace(block, drop_path=next_rate)
-            for block, next_rate in zip(
-                stage.blocks, itertools.islice(rates, len(stage.blocks)), strict=True
-            )
-        )
-        stages.append(stage.clone(blocks=blocks))
+        blocks = (dataclasses.replace(block, drop_path=next(rates)) for block in stage.blocks)
+        stages.append(stage.clone(blocks=tuple(blocks)))
     return Network(tuple(stages))
 
 
@@ -349,21 +339,19 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def drop_path(
-    branch: Float[Array, "B T D"],
-    uniform: Float[Array, "B 1 1"],
-    rate: float | Float[Array, ""],
+    branch: Float[Array, "B T D"], uniform: Float[Array, "B 1 1"], rate: float | Float[Array, ""]
 ) -> Float[Array, "B T D"]:
-    """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) a
-    sample."""
+    """Stochastic depth: branch / keep * floor(keep + u), keep = 1 - rate, u uniform in [0, 1) per
+    example."""
     keep = 1.0 - rate
     return branch / jnp.asarray(keep, branch.dtype) * jnp.floor(keep + uniform).astype(branch.dtype)
 
 
 def tokens(encoder: EncoderConfig, interface: Interface) -> int:
-    """How many tokens a network's blocks take: class token, registers and patches."""
+    """Number of tokens in a network's blocks: class token, registers and patches."""
     return encoder.leading + (interface.image_size // encoder.patch) ** 2
 
 
 def layer_norm(encoder: EncoderConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """The encoder's LayerNorm; its statistics are in float32, and two-pass, whatever `dtype` is."""
+    """The encoder's LayerNorm, with two-pass statistics in float32 for any `dtype`."""
     return nn.LayerNorm(encoder.norm_eps, use_fast_variance=False, dtype=dtype, name=name)

@@ -1,4 +1,4 @@
-"""From a ViT's tokens to the features that its head classifies."""
+"""Pooling of a ViT's tokens to the features that its head classifies."""
 
 import types
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Pool = Callable[[Float[Array, "B T D"], Float[Array, "B S D"]], Float[Array, "B 
 
 ATTENTION = "attention"
 
-# Of all tokens, the class token first where there is one, and of the patches' alone.
+# Functions of all tokens, of which the first is the class token if there is one, and of patches.
 POOLS: Mapping[str, Pool] = types.MappingProxyType(
     {
         "class": lambda tokens, patches: tokens[:, 0],
@@ -30,7 +30,8 @@ POOLS: Mapping[str, Pool] = types.MappingProxyType(
 
 
 class AttentionPool(nn.Module):
-    """y + mlp(norm(y)), where y is what one learned query, the probe, attends to (SigLIP's head).
+    """y + mlp(norm(y)), where y is the attention output of one learned query, the probe (SigLIP's
+    head).
 
     Parameters: `probe` (1, 1, D), `attention` (see `ProbeAttention`), `norm`, `mlp`.
     """
@@ -52,11 +53,11 @@ class AttentionPool(nn.Module):
 
 
 class ProbeAttention(nn.Module):
-    """softmax(q k^T / sqrt(K)) v with q of the probe, k and v of the tokens; heads concatenated and
-    projected.
+    """softmax(q k^T / sqrt(K)) v with q from the probe, k and v from the tokens; heads concatenated
+    and projected.
 
     Parameters: `query/kernel` (D, H, K), `key_value/kernel` (D, 2, H, K), `out/kernel` (H, K, D),
-      each with a bias, whether the blocks' projections have one or not.
+      each with a bias, even if the blocks' projections have none.
     """
 
     heads: int
@@ -71,7 +72,7 @@ class ProbeAttention(nn.Module):
         query = self._project(heads, "query")(probe)
         key_value = self._project((2, *heads), "key_value")(tokens)
         key, value = key_value[:, :, 0], key_value[:, :, 1]
-        # The probe's query is the same for all examples, and projected once.
+        # The probe is the same for all examples, so it is projected once.
         query = jnp.broadcast_to(query, (tokens.shape[0], *query.shape[1:]))
         attended = jax.nn.dot_product_attention(query, key, value)
         return self._project(width, "out", axis=(-2, -1))(attended)

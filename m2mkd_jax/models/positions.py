@@ -1,33 +1,32 @@
-"""Position tables of a checkpoint, resized to another grid of patches."""
+"""Resizing position tables to another grid of patches."""
 
-import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
 
-CUBIC = -0.75  # the cubic convolution's free coefficient; jax.image.resize has -0.5 and antialiases
+CUBIC = -0.75  # coefficient of the cubic convolution; jax.image.resize has -0.5 and antialiases
 
 
 def resize_positions(
     table: Float[np.ndarray, "1 T D"], rows: int, leading: int = 1
 ) -> Float[np.ndarray, "1 T2 D"]:
-    """The table of `rows` rows: the leading ones kept, the square grid of the patches W P W^T.
+    """Resizes a table to `rows` rows: leading rows unchanged, the square grid of patches W P W^T.
 
     Cubic convolution with half-pixel centres, taps outside clamped to the border, no antialiasing
     and no renormalisation, as the original's framework resizes (m2mKD, loading of position
     tables). So do DINOv2 without registers and SigLIP; timm, and DINOv2 with registers, smooth
-    where they shrink.
+    when downsizing.
 
     Args:
       table: positions of tokens.
-      rows: of the table that is asked for, the leading ones among them.
-      leading: rows before those of the patches, see `EncoderConfig.leading_positions`. The number
-        of rows does not tell them: 201 are 5 + 14^2 or 32 + 13^2.
+      rows: of the result, leading rows included.
+      leading: rows before the patches, see `EncoderConfig.leading_positions`. The number of rows
+        does not determine them: 201 is 5 + 14^2 and 32 + 13^2.
 
     Raises:
-      ValueError: when one of the two grids is not a square.
+      ValueError: when one of the two grids is not square.
     """
     old, new = (_side(count - leading, leading) for count in (table.shape[1], rows))
     weights = resize_weights(old, new)
@@ -37,17 +36,12 @@ def resize_positions(
 
 
 def resizer(leading: int) -> Callable[[np.ndarray, tuple[int, ...]], np.ndarray]:
-    """A function of a table and the shape that it must have, for `common_jax.weights.take`."""
-    return functools.partial(_resize_to, leading)
-
-
-def _resize_to(leading: int, table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return resize_positions(table, shape[1], leading)
+    """A function that resizes a table to a shape, for `common_jax.weights.take`."""
+    return lambda table, shape: resize_positions(table, shape[1], leading)
 
 
 def resize_weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
-    """Row i holds the weights of the `old` places in place i of `new`; equal sizes give the
-    identity."""
+    """W, whose row i has the weight of each of `old` places in place i; the identity if equal."""
     weights = np.zeros((new, old))
     for i in range(new):
         centre = (i + 0.5) * old / new - 0.5

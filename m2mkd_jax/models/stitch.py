@@ -1,4 +1,4 @@
-"""Stitch layers: between the width of a student and the width of the meta model."""
+"""Stitch layers between the width of a student and that of the meta model."""
 
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -6,12 +6,11 @@ from jaxtyping import Array, Float
 
 from common_jax.nn.mlp import INIT
 
-NORM_EPS = 1e-5  # not the encoder's: the original leaves its framework's default here
+NORM_EPS = 1e-5  # not the encoder's: the original has its framework's default here
 
 
 class Stitch(nn.Module):
-    """linear(norm(x)), no residual: replaces tokens of the width that comes in by tokens of
-    `width`."""
+    """linear(norm(x)) to `width`, without residual."""
 
     width: int
     dtype: DTypeLike

@@ -1,5 +1,5 @@
-"""ViT, DeiT and what pretrained ViTs have since, whole or in stages: teachers, meta models and the
-trunk of V-MoE."""
+"""ViT, DeiT and the variants of pretrained ViTs, in stages: teachers, meta models and the trunk of
+V-MoE."""
 
 import dataclasses
 import types
@@ -20,22 +20,20 @@ from m2mkd_jax.stages import Network
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(Section):
-    """What a ViT is; the image side, the channels and the labels are the data's.
-
-    The tokens are the class token, the registers and the patches, in this order.
+    """Architecture of a ViT. Its tokens are the class token, the registers and the patches.
 
     Attributes:
       patch: side of a patch in pixels.
       width: width D of a token.
       heads: attention heads.
       mlp_ratio: hidden width of the MLP over D.
-      qkv_bias: whether queries, keys and values have a bias (ViT-Small and ViT-Huge of the
-        original do not).
+      qkv_bias: whether queries, keys and values have a bias (not in the original's ViT-Small and
+        ViT-Huge).
       norm_eps: epsilon of every LayerNorm of the encoder.
       activation: of the MLPs, a key of `ACTIVATIONS`.
       layer_scale: initial value of the vectors that multiply each block's branches; None for none.
-      patch_bias: whether the patch embedding has a bias (CLIP's does not).
-      class_token: whether there is one (SigLIP has none).
+      patch_bias: whether the patch embedding has a bias (not in CLIP).
+      class_token: whether there is a class token (not in SigLIP).
       registers: learned tokens that no head reads (DINOv2 with registers has 4). They decay unless
         config.optim.no_decay names them, as in `.*/(pos_embed|cls_token|register_tokens)`.
       positions: which tokens have a position: "all", "class" (the class token and the patches) or
@@ -43,12 +41,12 @@ class ViTConfig(Section):
       norm_pre: a LayerNorm before the first block (CLIP).
       pool: what the head reads: the "class" token, the "mean" of the patches, "class_and_mean" side
         by side (DINOv2's linear classifier), or "attention" (SigLIP, see `pooling.AttentionPool`).
-      norm_after_pool: whether the last LayerNorm is applied to the pooled vector and not to the
-        tokens (timm's fc_norm).
+      norm_after_pool: applies the last LayerNorm to the pooled vector instead of the tokens (timm's
+        fc_norm).
       depths: blocks in each stage.
       remat: recomputes each block in the backward pass instead of keeping its activations.
-      scan_layers: runs blocks of a stage that are alike as one loop, which takes less time to
-        compile; random draws are others than without.
+      scan_layers: runs a stage's blocks that are alike as one loop, which compiles faster; random
+        draws differ.
     """
 
     patch: Size = 16
@@ -79,7 +77,7 @@ class ViTConfig(Section):
 
     @property
     def encoder(self) -> encoder.EncoderConfig:
-        """What all blocks share, and what stands before and after them."""
+        """Settings shared by all stages."""
         return encoder.EncoderConfig(
             patch=self.patch,
             width=self.width,
@@ -115,7 +113,7 @@ _SIGLIP = {"class_token": False, "pool": "attention"}
 _SIGLIP_TANH = _SIGLIP | {"activation": "gelu_tanh"}
 _SO400M = {"width": 1152, "heads": 16, "mlp_ratio": 3.7362}
 
-# Image side, usual depth, and the sizes that differ from the defaults of the config.
+# Image side, usual depth, and the settings that differ from the config's defaults.
 Variant = tuple[int, int, Mapping[str, Any]]
 
 VARIANTS = types.MappingProxyType(
@@ -171,21 +169,16 @@ PRETRAINED = types.MappingProxyType(
 
 
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[ViTConfig, int]:
-    """The sizes of a published ViT and its image side.
+    """The config of a published ViT, with `name` in `VARIANTS` or `PRETRAINED`, and its image side.
 
-    Args:
-      name: a key of `VARIANTS` or `PRETRAINED`.
-      depths: blocks a stage; by default the usual depth in one stage.
-
-    Raises:
-      ValueError: for a name that is not there.
+    `depths` is by default the usual depth in one stage. Raises ValueError for an unknown name.
     """
     image_size, depth, sizes = choose(VARIANTS | PRETRAINED, name)
     return ViTConfig(depths=depths or (depth,), **sizes), image_size
 
 
 def choose(variants: Mapping[str, Variant], name: str) -> Variant:
-    """The entry of a table of variants; raises ValueError with its names for another."""
+    """The variant `name`; raises ValueError, listing all names, for an unknown one."""
     if name not in variants:
         raise ValueError(f"variant {name!r} is not one of {sorted(variants)}")
     return variants[name]
@@ -198,18 +191,14 @@ def build(
     dtype: DTypeLike = jnp.float32,
     drop_path: float = 0.0,
 ) -> Network:
-    """The ViT of `config`, one stage an entry of `config.depths`; stochastic depth ramps to
-    `drop_path`.
-
-    Raises:
-      ValueError: for a depth below 1 or an image side that does not split into patches.
-    """
+    """The ViT of `config`, one stage per entry of `config.depths`; stochastic depth ramps to
+    `drop_path`. Raises as `encoder.build`."""
     stages = ((encoder.BlockConfig(),) * depth for depth in config.depths)
     network = encoder.build(config.encoder, interface, stages, dtype)
     return encoder.ramp_drop_path(network, drop_path)
 
 
-# Big matrices are split over fsdp along the width; the rest is small and held whole.
+# Large matrices are split over fsdp along the width; the rest is small and replicated.
 PARTITION_RULES = (
     (r"/patches/kernel$", P(None, "fsdp")),
     (r"/attention/(qkv|query|key_value)/kernel$", P("fsdp")),

@@ -1,5 +1,4 @@
-"""V-MoE: a ViT some of whose MLPs are mixtures of experts, whole or as students of single
-modules."""
+"""V-MoE: a ViT some of whose MLPs are mixtures of experts, whole or cut into students."""
 
 import dataclasses
 import re
@@ -19,13 +18,13 @@ from m2mkd_jax.stages import Network, Place
 
 @dataclasses.dataclass(frozen=True)
 class VMoEConfig(vit.ViTConfig):
-    """Sizes of a V-MoE.
+    """Architecture of a V-MoE.
 
     Attributes:
       kind: "vmoe".
       moe: the mixture of experts, the same in every block that has one.
-      moe_blocks: which blocks have one: "all", "every_2" (the last of every two), "last_2" (the
-        last two, and so on), "none", or block numbers of the whole network such as "1,3".
+      moe_blocks: blocks with experts: "all", "every_2" (the last of every two), "last_2" (the last
+        two), "none", or block numbers in the whole network such as "1,3".
       stitches: "dropped" when modules are assembled, as published, or "kept" between the stages.
     """
 
@@ -39,8 +38,7 @@ class VMoEConfig(vit.ViTConfig):
         self.moe_positions()
 
     def moe_positions(self) -> frozenset[int]:
-        """The numbers of the blocks with experts; raises FieldError where `moe_blocks` is not
-        understood."""
+        """The numbers of the blocks with experts; raises FieldError for an invalid `moe_blocks`."""
         return moe_positions(self.moe_blocks, sum(self.depths))
 
 
@@ -56,7 +54,7 @@ VARIANTS = types.MappingProxyType(
 
 
 def variant(name: str, depths: tuple[int, ...] | None = None) -> tuple[VMoEConfig, int]:
-    """The sizes of a published V-MoE and its image side, as `vit.variant`."""
+    """The config of a published V-MoE and its image side, as `vit.variant`."""
     image_size, depth, sizes = vit.choose(VARIANTS, name)
     return VMoEConfig(depths=depths or (depth,), **sizes), image_size
 
@@ -71,12 +69,8 @@ def build(
 ) -> Network:
     """The whole V-MoE of `config`.
 
-    Args:
-      config: its sizes.
-      interface: image side, channels and labels.
-      stitch_width: width of the tokens between stages where the stitches are kept; None drops them.
-      dtype: what it computes in.
-      drop_path: stochastic depth of the last block, to which it ramps from the first.
+    `stitch_width` is the width of the tokens between stitches; None drops the stitches. Stochastic
+    depth ramps to `drop_path` at the last block.
     """
     stages = _stage_blocks(config, stitch_width)
     return encoder.ramp_drop_path(
@@ -94,9 +88,9 @@ def build_students(
 ) -> Network:
     """The V-MoE cut into students: stage k is student k, with stitches to and from `meta_width`.
 
-    The students are one network whose stages are trained apart: the first takes images, the others
-    tokens of the meta model; all but the last give tokens of the meta model. Stochastic depth ramps
-    from 0 in every student.
+    The students are trained separately: the first takes images, the others tokens of the meta
+    model; all but the last output tokens of the meta model. Stochastic depth ramps from 0 in every
+    student.
     """
     students = build(config, interface, stitch_width=meta_width, dtype=dtype)
     ramped = (encoder.ramp_drop_path(Network((stage,)), drop_path) for stage in students.stages)
@@ -104,15 +98,15 @@ def build_students(
 
 
 def moe_positions(blocks: str, depth: int) -> frozenset[int]:
-    """Block numbers that `VMoEConfig.moe_blocks` means in a network of `depth` blocks.
+    """The block numbers that `VMoEConfig.moe_blocks` names in a network of `depth` blocks.
 
     Raises:
-      FieldError: for a text that is not understood or a number outside 0..depth-1.
+      FieldError: for an invalid text or a number outside 0..depth-1.
     """
     if blocks in ("all", "none"):
         return frozenset(range(depth) if blocks == "all" else ())
-    if placed := re.fullmatch(r"(every|last)_([1-9][0-9]{0,8})", blocks):
-        return frozenset(_PLACEMENTS[placed[1]](depth, int(placed[2])))
+    if match := re.fullmatch(r"(every|last)_([1-9][0-9]{0,8})", blocks):
+        return frozenset(_PLACEMENTS[match[1]](depth, int(match[2])))
     if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", blocks):
         raise FieldError(
             f"moe_blocks={shown(blocks)} must be 'all', 'none', 'every_N' or 'last_N' with N of at "
@@ -154,7 +148,7 @@ def _stage_blocks(
 
 
 # Experts are split over the expert axis, and each of their matrices over fsdp along the width.
-# Whatever a router has is small, and every device needs it whole for its own tokens.
+# Router parameters are small, and every device needs all of them for its own tokens.
 PARTITION_RULES = (
     (r"/moe/up$", P("expert", "fsdp")),
     (r"/moe/down$", P("expert", None, "fsdp")),

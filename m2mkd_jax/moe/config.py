@@ -1,4 +1,4 @@
-"""The choices of a mixture-of-experts layer, and the tables that its fields name."""
+"""The config of a mixture-of-experts layer, and the tables that its fields name."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ROUTERS: dict[str, Router] = {
 }
 
 # Bound of the uniform initial expert matrices, from (d_in, d_out). fastmoe applies the He rule to a
-# three-dimensional tensor, whose fan-in comes out as d_in * d_out; fan_in is a linear layer's rule.
+# three-dimensional tensor, whose fan-in becomes d_in * d_out; fan_in is the rule of a linear layer.
 EXPERT_INITS = MappingProxyType(
     {
         "fastmoe": lambda d_in, d_out: 1 / math.sqrt(d_in * d_out),
@@ -48,20 +48,19 @@ class BalanceConfig(Section):
 
 @dataclass(frozen=True)
 class MoeConfig(PairsConfig, SoftConfig):
-    """The choices of a mixture-of-experts layer; the defaults are the m2mKD students' (fastmoe).
+    """The config of a mixture-of-experts layer; the defaults are the m2mKD students' (fastmoe).
 
-    experts, chosen: E and A. Where experts choose, `chosen` is the mean number per token.
+    experts, chosen: E and A. If experts choose, `chosen` is the mean number per token.
     router: see `ROUTERS`.
-    order, noise_std: see routers.py; the noise is drawn in training by softmax_topk.
+    order, noise_std: see routers.py; softmax_topk adds the noise in training.
     dispatch: see `DISPATCHERS`.
-    capacity_factor: slots of an expert = capacity_factor * (tokens of a group) * A / E, rounded up.
-    groups: routing groups of a batch, for capacity and expert_choice; a whole number of groups per
-        device. Token choice without drops has no use for groups.
+    capacity_factor: slots per expert = capacity_factor * (tokens per group) * A / E, rounded up.
+    groups: routing groups per batch, for capacity and expert_choice; a multiple of the devices.
+        Token choice without drops ignores groups.
     router_bias: whether the gate has a bias (fastmoe: yes, V-MoE: no).
-    slots_per_expert: slots of an expert in each example, for soft; None for one per token in all.
+    slots_per_expert: slots per expert and example, for soft; None for one per token over all
+        experts.
     expert_init: see `EXPERT_INITS`.
-
-    Raises FieldError for a value out of range or unknown.
     """
 
     router: Annotated[str, key_of(lambda: ROUTERS)] = "topk_softmax"
@@ -87,12 +86,12 @@ class MoeConfig(PairsConfig, SoftConfig):
 
     @property
     def grouped(self) -> bool:
-        """Whether the tokens of a group compete, so that it matters what a group is."""
+        """True if the tokens of a group compete, so that results depend on the grouping."""
         return ROUTERS[self.router].grouped(self)
 
     @property
     def noisy(self) -> bool:
-        """Whether training draws noise for the gate."""
+        """True if training adds noise to the gate."""
         return ROUTERS[self.router].noisy(self)
 
     def _refuse_fields_of_other_routers(self) -> None:
@@ -114,12 +113,9 @@ def _require(holds: bool, key: str, value: object, expected: str, way_out: str) 
 
 
 def check_moe(config: MoeConfig, mesh_shape: Mapping[str, int], batch: int) -> None:
-    """Raises ValueError if the layer cannot run for this batch on this mesh; nothing is compiled.
+    """Raises ValueError if the layer cannot run for this global batch on this mesh.
 
-    Args:
-      config: of the layer.
-      mesh_shape: sizes by axis name; an axis that is not named has size 1.
-      batch: examples in the global batch.
+    `mesh_shape` has sizes by axis name; a missing axis has size 1.
     """
     expert_axis = mesh_shape.get("expert", 1)
     devices = math.prod(mesh_shape.get(axis, 1) for axis in AXES)

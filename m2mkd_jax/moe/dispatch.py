@@ -1,16 +1,15 @@
 """Moving tokens to their experts and back: y = sum over a token's pairs of weight * expert(token).
 
-Two ways for pairs. `dropless` serves every pair; `capacity` gives every expert a fixed number of
-slots per group and drops the pairs that find none, as V-MoE does. Which pairs there are, and in
-which order they are served, is the routers' matter. `serve_slots` does the work of any router whose
-experts have slots.
+There are two dispatchers of pairs. `dropless` serves every pair; `capacity` gives every expert a
+fixed number of slots per group and drops the pairs that find none, as V-MoE does. Routers choose
+the pairs and their order. `serve_slots` serves any router whose experts have slots.
 
-The mesh is the one that `jax.set_mesh` set: axes data, fsdp and expert, all Auto. The groups are
-split over all three, the experts over `expert`; without a mesh everything is local. On any mesh the
-results are those of the local computation, up to rounding.
+The mesh is that of `jax.set_mesh`: axes data, fsdp and expert, all Auto. The groups are split over
+all three, the experts over `expert`; without a mesh everything is local. On any mesh the results
+are those of the local computation, up to rounding.
 
-Axes: G groups, N tokens of a group, P pairs of a group, E experts, C slots of an expert in a group,
-R = G C rows of an expert, D width, F hidden.
+Axes: G groups, N tokens per group, P pairs per group, E experts, C slots per expert and group,
+R = G C rows per expert, D width, F hidden.
 """
 
 from collections.abc import Callable
@@ -31,15 +30,15 @@ from m2mkd_jax.moe.routers import Routes, rank_in_expert
 def dropless(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, slots: int
 ) -> tuple[Float[Array, "G N D"], Float[Array, ""]]:
-    """Every pair is served: returns y and the dropped share, 0. `slots` is not read.
+    """Serves every pair; returns y and the dropped share, 0. `slots` is ignored.
 
     With e devices on the expert axis the tokens are gathered over it, every device computes the
-    pairs of its own experts (and only those), and the partial sums are reduced and scattered back.
-    Sending each token only where it belongs would save nothing. Let a device have n = G N / e
-    tokens. Shapes are static, and all n tokens of a device may choose experts of the same peer, so
-    an all-to-all that drops none has room for n rows per peer: every device sends (e - 1) n rows
-    and receives as many. The all-gather receives (e - 1) n rows per device too. On the way back the
-    reduce-scatter sends (e - 1) n rows per device, and so does the padded all-to-all.
+    pairs of its own experts, and the partial sums are reduced and scattered back. Sending each
+    token only where it belongs would save nothing. Let a device have n = G N / e tokens. Shapes are
+    static, and all n tokens of a device may choose experts of the same peer, so an all-to-all that
+    drops none has room for n rows per peer: every device sends and receives (e - 1) n rows. The
+    all-gather receives (e - 1) n rows per device too. On the way back both the reduce-scatter and
+    the padded all-to-all send (e - 1) n rows per device.
     """
     del slots
     y = over_mesh(_dropless_local, x, routes, experts)
@@ -51,8 +50,8 @@ def capacity(
 ) -> tuple[Float[Array, "G N D"], Float[Array, ""]]:
     """Each expert serves the first `slots` pairs of each group; returns y and the dropped share.
 
-    Tokens are brought to slots and back by index (no one-hot products), and over the expert axis by
-    an all-to-all each way: G E C rows per device.
+    Tokens move to slots and back by index (no one-hot products), and over the expert axis by an
+    all-to-all each way: G E C rows per device.
     """
     y, dropped = over_mesh(partial(_capacity_local, slots=slots), x, routes, experts)
     return y, jnp.mean(dropped)
@@ -61,7 +60,7 @@ def capacity(
 class Dispatcher(NamedTuple):
     """An entry of `DISPATCHERS`.
 
-    run: from tokens, routes, experts and the slots of an expert to y and the dropped share.
+    run: (tokens, routes, experts, slots per expert) -> y and the dropped share.
     grouped: whether the tokens of a group compete for slots.
     """
 
@@ -78,31 +77,31 @@ DISPATCHERS: dict[str, Dispatcher] = {
 
 @runtime_checkable
 class Slots(Protocol):
-    """The slots of all experts on one device's groups: dispatch fills them, combine reads them."""
+    """The slots of all experts for one device's groups: dispatch fills them, combine reads them."""
 
     def dispatch(self, x: Float[Array, "G N D"]) -> Float[Array, "E R D"]:
-        """The rows that the experts compute, in the order of groups."""
+        """The experts' input rows, in the order of groups."""
         ...
 
     def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
-        """Each token's sum of answers, in float32 at least."""
+        """Each token's weighted sum of expert outputs, in float32 at least."""
         ...
 
 
 def serve_slots(
     x: Float[Array, "G N D"], slots: Slots, experts: Experts, *, peers: int
 ) -> Float[Array, "G N D"]:
-    """combine(expert(dispatch(x))) for one device's groups; to be run by `over_mesh`.
+    """combine(expert(dispatch(x))) for one device's groups, run by `over_mesh`.
 
     Args:
-      x: its tokens.
-      slots: of all experts, on these groups.
-      experts: its own experts.
+      x: tokens of the device.
+      slots: of all experts, for these groups.
+      experts: those of the device.
       peers: devices on the expert axis.
     """
     rows = slots.dispatch(x)
     # A device has its own groups' rows of all experts, and needs its own experts' rows of all
-    # groups: the all-to-all trades one for the other, and its inverse brings the answers back.
+    # groups: the all-to-all trades one for the other, and its inverse returns the outputs.
     if peers > 1:
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
     hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
@@ -116,9 +115,9 @@ def serve_slots(
 def over_mesh(
     local: Callable[..., Any], x: Float[Array, "G N D"], routing: Any, experts: Experts
 ) -> Any:
-    """Runs `local(x, routing, experts, peers=size of the expert axis)` on every device's share.
+    """Runs `local(x, routing, experts, peers=size of the expert axis)` on every device's shard.
 
-    The leaves of `routing`, and what `local` returns, must have the groups as their first axis.
+    The leaves of `routing` and the results of `local` have the groups as their first axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -129,8 +128,8 @@ def over_mesh(
             "axes of size 1 cost nothing"
         )
     groups = PartitionSpec(AXES)
-    # check_vma off: it would ask for a cast around every constant in the hand-written backward
-    # pass. What it guards, gradients summed over the right axes, is tested against no mesh.
+    # check_vma would require a cast around every constant in the hand-written backward pass. Tests
+    # against no mesh check what it guards: gradients summed over the right axes.
     return jax.shard_map(
         partial(local, peers=mesh.shape["expert"]),
         in_specs=(groups, groups, PartitionSpec("expert")),
@@ -142,36 +141,36 @@ def over_mesh(
 def _dropless_local(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, *, peers: int
 ) -> Float[Array, "G N D"]:
-    mine = experts.up.shape[0]
+    local_experts = experts.up.shape[0]
     expert = routes.expert
     if peers > 1:
         x, routes = jax.lax.all_gather((x, routes), "expert", tiled=True)
-        # Counted from this device's first expert, so that pairs of other devices fall outside
-        # 0..mine-1, get no row, and cost nothing here.
-        expert = routes.expert - mine * jax.lax.axis_index("expert")
+        # Counted from this device's first expert, so that pairs of other devices are out of range,
+        # get no row, and cost nothing here.
+        expert = routes.expert - local_experts * jax.lax.axis_index("expert")
     groups, tokens, width = x.shape
     token = (routes.token + tokens * jnp.arange(groups, dtype=jnp.int32)[:, None]).reshape(-1)
     rows = arrange(
         token,
         expert.reshape(-1),
         tokens=groups * tokens,
-        experts=mine,
-        # By the mean over all experts: which pairs are this device's is known only at run time.
-        block=block_size(token.shape[0], mine * peers),
+        experts=local_experts,
+        # From the mean over all experts: this device's own pairs are known only at run time.
+        block=block_size(token.shape[0], local_experts * peers),
     )
     y = grouped_mlp(x.reshape(-1, width), routes.weight.reshape(-1), experts, rows)
     y = y.reshape(x.shape)
     if peers > 1:
-        # Every peer has a part of every token's sum: the sums are made where the tokens live.
+        # Every peer has a part of every token's sum; sum them where the tokens are.
         y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
     return y
 
 
 class PairSlots(NamedTuple):
-    """Slots that take one pair each, or none, in the order expert, group, slot.
+    """Slots of at most one pair each, in the order expert, group, slot.
 
-    token: `[E*G*C]` int32, among the tokens of all groups; beyond the last where there is no pair.
-    weight: `[E*G*C]`, of the answer; 0 where there is no pair.
+    token: `[E*G*C]` int32, among the tokens of all groups; beyond the last for an empty slot.
+    weight: `[E*G*C]`, of the output; 0 for an empty slot.
     groups, tokens, experts: G, N and E.
     """
 
@@ -188,7 +187,7 @@ class PairSlots(NamedTuple):
 
     def combine(self, answers: Float[Array, "E R D"]) -> Float[Array, "G N D"]:
         width = answers.shape[-1]
-        # A token's answers are added one to another, and in bfloat16 256 + 1 is 256.
+        # A token's outputs are summed, and in bfloat16 256 + 1 is 256.
         wide = jnp.promote_types(answers.dtype, jnp.float32)
         weighted = (self.weight[:, None] * answers.reshape(-1, width)).astype(wide)
         y = jnp.zeros((self.groups * self.tokens, width), wide)
@@ -210,13 +209,13 @@ def _capacity_local(
     slot = jnp.where(rank < slots, slot, count * groups * slots).reshape(-1)
     token = (group * tokens + routes.token).reshape(-1)
     pairs = jnp.arange(token.shape[0], dtype=jnp.int32)
-    # Slots look up their pair, not pairs their slot: gathering rows is cheaper than scattering
-    # them. An empty slot points beyond the last token and pair: it reads zeros, writes nothing.
+    # Slots look up their pair, since gathering rows is cheaper than scattering them. An empty slot
+    # points beyond the last token and pair: it reads zeros and writes nothing.
     empty = jnp.zeros(count * groups * slots, jnp.int32)
     slot_token = (empty + groups * tokens).at[slot].set(token, mode="drop")
     slot_pair = (empty + token.shape[0]).at[slot].set(pairs, mode="drop")
     weight = routes.weight.reshape(-1).at[slot_pair].get(mode="fill", fill_value=0)
 
-    taken = PairSlots(slot_token, weight, groups, tokens, count)
+    pair_slots = PairSlots(slot_token, weight, groups, tokens, count)
     dropped = jnp.mean(rank >= slots, axis=1, dtype=routes.weight.dtype)
-    return serve_slots(x, taken, experts, peers=peers), dropped
+    return serve_slots(x, pair_slots, experts, peers=peers), dropped

@@ -1,11 +1,11 @@
-"""The expert MLPs on tokens sorted by expert: exactly the work that is there, whatever the routing.
+"""The expert MLPs on tokens sorted by expert, without padding to a capacity.
 
-Rows are pairs sorted by expert, and each expert's rows are filled up to whole blocks, so that a
-block has one expert. On CPU and GPU a loop goes over the blocks really in use (a trip count
-known only at run time) and does the whole MLP of a block at once; its backward pass is written out
-here, because jax cannot differentiate such a loop backwards, and adds weight gradients in place.
-On TPU the same rows go through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot
-multiplies every row by every expert.
+Rows are pairs sorted by expert, and each expert's rows are padded to whole blocks, so that a block
+has one expert. On CPU and GPU a loop over the blocks in use (a trip count known only at run time)
+computes the whole MLP of a block at once. Its backward pass is written here, because jax has no
+reverse-mode gradient of such a loop, and adds weight gradients in place. On TPU the same rows go
+through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot multiplies every row by
+every expert.
 
 Axes: N tokens, P pairs, R rows, E experts, D width, F hidden width.
 """
@@ -37,12 +37,12 @@ class Experts(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The row of every pair; R = blocks * block rows, all static, of which the first are in use.
+    """The row of every pair; R = blocks * block rows, a static number, of which the first are used.
 
-    token: `[R]` int32; a row that holds no pair has a number of its own beyond the last token.
+    token: `[R]` int32; an empty row has a unique number beyond the last token.
     pair: `[R]` int32, likewise.
     expert: `[blocks]` int32, the expert of each block.
-    sizes: `[E]` int32, rows of each expert, whole blocks: their sum is the rows in use.
+    sizes: `[E]` int32, rows of each expert in whole blocks; they sum to the rows in use.
     """
 
     token: Array
@@ -56,11 +56,11 @@ class Rows(NamedTuple):
 
 
 def block_size(pairs: int, experts: int) -> int:
-    """Rows of a block: sqrt(32 * pairs of an expert), down to a power of two from 8 to 256.
+    """Rows per block: sqrt(32 * pairs per expert), rounded down to a power of two from 8 to 256.
 
     A block reads and writes its expert's matrices once, which costs about as much as 16 rows of
     products (measured on CPU), and the last block of an expert is half empty on average. The cost
-    (mean / block + 1 / 2) * (block + 16) is least at sqrt(32 * mean).
+    (mean / block + 1 / 2) * (block + 16) has its minimum at sqrt(32 * mean).
     """
     mean = max(1.0, pairs / experts)
     return min(256, max(8, 2 ** int(math.log2(32 * mean) / 2)))
@@ -69,10 +69,9 @@ def block_size(pairs: int, experts: int) -> int:
 def arrange(
     token: Int[Array, "P"], expert: Int[Array, "P"], *, tokens: int, experts: int, block: int
 ) -> Rows:
-    """Rows for the pairs of experts 0..experts-1; pairs of any other expert get none."""
+    """Rows for the pairs of experts 0..experts-1; pairs of other experts get none."""
     pairs = expert.shape[0]
-    # Enough for the worst routing, since shapes are static: every expert may leave one block
-    # partly empty.
+    # Shapes are static, so this is the worst case: every expert leaves one block partly empty.
     blocks = pairs // block + experts
     # A counting sort: the rank within an expert, plus the rows of the experts before it.
     rank, sizes = rank_in_expert(expert, experts)
@@ -80,14 +79,14 @@ def arrange(
     ends = jnp.cumsum(used)
     first = jnp.take((ends - used) * block, expert, mode="clip")
     row = jnp.where((expert >= 0) & (expert < experts), first + rank, blocks * block)
-    # Rows without a pair get numbers that are all different, as `unique_indices` promises below,
-    # and out of bounds, so that they read zeros and write nothing.
+    # Empty rows get numbers that are unique, as `unique_indices` promises below, and out of bounds,
+    # so that they read zeros and write nothing.
     empty = jnp.arange(blocks * block, dtype=jnp.int32)
     number = jnp.arange(blocks)[:, None]
     return Rows(
         token=(tokens + empty).at[row].set(token, mode="drop"),
         pair=(pairs + empty).at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop"),
-        # A block is of the first expert whose blocks end after it; one beyond all is never used.
+        # A block is of the first expert whose blocks end after it; unused blocks get the last.
         expert=jnp.minimum(jnp.sum(ends <= number, axis=1), experts - 1).astype(jnp.int32),
         sizes=(used * block).astype(jnp.int32),
     )
@@ -105,8 +104,8 @@ def _add(total: Array, index: Int[Array, "R"], rows: Array, *, unique: bool) -> 
     return total.at[index].add(rows, mode="drop", unique_indices=unique)
 
 
-# The two halves of the mathematics, for the rows of one block or for all of them. `experts` holds
-# what these rows need: matrices that `times` understands, and biases that broadcast over the rows.
+# Forward and backward pass for the rows of one block or for all of them. `experts` has matrices
+# that `times` accepts, and biases that broadcast over the rows.
 
 
 def _forward_rows(x: Float[Array, "R D"], experts: Experts, times: Callable) -> tuple[Array, Array]:
@@ -132,13 +131,13 @@ def _backward_rows(
     products: Products,
 ) -> tuple[Array, Array, Experts]:
     """Gradients of sum(weight * mlp(x) * dy) by x, weight and the experts' parameters."""
-    # The gelu is computed again from the saved hidden values, which halves what is kept.
+    # The gelu is recomputed from the saved hidden values, which halves the saved memory.
     wide = hidden.astype(_accumulator(x.dtype))
     cdf = 0.5 * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
     slope = cdf + wide * jnp.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
     active = wide * cdf
-    # back is the gradient by `active` without the weight: with `active` itself it gives the
-    # weight's gradient, so that the answers of the forward pass need not be kept.
+    # back is the gradient by `active` without the weight. Its product with `active` gives the
+    # weight's gradient, so the outputs of the forward pass need not be saved.
     back = products.times(dy, experts.down)
     dweight = jnp.sum(active * back, axis=-1) + jnp.sum(dy * experts.down_bias, axis=-1)
     dhidden = (weight[:, None] * back * slope).astype(x.dtype)
@@ -163,19 +162,19 @@ def _block_forward(
     block = rows.block
     row_weight = _pick(weight, rows.pair)
 
-    # A block's rows are gathered, multiplied and added to y at once, so that no array of all rows
-    # of width D is ever made; XLA updates the carry in place.
+    # A block's rows are gathered, multiplied and added to y at once, so there is no array of all
+    # rows of width D; XLA updates the carry in place.
     def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         y, saved = carry
         token = jax.lax.dynamic_slice_in_dim(rows.token, i * block, block)
         w = jax.lax.dynamic_slice_in_dim(row_weight, i * block, block)
         one = jax.tree.map(lambda leaf: leaf[rows.expert[i]], experts)
         hidden, out = _forward_rows(_pick(x, token), one, partial(_dot, contract=(1, 0)))
-        # An expert has a token once at most, so the tokens of a block are all different.
+        # An expert has a token at most once, so the tokens of a block are unique.
         y = _add(y, token, (w[:, None] * out).astype(y.dtype), unique=True)
         return y, jax.lax.dynamic_update_slice_in_dim(saved, hidden, i * block, 0)
 
-    # The trip count is data: blocks that no expert uses cost memory in `saved`, and no time.
+    # The trip count is dynamic: unused blocks cost memory in `saved`, but no time.
     y = jnp.zeros(x.shape, _accumulator(x.dtype))
     saved = jnp.zeros((rows.token.shape[0], experts.up.shape[-1]), x.dtype)
     y, saved = jax.lax.fori_loop(0, jnp.sum(rows.sizes) // block, body, (y, saved))
@@ -235,7 +234,7 @@ def _ragged(
 
 
 def _for_all_rows(experts: Experts, rows: Rows) -> Experts:
-    # ragged_dot finds the matrices by the sizes; biases must be laid out row by row.
+    # ragged_dot selects matrices by the sizes; biases are repeated row by row.
     expert = jnp.repeat(rows.expert, rows.block)
     return experts._replace(up_bias=experts.up_bias[expert], down_bias=experts.down_bias[expert])
 
@@ -251,7 +250,7 @@ def _ragged_forward(
     y = jnp.zeros(x.shape, _accumulator(x.dtype))
     # Not unique here: a token has a row with each of its experts.
     y = _add(y, rows.token, out.astype(y.dtype), unique=False)
-    # ragged_dot promises nothing about the rows beyond those in use.
+    # ragged_dot leaves rows beyond those in use undefined.
     used = (jnp.arange(hidden.shape[0]) < jnp.sum(rows.sizes))[:, None]
     return y.astype(x.dtype), jnp.where(used, hidden, 0)
 
@@ -267,7 +266,7 @@ def _ragged_backward(
     def outer(a: Array, b: Array) -> Array:
         return _ragged(a, b, rows.sizes, (0, 0), [])
 
-    # What ragged_dot leaves in unused rows may be NaN, which no weight of 0 would make 0 again.
+    # Unused rows of ragged_dot may be NaN, which a weight of 0 would not make 0.
     used = (jnp.arange(saved.shape[0]) < jnp.sum(rows.sizes))[:, None]
 
     def times(a: Array, b: Array) -> Array:
@@ -276,7 +275,7 @@ def _ragged_backward(
     products = Products(
         times=times,
         outer=outer,
-        # Sums per expert are a product with ones: the one grouped reduction that there is.
+        # Sums per expert are a product with ones, the only grouped reduction.
         total=lambda a: outer(jnp.ones((a.shape[0], 1), a.dtype), a)[:, 0],
     )
     dx_rows, dw, dexperts = _backward_rows(
@@ -294,7 +293,7 @@ def _ragged_backward(
 
 
 class Engine(NamedTuple):
-    """A way to compute: forward gives (y, saved), backward takes saved and dy."""
+    """An implementation: forward returns (y, saved), backward takes saved and dy."""
 
     forward: Callable
     backward: Callable
@@ -303,17 +302,14 @@ class Engine(NamedTuple):
 BLOCKWISE = Engine(_block_forward, _block_backward)
 RAGGED = Engine(_ragged_forward, _ragged_backward)
 
-# The one place where the platform chooses. It is the platform the program is compiled for, not the
-# one it is compiled on.
+# By the platform that the program is compiled for, not the one that compiles it.
 ENGINES = {"tpu": RAGGED, "default": BLOCKWISE}
 
 BY_PLATFORM = Engine(
-    forward=partial(
-        jax.lax.platform_dependent, **{name: engine.forward for name, engine in ENGINES.items()}
-    ),
-    backward=partial(
-        jax.lax.platform_dependent, **{name: engine.backward for name, engine in ENGINES.items()}
-    ),
+    *(
+        partial(jax.lax.platform_dependent, **dict(zip(ENGINES, functions, strict=True)))
+        for functions in zip(*ENGINES.values(), strict=True)
+    )
 )
 
 
@@ -327,9 +323,9 @@ def grouped_mlp(
 ) -> Float[Array, "N D"]:
     """y_n = sum over the pairs p of token n that have a row of weight_p * expert_p(x_n).
 
-    The result has the dtype of x; products and sums are taken in float32 at least. For the backward
-    pass the hidden values before the gelu are kept: R * F numbers of x's dtype, R being the bound
-    for the worst routing (under `jax.checkpoint` they live for one layer at a time only).
+    The result has the dtype of x; products and sums are in float32 at least. The backward pass
+    needs the hidden values before the gelu: R * F numbers of x's dtype, with R for the worst
+    routing (under `jax.checkpoint` for one layer at a time).
     """
     return engine.forward(x, weight, experts, rows)[0]
 

@@ -1,7 +1,7 @@
-"""The mixture-of-experts layer that takes an MLP's place in a V-MoE block.
+"""The mixture-of-experts layer that replaces the MLP of a V-MoE block.
 
-A router says how tokens reach the experts and come back (routing.py); this module has the
-parameters of the experts and writes down what the router reports.
+A router sends tokens to the experts and back (routing.py); this module has the parameters of the
+experts and records the router's metrics.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from m2mkd_jax.moe.grouped import Experts
 class MoeMlp(nn.Module):
     """Mixture of expert MLPs, D -> hidden -> D, exact gelu (V-MoE; fastmoe's FMoETransformerMLP).
 
-    Collections that it writes, where the caller makes them mutable: `moe` gets the router's metrics
-    and balance_loss (weighted, to be added to the training loss), `routing` the router's choices.
-    Rng stream `gate`: the router's noise, in training where it has any.
+    If mutable, collection `moe` gets the router's metrics and balance_loss (weighted, to be added
+    to the training loss), and `routing` the router's choices. Rng stream `gate`: the router's
+    noise in training.
 
-    At initialisation nothing is computed, so that a batch of one will do on any mesh.
+    Initialisation computes nothing, so a batch of one suffices on any mesh.
     """
 
     config: MoeConfig
@@ -41,7 +41,7 @@ class MoeMlp(nn.Module):
             return x.astype(self.dtype)
 
         check_moe(config, dict(jax.sharding.get_abstract_mesh().shape), x.shape[0])
-        # The key is drawn in this module, not in the gate, whose path would make it another one.
+        # The key is drawn in this module: in the gate, its path would change the key.
         key = self.make_rng("gate") if train and config.noisy else None
         routing = router.route(config, logits, key)
         y, metrics = routing.mix(x.astype(self.dtype), experts)

@@ -1,8 +1,8 @@
-"""Routers that choose pairs of token and expert: their fields, their gate, and their routing.
+"""Routers that choose pairs of token and expert: their fields, gate and routing.
 
-The functions that choose are in routers.py, moving the tokens is in dispatch.py.
+routers.py has the functions that choose, dispatch.py moves the tokens.
 
-Axes: B examples, T tokens, G routing groups, N tokens of a group, E experts, A experts a token.
+Axes: B examples, T tokens, G routing groups, N tokens per group, E experts, A experts per token.
 """
 
 import math
@@ -43,7 +43,7 @@ class PairsConfig(RouterConfig):
             )
 
     def slots(self, tokens: int) -> int:
-        """Slots of an expert in a group of so many tokens: C."""
+        """C: slots per expert in a group of `tokens` tokens."""
         return min(tokens, math.ceil(self.capacity_factor * tokens * self.chosen / self.experts))
 
 
@@ -52,12 +52,12 @@ class PairRouting:
     """The pairs of a batch, and the logits that they come from.
 
     Attributes:
-      config: the fields that were read.
+      config: the router's fields.
       routes: the pairs.
       clean: logits without noise.
-      logits: those that the pairs were chosen by.
-      noise: whether noise was drawn.
-      tokens_choose: whether tokens choose experts, every token the same number.
+      logits: logits with noise, by which the pairs were chosen.
+      noise: whether there is noise.
+      tokens_choose: whether every token chooses the same number of experts.
       batch: B and T.
     """
 
@@ -86,8 +86,7 @@ class PairRouting:
         return y.reshape(x.shape), metrics
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """The four losses of routers.py; load only where noise was drawn, since it is a probability
-        under that noise."""
+        """The four losses of routers.py; load needs noise, since it is a probability under it."""
         config, clean, logits = self.config, self.clean, self.logits
         load = partial(routers.load_loss, clean, logits, chosen=config.chosen, std=config.noise_std)
         return {
@@ -98,16 +97,16 @@ class PairRouting:
         }
 
     def choices(self) -> Mapping[str, Array]:
-        """expert and weight `[B, T, A]`, logits `[B, T, E]`, where tokens choose."""
+        """expert and weight `[B, T, A]`, logits `[B, T, E]`, if tokens choose."""
         if not self.tokens_choose:
             return {}
         expert, weight = routers.by_token(self.routes, self.config.chosen)
-        found = {"expert": expert, "weight": weight, "logits": self.logits}
-        return {name: value.reshape(*self.batch, -1) for name, value in found.items()}
+        choices = {"expert": expert, "weight": weight, "logits": self.logits}
+        return {name: value.reshape(*self.batch, -1) for name, value in choices.items()}
 
 
 def linear_gate(config: PairsConfig, name: str) -> nn.Module:
-    """logits = x kernel + bias, in the type of x."""
+    """logits = x kernel + bias, in the dtype of x."""
     return nn.Dense(
         config.experts,
         use_bias=config.router_bias,
@@ -128,9 +127,9 @@ def pair_router(
 
     Args:
       choose: (logits, chosen=A, slots=C, order=name in ORDERS) -> Routes.
-      balance: the balance losses that mean something for it.
+      balance: the balance losses that apply to it.
       noisy: whether training adds noise of `noise_std` to the logits.
-      tokens_choose: whether tokens choose experts; else experts choose tokens, which compete then.
+      tokens_choose: whether tokens choose experts; else experts choose among competing tokens.
     """
 
     def grouped(config: PairsConfig) -> bool:
@@ -139,14 +138,14 @@ def pair_router(
     def route(
         config: PairsConfig, logits: Float[Array, "B T E"], key: PRNGKeyArray | None
     ) -> PairRouting:
-        # Without competition any grouping gives the same; by example it needs no reshaping.
+        # Without competition the grouping does not matter; one group per example needs no reshape.
         groups = config.groups if grouped(config) else logits.shape[0]
         clean = logits.reshape(groups, -1, config.experts)
-        drawn = clean if key is None else routers.noisy(clean, key, config.noise_std)
+        noised = clean if key is None else routers.noisy(clean, key, config.noise_std)
         slots = config.slots(clean.shape[1])
-        routes = choose(drawn, chosen=config.chosen, slots=slots, order=config.order)
+        routes = choose(noised, chosen=config.chosen, slots=slots, order=config.order)
         batch = logits.shape[:2]
-        return PairRouting(config, routes, clean, drawn, key is not None, tokens_choose, batch)
+        return PairRouting(config, routes, clean, noised, key is not None, tokens_choose, batch)
 
     return Router(
         config=PairsConfig,

@@ -1,14 +1,13 @@
 """From gate logits to (token, expert, weight) pairs, balance losses and router metrics.
 
-A function that chooses takes (logits, chosen=A, slots=C, order=name in ORDERS): `slots` is read
-where experts choose, `chosen` and `order` where tokens do. It is a router once `ROUTERS` in
-config.py has it.
+A function that chooses takes (logits, chosen=A, slots=C, order=name in ORDERS): experts choose by
+`slots`, tokens by `chosen` and `order`. `ROUTERS` in config.py makes it a router.
 
-Axes: G routing groups, N tokens of a group, E experts, A experts a token, P pairs of a group. The
-groups are routed apart from one another; the losses and metrics are taken over all tokens of the
-batch, so that they are the same on any mesh. V-MoE's paper code writes S for N and K for A.
+Axes: G routing groups, N tokens per group, E experts, A experts per token, P pairs per group. Each
+group is routed separately; losses and metrics are over all tokens of the batch, so that they are
+the same on any mesh. V-MoE's paper code writes S for N and K for A.
 
-Everything here is computed in float32 (float64 where the logits are).
+Everything is computed in float32 (float64 if the logits are).
 """
 
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Routes(NamedTuple):
-    """The pairs of every group, in order of priority: where slots are few, an earlier pair wins.
+    """The pairs of every group, in order of priority: an earlier pair takes a slot first.
 
-    token: `[G, P]` int32, place of the token in its group.
+    token: `[G, P]` int32, index of the token in its group.
     expert: `[G, P]` int32.
-    weight: `[G, P]` float, factor of the expert's answer in the token's sum.
+    weight: `[G, P]` float, weight of the expert's output in the token's sum.
     """
 
     token: Array
@@ -51,7 +50,7 @@ def softmax_topk(logits: Float[Array, "G N E"], *, chosen: int, slots: int, orde
 def expert_choice(logits: Float[Array, "G N E"], *, chosen: int, slots: int, order: str) -> Routes:
     """Expert e takes the C tokens n of its group with the largest w_ne = softmax_e(z_ne).
 
-    C = `slots`, P = E C; any number of experts may take a token, or none (Zhou et al. 2022).
+    C = `slots`, P = E C; a token may be taken by any number of experts (Zhou et al. 2022).
     """
     del chosen, order
     scores = jnp.swapaxes(jax.nn.softmax(logits, axis=-1), -1, -2)
@@ -66,13 +65,12 @@ def _by_position(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
 
 
 def _by_probability(logits: Float[Array, "G N E"]) -> Int[Array, "G N"]:
-    # The log of the largest probability: the same order, and ties only where the gates tie. The
-    # order has no gradient, so none is computed through it.
+    # The log has the same order, and ties only where the gates tie. An order has no gradient.
     top = jnp.max(jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1), axis=-1)
     return jnp.argsort(-top, axis=-1, stable=True)
 
 
-# Who is served first among the tokens of a group: by position, or by descending top gate
+# Order in which the tokens of a group are served: by position, or by descending top gate
 # probability (batch-priority routing, V-MoE Alg. 2).
 ORDERS: dict[str, Callable[[Array], Array]] = {"token": _by_position, "priority": _by_probability}
 
@@ -83,8 +81,8 @@ def _pairs(
     logits: Float[Array, "G N E"],
     order: str,
 ) -> Routes:
-    """The pairs in order of priority: all first choices before all second ones, tokens in `order`
-    in each."""
+    """The pairs in order of priority: all first choices before all second choices, each with tokens
+    in `order`."""
     token = ORDERS[order](logits).astype(jnp.int32)
     if order != "token":
         expert = jnp.take_along_axis(expert, token[..., None], axis=1)
@@ -101,9 +99,9 @@ def _flat(leaf: Array) -> Array:
 
 
 def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Array, "G N A"]]:
-    """Experts and weights of every token, best choice first; for routers where tokens choose."""
+    """Experts and weights of every token, best choice first, if tokens choose."""
     groups, pairs = routes.token.shape
-    # All choices have the tokens in one order, so that of the first undoes each.
+    # All choices have the tokens in the same order, so undoing that of the first undoes all.
     place = jnp.argsort(routes.token[:, : pairs // chosen], axis=-1)[:, None]
 
     def unsort(leaf: Array) -> Array:
@@ -116,15 +114,15 @@ def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Ar
 def rank_in_expert(
     expert: Int[Array, "P"], experts: int
 ) -> tuple[Int[Array, "P"], Int[Array, "E"]]:
-    """How many earlier pairs went to the same expert, and how many pairs every expert has.
+    """Number of earlier pairs of the same expert, for each pair, and of all pairs, for each expert.
 
-    Pairs of an expert outside 0..experts-1 count for nobody; their own rank has no meaning.
+    Pairs of an expert outside 0..experts-1 are not counted; their own rank is meaningless.
     """
-    # A running count per expert: P E small integers, which sorting the pairs would not beat.
-    mine = (expert[:, None] == jnp.arange(experts)).astype(jnp.int32)
-    upto = jnp.cumsum(mine, axis=0)
-    place = jnp.clip(expert, 0, experts - 1)[:, None]
-    return jnp.take_along_axis(upto, place, axis=1)[:, 0] - 1, upto[-1]
+    # A running count per expert: P E small integers, no slower than sorting the pairs.
+    one_hot = (expert[:, None] == jnp.arange(experts)).astype(jnp.int32)
+    counts = jnp.cumsum(one_hot, axis=0)
+    index = jnp.clip(expert, 0, experts - 1)[:, None]
+    return jnp.take_along_axis(counts, index, axis=1)[:, 0] - 1, counts[-1]
 
 
 def noisy(logits: Float[Array, "G N E"], key: PRNGKeyArray, std: float) -> Float[Array, "G N E"]:
@@ -135,7 +133,7 @@ def noisy(logits: Float[Array, "G N E"], key: PRNGKeyArray, std: float) -> Float
 def importance_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
     """(std(I) / mean(I))^2 over experts, I_e = sum over tokens of softmax(logits)_e.
 
-    logits: the clean ones, without noise. Importance loss, V-MoE App. A.2.
+    logits: without noise. Importance loss, V-MoE App. A.2.
     """
     gates = jax.nn.softmax(logits, axis=-1).reshape(-1, logits.shape[-1])
     return _variation(jnp.sum(gates, axis=0))
@@ -146,8 +144,8 @@ def load_loss(
 ) -> Float[Array, ""]:
     """(std(L) / mean(L))^2 over experts, L_e = mean over tokens of P(e among the chosen).
 
-    P is taken over another draw of one expert's noise: P = 1 - Phi((threshold - logit_e) E / std),
-    where the token's threshold is its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
+    P is over a new draw of one expert's noise: P = 1 - Phi((threshold - logit_e) E / std), where
+    the token's threshold is its `chosen`-th largest noisy logit. Load loss, V-MoE App. A.2.
 
     std: as in `noisy`, positive.
     """
@@ -161,8 +159,8 @@ def load_loss(
 def gshard_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
     """E^2 mean over experts of f_e m_e: f_e share of tokens whose best expert is e, m_e mean gate.
 
-    logits: those the tokens were routed by (with noise where there is any); the gradient flows
-    through the mean gates alone. l_aux of GShard Alg. 1, scaled so that perfect balance gives 1.
+    logits: those that tokens were routed by, with noise if any; the gradient flows through the mean
+    gates alone. l_aux of GShard Alg. 1, scaled so that perfect balance gives 1.
     """
     experts = logits.shape[-1]
     gates = jax.nn.softmax(logits, axis=-1).reshape(-1, experts)
@@ -181,7 +179,7 @@ def _variation(amount: Float[Array, "E"]) -> Float[Array, ""]:
 
 
 def load(routes: Routes, experts: int) -> Float[Array, "E"]:
-    """Share of all pairs that each expert was given, before any is dropped; sums to 1."""
+    """Share of all pairs that go to each expert, before any is dropped; sums to 1."""
     dtype = routes.weight.dtype
     return jnp.mean(jax.nn.one_hot(routes.expert, experts, dtype=dtype), axis=(0, 1))
 

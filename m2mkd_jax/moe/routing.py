@@ -1,7 +1,7 @@
-"""The door for routers: what a router says of itself, and what it does for a layer.
+"""The interface of routers.
 
 `ROUTERS` in config.py has a `Router` for each value of `config.model.moe.router`, and no other file
-asks for the name. A new router brings the fields that it reads, a gate, and a `Routing`.
+depends on the name. A new router defines the fields that it reads, a gate, and a `Routing`.
 
 Axes: B examples, T tokens, D width.
 """
@@ -20,8 +20,8 @@ from m2mkd_jax.moe.grouped import Experts
 
 @dataclass(frozen=True)
 class RouterConfig(Section):
-    """The field of `config.model.moe` that every router reads; a subclass has those that it reads
-    besides, and `MoeConfig` has them all.
+    """The field of `config.model.moe` that every router reads; a subclass adds its own, and
+    `MoeConfig` has all of them.
 
     experts: E.
     """
@@ -29,22 +29,22 @@ class RouterConfig(Section):
     experts: Size = 8
 
     def check(self) -> None:
-        """Raises FieldError for fields that do not fit each other; for the chosen router alone."""
+        """Raises FieldError for fields that conflict; called for the selected router only."""
 
 
 @runtime_checkable
 class Routing(Protocol):
-    """How the tokens of one batch go through the experts."""
+    """The routing of one batch of tokens through the experts."""
 
     def mix(
         self, x: Float[Array, "B T D"], experts: Experts
     ) -> tuple[Float[Array, "B T D"], Mapping[str, Array]]:
-        """Dispatches x to the experts and combines their answers; also returns the metrics that
+        """Dispatches x to the experts and combines their outputs; also returns the metrics that
         become `moe/STAGE/BLOCK/NAME`.
 
-        It is one method because dropless routing adds each block of answers to its tokens at once:
-        between two methods it would have to lay out all rows in memory. A router with slots says
-        dispatch and combine apart, as `dispatch.Slots`.
+        This is one method because dropless routing adds each block of outputs to its tokens at
+        once: two methods would need all rows in memory. A router with slots separates dispatch and
+        combine, see `dispatch.Slots`.
         """
         ...
 
@@ -59,7 +59,7 @@ class Routing(Protocol):
 
 
 def never(config: RouterConfig) -> bool:
-    """False for any config: for routers that draw no noise, or whose tokens do not compete."""
+    """False for any config."""
     del config
     return False
 
@@ -69,14 +69,13 @@ class Router:
     """An entry of `ROUTERS`.
 
     Attributes:
-      config: the fields that it reads. What only other routers read must keep its default.
-      gate: from the config and a name to a module of that name, which takes tokens `[B, T, D]` in
-        float32 at least and gives logits. Its parameters are whole on every device.
-      route: from the config, these logits and a key to a `Routing`; without a key no noise is
-        drawn.
-      balance: the balance losses that mean something for it.
-      noisy: whether training draws a key for it from the stream `gate`.
-      grouped: whether the tokens of a group compete, so that results depend on what a group is.
+      config: the fields that it reads; fields of other routers must keep their defaults.
+      gate: (config, name) -> module that maps tokens `[B, T, D]`, in float32 at least, to logits.
+        Its parameters are replicated.
+      route: (config, logits, key) -> `Routing`; without noise if the key is None.
+      balance: the balance losses that apply to it.
+      noisy: config -> whether training draws a key for it from the stream `gate`.
+      grouped: config -> whether the tokens of a group compete.
     """
 
     config: type[RouterConfig]

@@ -1,14 +1,14 @@
 """Soft MoE: every slot of an expert takes a mean of an example's tokens, every token a mean of all
-answers (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithm 1).
+outputs (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", algorithm 1).
 
     z_tec = <x_t / |x_t|, scale phi_ec / |phi_ec|>
     dispatch = softmax of z over the tokens t:      slot_ec = sum_t dispatch_tec x_t
     combine  = softmax of z over all slots e,c:     y_t = sum_ec combine_tec expert_e(slot_ec)
 
-No pair is chosen, so nothing is dropped, no gradient is cut off, and every expert has as much to do
-as any other: there are no balance losses, no noise and no groups. Examples do not mix.
+No pair is chosen, so nothing is dropped, no gradient is cut off, and all experts have equal work:
+there are no balance losses, no noise and no groups. Examples do not mix.
 
-Axes: B examples, T tokens, E experts, C slots of an expert, R = B C rows of an expert, D width.
+Axes: B examples, T tokens, E experts, C slots per expert, R = B C rows per expert, D width.
 """
 
 import math
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from common_jax.ranges import Size
 from m2mkd_jax.moe.dispatch import over_mesh, serve_slots
@@ -31,7 +31,7 @@ from m2mkd_jax.moe.routing import Router, RouterConfig
 class SoftConfig(RouterConfig):
     """The fields of `config.model.moe` that Soft MoE reads.
 
-    slots_per_expert: C; None for as many as give one slot per token, T / E rounded up.
+    slots_per_expert: C; None for one slot per token in total, T / E rounded up.
     """
 
     slots_per_expert: Size | None = None
@@ -40,9 +40,9 @@ class SoftConfig(RouterConfig):
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """x / |x| along `axis`; 0, with a gradient of 0, where x is 0."""
     square = jnp.sum(x * x, axis=axis, keepdims=True)
-    # Twice where: 1 / 0 in a branch that is not taken would make its gradient NaN all the same.
-    some = square > 0
-    return jnp.where(some, x * jax.lax.rsqrt(jnp.where(some, square, 1)), 0)
+    # Two wheres: 1 / 0 in the unused branch would still make the gradient NaN.
+    nonzero = square > 0
+    return jnp.where(nonzero, x * jax.lax.rsqrt(jnp.where(nonzero, square, 1)), 0)
 
 
 class SoftGate(nn.Module):
@@ -67,7 +67,7 @@ class SoftGate(nn.Module):
 
 
 class SoftSlots(NamedTuple):
-    """Weights of dispatch and of combine, of all examples: each is a group of its own."""
+    """Weights of dispatch and combine; each example is a group."""
 
     into: Float[Array, "B T E C"]
     out_of: Float[Array, "B T E C"]
@@ -81,7 +81,7 @@ class SoftSlots(NamedTuple):
         """y_t = sum_ec combine_tec answer_ec."""
         examples, _, experts, slots = self.out_of.shape
         answers = answers.reshape(experts, examples, slots, -1)
-        # One token's sum has as many terms as there are slots: too many for bfloat16.
+        # A token's sum has one term per slot: too many for bfloat16.
         wide = jnp.promote_types(answers.dtype, jnp.float32)
         weights = self.out_of.astype(answers.dtype)
         return jnp.einsum("BTEC,EBCD->BTD", weights, answers, preferred_element_type=wide)
@@ -89,7 +89,7 @@ class SoftSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class SoftRouting:
-    """A batch's logits z, in float32 at least."""
+    """The routing of a batch by its logits z, in float32 at least."""
 
     logits: Float[Array, "B T E C"]
 
@@ -112,7 +112,7 @@ class SoftRouting:
         return y, metrics
 
     def losses(self) -> Mapping[str, Callable[[], Float[Array, ""]]]:
-        """None: all experts have the same number of slots."""
+        """No losses: all experts have the same number of slots."""
         return {}
 
     def choices(self) -> Mapping[str, Array]:
@@ -127,15 +127,8 @@ def _entropy(weights: Float[Array, "B T E C"], axis: int | tuple[int, ...]) -> F
     return jnp.sum(jax.scipy.special.entr(weights), axis=axis)
 
 
-def _gate(config: SoftConfig, name: str) -> nn.Module:
-    return SoftGate(config, name=name)
-
-
-def _route(
-    config: SoftConfig, logits: Float[Array, "B T E C"], key: PRNGKeyArray | None
-) -> SoftRouting:
-    del config, key
-    return SoftRouting(logits)
-
-
-SOFT = Router(config=SoftConfig, gate=_gate, route=_route)
+SOFT = Router(
+    config=SoftConfig,
+    gate=lambda config, name: SoftGate(config, name=name),
+    route=lambda config, logits, key: SoftRouting(logits),
+)

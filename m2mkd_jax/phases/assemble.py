@@ -1,4 +1,4 @@
-"""Phase assemble (FT): the trained modules put together into the teacher, and trained as one."""
+"""Phase assemble (FT): assembles the trained modules into the teacher and fine-tunes it."""
 
 from typing import Any
 
@@ -14,8 +14,7 @@ from m2mkd_jax.stages import stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the assembled teacher; its parameters are saved under "teacher", one subtree per
-    stage."""
+    """Trains the assembled teacher and saves its parameters under "teacher"."""
     sources = require_stage_sources(config, "modules", len(config.teacher.depths))
     origins = [
         Origin(source, f"module/{stage_name(i)}", f"teacher/{stage_name(i)}")

@@ -25,8 +25,7 @@ from m2mkd_jax.stages import module_name, stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the student modules of config.module; their parameters are saved under
-    "student/stage_K"."""
+    """Trains the student modules of config.module and saves them under "student/stage_K"."""
     training = describe(config, mesh)
     meta, teacher = (require_source(config, role) for role in ("meta", "teacher"))
     names = [f"teacher/{name}" for name in training.helpers["teacher"]]
@@ -36,8 +35,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The student modules of config.module, helped by the meta model and as many modules of the
-    teacher."""
+    """The student modules of config.module; the meta model and as many teacher modules help."""
     check_exchange(config, "meta", "teacher", "student")
     stages = config.modules()
     pair = Pair(
@@ -47,12 +45,12 @@ def describe(config: Config, mesh: Mesh) -> Training:
     )
 
     def forward(params, helpers, images, train, rngs):
-        taught, logits, recorded = pair_logits(
+        teacher, student, recorded = pair_logits(
             pair, {**helpers, **params}, images, stages=stages, train=train, rngs=rngs
         )
         return {
             module_name(stage): Outputs(
-                logits[stage], taught[stage], {stage_name(stage): recorded[stage_name(stage)]}
+                student[stage], teacher[stage], {stage_name(stage): recorded[stage_name(stage)]}
             )
             for stage in stages
         }

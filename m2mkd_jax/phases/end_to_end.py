@@ -22,10 +22,10 @@ from m2mkd_jax.stages import Network, stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the whole student network; its parameters are saved under "student".
+    """Trains the whole student and saves its parameters under "student".
 
     It starts from the students of config.sources.students, from the dense ViT of
-    config.init.upcycle, or from scratch where there is neither.
+    config.init.upcycle, or from scratch if both are empty.
     """
     warm_start, helpers = _warm_start(config), {}
     if config.baseline.active:
@@ -35,7 +35,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     feed = config_feed(training, workdir)
     preparation = family_of(config.model).preparation
     if preparation is not None:
-        check_training(training, feed, mesh)  # before the start is written
+        check_training(training, feed, mesh)  # before `make` writes anything
         refuse_other_config(workdir, config)
         start = preparation.make(config.model, config.seed, workdir)
         training = describe(config, mesh, start=start)
@@ -48,24 +48,24 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 def describe(config: Config, mesh: Mesh, *, start: Any = None) -> Training:
     """The whole student; config.baseline adds distillation from the logits of the whole teacher.
 
-    A family with a preparation begins at `start`. Without one it begins at a sketch, which changes
-    numbers and no program.
+    A family with a preparation starts from `start`, by default a sketch: other numbers, but the
+    same program.
     """
     training = whole_training(PHASE, config)
     if config.baseline.active:
         training = dataclasses.replace(
             training,
-            forward=_taught(training.forward, teacher_network(config)),
+            forward=_with_teacher(training.forward, teacher_network(config)),
             helpers=_teacher_shapes(config, mesh),
             distill=config.baseline,
         )
     if family_of(config.model).preparation is not None:
-        training = _prepared(training, start)
+        training = _with_preparation(training, start)
     return training
 
 
 def upcycle(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
-    """The start of the student from the dense ViT of config.init.upcycle."""
+    """Initialises the student from the dense ViT of config.init.upcycle."""
     source = config.init.upcycle
     start = family_of(config.model).upcycle(config.model, source, shapes["student"])
     return take_weights(config, shapes, [start.origin], fresh=start.fresh, adapt=start.adapt)
@@ -83,8 +83,8 @@ def _warm_start(config: Config) -> Callable[[Any], WarmStart] | None:
     return (lambda shapes: upcycle(config, shapes)) if config.init.upcycle else None
 
 
-def _prepared(training: Training, start: Any) -> Training:
-    """The training with its family's initial values, frozen parameters and regularizer."""
+def _with_preparation(training: Training, start: Any) -> Training:
+    """Adds the family's initial values, trainable parameters and regularizer."""
     config = training.config
     model, preparation = config.model, family_of(config.model).preparation
     if start is None:
@@ -108,14 +108,13 @@ def _teacher_shapes(config: Config, mesh: Mesh) -> dict[str, Any]:
     return parameter_shapes(config, teacher_network(config), "teacher", mesh)
 
 
-def _taught(student: Forward, teacher: Network) -> Forward:
-    """The student's forward pass with the logits of the whole teacher on the same images."""
+def _with_teacher(student: Forward, teacher: Network) -> Forward:
+    """Adds the logits of the whole teacher on the same images."""
 
     def forward(params, helpers, images, train, rngs):
-        logits, _ = teacher.apply(helpers["teacher"], images)
+        logits = jax.lax.stop_gradient(teacher.apply(helpers["teacher"], images)[0])
         outputs = student(params, helpers, images, train, rngs)
-        taught = jax.lax.stop_gradient(logits)
-        return {name: part._replace(teacher=taught) for name, part in outputs.items()}
+        return {name: part._replace(teacher=logits) for name, part in outputs.items()}
 
     return forward
 
@@ -124,7 +123,7 @@ PHASE = Phase(
     describe=describe,
     run=run,
     role="student",
-    # Stitches that a student keeps are as wide as the meta model.
+    # A student's stitches are as wide as the meta model.
     reads=("meta.width", "teacher", "model", "regularizers", "baseline"),
     differentiates=("model",),
     sources=(

@@ -1,5 +1,5 @@
-"""Phase few_shot (FS): a new head for a few classes, trained on a few images of each; one episode,
-or several and their mean."""
+"""Phase few_shot (FS): trains a new head for a few classes on a few images of each, in one episode
+or several."""
 
 import dataclasses
 import functools
@@ -33,17 +33,14 @@ INTERVAL = "_ci95"  # ends the name of half a metric's interval
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the head alone on an episode; the whole network is saved under "student".
+    """Trains only the head on an episode and saves the whole network under "student".
 
     The episode's classes are renumbered, so the head has config.few_shot.ways labels. Training
-    images come from the training split and test images from the test split. There is no OOD
-    evaluation, whatever config.ood says: its set has other classes than an episode.
+    images come from the training split and test images from the test split. config.ood is ignored:
+    its set has other classes than an episode.
 
-    Several episodes (config.few_shot.episodes) are runs of their own in `workdir`/episode_K, each
-    resumable and skipped when finished; only the first compiles.
-
-    Returns:
-      The result of the run; of several, see `summary`.
+    If config.few_shot.episodes is above 1, each episode is a run in `workdir`/episode_K, resumable
+    and skipped when finished; only the first compiles. The result is then `summary`'s.
     """
     few_shot, splits = config.few_shot, load_splits(config)
     train = _trainer(config, mesh, splits)
@@ -67,12 +64,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The results of two or more episodes as one: the mean of every metric and, as METRIC_ci95,
+    """Combines the results of two or more episodes: the mean of every metric and, as METRIC_ci95,
     half of its 95 % confidence interval, t s / sqrt(n).
 
     s is the standard deviation over n episodes (divided by n - 1), t the quantile of Student's
-    distribution of n - 1 degrees of freedom. `steps` are those of one episode, `skipped` those of
-    all.
+    distribution with n - 1 degrees of freedom. `steps` counts one episode, `skipped` all of them.
     """
     count = len(results)
     quantile = special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2)
@@ -91,7 +87,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def episodes_table(workdir: epath.Path) -> Table | None:
-    """The episodes of a finished run and their mean; None for a single one."""
+    """The episodes of a finished run and their mean; None for a single episode."""
     path = epath.Path(workdir) / "result.json"
     result = read_json(path) if path.exists() else {}
     if "episodes" not in result:
@@ -124,8 +120,8 @@ def episodes_table(workdir: epath.Path) -> Table | None:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The whole student with a head of config.few_shot.ways labels, which alone is trained; the
-    same on any mesh, for every episode."""
+    """The whole student, of which only the head of config.few_shot.ways labels is trained; the same
+    for every mesh and episode."""
     data = dataclasses.replace(config.data, labels=config.few_shot.ways)
     episode = dataclasses.replace(config, data=data)
     return dataclasses.replace(
@@ -134,35 +130,34 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def first_feed(training: Training, workdir: epath.Path, splits: Splits) -> Feed:
-    """The feed of the first episode, after a check that the data gives all of them.
-
-    Raises:
-      ValueError: where it does not.
-    """
-    config, few_shot = training.config, training.config.few_shot
+    """The feed of the first episode; raises ValueError if the data is not enough for all."""
+    few_shot = training.config.few_shot
     for number in reversed(range(few_shot.episodes)):
-        drawn = dataclasses.replace(few_shot, seed=few_shot.seed + number, episodes=1)
-        one = dataclasses.replace(config, few_shot=drawn)
-        feed = episode_feed(one, splits, workdir=epath.Path())  # which writes nothing
+        episode = _episode(training.config, few_shot.seed + number)
+        feed = episode_feed(episode, splits, workdir=epath.Path())  # writes nothing
     return feed
+
+
+def _episode(config: Config, seed: int) -> Config:
+    few_shot = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
+    return dataclasses.replace(config, few_shot=few_shot)
 
 
 def _trainer(
     config: Config, mesh: Mesh, splits: Splits
 ) -> Callable[[int, epath.Path], dict[str, Any]]:
-    """train(seed of the draw, workdir) -> result; all episodes share data, network and programs."""
+    """train(seed, workdir) -> result of an episode; all share data, network and programs."""
     require_source(config, "network")
     training, programs = describe(config, mesh), Programs()
 
     def train(seed: int, workdir: epath.Path) -> dict[str, Any]:
-        drawn = dataclasses.replace(config.few_shot, seed=seed, episodes=1)
-        one = dataclasses.replace(training.config, few_shot=drawn)
+        episode = _episode(training.config, seed)
         return train_phase(
-            dataclasses.replace(training, config=one),
+            dataclasses.replace(training, config=episode),
             workdir,
             mesh,
-            warm_start=functools.partial(_take_network, one, training),
-            feed=episode_feed(one, splits, workdir=workdir),
+            warm_start=functools.partial(_take_network, episode, training),
+            feed=episode_feed(episode, splits, workdir=workdir),
             programs=programs,
         )
 
@@ -172,7 +167,7 @@ def _trainer(
 def _take_network(
     config: Config, training: Training, shapes: Mapping[str, Any], *, read: bool = True
 ) -> WarmStart:
-    """The start of an episode: config.sources.network, and a fresh head."""
+    """Initial parameters of an episode: config.sources.network with a new head."""
     origin = Origin(require_source(config, "network"), "student", "student")
     reason = f"a head of config.few_shot.ways={config.few_shot.ways} labels"
     fresh = (Allowance(training.trainable, reason),)
@@ -180,19 +175,13 @@ def _take_network(
 
 
 def load_splits(config: Config) -> Splits:
-    """The whole training and test splits, of all classes, labelled alike."""
+    """The training and test splits of all classes, with the same labels."""
     train = load_source(config.data, config.data.train_split)
     return train, load_test_source(config.data, train.label_names)
 
 
 def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
-    """The feed of one episode.
-
-    Args:
-      episode: its data has config.few_shot.ways labels.
-      splits: images to draw from, see `load_splits`.
-      workdir: of the episode.
-    """
+    """The feed of one episode drawn from `splits`; its data has config.few_shot.ways labels."""
     few_shot = episode.few_shot
     train, test = splits
     chosen, held_out = choose_task(
@@ -226,7 +215,7 @@ PHASE = Phase(
     describe=describe,
     run=run,
     role="student",
-    # Stitches that a student keeps are as wide as the meta model.
+    # A student's stitches are as wide as the meta model.
     reads=("meta.width", "model", "few_shot"),
     differentiates=("model",),
     sources=(WeightSource("network"),),

@@ -1,4 +1,4 @@
-"""The fields of the config that each phase reads, and those that name its sources of weights."""
+"""The fields of the config that each phase reads, and those that name sources of weights."""
 
 from common_jax.ranges import shown
 from m2mkd_jax.config import Config
@@ -7,8 +7,8 @@ from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
 
 def reads() -> dict[str, tuple[str, ...]]:
-    """Sections and fields of the config that each phase reads, and the pipeline; a flag or a sweep
-    of any other changes nothing."""
+    """Sections and fields of the config that each phase, and the pipeline, reads; setting any other
+    changes nothing."""
     table = {name: phase.all_reads() for name, phase in PHASES.items()}
     sections = dict.fromkeys(
         path.split(".")[0]
@@ -16,11 +16,11 @@ def reads() -> dict[str, tuple[str, ...]]:
         for path in (*phase.reads, *(("ood",) if phase.ood else ()))
     )
     del sections["module"]  # a pipeline trains all of them
-    given = tuple(source.path for source in given_sources())
-    return table | {"pipeline": (*ALWAYS, *sections, *given, *ALLOWANCES, "recipes")}
+    paths = tuple(source.path for source in replacing_sources())
+    return table | {"pipeline": (*ALWAYS, *sections, *paths, *ALLOWANCES, "recipes")}
 
 
-def given_sources() -> tuple[WeightSource, ...]:
+def replacing_sources() -> tuple[WeightSource, ...]:
     """The sources that replace phases of a pipeline."""
     return tuple(WeightSource(phase.makes) for phase in PHASES.values() if phase.replaceable)
 
@@ -28,13 +28,13 @@ def given_sources() -> tuple[WeightSource, ...]:
 def used_sources(config: Config) -> tuple[WeightSource, ...]:
     """The sources that the run of `config` takes weights from."""
     if config.phase == "pipeline":
-        return given_sources()
+        return replacing_sources()
     return PHASES[config.phase].used_sources(config)
 
 
 def check_sources(config: Config) -> None:
-    """Raises ValueError for a source beside config.sources, such as config.init.upcycle, that the
-    phase does not read: the run would start from other weights than asked for."""
+    """Raises ValueError for a source outside config.sources, such as config.init.upcycle, that the
+    phase does not read: the run would silently start from other weights."""
     table = reads()
     for source in (source for phase in PHASES.values() for source in phase.sources):
         value = source.value(config)

@@ -1,4 +1,4 @@
-"""The networks of a config, by role: the key of their parameters in a checkpoint."""
+"""The networks of a config by role, the key of their parameters in a checkpoint."""
 
 import types
 from typing import Any
@@ -33,7 +33,7 @@ def whole_network(config: Config, role: str, *, drop_path: float = 0.0) -> Whole
 
 
 def module_network(config: Config, role: str, *, drop_path: float = 0.0) -> Network:
-    """Its modules, one per stage."""
+    """The modules, one per stage, of the network whose parameters are under `role`."""
     section = SECTIONS[role]
     with under(f"config.{section}"):
         build = family_of_role(config, role).modules
@@ -60,12 +60,12 @@ def check_exchange(config: Config, *roles: str) -> None:
 
 
 def meta_network(config: Config, *, drop_path: float = 0.0) -> Network:
-    """The meta model, one block per stage."""
+    """The meta model."""
     return whole_network(config, "meta", drop_path=drop_path)
 
 
 def teacher_network(config: Config, *, drop_path: float = 0.0) -> Network:
-    """The teacher, cut into as many stages."""
+    """The teacher, cut into as many stages as the meta model."""
     return whole_network(config, "teacher", drop_path=drop_path)
 
 
@@ -87,8 +87,8 @@ def parameter_shapes(
     *,
     only: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Shapes and shardings of a network's parameters under `role`, of all stages or those in
-    `only`."""
+    """Shapes and shardings of a network's parameters under `role`, for the stages in `only` or all
+    of them."""
     init = network.init if only is None else lambda key: network.init(key, only=only)
     params = jax.eval_shape(lambda key: {role: init(key)}, jax.random.key(0))
     return with_shardings(params, match_rules(family_of_role(config, role).rules, params, mesh))

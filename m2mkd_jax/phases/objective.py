@@ -1,4 +1,4 @@
-"""The loss and the evaluation that all phases share; a phase gives the forward pass."""
+"""The loss and the evaluation that all phases share; a phase defines the forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ from m2mkd_jax.families.family import Regularizer, WholeNetwork
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network: logits (B, L), those of a teacher or None, and the records of its
-    trained stages."""
+    """Outputs of a network: logits (B, L), its teacher's logits if there is a teacher, and the
+    records of its trained stages."""
 
     logits: jax.Array
     teacher: jax.Array | None
     recorded: Mapping[str, Any]
 
 
-# forward(params, helpers, images, train, rngs) -> the networks that are trained together, by name:
-# one, or several whose parameters are disjoint. In evaluation rngs has EVALUATION_STREAMS alone, or
-# is None where nothing is drawn.
+# forward(params, helpers, images, train, rngs) -> outputs by name of the networks trained together:
+# one, or several whose parameters are disjoint. In evaluation rngs has only EVALUATION_STREAMS, or
+# is None if nothing is drawn.
 Forward = Callable[
     [Any, Any, jax.Array, bool, Mapping[str, jax.Array] | None], Mapping[str, Outputs]
 ]
@@ -37,7 +37,7 @@ EVALUATION_STREAMS = ("state", "pooling", "kernel")
 
 
 def whole_forward(network: WholeNetwork, role: str) -> Forward:
-    """The forward pass of a network trained as a whole, its parameters under `role`; no teacher."""
+    """The forward pass of a whole network, whose parameters are under `role`, without a teacher."""
 
     def forward(params, helpers, images, train, rngs):
         logits, recorded = network.apply(params[role], images, train=train, rngs=rngs)
@@ -54,11 +54,11 @@ def make_loss(
     regularizer: Regularizer | None = None,
 ) -> Loss:
     """Label loss, blended with the distillation that `distill` names, plus the experts' balance
-    losses and the regularizer's term; summed over the networks where there are several.
+    losses and the regularizer's term; summed over the networks if there are several.
 
     Its metrics are `label_loss`, `distillation`, those of the regularizer and, for every MoE layer,
-    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`. Of several networks `label_loss` and
-    `distillation` are means, and `NAME/label_loss` and `NAME/distillation` are each one's.
+    `moe/STAGE/BLOCK/` `load`, `dropped` and `entropy`. With several networks `label_loss` and
+    `distillation` are means, besides `NAME/label_loss` and `NAME/distillation` of each.
     """
 
     def loss(params, helpers, batch, rngs, step):
@@ -96,16 +96,17 @@ def make_sums(
       forward: from parameters and images to logits.
       config: its evaluation section says whether anything is drawn.
       evaluators: keys of `EVALUATORS`.
-      classes: the network's classes among which the batch's labels count, label i meaning the
-        i-th; None where labels are those of the network.
+      classes: the classes of the network that the batch's labels index; None if labels are the
+        network's own.
     """
 
     def sums(params, helpers, batch, key):
         images = prepare_evaluation(batch, config.data)
-        rngs = {name: fold_name(key, name) for name in EVALUATION_STREAMS}
-        drawn = None if config.evaluation.noise == "mean" else rngs
+        rngs = None
+        if config.evaluation.noise != "mean":
+            rngs = {name: fold_name(key, name) for name in EVALUATION_STREAMS}
         parts = {}
-        for name, outputs in forward(params, helpers, images, False, drawn).items():
+        for name, outputs in forward(params, helpers, images, False, rngs).items():
             logits = outputs.logits
             if classes is not None:
                 logits = restrict_logits(logits, classes)
@@ -119,7 +120,7 @@ def make_sums(
 
 
 def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The metrics of one network; of several their means, and each one's as `NAME/METRIC`."""
+    """The metrics of one network; for several, their means and each as `NAME/METRIC`."""
     means = jax.tree.map(lambda *values: sum(values) / len(values), *parts.values())
     if len(parts) == 1:
         return means
@@ -127,7 +128,7 @@ def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.A
 
 
 def _moe_metrics(recorded: Mapping[str, Any]) -> tuple[dict[str, jax.Array], jax.Array]:
-    """One metric a layer and quantity, and the sum of the balance losses."""
+    """One metric per layer and quantity, and the sum of the balance losses."""
     metrics, balance = {}, jnp.zeros(())
     for path, value in traverse_util.flatten_dict(recorded).items():
         stage, collection, block, _, name = path

@@ -1,4 +1,4 @@
-"""The record of a phase, and of the training that it describes."""
+"""`Phase` and the `Training` that it describes."""
 
 import dataclasses
 import operator
@@ -20,8 +20,8 @@ from m2mkd_jax.phases.objective import Forward, make_loss
 
 Splits = tuple[Source, Source]  # training and test
 
-# Random numbers of training: transforms of images, pairing of examples, stochastic depth, noise of
-# routers; of NACs noise on codes, edges, first states of latents, Gumbel noise of the pooling.
+# Random streams of training: image transforms, mixing, stochastic depth, router noise; for NACs
+# code noise, edges, initial states of latents, Gumbel noise of the pooling.
 STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "pooling")
 SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # on the terminal
 
@@ -33,11 +33,11 @@ ALLOWANCES = ("sources.fresh", "sources.leave")
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """A field of the config that names a workdir, or several, from which a phase takes weights.
+    """A field of the config that names one or more workdirs to take weights from.
 
     Attributes:
-      field: its name in its section.
-      section: "sources", unless it is another.
+      field: its name in `section`.
+      section: of the config.
       used: config -> whether the phase reads it.
     """
 
@@ -57,18 +57,17 @@ class WeightSource:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The training of a phase, made of config and mesh alone: no data and no weights are read for
-    it, and its step can be compiled where the mesh's devices are only described.
+    """The training of a phase, which depends on config and mesh alone: it reads no data and no
+    weights, and its step compiles for devices that are only described.
 
     Attributes:
-      phase: the record of its phase.
+      phase: its phase.
       config: with the phase's recipe in `optim`, `augment` and `drop_path`.
       init, rules, trainable: see `common_jax.task.Task`.
       forward: from parameters and images to logits.
-      helpers: shapes and shardings of the parameters that `forward` needs and that are not trained.
+      helpers: shapes and shardings of the frozen parameters that `forward` needs.
       distill: the distillation to blend in.
-      regularizer: steps per epoch -> a term of the loss, of parameters and step alone; None for
-        no term.
+      regularizer: steps per epoch -> a term of the loss that depends on parameters and step alone.
     """
 
     phase: "Phase"
@@ -83,12 +82,12 @@ class Training:
 
     @property
     def clip_depth(self) -> int:
-        """See `common_jax.task.Task`: modules, such as "student/stage_1", are clipped each by
-        itself."""
+        """See `common_jax.task.Task`: modules, such as "student/stage_1", are clipped
+        separately."""
         return 2 if self.phase.modular else 0
 
     def task(self, *, steps_per_epoch: int) -> Task:
-        """The task without data and weights, which is enough to compile its step."""
+        """The task without data or weights, which is enough to compile its step."""
         config, regularizer = self.config, self.regularizer
         return Task(
             title=f"{config.phase} {config.module}" if self.phase.modular else config.phase,
@@ -113,14 +112,8 @@ class Training:
 def config_feed(
     training: Training, workdir: epath.Path, splits: Splits | tuple[None, None] = (None, None)
 ) -> Feed:
-    """The feed of the config's data section, and of its ood section where that names a source and
-    the phase evaluates it.
-
-    Args:
-      training: of the run.
-      workdir: of the run.
-      splits: training and test split, where they are read already.
-    """
+    """The feed of config.data, and of config.ood if that names a source and the phase evaluates it;
+    `splits` are used if they are already loaded."""
     config, (train, test) = training.config, splits
     return make_feed(
         config.data,
@@ -137,29 +130,29 @@ def config_feed(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A kind of run: all that the rest of the code needs to know of it.
+    """A kind of run: everything that the rest of the code needs to know about it.
 
     Attributes:
       describe: (config, mesh) -> its training.
-      run: (config, workdir, mesh) -> its result. Trains, or resumes.
+      run: (config, workdir, mesh) -> its result; trains, or resumes.
       role: key of the parameters that it trains and saves: "meta", "module", "teacher" or
         "student".
-      reads: sections and fields of the config that it reads, beside `ALWAYS`, `RECIPE`, its sources
-        and the OOD set.
+      reads: sections and fields of the config that it reads, besides `ALWAYS`, `RECIPE`, its
+        sources and the OOD set.
       differentiates: sections of the networks that gradients pass through, whose activations are
         kept.
       sources: fields that name the workdirs it takes weights from.
-      modular: whether it trains the modules that config.module names, `distill.pairs_at_once` of
-        them in one program, and not a whole network.
+      modular: whether it trains the modules that config.module names, `distill.pairs_at_once` per
+        program, instead of a whole network.
       ood: whether it evaluates the OOD set.
       evaluators: keys of `m2mkd_jax.evaluators.EVALUATORS`.
       feed: (training, workdir, splits) -> its data.
-      draws_images: whether it trains on a few images that it draws of the training split.
-      table: workdir -> a table of its own in the report, or None.
+      draws_images: whether it trains on a few images drawn from the training split.
+      table: workdir -> its own table in the report, or None.
       folder: of its run in a pipeline.
-      makes: field of config.sources that takes its workdir, in later phases.
-      replaceable: whether a pipeline takes the workdir in config.sources.MAKES in its place.
-      optional: whether a pipeline without a recipe for it leaves it out.
+      makes: field of config.sources that names its workdir in later phases.
+      replaceable: whether a workdir in config.sources.MAKES replaces it in a pipeline.
+      optional: whether a pipeline skips it if it has no recipe.
     """
 
     describe: Callable[[Config, Mesh], Training]
@@ -180,8 +173,7 @@ class Phase:
     optional: bool = False
 
     def all_reads(self) -> tuple[str, ...]:
-        """Sections and fields of the config that it reads; a flag or a sweep of any other changes
-        nothing."""
+        """Sections and fields of the config that it reads; setting any other changes nothing."""
         ood = ("ood",) if self.ood else ()
         sources = tuple(source.path for source in self.sources)
         allowances = ALLOWANCES if sources else ()

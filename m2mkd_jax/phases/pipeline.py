@@ -1,4 +1,5 @@
-"""All phases in order, each in a folder of its own: resumable, and skipped when finished."""
+"""Runs one phase, or all phases in order, each in its own folder, resumable and skipped when
+finished."""
 
 import dataclasses
 import logging
@@ -13,28 +14,25 @@ from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import load_splits
-from m2mkd_jax.phases.fields import check_sources, given_sources
+from m2mkd_jax.phases.fields import check_sources, replacing_sources
 from m2mkd_jax.phases.phase import Training
 from m2mkd_jax.phases.training import check_training
 from m2mkd_jax.phases.weights import check_source
 
-# A pipeline always trains the network that this field of config.sources takes, and its result is
-# that run's.
+# The field of config.sources for the network that a pipeline always trains; the result is that
+# run's.
 PRODUCT = "network"
 # Fields in which a finished run may differ from its plan: a moved pipeline has its sources in other
-# folders, and an episode has labels of its own.
+# folders, and an episode has its own labels.
 APART = r"sources\..*|data\.labels"
 
 
 def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Runs the phase that `config` names.
+    """Runs the phase that `config` names, and returns the result of the run, or of the last one.
 
-    A modular phase trains the modules of config.module in one program, in `workdir` itself; where
-    config.distill.pairs_at_once allows fewer, in several, one after the other, each in a folder
-    of its own such as `workdir`/module_0+1.
-
-    Returns:
-      The result of the run, or of the last one.
+    A modular phase trains the modules of config.module in one program, in `workdir` itself. If
+    config.distill.pairs_at_once is fewer, it runs several programs in turn, each in its own folder
+    such as `workdir`/module_0+1.
     """
     check_sources(config)
     if config.phase == "pipeline":
@@ -47,8 +45,8 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 
 
 def program_folders(config: Config, *, one: str, several: str) -> dict[str, Config]:
-    """The programs of a modular phase, each by the folder it trains in: `one` where there is one,
-    `several`_0+1 and so on where there are several."""
+    """The programs of a modular phase by folder: a single program in `one`, several in
+    `several`_0+1 and so on."""
     programs = config.programs()
     if len(programs) == 1:
         return {one: programs[0]}
@@ -56,18 +54,14 @@ def program_folders(config: Config, *, one: str, several: str) -> dict[str, Conf
 
 
 def run_folders(config: Config) -> dict[str, Config]:
-    """The runs of one phase, by their folders below its workdir; "" is the workdir itself."""
+    """The runs of one phase by their folders below its workdir; "" is the workdir itself."""
     if not PHASES[config.phase].modular:
         return {"": config}
     return program_folders(config, one="", several="module")
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The training of the one run of `config`.
-
-    Raises:
-      ValueError: where `config` means several runs.
-    """
+    """The training of the only run of `config`; raises ValueError if `config` means several."""
     check_sources(config)
     if config.phase == "pipeline":
         raise ValueError(
@@ -84,11 +78,9 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """All phases, in the order of `PHASES`.
+    """Runs the phases in the order of `PHASES`, see `chosen_phases`.
 
-    Every run gets the recipe of its phase from config.recipes and the weights of the runs before
-    it. A phase whose weights config.sources gives is left out, and so is an optional one without a
-    recipe.
+    Every run gets the recipe of its phase from config.recipes and weights from earlier runs.
 
     Returns:
       The result of the run that makes `PRODUCT`.
@@ -101,7 +93,7 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     for folder, run_config in plan(config, workdir):
         result = read_result(workdir / folder, run_config, phase=run_config.phase, apart=APART)
         if result is not None:
-            logging.info("%s is finished already", folder)
+            logging.info("%s is already finished", folder)
             results[folder] = result
         else:
             with in_recipe(Recipe, run_config.phase):
@@ -115,28 +107,27 @@ def result_folder() -> str:
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Checks every run that is not finished before the first one trains: data, recipes, networks,
-    and the weights that config.sources gives. Nothing is written.
+    """Checks data, recipes, networks and source weights of all unfinished runs; writes nothing.
 
     Raises:
       FileNotFoundError, ValueError: as the runs themselves.
     """
-    left = [
-        (folder, one)
-        for folder, one in plan(config, workdir)
+    unfinished = [
+        (folder, run)
+        for folder, run in plan(config, workdir)
         if not (workdir / folder / "result.json").exists()
     ]
-    if not left:
+    if not unfinished:
         return
-    for source in given_sources():
+    for source in replacing_sources():
         if source.value(config):
             check_source(config, source.field, mesh)
-    splits = load_splits(config)  # of all runs
+    splits = load_splits(config)  # shared by all runs
     trainings = []
-    for folder, one in left:
-        phase = PHASES[one.phase]
-        with in_recipe(Recipe, one.phase):
-            training = phase.describe(one, mesh)
+    for folder, run in unfinished:
+        phase = PHASES[run.phase]
+        with in_recipe(Recipe, run.phase):
+            training = phase.describe(run, mesh)
             trainings.append((training, phase.feed(training, workdir / folder, splits)))
     for trace in (False, True):  # the quick checks of all runs first
         for training, feed in trainings:
@@ -151,36 +142,34 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     Raises:
       ValueError: when a phase has no recipe and is not optional.
     """
-    made = {source.field: source.value(config) for source in given_sources()}
+    workdirs = {source.field: source.value(config) for source in replacing_sources()}
     runs = []
     for name in chosen_phases(config):
         phase = PHASES[name]
-        sources = phase.used_sources(config)
-        taken = {one.field: made[one.field] for one in sources if one.field in made}
-        run_config = _phase_config(config, name, taken)
+        fields = [source.field for source in phase.used_sources(config)]
+        sources = {field: workdirs[field] for field in fields if field in workdirs}
+        run_config = _phase_config(config, name, sources)
         if phase.modular:
             programs = program_folders(run_config, one=phase.folder, several=phase.role)
-            made[phase.makes] = _of_stages(programs, workdir)
+            workdirs[phase.makes] = _stage_workdirs(programs, workdir)
         else:
             programs = {phase.folder: run_config}
-            made[phase.makes] = str(workdir / phase.folder)
+            workdirs[phase.makes] = str(workdir / phase.folder)
         runs += programs.items()
     return runs
 
 
 def chosen_phases(config: Config) -> list[str]:
-    """The phases that the pipeline runs, in order.
-
-    Counted from the last one: a phase runs where a later one takes its weights and config.sources
-    does not give them, and an optional one where it has a recipe.
+    """The phases that the pipeline runs, in order: those whose weights a later phase needs and
+    config.sources does not name, and optional ones with a recipe.
 
     Raises:
       ValueError: when one of them has no recipe.
     """
-    given = {source.field for source in given_sources() if source.value(config)}
+    replaced = {source.field for source in replacing_sources() if source.value(config)}
     needed, chosen = {PRODUCT}, []
     for name, phase in reversed(PHASES.items()):
-        if name in config.recipes if phase.optional else phase.makes in needed - given:
+        if name in config.recipes if phase.optional else phase.makes in needed - replaced:
             chosen.insert(0, name)
             needed |= {source.field for source in phase.used_sources(config)}
     if missing := [name for name in chosen if name not in config.recipes]:
@@ -188,7 +177,7 @@ def chosen_phases(config: Config) -> list[str]:
     return chosen
 
 
-def _of_stages(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, ...]:
+def _stage_workdirs(programs: dict[str, Config], workdir: epath.Path) -> tuple[str, ...]:
     """The workdir of each stage's module."""
     folders = {stage: folder for folder, one in programs.items() for stage in one.modules()}
     return tuple(str(workdir / folders[stage]) for stage in sorted(folders))

@@ -1,5 +1,4 @@
-"""Phase pretrain_meta (PT): the meta model, one block per stage, trained with labels from
-scratch."""
+"""Phase pretrain_meta (PT): trains the meta model with labels from scratch."""
 
 from typing import Any
 
@@ -12,7 +11,7 @@ from m2mkd_jax.phases.training import train_phase, whole_training
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the meta model; its parameters are saved under "meta"."""
+    """Trains the meta model and saves its parameters under "meta"."""
     return train_phase(describe(config, mesh), workdir, mesh)
 
 

@@ -1,4 +1,4 @@
-"""Phase train_module (MT): teacher modules, each trained in its place inside the frozen meta
+"""Phase train_module (MT): trains teacher modules, each in its place inside the frozen meta
 model."""
 
 from typing import Any
@@ -25,8 +25,8 @@ from m2mkd_jax.stages import module_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the modules of the teacher that config.module names, from scratch; their parameters
-    are saved under "module/stage_K"."""
+    """Trains the teacher modules that config.module names from scratch and saves them under
+    "module/stage_K"."""
     training = describe(config, mesh)
     meta = require_source(config, "meta")
     origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
@@ -35,10 +35,10 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The modules of config.module, each in a hybrid whose other stages are the meta model's and
-    stay as they are.
+    """The modules of config.module, each in a hybrid whose other stages are the frozen meta
+    model's.
 
-    Stochastic depth ramps over, and acts on, meta and module blocks alike (as the original has it).
+    As in the original, stochastic depth ramps over all blocks of a hybrid, meta and module alike.
     """
     check_exchange(config, "meta", "module")
     meta, teacher = meta_network(config), module_network(config, "module")

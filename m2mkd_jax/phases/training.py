@@ -1,4 +1,4 @@
-"""From the training that a phase describes to a finished run."""
+"""Runs the training that a phase describes."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from m2mkd_jax.phases.phase import Phase, Training, config_feed
 
 
 def whole_training(phase: Phase, config: Config) -> Training:
-    """The training of a phase's whole network with labels alone."""
+    """The training of a phase's whole network with labels only."""
     role = phase.role
     network = whole_network(config, role, drop_path=config.drop_path)
     return Training(
@@ -42,19 +42,16 @@ def train_phase(
     feed: Feed | None = None,
     programs: Programs | None = None,
 ) -> dict[str, Any]:
-    """Trains, or resumes.
+    """Trains, or resumes; returns the result of `common_jax.loop.train`.
 
     Args:
-      training: as its phase describes it.
+      training: from its phase's `describe`.
       workdir: of this run alone.
       mesh: devices.
       helpers: the parameters that `training.helpers` describes.
       warm_start: see `common_jax.task.Task`.
+      feed: data; None for the config's.
       programs: see `common_jax.loop.train`.
-      feed: data in place of the config's.
-
-    Returns:
-      The run's result, see `common_jax.loop.train`.
     """
     config = training.config
     feed = config_feed(training, workdir) if feed is None else feed
@@ -78,13 +75,10 @@ def train_phase(
 def with_feed(
     training: Training, feed: Feed, mesh: Mesh, *, programs: Programs | None = None
 ) -> Task:
-    """The task with data, and without weights."""
+    """The task with data but without weights."""
     config, forward, names = training.config, training.forward, training.phase.evaluators
     evaluate = functools.partial(
-        make_evaluator,
-        mesh=mesh,
-        seed=config.seed,
-        fold_step=config.evaluation.noise == "sampled",
+        make_evaluator, mesh=mesh, seed=config.seed, fold_step=config.evaluation.noise == "sampled"
     )
     sums = make_sums(forward, config, names)
     evaluators = {"test": evaluate(sums, feed.evaluation, programs=programs)}
@@ -104,8 +98,8 @@ def check_training(
     """Checks a run before anything is written. Raises as `common_jax.loop.check`.
 
     Args:
-      key: of the section of its recipe, for messages.
-      trace: whether to check its networks too, which takes a few seconds.
+      key: path of its recipe's section, for messages.
+      trace: whether to check the networks too, which takes a few seconds.
     """
     config, task = training.config, with_feed(training, feed, mesh)
     check = loop.check if trace else loop.check_settings

@@ -164,7 +164,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="m2mkd_jax/models/encoder.py",
         what="registers take the positions of the first patches",
-        right="[positions[:, :placed], zeros, positions[:, placed:]]",
+        right="[positions[:, :start], zeros, positions[:, start:]]",
         wrong="[positions, zeros]",
         tests=f"{VARIANTS}::test_tokens_are_embedded_by_hand",
     ),

@@ -79,8 +79,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "gradients pass into what a teacher gives",
-        "return jax.lax.stop_gradient(taught), logits, recorded",
-        "return taught, logits, recorded",
+        "return jax.lax.stop_gradient(targets), logits, recorded",
+        "return targets, logits, recorded",
         HYBRID,
     ),
     Mistake(
@@ -212,8 +212,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/families/vmoe.py",
         "stitches that are kept have the student's width",
-        "stitch_width=context.meta_width if kept else None",
-        "stitch_width=section.width if kept else None",
+        "stitch_width=context.meta_width if",
+        "stitch_width=section.width if",
         FAMILIES,
     ),
     Mistake(
@@ -233,10 +233,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/phases/training.py",
         "every run evaluates with the draws of seed 0",
-        """        seed=config.seed,
-        fold_step=""",
-        """        seed=0,
-        fold_step=""",
+        "seed=config.seed, fold_step=",
+        "seed=0, fold_step=",
         DRAWS,
     ),
     Mistake(

@@ -1,4 +1,4 @@
-"""Runner for assembling: real checkpoints, put together by `common_jax.weights.take`."""
+"""Runner for assembling real checkpoints with `common_jax.weights.take`."""
 
 import pathlib
 import re
@@ -26,31 +26,31 @@ ROLE = "network"
 
 
 def run_assemble(case: Case) -> Iterator[Comparison]:
-    """Stage i of the whole from checkpoint i: every tensor, what is left behind, the logits."""
+    """Assembles stage i from checkpoint i: every tensor, those that are dropped, the logits."""
     sizes, arrays = case.config["config"], case.arrays
     full = sizes["full"]
     network = BUILDERS[sizes["kind"]](full)
     before = load_network(arrays.below("params/before/"), full)
-    held = [_load_checkpoint(case, i) for i in range(len(network))]
-    for i, stages in enumerate(held):
+    checkpoints = [_load_checkpoint(case, i) for i in range(len(network))]
+    for i, stages in enumerate(checkpoints):
         yield from _compare_structure(case, i, stages)
 
     with tempfile.TemporaryDirectory() as folder:
         origins = []
-        for i, stages in enumerate(held):
+        for i, stages in enumerate(checkpoints):
             workdir = pathlib.Path(folder) / str(i)
             _save(workdir, {"module": stages})
             origins.append(Origin(workdir, f"module/{stage_name(i)}", f"{ROLE}/{stage_name(i)}"))
         here = SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(
+        shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), {ROLE: before}
         )
-        own = {ROLE: {stage_name(i): held[i][stage_name(i)] for i in range(len(network))}}
-        missing = _paths(wanted) - _paths(own)
-        # The original takes what has the right name and is silent about the rest.
+        own = {ROLE: {stage_name(i): checkpoints[i][stage_name(i)] for i in range(len(network))}}
+        missing = _paths(shapes) - _paths(own)
+        # The original loads tensors with matching names and silently drops the rest.
         fresh = [Allowance(re.escape(path), "in no checkpoint") for path in sorted(missing)]
         start = take(
-            wanted, origins, leave=(Allowance(".*", "no place for it"),), fresh=tuple(fresh)
+            shapes, origins, leave=(Allowance(".*", "no place for it"),), fresh=tuple(fresh)
         )
     assembled = merge(before, start.params.get(ROLE, {}))
     depths = full["divided_depths"]
@@ -66,16 +66,16 @@ def run_assemble(case: Case) -> Iterator[Comparison]:
         stage = stage_name(entry["stage"])
         dropped = _names(own[ROLE][stage], f"{ROLE}/{stage}/", left)
         yield compare_lists(f"{stage}/dropped", dropped, entry["silently_dropped"])
-        kept = _names(before[stage], f"{ROLE}/{stage}/", fresh)
-        yield compare_lists(f"{stage}/left_at_init", kept, entry["left_at_init"])
+        at_init = _names(before[stage], f"{ROLE}/{stage}/", fresh)
+        yield compare_lists(f"{stage}/left_at_init", at_init, entry["left_at_init"])
     old = write_network(before, depths=depths)
     unchanged = sorted(name for name in state if np.array_equal(state[name], old[name]))
-    stated = sorted(case.config["parameters_not_changed_by_assembly"])
-    yield compare_lists("parameters_not_changed_by_assembly", unchanged, stated)
+    expected = sorted(case.config["parameters_not_changed_by_assembly"])
+    yield compare_lists("parameters_not_changed_by_assembly", unchanged, expected)
 
 
 def _load_checkpoint(case: Case, i: int) -> dict[str, Any]:
-    """What checkpoint i holds, by stage: a student's only stage is stage i of the whole."""
+    """Checkpoint i by stage; the only stage of a student is stage i of the whole."""
     sizes = case.config["config"]["incubated"][i]
     keys = case.config["checkpoint_structure"][i]["model_stages_keys"]
     stages = {}
@@ -87,7 +87,7 @@ def _load_checkpoint(case: Case, i: int) -> dict[str, Any]:
 
 
 def _compare_structure(case: Case, i: int, stages: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Names in the checkpoint, and how many of its parameters decay."""
+    """Names in the checkpoint, and the number of parameters that decay."""
     structure = case.config["checkpoint_structure"][i]
     states = [write_stage(stage) for stage in stages.values()]
     for j, (state, names) in enumerate(zip(states, structure["model_stages_keys"], strict=True)):
@@ -102,7 +102,7 @@ def _compare_structure(case: Case, i: int, stages: Mapping[str, Any]) -> Iterato
 
 
 def _save(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
-    """A finished checkpoint of `params` in a run's workdir."""
+    """Saves a finished checkpoint of `params` in a run's workdir."""
     state = init_state(params, OptimConfig(), trainable=".*", metrics={})
     checkpoints = Checkpoints(workdir, keep=1, best=None)
     checkpoints.save(state, step=int(state.step), config={}, metrics=None)

@@ -1,4 +1,4 @@
-"""Golden cases: what they hold, and how a number is held against what it should be."""
+"""Golden cases and comparisons with their numbers."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ import numpy as np
 
 # (name, got, want, atol, rtol); 0, 0 is exact.
 Comparison = tuple[str, Any, Any, float, float]
-EXPECTED = ("outputs/", "grads/", "grads_")  # keys of arrays that a runner must look at
+EXPECTED = ("outputs/", "grads/", "grads_")  # keys of arrays that a runner must compare
 
 
 class Arrays(Mapping):
-    """The arrays of a case by key; remembers which of them were asked for."""
+    """The arrays of a case by key; remembers which were read."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._arrays = dict(arrays)
@@ -38,7 +38,7 @@ class Arrays(Mapping):
         return {key.removeprefix(prefix): self[key] for key in self if key.startswith(prefix)}
 
     def forgotten(self) -> list[str]:
-        """Keys of expected results that nobody asked for."""
+        """Keys of expected results that were not read."""
         return sorted(k for k in self if k.startswith(EXPECTED) and k not in self._read)
 
 
@@ -57,11 +57,11 @@ class Case:
     arrays: Arrays
 
     def tolerance(self, *names: str) -> tuple[float, float]:
-        """(atol, rtol) of the first of `names` that the json states one for, else the general
+        """(atol, rtol) of the first of `names` that has its own in the json, else the general
         one."""
-        stated = self.config["tolerance"]
-        chosen = next((stated[name] for name in names if name in stated), stated)
-        return (0.0, 0.0) if chosen == "exact" else (chosen["atol"], chosen["rtol"])
+        general = self.config["tolerance"]
+        tolerance = next((general[name] for name in names if name in general), general)
+        return (0.0, 0.0) if tolerance == "exact" else (tolerance["atol"], tolerance["rtol"])
 
 
 Runner = Callable[[Case], Iterable[Comparison]]
@@ -69,8 +69,8 @@ Runner = Callable[[Case], Iterable[Comparison]]
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison, done: the largest error, absolute and relative to the largest wanted value,
-    and `used`, the largest share of what the tolerance allows an element."""
+    """The result of a comparison: the largest error, absolute and relative to the largest expected
+    value, and `used`, the largest error as a fraction of its tolerance."""
 
     name: str
     absolute: float
@@ -82,7 +82,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether |got - want| <= atol + rtol |want| everywhere."""
+        """True if |got - want| <= atol + rtol |want| everywhere."""
         return self.used <= 1
 
 
@@ -92,13 +92,12 @@ def read_case(path: pathlib.Path) -> Case:
     if not arrays.exists():
         raise FileNotFoundError(f"{path} has no {arrays.name} beside it")
     with np.load(arrays) as loaded:
-        held = Arrays(loaded)
-    return Case(f"{path.parent.name}/{path.stem}", json.loads(path.read_text()), held)
+        values = Arrays(loaded)
+    return Case(f"{path.parent.name}/{path.stem}", json.loads(path.read_text()), values)
 
 
 def check(comparison: Comparison) -> Check:
-    """Holds one result against what it should be; shapes must agree, and NaN agrees with
-    nothing."""
+    """Compares a result with its expected value; shapes must agree, and NaN equals nothing."""
     name, got, want, atol, rtol = comparison
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
@@ -117,8 +116,7 @@ def check(comparison: Comparison) -> Check:
 
 
 def run_case(case: Case, runner: Runner) -> list[Check]:
-    """All comparisons of a case, and a failed one for every expected array that the runner did not
-    look at."""
+    """All comparisons of a case, and a failed one for every expected array that was not read."""
     checks = [check(comparison) for comparison in runner(case)]
     for key in case.arrays.forgotten():
         checks.append(Check(key, np.inf, np.inf, 0, 0, np.inf, "was not compared"))
@@ -131,7 +129,7 @@ def compare_trees(
     want: Mapping[str, np.ndarray],
     tolerance: tuple[float, float],
 ) -> Iterator[Comparison]:
-    """Compares states name by name; that the names are the same is a comparison too."""
+    """Compares states name by name, and their names."""
     yield f"{prefix}names", set(got) == set(want), True, 0, 0
     for name in want:
         if name in got:
@@ -139,5 +137,5 @@ def compare_trees(
 
 
 def compare_lists(name: str, got: Iterable[Any], want: Iterable[Any]) -> Comparison:
-    """Compares lists that are no numbers, order included."""
+    """Compares lists that are not numbers, including order."""
     return name, list(got) == list(want), True, 0, 0

@@ -22,7 +22,7 @@ from common_jax.weights import table as tables
 from parity.cases import Case, Comparison, compare_lists
 
 EXACT = (0, 0)
-IGNORED = -100  # what the original's labels say where ours are negative
+IGNORED = -100  # the original's label where ours are negative
 
 
 def mbart_config(sizes: Mapping[str, Any]) -> MBartConfig:
@@ -49,9 +49,7 @@ def translator(sizes: Mapping[str, Any], *, layout: str = "original") -> Transla
     config = ModelConfig(
         mbart=mbart_config(sizes["mbart"]),
         mapper=MapperConfig(
-            kind=sizes["mapping_network"],
-            prefix=sizes["prefix_length"],
-            features=sizes["clip_dim"],
+            kind=sizes["mapping_network"], prefix=sizes["prefix_length"], features=sizes["clip_dim"]
         ),
         prefix=PrefixConfig(layout=layout, mask="original"),
     )
@@ -77,27 +75,27 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
     mask = jnp.asarray(arrays["inputs/attention_mask"]) > 0
     labels = jnp.asarray(arrays["inputs/labels"])
     table = mbart_names.table(config)
-    given = mbart.shift_right(labels, pad=config.pad)
+    decoder_ids = mbart.shift_right(labels, pad=config.pad)
     params, _ = tables.read(
         table,
         arrays.below("params/"),
-        shapes=jax.eval_shape(network.init, jax.random.key(0), ids, mask, given)["params"],
+        shapes=jax.eval_shape(network.init, jax.random.key(0), ids, mask, decoder_ids)["params"],
         file=case.name,
     )
-    yield "shift", given, arrays["outputs/shift_tokens_right"], *EXACT
+    yield "shift", decoder_ids, arrays["outputs/shift_tokens_right"], *EXACT
     length = labels.shape[1]
     visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
     if "inputs/decoder_attention_mask" in arrays:
         seen = jnp.asarray(arrays["inputs/decoder_attention_mask"]) > 0
         visible = prefixes.visibility(seen, count=0, rule="original")
     if "outputs/self_attn_visible" in arrays:
-        wanted = arrays["outputs/self_attn_visible"]
-        yield "visible", jnp.broadcast_to(visible, wanted.shape), wanted, *EXACT
+        want = arrays["outputs/self_attn_visible"]
+        yield "visible", jnp.broadcast_to(visible, want.shape), want, *EXACT
 
     def forward(params):
         def network_call(module):
             states = module.encode(ids, mask)
-            hidden = module.decode(module.embed(given), states, mask, visible)
+            hidden = module.decode(module.embed(decoder_ids), states, mask, visible)
             return states, module.logits(hidden)
 
         states, logits = network.apply({"params": params}, method=network_call)
@@ -112,7 +110,7 @@ def run_mbart(case: Case) -> Iterator[Comparison]:
 
 
 def run_prefix(case: Case) -> Iterator[Comparison]:
-    """The training pass with a mapping network, and which parameters it moves."""
+    """The training pass with a mapping network, and the parameters that it trains."""
     arrays, tolerance = case.arrays, case.tolerance()
     model = translator(case.config["config"])
     config = model.config
@@ -122,20 +120,20 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
     mask = source != config.mbart.pad
     yield "source mask", mask, arrays["inputs/attention_mask"], *EXACT
 
-    given = mbart.shift_right(labels, pad=config.mbart.pad)
-    yield "shift", given, arrays["outputs/decoder_input_ids"], *EXACT
+    decoder_ids = mbart.shift_right(labels, pad=config.mbart.pad)
+    yield "shift", decoder_ids, arrays["outputs/decoder_input_ids"], *EXACT
     used = prefixes.insert_ignored(labels, config.mapper.prefix)
     used = jnp.where((used < 0) | (used == config.mbart.pad), IGNORED, used)
-    wanted = arrays["outputs/labels_used"]
-    yield "labels", used, np.where(wanted == config.mbart.pad, IGNORED, wanted), *EXACT
+    want = arrays["outputs/labels_used"]
+    yield "labels", used, np.where(want == config.mbart.pad, IGNORED, want), *EXACT
     embeddings, visible = model.decoder_input(params, features, labels)
-    wanted = arrays["outputs/self_attn_visible"]
-    yield "visible", jnp.broadcast_to(visible, wanted.shape), wanted, *EXACT
+    want = arrays["outputs/self_attn_visible"]
+    yield "visible", jnp.broadcast_to(visible, want.shape), want, *EXACT
     if config.mapper.prefix:
         vectors = model.prefix(params, features, len(labels))
         yield "prefix", vectors, arrays["outputs/prefix_embeds"], *tolerance
         yield "embeddings", embeddings, arrays["outputs/decoder_inputs_embeds"], *tolerance
-        # The last slot hears every slot of the mask that is no later; pads stand at the end.
+        # The last slot attends to every unmasked slot up to it; pads are at the end.
         seen = arrays["outputs/decoder_attention_mask"] > 0
         later = np.arange(seen.shape[1]) > max(config.mapper.prefix, prefixes.ORIGINAL_KEYS)
         yield "mask", visible[:, 0, -1, :] & later, seen & later, *EXACT
@@ -147,7 +145,7 @@ def run_prefix(case: Case) -> Iterator[Comparison]:
         variables = {"params": params["mbart"]}
         logits = model.network.apply(variables, hidden, method=MBart.logits)
         total, count = label_loss(logits, used, pad=config.mbart.pad)
-        # What training computes, without the prefix's slots, must be the same number.
+        # Training leaves out the prefix's slots, and must give the same number.
         few = model.train_logits(params, features, source, labels)
         total_few, count_few = label_loss(few, labels, pad=config.mbart.pad)
         return total_few / count_few, (total / count, logits)
@@ -186,16 +184,16 @@ def run_mapper(case: Case) -> Iterator[Comparison]:
     yield "y", y, arrays["outputs/y"], *tolerance
     of_params, of_input = pull(cotangent)
     got = tables.write(table, of_params) | {"__input__": of_input}
-    for name, wanted in arrays.below("grads/").items():
-        yield f"grads/{name}", got[name.removeprefix("adapter.")], wanted, *tolerance
+    for name, want in arrays.below("grads/").items():
+        yield f"grads/{name}", got[name.removeprefix("adapter.")], want, *tolerance
 
 
 def _gradients(
     got: Mapping[str, np.ndarray], case: Case, tolerance: tuple[float, float]
 ) -> Iterator[Comparison]:
-    """All gradients that the case holds."""
-    for name, wanted in case.arrays.below("grads/").items():
-        yield f"grads/{name}", got[name], wanted, *tolerance
+    """All gradients in the case."""
+    for name, want in case.arrays.below("grads/").items():
+        yield f"grads/{name}", got[name], want, *tolerance
 
 
 def _own(tensors: Mapping[str, np.ndarray]) -> list[str]:

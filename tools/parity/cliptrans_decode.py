@@ -1,4 +1,4 @@
-"""Runners of the golden cases of decoding: every step of a beam search, and what it ends with."""
+"""Runners of the golden cases of decoding: every step of a beam search, and its result."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -38,8 +38,8 @@ def run_generate(case: Case) -> Iterator[Comparison]:
 
 def _make(model, settings, beams: int) -> Search:
     ids = model.config.mbart
-    stated = {"eos_token_id": ids.eos, "pad_token_id": ids.pad, "forced_eos_token_id": ids.eos}
-    assert all(settings[key] == value for key, value in stated.items())
+    special = {"eos_token_id": ids.eos, "pad_token_id": ids.pad, "forced_eos_token_id": ids.eos}
+    assert all(settings[key] == value for key, value in special.items())
     return Search(
         model,
         DecodeConfig(
@@ -47,7 +47,7 @@ def _make(model, settings, beams: int) -> Search:
             max_new_tokens=settings["max_new_tokens"],
             length_penalty=settings["length_penalty"],
             early_stopping=settings["early_stopping"],
-            growth=1,  # one loop is quickest to compile, and parts change nothing but speed
+            growth=1,  # one loop compiles fastest; parts change only speed
             halvings=0,
         ),
     )
@@ -68,15 +68,15 @@ def _first_block(case: Case, model, params, inputs) -> Iterator[Comparison]:
     vectors = model.prefix(params, inputs["features"], batch)
     block, visible = prefixes.start_block(embedded, vectors, embedded, model.config.prefix)
     tolerance = case.tolerance("logits")
-    wanted = arrays["outputs/decoder_inputs_embeds_first"]
-    yield "first block", block[:, :-1], wanted, *tolerance
-    wanted = arrays["outputs/decoder_attention_mask_first"]
-    yield "first mask", np.ones((batch, count + 1)), wanted, *EXACT
+    want = arrays["outputs/decoder_inputs_embeds_first"]
+    yield "first block", block[:, :-1], want, *tolerance
+    want = arrays["outputs/decoder_attention_mask_first"]
+    yield "first mask", np.ones((batch, count + 1)), want, *EXACT
     for key in arrays:
         if key.endswith("first_step_visible"):
-            wanted = arrays[key]
-            got = jnp.broadcast_to(visible[:, :, :-1, :-1], wanted.shape)
-            yield key, got, wanted, *EXACT
+            want = arrays[key]
+            got = jnp.broadcast_to(visible[:, :, :-1, :-1], want.shape)
+            yield key, got, want, *EXACT
 
 
 def _search(case: Case, search: Search, params, inputs, name: str) -> Iterator[Comparison]:
@@ -105,11 +105,11 @@ def _search(case: Case, search: Search, params, inputs, name: str) -> Iterator[C
     for number, (done, logits, chosen) in enumerate(steps):
         live = ~done
         if "step_logits" in expected:
-            wanted = expected["step_logits"][number].reshape(batch, beams, -1)
-            yield f"{name} logits {number}", logits[live], wanted[live], *logits_tolerance
+            want = expected["step_logits"][number].reshape(batch, beams, -1)
+            yield f"{name} logits {number}", logits[live], want[live], *logits_tolerance
         if "step_done_before" in expected:
-            wanted = expected["step_done_before"][number]
-            yield f"{name} done {number}", done, wanted, *EXACT
+            want = expected["step_done_before"][number]
+            yield f"{name} done {number}", done, want, *EXACT
             yield from _step(state, expected, (name, number), live, chosen, language, scores)
     if "step_done_before" in expected:
         yield f"{name} steps", len(steps), len(expected["step_done_before"]), *EXACT
@@ -129,11 +129,11 @@ def _search(case: Case, search: Search, params, inputs, name: str) -> Iterator[C
 def _step(
     state: SearchState, expected, place: tuple[str, int], live, chosen, language, tolerance
 ) -> Iterator[Comparison]:
-    """One step's candidates and choices; the first, which only the language code is for, is one
-    that ours does not take."""
+    """One step's candidates and choices; ours has no first step, which only sets the language
+    code."""
     name, number = place
     batch, beams = len(live), state.scores.shape[1]
-    wanted = {
+    want = {
         key: expected[f"step_{key}"][number]
         for key in (
             "cand_scores",
@@ -149,34 +149,34 @@ def _step(
         code = np.repeat(np.asarray(language)[:, None], beams, 1)
         scores = np.full((batch, beams), -1e9)
         scores[:, 0] = 0
-        yield f"{name} first scores", scores, wanted["next_scores"], *tolerance
-        yield f"{name} first tokens", code, wanted["next_tokens"], *EXACT
-        beams_in_order = np.sort(wanted["next_beams"] - offset, 1)  # all but one are equal
+        yield f"{name} first scores", scores, want["next_scores"], *tolerance
+        yield f"{name} first tokens", code, want["next_tokens"], *EXACT
+        beams_in_order = np.sort(want["next_beams"] - offset, 1)  # all but one are equal
         yield f"{name} first beams", np.tile(np.arange(beams), (batch, 1)), beams_in_order, *EXACT
-        yield f"{name} first candidates", scores, wanted["cand_scores"][:, :beams], *tolerance
-        yield f"{name} first codes", code, wanted["cand_tokens"][:, :beams], *EXACT
+        yield f"{name} first candidates", scores, want["cand_scores"][:, :beams], *tolerance
+        yield f"{name} first codes", code, want["cand_tokens"][:, :beams], *EXACT
         yield (
             f"{name} first origins",
-            np.sort(wanted["cand_beams"][:, :beams]),
+            np.sort(want["cand_beams"][:, :beams]),
             np.tile(np.arange(beams), (batch, 1)),
             *EXACT,
         )
         return
-    real = live[:, None] & np.isfinite(wanted["cand_scores"])
+    real = live[:, None] & np.isfinite(want["cand_scores"])
     for key, got in (("scores", chosen.scores), ("tokens", chosen.tokens), ("beams", chosen.beams)):
         limits = tolerance if key == "scores" else EXACT
-        yield f"{name} candidate {key} {number}", got[real], wanted[f"cand_{key}"][real], *limits
-    # Where the end is forced no beam goes on.
-    real = live[:, None] & np.isfinite(wanted["next_scores"])
+        yield f"{name} candidate {key} {number}", got[real], want[f"cand_{key}"][real], *limits
+    # Where the end is forced, no beam continues.
+    real = live[:, None] & np.isfinite(want["next_scores"])
     real &= np.isfinite(chosen.next_scores)
     got = (chosen.next_scores, chosen.next_tokens, chosen.next_beams + offset)
     for key, value in zip(("scores", "tokens", "beams"), got, strict=True):
         limits = tolerance if key == "scores" else EXACT
-        yield f"{name} next {key} {number}", value[real], wanted[f"next_{key}"][real], *limits
+        yield f"{name} next {key} {number}", value[real], want[f"next_{key}"][real], *limits
 
 
 def _logits_of_start(search: Search, params, inputs, states, language) -> np.ndarray:
-    """Scores of the first token, which the language code then replaces."""
+    """Logits of the first token, which the language code then replaces."""
     hidden, _ = jax.jit(search.prefill)(
         params, inputs["features"], inputs["source"], states, language
     )
@@ -188,7 +188,7 @@ def _logits_of_start(search: Search, params, inputs, states, language) -> np.nda
 def _single(
     case: Case, search: Search, params, inputs, name: str, row: int
 ) -> Iterator[Comparison]:
-    """A sample alone and without pads: its batch-mates must not have mattered."""
+    """A sample alone and without pads must give the same result as in the batch."""
     ids = inputs["source"][row]
     source = ids[ids != search.translator.config.mbart.pad][None]
     features = inputs["features"]
@@ -202,7 +202,7 @@ def _single(
 
 
 def _sequences(finished, search: Search, length: int) -> np.ndarray:
-    """The best hypotheses with their ends, as long as the longest, whose length is compared."""
+    """The best hypotheses with end tokens, padded to the longest."""
     tokens, lengths = np.array(finished.tokens[:, 0]), np.asarray(finished.lengths[:, 0])
     tokens[np.arange(len(tokens)), lengths] = search.translator.config.mbart.eos
     assert lengths.max() + 1 == length, (lengths, length)

@@ -1,8 +1,4 @@
-"""Our scores of translations against the original's, case by case.
-
-Each `run_CASE(case)` takes a golden case (`config`: the whole json, `arrays`: the npz) and yields
-(name, got, want, atol, rtol); the sentences are read from the json.
-"""
+"""Runners for the scores of translations, whose sentences are in the json."""
 
 from collections.abc import Iterator
 
@@ -15,7 +11,7 @@ LANGUAGE = "de"  # any whose words have spaces between, for which sacrebleu has 
 
 
 def run_bleu(case: Case) -> Iterator[Comparison]:
-    """BLEU of all sentences with everything that it is made of, and of the first sentence alone."""
+    """BLEU of all sentences with its components, and of the first sentence alone."""
     settings, atol = case.config["config"], float(case.config["tolerance"])
     hypotheses, references = settings["hypotheses"], settings["references"]
     whole, _ = bleu(hypotheses, references, language=LANGUAGE)

@@ -1,4 +1,4 @@
-"""Runners for CLIPTrans's frozen encoders; each takes a case and gives comparisons."""
+"""Runners for CLIPTrans's frozen encoders."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
 from common_jax.weights import table as tables
 from parity.cases import Case, Comparison, compare_trees
 
-# (ids, mask) of every feature that a case may hold; None: no mask, or one that hears all.
+# (ids, mask) of every feature that a case may have; None: no mask, or all ones.
 MCLIP_VARIANTS = {
     "text_features": ("input_ids", "attention_mask"),
     "text_features_holes": ("input_ids", "attention_mask_holes"),
@@ -68,7 +68,7 @@ def run_mclip(case: Case) -> Iterator[Comparison]:
 
 
 def run_clip_image(case: Case) -> Iterator[Comparison]:
-    """CLIP's image tower: behind the first norm, behind the blocks, the class token, features."""
+    """CLIP's image tower: output of the first norm, of the blocks, class token, features."""
     sizes = case.config["config"]
     config = clip.ClipVisionConfig(
         image=sizes["vision"]["image_size"],
@@ -92,7 +92,7 @@ def run_clip_image(case: Case) -> Iterator[Comparison]:
 
 
 def run_clip_text(case: Case) -> Iterator[Comparison]:
-    """CLIP's text tower: hidden states of what is no pad, where the end stands, features."""
+    """CLIP's text tower: hidden states except at pads, position of the end, features."""
     sizes, inputs = case.config["config"], case.arrays.below("inputs/")
     config = clip.ClipTextConfig(
         vocab=sizes["text"]["vocab_size"],
@@ -113,12 +113,12 @@ def run_clip_text(case: Case) -> Iterator[Comparison]:
             if name == "text_features":
                 results["last_hidden_state"] = hidden["last_hidden"][0]
     if "last_hidden_state" in want:
-        heard = inputs["attention_mask"] != 0  # what the original gives at pads is left open
+        visible = inputs["attention_mask"] != 0  # at pads the original's states are arbitrary
         for states in (results, want):
-            states["last_hidden_state"] = np.asarray(states["last_hidden_state"])[heard]
+            states["last_hidden_state"] = np.asarray(states["last_hidden_state"])[visible]
     if "eos_positions" in want:
-        found = clip.end_position(jnp.asarray(inputs["input_ids"]))
-        yield "outputs/eos_positions", found, want.pop("eos_positions"), 0, 0
+        ends = clip.end_position(jnp.asarray(inputs["input_ids"]))
+        yield "outputs/eos_positions", ends, want.pop("eos_positions"), 0, 0
     yield from compare_trees("outputs/", results, want, case.tolerance())
 
 
@@ -138,13 +138,13 @@ def _clip_sizes(sizes: Mapping[str, Any], tower: str) -> dict[str, Any]:
 def _read(
     case: Case, network: nn.Module, table: tables.Table, *example: Any
 ) -> tuple[dict[str, Any], list[Comparison]]:
-    """The case's parameters, and the comparisons that say that they can be written back."""
+    """The case's parameters, and comparisons of a round trip to the original's names."""
     tensors = case.arrays.below("params/")
     shapes = jax.eval_shape(network.init, jax.random.key(0), *example)["params"]
     params, account = tables.read(table, tensors, shapes=shapes, file=case.name)
-    taken = {name: tensors[name] for name, _, _ in account.taken}
+    used = {name: tensors[name] for name, _, _ in account.taken}
     written = tables.write(table, params)
-    return params, list(compare_trees("params/", written, taken, (0, 0)))
+    return params, list(compare_trees("params/", written, used, (0, 0)))
 
 
 def _apply(network: nn.Module, params: Any, *inputs: Any) -> tuple[jax.Array, dict[str, Any]]:

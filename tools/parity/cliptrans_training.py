@@ -1,4 +1,4 @@
-"""Runners of the golden cases of what CLIPTrans reads in each stage, and how it optimises."""
+"""Runners of the golden cases of CLIPTrans's examples in each stage, and of its optimizer."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ NO_PAD = -1  # labels of the optimizer's case are classes, and negative ones ign
 
 
 def run_dataset(case: Case) -> Iterator[Comparison]:
-    """Every stage and side: what is read, which tokens are dropped, how it is padded."""
+    """Every stage and side: examples, dropped tokens, padding."""
     sizes, arrays = case.config["config"], case.arrays
     pair = (sizes["src_lang"], sizes["tgt_lang"])
     tokens = {language: _ragged(arrays[f"inputs/tokens/{language}"]) for language in pair}
@@ -65,11 +65,11 @@ def _stage(
     yield compare_lists(f"{name} texts", _references(examples), one["raw"])
     yield f"{name} draws", len(examples) if examples.drops else 0, one["n_draws"], *EXACT
 
-    sources, kept = list(examples.source), [np.ones(len(x), bool) for x in examples.source]
+    sources, keep = list(examples.source), [np.ones(len(x), bool) for x in examples.source]
     if examples.drops:
         draws = arrays[f"inputs/draws/{name}"]
         rows = [row[: len(ids)] for row, ids in zip(draws, sources, strict=True)]
-        kept = [keep_mask(row, one["mask_prob"]) for row in rows]
+        keep = [keep_mask(row, one["mask_prob"]) for row in rows]
         sources = [
             drop_tokens(ids, row, one["mask_prob"]) for ids, row in zip(sources, rows, strict=True)
         ]
@@ -81,13 +81,13 @@ def _stage(
     yield f"{name} mask", mask, arrays[f"{prefix}attention_mask"], *EXACT
     labels = pad(examples.target, max(map(len, examples.target)), pad_id=PAD)
     yield f"{name} labels", labels, arrays[f"{prefix}labels"], *EXACT
-    # Collated by the original, and used by nothing: which tokens of a caption were kept.
-    wanted = arrays[f"{prefix}mask_decoder_input_ids"]
-    padded = np.ones(wanted.shape, bool)
+    # The mask of a caption's remaining tokens, which the original collates but never uses.
+    want = arrays[f"{prefix}mask_decoder_input_ids"]
+    padded = np.ones(want.shape, bool)
     if STAGES[one["stage"]].captioning:
-        for row, mask in zip(padded, kept, strict=True):
+        for row, mask in zip(padded, keep, strict=True):
             row[: len(mask)] = mask
-    yield f"{name} kept", padded, wanted, *EXACT
+    yield f"{name} kept", padded, want, *EXACT
     yield from _clip(case, one, pair, examples)
 
 
@@ -99,8 +99,8 @@ def _clip(
         tokens = _ragged(arrays[f"inputs/clip_tokens/{pair[0]}"])
         ids = pad(tokens, max(map(len, tokens)), pad_id=PAD)
         yield f"{name} clip", ids, arrays[f"outputs/{name}/clip/input_ids"], *EXACT
-        wanted = arrays[f"outputs/{name}/clip/attention_mask"]
-        yield f"{name} clip mask", ids != PAD, wanted, *EXACT
+        want = arrays[f"outputs/{name}/clip/attention_mask"]
+        yield f"{name} clip mask", ids != PAD, want, *EXACT
         return
     texts = {language: arrays[f"inputs/text_embs/{language}"] for language in pair}
     features = examples.features(arrays["inputs/image_embs"], texts)
@@ -151,8 +151,8 @@ def run_optimizer(case: Case) -> Iterator[Comparison]:
         batch = {name: value.reshape(-1, *value.shape[2:]) for name, value in batch.items()}
         state, _ = step(state, {}, batch, jnp.uint32(0))
         for name in ("w", "b"):
-            wanted = arrays[f"outputs/{name}"][update]
-            yield f"{name} after {update + 1}", state.params[name], wanted, *tolerance
+            want = arrays[f"outputs/{name}"][update]
+            yield f"{name} after {update + 1}", state.params[name], want, *tolerance
         yield f"rate {update}", schedule(update), arrays["outputs/lr"][update], *tolerance
     rest = slice(updates * count, None)
     losses += micro_losses(state.params, rest)
@@ -162,10 +162,10 @@ def run_optimizer(case: Case) -> Iterator[Comparison]:
     yield "gradient left over", gradient, arrays["outputs/leftover_grad_w"], *tolerance
     general = dataclasses.replace(optim, schedule="polynomial", steps=10, min_lr=sizes["lr"] / 10)
     curve = make_schedule(general, updates)
-    wanted = arrays["outputs/poly_lr_generic"]
-    # The original notes the rate after an update, which is that of the next one.
-    got = [curve(step + 1) for step in range(len(wanted))]
-    yield "polynomial", got, wanted, *tolerance
+    want = arrays["outputs/poly_lr_generic"]
+    # The original records the rate after an update, which is that of the next one.
+    got = [curve(step + 1) for step in range(len(want))]
+    yield "polynomial", got, want, *tolerance
 
 
 def _ragged(padded: np.ndarray) -> list[np.ndarray]:

@@ -2,9 +2,9 @@
 
     python tools/parity.py --golden tests/golden [--only 'm2mkd/vit_.*']
 
-prints a line a case: the largest error, absolute and relative to the largest wanted value, and the
-tolerance, of the comparison that comes nearest to failing (or fails). Every size and setting is
-read from the case's json; the case's name picks a runner and tells it nothing.
+prints one line per case for the comparison that is closest to failing: the largest error, absolute
+and relative to the largest expected value, and the tolerance. All sizes and settings are in the
+case's json; its name only selects the runner.
 """
 
 import argparse
@@ -87,7 +87,7 @@ RUNNERS: tuple[tuple[str, Runner], ...] = (
 
 
 def main() -> int:
-    """Runs what the command line asks for; 0 if every case that has a runner passed."""
+    """Runs the command line; returns 0 if every case that has a runner passed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--golden", required=True, type=pathlib.Path, help="folder of the cases")
     parser.add_argument("--only", default="", help="regex searched for in folder/case")
@@ -100,11 +100,8 @@ def main() -> int:
 
 
 def find_cases(golden: pathlib.Path, only: str = "") -> list[pathlib.Path]:
-    """The jsons of the cases under `golden` whose folder/case contains the regex `only`.
-
-    Raises:
-      ValueError: when the folder is missing, holds no cases, or none that `only` chooses.
-    """
+    """The jsons of the cases under `golden` whose folder/case contains the regex `only`; raises
+    ValueError if there is none."""
     if not golden.is_dir():
         raise ValueError(f"--golden {golden}: there is no such folder")
     paths = [path for folder in FOLDERS for path in sorted((golden / folder).glob("*.json"))]
@@ -120,7 +117,7 @@ def find_cases(golden: pathlib.Path, only: str = "") -> list[pathlib.Path]:
 
 
 def run(paths: Iterable[pathlib.Path], write: Callable[[str], None]) -> int:
-    """Runs the cases, writes the lines, and gives the exit status."""
+    """Runs the cases, writes the lines, and returns the exit status."""
     paths = list(paths)
     width = max(len(case_name(path)) for path in paths)
     write(f"{'case':{width}}  max_abs_err  max_rel_err  {'tolerance':18}")
@@ -140,11 +137,11 @@ def run(paths: Iterable[pathlib.Path], write: Callable[[str], None]) -> int:
 
 
 def report(path: pathlib.Path, runner: Runner, width: int) -> tuple[list[str], bool]:
-    """The lines of one case, a line more for each comparison that failed, and whether none did."""
+    """The lines of one case, with one per failed comparison, and whether all passed."""
     name = case_name(path)
     try:
         checks = run_checks(cases.read_case(path), runner)
-    except Exception as error:  # whatever breaks in one case, the others are still run
+    except Exception as error:  # a broken case must not stop the others
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         return [f"{name:{width}}  {'-':>11}  {'-':>11}  {'-':18}  FAIL", f"    {reason}"], False
     failed = [check for check in checks if not check.passed]
@@ -155,9 +152,9 @@ def report(path: pathlib.Path, runner: Runner, width: int) -> tuple[list[str], b
 
 
 def run_checks(case: Case, runner: Runner) -> list[Check]:
-    """The comparisons of a case, computed in float32 without shortened products."""
-    # The tiny networks take longer to compile than to run, and XLA's optimised programs for CPUs
-    # round more coarsely than plain float32.
+    """The comparisons of a case, computed in full float32."""
+    # Tiny networks take longer to compile than to run, and XLA's optimised CPU programs round more
+    # coarsely than plain float32.
     before = jax.config.read(UNOPTIMISED)
     jax.config.update(UNOPTIMISED, True)
     try:

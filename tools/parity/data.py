@@ -1,8 +1,6 @@
-"""Our data functions against the original's numbers, case by case.
+"""Runners for m2mKD's data functions."""
 
-Each `run_CASE(case)` takes a golden case (`config`: the whole json, `arrays`: the npz) and returns
-(name, got, want, atol, rtol) for everything it can compare; what to run is read from the json.
-"""
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,12 @@ import PIL
 from PIL import Image
 
 from m2mkd_jax.data import augment, few_shot, randaugment, samplers
+from parity.cases import Case, Comparison
 
-Comparison = tuple[str, object, object, float, float]
 
-
-def run_mixup_cutmix(case) -> list[Comparison]:
-    """Mixed images and soft targets for given and for drawn lambda and centre."""
-    config, arrays, found = case.config, case.arrays, []
+def run_mixup_cutmix(case: Case) -> Iterator[Comparison]:
+    """Mixed images and soft targets, with fixed and with random lambda and centre."""
+    config, arrays = case.config, case.arrays
     settings = config["config"]
     atol, rtol = config["tolerance"]["atol"], config["tolerance"]["rtol"]
     images = jnp.moveaxis(jnp.asarray(arrays["inputs/images"]), 1, -1)
@@ -29,13 +26,13 @@ def run_mixup_cutmix(case) -> list[Comparison]:
         if use_cutmix and centre is not None:
             edges = augment.cutmix_box(lam, centre, height=height, width=width)
             if box is not None:
-                found.append((f"{name}/box", np.array(edges), np.array(box), 0, 0))
+                yield f"{name}/box", np.array(edges), np.array(box), 0, 0
             mixed, lam = augment.cutmix(images, lam, centre)
-        found.append((f"{name}/lam", float(lam), effective, atol, rtol))
+        yield f"{name}/lam", float(lam), effective, atol, rtol
         # Cutmix only copies pixels.
         exact = (0, 0) if use_cutmix else (atol, rtol)
         want = arrays[f"outputs/{name}/images"]
-        found.append((f"{name}/images", np.moveaxis(np.asarray(mixed), -1, 1), want, *exact))
+        yield f"{name}/images", np.moveaxis(np.asarray(mixed), -1, 1), want, *exact
         return lam
 
     def targets(lam, smoothing):
@@ -45,11 +42,13 @@ def run_mixup_cutmix(case) -> list[Comparison]:
     for name, entry in config["cases"].items():
         use_cutmix, box = entry["kind"] == "cutmix", entry["bbox_yl_yh_xl_xh"]
         centre = tuple(entry["center"]) if entry["center"] else None
-        lam = compare(name, use_cutmix, entry["lam_drawn"], centre, entry["lam_effective"], box)
+        lam = yield from compare(
+            name, use_cutmix, entry["lam_drawn"], centre, entry["lam_effective"], box
+        )
         for smoothing in smoothings:
             key = f"soft_targets_smoothing{smoothing:g}"
             want = arrays[f"outputs/{name}/{key}"]
-            found.append((f"{name}/{key}", targets(lam, smoothing), want, atol, rtol))
+            yield f"{name}/{key}", targets(lam, smoothing), want, atol, rtol
 
     drawing = augment.AugmentConfig(
         mixup=settings["mixup_alpha"],
@@ -62,41 +61,41 @@ def run_mixup_cutmix(case) -> list[Comparison]:
         rng = np.random.RandomState(seed)
         use_cutmix, lam, centre = augment.draw_mix(rng, drawing, height=height, width=width)
         name = f"draw_seed{seed}"
-        found.append((f"{name}/lam_drawn", lam, entry["lam_drawn"], 1e-12, 0))
-        found.append((f"{name}/use_cutmix", use_cutmix, entry["use_cutmix"], 0, 0))
-        lam = compare(name, use_cutmix, lam, centre, entry["lam_effective"], entry["bbox"])
+        yield f"{name}/lam_drawn", lam, entry["lam_drawn"], 1e-12, 0
+        yield f"{name}/use_cutmix", use_cutmix, entry["use_cutmix"], 0, 0
+        lam = yield from compare(
+            name, use_cutmix, lam, centre, entry["lam_effective"], entry["bbox"]
+        )
         want = arrays[f"outputs/{name}/soft_targets"]
-        found.append((f"{name}/soft_targets", targets(lam, smoothings[0]), want, atol, rtol))
-    return found
+        yield f"{name}/soft_targets", targets(lam, smoothings[0]), want, atol, rtol
 
 
-def run_augment_ops(case) -> list[Comparison]:
-    """Every RandAugment operation: argument and image. Exact with the Pillow that made the case."""
-    config, arrays, found = case.config, case.arrays, []
+def run_augment_ops(case: Case) -> Iterator[Comparison]:
+    """Every RandAugment operation: argument and image, exact for the same version of Pillow."""
+    config, arrays = case.config, case.arrays
     settings = config["config"]
     image = Image.fromarray(arrays["inputs/image_hwc_uint8"].astype(np.uint8))
     fill = tuple(settings["fill_rgb"])
     same_pillow = PIL.__version__ == settings["pillow"]
     names = set(settings["policy"]["ops"])
-    found.append(("operations", sorted(randaugment.OPERATIONS) == sorted(names), True, 0, 0))
+    yield "operations", sorted(randaugment.OPERATIONS) == sorted(names), True, 0, 0
     for key, entry in config["level_args"].items():
         name, _, level = key.partition("_m")
         magnitude, _, sign = level.partition("_")
         argument = randaugment.level_argument(name, float(magnitude or 0), sign == "neg")
         arguments = [] if argument is None else [argument]
-        found.append((f"{key}/argument", arguments, entry["args"], 1e-12, 0))
+        yield f"{key}/argument", arguments, entry["args"], 1e-12, 0
         got = np.asarray(randaugment.OPERATIONS[name](image, argument, fill), np.int32)
         want = arrays[f"outputs/{key}"]
         if same_pillow:
-            found.append((f"{key}/image", got, want, 0, 0))
+            yield f"{key}/image", got, want, 0, 0
         else:
-            found.append((f"{key}/mean difference", np.abs(got - want).mean(), 0.0, 1.0, 0))
-    return found
+            yield f"{key}/mean difference", np.abs(got - want).mean(), 0.0, 1.0, 0
 
 
-def run_few_shot(case) -> list[Comparison]:
+def run_few_shot(case: Case) -> Iterator[Comparison]:
     """Classes, places and labels that each seed chooses in CIFAR-100 and CUB-200."""
-    config, arrays, found = case.config, case.arrays, []
+    config, arrays = case.config, case.arrays
     settings = config["config"]
     shots = {"train": settings["n_shot"], "val": settings["val_sample"]}
     cub_training = arrays["inputs/cub_is_training"].astype(bool)
@@ -126,20 +125,18 @@ def run_few_shot(case) -> list[Comparison]:
             )
             chosen[side] = episode.indices
             want = arrays[f"outputs/{name}/{side}_index"]
-            found.append((f"{name}/{side}_index", episode.indices + first, want, 0, 0))
+            yield f"{name}/{side}_index", episode.indices + first, want, 0, 0
             want = arrays[f"outputs/{name}/{side}_label"]
-            found.append((f"{name}/{side}_label", episode.labels, want, 0, 0))
+            yield f"{name}/{side}_label", episode.labels, want, 0, 0
             classes = np.array(episode.classes)
             want = np.array(entry["chosen_classes_in_draw_order"])
-            found.append((f"{name}/{side}_classes", classes, want, 0, 0))
+            yield f"{name}/{side}_classes", classes, want, 0, 0
         shared = len(np.intersect1d(chosen["train"], chosen["val"]))
-        found.append((f"{name}/overlap", shared, entry["train_samples_also_in_val"], 0, 0))
-    return found
+        yield f"{name}/overlap", shared, entry["train_samples_also_in_val"], 0, 0
 
 
-def run_repeated_aug_sampler(case) -> list[Comparison]:
-    """The examples each process visits, given the permutation of the epoch."""
-    found = []
+def run_repeated_aug_sampler(case: Case) -> Iterator[Comparison]:
+    """The examples of each process for the epoch's permutation."""
     for name, settings in case.config["config"].items():
         permutation = np.arange(settings["dataset_size"])
         if settings["shuffle"]:
@@ -147,5 +144,4 @@ def run_repeated_aug_sampler(case) -> list[Comparison]:
         for rank in range(settings["world"]):
             got = samplers.repeated_indices(permutation, rank=rank, world=settings["world"])
             want = case.arrays[f"outputs/{name}/rank{rank}"]
-            found.append((f"{name}/rank{rank}", got, want, 0, 0))
-    return found
+            yield f"{name}/rank{rank}", got, want, 0, 0

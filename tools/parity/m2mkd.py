@@ -1,4 +1,4 @@
-"""Runners for m2mKD's networks, objectives and stages; each takes a case and gives comparisons."""
+"""Runners for m2mKD's networks, objectives and stages."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ from parity.networks import (
     to_images,
 )
 
-RELATIVE_L2 = 1e-4  # of a gradient tensor, beside the element-wise tolerance
+RELATIVE_L2 = 1e-4  # of a gradient tensor, besides the element-wise tolerance
 
 
 def run_vit(case: Case) -> Iterator[Comparison]:
@@ -68,12 +68,12 @@ def run_vit(case: Case) -> Iterator[Comparison]:
     for i, names in enumerate(case.config["stage_key_to_root_key"]):
         for name, array in write_stage(params[stage_name(i)]).items():
             yield f"stage_{i}/{name}", array, root[names[name]], 0, 0
-            found = root_name(name, stage=i, depths=depths)
-            yield compare_lists(f"stage_{i}/{name} at root", [found], [names[name]])
+            at_root = root_name(name, stage=i, depths=depths)
+            yield compare_lists(f"stage_{i}/{name} at root", [at_root], [names[name]])
 
 
 def run_vmoe(case: Case) -> Iterator[Comparison]:
-    """A V-MoE or one of its students: output, every block, who was routed where."""
+    """A V-MoE or one of its students: output, every block, routing."""
     sizes, arrays, tolerance = case.config["config"], case.arrays, case.tolerance()
     state = arrays.below("params/")
     if sizes["is_student"]:
@@ -122,9 +122,9 @@ def run_m2mkd_loss(case: Case) -> Iterator[Comparison]:
     images = to_images(arrays["inputs/images"])
     shared, _ = networks.meta.apply(params["meta"], images, stop=stage)
     alone = {"start": stage, "stop": stage + 1}
-    taught, _ = networks.teacher.apply(params["teacher"], shared, **alone)
+    teacher_output, _ = networks.teacher.apply(params["teacher"], shared, **alone)
     student_output, _ = networks.student.apply(trained, shared, **alone)
-    results = {"teacher_module_output": taught, "student_module_output": student_output}
+    results = {"teacher_module_output": teacher_output, "student_module_output": student_output}
     if stage > 0:
         results["meta_output"] = shared
     yield compare_lists("stage of the teacher", [stage], [sizes["teacher"]["block_index"]])
@@ -144,13 +144,13 @@ def run_kd_baseline(case: Case) -> Iterator[Comparison]:
     """Distillation between the logits of whole networks."""
     sizes, arrays = case.config["config"], case.arrays
     teacher, student = build_vit(sizes["teacher"]), build_vit(sizes["student"])
-    taught = load_network(arrays.below("params/teacher/"), sizes["teacher"])
+    fixed = load_network(arrays.below("params/teacher/"), sizes["teacher"])
     trained = load_network(arrays.below("params/student/"), sizes["student"])
     images = to_images(arrays["inputs/images"])
 
     def logits(trained):
-        given = jax.lax.stop_gradient(teacher.apply(taught, images)[0])
-        return given, student.apply(trained, images, train=True)[0]
+        targets = jax.lax.stop_gradient(teacher.apply(fixed, images)[0])
+        return targets, student.apply(trained, images, train=True)[0]
 
     def to_original(gradient):
         return write_network(gradient, depths=sizes["student"]["divided_depths"])
@@ -159,7 +159,7 @@ def run_kd_baseline(case: Case) -> Iterator[Comparison]:
 
 
 def run_split_teacher(case: Case) -> Iterator[Comparison]:
-    """A teacher cut into modules: the tensors of each, and each run alone on what came before."""
+    """A teacher cut into modules: the tensors and the output of each."""
     sizes, arrays = case.config["config"], case.arrays
     network = build_vit(sizes)
     params = load_network(arrays.below("params/"), sizes)
@@ -189,7 +189,7 @@ def run_pos_embed_resize(case: Case) -> Iterator[Comparison]:
 
 
 def run_drop_path(case: Case) -> Iterator[Comparison]:
-    """Stochastic depth on given uniform numbers, and its rates."""
+    """Stochastic depth with the case's uniform numbers, and its rates."""
     sizes, arrays = case.config["config"], case.arrays
     x, uniform = (jnp.asarray(arrays[f"inputs/{name}"]) for name in ("x", "uniform"))
     results = {
@@ -200,9 +200,9 @@ def run_drop_path(case: Case) -> Iterator[Comparison]:
 
 
 def _compare_objectives(case, logits, trained, results, to_original) -> Iterator[Comparison]:
-    """Logits, every objective that the json lists, and the gradients that the case holds.
+    """Logits, every objective in the json, and the gradients in the case.
 
-    logits(trained) gives the teacher's and the student's; `results` are further outputs.
+    logits(trained) returns the teacher's and the student's; `results` are further outputs.
     """
     arrays = case.arrays
     totals = [tuple(name.split("__")) for name in case.config["totals"]]
@@ -223,14 +223,14 @@ def _compare_objectives(case, logits, trained, results, to_original) -> Iterator
     results = results | {"teacher_logits": teacher, "student_logits": student}
     values = {name: array for name, array in want.items() if name not in scalars}
     yield from compare_trees("outputs/", results, values, case.tolerance())
-    found = {}
+    terms = {}
     for (base, kind), objective in zip(totals, objectives, strict=True):
         label, term, total = objective(teacher, student)
-        found |= {f"base/{base}": label, f"total/{base}__{kind}": total}
+        terms |= {f"base/{base}": label, f"total/{base}__{kind}": total}
         if term is not None:
-            found[f"kd/{kind}"] = term
+            terms[f"kd/{kind}"] = term
     values = {name: want[name] for name in scalars}
-    yield from compare_trees("outputs/", found, values, case.tolerance("losses"))
+    yield from compare_trees("outputs/", terms, values, case.tolerance("losses"))
 
     # Gradients without a name are those of the first objective.
     prefixes = {f"grads_{base}__{kind}/": i for i, (base, kind) in enumerate(totals)}

@@ -56,7 +56,7 @@ def run_linear(case: Case) -> Iterator[Comparison]:
 
 
 def run_modulated_linear(case: Case) -> Iterator[Comparison]:
-    """ModFC in every variant that the json lists, on the same tensors."""
+    """ModFC in every variant of the json, on the same tensors."""
     arrays, sizes = case.arrays, case.config["config"]
     whole = to_device(read_part(arrays.below("params/"), "code_linear"))
     gradients = arrays.below("grads/")
@@ -82,16 +82,16 @@ def run_modulated_linear(case: Case) -> Iterator[Comparison]:
             continue
         _, vjp = jax.vjp(apply, params, x, codes)
         by_params, by_x, by_codes = vjp(jnp.asarray(arrays["inputs/cot"]))
-        found = write_part(by_params, "code_linear")
-        found |= {"inputs/x": by_x, "inputs/ctx": by_codes}
-        for key, gradient in found.items():
+        got = write_part(by_params, "code_linear")
+        got |= {"inputs/x": by_x, "inputs/ctx": by_codes}
+        for key, gradient in got.items():
             if f"{name}/{key}" in gradients:
                 want = gradients[f"{name}/{key}"]
                 yield f"grads/{name}/{key}", gradient, want, *grad_tolerance(case)
 
 
 def run_kernel(case: Case) -> Iterator[Comparison]:
-    """Distances, kernels and samples in every variant that the json lists."""
+    """Distances, kernels and samples in every variant of the json."""
     arrays, gradients = case.arrays, case.arrays.below("grads/")
     for name, variant in case.config["variants"].items():
         call = variant["call"]
@@ -121,10 +121,10 @@ def run_kernel(case: Case) -> Iterator[Comparison]:
             continue
         weights = jnp.asarray(arrays["inputs/cot2" if want.ndim == 2 else "inputs/cot3"])
         weights = jnp.where(np.isfinite(want), weights, 0.0)
-        found = dict(zip(("signatures", "types", "bandwidth"), vjp(weights), strict=True))
+        got = dict(zip(("signatures", "types", "bandwidth"), vjp(weights), strict=True))
         for key in keys:
             yield from compare_extended(
-                f"grads/{key}", found[key.split("/")[1]], gradients[key], KERNEL_GRADIENTS
+                f"grads/{key}", got[key.split("/")[1]], gradients[key], KERNEL_GRADIENTS
             )
 
 
@@ -146,7 +146,7 @@ def _kernel(a, b, bandwidth, config, call, uniform) -> jax.Array:
         return logs
     affinity = kernels.exp_kernel(distance, bandwidth, config)
     if samples:
-        # The original takes the kernel for its logarithm here.
+        # The original mistakes the kernel for its logarithm here.
         affinity = jnp.exp(kernels.sample_log(affinity, uniform, temperature=config.temperature))
     elif config.stochastic and config.evaluation == "threshold":
         affinity = jnp.exp(kernels.threshold_log(jnp.log(affinity)))
@@ -158,7 +158,7 @@ def _kernel(a, b, bandwidth, config, call, uniform) -> jax.Array:
 def run_attention(case: Case) -> Iterator[Comparison]:
     """Latent attention under a kernel."""
     params = read_part(case.arrays.below("params/"), "attention")
-    attention = LatentAttention(attention_config(case.config["config"], params), jnp.float32)
+    attention = LatentAttention(attention_config(case.config["config"]), jnp.float32)
     draws = Draws(case.arrays.below("noise/"))
     noise = {
         "kernel": draws.take("kernel", "uniform"),
@@ -222,8 +222,8 @@ def run_read_out(case: Case) -> Iterator[Comparison]:
     """Attention, MLP and the optional head of the output latents."""
     kwargs = case.config["config"]
     params = read_part(case.arrays.below("params/"), "read_out")
-    config = read_out_config(kwargs, params, None)
-    # What a case calls the output is every latent's; our stage gives the first one's alone.
+    config = read_out_config(kwargs, None)
+    # The output of a case is that of all latents; our stage returns only the first.
     module = ReadOut(config, kwargs["output_dim"], jnp.float32)
     yield from _run_messages(case, module, params, "read_out", config)
 
@@ -245,17 +245,14 @@ def _run_messages(case: Case, module, params, part: str, read_out) -> Iterator[C
 
 
 def run_seeder(case: Case) -> Iterator[Comparison]:
-    """First states from codes."""
+    """Initial states from codes."""
     kwargs, arrays = case.config["config"], case.arrays
     params = read_part(arrays.below("params/"), "seeder")
     sets = (LatentConfig(len(arrays["inputs/codes"])),) * 3
     sizes = {"signature_width": 1, "code_width": kwargs["code_dim"], "width": kwargs["state_dim"]}
     graph = GraphConfig(*sets, **sizes, seeding=seeding(kwargs, {}))
     draws = Draws(arrays.below("noise/"))
-    noise = {
-        "codes": draws.take("code_noiser", "uniform"),
-        "states": draws.take("root", "normal"),
-    }
+    noise = {"codes": draws.take("code_noiser", "uniform"), "states": draws.take("root", "normal")}
 
     def seed(module, x, train):
         scale = kwargs.get("code_noise_scale") or 0.0
@@ -270,17 +267,17 @@ def run_seeder(case: Case) -> Iterator[Comparison]:
 
 def run_latents(case: Case) -> Iterator[Comparison]:
     """Signatures, codes, the codes of a layer, learned states."""
-    given = fill("latents", case.config["config"], LATENTS)
+    options = fill("latents", case.config["config"], LATENTS)
     arrays = case.arrays.below("params/")
-    held = {name.removeprefix("latents."): array for name, array in arrays.items()}
-    params = to_device(read_part(held, "latents"))
-    learned = given["learnable_initial_states"]
-    sets = (LatentConfig(given["num_latents"], layers=given["num_layers"]),) * 3
+    state = {name.removeprefix("latents."): array for name, array in arrays.items()}
+    params = to_device(read_part(state, "latents"))
+    learned = options["learnable_initial_states"]
+    sets = (LatentConfig(options["num_latents"], layers=options["num_layers"]),) * 3
     config = GraphConfig(
         *sets,
-        width=given["state_dim"] if learned else given["code_dim"],
-        signature_width=given["signature_dim"],
-        code_width=given["code_dim"],
+        width=options["state_dim"] if learned else options["code_dim"],
+        signature_width=options["signature_dim"],
+        code_width=options["code_dim"],
         seeding="learned" if learned else "code",
     )
     tree = {"params": dict.fromkeys(("input", "mediator", "output"), params)}
@@ -288,9 +285,9 @@ def run_latents(case: Case) -> Iterator[Comparison]:
     for name, want in case.arrays.below("outputs/").items():
         batch = len(want) if name.startswith("initial_states") else 1
         latents = Graph(config, jnp.float32).apply(tree, batch)["mediator"]
-        found = {"signatures": latents.signatures, "codes": latents.codes}
-        found["code_layer"] = latents.layer_codes(0 if layer is None else layer)
-        yield f"outputs/{name}", found.get(name, latents.states), want, 0, 0
+        got = {"signatures": latents.signatures, "codes": latents.codes}
+        got["code_layer"] = latents.layer_codes(0 if layer is None else layer)
+        yield f"outputs/{name}", got.get(name, latents.states), want, 0, 0
 
 
 def run_tokenizer(case: Case) -> Iterator[Comparison]:
@@ -314,7 +311,7 @@ def run_tokenizer(case: Case) -> Iterator[Comparison]:
 
 
 def run_positional_grid(case: Case) -> Iterator[Comparison]:
-    """The grid as it is, which is all that the original gives, and averaged to other sizes."""
+    """The grid unchanged, as in the original, and averaged to other sizes."""
     grid = jnp.moveaxis(jnp.asarray(case.arrays["params/pg.grid"]), 0, -1)
     for name, want in case.arrays.below("outputs/").items():
         size = want.shape[2:] if name.startswith("intended") else grid.shape[:2]
@@ -355,7 +352,7 @@ def run_network(case: Case) -> Iterator[Comparison]:
     for name, want in arrays.below("outputs/").items():
         yield f"outputs/{name}", results[name], want, *case.tolerance("float32")
     if case.config["has_grads"]:
-        found = write_nac(by_params, sharing)
-        found["inputs/image"] = jnp.moveaxis(by_images, -1, 1)
+        got = write_nac(by_params, sharing)
+        got["inputs/image"] = jnp.moveaxis(by_images, -1, 1)
         for name, want in arrays.below("grads/").items():
-            yield f"grads/{name}", found[name], want, *grad_tolerance(case)
+            yield f"grads/{name}", got[name], want, *grad_tolerance(case)

@@ -1,4 +1,4 @@
-"""How NAC's golden cases are compared: outputs, and gradients of them."""
+"""Comparing outputs and gradients of NAC's golden cases."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from parity.nac_configs import split_ffn
 from parity.nac_networks import to_device
 from parity.names import write_part
 
-# Where a json states no tolerance of gradients.
+# Tolerance of gradients, if the json has none.
 GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}
 
 # run(params, inputs) -> outputs by name
@@ -23,11 +23,10 @@ Run = Callable[[Any, dict[str, jax.Array]], Mapping[str, jax.Array]]
 
 def bind(case: Case, module, noise: Mapping[str, Any], method) -> Run:
     """run(params, inputs) of a module in the case's mode with its recorded noise."""
-    drawn = {name: value for name, value in noise.items() if value is not None}
     train = case.config["mode"] == "train"
 
     def apply(params, inputs):
-        variables = {"params": params, NOISE: to_device(_drop_none(drawn))}
+        variables = {"params": params, NOISE: to_device(_drop_none(noise))}
         return {"out": module.apply(variables, inputs, train, method=method)}
 
     return apply
@@ -36,12 +35,13 @@ def bind(case: Case, module, noise: Mapping[str, Any], method) -> Run:
 def compare(
     case: Case, run: Run, params, part: str, inputs: tuple[str, ...]
 ) -> Iterator[Comparison]:
-    """Outputs, and gradients of <outputs, cotangents> by parameters and inputs if there are any."""
+    """Outputs, and gradients of <outputs, cotangents> by parameters and inputs if the case has
+    any."""
     arrays = case.arrays
-    given = {name: jnp.asarray(arrays[f"inputs/{name}"]) for name in inputs}
+    operands = {name: jnp.asarray(arrays[f"inputs/{name}"]) for name in inputs}
     with nn.intercept_methods(split_ffn):
         outputs, vjp = jax.jit(lambda *arguments: jax.vjp(run, *arguments))(
-            to_device(params), given
+            to_device(params), operands
         )
     for name, want in arrays.below("outputs/").items():
         yield from compare_extended(
@@ -52,14 +52,14 @@ def compare(
     cotangents = {name: arrays.get(f"inputs/cot_{name}") for name in outputs}
     weights = {n: jnp.zeros_like(outputs[n]) if a is None else a for n, a in cotangents.items()}
     by_params, by_inputs = jax.jit(lambda weights: vjp(weights))(to_device(weights))
-    found = write_part(by_params, part)
-    found |= {f"inputs/{name}": gradient for name, gradient in by_inputs.items()}
+    got = write_part(by_params, part)
+    got |= {f"inputs/{name}": gradient for name, gradient in by_inputs.items()}
     for name, want in arrays.below("grads/").items():
-        yield f"grads/{name}", found[name], want, *grad_tolerance(case)
+        yield f"grads/{name}", got[name], want, *grad_tolerance(case)
 
 
 def compare_extended(name: str, got, want, tolerance) -> Iterator[Comparison]:
-    """Places of NaN and of infinities, exactly, and finite values."""
+    """Positions of NaN and of infinities, exactly, and finite values."""
     got, want = np.asarray(got), np.asarray(want)
     for kind, test in (("NaN", np.isnan), ("-inf", np.isneginf), ("inf", np.isposinf)):
         if test(want).any() or test(got).any():
@@ -75,5 +75,5 @@ def grad_tolerance(case: Case) -> tuple[float, float]:
 
 
 def _drop_none(tree: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: _drop_none(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    return {k: v for k, v in kept.items() if v is not None}
+    present = {k: _drop_none(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    return {k: v for k, v in present.items() if v is not None}

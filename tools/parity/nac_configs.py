@@ -1,4 +1,4 @@
-"""Our configs for NAC's modules of golden cases, from the original's arguments."""
+"""Configs of NAC's modules from the original's arguments in golden cases."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,97 +11,71 @@ from m2mkd_jax.nac.kernel import KernelConfig
 from m2mkd_jax.nac.layers import LinearConfig
 from m2mkd_jax.nac.network import ReadInConfig, ReadOutConfig
 from m2mkd_jax.nac.tokenizer import TokenizerConfig
-from parity.nac_arguments import (
-    ACTIVATIONS,
-    ATTENTION,
-    ATTENTIVE_READ_IN,
-    EVALUATIONS,
-    FFN,
-    HEADS,
-    KERNEL,
-    LINEAR,
-    LINEAR_CLASS,
-    LINEAR_KINDS,
-    NORMALIZATIONS,
-    POOLING,
-    POOLINGS,
-    PROJECTION_READ_IN,
-    PROPAGATOR,
-    READ_IN_ATTENTION,
-    READ_OUT,
-    SEEDER,
-    SIZES,
-    STUDENT_ATTENTION,
-    TOKENIZER,
-    Arguments,
-    fill,
-    inherit,
-    pick,
-)
+from parity import nac_arguments as original
+from parity.nac_arguments import Arguments, fill, inherit, pick
 
 Params = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitConfig(BlockConfig):
-    """Of a block whose MLP differs from its attention in what our blocks have one setting for, as
-    the original allows; modules that run under `split_ffn` look at `ffn`."""
+    """Config of a block whose MLP and attention differ in a setting that our blocks share, as the
+    original allows; under `split_ffn` the MLP uses `ffn`."""
 
     ffn: BlockConfig | None = None
 
 
 def split_ffn(call: Callable[..., Any], arguments, switches, context: nn.module.InterceptorContext):
-    """Interceptor of linen methods: gives an MLP its own config."""
+    """Interceptor of linen methods that gives an MLP its own config."""
     module = context.module
     if isinstance(module, Ffn) and isinstance(module.config, SplitConfig):
         object.__setattr__(module, "config", module.config.ffn)
     return call(*arguments, **switches)
 
 
-def linear_config(given: Arguments, params: Params) -> LinearConfig:
-    """Of a code-conditioned layer whose kind its parameters tell; only what sets its function is
-    looked at."""
+def linear_config(kwargs: Arguments, params: Params) -> LinearConfig:
+    """Config of a code-conditioned layer, whose parameters show its kind; other arguments are
+    ignored."""
     kind = "ModFC" if "code_kernel" in params else "FC"
     kind = "WModFC" if "code_bias" in params else kind
-    return _linear(kind, pick(given, LINEAR))
+    return _linear(kind, pick(kwargs, original.LINEAR))
 
 
-def _linear(kind: str, given: Arguments | None) -> LinearConfig:
-    options = fill(kind, given, LINEAR)
+def _linear(kind: str, kwargs: Arguments | None) -> LinearConfig:
+    options = fill(kind, kwargs, original.LINEAR)
     return LinearConfig(
-        kind=LINEAR_KINDS[kind],
-        normalization=NORMALIZATIONS[options["scale_normalization_type"]],
+        kind=original.LINEAR_KINDS[kind],
+        normalization=original.NORMALIZATIONS[options["scale_normalization_type"]],
         gain=float(options["scale_gain"]),
         learnable_gain=options["learnable_scale_gain"],
         add_one=options["add_one_to_scale"],
-        renormalization=NORMALIZATIONS[options["scale_times_input_normalization_type"]],
+        renormalization=original.NORMALIZATIONS[options["scale_times_input_normalization_type"]],
         dropout=float(options["scale_dropout"]),
-        activation=ACTIVATIONS[options["activation"]],
+        activation=original.ACTIVATIONS[options["activation"]],
     )
 
 
-def kernel_config(given: Arguments | None, kind: str = "DotProductKernel") -> KernelConfig:
-    """Of a kernel; its bandwidth is a parameter here whether it is learned or not, since the
-    original's state has it in both cases."""
+def kernel_config(kwargs: Arguments | None, kind: str = "DotProductKernel") -> KernelConfig:
+    """Config of a kernel, whose bandwidth is always a parameter, as in the original's state."""
     if kind != "DotProductKernel":
         raise ValueError(f"there is no kernel {kind!r} here")
-    options = fill(kind, given, KERNEL)
+    options = fill(kind, kwargs, original.KERNEL)
     return KernelConfig(
         truncation=_float(options["truncation"]),
         truncation_kind=options["truncation_implementation"],
         straight_through=options["straight_through"],
         stochastic=options["stochastic_kernel"],
         temperature=float(options["stochastic_sampling_temperature"]),
-        evaluation=EVALUATIONS[options["stochastic_eval_behaviour"]],
+        evaluation=original.EVALUATIONS[options["stochastic_eval_behaviour"]],
         empty_row="nan",
     )
 
 
-def attention_config(
-    given: Arguments, params: Params | None = None, *, kernel: bool = True
-) -> BlockConfig:
-    """Of latent attention; without a kernel that of a student."""
-    options = fill("latent attention", given, ATTENTION if kernel else STUDENT_ATTENTION)
+def attention_config(kwargs: Arguments, *, kernel: bool = True) -> BlockConfig:
+    """Config of latent attention; without a kernel for a student."""
+    options = fill(
+        "latent attention", kwargs, original.ATTENTION if kernel else original.STUDENT_ATTENTION
+    )
     modulation = {}
     if kernel:
         modulation = {
@@ -119,35 +93,34 @@ def attention_config(
     )
 
 
-def block_config(given: Arguments, params: Params, *, kernel: bool = True) -> BlockConfig:
-    """Of a propagator, or of the part of a block that has parameters: attention to tokens, or the
-    MLP alone."""
+def block_config(kwargs: Arguments, params: Params, *, kernel: bool = True) -> BlockConfig:
+    """Config of a propagator, or of the part of a block that has parameters: attention to tokens,
+    or the MLP alone."""
     if params.keys() >= {"attention", "ffn"}:
-        return propagator_config(given, PROPAGATOR, kernel=kernel)
+        return propagator_config(kwargs, original.PROPAGATOR, kernel=kernel)
     if "ffn" in params:
-        return _ffn(given)
-    options = fill("read-in attention", given, READ_IN_ATTENTION)
+        return _ffn(kwargs)
+    options = fill("read-in attention", kwargs, original.READ_IN_ATTENTION)
     scale = _float(options["layer_scale_initial_value"])
     return BlockConfig(layer_scale=scale, **_attention_sizes(options))
 
 
-def read_in_config(given: Arguments, params: Params) -> ReadInConfig:
-    """Of a read-in by attention or, when that has parameters, projection."""
+def read_in_config(kwargs: Arguments, params: Params) -> ReadInConfig:
+    """Config of a read-in by attention or, if that has parameters, projection."""
     if "projection" in params:
-        options = fill("ProjectionReadIn", given, PROJECTION_READ_IN)
+        options = fill("ProjectionReadIn", kwargs, original.PROJECTION_READ_IN)
         scale = options["ffn_layer_scale_initial_value"]
         linear = _linear(options["mod_fc_cls"], options["mod_fc_kwargs"])
         first = BlockConfig(
-            options["state_dim"],
-            options["code_dim"],
-            heads=1,
-            head_width=1,
-            linear=linear,
+            options["state_dim"], options["code_dim"], heads=1, head_width=1, linear=linear
         )
         return ReadInConfig(_join(options, first, scale, drops=False), "projection", None)
-    options = fill("AttentiveReadIn", given, ATTENTIVE_READ_IN)
+    options = fill("AttentiveReadIn", kwargs, original.ATTENTIVE_READ_IN)
     inherited = {
-        **pick(options, {**SIZES, **HEADS, **LINEAR_CLASS, "input_dim": None}),
+        **pick(
+            options,
+            {**original.SIZES, **original.HEADS, **original.LINEAR_CLASS, "input_dim": None},
+        ),
         "include_residual": options["include_residual_in_read_in_attention"],
         "layer_scale_initial_value": options["read_in_layer_scale_initial_value"],
         "qkv_bias": options["qkv_bias_in_attention"],
@@ -158,21 +131,17 @@ def read_in_config(given: Arguments, params: Params) -> ReadInConfig:
 
 
 def read_out_config(
-    given: Arguments,
-    params: Params,
-    pooling: tuple[str, Arguments | None] | None,
-    *,
-    kernel: bool = True,
+    kwargs: Arguments, pooling: tuple[str, Arguments | None] | None, *, kernel: bool = True
 ) -> ReadOutConfig:
-    """Of a read-out; `pooling` is the output tokenizer's class and arguments, None for none."""
-    options = fill("read-out", given, READ_OUT)
-    block = propagator_config(options, READ_OUT, kernel=kernel)
+    """Config of a read-out; `pooling` is the output tokenizer's class and arguments."""
+    options = fill("read-out", kwargs, original.READ_OUT)
+    block = propagator_config(options, original.READ_OUT, kernel=kernel)
     kind, temperature = "first_slot", 1.0
     name, arguments = pooling or ("FirstSlotAsLogits", None)
     if name == "OutputLatentPooling":
-        pooled = fill("pooling", arguments, POOLING)
+        pooled = fill("pooling", arguments, original.POOLING)
         kind, temperature = (
-            POOLINGS[pooled["softmax_type"]],
+            original.POOLINGS[pooled["softmax_type"]],
             float(pooled["softmax_temperature"]),
         )
     elif name != "FirstSlotAsLogits":
@@ -181,17 +150,17 @@ def read_out_config(
     return ReadOutConfig(block, kind, temperature, head, options["pre_output_layernorm"])
 
 
-def seeding(given: Arguments | None, inherited: Arguments) -> str:
-    """Our word for what a LatentSeeder does."""
-    options = fill("LatentSeeder", given, SEEDER, **inherited)
+def seeding(kwargs: Arguments | None, inherited: Arguments) -> str:
+    """The kind of seeding of a LatentSeeder."""
+    options = fill("LatentSeeder", kwargs, original.SEEDER, **inherited)
     if options["use_code_as_mean_state"]:
         return "code"
     return "noise" if options["use_state_noise"] else "mean"
 
 
-def tokenizer_config(given: Arguments | None, *, width: int) -> TokenizerConfig:
-    """Of a ConvNeXtImageTokenizer; `width` is what it inherits."""
-    options = fill("tokenizer", given, TOKENIZER, repr_dim=width)
+def tokenizer_config(kwargs: Arguments | None, *, width: int) -> TokenizerConfig:
+    """Config of a ConvNeXtImageTokenizer, which inherits `width`."""
+    options = fill("tokenizer", kwargs, original.TOKENIZER, repr_dim=width)
     if options["convnext_kwargs"]:
         raise ValueError(f"convnext_kwargs={options['convnext_kwargs']} is not here")
     grid = options["positional_grid_kwargs"]
@@ -209,11 +178,11 @@ def tokenizer_config(given: Arguments | None, *, width: int) -> TokenizerConfig:
     )
 
 
-def propagator_config(given: Arguments, table: Arguments, *, kernel: bool = True) -> BlockConfig:
-    """Of a propagator, or of a read-out, whose `table` has more."""
-    options = fill("propagator", given, table)
+def propagator_config(kwargs: Arguments, table: Arguments, *, kernel: bool = True) -> BlockConfig:
+    """Config of a propagator, or of a read-out, whose `table` has more."""
+    options = fill("propagator", kwargs, table)
     inherited = {
-        **pick(options, {**SIZES, **HEADS, **LINEAR_CLASS}),
+        **pick(options, {**original.SIZES, **original.HEADS, **original.LINEAR_CLASS}),
         "layer_scale_initial_value": options["layer_scale_initial_value"],
         "include_residual": options["include_residual_in_latent_attention"],
         "path_drop_prob": options["path_drop_prob"],
@@ -227,25 +196,25 @@ def propagator_config(given: Arguments, table: Arguments, *, kernel: bool = True
 def _join(
     options: Arguments, first: BlockConfig, scale: float | None, *, drops: bool = True
 ) -> BlockConfig:
-    """The config of an attention (or projection) with that of the MLP behind it.
+    """Joins the config of an attention (or projection) with that of the MLP after it.
 
     Args:
       options: of the block, filled.
-      first: of the attention.
-      scale: the MLP's layer scale, unless its own arguments say another.
-      drops: whether the attention has a drop path and a layer scale of the same config.
+      first: config of the attention.
+      scale: the MLP's layer scale, unless its own arguments override it.
+      drops: whether drop path and layer scale of the attention are in the same config.
     """
-    kind, given = options["mod_fc_cls"], options["mod_fc_kwargs"]
+    kind, kwargs = options["mod_fc_cls"], options["mod_fc_kwargs"]
     if options["ffn_mod_fc_cls"] is not None:
-        kind, given = options["ffn_mod_fc_cls"], options["ffn_mod_fc_kwargs"]
+        kind, kwargs = options["ffn_mod_fc_cls"], options["ffn_mod_fc_kwargs"]
     inherited = {
-        **pick(options, SIZES),
+        **pick(options, original.SIZES),
         "layer_scale_initial_value": scale,
         "capacity_factor": options["ffn_capacity_factor"],
         "path_drop_prob": options["path_drop_prob"],
         "use_geglu": options["use_geglu"],
         "mod_fc_cls": kind,
-        "mod_fc_kwargs": given,
+        "mod_fc_kwargs": kwargs,
     }
     ffn = _ffn(inherit(options["ffn_kwargs"], inherited))
     one = {"linear": (first.linear, ffn.linear)}
@@ -262,7 +231,7 @@ def _join(
 
 
 def share_ffn(block: BlockConfig, owner: BlockConfig) -> BlockConfig:
-    """`block` with the MLP of another."""
+    """`block` with the MLP of `owner`."""
     return _split(block, getattr(owner, "ffn", owner))
 
 
@@ -271,9 +240,9 @@ def _split(block: BlockConfig, ffn: BlockConfig) -> SplitConfig:
     return SplitConfig(**sizes, ffn=ffn)
 
 
-def _ffn(given: Arguments) -> BlockConfig:
-    """Of the MLP alone; its attention's sizes mean nothing."""
-    options = fill("ffn", given, FFN)
+def _ffn(kwargs: Arguments) -> BlockConfig:
+    """Config of the MLP alone, with dummy sizes of attention."""
+    options = fill("ffn", kwargs, original.FFN)
     return BlockConfig(
         width=options["state_dim"],
         code_width=options["code_dim"],

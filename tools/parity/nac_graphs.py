@@ -1,8 +1,4 @@
-"""NAC's regularizers and graph priors against the original's numbers, case by case.
-
-Each `run_CASE(case)` takes a golden case (`config`: the whole json, `arrays`: the npz) and returns
-(name, got, want, atol, rtol) for everything it can compare; what to run is read from the json.
-"""
+"""Runners for NAC's regularizers and graph priors."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -15,14 +11,14 @@ import numpy as np
 from m2mkd_jax import losses, regularizers
 from m2mkd_jax.nac import graphs, priors
 from m2mkd_jax.nac.kernel import KernelConfig, cosine_distance, exp_kernel
+from parity.cases import Comparison
 
-Comparison = tuple[str, Any, Any, float, float]
 SETS = ("input", "mediator", "output")
 SIGNATURES = "latent_graphs.0.{}_latents.signatures_"
 BANDWIDTH = r"latent_graphs\.0\.propagators\.(\d+)\.latent_attention\.kernel\.bandwidth"
-GRADIENT_TOLERANCE = 1e-4  # the spec's, where the json states one for outputs alone
+GRADIENT_TOLERANCE = 1e-4  # where the json states one for outputs alone
 
-# The original's name of a graph that has nothing random -> (ours, its arguments -> our fields).
+# The original's name of a deterministic graph -> (ours, its arguments -> our fields).
 FIXED_GRAPHS: dict[str, tuple[str, dict[str, str]]] = {
     "ring-of-cliques": (
         "ring_of_cliques",
@@ -35,7 +31,7 @@ FIXED_GRAPHS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def run_hinge(case) -> Iterable[Comparison]:
-    """Signature hinge repulsion, and that training's weighted sum of it alone is the same."""
+    """Signature hinge repulsion, as the only term of training's weighted sum."""
     settings = case.config["config"]
     config = regularizers.HingeConfig(
         weight=1.0, hinge=settings["hinge"], reduction=settings["reduction"]
@@ -72,8 +68,8 @@ def run_blocks(case) -> Iterable[Comparison]:
     def links_of(params):
         signatures = jnp.concatenate([params["graph"][name]["signatures"] for name in chosen])
         distance = cosine_distance(signatures, signatures)
-        found = regularizers.find_bandwidths(params, _kernels(params, kernel))
-        return jnp.stack([exp_kernel(distance, bandwidth, kernel) for bandwidth in found])
+        own = regularizers.find_bandwidths(params, _kernels(params, kernel))
+        return jnp.stack([exp_kernel(distance, bandwidth, kernel) for bandwidth in own])
 
     tolerance = case.tolerance("float32")
     links = links_of(params)
@@ -86,10 +82,10 @@ def run_blocks(case) -> Iterable[Comparison]:
     for i in range(len(bandwidths)):
         want = arrays[f"outputs/link_probability/{i}"]
         yield f"link_probability/{i}", links[i], want, *tolerance
-        # The original has a line for each copy of a block, a column for each row of the kernel.
+        # The original has a row per copy of a block, and a column per row of the kernel.
         got = np.repeat(np.asarray(costs[i]).T, size, axis=0)
         yield f"assignment_cost/{i}", got, arrays[f"outputs/assignment_cost/{i}"], *tolerance
-        # Which copy of a block a row gets makes no difference, and is left to chance.
+        # The copy of a block that a row gets is arbitrary.
         rows = arrays[f"outputs/row_assignment/{i}"]
         yield f"row_assignment/{i}", blocks[i][rows], np.arange(count) // size, 0, 0
 
@@ -109,7 +105,7 @@ def run_blocks(case) -> Iterable[Comparison]:
 
 
 def run_weighted_sum(case) -> Iterable[Comparison]:
-    """Soft-target cross entropy plus hinge repulsion of a weight that a schedule gives."""
+    """Soft-target cross entropy plus hinge repulsion with a scheduled weight."""
     settings, arrays, tolerance = case.config["config"], case.arrays, case.tolerance("float32")
     start, stop = map(
         float, re.fullmatch(r"linear\(start=(.+?), *stop=(.+?)\)", settings["schedule"]).groups()
@@ -147,11 +143,11 @@ def run_weighted_sum(case) -> Iterable[Comparison]:
 
 
 def run_prior(case) -> Iterable[Comparison]:
-    """The fit of signatures to a graph, given both: curve, signatures on the way, agreement."""
+    """The fit of signatures to a graph: loss curve, signatures during the fit, agreement."""
     settings, arrays, stated = case.config["config"], case.arrays, case.config["tolerance"]
     nodes, steps = settings["num_latents"], settings.get("num_iters", 1000)
-    whether = re.search(r"use_hinge_loss=(\w+)", case.config["description"])
-    hinge = settings.get("use_hinge_loss", whether is None or whether[1] == "True")
+    match = re.search(r"use_hinge_loss=(\w+)", case.config["description"])
+    hinge = settings.get("use_hinge_loss", match is None or match[1] == "True")
 
     def allowed(name: str) -> tuple[float, float]:
         return stated[name].get("atol", 0.0), stated[name].get("rtol", 0.0)
@@ -191,7 +187,7 @@ def run_prior(case) -> Iterable[Comparison]:
     yield "score", score, arrays["outputs/score"], *allowed("score")
     if (info := case.config.get("info")) is not None:
         missed, spurious = priors.count_errors(signatures, adjacency, truncation)
-        pairs = allowed("score")[0] * nodes**2 / 2  # what the score's tolerance comes to
+        pairs = allowed("score")[0] * nodes**2 / 2  # the score's tolerance in pairs
         yield "edges", adjacency.sum() // 2, info["edges"], 0, 0
         yield "missed", missed, info["missed"], pairs, 0
         yield "spurious", spurious, info["spurious"], pairs, 0
@@ -201,8 +197,8 @@ def run_prior(case) -> Iterable[Comparison]:
         values = {fields[key]: value for key, value in stated if key in fields}
         if "dims" in values:
             values["dims"] = tuple(values["dims"])
-        made = graphs.make_graph(graphs.PriorConfig(graph=name, **values), nodes=nodes, seed=0)
-        yield "adjacency", made, adjacency, 0, 0
+        graph = graphs.make_graph(graphs.PriorConfig(graph=name, **values), nodes=nodes, seed=0)
+        yield "adjacency", graph, adjacency, 0, 0
 
 
 def _adjacency(case, nodes: int) -> np.ndarray:
@@ -241,7 +237,7 @@ def _compare_term(case, config: regularizers.RegularizersConfig) -> Iterable[Com
 
 
 def _compare(case, loss: Callable[[Any], jax.Array]) -> Iterable[Comparison]:
-    """`outputs/loss` and the gradient of every parameter that the case gives one for."""
+    """`outputs/loss` and all gradients in the case."""
     tolerance = case.tolerance("float32")
     value, gradients = jax.value_and_grad(loss)(_params(case))
     yield "loss", value, case.arrays["outputs/loss"], *tolerance

@@ -1,6 +1,6 @@
-"""NAC's networks, students and random numbers of golden cases, built from a case's json and
-arrays."""
+"""NAC's networks, students and random numbers from the json and arrays of a golden case."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,25 +16,8 @@ from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.nac.network import NacNetwork, ReadIn, ReadOut, Wiring
 from m2mkd_jax.nac.students import MediatorStudent, ReadInStudent, ReadOutStudent
 from m2mkd_jax.stages import stage_name
-from parity.nac_arguments import (
-    ATTENTIVE_READ_IN,
-    GRAPH,
-    LATENTS,
-    MEDIATOR_STUDENT,
-    NETWORK,
-    PROJECTION_READ_IN,
-    PROPAGATOR,
-    READ_IN_STUDENT,
-    READ_OUT,
-    READ_OUT_STUDENT,
-    SEEDER,
-    SIZES,
-    Arguments,
-    by_layer,
-    fill,
-    inherit,
-    pick,
-)
+from parity import nac_arguments as original
+from parity.nac_arguments import Arguments, by_layer, fill, inherit, pick
 from parity.nac_configs import (
     propagator_config,
     read_in_config,
@@ -51,23 +34,20 @@ SETS = ("input", "mediator", "output")
 
 
 class Draws:
-    """The random numbers that a case recorded, each module's in the order of its calls.
-
-    Names are `<module>/<kind>/<k>`, the module's path below `prefix`.
-    """
+    """The random numbers that a case recorded as `<prefix><module>/<kind>/<k>`, k counting a
+    module's draws."""
 
     def __init__(self, noise: Mapping[str, np.ndarray], prefix: str = ""):
-        self._noise, self._prefix, self._taken = noise, prefix, {}
+        self._noise, self._prefix, self._counts = noise, prefix, collections.Counter()
 
     def take(self, module: str, kind: str) -> np.ndarray | None:
         """The next of a module's draws of a kind; None when there are no more."""
         key = f"{self._prefix}{module}/{kind}"
-        count = self._taken.get(key, 0)
-        self._taken[key] = count + 1
-        return self._noise.get(f"{key}/{count}")
+        self._counts[key] += 1
+        return self._noise.get(f"{key}/{self._counts[key] - 1}")
 
     def propagator(self, prefix: str = "", *, ffn: str | None = None) -> dict[str, Any]:
-        """Of a propagator; `ffn` is the path of an MLP that it shares."""
+        """Draws of a propagator; `ffn` is the path of an MLP that it shares."""
         ffn = f"{prefix}ffn" if ffn is None else ffn
         attention = f"{prefix}latent_attention"
         return _present(
@@ -81,14 +61,14 @@ class Draws:
         )
 
     def read_in(self, prefix: str = "") -> dict[str, Any]:
-        """Of a read-in."""
+        """Draws of a read-in."""
         return _present(
             receiver_codes=self.take(f"{prefix}code_noiser", "uniform"),
             ffn=_present(drop_path=self.take(f"{prefix}ffn.drop_path", "uniform")),
         )
 
     def network(self, network: NacNetwork) -> dict[str, Any]:
-        """Of a whole NAC, by stage."""
+        """Draws of a whole NAC, by stage."""
         graph = {}
         for name in SETS:
             if name != "mediator" or not network.wiring.inputs_as_mediators:
@@ -114,10 +94,10 @@ def to_device(tree: Any) -> Any:
 def build_network(
     config: Arguments, state: Mapping[str, np.ndarray], image_size: int
 ) -> tuple[NacNetwork, Params, NacConfig]:
-    """A whole NAC, its parameters, and a config that says how its iterations share."""
-    whole = fill("NeuralCompiler", config, NETWORK)
+    """A whole NAC, its parameters, and a config with the sharing between iterations."""
+    whole = fill("NeuralCompiler", config, original.NETWORK)
     sizes = {"state_dim": whole["state_dim"], "output_dim": whole["output_dim"]}
-    graph = fill("LatentGraph", whole["latent_graph_kwargs"], GRAPH, **sizes)
+    graph = fill("LatentGraph", whole["latent_graph_kwargs"], original.GRAPH, **sizes)
     count = graph["num_iterations"]
     sharing = NacConfig(
         iterations=count,
@@ -127,34 +107,31 @@ def build_network(
     params = to_device(read_nac(state, sharing))
     channels = {"input_dim": whole["input_dim"]}
     tokenizer = tokenizer_config(
-        {**channels, **(whole["input_tokenizer_kwargs"] or {})},
-        width=whole["state_dim"],
+        {**channels, **(whole["input_tokenizer_kwargs"] or {})}, width=whole["state_dim"]
     )
     shared = {
-        **pick(graph, {**PROPAGATOR, **READ_OUT}),
+        **pick(graph, {**original.PROPAGATOR, **original.READ_OUT}),
         "input_dim": tokenizer.token_width,
         "ffn_layer_scale_initial_value": graph["layer_scale_initial_value"],
     }
     del shared["output_dim"]
     kinds = {
-        "AttentiveReadIn": ATTENTIVE_READ_IN,
-        "ProjectionReadIn": PROJECTION_READ_IN,
+        "AttentiveReadIn": original.ATTENTIVE_READ_IN,
+        "ProjectionReadIn": original.PROJECTION_READ_IN,
     }
     read_in = inherit(graph["read_in_kwargs"], pick(shared, kinds[graph["read_in_cls"]]))
-    block = inherit(graph["propagator_kwargs"], pick(shared, PROPAGATOR))
+    block = inherit(graph["propagator_kwargs"], pick(shared, original.PROPAGATOR))
     blocks = by_layer(
-        block,
-        graph["propagator_layerwise_kwargs"],
-        1 if sharing.share_propagators else count,
+        block, graph["propagator_layerwise_kwargs"], 1 if sharing.share_propagators else count
     )
-    blocks = [propagator_config(own, PROPAGATOR) for own in blocks]
+    blocks = [propagator_config(own, original.PROPAGATOR) for own in blocks]
     if sharing.share_propagators:
         blocks *= count
     elif sharing.share_ffns:
         blocks = [blocks[0], *(share_ffn(block, blocks[0]) for block in blocks[1:])]
     read_out = inherit(
         graph["read_out_kwargs"],
-        {**pick(shared, PROPAGATOR), "output_dim": graph["output_dim"]},
+        {**pick(shared, original.PROPAGATOR), "output_dim": graph["output_dim"]},
     )
     pooling = (
         whole["output_tokenizer_type"],
@@ -162,7 +139,7 @@ def build_network(
         if whole["output_tokenizer_type"] == "OutputLatentPooling"
         else None,
     )
-    config_out = read_out_config(read_out, {}, pooling)
+    config_out = read_out_config(read_out, pooling)
     interface = Interface(image_size, whole["input_dim"], whole["output_dim"])
     network = NacNetwork(
         graph=_graph(graph),
@@ -184,42 +161,42 @@ def build_network(
 
 
 def build_student(
-    kind: str, given: Arguments, params: Params, *, image: int, tokens: int, labels: int
+    kind: str, kwargs: Arguments, params: Params, *, image: int, tokens: int, labels: int
 ) -> nn.Module:
     """A "readin", "mediator" or "readout" student.
 
     Args:
-      kind: which.
-      given: its arguments and those it shares with the others.
-      params: its parameters, for the meta model's width.
+      kind: of the student.
+      kwargs: its arguments and those shared with the others.
+      params: its parameters, which show the meta model's width.
       image: side of the image.
       tokens: number of the meta model's tokens.
-      labels: of the classifier.
+      labels: number of labels.
     """
     post = kind != "readout"
     kernel = (params["post_stitch"] if post else params["pre_stitch"])["kernel"]
-    fixed = {
-        "stitch_width": kernel.shape[1 if post else 0],
-        "seed": 0,
-        "dtype": jnp.float32,
-    }
+    fixed = {"stitch_width": kernel.shape[1 if post else 0], "seed": 0, "dtype": jnp.float32}
     if kind == "readin":
-        options = fill("read-in student", pick(given, READ_IN_STUDENT), READ_IN_STUDENT)
+        options = fill(
+            "read-in student", pick(kwargs, original.READ_IN_STUDENT), original.READ_IN_STUDENT
+        )
         tokenizer = tokenizer_config(
             {"input_dim": options["input_dim"], **(options["tokenizer_kwargs"] or {})},
             width=options["state_dim"],
         )
-        # Its input is the tokens, and it takes no notice of layer_scale_initial_value.
-        own = pick(options, ATTENTIVE_READ_IN) | {"input_dim": tokenizer.token_width}
+        # Its input is the tokens, and it ignores layer_scale_initial_value.
+        own = pick(options, original.ATTENTIVE_READ_IN) | {"input_dim": tokenizer.token_width}
         interface = Interface(image, options["input_dim"], labels)
         return ReadInStudent(tokenizer, read_in_config(own, {}), interface, **fixed)
-    table = {"mediator": MEDIATOR_STUDENT, "readout": READ_OUT_STUDENT}[kind]
-    options = fill(f"{kind} student", given, table, stitch_dim=None)
-    own = pick(options, READ_OUT if kind == "readout" else PROPAGATOR)
+    table = {"mediator": original.MEDIATOR_STUDENT, "readout": original.READ_OUT_STUDENT}[kind]
+    options = fill(f"{kind} student", kwargs, table, stitch_dim=None)
+    own = pick(options, original.READ_OUT if kind == "readout" else original.PROPAGATOR)
     if kind == "mediator":
-        return MediatorStudent(propagator_config(own, PROPAGATOR, kernel=False), tokens, **fixed)
+        return MediatorStudent(
+            propagator_config(own, original.PROPAGATOR, kernel=False), tokens, **fixed
+        )
     pooling = options["tokenizer_type"], options["tokenizer_kwargs"]
-    config = read_out_config(own, params, pooling, kernel=False)
+    config = read_out_config(own, pooling, kernel=False)
     return ReadOutStudent(config, labels, tokens, **fixed)
 
 
@@ -230,12 +207,12 @@ def _graph(options: Arguments) -> GraphConfig:
     for name in SETS:
         own = {"num_latents": options[f"num_{name}_latents"], **sizes}
         own |= {"num_layers": layers} if name == "mediator" else {}
-        given = fill(f"{name} latents", options[f"{name}_latent_kwargs"], LATENTS, **own)
-        sets[name] = LatentConfig(given["num_latents"], layers=given["num_layers"])
-    seeder = pick(options, SIZES)
+        latents = fill(f"{name} latents", options[f"{name}_latent_kwargs"], original.LATENTS, **own)
+        sets[name] = LatentConfig(latents["num_latents"], layers=latents["num_layers"])
+    seeder = pick(options, original.SIZES)
     if options["use_code_noise_in_latent_seeder"]:
         seeder["code_noise_scale"] = options["code_noise_scale"]
-    own = fill("LatentSeeder", options["latent_seeder_kwargs"], SEEDER, **seeder)
+    own = fill("LatentSeeder", options["latent_seeder_kwargs"], original.SEEDER, **seeder)
     return GraphConfig(
         **sets,
         width=options["state_dim"],
@@ -247,14 +224,14 @@ def _graph(options: Arguments) -> GraphConfig:
 
 
 def _wiring(options: Arguments) -> Wiring:
-    heard = "always" if options["enable_persistent_input_mediator_communication"] else "first"
+    inputs = "always" if options["enable_persistent_input_mediator_communication"] else "first"
     return Wiring(
-        "never" if options["disable_input_mediator_communication"] else heard,
+        "never" if options["disable_input_mediator_communication"] else inputs,
         options["enable_input_output_communication"],
         options["use_input_states_as_mediator_states"],
     )
 
 
 def _present(**parts: Any) -> dict[str, Any]:
-    """Those that are there."""
+    """The parts that are neither None nor empty."""
     return {n: p for n, p in parts.items() if p is not None and not (isinstance(p, dict) and not p)}

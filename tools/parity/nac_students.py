@@ -18,23 +18,19 @@ from parity.nac_networks import Draws, build_student, to_device
 from parity.names import read_part, write_part
 from parity.networks import build_vit, load_network, to_images
 
-PARTS = {
-    "readin": "read_in_student",
-    "mediator": "mediator_student",
-    "readout": "read_out_student",
-}
-# The original's settings of a ViT that golden NAC cases leave out.
+PARTS = {"readin": "read_in_student", "mediator": "mediator_student", "readout": "read_out_student"}
+# Names of a ViT's settings in NAC cases that differ from those in m2mKD cases.
 VIT_NAMES = {"norm_eps": "ln_eps"}
 
 
 def run_student(case: Case) -> Iterator[Comparison]:
-    """A student alone: its output and all gradients, those by its fixed codes and states too."""
+    """A student alone: its output and all gradients, also by its fixed codes and states."""
     config, arrays = case.config["config"], case.arrays
     (kind,) = PARTS.keys() & config.keys()
     params = read_part(arrays.below("params/"), PARTS[kind])
-    given = {"readin": "image"}.get(kind, "meta_output")
-    inputs = ("codes", given) if kind == "mediator" else ("codes", "states", given)
-    x = arrays[f"inputs/{given}"]
+    source = {"readin": "image"}.get(kind, "meta_output")
+    inputs = ("codes", source) if kind == "mediator" else ("codes", "states", source)
+    x = arrays[f"inputs/{source}"]
     student = build_student(
         kind,
         config["share_kwargs"] | config[kind],
@@ -47,8 +43,8 @@ def run_student(case: Case) -> Iterator[Comparison]:
     train = case.config["mode"] == "train"
 
     def run(params, inputs):
-        fixed = {name: inputs[name] for name in inputs if name != given}
-        x = inputs[given]
+        fixed = {name: inputs[name] for name in inputs if name != source}
+        x = inputs[source]
         x = jnp.moveaxis(x, 1, -1) if kind == "readin" else x
         variables = {"params": params, NOISE: {**noise, **fixed}}
         return {"out": student.apply(variables, x, train=train)}
@@ -77,7 +73,7 @@ def run_composition(case: Case) -> Iterator[Comparison]:
     )
     meta = build_vit(meta_sizes)
     teacher = build_vit(teacher_sizes)
-    held = {
+    frozen = {
         "meta": load_network(_flat_names(arrays.below("params/meta.")), meta_sizes),
         "teacher": load_network(_flat_names(arrays.below("params/teacher.")), teacher_sizes),
     }
@@ -97,42 +93,39 @@ def run_composition(case: Case) -> Iterator[Comparison]:
         stages = [bound if i == stage else meta.stages[i] for i in range(count)]
         return Pair(meta, teacher, Network(tuple(stages)))
 
-    def score(given, own):
-        base = losses.soft_cross_entropy(own, jnp.asarray(arrays["inputs/target"]))
-        term = losses.DISTILLATIONS[distillation](own, given, config["tau"])
+    def objective(teacher_logits, student_logits):
+        base = losses.soft_cross_entropy(student_logits, jnp.asarray(arrays["inputs/target"]))
+        distill = losses.DISTILLATIONS[distillation]
+        term = distill(student_logits, teacher_logits, config["tau"])
         return losses.blend(base, term, config["alpha_teacher"])
 
     def loss(trained, fixed):
-        everything = {**held, "student": {stage_name(stage): trained}}
-        pair = bind_pair(fixed)
-        given, own, _ = pair_logits(pair, everything, images, stages=(stage,), train=train)
-        return score(given[stage], own[stage]), (given[stage], own[stage])
+        params = {**frozen, "student": {stage_name(stage): trained}}
+        logits = pair_logits(bind_pair(fixed), params, images, stages=(stage,), train=train)
+        logits = {"teacher_logits": logits[0][stage], "student_logits": logits[1][stage]}
+        return objective(**logits), logits
 
     trained = to_device(params)
-    (value, (given, own)), (by_params, by_fixed) = jax.value_and_grad(
-        loss, argnums=(0, 1), has_aux=True
-    )(trained, fixed)
-    shared, _ = meta.apply(held["meta"], images, stop=stage)
-    results = {
-        "teacher_logits": given,
-        "student_logits": own,
-        "loss": value,
-        "meta_output": shared,
-    }
+    (value, logits), (by_params, by_fixed) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        trained, fixed
+    )
+    shared, _ = meta.apply(frozen["meta"], images, stop=stage)
+    results = {**logits, "loss": value, "meta_output": shared}
     for name, want in arrays.below("outputs/").items():
         yield f"outputs/{name}", results[name], want, *case.tolerance("float32")
-    found = write_part(by_params, PARTS[kind])
-    found = {f"student.{name}": gradient for name, gradient in found.items()}
-    found |= {f"inputs/{name}": gradient for name, gradient in by_fixed.items()}
+    got = write_part(by_params, PARTS[kind])
+    got = {f"student.{name}": gradient for name, gradient in got.items()}
+    got |= {f"inputs/{name}": gradient for name, gradient in by_fixed.items()}
     if "grads/inputs/image" in arrays:
-        # No gradient goes to what the two sides share, so the student's side is run by itself.
+        # The shared stages have no gradient in `pair_logits`, so the student's side runs alone.
         def loss_of_images(images):
-            pair, own_params = bind_pair(fixed), {stage_name(stage): trained}
-            return score(given, _student_side(pair, held["meta"], own_params, images, stage, train))
+            pair, own = bind_pair(fixed), {stage_name(stage): trained}
+            student_logits = _student_side(pair, frozen["meta"], own, images, stage, train)
+            return objective(logits["teacher_logits"], student_logits)
 
-        found["inputs/image"] = jnp.moveaxis(jax.grad(loss_of_images)(images), -1, 1)
+        got["inputs/image"] = jnp.moveaxis(jax.grad(loss_of_images)(images), -1, 1)
     for name, want in arrays.below("grads/").items():
-        yield f"grads/{name}", found[name], want, *grad_tolerance(case)
+        yield f"grads/{name}", got[name], want, *grad_tolerance(case)
 
 
 def _student_side(pair: Pair, meta, params, images, stage: int, train: bool) -> jax.Array:
@@ -143,12 +136,12 @@ def _student_side(pair: Pair, meta, params, images, stage: int, train: bool) -> 
 
 
 def _distillation(case: Case) -> str:
-    """Its kind, soft or hard, which the json says in words alone."""
+    """The kind of distillation, soft or hard, which is only in the json's description."""
     return re.search(r"\* ?(soft|hard) distillation", case.config["description"])[1]
 
 
 class _Bound:
-    """A stage whose random numbers are given."""
+    """A stage with fixed random numbers."""
 
     def __init__(self, stage, noise):
         self.stage, self.noise = stage, noise

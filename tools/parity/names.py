@@ -1,5 +1,5 @@
-"""Tensors of m2mKD's and NAC's golden cases under the original's names: of whole networks, and of
-parts and gradients, which hold what they hold."""
+"""Tensors of m2mKD's and NAC's golden cases under the original's names: of whole networks, parts
+and gradients."""
 
 import dataclasses
 import itertools
@@ -41,8 +41,7 @@ def read_stage(state: State, *, heads: int) -> dict[str, Any]:
 
 
 def read_network(state: State, *, depths: Sequence[int], heads: int) -> dict[str, Any]:
-    """A whole ViT or V-MoE from a state under root names; what is listed once more by stage is not
-    looked at."""
+    """A whole ViT or V-MoE from a state under root names; aliases by stage are ignored."""
     table = vit_names.network_table(depths, heads=heads, experts=_experts(state))
     root = {name: array for name, array in state.items() if not name.startswith("stages.")}
     return _read([table.entries.items()], root)
@@ -58,7 +57,7 @@ def write_stage(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def write_network(params: Mapping[str, Any], *, depths: Sequence[int]) -> dict[str, np.ndarray]:
-    """A network, of which stages may be absent, under root names in the original's order."""
+    """A network, possibly without some stages, under root names in the original's order."""
     state = {}
     for stage, own in params.items():
         number = int(stage.removeprefix("stage_"))
@@ -68,29 +67,29 @@ def write_network(params: Mapping[str, Any], *, depths: Sequence[int]) -> dict[s
 
 
 def root_name(name: str, *, stage: int, depths: Sequence[int]) -> str:
-    """The root name of the tensor that stage `stage` calls `name`."""
+    """The root name of tensor `name` of stage `stage`."""
     table = vit_names.network_table(depths, heads=1, experts=99)
     return table.aliases[f"stages.{stage}.{name}"]
 
 
 def read_part(state: State, part: str) -> dict[str, Any]:
-    """The parameters in a state of a part of a NAC, a key of PARTS, under its own names."""
+    """The parameters of part `part` of a NAC, a key of PARTS, from a state under its own names."""
     kinds = (PARTS[part](kind).items() for kind in nac_names.CODE_LINEAR)
     return _read(kinds, state)
 
 
 def write_part(params: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
-    """`read_part` backwards, of gradients too."""
+    """The inverse of `read_part`, also for gradients."""
     return _write_kinds(params, {kind: PARTS[part](kind) for kind in nac_names.CODE_LINEAR})
 
 
 def read_nac(state: State, config: NacConfig) -> dict[str, Any]:
-    """A whole NAC of the iterations and the sharing of a config."""
+    """A whole NAC with the iterations and the sharing of `config`."""
     return _read((table.entries.items() for table in _nac_tables(config).values()), state)
 
 
 def write_nac(params: Mapping[str, Any], config: NacConfig) -> dict[str, np.ndarray]:
-    """`read_nac` backwards, of gradients too."""
+    """The inverse of `read_nac`, also for gradients."""
     return _write_kinds(params, {k: table.entries for k, table in _nac_tables(config).items()})
 
 
@@ -113,7 +112,7 @@ def _experts(state: State) -> int:
 
 
 def _read(tables: Iterable[Iterable[tuple[str, Entry]]], state: State) -> dict[str, Any]:
-    """Parameters whose tensors are all in a state; raises ValueError for tensors that are left."""
+    """The parameters whose tensors are all in `state`; raises ValueError for unused tensors."""
     flat, known = {}, set()
     for path, entry in itertools.chain.from_iterable(tables):
         if all(name in state for name in entry.names):
@@ -125,7 +124,7 @@ def _read(tables: Iterable[Iterable[tuple[str, Entry]]], state: State) -> dict[s
 
 
 def _write_kinds(params: Mapping[str, Any], kinds: Mapping[str, Entries]) -> dict[str, np.ndarray]:
-    """Tensors of layers of any kind; the parameters of a layer show its kind."""
+    """Tensors of layers of different kinds, which their parameters show."""
     flat = traverse_util.flatten_dict(params, sep="/")
     entries = {path: kinds[_kind(path, flat)][path] for path in flat}
     return write(Table(entries), params)
@@ -139,7 +138,7 @@ def _kind(path: str, flat: Mapping[str, Any]) -> str:
 
 
 def _in_order(state: State) -> dict[str, np.ndarray]:
-    """The state with its experts one by one."""
+    """The state with the tensors of each expert together."""
 
     def layer(name: str) -> str:
         return name.partition(".experts.")[0] if ".experts." in name else name

@@ -1,4 +1,4 @@
-"""Networks of golden cases, built from a case's json by the functions that build the product's."""
+"""Networks of golden cases, built from the json with the product's functions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from m2mkd_jax.stages import Network, stage_name
 from parity.names import read_network, read_stage
 
 Sizes = Mapping[str, Any]
-STUDENTS = 3  # a lone student is built as one of so many: first, middle or last
+STUDENTS = 3  # a single student is built as one of these: first, middle or last
 
 
 def build_vit(sizes: Sizes, *, depths: tuple[int, ...] | None = None) -> Network:
-    """The ViT of a json's sizes, with other `depths` if given."""
+    """The ViT of a json's sizes, optionally with other `depths`."""
     depths = tuple(sizes["divided_depths"]) if depths is None else depths
     return vit.build(vit.ViTConfig(depths=depths, **_vit_sizes(sizes)), interface(sizes))
 
 
 def build_vmoe(sizes: Sizes) -> Network:
-    """The whole V-MoE of a json's sizes, with stitches and experts in the blocks it says."""
+    """The whole V-MoE of a json's sizes, with the stitches and experts that it lists."""
     depths = tuple(sizes["divided_depths"])
     network = vmoe.build(
         _vmoe_config(sizes, depths), interface(sizes), stitch_width=sizes["stitch_dim"]
@@ -33,8 +33,8 @@ def build_vmoe(sizes: Sizes) -> Network:
 
 
 def build_student(sizes: Sizes, *, stages: int = STUDENTS) -> tuple[Network, int]:
-    """The students of a V-MoE of so many stages, and which of them the json's student is; the
-    others are one block deep."""
+    """The students of a V-MoE with `stages` stages, and the stage of the json's student; the others
+    are one block deep."""
     place = student_stage(sizes, stages)
     depths = tuple(sizes["divided_depths"][0] if i == place else 1 for i in range(stages))
     students = vmoe.build_students(
@@ -46,7 +46,7 @@ def build_student(sizes: Sizes, *, stages: int = STUDENTS) -> tuple[Network, int
 
 
 def student_stage(sizes: Sizes, stages: int) -> int:
-    """The stage that `idx` means among so many; the original numbers its last one -1."""
+    """The stage that `idx` means among `stages`; the original numbers the last one -1."""
     idx = sizes["idx"]
     if idx < 0:
         return stages - 1
@@ -100,7 +100,7 @@ def _moe(sizes: Sizes) -> MoeConfig:
 
 
 def _place_blocks(network: Network, sizes: Sizes) -> Network:
-    """The network with experts and stitches in exactly the blocks that the json lists."""
+    """The network with experts and stitches in the blocks that the json lists."""
     experts, before, after = (
         set(sizes[key] or ()) for key in ("moe_pos", "pre_stitch_pos", "post_stitch_pos")
     )

@@ -1,8 +1,8 @@
 """Runners for m2mKD's training: trajectories of modular and end-to-end training, the schedule.
 
-The steps are the product's own (`common_jax.step`). Only what it does otherwise on purpose is
-imitated here: the original's clip norm in modular training takes in the later meta stages, whose
-gradients are never zeroed and pile up.
+The steps are the product's (`common_jax.step`). Only its deliberate difference is imitated here:
+the original's clip norm in modular training includes the later meta stages, whose gradients are
+never zeroed and pile up.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ CLIP_EPS = 1e-6  # the original's factor is clip / (norm + CLIP_EPS)
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way of clipping: whether, by the norm of what, and whether our step does it so."""
+    """A way of clipping: whether to clip, the norm to use, and whether our step does the same."""
 
     clips: bool
     norm: str
     ours: bool
 
 
-TARGET, REACHED = "target", "reached"  # the trained stage; it and the later ones, piled up
+TARGET, REACHED = "target", "reached"  # norm of the trained stage; with the later ones, piled up
 VARIANTS = {
     "amp_clip_all_params": Variant(clips=True, norm=REACHED, ours=False),
     "amp_clip_target_only": Variant(clips=True, norm=TARGET, ours=True),
@@ -46,7 +46,7 @@ VARIANTS = {
 
 @dataclasses.dataclass
 class Trajectory:
-    """Loss of every micro-batch, mean loss that each step reports, norms, parameters at the end."""
+    """Loss of every micro-batch, mean loss of every step, norms, final parameters."""
 
     losses: list[Any] = dataclasses.field(default_factory=list)
     step_losses: list[Any] = dataclasses.field(default_factory=list)
@@ -58,7 +58,7 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A network some stages of which are trained.
+    """A network with some trained stages.
 
     Attributes:
       network: all stages.
@@ -78,7 +78,7 @@ class Training:
     targets: jax.Array
 
     def loss(self, params, helpers, batch, rngs, step) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Soft cross entropy of a batch; `helpers` are the stages that stay as they are."""
+        """Soft cross entropy of a batch; `helpers` are the frozen stages."""
         stages = {**helpers, **params["module"]}
         logits, _ = self.network.apply(stages, batch["image"], train=True, rngs=rngs)
         return losses.soft_cross_entropy(logits, batch["target"]), {}
@@ -103,12 +103,12 @@ class Training:
         )
 
     def to_original(self, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Under the original's root names."""
+        """Parameters under the original's root names."""
         return write_network(params, depths=self.sizes["divided_depths"])
 
 
 def run_train_module(case: Case) -> Iterator[Comparison]:
-    """Modular training: the hybrid, its gradients, three steps under each kind of clipping."""
+    """Modular training: the hybrid, its gradients, steps with each kind of clipping."""
     sizes, arrays = case.config["config"], case.arrays
     idx, depths = sizes["idx"], sizes["divided_depths"]
     meta = build_vit(sizes, depths=tuple(sizes["meta_divided_depths"]))
@@ -142,7 +142,7 @@ def run_train_module(case: Case) -> Iterator[Comparison]:
     yield compare_lists("params_without_grad", sorted(unreached), sorted(without))
     target = training.to_original(training.pick((idx,)))
     yield compare_lists("target_param_keys", target, case.config["target_param_keys"])
-    # A bare stage has no list of parameters to skip: positions and class token decay too.
+    # A single stage has no list of parameters to skip: positions and class token decay too.
     yield from _compare_groups(case, training, no_decay="")
 
     gradients = _make_gradients(training)
@@ -183,7 +183,7 @@ def run_end_to_end(case: Case) -> Iterator[Comparison]:
 
 
 def run_lr_schedule(case: Case) -> Iterator[Comparison]:
-    """The learning rate of every epoch, whatever the number of steps in it."""
+    """The learning rate of every epoch, for different numbers of steps per epoch."""
     common, tolerance = case.config["config"], case.tolerance()
     for name, settings in case.config["settings"].items():
         config = OptimConfig(
@@ -229,19 +229,19 @@ def _compare_first_gradient(case, training, gradients) -> Iterator[Comparison]:
 
 
 def _compare_groups(case: Case, training: Training, *, no_decay: str) -> Iterator[Comparison]:
-    """Which parameters decay."""
+    """Compares the parameters that decay."""
     trained = {"module": training.pick(training.trained)}
     mask = decay_mask(trained, no_decay)
     full = jax.tree.map(lambda decays, leaf: np.full(leaf.shape, decays), mask, trained)
     decays = {name: a.all() for name, a in training.to_original(full["module"]).items()}
     groups = case.config["param_groups"]
-    for group, wanted in (("decay", True), ("no_decay", False)):
-        got = sorted(name for name, value in decays.items() if value == wanted)
+    for group, decayed in (("decay", True), ("no_decay", False)):
+        got = sorted(name for name, value in decays.items() if value == decayed)
         yield compare_lists(f"param_groups/{group}", got, sorted(groups[group]))
 
 
 def _compare_trajectory(case, prefix, training, trajectory, norm) -> Iterator[Comparison]:
-    """What of a trajectory the case holds: losses, norms, parameters after the last step."""
+    """The parts of a trajectory in the case: losses, norms, parameters after the last step."""
     arrays, tolerance = case.arrays, case.tolerance("loss")
     if f"{prefix}loss" in arrays:
         want = arrays[f"{prefix}loss"]
@@ -263,8 +263,8 @@ def _compare_trajectory(case, prefix, training, trajectory, norm) -> Iterator[Co
 
 
 def _leave_out_key_bias(name: str, array: np.ndarray) -> np.ndarray:
-    """Keys' bias does not change a softmax, its gradient is rounding noise, and Adam turns that
-    into steps of the size of the learning rate."""
+    """The bias of keys does not change a softmax: its gradient is rounding noise, which Adam scales
+    to steps of the size of the learning rate."""
     if not name.endswith("attn.qkv.bias"):
         return array
     width = len(array) // 3
@@ -291,7 +291,7 @@ def _global_norm(tree: Any) -> float:
 
 
 def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Trajectory:
-    """The product's step; beside it, where each stands, losses and the piled-up norm."""
+    """The product's step, with the losses and the piled-up norm before each."""
     config = training.optim(clip=clip, no_decay=no_decay)
     others = [i for i in range(len(training.network)) if i not in training.trained]
     helpers, params = training.pick(others), {"module": training.pick(training.trained)}
@@ -300,27 +300,27 @@ def _run_ours(training, gradients, clip: float | None, no_decay: str) -> Traject
         make_step(training.loss, config, lambda _: rate, trainable="module/.*", log_every=1)
     )
     state = init_state(params, config, trainable="module/.*", metrics={})
-    found, reached = Trajectory(), training.pick(training.reached)
+    trajectory, reached = Trajectory(), training.pick(training.reached)
     piled = jax.tree.map(np.zeros_like, reached)
     for images, targets in _micro_batches(training):
         values, (gradient, later) = _backward(
             gradients, state.params["module"], reached, images, targets
         )
         piled = jax.tree.map(np.add, piled, later)
-        # The step takes every update_freq-th example for a micro-batch.
+        # A micro-batch of the step is every update_freq-th example.
         batch = {"image": _interleave(images), "target": _interleave(targets)}
         state, report = step(state, helpers, batch, SEED)
-        found.losses += values
-        found.step_losses.append(report["loss"])
-        found.norms[TARGET].append(report["gradient_norm"])
-        found.norms[REACHED].append(_global_norm((gradient, piled)))
-    found.final = state.params["module"]
-    return found
+        trajectory.losses += values
+        trajectory.step_losses.append(report["loss"])
+        trajectory.norms[TARGET].append(report["gradient_norm"])
+        trajectory.norms[REACHED].append(_global_norm((gradient, piled)))
+    trajectory.final = state.params["module"]
+    return trajectory
 
 
 def _run_piled_up(training, gradients, clip: float, no_decay: str) -> Trajectory:
-    """The original's loop: one clip factor, from a norm that takes in the piled-up gradients of
-    the later stages, scales these too and leaves them for the next step."""
+    """The original's loop: the clip norm includes the piled-up gradients of the later stages, which
+    are clipped too and stay for the next step."""
     optimizer = make_optimizer(training.optim(clip=None, no_decay=no_decay))
     params = {"module": training.pick(training.trained)}
     reached, state = training.pick(training.reached), optimizer.init(params)
@@ -331,7 +331,7 @@ def _run_piled_up(training, gradients, clip: float, no_decay: str) -> Trajectory
         direction, state = optimizer.update(gradient, state, params)
         return jax.tree.map(lambda p, u: p - rate * u, params, direction), state
 
-    found, piled = Trajectory(), jax.tree.map(jnp.zeros_like, reached)
+    trajectory, piled = Trajectory(), jax.tree.map(jnp.zeros_like, reached)
     for images, targets in _micro_batches(training):
         values, (gradient, later) = _backward(gradients, params["module"], reached, images, targets)
         piled = jax.tree.map(np.add, piled, later)
@@ -339,11 +339,11 @@ def _run_piled_up(training, gradients, clip: float, no_decay: str) -> Trajectory
         factor = min(1.0, clip / (norm + CLIP_EPS))
         gradient, piled = jax.tree.map(lambda g, f=factor: g * f, (gradient, piled))
         params, state = update({"module": gradient}, state, params)
-        found.losses += values
-        found.step_losses.append(np.mean(values))
-        found.norms[REACHED].append(norm)
-    found.final = params["module"]
-    return found
+        trajectory.losses += values
+        trajectory.step_losses.append(np.mean(values))
+        trajectory.norms[REACHED].append(norm)
+    trajectory.final = params["module"]
+    return trajectory
 
 
 def _interleave(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""TPU chips by their published figures, and devices of a topology that need not be there."""
+"""Published figures of TPU chips, and the described devices of a topology."""
 
 import dataclasses
 import importlib.metadata
@@ -19,11 +19,11 @@ class Chip:
     """The figures of one chip.
 
     Attributes:
-      flops: operations per second in bfloat16, a multiplication with its addition as two.
+      flops: operations per second in bfloat16; a multiply-add is two.
       hbm: bytes of memory.
       hbm_bandwidth: bytes per second between that memory and the cores.
-      ici: bytes per second that it can send to its neighbours in a slice over all of its links, and
-        receive at the same time.
+      ici: bytes per second that it can send within a slice over all of its links, and receive at
+        the same time.
       layout: libtpu's name of the setting in which a chip is one device.
     """
 
@@ -35,9 +35,9 @@ class Chip:
 
 
 # From https://docs.cloud.google.com/tpu/docs/v4, v5e, v5p-training and v6e: peak compute, capacity
-# and bandwidth of HBM; of ICI the half of its bidirectional bandwidth. The page of v4 has none, but
-# the bandwidth of all-reduce over a pod of 4,096 chips, 1.1 PB/s; the same division gives the
-# figures of v5e (51.2 TB/s over 256) and v6e (102.4 TB/s over 256).
+# and bandwidth of HBM, half of the bidirectional bandwidth of ICI. The page of v4 has only the
+# bandwidth of all-reduce over a pod of 4,096 chips, 1.1 PB/s; the same division gives the figures
+# of v5e (51.2 TB/s over 256) and v6e (102.4 TB/s over 256).
 CHIPS = {
     "v4": Chip(275e12, 32 * 2**30, 1200e9, 268e9, layout="megacore"),
     "v5e": Chip(197e12, 16e9, 819e9, 200e9),
@@ -62,11 +62,8 @@ def chip_of(topology: str) -> Chip:
 
 
 def check_libtpu() -> None:
-    """Warns where another version of libtpu is installed than `plan.hlo` reads the programs of.
-
-    Raises:
-      ValueError: when none is installed.
-    """
+    """Warns if libtpu is not of the version that `plan.hlo` was written for; raises ValueError if
+    it is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "libtpu, which holds the compiler for TPUs, is not installed: pip install "
@@ -85,10 +82,10 @@ def check_libtpu() -> None:
 
 
 def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
-    """One device for each chip of `slices` slices of `topology`; they are described, not there.
+    """Described devices, one per chip of `slices` slices of `topology`.
 
     Raises:
-      ValueError: without libtpu, or for a topology that does not exist.
+      ValueError: without libtpu, or for an unknown topology.
     """
     chip = chip_of(topology)
     check_libtpu()
@@ -96,10 +93,10 @@ def describe_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
         raise ValueError(f"--slices={slices} must be at least 1")
     # libtpu must not look for a TPU here, and another process may use it at the same time.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    several = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, chip_config_name=chip.layout, **several
+            platform="tpu", topology_name=topology, chip_config_name=chip.layout, **options
         ).devices
     except RuntimeError as error:
         raise ValueError(

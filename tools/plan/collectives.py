@@ -8,17 +8,7 @@ import numpy as np
 
 from plan.hlo import Instruction, Program, starts_collective
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
-
-# Bytes that a chip sends, by the size of the result and the n chips of a group, in a ring. It
-# receives as many.
+# Bytes that a chip sends, and receives, in a ring of n chips, by the size of the result.
 SENT: dict[str, Callable[[float, int], float]] = {
     "all-gather": lambda size, n: size * (n - 1) / n,
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -27,11 +17,11 @@ SENT: dict[str, Callable[[float, int], float]] = {
     "ragged-all-to-all": lambda size, n: size * (n - 1) / n,
     "reduce-scatter": lambda size, n: size * (n - 1),
 }
-# XLA's name of a fusion for TPU that sums over a group and keeps a part on each chip.
+# XLA's name of a fusion for TPU that sums over a group and leaves a part on each chip.
 SCATTER = "all-reduce-scatter"
-# Transfers between slices, which XLA hands to the hosts, with the name of the collective.
+# Transfers between slices, which XLA passes to the hosts, with the name of the collective.
 _OVER_SLICES = re.compile(r'"xla_megascale_runtime".*_xla_megascale_transfer_type="(\w+)"')
-_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of KINDS
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}  # whose names are not those of SENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +29,11 @@ class Collective:
     """The collectives of one kind over groups of one size.
 
     Attributes:
-      kind: of KINDS.
-      group: chips in a group; of transfers between slices alone, the slices.
+      kind: a key of SENT.
+      group: chips in a group; slices, for transfers between slices.
       crosses: whether groups have chips of several slices.
-      count: runs of all of them in a step.
-      bytes: that a chip sends in a step by all of them.
+      count: how often they run per step, in total.
+      bytes: that a chip sends per step, in total.
     """
 
     kind: str
@@ -54,16 +44,16 @@ class Collective:
 
 
 def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list[Collective]:
-    """The collectives of a program, those in loops as often as they run; see `Program.runs`.
+    """The collectives of a program, counted as often as they run, see `Program.runs`.
 
     An all-to-all moves its whole result except a chip's own part; a ragged one at most that. Groups
-    of a single chip are left out, since nothing moves. One that overlaps other work counts where it
-    starts. Of transfers between slices, the bytes are those that a chip passes to its host.
+    of a single chip are left out, since nothing moves. A collective that overlaps other work counts
+    where it starts. The bytes of transfers between slices are those that a chip passes to its host.
 
     Args:
-      program: compiled for `devices`.
-      devices: all of them, in the order of the slices.
-      slices: how many these are of.
+      program: the compiled program.
+      devices: number of devices, in the order of the slices.
+      slices: number of slices.
     """
     totals: dict[tuple[str, int, bool], tuple[int, float]] = {}
     for name, times in program.runs.items():
@@ -77,7 +67,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
                 totals[kind, slices, True] = count + times, sent
                 continue
             later = instruction.overlaps and not starts_collective(computation)
-            if kind not in KINDS or later:
+            if kind not in SENT or later:
                 continue
             groups = _groups(instruction.rest, devices)
             size = groups.shape[1]
@@ -85,17 +75,17 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
                 continue
             slice_of = groups // (devices // slices)
             crosses = bool(np.any(slice_of != slice_of[:, :1]))
-            moved = _moved(instruction)
+            result = _result_bytes(instruction)
             if name.startswith(SCATTER):
-                kind, moved = "reduce-scatter", moved / size
+                kind, result = "reduce-scatter", result / size
             count, sent = totals.get((kind, size, crosses), (0, 0.0))
-            sent += times * SENT[kind](moved, size)
+            sent += times * SENT[kind](result, size)
             totals[kind, size, crosses] = count + times, sent
     return [Collective(*key, *value) for key, value in sorted(totals.items())]
 
 
-def _moved(instruction: Instruction) -> int:
-    """Bytes of a collective's result; that of a started half begins with its operands."""
+def _result_bytes(instruction: Instruction) -> int:
+    """Bytes of a collective's result; that of a "-start" begins with its operands."""
     sizes = [array.bytes for array in instruction.result]
     if not instruction.kind.endswith("-start") or instruction.kind == "all-reduce-start":
         return sum(sizes)
@@ -105,10 +95,10 @@ def _moved(instruction: Instruction) -> int:
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
     """The chips of each group, (groups, chips); for a permutation the pairs."""
-    if pairs := re.search(r"source_target_pairs=\{((?:\{[\d,]*\},?)*)\}", attributes):
-        return _listed(pairs[1])
-    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
-        return _listed(match[1])
+    lists = r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)+)\}"
+    if match := re.search(lists, attributes):
+        groups = re.findall(r"\{([\d,]+)\}", match[1])
+        return np.array([[int(number) for number in group.split(",")] for group in groups])
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[\S+\](?:T\(\S+?\))?)", attributes):
         return _permuted(match[2]).reshape([int(size) for size in match[1].split(",")])
     pattern = r"replica_groups=mesh\[([^\]]+)\](?:, device_ids=\((\[[^()]*\S+)\))? \{([^}:]*)\}"
@@ -120,7 +110,7 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
 
 
 def _permuted(text: str) -> np.ndarray:
-    """Chips in the order of `[2,4]T(1,0)`: counted through in that shape, its axes exchanged."""
+    """Chips in the order of `[2,4]T(1,0)`: numbered in that shape, with transposed axes."""
     sizes, _, order = text.removesuffix(")").partition("]")
     sizes = [int(size) for size in sizes.removeprefix("[").split(",")]
     ids = np.arange(np.prod(sizes)).reshape(sizes)
@@ -130,12 +120,7 @@ def _permuted(text: str) -> np.ndarray:
 def _over_axes(mesh: str, ids: str, axes: str) -> np.ndarray:
     """Groups of chips that differ only along some axes of a mesh, `'a'=32,'b'=8` and `'b'`."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    chosen = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
-    others = [place for place in range(len(sizes)) if place not in chosen]
-    placed = _permuted(ids).reshape(list(sizes.values())).transpose(*others, *chosen)
-    return placed.reshape(-1, int(np.prod([list(sizes.values())[place] for place in chosen])))
-
-
-def _listed(text: str) -> np.ndarray:
-    groups = re.findall(r"\{([\d,]+)\}", text)
-    return np.array([[int(number) for number in group.split(",")] for group in groups])
+    inner = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
+    outer = [axis for axis in range(len(sizes)) if axis not in inner]
+    chips = _permuted(ids).reshape(list(sizes.values())).transpose(*outer, *inner)
+    return chips.reshape(-1, int(np.prod([list(sizes.values())[axis] for axis in inner])))

@@ -1,9 +1,8 @@
 """Floating-point operations of a program, counted in its jaxpr.
 
-XLA's own count takes the body of a loop once, however often it runs, and is of the optimised
-program; a jaxpr is the program as written, with the length of every scan. Counted are matrix
-products and convolutions, a multiplication with its addition as two; all else (softmax, norms,
-activations, the optimizer) is left out, as is usual for model FLOPs.
+XLA counts the body of a loop once, and counts the optimised program; a jaxpr is the program as
+written, with the length of every scan. As usual for model FLOPs, only matrix products and
+convolutions count, with a multiply-add as two, not softmax, norms, activations or the optimizer.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-# jax's name, in the stack of names, of the part of a backward pass that recomputes values.
+# In jax's name stack, the part of a backward pass that recomputes values.
 AGAIN = "rematted_computation"
 
 
@@ -23,8 +22,8 @@ class Flops:
     """Operations of a program.
 
     Attributes:
-      model: those that its result needs, once each.
-      again: those that `jax.checkpoint` repeats in the backward pass, to save memory.
+      model: those that its result needs.
+      again: those that `jax.checkpoint` repeats in the backward pass to save memory.
     """
 
     model: int = 0
@@ -47,46 +46,38 @@ class UnknownLength(ValueError):
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
-    """The operations of function(*arguments), over all devices.
+    """The operations of function(*arguments), arrays or their shapes, over all devices.
 
-    A scan counts as often as it runs; of the branches of a conditional the one with the most
-    operations. A convolution over a dilated input counts the products with its zeros.
-
-    Args:
-      function: what `jax.make_jaxpr` takes.
-      arguments: arrays or their shapes.
+    A scan counts as often as it runs, a conditional as its branch with the most operations. A
+    convolution over a dilated input counts the products with zeros.
 
     Raises:
-      UnknownLength: for a `while` loop with products in it, unless a conditional has another
-        branch.
+      UnknownLength: for a `while` loop with products, unless a conditional has another branch.
     """
     return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> Flops:
-    total = Flops()
-    for equation in jaxpr.eqns:
-        total += _count_equation(equation)
-    return total
+    return sum(map(_count_equation, jaxpr.eqns), Flops())
 
 
 def _count_equation(equation: core.JaxprEqn) -> Flops:
     name, parameters = equation.primitive.name, equation.params
     if name in PRODUCTS:
-        found = Flops(model=PRODUCTS[name](equation))
+        flops = Flops(model=PRODUCTS[name](equation))
     elif name == "cond":
-        found = _largest(parameters["branches"])
+        flops = _largest(parameters["branches"])
     else:
-        found = sum((_count(inner) for inner in _inner(parameters)), Flops())
-        if name == "while" and found.executed:
+        flops = sum((_count(inner) for inner in _inner(parameters)), Flops())
+        if name == "while" and flops.executed:
             raise UnknownLength("the length of a loop with matrix products depends on its data")
         if name == "scan":
-            found *= parameters["length"]
+            flops *= parameters["length"]
         elif name == "shard_map":
-            found *= math.prod(parameters["mesh"].shape.values())
+            flops *= math.prod(parameters["mesh"].shape.values())
     if AGAIN in str(equation.source_info.name_stack):
-        found = Flops(again=found.executed)
-    return found
+        flops = Flops(again=flops.executed)
+    return flops
 
 
 def _largest(branches: Any) -> Flops:
@@ -98,19 +89,19 @@ def _largest(branches: Any) -> Flops:
             problem = error
     if not counts:
         raise problem
-    return max(counts, key=lambda found: found.executed)
+    return max(counts, key=lambda flops: flops.executed)
 
 
 def _inner(parameters: dict[str, Any]) -> list[core.Jaxpr]:
     """The jaxprs that an equation runs."""
-    found = []
+    jaxprs = []
     for value in parameters.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, core.ClosedJaxpr):
-                found.append(one.jaxpr)
+                jaxprs.append(one.jaxpr)
             elif isinstance(one, core.Jaxpr):
-                found.append(one)
-    return found
+                jaxprs.append(one)
+    return jaxprs
 
 
 def _dot(equation: core.JaxprEqn) -> int:
@@ -120,12 +111,12 @@ def _dot(equation: core.JaxprEqn) -> int:
 
 
 def _ragged_dot(equation: core.JaxprEqn) -> int:
-    """All rows of the ragged axis, whichever group they are of."""
+    """All rows of the ragged axis, of any group."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     left, right = (variable.aval.shape for variable in equation.invars[:2])
-    taken = {*contracted, *batch, *numbers.rhs_group_dimensions}
-    free = math.prod(size for axis, size in enumerate(right) if axis not in taken)
+    shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    free = math.prod(size for axis, size in enumerate(right) if axis not in shared)
     return 2 * math.prod(left) * free
 
 

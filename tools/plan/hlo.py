@@ -1,6 +1,6 @@
-"""The text of a compiled program: its instructions, and how often each of them runs.
+"""Parsing the text of a compiled program: its instructions, and how often each of them runs.
 
-The text is not an interface that XLA keeps: LIBTPU is the version whose text this was written for.
+The text is not a stable interface of XLA: this was written for version LIBTPU.
 """
 
 import dataclasses
@@ -9,14 +9,14 @@ import math
 import re
 
 LIBTPU = "0.0.52"
-# Bits of an element of each type; a type that is not here, such as a token, has none.
+# Bits per element of each type; other types, such as tokens, have none.
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
     "s32": 32, "u32": 32, "s64": 64, "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64,
     "c64": 64, "c128": 128, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
-# A collective for TPU that runs beside other work appears in every fusion that it runs beside, each
-# time with the number of its chain, and first in the one that starts it.
+# A collective for TPU that overlaps other work appears in every fusion that it overlaps, each time
+# with the number of its chain, and first in the fusion that starts it.
 _CHAIN, _STARTED = "chain_id=", "AsyncCollectiveStart"
 _LEAF = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -31,7 +31,7 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a program: bytes of its elements, and the memory that it is in (0 is HBM)."""
+    """An array of a program: its bytes, and its memory space (0 is HBM)."""
 
     bytes: int
     space: int
@@ -60,14 +60,11 @@ class Instruction:
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
         """The computations that it runs, by attribute."""
-        found = {}
-        for match in _CALLED.finditer(self.rest):
-            found[match[1]] = _NAME.findall(match[2])
-        return found
+        return {match[1]: _NAME.findall(match[2]) for match in _CALLED.finditer(self.rest)}
 
     @property
     def overlaps(self) -> bool:
-        """Whether it is a collective that runs beside other work, or a later mention of one."""
+        """True for a collective that overlaps other work, or a later mention of one."""
         return _CHAIN in self.rest
 
 
@@ -75,7 +72,7 @@ Computation = dict[str, Instruction]
 
 
 def starts_collective(computation: Computation) -> bool:
-    """Whether a computation starts a collective that then runs beside others."""
+    """True if a computation starts a collective that then overlaps others."""
     return any(_STARTED in one.rest for one in computation.values())
 
 
@@ -93,17 +90,17 @@ class Program:
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:
-        """How often every computation runs that the entry calls, directly or through others. Every
-        branch of a conditional counts as taken, and a loop of unknown length as run once."""
+        """The number of runs of every computation that the entry calls, directly or indirectly. All
+        branches of a conditional count, and a loop of unknown length counts once."""
         times: dict[str, int] = {}
         pending = [(self.entry, 1)]
         while pending:
             name, count = pending.pop()
             times[name] = times.get(name, 0) + count
             for instruction in self.computations[name].values():
-                often = count * (self.trips(instruction) or 1)
+                runs = count * (self.trips(instruction) or 1)
                 for names in instruction.called.values():
-                    pending.extend((one, often) for one in names if one in self.computations)
+                    pending.extend((one, runs) for one in names if one in self.computations)
         return times
 
     @property
@@ -116,8 +113,8 @@ class Program:
         )
 
     def trips(self, instruction: Instruction) -> int | None:
-        """How often an instruction runs each computation that it calls: for a loop its length, None
-        where that is unknown; once for all other kinds."""
+        """The number of runs of each computation that an instruction calls: a loop's length, None
+        if unknown; 1 for other kinds."""
         if instruction.kind != "while":
             return 1
         if match := re.search(r"known_trip_count\W+n\W+(\d+)", instruction.rest):
@@ -135,16 +132,12 @@ class Program:
                     bounds.append(int(match[1]))
                 if instruction.kind == "compare":
                     kinds += re.findall(r"direction=(\w+)", instruction.rest)
-                names += [one for found in instruction.called.values() for one in found]
+                names += [one for called in instruction.called.values() for one in called]
         return bounds[0] if len(bounds) == 1 and kinds == ["LT"] else None
 
 
 def read_program(text: str) -> Program:
-    """The program of `jax.stages.Compiled.as_text()`.
-
-    Raises:
-      ValueError: for a text without an entry.
-    """
+    """The program of `jax.stages.Compiled.as_text()`; raises ValueError for another text."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -178,10 +171,10 @@ def _split(text: str) -> tuple[str, str]:
 
 def arrays(text: str) -> tuple[Array, ...]:
     """The arrays of a type, such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
-    found = []
+    result = []
     for kind, sizes, layout in _LEAF.findall(text):
         count = math.prod(int(size) for size in sizes.split(",") if size)
         space = _SPACE.search(layout)
         size = -(-count * BITS.get(kind, 0) // 8)
-        found.append(Array(size, int(space[1]) if space else 0))
-    return tuple(found)
+        result.append(Array(size, int(space[1]) if space else 0))
+    return tuple(result)

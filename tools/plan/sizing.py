@@ -1,4 +1,4 @@
-"""The memory of a compiled step on a chip, and its least time."""
+"""The memory of a compiled step on a chip, and a lower bound of its time."""
 
 import dataclasses
 import math
@@ -19,13 +19,13 @@ SHOWN = 5  # largest arrays that are listed
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's HBM, as XLA has laid them out.
+    """Bytes of a chip's HBM in XLA's layout.
 
     Attributes:
       arguments: state, helpers, batch.
-      temporaries: all between them and the results.
+      temporaries: intermediate values.
       output: new state and metrics.
-      aliased: the part of `output` that lies where an argument lay, which is given up.
+      aliased: the part of `output` in the memory of donated arguments.
       code: the program itself.
     """
 
@@ -37,22 +37,22 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes in use at the worst time."""
+        """Bytes at the peak."""
         return self.arguments + self.temporaries + self.output - self.aliased + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizing:
-    """What is known of a step without running it.
+    """The analysis of a compiled step.
 
     Attributes:
       chip: its figures.
-      devices: chips.
-      flops: of a step, over all of them.
-      memory: of each.
-      traffic: bytes between HBM and cores in a step, of each.
-      collectives: what they send each other.
-      unknown_loops: loops whose length XLA does not tell, and which count as run once.
+      devices: number of chips.
+      flops: per step, over all chips.
+      memory: per chip.
+      traffic: bytes between HBM and cores per step and chip.
+      collectives: of the step.
+      unknown_loops: number of loops of unknown length, which count as run once.
     """
 
     chip: Chip
@@ -65,8 +65,8 @@ class Sizing:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The least time of a step for each resource at its full rate: "compute", "hbm" and "ici".
-        Traffic between slices is left out."""
+        """Time per step of each resource at its peak rate: "compute", "hbm" and "ici", without
+        traffic between slices."""
         inside = sum(one.bytes for one in self.collectives if not one.crosses)
         return {
             "compute": self.flops.executed / self.devices / self.chip.flops,
@@ -76,13 +76,13 @@ class Sizing:
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the longest of `seconds`, as if the others ran at the same time."""
+        """The roofline: the longest of `seconds`, with perfect overlap."""
         return max(self.seconds.values())
 
     @property
     def mfu(self) -> float:
-        """The highest possible model FLOPs utilisation: model FLOPs per chip and second of
-        `step_seconds`, over the chip's peak."""
+        """The highest possible model FLOPs utilisation: model FLOPs per chip and second over the
+        chip's peak, for a step of `step_seconds`."""
         ideal = self.flops.model / self.devices / self.chip.flops
         return ideal / self.step_seconds
 
@@ -90,13 +90,7 @@ class Sizing:
 def size_up(
     compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, slices: int = 1
 ) -> Sizing:
-    """Memory, traffic, collectives and operations of a compiled step.
-
-    Args:
-      compiled: for `devices` in `slices`.
-      flops: of a step, over all devices.
-      chip: that it is compiled for.
-    """
+    """Analyses a step that is compiled for `devices` chips in `slices`, with `flops` over all."""
     program = read_program(compiled.as_text())
     return Sizing(
         chip=chip,
@@ -110,19 +104,19 @@ def size_up(
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:
-    found = compiled.memory_analysis()
+    stats = compiled.memory_analysis()
     return Memory(
-        arguments=found.argument_size_in_bytes,
-        temporaries=found.temp_size_in_bytes,
-        output=found.output_size_in_bytes,
-        aliased=found.alias_size_in_bytes,
-        code=found.generated_code_size_in_bytes,
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySize:
-    """Large arrays on a chip: their name, their shape there, and their bytes together."""
+    """Large arrays on a chip: name, shape of a shard, and total bytes."""
 
     name: str
     shape: str
@@ -130,12 +124,8 @@ class ArraySize:
 
 
 def largest_arguments(arguments: Any) -> list[ArraySize]:
-    """The largest arguments of a program on a device. Those of one shape whose paths differ only in
-    numbers are one entry.
-
-    Args:
-      arguments: tree of ShapeDtypeStructs with shardings.
-    """
+    """The largest of a program's arguments, ShapeDtypeStructs with shardings, on a device; those of
+    one shape whose paths differ only in numbers are one entry."""
     sizes: dict[tuple[str, str], int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         name = re.sub(r"\d+", "*", jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -146,12 +136,12 @@ def largest_arguments(arguments: Any) -> list[ArraySize]:
 
 
 def largest_kept(kept: Any, params: Any, *, devices: int) -> list[ArraySize]:
-    """The largest arrays that a forward pass keeps for the backward pass, a device's share.
+    """The largest arrays per device that a forward pass keeps for the backward pass.
 
     Args:
-      kept: tree of ShapeDtypeStructs, of the whole batch.
-      params: those of the parameters; an array of such a shape is no activation.
-      devices: over which activations are split.
+      kept: ShapeDtypeStructs of the whole batch.
+      params: those of the parameters; arrays of their shapes are not activations.
+      devices: number of devices that activations are split over.
     """
     known = {leaf.shape for leaf in jax.tree.leaves(params)}
     sizes: dict[tuple[str, str], int] = {}
@@ -170,12 +160,12 @@ def _largest(sizes: Mapping[tuple[str, str], int]) -> list[ArraySize]:
 
 
 def bytes_text(size: float) -> str:
-    """A size in GB (1e9 bytes) or MB, three digits."""
+    """A size in GB (1e9 bytes) or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def collectives_text(collectives: Sequence[Collective]) -> str:
-    """Collectives on one line: kind, how often, what a chip sends."""
+    """Collectives on one line: kind, count, bytes sent per chip."""
     return ", ".join(
         f"{one.kind} {one.count} x of {one.group} chips"
         f"{' over slices' if one.crosses else ''}, {bytes_text(one.bytes)}"

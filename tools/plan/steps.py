@@ -1,5 +1,5 @@
-"""The step of a run without the run: shapes of its arguments, its lowered program, its operations,
-and the arrays that it keeps. All of it needs shapes and shardings only."""
+"""Analysing the step of a run from shapes and shardings alone: its arguments, its lowered program,
+its operations, and the activations that it keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +18,7 @@ from plan.flops import Flops, count_flops
 def step_arguments(
     task: Task, optim: OptimConfig, abstract: TrainState, mesh: Mesh
 ) -> tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """The arguments of `step_program`, as ShapeDtypeStructs with shardings: enough to compile it
-    for a mesh whose devices are only described."""
+    """The arguments of `step_program`, as ShapeDtypeStructs with shardings."""
     batch = {
         name: jax.ShapeDtypeStruct(
             (optim.accumulate * part.shape[0], *part.shape[1:]),
@@ -35,8 +34,7 @@ def step_arguments(
 def lower_step(
     task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int
 ) -> tuple[jax.stages.Lowered, TrainState]:
-    """The update of a run, ready to be compiled, and the state that it takes; no array is made, and
-    the devices of `mesh` may be described ones.
+    """The lowered update of a run and its abstract state; the devices of `mesh` may be described.
 
     Raises:
       ValueError: as `abstract_state`.
@@ -48,9 +46,8 @@ def lower_step(
 
 
 def step_flops(task: Task, optim: OptimConfig) -> Flops:
-    """Operations of one update over all devices: the loss of every micro-batch, and its gradients
-    by the parameters that are trained. The optimizer's are left out."""
-
+    """Operations of one update over all devices, without the optimizer's: the loss of every
+    micro-batch, and its gradients by the trained parameters."""
     gradient = lambda trained, loss: jax.value_and_grad(loss, has_aux=True)(trained)  # noqa: E731
     return count_flops(*_with_loss(task, gradient)) * optim.accumulate
 
@@ -58,13 +55,13 @@ def step_flops(task: Task, optim: OptimConfig) -> Flops:
 def kept_shapes(task: Task) -> Any:
     """Shapes of the arrays, parameters included, that the forward pass of a micro-batch keeps for
     the backward pass."""
-    kept = lambda trained, loss: jax.vjp(loss, trained, has_aux=True)[1]  # noqa: E731
-    return jax.eval_shape(*_with_loss(task, kept))
+    residuals = lambda trained, loss: jax.vjp(loss, trained, has_aux=True)[1]  # noqa: E731
+    return jax.eval_shape(*_with_loss(task, residuals))
 
 
 def _with_loss(task: Task, function: Callable[..., Any]) -> tuple[Any, ...]:
-    """A function of parameters, helpers and batch that returns function(trained parameters, loss of
-    these), and shapes to call it with."""
+    """A function of parameters, helpers and batch that returns function(trained parameters, loss
+    of trained parameters), and the shapes of its arguments."""
 
     def call(params, helpers, batch):
         trained, fixed = partition(params, task.trainable)

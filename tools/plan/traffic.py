@@ -1,28 +1,26 @@
-"""The bytes that a compiled program reads from and writes to a chip's memory."""
+"""Bytes that a compiled program reads from and writes to a chip's memory."""
 
 from plan.hlo import Array, Computation, Instruction, Program, starts_collective
 
-# Operations that move nothing themselves: names for parts of other results, and the second half of
-# a copy whose first half is counted.
+# Operations that move nothing themselves, such as names for parts of other results.
 FREE = {
     "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "iota",
     "opt-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
 }  # fmt: skip
 # Operations that read only the part of their first operand that they return.
 PARTS = {"dynamic-slice", "gather", "slice"}
-# The end of a collective that ran beside other work; it was counted where it started.
+# The end of a collective that overlapped other work; it counts where it starts.
 ENDED = "AsyncCollectiveDone"
-# A fusion of XLA's for TPU that concatenates operands which already lie side by side.
+# An XLA fusion for TPU that concatenates operands that are already adjacent.
 NAMES_ALONE = 'custom_call_target="ConcatBitcast"'
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes that go between memory and cores in a run of the program.
+    """Bytes between memory and cores in a run of the program.
 
-    The sum over all instructions outside fusions, those in loops as often as they run, of the bytes
-    that each reads and writes in HBM. Arrays that XLA keeps on the chip's cores count nothing, a
-    slice only its own size, and an update in place only the updated part. Padding of layouts is not
-    counted.
+    The sum over all instructions outside fusions, counted as often as they run, of the bytes that
+    each reads and writes in HBM. Arrays in on-chip memory and padding of layouts do not count; a
+    slice counts only its own size, and an update in place only the updated part.
     """
     runs, total = program.runs, 0
     for name in _stages(program):
@@ -35,13 +33,13 @@ def hbm_bytes(program: Program) -> int:
 
 def _stages(program: Program) -> list[str]:
     """The entry, and the computations that loops, conditionals and calls run."""
-    found = [program.entry]
-    for name in found:
+    names = [program.entry]
+    for name in names:
         for instruction in program.computations[name].values():
             if instruction.kind in ("while", "conditional", "call"):
-                called = (one for names in instruction.called.values() for one in names)
-                found += [one for one in called if one not in found]
-    return found
+                called = (one for group in instruction.called.values() for one in group)
+                names += [one for one in called if one not in names]
+    return names
 
 
 def _instruction_bytes(program: Program, computation: Computation, one: Instruction) -> int:
@@ -70,7 +68,7 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
 
 
 def _copied(one: Instruction) -> Array:
-    """The array that a started copy makes."""
+    """The target array of a started copy."""
     arrays = [array for array in one.result if array.bytes > 4] or list(one.result)
     sizes = sorted(arrays, key=lambda array: array.bytes)
     return sizes[0] if one.kind == "slice-start" else one.result[0]
@@ -89,22 +87,22 @@ def _written(one: Instruction) -> int:
 
 
 def _written_by(fused: Computation, fusion: Instruction) -> int:
-    """Bytes that a fusion writes: of a result that is updated in place, only the update."""
+    """Bytes that a fusion writes; for a result that is updated in place, only the update."""
     root = next(one for one in fused.values() if one.root)
     parts = root.operands if root.kind == "tuple" else (root.name,)
     total = 0
     for array, name in zip(fusion.result, parts, strict=False):
-        handed_on = (
+        passed_on = (
             fused[name].kind == "parameter" or fused[name].overlaps or ENDED in fused[name].rest
         )
-        if array.space == 0 and not handed_on:
+        if array.space == 0 and not passed_on:
             update = _update(fused, name)
             total += array.bytes if update is None else min(array.bytes, update)
     return total
 
 
 def _update(fused: Computation, name: str) -> int | None:
-    """Bytes of the update, if `name` is an array with a slice replaced."""
+    """Bytes of the update, if `name` is an array with an updated slice."""
     one = fused[name]
     while one.kind == "bitcast":
         one = fused[one.operands[0]]
