@@ -120,7 +120,7 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
     )
     claim = timing.compare(times, *labels, claim=f"{name}, update", target=None)
     operations = [together.flops, sum(program.flops for program in apart)]
-    found = {
+    details = {
         "gradients_differ_by": difference,
         "gflop": [count / 1e9 for count in operations],
         "ratio_of_operations": operations[1] / operations[0],
@@ -131,11 +131,11 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
     }
     print(
         f"{name}: gradients differ by {difference:.1e} of the largest; operations "
-        f"{found['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
+        f"{details['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
         f"{operations[0] / 1e9:.2f} GFLOP); compiled in {together.compile_seconds:.0f} s, each "
-        f"alone in {found['compile_seconds'][1]:.0f} s"
+        f"alone in {details['compile_seconds'][1]:.0f} s"
     )
-    return claim, times, found
+    return claim, times, details
 
 
 def save_helpers(config: Config, folder: pathlib.Path) -> None:
@@ -201,12 +201,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")
     flags = parser.parse_args()
     timing.start(flags.threads, keep_memory=True)
-    claims, times, found = [], {}, {}
+    claims, times, details = [], {}, {}
     for name, (file, changes, target) in CASES.items():
-        update, own_times, found[name] = compare_updates(name, load(file, changes), flags.repeats)
+        update, own_times, details[name] = compare_updates(name, load(file, changes), flags.repeats)
         claims += [update, compare_runs(name, file, changes, flags.steps, target)]
         times |= own_times
-    timing.report("all_pairs", claims, times=times, found=found)
+    timing.report("all_pairs", claims, times=times, found=details)
 
 
 if __name__ == "__main__":

@@ -85,18 +85,18 @@ def main() -> None:
     timing.start(sizes.threads)
     times, claims, megabytes = {}, [], {}
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
-        for name, wanted in (("large", sizes.large), ("small", sizes.small)):
-            state = make_state(wanted)
+        for name, target in (("large", sizes.large), ("small", sizes.small)):
+            state = make_state(target)
             megabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
-            found = measure(state, name, pathlib.Path(folder), sizes.repeats)
+            own_times = measure(state, name, pathlib.Path(folder), sizes.repeats)
             claim = timing.compare(
-                found,
+                own_times,
                 f"save, {name}",
                 f"save and wait, {name}",
                 claim=f"stall of a save, {megabytes[name]:.0f} MB",
                 target=None,
             )
-            times, claims = times | found, [*claims, claim]
+            times, claims = times | own_times, [*claims, claim]
     timing.report("checkpoint", claims, times=times, megabytes=megabytes)
 
 

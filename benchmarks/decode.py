@@ -200,12 +200,12 @@ def make_theirs(
 def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
     """A line for every translation of a batch that differs."""
     lines = []
-    for row, wanted in enumerate(theirs.sequences.tolist()):
+    for row, expected in enumerate(theirs.sequences.tolist()):
         length, scores = mine.lengths[row, 0], mine.scores[row]
         got = [*mine.tokens[row, 0, :length].tolist(), end]
-        wanted = wanted[: wanted.index(end, 1) + 1]
-        if got != wanted:
-            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, wanted))  # noqa: B905
+        expected = expected[: expected.index(end, 1) + 1]
+        if got != expected:
+            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, expected))  # noqa: B905
             score = theirs.sequences_scores[row]
             lines.append(
                 f"differs from token {sum(1 for _ in pairs)} of {len(got)} on: score "
@@ -240,12 +240,12 @@ def products(
     examples, room = steps.T
     batch, rows = int(examples[0]), int(config.beams * examples.sum())
     linear, width = 2 * sizes.layers * sizes.width**2, sizes.width * sizes.layers
-    heard = int(np.sum(examples * (2 + config.beams * room + source)))
+    attended = int(np.sum(examples * (2 + config.beams * room + source)))
     return {
         # The encoder's layers have 12 D^2 weights, the keys and values of its states 2 D^2.
         "encoder": batch * source * (linear * (12 + 2) + 4 * source * width),
         "decoder": (rows + 2 * batch) * linear * 14,
-        "attention": 4 * config.beams * heard * width,
+        "attention": 4 * config.beams * attended * width,
         "vocabulary": 2 * (rows + batch) * sizes.width * sizes.vocab,
     }
 
@@ -266,12 +266,12 @@ def take_turns(
     processors, and the median seconds of the product by the clock."""
     times, single = {name: [] for name in cases}, []
     for _ in range(max(timing.LEAST, repeats)):
-        spent = {name: np.zeros(2) for name in cases}
+        totals = {name: np.zeros(2) for name in cases}
         for batch in batches:
             for name, translate in cases.items():
-                spent[name] += timing.seconds_of(translate, batch)
+                totals[name] += timing.seconds_of(translate, batch)
             single += [timing.seconds_of(product)[0] for _ in range(20)]
-        for name, seconds in spent.items():
+        for name, seconds in totals.items():
             times[name].append(seconds)
     return {name: np.stack(turns) for name, turns in times.items()}, statistics.median(single)
 
@@ -298,8 +298,8 @@ def main() -> None:
     lines, written, counts = [], [], []
     for number, batch in enumerate(batches):
         mine = ours(batch)
-        found = differences(mine, theirs_scored(batch), mbart.eos)
-        lines += [f"  batch {number}, {line}" for line in found]
+        unequal = differences(mine, theirs_scored(batch), mbart.eos)
+        lines += [f"  batch {number}, {line}" for line in unequal]
         written += mine.lengths[:, 0].tolist()
         steps = work(mine, config)
         counts.append(
@@ -330,7 +330,7 @@ def main() -> None:
     print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
     print("  of our time")
     claim = timing.compare(times, "ours", "torch", claim="beam search of mBART", target=1.5)
-    found = {
+    details = {
         "sentences": sizes.sentences,
         "batch": sizes.batch,
         "beams": sizes.beams,
@@ -341,7 +341,7 @@ def main() -> None:
         "product_gflop_per_second": speed / 1e9,
         "share_of_products": share,
     }
-    timing.report("decode", [claim], times=times, **found)
+    timing.report("decode", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

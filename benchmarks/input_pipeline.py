@@ -160,16 +160,16 @@ def loop_timm(paths: Sequence[str], side: int) -> None:
         transform(decode(path))
 
 
-def timm_transform(side: int, made: dict[int, Callable] = {}) -> Callable:  # noqa: B006
+def timm_transform(side: int, cache: dict[int, Callable] = {}) -> Callable:  # noqa: B006
     """Up to the pixels, as ours; made once a process."""
-    if side not in made:
+    if side not in cache:
         import torch
         from timm.data import create_transform
 
         torch.set_num_threads(1)
         recipe = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
-        made[side] = create_transform(side, is_training=True, use_prefetcher=True, **recipe)
-    return made[side]
+        cache[side] = create_transform(side, is_training=True, use_prefetcher=True, **recipe)
+    return cache[side]
 
 
 def in_processes(
@@ -220,8 +220,8 @@ def in_memory(count: int) -> float:
 
 def main() -> None:
     sizes = parse_sizes()
-    with tempfile.TemporaryDirectory() as made:
-        folder = pathlib.Path(sizes.folder or made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(sizes.folder or temporary)
         if not sizes.folder:
             make_images(folder, sizes.images)
         measure(sizes, folder)
@@ -314,7 +314,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
     ]
     if "timm" in rates:
         claims.append(timing.compare(times, "ours", "timm", claim=reading, target=None))
-    found = {
+    details = {
         "images": sizes.images,
         "side": sizes.side,
         "workers": sizes.workers,
@@ -324,7 +324,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
         "decoding_share": decoding,
         "in_memory_examples_per_second": small,
     }
-    timing.report("input_pipeline", claims, **found)
+    timing.report("input_pipeline", claims, **details)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def make_batch(sizes: argparse.Namespace, config: MBartConfig) -> dict[str, np.n
 
 def padding_cost(config: MBartConfig, batch: int) -> float:
     """Tokens of our batches over tokens of batches padded to their longest sentence."""
-    drawn = argparse.Namespace(sentences=64 * batch, batch=batch, vocab=config.vocab)
-    longest = [x.shape[1] for x in decode.make_batches(drawn, config)]
+    flags = argparse.Namespace(sentences=64 * batch, batch=batch, vocab=config.vocab)
+    longest = [x.shape[1] for x in decode.make_batches(flags, config)]
     return sum(map(BATCHING.padded, longest)) / sum(longest)
 
 

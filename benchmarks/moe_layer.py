@@ -105,14 +105,18 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.dtype}")
     print(f"{pairs} pairs of {tokens} tokens, {sizes.experts} experts, blocks of {block} rows\n")
     print(f"{'':12s}{'FLOPs / ideal, by XLA':>24s}{'of the products, counted':>28s}")
-    worked = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
+    row_counts = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
     for name, count in flops.items():
-        by_hand = f"{worked[name] / pairs:.2f} ({worked[name]} rows)" if name in worked else ""
+        by_hand = (
+            f"{row_counts[name] / pairs:.2f} ({row_counts[name]} rows)"
+            if name in row_counts
+            else ""
+        )
         print(f"{name:12s}{count / (row * pairs):24.2f}{by_hand:>28s}")
     print("XLA counts the body of a loop once, whatever its trips: for dropless the count by hand")
     print(f"holds, from the {in_rows // block} blocks really in use.\n")
 
-    calls = {name: partial(compiled, *given) for name, (compiled, given) in cases.items()}
+    calls = {name: partial(compiled, *arguments) for name, (compiled, arguments) in cases.items()}
     # ragged_dot by itself: its masked copies drive the others' memory back to the system.
     alone = {"ragged_dot": calls.pop("ragged_dot")}
     times = timing.take_turns(calls, sizes.repeats) | timing.take_turns(alone, sizes.repeats)

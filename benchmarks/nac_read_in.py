@@ -76,16 +76,19 @@ def main() -> None:
     wrong = jax.tree.map(
         lambda a, b: float(abs(a - b).max() / abs(a).max()), *(results[n] for n in cases)
     )
-    calls = {name: functools.partial(compiled, *given) for name, (compiled, given) in cases.items()}
+    calls = {
+        name: functools.partial(compiled, *arguments)
+        for name, (compiled, arguments) in cases.items()
+    }
     times = timing.take_turns(calls, sizes.repeats)
 
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32; shapes {small}")
-    found = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
+    details = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
     for name, (compiled, _) in cases.items():
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         flops = compiled.cost_analysis()["flops"] / 1e9
         print(f"{name:12s}{flops:8.2f} GFLOP, {memory:8.1f} MiB temporary")
-        found[name] = {"gflop": flops, "temporary_mib": memory}
+        details[name] = {"gflop": flops, "temporary_mib": memory}
 
     batch, receivers, tokens = sizes.large
     large = shapes(sizes, batch, receivers, tokens)
@@ -96,9 +99,9 @@ def main() -> None:
     plain = 4 * batch * receivers * tokens * inner / 1e9
     print(f"rearranged at B={batch} T={receivers} S={tokens}: {memory:.0f} MiB temporary, forward")
     print(f"and backward; the plain form's keys and values alone are 2 arrays of {plain:.1f} GB")
-    found["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
+    details["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
     claim = timing.compare(times, "rearranged", "plain", claim="read-in of NAC", target=20.0)
-    timing.report("nac_read_in", [claim], times=times, **found)
+    timing.report("nac_read_in", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

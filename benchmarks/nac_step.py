@@ -118,21 +118,21 @@ def main() -> None:
     for name, count in parts.items():
         print(f"  {name:12s}{count / 1e9:8.2f} GFLOP forward")
     print(f"{flops / middle / 1e9:.0f} GFLOP/s; compiled in {ours.compile_seconds:.0f} s")
-    found = {"preset": sizes.preset, "batch": sizes.batch, "parameters": parameters}
+    details = {"preset": sizes.preset, "batch": sizes.batch, "parameters": parameters}
     for name, case in cases.items():
         memory = case.compiled.memory_analysis()
-        found[name] = {
+        details[name] = {
             "gflop_xla": case.compiled.cost_analysis()["flops"] / 1e9,
             "peak_memory_mib": memory.peak_memory_in_bytes / 2**20,
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
             "arguments_mib": memory.argument_size_in_bytes / 2**20,
         }
-        print(f"{name}: {found[name]['temporary_mib']:.0f} MiB temporary")
+        print(f"{name}: {details[name]['temporary_mib']:.0f} MiB temporary")
     claim = timing.compare(
         times, "rearranged read-in", "plain read-in", claim="training step of NAC", target=1.0
     )
-    found |= {"gflop_analytic": flops / 1e9, "largest_difference_of_losses": wrong}
-    timing.report("nac_step", [claim], times=times, **found)
+    details |= {"gflop_analytic": flops / 1e9, "largest_difference_of_losses": wrong}
+    timing.report("nac_step", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def _keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    for parameter, (kept, _) in MEMORY.items():
-        mallopt(parameter, kept)
+    for parameter, (keep, _) in MEMORY.items():
+        mallopt(parameter, keep)
     # A thread stays with the heap that it starts with, and the first look at the devices starts all
     # of XLA's: so the setting comes first, and is taken back where there is an accelerator.
     if start_backend() != "cpu":
@@ -132,7 +132,7 @@ def describe(seconds: np.ndarray) -> str:
 
 
 def report(
-    benchmark: str, claims: list[Claim], *, times: Times | None = None, **found: Any
+    benchmark: str, claims: list[Claim], *, times: Times | None = None, **details: Any
 ) -> None:
     """Prints times, claims and the line of JSON; `found` is what else belongs to it."""
     times = times or {}
@@ -147,7 +147,7 @@ def report(
             f"processor seconds {claim['processor']:.2f}"
         )
     seconds = {name: float(np.median(turns[:, 0])) for name, turns in times.items()}
-    print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | found))
+    print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | details))
 
 
 def make_task(
@@ -231,10 +231,10 @@ def torch_step(
 def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> float:
     """Does three steps of each, and returns the largest difference between their losses and those
     of the first; fails where that is too large."""
-    found = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
-    for name, values in found.items():
+    losses = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
+    for name, values in losses.items():
         print(f"{name:14s}losses " + ", ".join(f"{value:.6f}" for value in values))
-    first, *others = found.values()
+    first, *others = losses.values()
     wrong = max(float(abs(first - values).max()) for values in others)
     assert wrong < tolerance, f"losses differ by {wrong}"
     return wrong

@@ -169,10 +169,10 @@ class Search:
                 finished = put_rows(finished, state.finished, rows)
                 # Open examples come first, in their order. More than half are open only where the
                 # search has run all of its steps.
-                kept = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
-                kept = kept[:, : rows.shape[1] // 2]
-                rows = jnp.take_along_axis(rows, kept, axis=1)
-                source, state = take_rows(source, kept), take_rows(state, kept)
+                keep = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
+                keep = keep[:, : rows.shape[1] // 2]
+                rows = jnp.take_along_axis(rows, keep, axis=1)
+                source, state = take_rows(source, keep), take_rows(state, keep)
             # The last batch runs until its last example is done.
             enough = rows.shape[1] // 2 if halving < halvings else 0
             # A halved batch starts with the full cache: most of its steps are late ones.

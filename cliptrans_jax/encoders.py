@@ -73,12 +73,12 @@ class TextTower:
         """
         self._check(ids)
         order = by_length(ids)
-        chosen = [ids[place] for place in order]
-        batches = _text_batches(chosen, self.tokenizer.pad, self.longest, mesh)
-        found = encode_all(
+        sorted_ids = [ids[place] for place in order]
+        batches = _text_batches(sorted_ids, self.tokenizer.pad, self.longest, mesh)
+        features = encode_all(
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
         )
-        return found[np.argsort(order)]
+        return features[np.argsort(order)]
 
     def _check(self, ids: Sequence[np.ndarray]) -> None:
         """Raises ValueError for ids that the table of words or of positions lacks."""
@@ -155,7 +155,7 @@ def load_published_text(
     Raises:
       ValueError: the tokenizer is not the tower's.
     """
-    found = pretrained.load(
+    published = pretrained.load(
         folder,
         kind=tuple(tower.kind for tower in TEXT_TOWERS),
         fetch=fetch,
@@ -163,19 +163,19 @@ def load_published_text(
         activation=activation,
         base=base,
     )
-    if tokenizer.kind != (proper := tower_of(found.config).sentences.tokenizer):
+    if tokenizer.kind != (proper := tower_of(published.config).sentences.tokenizer):
         raise ValueError(
             f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
-            f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
+            f"{folder!r}, a tower of kind {published.kind!r}; set it to {proper!r}, and "
             "config.clip_tokenizer.path to the folder of its tokenizer"
         )
-    tower = TextTower(found.config, found.params, None, dtype)
+    tower = TextTower(published.config, published.params, None, dtype)
     cut = dataclasses.replace(tokenizer, max_length=min(tokenizer.limit, tower.longest))
     read = load_tokenizer(cut, key="config.clip_tokenizer")
-    if read.vocab != found.config.vocab:
+    if read.vocab != published.config.vocab:
         raise ValueError(
             f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
-            f"of the text tower in config.sources.clip_text={folder!r} has {found.config.vocab} "
+            f"of the text tower in config.sources.clip_text={folder!r} has {published.config.vocab} "
             "rows; give the folder of the tokenizer that the tower was trained with"
         )
     return dataclasses.replace(tower, tokenizer=read)
@@ -190,14 +190,14 @@ def load_published_image(
     activation: str = "",
 ) -> ImageTower:
     """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
-    found = pretrained.load(
+    published = pretrained.load(
         folder,
         kind=tuple(tower.kind for tower in IMAGE_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
     )
-    return ImageTower(found.config, found.params, dtype)
+    return ImageTower(published.config, published.params, dtype)
 
 
 def text_features(
@@ -298,13 +298,13 @@ def _text_batches(
     count = batch // jax.process_count()
     first_row = jax.process_index() * count
     for first in range(0, len(ids), batch):
-        chosen = list(ids[first : first + batch])
-        length = min(-(-max(map(len, chosen)) // BUCKET) * BUCKET, room)
-        real = np.arange(batch) < len(chosen)
-        chosen += [chosen[-1]] * (batch - len(chosen))
+        part = list(ids[first : first + batch])
+        length = min(-(-max(map(len, part)) // BUCKET) * BUCKET, room)
+        real = np.arange(batch) < len(part)
+        part += [part[-1]] * (batch - len(part))
         rows = slice(first_row, first_row + count)
         yield {
-            "ids": pad(chosen[rows], length, pad_id=pad_id),
+            "ids": pad(part[rows], length, pad_id=pad_id),
             "_mask": real[rows].astype(np.float32),
         }
 
@@ -322,9 +322,9 @@ def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.
 def _samples(images: Images) -> list[np.ndarray]:
     """The pixels of some pictures, so that a folder with other files of the same names is noticed;
     reading all of them would take as long as computing their features."""
-    chosen = sorted({0, len(images) // 2, len(images) - 1})
+    places = sorted({0, len(images) // 2, len(images) - 1})
     try:
-        return [images[index] for index in chosen]
+        return [images[index] for index in places]
     except BadExample as bad:
         raise ValueError(f"a picture cannot be read: {bad}") from bad
 

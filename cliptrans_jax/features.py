@@ -155,12 +155,12 @@ def cached(
       fingerprint: of all that decides the features.
       compute: called on every host, or on none.
     """
-    path, found = epath.Path(folder) / f"{name}.npz", None
+    path, features = epath.Path(folder) / f"{name}.npz", None
     if jax.process_index() == 0:
-        found = _read(path, fingerprint)
-    found = _from_first_host(found)
-    if found is not None:
-        return found
+        features = _read(path, fingerprint)
+    features = _from_first_host(features)
+    if features is not None:
+        return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
         _write(path, features, fingerprint)
@@ -264,23 +264,23 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
         return None
     try:
         arrays = read_npz(path, ("fingerprint", "features"))
-        features, held = arrays["features"], arrays["fingerprint"]
+        features, file_fingerprint = arrays["features"], arrays["fingerprint"]
         if features.ndim != 2 or features.dtype != np.float32:
             raise ValueError(
                 f"{path} is damaged (features are {features.dtype} {brief(features.shape)})"
             )
-        if held.ndim or held.dtype.kind != "U":
+        if file_fingerprint.ndim or file_fingerprint.dtype.kind != "U":
             raise ValueError(
-                f"{path} is damaged (a fingerprint is {held.dtype} {brief(held.shape)})"
+                f"{path} is damaged (a fingerprint is {file_fingerprint.dtype} {brief(file_fingerprint.shape)})"
             )
     except (OSError, ValueError) as error:
         logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if str(held) != fingerprint:
+    if str(file_fingerprint) != fingerprint:
         logging.info(
             "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
             path,
-            plain(str(held)[:12]),
+            plain(str(file_fingerprint)[:12]),
             fingerprint,
         )
         return None

@@ -103,8 +103,8 @@ class LoadedModel:
             shard=(0, 1),
             by_length=True,
         )
-        found = self.search(self.params, batches)
-        return [found[index] for index in range(len(sentences))]
+        hypotheses = self.search(self.params, batches)
+        return [hypotheses[index] for index in range(len(sentences))]
 
     def _encode(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
         """Features and tokens for the text tower, one of them or neither."""

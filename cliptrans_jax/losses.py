@@ -27,8 +27,8 @@ def label_loss(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     weights = ((labels >= 0) & (labels != pad)).astype(logits.dtype)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    losses = log_z - (1 - smoothing) * chosen
+    label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    losses = log_z - (1 - smoothing) * label_logits
     if smoothing:
         losses = losses - smoothing * jnp.mean(logits, axis=-1)
     return jnp.sum(weights * losses), jnp.sum(weights)

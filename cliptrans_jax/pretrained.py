@@ -174,44 +174,46 @@ def _config(
 ) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
     """The config of a layout's tensors, the fields of it that were assumed, and notes about where
     others are from."""
-    stated, file = about.get(layout.about), str(path)
-    if base and not (stated is not None and "modelBase" in stated):
+    content, file = about.get(layout.about), str(path)
+    if base and not (content is not None and "modelBase" in content):
         raise ValueError(
             f"config.sources.clip_text_base={base!r} is for an M-CLIP with a config.json, and "
             f"{file} has none with a modelBase; leave it out"
         )
     if base:
-        stated = stated | {"modelBase": str(Path(base).absolute()) if Path(base).exists() else base}
+        content = content | {
+            "modelBase": str(Path(base).absolute()) if Path(base).exists() else base
+        }
     try:
-        config = layout.config(tensors, stated, file)
+        config = layout.config(tensors, content, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    unstated, notes = list(layout.unstated) if stated is None else [], ()
-    if layout.varied and stated is None:
-        found, notes = _activation(layout, path, activation)
-        config = dataclasses.replace(config, activation=found)
+    assumed, notes = list(layout.unstated) if content is None else [], ()
+    if layout.varied and content is None:
+        value, notes = _activation(layout, path, activation)
+        config = dataclasses.replace(config, activation=value)
         if activation or notes:
-            unstated.remove("activation")
+            assumed.remove("activation")
     elif layout.varied and activation not in ("", config.activation):
         raise ValueError(
             f"{file}: its {layout.about} says activation={config.activation!r}, and "
             f"config.sources.clip_activation={activation!r}; leave the latter out"
         )
-    fields = {name: operator.attrgetter(name)(config) for name in unstated}
+    fields = {name: operator.attrgetter(name)(config) for name in assumed}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
 
 
-def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str, ...]]:
+def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str, ...]]:
     """The activation of a CLIP whose folder does not say it, and a note where its file does."""
     if "QuickGELU" in module_classes(path):
-        if given not in ("", "quick_gelu"):
+        if choice not in ("", "quick_gelu"):
             raise ValueError(
-                f"{path} holds modules QuickGELU, and config.sources.clip_activation={given!r}; "
+                f"{path} holds modules QuickGELU, and config.sources.clip_activation={choice!r}; "
                 "leave the latter out"
             )
         return "quick_gelu", ("activation='quick_gelu', as its modules QuickGELU say",)
-    if given:
-        return given, ()
+    if choice:
+        return choice, ()
     if layout.about != CONFIG and path.name in OPENAI_FILES:
         return "quick_gelu", ()
     raise ValueError(
@@ -225,8 +227,8 @@ def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str,
 def _require_pictures(about: Beside, file: str) -> None:
     """Raises ValueError where pictures were normalised by other numbers than CLIP's, with which
     they are prepared here."""
-    name, *found = picture_numbers(about)
-    for key, numbers, ours in zip(("mean", "std"), found, (MEAN, STD), strict=True):
+    name, *statistics = picture_numbers(about)
+    for key, numbers, ours in zip(("mean", "std"), statistics, (MEAN, STD), strict=True):
         if numbers is None:
             continue
         try:
@@ -266,10 +268,10 @@ def save(
     names = {"config.json", "model.safetensors", *extra}
     if len(names) != 2 + len(tokenizer_files):
         raise ValueError(f"tokenizer_files={[*map(str, tokenizer_files)]} must differ in name")
-    refused = FileExistsError(f"{folder} exists and holds something else; give another folder")
+    conflict = FileExistsError(f"{folder} exists and holds something else; give another folder")
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if (there and there != names) or (folder.exists() and not folder.is_dir()):
-        raise refused
+        raise conflict
     tensors = _tensors(kinds.MBART, params, config)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
@@ -281,7 +283,7 @@ def save(
         if not there:
             os.replace(part, folder)
         elif not all(same_content(part / name, folder / name) for name in names):
-            raise refused
+            raise conflict
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -309,9 +311,9 @@ def cliptrans_tensors(
     """
     tensors, table = _tensors(kinds.CLIPTRANS, params, config), kinds.CLIPTRANS.table(config)
     expected = expected_tensors(table, params)
-    taken = tuple((name, path, shape) for name, (path, shape) in expected.items())
+    rows = tuple((name, path, shape) for name, (path, shape) in expected.items())
     named = tensors | {alias: tensors[name] for alias, name in table.aliases.items()}
-    return named, Account(taken, tuple(table.aliases.items()))
+    return named, Account(rows, tuple(table.aliases.items()))
 
 
 def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:

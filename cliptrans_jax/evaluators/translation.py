@@ -44,10 +44,10 @@ class Translate:
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 hosts.check()
-                started = self.run(params, to_devices(batch, self.mesh))
+                outputs = self.run(params, to_devices(batch, self.mesh))
                 if pending is not None:
                     hypotheses |= self._read(*pending)  # while the devices work on the next
-                pending = started
+                pending = outputs
             if pending is not None:
                 hypotheses |= self._read(*pending)
         return hypotheses

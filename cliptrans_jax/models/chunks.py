@@ -144,11 +144,11 @@ def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Arr
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim - 1, tiled=True)
         return jax.lax.psum(x, tuple(axis for axis in AXES if axis != "fsdp"))
 
-    placed = {name: split if x.ndim > 1 else whole for name, x in readout.items()}
+    specs = {name: split if x.ndim > 1 else whole for name, x in readout.items()}
     # check_vma off: sums start from constants, which it would have cast to every device's own. What
     # it guards is tested against no mesh.
     return jax.shard_map(
-        local, in_specs=(whole, BATCH, BATCH), out_specs=(whole, placed, BATCH), check_vma=False
+        local, in_specs=(whole, BATCH, BATCH), out_specs=(whole, specs, BATCH), check_vma=False
     )(readout, states, labels)
 
 

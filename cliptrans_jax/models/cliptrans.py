@@ -199,15 +199,15 @@ class Translator:
     ]:
         """The embeddings that the decoder reads in training, and which slots attend to which."""
         config, count = self.config, self.prefix_length
-        given = config.architecture.decoder_input(labels, config.sizes)
-        embeddings = self.call("embed", params, given)
+        ids = config.architecture.decoder_input(labels, config.sizes)
+        embeddings = self.call("embed", params, ids)
         if not count:  # no scored slot can attend to a pad after it, so none need be hidden
             length = labels.shape[1]
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
-        seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
-        seen = seen.at[:, : 1 + count].set(True)
-        visible = prefix.visibility(seen, count=count, rule=config.prefix.mask)
+        mask = jnp.pad(ids[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
+        mask = mask.at[:, : 1 + count].set(True)
+        visible = prefix.visibility(mask, count=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible
 
     @property

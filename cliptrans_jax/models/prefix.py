@@ -98,6 +98,6 @@ def start_block(
     # open; this block is read at once, so that its rule must not be applied.
     rule = config.mask if count else "prefix"
     # Its mask is made before the language code is chosen, so that the code's slot is not in it.
-    seen = jnp.ones((1, count + 1), bool)
-    visible = jnp.pad(visibility(seen, count=count, rule=rule), ((0, 0), (0, 0), (0, 1), (0, 1)))
+    mask = jnp.ones((1, count + 1), bool)
+    visible = jnp.pad(visibility(mask, count=count, rule=rule), ((0, 0), (0, 0), (0, 1), (0, 1)))
     return block, visible.at[:, :, -1, :].set(True)

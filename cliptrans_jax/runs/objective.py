@@ -74,30 +74,30 @@ def make_warm_start(
     if not (sources.model or sources.translator or tower is not None):
         return None
 
-    def warm_start(wanted: Mapping[str, Any]) -> WarmStart:
+    def warm_start(shapes: Mapping[str, Any]) -> WarmStart:
         parts = []
-        rest = {name: tree for name, tree in wanted.items() if name != "clip"}
+        rest = {name: tree for name, tree in shapes.items() if name != "clip"}
         if sources.model and is_run(sources.model):
             if tower is not None and "clip" in checkpoint.load_shapes(sources.model):
-                rest = dict(wanted)
+                rest = dict(shapes)
             parts.append(_take_run(config, rest))
         elif sources.model:
-            found = pretrained.load(
+            published = pretrained.load(
                 sources.model, kind="cliptrans", config=config.model, weights=sources.weights
             )
-            parts.append(_published(found, found.params, rest))
+            parts.append(_published(published, published.params, rest))
         elif sources.translator:
-            found = pretrained.load(
+            published = pretrained.load(
                 sources.translator,
                 kind=architecture.kind,
                 fetch=sources.fetch,
                 weights=sources.weights,
             )
-            _require_sizes(config, found.config)
+            _require_sizes(config, published.config)
             name = architecture.subtree
-            parts.append(_published(found, {name: found.params}, {name: rest[name]}))
+            parts.append(_published(published, {name: published.params}, {name: rest[name]}))
         if tower is not None and "clip" not in rest:
-            params = pretrained.place(tower.params, wanted["clip"])
+            params = pretrained.place(tower.params, shapes["clip"])
             account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
             parts.append(WarmStart({"clip": params}, {"taken": account}))
         return WarmStart(
@@ -111,7 +111,7 @@ def make_warm_start(
     return warm_start
 
 
-def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, Any]) -> None:
+def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, Any]) -> None:
     """Checks what a stage starts from before anything is computed; reads no array.
 
     Args:
@@ -125,37 +125,39 @@ def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, An
     sources = config.sources
     if sources.model and is_run(sources.model):
         if tower is None or "clip" not in checkpoint.load_shapes(sources.model):
-            wanted = {name: tree for name, tree in wanted.items() if name != "clip"}
-        _take_run(config, wanted, read=False)
+            shapes = {name: tree for name, tree in shapes.items() if name != "clip"}
+        _take_run(config, shapes, read=False)
     else:
         check_weights(config)
 
 
-def _take_run(config: Config, wanted: Mapping[str, Any], *, read: bool = True) -> WarmStart:
+def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -> WarmStart:
     sources = config.sources
     fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
     leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
-    held = checkpoint.load_shapes(sources.model)
-    origins = [Origin(sources.model, name, name) for name in held]
-    return take(wanted, origins, fresh=fresh, leave=leave, read=read)
+    subtrees = checkpoint.load_shapes(sources.model)
+    origins = [Origin(sources.model, name, name) for name in subtrees]
+    return take(shapes, origins, fresh=fresh, leave=leave, read=read)
 
 
-def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any]) -> WarmStart:
-    placed = pretrained.place(params, wanted)
+def _published(published: Any, params: Mapping[str, Any], shapes: Mapping[str, Any]) -> WarmStart:
+    arrays = pretrained.place(params, shapes)
     account = {
-        "taken": [{"source": found.source, "as": found.kind, "parameters": _count(placed)}],
-        "left": [{"name": name, "reason": why} for name, why in found.account.dropped],
-        "notes": [*found.account.notes],
-        "assumed": [{"field": name, "value": value} for name, value in found.account.assumed],
+        "taken": [{"source": published.source, "as": published.kind, "parameters": _count(arrays)}],
+        "left": [{"name": name, "reason": why} for name, why in published.account.dropped],
+        "notes": [*published.account.notes],
+        "assumed": [{"field": name, "value": value} for name, value in published.account.assumed],
     }
-    return WarmStart(placed, account)
+    return WarmStart(arrays, account)
 
 
-def _require_sizes(config: Config, found: Any) -> None:
+def _require_sizes(config: Config, file_sizes: Any) -> None:
     model = config.model
     differing = [
         f"{model.key}.{name}={ours!r}, and the file has {theirs!r}"
-        for name, (ours, theirs) in model.architecture.differing_sizes(model.sizes, found).items()
+        for name, (ours, theirs) in model.architecture.differing_sizes(
+            model.sizes, file_sizes
+        ).items()
     ]
     if differing:
         raise ValueError(

@@ -67,20 +67,20 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     """
     if not config.recipes:
         raise ValueError("config.recipes is empty, and stage='pipeline' runs what is in there")
-    given, runs, last = config.sources, [], ""
-    towers = given.clip or given.clip_text or given.clip_image
-    clip = given.clip
+    sources, runs, last = config.sources, [], ""
+    towers = sources.clip or sources.clip_text or sources.clip_image
+    clip = sources.clip
     for name, stage in STAGES.items():
         trains_towers = stage.trains is Trains.TOWERS
         if name not in config.recipes or (trains_towers and towers):
             continue
         recipe = config.recipes[name]
         with under("config"):
-            start = dataclasses.replace(given.after(last), clip=clip)
+            start = dataclasses.replace(sources.after(last), clip=clip)
             one = dataclasses.replace(
                 config,
                 stage=name,
-                sources=given if trains_towers else start,
+                sources=sources if trains_towers else start,
                 optim=recipe.optim,
                 label_smoothing=recipe.label_smoothing,
                 recipes={},

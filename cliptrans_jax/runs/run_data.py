@@ -307,8 +307,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER
-        kept = path.exists() and holds_results(workdir)
-        path = path if kept else epath.Path(folder) / TOKENIZER
+        resumes = path.exists() and holds_results(workdir)
+        path = path if resumes else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
     vocab = config.model.sizes.vocab
@@ -372,13 +372,13 @@ def load_trained_image(config: Config) -> ImageTower:
 
 
 def _clip_config(config: Config) -> Config:
-    found = checkpoint.load_config(config.sources.clip)
-    if trains(found.get("stage")) is not Trains.TOWERS:
+    run_config = checkpoint.load_config(config.sources.clip)
+    if trains(run_config.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
-            f"{json.dumps(found.get('stage'))}, not of 'clip'"
+            f"{json.dumps(run_config.get('stage'))}, not of 'clip'"
         )
-    return freeze_stored(Config, found, config.sources.clip)
+    return freeze_stored(Config, run_config, config.sources.clip)
 
 
 def _host(params: Any) -> Any:

@@ -28,10 +28,10 @@ from common_jax.workdir import read_json, write_json
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
-def decode_batches(config: Config, chosen: Split):
+def decode_batches(config: Config, split: Split):
     """Batches of a set for the search, sentences of like length together."""
     return evaluation_batches(
-        chosen.inputs,
+        split.inputs,
         batch=config.decode.batch,
         batching=BatchingConfig(config.decode.bucket),
         noise=config.noise,
@@ -44,7 +44,7 @@ def decode_batches(config: Config, chosen: Split):
 def score_split(
     config: Config,
     workdir: epath.Path,
-    chosen: Split,
+    split: Split,
     translate: Translate,
     params: Any,
     *,
@@ -63,24 +63,24 @@ def score_split(
     Returns:
       What scores.json holds: set, step, sentences, scores, and each score's signature.
     """
-    found = translate(params, decode_batches(config, chosen))
+    hypotheses = translate(params, decode_batches(config, split))
     rows = [
         Row(
             index=index,
-            key=chosen.corpus.keys[chosen.inputs.examples.rows[index]],
-            source=chosen.source(index),
-            reference=chosen.reference(index),
-            output=found[index][0].text,
-            score=found[index][0].score,
-            others=tuple(found[index][1:]),
+            key=split.corpus.keys[split.inputs.examples.rows[index]],
+            source=split.source(index),
+            reference=split.reference(index),
+            output=hypotheses[index][0].text,
+            score=hypotheses[index][0].score,
+            others=tuple(hypotheses[index][1:]),
         )
-        for index in range(len(chosen.inputs))
+        for index in range(len(split.inputs))
     ]
-    language = chosen.inputs.examples.languages[0][1]
+    language = split.inputs.examples.languages[0][1]
     outputs, references = [row.output for row in rows], [row.reference for row in rows]
     scores = score(outputs, references, language=language)
     report = {
-        "set": chosen.corpus.name,
+        "set": split.corpus.name,
         "step": int(step),
         "sentences": scores.count,
         **as_metrics(scores),
@@ -99,8 +99,8 @@ def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | No
         return None
     rows = read_translations(path)
     count = min(limit, len(rows))
-    chosen = [rows[i * len(rows) // count] for i in range(count)]
-    return picture_table(with_pictures(config, chosen), limit=limit)
+    sample = [rows[i * len(rows) // count] for i in range(count)]
+    return picture_table(with_pictures(config, sample), limit=limit)
 
 
 def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
@@ -119,10 +119,10 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
     for name in names:
         path = folder / name / SCORES
         if path.exists():
-            found = read_json(path, fields)
-            signatures = found["signatures"]
-            numbers = (f"{found[key]:.1f}" for key in METRICS)
-            rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))
+            scores = read_json(path, fields)
+            signatures = scores["signatures"]
+            numbers = (f"{scores[key]:.1f}" for key in METRICS)
+            rows.append((name or "run", scores["set"], str(scores["sentences"]), *numbers))
     caption = "; ".join(f"{name}: {text}" for name, text in signatures.items())
     return Table(f"Scores of the test split. {caption}", header, tuple(rows)) if rows else None
 

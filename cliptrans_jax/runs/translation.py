@@ -49,7 +49,7 @@ from common_jax.task import Task
 from common_jax.workdir import read_json, read_result
 
 
-def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the stage of the config, or resumes it; then scores the test split.
 
     Parameters are saved under the translator's subtree and "mapper", and under "clip" where the
@@ -59,11 +59,11 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
     """
     done = workdir / SCORES
-    result = read_result(workdir, asked, phase=asked.stage)
+    result = read_result(workdir, user_config, phase=user_config.stage)
     if result is not None and done.exists():
-        logging.info("%s is finished already: %s", asked.stage, workdir)
+        logging.info("%s is finished already: %s", user_config.stage, workdir)
         return result | {"test": read_json(done)}
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
     count = data.check(train=True)
     model = Model.of(config, data)
@@ -78,7 +78,9 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
     translate = model.translate(data)
-    guess = model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
+    valid_translate = (
+        model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
+    )
     feed = TrainFeed(
         train.inputs,
         config.noise,
@@ -93,7 +95,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batches=feed.batches,
-        evaluators={"val": validate(config, model, valid, guess, mesh=mesh)},
+        evaluators={"val": validate(config, model, valid, valid_translate, mesh=mesh)},
     )
     result = loop.train(
         task,
@@ -102,7 +104,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=asked,
+        config=user_config,
     )
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
@@ -111,7 +113,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     return result | {"test": scores}
 
 
-def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
+def describe(user_config: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
     """The task of a stage of the table without data and weights, which is enough to compile its
     step.
 
@@ -121,13 +123,13 @@ def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
       examples: of the training set.
       tokens: that sentences are padded to.
     """
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
     return model.bare_task(mesh, examples=examples, tokens=tokens)
 
 
-def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     """Checks a stage of a pipeline, whose weights and towers may come from stages that have not run
     yet; nothing is written.
 
@@ -137,10 +139,10 @@ def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as the run.
     """
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
     count = data.check(train=True, towers=False)
-    task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
+    task = describe(user_config, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 

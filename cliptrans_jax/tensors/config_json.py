@@ -128,11 +128,11 @@ def mbart_config(hf: Hf) -> MBartConfig:
     require_supported(hf, {key: (value, None) for key, value in fixed.items()}, MBART_FILE)
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
         raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
-    given = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
-    start = {"start": given["eos"]}
+    sizes = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
+    start = {"start": sizes["eos"]}
     if hf.get("decoder_start_token_id") is not None:
         start = checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
-    return MBartConfig(**given, **start)
+    return MBartConfig(**sizes, **start)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
@@ -240,8 +240,8 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[st
       ValueError: naming the key and the value, for one of another type or out of its range.
     """
     kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-    given = {field: hf[key] for field, key in fields.items() if key in hf}
-    for field, value in given.items():
+    values = {field: hf[key] for field, key in fields.items() if key in hf}
+    for field, value in values.items():
         kind, key = kinds[field], fields[field]
         least = 0 if kind is float or key.endswith("_id") else 1
         most = MOST_LAYERS if field.endswith("layers") else MOST
@@ -253,7 +253,7 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[st
         if not fits:
             expected = _EXPECTED[kind].format(least=least, most=most)
             raise ValueError(f"{key}={brief(value)} of {where} must be {expected}")
-    return given
+    return values
 
 
 def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:

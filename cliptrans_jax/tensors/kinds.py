@@ -99,11 +99,11 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
     if "modelBase" in hf:
         return "mclip"
     classes = hf.get("architectures")
-    stated = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
-    known = (KIND_BY_NAME.get(x) for x in stated if isinstance(x, str))
+    names = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    known = (KIND_BY_NAME.get(x) for x in names if isinstance(x, str))
     if kind := next(filter(None, known), None):
         return kind
-    if any(stated):
+    if any(names):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
             f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"

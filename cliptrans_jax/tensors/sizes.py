@@ -115,9 +115,9 @@ def openai_vision_config(tensors: Tensors, file: str) -> ClipVisionConfig:
 
 def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
     if name not in tensors or tensors[name].ndim != axes:
-        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
+        actual = f"is {tensors[name].shape}" if name in tensors else "is missing"
         raise ValueError(
-            f"{file} does not say its sizes: {name} {found}, and must have {axes} axes"
+            f"{file} does not say its sizes: {name} {actual}, and must have {axes} axes"
         )
     return tensors[name].shape
 

@@ -238,17 +238,17 @@ def _numbered(path: Path) -> list[Path]:
     """NAME_1.pth, NAME_2.pth, ... in place of a missing NAME.pth."""
     shape = re.compile(re.escape(path.stem) + r"_([1-9]\d*)" + re.escape(path.suffix))
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
-    if not path.suffix or not found:
+    shards = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
+    if not path.suffix or not shards:
         raise FileNotFoundError(
             f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
         )
-    if max(found) != len(found):
-        gaps = (i for i in range(1, max(found)) if i not in found)
+    if max(shards) != len(shards):
+        gaps = (i for i in range(1, max(shards)) if i not in shards)
         names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in itertools.islice(gaps, 5))
-        more = ", ..." if max(found) - len(found) > 5 else ""
+        more = ", ..." if max(shards) - len(shards) > 5 else ""
         raise FileNotFoundError(f"shards of {path} are missing: {names}{more}; fetch them too")
-    return [found[i] for i in sorted(found)]
+    return [shards[i] for i in sorted(shards)]
 
 
 def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:

@@ -43,15 +43,15 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     Raises:
       RefusedError: where two tensors then have the same name.
     """
-    found, notes = dict(tensors), []
+    result, notes = dict(tensors), []
     for word in INSERTED:
-        if count := sum(word in name for name in found):
-            found = _renamed(found, lambda name, word=word: name.replace(word, ""), word)
+        if count := sum(word in name for name in result):
+            result = _renamed(result, lambda name, word=word: name.replace(word, ""), word)
             notes.append(f"{word!r} was taken out of {count} names")
-    if count := sum(name.startswith(PARALLEL) for name in found):
-        found = _renamed(found, lambda name: name.removeprefix(PARALLEL), PARALLEL)
+    if count := sum(name.startswith(PARALLEL) for name in result):
+        result = _renamed(result, lambda name: name.removeprefix(PARALLEL), PARALLEL)
         notes.append(f"the prefix {PARALLEL!r} was taken off {count} names")
-    return found, tuple(notes)
+    return result, tuple(notes)
 
 
 def choose(top: Any, key: str = "") -> Chosen:
@@ -69,22 +69,22 @@ def choose(top: Any, key: str = "") -> Chosen:
     if not isinstance(top, dict):
         what = "one tensor" if isinstance(top, Tensor) else _kind(top)
         raise RefusedError(f"holds {what}, and not tensors by their names; {EXPORT_HINT}")
-    found = dict(_dictionaries(top, DEPTH, "", set()))
+    dictionaries = dict(_dictionaries(top, DEPTH, "", set()))
     if key:
-        if key not in found:
-            there = ", ".join(map(brief, [*found][:5])) or "none"
+        if key not in dictionaries:
+            there = ", ".join(map(brief, [*dictionaries][:5])) or "none"
             raise RefusedError(
                 f"holds no tensors by their names under weights={brief(key)}; keys of such: {there}"
             )
-        return Chosen(_pure(found[key]), (f"the weights are those under {key!r}",))
-    averages = [name for name in found if AVERAGE.fullmatch(name)]
-    known = [*(name for name in WRAPPERS if name in found), *averages]
+        return Chosen(_pure(dictionaries[key]), (f"the weights are those under {key!r}",))
+    averages = [name for name in dictionaries if AVERAGE.fullmatch(name)]
+    known = [*(name for name in WRAPPERS if name in dictionaries), *averages]
     if not known:
-        return Chosen(_pure(top, found))
-    first, plain_first = known[0], _plain(found[known[0]])
+        return Chosen(_pure(top, dictionaries))
+    first, plain_first = known[0], _plain(dictionaries[known[0]])
     twins = [
         name
-        for name, tensors in found.items()
+        for name, tensors in dictionaries.items()
         if name != first and (name in averages or _alike(_plain(tensors), plain_first))
     ]
     if twins:
@@ -94,11 +94,11 @@ def choose(top: Any, key: str = "") -> Chosen:
             f"with weights=KEY, such as weights={plain(twins[-1])} (--weights=KEY of a command, "
             "--config.sources.weights=KEY of a run)"
         )
-    others = [name for name in found if name != first and not name.startswith(f"{first}.")]
+    others = [name for name in dictionaries if name != first and not name.startswith(f"{first}.")]
     note = f"the weights are those under {first!r}"
     if others:
         note += f"; not read: {', '.join(map(brief, others[:5]))}"
-    return Chosen(_pure(found[first]), (note,))
+    return Chosen(_pure(dictionaries[first]), (note,))
 
 
 def require_name(name: str) -> None:

@@ -89,12 +89,12 @@ def read(
     same = _resolve(tensors, table.aliases, problems)
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
-    params, taken, notes = {}, [], []
+    params, rows, notes = {}, [], []
     entries = {path: entry for path, entry in table.entries.items() if path in flat}
     for path, entry in entries.items():
         form, shape = _form(entry, tensors), flat[path].shape
         parts = {name: np.asarray(tensors[name]) for name in form.names if name in tensors}
-        taken += [(name, path, part.shape) for name, part in parts.items()]
+        rows += [(name, path, part.shape) for name, part in parts.items()]
         if not parts and entry.fill is not None:
             params[path] = np.full(shape, entry.fill, np.float32)
             value = "zeros" if entry.fill == 0 else f"{entry.fill:g} everywhere"
@@ -106,7 +106,7 @@ def read(
                 params[path] = form.read(*parts.values())
             except ValueError as error:
                 problems.append(str(error))
-    known = {name for name, _, _ in taken}
+    known = {name for name, _, _ in rows}
     rest = {name: x for name, x in tensors.items() if name not in known}
     left, unknown = _divide(rest, table.left_out, _other_forms(entries.values()))
     problems += unknown
@@ -114,7 +114,7 @@ def read(
         raise ValueError(
             f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
         )
-    account = Account(tuple(taken), tuple(sorted(same.items())), left, tuple(notes))
+    account = Account(tuple(rows), tuple(sorted(same.items())), left, tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
 

@@ -154,11 +154,11 @@ def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int
 
 def _classes(top: Any) -> frozenset[str]:
     """Names of the classes of a scripted module and of those in it."""
-    seen, waiting, names = set(), [top], set()
+    visited, waiting, names = set(), [top], set()
     while waiting:
         module = waiting.pop()
-        if isinstance(module, Scripted) and id(module) not in seen:
-            seen.add(id(module))
+        if isinstance(module, Scripted) and id(module) not in visited:
+            visited.add(id(module))
             names.add(module.name.rpartition(".")[2])
             waiting += module.attributes.values()
     return frozenset(names)
@@ -203,13 +203,13 @@ def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
     pattern = re.escape(root) + r"code/(.+)\.py"
     modules = {name: match[1] for name in archive.entries if (match := re.fullmatch(pattern, name))}
     archive.require_room([*modules])
-    found = {}
+    by_class = {}
     for name, module in modules.items():
         code = archive.read(name, limit=archive.room).decode(errors="replace")
         for kind, parameters, buffers in heading.findall(code):
             attributes = re.findall(r'"([^"]+)"', parameters + buffers)
-            found[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
-    return found
+            by_class[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
+    return by_class
 
 
 def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> None:

@@ -296,7 +296,7 @@ class _Machine:
         raise TypeError(f"{type(function).__name__} cannot be called")
 
     def _ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        made: dict[Any, Any] = {}
+        result: dict[Any, Any] = {}
         for pairs in arguments[:1]:
             if not isinstance(pairs, list | tuple):
                 raise TypeError("a dictionary of no pairs")
@@ -306,8 +306,8 @@ class _Machine:
                 raise RefusedError("copies one list again and again, and is no file of weights")
             if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
                 raise TypeError("a dictionary of no pairs")
-            _fill(made, pairs)
-        return made
+            _fill(result, pairs)
+        return result
 
     def reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()

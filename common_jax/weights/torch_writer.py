@@ -101,8 +101,8 @@ def _tensor(array: np.ndarray, storages: Storages) -> bytes:
         known = sorted(str(dtype) for dtype in _STORAGE_OF)
         raise TypeError(f"an array of {array.dtype} is none of {known}, which PyTorch can hold")
     key, _ = storages.setdefault(id(array), (str(len(storages)), array))
-    held = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
-    held += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))
+    storage = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
+    storage += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))
     steps = tuple(int(np.prod(array.shape[i + 1 :], dtype=int)) for i in range(array.ndim))
     view = b"".join(_encode(x, storages) for x in (0, array.shape, steps, False))
-    return _REBUILD + b"((" + held + b"tQ" + view + _ORDERED_DICT + b"tR"
+    return _REBUILD + b"((" + storage + b"tQ" + view + _ORDERED_DICT + b"tR"

@@ -59,7 +59,7 @@ Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 def take(
-    wanted: Mapping[str, Any],
+    shapes: Mapping[str, Any],
     origins: Iterable[Origin],
     *,
     leave: tuple[Allowance, ...] = (),
@@ -82,14 +82,14 @@ def take(
       ValueError: for parameters that are missing, of another shape, or without a place, and not
         allowed for; all of them are named.
     """
-    flat = traverse_util.flatten_dict(wanted, sep="/")
-    taken, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
     problems, covered = [], set()
     for origin in origins:
         step = checkpoint.find_step(origin.source)
-        held = _below(checkpoint.load_shapes(step), origin.subtree, step)
-        chosen = {}
-        for name, shape in held.items():
+        leaves = _below(checkpoint.load_shapes(step), origin.subtree, step)
+        matches = {}
+        for name, shape in leaves.items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
             if reason := _allowed(path, fresh):
                 continue
@@ -99,10 +99,10 @@ def take(
                 else:
                     problems.append(f"{path} of shape {shape.shape} has no place (from {step})")
                 continue
-            chosen[path] = (f"{origin.subtree}/{name}", shape)
-        values = _read(step, chosen, flat, adapt or {}, account, problems, read)
-        taken |= values
-        covered |= set(chosen)
+            matches[path] = (f"{origin.subtree}/{name}", shape)
+        values = _read(step, matches, flat, adapt or {}, account, problems, read)
+        params |= values
+        covered |= set(matches)
         account["taken"].append(
             {
                 "source": str(step),
@@ -122,30 +122,30 @@ def take(
             "\ngive other config.sources, or name (by regex) what is to start anew in "
             "config.sources.fresh and what may be left in config.sources.leave"
         )
-    return WarmStart(traverse_util.unflatten_dict(taken, sep="/"), account)
+    return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
 
 
 def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:
     flat = traverse_util.flatten_dict(shapes, sep="/")
     prefix = subtree + "/"
-    held = {
+    leaves = {
         path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)
     }
-    if not held:
+    if not leaves:
         raise ValueError(
             f"{step} holds no {subtree!r}, only {sorted({path.split('/')[0] for path in flat})}"
         )
-    return held
+    return leaves
 
 
 def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
     return next((a.reason for a in allowances if re.fullmatch(a.regex, path)), None)
 
 
-def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
+def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
     """The chosen parameters in the wanted shapes; notes those adapted and those that cannot be."""
     requests, to_adapt = {}, {}
-    for path, (name, shape) in chosen.items():
+    for path, (name, shape) in matches.items():
         target = flat[path]
         if shape.shape == target.shape:
             requests[name] = jax.ShapeDtypeStruct(
@@ -161,19 +161,19 @@ def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.A
         requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=here)
     if problems or not requests or not read:
         return {}
-    found = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
-    values = traverse_util.flatten_dict(found, sep="/")
-    taken = {}
-    for path, (name, shape) in chosen.items():
+    tree = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
+    values = traverse_util.flatten_dict(tree, sep="/")
+    params = {}
+    for path, (name, shape) in matches.items():
         target = flat[path]
         if path not in to_adapt:
-            taken[path] = values[name]
+            params[path] = values[name]
             continue
         adapted = to_adapt[path](np.asarray(values[name]), target.shape)
-        taken[path] = jax.make_array_from_callback(
+        params[path] = jax.make_array_from_callback(
             target.shape, target.sharding, adapted.__getitem__
         )
         account["adapted"].append(
             {"name": path, "from": list(shape.shape), "to": list(target.shape)}
         )
-    return taken
+    return params

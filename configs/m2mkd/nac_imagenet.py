@@ -85,11 +85,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         few_shot=FewShotConfig(ways=8, shots=1, test_shots=3, seed=1),
         run=RunConfig(log_every=100),
     )
-    found = recipes.TEACHING | ({"end_to_end": WHOLE} if args.size == "imagenet" else {})
+    phases = recipes.TEACHING | ({"end_to_end": WHOLE} if args.size == "imagenet" else {})
     if args.phase == "few_shot" and args.size == "imagenet":
         # On another data set than the other phases, so no part of the pipeline.
-        found |= {"few_shot": recipes.NAC_FEW_SHOT}
-    return choose_recipe(unfreeze(config), found)
+        phases |= {"few_shot": recipes.NAC_FEW_SHOT}
+    return choose_recipe(unfreeze(config), phases)
 
 
 def sweep() -> Iterator[dict[str, object]]:
