@@ -52,7 +52,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 def check_places(config: Config, workdir: epath.Path) -> None:
     """Raises OSError, naming the field, if a source is missing or an output folder cannot be made.
 
-    A run with results needs its sources no more.
+    A run that has results no longer needs its sources.
     """
     check_output("--workdir", workdir)
     if config.features:

@@ -67,8 +67,9 @@ class Network(Protocol):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The decoder's last states. Slot t has position t and attends to the slots that are True in
-        `visible[..., t, :]`.
+        """The decoder's last states.
+
+        Slot t has position t and attends to the slots that are True in `visible[..., t, :]`.
         """
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
