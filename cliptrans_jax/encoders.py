@@ -177,7 +177,8 @@ def load_published_text(
         raise ValueError(
             f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
             f"of the text tower in config.sources.clip_text={folder!r} has "
-            f"{published.config.vocab} rows; give the folder of the tokenizer that the tower was trained with"
+            f"{published.config.vocab} rows; give the folder of the tokenizer that the tower was "
+            "trained with"
         )
     return dataclasses.replace(tower, tokenizer=read)
 

@@ -260,7 +260,7 @@ def _add(digest: Any, part: Any) -> None:
 
 
 def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | None:
-    """The features of an intact file with this fingerprint, else None, with the reason in the log."""
+    """The features of an intact file with this fingerprint, else None; the log says why."""
     if not path.exists():
         logging.info("%s does not exist yet, computing it", path)
         return None
@@ -277,7 +277,7 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
                 f"{brief(file_fingerprint.shape)})"
             )
     except (OSError, ValueError) as error:
-        logging.warning("%s; computing the features of %s again", error, path.name)
+        logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
     if str(file_fingerprint) != fingerprint:
         logging.info(

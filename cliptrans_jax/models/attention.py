@@ -50,8 +50,8 @@ class DecoderAttention(nn.Module):
         slot: jax.Array,
         visible: Bool[Array, "B 1 T S"],
     ) -> tuple[Float[Array, "B T D"], Memory]:
-        """`__call__` for T further tokens, whose keys and values are first written to the S slots of
-        `memory`, from `slot` on."""
+        """`__call__` for T further tokens, whose keys and values are first written to `memory` from
+        `slot` on."""
         query, *new = self.project(x)
         memory = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, part.swapaxes(1, 2), slot, axis=2)
@@ -103,7 +103,7 @@ class CrossAttention(nn.Module):
 def attend(
     query: Float[Array, "B T H K"], memory: Memory, visible: Bool[Array, "B 1 #T S"]
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K)) v over cached keys and values, with the softmax in float32 at least."""
+    """softmax(q k^T / sqrt(K)) v over cached keys and values, softmax in float32 at least."""
     keys, values = memory
     # Slots are rows and tokens columns, as there are many slots and few tokens, and heads precede
     # tokens in both products. Other orders are up to four times slower on CPUs.

@@ -1,4 +1,4 @@
-"""Sums over the labels of a batch in chunks, since the logits of all labels do not fit in memory."""
+"""Sums over a batch's labels in chunks, since the logits of all labels do not fit in memory."""
 
 import dataclasses
 import functools
@@ -96,7 +96,7 @@ class _Task:
 
         sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in readout.items()}
         start = jnp.zeros((), _wide(states.dtype)), sums, jnp.zeros_like(rows)
-        # Reverse mode cannot differentiate a loop with a traced bound; gradients are taken inside it.
+        # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
         chunks = (jnp.sum(flat != self.pad) + chunk - 1) // chunk
         total, sums, by_rows = jax.lax.fori_loop(0, chunks, add, start)
         return total, sums, by_rows.reshape(states.shape)
@@ -127,7 +127,7 @@ _total.defvjp(_forward, _backward)
 
 
 def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array):
-    """`_Task.gradients` of each device's share, summed over all devices. Gradients of matrices leave
+    """`_Task.gradients` of each device's share, summed over all devices. Gradients of matrices are
     split along their last axis, as the embedding is."""
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 

@@ -1,4 +1,4 @@
-"""Stage "evaluate": scores of a trained or released model on any split, without training."""
+"""Stage "evaluate": scores a trained or released model on any split."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ from common_jax.workdir import claim, freeze_stored, refuse_other_config
 def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Translates config.data.test_split with config.sources.model and scores it.
 
-    Of a workdir the best checkpoint by its own validation set counts, of a step's folder that step.
+    If that is a workdir, its best checkpoint by its own validation set is used.
     """
     if not user_config.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
@@ -60,7 +60,7 @@ def _find_step(source: str) -> epath.Path:
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:
-    """Raises ValueError, naming what differs, unless a checkpoint holds what the config says."""
+    """Raises ValueError, naming what differs, if a checkpoint has other parameters than the model."""
     ours, theirs = (
         {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for tree in (shapes, checkpoint.load_shapes(step))

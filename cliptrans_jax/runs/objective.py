@@ -22,8 +22,8 @@ from common_jax.weights import Allowance, Origin, WarmStart, take
 
 
 def make_encode(tower: TextTower | None) -> Encode:
-    """encode(params, batch) -> the features of the batch, or those that the text tower under "clip"
-    gives of its tokens; with a key as third argument the tower drops out, as in training."""
+    """encode(params, batch, dropout=None) -> features of the batch, or those that the text tower,
+    under "clip" in `params`, computes from its tokens."""
 
     def encode(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
@@ -39,8 +39,8 @@ def make_encode(tower: TextTower | None) -> Encode:
 def make_loss(
     translator: Translator, tower: TextTower | None, *, label_smoothing: float, chunk: int = CHUNK
 ) -> Loss:
-    """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
-    helpers is frozen, and drops nothing."""
+    """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower in the helpers
+    is frozen, and has no dropout."""
     pad, encode = translator.config.sizes.pad, make_encode(tower)
 
     def loss(params, helpers, batch, rngs, step):
@@ -67,9 +67,8 @@ def make_loss(
 def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
-    """The weights that a stage starts from: those of another run, a released checkpoint or a
-    published translator, and those of the text tower `tower` that it trains further; None where all
-    is fresh."""
+    """Loads the initial weights of a stage: from another run, a released checkpoint or a published
+    translator, and from a text tower that it trains. None if all start from scratch."""
     sources, architecture = config.sources, config.model.architecture
     if not (sources.model or sources.translator or tower is not None):
         return None
@@ -112,14 +111,14 @@ def make_warm_start(
 
 
 def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, Any]) -> None:
-    """Checks what a stage starts from before anything is computed; reads no array.
+    """Checks the sources of a stage's weights, without reading arrays.
 
     Args:
-      tower: the text tower that trains, if one does.
-      wanted: shapes of all parameters.
+      tower: the text tower, if it is trained.
+      shapes: of all parameters.
 
     Raises:
-      FileNotFoundError: for a folder or file that is not there.
+      FileNotFoundError: for a missing folder or file.
       ValueError: for a run whose parameters do not fit.
     """
     sources = config.sources
@@ -164,7 +163,7 @@ def _require_sizes(config: Config, file_sizes: Any) -> None:
             f"config.sources.mbart={config.sources.translator!r} is another model than the "
             "config's: "
             + "; ".join(differing)
-            + ". Set these fields to what the file has; a vocabulary may be larger than the "
+            + ". Set these fields to those of the file; a vocabulary may be larger than the "
             "tokenizer's"
         )
 
@@ -174,7 +173,7 @@ def _count(params: Mapping[str, Any]) -> int:
 
 
 def is_run(source: str) -> bool:
-    """True if it is a workdir, or a step in one, and no released file."""
+    """True if `source` is a workdir or a step in one, not a released file."""
     try:
         checkpoint.find_step(source)
     except FileNotFoundError:

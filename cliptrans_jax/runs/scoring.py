@@ -1,4 +1,4 @@
-"""Translating a whole split with a trained model: scores.json and translations.tsv."""
+"""Translates a whole split with a trained model, and writes scores.json and translations.tsv."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
 def decode_batches(config: Config, split: Split):
-    """Batches of a set for the search, sentences of like length together."""
+    """Batches of a set for the search, sorted by length."""
     return evaluation_batches(
         split.inputs,
         batch=config.decode.batch,
@@ -50,18 +50,18 @@ def score_split(
     *,
     step: str,
 ) -> dict[str, Any]:
-    """Translates all of a set, writes all hypotheses and the scores of the best ones.
+    """Translates a set, and writes all hypotheses and the scores of the best ones.
 
     Args:
       config: of the run.
-      workdir: gets the two files.
-      chosen: the set.
+      workdir: folder for the two files.
+      split: the set.
       translate: the search.
       params: of the model.
       step: of the checkpoint, for scores.json.
 
     Returns:
-      What scores.json holds: set, step, sentences, scores, and each score's signature.
+      The content of scores.json: set, step, sentences, scores, and each score's signature.
     """
     hypotheses = translate(params, decode_batches(config, split))
     rows = [
@@ -93,7 +93,7 @@ def score_split(
 
 
 def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | None:
-    """Some translations of a finished run beside their pictures, evenly spread over the set."""
+    """Translations of a finished run with their pictures, evenly spread over the set."""
     path = folder / TRANSLATIONS
     if not path.exists():
         return None
@@ -104,14 +104,14 @@ def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | No
 
 
 def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
-    """The rows of a test split with their pictures, where it has any that can be read."""
+    """The rows of a test split, with those of their pictures that can be read."""
     corpus = load_corpus(config.data, config.data.test_split, config.data.pair, with_images=True)
     places = {key: place for place, key in enumerate(corpus.keys)}
     return [dataclasses.replace(row, picture=_picture(corpus, places.get(row.key))) for row in rows]
 
 
 def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
-    """One row a scored run below `folder`, with the scores' signatures under it."""
+    """One row per scored run below `folder`; the caption has the scores' signatures."""
     header = ("run", "set", "sentences", "BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
     numeric = dict.fromkeys(METRICS, int | float)
     fields = {"set": str, "sentences": int, "signatures": dict} | numeric
@@ -128,7 +128,7 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
 
 
 def _picture(corpus: Corpus, place: int | None) -> np.ndarray | None:
-    """By its place in the corpus, which may lack examples without a picture that were scored."""
+    """The picture at `place`; None for a scored example that the corpus has no picture of."""
     if corpus.images is None or place is None:
         return None
     try:
