@@ -12,7 +12,7 @@ from common_jax.step import Evaluate, Sums, make_evaluator
 
 
 def make_sums(translator: Translator, encode: Encode) -> Sums:
-    """Totals over a batch's labels: the loss without smoothing, and the number of labels with rank 0
+    """Totals over a batch's labels: the loss without smoothing, and the labels that have rank 0
     (`rank_of`) among all tokens."""
     pad = translator.config.sizes.pad
 

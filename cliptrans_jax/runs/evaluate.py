@@ -60,7 +60,7 @@ def _find_step(source: str) -> epath.Path:
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:
-    """Raises ValueError, naming what differs, if a checkpoint has other parameters than the model."""
+    """Raises ValueError, naming all differences, if a checkpoint does not fit the model."""
     ours, theirs = (
         {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for tree in (shapes, checkpoint.load_shapes(step))

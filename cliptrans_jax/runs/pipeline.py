@@ -1,5 +1,5 @@
-"""The pipeline: all stages with a recipe in order, each in its own folder, resumed if interrupted and
-skipped if finished."""
+"""The pipeline: all stages with a recipe in order, each in its own folder, resumed if interrupted
+and skipped if finished."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Runs every stage that has a recipe. Each starts from the weights of the previous one, and uses
-    the M-CLIP of stage "clip" unless config.sources names other towers."""
+    """Runs every stage that has a recipe. Each starts from the weights of the previous one and uses
+    the M-CLIP of stage "clip", unless config.sources names other towers."""
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     claim(workdir, config)

@@ -257,8 +257,8 @@ def encodes_texts(config: Config) -> bool:
 
 
 def describe_text(config: Config) -> TextTower:
-    """The text tower without weights and tokenizer: of the sizes in config.clip.text if stage "clip"
-    trains it, else those of M-CLIP or CLIP by config.clip_tokenizer."""
+    """The text tower without weights and tokenizer: with the sizes of config.clip.text if stage
+    "clip" trains it, else those of M-CLIP or CLIP by config.clip_tokenizer."""
     if config.sources.clip or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
@@ -283,7 +283,7 @@ def used_languages(config: Config) -> tuple[str, ...]:
 
 
 def check_weights(config: Config) -> None:
-    """Raises FileNotFoundError if config.sources.model or config.sources.mbart is set but missing."""
+    """Raises FileNotFoundError if config.sources.model or .mbart is set but missing."""
     source = config.sources.model
     path = epath.Path(source)
     # A file NAME.pth may be split into NAME_1.pth, NAME_2.pth, ...

@@ -190,7 +190,7 @@ class Model:
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
 
     def bare_task(self, mesh: Mesh, *, examples: int, tokens: int = 8) -> Task:
-        """The task without data and weights, for a number of training examples with sentences padded
+        """The task without data and weights, for `examples` training examples with sentences padded
         to `tokens`."""
         config, tower = self.config, self.tower
         batch = batch_shapes(

@@ -255,7 +255,7 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[st
 
 
 def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
-    """Raises ValueError for a key of a file whose value is not `allowed`; `where` as in `checked`."""
+    """Raises ValueError for a key whose value is not `allowed`; `where` as in `checked`."""
     for key, values in allowed.items():
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))

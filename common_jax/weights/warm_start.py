@@ -1,4 +1,4 @@
-"""Starting from weights that other runs made, with an account of every parameter."""
+"""Warm starts from the weights of other runs, with an account of every parameter."""
 
 import dataclasses
 import re
@@ -17,13 +17,13 @@ from common_jax.weights.account import list_problems
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a subtree comes from.
+    """The source of a subtree.
 
     Attributes:
       source: a run's workdir or one step's folder.
       subtree: path of keys in that checkpoint, such as "module/stage_2".
-      target: path of keys in the parameters that are wanted.
-      renamed: names below `subtree` -> names below `target`, of what is called otherwise there.
+      target: path of keys in the parameters to load.
+      renamed: names below `subtree` -> different names below `target`.
     """
 
     source: epath.PathLike
@@ -34,11 +34,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Parameters taken from elsewhere, on their devices, and the account of what was taken.
+    """Parameters from other runs, on their devices, and the account of them.
 
-    The account is JSON: `taken`, one entry an origin with its number of parameters; `adapted`,
-    those whose shape was changed; `left`, what the origins hold and nobody wanted, with the
-    reason; `fresh`, what was wanted and starts anew, with the reason.
+    The account is JSON: `taken`, one entry per origin with its number of parameters; `adapted`,
+    parameters whose shape was changed; `left`, those of the origins that are not used, with the
+    reason; `fresh`, those that start from scratch, with the reason.
     """
 
     params: Mapping[str, Any]
@@ -47,14 +47,14 @@ class WarmStart:
 
 @dataclasses.dataclass(frozen=True)
 class Allowance:
-    """Parameters that need not match: a regex of their paths `a/b/c` in the wanted tree, and the
+    """Parameters that need not match: a regex of their paths `a/b/c` in the tree to load, and the
     reason."""
 
     regex: str
     reason: str
 
 
-# adapt(array, shape) gives the array in that shape, for parameters such as position tables.
+# adapt(array, shape) -> the array in that shape, for parameters such as position tables
 Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
@@ -67,20 +67,20 @@ def take(
     adapt: Mapping[str, Adapt] | None = None,
     read: bool = True,
 ) -> WarmStart:
-    """Fills `wanted` from `origins`, reading only what is used, straight onto its shardings.
+    """Loads parameters from `origins` directly onto their shardings, reading only those in `shapes`.
 
     Args:
-      wanted: nested dict of ShapeDtypeStructs with shardings.
-      origins: disjoint subtrees of `wanted`, each with the checkpoint it comes from.
-      leave: what an origin may hold although it has no place in `wanted`.
-      fresh: what stays out of the result, to be initialised, whether an origin has it or not.
-      adapt: regex of paths: how a parameter of another shape becomes one of the wanted shape.
-      read: False only looks whether all fits, and gives no parameters.
+      shapes: nested dict of ShapeDtypeStructs with shardings.
+      origins: disjoint subtrees of `shapes`, each with its checkpoint.
+      leave: parameters of an origin that may be missing in `shapes`.
+      fresh: parameters to leave out of the result, for initialisation, even if an origin has them.
+      adapt: regex of paths -> conversion of parameters that have another shape.
+      read: if False, only checks that all parameters fit, and returns none.
 
     Raises:
-      FileNotFoundError: when an origin has no finished checkpoint.
-      ValueError: for parameters that are missing, of another shape, or without a place, and not
-        allowed for; all of them are named.
+      FileNotFoundError: if an origin has no finished checkpoint.
+      ValueError: naming all parameters that are missing, of another shape, or unknown, and not
+        allowed for.
     """
     flat = traverse_util.flatten_dict(shapes, sep="/")
     params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
@@ -119,7 +119,7 @@ def take(
     if problems:
         raise ValueError(
             f"the weights do not fit:{list_problems(problems)}"
-            "\ngive other config.sources, or name (by regex) what is to start anew in "
+            "\ngive other config.sources, or name (by regex) what starts from scratch in "
             "config.sources.fresh and what may be left in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
@@ -143,7 +143,7 @@ def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
 
 
 def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
-    """The chosen parameters in the wanted shapes; notes those adapted and those that cannot be."""
+    """The parameters in the target shapes; records adapted ones, and those that cannot be adapted."""
     requests, to_adapt = {}, {}
     for path, (name, shape) in matches.items():
         target = flat[path]
@@ -154,7 +154,7 @@ def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.
             continue
         function = next((f for regex, f in adapt.items() if re.fullmatch(regex, path)), None)
         if function is None:
-            problems.append(f"{path} is wanted as {target.shape} and is {shape.shape} in {step}")
+            problems.append(f"{path} should be {target.shape} and is {shape.shape} in {step}")
             continue
         to_adapt[path] = function
         here = SingleDeviceSharding(jax.local_devices()[0])

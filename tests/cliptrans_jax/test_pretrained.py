@@ -319,7 +319,7 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no 'mclip', whose Linear.*; it holds 'mbart'"):
         pretrained.load(file, kind="mclip")
     with pytest.raises(
-        ValueError, match=r"config is a MClipConfig, and kind='mbart' takes a MBart"
+        ValueError, match=r"config is a MClipConfig, but kind='mbart' takes a MBart"
     ):
         pretrained.load(file, config=MCLIP)
     config = folder / "config.json"
