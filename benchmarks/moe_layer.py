@@ -1,9 +1,9 @@
 """The mixture-of-experts layer against a dense MLP that does the same useful work.
 
 Every token goes to `--chosen` experts, so the peer is a dense MLP of one expert's size on
-`tokens * chosen` rows. Both are timed forward and backward, gradients by the input and by every
-parameter, in one run and in turns. The layers include the router. The layer promises no more than
-1.5 times the dense MLP's time on CPU: a ratio of 0.67.
+`tokens * chosen` rows. Both are timed in turns, forward and backward, with gradients by input and
+parameters. The layers include the router. The target is at most 1.5 times the dense MLP's time on
+CPU, a ratio of 0.67.
 
     python benchmarks/moe_layer.py
 """
@@ -28,7 +28,7 @@ TARGETS = {"dropless": 0.67, "capacity": None, "ragged_dot": None}
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=9)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--chosen", type=int, default=2, help="experts a token is sent to")
+    parser.add_argument("--chosen", type=int, default=2, help="experts per token")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=1024, help="hidden width of an expert")
     parser.add_argument("--examples", type=int, default=16)
@@ -39,7 +39,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[Callable, tuple]:
-    """Compiles y and the gradients of sum(y * dy) by all arguments; returns that and its input."""
+    """Compiles y and the gradients of sum(y * dy) by all arguments; returns program and input."""
     dy = jax.random.normal(jax.random.key(9), jax.eval_shape(function, *arguments).shape)
 
     def run(arguments: tuple) -> tuple:
@@ -97,7 +97,7 @@ def main() -> None:
         "ragged_dot": with_gradients(ragged, x.reshape(-1, sizes.width), weight, experts),
     }
 
-    # Six products of 2 D F operations a row: two forward, four backward.
+    # Six products of 2 D F operations per row: two forward, four backward.
     row = 12 * sizes.width * sizes.hidden
     slots = configs["capacity"].slots(tokens) * sizes.experts
     in_rows = int(jnp.sum(layout.sizes))
@@ -117,7 +117,7 @@ def main() -> None:
     print(f"holds, from the {in_rows // block} blocks really in use.\n")
 
     calls = {name: partial(compiled, *arguments) for name, (compiled, arguments) in cases.items()}
-    # ragged_dot by itself: its masked copies drive the others' memory back to the system.
+    # ragged_dot separately: its masked copies displace the memory of the others.
     alone = {"ragged_dot": calls.pop("ragged_dot")}
     times = timing.take_turns(calls, sizes.repeats) | timing.take_turns(alone, sizes.repeats)
     for name, measured in times.items():

@@ -1,9 +1,9 @@
 """NAC's read-in attention, rearranged, against the plain form with keys and values per receiver.
 
-Both are timed forward and backward, gradients by every argument, in one run and in turns; the ratio
-is printed last. Before it comes the peak temporary memory that XLA plans for each. The rearranged
-form is also compiled, and not run, at the size of `--large` (by default ImageNet's: 32 images, 192
-receivers, 784 tokens), where the plain form would need two arrays of the size printed beside it.
+Both are timed in turns, forward and backward, with gradients by all arguments, and the peak
+temporary memory that XLA plans is printed. The rearranged form is also compiled, but not run, at
+the size of `--large` (by default ImageNet's: 32 images, 192 receivers, 784 tokens), where the plain
+form would need two arrays of the printed size.
 
     python benchmarks/nac_read_in.py
 """
@@ -39,7 +39,7 @@ def parse_sizes() -> argparse.Namespace:
         nargs=3,
         default=(32, 192, 784),
         metavar=("B", "T", "S"),
-        help="images, receivers and tokens that are compiled for alone",
+        help="images, receivers and tokens to compile for without running",
     )
     return parser.parse_args()
 
@@ -52,7 +52,7 @@ def shapes(sizes, batch: int, receivers: int, tokens: int) -> dict[str, tuple[in
 
 
 def compile_with_gradients(function, arguments):
-    """One program for the result and the gradients of <result, dy> by all arguments."""
+    """A program for the result and the gradients of <result, dy> by all arguments."""
 
     def run(arguments, dy):
         y, vjp = jax.vjp(function, *arguments)

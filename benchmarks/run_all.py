@@ -1,7 +1,7 @@
 """Runs every benchmark in order and writes docs/performance.md; `make bench` calls it.
 
-Each runs in its own process, whose last line is the JSON that `timing.py` describes. The results
-are stored in --results, so that --only repeats some of them and the page is written from all.
+Each runs in its own process; its last line is the JSON described in `timing.py`. Results are stored
+in --results, so that --only repeats some of them and the page shows all.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only vit_step mbart_step
@@ -112,7 +112,7 @@ def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,5 +1,5 @@
-"""Stage "clip": trains a small M-CLIP on pictures and their names in all languages, for runs without
-a published one."""
+"""Stage "clip": trains a small M-CLIP on pictures and their names in all languages, for runs
+without a published one."""
 
 import dataclasses
 import functools

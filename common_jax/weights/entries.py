@@ -69,8 +69,8 @@ def patches(name: str, channels: int = 3) -> Entry:
 
 
 def split_heads(names: tuple[str, ...], heads: int) -> Entry:
-    """The [D, D] of several linear layers as one kernel (D, len(names), H, K), for queries, keys and
-    values."""
+    """The [D, D] of several linear layers as one kernel (D, len(names), H, K), for queries, keys
+    and values."""
 
     def read(*tensors: np.ndarray) -> np.ndarray:
         return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)

@@ -1,5 +1,5 @@
-"""Reads and writes weights as numpy arrays by name: safetensors and PyTorch's zip archives, whole or
-in shards, without PyTorch."""
+"""Reads and writes weights as numpy arrays by name: safetensors and PyTorch's zip archives, whole
+or in shards, without PyTorch."""
 
 import dataclasses
 import itertools
@@ -109,8 +109,8 @@ def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
 
 
 def read_plain(path: str | os.PathLike) -> dict[str, Any]:
-    """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint; {}
-    for other files and for folders.
+    """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint;
+    {} for other files and for folders.
 
     Raises:
       ValueError: as `read_tensors`.
@@ -120,7 +120,8 @@ def read_plain(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def module_classes(path: str | os.PathLike) -> frozenset[str]:
-    """Names of the classes of a TorchScript archive's modules; none for other files and for folders.
+    """Names of the classes of a TorchScript archive's modules; none for other files and for
+    folders.
 
     Raises:
       ValueError: as `read_tensors`.

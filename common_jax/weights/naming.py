@@ -115,8 +115,8 @@ def _renamed(
 
 
 def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterator[tuple[str, dict]]:
-    """Dictionaries of tensors below `value`, by their dotted keys; each once, since a small file can
-    refer to one many times."""
+    """Dictionaries of tensors below `value`, by their dotted keys; each once, since a small file
+    can refer to one many times."""
     for key, inner in value.items():
         if not (isinstance(key, str) and isinstance(inner, dict)) or id(inner) in seen:
             continue

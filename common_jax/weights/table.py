@@ -143,7 +143,8 @@ def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def expected_tensors(
     table: Table, shapes: Mapping[str, Any]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our path and the shape of every tensor that `write` returns for parameters of these shapes."""
+    """Our path and the shape of every tensor that `write` returns for parameters of these
+    shapes."""
     flat = traverse_util.flatten_dict(shapes, sep="/")
     return {
         name: (path, shape)
@@ -154,8 +155,8 @@ def expected_tensors(
 
 
 def as_float32(params: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """The parameters in float32; raises ValueError for other dtypes than floats, and for numbers that
-    are not finite."""
+    """The parameters in float32; raises ValueError for other dtypes than floats, and for numbers
+    that are not finite."""
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
         raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
@@ -220,8 +221,8 @@ Format = tuple[str, str, Callable[[], Iterable[Table]]]
 
 
 def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]:
-    """The kinds of network that a file may contain, ranked by the shortest prefix, then by the fewest
-    misfits, then in the order of `formats`."""
+    """The kinds of network that a file may contain, ranked by the shortest prefix, then by the
+    fewest misfits, then in the order of `formats`."""
     claims = []
     for kind, marker, tables in formats:
         # Nested names have several prefixes with a marker; outer networks come first.
@@ -233,8 +234,8 @@ def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]
 
 
 def describe_nearest(formats: Iterable[Format], names: Collection[str]) -> str:
-    """The kind with the fewest misfits, and these, for the message about an unknown file; "" if more
-    than half of the names do not fit."""
+    """The kind with the fewest misfits, and these, for the message about an unknown file; "" if
+    more than half of the names do not fit."""
     claims = (_claim(kind, "", tables(), names) for kind, _, tables in formats)
     nearest = min(claims, key=lambda claim: len(claim.misfits))
     if 2 * len(nearest.misfits) > len({fold(name) for name in names}):
@@ -341,7 +342,8 @@ def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int,
 def _resolve(
     tensors: dict[str, np.ndarray], aliases: Mapping[str, str], problems: list[str]
 ) -> dict[str, str]:
-    """Removes aliases from `tensors`, adds the tensors that only aliases have, returns the aliases."""
+    """Removes aliases from `tensors`, adds the tensors that only aliases have, returns the
+    aliases."""
     same = {}
     for alias, name in aliases.items():
         if alias not in tensors:

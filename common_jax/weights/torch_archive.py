@@ -37,8 +37,8 @@ MOST_REPEATED = 64
 
 
 def read(path: Path, weights: str = "") -> Chosen:
-    """The tensors of a state dict, of a checkpoint with one under a key, or of a TorchScript archive,
-    with the stored dtypes. No code in the file is run.
+    """The tensors of a state dict, of a checkpoint with one under a key, or of a TorchScript
+    archive, with the stored dtypes. No code in the file is run.
 
     Args:
       path: of the file.

@@ -36,8 +36,8 @@ EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
 # Exceptions of this module for damaged pickles.
 DAMAGED = (pickle.UnpicklingError, ArithmeticError, LookupError, TypeError, ValueError)
-# Code that no weights need. It would not be run, but a file that names it is malicious, and the user
-# should know.
+# Code that no weights need. It would not be run, but a file that names it is malicious, and the
+# user should know.
 HARMFUL_MODULES = (
     *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "sys", "runpy", "importlib"),
     *("ctypes", "webbrowser", "pip", "timeit", "code", "codeop", "bdb", "pdb", "pickle", "_pickle"),
@@ -96,8 +96,8 @@ class _Function:
 
 
 def load(content: bytes, *, script: bool) -> Any:
-    """The value of a pickle: numbers, strings, lists, tuples and dictionaries with `Tensor`, `Opaque`
-    and, if `script`, `Scripted` objects.
+    """The value of a pickle: numbers, strings, lists, tuples and dictionaries with `Tensor`,
+    `Opaque` and, if `script`, `Scripted` objects.
 
     Keys of dictionaries other than numbers and strings are replaced by `Opaque` objects.
 

@@ -67,7 +67,8 @@ def take(
     adapt: Mapping[str, Adapt] | None = None,
     read: bool = True,
 ) -> WarmStart:
-    """Loads parameters from `origins` directly onto their shardings, reading only those in `shapes`.
+    """Loads parameters from `origins` directly onto their shardings, reading only those in
+    `shapes`.
 
     Args:
       shapes: nested dict of ShapeDtypeStructs with shardings.
@@ -143,7 +144,8 @@ def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
 
 
 def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
-    """The parameters in the target shapes; records adapted ones, and those that cannot be adapted."""
+    """The parameters in the target shapes; records adapted ones, and those that cannot be
+    adapted."""
     requests, to_adapt = {}, {}
     for path, (name, shape) in matches.items():
         target = flat[path]
