@@ -1,5 +1,5 @@
-"""What no tensor tells is read where it is said, asked for, or listed as assumed: activation, heads
-and epsilons of encoders, and what an M-CLIP was made from."""
+"""Settings that tensors do not show are read from JSON files, taken from flags, or listed as
+assumed: activation, heads and epsilons of towers, and the base of an M-CLIP."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command as a user meets it: errors in one message, before anything is written."""
+"""The command line: every error is one message, before anything is written."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The config of a run: its defaults, what follows from its fields, and what is refused."""
+"""The config of a run: defaults, derived values, and errors."""
 
 import dataclasses
 import math

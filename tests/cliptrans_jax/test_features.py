@@ -1,4 +1,4 @@
-"""Features are the same on every mesh and host; a cache is used for what it was made from alone."""
+"""Features are equal on every mesh and host; a cache is only used for the same inputs."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""Published weights become our parameters and ours become files that others read."""
+"""Published weights as our parameters, and ours exported for other software."""
 
 import dataclasses
 

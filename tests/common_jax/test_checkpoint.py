@@ -1,5 +1,4 @@
-"""Checkpoints and warm starts: what is found, what is refused, and the account of what was
-taken."""
+"""Checkpoints and warm starts: finding them, errors, and the account of loaded parameters."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Weights of others on disk, read and written, PyTorch's files without PyTorch among them."""
+"""Files of weights, read and written, including PyTorch's without PyTorch."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Warm starts: every parameter comes from where it is said to, or is named."""
+"""Warm starts: every parameter comes from its origin, or is named."""
 
 import jax
 import numpy as np
