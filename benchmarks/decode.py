@@ -33,7 +33,7 @@ from cliptrans_jax.translators import mbart_names
 from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
 from common_jax.weights import table as tables
 
-LANGUAGE = 9  # stands for every language code
+LANGUAGE = 9  # the only language code
 FIRST_WORD = 10
 # Scales that make random weights behave like trained ones: peaked distributions, and translations
 # of 10 to 40 tokens without loops.

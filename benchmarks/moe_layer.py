@@ -113,8 +113,8 @@ def main() -> None:
             else ""
         )
         print(f"{name:12s}{count / (row * pairs):24.2f}{by_hand:>28s}")
-    print("XLA counts the body of a loop once, whatever its trips: for dropless the count by hand")
-    print(f"holds, from the {in_rows // block} blocks really in use.\n")
+    print("XLA counts the body of a loop once, not per iteration: for dropless the count by hand")
+    print(f"holds, from the {in_rows // block} blocks in use.\n")
 
     calls = {name: partial(compiled, *arguments) for name, (compiled, arguments) in cases.items()}
     # ragged_dot separately: its masked copies displace the memory of the others.

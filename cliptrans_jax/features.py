@@ -83,7 +83,7 @@ def encode_all(
 
     def collect(encoded: Encoded) -> None:
         features, mask, row = map(np.asarray, encoded)
-        order = np.argsort(row)
+        order = np.argsort(row)  # from the order of devices to that of examples
         parts.append(features[order])
         masks.append(mask[order])
 
@@ -187,6 +187,7 @@ def _checked(
     features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, "_"], size: int | None, title: str
 ) -> Float32[np.ndarray, "B M"]:
     count = int(real.sum())
+    # Padding may only follow the last example: a gap would shift all later features.
     if not real[:count].all():
         missing = np.flatnonzero(~real[: np.flatnonzero(real)[-1]])
         raise ValueError(
@@ -213,6 +214,7 @@ def _checksum_of(leaf: Any) -> UInt32[Array, "2"]:
     return _checksum_on(mesh)(leaf)
 
 
+# Cached, since a new jitted function for every leaf would compile equal shapes again.
 @functools.lru_cache(maxsize=8)
 def _checksum_on(mesh: Mesh | None) -> Callable[[Any], UInt32[Array, "2"]]:
     return jax.jit(_checksum, out_shardings=None if mesh is None else replicated(mesh))
@@ -228,6 +230,7 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
         x = x.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # The position in row-major order, which does not depend on the sharding.
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)

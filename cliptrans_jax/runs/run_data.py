@@ -105,7 +105,7 @@ class RunData:
 
     @functools.cached_property
     def text_tower(self) -> TextTower:
-        """Raises ValueError where config.sources names none."""
+        """The text tower of config.sources; raises ValueError if there is none."""
         config = self.config
         if config.sources.clip:
             return load_trained_text(config, self.tokenizer)
@@ -133,7 +133,7 @@ class RunData:
 
     @functools.cached_property
     def image_tower(self) -> ImageTower:
-        """Raises ValueError where config.sources names none."""
+        """The image tower of config.sources; raises ValueError if there is none."""
         config = self.config
         if config.sources.clip:
             return load_trained_image(config)

@@ -203,6 +203,7 @@ class ClipResNet(nn.Module):
 
 
 def _conv(channels: int, side: int, dtype: DTypeLike, name: str, *, stride: int = 1) -> nn.Conv:
+    # Padding as in torch: "SAME" would pad asymmetrically with stride 2.
     return nn.Conv(
         channels,
         (side, side),

@@ -23,7 +23,7 @@ from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import Mlp
 from common_jax.ranges import BelowOne, Count, Size
 
-EPSILON = 1e-5
+EPSILON = 1e-5  # torch's default; flax has 1e-6
 OFFSET = 2  # slot p uses row p + 2 of the position table, as in all published weights
 
 
@@ -107,6 +107,7 @@ class DecoderLayer(nn.Module):
 
     sizes: _Sizes
 
+    # `setup`, not `compact`, since three methods share the submodules.
     def setup(self):
         sizes = self.sizes
         self.attention = DecoderAttention(sizes.width, sizes.heads, sizes.dtype)
@@ -173,6 +174,7 @@ class Encoder(nn.Module):
         sizes = _Sizes(
             config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
         )
+        # Argument 3 is `train`, counting self, and must stay a Python bool.
         layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
@@ -199,6 +201,7 @@ class Decoder(nn.Module):
         sizes = _Sizes(
             config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
         )
+        # Argument 5 is `train`, counting self, and must stay a Python bool.
         layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
@@ -242,6 +245,7 @@ class Decoder(nn.Module):
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """See `MBart.extend`."""
+        # W beams fill W slots of the cache but share one position.
         x, new_cache = self._place(x, position), []
         for layer, layer_cache in zip(self.layer, cache, strict=True):
             x, layer_cache = layer.extend(x, layer_cache, slot, visible, states_visible)
@@ -265,6 +269,7 @@ class MBart(nn.Module):
     def setup(self):
         config = self.config
         self.embedding = self.param("embedding", INIT, (config.vocab, config.width))
+        # All zeros, but a tensor of published checkpoints, so it must survive a round trip.
         self.logits_bias = self.param("logits_bias", nn.initializers.zeros, (config.vocab,))
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)

@@ -186,6 +186,7 @@ def misfits(table: Table, names: Collection[str]) -> list[str]:
     # Folded, since the table is that of a network with any number of layers.
     there = {fold(name) for name in names}
     aliases = {fold(alias): fold(name) for alias, name in table.aliases.items()}
+    # An alias may replace the tensor that it equals.
     there |= {name for alias, name in aliases.items() if alias in there}
     claimed, missing = set(aliases), {}
     for entry in table.entries.values():
@@ -275,6 +276,7 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
     shown = ", ".join(map(brief, there[:5])) or "none"
     if chosen and chosen not in there:
         raise ValueError(f"{file} holds no network below weights={chosen!r}; there are: {shown}")
+    # With "" among them, the others are parts of one outer network.
     if chosen or len(there) < 2 or "" in there:
         return chosen or min(there, default="")
     raise ValueError(
@@ -296,6 +298,7 @@ def _form(entry: Entry, tensors: Tensors) -> Entry:
     """The form of an entry that the tensors have; the entry itself if they have none, or both."""
     there = [form for form in entry.forms if any(name in tensors for name in form.names)]
     own = any(name in tensors for name in entry.names)
+    # With both, the other form remains unused, which `_divide` reports.
     return there[0] if there and not own else entry
 
 

@@ -106,6 +106,7 @@ def load(content: bytes, *, script: bool) -> Any:
     """
     machine = _Machine(script=script, length=len(content))
     try:
+        # genops decodes opcodes and arguments, and executes nothing.
         for opcode, argument, _ in pickletools.genops(content):
             _OPCODES[opcode.name](machine, argument)
         return machine.stack.pop()
@@ -116,6 +117,7 @@ def load(content: bytes, *, script: bool) -> Any:
     raise RefusedError(f"has a damaged data.pkl ({reason}); copy or download it again")
 
 
+# `grad` and `hooks` concern autograd only, and are ignored.
 def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=None, dtype=None):
     for kind in (storage, dtype):
         if isinstance(kind, Opaque):  # a dtype that is not supported
@@ -241,13 +243,13 @@ class _Machine:
             raise TypeError(f"{type(container).__name__} is no list")
 
     def set_items(self, items: list[Any]) -> None:
-        holder = self.stack[-1]
+        container = self.stack[-1]
         if len(items) % 2:
             raise ValueError("a key without a value")
-        if isinstance(holder, dict):
-            _fill(holder, zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(holder, Opaque):
-            raise TypeError(f"{type(holder).__name__} is no dictionary")
+        if isinstance(container, dict):
+            _fill(container, zip(items[::2], items[1::2], strict=True))
+        elif not isinstance(container, Opaque):
+            raise TypeError(f"{type(container).__name__} is no dictionary")
 
     def set_item(self, _: None) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -331,7 +333,7 @@ class _Machine:
         """Pushes a storage, which is outside the pickle."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
             raise RefusedError(f"refers to {brief(pid)}, which is no storage")
-        kind, dtype, key, _, count = pid
+        kind, dtype, key, _, count = pid  # the fourth is the device
         if isinstance(dtype, Opaque):
             self.push(dtype)
             return
@@ -343,12 +345,12 @@ class _Machine:
         self.push(Storage(key, dtype, count))
 
 
-def _fill(holder: dict[Any, Any], pairs: Iterable[Any]) -> None:
+def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
     for key, value in pairs:
         # Hashing a tuple visits everything in it, which can be exponentially much.
         if not (key is None or isinstance(key, str | bytes | bool | int | float)):
             key = Opaque(type(key).__name__)
-        holder[key] = value
+        container[key] = value
 
 
 def _refuse(_: _Machine, __: Any) -> None:
@@ -392,6 +394,7 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
+    # Filling a set would hash its items.
     "EMPTY_SET": lambda machine, _: machine.push(Opaque("set")),
     "MARK": _Machine.mark,
     "POP": _Machine.pop,
@@ -415,6 +418,7 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": lambda machine, name: machine.push(machine.find(*name.split(" ", 1))),
     "STACK_GLOBAL": _Machine.find_on_stack,
     "REDUCE": _Machine.reduce,
+    # cls.__new__ in Python; here it is a call like any other.
     "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.new_with_names,
     "INST": lambda machine, name: _make(
