@@ -188,7 +188,7 @@ class Config(Section):
       batching: how sentences are padded and grouped.
       decode: the search for translations.
       valid_decode: whether evaluations translate the validation set, as choosing a checkpoint by
-        BLEU requires; otherwise they only compute the loss.
+        BLEU requires; otherwise they only compute loss and token accuracy.
       valid_beams: beams of that search; 0 for those of `decode`.
       label_chunk: labels per device whose logits are in memory at once; fewer take less memory, and
         on a TPU or GPU more time.

@@ -1,7 +1,7 @@
 """Beam search with cached keys and values, one program with static shapes per source length.
 
 The search equals the original's (beam search of Hugging Face with early stopping) step by step;
-with one beam it is greedy decoding. It saves everything but the decoder's matrix products:
+with one beam it is greedy decoding. Its cost is close to that of the decoder's matrix products:
 
   - Keys and values of encoder states, prefix and language code are stored once per example, since
     all its beams attend to the same.
@@ -162,9 +162,8 @@ class Search:
         shards = batch_shards()
         share = len(source) // shards
         finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
-        halvings = min(
-            self.config.halvings, (share & -share).bit_length() - 1
-        )  # powers of 2 in share
+        # As often as 2 divides a device's share.
+        halvings = min(self.config.halvings, (share & -share).bit_length() - 1)
         for halving in range(halvings + 1):
             if halving:
                 # `finished` has the whole batch; `rows` maps the examples of `state` to it.
