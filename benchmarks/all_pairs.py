@@ -1,24 +1,23 @@
 """All pairs of a distillation in one program against a program for each pair.
 
-The students are those of a V-MoE of four stages and of a NAC of ten, at the sizes of the demos. For
-each, gradients are compared module by module; then the update of one program with all pairs is
-timed in turns with the updates of all programs with one pair, on the same images; and once each,
-whole runs of --steps updates as a user starts them, one with `module=all` and K with one module,
-one after another: with start, compilation, data, evaluation and saving.
+The students are those of a V-MoE with four stages and a NAC with ten, at the sizes of the demos.
+Gradients are compared module by module. Then the update of one program with all pairs is timed in
+turns with the updates of all programs with one pair, on the same images. Finally whole runs of
+--steps updates are timed once, one with `module=all` and K with one module each, including start,
+compilation, data, evaluation and saving.
 
 With m, t and s the forward operations of a stage of the meta model, the teacher and the student, K
-programs of one pair do for an update
+programs with one pair need per update
 
     K (t + 3 s) + 2 K (K - 1) m
 
-(the stages of the meta model before a module, those behind teacher's and student's module, and the
-student's gradient through the last of these, which needs none by their weights). One program makes
-the stages before all modules once:
+(stages of the meta model before each module, after the teacher's and after the student's, and the
+gradient through the latter by their input). One program shares the stages before the modules:
 
     K (t + 3 s) + (3 K (K - 1) / 2 + K - 1) m
 
-That is the ratio of operations that is printed, counted in the programs. What is beyond it comes of
-fewer and larger products, and for whole runs of one start, one data pipeline and one compilation.
+The printed ratio of operations is counted in the programs. Further savings come from fewer and
+larger products and, for whole runs, from one start, one data pipeline and one compilation.
 
     python benchmarks/all_pairs.py
 """
@@ -56,7 +55,7 @@ NAC_FLAGS = {
     "meta.depths": TEN,
     "teacher.depths": TEN,
 }
-# Name: config file, what it differs by, the ratio that is aimed at for whole runs.
+# Name: config file, changes, target ratio of whole runs.
 CASES = {
     "V-MoE, K = 4": ("configs/m2mkd/digits.py", {}, 1.5),
     "NAC, K = 10": ("configs/m2mkd/digits_nac.py", NAC_FLAGS, 2.0),
@@ -75,7 +74,7 @@ def random_like(shapes):
 
 
 class Program(timing.Training):
-    """The update of a run of some modules."""
+    """The update of a run with some of the modules."""
 
     def __init__(self, config: Config, batch: dict[str, np.ndarray], helpers):
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -95,7 +94,7 @@ class Program(timing.Training):
 
 
 def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Claim, dict, dict]:
-    """Claim, times and what else was found."""
+    """Returns claim, times and further details."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=100)
     rng = np.random.default_rng(0)
@@ -120,7 +119,7 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
     )
     claim = timing.compare(times, *labels, claim=f"{name}, update", target=None)
     operations = [together.flops, sum(program.flops for program in apart)]
-    found = {
+    details = {
         "gradients_differ_by": difference,
         "gflop": [count / 1e9 for count in operations],
         "ratio_of_operations": operations[1] / operations[0],
@@ -131,15 +130,15 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
     }
     print(
         f"{name}: gradients differ by {difference:.1e} of the largest; operations "
-        f"{found['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
+        f"{details['ratio_of_operations']:.2f} ({operations[1] / 1e9:.2f} / "
         f"{operations[0] / 1e9:.2f} GFLOP); compiled in {together.compile_seconds:.0f} s, each "
-        f"alone in {found['compile_seconds'][1]:.0f} s"
+        f"alone in {details['compile_seconds'][1]:.0f} s"
     )
-    return claim, times, found
+    return claim, times, details
 
 
 def save_helpers(config: Config, folder: pathlib.Path) -> None:
-    """Workdirs of a meta model and a teacher, untrained."""
+    """Writes workdirs of an untrained meta model and teacher."""
     for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
         params = {role: network.init(jax.random.key(0))}
         checkpoints = Checkpoints(folder / role, keep=1, best=None)
@@ -151,7 +150,7 @@ def save_helpers(config: Config, folder: pathlib.Path) -> None:
 def time_run(
     file: str, changes: dict[str, object], folder: pathlib.Path, *, steps: int, module: str
 ) -> float:
-    """Seconds of a whole run in a process of its own."""
+    """Seconds of a whole run in its own process."""
     settings = changes | {
         "sources.meta": folder / "meta",
         "sources.teacher": folder / "teacher",
@@ -201,12 +200,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")
     flags = parser.parse_args()
     timing.start(flags.threads, keep_memory=True)
-    claims, times, found = [], {}, {}
+    claims, times, details = [], {}, {}
     for name, (file, changes, target) in CASES.items():
-        update, own_times, found[name] = compare_updates(name, load(file, changes), flags.repeats)
+        update, own_times, details[name] = compare_updates(name, load(file, changes), flags.repeats)
         claims += [update, compare_runs(name, file, changes, flags.steps, target)]
         times |= own_times
-    timing.report("all_pairs", claims, times=times, found=found)
+    timing.report("all_pairs", claims, times=times, found=details)
 
 
 if __name__ == "__main__":

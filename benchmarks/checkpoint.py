@@ -1,9 +1,9 @@
-"""What saving costs a run: the stall of an asynchronous save against a save that is waited for.
+"""The time that saving a checkpoint blocks a run: an asynchronous save against a synchronous one.
 
 Ours is `Checkpoints.save` as the loop calls it, which returns when the arrays are copied; the peer
-is the same save and `wait`, until it has reached the disk. Each begins with nothing under way. A
-state of AdamW over random parameters, of about --large and --small MB. Restoring is timed beside
-them, and how long the disk takes for as many bytes in one file with fsync.
+is the same save with `wait`, until it is on disk. No earlier save is pending. The state is that of
+AdamW over random parameters, of about --large and --small MB. Restoring is timed too, and writing
+as many bytes to one file with fsync.
 
     python benchmarks/checkpoint.py --folder /where/runs/are/kept
 """
@@ -47,8 +47,8 @@ def make_state(megabytes: int) -> TrainState:
 
 
 def measure(state: TrainState, name: str, folder: pathlib.Path, repeats: int) -> timing.Times:
-    """Seconds of a save as the loop sees it, of one that is waited for, of restoring, and of
-    writing as many bytes."""
+    """Seconds of an asynchronous save, a synchronous one, of restoring, and of writing as many
+    bytes."""
     whole = replicated(make_mesh(MeshConfig(), jax.devices()[:1]))
     abstract = with_shardings(state, jax.tree.map(lambda _: whole, state))
     checkpoints = Checkpoints(folder / name, keep=1, best=None)
@@ -85,18 +85,18 @@ def main() -> None:
     timing.start(sizes.threads)
     times, claims, megabytes = {}, [], {}
     with tempfile.TemporaryDirectory(dir=sizes.folder) as folder:
-        for name, wanted in (("large", sizes.large), ("small", sizes.small)):
-            state = make_state(wanted)
+        for name, target in (("large", sizes.large), ("small", sizes.small)):
+            state = make_state(target)
             megabytes[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
-            found = measure(state, name, pathlib.Path(folder), sizes.repeats)
+            own_times = measure(state, name, pathlib.Path(folder), sizes.repeats)
             claim = timing.compare(
-                found,
+                own_times,
                 f"save, {name}",
                 f"save and wait, {name}",
                 claim=f"stall of a save, {megabytes[name]:.0f} MB",
                 target=None,
             )
-            times, claims = times | found, [*claims, claim]
+            times, claims = times | own_times, [*claims, claim]
     timing.report("checkpoint", claims, times=times, megabytes=megabytes)
 
 

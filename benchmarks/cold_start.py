@@ -1,8 +1,8 @@
-"""From nothing to the first finished step of a run on digits, with and without compiled programs.
+"""Time from the command to the first step of a run on digits, with and without compilation cache.
 
-Every start is a process of its own: Python, imports, data, compilation, one step of a V-MoE.
-Without the persistent compilation cache all is compiled; with it, an earlier start's programs are
-read. Importing alone is timed beside them. All take turns.
+Every start is a new process: Python, imports, data, compilation, one step of a V-MoE. With the
+persistent compilation cache, programs of an earlier start are loaded. Imports are also timed alone.
+All cases take turns.
 
     python benchmarks/cold_start.py
 """
@@ -20,7 +20,7 @@ import timing
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ("--config=configs/m2mkd/digits.py:phase=end_to_end", "--config.run.log_every=1")
 IMPORT = "import m2mkd_jax.main"
-# The command, which ends where the loop has the first step's metrics.
+# The command, which exits when the loop records the first step's metrics.
 RUN = """
 import os, sys
 from common_jax import app, metrics
@@ -40,7 +40,7 @@ def launch(code: str, *arguments: str, cached: bool = False) -> None:
     """Runs a process to its end.
 
     Raises:
-      SystemExit: with its messages, where it fails.
+      SystemExit: with its messages, if it fails.
     """
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": str(cached).lower()}
     command = [sys.executable, "-c", code, *arguments]

@@ -3,9 +3,9 @@
 Both translate the same sentences with the same weights (mBART, random), the same settings and the
 same batches, sorted by length, in turns, on the same number of threads. torch pads a batch to its
 longest sentence, ours to 16, 32 or 64 tokens as in a run. First all translations are compared
-token by token; each that differs is printed with both scores and with what parted our two best,
-which where rounding decides is next to nothing. Compiling is timed apart. Then come sentences a
-second, what the matrix products would take at the speed of one large product, measured in the same
+token by token; those that differ are printed with both scores and with the margin between our two
+best, which is tiny if rounding decides. Compilation is timed separately. Then follow sentences per
+second, the time of the matrix products at the speed of one large product, measured in the same
 turns, and the ratio; the last line is JSON.
 
     pip install torch "transformers>=5.23"
@@ -33,14 +33,14 @@ from cliptrans_jax.translators import mbart_names
 from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
 from common_jax.weights import table as tables
 
-LANGUAGE = 9  # stands for every language code
+LANGUAGE = 9  # the only language code
 FIRST_WORD = 10
-# What makes random weights behave as trained ones: distributions peaked enough for a search to be
-# sure, sentences without loops, of 10 to 40 tokens.
+# Scales that make random weights behave like trained ones: peaked distributions, and translations
+# of 10 to 40 tokens without loops.
 GAIN = 0.5  # of weight matrices, over 1 / sqrt(fan in)
 EMBEDDING = 0.15  # of a token's embedding
 POSITION = 0.5  # of a position's embedding over a token's
-END, MIDDLE = 0.2, 30  # how much the end is favoured, and from which position on
+END, MIDDLE = 0.2, 30  # preference for the end token, and the position where it starts
 
 Batch = np.ndarray  # [B, S] tokens, pads at the end
 Translate = Callable[[Batch], Any]
@@ -86,15 +86,15 @@ def make_model(sizes: argparse.Namespace) -> tuple[Translator, Params]:
         elif path.endswith("kernel"):
             fan_in = math.prod(leaf.shape[:-1]) if "/out/" in path else leaf.shape[0]
             flat[path] = GAIN / math.sqrt(fan_in) * noise
-        else:  # gains of norms, of either sign: a token does not predict itself
+        else:  # norm scales of both signs, so that tokens do not predict themselves
             flat[path] = noise if path.endswith("scale") else np.zeros_like(noise)
     favour_end(flat, config, rng)
     return translator, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def favour_end(flat: dict[str, np.ndarray], config: MBartConfig, rng: np.random.Generator) -> None:
-    """Makes the end likelier from position to position: one direction of the decoder's states grows
-    with the position, and the end's embedding listens to it."""
+    """Makes the end likelier with each position: one direction of the decoder's states grows with
+    the position, and the end's embedding has a component along it."""
     direction = rng.normal(size=config.width).astype("float32")
     slope = (np.arange(config.positions + OFFSET, dtype="float32") - MIDDLE) / MIDDLE
     flat["mbart/decoder/positions/embedding"] += np.outer(slope, direction)
@@ -119,8 +119,8 @@ def make_batches(sizes: argparse.Namespace, config: MBartConfig) -> list[Batch]:
 def compile_ours(
     translator: Translator, params: Params, config: DecodeConfig, batches: Sequence[Batch]
 ) -> tuple[Translate, dict[tuple[int, ...], float]]:
-    """A function from a batch to its hypotheses, and the seconds that compiling took for each
-    padded shape."""
+    """A function from a batch to its hypotheses, and the seconds of compilation per padded
+    shape."""
     run = jax.jit(Search(translator, config).run)
     params, programs, seconds = jax.device_put(params), {}, {}
 
@@ -171,7 +171,7 @@ def make_network(
 def make_theirs(
     translator: Translator, params: Params, config: DecodeConfig, threads: int
 ) -> tuple[Translate, Translate]:
-    """Two functions from a batch to what `generate` returns: ids, and ids with scores."""
+    """Two functions from a batch to the result of `generate`: ids, and ids with scores."""
     torch, transformers = timing.import_torch(threads)
     ours = translator.config.mbart
     network = make_network(torch, transformers, ours, params).eval()
@@ -198,14 +198,14 @@ def make_theirs(
 
 
 def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
-    """A line for every translation of a batch that differs."""
+    """One line per translation of a batch that differs."""
     lines = []
-    for row, wanted in enumerate(theirs.sequences.tolist()):
+    for row, expected in enumerate(theirs.sequences.tolist()):
         length, scores = mine.lengths[row, 0], mine.scores[row]
         got = [*mine.tokens[row, 0, :length].tolist(), end]
-        wanted = wanted[: wanted.index(end, 1) + 1]
-        if got != wanted:
-            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, wanted))  # noqa: B905
+        expected = expected[: expected.index(end, 1) + 1]
+        if got != expected:
+            pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(got, expected))  # noqa: B905
             score = theirs.sequences_scores[row]
             lines.append(
                 f"differs from token {sum(1 for _ in pairs)} of {len(got)} on: score "
@@ -216,8 +216,8 @@ def differences(mine: Hypotheses, theirs: Any, end: int) -> list[str]:
 
 
 def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
-    """For every step [T, 2], how many examples ours computes, and for how many steps the cache that
-    they attend to has room. With early stopping an example is done when its last hypothesis is."""
+    """For every step [T, 2], the number of examples that ours computes, and the steps that their
+    cache has room for. With early stopping an example is done when its last hypothesis is."""
     ends = mine.lengths.max(axis=1) - FIRST + 1
     size, halvings, steps = len(ends), config.halvings, []
     for step in range(1, ends.max() + 1):
@@ -231,7 +231,7 @@ def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
 def products(
     sizes: argparse.Namespace, config: DecodeConfig, steps: np.ndarray, source: int
 ) -> dict[str, int]:
-    """Operations of the matrix products of ours for a batch, a multiply-add as two.
+    """Operations of our matrix products for a batch, with a multiply-add counted as two.
 
     Args:
       steps: see `work`.
@@ -240,12 +240,12 @@ def products(
     examples, room = steps.T
     batch, rows = int(examples[0]), int(config.beams * examples.sum())
     linear, width = 2 * sizes.layers * sizes.width**2, sizes.width * sizes.layers
-    heard = int(np.sum(examples * (2 + config.beams * room + source)))
+    attended = int(np.sum(examples * (2 + config.beams * room + source)))
     return {
         # The encoder's layers have 12 D^2 weights, the keys and values of its states 2 D^2.
         "encoder": batch * source * (linear * (12 + 2) + 4 * source * width),
         "decoder": (rows + 2 * batch) * linear * 14,
-        "attention": 4 * config.beams * heard * width,
+        "attention": 4 * config.beams * attended * width,
         "vocabulary": 2 * (rows + batch) * sizes.width * sizes.vocab,
     }
 
@@ -262,16 +262,16 @@ def make_product(sizes: argparse.Namespace) -> tuple[Callable[[], Any], int]:
 def take_turns(
     cases: dict[str, Translate], product: Callable[[], Any], batches: list[Batch], repeats: int
 ) -> tuple[dict[str, np.ndarray], float]:
-    """Seconds for all batches [repeats, 2], batch by batch in turns, by the clock and of
-    processors, and the median seconds of the product by the clock."""
+    """Seconds for all batches [repeats, 2], of the clock and of processors, with turns after every
+    batch, and the median seconds of the product."""
     times, single = {name: [] for name in cases}, []
     for _ in range(max(timing.LEAST, repeats)):
-        spent = {name: np.zeros(2) for name in cases}
+        totals = {name: np.zeros(2) for name in cases}
         for batch in batches:
             for name, translate in cases.items():
-                spent[name] += timing.seconds_of(translate, batch)
+                totals[name] += timing.seconds_of(translate, batch)
             single += [timing.seconds_of(product)[0] for _ in range(20)]
-        for name, seconds in spent.items():
+        for name, seconds in totals.items():
             times[name].append(seconds)
     return {name: np.stack(turns) for name, turns in times.items()}, statistics.median(single)
 
@@ -298,8 +298,8 @@ def main() -> None:
     lines, written, counts = [], [], []
     for number, batch in enumerate(batches):
         mine = ours(batch)
-        found = differences(mine, theirs_scored(batch), mbart.eos)
-        lines += [f"  batch {number}, {line}" for line in found]
+        unequal = differences(mine, theirs_scored(batch), mbart.eos)
+        lines += [f"  batch {number}, {line}" for line in unequal]
         written += mine.lengths[:, 0].tolist()
         steps = work(mine, config)
         counts.append(
@@ -330,7 +330,7 @@ def main() -> None:
     print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
     print("  of our time")
     claim = timing.compare(times, "ours", "torch", claim="beam search of mBART", target=1.5)
-    found = {
+    details = {
         "sentences": sizes.sentences,
         "batch": sizes.batch,
         "beams": sizes.beams,
@@ -341,7 +341,7 @@ def main() -> None:
         "product_gflop_per_second": speed / 1e9,
         "share_of_products": share,
     }
-    timing.report("decode", [claim], times=times, **found)
+    timing.report("decode", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The host's input pipeline against plain PIL: images a second of the full DeiT training transform.
+"""The input pipeline against plain PIL: images per second of the full DeiT training transform.
 
 Ours is `train_batches` of a folder of JPEGs as a run uses it: files read, decoded, cropped and
-resized to `--side`, flipped, RandAugment, stacked to batches. The floor is a loop over the same
-files that calls PIL for the same operations, written out below, and keeps nothing. Both in
-`--workers` processes, by the clock, and in one thread, by its processor seconds; timm's transform
-too where timm is installed. All take turns, so that a busy machine slows all alike; before a turn
-of ours is timed its processes have nothing read ahead that is not consumed, and after it they come
-to rest.
+resized to `--side`, flipped, RandAugment, stacked to batches. The baseline is a loop over the same
+files with the same operations of PIL, written out below, that discards the result. Both run in
+`--workers` processes, by the clock, and in one thread, by processor seconds; timm's transform too
+if timm is installed. All cases take turns, so that a busy machine slows all of them alike. Images
+that our processes have read ahead are consumed before a turn, and the next ones awaited after it.
 
 DIR holds SPLIT/CLASS/*.jpg, of which the first split is read; without it, JPEGs of about 500 x 375
 pixels and 100 KB, as ImageNet's, are made: smooth random fields and fine texture.
@@ -14,8 +13,8 @@ pixels and 100 KB, as ImageNet's, are made: smooth random fields and fine textur
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --folder /data/imagenet --workers 16 --images 4096
 
-Rates a core are over the cores that the processes can use. Small images that stay in memory come
-near the end, and so does what reads the images: the training step of DeiT-Tiny on the same machine.
+Rates per core count the cores that the processes can use. Small images in memory and the training
+step of DeiT-Tiny, which consumes the images, are timed too.
 """
 
 import argparse
@@ -48,17 +47,17 @@ from m2mkd_jax.models import vit
 from m2mkd_jax.models.encoder import Interface
 
 SIZES = ((500, 375), (375, 500), (500, 333), (480, 400))
-FIELDS = ((3, 90), (12, 45), (48, 22))  # cells a side and strength of each field
+FIELDS = ((3, 90), (12, 45), (48, 22))  # cells per side and strength of each field
 TEXTURE = 13
 FILL = (124, 116, 104)
 STEP, STEP_BATCH = "deit_tiny_patch16_224", 8
-PIECE = 8  # files of a task of the loops in processes
+PIECE = 8  # files per task of the loops in processes
 
 
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=9)
     parser.add_argument("--folder", help="SPLIT/CLASS/*.jpg; made if it is not given")
-    parser.add_argument("--images", type=int, default=1024, help="images a turn")
+    parser.add_argument("--images", type=int, default=1024, help="images per turn")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
@@ -82,7 +81,7 @@ def make_images(folder: pathlib.Path, count: int) -> None:
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
-# The floor: the recipe as anyone would write it with PIL, and nothing else.
+# The baseline: the recipe in plain PIL.
 
 
 def crop_and_resize(image: Image.Image, side: int) -> Image.Image:
@@ -160,22 +159,22 @@ def loop_timm(paths: Sequence[str], side: int) -> None:
         transform(decode(path))
 
 
-def timm_transform(side: int, made: dict[int, Callable] = {}) -> Callable:  # noqa: B006
-    """Up to the pixels, as ours; made once a process."""
-    if side not in made:
+def timm_transform(side: int, cache: dict[int, Callable] = {}) -> Callable:  # noqa: B006
+    """timm's transform up to uint8 pixels, as ours; created once per process."""
+    if side not in cache:
         import torch
         from timm.data import create_transform
 
         torch.set_num_threads(1)
         recipe = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": "bicubic"}
-        made[side] = create_transform(side, is_training=True, use_prefetcher=True, **recipe)
-    return made[side]
+        cache[side] = create_transform(side, is_training=True, use_prefetcher=True, **recipe)
+    return cache[side]
 
 
 def in_processes(
     pool: concurrent.futures.Executor, loop: Callable, paths: Sequence[str], side: int
 ) -> float:
-    """Images a second of a loop over all paths, divided among the processes."""
+    """Images per second of a loop over all paths, divided among processes."""
     pieces = [paths[first : first + PIECE] for first in range(0, len(paths), PIECE)]
     start = time.perf_counter()
     list(pool.map(loop, pieces, [side] * len(pieces)))
@@ -183,7 +182,7 @@ def in_processes(
 
 
 def in_thread(loop: Callable, *arguments: Any, count: int) -> float:
-    """Images a second of this process: its processor's time, of which others take nothing."""
+    """Images per processor second of this process, which other processes do not affect."""
     start = time.process_time()
     loop(*arguments)
     return count / (time.process_time() - start)
@@ -195,7 +194,7 @@ def consume(batches: Iterator[dict[str, np.ndarray]], count: int) -> None:
 
 
 def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
-    """Images a second from the steady state on, with nothing left in store."""
+    """Images per second in the steady state, without images that were read ahead."""
     count = max(1, images // batch)
     if not ahead:
         return in_thread(consume, batches, count, count=count * batch)
@@ -208,7 +207,7 @@ def ours(batches: Iterator, batch: int, images: int, *, ahead: int) -> float:
 
 
 def in_memory(count: int) -> float:
-    """Examples a second of 32-pixel images in memory, batches of 128, nothing done to them."""
+    """Examples per second of 32-pixel images in memory, in batches of 128, without a transform."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     labels = rng.integers(0, 10, count).astype(np.int32)
@@ -220,8 +219,8 @@ def in_memory(count: int) -> float:
 
 def main() -> None:
     sizes = parse_sizes()
-    with tempfile.TemporaryDirectory() as made:
-        folder = pathlib.Path(sizes.folder or made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(sizes.folder or temporary)
         if not sizes.folder:
             make_images(folder, sizes.images)
         measure(sizes, folder)
@@ -293,7 +292,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
     for name, rate in rates.items():
         used = cores if name in ("ours", "PIL", "timm", "step") else 1
         spread = f"({min(rate):.0f} to {max(rate):.0f})"
-        print(f"{name:20s}{middle[name]:7.0f} img/s  {spread}, {middle[name] / used:.0f} a core")
+        print(f"{name:20s}{middle[name]:7.0f} img/s  {spread}, {middle[name] / used:.0f} per core")
     seconds = {name: 1 / np.asarray(rate)[:, None] for name, rate in rates.items()}
     times = {name: np.repeat(turns, 2, axis=1) for name, turns in seconds.items()}
     decoding = float(np.median(times["PIL, decoding alone"] / times["PIL, one thread"]))
@@ -314,7 +313,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
     ]
     if "timm" in rates:
         claims.append(timing.compare(times, "ours", "timm", claim=reading, target=None))
-    found = {
+    details = {
         "images": sizes.images,
         "side": sizes.side,
         "workers": sizes.workers,
@@ -324,7 +323,7 @@ def report(sizes: argparse.Namespace, rates: dict[str, list[float]], cores: int)
         "decoding_share": decoding,
         "in_memory_examples_per_second": small,
     }
-    timing.report("input_pipeline", claims, **found)
+    timing.report("input_pipeline", claims, **details)
 
 
 if __name__ == "__main__":

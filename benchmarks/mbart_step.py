@@ -4,10 +4,9 @@ Forward pass, cross entropy over the labels that are no pads, backward pass and 
 Ours is the step of a run, `cliptrans_jax` without a prefix; the peer is torch's
 `MBartForConditionalGeneration` with fused attention and fused AdamW. Sentences have 8 to 24 tokens,
 and the longest has 24, so that both pad to 24. In a run ours pads to 16, 24, 32, 48 or 64 tokens,
-which are compiled once, where torch may pad to any longest sentence: what that costs for sentences
-of 8 to 40 tokens, sorted by length within a window, is counted and printed. Without dropout the
-losses before the first step and after two are compared first; then both are timed without and with
-dropout.
+each compiled once, and torch to the longest sentence: the additional tokens for sentences of 8 to
+40 tokens, sorted by length within a window, are counted and printed. Losses of the first three
+steps without dropout are compared first; then both are timed without and with dropout.
 
     pip install torch "transformers>=5.23"
     python benchmarks/mbart_step.py
@@ -59,9 +58,9 @@ def make_batch(sizes: argparse.Namespace, config: MBartConfig) -> dict[str, np.n
 
 
 def padding_cost(config: MBartConfig, batch: int) -> float:
-    """Tokens of our batches over tokens of batches padded to their longest sentence."""
-    drawn = argparse.Namespace(sentences=64 * batch, batch=batch, vocab=config.vocab)
-    longest = [x.shape[1] for x in decode.make_batches(drawn, config)]
+    """Ratio of tokens in our batches to those in batches padded to their longest sentence."""
+    flags = argparse.Namespace(sentences=64 * batch, batch=batch, vocab=config.vocab)
+    longest = [x.shape[1] for x in decode.make_batches(flags, config)]
     return sum(map(BATCHING.padded, longest)) / sum(longest)
 
 

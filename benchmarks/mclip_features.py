@@ -1,11 +1,11 @@
 """Text features of M-CLIP: ours against transformers' XLM-R with the same projection and weights.
 
-Ours is the program of `TextTower.encode`, with which a run fills its files of features: sentences
-are sorted by length, and batches of 256 padded to a multiple of 8 tokens. The peer is torch's
-`XLMRobertaModel` with fused attention, the same masked mean and the same projection, on batches of
-256 in the order given, padded to their longest sentence. Random weights, float32, forward pass
-alone, compiled once for each length; the features are compared first. Sentences have 8 to 40
-tokens, and come sorted by length or not.
+Ours is the program of `TextTower.encode`, which computes the features of a run: sentences are
+sorted by length, in batches of 256 padded to a multiple of 8 tokens. The peer is torch's
+`XLMRobertaModel` with fused attention, the same masked mean and projection, on batches of 256 in
+the original order, padded to their longest sentence. Random weights, float32, forward pass only,
+compiled once per length; the features are compared first. Sentences have 8 to 40 tokens, and are
+sorted by length or not.
 
     pip install torch "transformers>=5.23"
     python benchmarks/mclip_features.py
@@ -48,7 +48,7 @@ def make_sentences(sizes: argparse.Namespace) -> list[np.ndarray]:
 
 
 def make_ours(tower: TextTower, params) -> Callable:
-    """features(sentences) as `TextTower.encode` computes them, compiled once."""
+    """features(sentences) as in `TextTower.encode`, compiled once per length."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     encode, params = encode_program(tower.apply_batch, mesh), jax.device_put(params)
 

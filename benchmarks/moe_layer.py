@@ -1,9 +1,9 @@
 """The mixture-of-experts layer against a dense MLP that does the same useful work.
 
 Every token goes to `--chosen` experts, so the peer is a dense MLP of one expert's size on
-`tokens * chosen` rows. Both are timed forward and backward, gradients by the input and by every
-parameter, in one run and in turns. The layers include the router. The layer promises no more than
-1.5 times the dense MLP's time on CPU: a ratio of 0.67.
+`tokens * chosen` rows. Both are timed in turns, forward and backward, with gradients by input and
+parameters. The layers include the router. The target is at most 1.5 times the dense MLP's time on
+CPU, a ratio of 0.67.
 
     python benchmarks/moe_layer.py
 """
@@ -28,7 +28,7 @@ TARGETS = {"dropless": 0.67, "capacity": None, "ragged_dot": None}
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__, repeats=9)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--chosen", type=int, default=2, help="experts a token is sent to")
+    parser.add_argument("--chosen", type=int, default=2, help="experts per token")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=1024, help="hidden width of an expert")
     parser.add_argument("--examples", type=int, default=16)
@@ -39,7 +39,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def with_gradients(function: Callable[..., Array], *arguments: object) -> tuple[Callable, tuple]:
-    """Compiles y and the gradients of sum(y * dy) by all arguments; returns that and its input."""
+    """Compiles y and the gradients of sum(y * dy) by all arguments; returns program and input."""
     dy = jax.random.normal(jax.random.key(9), jax.eval_shape(function, *arguments).shape)
 
     def run(arguments: tuple) -> tuple:
@@ -97,7 +97,7 @@ def main() -> None:
         "ragged_dot": with_gradients(ragged, x.reshape(-1, sizes.width), weight, experts),
     }
 
-    # Six products of 2 D F operations a row: two forward, four backward.
+    # Six products of 2 D F operations per row: two forward, four backward.
     row = 12 * sizes.width * sizes.hidden
     slots = configs["capacity"].slots(tokens) * sizes.experts
     in_rows = int(jnp.sum(layout.sizes))
@@ -105,15 +105,19 @@ def main() -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.dtype}")
     print(f"{pairs} pairs of {tokens} tokens, {sizes.experts} experts, blocks of {block} rows\n")
     print(f"{'':12s}{'FLOPs / ideal, by XLA':>24s}{'of the products, counted':>28s}")
-    worked = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
+    row_counts = {"dense MLP": pairs, "dropless": in_rows, "capacity": slots}
     for name, count in flops.items():
-        by_hand = f"{worked[name] / pairs:.2f} ({worked[name]} rows)" if name in worked else ""
+        by_hand = (
+            f"{row_counts[name] / pairs:.2f} ({row_counts[name]} rows)"
+            if name in row_counts
+            else ""
+        )
         print(f"{name:12s}{count / (row * pairs):24.2f}{by_hand:>28s}")
-    print("XLA counts the body of a loop once, whatever its trips: for dropless the count by hand")
-    print(f"holds, from the {in_rows // block} blocks really in use.\n")
+    print("XLA counts the body of a loop once, not per iteration: for dropless the count by hand")
+    print(f"holds, from the {in_rows // block} blocks in use.\n")
 
-    calls = {name: partial(compiled, *given) for name, (compiled, given) in cases.items()}
-    # ragged_dot by itself: its masked copies drive the others' memory back to the system.
+    calls = {name: partial(compiled, *arguments) for name, (compiled, arguments) in cases.items()}
+    # ragged_dot separately: its masked copies displace the memory of the others.
     alone = {"ragged_dot": calls.pop("ragged_dot")}
     times = timing.take_turns(calls, sizes.repeats) | timing.take_turns(alone, sizes.repeats)
     for name, measured in times.items():

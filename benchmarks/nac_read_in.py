@@ -1,9 +1,9 @@
 """NAC's read-in attention, rearranged, against the plain form with keys and values per receiver.
 
-Both are timed forward and backward, gradients by every argument, in one run and in turns; the ratio
-is printed last. Before it comes the peak temporary memory that XLA plans for each. The rearranged
-form is also compiled, and not run, at the size of `--large` (by default ImageNet's: 32 images, 192
-receivers, 784 tokens), where the plain form would need two arrays of the size printed beside it.
+Both are timed in turns, forward and backward, with gradients by all arguments, and the peak
+temporary memory that XLA plans is printed. The rearranged form is also compiled, but not run, at
+the size of `--large` (by default ImageNet's: 32 images, 192 receivers, 784 tokens), where the plain
+form would need two arrays of the printed size.
 
     python benchmarks/nac_read_in.py
 """
@@ -39,7 +39,7 @@ def parse_sizes() -> argparse.Namespace:
         nargs=3,
         default=(32, 192, 784),
         metavar=("B", "T", "S"),
-        help="images, receivers and tokens that are compiled for alone",
+        help="images, receivers and tokens to compile for without running",
     )
     return parser.parse_args()
 
@@ -52,7 +52,7 @@ def shapes(sizes, batch: int, receivers: int, tokens: int) -> dict[str, tuple[in
 
 
 def compile_with_gradients(function, arguments):
-    """One program for the result and the gradients of <result, dy> by all arguments."""
+    """A program for the result and the gradients of <result, dy> by all arguments."""
 
     def run(arguments, dy):
         y, vjp = jax.vjp(function, *arguments)
@@ -76,16 +76,19 @@ def main() -> None:
     wrong = jax.tree.map(
         lambda a, b: float(abs(a - b).max() / abs(a).max()), *(results[n] for n in cases)
     )
-    calls = {name: functools.partial(compiled, *given) for name, (compiled, given) in cases.items()}
+    calls = {
+        name: functools.partial(compiled, *arguments)
+        for name, (compiled, arguments) in cases.items()
+    }
     times = timing.take_turns(calls, sizes.repeats)
 
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, float32; shapes {small}")
-    found = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
+    details = {"largest_relative_difference": max(jax.tree.leaves(wrong))}
     for name, (compiled, _) in cases.items():
         memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
         flops = compiled.cost_analysis()["flops"] / 1e9
         print(f"{name:12s}{flops:8.2f} GFLOP, {memory:8.1f} MiB temporary")
-        found[name] = {"gflop": flops, "temporary_mib": memory}
+        details[name] = {"gflop": flops, "temporary_mib": memory}
 
     batch, receivers, tokens = sizes.large
     large = shapes(sizes, batch, receivers, tokens)
@@ -96,9 +99,9 @@ def main() -> None:
     plain = 4 * batch * receivers * tokens * inner / 1e9
     print(f"rearranged at B={batch} T={receivers} S={tokens}: {memory:.0f} MiB temporary, forward")
     print(f"and backward; the plain form's keys and values alone are 2 arrays of {plain:.1f} GB")
-    found["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
+    details["large"] = {"sizes": list(sizes.large), "temporary_mib": memory, "plain_gb": plain}
     claim = timing.compare(times, "rearranged", "plain", claim="read-in of NAC", target=20.0)
-    timing.report("nac_read_in", [claim], times=times, **found)
+    timing.report("nac_read_in", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""One whole training step of a published NAC: its time, memory, parameters and operations.
+"""A training step of a published NAC: time, memory, parameters and operations.
 
-The step is the one that training runs: augmentation apart, all noise drawn, AdamW applied, the
-state donated. It is timed in turns with the same step whose read-in is the plain one of
-tests/naive.py, with keys and values for every receiver. Floating-point operations are counted from
-the sizes, a multiply-add as two; what XLA counts is printed beside them.
+The step is that of training without augmentation: with all noise, AdamW and a donated state. It is
+timed in turns with a step that uses the plain read-in of tests/naive.py, with keys and values for
+every receiver. Operations are counted from the sizes, a multiply-add as two, and by XLA.
 
     python benchmarks/nac_step.py --preset tinyimagenet --batch 8
 """
@@ -39,7 +38,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def forward_flops(config: model.NacConfig, interface: Interface, batch: int) -> dict[str, int]:
-    """Operations of the matrix products and convolutions of a forward pass, part by part."""
+    """Operations of the matrix products and convolutions in a forward pass, by part."""
     inner = config.heads * config.head_width
     hidden, width = round(config.ffn_factor * config.width), config.width
     tokenizer, image = config.tokenizer, interface.image_size
@@ -118,21 +117,21 @@ def main() -> None:
     for name, count in parts.items():
         print(f"  {name:12s}{count / 1e9:8.2f} GFLOP forward")
     print(f"{flops / middle / 1e9:.0f} GFLOP/s; compiled in {ours.compile_seconds:.0f} s")
-    found = {"preset": sizes.preset, "batch": sizes.batch, "parameters": parameters}
+    details = {"preset": sizes.preset, "batch": sizes.batch, "parameters": parameters}
     for name, case in cases.items():
         memory = case.compiled.memory_analysis()
-        found[name] = {
+        details[name] = {
             "gflop_xla": case.compiled.cost_analysis()["flops"] / 1e9,
             "peak_memory_mib": memory.peak_memory_in_bytes / 2**20,
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
             "arguments_mib": memory.argument_size_in_bytes / 2**20,
         }
-        print(f"{name}: {found[name]['temporary_mib']:.0f} MiB temporary")
+        print(f"{name}: {details[name]['temporary_mib']:.0f} MiB temporary")
     claim = timing.compare(
         times, "rearranged read-in", "plain read-in", claim="training step of NAC", target=1.0
     )
-    found |= {"gflop_analytic": flops / 1e9, "largest_difference_of_losses": wrong}
-    timing.report("nac_step", [claim], times=times, **found)
+    details |= {"gflop_analytic": flops / 1e9, "largest_difference_of_losses": wrong}
+    timing.report("nac_step", [claim], times=times, **details)
 
 
 if __name__ == "__main__":

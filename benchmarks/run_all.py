@@ -1,7 +1,7 @@
 """Runs every benchmark in order and writes docs/performance.md; `make bench` calls it.
 
-Each runs in its own process, whose last line is the JSON that `timing.py` describes. The results
-are stored in --results, so that --only repeats some of them and the page is written from all.
+Each runs in its own process; its last line is the JSON described in `timing.py`. Results are stored
+in --results, so that --only repeats some of them and the page shows all.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only vit_step mbart_step
@@ -106,13 +106,13 @@ def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
     print(textwrap.indent(done.stdout, "    "), flush=True)
     if done.returncode:
         return {"benchmark": name, "claims": [], "error": f"ended with status {done.returncode}"}
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     took = time.perf_counter() - start
-    return found | {"flags": flags, "load_before": load, "took": took}
+    return result | {"flags": flags, "load_before": load, "took": took}
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -206,8 +206,8 @@ def main() -> None:
     flags.results.mkdir(parents=True, exist_ok=True)
     for name, arguments in BENCHMARKS:
         if name in flags.only:
-            found = run(name, (*arguments, "--threads", str(flags.threads)))
-            (flags.results / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+            result = run(name, (*arguments, "--threads", str(flags.threads)))
+            (flags.results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     files = [flags.results / f"{name}.json" for name, _ in BENCHMARKS]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     PAGE.write_text(page(results))

@@ -1,13 +1,13 @@
-"""What the benchmarks share: timing in turns, what comes out of it, and the step of a run.
+"""Shared parts of the benchmarks: timing in turns, reports, and the training step of a run.
 
 A benchmark prints for people and, as its last line, JSON:
 
-    {"benchmark": NAME, "claims": [CLAIM, ...], what else it found}
+    {"benchmark": NAME, "claims": [CLAIM, ...], "seconds": {CASE: MEDIAN}, details}
 
 where CLAIM has `claim` and `peer` in words, `ratio` of the peer's seconds to ours (above 1: ours is
 faster), the median over turns, `low` and `high`, the smallest and the largest of these ratios,
-`processor`, the median by processor seconds, which other work on the machine changes less,
-`repeats`, how many turns, and `target`, the ratio that is aimed at, or null.
+`processor`, the median in processor seconds, which depend less on other work on the machine,
+`repeats`, the number of turns, and `target`, the expected ratio, or null.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from common_jax.optim import OptimConfig
 from common_jax.step import Loss
 from common_jax.task import Task, abstract_state, create_program, step_program
 
-Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds by the clock and of processors
+Times = dict[str, np.ndarray]  # by case, [turns, 2]: seconds of the clock and of processors
 Claim = dict[str, Any]
 
 LEAST = 5  # turns
-# Parameters of glibc's mallopt by their numbers in malloc.h, each with a value that keeps memory
-# and the usual one: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (nothing is
-# given back), M_ARENA_MAX (all threads share one heap).
+# Parameters of glibc's mallopt by their numbers in malloc.h, with a value that keeps memory and the
+# default: M_MMAP_MAX (large buffers come from the heap), M_TRIM_THRESHOLD (the heap never shrinks),
+# M_ARENA_MAX (all threads share one heap).
 MEMORY = {-4: (0, 65536), -1: (-1, 128 * 1024), -8: (1, 0)}
 
 
@@ -48,15 +48,13 @@ def parser(doc: str, *, repeats: int = 7) -> argparse.ArgumentParser:
 
 
 def start(threads: int, *, keep_memory: bool = False) -> None:
-    """Prepares the process for timing. To be called before XLA starts, which starts as many threads
-    as there are cores.
+    """Prepares the process for timing. Call it before XLA, which starts one thread per core.
 
     Args:
       threads: cores that the process may use.
-      keep_memory: whether, on a CPU, glibc keeps the memory that it has from the system, for all
-        that is timed. A step of XLA allocates and frees its buffers as a whole; without this, the
-        pages of a gigabyte are taken from the system again for every step, a fifth of its time.
-        A run does not do this, since it would keep gigabytes that the machine needs elsewhere.
+      keep_memory: whether glibc keeps freed memory on a CPU, for all cases. XLA allocates and frees
+        all buffers in every step, and requesting a gigabyte of pages each time takes a fifth of it.
+        Runs do not do this, since other processes may need the memory.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if keep_memory:
@@ -67,20 +65,20 @@ def _keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    for parameter, (kept, _) in MEMORY.items():
-        mallopt(parameter, kept)
-    # A thread stays with the heap that it starts with, and the first look at the devices starts all
-    # of XLA's: so the setting comes first, and is taken back where there is an accelerator.
+    for parameter, (keep, _) in MEMORY.items():
+        mallopt(parameter, keep)
+    # A thread keeps its first heap, and the first query of devices starts all of XLA's threads. So
+    # this is set first, and reset if there is an accelerator.
     if start_backend() != "cpu":
         for parameter, (_, usual) in MEMORY.items():
             mallopt(parameter, usual)
 
 
 def import_torch(threads: int) -> tuple[Any, Any]:
-    """torch, with so many threads, and transformers.
+    """Imports torch, limited to `threads`, and transformers.
 
     Raises:
-      SystemExit: without them.
+      SystemExit: if they are not installed.
     """
     try:
         import torch
@@ -93,14 +91,14 @@ def import_torch(threads: int) -> tuple[Any, Any]:
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
-    """Seconds until the result is there: by the clock, and of processors."""
+    """Seconds until the result is ready: of the clock, and of processors."""
     start = np.asarray([time.perf_counter(), time.process_time()])
     jax.block_until_ready(function(*arguments))
     return np.asarray([time.perf_counter(), time.process_time()]) - start
 
 
 def take_turns(cases: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
-    """Every case once to warm up, then all in turns, so that a busy machine slows all alike."""
+    """Times all cases in turns after a warm-up, so that a busy machine slows all of them alike."""
     for case in cases.values():
         jax.block_until_ready(case())
     times = {name: [] for name in cases}
@@ -111,7 +109,7 @@ def take_turns(cases: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
 
 
 def compare(times: Times, ours: str, peer: str, *, claim: str, target: float | None) -> Claim:
-    """How much slower the peer is, turn by turn."""
+    """A claim on the ratio of the peer's time to ours, turn by turn."""
     ratios, processor = (times[peer] / times[ours]).T
     return {
         "claim": claim,
@@ -126,15 +124,15 @@ def compare(times: Times, ours: str, peer: str, *, claim: str, target: float | N
 
 
 def describe(seconds: np.ndarray) -> str:
-    """Median and range by the clock in milliseconds."""
+    """Median and range of clock time in milliseconds."""
     clock = 1e3 * seconds[:, 0]
     return f"{np.median(clock):9.1f} ms  ({clock.min():.1f} to {clock.max():.1f})"
 
 
 def report(
-    benchmark: str, claims: list[Claim], *, times: Times | None = None, **found: Any
+    benchmark: str, claims: list[Claim], *, times: Times | None = None, **details: Any
 ) -> None:
-    """Prints times, claims and the line of JSON; `found` is what else belongs to it."""
+    """Prints times, claims and the line of JSON with further `details`."""
     times = times or {}
     width = max(map(len, times), default=0) + 2
     for name, seconds in times.items():
@@ -147,7 +145,7 @@ def report(
             f"processor seconds {claim['processor']:.2f}"
         )
     seconds = {name: float(np.median(turns[:, 0])) for name, turns in times.items()}
-    print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | found))
+    print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | details))
 
 
 def make_task(
@@ -175,7 +173,7 @@ class Training:
     """A run's training step on one device, compiled as the loop does it.
 
     Args:
-      task: what is trained.
+      task: to train.
       optim: of the run.
       batch: numpy arrays.
       helpers: the parameters that `task.helpers` describes.
@@ -208,7 +206,7 @@ class Training:
 def torch_step(
     torch: Any, optim: OptimConfig, loss: Callable, parameters: list, *batch: Any
 ) -> Callable[[], float]:
-    """The same of torch, with its fused AdamW decaying everything; loss(*batch) is minimised."""
+    """A training step of torch on loss(*batch), with fused AdamW and decay of all parameters."""
     optimizer = torch.optim.AdamW(
         parameters,
         lr=optim.lr,
@@ -229,12 +227,12 @@ def torch_step(
 
 
 def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> float:
-    """Does three steps of each, and returns the largest difference between their losses and those
-    of the first; fails where that is too large."""
-    found = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
-    for name, values in found.items():
+    """Runs three steps of each case, and returns the largest difference between the losses of the
+    first one and the others; fails if that is above `tolerance`."""
+    losses = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
+    for name, values in losses.items():
         print(f"{name:14s}losses " + ", ".join(f"{value:.6f}" for value in values))
-    first, *others = found.values()
+    first, *others = losses.values()
     wrong = max(float(abs(first - values).max()) for values in others)
     assert wrong < tolerance, f"losses differ by {wrong}"
     return wrong

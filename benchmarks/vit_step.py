@@ -1,10 +1,10 @@
-"""A training step of a dense ViT against the same in torch: plain, and as transformers has it.
+"""A training step of a dense ViT against two in torch: plain, and with transformers.
 
 Forward pass, cross entropy, backward pass and AdamW in float32, without stochastic depth; the same
-weights, images and settings. Ours is the step of a run, which also takes the gradient's norm, looks
-for what is not finite and sums metrics. The plain one is written out below, with torch's fused
-attention and its fused AdamW; the third is `ViTForImageClassification` with the same two. The
-losses of all, before the first step and after two, are compared first.
+weights, images and settings. Ours is the step of a run, which also computes the gradient's norm,
+checks for numbers that are not finite and sums metrics. The plain one is written out below, with
+torch's fused attention and fused AdamW; the third is `ViTForImageClassification` with the same two.
+The losses of the first three steps are compared first.
 
     pip install torch "transformers>=5.23"
     python benchmarks/vit_step.py
@@ -82,7 +82,7 @@ NAMES = {
 def published(
     transformers: Any, torch: Any, config: vit.ViTConfig, interface: Interface, weights: Mapping
 ) -> Callable:
-    """The same of `ViTForImageClassification`."""
+    """The same for `ViTForImageClassification`."""
     theirs = transformers.ViTConfig(
         hidden_size=config.width,
         num_hidden_layers=sum(config.depths),
@@ -127,7 +127,7 @@ def make_batch(interface: Interface, size: int) -> dict[str, np.ndarray]:
 
 
 def make_step(config: vit.ViTConfig, interface: Interface, batch: Mapping) -> timing.Training:
-    """The step of a run; its parameters are under "network"."""
+    """The step of a run, with its parameters under "network"."""
     network = vit.build(config, interface)
 
     def loss(params, helpers, batch, rngs, step):

@@ -1,14 +1,13 @@
-"""A V-MoE block against the same block with the textbook's mixture of experts, on the same weights.
+"""A V-MoE block against one with the textbook mixture of experts, on the same weights.
 
-The textbook layer is what GShard and the paper code of V-MoE write: one-hot masks [G, N, E, C] say
-which token fills which slot of which expert, one einsum with them brings tokens to slots, another
-brings answers back, weighted. Router, order of priority and number of slots are those of our
-`capacity` layer; all outputs and gradients are compared with it first. `dropless` computes what the
-two leave out, and is timed beside them. Block: norm, attention, norm, experts, with residuals;
-forward and backward pass, gradients by input and parameters, float32. Then the layers alone.
+The textbook layer is that of GShard and of the code of V-MoE: with one-hot masks [G, N, E, C] of
+the tokens in each expert's slots, one einsum moves tokens to slots and another one weights and
+returns the results. Router, priority and number of slots are those of our `capacity` layer, with
+which all outputs and gradients are compared first. `dropless` also computes the tokens that the two
+drop. Block: norm, attention, norm, experts, with residuals; forward and backward pass, gradients by
+input and parameters, float32. The layers are also timed alone.
 
-google-research/vmoe itself is not on PyPI, so that its layer is written out here in its two
-einsums.
+google-research/vmoe is not on PyPI, so its layer is written out here.
 
     python benchmarks/vmoe_block.py
 """
@@ -37,7 +36,7 @@ TOLERANCE = 1e-4
 def parse_sizes() -> argparse.Namespace:
     parser = timing.parser(__doc__)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--chosen", type=int, default=2, help="experts a token is sent to")
+    parser.add_argument("--chosen", type=int, default=2, help="experts per token")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=768, help="hidden width of an expert")
@@ -49,7 +48,7 @@ def parse_sizes() -> argparse.Namespace:
 
 
 def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Array, Array]:
-    """As `m2mkd_jax.moe.dispatch.capacity`, by masks."""
+    """`m2mkd_jax.moe.dispatch.capacity` by masks."""
     count, groups = experts.up.shape[0], x.shape[0]
     rank, _ = jax.vmap(lambda expert: rank_in_expert(expert, count))(routes.expert)
     order = jnp.argsort(routes.token, axis=1, stable=True)
@@ -58,7 +57,7 @@ def textbook(x: Array, routes: Routes, experts: Experts, slots: int) -> tuple[Ar
         return jnp.take_along_axis(pairs, order, axis=1).reshape(groups, x.shape[1], -1)
 
     expert = jax.nn.one_hot(of_tokens(routes.expert), count)
-    slot = jax.nn.one_hot(of_tokens(rank), slots)  # none beyond the last
+    slot = jax.nn.one_hot(of_tokens(rank), slots)  # all zeros beyond the last
     send = jnp.einsum("GNAE,GNAC->GNEC", expert, slot)
     combine = jnp.einsum("GNA,GNAE,GNAC->GNEC", of_tokens(routes.weight), expert, slot)
     rows = jnp.einsum("GNEC,GND->EGCD", send, x)
@@ -135,7 +134,7 @@ def main() -> None:
     slots = capacity.slots(sizes.examples * sizes.tokens // sizes.groups)
     print(
         f"jax {jax.__version__}; {sizes.examples} x {sizes.tokens} tokens in {sizes.groups} groups,"
-        f" {sizes.experts} experts, {sizes.chosen} a token, {slots} slots an expert and group"
+        f" {sizes.experts} experts, {sizes.chosen} per token, {slots} slots per expert and group"
     )
     cases = {f"{name} block": case for name, case in blocks.items()}
     cases |= {f"{name} layer": case for name, case in alone.items()}

@@ -1,4 +1,4 @@
-"""The config of a run of cliptrans_jax: one frozen dataclass, whose defaults are the only ones."""
+"""The config of a run of cliptrans_jax, as frozen dataclasses that hold all defaults."""
 
 import dataclasses
 from typing import Annotated
@@ -19,12 +19,12 @@ from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.stages import (
     CAPTION,
-    CHOOSE,
     FREEZES,
     MODEL,
     STAGES,
     TOWERS,
     TRANSLATION_STAGES,
+    VALIDATION,
     Side,
     Trains,
     trains,
@@ -49,14 +49,14 @@ from common_jax.ranges import (
     shown,
 )
 
-# Kinds of run: the stages, all of them in order, and scoring a trained model.
+# Kinds of run: each stage, all of them in order, and scoring a trained model.
 RUNS = (*STAGES, "pipeline", "evaluate")
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
 # Sections and fields that every run reads.
 _ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
 READS: dict[str, tuple[str, ...]] = {
     **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
-    "pipeline": (*_ANY, *TOWERS, *MODEL, *CHOOSE, *CAPTION, "unfreeze_clip", "recipes"),
+    "pipeline": (*_ANY, *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
     "evaluate": (*_ANY, *MODEL, "unfreeze_clip"),
 }
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -65,12 +65,12 @@ SIDES = {"": None} | {side.value: side for side in Side}
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig(Section):
-    """The small M-CLIP that stage "clip" trains on pictures and their names in all languages.
+    """The small M-CLIP that stage "clip" trains on pictures and their names in every language.
 
     Attributes:
       text: the text tower.
       image: the image tower.
-      scale: the first value of exp(log_scale), by which the loss "softmax" multiplies similarities.
+      scale: initial exp(log_scale), the factor of similarities in the loss "softmax".
       loss: a key of CONTRASTIVE.
     """
 
@@ -84,31 +84,32 @@ class ClipConfig(Section):
         default = type(self).scale
         if self.scale != default and not CONTRASTIVE[self.loss].takes_scale:
             raise FieldError(
-                f"scale={self.scale} is not for loss={self.loss!r}, which has a first value of its "
-                "own; leave it out"
+                f"scale={self.scale} is not for loss={self.loss!r}, which has an initial value of "
+                "its own; leave it out"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class SourcesConfig(Section):
-    """Sources of weights. Workdirs are those of runs, or steps in them.
+    """Sources of weights. A workdir may also be the folder of one step in it.
 
     Attributes:
-      model: workdir of an earlier stage, or a released CLIPTrans checkpoint; what a stage starts
-        from, and what "evaluate" scores.
-      mbart: folder of a published translator, of the kind that config.model.translator names,
-        where there is no `model`.
+      model: workdir of an earlier stage, or a released CLIPTrans checkpoint, that a stage starts
+        from or "evaluate" scores.
+      mbart: folder of a published translator of the kind config.model.translator, instead of
+        `model`.
       clip: workdir of a run of stage "clip".
-      clip_text, clip_image: folders of published towers, in place of `clip`.
-      clip_activation: of a published CLIP's MLPs, "quick_gelu" or "gelu", where no file says it.
-      clip_text_base: what an M-CLIP was made from, where the `modelBase` of its config.json is a
-        folder that is not here: "xlm-roberta-large", or a folder with a config.json.
-      weights: which weights are read of a published file that holds several: a key such as
-        "model_ema", or what stands before the names, such as "teacher.".
-      fetch: lets `mbart`, `clip_text` and `clip_image` be names on the Hugging Face hub, which are
-        then downloaded; nothing is otherwise.
-      fresh: regex of parameter paths that start fresh even though `model` may have them.
-      leave: regex of parameter paths of `model` that may find no place.
+      clip_text, clip_image: folders of published towers, instead of `clip`.
+      clip_activation: activation of a published CLIP's MLPs, "quick_gelu" or "gelu", if no file
+        says it.
+      clip_text_base: base model of an M-CLIP, if the `modelBase` of its config.json is a missing
+        folder: "xlm-roberta-large", or a folder with a config.json.
+      weights: the weights to read from a published file with several: a key such as "model_ema",
+        or a prefix of the names such as "teacher.".
+      fetch: whether `mbart`, `clip_text` and `clip_image` may be names on the Hugging Face hub,
+        which are then downloaded.
+      fresh: regex of parameter paths to initialise from scratch even if `model` has them.
+      leave: regex of parameter paths of `model` to ignore if this model lacks them.
     """
 
     model: str = ""
@@ -151,7 +152,7 @@ class Recipe(Section):
 
     Attributes:
       optim: optimizer and length.
-      label_smoothing: share of a label's weight that all tokens have.
+      label_smoothing: share of a label's weight that is spread over all tokens.
     """
 
     optim: OptimConfig = OptimConfig()
@@ -165,39 +166,40 @@ class Config(Section):
     Attributes:
       stage: one of RUNS.
       seed: of everything random.
-      precision: what networks compute in, "float32" or "bfloat16"; parameters, softmax, norm
-        statistics, losses and scores of hypotheses are float32 in any case.
-      parity: computes what the original does where that is inconsistent: the prefix before `</s>`
-        in decoding, slots 1 to 10 open to each other whatever they hold, gradients of micro-batches
-        summed and not averaged, pictures whenever test tokens are dropped.
+      precision: dtype of the networks, "float32" or "bfloat16"; parameters, softmax, norm
+        statistics, losses and scores of hypotheses are always float32.
+      parity: reproduces the original's inconsistencies: the prefix before `</s>` in decoding, slots
+        1 to 10 visible to each other whatever they hold, gradients of micro-batches summed instead
+        of averaged, pictures whenever test tokens are dropped.
       data: texts and pictures.
-      languages: those that the tokenizer and stage "clip" know; () for the two of the pair.
+      languages: of the tokenizer and of stage "clip"; () for the two of the pair.
       tokenizer: of the translation model.
-      clip_tokenizer: of a published text tower; `clip` has the translation model's.
+      clip_tokenizer: of a published text tower; `clip` uses the translation model's.
       clip: the towers that stage "clip" trains.
-      augment: what happens to its training pictures.
+      augment: augmentation of its training pictures.
       model: the translation model.
-      freeze: what captioning stages leave as it is, a key of `stages.FREEZES`.
+      freeze: what captioning stages freeze, a key of `stages.FREEZES`.
       unfreeze_clip: also trains the text tower, in stage "translate".
-      caption_language: what captioning stages write; "" for English where it is of the pair.
-      all_languages: whether they write both languages.
-      noise: which tokens of the source are dropped.
-      test_side: what features are taken of in evaluation, "image" or "text"; "" as the stage says.
+      caption_language: language of captions; "" for English if the pair has it.
+      all_languages: whether captioning stages write both languages.
+      noise: which source tokens are dropped.
+      test_side: the side that features are computed from in evaluation, "image" or "text"; "" for
+        the stage's.
       batching: how sentences are padded and grouped.
-      decode: how translations are searched for.
-      valid_decode: whether every evaluation translates the validation set, which the choice of the
-        best checkpoint needs; without it there is its loss alone.
-      valid_beams: beams of that search, of which fewer take less time; 0 for those of `decode`.
-      label_chunk: labels whose logits over the vocabulary a device holds at a time; fewer take less
-        memory, and on a TPU or GPU more time.
+      decode: the search for translations.
+      valid_decode: whether evaluations translate the validation set, as choosing a checkpoint by
+        BLEU requires; otherwise they only compute loss and token accuracy.
+      valid_beams: beams of that search; 0 for those of `decode`.
+      label_chunk: labels per device whose logits are in memory at once; fewer take less memory, and
+        on a TPU or GPU more time.
       sources: weights to start from.
-      optim, label_smoothing: how the stage trains, see Recipe; the pipeline has recipes instead.
-      recipes: how each stage of the pipeline trains.
+      optim, label_smoothing: training of the stage, see Recipe; the pipeline has recipes instead.
+      recipes: training of each stage of the pipeline.
       mesh: devices.
       run: logging, evaluation, checkpoints.
       features: folder for features of frozen towers; "" for the workdir's.
-      keep_text_features: whether a frozen text tower encodes a split once, into that folder; else
-        the step runs it on every batch. Features of pictures are always kept.
+      keep_text_features: whether a frozen text tower encodes each split once, into that folder;
+        otherwise every step runs it. Features of pictures are always stored.
     """
 
     stage: Annotated[str, one_of(*RUNS)] = "translate"
@@ -248,7 +250,7 @@ class Config(Section):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The type that networks compute in."""
+        """The dtype that networks compute in."""
         return PRECISIONS[self.precision]
 
     @property
@@ -258,8 +260,8 @@ class Config(Section):
 
     @property
     def sentence_limit(self) -> int:
-        """Tokens that a sentence of the translation model is cut to: what the tokenizer takes, and
-        what the model has positions for after its prefix."""
+        """Longest sentence of the translation model in tokens: as the tokenizer allows, and the
+        positions that remain after the prefix."""
         room = self.model.sizes.positions - self.model.mapper.prefix
         return min(self.tokenizer.limit, room)
 
@@ -270,21 +272,21 @@ class Config(Section):
 
     @property
     def encodes_texts(self) -> bool:
-        """True if the step itself runs the text tower, where features are of texts."""
+        """True if text features are computed in the step, not read from a file."""
         return self.has_prefix and (self.unfreeze_clip or not self.keep_text_features)
 
     def apply_parity(self) -> "Config":
-        """The config with the fields that `parity` stands for set; to be called once."""
+        """The config with the fields set that `parity` implies; call it once."""
         if not self.parity:
             return self
-        # Adam's direction does not know the gradient's scale, but for eps: gradients summed over k
-        # micro-batches are averaged ones with eps / k.
+        # Adam is invariant to the gradient's scale except for eps: summing over k micro-batches
+        # equals averaging with eps / k.
         optim = dataclasses.replace(self.optim, eps=self.optim.eps / self.optim.accumulate)
         prefix = PrefixConfig(layout="original", mask="original")
         stage = STAGES.get(self.stage)
-        dropping = self.noise.test and not self.unfreeze_clip
-        looks = dropping and stage is not None and stage.parity_looks
-        side = "image" if looks else self.test_side
+        drops = self.noise.test and not self.unfreeze_clip
+        pictures = drops and stage is not None and stage.parity_pictures
+        side = "image" if pictures else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
 
@@ -302,11 +304,11 @@ class Config(Section):
     def _check_languages(self) -> None:
         pair = self.data.pair
         if set(pair) - set(self.known_languages):
-            raise FieldError(f"languages={shown(self.languages)} must hold the pair {pair}")
+            raise FieldError(f"languages={shown(self.languages)} must include the pair {pair}")
         if self.caption_language not in ("", *pair):
             raise FieldError(
-                f"caption_language={shown(self.caption_language)} must be of the pair {pair}, or "
-                "empty"
+                f"caption_language={shown(self.caption_language)} must be one of the pair {pair} "
+                "or empty"
             )
         stage = TRANSLATION_STAGES.get(self.stage)
         if self.all_languages and stage is not None and not stage.captioning:
@@ -330,7 +332,7 @@ class Config(Section):
             )
 
     def _check_beams(self) -> None:
-        # A search looks at the 2 W best tokens of the vocabulary.
+        # A search of W beams needs the 2 W best tokens.
         most = self.model.sizes.vocab // 2
         for name, beams in (
             ("decode.beams", self.decode.beams),
@@ -346,14 +348,14 @@ class Config(Section):
 def choose_recipe(
     config: ml_collections.ConfigDict, recipes: dict[str, Recipe]
 ) -> ml_collections.ConfigDict:
-    """Puts the recipe of `config.stage` in place; the pipeline gets all of them under `recipes`.
+    """Sets the fields of the recipe of `config.stage`; the pipeline gets all under `recipes`.
 
     Args:
       config: a ConfigDict of `Config` with its stage set.
-      recipes: one a stage; "evaluate" needs none.
+      recipes: by stage; "evaluate" needs none.
 
     Raises:
-      ValueError: when there is none for the stage.
+      ValueError: if the stage has no recipe.
     """
     names = [field.name for field in dataclasses.fields(Recipe)]
     if config.stage == "pipeline":

@@ -1,4 +1,4 @@
-"""The curves of CLIPTrans's metrics in a report, beside those that any run has."""
+"""The curves of CLIPTrans' metrics in a report."""
 
 from common_jax.report import ACCURACY, LOSS, OF_TRAINING, Family
 

@@ -1,17 +1,17 @@
-"""Beam search with cached keys and values, one program of static shapes a length of sources.
+"""Beam search with cached keys and values, one program with static shapes per source length.
 
-The search is the original's step by step (the beam search of Hugging Face with early stopping);
-with one beam it is greedy decoding. Its cost is that of the decoder's matrix products:
+The search equals the original's (beam search of Hugging Face with early stopping) step by step;
+with one beam it is greedy decoding. Its cost is close to that of the decoder's matrix products:
 
-  - Encoder states, prefix and language code are the same for all beams of an example, so their
-    keys and values are kept once an example, and beams are the tokens that attend to them.
-  - Beams that survive are not copied. Each step writes the keys of its W tokens into the next W
-    slots of the cache, and a table says which slots a beam descends from; all others are hidden.
-  - The cache starts short and grows in a few parts, each with a loop of its own, so that early
-    steps do not attend to slots that are still empty. It is written in place.
-  - When half of the examples are done, the others continue in a batch half as large.
-  - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, and a softmax keeps
-    their order, so only they are normalised.
+  - Keys and values of encoder states, prefix and language code are stored once per example, since
+    all its beams attend to the same.
+  - Beams are never copied in the cache. Each step writes the keys of its W tokens into the next W
+    slots, and a table says which slots belong to a beam's past; the others are masked.
+  - The cache starts short and grows in a few parts, each with its own loop, so that early steps do
+    not attend to empty slots. It is written in place.
+  - When half of the examples are done, the others continue in a batch of half the size.
+  - Only the 2 W best tokens of a beam can be among the 2 W best of all beams, so only their logits
+    are normalised.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from common_jax.ranges import Count, Size, at_least, within
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
 
-FIRST = 3  # length of the hypotheses that the first step reads
+FIRST = 3  # length of hypotheses at the first step: start, language code, first word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +40,17 @@ class DecodeConfig(Section):
     """The search for translations; the defaults are the original's.
 
     Attributes:
-      beams: hypotheses followed at a time; 1 is greedy decoding.
-      max_new_tokens: longest output, language code and `</s>` included.
+      beams: open hypotheses per example; 1 is greedy decoding.
+      max_new_tokens: longest output, including language code and `</s>`.
       length_penalty: exponent of the length by which a hypothesis's log-probability is divided.
-      early_stopping: ends an example's search as soon as `beams` hypotheses have ended; otherwise
-        it continues while an open one could still be better than the worst of these.
+      early_stopping: ends an example's search when `beams` hypotheses have ended; otherwise it
+        continues while an open one could still be better than the worst of these.
       batch: sentences decoded at a time, over all devices.
-      bucket: sources are padded to this many tokens, or twice, four times as many and so on.
-      growth: parts in which the cache of decoded tokens grows to its full length. More of them
-        attend less to empty slots, and take longer to compile.
-      halvings: how often the batch is halved when half of its examples are done, on every device
-        for itself. Each takes longer to compile.
+      bucket: sources are padded to this many tokens, or to 2, 4, 8, ... times as many.
+      growth: parts in which the cache of decoded tokens grows to its full length. More parts waste
+        less attention on empty slots, and take longer to compile.
+      halvings: number of times that each device halves its batch when half of the examples are
+        done. Each one adds to the time to compile.
     """
 
     beams: Size = 5
@@ -64,18 +64,18 @@ class DecodeConfig(Section):
 
     @property
     def max_length(self) -> int:
-        """Ids of the longest output, the start token included."""
+        """Ids of the longest output, including the start token."""
         return self.max_new_tokens + 1
 
     @property
     def steps(self) -> int:
-        """Steps of the longest search. Start token and language code are read before them, and an
-        output's last token is read by none."""
+        """Steps of the longest search. Start token and language code are read before the first one,
+        and the last token of an output is never read."""
         return self.max_new_tokens - 2
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """For how many steps the cache has room, one part of the search after the other."""
+        """Number of steps that the cache has room for, in each part of the search."""
         count = min(self.growth, self.steps)
         return tuple(-(-self.steps * part // count) for part in range(1, count + 1))
 
@@ -88,7 +88,7 @@ class Hypotheses:
     Attributes:
       tokens: start token, language code, words; then pads, no end token.
       lengths: of `tokens`.
-      scores: sum of log-probabilities over length ** length_penalty; -inf where there are fewer.
+      scores: sum of log-probabilities over length ** length_penalty; -inf for missing ones.
     """
 
     tokens: Int[Array, "B W T"]
@@ -105,7 +105,7 @@ class SearchState:
       length: ids of every open hypothesis.
       tokens: open hypotheses.
       scores: their log-probabilities, summed.
-      origins: the beam in which each of their decoded tokens was put into the cache.
+      origins: the beam whose cache slot has each of their decoded tokens.
       finished: the best finished hypotheses.
       done: examples whose search is over.
       cache: keys and values.
@@ -123,7 +123,7 @@ class SearchState:
 @no_type_check  # while a tree is mapped it may hold anything
 @struct.dataclass
 class Candidates:
-    """The 2 W best continuations of a step and those taken as beams; for looking at a search."""
+    """The 2 W best continuations of a step and the next beams, for inspection."""
 
     scores: Float[Array, "B candidates"]
     tokens: Int[Array, "B candidates"]
@@ -135,7 +135,7 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The steps of a search for one model and one config, as pure functions."""
+    """The steps of a search as pure functions, for one model and one config."""
 
     translator: Translator
     config: DecodeConfig
@@ -150,32 +150,32 @@ class Search:
         """The whole search; to be jitted.
 
         Args:
-          features: one per example; None where the model has no prefix.
+          features: one per example; None if the model has no prefix.
           source: source tokens with pads.
           language: the code that each translation starts with.
         """
         states = self.translator.encode(params, source)
         state, logits = self.start(params, features, source, states, language, steps=0)
-        # The first word is chosen without a step: its scores are those of the block that was read.
+        # The first word needs no step: `start` has computed its scores.
         state, _ = self.advance(state, logits)
-        # Each device halves its own examples: one that moved would take its cache along.
+        # Each device halves its own examples, since moving one would move its cache too.
         shards = batch_shards()
         share = len(source) // shards
         finished, rows = state.finished, jnp.arange(len(source)).reshape(shards, -1) % share
-        halvings = min(self.config.halvings, (share & -share).bit_length() - 1)  # share's twos
+        # As often as 2 divides a device's share.
+        halvings = min(self.config.halvings, (share & -share).bit_length() - 1)
         for halving in range(halvings + 1):
             if halving:
-                # The whole batch keeps what is finished; `rows` says where an example stands in it.
+                # `finished` has the whole batch; `rows` maps the examples of `state` to it.
                 finished = put_rows(finished, state.finished, rows)
-                # Open examples come first, in their order. More than half are open only where the
-                # search has run all of its steps.
-                kept = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
-                kept = kept[:, : rows.shape[1] // 2]
-                rows = jnp.take_along_axis(rows, kept, axis=1)
-                source, state = take_rows(source, kept), take_rows(state, kept)
-            # The last batch runs until its last example is done.
+                # Open examples first. More than half are open only after the last step.
+                keep = jnp.argsort(state.done.reshape(shards, -1), axis=1, stable=True)
+                keep = keep[:, : rows.shape[1] // 2]
+                rows = jnp.take_along_axis(rows, keep, axis=1)
+                source, state = take_rows(source, keep), take_rows(state, keep)
+            # The smallest batch runs until all are done.
             enough = rows.shape[1] // 2 if halving < halvings else 0
-            # A halved batch starts with the full cache: most of its steps are late ones.
+            # A halved batch gets the full cache at once: most of its steps are late.
             for steps in self.config.parts if not halving else self.config.parts[-1:]:
                 state = state.replace(cache=self._grow(state.cache, steps))
                 state = self._search(params, source, state, steps=steps, enough=enough)
@@ -190,8 +190,7 @@ class Search:
         steps: int,
         enough: int,
     ) -> SearchState:
-        """Steps for as long as the cache of so many steps has room and more than `enough` examples
-        of a device are not done."""
+        """Runs steps while the cache has room and some device has over `enough` open examples."""
 
         def unfinished(state: SearchState) -> jax.Array:
             open_ = jnp.sum(~state.done.reshape(batch_shards(), -1), axis=1)
@@ -213,14 +212,16 @@ class Search:
         *,
         steps: int | None = None,
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
-        """The state in which every beam is [start, language], all but the first with a score of
-        NEVER, and the scores of the token after them; the cache has room for `steps` steps, by
-        default for all."""
+        """The state in which every beam is [start, language], and the logits of the next token.
+
+        All beams but the first have a score of NEVER. The cache has room for `steps` steps, by
+        default for all.
+        """
         batch, beams, longest = source.shape[0], self.config.beams, self.config.max_length
         hidden, cache = self.prefill(params, features, source, states, language)
         cache = self._grow(cache, self.config.steps if steps is None else steps)
         logits = self.translator.call("logits", params, hidden[:, -1])
-        # All beams are the same hypothesis until the first choice; with NEVER the others lose it.
+        # All beams are equal at first; NEVER keeps copies out of the first choice.
         logits = jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))
         sizes = self.translator.config.sizes
         tokens = jnp.full((batch, beams, longest), sizes.pad, jnp.int32)
@@ -248,7 +249,7 @@ class Search:
         states: Float[Array, "B S D"],
         language: Int[Array, "B"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The decoder's states at `</s>`, prefix and language code, and its cache of them."""
+        """The decoder's states at `</s>`, prefix and language code, and their cache."""
         sizes = self.translator.config.sizes
         start = jnp.full_like(language, sizes.start)
         ids = jnp.stack([start, language], axis=1)
@@ -262,17 +263,16 @@ class Search:
     def step(
         self, params: Params, source: Int[Array, "B S"], state: SearchState
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
-        """Reads the last token of every beam: the state with it in the cache, and the scores of
-        the token after it."""
+        """Reads the last token of every beam into the cache; returns the logits of the next one."""
         beams, first = self.config.beams, self._slots(0)
-        index = state.length - FIRST  # of the token among those decoded
+        index = state.length - FIRST  # of the token among the decoded ones
         last = jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, 2, keepdims=False)
         own = jnp.arange(beams, dtype=jnp.int32)
-        # The keys of beam w are written as beam w's; `advance` carries this table to its heirs.
+        # Beam w writes its keys as beam w; `advance` passes the table on to its continuations.
         origins = state.origins.at[:, :, index].set(own)
 
-        # Slot first + t * W + w holds the token that beam w decoded t-th. A beam attends to it
-        # where its own t-th token is that of beam w, and to no slot of a step still to come.
+        # Slot first + t * W + w has the t-th token of what was beam w then. A beam attends to it if
+        # that is its own t-th token, and not to slots of later steps.
         times = jnp.arange((cache_slots(state.cache) - first) // beams)
         descends = origins[:, :, : len(times), None] == own
         descends = descends & (times <= index)[:, None]
@@ -296,13 +296,12 @@ class Search:
     def advance(
         self, state: SearchState, logits: Float[Array, "B W V"]
     ) -> tuple[SearchState, Candidates]:
-        """Chooses the next token of every beam, and moves what has ended to the finished ones."""
+        """Chooses the next token of every beam, and moves hypotheses that end to the finished."""
         config, beams = self.config, self.config.beams
         eos = self.translator.config.sizes.eos
         totals, tokens = self._continuations(state, logits)
 
-        # The 2 W best over all beams, of which those that end take no place among the beams: each
-        # beam has one continuation that ends, so that W are left.
+        # Of the 2 W best over all beams at most W end, one per beam, so at least W remain open.
         count = min(2 * beams, totals.shape[1] * totals.shape[2])
         best, place = _top_k(totals.reshape(totals.shape[0], -1), count)
         token = jnp.take_along_axis(tokens.reshape(tokens.shape[0], -1), place, axis=1)
@@ -310,7 +309,7 @@ class Search:
         ends = token == eos
         finished = self._finish(state, best, beam, ends)
 
-        # The W best that do not end, in order: those that end are ranked after all others.
+        # The W best that do not end, in order: those that end are ranked last.
         rank = jnp.arange(count)
         order = jnp.argsort(jnp.where(ends, count + rank, rank), axis=1)[:, :beams]
         next_scores, next_tokens, next_beams = (
@@ -340,11 +339,11 @@ class Search:
     def _continuations(
         self, state: SearchState, logits: Float[Array, "B W V"]
     ) -> tuple[Float[Array, "B W candidates"], Int[Array, "B W candidates"]]:
-        """Total scores and tokens of each beam's best continuations. At the last step only the end
-        is left, and costs nothing."""
+        """Total scores and tokens of each beam's best continuations. The last step forces the end,
+        at no cost."""
         count = min(2 * self.config.beams, logits.shape[-1])
-        # Both functions below read the logits. Without this XLA would fuse the addition of the bias
-        # into each of them and compute it twice.
+        # Both functions below read the logits. Without a barrier XLA would add the bias twice, once
+        # fused into each.
         logits = jax.lax.optimization_barrier(logits)
         best, tokens = _top_k(logits, count)
         scores = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -362,7 +361,7 @@ class Search:
         beam: Int[Array, "B candidates"],
         ends: Bool[Array, "B candidates"],
     ) -> Hypotheses:
-        """The finished hypotheses with those that end among the W best; the W best stay."""
+        """The W best of the finished hypotheses and of those among the W best that end now."""
         beams, old = self.config.beams, state.finished
         values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty
         counts = ends[:, :beams] & ~state.done[:, None]
@@ -378,7 +377,7 @@ class Search:
         )
 
     def _slots(self, steps: int) -> int:
-        """Slots of a cache with room for so many steps."""
+        """Number of slots of a cache with room for so many steps."""
         return self.translator.prefix_length + 2 + steps * self.config.beams
 
     def _grow(self, cache: Cache, steps: int) -> tuple[tuple, ...]:
@@ -389,9 +388,9 @@ class Search:
 def _top_k(
     x: Float[Array, "B ..."], count: int
 ) -> tuple[Float[Array, "B ..."], Int[Array, "B ..."]]:
-    """The largest along the last axis and where they stand, each device for its own examples.
+    """The largest along the last axis, and their indices, computed on each device's own examples.
 
-    XLA would bring the scores of all examples to every device.
+    XLA alone would gather the scores of all examples on every device.
     """
     choose = functools.partial(jax.lax.top_k, k=count)
     if batch_shards() > 1:

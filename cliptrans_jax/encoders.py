@@ -1,4 +1,4 @@
-"""The frozen towers: sentences and pictures to features, computed once and kept."""
+"""The frozen towers: sentences and pictures to features, computed once and stored."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from cliptrans_jax.features import cached, encode_all, fingerprint
 from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, tower_of
 from common_jax.inputs import BadExample, eval_batches
 
-# Tokens that sentences are padded to multiples of, so that few lengths are compiled.
+# Sentences are padded to multiples of this many tokens, so that few lengths are compiled.
 BUCKET = 8
 TEXT_BATCH, IMAGE_BATCH = 256, 128
 
@@ -33,10 +33,10 @@ class TextTower:
     """Sentences to features.
 
     Attributes:
-      config: sizes, of a text tower of `TOWERS`.
-      params: as read; not on any device yet.
-      tokenizer: frames sentences for it; None where the tower is only described.
-      dtype: what is computed in.
+      config: sizes of a text tower of `TOWERS`.
+      params: numpy arrays, not on a device yet.
+      tokenizer: frames sentences for it; None if the tower only has shapes.
+      dtype: of the computation.
     """
 
     config: Any
@@ -46,13 +46,13 @@ class TextTower:
 
     @classmethod
     def described(cls, config: Any, dtype: DTypeLike) -> "TextTower":
-        """The tower with shapes in the place of parameters."""
+        """The tower with shapes instead of parameters."""
         init = functools.partial(tower_of(config).init, config, dtype)
         return cls(config, jax.eval_shape(init, jax.random.key(0)), None, dtype)
 
     @property
     def longest(self) -> int:
-        """Tokens that it has positions for."""
+        """Tokens of the longest sentence."""
         return self.config.longest
 
     def apply(
@@ -65,23 +65,24 @@ class TextTower:
     def encode(
         self, ids: Sequence[np.ndarray], *, mesh: Mesh, title: str = "features"
     ) -> Float32[np.ndarray, "B M"]:
-        """A feature a framed sentence, computed on all devices of the mesh, those of a like length
-        together: little of a batch is padding.
+        """One feature per framed sentence, computed on all devices of the mesh.
+
+        Sentences are sorted by length, so that batches contain little padding.
 
         Raises:
-          ValueError: no sentences, or one that the tower cannot read.
+          ValueError: for no sentences, or for one that the tower cannot read.
         """
         self._check(ids)
         order = by_length(ids)
-        chosen = [ids[place] for place in order]
-        batches = _text_batches(chosen, self.tokenizer.pad, self.longest, mesh)
-        found = encode_all(
+        sorted_ids = [ids[place] for place in order]
+        batches = _text_batches(sorted_ids, self.tokenizer.pad, self.longest, mesh)
+        features = encode_all(
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
         )
-        return found[np.argsort(order)]
+        return features[np.argsort(order)]
 
     def _check(self, ids: Sequence[np.ndarray]) -> None:
-        """Raises ValueError for ids that the table of words or of positions lacks."""
+        """Raises ValueError for ids or lengths outside the embedding tables."""
         vocab = self.config.vocab
         if len(ids) == 0:
             raise ValueError("no sentences to encode; give the ids of at least one")
@@ -89,7 +90,7 @@ class TextTower:
             sentence = np.asarray(sentence)
             if sentence.ndim != 1 or sentence.dtype.kind not in "iu":
                 raise ValueError(
-                    f"ids[{place}] must be a sentence's ids (S,), whole numbers, and is "
+                    f"ids[{place}] must be the ids of a sentence, whole numbers (S,), and is "
                     f"{sentence.dtype} {sentence.shape}"
                 )
             if not 1 <= len(sentence) <= self.longest:
@@ -122,9 +123,9 @@ class ImageTower:
     """Pictures to features.
 
     Attributes:
-      config: sizes, of an image tower of `TOWERS`.
-      params: as read; not on any device yet.
-      dtype: what is computed in.
+      config: sizes of an image tower of `TOWERS`.
+      params: numpy arrays, not on a device yet.
+      dtype: of the computation.
     """
 
     config: Any
@@ -136,7 +137,7 @@ class ImageTower:
         return tower_of(self.config).apply(self.config, self.dtype, params, images)
 
     def prepare(self, image: np.ndarray) -> Float32[np.ndarray, "I J 3"]:
-        """A picture as the tower takes it; see `prepare_picture`."""
+        """A picture in the tower's size and normalisation; see `prepare_picture`."""
         return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
 
@@ -153,9 +154,9 @@ def load_published_text(
     """M-CLIP's or CLIP's text tower from a folder or a file; see `pretrained.load`.
 
     Raises:
-      ValueError: the tokenizer is not the tower's.
+      ValueError: if the tokenizer is not the tower's.
     """
-    found = pretrained.load(
+    published = pretrained.load(
         folder,
         kind=tuple(tower.kind for tower in TEXT_TOWERS),
         fetch=fetch,
@@ -163,20 +164,21 @@ def load_published_text(
         activation=activation,
         base=base,
     )
-    if tokenizer.kind != (proper := tower_of(found.config).sentences.tokenizer):
+    if tokenizer.kind != (expected := tower_of(published.config).sentences.tokenizer):
         raise ValueError(
             f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
-            f"{folder!r}, a tower of kind {found.kind!r}; set it to {proper!r}, and "
+            f"{folder!r}, a tower of kind {published.kind!r}; set it to {expected!r}, and "
             "config.clip_tokenizer.path to the folder of its tokenizer"
         )
-    tower = TextTower(found.config, found.params, None, dtype)
+    tower = TextTower(published.config, published.params, None, dtype)
     cut = dataclasses.replace(tokenizer, max_length=min(tokenizer.limit, tower.longest))
     read = load_tokenizer(cut, key="config.clip_tokenizer")
-    if read.vocab != found.config.vocab:
+    if read.vocab != published.config.vocab:
         raise ValueError(
             f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
-            f"of the text tower in config.sources.clip_text={folder!r} has {found.config.vocab} "
-            "rows; give the folder of the tokenizer that the tower was trained with"
+            f"of the text tower in config.sources.clip_text={folder!r} has "
+            f"{published.config.vocab} rows; give the folder of the tokenizer that the tower was "
+            "trained with"
         )
     return dataclasses.replace(tower, tokenizer=read)
 
@@ -190,14 +192,14 @@ def load_published_image(
     activation: str = "",
 ) -> ImageTower:
     """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
-    found = pretrained.load(
+    published = pretrained.load(
         folder,
         kind=tuple(tower.kind for tower in IMAGE_TOWERS),
         fetch=fetch,
         weights=weights,
         activation=activation,
     )
-    return ImageTower(found.config, found.params, dtype)
+    return ImageTower(published.config, published.params, dtype)
 
 
 def text_features(
@@ -208,8 +210,8 @@ def text_features(
     folder: epath.PathLike,
     mesh: Mesh,
 ) -> Float32[np.ndarray, "B M"]:
-    """A feature a sentence of one language, from `folder` where it holds the same tower's of the
-    same sentences."""
+    """One feature per sentence of a language, read from `folder` if it has those of the same tower
+    and sentences."""
     ids = tower.tokenizer.encode(corpus.texts[language], None)
     content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
     title = f"features of {corpus.name}, {language}"
@@ -224,19 +226,18 @@ def text_features(
 def image_features(
     tower: ImageTower, corpus: Corpus, *, folder: epath.PathLike, mesh: Mesh, workers: int = 0
 ) -> Float32[np.ndarray, "B M"]:
-    """A feature an example, from `folder` where it holds the same tower's of the same files.
+    """One feature per example, read from `folder` if it has those of the same tower and pictures.
 
-    A picture that several examples show, such as one of COCO with its five captions, is read,
-    encoded and kept once.
+    A picture of several examples, such as one of COCO with five captions, is encoded once.
 
     Args:
-      workers: processes that read and prepare pictures; 0 does it here.
+      workers: processes that read and prepare pictures; 0 for this one.
 
     Raises:
-      ValueError: the corpus has no pictures, or one cannot be read; it is named.
+      ValueError: if the corpus has no pictures, or for a picture that cannot be read.
     """
     images = corpus.require_images()
-    place: dict[str, int] = {}  # of each picture, by its name, among those that are encoded
+    place: dict[str, int] = {}  # name of a picture -> its row among the encoded ones
     rows = np.array([place.setdefault(images.name(row), len(place)) for row in range(len(images))])
     firsts = np.unique(rows, return_index=True)[1]
 
@@ -269,8 +270,7 @@ def image_features(
 
 
 class _Pictures:
-    """Prepared pictures of a corpus, those at `rows`; `arrays` is None, since they are made on
-    demand."""
+    """The prepared pictures of a corpus at `rows`; `arrays` is None: they are read one by one."""
 
     arrays = None
 
@@ -285,46 +285,45 @@ class _Pictures:
 
 
 def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
-    """Places of sentences, the shortest first; equal ones stay in their order."""
+    """Indices of sentences from the shortest to the longest; the order is stable."""
     return np.argsort([len(x) for x in ids], kind="stable")
 
 
 def _text_batches(
     ids: Sequence[np.ndarray], pad_id: int, room: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's rows of batches in order, padded to the longest sentence of the batch, but not
-    beyond `room`."""
+    """This host's rows of each batch, padded to its longest sentence but to at most `room`."""
     batch = _whole(TEXT_BATCH, mesh)
     count = batch // jax.process_count()
     first_row = jax.process_index() * count
     for first in range(0, len(ids), batch):
-        chosen = list(ids[first : first + batch])
-        length = min(-(-max(map(len, chosen)) // BUCKET) * BUCKET, room)
-        real = np.arange(batch) < len(chosen)
-        chosen += [chosen[-1]] * (batch - len(chosen))
+        part = list(ids[first : first + batch])
+        length = min(-(-max(map(len, part)) // BUCKET) * BUCKET, room)
+        real = np.arange(batch) < len(part)
+        part += [part[-1]] * (batch - len(part))
         rows = slice(first_row, first_row + count)
         yield {
-            "ids": pad(chosen[rows], length, pad_id=pad_id),
+            "ids": pad(part[rows], length, pad_id=pad_id),
             "_mask": real[rows].astype(np.float32),
         }
 
 
 def _whole(batch: int, mesh: Mesh) -> int:
-    """A batch near `batch` that splits over all devices."""
+    """A batch size near `batch` that divides over all devices."""
     return max(1, batch // mesh.size) * mesh.size
 
 
 def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
-    """Arrays that differ for any other sentences."""
+    """Arrays that are unique to these sentences: their ids and lengths."""
     return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
 
 
 def _samples(images: Images) -> list[np.ndarray]:
-    """The pixels of some pictures, so that a folder with other files of the same names is noticed;
-    reading all of them would take as long as computing their features."""
-    chosen = sorted({0, len(images) // 2, len(images) - 1})
+    """The pixels of three pictures, to notice other files under the same names. Reading all of them
+    would take as long as computing their features."""
+    places = sorted({0, len(images) // 2, len(images) - 1})
     try:
-        return [images[index] for index in chosen]
+        return [images[index] for index in places]
     except BadExample as bad:
         raise ValueError(f"a picture cannot be read: {bad}") from bad
 

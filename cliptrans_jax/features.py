@@ -1,8 +1,7 @@
-"""Feature vectors of frozen encoders: computed once over a whole set, kept in files that know what
-they were made from.
+"""Feature vectors of frozen encoders, computed once for a whole set and cached in files.
 
-The originals' caches are trusted whatever lies in them. Here a file carries a fingerprint of the
-encoder's weights and of the texts or pictures, and is used only if that is the one asked for.
+The originals trust any cache file. Here a file has a fingerprint of the encoder's weights and of
+the texts or pictures, and is used only if the fingerprint matches.
 """
 
 import functools
@@ -34,13 +33,15 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 
 Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
 
-LOG_SECONDS = 20  # between log lines, where there is no terminal for a progress bar
-BROADCAST_BYTES = 1 << 26  # at most that go to the other hosts at once, through their devices
+LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
+BROADCAST_BYTES = 1 << 26  # at most, per broadcast to the other hosts through their devices
 
 
 def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., Encoded]:
-    """encode(params, batch, row) -> (features (B, M), mask, row), jitted, the whole of it on every
-    device. Devices of a mesh need not come in the order of the hosts: rows carry their numbers."""
+    """encode(params, batch, row) -> (features (B, M), mask, row), jitted and replicated.
+
+    Rows carry their numbers, since the devices of a mesh need not be in the order of the hosts.
+    """
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def encode(params: Any, batch: Batch, row: Int[Array, "B"]) -> Encoded:
@@ -58,31 +59,31 @@ def encode_all(
     size: int | None = None,
     title: str = "features",
 ) -> Float32[np.ndarray, "B M"]:
-    """The features of all examples in their order, the whole of them on every host.
+    """The features of all examples in order, on every host.
 
     Args:
-      apply: the encoder; jitted here, its batch split over all axes of `mesh`.
-      params: its parameters, laid out on `mesh` or not yet on any device.
-      batches: as `common_jax.inputs.eval_batches` gives them: this host's rows of each global
-        batch, `_mask` 0 on the padding after the last example.
-      size: how many examples there must be; None leaves it to the batches.
-      title: for the progress bar or the log lines.
+      apply: the encoder; jitted here, with the batch split over all axes of `mesh`.
+      params: its parameters, on `mesh` or not on a device yet.
+      batches: those of `common_jax.inputs.eval_batches`: this host's rows of each global batch,
+        with `_mask` 0 on the padding after the last example.
+      size: expected number of examples; None for any.
+      title: for the progress bar or the log.
 
     Raises:
-      ValueError: when there are no batches, they do not divide over the mesh, an example is masked
-        out before the last one, or there are not `size`; features without their own example would
-        shift all that follow.
+      ValueError: if there are no batches, a batch does not divide over the mesh, the number of
+        examples is not `size`, or one before the last is masked out: all later features would
+        belong to the wrong example.
       FloatingPointError: for features that are not finite.
     """
     encode = encode_program(apply, mesh)
-    # Once, and not with every batch.
+    # Else every call would transfer them again.
     if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params)):
         params = jax.device_put(params, replicated(mesh))
     parts, masks = [], []
 
     def collect(encoded: Encoded) -> None:
         features, mask, row = map(np.asarray, encoded)
-        order = np.argsort(row)
+        order = np.argsort(row)  # from the order of devices to that of examples
         parts.append(features[order])
         masks.append(mask[order])
 
@@ -101,33 +102,34 @@ def encode_all(
             row = on_devices.pop("_row")
             encoded = encode(params, on_devices, row)
             if pending is not None:
-                collect(pending)  # while the devices work on the next
+                collect(pending)  # while the devices compute the next batch
             pending = encoded
     if pending is None:
-        raise ValueError(f"{title}: there is nothing to encode, the set is empty")
+        raise ValueError(f"{title}: the set is empty, so there is nothing to encode")
     collect(pending)
     features, real = np.concatenate(parts), np.concatenate(masks) > 0
     return _checked(features, real, size, title)
 
 
 def fingerprint(params: Any, *content: Any) -> str:
-    """A name, in hexadecimal digits, of an encoder's weights and what it encodes.
+    """A hexadecimal digest of an encoder's weights and of what it encodes.
 
-    The weights are summed up where they lie, so that nothing large moves; the result does not
-    depend on how they are sharded. It changes with any value, shape, dtype or name among them, and
-    with any part of the content and the order of the parts.
+    Checksums of the weights are computed on their devices, and do not depend on the sharding. The
+    digest depends on every value, shape, dtype and name, and on every part of the content and their
+    order.
 
     Args:
-      params: nested dict of arrays of at most 32 bits a value.
-      content: str, bytes or arrays: texts, file contents and whatever else decides the features,
-        such as the size that pictures are resized to.
+      params: nested dict of arrays with at most 32 bits per value.
+      content: str, bytes or arrays that determine the features: texts, file contents, the size that
+        pictures are resized to.
 
     Raises:
-      TypeError: for content of another kind, which has no bytes of its own.
+      TypeError: for content of another type.
     """
     digest = hashlib.sha256(b"features 1")
     flat = traverse_util.flatten_dict(params, sep="/")
-    sums = {path: _checksum_of(leaf) for path, leaf in sorted(flat.items())}  # all dispatched
+    # All checksums are dispatched before the first one is waited for.
+    sums = {path: _checksum_of(leaf) for path, leaf in sorted(flat.items())}
     for path, value in sums.items():
         leaf = flat[path]
         _add(digest, f"{path} {np.dtype(leaf.dtype).name} {tuple(leaf.shape)}")
@@ -143,24 +145,24 @@ def cached(
     fingerprint: str,
     compute: Callable[[], Float32[np.ndarray, "B M"]],
 ) -> Float32[np.ndarray, "B M"]:
-    """The features of `compute()`, from `folder/name.npz` if that has the same fingerprint.
+    """The features of `compute()`, read from `folder/name.npz` if its fingerprint matches.
 
-    Otherwise all hosts compute it and the first one writes the file, whole or not at all. Only the
-    first host reads the file, so that the hosts agree and need not share a disk. A file that is cut
-    off or otherwise broken is computed again, with a warning.
+    Otherwise all hosts compute them, and the first one writes the file atomically. Only the first
+    host reads the file, so that hosts agree and need no shared disk. A damaged file is replaced,
+    with a warning.
 
     Args:
-      folder: made where it is missing; may be on an object store.
+      folder: created if missing; may be on an object store.
       name: of the file, without a suffix.
-      fingerprint: of all that decides the features.
-      compute: called on every host, or on none.
+      fingerprint: of everything that determines the features.
+      compute: called on every host or on none.
     """
-    path, found = epath.Path(folder) / f"{name}.npz", None
+    path, features = epath.Path(folder) / f"{name}.npz", None
     if jax.process_index() == 0:
-        found = _read(path, fingerprint)
-    found = _from_first_host(found)
-    if found is not None:
-        return found
+        features = _read(path, fingerprint)
+    features = _from_first_host(features)
+    if features is not None:
+        return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
         _write(path, features, fingerprint)
@@ -185,15 +187,16 @@ def _checked(
     features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, "_"], size: int | None, title: str
 ) -> Float32[np.ndarray, "B M"]:
     count = int(real.sum())
+    # Padding may only follow the last example: a gap would shift all later features.
     if not real[:count].all():
         missing = np.flatnonzero(~real[: np.flatnonzero(real)[-1]])
         raise ValueError(
             f"{title}: {len(missing)} examples could not be read, the first of them number "
-            f"{missing[0]}; each needs its features: repair or remove what the log names"
+            f"{missing[0]}; repair or remove those that the log names"
         )
     if size is not None and count != size:
         raise ValueError(
-            f"{title}: {count} examples came of {size}; repair or remove those that the log names"
+            f"{title}: got {count} examples of {size}; repair or remove those that the log names"
         )
     features = features[:count]
     if not (finite := np.isfinite(features).all(axis=1)).all():
@@ -211,21 +214,23 @@ def _checksum_of(leaf: Any) -> UInt32[Array, "2"]:
     return _checksum_on(mesh)(leaf)
 
 
+# Cached, since a new jitted function for every leaf would compile equal shapes again.
 @functools.lru_cache(maxsize=8)
 def _checksum_on(mesh: Mesh | None) -> Callable[[Any], UInt32[Array, "2"]]:
     return jax.jit(_checksum, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def _checksum(x: Array) -> UInt32[Array, "2"]:
-    """Two sums, modulo 2^32, over the values' bit patterns, each mixed with its place.
+    """Two sums, modulo 2^32, of the bit patterns of all values, each mixed with its position.
 
-    Mixing is one to one, so that one changed value always changes both sums; sums do not depend on
-    who adds what up. A mere product with the place would not see two values change signs.
+    Mixing is a bijection, so a single changed value always changes both sums, and sums do not
+    depend on the sharding. With a product instead, two values could change signs unnoticed.
     """
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    # The position in row-major order, which does not depend on the sharding.
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
@@ -235,52 +240,53 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A one to one map of 32-bit numbers that leaves no pattern: MurmurHash3's last steps."""
+    """A bijection of 32-bit numbers, the finalizer of MurmurHash3."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _add(digest: Any, part: Any) -> None:
-    """Adds a part, its kind and its length, so that parts cannot run into each other."""
+    """Adds a part with its kind and length, so that different splits have different digests."""
     if isinstance(part, np.ndarray):
         if part.dtype.hasobject:
-            raise TypeError("an array of objects has no bytes of its own; give texts or numbers")
+            raise TypeError("an array of objects cannot be hashed; give texts or numbers")
         kind, body = f"{part.dtype.str} {part.shape}", np.ascontiguousarray(part).data.cast("B")
     elif isinstance(part, str):
         kind, body = "str", part.encode()
     elif isinstance(part, bytes):
         kind, body = "bytes", part
     else:
-        raise TypeError(f"{type(part).__name__} has no bytes of its own; give bytes, str or arrays")
+        raise TypeError(f"{type(part).__name__} cannot be hashed; give bytes, str or arrays")
     digest.update(f"{kind} {len(body)}\n".encode())
     digest.update(body)
 
 
 def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | None:
-    """The features of a whole file of this fingerprint; the log says why there are none."""
+    """The features of an intact file with this fingerprint, else None; the log says why."""
     if not path.exists():
-        logging.info("%s: not there yet, computing it", path)
+        logging.info("%s does not exist yet, computing it", path)
         return None
     try:
         arrays = read_npz(path, ("fingerprint", "features"))
-        features, held = arrays["features"], arrays["fingerprint"]
+        features, file_fingerprint = arrays["features"], arrays["fingerprint"]
         if features.ndim != 2 or features.dtype != np.float32:
             raise ValueError(
-                f"{path} is damaged (features are {features.dtype} {brief(features.shape)})"
+                f"{path} is damaged (its features are {features.dtype} {brief(features.shape)})"
             )
-        if held.ndim or held.dtype.kind != "U":
+        if file_fingerprint.ndim or file_fingerprint.dtype.kind != "U":
             raise ValueError(
-                f"{path} is damaged (a fingerprint is {held.dtype} {brief(held.shape)})"
+                f"{path} is damaged (its fingerprint is {file_fingerprint.dtype} "
+                f"{brief(file_fingerprint.shape)})"
             )
     except (OSError, ValueError) as error:
         logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if str(held) != fingerprint:
+    if str(file_fingerprint) != fingerprint:
         logging.info(
             "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
             path,
-            plain(str(held)[:12]),
+            plain(str(file_fingerprint)[:12]),
             fingerprint,
         )
         return None
@@ -302,10 +308,11 @@ def _write(path: epath.Path, features: Float32[np.ndarray, "B M"], fingerprint: 
 def _from_first_host(
     features: Float32[np.ndarray, "B M"] | None,
 ) -> Float32[np.ndarray, "_ M"] | None:
-    """The array that the first host holds, on every host."""
+    """The first host's array, on every host."""
     if jax.process_count() == 1:
         return features
     shape = (-1, -1) if features is None else features.shape
+    # A shape of (-1, -1) tells the other hosts that there is no array.
     rows, width = map(int, multihost_utils.broadcast_one_to_all(np.array(shape, np.int32)))
     if rows < 0:
         return None

@@ -1,4 +1,4 @@
-"""Trained models, ready to translate, from nothing but a workdir."""
+"""Loads the model of a run from its workdir, for translation."""
 
 import dataclasses
 import re
@@ -34,10 +34,9 @@ class LoadedModel:
 
     Attributes:
       config: of its run.
-      params: those of the translator in its subtree, "mapper", and "clip" where its text tower was
-        trained.
+      params: of the translator in its subtree, "mapper", and "clip" if its text tower was trained.
       tokenizer: of sources and outputs.
-      data: gives the towers that features come from, when they are first needed.
+      data: loads the towers on first use.
       search: the compiled search.
       mesh: devices.
     """
@@ -54,26 +53,24 @@ class LoadedModel:
     ) -> list[list[Hypothesis]]:
         """The hypotheses of every sentence, best first, with their scores.
 
-        A sentence is read as training reads a line of a file: without white space around it, and
-        with a space for a line break inside. One with more tokens than the model has positions for
-        is cut, which the log says.
+        As in training, sentences are stripped, and line breaks become spaces. Sentences with more
+        tokens than positions are truncated, with a line in the log.
 
         Args:
-          sentences: in the source language of the run; several, not one text. With pictures they
-            may be empty.
-          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence: the features are
-            those of the pictures and not of the sentences.
+          sentences: a list in the source language of the run. With pictures they may be empty.
+          pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence; features are then
+            computed from the pictures, not from the sentences.
 
         Raises:
-          ValueError: no sentences, one that is empty or no text, another number of pictures, an
+          ValueError: for no sentences, one that is empty or no text, another number of pictures, an
             array that is no picture, or pictures for a model without a prefix.
         """
         sentences = _lines(sentences, allow_empty=pictures is not None)
         pictures = None if pictures is None else _checked_pictures(pictures, len(sentences))
         if pictures is not None and not self.config.has_prefix:
             raise ValueError(
-                "pictures are given, and this model takes none: config.model.mapper.prefix is 0 in "
-                "its run; leave them out"
+                "this model takes no pictures: config.model.mapper.prefix is 0 in its run; leave "
+                "them out"
             )
         source, target = self.config.data.pair
         code = np.array([self.tokenizer.language_id(target)], np.int32)
@@ -103,11 +100,11 @@ class LoadedModel:
             shard=(0, 1),
             by_length=True,
         )
-        found = self.search(self.params, batches)
-        return [found[index] for index in range(len(sentences))]
+        hypotheses = self.search(self.params, batches)
+        return [hypotheses[index] for index in range(len(sentences))]
 
     def _encode(self, sentences: Sequence[str], pictures: Sequence[np.ndarray] | None):
-        """Features and tokens for the text tower, one of them or neither."""
+        """Features, or tokens for the text tower; None for what is not needed."""
         if not self.config.has_prefix:
             return None, None
         if pictures is not None:
@@ -122,7 +119,7 @@ class LoadedModel:
 
 
 def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
-    """Sentences as the readers of corpora give them."""
+    """The sentences, normalised as by the readers of corpora."""
     lines = require_texts(sentences, name="sentences")
     if not lines:
         raise ValueError("sentences is empty; give at least one sentence")
@@ -135,7 +132,7 @@ def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
 
 
 def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
-    """Pictures as a list, as many as there are sentences."""
+    """The pictures as a list of `count` valid arrays."""
     single = isinstance(pictures, np.ndarray) and pictures.ndim < 4
     if single or not isinstance(pictures, Iterable):
         raise ValueError(
@@ -160,23 +157,22 @@ def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
 
 
 def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedModel:
-    """The model that a run trained, of its best checkpoint by the validation set.
+    """Loads the best checkpoint of a run by the validation set.
 
     Args:
-      source: the run's workdir, or one step's folder, which is then taken as it is.
-      mesh: devices; None for the first alone.
+      source: the run's workdir, or the folder of one step to load.
+      mesh: devices; None for the first only.
 
     Raises:
-      FileNotFoundError: when there is no finished checkpoint.
-      ValueError: when it is of stage "clip", which trains no translation model, or of the other
-        system.
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: for stage "clip", which trains no translation model, or a run of the other system.
     """
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
     step = checkpoint.find_step(source)
     saved = checkpoint.load_config(step)
     check_system(saved, SYSTEM, str(source))
     config = freeze_stored(Config, saved, step).apply_parity()
-    # Sentences' features are computed before the search, where they are not trained with it.
+    # A frozen text tower encodes the sentences before the search, not in it.
     config = dataclasses.replace(config, keep_text_features=True)
     workdir = step.parent.parent
     if config.stage not in TRANSLATION_STAGES:

@@ -27,8 +27,8 @@ def label_loss(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     weights = ((labels >= 0) & (labels != pad)).astype(logits.dtype)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    losses = log_z - (1 - smoothing) * chosen
+    label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    losses = log_z - (1 - smoothing) * label_logits
     if smoothing:
         losses = losses - smoothing * jnp.mean(logits, axis=-1)
     return jnp.sum(weights * losses), jnp.sum(weights)
@@ -45,20 +45,17 @@ def states_loss(
     dtype: DTypeLike = jnp.float32,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`label_loss` of scores(readout, states), of which no more than a chunk is there at a time.
+    """`label_loss` of scores(readout, states), computed chunk by chunk.
 
-    A vocabulary is the widest thing of a step: the logits of 8,192 labels over 250,054 tokens are 8
-    GB, and so is their gradient. Here a device takes the gradients of `chunk` labels while it has
-    their logits, which are computed once, as without chunks. What devices know of the readout's
-    gradient is summed over them once, after the last chunk. Pads cost nothing: they come last, and
-    chunks of nothing else are not computed.
+    The logits of 8,192 labels over 250,054 tokens take 8 GB, and so does their gradient. See
+    `models.chunks.total_of_chunks`.
 
     Args:
       scores: pure function.
       readout: its parameters.
-      dtype: what matrices of the readout are brought to the devices in. Their gradient is summed in
+      dtype: in which matrices of the readout are sent to the devices. Their gradients are summed in
         float32 at least.
-      chunk: labels of a device.
+      chunk: labels per device and chunk.
     """
     if labels.size <= chunk * batch_shards():
         return label_loss(scores(readout, states), labels, pad=pad, smoothing=smoothing)

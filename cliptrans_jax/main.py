@@ -24,7 +24,7 @@ first, then translation.
 All stages in order:
   python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline \\
       --workdir=runs/emoji
-One stage, with the weights of other runs and another prefix:
+One stage, from the weights of other runs, with another number of beams:
   python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=translate \\
       --workdir=runs/translate --config.sources.clip=runs/emoji/clip \\
       --config.sources.model=runs/emoji/caption --config.decode.beams=1
@@ -33,7 +33,7 @@ Flags:"""
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Freezes the config, makes the mesh, and runs the stage."""
+    """Checks the config and runs the stage."""
     frozen = freeze(Config, config)
     check_places(frozen, workdir)
     mesh = make_mesh(frozen.mesh)
@@ -50,10 +50,9 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:
-    """Raises OSError, naming the field, for a source of the config that is not there, and for a
-    folder to be written that cannot be made.
+    """Raises OSError, naming the field, if a source is missing or an output folder cannot be made.
 
-    A run with results may have lost what it started from.
+    A run that has results no longer needs its sources.
     """
     check_output("--workdir", workdir)
     if config.features:
@@ -77,8 +76,11 @@ def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
 
 
 def check_run(config: Config, mesh: Mesh, *, key: str = "config") -> None:
-    """Raises ValueError for a batch, of training or of decoding, that does not fit the mesh; `key`
-    is of the section with `optim`."""
+    """Raises ValueError if a batch of training or decoding does not divide over the mesh.
+
+    Args:
+      key: path of the section with `optim`, for messages.
+    """
     if config.stage != "evaluate":
         batch = f"{key}.optim.batch / {key}.optim.accumulate"
         check_batch(mesh, batch, config.optim.micro_batch)

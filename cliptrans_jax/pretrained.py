@@ -1,6 +1,6 @@
-"""Published weights as our parameters, and ours as files that others read.
+"""Reads published weights into our parameters, and exports ours for other software.
 
-Folders of Hugging Face, OpenAI's and OpenCLIP's files and CLIPTrans' own checkpoints; see
+Formats: folders of Hugging Face, files of OpenAI and OpenCLIP, and CLIPTrans' checkpoints; see
 `tensors.kinds.KINDS`.
 """
 
@@ -60,7 +60,7 @@ __all__ = [
     "save_cliptrans",
 ]
 
-# What is fetched: what a model is and its tokenizer, and its weights in one of two formats.
+# Files to download: configs and tokenizer, and the weights in one of two formats.
 ABOUT = (
     "config.json",
     "generation_config.json",
@@ -73,7 +73,7 @@ ABOUT = (
     "merges.txt",
 )
 ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
-# The files that OpenAI published, by name; all of their towers have the quick GELU.
+# Names of the files that OpenAI published; all of their towers have the quick GELU.
 OPENAI_FILES = (
     *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
     *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
@@ -95,27 +95,26 @@ def load(
     """Reads published weights.
 
     Args:
-      source: a folder of Hugging Face (config.json and weights), a file or shards of weights as
-        `common_jax.weights` reads them, or with `fetch` a model's id on Hugging Face's hub.
-      kind: a key of `tensors.kinds.KINDS`, or several, of which the first that is there is read;
-        None where config.json or the tensors' names say it; a CLIP of two towers is then read as
-        its image tower. The towers are also found below "clip." in a CLIPTrans checkpoint that
-        trained them.
-      config: sizes, in place of those of the JSON files beside the weights or, without these, of
-        the tensors' shapes. Shapes do not show heads, ids and epsilons: these are then the
-        published models', and listed under "assumed" in the account.
+      source: a folder of Hugging Face (config.json and weights), a file or shards that
+        `common_jax.weights` reads, or with `fetch` a model's id on the Hugging Face hub.
+      kind: a key of `tensors.kinds.KINDS`, or several, of which the first one in the file is read;
+        None to infer it from config.json or the tensors' names, where a whole CLIP is read as its
+        image tower. Towers may also be below "clip." in a CLIPTrans checkpoint that trained them.
+      config: sizes, instead of those in the JSON files beside the weights or, without these, of the
+        tensors' shapes. Shapes do not show heads, ids and epsilons: those of the published models
+        are then assumed, and listed under "assumed" in the account.
       fetch: whether `source` may be downloaded.
-      weights: which weights are read of a file that holds several: a key of a training checkpoint,
-        such as "model_ema", or what stands before a network's names, with its dot: "teacher.".
-      activation: of a CLIP tower's MLPs, "quick_gelu" or "gelu", where no file says it: OpenAI's
-        and OpenCLIP's files have the same names.
-      base: what an M-CLIP was made from, in place of its config.json's `modelBase`.
+      weights: the weights to read from a file with several: a key of a training checkpoint, such as
+        "model_ema", or a prefix of the names with its dot, such as "teacher.".
+      activation: of a CLIP tower's MLPs, "quick_gelu" or "gelu", if no file says it: files of
+        OpenAI and OpenCLIP have the same names.
+      base: base model of an M-CLIP, instead of `modelBase` in its config.json.
 
     Raises:
-      FileNotFoundError: for no such source, or one that cannot be fetched.
-      ValueError: for a file that cannot be read, is of no known kind, or does not fit the config; a
-        setting of a JSON file that is not supported; an activation that nothing says, or that two
-        say differently; numbers that are not finite.
+      FileNotFoundError: if the source does not exist or cannot be downloaded.
+      ValueError: for a file that cannot be read, is of no known kind, or does not fit the config;
+        an unsupported setting in a JSON file; an unknown or contradictory activation; numbers that
+        are not finite.
     """
     allowed = (kind,) if isinstance(kind, str) else kind or ()
     if unknown := [name for name in allowed if name not in KINDS]:
@@ -138,7 +137,7 @@ def load(
         notes += more
     elif not isinstance(config, layout.config_type):
         raise ValueError(
-            f"config is a {type(config).__name__}, and kind={kind!r} takes a "
+            f"config is a {type(config).__name__}, but kind={kind!r} takes a "
             f"{layout.config_type.__name__}"
         )
     if (tower := TOWERS.get(layout.config_type)) and tower.pictures:
@@ -172,61 +171,62 @@ def _config(
     activation: str,
     base: str,
 ) -> tuple[Any, tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """The config of a layout's tensors, the fields of it that were assumed, and notes about where
-    others are from."""
-    stated, file = about.get(layout.about), str(path)
-    if base and not (stated is not None and "modelBase" in stated):
+    """The config of a layout's tensors, its assumed fields, and notes on where others are from."""
+    content, file = about.get(layout.about), str(path)
+    if base and not (content is not None and "modelBase" in content):
         raise ValueError(
             f"config.sources.clip_text_base={base!r} is for an M-CLIP with a config.json, and "
             f"{file} has none with a modelBase; leave it out"
         )
     if base:
-        stated = stated | {"modelBase": str(Path(base).absolute()) if Path(base).exists() else base}
+        content = content | {
+            "modelBase": str(Path(base).absolute()) if Path(base).exists() else base
+        }
     try:
-        config = layout.config(tensors, stated, file)
+        config = layout.config(tensors, content, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    unstated, notes = list(layout.unstated) if stated is None else [], ()
-    if layout.varied and stated is None:
-        found, notes = _activation(layout, path, activation)
-        config = dataclasses.replace(config, activation=found)
+    assumed, notes = list(layout.unstated) if content is None else [], ()
+    if layout.varied and content is None:
+        value, notes = _activation(layout, path, activation)
+        config = dataclasses.replace(config, activation=value)
         if activation or notes:
-            unstated.remove("activation")
+            assumed.remove("activation")
     elif layout.varied and activation not in ("", config.activation):
         raise ValueError(
             f"{file}: its {layout.about} says activation={config.activation!r}, and "
             f"config.sources.clip_activation={activation!r}; leave the latter out"
         )
-    fields = {name: operator.attrgetter(name)(config) for name in unstated}
+    fields = {name: operator.attrgetter(name)(config) for name in assumed}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
 
 
-def _activation(layout: Layout, path: Path, given: str) -> tuple[str, tuple[str, ...]]:
-    """The activation of a CLIP whose folder does not say it, and a note where its file does."""
+def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str, ...]]:
+    """The activation of a CLIP without a config file, and a note if the weights' file says it."""
     if "QuickGELU" in module_classes(path):
-        if given not in ("", "quick_gelu"):
+        if choice not in ("", "quick_gelu"):
             raise ValueError(
-                f"{path} holds modules QuickGELU, and config.sources.clip_activation={given!r}; "
+                f"{path} holds modules QuickGELU, and config.sources.clip_activation={choice!r}; "
                 "leave the latter out"
             )
-        return "quick_gelu", ("activation='quick_gelu', as its modules QuickGELU say",)
-    if given:
-        return given, ()
+        return "quick_gelu", ("activation='quick_gelu', from its modules QuickGELU",)
+    if choice:
+        return choice, ()
     if layout.about != CONFIG and path.name in OPENAI_FILES:
         return "quick_gelu", ()
     raise ValueError(
         f"{path} does not say which activation its towers were trained with, and models whose "
         "tensors look the same differ in it (OpenAI's have the quick GELU, OpenCLIP's most often "
-        f"the GELU): put its {layout.about} beside it, or say "
+        f"the GELU): put its {layout.about} beside it, or set "
         "--config.sources.clip_activation=quick_gelu or gelu (`activation` of pretrained.load)"
     )
 
 
 def _require_pictures(about: Beside, file: str) -> None:
-    """Raises ValueError where pictures were normalised by other numbers than CLIP's, with which
-    they are prepared here."""
-    name, *found = picture_numbers(about)
-    for key, numbers, ours in zip(("mean", "std"), found, (MEAN, STD), strict=True):
+    """Raises ValueError if the model's pictures are not normalised with CLIP's mean and deviation,
+    as all pictures are here."""
+    name, *statistics = picture_numbers(about)
+    for key, numbers, ours in zip(("mean", "std"), statistics, (MEAN, STD), strict=True):
         if numbers is None:
             continue
         try:
@@ -247,18 +247,17 @@ def save(
     *,
     tokenizer_files: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Writes a folder for `transformers.MBartForConditionalGeneration.from_pretrained`, the whole
-    of it or nothing.
+    """Writes a folder for `transformers.MBartForConditionalGeneration.from_pretrained`, atomically.
 
     Args:
-      folder: new, empty, or already holding just this.
+      folder: new, empty, or with this same content.
       params: of "mbart".
       tokenizer_files: copied beside the weights.
 
     Raises:
-      FileExistsError: when the folder holds something else.
-      FileNotFoundError: when a tokenizer's file is missing.
-      ValueError: when the parameters are not of `config`.
+      FileExistsError: if the folder has other content.
+      FileNotFoundError: if a file of the tokenizer is missing.
+      ValueError: if the parameters do not fit `config`.
     """
     folder, extra = Path(folder), {Path(file).name: Path(file) for file in tokenizer_files}
     if missing := [str(file) for file in extra.values() if not file.is_file()]:
@@ -266,10 +265,10 @@ def save(
     names = {"config.json", "model.safetensors", *extra}
     if len(names) != 2 + len(tokenizer_files):
         raise ValueError(f"tokenizer_files={[*map(str, tokenizer_files)]} must differ in name")
-    refused = FileExistsError(f"{folder} exists and holds something else; give another folder")
+    conflict = FileExistsError(f"{folder} exists and holds something else; give another folder")
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if (there and there != names) or (folder.exists() and not folder.is_dir()):
-        raise refused
+        raise conflict
     tensors = _tensors(kinds.MBART, params, config)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
@@ -281,19 +280,19 @@ def save(
         if not there:
             os.replace(part, folder)
         elif not all(same_content(part / name, folder / name) for name in names):
-            raise refused
+            raise conflict
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: ModelConfig) -> None:
     """Writes {"mbart": ..., "mapper": ...} as one `.safetensors` file under the names of CLIPTrans'
-    checkpoints, the shared embedding once.
+    checkpoints, with the shared embedding once.
 
     Raises:
-      FileExistsError: when the file is there and holds something else.
-      FileNotFoundError: when its folder is missing.
-      ValueError: when the parameters are not of `config`, or for another suffix.
+      FileExistsError: if the file exists with other content.
+      FileNotFoundError: if its folder is missing.
+      ValueError: if the parameters do not fit `config`, or for another suffix.
     """
     write_tensors(path, _tensors(kinds.CLIPTRANS, params, config))
 
@@ -301,28 +300,28 @@ def save_cliptrans(path: str | os.PathLike, params: Mapping[str, Any], config: M
 def cliptrans_tensors(
     params: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, np.ndarray], Account]:
-    """{"mbart": ..., "mapper": ...} under the names of CLIPTrans' checkpoints, the shared embedding
-    under all of its own, and which tensor is which parameter.
+    """{"mbart": ..., "mapper": ...} under the names of CLIPTrans' checkpoints, with the shared
+    embedding under all its names, and the account of the names.
 
     Raises:
-      ValueError: when the parameters are not of `config`.
+      ValueError: if the parameters do not fit `config`.
     """
     tensors, table = _tensors(kinds.CLIPTRANS, params, config), kinds.CLIPTRANS.table(config)
     expected = expected_tensors(table, params)
-    taken = tuple((name, path, shape) for name, (path, shape) in expected.items())
+    rows = tuple((name, path, shape) for name, (path, shape) in expected.items())
     named = tensors | {alias: tensors[name] for alias, name in table.aliases.items()}
-    return named, Account(taken, tuple(table.aliases.items()))
+    return named, Account(rows, tuple(table.aliases.items()))
 
 
 def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Numpy parameters on devices, each device given only its own part.
+    """Puts numpy parameters on devices, each of which gets only its own shard.
 
     Args:
       params: nested dict of numpy arrays.
-      shapes: the same of ShapeDtypeStructs with shardings.
+      shapes: nested dict of ShapeDtypeStructs with shardings.
 
     Raises:
-      ValueError: naming every parameter that is missing, without a place or of another shape.
+      ValueError: naming every parameter that is missing, unknown or of another shape.
     """
     _require(params, shapes)
 
@@ -335,7 +334,7 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _find(source: str | os.PathLike, fetch: bool) -> Path:
-    """The place of the source on this machine."""
+    """The local path of the source."""
     path, name = Path(source), str(source)
     if "://" in name:
         raise ValueError(f"{name} must be on a disk of this machine; copy it to one first")
@@ -352,7 +351,7 @@ def _find(source: str | os.PathLike, fetch: bool) -> Path:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=[*ABOUT, *SAFETENSORS])
         if not any(Path(folder).glob("*.safetensors")):
             folder = huggingface_hub.snapshot_download(name, allow_patterns=[*ABOUT, *TORCH])
-    except Exception as error:  # the hub's own, and those of the library that it speaks HTTP with
+    except Exception as error:  # errors of the hub and of its HTTP library
         raise FileNotFoundError(
             f"{name} cannot be fetched from Hugging Face's hub ({type(error).__name__}: {error}); "
             "without network, fetch it elsewhere (`hf download`), copy the folder here and give "
@@ -362,16 +361,16 @@ def _find(source: str | os.PathLike, fetch: bool) -> Path:
 
 
 def _tensors(layout: Layout, params: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-    """Our parameters as tensors of float32 under a layout's names."""
+    """Our parameters as float32 tensors under a layout's names."""
     _require(params, layout.shapes(config))
     tensors = write(layout.table(config), params)
     return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
 
 
 def _require(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
-    """Raises ValueError where parameters do not have the shapes that they should have."""
+    """Raises ValueError if parameters do not have the expected shapes."""
     if problems := list_differences(params, shapes):
         raise ValueError(
             f"the parameters are not of this model ({len(problems)} differ):"
-            f"{list_problems(problems)}\ngive the config that they were made with"
+            f"{list_problems(problems)}\ngive the config that they were trained with"
         )

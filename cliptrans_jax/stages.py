@@ -14,7 +14,7 @@ from cliptrans_jax.translators.translator import Architecture
 
 
 class Side(enum.Enum):
-    """The side of a pair that a CLIP feature is taken of."""
+    """The side of a pair that CLIP features are computed from."""
 
     IMAGE = "image"
     TEXT = "text"  # of the sentence that the encoder reads
@@ -23,7 +23,7 @@ class Side(enum.Enum):
 class Trains(enum.Enum):
     """The network that a stage trains."""
 
-    TOWERS = "towers"  # both, from pairs of a text and a picture
+    TOWERS = "towers"  # both, on pairs of a text and a picture
     TRANSLATOR = "translator"
 
 
@@ -33,8 +33,8 @@ MODEL = (
     "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
     "keep_text_features",
 )  # fmt: skip
-CHOOSE = ("batching", "label_chunk", "valid_decode", "valid_beams")
-TRAIN = ("optim", "label_smoothing", *CHOOSE)
+VALIDATION = ("batching", "label_chunk", "valid_decode", "valid_beams")
+TRAIN = ("optim", "label_smoothing", *VALIDATION)
 CAPTION = ("freeze", "caption_language", "all_languages")
 
 
@@ -44,17 +44,16 @@ class Stage:
 
     Attributes:
       trains: the network that it trains.
-      reads: sections and fields of the config that it reads, beside those of every run; a flag of
-        any other changes nothing.
-      evaluators: keys of `evaluators.table.EVALUATORS`, which its validation set is evaluated by.
-      train, test: of the translator's stages: what features are taken of in training and in
-        evaluation.
-      captioning: the encoder reads the target itself, with its tokens dropped, and not its source
-        language's sentence; such a stage comes first.
-      unfreezes_tower: whether config.unfreeze_clip may train the text tower too. It cannot learn
-        from pictures.
-      parity_looks: whether the original's evaluation takes features of pictures whenever tokens of
-        the test sentences are dropped.
+      reads: config sections and fields that it reads, in addition to those of every run; other
+        flags have no effect.
+      evaluators: keys of `evaluators.table.EVALUATORS`, run on its validation set.
+      train, test: the side that features are computed from in training and in evaluation, for
+        stages of the translator.
+      captioning: the encoder reads the target itself with dropped tokens, not a sentence in the
+        source language; such a stage comes first.
+      unfreezes_tower: whether config.unfreeze_clip may train the text tower too, which cannot
+        learn from pictures.
+      parity_pictures: whether the original evaluates with pictures when test tokens are dropped.
     """
 
     trains: Trains
@@ -64,14 +63,14 @@ class Stage:
     test: Side = Side.TEXT
     captioning: bool = False
     unfreezes_tower: bool = False
-    parity_looks: bool = False
+    parity_pictures: bool = False
 
 
 STAGES: Mapping[str, Stage] = types.MappingProxyType(
     {
         "clip": Stage(
             Trains.TOWERS,
-            # Its tokenizer is the translation model's, and as long as its positions allow.
+            # Its tokenizer is the translation model's, limited by that model's positions.
             (
                 *TOWERS, "optim", "model.mapper.prefix", "model.translator",
                 *(f"model.{name}.{key}" for name in TRANSLATORS for key in ("vocab", "positions")),
@@ -97,7 +96,7 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
             (*MODEL, *TRAIN, "unfreeze_clip"),
             ("labels", "translations"),
             unfreezes_tower=True,
-            parity_looks=True,
+            parity_pictures=True,
         ),
         "triplet": Stage(
             Trains.TRANSLATOR,
@@ -114,14 +113,13 @@ SCORED_AS = "translate"  # the stage whose sentences and features a run of "eval
 
 
 def trains(stage: Any) -> Trains | None:
-    """The network that a kind of run trains; None for one that is no stage."""
+    """The network that a run trains; None if it is not a stage."""
     known = STAGES.get(stage) if isinstance(stage, str) else None
     return None if known is None else known.trains
 
 
-# The parts of the translator that captioning stages leave as they are, as fields of its
-# `Architecture`. The original freezes the encoder, and with it the embedding that encoder, decoder
-# and output share.
+# Parts of the translator that captioning stages freeze, as fields of its `Architecture`. The
+# original freezes the encoder and the embedding, which encoder, decoder and output share.
 FREEZES = {
     "encoder": ("embedding", "encoder"),
     "encoder_layers": ("encoder",),
@@ -133,8 +131,8 @@ def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
     """Regex of the paths of the parameters that a stage updates.
 
     Args:
-      stage: of the table.
-      freeze: a key of FREEZES; of captioning stages alone.
+      stage: a value of STAGES.
+      freeze: a key of FREEZES; used by captioning stages only.
       architecture: of the translator.
     """
     frozen = ["buffers"]

@@ -40,13 +40,14 @@ class Weights:
         unit = apart / np.sqrt(np.square(apart).mean(axis=-1, keepdims=True) + self.eps)
         return unit * self[f"{name}.weight"] + self[f"{name}.bias"]
 
-    def attention(self, names, x, heard, visible, heads) -> np.ndarray:
-        """x over `heard`; names of the layers of queries, keys, values and outputs."""
+    def attention(self, names, x, context, visible, heads) -> np.ndarray:
+        """Attention of x over `context`; names of the layers of queries, keys, values and
+        outputs."""
         query, key, value, out = names
         found = attend(
             self.linear(query, x),
-            self.linear(key, heard),
-            self.linear(value, heard),
+            self.linear(key, context),
+            self.linear(value, context),
             visible,
             heads,
         )
@@ -54,7 +55,7 @@ class Weights:
 
 
 def attend(query, keys, values, visible, heads) -> np.ndarray:
-    """softmax(q k^T / sqrt(K)) v over what each query hears."""
+    """softmax(q k^T / sqrt(K)) v over the visible keys of each query."""
     parts = []
     for part in np.split(np.arange(query.shape[-1]), heads):
         scores = query[:, part] @ keys[:, part].T / math.sqrt(len(part))
@@ -140,8 +141,8 @@ def prefix(weights: Weights, kind: str, feature, count: int) -> np.ndarray:
     x = weights.linear("projector", feature).reshape(count, -1)
     layer = weights.below("transformer.layers.0.")
     rows = x @ layer["self_attn.in_proj_weight"].T + layer["self_attn.in_proj_bias"]
-    heard = attend(*np.split(rows, 3, axis=-1), np.ones((count, count), bool), 2)
-    x = layer.norm("norm1", x + layer.linear("self_attn.out_proj", heard))
+    attended = attend(*np.split(rows, 3, axis=-1), np.ones((count, count), bool), 2)
+    x = layer.norm("norm1", x + layer.linear("self_attn.out_proj", attended))
     hidden = np.maximum(layer.linear("linear1", x), 0)
     return layer.norm("norm2", x + layer.linear("linear2", hidden))
 
@@ -166,8 +167,8 @@ def mclip(weights: Weights, ids, mask, *, heads, pad=1) -> np.ndarray:
     """M-CLIP's feature of one sentence."""
     x = mclip_embeddings(weights, ids, pad)
     for layer in weights.below("transformer.encoder.").layers("layer"):
-        heard = layer.attention(BERT, x, x, mask[None], heads)
-        x = layer.norm("attention.output.LayerNorm", x + heard)
+        attended = layer.attention(BERT, x, x, mask[None], heads)
+        x = layer.norm("attention.output.LayerNorm", x + attended)
         hidden = gelu(layer.linear("intermediate.dense", x))
         x = layer.norm("output.LayerNorm", x + layer.linear("output.dense", hidden))
     return weights.linear("LinearTransformation", x[mask].mean(axis=0))

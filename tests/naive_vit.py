@@ -16,7 +16,7 @@ State = Mapping[str, np.ndarray]
 
 def run(state: State, x: np.ndarray, *, heads: int, eps: float) -> tuple[np.ndarray, list]:
     """What a network or a stage makes of images (B, I, J, channels) or tokens (B, T, D), and the
-    tokens behind each block."""
+    tokens after each block."""
     if "cls_token" in state:
         x = embed(state, x)
     blocks = []

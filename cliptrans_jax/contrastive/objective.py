@@ -1,4 +1,4 @@
-"""The record of a contrastive loss: its formula, and the numbers that it learns itself."""
+"""The record of a contrastive loss: its formula and its learned numbers."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ Numbers = Mapping[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A number that a loss learns.
+    """A number that is learned with a loss.
 
     Attributes:
-      start: its first value; None for log(config.clip.scale).
-      most: the largest value that the loss is computed with; None for no limit.
+      start: initial value; None for log(config.clip.scale).
+      most: upper limit in the loss; None for no limit.
     """
 
     start: float | None = None
@@ -26,12 +26,12 @@ class Learned:
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """A loss of the pairs of a batch, against all texts and images of it that are no pair.
+    """A loss of the pairs in a batch, against all other combinations of its texts and images.
 
     Attributes:
       loss: (texts (B, M), images (B, M), and the learned numbers by name) -> scalar.
-      learned: by name, which is that of the parameter under "clip".
-      metrics: learned numbers -> what a training step logs of them.
+      learned: by the name of the parameter under "clip".
+      metrics: learned numbers -> metrics of a training step.
     """
 
     loss: Callable[..., Float[Array, ""]]
@@ -44,7 +44,7 @@ class Contrastive:
         return any(number.start is None for number in self.learned.values())
 
     def init(self, scale: float) -> dict[str, Float[Array, ""]]:
-        """First values of the learned numbers."""
+        """Initial values of the learned numbers."""
         starts = {name: number.start for name, number in self.learned.items()}
         return {
             name: jnp.asarray(math.log(scale) if start is None else start)
@@ -52,7 +52,7 @@ class Contrastive:
         }
 
     def limit(self, params: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
-        """The learned numbers among `params`, none above its limit."""
+        """The learned numbers in `params`, clipped to their limits."""
         return {
             name: params[name] if number.most is None else jnp.minimum(params[name], number.most)
             for name, number in self.learned.items()
@@ -60,5 +60,5 @@ class Contrastive:
 
 
 def unit(x: Float[Array, "B M"]) -> Float[Array, "B M"]:
-    """The features at length 1."""
+    """The features, scaled to length 1."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The record of an evaluator, and several of them as one."""
+"""The record of an evaluator, and the combination of several."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ class Evaluator:
     """An evaluation of a validation set.
 
     Attributes:
-      make: (the set, as the runs of a stage give it) -> evaluate(params, helpers, step), whose
-        result is metrics by name. Sets are `translation.SentenceSet` and `retrieval.PairSet`.
-      best: metrics whose highest value is the best, by which config.run.best may choose.
-      searches: whether it translates, which config.valid_decode=False leaves out.
+      make: (set) -> evaluate(params, helpers, step) -> metrics by name, for a
+        `translation.SentenceSet` or a `retrieval.PairSet`.
+      best: metrics that config.run.best may name; higher is better.
+      searches: whether it translates; if so, config.valid_decode=False disables it.
     """
 
     make: Callable[[Any], Evaluate]

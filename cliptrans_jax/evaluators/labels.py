@@ -1,4 +1,4 @@
-"""The loss over a set's labels, and how often the most probable token is the label."""
+"""Loss and accuracy over a set's labels."""
 
 from jax import numpy as jnp
 
@@ -12,8 +12,8 @@ from common_jax.step import Evaluate, Sums, make_evaluator
 
 
 def make_sums(translator: Translator, encode: Encode) -> Sums:
-    """Totals over a batch's tokens: label loss without smoothing, and right guesses of the next
-    token, those of rank 0 (`rank_of`)."""
+    """Totals over a batch's labels: the loss without smoothing, and the labels that have rank 0
+    (`rank_of`) among all tokens."""
     pad = translator.config.sizes.pad
 
     def sums(params, helpers, batch, key):

@@ -1,4 +1,4 @@
-"""The share of texts and pictures that find each other."""
+"""Retrieval accuracy between texts and pictures."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +23,8 @@ class PairSet:
     Attributes:
       embed: (params, batch) -> features of texts and of images.
       batches: starts a pass over the set.
-      mesh: where batches go.
-      seed: of everything random.
+      mesh: devices.
+      seed: random seed.
     """
 
     embed: Callable[[Any, Mapping[str, jax.Array]], tuple[Float[Array, "B M"], Float[Array, "B M"]]]
@@ -36,14 +36,14 @@ class PairSet:
 def retrieval_sums(
     texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
 ) -> dict[str, Float[Array, ""]]:
-    """Pairs of a batch, and the sum over them of how often text and image find each other: 1, 1/2
-    or 0.
+    """The number of pairs in a batch, and the sum of their accuracies: 1 if text and image retrieve
+    each other, 1/2 if one retrieves the other, else 0.
 
-    A hit has rank 0 (`rank_of`) in cosine similarity among the batch's real examples (mask 1).
-    Equal similarities rank by their index, and one that is not finite is never a hit.
+    A hit has rank 0 (`rank_of`) by cosine similarity among the examples with mask 1. Ties rank by
+    index; a similarity that is not finite is never a hit.
     """
     real, own = mask > 0, jnp.arange(len(mask))
-    # Factors rounded to bfloat16, the default of some accelerators, would make ties.
+    # The default precision of some accelerators, bfloat16, would cause ties.
     scores = jnp.matmul(unit(texts), unit(images).T, precision=jax.lax.Precision.HIGHEST)
     scores = jnp.where(real[:, None] & real[None, :], scores, -jnp.inf)
     hits = rank_of(scores, own) < 1, rank_of(scores.T, own) < 1
@@ -52,8 +52,7 @@ def retrieval_sums(
 
 
 def evaluate_retrieval(pairs: PairSet) -> Evaluate:
-    """evaluate(params, helpers, step) -> accuracy among the pairs of a batch, both directions
-    averaged."""
+    """evaluate(params, helpers, step) -> accuracy within batches, averaged over both directions."""
 
     def sums(params: Any, helpers: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         return retrieval_sums(*pairs.embed(params, batch), batch["_mask"])

@@ -1,8 +1,7 @@
 """Scores of translations against one reference each: BLEU, chrF, METEOR and exact matches.
 
-All are from 0 to 100 and over a whole set; each has a signature that says which variant it is.
-Nothing is downloaded: where a tokenizer would need data of its own, another is taken, which the
-signature names.
+All are from 0 to 100 over a whole set, and have a signature that names the variant. Nothing is
+downloaded: a tokenizer that needs its own data is replaced, as its signature says.
 """
 
 import dataclasses
@@ -19,13 +18,13 @@ from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from sacrebleu.metrics.chrf import CHRF
 from sacremoses.corpus import NonbreakingPrefixes
 
-# sacrebleu's tokenizer of languages written without spaces between words; all others have its
-# default. For Japanese and Korean it has better ones, which need packages with dictionaries.
+# sacrebleu's tokenizers for languages without spaces between words. Its better ones for Japanese
+# and Korean need packages with dictionaries.
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
 DEFAULT_TOKENIZER = "13a"
 
-METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")  # fields of `Scores` that are logged
-ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # METEOR's weight of recall, and shape and weight of its penalty
+METRICS = ("bleu", "bleu_lower", "chrf", "meteor", "exact")  # logged fields of `Scores`
+ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5  # METEOR's recall weight, penalty shape, penalty weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +32,13 @@ class Scores:
     """Scores of a set, 0 to 100.
 
     Attributes:
-      bleu: sacrebleu's corpus BLEU with its defaults, case counting.
-      bleu_lower: corpus BLEU of lower-cased text in Moses' tokens, as text-only work on Multi30k
-        reports it.
+      bleu: sacrebleu's corpus BLEU with its defaults, case-sensitive.
+      bleu_lower: corpus BLEU of lower-cased text in Moses' tokens, as reported for text-only models
+        on Multi30k.
       chrf: sacrebleu's corpus chrF2.
-      meteor: mean over the sentences of METEOR with the stages exact and stem.
-      exact: share of outputs that equal their reference, spaces and Unicode forms aside.
-      count: sentences.
+      meteor: METEOR with the stages exact and stem, averaged over sentences.
+      exact: share of outputs that equal their reference up to spaces and Unicode form.
+      count: number of sentences.
       signatures: name of a score -> its variant.
     """
 
@@ -53,15 +52,15 @@ class Scores:
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str) -> Scores:
-    """Scores detokenised outputs against the raw target lines; CLIPTrans, evaluation.
+    """Scores detokenised outputs against raw target lines (CLIPTrans, evaluation).
 
     Args:
       hypotheses: the outputs.
-      references: one for each.
-      language: of both, here and below such as "de" or, with a country, "de_DE".
+      references: one per output.
+      language: of both; here and below such as "de" or, with a country, "de_DE".
 
     Raises:
-      ValueError: when there are no sentences, or not one reference for each.
+      ValueError: if there are no sentences, or not one reference per output.
     """
     if len(hypotheses) != len(references):
         raise ValueError(
@@ -98,15 +97,15 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
 
 
 def as_metrics(scores: Scores) -> dict[str, float]:
-    """The numbers that a run logs and draws."""
+    """The metrics that a run logs."""
     return {name: getattr(scores, name) for name in METRICS}
 
 
 def bleu(
     hypotheses: Sequence[str], references: Sequence[str], *, language: str
 ) -> tuple[BLEUScore, str]:
-    """sacrebleu's corpus BLEU with its defaults (13a tokens, exponential smoothing, case counting),
-    or the tokenizer that `TOKENIZERS` has for the language; and the signature."""
+    """sacrebleu's corpus BLEU with its defaults (13a tokens unless `TOKENIZERS` has the language,
+    exponential smoothing, case-sensitive), and the signature."""
     metric = BLEU(tokenize=TOKENIZERS.get(_code(language), DEFAULT_TOKENIZER))
     return metric.corpus_score(hypotheses, [references]), str(metric.get_signature())
 
@@ -114,8 +113,8 @@ def bleu(
 def bleu_lower(
     hypotheses: Sequence[str], references: Sequence[str], *, language: str
 ) -> tuple[BLEUScore, str]:
-    """Corpus BLEU of text that `moses` has prepared, and the signature. Languages of `TOKENIZERS`,
-    whose words Moses does not find, keep that tokenizer and are lower-cased."""
+    """Corpus BLEU of the tokens of `moses`, and the signature. Languages of `TOKENIZERS`, which
+    Moses does not segment, are lower-cased and keep their tokenizer."""
     language = _code(language)
     if language in TOKENIZERS:
         metric = BLEU(lowercase=True, tokenize=TOKENIZERS[language])
@@ -124,15 +123,15 @@ def bleu_lower(
     value = metric.corpus_score(
         moses(hypotheses, language=language), [moses(references, language=language)]
     )
-    # Moses has lists of abbreviations in some languages, and takes the English one for others.
+    # Moses uses its list of English abbreviations for languages that it has none for.
     prefixes = language if language in NonbreakingPrefixes().available_langs else "en"
     prepared = f"prep:moses-lc-norm-tok-{language}|prefixes:{prefixes}"
     return value, f"{prepared}|sacremoses:{sacremoses.__version__}|{metric.get_signature()}"
 
 
 def moses(texts: Iterable[str], *, language: str) -> list[str]:
-    """Texts as in Multi30k's own tokenised files: lower-cased, punctuation normalised, tokens with
-    spaces between, all as Moses' scripts do it, which sacremoses ports."""
+    """Texts as in Multi30k's tokenised files: lower-cased, with normalised punctuation and spaces
+    between tokens, by sacremoses' ports of Moses' scripts."""
     normalizer = sacremoses.MosesPunctNormalizer(_code(language), perl_parity=True)
     tokenizer = sacremoses.MosesTokenizer(_code(language))
     normalized = (normalizer.normalize(text.lower()) for text in texts)
@@ -140,8 +139,8 @@ def moses(texts: Iterable[str], *, language: str) -> list[str]:
 
 
 def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
-    """METEOR's tokens of each text: those of nltk's word tokenizer, which works on the text as one
-    sentence, or single characters where `TOKENIZERS` has the language."""
+    """METEOR's tokens of each text, by nltk's word tokenizer on the text as one sentence, or single
+    characters for languages of `TOKENIZERS`."""
     if _code(language) in TOKENIZERS:
         return [list("".join(text.split())) for text in texts]
     tokenizer = NLTKWordTokenizer()
@@ -149,14 +148,14 @@ def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
 
 
 def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
-    """METEOR of one sentence, 0 to 1, from tokens, which are lower-cased here:
+    """METEOR of one sentence from its tokens, which are lower-cased here, from 0 to 1:
 
     (1 - gamma (chunks / m)^beta) P R / (alpha P + (1 - alpha) R),  P = m / |hypothesis|,
     R = m / |reference|
 
-    m = tokens matched, first those that are the same, then those with the same Porter stem; chunks
-    = runs of matches that are adjacent in both. METEOR's third stage, synonyms of WordNet, is left
-    out: it needs data, and only English has any. Without a match the score is 0.
+    m = matched tokens, first equal ones, then those with equal Porter stems; chunks = runs of
+    matches that are adjacent in both. METEOR's third stage, synonyms of WordNet, is left out: its
+    data is a download, and for English only. Without a match the score is 0.
     """
     return meteor_score.single_meteor_score(
         reference,
@@ -175,7 +174,7 @@ def _code(language: str) -> str:
 
 
 class _NoSynonyms:
-    """In the place of nltk's WordNet: no word has a synonym."""
+    """Replaces nltk's WordNet: no word has a synonym."""
 
     def synsets(self, word: str) -> tuple[()]:
         return ()

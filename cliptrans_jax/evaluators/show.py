@@ -1,4 +1,4 @@
-"""Translations for people to read: a file of all of them, and a table of a few with pictures."""
+"""Translations for reading: a file with all of them, and a table of some with pictures."""
 
 import dataclasses
 import re
@@ -15,12 +15,12 @@ from common_jax.workdir import write_bytes
 COLUMNS = ("index", "key", "source", "reference", "output", "score")
 ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 LETTERS = {escape: letter for letter, escape in ESCAPES.items()}
-THUMBNAIL = 128  # pixels, the longer side at most; twice what a page shows, for dense screens
+THUMBNAIL = 128  # pixels of the longer side; twice their size on the page, for dense screens
 
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """An output that the search ranked lower."""
+    """An output of the search with its score."""
 
     text: str
     score: float
@@ -28,15 +28,15 @@ class Hypothesis:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One sentence translated.
+    """One translated sentence.
 
     Attributes:
-      index: its place in the set.
+      index: position in the set.
       key: its name there, such as the picture's file.
       source: the sentence.
-      reference: how it should be translated.
-      output: how it was.
-      score: what the search gave the output.
+      reference: the correct translation.
+      output: the model's translation.
+      score: of the output in the search.
       others: further outputs of the search, best first.
       picture: uint8 [I, J, channels] of 1 (grey) or 3 (RGB), or None.
     """
@@ -52,13 +52,12 @@ class Row:
 
 
 def write_translations(path: epath.PathLike, rows: Sequence[Row]) -> None:
-    r"""Writes the rows, without their pictures, as tab-separated UTF-8, whole or not at all.
+    r"""Writes the rows without their pictures as tab-separated UTF-8, atomically.
 
-    The first line names the columns: those of `COLUMNS`, then output_2, score_2, output_3 and so
-    on, as many as the row of the most outputs has; they are empty where a row has fewer. Tab,
-    newline, carriage return and backslash within a text stand as \t, \n, \r and \\. Lines end in a
-    newline alone, and quotes have no meaning: `read_translations` reads it, as does pandas with
-    `sep="\t", quoting=3, keep_default_na=False`, escapes aside.
+    The first line names the columns: `COLUMNS`, then output_2, score_2, output_3 and so on, empty
+    for rows with fewer outputs. Tab, newline, carriage return and backslash in a text are written
+    as \t, \n, \r and \\. Quotes have no meaning. `read_translations` reads the file, and so does
+    pandas with `sep="\t", quoting=3, keep_default_na=False`, except for the escapes.
     """
     path = epath.Path(path)
     most = max((len(row.others) for row in rows), default=0)
@@ -78,7 +77,7 @@ def read_translations(path: epath.PathLike) -> list[Row]:
     """The rows that `write_translations` wrote, without pictures.
 
     Raises:
-      ValueError: for a file of another form, naming it and the line.
+      ValueError: for a malformed file, naming it and the line.
     """
     header, *lines = epath.Path(path).read_bytes().decode().removesuffix("\n").split("\n")
     names = header.split("\t")
@@ -94,12 +93,14 @@ def read_translations(path: epath.PathLike) -> list[Row]:
             others = tuple(_others(cells[len(COLUMNS) :]))
             rows.append(Row(int(index), *map(_unescape, texts), float(score), others))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; write the file anew") from error
+            raise ValueError(
+                f"{path}, line {number}: {error}; delete the file and score the run again"
+            ) from error
     return rows
 
 
 def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
-    """The first `limit` rows as a table for a report, with small pictures where there are any.
+    """The first `limit` rows as a table for a report, with small pictures.
 
     Raises:
       ValueError: for a limit below 1.
@@ -116,7 +117,7 @@ def picture_table(rows: Sequence[Row], *, limit: int) -> Table:
 def picture_columns(
     rows: Sequence[Row], outputs: Mapping[str, Sequence[str]], *, caption: str = "Translations"
 ) -> Table:
-    """Rows with small pictures where they have any, and a column of outputs a model."""
+    """Rows with small pictures, and one column of outputs per model."""
     return Table(
         caption,
         ("picture", "source", "reference", *outputs),
@@ -134,7 +135,7 @@ def picture_columns(
 
 def _others(cells: Sequence[str]) -> Iterator[Hypothesis]:
     for text, score in zip(cells[::2], cells[1::2], strict=True):
-        if score:  # an output may be empty, a score never is
+        if score:  # an output may be empty, its score never is
             yield Hypothesis(_unescape(text), float(score))
 
 

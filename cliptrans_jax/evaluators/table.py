@@ -1,4 +1,4 @@
-"""The table of evaluators, by the names that stages list."""
+"""The table of evaluators, by the names in `Stage.evaluators`."""
 
 import types
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ EVALUATORS: Mapping[str, Evaluator] = types.MappingProxyType(
 
 
 def evaluators_of(*stages: str) -> list[Evaluator]:
-    """The evaluators that any of these stages lists, each once; a run that is no stage has none."""
+    """The evaluators of these stages, each once; a run that is not a stage has none."""
     listed = {
         name: None for stage in stages if stage in STAGES for name in STAGES[stage].evaluators
     }

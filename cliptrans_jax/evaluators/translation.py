@@ -1,4 +1,4 @@
-"""Translating a set of sentences with a model in training or after it, and scoring the outcome."""
+"""Translation of a set of sentences, in training or after it, and its scores."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,19 +18,19 @@ from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
 from common_jax.step import Evaluate
 
-# encode(params, batch) -> features (B, M), or None where the model takes none.
+# encode(params, batch) -> features (B, M); None if the model takes none
 Encode = Callable[[Any, Mapping[str, jax.Array]], jax.Array | None]
 Batches = Iterable[Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Translate:
-    """translate(params, batches) -> the hypotheses of every example, best first.
+    """translate(params, batches) -> hypotheses of every example, best first.
 
     Attributes:
       run: the jitted search.
       tokenizer: of the outputs.
-      mesh: where batches go.
+      mesh: devices.
     """
 
     run: Callable[[Any, Mapping[str, jax.Array]], tuple[Hypotheses, jax.Array, jax.Array]]
@@ -38,16 +38,19 @@ class Translate:
     mesh: Mesh
 
     def __call__(self, params: Any, batches: Batches) -> dict[int, list[Hypothesis]]:
-        """By number of the example; the whole of it on every host. Raises
-        `common_jax.signals.Stopped` when all are asked to stop."""
+        """Hypotheses by number of the example, on every host.
+
+        Raises:
+          common_jax.signals.Stopped: on a request to stop.
+        """
         hypotheses, pending = {}, None
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 hosts.check()
-                started = self.run(params, to_devices(batch, self.mesh))
+                outputs = self.run(params, to_devices(batch, self.mesh))
                 if pending is not None:
-                    hypotheses |= self._read(*pending)  # while the devices work on the next
-                pending = started
+                    hypotheses |= self._read(*pending)  # while the devices compute the next batch
+                pending = outputs
             if pending is not None:
                 hypotheses |= self._read(*pending)
         return hypotheses
@@ -77,11 +80,11 @@ def make_translate(
     mesh: Mesh,
     language: int | None = None,
 ) -> Translate:
-    """A function that translates batches of `evaluation_batches`, compiled once a length.
+    """A function that translates batches of `evaluation_batches`, compiled once per length.
 
     Args:
       search: model and search.
-      encode: gives the features that the prefix is made of.
+      encode: computes features for the prefix.
       tokenizer: of the outputs.
       mesh: devices, over all of which a batch is split.
       language: the code that every output starts with; None for that of its reference.
@@ -107,13 +110,13 @@ class SentenceSet:
 
     Attributes:
       translator: the model.
-      encode: gives the features of a batch.
+      encode: computes the features of a batch.
       batches: starts a pass over the set.
-      mesh: where batches go.
-      seed: of everything random.
+      mesh: devices.
+      seed: random seed.
       translate: the search.
       search_batches: starts a pass in batches of the search.
-      references: a translation per sentence.
+      references: one translation per sentence.
       language: of the references.
     """
 

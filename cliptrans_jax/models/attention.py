@@ -11,14 +11,14 @@ from common_jax.nn import dense
 INIT = nn.initializers.normal(0.02)
 
 Heads = Float[Array, "B T H K"]
-# Keys and values as decoding keeps them: (B, H, S, K), so that a step reads them in order.
+# Cached keys and values: (B, H, S, K), so that a step reads them in memory order.
 Memory = tuple[Float[Array, "B H S K"], Float[Array, "B H S K"]]
 
 
 class DecoderAttention(nn.Module):
-    """`common_jax.nn.attention.SelfAttention` in parts, so that keys and values can be kept.
+    """`common_jax.nn.attention.SelfAttention` in parts, so that keys and values can be cached.
 
-    The same parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D),
+    Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias`, `out/kernel` (H, K, D),
       `out/bias`.
     """
 
@@ -38,7 +38,7 @@ class DecoderAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"]
     ) -> tuple[Float[Array, "B T D"], Memory]:
-        """The output, and keys and values to keep."""
+        """The output, and the keys and values to cache."""
         query, key, value = self.project(x)
         heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
         return self.out(heads), (key.swapaxes(1, 2), value.swapaxes(1, 2))
@@ -50,8 +50,8 @@ class DecoderAttention(nn.Module):
         slot: jax.Array,
         visible: Bool[Array, "B 1 T S"],
     ) -> tuple[Float[Array, "B T D"], Memory]:
-        """The same for T further tokens, whose keys and values are written to the S of `memory`
-        from `slot` on, before they are looked at."""
+        """`__call__` for T further tokens, whose keys and values are first written to `memory` from
+        `slot` on."""
         query, *new = self.project(x)
         memory = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, part.swapaxes(1, 2), slot, axis=2)
@@ -96,17 +96,17 @@ class CrossAttention(nn.Module):
     def recall(
         self, x: Float[Array, "B T D"], memory: Memory, visible: Bool[Array, "B 1 1 S"]
     ) -> Float[Array, "B T D"]:
-        """The same with the states' keys and values of `remember`."""
+        """`__call__` with the keys and values of `remember`."""
         return self.out(attend(self.query(x), memory, visible))
 
 
 def attend(
     query: Float[Array, "B T H K"], memory: Memory, visible: Bool[Array, "B 1 #T S"]
 ) -> Float[Array, "B T H K"]:
-    """softmax(q k^T / sqrt(K)) v over kept keys and values, the softmax in float32 at least."""
+    """softmax(q k^T / sqrt(K)) v over cached keys and values, softmax in float32 at least."""
     keys, values = memory
-    # Slots in rows and tokens in columns, since there are many slots and few tokens; with the heads
-    # before the tokens in both products. Any other order is slower on CPUs, up to fourfold.
+    # Slots are rows and tokens columns, as there are many slots and few tokens, and heads precede
+    # tokens in both products. Other orders are up to four times slower on CPUs.
     kind = jnp.promote_types(query.dtype, jnp.float32)
     query = query.swapaxes(1, 2) * query.shape[-1] ** -0.5
     scores = jnp.einsum("BHSK,BHTK->BHST", keys, query, preferred_element_type=kind)

@@ -1,5 +1,4 @@
-"""Sums over the labels of a batch in chunks, for what is too large to be there for all of them at
-once: the logits of a vocabulary."""
+"""Sums over a batch's labels in chunks, since the logits of all labels do not fit in memory."""
 
 import dataclasses
 import functools
@@ -14,13 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from common_jax.mesh import AXES, BATCH, batch_shards
 
-# Labels that a device works on at a time: as many rows as keep a matrix product busy.
+# Labels per device and chunk: enough rows for a matrix product at full speed.
 CHUNK = 1024
 
 Readout = Mapping[str, jax.Array]
 # scores(readout, states) -> logits (B, T, V) of states (B, T, D)
 Scores = Callable[[Readout, jax.Array], jax.Array]
-# loss(readout, states, labels) -> a sum over the labels, to which pads add nothing
+# loss(readout, states, labels) -> a sum over the labels, without the pads
 Loss = Callable[[Readout, jax.Array, jax.Array], jax.Array]
 
 
@@ -34,14 +33,14 @@ def total_of_chunks(
     dtype: DTypeLike,
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
-    """loss(readout, states, labels), with gradients, in chunks of `chunk` labels a device.
+    """loss(readout, states, labels), with gradients, in chunks of `chunk` labels per device.
 
-    A chunk's gradients are taken while its logits are there, so that these are computed once, as
-    without chunks. What the devices know of the readout's gradient is summed over them once, after
-    the last chunk. Pads cost nothing: a device has as many chunks as its other labels fill.
+    The forward pass also computes the gradients of each chunk, so that its logits are computed only
+    once. The readout's gradient is summed over the devices after the last chunk. Chunks of nothing
+    but pads are skipped.
 
     Args:
-      dtype: what matrices of the readout are brought to the devices in. Their gradient is summed in
+      dtype: in which matrices of the readout are sent to the devices. Their gradients are summed in
         float32 at least.
     """
     return _total(_Task(loss, pad, jnp.dtype(dtype), chunk), readout, states, labels)
@@ -55,10 +54,10 @@ def sum_chunks(
     pad: int,
     chunk: int = CHUNK,
 ) -> Any:
-    """sums(states, labels) added up over chunks along T, each of `chunk` labels a device.
+    """sums(states, labels) added up over chunks along T of `chunk` labels per device.
 
     Args:
-      sums: gives a tree of totals, to which labels that are pads must not add.
+      sums: returns a tree of totals, which must not count pads.
     """
     parts = _cut(states, labels, pad=pad, rows=chunk * batch_shards() // len(labels))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(lambda part: sums(*part), parts))
@@ -66,7 +65,7 @@ def sum_chunks(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """Arguments of `total_of_chunks` that are no arrays."""
+    """The arguments of `total_of_chunks` that are not arrays."""
 
     loss: Loss
     pad: int
@@ -76,15 +75,12 @@ class _Task:
     def gradients(
         self, readout: Readout, states: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, Readout, jax.Array]:
-        """The loss on one device, and its gradients by readout and states.
-
-        Labels come in an order with the pads last, and chunks of nothing but pads are not
-        computed.
-        """
+        """The loss on one device, and its gradients by readout and states."""
         rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
         chunk = min(self.chunk, len(flat))
+        # Pads come last, so that whole chunks of them can be skipped. The last chunk is filled with
+        # places outside the rows, which are read as zeros and never written.
         order = jnp.argsort(flat == self.pad, stable=True)
-        # The last chunk is filled up with places after the rows: read as zeros, never written.
         order = jnp.pad(order, (0, -len(flat) % chunk), constant_values=len(flat))
 
         def add(number, carry):
@@ -100,11 +96,13 @@ class _Task:
 
         sums = {name: jnp.zeros(x.shape, _wide(x.dtype)) for name, x in readout.items()}
         start = jnp.zeros((), _wide(states.dtype)), sums, jnp.zeros_like(rows)
+        # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
         chunks = (jnp.sum(flat != self.pad) + chunk - 1) // chunk
         total, sums, by_rows = jax.lax.fori_loop(0, chunks, add, start)
         return total, sums, by_rows.reshape(states.shape)
 
 
+# A custom VJP, since the usual one would compute all logits again in the backward pass.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array) -> jax.Array:
     loss = functools.partial(task.loss, readout)
@@ -129,8 +127,8 @@ _total.defvjp(_forward, _backward)
 
 
 def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Array):
-    """`_Task.gradients` of every device's share, with sums over all; those of matrices come out
-    split along their last axis, as the embedding lies."""
+    """`_Task.gradients` of each device's share, summed over all devices. Gradients of matrices are
+    split along their last axis, as the embedding is."""
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 
     def local(readout, states, labels):
@@ -144,18 +142,18 @@ def _over_mesh(task: _Task, readout: Readout, states: jax.Array, labels: jax.Arr
         x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=x.ndim - 1, tiled=True)
         return jax.lax.psum(x, tuple(axis for axis in AXES if axis != "fsdp"))
 
-    placed = {name: split if x.ndim > 1 else whole for name, x in readout.items()}
-    # check_vma off: sums start from constants, which it would have cast to every device's own. What
-    # it guards is tested against no mesh.
+    specs = {name: split if x.ndim > 1 else whole for name, x in readout.items()}
+    # check_vma would require the constants that sums start from to be cast to varying ones. Tests
+    # compare the result with that of no mesh instead.
     return jax.shard_map(
-        local, in_specs=(whole, BATCH, BATCH), out_specs=(whole, placed, BATCH), check_vma=False
+        local, in_specs=(whole, BATCH, BATCH), out_specs=(whole, specs, BATCH), check_vma=False
     )(readout, states, labels)
 
 
 def _cut(
     states: Float[Array, "B T D"], labels: Int[Array, "B T"], *, pad: int, rows: int
 ) -> tuple[Float[Array, "_ B R D"], Int[Array, "_ B R"]]:
-    """Chunks of so many slots along T, but of one at least, filled up with pads."""
+    """Chunks of `rows` slots along T, at least one, the last one filled with pads."""
     rows = min(max(1, rows), states.shape[1])
     more = -states.shape[1] % rows
     states = jnp.pad(states, ((0, 0), (0, more), (0, 0)))

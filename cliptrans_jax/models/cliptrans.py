@@ -28,10 +28,11 @@ class ModelConfig(Section):
     """A translation model.
 
     Attributes:
-      mbart: sizes of the translator of that name.
+      mbart: sizes of the translator "mbart".
       mapper: the mapping network.
-      prefix: how the decoder reads the vectors of the mapping network.
-      translator: the encoder-decoder, a key of TRANSLATORS; the section of that name has its sizes.
+      prefix: layout and mask of the prefix in the decoder.
+      translator: the encoder-decoder, a key of TRANSLATORS and the name of the section with its
+        sizes.
     """
 
     mbart: MBartConfig = MBartConfig()
@@ -60,18 +61,20 @@ class ModelConfig(Section):
 
     @property
     def key(self) -> str:
-        """The section with the sizes, for messages."""
+        """Path of the section with the sizes, for messages."""
         return f"config.model.{self.architecture.subtree}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Translator:
-    """Pure functions of parameters {"mbart": ..., "mapper": ...}, the first of which is the
-    translator's subtree; without a prefix there are no mapper and no features.
+    """The model as pure functions of parameters {"mbart": ..., "mapper": ...}.
+
+    The first key is the translator's subtree. A model without a prefix has no mapper and takes no
+    features.
 
     Attributes:
       config: sizes.
-      dtype: what is computed in; parameters are float32.
+      dtype: of the computation; parameters are float32.
     """
 
     config: ModelConfig
@@ -84,7 +87,7 @@ class Translator:
 
     @property
     def prefix_length(self) -> int:
-        """Vectors of the prefix."""
+        """Number of vectors of the prefix."""
         return self.config.mapper.prefix
 
     def init(self, key: jax.Array) -> Params:
@@ -106,7 +109,7 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B P D"]:
-        """The prefix of every example; of length 0 where the model has none."""
+        """The prefix of every example; of length 0 if the model has none."""
         if not self.prefix_length:
             return jnp.zeros((batch, 0, self.config.sizes.width), self.dtype)
         assert features is not None
@@ -130,10 +133,10 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B T V"]:
-        """Scores of every label given the labels before it, the prefix and the source.
+        """Logits of every label, given the labels before it, the prefix and the source.
 
         Args:
-          features: a CLIP feature an example; None where the model has no prefix.
+          features: one CLIP feature per example; None if the model has no prefix.
           source: the encoder's tokens, `[language, words, </s>]` and pads.
           labels: the same of the target; negative ones and pads are ignored by the loss.
           dropout: key of dropout; None outside training.
@@ -173,7 +176,7 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B T+{self.prefix_length} D"]:
-        """The decoder's last states at all T + P slots."""
+        """The decoder's last states in all T + P slots."""
         embeddings, visible = self.decoder_input(params, features, labels, dropout=dropout)
         states = self.encode(params, source, dropout=dropout)
         return self.call(
@@ -197,17 +200,17 @@ class Translator:
         Float[Array, "B T+{self.prefix_length} D"],
         Bool[Array, "#B 1 T+{self.prefix_length} T+{self.prefix_length}"],
     ]:
-        """The embeddings that the decoder reads in training, and which slots attend to which."""
+        """The decoder's input embeddings in training, and the slots that each slot attends to."""
         config, count = self.config, self.prefix_length
-        given = config.architecture.decoder_input(labels, config.sizes)
-        embeddings = self.call("embed", params, given)
-        if not count:  # no scored slot can attend to a pad after it, so none need be hidden
+        ids = config.architecture.decoder_input(labels, config.sizes)
+        embeddings = self.call("embed", params, ids)
+        if not count:  # pads come last, so that causal attention hides them from all labels
             length = labels.shape[1]
             return embeddings, jnp.tril(jnp.ones((1, 1, length, length), bool))
         vectors = self.prefix(params, features, labels.shape[0], dropout=dropout)
-        seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
-        seen = seen.at[:, : 1 + count].set(True)
-        visible = prefix.visibility(seen, count=count, rule=config.prefix.mask)
+        mask = jnp.pad(ids[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))
+        mask = mask.at[:, : 1 + count].set(True)
+        visible = prefix.visibility(mask, count=count, rule=config.prefix.mask)
         return prefix.insert(embeddings, vectors), visible
 
     @property

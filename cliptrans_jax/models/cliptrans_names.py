@@ -8,18 +8,18 @@ from cliptrans_jax.translators import mbart_names
 from common_jax.weights.entries import Entry, copy, linear, norm, stacked_attention
 from common_jax.weights.table import Table
 
-LEFT_OUT = {r"clip\..*": 'of the encoder, which is read by itself (kind="mclip", "clip_text")'}
+LEFT_OUT = {r"clip\..*": 'of the text tower, which is read separately (kind="mclip", "clip_text")'}
 
 
 def table(config: ModelConfig) -> Table:
-    """Of the whole model, as in a checkpoint without "module."."""
+    """Tensor names of the whole model, as in a checkpoint without "module."."""
     mbart = mbart_names.table(config.mbart).below(source="mbart.", target="mbart/")
     mapper = mapper_table(config.mapper).below(source="adapter.", target="mapper/")
     return Table(mbart.entries | mapper.entries, mbart.aliases, LEFT_OUT)
 
 
 def mapper_table(config: MapperConfig) -> Table:
-    """Of a mapping network by our paths in "mapper", without the prefix "adapter."."""
+    """Tensor names of a mapping network below "adapter.", by our paths below "mapper/"."""
     return Table(MAPPERS[config.kind]() if config.prefix else {})
 
 

@@ -28,9 +28,9 @@ class MapperConfig(Section):
 
     Attributes:
       kind: "mlp", "hidden_mlp" or "transformer".
-      prefix: vectors of the prefix; 0 for none, and no mapping network.
+      prefix: number of vectors of the prefix; 0 for no mapping network.
       features: width of a CLIP feature.
-      dropout: of the transformer, in training.
+      dropout: rate of the transformer, in training.
     """
 
     kind: Annotated[str, key_of(lambda: MAPPERS)] = "mlp"
@@ -100,12 +100,12 @@ MAPPERS = {"mlp": MlpMapper, "hidden_mlp": HiddenMlpMapper, "transformer": Trans
 
 
 def build(config: MapperConfig, width: int, dtype: DTypeLike) -> nn.Module:
-    """The mapping network of `config` for a decoder of `width`; its prefix must not be 0."""
+    """The mapping network of `config` for a decoder of `width`; `config.prefix` must not be 0."""
     return MAPPERS[config.kind](config, width, dtype)
 
 
 class _PRelu(nn.Module):
-    """max(x, 0) + slope min(x, 0) with one learnt slope."""
+    """max(x, 0) + slope min(x, 0), with one learned slope."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -119,7 +119,7 @@ def _cut(x: Float[Array, "B D"], count: int) -> Float[Array, "B {count} _"]:
 
 
 def _linear(fan_in: int, fan_out: int, dtype: DTypeLike, name: str) -> nn.Dense:
-    """An affine map that starts as PyTorch's does, uniform within 1 / sqrt(fan in)."""
+    """A dense layer with PyTorch's initialisation, uniform within 1 / sqrt(fan in)."""
     init = _uniform(1 / math.sqrt(fan_in))
     return nn.Dense(fan_out, kernel_init=init, bias_init=init, dtype=dtype, name=name)
 
@@ -130,7 +130,7 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
     )
 
 
-# `up` and `down` have a third of the width as hidden units, 341 of 1,024, which cannot be split.
+# The hidden axis of `up` and `down` is a third of the width, 341 of 1,024, and cannot be split.
 PARTITION_RULES = (
     (r"/(project|out|down)/kernel$", P(None, "fsdp")),
     (r"/(hidden|up)/kernel$", P("fsdp", None)),

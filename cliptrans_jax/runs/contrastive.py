@@ -1,5 +1,5 @@
-"""Stage "clip": a small M-CLIP, trained on pictures and their names in all languages. It stands in
-for a published one where nothing can be fetched."""
+"""Stage "clip": trains a small M-CLIP on pictures and their names in all languages, for runs
+without a published one."""
 
 import dataclasses
 import functools
@@ -34,11 +34,11 @@ from common_jax.workdir import refuse_other_config
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains both towers; saved under "clip/text", "clip/image" and what the loss learns.
+    """Trains both towers and the learned numbers of the loss, saved under "clip".
 
     Returns:
-      The run's result; accuracy is that of finding a picture's name, in the first language, among
-      those of its batch, and the reverse.
+      The run's result. Its accuracy is that of retrieving pictures by their names in the first
+      language within a batch, and names by pictures.
     """
     refuse_other_config(workdir, config)
     train, valid, text = _load(config, workdir)
@@ -46,7 +46,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
-    save_tokenizer(text, workdir)  # nothing is written above
+    save_tokenizer(text, workdir)  # the first thing that is written
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
         return train_batches(
@@ -91,10 +91,10 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
-    """Checks the stage before anything is written. `key` is the path of its recipe, for messages.
+    """Checks the stage; writes nothing. `key` is the path of its recipe, for messages.
 
     Raises:
-      ValueError, FileNotFoundError: as the run.
+      ValueError, FileNotFoundError: as `run`.
     """
     train, valid, _ = _load(config, workdir)
     steps = steps_per_epoch(len(train), config.optim.batch)
@@ -104,7 +104,7 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
 
 
 def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]:
-    """Training and validation pairs, and the tokenizer's text, once they are found to fit."""
+    """Training and validation pairs, checked, and the content of the tokenizer's file."""
     tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     valid = _Pairs.of(config, config.data.valid_split, tokenizer)
@@ -113,7 +113,7 @@ def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]
 
 
 def _describe(config: Config, *, steps: int, length: int) -> Task:
-    """The task without data: `steps` an epoch, sentences of `length` tokens."""
+    """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
     return Task(
         title="clip",
@@ -132,7 +132,7 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of both towers and of the loss."""
+    """Initial parameters of both towers and of the loss."""
     towers, keys = (config.clip.text, config.clip.image), jax.random.split(key)
     text, image = (
         tower_of(tower).init(tower, config.dtype, key)
@@ -174,8 +174,7 @@ def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """Pictures with the ids of their names by language; `arrays` is None: they are read one by
-    one."""
+    """Pictures with the ids of their names by language; `arrays` is None: they are read singly."""
 
     corpus: Corpus
     ids: Mapping[str, list[np.ndarray]]
@@ -222,7 +221,7 @@ def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -
 
 
 def partition_rules(config: Config) -> Rules:
-    """Partition rules of both towers and of what the loss learns."""
+    """Partition rules of both towers and of the learned numbers of the loss."""
     return (
         *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
         *rules_below("text", tower_of(config.clip.text).rules),

@@ -1,4 +1,4 @@
-"""Stage "evaluate": scores of a trained or released model on any split, without training."""
+"""Stage "evaluate": scores a trained or released model on any split."""
 
 import dataclasses
 import logging
@@ -20,15 +20,15 @@ from common_jax.mesh import match_rules, with_shardings
 from common_jax.workdir import claim, freeze_stored, refuse_other_config
 
 
-def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Translates config.data.test_split with config.sources.model and scores it.
 
-    Of a workdir the best checkpoint by its own validation set counts, of a step's folder that step.
+    If that is a workdir, its best checkpoint by its own validation set is used.
     """
-    if not asked.sources.model:
+    if not user_config.sources.model:
         raise ValueError("stage 'evaluate' needs config.sources.model, the model to score")
-    refuse_other_config(workdir, asked)
-    config = dataclasses.replace(asked, stage=SCORED_AS, all_languages=False).apply_parity()
+    refuse_other_config(workdir, user_config)
+    config = dataclasses.replace(user_config, stage=SCORED_AS, all_languages=False).apply_parity()
     data = RunData(config, workdir, mesh)
     data.check(train=False)
     model = Model.of(config, data)
@@ -41,10 +41,10 @@ def evaluate(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
     else:
-        wanted = with_shardings(shapes, shardings)
-        params, name = make_warm_start(config, model.trained_tower)(wanted).params, "0"
+        targets = with_shardings(shapes, shardings)
+        params, name = make_warm_start(config, model.trained_tower)(targets).params, "0"
     test = data.load(config.data.test_split, train=False)
-    claim(workdir, asked)
+    claim(workdir, user_config)
     params = {**model.frozen(mesh), **params}
     scores = score_split(config, workdir, test, model.translate(data), params, step=name)
     logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
@@ -60,7 +60,7 @@ def _find_step(source: str) -> epath.Path:
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:
-    """Raises ValueError, naming what differs, unless a checkpoint holds what the config says."""
+    """Raises ValueError, naming all differences, if a checkpoint does not fit the model."""
     ours, theirs = (
         {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
         for tree in (shapes, checkpoint.load_shapes(step))

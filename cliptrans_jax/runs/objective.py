@@ -22,8 +22,8 @@ from common_jax.weights import Allowance, Origin, WarmStart, take
 
 
 def make_encode(tower: TextTower | None) -> Encode:
-    """encode(params, batch) -> the features of the batch, or those that the text tower under "clip"
-    gives of its tokens; with a key as third argument the tower drops out, as in training."""
+    """encode(params, batch, dropout=None) -> features of the batch, or those that the text tower,
+    under "clip" in `params`, computes from its tokens."""
 
     def encode(
         params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None
@@ -39,8 +39,8 @@ def make_encode(tower: TextTower | None) -> Encode:
 def make_loss(
     translator: Translator, tower: TextTower | None, *, label_smoothing: float, chunk: int = CHUNK
 ) -> Loss:
-    """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower among the
-    helpers is frozen, and drops nothing."""
+    """The mean label loss over a micro-batch's tokens (CLIPTrans loss). A text tower in the helpers
+    is frozen, and has no dropout."""
     pad, encode = translator.config.sizes.pad, make_encode(tower)
 
     def loss(params, helpers, batch, rngs, step):
@@ -67,37 +67,36 @@ def make_loss(
 def make_warm_start(
     config: Config, tower: TextTower | None
 ) -> Callable[[Mapping[str, Any]], WarmStart] | None:
-    """The weights that a stage starts from: those of another run, a released checkpoint or a
-    published translator, and those of the text tower `tower` that it trains further; None where all
-    is fresh."""
+    """Loads the initial weights of a stage: from another run, a released checkpoint or a published
+    translator, and from a text tower that it trains. None if all start from scratch."""
     sources, architecture = config.sources, config.model.architecture
     if not (sources.model or sources.translator or tower is not None):
         return None
 
-    def warm_start(wanted: Mapping[str, Any]) -> WarmStart:
+    def warm_start(shapes: Mapping[str, Any]) -> WarmStart:
         parts = []
-        rest = {name: tree for name, tree in wanted.items() if name != "clip"}
+        rest = {name: tree for name, tree in shapes.items() if name != "clip"}
         if sources.model and is_run(sources.model):
             if tower is not None and "clip" in checkpoint.load_shapes(sources.model):
-                rest = dict(wanted)
+                rest = dict(shapes)
             parts.append(_take_run(config, rest))
         elif sources.model:
-            found = pretrained.load(
+            published = pretrained.load(
                 sources.model, kind="cliptrans", config=config.model, weights=sources.weights
             )
-            parts.append(_published(found, found.params, rest))
+            parts.append(_published(published, published.params, rest))
         elif sources.translator:
-            found = pretrained.load(
+            published = pretrained.load(
                 sources.translator,
                 kind=architecture.kind,
                 fetch=sources.fetch,
                 weights=sources.weights,
             )
-            _require_sizes(config, found.config)
+            _require_sizes(config, published.config)
             name = architecture.subtree
-            parts.append(_published(found, {name: found.params}, {name: rest[name]}))
+            parts.append(_published(published, {name: published.params}, {name: rest[name]}))
         if tower is not None and "clip" not in rest:
-            params = pretrained.place(tower.params, wanted["clip"])
+            params = pretrained.place(tower.params, shapes["clip"])
             account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
             parts.append(WarmStart({"clip": params}, {"taken": account}))
         return WarmStart(
@@ -111,58 +110,60 @@ def make_warm_start(
     return warm_start
 
 
-def check_start(config: Config, tower: TextTower | None, wanted: Mapping[str, Any]) -> None:
-    """Checks what a stage starts from before anything is computed; reads no array.
+def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, Any]) -> None:
+    """Checks the sources of a stage's weights, without reading arrays.
 
     Args:
-      tower: the text tower that trains, if one does.
-      wanted: shapes of all parameters.
+      tower: the text tower, if it is trained.
+      shapes: of all parameters.
 
     Raises:
-      FileNotFoundError: for a folder or file that is not there.
+      FileNotFoundError: for a missing folder or file.
       ValueError: for a run whose parameters do not fit.
     """
     sources = config.sources
     if sources.model and is_run(sources.model):
         if tower is None or "clip" not in checkpoint.load_shapes(sources.model):
-            wanted = {name: tree for name, tree in wanted.items() if name != "clip"}
-        _take_run(config, wanted, read=False)
+            shapes = {name: tree for name, tree in shapes.items() if name != "clip"}
+        _take_run(config, shapes, read=False)
     else:
         check_weights(config)
 
 
-def _take_run(config: Config, wanted: Mapping[str, Any], *, read: bool = True) -> WarmStart:
+def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -> WarmStart:
     sources = config.sources
     fresh = (Allowance(sources.fresh, "config.sources.fresh"),) if sources.fresh else ()
     leave = (Allowance(sources.leave, "config.sources.leave"),) if sources.leave else ()
-    held = checkpoint.load_shapes(sources.model)
-    origins = [Origin(sources.model, name, name) for name in held]
-    return take(wanted, origins, fresh=fresh, leave=leave, read=read)
+    subtrees = checkpoint.load_shapes(sources.model)
+    origins = [Origin(sources.model, name, name) for name in subtrees]
+    return take(shapes, origins, fresh=fresh, leave=leave, read=read)
 
 
-def _published(found: Any, params: Mapping[str, Any], wanted: Mapping[str, Any]) -> WarmStart:
-    placed = pretrained.place(params, wanted)
+def _published(published: Any, params: Mapping[str, Any], shapes: Mapping[str, Any]) -> WarmStart:
+    arrays = pretrained.place(params, shapes)
     account = {
-        "taken": [{"source": found.source, "as": found.kind, "parameters": _count(placed)}],
-        "left": [{"name": name, "reason": why} for name, why in found.account.dropped],
-        "notes": [*found.account.notes],
-        "assumed": [{"field": name, "value": value} for name, value in found.account.assumed],
+        "taken": [{"source": published.source, "as": published.kind, "parameters": _count(arrays)}],
+        "left": [{"name": name, "reason": why} for name, why in published.account.dropped],
+        "notes": [*published.account.notes],
+        "assumed": [{"field": name, "value": value} for name, value in published.account.assumed],
     }
-    return WarmStart(placed, account)
+    return WarmStart(arrays, account)
 
 
-def _require_sizes(config: Config, found: Any) -> None:
+def _require_sizes(config: Config, file_sizes: Any) -> None:
     model = config.model
     differing = [
         f"{model.key}.{name}={ours!r}, and the file has {theirs!r}"
-        for name, (ours, theirs) in model.architecture.differing_sizes(model.sizes, found).items()
+        for name, (ours, theirs) in model.architecture.differing_sizes(
+            model.sizes, file_sizes
+        ).items()
     ]
     if differing:
         raise ValueError(
             f"config.sources.mbart={config.sources.translator!r} is another model than the "
             "config's: "
             + "; ".join(differing)
-            + ". Set these fields to what the file has; a vocabulary may be larger than the "
+            + ". Set these fields to those of the file; a vocabulary may be larger than the "
             "tokenizer's"
         )
 
@@ -172,7 +173,7 @@ def _count(params: Mapping[str, Any]) -> int:
 
 
 def is_run(source: str) -> bool:
-    """True if it is a workdir, or a step in one, and no released file."""
+    """True if `source` is a workdir or a step in one, not a released file."""
     try:
         checkpoint.find_step(source)
     except FileNotFoundError:

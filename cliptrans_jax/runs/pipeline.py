@@ -1,5 +1,5 @@
-"""All stages of a config's recipes in order, each in a folder of its own: resumable, and skipped
-when finished."""
+"""The pipeline: all stages with a recipe in order, each in its own folder, resumed if interrupted
+and skipped if finished."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,8 +21,7 @@ MODULES = {Trains.TOWERS: contrastive, Trains.TRANSLATOR: translation}
 
 
 def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Runs the stage that `config` names; returns its result, of the pipeline that of the last
-    stage."""
+    """Runs config.stage and returns its result, for the pipeline that of the last stage."""
     runs: dict[str, Run] = {
         **{name: MODULES[stage.trains].run for name, stage in STAGES.items()},
         "evaluate": evaluate,
@@ -32,8 +31,8 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Every stage that has a recipe: each starts from the weights of the one before, and has its
-    features from the M-CLIP of stage "clip", unless config.sources names other towers."""
+    """Runs every stage that has a recipe. Each starts from the weights of the previous one and uses
+    the M-CLIP of stage "clip", unless config.sources names other towers."""
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     claim(workdir, config)
@@ -45,11 +44,10 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
 
 
 def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Checks every stage that is not finished before the first one trains: data, recipes and
-    networks. Nothing is written.
+    """Checks data, recipes and networks of every unfinished stage; writes nothing.
 
     Raises:
-      FileNotFoundError, ValueError: as the runs themselves.
+      FileNotFoundError, ValueError: as the runs.
     """
     for folder, one in plan(config, workdir):
         if (workdir / folder / "result.json").exists():
@@ -60,27 +58,27 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
 
 
 def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
-    """The runs of the pipeline in order: the folder of each below `workdir`, and its config.
+    """The runs of the pipeline in order, as pairs of a folder below `workdir` and a config.
 
     Raises:
-      ValueError: when there is no recipe at all.
+      ValueError: if there are no recipes.
     """
     if not config.recipes:
-        raise ValueError("config.recipes is empty, and stage='pipeline' runs what is in there")
-    given, runs, last = config.sources, [], ""
-    towers = given.clip or given.clip_text or given.clip_image
-    clip = given.clip
+        raise ValueError("config.recipes is empty; stage='pipeline' needs at least one recipe")
+    sources, runs, last = config.sources, [], ""
+    towers = sources.clip or sources.clip_text or sources.clip_image
+    clip = sources.clip
     for name, stage in STAGES.items():
         trains_towers = stage.trains is Trains.TOWERS
         if name not in config.recipes or (trains_towers and towers):
             continue
         recipe = config.recipes[name]
         with under("config"):
-            start = dataclasses.replace(given.after(last), clip=clip)
+            start = dataclasses.replace(sources.after(last), clip=clip)
             one = dataclasses.replace(
                 config,
                 stage=name,
-                sources=given if trains_towers else start,
+                sources=sources if trains_towers else start,
                 optim=recipe.optim,
                 label_smoothing=recipe.label_smoothing,
                 recipes={},

@@ -1,4 +1,4 @@
-"""The data of a run: corpora, tokenizer and towers, and from them the inputs of its stage."""
+"""The data of a run: corpora, tokenizer, towers, and the inputs of its stage."""
 
 import dataclasses
 import functools
@@ -37,36 +37,36 @@ PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a n
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split as a stage sees it.
+    """One split as the input of a stage.
 
     Attributes:
       corpus: texts, pictures, keys.
-      inputs: what is fed.
+      inputs: examples with features.
     """
 
     corpus: Corpus
     inputs: Inputs
 
     def reference(self, index: int) -> str:
-        """The text that example `index` should come out as."""
+        """The correct translation of example `index`."""
         examples = self.inputs.examples
         return self.corpus.texts[examples.languages[index][1]][examples.rows[index]]
 
     def source(self, index: int) -> str:
-        """The text that it is a translation of; of captioning, the caption itself."""
+        """The sentence that it translates; in captioning, the caption itself."""
         examples = self.inputs.examples
         return self.corpus.texts[examples.languages[index][0]][examples.rows[index]]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """A run's config with what it reads, each loaded when it is first asked for.
+    """A run's config with its inputs, each loaded on first use.
 
     Attributes:
-      config: `Config.apply_parity`.
-      workdir: gets features, unless config.features says where, and the tokenizer.
-      mesh: where features are computed.
-      known: the tokenizer, where it need be neither trained nor checked.
+      config: after `Config.apply_parity`.
+      workdir: folder for the tokenizer, and for features unless config.features is set.
+      mesh: devices that compute features.
+      known: a tokenizer that need be neither trained nor checked.
     """
 
     config: Config
@@ -76,8 +76,8 @@ class RunData:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the translation model. One that is trained must be that of the runs that weights are
-        taken from."""
+        """The tokenizer of the translation model. A trained one must be that of the runs in
+        config.sources."""
         return self._tokenizer[0] if self.known is None else self.known
 
     @functools.cached_property
@@ -100,12 +100,12 @@ class RunData:
         return tokenizer, text
 
     def save_tokenizer(self) -> None:
-        """Keeps one that was trained in the workdir."""
+        """Writes a trained tokenizer to the workdir."""
         save_tokenizer(self._tokenizer[1], self.workdir)
 
     @functools.cached_property
     def text_tower(self) -> TextTower:
-        """Raises ValueError where config.sources names none."""
+        """The text tower of config.sources; raises ValueError if there is none."""
         config = self.config
         if config.sources.clip:
             return load_trained_text(config, self.tokenizer)
@@ -133,7 +133,7 @@ class RunData:
 
     @functools.cached_property
     def image_tower(self) -> ImageTower:
-        """Raises ValueError where config.sources names none."""
+        """The image tower of config.sources; raises ValueError if there is none."""
         config = self.config
         if config.sources.clip:
             return load_trained_image(config)
@@ -148,14 +148,14 @@ class RunData:
         )
 
     def check(self, *, train: bool, towers: bool = True) -> int:
-        """Looks whether all is there that the stage reads, before anything is computed or written.
+        """Checks all inputs of the stage before anything is computed or written.
 
         Args:
-          train: whether it trains; otherwise it reads the test split alone.
-          towers: whether to check the towers too, which an earlier run may still have to train.
+          train: whether it trains; otherwise it reads the test split only.
+          towers: whether to check the towers; False if an earlier stage has yet to train them.
 
         Returns:
-          Training examples.
+          The number of training examples.
 
         Raises:
           ValueError, FileNotFoundError: as `load`.
@@ -175,8 +175,8 @@ class RunData:
             width = tower.config.features
             if width != config.model.mapper.features:
                 raise ValueError(
-                    f"config.model.mapper.features={config.model.mapper.features} must be the "
-                    f"{width} that the {side.value} tower gives"
+                    f"config.model.mapper.features={config.model.mapper.features} must be "
+                    f"{width}, the width of the {side.value} tower's features"
                 )
         return count
 
@@ -184,8 +184,8 @@ class RunData:
         """The inputs of the config's stage from a split.
 
         Raises:
-          ValueError, FileNotFoundError: for data, pictures or towers that the stage needs and that
-            are not there or do not fit.
+          ValueError, FileNotFoundError: for data, pictures or towers that are missing or do not
+            fit.
         """
         config, side = self.config, self._side(train=train)
         corpus = self._corpus(split, side)
@@ -245,7 +245,7 @@ class RunData:
 
 
 def feature_side(config: Config, *, train: bool) -> Side:
-    """The side that features are taken of."""
+    """The side that features are computed from."""
     stage = STAGES[config.stage]
     return stage.train if train else SIDES[config.test_side] or stage.test
 
@@ -257,8 +257,8 @@ def encodes_texts(config: Config) -> bool:
 
 
 def describe_text(config: Config) -> TextTower:
-    """The text tower without weights and tokenizer: of the size of config.clip.text where a run of
-    stage "clip" gives it, else M-CLIP's or CLIP's, as config.clip_tokenizer says."""
+    """The text tower without weights and tokenizer: with the sizes of config.clip.text if stage
+    "clip" trains it, else those of M-CLIP or CLIP by config.clip_tokenizer."""
     if config.sources.clip or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
@@ -267,7 +267,7 @@ def describe_text(config: Config) -> TextTower:
 
 
 def caption_language(config: Config) -> str:
-    """The language of captions; of several, the one that is evaluated."""
+    """The language of captions; with config.all_languages the one to evaluate."""
     return config.caption_language or (
         config.data.target_language
         if config.all_languages
@@ -283,22 +283,22 @@ def used_languages(config: Config) -> tuple[str, ...]:
 
 
 def check_weights(config: Config) -> None:
-    """Raises FileNotFoundError unless config.sources.model and config.sources.mbart are there, as
-    far as they are set."""
+    """Raises FileNotFoundError if config.sources.model or .mbart is set but missing."""
     source = config.sources.model
     path = epath.Path(source)
-    # A file NAME.pth may be in shards, NAME_1.pth and so on.
+    # A file NAME.pth may be split into NAME_1.pth, NAME_2.pth, ...
     if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
         check_input("config.sources.model", source, "a workdir, or a released checkpoint")
     _check_published(config, "mbart")
 
 
 def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
-    """The translation model's tokenizer and, of one that is trained, the text of its file: that of
-    the workdir where a run has left a checkpoint or a result, else a new one, not written yet.
+    """The translation model's tokenizer, and the content of its file if it is trained.
+
+    If the workdir has results, its tokenizer is loaded; else one is trained, but not written yet.
 
     Raises:
-      ValueError: more tokens than the translator's vocabulary.
+      ValueError: for more tokens than the translator's vocabulary.
     """
     languages, sentences = config.known_languages, None
     if config.tokenizer.kind == "trained":
@@ -307,8 +307,8 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER
-        kept = path.exists() and holds_results(workdir)
-        path = path if kept else epath.Path(folder) / TOKENIZER
+        resumes = path.exists() and holds_results(workdir)
+        path = path if resumes else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
     vocab = config.model.sizes.vocab
@@ -317,7 +317,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
 
 
 def save_tokenizer(text: str, workdir: epath.Path) -> None:
-    """Writes a trained tokenizer's file, whole or not at all, unless it is there."""
+    """Writes the file of a trained tokenizer atomically, unless it exists with this content."""
     path = workdir / TOKENIZER
     if not text or jax.process_index() or (path.exists() and path.read_text() == text):
         return
@@ -326,16 +326,16 @@ def save_tokenizer(text: str, workdir: epath.Path) -> None:
 
 
 def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
-    """Raises ValueError where a run that weights are taken from has another tokenizer.
+    """Raises ValueError if a run in config.sources has another tokenizer.
 
     Args:
-      name: of the field of `config.sources`.
-      text: of the file of this run's tokenizer; "" of a published one.
+      name: field of `config.sources`.
+      text: content of this run's tokenizer file; "" for a published tokenizer.
     """
     source = getattr(config.sources, name)
     try:
         step = checkpoint.find_step(source) if source else None
-    except FileNotFoundError:  # reported where weights are taken
+    except FileNotFoundError:  # raised again when weights are loaded
         return
     if step is None:
         return
@@ -372,13 +372,13 @@ def load_trained_image(config: Config) -> ImageTower:
 
 
 def _clip_config(config: Config) -> Config:
-    found = checkpoint.load_config(config.sources.clip)
-    if trains(found.get("stage")) is not Trains.TOWERS:
+    run_config = checkpoint.load_config(config.sources.clip)
+    if trains(run_config.get("stage")) is not Trains.TOWERS:
         raise ValueError(
             f"config.sources.clip={config.sources.clip!r} is a run of stage "
-            f"{json.dumps(found.get('stage'))}, not of 'clip'"
+            f"{json.dumps(run_config.get('stage'))}, not of 'clip'"
         )
-    return freeze_stored(Config, found, config.sources.clip)
+    return freeze_stored(Config, run_config, config.sources.clip)
 
 
 def _host(params: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Translating a whole split with a trained model: scores.json and translations.tsv."""
+"""Translates a whole split with a trained model, and writes scores.json and translations.tsv."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from common_jax.workdir import read_json, write_json
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
-def decode_batches(config: Config, chosen: Split):
-    """Batches of a set for the search, sentences of like length together."""
+def decode_batches(config: Config, split: Split):
+    """Batches of a set for the search, sorted by length."""
     return evaluation_batches(
-        chosen.inputs,
+        split.inputs,
         batch=config.decode.batch,
         batching=BatchingConfig(config.decode.bucket),
         noise=config.noise,
@@ -44,43 +44,43 @@ def decode_batches(config: Config, chosen: Split):
 def score_split(
     config: Config,
     workdir: epath.Path,
-    chosen: Split,
+    split: Split,
     translate: Translate,
     params: Any,
     *,
     step: str,
 ) -> dict[str, Any]:
-    """Translates all of a set, writes all hypotheses and the scores of the best ones.
+    """Translates a set, and writes all hypotheses and the scores of the best ones.
 
     Args:
       config: of the run.
-      workdir: gets the two files.
-      chosen: the set.
+      workdir: folder for the two files.
+      split: the set.
       translate: the search.
       params: of the model.
       step: of the checkpoint, for scores.json.
 
     Returns:
-      What scores.json holds: set, step, sentences, scores, and each score's signature.
+      The content of scores.json: set, step, sentences, scores, and each score's signature.
     """
-    found = translate(params, decode_batches(config, chosen))
+    hypotheses = translate(params, decode_batches(config, split))
     rows = [
         Row(
             index=index,
-            key=chosen.corpus.keys[chosen.inputs.examples.rows[index]],
-            source=chosen.source(index),
-            reference=chosen.reference(index),
-            output=found[index][0].text,
-            score=found[index][0].score,
-            others=tuple(found[index][1:]),
+            key=split.corpus.keys[split.inputs.examples.rows[index]],
+            source=split.source(index),
+            reference=split.reference(index),
+            output=hypotheses[index][0].text,
+            score=hypotheses[index][0].score,
+            others=tuple(hypotheses[index][1:]),
         )
-        for index in range(len(chosen.inputs))
+        for index in range(len(split.inputs))
     ]
-    language = chosen.inputs.examples.languages[0][1]
+    language = split.inputs.examples.languages[0][1]
     outputs, references = [row.output for row in rows], [row.reference for row in rows]
     scores = score(outputs, references, language=language)
     report = {
-        "set": chosen.corpus.name,
+        "set": split.corpus.name,
         "step": int(step),
         "sentences": scores.count,
         **as_metrics(scores),
@@ -93,25 +93,25 @@ def score_split(
 
 
 def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | None:
-    """Some translations of a finished run beside their pictures, evenly spread over the set."""
+    """Translations of a finished run with their pictures, evenly spread over the set."""
     path = folder / TRANSLATIONS
     if not path.exists():
         return None
     rows = read_translations(path)
     count = min(limit, len(rows))
-    chosen = [rows[i * len(rows) // count] for i in range(count)]
-    return picture_table(with_pictures(config, chosen), limit=limit)
+    sample = [rows[i * len(rows) // count] for i in range(count)]
+    return picture_table(with_pictures(config, sample), limit=limit)
 
 
 def with_pictures(config: Config, rows: Sequence[Row]) -> list[Row]:
-    """The rows of a test split with their pictures, where it has any that can be read."""
+    """The rows of a test split, with those of their pictures that can be read."""
     corpus = load_corpus(config.data, config.data.test_split, config.data.pair, with_images=True)
     places = {key: place for place, key in enumerate(corpus.keys)}
     return [dataclasses.replace(row, picture=_picture(corpus, places.get(row.key))) for row in rows]
 
 
 def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
-    """One row a scored run below `folder`, with the scores' signatures under it."""
+    """One row per scored run below `folder`; the caption has the scores' signatures."""
     header = ("run", "set", "sentences", "BLEU", "BLEU, lower case", "chrF", "METEOR", "exact, %")
     numeric = dict.fromkeys(METRICS, int | float)
     fields = {"set": str, "sentences": int, "signatures": dict} | numeric
@@ -119,16 +119,16 @@ def scores_table(folder: epath.Path, names: list[str]) -> Table | None:
     for name in names:
         path = folder / name / SCORES
         if path.exists():
-            found = read_json(path, fields)
-            signatures = found["signatures"]
-            numbers = (f"{found[key]:.1f}" for key in METRICS)
-            rows.append((name or "run", found["set"], str(found["sentences"]), *numbers))
+            scores = read_json(path, fields)
+            signatures = scores["signatures"]
+            numbers = (f"{scores[key]:.1f}" for key in METRICS)
+            rows.append((name or "run", scores["set"], str(scores["sentences"]), *numbers))
     caption = "; ".join(f"{name}: {text}" for name, text in signatures.items())
     return Table(f"Scores of the test split. {caption}", header, tuple(rows)) if rows else None
 
 
 def _picture(corpus: Corpus, place: int | None) -> np.ndarray | None:
-    """By its place in the corpus, which may lack examples without a picture that were scored."""
+    """The picture at `place`; None for a scored example that the corpus has no picture of."""
     if corpus.images is None or place is None:
         return None
     try:

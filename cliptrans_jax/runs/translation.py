@@ -1,5 +1,5 @@
-"""A run of one of the four stages: train, choose the best checkpoint by the validation set, and
-translate the test set with it."""
+"""Runs of the stages that train a translator: train, choose the best checkpoint by the validation
+set, and translate the test set with it."""
 
 import dataclasses
 import functools
@@ -49,21 +49,21 @@ from common_jax.task import Task
 from common_jax.workdir import read_json, read_result
 
 
-def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the stage of the config, or resumes it; then scores the test split.
+def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Trains the stage of the config, or resumes it, and scores the test split.
 
-    Parameters are saved under the translator's subtree and "mapper", and under "clip" where the
-    text tower trains.
+    Parameters are saved under the translator's subtree, "mapper", and "clip" if the text tower
+    trains.
 
     Returns:
-      The run's result, see `common_jax.loop.train`, and under "test" the scores of the test split.
+      The result of `common_jax.loop.train`, with the scores of the test split under "test".
     """
     done = workdir / SCORES
-    result = read_result(workdir, asked, phase=asked.stage)
+    result = read_result(workdir, user_config, phase=user_config.stage)
     if result is not None and done.exists():
-        logging.info("%s is finished already: %s", asked.stage, workdir)
+        logging.info("%s is finished already: %s", user_config.stage, workdir)
         return result | {"test": read_json(done)}
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
     count = data.check(train=True)
     model = Model.of(config, data)
@@ -73,12 +73,14 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     )
     task = model.bare_task(mesh, examples=count)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh)
-    data.save_tokenizer()  # nothing is written above
+    data.save_tokenizer()  # the first thing that is written
     train = data.load(config.data.train_split, train=True)
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
     translate = model.translate(data)
-    guess = model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
+    valid_translate = (
+        model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
+    )
     feed = TrainFeed(
         train.inputs,
         config.noise,
@@ -93,7 +95,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batches=feed.batches,
-        evaluators={"val": validate(config, model, valid, guess, mesh=mesh)},
+        evaluators={"val": validate(config, model, valid, valid_translate, mesh=mesh)},
     )
     result = loop.train(
         task,
@@ -102,7 +104,7 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed,
         workdir=workdir,
         mesh=mesh,
-        config=asked,
+        config=user_config,
     )
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
@@ -111,36 +113,34 @@ def run(asked: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     return result | {"test": scores}
 
 
-def describe(asked: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
-    """The task of a stage of the table without data and weights, which is enough to compile its
-    step.
+def describe(user_config: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:
+    """The task of a stage without data and weights, which is enough to compile its step.
 
     Args:
-      asked: the config.
-      mesh: devices, which may be described ones.
-      examples: of the training set.
-      tokens: that sentences are padded to.
+      user_config: the config, before `apply_parity`.
+      mesh: devices, which may be abstract.
+      examples: number of training examples.
+      tokens: padded length of sentences.
     """
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     tower = describe_text(config) if encodes_texts(config) else None
     model = Model(config, Translator(config.model, config.dtype), tower)
     return model.bare_task(mesh, examples=examples, tokens=tokens)
 
 
-def check(asked: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
-    """Checks a stage of a pipeline, whose weights and towers may come from stages that have not run
-    yet; nothing is written.
+def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
+    """Checks a stage of a pipeline before its sources exist; writes nothing.
 
     Args:
-      key: the path of its recipe, for messages.
+      key: path of its recipe, for messages.
 
     Raises:
-      ValueError, FileNotFoundError: as the run.
+      ValueError, FileNotFoundError: as `run`.
     """
-    config = asked.apply_parity()
+    config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
     count = data.check(train=True, towers=False)
-    task = describe(asked, mesh, examples=count, tokens=config.sentence_limit)
+    task = describe(user_config, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
@@ -151,7 +151,7 @@ class Model:
     Attributes:
       config: of the run.
       translator: encoder-decoder and mapping network.
-      tower: the text tower where the step runs it, else None.
+      tower: the text tower if the step runs it, else None.
     """
 
     config: Config
@@ -160,7 +160,7 @@ class Model:
 
     @classmethod
     def of(cls, config: Config, data: RunData) -> "Model":
-        """The model of a config; the vocabulary is checked, no parameter is made."""
+        """The model of a config, with its vocabulary checked, but without parameters."""
         vocab = config.model.sizes.vocab
         require_fits(data.tokenizer, vocab=vocab, special={}, key=config.model.key)
         tower = data.text_tower if encodes_texts(config) else None
@@ -168,31 +168,30 @@ class Model:
 
     @property
     def trained_tower(self) -> TextTower | None:
-        """The text tower where it trains too."""
+        """The text tower if it is trained too, else None."""
         return self.tower if self.config.unfreeze_clip else None
 
     @property
     def rules(self) -> Rules:
-        """Partition rules of all parameters, a frozen tower's among them."""
+        """Partition rules of all parameters, including those of a frozen tower."""
         rules = cliptrans.partition_rules(self.config.model)
         return rules if self.tower is None else (*rules, *tower_of(self.tower.config).rules)
 
     @property
     def encode(self) -> Encode:
-        """encode(params, batch) -> the features that the prefix is made of."""
+        """encode(params, batch) -> features for the prefix."""
         return make_encode(self.tower)
 
     def init(self, key: jax.Array) -> Mapping[str, Any]:
-        """Fresh parameters; those of a text tower that trains are zeros, since they always come
-        from elsewhere."""
+        """Fresh parameters. Those of a text tower are zeros, as they are always loaded."""
         params = self.translator.init(key)
         if self.trained_tower is None:
             return params
         return params | {"clip": jax.tree.map(jax.numpy.zeros_like, self.tower.params)}
 
     def bare_task(self, mesh: Mesh, *, examples: int, tokens: int = 8) -> Task:
-        """The task without data and weights, for so many training examples whose sentences are
-        padded to `tokens`."""
+        """The task without data and weights, for `examples` training examples with sentences padded
+        to `tokens`."""
         config, tower = self.config, self.tower
         batch = batch_shapes(
             config.optim.micro_batch,
@@ -207,7 +206,7 @@ class Model:
     def task(
         self, batch: Mapping[str, jax.ShapeDtypeStruct], *, steps_per_epoch: int, mesh: Mesh
     ) -> Task:
-        """The task without data and weights; see `common_jax.task.Task` for the arguments."""
+        """The task without data and weights; for the arguments see `common_jax.task.Task`."""
         config = self.config
         return Task(
             title=config.stage,
@@ -228,8 +227,8 @@ class Model:
         )
 
     def frozen_shapes(self, mesh: Mesh) -> dict[str, Any]:
-        """Shapes and shardings of what the step needs and does not train: parameters of the text
-        tower under "clip", or none."""
+        """Shapes and shardings of parameters that the step does not train: those of a frozen text
+        tower, under "clip"."""
         if self.tower is None or self.config.unfreeze_clip:
             return {}
         params = {"clip": self.tower.params}
@@ -241,8 +240,8 @@ class Model:
         return place({"clip": self.tower.params}, shapes) if shapes else {}
 
     def translate(self, data: RunData, *, beams: int = 0) -> Translate:
-        """The search of the config, with another number of beams if one is given. It is compiled
-        once however many sets it translates."""
+        """The search of the config, with another number of beams unless 0. One search compiles once
+        for all sets."""
         config, language = self.config, None
         if config.parity and STAGES[config.stage].captioning:
             language = data.tokenizer.language_id(config.data.target_language)
@@ -256,10 +255,10 @@ class Model:
 def validate(
     config: Config, model: Model, valid: Split, translate: Translate, *, mesh: Mesh
 ) -> Evaluate:
-    """The evaluation of a validation set that the stage and the config ask for.
+    """The evaluation of the validation set, as set by stage and config.
 
     Args:
-      translate: the search of its translations.
+      translate: the search for its translations.
     """
 
     def batches():
@@ -290,9 +289,10 @@ def validate(
 
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
-    """The folder of the checkpoint with the highest validation metric; of equal ones the earliest,
-    as when the first to reach it is kept. The newest without a metric, or where none that is finite
-    is on record, which the log says."""
+    """The folder of the checkpoint with the highest validation metric, the earliest of equal ones.
+
+    The newest one if `metric` is None, or, with a warning, if no finite value is on record.
+    """
     if metric is None:
         return checkpoint.find_step(workdir)
     folder = checkpoint.absolute(workdir) / checkpoint.FOLDER
@@ -304,6 +304,6 @@ def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:
     }
     if not values:
         step = checkpoint.find_step(workdir)
-        logging.warning("%s has no %s of its checkpoints: taking the newest", record, metric)
+        logging.warning("%s has no %s for any checkpoint: taking the newest", record, metric)
         return step
     return folder / str(max(values, key=lambda step: (values[step], -step)))

@@ -1,1 +1,1 @@
-"""The networks whose published tensors are read: see `kinds`."""
+"""The kinds of networks whose published tensors can be read; see `kinds`."""

@@ -1,4 +1,4 @@
-"""The JSON files beside published weights, which say what no tensor shows."""
+"""The JSON files beside published weights, for settings that tensors do not show."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +11,17 @@ from common_jax.weights.files import FOLDER_FILES
 from common_jax.workdir import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
-Beside = Mapping[str, Mapping[str, Any]]  # a file's name -> its content
+Beside = Mapping[str, Mapping[str, Any]]  # name of a file -> its content
 
 
 def read_beside(path: Path) -> Beside:
-    """The JSON files about the weights in a folder, or in a file of it.
+    """The JSON files that belong to the weights in a folder, or to a file of weights.
 
-    OpenCLIP's weights lie beside Hugging Face's in one folder, each with files of its own; a file
-    with a name of its own may have been put anywhere, and only OpenCLIP's file is taken to be
-    about it.
+    A folder may have the weights of both OpenCLIP and Hugging Face, each with their own JSON files.
+    Files with other names may be in any folder, so only OpenCLIP's JSON file is read for them.
 
     Raises:
-      ValueError: for a file that holds no JSON object.
+      ValueError: for a file without a JSON object.
     """
     file = weights_file(path) if path.is_dir() else path
     folder = path if path.is_dir() else path.parent
@@ -36,8 +35,7 @@ def read_beside(path: Path) -> Beside:
 
 
 def picture_numbers(beside: Beside) -> tuple[str, Any, Any]:
-    """(file, mean, std) by which pictures were normalised, as a file says it; ("", None, None)
-    where none does."""
+    """(file, mean, std) of the normalisation of pictures; ("", None, None) if no file has them."""
     if PREPROCESSOR in beside:
         content, keys = beside[PREPROCESSOR], ("image_mean", "image_std")
         return PREPROCESSOR, *(content.get(key) for key in keys)

@@ -1,4 +1,4 @@
-"""The sizes of networks, as config.json of Hugging Face's and M-CLIP's repositories has them."""
+"""Configs of networks from the config.json of Hugging Face's and M-CLIP's repositories."""
 
 import dataclasses
 import types
@@ -36,9 +36,9 @@ MBART_FIELDS = types.MappingProxyType(
     }
 )
 MBART_FILE = "mBART's config.json"
-# What else changes an mBART, and the one value that can be computed. All other keys are about
-# decoding, fresh weights, classifiers and versions, and are not looked at: init_std, use_cache,
-# num_beams, max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and their like.
+# Other keys that change an mBART, with the only supported value. The rest are about decoding,
+# initialisation, classifiers and versions, and are ignored: init_std, use_cache, num_beams,
+# max_length, forced_bos_token_id, id2label, tokenizer_class, dtype and so on.
 MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
     {
         "model_type": "mbart",
@@ -53,7 +53,7 @@ MBART_FIXED: Mapping[str, Any] = types.MappingProxyType(
         "is_decoder": False,
     }
 )
-# The same of keys that only older files have, or files of quantised weights.
+# The same for keys of older files, and of files with quantised weights.
 MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
     {
         "add_bias_logits": False,
@@ -106,7 +106,8 @@ _CLIP_ALLOWED = {
     "dropout": (0.0,),
     "attention_dropout": (0.0,),
 }
-# No published model has more; shapes are made of these numbers before tensors are looked at.
+# Bounds above all published models, since shapes are built from these numbers before tensors are
+# checked.
 MOST, MOST_LAYERS = 10_000_000, 1000
 _EXPECTED = {
     int: "a whole number from {least} to {most}",
@@ -117,42 +118,40 @@ _EXPECTED = {
 
 
 def mbart_config(hf: Hf) -> MBartConfig:
-    """Sizes of an mBART from its config.json; a `decoder_start_token_id` that is left out is the
-    end's, with which shifted labels start.
+    """The config of an mBART from its config.json. `decoder_start_token_id` defaults to the end
+    token, with which shifted labels start.
 
     Raises:
-      ValueError: naming the key and the value that is missing, or that the network cannot be
-        computed with; see `MBART_FIXED`.
+      ValueError: naming a missing key, or a key with an unsupported value; see `MBART_FIXED`.
     """
     fixed = MBART_FIXED | MBART_FIXED_ONCE
     require_supported(hf, {key: (value, None) for key, value in fixed.items()}, MBART_FILE)
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
         raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
-    given = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
-    start = {"start": given["eos"]}
+    sizes = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
+    start = {"start": sizes["eos"]}
     if hf.get("decoder_start_token_id") is not None:
         start = checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
-    return MBartConfig(**given, **start)
+    return MBartConfig(**sizes, **start)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
-    """The config.json of an mBART, `mbart_config` backwards."""
+    """The config.json of an mBART; the inverse of `mbart_config`."""
     plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
     ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
     return MBART_FIXED | plain | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
 
 
 def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
-    """Sizes of an M-CLIP text tower.
+    """The config of an M-CLIP text tower.
 
     Args:
       hf: the config.json of the M-CLIP repository: `modelBase`, `transformerDimensions`, `numDims`.
-      transformer_hf: that of the XLM-RoBERTa that `modelBase` names; None where `MCLIP_BASES` has
-        it.
+      transformer_hf: the config.json of the XLM-RoBERTa `modelBase`; None for one of `MCLIP_BASES`.
 
     Raises:
-      ValueError: naming the key and the value, for one that is missing or that the tower cannot be
-        computed with, and for a `transformerDimensions` that is not the width.
+      ValueError: naming a missing key, a key with an unsupported value, or a
+        `transformerDimensions` that is not the width.
     """
     _required(hf, "numDims", _MCLIP_FILE)
     features = checked(hf, {"features": "numDims"}, MClipConfig, _MCLIP_FILE)
@@ -179,15 +178,14 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
 
 def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
-    """`mclip_config`, with the config.json of its transformer wherever that lies.
+    """`mclip_config`, with the config.json of its transformer read from `modelBase`.
 
     Args:
-      hf: the M-CLIP's config.json; `modelBase` may be a folder, as its makers had it, or one below
-        that of `file`.
-      file: the folder or the file of its weights.
+      hf: the M-CLIP's config.json; `modelBase` may be an absolute folder or one relative to `file`.
+      file: folder or file of the weights.
 
     Raises:
-      ValueError: as `mclip_config`, and for a `modelBase` that is not there.
+      ValueError: as `mclip_config`, and for a missing `modelBase`.
     """
     name = hf.get("modelBase")
     if not isinstance(name, str) or name in MCLIP_BASES:
@@ -199,49 +197,49 @@ def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
             return mclip_config(hf, read_json(place))
     raise ValueError(
         f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
-        f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: say what the tower was made "
-        "from with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
+        f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: name the tower's base "
+        "with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
         "or a folder with the config.json of an XLM-RoBERTa"
     )
 
 
 def clip_vision_config(hf: Hf) -> ClipVisionConfig:
-    """Sizes of an image tower, from the config.json of a whole CLIP or of the tower alone.
+    """The config of an image tower, from the config.json of a whole CLIP or of the tower alone.
 
-    A key that is left out has the value of openai/clip-vit-base-patch32, as in Hugging Face's code.
-    The `vision_config_dict` of older files takes the place of `vision_config`.
+    Missing keys default to openai/clip-vit-base-patch32, as in Hugging Face's code. Older files
+    have `vision_config_dict` instead of `vision_config`.
 
     Raises:
-      ValueError: naming the key and the value that the tower cannot be computed with.
+      ValueError: naming a key with an unsupported value.
     """
     allowed = _CLIP_ALLOWED | {"num_channels": (3,)}
     return _clip_tower(hf, "vision", _CLIP_VISION_FIELDS, allowed, ClipVisionConfig)[0]
 
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
-    """The same of a text tower, whose section is `text_config`, or `text_config_dict`."""
+    """The same for a text tower, with section `text_config` or `text_config_dict`."""
     config, tower, where = _clip_tower(hf, "text", _CLIP_TEXT_FIELDS, _CLIP_ALLOWED, ClipTextConfig)
-    # The end token must be the largest id, where the tower looks for it; Hugging Face does so too
-    # where a file says 2, as OpenAI's do.
+    # The tower pools at the largest id, which must be the end token. Hugging Face does the same for
+    # eos_token_id=2, as in OpenAI's files.
     require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
     return config
 
 
 def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[str, Any]:
-    """The values of a config.json by the fields of `cls`, without keys that it lacks.
+    """The values of a config.json by fields of `cls`, without those that it lacks.
 
     Args:
       hf: the file's content.
       fields: field of `cls` -> key in the file.
-      cls: a dataclass, whose defaults say of which type each field is.
-      where: what to call the file, or its section, in messages.
+      cls: a dataclass; its defaults define the types.
+      where: name of the file or section, for messages.
 
     Raises:
-      ValueError: naming the key and the value, for one of another type or out of its range.
+      ValueError: naming a key with a value of another type or out of range.
     """
     kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-    given = {field: hf[key] for field, key in fields.items() if key in hf}
-    for field, value in given.items():
+    values = {field: hf[key] for field, key in fields.items() if key in hf}
+    for field, value in values.items():
         kind, key = kinds[field], fields[field]
         least = 0 if kind is float or key.endswith("_id") else 1
         most = MOST_LAYERS if field.endswith("layers") else MOST
@@ -253,12 +251,11 @@ def checked(hf: Hf, fields: Mapping[str, str], cls: type, where: str) -> dict[st
         if not fits:
             expected = _EXPECTED[kind].format(least=least, most=most)
             raise ValueError(f"{key}={brief(value)} of {where} must be {expected}")
-    return given
+    return values
 
 
 def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
-    """Raises ValueError for a key of a file, or of its section, that has none of the values that
-    are `allowed` for it; `where` as in `checked`."""
+    """Raises ValueError for a key whose value is not `allowed`; `where` as in `checked`."""
     for key, values in allowed.items():
         if key in hf and hf[key] not in values:
             expected = " or ".join(map(repr, values))
@@ -271,7 +268,7 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
 def _clip_tower(
     hf: Hf, side: str, fields: Mapping[str, str], allowed: Mapping[str, tuple], cls: type
 ) -> tuple[Any, Hf, str]:
-    """The config of a tower, its section, and the name of that in messages."""
+    """The config of a tower, its section, and the section's name for messages."""
     _required(hf, "model_type", _CLIP_FILE)
     require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
     tower, where = _tower(hf, f"{side}_config")
@@ -281,7 +278,7 @@ def _clip_tower(
 
 
 def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
-    """The section about one tower of a CLIP, and its name in messages."""
+    """The section of one tower of a CLIP, and its name for messages."""
     older = f"{name}_dict"
     key = older if hf.get(older) is not None else name
     whole = hf["model_type"] == "clip" or key in hf

@@ -1,4 +1,4 @@
-"""Kinds of published networks: what their files call the tensors, and where their sizes are."""
+"""The kinds of published networks: names of their tensors, and sources of their sizes."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from common_jax.weights.table import (
 
 Tensors = Mapping[str, np.ndarray]
 
-# Kinds by what config.json calls its model or its class; of a whole CLIP, the image tower.
+# Kinds by model type or class in config.json; a whole CLIP is its image tower.
 KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
@@ -51,20 +51,19 @@ KIND_BY_NAME = types.MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way that files name the tensors of a network.
+    """One naming of a network's tensors.
 
     Attributes:
-      marker: regex of a tensor that every such file has, and no file of another layout.
+      marker: regex of a tensor that all files of this layout have, and no others.
       config_type: class of the config.
-      from_tensors: (tensors, their file) -> config, as far as shapes show it.
+      from_tensors: (tensors, their file) -> config, inferred from shapes.
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
-      about: the file beside the weights that says what no tensor shows.
-      from_about: (its content, the weights' file) -> config; None where it says none.
-      unstated: fields of the config that no tensor shows; without that file they are assumed to be
-        as published.
-      varied: whether models of the same tensors differ in the activation, so that something must
-        say it.
+      about: name of the JSON file beside the weights.
+      from_about: (content of that file, the weights' file) -> config; None if it has none.
+      unstated: fields of the config that shapes do not show; without that file those of the
+        published models are assumed.
+      varied: whether models with equal tensors differ in the activation, which must then be given.
     """
 
     marker: str
@@ -78,10 +77,10 @@ class Layout:
     varied: bool = False
 
     def config(self, tensors: Tensors, about: Hf | None, file: str) -> Any:
-        """The sizes in the file beside the weights or, without it, those of the tensors.
+        """The config from the JSON file beside the weights or, without it, from the tensors.
 
         Raises:
-          ValueError: naming the key or the tensor that does not show its part.
+          ValueError: naming a key or tensor that is missing or does not fit.
         """
         if about is None or self.from_about is None:
             return self.from_tensors(tensors, file)
@@ -89,21 +88,21 @@ class Layout:
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
-    """The kind that a config.json names; None without one, or when it names none.
+    """The kind that a config.json names; None if it names none.
 
     Raises:
-      ValueError: for a model of none of these kinds.
+      ValueError: for a model of another kind.
     """
     if not hf:
         return None
     if "modelBase" in hf:
         return "mclip"
     classes = hf.get("architectures")
-    stated = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
-    known = (KIND_BY_NAME.get(x) for x in stated if isinstance(x, str))
+    names = [hf.get("model_type"), *(classes if isinstance(classes, list) else ())]
+    known = (KIND_BY_NAME.get(x) for x in names if isinstance(x, str))
     if kind := next(filter(None, known), None):
         return kind
-    if any(stated):
+    if any(names):
         raise ValueError(
             f"{file} is of no known kind, {sorted(KINDS)}: its config.json says "
             f"model_type={brief(hf.get('model_type'))}, architectures={brief(classes)}"
@@ -112,14 +111,13 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
-    """The kind that the tensors' names show, as they are or below the shortest prefix; None where
-    they have the marker of none."""
+    """The kind that the tensors' names show, below the shortest prefix; None without a marker."""
     claims = rank_kinds(_formats(), tensors)
     return claims[0].kind if claims else None
 
 
 def require_kind(tensors: Tensors, file: str) -> str:
-    """`kind_of_tensors`; raises ValueError where they are of none."""
+    """`kind_of_tensors`; raises ValueError instead of returning None."""
     if kind := kind_of_tensors(tensors):
         return kind
     raise ValueError(
@@ -130,22 +128,22 @@ def require_kind(tensors: Tensors, file: str) -> str:
 
 
 def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
-    """The first of these kinds that the tensors are of; the first of all where they are of none."""
+    """The first of these kinds that the tensors have, else the first one."""
     there = (k for k in allowed if any(prefixes(one.marker, tensors) for one in KINDS[k]))
     return next(there, allowed[0])
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
-    """The layout of the tensors of a kind in a file, and the prefix of all their names.
+    """The layout of a kind's tensors in a file, and the prefix of their names.
 
     Args:
       kind: a key of KINDS.
       tensors: by their names.
-      file: what to call their origin in messages.
-      weights: that prefix, "teacher.", where several networks of the kind are there.
+      file: name of their file, for messages.
+      weights: the prefix, such as "teacher.", if several networks of the kind are in the file.
 
     Raises:
-      ValueError: when the file holds no such network, or several.
+      ValueError: if the file has no such network, or several.
     """
     for layout in KINDS[kind]:
         there = prefixes(layout.marker, tensors)
@@ -201,7 +199,7 @@ MBART_UNSTATED = (
     "eos",
     "start",
 )
-# OpenAI's and OpenCLIP's towers have the same tensors and differ in the activation.
+# Towers of OpenAI and OpenCLIP have the same tensors but different activations.
 _clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varied=True)
 
 MBART = Layout(

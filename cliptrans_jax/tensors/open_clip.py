@@ -1,4 +1,4 @@
-"""Sizes of a model in the open_clip_config.json that OpenCLIP puts beside its weights."""
+"""Configs from the open_clip_config.json that OpenCLIP puts beside its weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ _TEXT = {
     "layers": "layers",
     "heads": "heads",
 }
-# What else changes a tower, and the values that can be computed.
+# Other keys that change a tower, with their supported values.
 _BOTH: Mapping[str, tuple] = {
     "ls_init_value": (None,),
     "act_kwargs": (None, {}),
@@ -42,12 +42,11 @@ _TEXT_ALLOWED: Mapping[str, tuple] = _BOTH | {
 
 
 def text_config(content: Mapping[str, Any]) -> ClipTextConfig:
-    """Sizes of a text tower; what is left out is as in OpenCLIP's `CLIPTextCfg`, and a model
+    """The config of a text tower. Missing keys default to OpenCLIP's `CLIPTextCfg`, and a model
     without `quick_gelu` has the GELU.
 
     Raises:
-      ValueError: naming the key and the value that is missing, of another type, or that the tower
-        cannot be computed with.
+      ValueError: naming a key that is missing, of another type, or not supported.
     """
     model = _section(content, "model_cfg")
     text, where = _section(model, "text_cfg"), f"text_cfg in {FILE}"
@@ -57,8 +56,11 @@ def text_config(content: Mapping[str, Any]) -> ClipTextConfig:
 
 
 def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
-    """Sizes of an image tower, a ViT; what is left out is as in OpenCLIP's `CLIPVisionCfg`. Raises
-    as `text_config`."""
+    """The config of an image tower, a ViT. Missing keys default to OpenCLIP's `CLIPVisionCfg`.
+
+    Raises:
+      ValueError: as `text_config`.
+    """
     model = _section(content, "model_cfg")
     vision, where = _section(model, "vision_cfg"), f"vision_cfg in {FILE}"
     require_supported(vision, _VISION_ALLOWED, where)
@@ -71,7 +73,7 @@ def vision_config(content: Mapping[str, Any]) -> ClipVisionConfig:
 
 
 def _shared(model: Mapping[str, Any], tower: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Features, hidden width and activation, which are given in the same way for both towers."""
+    """Features, hidden width and activation, which have the same keys for both towers."""
     quick, ratio = model.get("quick_gelu", False), tower.get("mlp_ratio", 4.0)
     if not isinstance(quick, bool):
         raise ValueError(f"quick_gelu={brief(quick)} in {FILE} must be true or false")

@@ -1,6 +1,6 @@
-"""The config of a network, inferred from the shapes of its tensors.
+"""Configs of networks, inferred from the shapes of their tensors.
 
-Shapes do not show heads, ids, epsilons and activations: these are the published models'.
+Shapes do not show heads, ids, epsilons and activations: those of the published models are assumed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from cliptrans_jax.translators.mbart import MBartConfig
 
 Tensors = Mapping[str, np.ndarray]
 
-# The output and the input layer of each mapping network; the first whose output is there is it.
+# Output and input layer of each mapping network; the first one whose output exists is it.
 MAPPER_OUT = {
     "transformer": "projector.weight",
     "hidden_mlp": "hidden.2.weight",
@@ -29,13 +29,13 @@ MAPPER_IN = MAPPER_OUT | {"hidden_mlp": "hidden.0.weight"}
 
 
 def cliptrans_config(tensors: Tensors, file: str) -> ModelConfig:
-    """Of a CLIPTrans checkpoint; raises ValueError naming a tensor that does not show its part."""
+    """The config of a CLIPTrans checkpoint; raises ValueError for a missing or misshapen tensor."""
     sizes = mbart_config(tensors, file, "mbart.")
     return ModelConfig(sizes, _mapper_sizes(tensors, sizes.width, file))
 
 
 def mbart_config(tensors: Tensors, file: str, prefix: str = "") -> MBartConfig:
-    """Of an mBART below a prefix; raises ValueError naming a tensor that does not show its part."""
+    """The config of an mBART below a prefix; raises as `cliptrans_config`."""
     names = [prefix + name for name in (mbart_names.EMBEDDING, *mbart_names.ALIASES)]
     embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
@@ -71,7 +71,7 @@ def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:
 
 
 def resnet_config(tensors: Tensors, file: str) -> ResNetConfig:
-    """Of OpenAI's ResNet; raises ValueError naming a tensor that does not show its part."""
+    """The config of OpenAI's ResNet; raises as `cliptrans_config`."""
     places = _shape(tensors, "visual.attnpool.positional_embedding", 2, file)[0] - 1
     return ResNetConfig(
         image=round(max(places, 1) ** 0.5) * resnet.STRIDE,
@@ -82,8 +82,7 @@ def resnet_config(tensors: Tensors, file: str) -> ResNetConfig:
 
 
 def openai_text_config(tensors: Tensors, file: str) -> ClipTextConfig:
-    """Of a text tower under OpenAI's names; raises ValueError naming a tensor that does not show
-    its part."""
+    """The config of a text tower under OpenAI's names; raises as `cliptrans_config`."""
     vocab, width = _shape(tensors, "token_embedding.weight", 2, file)
     return ClipTextConfig(
         vocab=vocab,
@@ -97,8 +96,7 @@ def openai_text_config(tensors: Tensors, file: str) -> ClipTextConfig:
 
 
 def openai_vision_config(tensors: Tensors, file: str) -> ClipVisionConfig:
-    """Of a ViT under OpenAI's names; raises ValueError naming a tensor that does not show its
-    part."""
+    """The config of a ViT under OpenAI's names; raises as `cliptrans_config`."""
     width, _, _, patch = _shape(tensors, "visual.conv1.weight", 4, file)
     patch = max(1, patch)
     places = _shape(tensors, "visual.positional_embedding", 2, file)[0] - 1
@@ -115,14 +113,14 @@ def openai_vision_config(tensors: Tensors, file: str) -> ClipVisionConfig:
 
 def _shape(tensors: Tensors, name: str, axes: int, file: str) -> tuple[int, ...]:
     if name not in tensors or tensors[name].ndim != axes:
-        found = f"is {tensors[name].shape}" if name in tensors else "is missing"
+        actual = f"is {tensors[name].shape}" if name in tensors else "is missing"
         raise ValueError(
-            f"{file} does not say its sizes: {name} {found}, and must have {axes} axes"
+            f"{file} does not show its sizes: {name} {actual}, and must have {axes} axes"
         )
     return tensors[name].shape
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
-    """The number of layers."""
+    """The number of layers whose names start with `prefix`."""
     numbers = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
     return len({match[1] for name in tensors if (match := numbers.match(name))})

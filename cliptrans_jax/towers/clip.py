@@ -1,4 +1,4 @@
-"""CLIP's transformer towers: images, and English text."""
+"""CLIP's transformer towers, for images and for English text."""
 
 import dataclasses
 import types
@@ -103,7 +103,7 @@ class ClipTextConfig(Section):
         return self.positions
 
 
-# The text tower that stands beside `models.resnet`'s defaults.
+# The text tower of the CLIP model whose image tower is `ResNetConfig()`.
 RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
 
 
@@ -149,9 +149,8 @@ class ClipVision(nn.Module):
     """Images to features: the class token after the blocks, normed and projected (CLIP,
     CLIPVisionModelWithProjection).
 
-    Features are not of unit length, and leave in float32 at least. Records under `intermediates`:
-    `embedded` (B, T, D) after the first norm, `last_hidden` (B, T, D), `pooled` (B, D) after the
-    last.
+    Features are not of unit length, and are float32 at least. Sows `intermediates`: `embedded`
+    (B, T, D) after the first norm, `last_hidden` (B, T, D), `pooled` (B, D) after the last norm.
     """
 
     config: ClipVisionConfig
@@ -159,17 +158,17 @@ class ClipVision(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
-        """Features of images whose channels are already normalised.
+        """Features of images with normalised channels.
 
         Raises:
-          ValueError: for images of another size than the config's.
+          ValueError: if their size is not the config's.
         """
         config = self.config
         expected = (images.shape[0], config.image, config.image, 3)
         if images.shape != expected:
             raise ValueError(
-                f"images of shape {images.shape} came where the tower takes {expected}; resize "
-                "them, or take the tower of their size"
+                f"images have shape {images.shape}, and the tower takes {expected}; resize them, "
+                "or take a tower of their size"
             )
         patches = Patches(config, self.dtype, name="patches")(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
@@ -190,8 +189,8 @@ class ClipText(nn.Module):
     """Token ids to features: the state of the end token, normed and projected (CLIP,
     CLIPTextModelWithProjection).
 
-    Every token attends to itself and those before it. Features are not of unit length, and leave in
-    float32 at least. Records under `intermediates`: `last_hidden` (B, S, D) after the last norm.
+    Attention is causal. Features are not of unit length, and are float32 at least. Sows
+    `intermediates`: `last_hidden` (B, S, D) after the last norm.
 
     Parameters: `words` (V, D), `positions` (positions, D), the blocks, `final_norm`, `projection`.
       An id outside the vocabulary gives NaN, not the row of another word.
@@ -210,16 +209,16 @@ class ClipText(nn.Module):
 
         Args:
           ids: the tokens; the end token is the largest id of a sentence.
-          mask: which of them are attended to; None: all. After the end it makes no difference.
+          mask: the tokens to attend to; None for all. It has no effect after the end token.
 
         Raises:
-          ValueError: for more tokens than there are positions.
+          ValueError: if there are more tokens than positions.
         """
         config = self.config
         length = ids.shape[1]
         if length > config.positions:
             raise ValueError(
-                f"ids of {length} tokens came where positions={config.positions}; truncate the "
+                f"ids have {length} tokens, more than positions={config.positions}; truncate the "
                 "sentences, and keep the end token"
             )
         words = self.param("words", INIT, (config.vocab, config.width))
@@ -238,8 +237,8 @@ class ClipText(nn.Module):
 
 
 def end_position(ids: Int[Array, "B S"]) -> Int[Array, "B"]:
-    """The place of the end token: the first of a sentence's largest ids, so that end tokens may
-    serve as pads."""
+    """The position of the end token: the first of the largest ids, since pads may be end tokens
+    too."""
     return jnp.argmax(ids, axis=1)
 
 
@@ -254,8 +253,7 @@ def _norm(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, name: str
     return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
-# Of both towers. Big matrices are split over fsdp along the width; the rest is small and held
-# whole.
+# Of both towers. Large matrices are split over fsdp along the width; the rest is replicated.
 PARTITION_RULES = (
     (r"/words$", P(None, "fsdp")),
     (r"/patches/kernel$", P(None, "fsdp")),
@@ -270,7 +268,7 @@ PARTITION_RULES = (
 
 
 def _all_visible(config: ClipTextConfig, ids: Int[Array, "B S"]) -> None:
-    """No mask: tokens attend to none after them, and pads come last."""
+    """No mask is needed: attention is causal, and pads come last."""
 
 
 TEXT = Tower(

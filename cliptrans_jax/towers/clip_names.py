@@ -1,6 +1,6 @@
-"""Tensor names of CLIP's ViT and text tower, in Hugging Face's files and under OpenAI's names.
+"""Tensor names of CLIP's ViT and text tower in files of Hugging Face and of OpenAI.
 
-A file holds both towers; each table leaves the other's tensors out.
+A file has both towers; each table leaves out the other's tensors.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from common_jax.weights.entries import (
 )
 from common_jax.weights.table import Table
 
-_OTHER_TOWER = "of the other tower, which is read by itself"
+_OTHER_TOWER = "of the other tower, which is read separately"
 _LEFT_OUT = {
     r"(text|vision)_model\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
     r"logit_scale": "the temperature of CLIP's own training",
 }
 OPENAI_LEFT_OUT = {
     r"logit_scale": "the temperature of CLIP's own training",
-    r"input_resolution|context_length|vocab_size": "a size, which the config says",
+    r"input_resolution|context_length|vocab_size": "a size, which is in the config",
 }
 OPENAI_TEXT_TOWER = {
     r"transformer\..*|ln_final\..*|text_projection": _OTHER_TOWER,
@@ -34,13 +34,13 @@ OPENAI_TEXT_TOWER = {
 
 
 def vision_table(config: ClipVisionConfig) -> Table:
-    """Of `towers.clip.ClipVision`, by Hugging Face's names."""
+    """Names of `towers.clip.ClipVision` in files of Hugging Face."""
     source = "vision_model"
     entries = {
         "class_token": copy(f"{source}.embeddings.class_embedding"),
         "positions": copy(f"{source}.embeddings.position_embedding.weight"),
         "patches/kernel": patches(f"{source}.embeddings.patch_embedding.weight"),
-        **norm(f"{source}.pre_layrnorm", "pre_norm"),  # so spelled in the files
+        **norm(f"{source}.pre_layrnorm", "pre_norm"),  # misspelled in the files
         **_blocks(config, f"{source}.encoder.layers", _block),
         **norm(f"{source}.post_layernorm", "post_norm"),
         "projection/kernel": transpose("visual_projection.weight"),
@@ -50,7 +50,7 @@ def vision_table(config: ClipVisionConfig) -> Table:
 
 
 def text_table(config: ClipTextConfig) -> Table:
-    """Of `towers.clip.ClipText`, by Hugging Face's names."""
+    """Names of `towers.clip.ClipText` in files of Hugging Face."""
     source = "text_model"
     entries = {
         "words": copy(f"{source}.embeddings.token_embedding.weight"),
@@ -64,7 +64,7 @@ def text_table(config: ClipTextConfig) -> Table:
 
 
 def openai_vision_table(config: ClipVisionConfig) -> Table:
-    """Of `towers.clip.ClipVision`, by OpenAI's names."""
+    """Names of `towers.clip.ClipVision` in files of OpenAI."""
     entries = {
         "class_token": copy("visual.class_embedding"),
         "positions": copy("visual.positional_embedding"),
@@ -78,7 +78,7 @@ def openai_vision_table(config: ClipVisionConfig) -> Table:
 
 
 def openai_text_table(config: ClipTextConfig) -> Table:
-    """Of `towers.clip.ClipText`, by OpenAI's names."""
+    """Names of `towers.clip.ClipText` in files of OpenAI."""
     entries = {
         "words": copy("token_embedding.weight"),
         "positions": copy("positional_embedding"),

@@ -32,13 +32,12 @@ class MClipConfig(Section):
       layers: blocks.
       heads: attention heads.
       hidden: hidden width F of the MLPs.
-      positions: rows of the position table; `pad + 1` of them are no token's.
+      positions: rows of the position table, of which the first `pad + 1` belong to no token.
       types: rows of the token type table, of which only row 0 is used.
       eps: epsilon of every LayerNorm.
       pad: the id of a pad.
       features: width M of a feature.
-      dropout: rate in training, after the embeddings and after each branch. Attention weights are
-        never dropped.
+      dropout: rate in training, for embeddings and branches but not for attention weights.
       activation: a key of `ACTIVATIONS`.
     """
 
@@ -64,20 +63,20 @@ class MClipConfig(Section):
         if self.longest < 1:
             raise FieldError(
                 f"positions={self.positions} must be at least {self.pad + 2}: rows up to "
-                f"pad={self.pad} are no token's"
+                f"pad={self.pad} belong to no token"
             )
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sentence that the position table can tell apart."""
+        """Tokens of the longest sentence."""
         return self.positions - self.pad - 1
 
 
 def position_ids(ids: Int[Array, "B S"], pad: int) -> Int[Array, "B S"]:
-    """The row of the position table for each token: its number among the tokens that are no pads,
-    counted from `pad` + 1; a pad has row `pad`.
+    """The row of the position table for each token: `pad` + its number among the tokens that are no
+    pads, from 1; `pad` for pads.
 
-    The ids decide it, never a mask (XLM-RoBERTa, create_position_ids_from_input_ids).
+    Depends on the ids, not on a mask (XLM-RoBERTa, create_position_ids_from_input_ids).
     """
     real = (ids != pad).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + pad
@@ -106,7 +105,7 @@ class Embeddings(nn.Module):
 
 
 class Block(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x)): norms come after the sums, as in BERT."""
+    """norm(x + attention(x)), then norm(x + mlp(x)): post-norm, as in BERT."""
 
     config: MClipConfig
     dtype: DTypeLike
@@ -128,8 +127,8 @@ class MClip(nn.Module):
     """Sentences to features: projection of the mean over visible tokens, <s> and </s> included
     (M-CLIP, MultilingualCLIP).
 
-    Features are not of unit length, and leave in float32 at least. Records under `intermediates`:
-    `last_hidden` (B, S, D), that of pads too.
+    Features are not of unit length, and are float32 at least. Sows `intermediates`: `last_hidden`
+    (B, S, D), including pads.
     """
 
     config: MClipConfig
@@ -147,17 +146,17 @@ class MClip(nn.Module):
 
         Args:
           ids: the tokens.
-          mask: which of them are attended to and averaged; a row without any has the mean 0.
-          train: drops out, with keys of the stream `dropout`.
+          mask: the tokens to attend to and to average; a row without any has the mean 0.
+          train: whether to drop out, with the stream `dropout`.
 
         Raises:
-          ValueError: for more tokens than the position table has rows for.
+          ValueError: for more tokens than the position table allows.
         """
         config = self.config
         if ids.shape[1] > config.longest:
             raise ValueError(
-                f"ids of {ids.shape[1]} tokens came where positions={config.positions} leave room "
-                f"for {config.longest}; truncate the sentences"
+                f"ids have {ids.shape[1]} tokens, and positions={config.positions} allow "
+                f"{config.longest}; truncate the sentences"
             )
         visible = mask != 0
         x = Embeddings(config, self.dtype, name="embeddings")(ids, train=train)
@@ -181,8 +180,8 @@ def _norm(config: MClipConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
-# Big matrices are split over fsdp along the width: the published vocabulary, 250002, is no multiple
-# of 4. The rest is small and held whole.
+# Large matrices are split over fsdp along the width, since the published vocabulary, 250002, is no
+# multiple of 4. The rest is replicated.
 PARTITION_RULES = (
     (r"/embeddings/(words|positions)$", P(None, "fsdp")),
     (r"/embeddings/types$", P()),

@@ -6,12 +6,12 @@ from common_jax.weights.table import Table
 
 LEFT_OUT = {
     r"transformer\.embeddings\.position_ids": "a buffer that counts 0, 1, 2, ...",
-    r"transformer\.pooler\.dense\.(weight|bias)": "a pooler that M-CLIP's mean replaces",
+    r"transformer\.pooler\.dense\.(weight|bias)": "a pooler, which M-CLIP does not use",
 }
 
 
 def table(config: MClipConfig) -> Table:
-    """Of `towers.mclip.MClip`."""
+    """Names of `towers.mclip.MClip`."""
     source = "transformer.embeddings"
     entries = {
         "embeddings/words": copy(f"{source}.word_embeddings.weight"),

@@ -1,7 +1,6 @@
-"""CLIP's ResNet image tower, as OpenAI's RN50x64.
+"""CLIP's ResNet image tower, such as OpenAI's RN50x64.
 
-For inference only: the statistics of its batch norms are parameters, which no batch changes. Keep
-the tower frozen.
+For inference only, and to be kept frozen: the batch norms' statistics are parameters.
 """
 
 import dataclasses
@@ -18,8 +17,8 @@ from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.ranges import Positive, Size, Sizes
 
-EXPANSION = 4  # channels that leave a block over those of its 3 x 3 convolution
-STRIDE = 32  # pixels to a place of the last feature map
+EXPANSION = 4  # output channels of a block over those of its 3 x 3 convolution
+STRIDE = 32  # pixels per place of the last feature map
 HEAD_WIDTH = 64
 CONV_INIT = nn.initializers.he_normal()
 
@@ -31,7 +30,7 @@ class ResNetConfig(Section):
     Attributes:
       image: side of an image in pixels.
       layers: blocks in each stage.
-      width: channels that leave the stem.
+      width: output channels of the stem.
       features: width M of a feature.
       eps: epsilon of every batch norm.
     """
@@ -53,7 +52,7 @@ class ResNetConfig(Section):
 
     @property
     def pooled_width(self) -> int:
-        """Channels D that leave the last stage."""
+        """Output channels D of the last stage."""
         return self.width * STRIDE
 
     @property
@@ -63,13 +62,15 @@ class ResNetConfig(Section):
 
     @property
     def tokens(self) -> int:
-        """Places of the last feature map, and their mean."""
+        """Number of places in the last feature map, and one for their mean."""
         return (self.image // STRIDE) ** 2 + 1
 
 
 class FrozenBatchNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias, all four given, each (D,); in float32 at
-    least."""
+    """(x - mean) / sqrt(var + eps) * scale + bias, in float32 at least.
+
+    Parameters: `mean`, `var`, `scale`, `bias` (D,).
+    """
 
     eps: float
     dtype: DTypeLike
@@ -83,14 +84,14 @@ class FrozenBatchNorm(nn.Module):
             name: self.param(name, start, (x.shape[-1],)).astype(exact)
             for name, start in starts.items()
         }
+        # Folded to y = gain x + shift, for one multiplication and one addition per value.
         gain = stored["scale"] * jax.lax.rsqrt(stored["var"] + self.eps)
         y = x.astype(exact) * gain + (stored["bias"] - stored["mean"] * gain)
         return y.astype(self.dtype)
 
 
 class Stem(nn.Module):
-    """Three 3 x 3 convolutions, the first of stride 2, then 2 x 2 averages: a quarter of the
-    side."""
+    """Three 3 x 3 convolutions, the first of stride 2, then 2 x 2 average pooling."""
 
     config: ResNetConfig
     dtype: DTypeLike
@@ -105,10 +106,10 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(x + 1 x 1, 3 x 3, 1 x 1 convolutions of x); every convolution has stride 1, and 2 x 2
-    averages make the side smaller, so that nothing aliases.
+    """relu(x + convolutions of x), of 1 x 1, 3 x 3 and 1 x 1.
 
-    The first block of a stage also averages and projects the x that it adds.
+    Average pooling reduces the side, not strided convolutions, against aliasing. The first block of
+    a stage also pools and projects its shortcut.
     """
 
     config: ResNetConfig
@@ -134,10 +135,10 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One query, the mean of all places, attends to the places and itself (CLIP, AttentionPool2d).
+    """Attention of the mean of all places over the places and itself (CLIP, AttentionPool2d).
 
-    Parameters: `positions` (places + 1, D) with the mean's first; `query`, `key`, `value` (D, D)
-      and `out` (D, M), each with bias. The features leave in float32 at least.
+    Parameters: `positions` (places + 1, D), the mean's first; `query`, `key`, `value` (D, D) and
+      `out` (D, M), each with bias. Features are float32 at least.
     """
 
     config: ResNetConfig
@@ -150,6 +151,7 @@ class AttentionPool(nn.Module):
         init = nn.initializers.normal(width**-0.5)
         exact = jnp.promote_types(self.dtype, jnp.float32)
         places = x.reshape(batch, -1, width)
+        # Hundreds of places are summed, too many for bfloat16.
         mean = jnp.mean(places.astype(exact), axis=1, keepdims=True).astype(x.dtype)
         positions = self.param("positions", init, (config.tokens, width)).astype(x.dtype)
         tokens = jnp.concatenate([mean, places], axis=1) + positions
@@ -158,6 +160,7 @@ class AttentionPool(nn.Module):
             y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)(tokens)
             return y.reshape(batch, -1, config.heads, HEAD_WIDTH)
 
+        # Of the outputs only the mean's is used, so it is the only query.
         query = project(tokens[:, :1], "query")
         key, value = project(tokens, "key"), project(tokens, "value")
         pooled = jax.nn.dot_product_attention(query, key, value).reshape(batch, width)
@@ -167,7 +170,7 @@ class AttentionPool(nn.Module):
 class ClipResNet(nn.Module):
     """Images to features: stem, four stages of bottlenecks, attention pool (CLIP, ModifiedResNet).
 
-    Features are not of unit length, and leave in float32 at least.
+    Features are not of unit length, and are float32 at least.
     """
 
     config: ResNetConfig
@@ -175,21 +178,22 @@ class ClipResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
-        """Features of images whose channels are already normalised.
+        """Features of images with normalised channels.
 
         Raises:
-          ValueError: for images of another size than the config's.
+          ValueError: if their size is not the config's.
         """
         config = self.config
         expected = (images.shape[0], config.image, config.image, 3)
         if images.shape != expected:
             raise ValueError(
-                f"images of shape {images.shape} came where the tower takes {expected}; resize "
-                "them, or take the tower of their size"
+                f"images have shape {images.shape}, and the tower takes {expected}; resize them, "
+                "or take a tower of their size"
             )
         x = Stem(config, self.dtype, name="stem")(images.astype(self.dtype))
         for stage, depth in enumerate(config.layers):
             for i in range(depth):
+                # The stem has already reduced the first stage's input to a quarter.
                 stride = 2 if stage > 0 and i == 0 else 1
                 name = f"stage_{stage}_block_{i}"
                 channels = config.width * 2**stage
@@ -199,6 +203,7 @@ class ClipResNet(nn.Module):
 
 
 def _conv(channels: int, side: int, dtype: DTypeLike, name: str, *, stride: int = 1) -> nn.Conv:
+    # Padding as in torch: "SAME" would pad asymmetrically with stride 2.
     return nn.Conv(
         channels,
         (side, side),
@@ -215,7 +220,7 @@ def _average(x: Float[Array, "B I J D"], side: int) -> Float[Array, "B I//{side}
     return nn.avg_pool(x, (side, side), strides=(side, side)) if side > 1 else x
 
 
-# Kernels are split over fsdp along a channel axis; the rest is small and held whole.
+# Kernels are split over fsdp along a channel axis; the rest is replicated.
 PARTITION_RULES = (
     (r"/(conv_\d|shortcut)/kernel$", P(None, None, None, "fsdp")),
     (r"/attention_pool/positions$", P(None, "fsdp")),

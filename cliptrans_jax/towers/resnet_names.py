@@ -8,12 +8,12 @@ from common_jax.weights.table import Table
 LEFT_OUT = (
     OPENAI_LEFT_OUT
     | OPENAI_TEXT_TOWER
-    | {r"visual\..*\.num_batches_tracked": "a count of training steps"}
+    | {r"visual\..*\.num_batches_tracked": "a count of training batches"}
 )
 
 
 def table(config: ResNetConfig) -> Table:
-    """Of `towers.resnet.ClipResNet`."""
+    """Names of `towers.resnet.ClipResNet`."""
     entries = {}
     for i in (1, 2, 3):
         entries[f"stem/conv_{i}/kernel"] = convolution(f"visual.conv{i}.weight")

@@ -10,7 +10,7 @@ from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
 from cliptrans_jax.towers.tower import Tower
 
-# Of a file that holds several towers of a side, the first of this order is read.
+# If a file has several towers of one side, the first in this order is read.
 TOWERS: Mapping[type, Tower] = types.MappingProxyType(
     {
         MClipConfig: mclip.TOWER,
@@ -24,20 +24,20 @@ IMAGE_TOWERS = tuple(tower for tower in TOWERS.values() if tower.pictures is not
 
 
 def tower_of(config: Any) -> Tower:
-    """The record of the tower that a config is of."""
+    """The tower that a config belongs to."""
     return TOWERS[type(config)]
 
 
 def text_tower_of(tokenizer: str) -> Tower:
-    """The text tower that is published with a kind of tokenizer.
+    """The text tower published with a kind of tokenizer.
 
     Raises:
-      ValueError: for a tokenizer of no tower.
+      ValueError: if there is none.
     """
     for tower in TEXT_TOWERS:
         if tower.sentences.tokenizer == tokenizer:
             return tower
     raise ValueError(
-        f"config.clip_tokenizer.kind={tokenizer!r} is of no text tower; it must be one of "
+        f"config.clip_tokenizer.kind={tokenizer!r} belongs to no text tower; it must be one of "
         f"{[tower.sentences.tokenizer for tower in TEXT_TOWERS]}"
     )

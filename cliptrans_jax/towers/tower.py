@@ -1,4 +1,4 @@
-"""The record of a tower: all that other files need to know of one."""
+"""The record that describes a tower to other files."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ Channels = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """The way a text tower reads sentences.
+    """The text input of a tower.
 
     Attributes:
-      tokenizer: kind of the tokenizer that is published with it.
-      visible: (config, ids) -> the tokens (B, S) that are attended to; None for all of them.
-      drops_out: whether it drops out in training.
+      tokenizer: kind of the tokenizer published with it.
+      visible: (config, ids) -> mask (B, S) of the tokens to attend to; None for all.
+      drops_out: whether it has dropout in training.
     """
 
     tokenizer: str
@@ -32,11 +32,11 @@ class Sentences:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The preparation of pictures for an image tower.
+    """The image input of a tower.
 
     Attributes:
-      mean, std: of each channel, of pixels in [0, 1].
-      resampling: name of PIL's filter that resizes them.
+      mean, std: per channel, of pixels in [0, 1].
+      resampling: name of PIL's resize filter.
     """
 
     mean: Channels
@@ -53,7 +53,7 @@ CLIP_PICTURES = Pictures(
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """A kind of tower, of one side: it has `sentences` or `pictures`.
+    """A kind of text or image tower, with either `sentences` or `pictures`.
 
     Configs of text towers have `vocab`, `features` and `longest`, the tokens of the longest
     sentence; those of image towers have `image`, the side of a picture, and `features`.
@@ -61,10 +61,10 @@ class Tower:
     Attributes:
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
       config: class of its sizes.
-      network: flax module of (config, dtype).
+      network: flax module, built from (config, dtype).
       rules: partition rules of its parameters.
-      sentences: of a text tower.
-      pictures: of an image tower.
+      sentences: input of a text tower.
+      pictures: input of an image tower.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Tower:
         """Features of framed ids with pads, or of prepared pictures.
 
         Args:
-          dropout: key of dropout in training; None elsewhere. A tower that has none ignores it.
+          dropout: key of dropout in training, else None; ignored by towers without dropout.
         """
         network, variables = self.network(config, dtype), {"params": params}
         if self.sentences is None:

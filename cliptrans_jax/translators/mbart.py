@@ -1,6 +1,6 @@
 """mBART (Liu et al. 2020, arXiv 2001.08210): a pre-norm encoder-decoder with tied embeddings.
 
-The decoder takes embeddings, not ids, so that vectors which are no tokens can stand among them.
+The decoder takes embeddings, not ids, so that a prefix of vectors can precede the tokens.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import Mlp
 from common_jax.ranges import BelowOne, Count, Size
 
-EPSILON = 1e-5
-OFFSET = 2  # slot p has row p + 2 of its table of positions, in all published weights
+EPSILON = 1e-5  # torch's default; flax has 1e-6
+OFFSET = 2  # slot p uses row p + 2 of the position table, as in all published weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +32,18 @@ class MBartConfig(Section):
     """Sizes and ids; the defaults are mBART-large-50's.
 
     Attributes:
-      vocab: tokens, language codes included.
-      width: of a token.
-      encoder_layers, decoder_layers: their numbers.
+      vocab: number of tokens, language codes included.
+      width: width D of a token.
+      encoder_layers, decoder_layers: number of layers.
       encoder_heads, decoder_heads: attention heads.
-      encoder_hidden, decoder_hidden: hidden widths of the MLPs.
-      positions: longest sequence, the decoder's prefix included.
-      dropout: of embeddings and of every branch's output, in training.
-      scale_embedding: whether looked-up embeddings are multiplied by sqrt(width).
-      pad, eos, start: ids of padding, of the end, and of what decoding starts with.
-      remat: computes every layer again in the backward pass instead of keeping what is inside.
-      scan_layers: runs the encoder's layers as one loop, and the decoder's as another, which takes
-        less time to compile; random draws are others than without. Decoding does not.
+      encoder_hidden, decoder_hidden: hidden widths F of the MLPs.
+      positions: longest sequence, including the decoder's prefix.
+      dropout: rate for embeddings and the output of every branch, in training.
+      scale_embedding: whether token embeddings are multiplied by sqrt(width).
+      pad, eos, start: ids of padding, end of sentence, and the first token of decoding.
+      remat: recomputes every layer in the backward pass instead of storing its activations.
+      scan_layers: runs the layers of the encoder, and those of the decoder, as one loop each, which
+        compiles faster but draws other random numbers. Decoding never does.
     """
 
     vocab: Size = 250054
@@ -107,6 +107,7 @@ class DecoderLayer(nn.Module):
 
     sizes: _Sizes
 
+    # `setup`, not `compact`, since three methods share the submodules.
     def setup(self):
         sizes = self.sizes
         self.attention = DecoderAttention(sizes.width, sizes.heads, sizes.dtype)
@@ -139,7 +140,7 @@ class DecoderLayer(nn.Module):
         visible: Bool[Array, "#B 1 T T"],
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The same outside training, with keys and values kept."""
+        """`__call__` outside training; also returns the keys and values."""
         own, memory = self.attention(self.attention_norm(x), visible)
         x = x + own
         source = self.cross_attention.remember(states)
@@ -154,7 +155,7 @@ class DecoderLayer(nn.Module):
         visible: Bool[Array, "B 1 T R"],
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The same for further tokens, put into the cache from `slot` on."""
+        """`prefill` for further tokens, which are written to the cache from `slot` on."""
         memory, source = cache
         own, memory = self.attention.extend(self.attention_norm(x), memory, slot, visible)
         x = x + own
@@ -163,7 +164,7 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Layers between a norm of the embeddings and a norm of the outcome."""
+    """norm(layers(norm(embeddings + positions)))."""
 
     config: MBartConfig
     dtype: DTypeLike
@@ -173,6 +174,7 @@ class Encoder(nn.Module):
         sizes = _Sizes(
             config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
         )
+        # Argument 3 is `train`, counting self, and must stay a Python bool.
         layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
@@ -189,7 +191,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The same with attention to encoder states, whole or token by token."""
+    """The same with attention over encoder states, on whole sequences or token by token."""
 
     config: MBartConfig
     dtype: DTypeLike
@@ -199,6 +201,7 @@ class Decoder(nn.Module):
         sizes = _Sizes(
             config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
         )
+        # Argument 5 is `train`, counting self, and must stay a Python bool.
         layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
         self.positions = _positions(config, self.dtype)
         self.embedding_norm = _norm(self.dtype)
@@ -228,8 +231,8 @@ class Decoder(nn.Module):
         """See `MBart.prefill`."""
         x, cache = self._place(x, jnp.arange(x.shape[1])), []
         for layer in self.layer:
-            x, kept = layer.prefill(x, states, visible, states_visible)
-            cache.append(kept)
+            x, layer_cache = layer.prefill(x, states, visible, states_visible)
+            cache.append(layer_cache)
         return self.norm(x), tuple(cache)
 
     def extend(
@@ -242,21 +245,22 @@ class Decoder(nn.Module):
         states_visible: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """See `MBart.extend`."""
-        x, longer = self._place(x, position), []
-        for layer, kept in zip(self.layer, cache, strict=True):
-            x, kept = layer.extend(x, kept, slot, visible, states_visible)
-            longer.append(kept)
-        return self.norm(x), tuple(longer)
+        # W beams fill W slots of the cache but share one position.
+        x, new_cache = self._place(x, position), []
+        for layer, layer_cache in zip(self.layer, cache, strict=True):
+            x, layer_cache = layer.extend(x, layer_cache, slot, visible, states_visible)
+            new_cache.append(layer_cache)
+        return self.norm(x), tuple(new_cache)
 
     def _place(self, x: Float[Array, "B T D"], position: jax.Array) -> Float[Array, "B T D"]:
         return self.embedding_norm(x + self.positions(OFFSET + position))
 
 
 class MBart(nn.Module):
-    """Encoder, decoder and the one matrix that embeds tokens and scores them.
+    """Encoder, decoder, and one matrix that both embeds and scores tokens.
 
-    Parameters: `embedding` (V, D), `logits_bias` (V) that no published training changes,
-      `encoder/...` and `decoder/...`.
+    Parameters: `embedding` (V, D), `logits_bias` (V), which is never trained, `encoder/...` and
+      `decoder/...`.
     """
 
     config: MBartConfig
@@ -265,6 +269,7 @@ class MBart(nn.Module):
     def setup(self):
         config = self.config
         self.embedding = self.param("embedding", INIT, (config.vocab, config.width))
+        # All zeros, but a tensor of published checkpoints, so it must survive a round trip.
         self.logits_bias = self.param("logits_bias", nn.initializers.zeros, (config.vocab,))
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)
@@ -277,7 +282,7 @@ class MBart(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of the tokens after those of `target`, which attend to no later ones."""
+        """Logits of the token after each one in `target`, with causal attention."""
         length = target.shape[1]
         visible = jnp.tril(jnp.ones((1, 1, length, length), bool))
         states = self.encode(source, source_mask, train=train)
@@ -285,8 +290,9 @@ class MBart(nn.Module):
         return self.logits(hidden)
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeddings without positions; none of a pad's gradient comes back through this."""
+        """Embeddings without positions."""
         x = jnp.asarray(self.embedding, self.dtype)[ids]
+        # As torch's padding_idx: a pad's row learns from the logits only.
         x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x * self.config.width**0.5 if self.config.scale_embedding else x
         return constrain(x, "batch", "tokens", "width")
@@ -311,6 +317,7 @@ class MBart(nn.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """See `Network.logits`."""
+        # The product accumulates in float32 and stays there: bfloat16 logits would tie.
         kind = jnp.promote_types(self.dtype, jnp.float32)
         embedding = jnp.asarray(self.embedding, self.dtype)
         scores = jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=kind)
@@ -342,17 +349,16 @@ class MBart(nn.Module):
 
 
 def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> jax.Array:
-    """x through the layers of encoder or decoder."""
+    """Applies the layers of an encoder or decoder."""
+    # Initialisation unrolls them, so that parameters have the same paths either way.
     if not half.config.scan_layers or half.is_initializing():
         return functools.reduce(lambda x, layer: layer(x, *arguments), half.layer, x)
     return layers.scan(half.layer, x, *arguments, streams=("dropout",))[0]
 
 
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
-    """The ids that the decoder reads to predict `labels`: the last label that is no pad, then all
-    labels but the last slot's (mBART, shift_tokens_right).
-
-    A negative label (ignored by the loss) counts as a pad.
+    """The decoder's input for `labels`: shifted right by one, with the last label that is no pad in
+    the first slot (mBART, shift_tokens_right). Negative labels count as pads.
     """
     labels = jnp.where(labels < 0, pad, labels)
     last = jnp.sum(labels != pad, axis=1, keepdims=True) - 1
@@ -368,7 +374,7 @@ def _positions(config: MBartConfig, dtype: DTypeLike) -> nn.Embed:
     return nn.Embed(config.positions + OFFSET, config.width, embedding_init=INIT, dtype=dtype)
 
 
-# Published vocabularies have odd factors, so that tables are split along the width.
+# Published vocabularies are not divisible by device counts, so tables are split along the width.
 PARTITION_RULES = (
     (r"/(embedding|positions/embedding)$", P(None, "fsdp")),
     (r"/(qkv|memory|query)/kernel$", P("fsdp")),

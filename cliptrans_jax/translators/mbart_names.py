@@ -8,7 +8,7 @@ from common_jax.weights.entries import Entry
 from common_jax.weights.table import Table
 
 EMBEDDING = "model.shared.weight"
-# One matrix under four names.
+# One matrix under four names; the others may be missing.
 ALIASES = {
     "model.encoder.embed_tokens.weight": EMBEDDING,
     "model.decoder.embed_tokens.weight": EMBEDDING,
@@ -17,8 +17,8 @@ ALIASES = {
 
 
 def table(config: MBartConfig) -> Table:
-    """Of an mBART by our paths in "mbart"."""
-    found = {
+    """Tensor names of an mBART, by our paths below "mbart/"."""
+    table_entries = {
         "embedding": entries.copy(EMBEDDING),
         "logits_bias": dataclasses.replace(_row("final_logits_bias"), fill=0.0),
     }
@@ -26,15 +26,16 @@ def table(config: MBartConfig) -> Table:
     heads = {"encoder": config.encoder_heads, "decoder": config.decoder_heads}
     for side, count in layers.items():
         source = f"model.{side}"
-        found[f"{side}/positions/embedding"] = entries.copy(f"{source}.embed_positions.weight")
-        found |= entries.norm(f"{source}.layernorm_embedding", f"{side}/embedding_norm")
-        found |= entries.norm(f"{source}.layer_norm", f"{side}/norm")
+        positions = entries.copy(f"{source}.embed_positions.weight")
+        table_entries[f"{side}/positions/embedding"] = positions
+        table_entries |= entries.norm(f"{source}.layernorm_embedding", f"{side}/embedding_norm")
+        table_entries |= entries.norm(f"{source}.layer_norm", f"{side}/norm")
         for index in range(count):
             layer = _encoder_layer(f"{source}.layers.{index}", heads[side])
             if side == "decoder":
                 layer |= _cross_attention(f"{source}.layers.{index}", heads[side])
-            found |= entries.below(layer, source="", target=f"{side}/layer_{index}/")
-    return Table(found, ALIASES)
+            table_entries |= entries.below(layer, source="", target=f"{side}/layer_{index}/")
+    return Table(table_entries, ALIASES)
 
 
 def _encoder_layer(source: str, heads: int) -> dict[str, Entry]:
@@ -67,7 +68,7 @@ def _cross_attention(source: str, heads: int) -> dict[str, Entry]:
 
 
 def _one(entry: Entry, axis: int) -> Entry:
-    """A projection of one part, without the axis of parts."""
+    """An entry with a single projection, without the axis of projections."""
     return Entry(
         entry.names,
         lambda x: entry.read(x).squeeze(axis),
@@ -76,5 +77,5 @@ def _one(entry: Entry, axis: int) -> Entry:
 
 
 def _row(name: str) -> Entry:
-    """[1, V] as (V,)."""
+    """A tensor [1, V] as a parameter (V,)."""
     return Entry((name,), lambda x: x[0], lambda x: (x[None],))

@@ -1,4 +1,4 @@
-"""The protocol of a translation network, and the record of all else that other files need."""
+"""The protocol of a translation network, and the record that describes one to other files."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from cliptrans_jax.models.attention import Memory
 from common_jax.mesh import Rules
 
-# Keys and values of a decoder layer: of its own R slots, and of the encoder's S states.
+# Keys and values of a decoder layer: those of its own R slots, and those of S encoder states.
 Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
 LayerCache = tuple[Slots, Memory]
 Cache = tuple[LayerCache, ...]
@@ -23,10 +23,10 @@ class Sizes(Protocol):
     """Fields of every translator's config.
 
     Attributes:
-      vocab: tokens, language codes included.
-      width: of a token.
-      positions: longest sequence, the decoder's prefix included.
-      pad, eos, start: ids of padding, of the end, and of what decoding starts with.
+      vocab: number of tokens, language codes included.
+      width: width D of a token.
+      positions: longest sequence, including the decoder's prefix.
+      pad, eos, start: ids of padding, end of sentence, and the first token of decoding.
     """
 
     vocab: int
@@ -39,16 +39,16 @@ class Sizes(Protocol):
 
 @runtime_checkable
 class Network(Protocol):
-    """Methods of every translator's flax module, a function of (config, dtype).
+    """Methods of every translator's flax module, which is built from (config, dtype).
 
-    The decoder takes embeddings, not ids, so that vectors which are no tokens can stand among them.
-    Masks are True where a token may be attended to.
+    The decoder takes embeddings, not ids, so that a prefix of vectors can precede the tokens. Masks
+    are True where a token may be attended to.
     """
 
     def __call__(
         self, source: Int[Array, "B S"], source_mask: Bool[Array, "B S"], target: Int[Array, "B T"]
     ) -> Float[Array, "B T V"]:
-        """Logits of the tokens after those of `target`; touches every parameter, for `init`."""
+        """Logits of the token after each one in `target`; uses every parameter, for `init`."""
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of the decoder's tokens, without positions."""
@@ -67,9 +67,9 @@ class Network(Protocol):
         *,
         train: bool = False,
     ) -> Float[Array, "B T D"]:
-        """The decoder's last states; `visible` says which slots (last axis) each slot attends to.
+        """The decoder's last states.
 
-        Slot t has position t.
+        Slot t has position t and attends to the slots that are True in `visible[..., t, :]`.
         """
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -82,8 +82,8 @@ class Network(Protocol):
         states_mask: Bool[Array, "B S"],
         visible: Bool[Array, "#B 1 T T"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """`decode` outside training, with the keys and values of its T slots and of the encoder's
-        states."""
+        """`decode` outside training; also returns the keys and values of its T slots and of the
+        encoder states."""
 
     def extend(
         self,
@@ -94,13 +94,13 @@ class Network(Protocol):
         visible: Bool[Array, "B 1 T R"],
         states_mask: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """One step of decoding for T continuations of each example side by side.
+        """One step of decoding, for T continuations of each example.
 
         Args:
-          embeddings: their last tokens, which all stand at `position`.
-          cache: of `prefill`, grown to R slots.
-          slot: the first of the T slots of the cache that they take.
-          visible: the slots that each of them attends to, its own among them.
+          embeddings: of their last tokens, all at `position`.
+          cache: from `prefill`, grown to R slots.
+          slot: first of the T cache slots to write.
+          visible: the slots that each token attends to, including its own.
           states_mask: as in `prefill`.
         """
 
@@ -110,18 +110,18 @@ class Architecture:
     """A kind of translator.
 
     Attributes:
-      subtree: where its parameters lie in a checkpoint, and its sizes in `config.model`.
+      subtree: key of its parameters in a checkpoint, and of its sizes in `config.model`.
       config: class of its sizes, see `Sizes`.
       network: flax module, see `Network`.
       rules: partition rules of its parameters.
       decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels.
-      embedding, encoder, buffers: regexes of the paths, below the subtree, of the embedding that
-        encoder and decoder share, of the rest of the encoder, and of what no training changes.
-      readout: names of the parameters that `logits` needs. It is given these alone, so that `setup`
-        may ask for others in submodules only.
+      embedding, encoder, buffers: regexes of paths below the subtree: the embedding that encoder
+        and decoder share, the rest of the encoder, and parameters that are never trained.
+      readout: names of the parameters that `logits` needs. It gets no others, so `setup` may
+        declare others only in submodules.
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
-      tokenizer: kind of the tokenizer that is published with it, which frames its sentences.
-      settings: fields of its config that are no part of the weights.
+      tokenizer: kind of the tokenizer published with it.
+      settings: fields of its config that do not affect the weights.
     """
 
     subtree: str
@@ -138,7 +138,7 @@ class Architecture:
     settings: tuple[str, ...]
 
     def differing_sizes(self, ours: Any, theirs: Any) -> Mapping[str, tuple[Any, Any]]:
-        """By name, what two configs have in fields that decide the weights and are not equal."""
+        """Fields that affect the weights and differ between two configs, with both values."""
         fields = [field.name for field in dataclasses.fields(self.config)]
         pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
         return {
@@ -149,7 +149,7 @@ class Architecture:
 
 
 def cache_slots(cache: Cache) -> int:
-    """Slots R of the decoder's own tokens."""
+    """Number of slots R of the decoder's own tokens."""
     own, _ = cache[0]
     return own[0].shape[2]
 

@@ -1,4 +1,4 @@
-"""Accounts of a file's tensors, as values and as text."""
+"""Accounts of the tensors in a file, as values and as text."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A message lists as much as this, in characters.
+# Limits of a message's list and of its lines, in characters.
 ROOM, LINE = 1200, 160
 
 
@@ -17,11 +17,10 @@ class Account:
 
     Attributes:
       taken: (tensor, our path, its shape in the file).
-      aliases: (tensor, the tensor that it equals and that was taken).
-      dropped: (tensor, why it has no place here).
-      notes: how the file was read: which of its state dicts, what was taken off the names, what
-        was filled in.
-      assumed: (field of the config, its value) that neither the file nor the caller says.
+      aliases: (tensor, the equal tensor that was taken instead).
+      dropped: (tensor, the reason why it is not read).
+      notes: on how the file was read: the chosen state dict, removed prefixes, default values.
+      assumed: (field of the config, value) that neither the file nor the caller specifies.
     """
 
     taken: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -32,7 +31,7 @@ class Account:
 
 
 def format_account(account: Account) -> str:
-    """A table of what became of a file's tensors, layers of one make folded into a line."""
+    """The account as a table, with one line for all layers of a kind."""
     groups = {}
     for name, path, shape in account.taken:
         parts = fold(path).split("/")
@@ -67,8 +66,8 @@ def format_assumed(account: Account) -> str:
 
 
 def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
-    """Problems of tensors as lines of a message, of which there may be thousands: those that differ
-    in numbers of layers are folded where there are many, and what finds no room is counted."""
+    """Problems with tensors as lines of a message. If there are many, those that only differ in the
+    number of a layer are folded into one line, and the rest beyond ROOM is counted."""
     lines = list(problems)
     if len(lines) > 12:
         folded = {}
@@ -87,12 +86,12 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
 
 
 def fold(path: str) -> str:
-    """A path or a name with its numbers of layers as "*"."""
+    """A path or a name with "*" for the numbers of layers."""
     return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)
 
 
 def _common(paths: Sequence[str]) -> str:
-    """The common start of folded names."""
+    """The common prefix of folded names."""
     if len(set(paths)) == 1:
         return paths[0]
     columns = zip(*(path.split(".") for path in paths), strict=False)

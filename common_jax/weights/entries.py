@@ -1,6 +1,6 @@
-"""Entries: recipes that make one parameter of published tensors, and write it back.
+"""Entries: conversions between one parameter and its published tensors, in both directions.
 
-Both directions move numbers and change none, so that a round trip is the identity. Plain numpy.
+They rearrange numbers without changing them, so that a round trip is the identity. Plain numpy.
 """
 
 import dataclasses
@@ -12,18 +12,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter and the published tensors that it is made of.
+    """The conversion between one parameter and its published tensors.
 
     Attributes:
       names: the tensors.
       read: (tensors in the order of `names`) -> parameter. May raise ValueError for tensors that
         contradict each other.
       write: parameter -> tensors in that order.
-      forms: other tensors that some files hold in place of these; they are read, never written.
-      optional: whether there are networks of the table without the parameter. Tells kinds apart;
-        whether a parameter must be there, its network's shapes say.
-      fill: number that the parameter is filled with where a file lacks it; None where it may not
-        be lacking.
+      forms: alternative tensors of some files; read, never written.
+      optional: whether some networks of the table lack the parameter. Only used to recognise kinds;
+        the network's shapes say if a parameter is required.
+      fill: value of the parameter if a file lacks it; None if it is required.
     """
 
     names: tuple[str, ...]
@@ -38,7 +37,7 @@ Entries = Mapping[str, Entry]  # by our path "encoder/layer_0/mlp/up/kernel"
 
 
 def copy(name: str) -> Entry:
-    """A tensor that is a parameter as it is."""
+    """A tensor with the parameter's layout."""
     return Entry((name,), lambda x: x, lambda x: (x,))
 
 
@@ -53,8 +52,8 @@ def convolution(name: str) -> Entry:
 
 
 def patches(name: str, channels: int = 3) -> Entry:
-    """A convolution [D, channels, p, p] whose stride is its side, as the kernel (p * p * channels,
-    D) of a product."""
+    """A convolution [D, channels, p, p] of stride p as the kernel (p * p * channels, D) of a matrix
+    product."""
     whole = convolution(name)
 
     def write(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -62,7 +61,7 @@ def patches(name: str, channels: int = 3) -> Entry:
         side = math.isqrt(rows // channels)
         if side * side * channels != rows:
             raise ValueError(
-                f"a patch kernel of {rows} rows is of no square patch of channels={channels}"
+                f"a patch kernel of {rows} rows is no square patch with channels={channels}"
             )
         return whole.write(kernel.reshape(side, side, channels, width))
 
@@ -70,8 +69,8 @@ def patches(name: str, channels: int = 3) -> Entry:
 
 
 def split_heads(names: tuple[str, ...], heads: int) -> Entry:
-    """Linear layers' [D, D] side by side as one kernel (D, len(names), H, K), for queries, keys
-    and values of one attention."""
+    """The [D, D] of several linear layers as one kernel (D, len(names), H, K), for queries, keys
+    and values."""
 
     def read(*tensors: np.ndarray) -> np.ndarray:
         return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)
@@ -83,7 +82,7 @@ def split_heads(names: tuple[str, ...], heads: int) -> Entry:
 
 
 def split_head_biases(names: tuple[str, ...], heads: int) -> Entry:
-    """Their biases, [D] each, as (len(names), H, K)."""
+    """The biases [D] of several linear layers as (len(names), H, K)."""
 
     def read(*tensors: np.ndarray) -> np.ndarray:
         return np.stack([x.reshape(heads, -1) for x in tensors])
@@ -128,7 +127,7 @@ def self_attention(
       sources: names of the linear layers of queries, keys and values.
       out: name of the output layer.
       target: path of the attention.
-      heads: their number.
+      heads: number of heads.
     """
     return {
         f"{target}/qkv/kernel": split_heads(tuple(f"{s}.weight" for s in sources), heads),
@@ -139,7 +138,7 @@ def self_attention(
 
 
 def stacked_heads(name: str, heads: int, parts: int = 3) -> Entry:
-    """Queries, keys and values, or other `parts`, as the rows [parts * D, ...] of one tensor, as
+    """One tensor [parts * D, ...] with rows of queries, keys and values, or of other `parts`, as
     (..., parts, H, K)."""
 
     def read(x: np.ndarray) -> np.ndarray:
@@ -180,17 +179,17 @@ def below(entries: Entries, *, source: str, target: str) -> dict[str, Entry]:
 
 
 def optional(entries: Entries) -> dict[str, Entry]:
-    """The same of a part that networks may be without."""
+    """The entries, all optional."""
     return {path: dataclasses.replace(entry, optional=True) for path, entry in entries.items()}
 
 
 def tied(entries: Entries, first: str, others: tuple[str, ...]) -> dict[str, Entry]:
-    """Entries of a module that a file lists several times and that is one here.
+    """Entries of a shared module that a file lists several times.
 
     Args:
-      entries: of the module; all tensors' names start with `first`.
-      first: "propagators.0.", say.
-      others: what the same names start with elsewhere, such as "propagators.1.".
+      entries: of the module; all names of tensors start with `first`.
+      first: prefix such as "propagators.0.".
+      others: prefixes of the copies, such as "propagators.1.".
     """
     return {path: _tie(entry, first, others) for path, entry in entries.items()}
 

@@ -1,5 +1,5 @@
-"""Published weights on disk, as numpy arrays by their names: safetensors and PyTorch's zip
-archives, whole or in shards, without PyTorch."""
+"""Reads and writes weights as numpy arrays by name: safetensors and PyTorch's zip archives, whole
+or in shards, without PyTorch."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from common_jax.weights import safetensors_file, torch_archive, torch_writer
 from common_jax.weights.naming import plain_names
 from common_jax.weights.torch_pickle import EXPORT
 
-# What a folder's weights may be called; the first that is there is read.
+# Names of the weights in a folder; the first one that exists is read.
 FOLDER_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,27 +27,27 @@ FOLDER_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# What a file is tells its content; these are the names that such files go by.
+# Suffixes of PyTorch's files. A file's content decides its format, these only help messages.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 SUFFIXES = (".safetensors", ".index.json", *TORCH_SUFFIXES)
-# Of fewer than 32 bits.
+# Floating-point types of fewer than 32 bits.
 NARROW = (
     *("bfloat16", "float16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"),
     *("float8_e5m2fnuz", "float8_e8m0fnu"),
 )
 LFS = b"version https://git-lfs"
 ZIP = b"PK\x03\x04"
-LONGEST_FILE_NAME = 255  # bytes, as file systems have it
+LONGEST_FILE_NAME = 255  # bytes, as in most file systems
 Tensors = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a file or a folder holds.
+    """The content of a file or a folder.
 
     Attributes:
-      tensors: by their names, each in the type that it is stored in.
-      notes: how it was read: which of several state dicts, and what was taken off the names.
+      tensors: by name, with the stored dtypes.
+      notes: on how it was read: the chosen state dict, removed prefixes.
     """
 
     tensors: Tensors
@@ -60,21 +60,20 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
 
 
 def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
-    """All tensors of a file or folder by their names, each in the type that it is stored in.
+    """All tensors of a file or folder by name, with the stored dtypes. No code in a file is run.
 
     Args:
-      path: a file in safetensors or PyTorch's zip format (state dicts, checkpoints that hold one as
-        "model" or "state_dict" beside whatever else, TorchScript archives), an `.index.json` of
-        shards, or a folder with one of `FOLDER_FILES`. A missing `NAME.pth` stands for
-        `NAME_1.pth`, `NAME_2.pth`, ..., as CLIPTrans is released. What frameworks put into names
-        ("module.", "_orig_mod.") is taken out.
-      weights: key of the state dict that is meant, such as "model_ema", in a file of PyTorch that
-        holds several.
+      path: a file in safetensors or PyTorch's zip format (a state dict, a checkpoint with one under
+        "model" or "state_dict", a TorchScript archive), an `.index.json` of shards, or a folder
+        with one of `FOLDER_FILES`. If `NAME.pth` is missing, `NAME_1.pth`, `NAME_2.pth`, ... are
+        read, as CLIPTrans is released. Prefixes that frameworks add to names ("module.",
+        "_orig_mod.") are removed.
+      weights: key of the state dict to read, such as "model_ema", from a PyTorch file with several.
 
     Raises:
-      FileNotFoundError: when there is no such file, or shards are missing.
-      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
-        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
+      FileNotFoundError: if there is no such file, or shards are missing.
+      ValueError: for a file that is truncated, damaged, of another format, without a dictionary of
+        nothing but tensors, or with several and no choice.
     """
     path = Path(path)
     if path.is_dir():
@@ -98,21 +97,20 @@ def read_weights(path: str | os.PathLike, *, weights: str = "") -> Weights:
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file of a folder that its weights are read from."""
+    """The file with the weights of a folder, or None."""
     return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """The tensors with floating-point numbers of fewer than 32 bits as float32, which loses
-    nothing."""
+    """The tensors, with floating-point types of fewer than 32 bits converted to float32."""
     return {
         name: x.astype(np.float32) if x.dtype.name in NARROW else x for name, x in tensors.items()
     }
 
 
 def read_plain(path: str | os.PathLike) -> dict[str, Any]:
-    """The numbers, texts and lists of these beside the tensors of a checkpoint in PyTorch's format,
-    by their keys; {} for every other kind of file, and for a folder.
+    """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint;
+    {} for other files and for folders.
 
     Raises:
       ValueError: as `read_tensors`.
@@ -122,8 +120,8 @@ def read_plain(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def module_classes(path: str | os.PathLike) -> frozenset[str]:
-    """Names of the classes that a TorchScript archive's modules are of; none of any other file, and
-    of a folder.
+    """Names of the classes of a TorchScript archive's modules; none for other files and for
+    folders.
 
     Raises:
       ValueError: as `read_tensors`.
@@ -136,21 +134,21 @@ def module_classes(path: str | os.PathLike) -> frozenset[str]:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
 ) -> None:
-    """Writes one safetensors file: the whole of it or nothing.
+    """Writes one safetensors file atomically.
 
     Args:
       path: of the file.
       tensors: name -> array.
-      replace: whether it may take the place of another file.
+      replace: whether to overwrite another file.
 
     Raises:
-      FileExistsError: when the file is there and holds something else.
-      FileNotFoundError: when its folder is missing.
-      ValueError: when its name does not end in `.safetensors`.
+      FileExistsError: if the file exists with other content.
+      FileNotFoundError: if its folder is missing.
+      ValueError: if its name does not end in `.safetensors`.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the format that is written")
-    # Hugging Face's loader wants to know whose layout it is.
+    # Hugging Face's loader requires the format in the metadata.
     whole = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     _write(
         Path(path),
@@ -160,19 +158,18 @@ def write_tensors(
 
 
 def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -> None:
-    """Writes one file in PyTorch's zip format: the whole of it or nothing.
+    """Writes one file in PyTorch's zip format atomically.
 
     Args:
       path: of the file.
-      value: see `torch_writer.write`; `{"model": tensors}` is what a training checkpoint looks
-        like.
-      replace: whether it may take the place of another file.
+      value: see `torch_writer.write`; a training checkpoint is `{"model": tensors}`.
+      replace: whether to overwrite another file.
 
     Raises:
-      FileExistsError: when the file is there and holds something else.
-      FileNotFoundError: when its folder is missing.
+      FileExistsError: if the file exists with other content.
+      FileNotFoundError: if its folder is missing.
       TypeError: for a value that is neither array nor plain.
-      ValueError: when its name ends in none of `TORCH_SUFFIXES`.
+      ValueError: if its name has none of `TORCH_SUFFIXES`.
     """
     if not Path(path).name.endswith(TORCH_SUFFIXES):
         raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
@@ -181,7 +178,7 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
 
 def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder; make it first")
+        raise FileNotFoundError(f"{path.parent} is no folder; create it first")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         write(part)
@@ -193,7 +190,7 @@ def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
 
 
 def same_content(a: Path, b: Path) -> bool:
-    """Whether two files have the same bytes."""
+    """True if two files have the same bytes."""
     if a.stat().st_size != b.stat().st_size:
         return False
     size = 1 << 24
@@ -220,8 +217,7 @@ def _read_file(path: Path, weights: str) -> Weights:
 
 
 def _is_torch(path: Path) -> bool:
-    """Whether a file is PyTorch's: by its content, and where that is none that is read by its
-    name."""
+    """True if a file is PyTorch's, by its content or, if that is unknown, by its name."""
     start = _start(path)
     if start.startswith((ZIP, torch_archive.LEGACY)):
         return True
@@ -235,20 +231,20 @@ def _start(path: Path) -> bytes:
 
 
 def _numbered(path: Path) -> list[Path]:
-    """NAME_1.pth, NAME_2.pth, ... in place of a missing NAME.pth."""
+    """The shards NAME_1.pth, NAME_2.pth, ... of a missing NAME.pth."""
     shape = re.compile(re.escape(path.stem) + r"_([1-9]\d*)" + re.escape(path.suffix))
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
-    if not path.suffix or not found:
+    shards = {int(m[1]): p for p in siblings if (m := shape.fullmatch(p.name))}
+    if not path.suffix or not shards:
         raise FileNotFoundError(
             f"there is no {path}, and no shards {path.stem}_1{path.suffix or '.pth'}, ... of it"
         )
-    if max(found) != len(found):
-        gaps = (i for i in range(1, max(found)) if i not in found)
+    if max(shards) != len(shards):
+        gaps = (i for i in range(1, max(shards)) if i not in shards)
         names = ", ".join(f"{path.stem}_{i}{path.suffix}" for i in itertools.islice(gaps, 5))
-        more = ", ..." if max(found) - len(found) > 5 else ""
+        more = ", ..." if max(shards) - len(shards) > 5 else ""
         raise FileNotFoundError(f"shards of {path} are missing: {names}{more}; fetch them too")
-    return [found[i] for i in sorted(found)]
+    return [shards[i] for i in sorted(shards)]
 
 
 def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
@@ -257,7 +253,7 @@ def _merge(parts: Iterable[tuple[Path, Weights]]) -> Weights:
         for name in set(merged) & set(part.tensors):
             if not np.array_equal(merged[name], part.tensors[name]):
                 raise ValueError(
-                    f"{path} holds {name} with other numbers than a shard before it; the shards "
+                    f"{path} holds {name} with other numbers than an earlier shard; the shards "
                     "are not of one model"
                 )
         merged |= part.tensors
@@ -297,13 +293,13 @@ def _weight_map(index: Any) -> dict[str, str]:
 
 
 def _is_plain_name(file: str) -> bool:
-    """Whether a name is one of a file in the same folder, on any system."""
+    """True if a name is that of a file in the same folder, on any system."""
     short = 0 < len(file.encode(errors="replace")) <= LONGEST_FILE_NAME
     return short and file.isprintable() and file not in (".", "..") and not set(file) & set("/\\:")
 
 
 def _refuse_pointer(path: Path) -> None:
-    """Says so when the file is empty, or only says where the weights are."""
+    """Raises ValueError if the file is empty, or a pointer of git-lfs."""
     with path.open("rb") as file:
         start = file.read(len(LFS))
     if not start:

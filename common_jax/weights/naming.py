@@ -1,5 +1,5 @@
-"""What frameworks put around a network's tensors: wrappers in their names, and dictionaries of them
-under keys of a training checkpoint."""
+"""Removes what frameworks add to a network's tensors: prefixes of their names, and the dictionaries
+of a training checkpoint around them."""
 
 import dataclasses
 import re
@@ -9,28 +9,27 @@ from typing import Any
 from common_jax.untrusted import RefusedError, brief, plain
 from common_jax.weights.torch_pickle import EXPORT, Opaque, Scripted, Tensor
 
-# Put before every name by a run on several devices.
+# Prefix of every name from a run on several devices.
 PARALLEL = "module."
-# Put into names, at any depth, by torch.compile, FSDP and activation checkpointing.
+# Inserted into names, at any depth, by torch.compile, FSDP and activation checkpointing.
 INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# Keys that a training checkpoint keeps its parameters under: CLIPTrans writes "model" beside
-# "optimizer", "scaler", "epoch" and "best_bleu_test", m2mKD the third in files of a module,
-# Lightning and OpenCLIP the second, DeepSpeed the fourth.
+# Keys of the parameters in a training checkpoint: of CLIPTrans (beside "optimizer", "scaler",
+# "epoch" and "best_bleu_test"), of Lightning and OpenCLIP, of m2mKD's modules, of DeepSpeed.
 WRAPPERS = ("model", "state_dict", "block_state_dict", "module", "model_state_dict")
-# What keys of running averages look like: DeiT's "model_ema", timm's "state_dict_ema", "ema".
+# Keys of running averages: DeiT's "model_ema", timm's "state_dict_ema", "ema".
 AVERAGE = re.compile(r"(.*[._])?(ema|swa|averaged?|shadow)([._].*)?")
 EXPORT_HINT = f"with PyTorch: {EXPORT}"
-# How deep a dictionary of tensors may stand in others, and characters of a key and of a name.
+# Limits: nesting of dictionaries, characters of a key and of a name.
 DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """One dictionary of tensors, and how it was chosen.
+    """A dictionary of tensors, and how it was chosen.
 
     Attributes:
-      tensors: by their names.
-      notes: which one it is and what else is there, where that is not plain.
+      tensors: by name.
+      notes: on the choice, if there was one.
     """
 
     tensors: Mapping[str, Any]
@@ -38,53 +37,52 @@ class Chosen:
 
 
 def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Tensors by their names without what frameworks put into them, and notes about that.
+    """Tensors by names without the insertions of frameworks, and notes on what was removed.
 
     Raises:
-      RefusedError: where two tensors then have the same name.
+      RefusedError: if two tensors then have the same name.
     """
-    found, notes = dict(tensors), []
+    result, notes = dict(tensors), []
     for word in INSERTED:
-        if count := sum(word in name for name in found):
-            found = _renamed(found, lambda name, word=word: name.replace(word, ""), word)
+        if count := sum(word in name for name in result):
+            result = _renamed(result, lambda name, word=word: name.replace(word, ""), word)
             notes.append(f"{word!r} was taken out of {count} names")
-    if count := sum(name.startswith(PARALLEL) for name in found):
-        found = _renamed(found, lambda name: name.removeprefix(PARALLEL), PARALLEL)
+    if count := sum(name.startswith(PARALLEL) for name in result):
+        result = _renamed(result, lambda name: name.removeprefix(PARALLEL), PARALLEL)
         notes.append(f"the prefix {PARALLEL!r} was taken off {count} names")
-    return found, tuple(notes)
+    return result, tuple(notes)
 
 
 def choose(top: Any, key: str = "") -> Chosen:
-    """The dictionary of tensors in what a file holds.
+    """The dictionary of tensors in the content of a file.
 
     Args:
-      top: a state dict, or a training checkpoint that holds one or several.
-      key: of the one that is meant, such as "model_ema" or "state.model"; "" where only one is
-        there, or one alone is a network's.
+      top: a state dict, or a training checkpoint with one or several.
+      key: of the one to read, such as "model_ema" or "state.model"; "" if there is no choice.
 
     Raises:
-      RefusedError: without one, for a key that is not there, and where it is not plain which one is
-        meant: beside a running average, or one with the same names.
+      RefusedError: if there is none, for a missing key, and if the choice is ambiguous, due to a
+        running average or another one with the same names.
     """
     if not isinstance(top, dict):
         what = "one tensor" if isinstance(top, Tensor) else _kind(top)
         raise RefusedError(f"holds {what}, and not tensors by their names; {EXPORT_HINT}")
-    found = dict(_dictionaries(top, DEPTH, "", set()))
+    dictionaries = dict(_dictionaries(top, DEPTH, "", set()))
     if key:
-        if key not in found:
-            there = ", ".join(map(brief, [*found][:5])) or "none"
+        if key not in dictionaries:
+            there = ", ".join(map(brief, [*dictionaries][:5])) or "none"
             raise RefusedError(
                 f"holds no tensors by their names under weights={brief(key)}; keys of such: {there}"
             )
-        return Chosen(_pure(found[key]), (f"the weights are those under {key!r}",))
-    averages = [name for name in found if AVERAGE.fullmatch(name)]
-    known = [*(name for name in WRAPPERS if name in found), *averages]
+        return Chosen(_pure(dictionaries[key]), (f"the weights are those under {key!r}",))
+    averages = [name for name in dictionaries if AVERAGE.fullmatch(name)]
+    known = [*(name for name in WRAPPERS if name in dictionaries), *averages]
     if not known:
-        return Chosen(_pure(top, found))
-    first, plain_first = known[0], _plain(found[known[0]])
+        return Chosen(_pure(top, dictionaries))
+    first, plain_first = known[0], _plain(dictionaries[known[0]])
     twins = [
         name
-        for name, tensors in found.items()
+        for name, tensors in dictionaries.items()
         if name != first and (name in averages or _alike(_plain(tensors), plain_first))
     ]
     if twins:
@@ -94,15 +92,15 @@ def choose(top: Any, key: str = "") -> Chosen:
             f"with weights=KEY, such as weights={plain(twins[-1])} (--weights=KEY of a command, "
             "--config.sources.weights=KEY of a run)"
         )
-    others = [name for name in found if name != first and not name.startswith(f"{first}.")]
+    others = [name for name in dictionaries if name != first and not name.startswith(f"{first}.")]
     note = f"the weights are those under {first!r}"
     if others:
         note += f"; not read: {', '.join(map(brief, others[:5]))}"
-    return Chosen(_pure(found[first]), (note,))
+    return Chosen(_pure(dictionaries[first]), (note,))
 
 
 def require_name(name: str) -> None:
-    """Raises RefusedError for a tensor's name that is longer than any network's."""
+    """Raises RefusedError for the name of a tensor that is too long."""
     if len(name) > LONGEST_NAME:
         raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
 
@@ -117,8 +115,8 @@ def _renamed(
 
 
 def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterator[tuple[str, dict]]:
-    """Dictionaries below `value` that hold tensors by names, by their dotted keys; each once, since
-    a small file can refer to one many times."""
+    """Dictionaries of tensors below `value`, by their dotted keys; each once, since a small file
+    can refer to one many times."""
     for key, inner in value.items():
         if not (isinstance(key, str) and isinstance(inner, dict)) or id(inner) in seen:
             continue
@@ -141,7 +139,7 @@ def _plain(tensors: Mapping[str, Any]) -> set[str]:
 
 
 def _alike(a: set[str], b: set[str]) -> bool:
-    """Whether most names of the larger one are the other's."""
+    """True if most names of the larger set are in the other."""
     return 2 * len(a & b) > max(len(a), len(b))
 
 
@@ -159,7 +157,7 @@ def _pure(tensors: Mapping[str, Any], others: Iterable[str] = ()) -> Mapping[str
 
 
 def _kind(value: Any) -> str:
-    """What something is, for a message."""
+    """The type of a value, for messages."""
     if isinstance(value, Opaque | Scripted):
         return f"a {plain(value.name)}"
     return f"a {type(value).__name__.lstrip('_')}"

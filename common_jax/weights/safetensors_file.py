@@ -1,6 +1,6 @@
-"""Safetensors files, whose header is compared with the file before a tensor is made.
+"""Reads safetensors files; their header is checked against the file before tensors are allocated.
 
-The library's own reader of numpy arrays lacks the types of fewer than 16 bits.
+The library's own reader lacks numpy types of fewer than 16 bits.
 """
 
 import dataclasses
@@ -49,12 +49,12 @@ DTYPES: Mapping[str, np.dtype] = {
     }.items()
 }
 LENGTH = 8  # bytes of the header's length
-LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+LONGEST_HEADER = 100_000_000  # bytes, as the format allows
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A tensor as the header has it; `begin` and `end` count bytes after the header."""
+    """A tensor in the header; `begin` and `end` count bytes after the header."""
 
     name: str
     dtype: np.dtype
@@ -64,12 +64,11 @@ class _Entry:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by their names, in the order of the header.
+    """The tensors of a file by name, in the order of the header.
 
     Raises:
-      ValueError: naming the file, when it is damaged, cut off, or has numbers of a type that numpy
-        cannot hold.
-      OSError: when it cannot be read.
+      ValueError: naming the file, if it is damaged, truncated, or has a dtype that numpy lacks.
+      OSError: if it cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -126,7 +125,7 @@ def _entry(name: str, value: Any) -> _Entry:
 
 
 def _require_whole(entries: list[_Entry], size: int) -> None:
-    """Numbers follow each other without gaps or overlaps up to the end of the file."""
+    """Raises RefusedError unless the numbers fill the file without gaps or overlaps."""
     place = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != place:

@@ -1,5 +1,5 @@
-"""Tables between published tensors and our parameters: one strict reader, the same table backwards
-as the writer, and the kind of network that names show."""
+"""Tables of tensor names: a strict reader into our parameters, a writer by the same table, and the
+recognition of kinds of networks by their names."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from common_jax.weights.entries import Entries, Entry, below
 from common_jax.weights.files import NARROW
 
 Tensors = Mapping[str, np.ndarray]
-MOST_PREFIXES = 8  # that are looked below, since a file may hold any number of them
+MOST_PREFIXES = 8  # to try, since a file may have any number of them
 FLOATS = ("float32", "float64", *NARROW)
 
 
@@ -24,10 +24,9 @@ class Table:
     """The names of one network's tensors in one kind of file.
 
     Attributes:
-      entries: one for every parameter that such a network may have, by our path.
-      aliases: name -> name of the tensor that it must equal if both are there, and whose place it
-        takes if that one is missing.
-      left_out: regex of whole names -> why they are not read.
+      entries: by our path, one for every parameter that such a network may have.
+      aliases: name -> name of an equal tensor, which it replaces if that one is missing.
+      left_out: regex of whole names -> the reason why they are not read.
     """
 
     entries: Entries
@@ -35,7 +34,7 @@ class Table:
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def below(self, *, source: str, target: str) -> "Table":
-        """The table of a network that is a part of another, such as of "mbart." in "mbart/"."""
+        """The table of a network within another, such as below "mbart." and "mbart/"."""
         return Table(
             below(self.entries, source=source, target=target),
             {source + alias: source + name for alias, name in self.aliases.items()},
@@ -45,14 +44,14 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Published weights as ours.
+    """Published weights, converted to our parameters.
 
     Attributes:
-      kind: of the file, as its system names it.
-      config: the network's sizes, or the config of a run that could have made the parameters.
-      params: numpy arrays of float32 in our tree.
-      account: what became of every tensor.
-      source: where they come from, as it was given.
+      kind: key in the table of kinds of its package.
+      config: the network's sizes, or a run's config with them.
+      params: nested dict of float32 numpy arrays.
+      account: of every tensor.
+      source: path or name of the file.
     """
 
     kind: str
@@ -71,30 +70,32 @@ def read(
     what: str = "this model",
     advice: Callable[[list[str]], str] = lambda _: "give the config of the model in the file",
 ) -> tuple[dict[str, Any], Account]:
-    """Our parameters from published tensors, each in the type that it has in the file.
+    """Our parameters from published tensors, with the dtypes of the file.
 
     Args:
-      table: has an entry for every parameter in `shapes`.
+      table: with an entry for every parameter in `shapes`.
       tensors: name -> array.
-      shapes: nested dict of what has a `shape`, as `jax.eval_shape` of the network's init gives.
-      file: what to call the tensors' origin in messages.
-      what: what the tensors should be, in messages.
-      advice: problems, a line each that begins with the tensor -> the way out, for a message.
+      shapes: nested dict of leaves with a `shape`, such as `jax.eval_shape` of the network's init.
+      file: name of their file, for messages.
+      what: name of the expected network, for messages.
+      advice: problems, one line per tensor -> the way out, for the message.
 
     Raises:
-      ValueError: naming every tensor that is missing, unknown, of another shape, or unequal to one
-        that it should equal.
+      ValueError: naming every tensor that is missing, unknown, of another shape, or different from
+        a tensor that it should equal.
     """
+    # Problems are collected rather than raised one by one: files take minutes to read.
     tensors, problems = dict(tensors), []
     same = _resolve(tensors, table.aliases, problems)
+    # Tables have entries for all variants of a network; `shapes` is that of one.
     flat = traverse_util.flatten_dict(shapes, sep="/")
     assert flat.keys() <= table.entries.keys(), sorted(flat.keys() - table.entries.keys())
-    params, taken, notes = {}, [], []
+    params, rows, notes = {}, [], []
     entries = {path: entry for path, entry in table.entries.items() if path in flat}
     for path, entry in entries.items():
         form, shape = _form(entry, tensors), flat[path].shape
         parts = {name: np.asarray(tensors[name]) for name in form.names if name in tensors}
-        taken += [(name, path, part.shape) for name, part in parts.items()]
+        rows += [(name, path, part.shape) for name, part in parts.items()]
         if not parts and entry.fill is not None:
             params[path] = np.full(shape, entry.fill, np.float32)
             value = "zeros" if entry.fill == 0 else f"{entry.fill:g} everywhere"
@@ -106,7 +107,7 @@ def read(
                 params[path] = form.read(*parts.values())
             except ValueError as error:
                 problems.append(str(error))
-    known = {name for name, _, _ in taken}
+    known = {name for name, _, _ in rows}
     rest = {name: x for name, x in tensors.items() if name not in known}
     left, unknown = _divide(rest, table.left_out, _other_forms(entries.values()))
     problems += unknown
@@ -114,7 +115,7 @@ def read(
         raise ValueError(
             f"{file} does not fit {what}:{list_problems(problems)}\n{advice(problems)}"
         )
-    account = Account(tuple(taken), tuple(sorted(same.items())), left, tuple(notes))
+    account = Account(tuple(rows), tuple(sorted(same.items())), left, tuple(notes))
     return traverse_util.unflatten_dict(params, sep="/"), account
 
 
@@ -122,11 +123,11 @@ def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Published tensors from our parameters, in the order of the table.
 
     Args:
-      table: may hold entries of more than `params`.
-      params: our parameters, or anything of their shapes, such as gradients.
+      table: may have entries for more than `params`.
+      params: our parameters, or a tree with their shapes, such as gradients.
 
     Raises:
-      ValueError: for parameters that the table has no names for; all are named.
+      ValueError: naming all parameters that are not in the table.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     if unknown := sorted(flat.keys() - table.entries.keys()):
@@ -142,8 +143,8 @@ def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def expected_tensors(
     table: Table, shapes: Mapping[str, Any]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Every tensor that `write` makes of parameters of these shapes: by its name our path and its
-    shape."""
+    """Our path and the shape of every tensor that `write` returns for parameters of these
+    shapes."""
     flat = traverse_util.flatten_dict(shapes, sep="/")
     return {
         name: (path, shape)
@@ -154,8 +155,8 @@ def expected_tensors(
 
 
 def as_float32(params: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """The parameters in float32; raises ValueError for other than floating-point numbers, and for
-    numbers that are not finite."""
+    """The parameters in float32; raises ValueError for other dtypes than floats, and for numbers
+    that are not finite."""
     flat = traverse_util.flatten_dict(params, sep="/")
     if odd := [f"{path} is {x.dtype}" for path, x in flat.items() if x.dtype.name not in FLOATS]:
         raise ValueError(f"{file} is not of plain numbers: {'; '.join(odd[:5])}; take another file")
@@ -166,7 +167,7 @@ def as_float32(params: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> list[str]:
-    """Every parameter that is missing, without a place or of another shape, a line each."""
+    """One line for every parameter that is missing, unknown or of another shape."""
     flat, expected = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, shapes))
     lines = [f"{path} {expected[path].shape} is missing" for path in sorted(expected.keys() - flat)]
     lines += [
@@ -180,10 +181,12 @@ def list_differences(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> li
 
 
 def misfits(table: Table, names: Collection[str]) -> list[str]:
-    """The differences between a file's names and those of a table's network of any size; numbers of
-    layers are "*". Empty where the table claims all names and every part that it needs is there."""
+    """One line per difference between a file's names and those of a table, whatever the number of
+    layers: names that the table lacks, and required ones that the file lacks."""
+    # Folded, since the table is that of a network with any number of layers.
     there = {fold(name) for name in names}
     aliases = {fold(alias): fold(name) for alias, name in table.aliases.items()}
+    # An alias may replace the tensor that it equals.
     there |= {name for alias, name in aliases.items() if alias in there}
     claimed, missing = set(aliases), {}
     for entry in table.entries.values():
@@ -201,11 +204,11 @@ def misfits(table: Table, names: Collection[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A kind of network that a file may hold.
+    """A kind of network that a file may contain.
 
     Attributes:
-      kind: as its system names it.
-      prefix: the text before its tensors' names.
+      kind: key in the table of kinds of its package.
+      prefix: of its tensors' names.
       misfits: differences between the names below that prefix and its nearest table.
     """
 
@@ -214,15 +217,16 @@ class Claim:
     misfits: tuple[str, ...]
 
 
-# (kind, marker as in `prefixes`, what gives tables of networks of any size)
+# (kind, marker as in `prefixes`, function that returns tables of networks of any size)
 Format = tuple[str, str, Callable[[], Iterable[Table]]]
 
 
 def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]:
-    """Kinds of network that a file may hold, the likeliest first: that of the shortest prefix, and
-    below one prefix that whose table claims the most; in the order given where these are equal."""
+    """The kinds of network that a file may contain, ranked by the shortest prefix, then by the
+    fewest misfits, then in the order of `formats`."""
     claims = []
     for kind, marker, tables in formats:
+        # Nested names have several prefixes with a marker; outer networks come first.
         shortest = sorted(prefixes(marker, names), key=lambda prefix: (len(prefix), prefix))
         for prefix in shortest[:MOST_PREFIXES]:
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -231,8 +235,8 @@ def rank_kinds(formats: Iterable[Format], names: Collection[str]) -> list[Claim]
 
 
 def describe_nearest(formats: Iterable[Format], names: Collection[str]) -> str:
-    """For the message about a file of no kind: the kind that it misses least, with what is in the
-    way, or "" where it misses all by half of its names."""
+    """The kind with the fewest misfits, and these, for the message about an unknown file; "" if
+    more than half of the names do not fit."""
     claims = (_claim(kind, "", tables(), names) for kind, _, tables in formats)
     nearest = min(claims, key=lambda claim: len(claim.misfits))
     if 2 * len(nearest.misfits) > len({fold(name) for name in names}):
@@ -246,10 +250,10 @@ def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[st
 
 
 def prefixes(marker: str, names: Iterable[str]) -> list[str]:
-    """The text before the names of each network in a file, such as "" or "teacher.".
+    """The prefixes of the networks in a file, such as "" or "teacher.".
 
     Args:
-      marker: regex of a name that a network of this kind has.
+      marker: regex of a name that every network of the kind has.
       names: of all tensors.
     """
     matches = (re.fullmatch(rf"(|.*?\.)(?:{marker})", name) for name in names)
@@ -257,21 +261,22 @@ def prefixes(marker: str, names: Iterable[str]) -> list[str]:
 
 
 def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, file: str) -> str:
-    """The prefix of the network that is meant in a file, "" where none has one.
+    """The prefix of the network to read from a file; "" if there is none.
 
     Args:
       markers: of the kinds of network, see `prefixes`.
       names: of all tensors.
-      chosen: the prefix, "teacher.", where several networks are there; else "".
-      file: what to call the tensors' origin in messages.
+      chosen: the user's choice among several networks, such as "teacher."; else "".
+      file: name of the file, for messages.
 
     Raises:
-      ValueError: where several are there and none is chosen, or not the chosen one.
+      ValueError: if there are several and none is chosen, or the chosen one is missing.
     """
     there = sorted({prefix for marker in markers for prefix in prefixes(marker, names)})
     shown = ", ".join(map(brief, there[:5])) or "none"
     if chosen and chosen not in there:
         raise ValueError(f"{file} holds no network below weights={chosen!r}; there are: {shown}")
+    # With "" among them, the others are parts of one outer network.
     if chosen or len(there) < 2 or "" in there:
         return chosen or min(there, default="")
     raise ValueError(
@@ -281,7 +286,7 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
 
 
 def take_prefix(tensors: Tensors, prefix: str) -> tuple[dict[str, np.ndarray], Account]:
-    """The tensors below a prefix by their names without it, and the account of the others."""
+    """The tensors below a prefix, by names without it, and the account of the others."""
     own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     others = sorted(name for name in tensors if not name.startswith(prefix))
     notes = (f"the prefix {prefix!r} was taken off the names",) if prefix else ()
@@ -290,14 +295,15 @@ def take_prefix(tensors: Tensors, prefix: str) -> tuple[dict[str, np.ndarray], A
 
 
 def _form(entry: Entry, tensors: Tensors) -> Entry:
-    """The form of an entry that a file holds; the entry itself where it holds none, or several."""
+    """The form of an entry that the tensors have; the entry itself if they have none, or both."""
     there = [form for form in entry.forms if any(name in tensors for name in form.names)]
     own = any(name in tensors for name in entry.names)
+    # With both, the other form remains unused, which `_divide` reports.
     return there[0] if there and not own else entry
 
 
 def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: str) -> list[str]:
-    """Tensors of a parameter that are missing or of another shape, a line each."""
+    """One line for every tensor of a parameter that is missing or of another shape."""
     missing = {name: shape for name, shape in expected.items() if name not in parts}
     return [f"{name} {shape} is missing, for {path}" for name, shape in missing.items()] + [
         f"{name} is {part.shape} and should be {expected[name]}"
@@ -309,8 +315,8 @@ def _differing(parts: Tensors, expected: Mapping[str, tuple[int, ...]], path: st
 def _divide(
     rest: Tensors, left_out: Mapping[str, str], forms: Mapping[str, str]
 ) -> tuple[tuple[tuple[str, str], ...], list[str]]:
-    """Of the tensors that no parameter is made of: those that are left out, with the reasons, and
-    the others, a line each."""
+    """Divides unused tensors into those that are left out, with the reasons, and one line for each
+    of the others."""
     left, lines = [], []
     for name, array in sorted(rest.items()):
         reason = next((why for rx, why in left_out.items() if re.fullmatch(rx, name)), None)
@@ -330,8 +336,8 @@ def _other_forms(entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an entry's tensors, for a parameter of a shape; found with an
-    array that takes no memory."""
+    """Shapes of an entry's tensors for a parameter of a shape."""
+    # Broadcasting makes an array of any shape that takes no memory.
     parts = entry.write(np.broadcast_to(np.float32(0), shape))
     return {name: part.shape for name, part in zip(entry.names, parts, strict=True)}
 
@@ -339,7 +345,8 @@ def _tensor_shapes(entry: Entry, shape: tuple[int, ...]) -> dict[str, tuple[int,
 def _resolve(
     tensors: dict[str, np.ndarray], aliases: Mapping[str, str], problems: list[str]
 ) -> dict[str, str]:
-    """Takes aliases out of `tensors`, filling in what they stand for; returns those taken out."""
+    """Removes aliases from `tensors`, adds the tensors that only aliases have, returns the
+    aliases."""
     same = {}
     for alias, name in aliases.items():
         if alias not in tensors:

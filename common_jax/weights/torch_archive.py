@@ -1,8 +1,8 @@
-"""PyTorch's zip archives without PyTorch: a pickle beside raw storages.
+"""Reads PyTorch's zip archives without PyTorch: a pickle beside raw storages.
 
-The pickle may rebuild tensors and hold plain containers; whatever else it names becomes a
-placeholder, never imported (`torch_pickle`). Storages are read only for tensors that are returned,
-so that an optimizer's state in the same file costs nothing.
+The pickle may rebuild tensors and plain containers; anything else that it names becomes a
+placeholder and is never imported (`torch_pickle`). Only storages of returned tensors are read, so
+an optimizer's state in the same file costs nothing.
 """
 
 import re
@@ -27,33 +27,33 @@ from common_jax.weights import torch_pickle
 from common_jax.weights.naming import Chosen, choose, require_name
 from common_jax.weights.torch_pickle import EXPORT, Scripted, Tensor
 
-LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the old format's magic number, pickled
-LARGEST_PICKLE = 1 << 26  # bytes; those of published weights have less than 2^22
+LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # pickled magic number of the old format
+LARGEST_PICKLE = 1 << 26  # bytes; published weights have less than 2^22
 DEEPEST = 64  # modules within modules, and lists within lists
-MOST_VISITS = 100_000  # modules and tensors of a script, one that is shared as often as it is named
-# Views may repeat numbers, as `expand` makes them, and share them. All together they are at most
-# this many times the file.
+MOST_VISITS = 100_000  # of modules and tensors of a script, counting shared ones repeatedly
+# Tensors may repeat and share numbers, as with `expand`. Limit of their total size over that of the
+# file.
 MOST_REPEATED = 64
 
 
 def read(path: Path, weights: str = "") -> Chosen:
-    """The tensors of a file: of a state dict, of a checkpoint that holds one under a key, or of a
-    TorchScript archive; each in the type that it is stored in.
+    """The tensors of a state dict, of a checkpoint with one under a key, or of a TorchScript
+    archive, with the stored dtypes. No code in the file is run.
 
     Args:
       path: of the file.
-      weights: key of the state dict that is meant, see `naming.choose`.
+      weights: key of the state dict to read, see `naming.choose`.
 
     Raises:
-      ValueError: for a file that is cut off, damaged, of another format, whose dictionary of
-        tensors holds anything else, or with several of which none is chosen; nothing in it is run.
+      ValueError: for a file that is truncated, damaged, of another format, without a dictionary of
+        nothing but tensors, or with several and no choice.
     """
     return _open(path, lambda archive: _read_archive(archive, weights))
 
 
 def module_classes(path: Path) -> frozenset[str]:
-    """Names of the classes that a TorchScript archive's modules are of; none of any other archive.
-    Raises ValueError as `read`."""
+    """Names of the classes of a TorchScript archive's modules; none for other archives. Raises
+    ValueError as `read`."""
 
     def find(archive: Archive) -> frozenset[str]:
         top, _, script = _load(archive)
@@ -63,8 +63,8 @@ def module_classes(path: Path) -> frozenset[str]:
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """The numbers, texts and lists of these that a checkpoint holds beside its tensors, by their
-    keys at the top; raises ValueError as `read`."""
+    """The numbers, strings and lists of these at the top of a checkpoint, by key. Raises ValueError
+    as `read`."""
 
     def find(archive: Archive) -> dict[str, Any]:
         top, _, _ = _load(archive)
@@ -80,7 +80,7 @@ def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
         raise ValueError(
-            f"{path} is in PyTorch's format of before 1.6, which is not read; with PyTorch: "
+            f"{path} is in PyTorch's format from before 1.6, which is not read; with PyTorch: "
             "torch.save(torch.load(FILE, weights_only=True), NEW_FILE)"
         )
     if not start.startswith(b"PK"):
@@ -114,7 +114,7 @@ def _read_archive(archive: Archive, weights: str) -> Chosen:
 
 
 def _load(archive: Archive) -> tuple[Any, str, bool]:
-    """What is pickled, the folder in the archive, and whether it is TorchScript."""
+    """The pickled value, the folder in the archive, and whether it is TorchScript."""
     names = archive.entries
     roots = [n.removesuffix("data.pkl") for n in names if re.fullmatch("([^/]+/)?data.pkl", n)]
     if len(roots) != 1:
@@ -123,7 +123,7 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
             f"PyTorch: {EXPORT}"
         )
     root = roots[0]
-    # What is there decides how the rest is read, so the entries must be those of the directory.
+    # The presence of these files decides how the rest is read, so verify that they are intact.
     others = [name for name in names if not name.startswith((f"{root}data/", f"{root}data.pkl"))]
     archive.require_room(others)  # TorchScript's code is text, and compressed
     for name in others:
@@ -136,8 +136,8 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
 
 
 def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int | None:
-    """How many numbers and texts are in lists of lists, one that is shared as often as it is
-    referred to; None when there is anything else among them, or too many."""
+    """The number of numbers and strings in nested lists, counting shared lists repeatedly; None if
+    they contain anything else, or too many."""
     if isinstance(value, bool | int | float | str):
         return 1
     if not isinstance(value, list | tuple):
@@ -145,7 +145,7 @@ def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int
     if id(value) not in sizes:
         if depth > DEEPEST:
             raise RefusedError(f"holds lists that nest deeper than {DEEPEST}")
-        sizes[id(value)] = None  # of a list that holds itself
+        sizes[id(value)] = None  # for a list that contains itself
         parts = [_plain_size(part, sizes, depth + 1) for part in value]
         size = None if None in parts else 1 + sum(parts)
         sizes[id(value)] = size if size is not None and size <= LARGEST_PICKLE else None
@@ -153,19 +153,19 @@ def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int
 
 
 def _classes(top: Any) -> frozenset[str]:
-    """Names of the classes of a scripted module and of those in it."""
-    seen, waiting, names = set(), [top], set()
+    """Names of the classes of a scripted module and its submodules."""
+    visited, waiting, names = set(), [top], set()
     while waiting:
         module = waiting.pop()
-        if isinstance(module, Scripted) and id(module) not in seen:
-            seen.add(id(module))
+        if isinstance(module, Scripted) and id(module) not in visited:
+            visited.add(id(module))
             names.add(module.name.rpartition(".")[2])
             waiting += module.attributes.values()
     return frozenset(names)
 
 
 def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a scripted module, as its `state_dict` names them."""
+    """Parameters and buffers of a scripted module, by their names in its `state_dict`."""
     if not isinstance(top, Scripted):
         raise RefusedError(f"is TorchScript without a module; with PyTorch: {EXPORT}")
     visits, waiting = 0, [("", top, 0)]
@@ -195,26 +195,26 @@ def _walk(top: Any, declared: Mapping[str, set[str]]) -> Iterator[tuple[str, Ten
 
 
 def _declared(archive: Archive, root: str) -> dict[str, set[str]]:
-    """Which attributes of each scripted class are parameters and buffers; others may be tensors
-    too, such as a mask."""
+    """The attributes that each scripted class declares as parameters or buffers. Other attributes,
+    such as a mask, may be tensors too."""
     heading = re.compile(
         r"^class (\w+)\(.*\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]", re.MULTILINE
     )
     pattern = re.escape(root) + r"code/(.+)\.py"
     modules = {name: match[1] for name in archive.entries if (match := re.fullmatch(pattern, name))}
     archive.require_room([*modules])
-    found = {}
+    by_class = {}
     for name, module in modules.items():
         code = archive.read(name, limit=archive.room).decode(errors="replace")
         for kind, parameters, buffers in heading.findall(code):
             attributes = re.findall(r'"([^"]+)"', parameters + buffers)
-            found[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
-    return found
+            by_class[f"{module.replace('/', '.')}.{kind}"] = set(attributes)
+    return by_class
 
 
 def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> None:
-    """Compares what tensors are said to be with what the archive declares to hold; nothing is read
-    before."""
+    """Raises RefusedError if tensors do not fit the storages in the archive's directory, before any
+    are read."""
     storages = {tensor.storage.key: tensor.storage for tensor in parts.values()}
     for key in storages:
         if f"{root}data/{key}" not in archive.entries:
@@ -253,12 +253,12 @@ def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> 
 
 
 def _array(tensor: Tensor, raw: bytearray) -> np.ndarray:
-    """The view of a storage that `_require_sizes` has found to lie within it."""
+    """The tensor as a view of its storage, whose bounds `_require_sizes` has checked."""
     dtype, shape = _dtype(tensor.dtype), tensor.shape
     if 0 in shape:
         return np.empty(shape, dtype)
     numbers = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)[tensor.offset :]
-    # Steps along an axis of length 1 are never taken, and may be of any length.
+    # The stride of an axis of length 1 has no effect, and may have any value.
     pairs = zip(shape, tensor.strides, strict=True)
     steps = [stride * dtype.itemsize if n > 1 else 0 for n, stride in pairs]
     return np.lib.stride_tricks.as_strided(numbers, shape, steps, writeable=False)

@@ -1,9 +1,8 @@
-"""PyTorch's pickles, interpreted without Python's: nothing that they name is imported or run.
+"""An interpreter for PyTorch's pickles that imports and runs nothing that they name.
 
-A pickle is a program for a stack. Here each of its opcodes does one of a few harmless things:
-constants are pushed, containers are filled, tensors are described by where their numbers lie, and
-everything else becomes an `Opaque` object, which does nothing. Time and memory are in proportion to
-the pickle's length, whatever is in it: no value is compared, hashed, copied or printed as a whole.
+A pickle is a program for a stack machine. Here its opcodes only push constants, fill containers and
+describe tensors; everything else becomes an `Opaque` object without behaviour. Time and memory are
+linear in the length of the pickle: no value is compared, hashed, copied or printed as a whole.
 """
 
 import dataclasses
@@ -35,9 +34,9 @@ DTYPES = (
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
-# What goes wrong in here for a pickle that is no whole one.
+# Exceptions of this module for damaged pickles.
 DAMAGED = (pickle.UnpicklingError, ArithmeticError, LookupError, TypeError, ValueError)
-# Code that no weights need. It would not be run, but whoever names it is up to no good, and the
+# Code that no weights need. It would not be run, but a file that names it is malicious, and the
 # user should know.
 HARMFUL_MODULES = (
     *("os", "posix", "nt", "subprocess", "pty", "socket", "shutil", "sys", "runpy", "importlib"),
@@ -48,14 +47,14 @@ HARMFUL_BUILTINS = ("eval", "exec", "compile", "open", "__import__", "breakpoint
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """Stands for something of another kind, by the name of what it is made with."""
+    """Placeholder for an object of another class or function, with its name."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Storage:
-    """Numbers in a row, in a file of the archive."""
+    """A flat array of numbers in a file of the archive."""
 
     key: str
     dtype: str
@@ -64,8 +63,8 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Tensor:
-    """A view of a storage; numbers are counted in `dtype`. Only the lengths of shape and strides
-    are checked: they may hold anything."""
+    """A view of a storage, with offset and strides in units of `dtype`. Only the number of axes is
+    checked here: offset, shape and strides may contain anything."""
 
     storage: Storage
     dtype: str
@@ -89,7 +88,7 @@ class _ScriptedClass:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Function:
-    """What a pickle may call: a function of ours, with how many arguments it takes."""
+    """A function of ours that a pickle may call, with the least and most arguments."""
 
     call: Callable[..., Any]
     least: int
@@ -97,16 +96,17 @@ class _Function:
 
 
 def load(content: bytes, *, script: bool) -> Any:
-    """The value of a pickle: numbers, texts, lists, tuples and dictionaries as they are, beside
-    `Tensor`, `Opaque` and, where `script` admits them, `Scripted` objects.
+    """The value of a pickle: numbers, strings, lists, tuples and dictionaries with `Tensor`,
+    `Opaque` and, if `script`, `Scripted` objects.
 
-    Keys of dictionaries that are neither numbers nor texts are replaced by `Opaque` ones.
+    Keys of dictionaries other than numbers and strings are replaced by `Opaque` objects.
 
     Raises:
-      RefusedError: for a pickle that is damaged, or that names code to run.
+      RefusedError: for a pickle that is damaged, or that names harmful code.
     """
     machine = _Machine(script=script, length=len(content))
     try:
+        # genops decodes opcodes and arguments, and executes nothing.
         for opcode, argument, _ in pickletools.genops(content):
             _OPCODES[opcode.name](machine, argument)
         return machine.stack.pop()
@@ -117,9 +117,10 @@ def load(content: bytes, *, script: bool) -> Any:
     raise RefusedError(f"has a damaged data.pkl ({reason}); copy or download it again")
 
 
+# `grad` and `hooks` concern autograd only, and are ignored.
 def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=None, dtype=None):
     for kind in (storage, dtype):
-        if isinstance(kind, Opaque):  # numbers of a type that is not read
+        if isinstance(kind, Opaque):  # a dtype that is not supported
             return kind
     if not isinstance(storage, Storage):
         raise RefusedError("holds a tensor without a storage")
@@ -150,8 +151,8 @@ def _first(value, *others):
 
 
 _PARAMETER = _Function(_first, 1, 4)
-_ORDERED_DICT = Opaque("collections.OrderedDict")  # becomes a dict where it is called
-# How tensors, and the plain contents of optimizers and scalers, are made.
+_ORDERED_DICT = Opaque("collections.OrderedDict")  # a call of it returns a dict
+# Functions and types for tensors and for the plain contents of optimizers and scalers.
 KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ORDERED_DICT,
     ("torch._utils", "_rebuild_tensor"): _Function(_rebuild, 4, 4),
@@ -164,7 +165,7 @@ KNOWN: Mapping[tuple[str, str], Any] = {
     **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
     **{("torch", dtype): dtype for dtype in DTYPES},
 }
-# The same in TorchScript, for attributes that are lists.
+# The same for attributes of TorchScript modules that are lists.
 KNOWN_IN_SCRIPT = {
     ("torch.jit._pickle", name): _Function(_first, 1, 2)
     for name in (
@@ -175,11 +176,11 @@ KNOWN_IN_SCRIPT = {
 
 
 class _Machine:
-    """The stack of a pickle, its memory, and what its opcodes do to them.
+    """The stack and memo of a pickle, and the operations of its opcodes.
 
     Args:
-      script: whether it is of a TorchScript archive.
-      length: of the pickle, in bytes, which bounds how much is copied.
+      script: whether the pickle is of a TorchScript archive.
+      length: of the pickle in bytes, the limit of all copies.
     """
 
     def __init__(self, *, script: bool, length: int):
@@ -198,7 +199,7 @@ class _Machine:
         self.push(value)
 
     def push_latin(self, text: str) -> None:
-        """Text of Python 2, which is bytes; those of names are in UTF-8."""
+        """Pushes a string of Python 2, which is bytes: names are in UTF-8."""
         try:
             self.push(text if text.isascii() else text.encode("latin-1").decode())
         except UnicodeDecodeError:
@@ -209,7 +210,7 @@ class _Machine:
         self.stack = []
 
     def to_mark(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pops all items pushed since the last mark."""
         items, self.stack = self.stack, self._outer.pop()
         return items
 
@@ -235,27 +236,27 @@ class _Machine:
         self.stack[-count:] = [items]
 
     def append(self, items: list[Any]) -> None:
-        holder = self.stack[-1]
-        if isinstance(holder, list):
-            holder.extend(items)
-        elif not isinstance(holder, Opaque):
-            raise TypeError(f"{type(holder).__name__} is no list")
+        container = self.stack[-1]
+        if isinstance(container, list):
+            container.extend(items)
+        elif not isinstance(container, Opaque):
+            raise TypeError(f"{type(container).__name__} is no list")
 
     def set_items(self, items: list[Any]) -> None:
-        holder = self.stack[-1]
+        container = self.stack[-1]
         if len(items) % 2:
             raise ValueError("a key without a value")
-        if isinstance(holder, dict):
-            _fill(holder, zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(holder, Opaque):
-            raise TypeError(f"{type(holder).__name__} is no dictionary")
+        if isinstance(container, dict):
+            _fill(container, zip(items[::2], items[1::2], strict=True))
+        elif not isinstance(container, Opaque):
+            raise TypeError(f"{type(container).__name__} is no dictionary")
 
     def set_item(self, _: None) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self.set_items([key, value])
 
     def find(self, module: str, name: str) -> Any:
-        """What stands for something that a pickle names."""
+        """The function, dtype or placeholder for a global that the pickle names."""
         known = KNOWN.get((module, name))
         if known is None and self._script:
             known = KNOWN_IN_SCRIPT.get((module, name))
@@ -281,7 +282,7 @@ class _Machine:
         self.push(self.find(module, name))
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What a function of the pickle gives, or a class."""
+        """The result of calling a function or class that the pickle names."""
         if not isinstance(arguments, tuple):
             raise TypeError("arguments that are no tuple")
         match function:
@@ -296,29 +297,29 @@ class _Machine:
         raise TypeError(f"{type(function).__name__} cannot be called")
 
     def _ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        made: dict[Any, Any] = {}
+        result: dict[Any, Any] = {}
         for pairs in arguments[:1]:
             if not isinstance(pairs, list | tuple):
                 raise TypeError("a dictionary of no pairs")
-            # One list may be referred to many times.
+            # A short pickle may refer to one long list many times.
             self._copies -= len(pairs)
             if self._copies < 0:
                 raise RefusedError("copies one list again and again, and is no file of weights")
             if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
                 raise TypeError("a dictionary of no pairs")
-            _fill(made, pairs)
-        return made
+            _fill(result, pairs)
+        return result
 
     def reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         self.push(self.call(function, arguments))
 
     def new_with_names(self, _: None) -> None:
-        self.stack.pop()  # arguments by their names
+        self.stack.pop()  # keyword arguments
         self.reduce(None)
 
     def build(self, _: None) -> None:
-        """Gives a scripted module its attributes. Other objects have none."""
+        """Sets the attributes of a scripted module; ignored for other objects."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Scripted):
             if not isinstance(state, dict):
@@ -329,10 +330,10 @@ class _Machine:
             self.stack[-1].attributes = state
 
     def refer(self, pid: Any) -> None:
-        """A storage, which lies outside the pickle."""
+        """Pushes a storage, which is outside the pickle."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
             raise RefusedError(f"refers to {brief(pid)}, which is no storage")
-        kind, dtype, key, _, count = pid
+        kind, dtype, key, _, count = pid  # the fourth is the device
         if isinstance(dtype, Opaque):
             self.push(dtype)
             return
@@ -344,12 +345,12 @@ class _Machine:
         self.push(Storage(key, dtype, count))
 
 
-def _fill(holder: dict[Any, Any], pairs: Iterable[Any]) -> None:
+def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
     for key, value in pairs:
-        # Hashing a tuple visits all that it holds, which can be exponentially much.
+        # Hashing a tuple visits everything in it, which can be exponentially much.
         if not (key is None or isinstance(key, str | bytes | bool | int | float)):
             key = Opaque(type(key).__name__)
-        holder[key] = value
+        container[key] = value
 
 
 def _refuse(_: _Machine, __: Any) -> None:
@@ -375,7 +376,7 @@ def _ignore(machine: _Machine, _: Any) -> None:
     pass
 
 
-# What each opcode does, by its name in `pickletools`.
+# The operation of each opcode, by its name in `pickletools`.
 _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), _ignore),
     **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2"), _Machine.push_integer),
@@ -393,6 +394,7 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
+    # Filling a set would hash its items.
     "EMPTY_SET": lambda machine, _: machine.push(Opaque("set")),
     "MARK": _Machine.mark,
     "POP": _Machine.pop,
@@ -416,6 +418,7 @@ _OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": lambda machine, name: machine.push(machine.find(*name.split(" ", 1))),
     "STACK_GLOBAL": _Machine.find_on_stack,
     "REDUCE": _Machine.reduce,
+    # cls.__new__ in Python; here it is a call like any other.
     "NEWOBJ": _Machine.reduce,
     "NEWOBJ_EX": _Machine.new_with_names,
     "INST": lambda machine, name: _make(

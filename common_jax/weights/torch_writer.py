@@ -1,9 +1,7 @@
-"""PyTorch's zip archives written without PyTorch: a pickle put together from its opcodes, beside
-raw storages.
+"""Writes PyTorch's zip archives without PyTorch: a pickle of opcodes beside raw storages.
 
-Needed since the originals load .pth files alone, which `tools/convert_weights.py` makes of runs.
-`torch.load(path, weights_only=True)` reads them, and so does `torch_archive`. The same value gives
-the same bytes.
+`tools/convert_weights.py` exports runs this way, since the originals only load .pth files.
+`torch.load(path, weights_only=True)` and `torch_archive` read them. Equal values give equal bytes.
 """
 
 import struct
@@ -17,7 +15,7 @@ import numpy as np
 
 from common_jax.weights.torch_pickle import STORAGES
 
-ROOT = "archive"  # the folder within the archive, as PyTorch names it for unnamed files
+ROOT = "archive"  # folder in the archive, PyTorch's name for unnamed files
 ALIGNMENT = 64  # of storages, so that PyTorch can map them into memory
 
 _STORAGE_OF = {
@@ -31,16 +29,15 @@ _REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes a value as torch.save does.
+    """Writes a value in the format of torch.save.
 
     Args:
-      path: of the file, whatever it held.
-      value: numpy arrays, which become tensors, in mappings with keys of text, lists and tuples,
-        beside numbers, texts, True, False and None. An array that stands in several places is one
-        tensor under several names.
+      path: of the file, which is overwritten.
+      value: numpy arrays, which become tensors, in mappings with string keys, lists and tuples, and
+        numbers, strings, True, False and None. An array in several places is stored once.
 
     Raises:
-      TypeError: for anything else, and for numbers that PyTorch has no storage of.
+      TypeError: for anything else, and for dtypes that PyTorch has no storage for.
     """
     storages: Storages = {}
     pickled = b"\x80\x02" + _encode(value, storages) + b"."
@@ -54,8 +51,8 @@ def write(path: Path, value: Any) -> None:
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    """Stores a file that begins at a multiple of ALIGNMENT."""
-    entry = zipfile.ZipInfo(name)  # of 1980, so that bytes do not depend on the time
+    """Stores a file at an offset that is a multiple of ALIGNMENT."""
+    entry = zipfile.ZipInfo(name)  # dated 1980, so that bytes do not depend on the time
     start = archive.fp.tell() + zipfile.sizeFileHeader + len(name.encode()) + 4
     filler = -start % ALIGNMENT
     entry.extra = b"FB" + struct.pack("<H", filler) + b"Z" * filler
@@ -63,7 +60,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _encode(value: Any, storages: Storages) -> bytes:
-    """Opcodes that put `value` on the stack; its arrays go to `storages`."""
+    """Opcodes that push `value` on the stack; its arrays are added to `storages`."""
     match value:
         case None:
             return b"N"
@@ -95,14 +92,14 @@ def _whole(value: int) -> bytes:
 
 
 def _tensor(array: np.ndarray, storages: Storages) -> bytes:
-    """A tensor that is the whole of its storage, row by row."""
+    """Opcodes of a contiguous tensor that covers its whole storage."""
     kind = _STORAGE_OF.get(array.dtype.newbyteorder("="))
     if kind is None:
         known = sorted(str(dtype) for dtype in _STORAGE_OF)
         raise TypeError(f"an array of {array.dtype} is none of {known}, which PyTorch can hold")
     key, _ = storages.setdefault(id(array), (str(len(storages)), array))
-    held = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
-    held += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))
+    storage = _encode("storage", storages) + f"ctorch\n{kind}\n".encode()
+    storage += b"".join(_encode(x, storages) for x in (key, "cpu", array.size))
     steps = tuple(int(np.prod(array.shape[i + 1 :], dtype=int)) for i in range(array.ndim))
     view = b"".join(_encode(x, storages) for x in (0, array.shape, steps, False))
-    return _REBUILD + b"((" + held + b"tQ" + view + _ORDERED_DICT + b"tR"
+    return _REBUILD + b"((" + storage + b"tQ" + view + _ORDERED_DICT + b"tR"

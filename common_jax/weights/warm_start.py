@@ -1,4 +1,4 @@
-"""Starting from weights that other runs made, with an account of every parameter."""
+"""Warm starts from the weights of other runs, with an account of every parameter."""
 
 import dataclasses
 import re
@@ -17,13 +17,13 @@ from common_jax.weights.account import list_problems
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a subtree comes from.
+    """The source of a subtree.
 
     Attributes:
       source: a run's workdir or one step's folder.
       subtree: path of keys in that checkpoint, such as "module/stage_2".
-      target: path of keys in the parameters that are wanted.
-      renamed: names below `subtree` -> names below `target`, of what is called otherwise there.
+      target: path of keys in the parameters to load.
+      renamed: names below `subtree` -> different names below `target`.
     """
 
     source: epath.PathLike
@@ -34,11 +34,11 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Parameters taken from elsewhere, on their devices, and the account of what was taken.
+    """Parameters from other runs, on their devices, and the account of them.
 
-    The account is JSON: `taken`, one entry an origin with its number of parameters; `adapted`,
-    those whose shape was changed; `left`, what the origins hold and nobody wanted, with the
-    reason; `fresh`, what was wanted and starts anew, with the reason.
+    The account is JSON: `taken`, one entry per origin with its number of parameters; `adapted`,
+    parameters whose shape was changed; `left`, those of the origins that are not used, with the
+    reason; `fresh`, those that start from scratch, with the reason.
     """
 
     params: Mapping[str, Any]
@@ -47,19 +47,19 @@ class WarmStart:
 
 @dataclasses.dataclass(frozen=True)
 class Allowance:
-    """Parameters that need not match: a regex of their paths `a/b/c` in the wanted tree, and the
+    """Parameters that need not match: a regex of their paths `a/b/c` in the tree to load, and the
     reason."""
 
     regex: str
     reason: str
 
 
-# adapt(array, shape) gives the array in that shape, for parameters such as position tables.
+# adapt(array, shape) -> the array in that shape, for parameters such as position tables
 Adapt = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 def take(
-    wanted: Mapping[str, Any],
+    shapes: Mapping[str, Any],
     origins: Iterable[Origin],
     *,
     leave: tuple[Allowance, ...] = (),
@@ -67,29 +67,30 @@ def take(
     adapt: Mapping[str, Adapt] | None = None,
     read: bool = True,
 ) -> WarmStart:
-    """Fills `wanted` from `origins`, reading only what is used, straight onto its shardings.
+    """Loads parameters from `origins` directly onto their shardings, reading only those in
+    `shapes`.
 
     Args:
-      wanted: nested dict of ShapeDtypeStructs with shardings.
-      origins: disjoint subtrees of `wanted`, each with the checkpoint it comes from.
-      leave: what an origin may hold although it has no place in `wanted`.
-      fresh: what stays out of the result, to be initialised, whether an origin has it or not.
-      adapt: regex of paths: how a parameter of another shape becomes one of the wanted shape.
-      read: False only looks whether all fits, and gives no parameters.
+      shapes: nested dict of ShapeDtypeStructs with shardings.
+      origins: disjoint subtrees of `shapes`, each with its checkpoint.
+      leave: parameters of an origin that may be missing in `shapes`.
+      fresh: parameters to leave out of the result, for initialisation, even if an origin has them.
+      adapt: regex of paths -> conversion of parameters that have another shape.
+      read: if False, only checks that all parameters fit, and returns none.
 
     Raises:
-      FileNotFoundError: when an origin has no finished checkpoint.
-      ValueError: for parameters that are missing, of another shape, or without a place, and not
-        allowed for; all of them are named.
+      FileNotFoundError: if an origin has no finished checkpoint.
+      ValueError: naming all parameters that are missing, of another shape, or unknown, and not
+        allowed for.
     """
-    flat = traverse_util.flatten_dict(wanted, sep="/")
-    taken, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    params, account = {}, {"taken": [], "adapted": [], "left": [], "fresh": []}
     problems, covered = [], set()
     for origin in origins:
         step = checkpoint.find_step(origin.source)
-        held = _below(checkpoint.load_shapes(step), origin.subtree, step)
-        chosen = {}
-        for name, shape in held.items():
+        leaves = _below(checkpoint.load_shapes(step), origin.subtree, step)
+        matches = {}
+        for name, shape in leaves.items():
             path = f"{origin.target}/{origin.renamed.get(name, name)}"
             if reason := _allowed(path, fresh):
                 continue
@@ -99,10 +100,10 @@ def take(
                 else:
                     problems.append(f"{path} of shape {shape.shape} has no place (from {step})")
                 continue
-            chosen[path] = (f"{origin.subtree}/{name}", shape)
-        values = _read(step, chosen, flat, adapt or {}, account, problems, read)
-        taken |= values
-        covered |= set(chosen)
+            matches[path] = (f"{origin.subtree}/{name}", shape)
+        values = _read(step, matches, flat, adapt or {}, account, problems, read)
+        params |= values
+        covered |= set(matches)
         account["taken"].append(
             {
                 "source": str(step),
@@ -119,33 +120,34 @@ def take(
     if problems:
         raise ValueError(
             f"the weights do not fit:{list_problems(problems)}"
-            "\ngive other config.sources, or name (by regex) what is to start anew in "
+            "\ngive other config.sources, or name (by regex) what starts from scratch in "
             "config.sources.fresh and what may be left in config.sources.leave"
         )
-    return WarmStart(traverse_util.unflatten_dict(taken, sep="/"), account)
+    return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
 
 
 def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:
     flat = traverse_util.flatten_dict(shapes, sep="/")
     prefix = subtree + "/"
-    held = {
+    leaves = {
         path.removeprefix(prefix): leaf for path, leaf in flat.items() if path.startswith(prefix)
     }
-    if not held:
+    if not leaves:
         raise ValueError(
             f"{step} holds no {subtree!r}, only {sorted({path.split('/')[0] for path in flat})}"
         )
-    return held
+    return leaves
 
 
 def _allowed(path: str, allowances: tuple[Allowance, ...]) -> str | None:
     return next((a.reason for a in allowances if re.fullmatch(a.regex, path)), None)
 
 
-def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
-    """The chosen parameters in the wanted shapes; notes those adapted and those that cannot be."""
+def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.Array]:
+    """The parameters in the target shapes; records adapted ones, and those that cannot be
+    adapted."""
     requests, to_adapt = {}, {}
-    for path, (name, shape) in chosen.items():
+    for path, (name, shape) in matches.items():
         target = flat[path]
         if shape.shape == target.shape:
             requests[name] = jax.ShapeDtypeStruct(
@@ -154,26 +156,26 @@ def _read(step, chosen, flat, adapt, account, problems, read) -> dict[str, jax.A
             continue
         function = next((f for regex, f in adapt.items() if re.fullmatch(regex, path)), None)
         if function is None:
-            problems.append(f"{path} is wanted as {target.shape} and is {shape.shape} in {step}")
+            problems.append(f"{path} should be {target.shape} and is {shape.shape} in {step}")
             continue
         to_adapt[path] = function
         here = SingleDeviceSharding(jax.local_devices()[0])
         requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=here)
     if problems or not requests or not read:
         return {}
-    found = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
-    values = traverse_util.flatten_dict(found, sep="/")
-    taken = {}
-    for path, (name, shape) in chosen.items():
+    tree = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
+    values = traverse_util.flatten_dict(tree, sep="/")
+    params = {}
+    for path, (name, shape) in matches.items():
         target = flat[path]
         if path not in to_adapt:
-            taken[path] = values[name]
+            params[path] = values[name]
             continue
         adapted = to_adapt[path](np.asarray(values[name]), target.shape)
-        taken[path] = jax.make_array_from_callback(
+        params[path] = jax.make_array_from_callback(
             target.shape, target.sharding, adapted.__getitem__
         )
         account["adapted"].append(
             {"name": path, "from": list(shape.shape), "to": list(target.shape)}
         )
-    return taken
+    return params

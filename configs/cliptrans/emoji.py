@@ -4,8 +4,8 @@
         --workdir=runs/emoji
 
 Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate) and `model`:
-  "cliptrans", all stages; "no_captioning", translation with features but without the captioning
-  stage before it; "text_only", an mBART without features. All three translate for as many steps.
+  "cliptrans", all stages; "no_captioning", translation with features but without captioning first;
+  "text_only", an mBART without features. All three train translation for the same steps.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ OPTIM = OptimConfig(
     b2=0.98,
     clip=1.0,
 )
-# Captioning in both languages has two examples a picture.
+# Captioning in both languages has two examples per picture.
 CAPTION = Recipe(dataclasses.replace(OPTIM, epochs=8), label_smoothing=0.1)
 TRANSLATE = Recipe(dataclasses.replace(OPTIM, epochs=15), label_smoothing=0.1)
 RECIPES = {
@@ -87,7 +87,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 ),
                 mapper=MapperConfig(prefix=prefix, features=FEATURES),
             ),
-            # Nothing is pretrained here, so that captioning has the embedding to learn.
+            # Nothing is pretrained here, so captioning must train the embedding.
             freeze="nothing",
             all_languages=args.stage in ("pipeline", "caption", "text_recon"),
             batching=BatchingConfig(bucket=LENGTH // 2, window=46),

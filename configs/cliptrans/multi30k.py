@@ -12,10 +12,10 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
   `target` language, `prefix` (10; 0 is mBART alone, which has no captioning stage), and `chips`.
 
-With `chips`, the number of a pod's, matrices are split over up to 16 of them (fsdp), and batches
-are rounded up to a multiple of all, in as many micro-batches of the four as that leaves: above 128
-chips no longer the published batch. Give a pod's runs the number that tools/compile_for_pod.py was
-told.
+With `chips`, the number in a pod, matrices are split over up to 16 chips (fsdp), and batches are
+rounded up to a multiple of `chips`, with fewer than four micro-batches if they cannot be split
+further: above 128 chips the batch is larger than published. Use the same number for
+tools/compile_for_pod.py.
 """
 
 import dataclasses

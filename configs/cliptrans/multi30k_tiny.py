@@ -5,7 +5,7 @@
 
 The recipe of the text-only literature (Wu et al. 2021, arXiv 2105.14462): width 128, 4 + 4 layers,
 joint BPE of 10,000, dropout 0.3, label smoothing 0.1, Adam with an inverse square root, 8,192
-tokens an update (here 256 sentences, of 33 tokens in both languages on average), 8,000 updates. In
+tokens per update (here 256 sentences, of 33 tokens in both languages on average), 8,000 updates. In
 place of the last ten checkpoints' average it evaluates a running average. It reports 41.02
 tokenised lower-case BLEU on test 2016, en-de.
 
@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=64),
             batching=BatchingConfig(bucket=16, half_steps=True, window=113),
-            # A step is quickest on a CPU with few logits at a time.
+            # Steps on a CPU are fastest with few logits at a time.
             label_chunk=256,
             valid_beams=1,
             decode=DecodeConfig(bucket=32, halvings=0),

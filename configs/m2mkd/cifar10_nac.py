@@ -3,7 +3,7 @@
     python -m m2mkd_jax.main --config=configs/m2mkd/cifar10_nac.py:phase=pipeline \\
         --workdir=runs/cifar10_nac --config.data.path=/data/cifar10 --config.data.per_class=500
 
-All but the student is as in cifar10_vmoe.py, whose trained meta models and teachers can be used:
+Everything but the student is as in cifar10_vmoe.py, whose meta models and teachers can be reused:
 `--config.sources.meta=DIR --config.sources.teacher=DIR`. The mediators start from a scale-free
 graph.
 

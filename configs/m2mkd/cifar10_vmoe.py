@@ -4,9 +4,8 @@
         --workdir=runs/cifar10 --config.data.path=/data/cifar10 --config.data.per_class=500
 
 The folder holds train/CLASS/*.jpg and test/CLASS/*.jpg, or train.zip and test.zip of these. Images
-are cropped and mirrored, nothing else. `config.data.per_class` is what a smaller set is made by:
-500 images a class are a tenth of it. Every phase's length is in updates, so that runs on fewer
-images are as long.
+are only cropped and mirrored. `config.data.per_class` selects a subset: 500 images per class are a
+tenth of the set. Phases are measured in updates, so runs on fewer images have the same length.
 
 Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end,
   few_shot) and `module` ("all", or stage numbers such as 2 or 0+3).
@@ -37,7 +36,7 @@ OPTIM = OptimConfig(
     min_lr=1e-5,
     clip=1.0,
 )
-EPOCH = 39  # updates in an epoch of 500 images a class
+EPOCH = 39  # updates in an epoch of 500 images per class
 
 
 def recipe(epochs: int) -> Recipe:
@@ -51,7 +50,7 @@ RECIPES = {
     "distill": recipe(5),
     "end_to_end": recipe(10),
 }
-# By itself, not in the pipeline.
+# Not part of the pipeline.
 FEW_SHOT = Recipe(dataclasses.replace(OPTIM, batch=20, epochs=60, warmup_steps=5), AUGMENT)
 
 

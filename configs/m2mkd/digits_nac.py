@@ -1,11 +1,11 @@
-"""m2mKD of a NAC on scikit-learn's digits, with renditions of the digits as OOD test set.
+"""m2mKD of a NAC on scikit-learn's digits, with renditions of the digits as the OOD test set.
 
     python -m m2mkd_jax.main --config=configs/m2mkd/digits_nac.py:phase=pipeline \\
         --workdir=runs/digits_nac
 
-The mediators start from a scale-free graph. Meta model and teacher are those of digits.py: trained
-ones are taken over by `--config.sources.meta=DIR --config.sources.teacher=DIR`. Renditions are
-inverted contrast, rotation, thinner and thicker strokes. Arguments: `phase` and `module`, as in
+The mediators start from a scale-free graph. Meta model and teacher are those of digits.py, and can
+be reused with `--config.sources.meta=DIR --config.sources.teacher=DIR`. Renditions are inverted
+contrast, rotation, thinner and thicker strokes. Arguments: `phase` and `module`, as in
 digits.py, and `prior` (see PRIORS).
 """
 
@@ -51,7 +51,7 @@ RECIPES = {
     "distill": recipe(30, lr=3e-3),
     "end_to_end": recipe(15, lr=3e-3),
 }
-# By itself, not in the pipeline.
+# Not part of the pipeline.
 FEW_SHOT = recipe(60, batch=20, warmup_epochs=5)
 
 PRIORS = {

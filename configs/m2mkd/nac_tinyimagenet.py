@@ -5,8 +5,8 @@
         --config.sources.students="('runs/tiny',)"
 
 The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Without students it trains from
-scratch. They are taught on ImageNet at 224 pixels and must have this NAC's widths (384, 6 heads,
-MLPs of twice the width), not the ImageNet NAC's:
+scratch. They are trained on ImageNet at 224 pixels, with this NAC's widths (384, 6 heads, MLPs of
+twice the width), not the ImageNet NAC's:
 
     python -m m2mkd_jax.main --workdir=runs/tiny \\
         --config=configs/m2mkd/nac_imagenet.py:phase=distill,size=tinyimagenet \\
@@ -21,17 +21,17 @@ labels there, 200 here) start from scratch, as latents, seeder and bandwidths al
 | end_to_end, all decays | 1024 | 400 | 0.1 | 0.075 | 25 | 2.4e-3 | 8e-5 |
 | few_shot, 8 ways, 1 shot, SGD | 8 | 500 | 0.1 | 0 | - | 3e-4 | 3e-4 |
 
-Few-shot is published for the ImageNet NAC alone; here it has the same settings. Arguments: `phase`
+Few-shot is published for the ImageNet NAC only; here it has the same settings. Arguments: `phase`
 (end_to_end, few_shot) and `prior`.
 
 | prior | graph of 256 mediators | regulariser |
 |---|---|---|
-| scale_free | barabasi_albert, 2 edges a node | hinge 0.4, weight 0.1 |
+| scale_free | barabasi_albert, 2 edges per node | hinge 0.4, weight 0.1 |
 | erdos_renyi | edge probability 0.1 | hinge 0.4, weight 0.1 |
 | ring | 8 cliques of 32 | hinge 0.4, weight 0.1 |
 | planted | 8 communities of 32, 0.9 within, 0.2 between | 8 clusters, 0.9, 0.2; weight 1 |
 
-With the classes of ImageNet-R that Tiny-ImageNet has too, at 64 x 64 pixels, as OOD set:
+With the classes of ImageNet-R that Tiny-ImageNet shares, at 64 x 64 pixels, as the OOD set:
 
     python -m m2mkd_jax.main --config=configs/m2mkd/nac_tinyimagenet.py:prior=ring \\
         --config.data.path=/data/tiny-imagenet --workdir=runs/nac_tiny_ring \\
@@ -67,7 +67,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"prior={args.prior!r} must be one of {sorted(PRIORS)}")
     if args.phase not in RECIPES:
         raise ValueError(
-            f"phase={args.phase!r} must be one of {sorted(RECIPES)}; the students are taught by "
+            f"phase={args.phase!r} must be one of {sorted(RECIPES)}; the students are trained by "
             "nac_imagenet.py:phase=distill,size=tinyimagenet"
         )
     model, image_size, labels = nac.preset("tinyimagenet")

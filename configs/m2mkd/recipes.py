@@ -1,4 +1,4 @@
-"""Settings of the published runs that several configs share; a config file loads it by
+"""Settings of the published runs that several configs share; a config file loads them with
 
 recipes = load_beside(__file__, "recipes")
 """
@@ -23,8 +23,7 @@ SHORT = OptimConfig(epochs=100, batch=2048, accumulate=2)
 FINE_TUNE = Recipe(OptimConfig(epochs=100, batch=1024, warmup_epochs=0, clip=1.0), AUGMENT, 0.1)
 TEACHING = {
     "pretrain_meta": Recipe(OptimConfig(epochs=300, batch=2048), AUGMENT, 0.0),
-    # The original hands its optimizer a bare stage here, and so decays class token and positions
-    # too.
+    # The original's optimizer gets a bare stage here, so class token and positions decay too.
     "train_module": Recipe(dataclasses.replace(SHORT, no_decay=""), AUGMENT, 0.1),
     "assemble": FINE_TUNE,
     "distill": Recipe(SHORT, AUGMENT, 0.1),
@@ -44,7 +43,7 @@ NAC_FEW_SHOT = Recipe(
 )
 
 HINGE = RegularizersConfig(hinge=HingeConfig(weight=0.1, hinge=0.4))
-# Eight clusters whatever the number of the prior's communities: as published.
+# Eight clusters for any number of communities in the prior, as published.
 BLOCKS = RegularizersConfig(
     blocks=BlocksConfig(weight=1.0, clusters=8, within=0.9, between=0.2, latents="mediator")
 )

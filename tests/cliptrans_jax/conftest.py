@@ -1,4 +1,4 @@
-"""What several files of these tests share."""
+"""Fixtures of several test files."""
 
 import pytest
 from tiny_cliptrans import write_corpus

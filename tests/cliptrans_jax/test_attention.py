@@ -1,4 +1,4 @@
-"""The decoder's attention over kept keys and values."""
+"""The decoder's attention over cached keys and values."""
 
 import naive_cliptrans as naive
 import numpy as np
@@ -16,10 +16,10 @@ def test_attention_over_kept_keys_computes_its_formula():
     visible[..., 0] = True
     split = [jnp.asarray(x.reshape(2, -1, 2, 3), "f4") for x in (query, keys, values)]
     memory = tuple(x.swapaxes(1, 2) for x in split[1:])
-    for heard in (visible, visible[:, :, :1]):  # each query its own, or all the same
-        found = attention.attend(split[0], memory, jnp.asarray(heard))
+    for mask in (visible, visible[:, :, :1]):  # each query its own, or all the same
+        found = attention.attend(split[0], memory, jnp.asarray(mask))
         for row in range(2):
-            wanted = naive.attend(query[row], keys[row], values[row], heard[row, 0], heads=2)
+            wanted = naive.attend(query[row], keys[row], values[row], mask[row, 0], heads=2)
             np.testing.assert_allclose(found[row].reshape(3, 6), wanted, rtol=1e-4, atol=1e-5)
 
 

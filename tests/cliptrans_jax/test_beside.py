@@ -1,5 +1,5 @@
-"""What no tensor tells is read where it is said, asked for, or listed as assumed: activation, heads
-and epsilons of encoders, and what an M-CLIP was made from."""
+"""Settings that tensors do not show are read from JSON files, taken from flags, or listed as
+assumed: activation, heads and epsilons of towers, and the base of an M-CLIP."""
 
 import copy
 import dataclasses
@@ -214,7 +214,7 @@ def test_openai_s_files_say_it_by_their_modules_or_their_name(tmp_path, caplog):
     found = pretrained.load(path)
     assert found.config == OPENAI_TEXT
     assert dict(found.account.assumed) == {"heads": "2", "eps": "1e-05"}
-    assert "activation='quick_gelu', as its modules QuickGELU say" in caplog.text
+    assert "activation='quick_gelu', from its modules QuickGELU" in caplog.text
     with pytest.raises(ValueError, match=r"mine\.pt holds modules QuickGELU, and .*='gelu'"):
         pretrained.load(path, activation="gelu")
     # What a file is tells its content: modules are found under no suffix, and looked for in no

@@ -1,4 +1,4 @@
-"""The command as a user meets it: errors in one message, before anything is written."""
+"""The command line: every error is one message, before anything is written."""
 
 import dataclasses
 import functools
@@ -212,7 +212,10 @@ def test_an_unreadable_picture_is_named(refused, corpus, runs, tmp_path):
 def test_a_tower_of_another_width_is_refused(refused, runs):
     flags = [f"--config.sources.clip={runs / 'clip'}", "--config.model.mapper.features=16"]
     for stage, tower in (("caption", "image"), ("translate", "text")):
-        said = ["config.model.mapper.features=16", f"the 8 that the {tower} tower gives"]
+        said = [
+            "config.model.mapper.features=16",
+            f"must be 8, the width of the {tower} tower's features",
+        ]
         refused(flags, said, stage=stage)
 
 

@@ -1,4 +1,4 @@
-"""The config of a run: its defaults, what follows from its fields, and what is refused."""
+"""The config of a run: defaults, derived values, and errors."""
 
 import dataclasses
 import math
@@ -158,9 +158,9 @@ def test_the_published_sizes_are_the_defaults():
     ("changes", "said"),
     [
         ({"stage": "captions"}, r"^stage='captions' .*did you mean 'caption'"),
-        ({"caption_language": "fr"}, r"^caption_language='fr' must be of the pair"),
+        ({"caption_language": "fr"}, r"^caption_language='fr' must be one of the pair"),
         ({"all_languages": True}, r"^all_languages=True .* not 'translate'"),
-        ({"languages": ("en", "fr")}, r"^languages=\('en', 'fr'\) must hold the pair"),
+        ({"languages": ("en", "fr")}, r"^languages=\('en', 'fr'\) must include the pair"),
         ({"stage": "caption", "unfreeze_clip": True}, r"^unfreeze_clip=True"),
         ({"label_chunk": 0}, r"^label_chunk=0 must be at least 1"),
         ({"valid_beams": -1}, r"^valid_beams=-1 must be at least 0"),

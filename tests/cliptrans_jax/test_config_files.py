@@ -1,5 +1,4 @@
-"""Every shipped config of CLIPTrans can be run: all stages freeze, plan and build, without a
-step."""
+"""Every shipped config of CLIPTrans can be frozen, planned and built, without a step."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Stage "clip": its loss by hand, what it draws of an example, and what its towers begin with."""
+"""Stage "clip": its loss by hand, its random draws, and the initial weights of its towers."""
 
 import dataclasses
 import functools

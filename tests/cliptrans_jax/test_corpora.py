@@ -1,4 +1,4 @@
-"""Corpora of the disk: their layouts, what stays aligned, and what a wrong file says."""
+"""Corpora on disk: their layouts, alignment of their files, and errors for wrong files."""
 
 import dataclasses
 import gzip

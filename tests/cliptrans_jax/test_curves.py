@@ -1,4 +1,4 @@
-"""Panels of a report of CLIPTrans."""
+"""The panels of a CLIPTrans report."""
 
 from cliptrans_jax.curves import CURVES
 from common_jax.report import panels

@@ -1,4 +1,4 @@
-"""The beam search writes what a plain one writes that keeps nothing and forgets nothing."""
+"""The beam search finds the same as a plain search without a cache."""
 
 import dataclasses
 import functools
@@ -94,8 +94,8 @@ def forward(kind):
     translator, params = model(kind)
 
     def train(features, source, ids):
-        # Training reads its labels moved on by one, the last of them, the end, in front. No id
-        # hears what stands for the pads behind it.
+        # Training shifts its labels right and puts the last one, the end, first. No id attends to
+        # the ends after it that replace pads.
         labels = jnp.where(ids == PAD, END, ids)
         labels = jnp.concatenate([labels[:, 1:], jnp.full_like(ids[:, :1], END)], axis=1)
         return translator.train_logits(params, features, source, labels)
@@ -126,7 +126,7 @@ def plain_search(kind, features, source, language, config):
     """Beam search for one example, as a list of (score, ids), best first."""
 
     def follow(hypotheses):
-        """Log-probabilities of the tokens behind each hypothesis."""
+        """Log-probabilities of the tokens after each hypothesis."""
         rows = np.full((config.beams, LIMIT + 1), PAD, "int32")
         for row, (_, ids) in zip(rows, hypotheses, strict=True):
             row[: len(ids)] = ids
@@ -266,7 +266,7 @@ def test_no_example_leaves_its_device(sixteen):
         text = compiled.lower(whole, *split).compile().as_text()
     moves = re.findall(r"= (.+?) ((?:all|collective|reduce)-[a-z-]+)\(", text)
     assert {name for _, name in moves} == {"all-reduce"}
-    assert all(shape.startswith("pred[]") for shape, _ in moves)  # whether to go on
+    assert all(shape.startswith("pred[]") for shape, _ in moves)  # whether to continue
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ TWO_BEAMS = settings(beams=2)
 
 @pytest.fixture(scope="module")
 def begun():
-    """A search, what it reads, its first state and the scores of the token behind that."""
+    """A search, what it reads, its first state and the scores of the token after it."""
     translator, params = model("original")
     features, source, language = (None if x is None else jnp.asarray(x) for x in inputs(translator))
     steps = Search(translator, TWO_BEAMS)

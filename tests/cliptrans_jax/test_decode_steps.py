@@ -28,7 +28,7 @@ LONG_PENALTY = DecodeConfig(beams=2, max_new_tokens=LIMIT, length_penalty=2.0, e
 
 
 def one_step(config, *probabilities, scores=SCORES, ids=IDS, finished=(), done=False):
-    """The state of one example behind a step, and what was chosen.
+    """The state of one example after a step, and the choice.
 
     Args:
       probabilities: of each beam's continuations, by id.

@@ -1,4 +1,4 @@
-"""The embedded emoji: names, pictures, and that no variant of a test emoji is trained on."""
+"""The embedded emoji: names, pictures, and no variants of test emoji in the training set."""
 
 import collections
 import unicodedata

@@ -1,4 +1,4 @@
-"""The towers: one feature an example, handed to that example, and kept for what it was made of."""
+"""The towers: one feature per example, in the order of the examples, cached by their inputs."""
 
 import dataclasses
 

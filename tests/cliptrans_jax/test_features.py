@@ -1,4 +1,4 @@
-"""Features are the same on every mesh and host; a cache is used for what it was made from alone."""
+"""Features are equal on every mesh and host; a cache is only used for the same inputs."""
 
 import io
 import logging
@@ -88,7 +88,7 @@ def test_examples_that_cannot_be_read_stop_it():
     with pytest.raises(ValueError, match=r"2 examples could not be read, .* number 3;"):
         encode_all(apply, PARAMS, batches(broken=(3, 9)), mesh=mesh_of(1))
     # The last one looks like padding, unless it is known how many there are.
-    with pytest.raises(ValueError, match=f"{SIZE - 1} examples came of {SIZE}"):
+    with pytest.raises(ValueError, match=f"got {SIZE - 1} examples of {SIZE}"):
         encode_all(apply, PARAMS, batches(broken=(SIZE - 1,)), mesh=mesh_of(1), size=SIZE)
 
 
@@ -210,7 +210,7 @@ def test_any_change_of_the_content_gives_another_fingerprint():
 
 @pytest.mark.parametrize("content", [3, None, ["text"], np.array(["text", None])])
 def test_content_without_bytes_is_refused(content):
-    with pytest.raises(TypeError, match="no bytes of its own"):
+    with pytest.raises(TypeError, match="cannot be hashed"):
         fingerprint({}, content)
 
 
@@ -234,7 +234,7 @@ def test_what_was_computed_once_is_read(tmp_path, caplog):
     assert compute.calls == 1
     assert [path.name for path in folder.iterdir()] == ["train.en.npz"]
     messages = [record.message for record in caplog.records]
-    assert "not there yet" in messages[0]
+    assert "does not exist yet" in messages[0]
     assert f"{SIZE} feature vectors read" in messages[1]
 
 

@@ -1,4 +1,4 @@
-"""Published weights against Hugging Face's own reading of them, from the hub to the devices."""
+"""Published weights against Hugging Face's own loading of them, from the hub to the devices."""
 
 import dataclasses
 import json
@@ -325,9 +325,9 @@ def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
     ids = np.array([[0, 7, 49, 30, 2, 1], [0, 12, 1, 9, 2, 1], [0, 2, 1, 1, 1, 1]])
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
     with torch.no_grad():
-        heard = torch.tensor(mask)
-        states = roberta(torch.tensor(ids), attention_mask=heard).last_hidden_state
-        mean = (states * heard[:, :, None]).sum(1) / heard.sum(1, keepdim=True)
+        visible = torch.tensor(mask)
+        states = roberta(torch.tensor(ids), attention_mask=visible).last_hidden_state
+        mean = (states * visible[:, :, None]).sum(1) / visible.sum(1, keepdim=True)
         want = linear(mean).numpy()
     found = network.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)

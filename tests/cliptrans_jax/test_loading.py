@@ -1,5 +1,4 @@
-"""Sentences and pictures that are given to a loaded model reach its search with their own
-features."""
+"""A loaded model searches sentences and pictures with their own features."""
 
 import dataclasses
 import types
@@ -56,8 +55,8 @@ def loaded(**changes):
             for row in np.flatnonzero(batch["_mask"]):
                 words = batch["source"][row]
                 text = " ".join(map(str, words[words != PAD]))
-                heard = batch.get("features", batch.get("clip_tokens", np.zeros((4, 1))))
-                found[int(batch["_index"][row])] = [Hypothesis(text, float(heard[row].sum()))]
+                inputs = batch.get("features", batch.get("clip_tokens", np.zeros((4, 1))))
+                found[int(batch["_index"][row])] = [Hypothesis(text, float(inputs[row].sum()))]
         return found
 
     data = types.SimpleNamespace(text_tower=TextTower(), image_tower=ImageTower())

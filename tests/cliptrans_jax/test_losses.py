@@ -1,4 +1,4 @@
-"""The objectives against numbers worked out by hand."""
+"""The losses against numbers worked out by hand."""
 
 import dataclasses
 

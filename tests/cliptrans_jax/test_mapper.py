@@ -1,4 +1,4 @@
-"""Mapping networks: the parameters of their formulas, how they start, what they compute."""
+"""Mapping networks: parameters, initialisation and outputs."""
 
 import functools
 import math

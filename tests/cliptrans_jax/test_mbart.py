@@ -1,4 +1,4 @@
-"""mBART alone: how it starts, its tied embedding."""
+"""mBART alone: its initialisation and its tied embedding."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""mBART, mapping networks and the prefix: shapes, numbers, and what hears what."""
+"""mBART, mapping networks and the prefix: shapes, numbers, attention masks."""
 
 import collections
 import dataclasses
@@ -179,7 +179,7 @@ def test_the_model_computes_what_its_tensors_say():
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3 * scale)
 
 
-# What hears what.
+# Attention masks.
 
 
 def matrix(*rows):
@@ -192,20 +192,20 @@ def visibility(mask, *, count, rule):
 
 
 def test_a_prefix_hears_itself_and_nothing_else_hears_what_comes_later():
-    heard = visibility([True] * 5, count=2, rule="prefix")
-    assert (heard == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxxx")).all()
-    heard = visibility([True, True, True, True, False], count=2, rule="prefix")
-    assert (heard == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxx.")).all()
-    heard = visibility([True] * 3, count=0, rule="prefix")
-    assert (heard == matrix("x..", "xx.", "xxx")).all()
+    visible = visibility([True] * 5, count=2, rule="prefix")
+    assert (visible == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxxx")).all()
+    visible = visibility([True, True, True, True, False], count=2, rule="prefix")
+    assert (visible == matrix("x....", "xxx..", "xxx..", "xxxx.", "xxxx.")).all()
+    visible = visibility([True] * 3, count=0, rule="prefix")
+    assert (visible == matrix("x..", "xx.", "xxx")).all()
 
 
 def test_the_original_opens_slots_1_to_10_whatever_they_hold():
-    heard = visibility([True, True, True, False], count=2, rule="original")
-    assert (heard == matrix("x...", "xxxx", "xxxx", "xxxx")).all()
-    heard = visibility([True] * 12 + [False], count=12, rule="original")
+    visible = visibility([True, True, True, False], count=2, rule="original")
+    assert (visible == matrix("x...", "xxxx", "xxxx", "xxxx")).all()
+    visible = visibility([True] * 12 + [False], count=12, rule="original")
     later = ["xxxxxxxxxxx.."] * 10 + ["xxxxxxxxxxxx."] * 2
-    assert (heard == matrix("x............", *later)).all()
+    assert (visible == matrix("x............", *later)).all()
 
 
 def test_the_two_rules_agree_for_a_prefix_of_ten():
@@ -220,28 +220,28 @@ def test_what_decoding_begins_with(layout):
     start, vectors, language = (jnp.full((1, n, 3), v) for n, v in ((1, 7.0), (2, 8.0), (1, 9.0)))
     for mask in prefix.MASKS:
         config = PrefixConfig(layout=layout, mask=mask)
-        block, heard = prefix.start_block(start, vectors, language, config)
+        block, visible = prefix.start_block(start, vectors, language, config)
         first = [7, 8, 8, 9] if layout == "training" else [8, 8, 7, 9]
         assert block[0, :, 0].tolist() == first
-        assert (np.asarray(heard)[0, 0] == matrix("x...", "xxx.", "xxx.", "xxxx")).all()
-        block, heard = prefix.start_block(start, vectors[:, :0], language, config)
+        assert (np.asarray(visible)[0, 0] == matrix("x...", "xxx.", "xxx.", "xxxx")).all()
+        block, visible = prefix.start_block(start, vectors[:, :0], language, config)
         assert block[0, :, 0].tolist() == [7, 9]
-        assert (np.asarray(heard)[0, 0] == matrix("x.", "xx")).all()
+        assert (np.asarray(visible)[0, 0] == matrix("x.", "xx")).all()
 
 
 def test_decoding_begins_with_the_mask_of_the_config():
     start, language = jnp.zeros((1, 1, 3)), jnp.ones((1, 1, 3))
     for mask, last in (("prefix", 12), ("original", 10)):
         config = PrefixConfig(mask=mask)
-        _, heard = prefix.start_block(start, jnp.zeros((1, 12, 3)), language, config)
+        _, visible = prefix.start_block(start, jnp.zeros((1, 12, 3)), language, config)
         wanted = np.tril(np.ones((14, 14), bool))
         wanted[1:13, 1 : last + 1] = True
-        np.testing.assert_array_equal(heard[0, 0], wanted)
+        np.testing.assert_array_equal(visible[0, 0], wanted)
 
 
 def test_what_the_decoder_reads_in_training():
-    """`</s>`, the prefix as it is, and scaled words; pads are heard by none, but for the original's
-    slots 1 to 10."""
+    """`</s>`, the prefix as it is, and scaled words; nothing attends to pads, except in the
+    original's slots 1 to 10."""
     labels = jnp.asarray([[31, 7, EOS, PAD, PAD]])
     causal = matrix("x......", "xxx....", "xxx....", "xxxx...", "xxxxx..", "xxxxxx.", "xxxxxx.")
     opened = matrix("x......", *["xxxxxxx"] * 6)
@@ -252,8 +252,8 @@ def test_what_the_decoder_reads_in_training():
     ):
         model = translator(count, rule=PrefixConfig(mask=rule))
         params, features = params_of(model), jnp.asarray(CLIP[:1]) if count else None
-        read, heard = jax.jit(model.decoder_input)(params, features, labels)
-        np.testing.assert_array_equal(heard[0, 0], wanted)
+        read, visible = jax.jit(model.decoder_input)(params, features, labels)
+        np.testing.assert_array_equal(visible[0, 0], wanted)
         words = 4 * np.asarray(params["mbart"]["embedding"])[[EOS, 31, 7, EOS, PAD]]
         np.testing.assert_allclose(np.delete(read[0], slice(1, 1 + count), 0), words, rtol=1e-6)
         if count:
@@ -282,7 +282,7 @@ def test_the_original_mask_leaks_words_into_a_short_prefix():
     for count, leaks in ((4, True), (13, False)):
         found = logits(translator(count, rule=PrefixConfig(mask="original")), labels=labels)
         apart = np.abs(found[1] - found[0]).max(axis=-1)
-        assert apart[0] < 1e-5  # `</s>` hears itself alone
+        assert apart[0] < 1e-5  # `</s>` attends to itself only
         assert (apart[1:6].max() > 1e-3) == leaks
         assert leaks or apart[:6].max() < 1e-5
 
@@ -303,7 +303,7 @@ def test_the_source_and_the_features_are_heard():
     found = logits(translator(4), source=source, clip=clip)
     assert np.abs(found[1] - found[0]).max() > 1e-3
     apart = np.abs(found[2] - found[0]).max(axis=-1)
-    assert apart[0] < 1e-5  # the language code is `</s>`'s to predict, which hears no feature
+    assert apart[0] < 1e-5  # the language code is `</s>`'s to predict, which attends to no feature
     assert apart[1:].min() > 1e-3
 
 

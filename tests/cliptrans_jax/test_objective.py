@@ -1,5 +1,5 @@
-"""Losses and sums of the stages worked out by hand, what they hear of keys and helpers, and where a
-stage's first weights come from."""
+"""Losses and sums of the stages worked out by hand, their keys and helpers, and the sources of a
+stage's first weights."""
 
 import dataclasses
 
@@ -378,7 +378,7 @@ def test_what_is_to_be_fresh_is_not_taken(sources):
 
 
 def test_a_run_that_kept_an_average_hands_on_what_it_trained(tmp_path):
-    """Its parameters, with which a stage goes on, and not their average."""
+    """Its parameters, from which a stage continues, and not their average."""
     none = np.zeros((), np.int32)
     average = jax.tree.map(lambda x: x + 1, OURS)
     state = TrainState(np.int32(1), OURS, {}, average, {}, none, none)

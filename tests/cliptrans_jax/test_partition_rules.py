@@ -1,4 +1,4 @@
-"""How the parameters of CLIPTrans' networks are split over devices."""
+"""The partition rules of CLIPTrans' networks."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""CLIP's preprocessing against the processor that it comes from, and what augmentation may do."""
+"""CLIP's preprocessing against the original processor, and the range of augmentation."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Published weights become our parameters and ours become files that others read."""
+"""Published weights as our parameters, and ours exported for other software."""
 
 import dataclasses
 
@@ -149,7 +149,7 @@ def test_a_tower_that_was_trained_along_is_read_by_itself(tmp_path):
     whole = pretrained.load(path, config=MODEL)
     assert_same(whole.params, make_params(kinds.CLIPTRANS, MODEL))
     dropped = dict(whole.account.dropped)
-    assert "read by itself" in dropped["clip.text_encoder.LinearTransformation.weight"]
+    assert "read separately" in dropped["clip.text_encoder.LinearTransformation.weight"]
     tower = pretrained.load(path, kind="mclip", config=MCLIP)
     assert_same(tower.params, make_params(kinds.KINDS["mclip"][0], MCLIP))
     assert dict(tower.account.dropped)["adapter.hidden.0.weight"] == "of the rest of the model"
@@ -319,7 +319,7 @@ def test_a_kind_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"holds no 'mclip', whose Linear.*; it holds 'mbart'"):
         pretrained.load(file, kind="mclip")
     with pytest.raises(
-        ValueError, match=r"config is a MClipConfig, and kind='mbart' takes a MBart"
+        ValueError, match=r"config is a MClipConfig, but kind='mbart' takes a MBart"
     ):
         pretrained.load(file, config=MCLIP)
     config = folder / "config.json"

@@ -1,4 +1,4 @@
-"""Published tokenizers: ids are SentencePiece's, text stays text, and broken files are refused."""
+"""Published tokenizers: ids equal SentencePiece's, text survives, and broken files are refused."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a stage reads of a corpus, and what is written of a set that was scored."""
+"""The data that a stage reads, and the files written for a scored set."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
-"""The whole method at its smallest: stages run, hand their weights on, go on where they were
-killed, and compute the same on eight devices."""
+"""The whole method at its smallest: stages run, pass on their weights, resume after a kill, and
+compute the same on eight devices."""
 
 import dataclasses
 import json
@@ -239,8 +239,8 @@ def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_pat
     assert [hypotheses[0].text for hypotheses in found] == [row.output for row in rows]
     shown = [hypotheses[0].score for hypotheses in found]
     assert shown == pytest.approx([row.score for row in rows], rel=1e-5)
-    heard = [row.score for row in read_translations(run / "translations.tsv")]
-    assert shown != pytest.approx(heard, rel=1e-5)
+    by_text = [row.score for row in read_translations(run / "translations.tsv")]
+    assert shown != pytest.approx(by_text, rel=1e-5)
 
 
 def test_only_translation_models_are_loaded(finished):

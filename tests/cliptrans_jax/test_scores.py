@@ -1,4 +1,4 @@
-"""Scores against numbers worked out by hand, and what their signatures say."""
+"""Scores against numbers worked out by hand, and their signatures."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""The file of translations reads back as it was written; the table has its pictures."""
+"""The file of translations survives a round trip; the table has its pictures."""
 
 import io
 

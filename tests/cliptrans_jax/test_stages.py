@@ -1,4 +1,4 @@
-"""What each stage reads, what it moves, and how its sentences become batches."""
+"""The inputs and trained parameters of each stage, and its batches."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Tokenizers: frames, round trips, and that a trained one is the same wherever it is trained."""
+"""Tokenizers: frames, round trips, and reproducible training."""
 
 import dataclasses
 import json

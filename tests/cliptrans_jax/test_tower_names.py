@@ -1,5 +1,4 @@
-"""Reading the encoders' published tensors: every name has a place, and the numbers come out
-right."""
+"""Published tensors of the towers: every name is known, and the numbers are right."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""The frozen encoders: what moves a feature and what must not, sizes, types, meshes."""
+"""The frozen towers: dependencies of their features, sizes, types, meshes."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Outputs of a search as texts of their examples, and what a stage searches and validates with."""
+"""Outputs of a search as texts, in order, and the searches of a stage."""
 
 import dataclasses
 import types
@@ -40,8 +40,8 @@ NUMBERS = number_tokenizer(limit=20)
 
 @dataclasses.dataclass(frozen=True)
 class Echo:
-    """A search that gives the source's words back behind the language, then fewer of them; what
-    lies behind an output's length is no pad. A third output is found of every second example.
+    """A search that repeats the source's words after the language, then fewer of them; the
+    tokens after an output's length are no pads. A third output is found of every second example.
 
     Scores are the feature of the example and its language.
     """

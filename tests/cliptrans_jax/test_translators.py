@@ -1,4 +1,4 @@
-"""Decoding, prefix and losses with a translator that is not mBART: they know the protocol alone."""
+"""Decoding, prefix and losses with a translator other than mBART: they only use the protocol."""
 
 import dataclasses
 import functools

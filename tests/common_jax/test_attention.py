@@ -1,4 +1,4 @@
-"""Self-attention against its equation; what it starts from."""
+"""Self-attention: its equation and initialisation."""
 
 from functools import partial
 

@@ -1,5 +1,4 @@
-"""Checkpoints and warm starts: what is found, what is refused, and the account of what was
-taken."""
+"""Checkpoints and warm starts: finding them, errors, and the account of loaded parameters."""
 
 import jax
 import numpy as np
@@ -219,7 +218,7 @@ def test_all_that_does_not_fit_is_named_at_once(workdir):
     with pytest.raises(ValueError, match="the weights do not fit") as error:
         take(wanted(kernel=(4, 3), extra=(5,)), origins)
     message = str(error.value)
-    assert "student/kernel is wanted as (4, 3) and is (4, 2)" in message
+    assert "student/kernel should be (4, 3) and is (4, 2)" in message
     assert "student/bias of shape (3,) has no place" in message
     assert "student/extra of shape (5,) is in none of the sources" in message
     assert "config.sources.fresh" in message

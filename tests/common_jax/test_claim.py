@@ -1,4 +1,5 @@
-"""Whose a workdir is: which configs may resume there, and what counts as a result."""
+"""Ownership of a workdir: the configs that may resume there, and the files that count as
+results."""
 
 import dataclasses
 import json

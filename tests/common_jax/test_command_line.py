@@ -1,4 +1,4 @@
-"""The command line: every form of a flag means the same, and what is wrong is said in one line."""
+"""The command line: all forms of a flag are equal, and errors are one line."""
 
 import itertools
 import os

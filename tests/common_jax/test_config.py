@@ -1,4 +1,4 @@
-"""ConfigDict outside, frozen dataclasses inside: what is accepted, and what the refusals say."""
+"""ConfigDicts and frozen dataclasses: accepted values, and messages of errors."""
 
 import dataclasses
 import math

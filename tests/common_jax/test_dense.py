@@ -1,4 +1,4 @@
-"""The product of dense layers: jax's own, with gradients that are products of two matrices."""
+"""The product of dense layers: jax's own, with gradients as products of two matrices."""
 
 import jax
 import numpy as np

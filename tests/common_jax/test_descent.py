@@ -1,5 +1,4 @@
-"""Whole runs against values worked out by hand: draws, rates, averages, lines of the log, and what
-checkpoints hold."""
+"""Whole runs against values worked out by hand: draws, rates, averages, log lines, checkpoints."""
 
 import dataclasses
 import functools

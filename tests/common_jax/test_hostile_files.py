@@ -1,4 +1,4 @@
-"""Files that would harm: what they declare is compared with what is there before they are read."""
+"""Malicious files: their declared sizes are checked against their content before they are read."""
 
 import json
 import re

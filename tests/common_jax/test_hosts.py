@@ -1,4 +1,4 @@
-"""Two processes that are one run: the same numbers as one process, and they stop together."""
+"""Two processes as one run: the same numbers as in one process, and a common stop."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""A run takes no checkpoint but its own, and none that it has not checked."""
+"""A run only uses its own checkpoints, after checking them."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""A stateless order, the same on any number of hosts, and no bad example passed over in silence."""
+"""A stateless order, equal on any number of hosts, and no bad example skipped silently."""
 
 import dataclasses
 import gc

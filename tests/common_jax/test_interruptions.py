@@ -1,4 +1,4 @@
-"""The loop on a model of one parameter: stopped, out of room, and saved by the clock."""
+"""The loop on a model of one parameter: stopped, out of disk space, and saved by the clock."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The lock of a workdir: who gets it, who is refused, what becomes of one that was left behind."""
+"""The lock of a workdir: acquisition, refusal, and locks of dead processes."""
 
 import dataclasses
 import errno

@@ -1,4 +1,4 @@
-"""Small promises of the loop that whole runs do not show."""
+"""Details of the loop that whole runs do not show."""
 
 import json
 import types

@@ -1,4 +1,4 @@
-"""Meshes and partition rules: what divides, what does not, and what is said then."""
+"""Meshes and partition rules: divisible sizes, and errors for others."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What a run's numbers become: lines, events for TensorBoard, and nothing where a disk is full."""
+"""A run's metrics: lines, TensorBoard events, and nothing partial on a full disk."""
 
 import json
 import logging

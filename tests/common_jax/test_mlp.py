@@ -1,4 +1,4 @@
-"""The transformer's perceptron and its GELU."""
+"""The transformer's MLP and its GELU."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Tables of names: entries, the strict reader, and which table claims a file's names."""
+"""Tables of names: entries, the strict reader, and recognition by names."""
 
 import dataclasses
 

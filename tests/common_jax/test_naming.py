@@ -1,4 +1,4 @@
-"""Which tensors of a training checkpoint are the network's, and what frameworks put into names."""
+"""The choice of a network's tensors in a training checkpoint, and the prefixes of frameworks."""
 
 import numpy as np
 import pytest

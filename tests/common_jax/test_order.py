@@ -1,4 +1,4 @@
-"""Orders and draws are functions of seed, epoch and place, and of nothing else."""
+"""Orders and draws are functions of seed, epoch and position only."""
 
 import itertools
 

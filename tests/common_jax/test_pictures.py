@@ -1,4 +1,4 @@
-"""From image files to 8-bit pixels, by values worked out by hand; files that promise too much."""
+"""Image files to 8-bit pixels, by values worked out by hand; files with excessive sizes."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What goes through the ring comes out as it was, and none of the ring stays behind."""
+"""The ring of shared memory returns its contents unchanged, and is always removed."""
 
 import pickle
 import secrets

@@ -1,4 +1,4 @@
-"""Places that a command line names: what is there, and what can be made."""
+"""Paths on a command line: inputs exist, outputs can be created."""
 
 import pytest
 

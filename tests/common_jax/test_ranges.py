@@ -1,4 +1,4 @@
-"""What the ranges of config fields hold, at their ends and beyond."""
+"""The ranges of config fields, at their ends and beyond."""
 
 import math
 import typing

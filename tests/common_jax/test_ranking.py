@@ -1,4 +1,4 @@
-"""The place of a score among others, by values worked out by hand."""
+"""The rank of a score among others, by values worked out by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The report: what is read, which panels a run's metrics give, and the page that comes out."""
+"""The report: its inputs, the panels for a run's metrics, and the page."""
 
 import base64
 import html.parser

@@ -1,4 +1,4 @@
-"""Reports are whole or not there, and fail no run."""
+"""Reports are written atomically, and never fail a run."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A run's own files after an accident or an edit: what is wrong is said with the file's name."""
+"""A run's own files after an accident or an edit: errors name the file."""
 
 import json
 

@@ -1,5 +1,4 @@
-"""Requests to stop: at once, or later where there is something to lose; the second one ends the
-process."""
+"""Requests to stop: immediate, or deferred while something may be lost; the second one kills."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Random keys part by part, and parts of nested parameters."""
+"""Random keys by name, and parts of nested parameters."""
 
 import itertools
 

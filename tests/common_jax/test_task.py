@@ -1,4 +1,4 @@
-"""What a task becomes: a state that is drawn and placed, and the shapes of a step."""
+"""A task's state, drawn and placed, and the shapes of its step."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
-"""PyTorch's zip archives written without PyTorch: read again by our reader, and by PyTorch where it
-is installed."""
+"""PyTorch's zip archives written without PyTorch, read by our reader and by PyTorch if
+installed."""
 
 import zipfile
 

@@ -1,4 +1,4 @@
-"""Weights of others on disk, read and written, PyTorch's files without PyTorch among them."""
+"""Files of weights, read and written, including PyTorch's without PyTorch."""
 
 import json
 import pathlib
@@ -234,7 +234,7 @@ def test_what_is_no_whole_archive_says_what_to_do(tmp_path):
     cases = (
         *((whole[:size], "is damaged or cut off .*download it again") for size in (3, 90, -5)),
         (damaged, "is damaged or cut off .*CRC"),
-        (legacy, r"format of before 1\.6.*torch\.save\(torch\.load\(FILE"),
+        (legacy, r"format from before 1\.6.*torch\.save\(torch\.load\(FILE"),
         (b"\x80\x02}q\x00.", r"is no zip archive of PyTorch, it starts with .*state_dict\(\)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "pointer of git-lfs.*git lfs pull"),
         (b"", "is empty"),

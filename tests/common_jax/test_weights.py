@@ -1,4 +1,4 @@
-"""Warm starts: every parameter comes from where it is said to, or is named."""
+"""Warm starts: every parameter comes from its origin, or is named."""
 
 import jax
 import numpy as np
@@ -92,13 +92,13 @@ def test_what_is_to_be_fresh_is_so_whether_it_is_there_or_not(sources):
     warm = take(
         wanted("a/first", "a/second", "a/new"),
         [Origin(sources / "one", "net/stage_1", "a")],
-        fresh=(Allowance("a/(first|new)", "starts anew"),),
+        fresh=(Allowance("a/(first|new)", "starts from scratch"),),
         leave=(Allowance("a/third", "has no place"), Allowance(".*", "never comes to this")),
     )
     assert values(warm) == {"a/second": 2}
     assert warm.account["fresh"] == [
-        {"name": "a/first", "reason": "starts anew"},
-        {"name": "a/new", "reason": "starts anew"},
+        {"name": "a/first", "reason": "starts from scratch"},
+        {"name": "a/new", "reason": "starts from scratch"},
     ]
     assert warm.account["left"] == [{"name": "a/third", "reason": "has no place"}]
 
@@ -128,7 +128,7 @@ def test_only_looking_reads_nothing_and_still_finds_what_is_wrong(sources):
     origins = [Origin(sources / "two", "net/stage_1", "a")]
     warm = take(wanted("a/first", "a/second"), origins, read=False)
     assert (warm.params, [entry["parameters"] for entry in _taken(warm)]) == ({}, [0])
-    with pytest.raises(ValueError, match=r"a/first is wanted as \(3, 2\) and is \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"a/first should be \(3, 2\) and is \(4, 2\)"):
         take(wanted("a/first", "a/second", shape=(3, 2)), origins, read=False)
 
 

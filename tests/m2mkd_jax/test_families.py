@@ -1,5 +1,5 @@
-"""Students and the whole network that they are merged into: what is left and what starts anew is
-what the two do not share, to the name."""
+"""Students and the network that they are merged into: exactly the parameters that they do not share
+are left or start from scratch."""
 
 import dataclasses
 import re

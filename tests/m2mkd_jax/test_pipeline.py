@@ -188,9 +188,7 @@ def test_wrong_sources_are_named(finished, tmp_path):
         model=wider,
         sources=SourcesConfig(students=(students, students, students)),
     )
-    with pytest.raises(
-        ValueError, match=r"attention/out/bias is wanted as \(32,\) and is \(16,\) in"
-    ):
+    with pytest.raises(ValueError, match=r"attention/out/bias should be \(32,\) and is \(16,\) in"):
         run_phase(config, tmp_path / "c", one_device())
     assert not (tmp_path / "c" / "config.json").exists()
 

@@ -122,7 +122,7 @@ def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
         ({"depths": (1, 1, 1)}, r"\(2, 1, 1\) blocks, 4 in all, and config.model.depths=\(1, 1, 1"),
         (
             {"mlp_ratio": 4.0},
-            r"(?s)mlp/up/bias is wanted as \(64,\).*moe/up is wanted as \(3, 16, 64\) and is \(16",
+            r"(?s)mlp/up/bias should be \(64,\).*moe/up should be \(3, 16, 64\) and is \(16",
         ),
         ({"qkv_bias": False}, r"stage_0/block_0/attention/qkv/bias of shape .* has no place"),
     ],

@@ -79,7 +79,7 @@ def test_a_given_teacher_of_other_sizes_is_refused_first(tmp_path):
     write_params(tmp_path / "teacher", {"teacher": teacher}, {})
     given = unfreeze(config)
     given.sources.teacher = str(tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"is wanted as .*16.* and is .*24"):
+    with pytest.raises(ValueError, match=r"should be .*16.* and is .*24"):
         main(given, tmp_path / "run")
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher"]
 

@@ -219,7 +219,7 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         file="common_jax/nn/attention.py",
-        what="every token hears all of them",
+        what="every token attends to all of them",
         right="mask=visible",
         wrong="mask=None",
         tests=LAYERS,

@@ -26,8 +26,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/encoders.py",
         "features go back in the order of the sorting and not of its inverse",
-        "return found[np.argsort(order)]",
-        "return found[order]",
+        "return features[np.argsort(order)]",
+        "return features[order]",
         KEPT,
     ),
     Mistake(
@@ -224,8 +224,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/scoring.py",
         "the gallery has the first rows alone",
-        "chosen = [rows[i * len(rows) // count] for i in range(count)]",
-        "chosen = rows[:count]",
+        "sample = [rows[i * len(rows) // count] for i in range(count)]",
+        "sample = rows[:count]",
         RUN_DATA,
     ),
     Mistake(
@@ -252,8 +252,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/pretrained.py",
         "pictures of another deviation than CLIP's are let through",
-        'zip(("mean", "std"), found, (MEAN, STD), strict=True)',
-        'zip(("mean",), found, (MEAN,), strict=False)',
+        'zip(("mean", "std"), statistics, (MEAN, STD), strict=True)',
+        'zip(("mean",), statistics, (MEAN,), strict=False)',
         f"{TESTS}/test_beside.py::test_pictures_that_were_normalised_otherwise_are_refused",
     ),
 )

@@ -107,8 +107,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{MODELS}/cliptrans.py",
         "pads are attended to",
-        "seen = jnp.pad(given[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))",
-        "seen = jnp.pad(given[:, 1:] >= 0, ((0, 0), (1 + count, 0)))",
+        "mask = jnp.pad(ids[:, 1:] != config.sizes.pad, ((0, 0), (1 + count, 0)))",
+        "mask = jnp.pad(ids[:, 1:] >= 0, ((0, 0), (1 + count, 0)))",
         READS,
     ),
     Mistake(
@@ -156,7 +156,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "cliptrans_jax/losses.py",
         "smoothing takes nothing from the label",
-        "log_z - (1 - smoothing) * chosen",
+        "log_z - (1 - smoothing) * label_logits",
         "log_z - chosen",
         f"{LOSSES}::test_label_loss_of_even_chances",
     ),
