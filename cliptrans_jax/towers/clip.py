@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_size
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -164,12 +164,7 @@ class ClipVision(nn.Module):
           ValueError: if their size is not the config's.
         """
         config = self.config
-        expected = (images.shape[0], config.image, config.image, 3)
-        if images.shape != expected:
-            raise ValueError(
-                f"images have shape {images.shape}, and the tower takes {expected}; resize them, "
-                "or take a tower of their size"
-            )
+        require_size(images, config.image)
         patches = Patches(config, self.dtype, name="patches")(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))

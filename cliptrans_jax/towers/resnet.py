@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Tower
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Tower, require_size
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.ranges import Positive, Size, Sizes
@@ -184,12 +184,7 @@ class ClipResNet(nn.Module):
           ValueError: if their size is not the config's.
         """
         config = self.config
-        expected = (images.shape[0], config.image, config.image, 3)
-        if images.shape != expected:
-            raise ValueError(
-                f"images have shape {images.shape}, and the tower takes {expected}; resize them, "
-                "or take a tower of their size"
-            )
+        require_size(images, config.image)
         x = Stem(config, self.dtype, name="stem")(images.astype(self.dtype))
         for stage, depth in enumerate(config.layers):
             for i in range(depth):

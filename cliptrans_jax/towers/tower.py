@@ -51,6 +51,16 @@ CLIP_PICTURES = Pictures(
 )
 
 
+def require_size(images: jax.Array, side: int) -> None:
+    """Raises ValueError unless `images` are (B, side, side, 3)."""
+    expected = (images.shape[0], side, side, 3)
+    if images.shape != expected:
+        raise ValueError(
+            f"images have shape {images.shape}, and the tower takes {expected}; resize them, or "
+            "take a tower of their size"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tower:
     """A kind of text or image tower, with either `sentences` or `pictures`.

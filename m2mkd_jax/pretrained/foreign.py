@@ -16,7 +16,7 @@ FOREIGN = {
     r"patch_embed\.(backbone|norm|proj\.\d+)\..*": "another patch embedding",
 }
 # Regex of names -> fields of a ViT's section that say whether they are there, or of which shape.
-PARTS = {
+DECIDED_BY = {
     r"cls_token": ("class_token",),
     r"reg_token|register_tokens": ("registers",),
     r"pos_embed": ("positions",),
@@ -55,7 +55,7 @@ def fields_of(names: Iterable[str]) -> list[str]:
     """Fields of a ViT's section that decide about tensors of these names."""
     found = {}
     for name in names:
-        for regex, fields in PARTS.items():
+        for regex, fields in DECIDED_BY.items():
             if re.fullmatch(regex, name):
                 found |= dict.fromkeys(fields)
     return list(found)
