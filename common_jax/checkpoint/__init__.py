@@ -18,23 +18,3 @@ from common_jax.checkpoint.reading import (
     refuse_pattern,
 )
 from common_jax.checkpoint.writing import Checkpoints, SaveError, write_params
-
-__all__ = [
-    "AVERAGE",
-    "FOLDER",
-    "Checkpoints",
-    "SaveError",
-    "Stock",
-    "absolute",
-    "check_source",
-    "find_step",
-    "finished_steps",
-    "load",
-    "load_config",
-    "load_shapes",
-    "own_steps",
-    "read",
-    "refuse_pattern",
-    "take_stock",
-    "write_params",
-]

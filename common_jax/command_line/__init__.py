@@ -4,17 +4,3 @@ from common_jax.command_line.fields import check_field, set_field
 from common_jax.command_line.files import load_beside, read_config_file, run_config_file
 from common_jax.command_line.reading import HOST_FLAGS, define, read
 from common_jax.command_line.systems import System, check_system, unread
-
-__all__ = [
-    "HOST_FLAGS",
-    "System",
-    "check_field",
-    "check_system",
-    "define",
-    "load_beside",
-    "read",
-    "read_config_file",
-    "run_config_file",
-    "set_field",
-    "unread",
-]

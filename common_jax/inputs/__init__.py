@@ -18,19 +18,3 @@ from common_jax.inputs.order import (
     host_rows,
     steps_per_epoch,
 )
-
-__all__ = [
-    "BadExample",
-    "Batch",
-    "EvalTransform",
-    "Example",
-    "Source",
-    "TrainTransform",
-    "epoch_permutation",
-    "eval_batches",
-    "example_generator",
-    "example_index",
-    "host_rows",
-    "steps_per_epoch",
-    "train_batches",
-]

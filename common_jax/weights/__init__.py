@@ -9,29 +9,7 @@ from common_jax.weights.files import (
     read_tensors,
     read_weights,
     weights_file,
-    widen,
     write_tensors,
     write_torch,
 )
 from common_jax.weights.warm_start import Adapt, Allowance, Origin, WarmStart, take
-
-__all__ = [
-    "Account",
-    "Adapt",
-    "Allowance",
-    "Origin",
-    "WarmStart",
-    "Weights",
-    "format_account",
-    "format_assumed",
-    "list_problems",
-    "module_classes",
-    "read_plain",
-    "read_tensors",
-    "read_weights",
-    "take",
-    "weights_file",
-    "widen",
-    "write_tensors",
-    "write_torch",
-]

@@ -2,6 +2,7 @@
 or in shards, without PyTorch."""
 
 import dataclasses
+import filecmp
 import itertools
 import os
 import re
@@ -101,13 +102,6 @@ def weights_file(folder: Path) -> Path | None:
     return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
-def widen(tensors: Mapping[str, np.ndarray]) -> Tensors:
-    """The tensors, with floating-point types of fewer than 32 bits converted to float32."""
-    return {
-        name: x.astype(np.float32) if x.dtype.name in NARROW else x for name, x in tensors.items()
-    }
-
-
 def read_plain(path: str | os.PathLike) -> dict[str, Any]:
     """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint;
     {} for other files and for folders.
@@ -165,11 +159,7 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
       value: see `torch_writer.write`; a training checkpoint is `{"model": tensors}`.
       replace: whether to overwrite another file.
 
-    Raises:
-      FileExistsError: if the file exists with other content.
-      FileNotFoundError: if its folder is missing.
-      TypeError: for a value that is neither array nor plain.
-      ValueError: if its name has none of `TORCH_SUFFIXES`.
+    Raises as `write_tensors`, and TypeError for a value that is neither array nor plain.
     """
     if not Path(path).name.endswith(TORCH_SUFFIXES):
         raise ValueError(f"{path} must end in one of {', '.join(TORCH_SUFFIXES)}")
@@ -191,11 +181,7 @@ def _write(path: Path, write: Callable[[Path], None], replace: bool) -> None:
 
 def same_content(a: Path, b: Path) -> bool:
     """True if two files have the same bytes."""
-    if a.stat().st_size != b.stat().st_size:
-        return False
-    size = 1 << 24
-    with a.open("rb") as one, b.open("rb") as other:
-        return all(x == other.read(size) for x in iter(lambda: one.read(size), b""))
+    return filecmp.cmp(a, b, shallow=False)
 
 
 def _read_file(path: Path, weights: str) -> Weights:

@@ -1,4 +1,4 @@
-"""An interpreter for PyTorch's pickles that imports and runs nothing that they name.
+"""Reads PyTorch's pickles, and imports and runs nothing that they name.
 
 A pickle is a program for a stack machine. Here its opcodes only push constants, fill containers and
 describe tensors; everything else becomes an `Opaque` object without behaviour. Time and memory are
@@ -6,8 +6,10 @@ linear in the length of the pickle: no value is compared, hashed, copied or prin
 """
 
 import dataclasses
+import io
 import pickle
-import pickletools
+import struct
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,8 +36,12 @@ DTYPES = (
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
-# Exceptions of this module for damaged pickles.
-DAMAGED = (pickle.UnpicklingError, ArithmeticError, LookupError, TypeError, ValueError)
+MOST_ARGUMENTS = 8  # of the functions that rebuild tensors
+# Exceptions of `pickle` and of this module for damaged pickles.
+DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, EOFError, ArithmeticError, AttributeError),
+    *(LookupError, TypeError, ValueError),
+)
 # Code that no weights need. It would not be run, but a file that names it is malicious, and the
 # user should know.
 HARMFUL_MODULES = (
@@ -50,6 +56,11 @@ class Opaque:
     """Placeholder for an object of another class or function, with its name."""
 
     name: str
+
+    def append(self, _: Any) -> None:
+        """Ignores items, as of a subclass of list."""
+
+    extend = add = append
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -75,24 +86,10 @@ class Tensor:
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Scripted:
-    """A module of a TorchScript archive, and its attributes."""
+    """A module of a TorchScript archive, and its attributes; without them, its class."""
 
     name: str
     attributes: dict[Any, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _ScriptedClass:
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Function:
-    """A function of ours that a pickle may call, with the least and most arguments."""
-
-    call: Callable[..., Any]
-    least: int
-    most: int
 
 
 def load(content: bytes, *, script: bool) -> Any:
@@ -104,12 +101,8 @@ def load(content: bytes, *, script: bool) -> Any:
     Raises:
       RefusedError: for a pickle that is damaged, or that names harmful code.
     """
-    machine = _Machine(script=script, length=len(content))
     try:
-        # genops decodes opcodes and arguments, and executes nothing.
-        for opcode, argument, _ in pickletools.genops(content):
-            _OPCODES[opcode.name](machine, argument)
-        return machine.stack.pop()
+        return _Unpickler(content, script=script).load()
     except RefusedError:
         raise
     except DAMAGED as error:
@@ -117,8 +110,7 @@ def load(content: bytes, *, script: bool) -> Any:
     raise RefusedError(f"has a damaged data.pkl ({reason}); copy or download it again")
 
 
-# `grad` and `hooks` concern autograd only, and are ignored.
-def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=None, dtype=None):
+def _rebuild(storage, offset, shape, strides, metadata=None, dtype=None):
     for kind in (storage, dtype):
         if isinstance(kind, Opaque):  # a dtype that is not supported
             return kind
@@ -134,8 +126,13 @@ def _rebuild(storage, offset, shape, strides, grad=None, hooks=None, metadata=No
     return Tensor(storage, dtype or storage.dtype, offset, _axes(shape), _axes(strides))
 
 
-def _rebuild_untyped(storage, offset, shape, strides, grad, hooks, dtype, metadata=None):
-    return _rebuild(storage, offset, shape, strides, grad, hooks, metadata, dtype)
+# `grad` and `hooks` concern autograd only, and are ignored.
+def _rebuild_v2(storage, offset, shape, strides, grad, hooks, metadata=None):
+    return _rebuild(storage, offset, shape, strides, metadata)
+
+
+def _rebuild_v3(storage, offset, shape, strides, grad, hooks, dtype, metadata=None):
+    return _rebuild(storage, offset, shape, strides, metadata, dtype)
 
 
 def _axes(sizes: Any) -> tuple[Any, ...]:
@@ -150,24 +147,23 @@ def _first(value, *others):
     return value
 
 
-_PARAMETER = _Function(_first, 1, 4)
 _ORDERED_DICT = Opaque("collections.OrderedDict")  # a call of it returns a dict
 # Functions and types for tensors and for the plain contents of optimizers and scalers.
 KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ORDERED_DICT,
-    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild, 4, 4),
-    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild, 6, 7),
-    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_untyped, 7, 8),
-    ("torch._utils", "_rebuild_parameter"): _PARAMETER,
-    ("torch._utils", "_rebuild_parameter_with_state"): _PARAMETER,
-    ("torch", "Size"): _Function(_axes, 1, 1),
+    ("torch._utils", "_rebuild_tensor"): _rebuild,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch", "Size"): _axes,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
     **{("torch.storage", name): dtype for name, dtype in STORAGES.items()},
     **{("torch", dtype): dtype for dtype in DTYPES},
 }
 # The same for attributes of TorchScript modules that are lists.
 KNOWN_IN_SCRIPT = {
-    ("torch.jit._pickle", name): _Function(_first, 1, 2)
+    ("torch.jit._pickle", name): _first
     for name in (
         *("build_boollist", "build_doublelist", "build_intlist", "build_tensorlist"),
         "restore_type_tag",
@@ -175,87 +171,32 @@ KNOWN_IN_SCRIPT = {
 }
 
 
-class _Machine:
-    """The stack and memo of a pickle, and the operations of its opcodes.
+def _bounded(load_integer: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The operation of an opcode that pushes an integer, with a limit of its size."""
+
+    def load_bounded(self: Any) -> None:
+        load_integer(self)
+        if (bits := self.stack[-1].bit_length()) > LARGEST:
+            raise RefusedError(f"holds an integer of {bits} bits")
+
+    return load_bounded
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler without objects: the one in Python, since the one in C allocates what
+    a length or the index of a memo declares.
 
     Args:
-      script: whether the pickle is of a TorchScript archive.
-      length: of the pickle in bytes, the limit of all copies.
+      content: the pickle.
+      script: whether it is of a TorchScript archive.
     """
 
-    def __init__(self, *, script: bool, length: int):
-        self.stack: list[Any] = []
-        self._outer: list[list[Any]] = []  # stacks below a mark
-        self._memo: dict[int, Any] = {}
+    def __init__(self, content: bytes, *, script: bool):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
         self._script = script
-        self._copies = length
+        self._copies = len(content)  # limit of all copies
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def push_integer(self, value: int) -> None:
-        if value.bit_length() > LARGEST:
-            raise RefusedError(f"holds an integer of {value.bit_length()} bits")
-        self.push(value)
-
-    def push_latin(self, text: str) -> None:
-        """Pushes a string of Python 2, which is bytes: names are in UTF-8."""
-        try:
-            self.push(text if text.isascii() else text.encode("latin-1").decode())
-        except UnicodeDecodeError:
-            self.push(Opaque("bytes"))
-
-    def mark(self, _: None) -> None:
-        self._outer.append(self.stack)
-        self.stack = []
-
-    def to_mark(self) -> list[Any]:
-        """Pops all items pushed since the last mark."""
-        items, self.stack = self.stack, self._outer.pop()
-        return items
-
-    def pop(self, _: None) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
-            self.to_mark()
-
-    def put(self, index: int) -> None:
-        self._memo[index] = self.stack[-1]
-
-    def memoize(self, _: None) -> None:
-        self.put(len(self._memo))
-
-    def get(self, index: int) -> None:
-        self.push(self._memo[index])
-
-    def tuple_of(self, count: int) -> None:
-        items = tuple(self.stack[-count:])
-        if len(items) < count:
-            raise IndexError("a tuple of more than there is")
-        self.stack[-count:] = [items]
-
-    def append(self, items: list[Any]) -> None:
-        container = self.stack[-1]
-        if isinstance(container, list):
-            container.extend(items)
-        elif not isinstance(container, Opaque):
-            raise TypeError(f"{type(container).__name__} is no list")
-
-    def set_items(self, items: list[Any]) -> None:
-        container = self.stack[-1]
-        if len(items) % 2:
-            raise ValueError("a key without a value")
-        if isinstance(container, dict):
-            _fill(container, zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(container, Opaque):
-            raise TypeError(f"{type(container).__name__} is no dictionary")
-
-    def set_item(self, _: None) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items([key, value])
-
-    def find(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> Any:
         """The function, dtype or placeholder for a global that the pickle names."""
         known = KNOWN.get((module, name))
         if known is None and self._script:
@@ -271,32 +212,47 @@ class _Machine:
                 f"holds {plain(f'{module}.{name}')}, which is code to run and not weights; "
                 "it was not run. Do not trust this file"
             )
-        if self._script and top == "__torch__":
-            return _ScriptedClass(f"{module}.{name}")
-        return Opaque(plain(f"{module}.{name}"))
+        kind = Scripted if self._script and top == "__torch__" else Opaque
+        return kind(f"{module}.{name}")
 
-    def find_on_stack(self, _: None) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise TypeError("a global without a name")
-        self.push(self.find(module, name))
+    def persistent_load(self, pid: Any) -> Storage | Opaque:
+        """A storage, which is outside the pickle."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
+            raise RefusedError(f"refers to {brief(pid)}, which is no storage")
+        kind, dtype, key, _, count = pid  # the fourth is the device
+        if isinstance(dtype, Opaque):
+            return dtype
+        good = kind == "storage" and isinstance(dtype, str) and dtype in STORAGES.values()
+        if not (good and isinstance(key, str) and type(count) is int and count >= 0):
+            raise RefusedError(
+                f"refers to a storage {brief(key)} of {brief(count)} numbers of {brief(dtype)}"
+            )
+        return Storage(key, dtype, count)
 
-    def call(self, function: Any, arguments: Any) -> Any:
-        """The result of calling a function or class that the pickle names."""
+    def load_reduce(self) -> None:
+        """Calls a function or class that the pickle names."""
+        arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("arguments that are no tuple")
-        match function:
-            case _Function(call, least, most):
-                if not least <= len(arguments) <= most:
-                    raise TypeError(f"{len(arguments)} arguments, of {least} to {most}")
-                return call(*arguments)
-            case _ScriptedClass(name):
-                return Scripted(name)
-            case Opaque():
-                return self._ordered(arguments) if function is _ORDERED_DICT else function
-        raise TypeError(f"{type(function).__name__} cannot be called")
+        self._instantiate(function, arguments)
 
-    def _ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    def load_new_with_names(self) -> None:
+        self.stack.pop()  # keyword arguments
+        self.load_reduce()
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        if klass is _ORDERED_DICT:
+            self.append(self._ordered(args))
+        elif isinstance(klass, Opaque):
+            self.append(klass)
+        elif isinstance(klass, Scripted):
+            self.append(Scripted(klass.name))
+        elif isinstance(klass, types.FunctionType) and len(args) <= MOST_ARGUMENTS:
+            self.append(klass(*args))
+        else:
+            raise TypeError(f"{type(klass).__name__} cannot be called")
+
+    def _ordered(self, arguments: Any) -> dict[Any, Any]:
         result: dict[Any, Any] = {}
         for pairs in arguments[:1]:
             if not isinstance(pairs, list | tuple):
@@ -310,15 +266,7 @@ class _Machine:
             _fill(result, pairs)
         return result
 
-    def reduce(self, _: None) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.push(self.call(function, arguments))
-
-    def new_with_names(self, _: None) -> None:
-        self.stack.pop()  # keyword arguments
-        self.reduce(None)
-
-    def build(self, _: None) -> None:
+    def load_build(self) -> None:
         """Sets the attributes of a scripted module; ignored for other objects."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Scripted):
@@ -329,20 +277,54 @@ class _Machine:
                 )
             self.stack[-1].attributes = state
 
-    def refer(self, pid: Any) -> None:
-        """Pushes a storage, which is outside the pickle."""
-        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[0], str)):
-            raise RefusedError(f"refers to {brief(pid)}, which is no storage")
-        kind, dtype, key, _, count = pid  # the fourth is the device
-        if isinstance(dtype, Opaque):
-            self.push(dtype)
-            return
-        good = kind == "storage" and isinstance(dtype, str) and dtype in STORAGES.values()
-        if not (good and isinstance(key, str) and type(count) is int and count >= 0):
-            raise RefusedError(
-                f"refers to a storage {brief(key)} of {brief(count)} numbers of {brief(dtype)}"
-            )
-        self.push(Storage(key, dtype, count))
+    def load_setitem(self) -> None:
+        self._set_items([self.stack.pop(-2), self.stack.pop()])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        container = self.stack[-1]
+        if isinstance(container, dict):
+            _fill(container, zip(items[::2], items[1::2], strict=True))
+        elif not isinstance(container, Opaque):
+            raise TypeError(f"{type(container).__name__} is no dictionary")
+
+    def load_set(self) -> None:
+        self.append(Opaque("set"))  # filling one would hash its items
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Opaque("frozenset"))
+
+    def refuse(self) -> None:
+        raise RefusedError(f"uses an opcode that PyTorch does not write; with PyTorch: {EXPORT}")
+
+    dispatch = pickle._Unpickler.dispatch | {
+        # cls.__new__ in Python; here it is a call like any other.
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ_EX[0]: load_new_with_names,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_set,
+        pickle.FROZENSET[0]: load_frozenset,
+        # A bytearray would be allocated before its bytes are read.
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+        pickle.INT[0]: _bounded(pickle._Unpickler.load_int),
+        pickle.LONG[0]: _bounded(pickle._Unpickler.load_long),
+        pickle.LONG1[0]: _bounded(pickle._Unpickler.load_long1),
+        pickle.LONG4[0]: _bounded(pickle._Unpickler.load_long4),
+        **dict.fromkeys(pickle.EXT1 + pickle.EXT2 + pickle.EXT4, refuse),
+        **dict.fromkeys(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, refuse),
+    }
 
 
 def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
@@ -351,82 +333,3 @@ def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
         if not (key is None or isinstance(key, str | bytes | bool | int | float)):
             key = Opaque(type(key).__name__)
         container[key] = value
-
-
-def _refuse(_: _Machine, __: Any) -> None:
-    raise RefusedError(f"uses an opcode that PyTorch does not write; with PyTorch: {EXPORT}")
-
-
-def _make(machine: _Machine, function: Any, arguments: list[Any]) -> None:
-    machine.push(machine.call(function, tuple(arguments)))
-
-
-def _make_first(machine: _Machine, _: None) -> None:
-    function, *arguments = machine.to_mark()
-    _make(machine, function, arguments)
-
-
-def _make_dict(machine: _Machine, _: None) -> None:
-    items = machine.to_mark()
-    machine.push({})
-    machine.set_items(items)
-
-
-def _ignore(machine: _Machine, _: Any) -> None:
-    pass
-
-
-# The operation of each opcode, by its name in `pickletools`.
-_OPCODES: Mapping[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _ignore),
-    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2"), _Machine.push_integer),
-    **dict.fromkeys(("LONG", "LONG1", "LONG4"), _Machine.push_integer),
-    **dict.fromkeys(("FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE"), _Machine.push),
-    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE8"), _Machine.push),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _Machine.push_latin),
-    **dict.fromkeys(
-        ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        lambda machine, _: machine.push(Opaque("bytes")),
-    ),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    # Filling a set would hash its items.
-    "EMPTY_SET": lambda machine, _: machine.push(Opaque("set")),
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": lambda machine, _: machine.to_mark(),
-    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    "MEMOIZE": _Machine.memoize,
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "LIST": lambda machine, _: machine.push(machine.to_mark()),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.to_mark())),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "DICT": _make_dict,
-    "FROZENSET": lambda machine, _: (machine.to_mark(), machine.push(Opaque("frozenset"))),
-    "APPEND": lambda machine, _: machine.append([machine.stack.pop()]),
-    "APPENDS": lambda machine, _: machine.append(machine.to_mark()),
-    "ADDITEMS": lambda machine, _: machine.append(machine.to_mark()),
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": lambda machine, _: machine.set_items(machine.to_mark()),
-    "GLOBAL": lambda machine, name: machine.push(machine.find(*name.split(" ", 1))),
-    "STACK_GLOBAL": _Machine.find_on_stack,
-    "REDUCE": _Machine.reduce,
-    # cls.__new__ in Python; here it is a call like any other.
-    "NEWOBJ": _Machine.reduce,
-    "NEWOBJ_EX": _Machine.new_with_names,
-    "INST": lambda machine, name: _make(
-        machine, machine.find(*name.split(" ", 1)), machine.to_mark()
-    ),
-    "OBJ": _make_first,
-    "BUILD": _Machine.build,
-    "BINPERSID": lambda machine, _: machine.refer(machine.stack.pop()),
-    "PERSID": _Machine.refer,
-    **dict.fromkeys(("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"), _refuse),
-}

@@ -13,27 +13,3 @@ from common_jax.workdir.lock import Locked, LockLost, hold, require
 from common_jax.workdir.places import check_input, check_output
 from common_jax.workdir.results import read_result, write_result
 from common_jax.workdir.versions import freeze_stored
-
-__all__ = [
-    "Identity",
-    "LockLost",
-    "Locked",
-    "check_input",
-    "check_output",
-    "claim",
-    "contradictions",
-    "freeze_stored",
-    "hold",
-    "holds_results",
-    "keep_identity",
-    "plain",
-    "read_identity",
-    "read_json",
-    "read_result",
-    "refuse_other_config",
-    "require",
-    "temporary_beside",
-    "write_bytes",
-    "write_json",
-    "write_result",
-]

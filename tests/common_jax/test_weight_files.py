@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from same import assert_same
 from torch_files import Call, Global, New, Persistent, Raw, state_dict, storage, tensor
 
-from common_jax.weights import read_plain, read_tensors, widen, write_tensors
+from common_jax.weights import read_plain, read_tensors, write_tensors
 
 NO_TORCH = "the files are written by torch, which is not installed"
 RNG = np.random.default_rng(0)
@@ -39,13 +39,6 @@ def archive(tmp_path, value, *, extra=None):
 def test_tensors_keep_their_type_and_shape(tmp_path):
     torch_files.save(tmp_path / "weights.pth", ARRAYS)
     assert_same(read_tensors(tmp_path / "weights.pth"), ARRAYS)
-    wide = widen(ARRAYS)
-    kinds = {name: str(array.dtype) for name, array in wide.items()}
-    assert kinds == {name: str(array.dtype) for name, array in ARRAYS.items()} | {
-        "half": "float32",
-        "brain": "float32",
-    }
-    np.testing.assert_array_equal(wide["half"], ARRAYS["half"].astype(np.float64))
 
 
 def test_views_of_one_storage_are_cut_out_of_it(tmp_path):
