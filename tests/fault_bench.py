@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -125,7 +126,38 @@ def small_disk(bench: Bench, row: Row) -> Iterator[pathlib.Path | None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(filler: pathlib.Path, *, left: int = 300_000) -> None:
+def fill(filler: pathlib.Path, *, left: int = 0) -> None:
     """Leaves `left` bytes of the disk that the file is on."""
     free = shutil.disk_usage(filler.parent).free
     filler.write_bytes(b"\0" * (free - left))
+
+
+def fill_while_running(
+    bench: Bench, row: Row, run: tuple[str, ...], *, policy: str, left: int, said: str
+) -> None:
+    """Fills the disk of a run at step 15, until it ends or, with policy "go_on", says `said`;
+    then makes room and finishes it."""
+    with small_disk(bench, row) as disk:
+        if disk is None:
+            return
+        undisturbed = bench.undisturbed(run)
+        workdir, filler, log = disk / "run", disk / "filler", bench.new().with_suffix(".log")
+        flags = (OFTEN, f"--config.run.on_failed_save={policy}")
+        process = start(workdir, *flags, run=run, log=log)
+        process.send(signal.SIGSTOP, lambda: says(workdir / "metrics.jsonl", '"step": 15'))
+        fill(filler, left=left)
+        process.process.send_signal(signal.SIGCONT)
+        lost = 0
+        if policy == "stop":
+            if (status := process.end()) != 2:
+                row.fail(f"status {status}: {process.output()[-300:]}")
+            lost = lost_steps(workdir)
+            filler.unlink()
+        else:
+            process.send(0, lambda: said in process.output())
+            filler.unlink()
+            process.finish()
+        if "No space left on device" not in process.output():
+            row.fail("the run does not say so")
+        start(workdir, *flags, run=run, log=log).finish()
+        row.count(workdir, undisturbed, lost)

@@ -24,7 +24,15 @@ from collections.abc import Callable, Iterator
 import faults_checkpoints
 import faults_processes
 import tiny_cliptrans
-from fault_bench import OFTEN, Bench, Row, fill, lost_steps, moments, small_disk, unfinished
+from fault_bench import (
+    OFTEN,
+    Bench,
+    Row,
+    fill_while_running,
+    lost_steps,
+    moments,
+    unfinished,
+)
 from jobs import show
 from processes import DIGITS, Started, finish_pair, pair, says, start
 
@@ -141,34 +149,10 @@ def damaged_files(bench: Bench) -> Iterator[Row]:
 
 def full_disk(bench: Bench) -> Iterator[Row]:
     """A disk on which the log still fits and a checkpoint no more."""
+    said = "could not be written"
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a save, on_failed_save={policy}")
-        run = (*WIDE, f"--config.run.on_failed_save={policy}")
-        with small_disk(bench, row) as disk:
-            if disk is not None:
-                undisturbed = bench.undisturbed(run)
-                workdir, filler = disk / "run", disk / "filler"
-                process = start(workdir, run=run, log=bench.new().with_suffix(".log"))
-                process.send(
-                    signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15')
-                )
-                fill(filler)
-                process.process.send_signal(signal.SIGCONT)
-                if policy == "stop":
-                    status = process.end()
-                    assert status == 2, f"status {status}: {process.output()[-300:]}"
-                    lost = lost_steps(workdir)
-                    filler.unlink()
-                else:
-                    process.send(0, lambda p=process: "could not be written" in p.output())
-                    filler.unlink()
-                    process.finish()
-                    lost = 0
-                said = ("could not be written", "No space left on device")
-                if not any(text in process.output() for text in said):
-                    row.note = "the run does not say so"
-                start(workdir, run=run).finish()
-                row.count(workdir, undisturbed, lost)
+        fill_while_running(bench, row, WIDE, policy=policy, left=300_000, said=said)
         yield row
 
 

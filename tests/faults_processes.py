@@ -6,8 +6,17 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from fault_bench import OFTEN, Bench, Row, fill, lost_steps, moments, small_disk
-from processes import finish_pair, pair, says, start
+from fault_bench import (
+    OFTEN,
+    Bench,
+    Row,
+    fill,
+    fill_while_running,
+    lost_steps,
+    moments,
+    small_disk,
+)
+from processes import DIGITS, finish_pair, pair, says, start
 
 from common_jax.report import is_picture
 
@@ -73,34 +82,12 @@ def terminal(bench: Bench) -> Iterator[Row]:
 def full_files(bench: Bench) -> Iterator[Row]:
     """A disk without room for a line of the log; and one without room for report and picture, of
     which the first attempt left files of no bytes."""
-    undisturbed = bench.undisturbed()
+    said = "its lines are kept"
     for policy in ("stop", "go_on"):
         row = Row(f"disk full in a line of the log, on_failed_save={policy}")
-        run = (OFTEN, f"--config.run.on_failed_save={policy}")
-        with small_disk(bench, row) as disk:
-            if disk is not None:
-                workdir, filler = disk / "run", disk / "filler"
-                process = start(workdir, *run, log=bench.new().with_suffix(".log"))
-                process.send(
-                    signal.SIGSTOP, lambda w=workdir: says(w / "metrics.jsonl", '"step": 15')
-                )
-                fill(filler, left=0)
-                process.process.send_signal(signal.SIGCONT)
-                lost = 0
-                if policy == "stop":
-                    if (found := process.end()) != 2:
-                        row.fail(f"status {found}")
-                    lost = lost_steps(workdir)
-                    filler.unlink()
-                else:
-                    process.send(0, lambda p=process: "its lines are kept" in p.output())
-                    filler.unlink()
-                    process.finish()
-                if "No space left on device" not in process.output():
-                    row.fail("the run does not say so")
-                start(workdir, *run, log=process.log).finish()
-                row.count(workdir, undisturbed, lost)
+        fill_while_running(bench, row, DIGITS, policy=policy, left=0, said=said)
         yield row
+    undisturbed = bench.undisturbed()
     row = Row("disk full in report and picture")
     with small_disk(bench, row) as disk:
         if disk is not None:
@@ -110,7 +97,7 @@ def full_files(bench: Bench) -> Iterator[Row]:
             made = [workdir / "report.html", workdir / "plots" / "curves.png"]
             for path in made:
                 path.write_bytes(b"")
-            fill(filler, left=0)
+            fill(filler)
             output = start(workdir, OFTEN, log=log).finish()
             if output.count("No space left on device") < 2:
                 row.fail("the run does not say so")

@@ -15,6 +15,9 @@ class _Brief(reprlib.Repr):
         # Python raises ValueError for integers with too many digits.
         return f"an integer of {x.bit_length()} bits" if x.bit_length() > 512 else repr(x)
 
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return repr(x[:LONGEST])
+
 
 _BRIEF = _Brief()
 _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, LONGEST // 2, LONGEST // 2
