@@ -133,7 +133,7 @@ def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.Con
             )
         kind = type(defaults[key])
         try:
-            args[key] = _BOOLEANS[value.lower()] if kind is bool else kind(value)
+            args[key] = BOOLEANS[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             raise ValueError(
                 f"config argument {key}={value!r} must be a {kind.__name__}, "
@@ -163,7 +163,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+BOOLEANS = {"true": True, "t": True, "1": True, "yes": True} | {
+    "false": False, "f": False, "0": False, "no": False,
+}  # fmt: skip
 
 
 @functools.cache

@@ -1,19 +1,16 @@
 """Fields of a config by their paths, and the values that the text of a flag means there."""
 
 import ast
-import math
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 
-from common_jax.config import did_you_mean
+from common_jax.config import BOOLEANS, did_you_mean
 
 NOTHING = "None"  # the text for the absence of a value
-BOOLEANS = {"true": True, "t": True, "1": True, "yes": True} | {
-    "false": False, "f": False, "0": False, "no": False,
-}  # fmt: skip
 EXACT = 2**53  # up to here a float holds every whole number
 SHOWN = 6  # paths in a message
 # Errors of `ast.literal_eval` for text that is no literal, or too deep for the parser.
@@ -24,9 +21,7 @@ def set_field(config: ml_collections.ConfigDict, path: str, text: str) -> None:
     """Sets the field at `path` to the value that `text` means for its type.
 
     "None" is the absence of a value for every type. A section accepts a dict, which replaces it.
-
-    Raises:
-      ValueError: for a path without a field, or text of another type, naming both.
+    Raises ValueError for a path without a field, or text of another type, naming both.
     """
     check_field(config, path)
     set_value(config, path, convert(type_of(config, path), text, path))
@@ -59,11 +54,8 @@ def type_of(config: ml_collections.ConfigDict, path: str) -> type:
 
 
 def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
-    """Sets a field to a value of its type, or to None, in a locked config too.
-
-    Raises:
-      ValueError: where the field's section was replaced by something without such a section.
-    """
+    """Sets a field to a value of its type, or to None, in a locked config too. Raises ValueError
+    where the field's section was replaced by something without such a section."""
     try:
         section, key = _section_of(config, path)
     except (KeyError, TypeError):
@@ -91,10 +83,7 @@ def either(paths: Sequence[str]) -> str:
 
 def convert(kind: type, text: str, path: str) -> Any:
     """The value that `text` means for a field of type `kind`; any literal where that is NoneType.
-
-    Raises:
-      ValueError: for text without a meaning there, with the field's path.
-    """
+    Raises ValueError, with the field's path, for text without a meaning there."""
     if text == NOTHING:
         return None
     if issubclass(kind, ml_collections.ConfigDict):
@@ -125,17 +114,13 @@ def shorten(text: str, length: int = 200) -> str:
 
 def _whole_number(text: str, path: str) -> int:
     """Digits, or an exact number such as 1e3."""
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text) if "e" in text.lower() else math.nan
-    except ValueError:
-        number = math.nan
-    if not number.is_integer() or abs(number) > EXACT:
-        raise _wrong(path, text, "a whole number")
-    return int(number)
+    with contextlib.suppress(ValueError):
+        number = float(text)
+        if "e" in text.lower() and number.is_integer() and abs(number) <= EXACT:
+            return int(number)
+    raise _wrong(path, text, "a whole number")
 
 
 def _sequence(text: str, path: str) -> Sequence[Any]:

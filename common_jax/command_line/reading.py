@@ -48,35 +48,22 @@ class _Override(flags.Flag):
 def define() -> flags.FlagValues:
     """The flags of a run, none of them read yet."""
     values = flags.FlagValues()
-    flags.DEFINE_string(
-        "config",
-        None,
-        "Config file and its arguments: FILE.py:key=value,key=value",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; started there again, it resumes.", flag_values=values
-    )
-    flags.DEFINE_enum(
-        "hosts",
-        "auto",
-        ("auto", "all", "one"),
+    for name, text in (
+        ("config", "Config file and its arguments: FILE.py:key=value,key=value"),
+        ("workdir", "Folder of the run; started there again, it resumes."),
+        ("coordinator", "HOST:PORT of process 0, where the environment does not say it."),
+    ):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    for name, text in (
+        ("processes", "With --coordinator: how many there are."),
+        ("process", "With --coordinator: the number of this one, from 0."),
+    ):
+        flags.DEFINE_integer(name, None, text, flag_values=values)
+    hosts = (
         "Whether to connect with other processes: where the environment describes them (TPU VM, "
-        "SLURM, Open MPI), always, or never.",
-        flag_values=values,
+        "SLURM, Open MPI), always, or never."
     )
-    flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, where the environment does not say it.",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "processes", None, "With --coordinator: how many there are.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "process", None, "With --coordinator: the number of this one, from 0.", flag_values=values
-    )
+    flags.DEFINE_enum("hosts", "auto", ("auto", "all", "one"), hosts, flag_values=values)
     flags.DEFINE_bool("debug", False, "Show the traceback of a user's error.", flag_values=values)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     return values
@@ -91,7 +78,7 @@ def read(
     """The config with all overrides, the workdir, and the paths of the fields that were set.
 
     Args:
-      values: the flags of `define`, which are set to the values of the command line.
+      values: of `define`; they are set to those of the command line.
       argv: the command line, the program's name first.
       description: shown by --help, which ends the process.
       system: the config must be of it; None takes any config.

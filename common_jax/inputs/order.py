@@ -46,23 +46,16 @@ def _bits(seed: int, stream: int, *path: int) -> np.random.MT19937 | np.random.P
     return kind(entropy)
 
 
-def steps_per_epoch(
-    size: int,
-    batch: int,
-    *,
-    batch_key: str = "config.optim.batch",
-    size_key: str = "config.data.train_split",
-) -> int:
+def steps_per_epoch(size: int, batch: int) -> int:
     """Returns the whole batches in an epoch, size // batch; training drops the incomplete one.
 
     Raises:
-      ValueError: the source is smaller than a batch, so every epoch would be empty. The message
-        names the two keys.
+      ValueError: the source is smaller than a batch, so every epoch would be empty.
     """
     if not 0 < batch <= size:
         raise ValueError(
-            f"{batch_key}={batch} must be from 1 to {size}, the number of examples in {size_key}; "
-            f"lower {batch_key} or use more data"
+            f"config.optim.batch={batch} must be from 1 to {size}, the number of examples in "
+            "config.data.train_split; lower config.optim.batch or use more data"
         )
     return size // batch
 

@@ -128,12 +128,7 @@ def module_classes(path: str | os.PathLike) -> frozenset[str]:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], *, replace: bool = False
 ) -> None:
-    """Writes one safetensors file atomically.
-
-    Args:
-      path: of the file.
-      tensors: name -> array.
-      replace: whether to overwrite another file.
+    """Writes one safetensors file atomically, over one of other content only to `replace` it.
 
     Raises:
       FileExistsError: if the file exists with other content.
@@ -155,9 +150,8 @@ def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -
     """Writes one file in PyTorch's zip format atomically.
 
     Args:
-      path: of the file.
+      path, replace: as for `write_tensors`.
       value: see `torch_writer.write`; a training checkpoint is `{"model": tensors}`.
-      replace: whether to overwrite another file.
 
     Raises as `write_tensors`, and TypeError for a value that is neither array nor plain.
     """

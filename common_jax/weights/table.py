@@ -120,15 +120,8 @@ def read(
 
 
 def write(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Published tensors from our parameters, in the order of the table.
-
-    Args:
-      table: may have entries for more than `params`.
-      params: our parameters, or a tree with their shapes, such as gradients.
-
-    Raises:
-      ValueError: naming all parameters that are not in the table.
-    """
+    """Published tensors from our parameters, or a tree of their shapes such as gradients, in the
+    order of the table. Raises ValueError, naming all parameters that are not in it."""
     flat = traverse_util.flatten_dict(params, sep="/")
     if unknown := sorted(flat.keys() - table.entries.keys()):
         raise ValueError(f"there are no published names for {unknown}")
@@ -250,12 +243,8 @@ def _claim(kind: str, prefix: str, tables: Iterable[Table], names: Collection[st
 
 
 def prefixes(marker: str, names: Iterable[str]) -> list[str]:
-    """The prefixes of the networks in a file, such as "" or "teacher.".
-
-    Args:
-      marker: regex of a name that every network of the kind has.
-      names: of all tensors.
-    """
+    """The prefixes of the networks in a file, such as "" or "teacher."; `marker` is the regex of a
+    name that every network of the kind has."""
     matches = (re.fullmatch(rf"(|.*?\.)(?:{marker})", name) for name in names)
     return sorted({match[1] for match in matches if match})
 
@@ -267,10 +256,9 @@ def choose_prefix(markers: Iterable[str], names: Collection[str], chosen: str, f
       markers: of the kinds of network, see `prefixes`.
       names: of all tensors.
       chosen: the user's choice among several networks, such as "teacher."; else "".
-      file: name of the file, for messages.
+      file: its name, for messages.
 
-    Raises:
-      ValueError: if there are several and none is chosen, or the chosen one is missing.
+    Raises ValueError if there are several and none is chosen, or the chosen one is missing.
     """
     there = sorted({prefix for marker in markers for prefix in prefixes(marker, names)})
     shown = ", ".join(map(brief, there[:5])) or "none"

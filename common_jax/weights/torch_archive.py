@@ -44,9 +44,7 @@ def read(path: Path, weights: str = "") -> Chosen:
       path: of the file.
       weights: key of the state dict to read, see `naming.choose`.
 
-    Raises:
-      ValueError: for a file that is truncated, damaged, of another format, without a dictionary of
-        nothing but tensors, or with several and no choice.
+    Raises ValueError as `common_jax.weights.read_weights`.
     """
     return _open(path, lambda archive: _read_archive(archive, weights))
 
@@ -97,8 +95,8 @@ def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
 
 def _read_archive(archive: Archive, weights: str) -> Chosen:
     top, root, script = _load(archive)
-    walked = dict(_walk(top, _declared(archive, root))) if script else {}
-    chosen = Chosen(walked) if script else choose(top, weights)
+    scripted = Chosen(dict(_walk(top, _declared(archive, root)))) if script else None
+    chosen = scripted or choose(top, weights)
     parts = chosen.tensors
     if not parts:
         raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")

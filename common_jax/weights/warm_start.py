@@ -37,8 +37,8 @@ class WarmStart:
     """Parameters from other runs, on their devices, and the account of them.
 
     The account is JSON: `taken`, one entry per origin with its number of parameters; `adapted`,
-    parameters whose shape was changed; `left`, those of the origins that are not used, with the
-    reason; `fresh`, those that start from scratch, with the reason.
+    parameters whose shape was changed; `left` and `fresh`, with the reasons, those of the origins
+    that are not used and those that start from scratch.
     """
 
     params: Mapping[str, Any]
@@ -104,14 +104,8 @@ def take(
         values = _read(step, matches, flat, adapt or {}, account, problems, read)
         params |= values
         covered |= set(matches)
-        account["taken"].append(
-            {
-                "source": str(step),
-                "subtree": origin.subtree,
-                "as": origin.target,
-                "parameters": len(values),
-            }
-        )
+        entry = {"source": str(step), "subtree": origin.subtree, "as": origin.target}
+        account["taken"].append(entry | {"parameters": len(values)})
     for path in sorted(set(flat) - covered):
         if reason := _allowed(path, fresh):
             account["fresh"].append({"name": path, "reason": reason})
@@ -150,32 +144,24 @@ def _read(step, matches, flat, adapt, account, problems, read) -> dict[str, jax.
     for path, (name, shape) in matches.items():
         target = flat[path]
         if shape.shape == target.shape:
-            requests[name] = jax.ShapeDtypeStruct(
-                shape.shape, target.dtype, sharding=target.sharding
-            )
-            continue
-        function = next((f for regex, f in adapt.items() if re.fullmatch(regex, path)), None)
-        if function is None:
+            sharding = target.sharding
+        elif function := next((f for rx, f in adapt.items() if re.fullmatch(rx, path)), None):
+            to_adapt[path] = function
+            sharding = SingleDeviceSharding(jax.local_devices()[0])
+        else:
             problems.append(f"{path} should be {target.shape} and is {shape.shape} in {step}")
             continue
-        to_adapt[path] = function
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=here)
+        requests[name] = jax.ShapeDtypeStruct(shape.shape, target.dtype, sharding=sharding)
     if problems or not requests or not read:
         return {}
     tree = checkpoint.read(step, traverse_util.unflatten_dict(requests, sep="/"))
     values = traverse_util.flatten_dict(tree, sep="/")
-    params = {}
-    for path, (name, shape) in matches.items():
-        target = flat[path]
-        if path not in to_adapt:
-            params[path] = values[name]
-            continue
-        adapted = to_adapt[path](np.asarray(values[name]), target.shape)
-        params[path] = jax.make_array_from_callback(
-            target.shape, target.sharding, adapted.__getitem__
-        )
-        account["adapted"].append(
-            {"name": path, "from": list(shape.shape), "to": list(target.shape)}
-        )
+    params = {path: values[name] for path, (name, _) in matches.items()}
+    for path, function in to_adapt.items():
+        before, target = params[path], flat[path]
+        adapted = function(np.asarray(before), target.shape)
+        shard = adapted.__getitem__
+        params[path] = jax.make_array_from_callback(target.shape, target.sharding, shard)
+        sizes = {"from": list(before.shape), "to": list(target.shape)}
+        account["adapted"].append({"name": path} | sizes)
     return params

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
 
 from etils import epath
 
@@ -68,9 +67,4 @@ def _reason(path: pathlib.Path, error: OSError) -> str:
 
 def _nearest(path: pathlib.Path) -> pathlib.Path:
     """Returns the last part of an absolute path that exists."""
-    return next(part for part in _upwards(path) if os.path.exists(part))
-
-
-def _upwards(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    yield path
-    yield from path.parents
+    return next(part for part in (path, *path.parents) if os.path.exists(part))
