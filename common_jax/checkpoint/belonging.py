@@ -115,25 +115,16 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
 @dataclasses.dataclass(frozen=True)
 class _Content:
     """The description in a step's folder. Missing or unreadable parts are None: `restore_latest`
-    reports them.
+    reports them."""
 
-    Attributes:
-      number: the folder's name.
-      marked: whether it has a mark, readable or not.
-      mark: run and step of the checkpoint.
-      stored: number of updates in its state.
-      config: of its run.
-    """
-
-    number: int
-    marked: bool
+    number: int  # the folder's name
+    marked: bool  # whether it has a mark, readable or not
     mark: Mark | None
-    stored: int | None
+    stored: int | None  # number of updates in its state
     config: Mapping[str, Any] | None
 
     @classmethod
     def of(cls, step: epath.Path) -> "_Content":
-        """Reads the description."""
         mark, stored, config = None, None, None
         with contextlib.suppress(*FAILURES):
             mark = read_mark(step)

@@ -1,6 +1,7 @@
 """The content of a checkpoint's folder, checked without reading its parameters."""
 
 import asyncio
+import collections
 import dataclasses
 import json
 import math
@@ -65,30 +66,19 @@ def read_stored_step(step: epath.Path) -> int:
 
 def outline(tree: Any) -> Outline:
     """Returns shapes and types of a tree's arrays, by orbax's names of them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (
-            tuple(leaf.shape),
-            np.dtype(leaf.dtype),
-        )
-        for path, leaf in leaves
-    }
+    leaves = _by_name(tree).items()
+    return {name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in leaves}
 
 
 def check_written(
     folder: epath.Path, arrays: Mapping[str, Outline], texts: Mapping[str, Any]
 ) -> None:
-    """Checks a written step without reading an array.
-
-    That is: every item, the shape, type and number of chunks of every array, and every JSON value.
+    """Checks a written step without reading an array: the shape, type and number of chunks of every
+    array, and every JSON value. Raises OSError, naming what is missing or differs.
 
     Args:
       folder: of a step.
-      arrays: expected content of each item of arrays.
-      texts: expected value of each JSON item.
-
-    Raises:
-      OSError: when anything is missing or differs, with its name.
+      arrays, texts: expected content of each item of arrays, and of JSON.
     """
     for item, value in texts.items():
         # Compared as text, in which NaN equals itself.
@@ -104,16 +94,11 @@ def _check_item(folder: epath.Path, expected: Outline) -> None:
         keys = ts.KvStore.open(_kvstore(folder)).result().list().result()
     except FAILURES as error:
         raise OSError(f"its item {folder.name!r} does not read back: {str(error)[:300]}") from error
-    stored = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-        if hasattr(leaf, "shape")  # not a placeholder of an empty node
-    }
-    chunks: dict[str, int] = {}
-    for key in keys:
-        name, _, part = key.decode().rpartition("/")
-        if not part.startswith("."):  # .zarray is the description of an array
-            chunks[name] = chunks.get(name, 0) + 1
+    # Without placeholders of empty nodes.
+    stored = {name: leaf for name, leaf in _by_name(tree).items() if hasattr(leaf, "shape")}
+    parts = (key.decode().rpartition("/") for key in keys)
+    # .zarray is the description of an array.
+    chunks = collections.Counter(name for name, _, part in parts if not part.startswith("."))
     errors = [f"{name} is missing" for name in sorted(expected.keys() - stored.keys())]
     errors += [f"{name} is unexpected" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
@@ -123,11 +108,17 @@ def _check_item(folder: epath.Path, expected: Outline) -> None:
             continue
         sizes = leaf.storage.chunk_shape if leaf.storage else shape
         count = math.prod(math.ceil(n / size) for n, size in zip(shape, sizes, strict=True))
-        if chunks.get(name, 0) != count:
-            errors.append(f"{name} has {chunks.get(name, 0)} of its {count} chunks")
+        if chunks[name] != count:
+            errors.append(f"{name} has {chunks[name]} of its {count} chunks")
     if errors:
         more = f" and {len(errors) - 5} more" if len(errors) > 5 else ""
         raise OSError(f"its item {folder.name!r} reads back wrong: {'; '.join(errors[:5])}{more}")
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by orbax's names of them."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _kvstore(folder: epath.Path) -> dict[str, Any]:

@@ -59,18 +59,21 @@ def load(
     if not selection:
         raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
     abstract = traverse_util.unflatten_dict(selection, sep="/")
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
-    elif rules is None:
-        shardings = jax.tree.map(lambda _: replicated(mesh), abstract)
-    else:
+    if mesh is not None and rules is not None:
         shardings = match_rules(rules, abstract, mesh)
+    else:
+        first = SingleDeviceSharding(jax.local_devices()[0])
+        whole = first if mesh is None else replicated(mesh)
+        shardings = jax.tree.map(lambda _: whole, abstract)
     abstract = with_shardings(abstract, shardings)
     restored = read(step, abstract)
     # The average has only parameters that were trained; frozen ones come from `params`.
     averages = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
-    if averaged := _common(abstract, averages):
-        restored = merge(restored, read(step, averaged, item=AVERAGE))
+    averaged = traverse_util.flatten_dict(averages)
+    flat = traverse_util.flatten_dict(abstract).items()
+    if chosen := {path: leaf for path, leaf in flat if path in averaged}:
+        chosen = read(step, traverse_util.unflatten_dict(chosen), item=AVERAGE)
+        restored = merge(restored, chosen)
     for key in filter(None, subtree.split("/")):
         restored = restored[key]
     return restored
@@ -167,13 +170,6 @@ def refuse_pattern(path: epath.PathLike, name: str) -> None:
 def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:
     metadata = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
-
-
-def _common(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of `tree` whose paths `other` has too."""
-    paths = traverse_util.flatten_dict(other)
-    flat = traverse_util.flatten_dict(tree)
-    return traverse_util.unflatten_dict({p: leaf for p, leaf in flat.items() if p in paths})
 
 
 def _outline(shapes: Mapping[str, Any]) -> list[str]:

@@ -45,16 +45,12 @@ class Checkpoints:
     All processes of a run call every method at the same place; all raise where one fails.
 
     Args:
-      workdir: the run's folder; checkpoints go to its subfolder `checkpoints`.
+      workdir: the run's folder; raises as `refuse_pattern`.
       keep: number of the newest checkpoints that stay.
       best: name of the metric whose highest value keeps its checkpoint, or None.
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
       run_id: of the run's run.json, written to every checkpoint; None for checkpoints of no run.
-      foreign: reasons why checkpoints are not the run's, by step: they are put aside, as
-        foreign_STEP.
-
-    Raises:
-      ValueError: for a folder that no checkpoint can be written to, see `refuse_pattern`.
+      foreign: reasons why checkpoints are not the run's, by step; they are put aside.
     """
 
     def __init__(
@@ -93,8 +89,7 @@ class Checkpoints:
         """Starts to write `state`; returns when the arrays are copied, before they are on disk.
 
         Args:
-          state: the state.
-          step: of the state.
+          state, step: the state, and the number of its updates.
           config: of the run, as JSON.
           metrics: of the state's evaluation; None if it is evaluated later.
 
@@ -223,13 +218,12 @@ class Checkpoints:
         # Looks at the disk again: orbax reports success even if the folder is deleted meanwhile.
         if self._step not in finished_steps(self.folder):
             raise OSError("it is not there")
-        if self._run_id is not None:
-            identity = read_identity(self.folder.parent)
-            if identity is None or identity.id != self._run_id:
-                raise OSError(
-                    f"run.json beside it is {'gone' if identity is None else 'of another run'}, so "
-                    "the workdir was deleted or replaced"
-                )
+        identity = read_identity(self.folder.parent) if self._run_id is not None else None
+        if self._run_id is not None and (identity is None or identity.id != self._run_id):
+            raise OSError(
+                f"run.json beside it is {'of another run' if identity else 'gone'}, so the workdir "
+                "was deleted or replaced"
+            )
 
     def _attempt(self, action: Callable[[], Any], *, last: bool = False) -> None:
         """Runs an action that may report a failed save, in this process or another."""
@@ -247,12 +241,10 @@ class Checkpoints:
             self._manager.close()
         self._manager = self._open()
         steps = finished_steps(self.folder)
-        newest = (
-            f"the newest whole one is of step {steps[-1]}" if steps else "there is none before it"
-        )
         message = (
             f"the checkpoint of step {failed} could not be written to {self.folder} "
-            f"({failure or 'another process says why'}); {newest}"
+            f"({failure or 'another process says why'}); "
+            + (f"the newest whole one is of step {steps[-1]}" if steps else "there is none before")
         )
         if last or self._on_failed == "stop":
             # tensorstore's own errors have no errno, only text.
@@ -330,12 +322,11 @@ def write_params(
     """Makes a workdir for other runs to start from: a checkpoint of step 0, with only parameters.
 
     Args:
-      workdir: a new folder.
+      workdir: a new folder; raises as `refuse_pattern`.
       params: nested dict of arrays.
       config: JSON of a run with such parameters.
 
     Raises:
-      ValueError: for a folder that no checkpoint can be written to.
       SaveError: when it cannot be written, or does not read back.
     """
     refuse_pattern(workdir, "workdir")

@@ -69,28 +69,14 @@ def patches(name: str, channels: int = 3) -> Entry:
 
 
 def split_heads(names: tuple[str, ...], heads: int) -> Entry:
-    """The [D, D] of several linear layers as one kernel (D, len(names), H, K), for queries, keys
-    and values."""
-
-    def read(*tensors: np.ndarray) -> np.ndarray:
-        return np.stack([x.T.reshape(x.shape[1], heads, -1) for x in tensors], axis=1)
-
-    def write(kernel: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(kernel[:, i].reshape(kernel.shape[0], -1).T for i in range(len(names)))
-
-    return Entry(names, read, write)
-
-
-def split_head_biases(names: tuple[str, ...], heads: int) -> Entry:
-    """The biases [D] of several linear layers as (len(names), H, K)."""
-
-    def read(*tensors: np.ndarray) -> np.ndarray:
-        return np.stack([x.reshape(heads, -1) for x in tensors])
-
-    def write(bias: np.ndarray) -> tuple[np.ndarray, ...]:
-        return tuple(part.reshape(-1) for part in bias)
-
-    return Entry(names, read, write)
+    """The [D, ...] of several linear layers, of queries, keys and values, as one
+    (..., len(names), H, K)."""
+    stacked = stacked_heads("", heads, parts=len(names))
+    return Entry(
+        names,
+        lambda *tensors: stacked.read(np.concatenate(tensors)),
+        lambda x: tuple(np.split(*stacked.write(x), len(names))),
+    )
 
 
 def join_heads(name: str, heads: int) -> Entry:
@@ -131,7 +117,7 @@ def self_attention(
     """
     return {
         f"{target}/qkv/kernel": split_heads(tuple(f"{s}.weight" for s in sources), heads),
-        f"{target}/qkv/bias": split_head_biases(tuple(f"{s}.bias" for s in sources), heads),
+        f"{target}/qkv/bias": split_heads(tuple(f"{s}.bias" for s in sources), heads),
         f"{target}/out/kernel": join_heads(f"{out}.weight", heads),
         f"{target}/out/bias": copy(f"{out}.bias"),
     }

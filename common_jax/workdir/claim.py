@@ -21,9 +21,7 @@ SHOWN, WIDTH = 12, 120  # fields in a message, and characters of each
 
 def claim(workdir: epath.PathLike, config: Any) -> None:
     """Writes `config` to a workdir, over any that is there: call `refuse_other_config` first.
-
-    Raises as `require`.
-    """
+    Raises as `require`."""
     require(workdir)
     if jax.process_index() == 0:
         workdir = epath.Path(workdir)
@@ -86,14 +84,10 @@ def holds_results(workdir: epath.PathLike, *, below: int = BELOW) -> bool:
 
 def contradictions(stored: Mapping[str, Any], config: Any) -> list[str]:
     """Lists the fields that both configs have and that differ, a line each, without PASSING ones.
-
-    None means that they may belong to one run, even if different versions wrote them.
-    """
+    Without any, they may belong to one run, even if different versions wrote them."""
     before, after = _lasting(stored), _lasting(plain(config))
-    return configs.difference(
-        {key: before[key] for key in before.keys() & after.keys()},
-        {key: after[key] for key in before.keys() & after.keys()},
-    )
+    shared = before.keys() & after.keys()
+    return configs.difference(*({key: one[key] for key in shared} for one in (before, after)))
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -115,9 +109,11 @@ PASSING = re.compile(
 
 def _lasting(config: Mapping[str, Any], apart: str = "") -> dict[str, Any]:
     as_read = json.loads(json.dumps(config))  # turns tuples within tuples into lists
-    flat = configs.flatten(as_read)
-    lasting = {key: value for key, value in flat if not PASSING.fullmatch(key)}
-    return {key: value for key, value in lasting.items() if not re.fullmatch(apart, key)}
+    return {
+        key: value
+        for key, value in configs.flatten(as_read)
+        if not PASSING.fullmatch(key) and not re.fullmatch(apart, key)
+    }
 
 
 def _shorten(lines: list[str]) -> list[str]:

@@ -176,11 +176,8 @@ class _Lock:
         lock = cls(pathlib.Path(workdir) / NAME)
         try:
             try:
-                lock._make_folders()
                 lock._take()
-            # A start that was refused has removed its empty folders in between.
-            except FileNotFoundError:
-                lock._make_folders()
+            except FileNotFoundError:  # a refused start has removed its empty folders in between
                 lock._take()
         except Locked:
             raise
@@ -223,19 +220,16 @@ class _Lock:
                 self._path.unlink()
         self._remove_folders()
 
-    def _make_folders(self) -> None:
-        folder = self._path.parent
-        for parent in reversed([folder, *folder.parents]):
-            if not parent.exists():
-                parent.mkdir(exist_ok=True)
-                self._new_folders.append(parent)
-
     def _remove_folders(self) -> None:
         with contextlib.suppress(OSError):  # folders that are not empty, and those above them
             for folder in reversed(dict.fromkeys(self._new_folders)):
                 folder.rmdir()
 
     def _take(self) -> None:
+        for folder in reversed(self._path.parents):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                self._new_folders.append(folder)
         content = json.dumps(dataclasses.asdict(self._holder), indent=2) + "\n"
         # Holder and last touch of a lock whose holder cannot be looked up. Such a lock is waited
         # for: if it changes its holder lives, and if it does not for STALE seconds it is stale.

@@ -20,8 +20,7 @@ def write_result(
     Args:
       workdir: of the run.
       phase: the kind of run, and what a title adds to it.
-      steps: updates in all.
-      skipped: steps without an update, for a non-finite gradient.
+      steps, skipped: updates in all, and those left out for a non-finite gradient.
       metrics: of the last evaluation.
 
     Returns:
@@ -39,11 +38,9 @@ def read_result(
     """Reads result.json; None where the run has none yet.
 
     Args:
-      workdir: of the run.
-      config: of the run, see `refuse_other_config`.
+      workdir, config, apart: see `refuse_other_config`.
       phase: the run's name in its result.
       steps: of the run; None if unknown.
-      apart: regex of fields that may differ.
 
     Raises:
       ValueError: when workdir or result belong to another run, with the contradictions.

@@ -17,14 +17,9 @@ T = TypeVar("T")
 def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
     """Returns the frozen config of a run of any version.
 
-    Args:
-      cls: the dataclass of the config.
-      stored: the stored config. A field that it lacks has today's default, which is what earlier
-        versions did; one that `cls` lacks is left out, with a warning.
-      source: its name in messages.
-
-    Raises:
-      ValueError: for a value that `cls` does not accept, naming `source`.
+    A field that the stored config lacks has today's default, which is what earlier versions did;
+    one that `cls` lacks is left out, with a warning. Raises ValueError, naming `source`, for a
+    value that `cls` does not accept.
     """
     known, removed = fill(cls, stored)
     if removed:

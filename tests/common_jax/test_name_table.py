@@ -14,7 +14,7 @@ def test_entries_by_their_formulas():
     """Of a layer [out, in] with two heads of three."""
     layers = [np.arange(24).reshape(6, 4) + 100 * i for i in range(3)]
     kernel = entries.split_heads(("q", "k", "v"), 2).read(*layers)
-    bias = entries.split_head_biases(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
+    bias = entries.split_heads(("q", "k", "v"), 2).read(*(x[:, 0] for x in layers))
     out = entries.join_heads("out", 2).read(layers[0].T)
     stacked = entries.stacked_attention("self_attn", "attention", heads=2)
     for path, want in (("kernel", kernel), ("bias", bias)):
