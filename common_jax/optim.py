@@ -156,12 +156,8 @@ def epoch_cosine_unlagged(config: OptimConfig, steps_per_epoch: int) -> Schedule
 def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     """Linear from warmup_lr to the peak over the warm-up, then one half cosine to min_lr, step by
     step."""
+    config.check_warmup(steps_per_epoch)
     warmup, total = config.total_warmup(steps_per_epoch), config.total_steps(steps_per_epoch)
-    if warmup >= total:
-        raise ValueError(
-            f"config.optim.warmup_epochs={config.warmup_epochs} is {warmup} steps and the run has "
-            f"only {total}"
-        )
     return optax.warmup_cosine_decay_schedule(
         config.warmup_lr if warmup else config.peak_lr, config.peak_lr, warmup, total, config.min_lr
     )

@@ -107,10 +107,7 @@ def train_batches(
         generator; None for none. With workers, it and the source must be picklable.
       seed: of the order and of the generators.
       batch: global batch size; the arrays have batch / hosts rows.
-      start_step: global step of the first batch.
-      repeats: copies of an example in an epoch.
-      workers: processes that read.
-      bad_share: share of the source that may be bad.
+      start_step, repeats, workers, bad_share: see above.
       shard: (this host, number of hosts).
       report_path: a `bad_examples.jsonl` to extend by a line per bad example, `{"name", "reason",
         "index"}`. Hosts after the first write `bad_examples.HOST.jsonl` beside it.

@@ -94,12 +94,8 @@ class Sender:
 
 
 class Receiver:
-    """Maps the messages of `Sender`s back to outcomes, in memory of their own.
-
-    Args:
-      names: the senders' prefix.
-      senders: their largest number.
-    """
+    """Maps the messages of at most `senders` `Sender`s, whose rings begin with `names`, back to
+    outcomes in memory of their own."""
 
     def __init__(self, names: str, senders: int):
         self.names = names

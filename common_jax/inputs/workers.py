@@ -31,15 +31,15 @@ def read_in_order(
 ) -> Iterator[Outcome]:
     """Yields read(position) for each position in order.
 
-    `workers` processes read some batches ahead. They start with the first outcome and end with the
-    iterator, or with this process.
+    `workers` processes read some batches ahead; 0 reads in this one. They start with the first
+    outcome and end with the iterator, or with this process.
 
     Args:
       read: maps a position to an example or BadExample; with processes it must be picklable. Its
         exceptions are raised here when their turn comes, and end the iterator.
-      positions: the positions.
+      positions: in order.
       batch: outcomes that the caller needs at once.
-      workers: number of processes; 0 reads in this one.
+      workers: number of processes.
     """
     if not workers:
         yield from map(read, positions)

@@ -22,11 +22,7 @@ HEADER = re.compile(
 
 
 def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Reads arrays of a `.npz` file that `numpy.savez` wrote, by their names.
-
-    Args:
-      path: of the file.
-      names: of the arrays; others are not read.
+    """Reads the arrays of these names from a `.npz` file that `numpy.savez` wrote.
 
     Raises:
       ValueError: naming the file, when it is damaged, lacks an array, or has anything but plain

@@ -38,7 +38,7 @@ def temporary_beside(path: epath.PathLike) -> epath.Path:
 def read_json(
     path: epath.PathLike, fields: Mapping[str, type | UnionType] | None = None
 ) -> dict[str, Any]:
-    """Reads the object in a JSON file; it must have the `fields`, of these types, and may have more.
+    """Reads the object in a JSON file; it must have `fields` of these types, and may have more.
 
     Raises:
       ValueError: when the file has any other content, naming the file and the problem.
