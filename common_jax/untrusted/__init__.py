@@ -2,7 +2,6 @@
 allocated, and every problem is a ValueError that names the file."""
 
 from common_jax.untrusted.json_text import as_text, parse_json
-from common_jax.untrusted.npz import read_npz
+from common_jax.untrusted.npz import MOST_BYTES, full_size, read_npz
 from common_jax.untrusted.refusal import RefusedError, brief, plain
-from common_jax.untrusted.shapes import MOST_AXES, MOST_BYTES, are_counts, full_size
 from common_jax.untrusted.zips import DAMAGED, Archive, open_archive

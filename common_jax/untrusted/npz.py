@@ -3,15 +3,15 @@
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
 
 from common_jax.untrusted.refusal import RefusedError, brief
-from common_jax.untrusted.shapes import MOST_BYTES, full_size
 from common_jax.untrusted.zips import open_archive
 
+MOST_BYTES = 1 << 62  # of an array, which numpy counts in 64 bits
 MAGIC = b"\x93NUMPY\x01\x00"
 # The only form in which numpy writes the header of plain numbers and texts. A pattern evaluates no
 # literal, and admits no structures, objects or dates.
@@ -34,6 +34,12 @@ def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray
             return {name: _array(name, archive.read(f"{name}.npy")) for name in names}
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
+
+
+def full_size(shape: Sequence[int], itemsize: int) -> int:
+    """The bytes of an array with axes of length 0 counted as 1, which would otherwise allow any
+    length of the others."""
+    return math.prod(max(axis, 1) for axis in shape) * itemsize
 
 
 def _array(name: str, content: bytearray) -> np.ndarray:

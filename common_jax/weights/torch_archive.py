@@ -17,7 +17,6 @@ from common_jax.untrusted import (
     MOST_BYTES,
     Archive,
     RefusedError,
-    are_counts,
     brief,
     full_size,
     open_archive,
@@ -230,7 +229,9 @@ def _require_sizes(archive: Archive, root: str, parts: Mapping[str, Tensor]) -> 
                 f"has {entry.file_size} bytes in {plain(entry.filename)}, which should be {size}; "
                 "copy or download it again"
             )
-        if len(shape) != len(strides) or not are_counts(tensor.offset, *shape, *strides):
+        counts = (tensor.offset, *shape, *strides)
+        are_counts = all(type(count) is int and 0 <= count < MOST_BYTES for count in counts)
+        if len(shape) != len(strides) or not are_counts:
             raise RefusedError(
                 f"gives {plain(name)} the shape {brief(shape)} with strides {brief(strides)} at "
                 f"{brief(tensor.offset)}"

@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from common_jax.untrusted import MOST_AXES, RefusedError, brief, plain
+from common_jax.untrusted import RefusedError, brief, plain
 
 STORAGES = {
     "BFloat16Storage": "bfloat16",
@@ -36,6 +36,7 @@ DTYPES = (
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
+MOST_AXES = 64  # of a tensor, numpy's own limit
 MOST_ARGUMENTS = 8  # of the functions that rebuild tensors
 # Exceptions of `pickle` and of this module for damaged pickles.
 DAMAGED = (
