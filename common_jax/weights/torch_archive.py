@@ -29,7 +29,8 @@ from common_jax.weights.torch_pickle import EXPORT, Scripted, Tensor
 LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # pickled magic number of the old format
 LARGEST_PICKLE = 1 << 26  # bytes; published weights have less than 2^22
 DEEPEST = 64  # modules within modules, and lists within lists
-MOST_VISITS = 100_000  # of modules and tensors of a script, counting shared ones repeatedly
+# Of modules and tensors of a script, and of items of lists, counting shared ones repeatedly.
+MOST_VISITS = 100_000
 # Tensors may repeat and share numbers, as with `expand`. Limit of their total size over that of the
 # file.
 MOST_REPEATED = 64
@@ -65,9 +66,8 @@ def read_plain(path: Path) -> dict[str, Any]:
 
     def find(archive: Archive) -> dict[str, Any]:
         top, _, _ = _load(archive)
-        sizes: dict[int, int | None] = {}
         entries = top.items() if isinstance(top, dict) else ()
-        return {k: v for k, v in entries if isinstance(k, str) and _plain_size(v, sizes)}
+        return {k: v for k, v in entries if isinstance(k, str) and _is_plain(v)}
 
     return _open(path, find)
 
@@ -132,21 +132,19 @@ def _load(archive: Archive) -> tuple[Any, str, bool]:
     return torch_pickle.load(bytes(content), script=script), root, script
 
 
-def _plain_size(value: Any, sizes: dict[int, int | None], depth: int = 0) -> int | None:
-    """The number of numbers and strings in nested lists, counting shared lists repeatedly; None if
-    they contain anything else, or too many."""
-    if isinstance(value, bool | int | float | str):
-        return 1
-    if not isinstance(value, list | tuple):
-        return None
-    if id(value) not in sizes:
-        if depth > DEEPEST:
-            raise RefusedError(f"holds lists that nest deeper than {DEEPEST}")
-        sizes[id(value)] = None  # for a list that contains itself
-        parts = [_plain_size(part, sizes, depth + 1) for part in value]
-        size = None if None in parts else 1 + sum(parts)
-        sizes[id(value)] = size if size is not None and size <= LARGEST_PICKLE else None
-    return sizes[id(value)]
+def _is_plain(value: Any) -> bool:
+    """True for numbers and strings, and for lists of these, unless shared ones make them too many
+    or one that contains itself too deep."""
+    visits, waiting = 0, [(value, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        if isinstance(part, list | tuple):
+            if (visits := visits + len(part)) > MOST_VISITS or depth > DEEPEST:
+                return False
+            waiting += [(inner, depth + 1) for inner in part]
+        elif not isinstance(part, bool | int | float | str):
+            return False
+    return True
 
 
 def _classes(top: Any) -> frozenset[str]:
