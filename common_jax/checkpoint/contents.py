@@ -27,23 +27,15 @@ Outline = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and type by orbax
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Run and step of a checkpoint.
-
-    Attributes:
-      id: of the run.
-      step: number of the step, independent of the folder's name.
-    """
+    """Run and step of a checkpoint, independent of its folder's name."""
 
     id: str
     step: int
 
 
 def read_mark(step: epath.Path) -> Mark | None:
-    """Reads the mark of a step's folder; None if an earlier version wrote it without one.
-
-    Raises:
-      ValueError, OSError: when there is a mark that cannot be read.
-    """
+    """Reads the mark of a step's folder; None if an earlier version wrote it without one. Raises
+    ValueError or OSError when there is a mark that cannot be read."""
     if not (step / MARK).exists():
         return None
     path = step / MARK / JSON
@@ -55,11 +47,7 @@ def read_mark(step: epath.Path) -> Mark | None:
 
 
 def read_stored_step(step: epath.Path) -> int:
-    """Reads the number of updates in a step's state.
-
-    Raises:
-      one of FAILURES, when it cannot be read.
-    """
+    """Reads the number of updates in a step's state. Raises one of FAILURES when it cannot."""
     spec = {"driver": "zarr", "kvstore": {**_kvstore(step / "trainer"), "path": "step/"}}
     return int(ts.open(spec, open=True, read=True).result().read().result())
 

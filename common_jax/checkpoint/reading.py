@@ -57,7 +57,8 @@ def load(
         if not subtree or path == subtree or path.startswith(subtree + "/")
     }
     if not selection:
-        raise KeyError(f"{step} holds no {subtree!r}; it holds {_outline(shapes)}")
+        there = sorted({"/".join(path[:2]) for path in traverse_util.flatten_dict(shapes)})
+        raise KeyError(f"{step} holds no {subtree!r}; it holds {there}")
     abstract = traverse_util.unflatten_dict(selection, sep="/")
     if mesh is not None and rules is not None:
         shardings = match_rules(rules, abstract, mesh)
@@ -170,7 +171,3 @@ def refuse_pattern(path: epath.PathLike, name: str) -> None:
 def _shapes(step: epath.Path, item: str = "params") -> dict[str, Any]:
     metadata = ocp.PyTreeCheckpointHandler().metadata(step / item).tree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
-
-
-def _outline(shapes: Mapping[str, Any]) -> list[str]:
-    return sorted({"/".join(path[:2]) for path in traverse_util.flatten_dict(shapes)})

@@ -7,27 +7,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A package with a command, and how its configs are recognised.
-
-    Attributes:
-      package: its name.
-      field: of its configs; names the kind of run. Configs of other systems lack it.
-      others: the same field of other systems -> their package, for messages.
-    """
+    """A package with a command, and how its configs are recognised."""
 
     package: str
+    # Of its configs; names the kind of run. Configs of other systems lack it.
     field: str
+    # The same field of other systems -> their package, for messages.
     others: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def check_system(config: Mapping[str, Any], system: System, source: str) -> None:
-    """Raises ValueError unless `config` is of `system`.
-
-    Args:
-      config: as a command reads it, or as a run has saved it.
-      system: the one that is to use it.
-      source: of the config, as messages call it, such as "--config=FILE".
-    """
+    """Raises ValueError unless `config`, as a command reads it or a run has saved it, is of
+    `system`; `source` is its name in messages, such as "--config=FILE"."""
     if system.field in config:
         return
     other = next((package for field, package in system.others.items() if field in config), None)

@@ -11,13 +11,11 @@ ORDER_STREAM, EXAMPLE_STREAM = 0, 1
 
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the order of one epoch: [size] int64, read-only.
+    """Returns the order of one epoch: [size] int64, read-only. Raises ValueError for a negative
+    seed.
 
     It comes from numpy's legacy generator, whose numbers are frozen: a run started under one
     version of numpy resumes exactly under another.
-
-    Raises:
-      ValueError: a negative seed.
     """
     order = np.random.RandomState(_bits(seed, ORDER_STREAM, epoch)).permutation(size)
     order.flags.writeable = False
@@ -48,10 +46,7 @@ def _bits(seed: int, stream: int, *path: int) -> np.random.MT19937 | np.random.P
 
 def steps_per_epoch(size: int, batch: int) -> int:
     """Returns the whole batches in an epoch, size // batch; training drops the incomplete one.
-
-    Raises:
-      ValueError: the source is smaller than a batch, so every epoch would be empty.
-    """
+    Raises ValueError where the source is smaller than a batch, so every epoch would be empty."""
     if not 0 < batch <= size:
         raise ValueError(
             f"config.optim.batch={batch} must be from 1 to {size}, the number of examples in "
@@ -61,11 +56,8 @@ def steps_per_epoch(size: int, batch: int) -> int:
 
 
 def host_rows(batch: int, shard: tuple[int, int]) -> slice:
-    """Returns the rows of the global batch that host shard[0] of shard[1] yields.
-
-    Raises:
-      ValueError: the batch does not divide among the hosts, or there is no such host.
-    """
+    """Returns the rows of the global batch that host shard[0] of shard[1] yields. Raises ValueError
+    where the batch does not divide among the hosts, or there is no such host."""
     host, hosts = shard
     if not 0 <= host < hosts:
         raise ValueError(f"shard={shard} must be (host, hosts) with 0 <= host < hosts")

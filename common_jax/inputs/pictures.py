@@ -31,11 +31,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, BLACK_IS_ZERO = 258, 262, 1  # of TIFF's tags
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Returns the bytes of an image file.
-
-    Raises:
-      OSError: it cannot be read, is not a regular file, or has more than 256 MiB.
-    """
+    """Returns the bytes of an image file. Raises OSError where it cannot be read, is not a regular
+    file, or has more than 256 MiB."""
     # Opening a pipe without O_NONBLOCK would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     with open(descriptor, "rb") as file:
@@ -109,9 +106,8 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     wide = image.mode in WIDE_GREY or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not wide and image.mode not in ("I", "F"):
         return image
-    tags = getattr(
-        image, "tag_v2", {}
-    )  # only TIFF has them; 12 bits and inverted values come unscaled
+    # Only TIFF has tags; 12 bits and inverted values come unscaled.
+    tags = getattr(image, "tag_v2", {})
     plain = tags.get(PHOTOMETRIC, BLACK_IS_ZERO) == BLACK_IS_ZERO
     if not wide or not plain or tuple(tags.get(BITS_PER_SAMPLE, (16,))) != (16,):
         raise ValueError(

@@ -72,7 +72,7 @@ class Sender:
         fields, size = [], 0
         for name, value in outcomes[0].items():
             fields.append(Field(name, value.dtype, (len(outcomes), *value.shape), size))
-            size += _padded(len(outcomes) * value.nbytes)
+            size += math.ceil(len(outcomes) * value.nbytes / HEAD) * HEAD
         if self._ring is None:
             self._make_ring(size)
         if size > self._slot_size or self._written - self._done[0] >= self.slots:
@@ -155,7 +155,3 @@ def _kinds(outcome: Outcome) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     if isinstance(outcome, BadExample):
         return {}
     return {name: (value.dtype, value.shape) for name, value in outcome.items()}
-
-
-def _padded(size: int) -> int:
-    return math.ceil(size / HEAD) * HEAD

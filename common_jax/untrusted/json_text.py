@@ -11,11 +11,8 @@ def parse_json(content: bytes) -> Any:
     """Returns the value of JSON text.
 
     Ignores a byte order mark, which some editors write. Accepts NaN and Infinity, which Python
-    writes for numbers that are not finite.
-
-    Raises:
-      RefusedError: for text that is not UTF-8 or not JSON, that nests too deep, or that has one key
-        of an object twice.
+    writes for numbers that are not finite. Raises RefusedError for text that is not UTF-8 or not
+    JSON, that nests too deep, or that has one key of an object twice.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)

@@ -36,17 +36,11 @@ SMALL = 1 << 24  # bytes that are always allowed: text packs better than numbers
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """An open zip archive.
-
-    Attributes:
-      zip: the archive.
-      size: of the whole file, in bytes.
-      entries: its declared entries, by name.
-    """
+    """An open zip archive."""
 
     zip: zipfile.ZipFile
-    size: int
-    entries: Mapping[str, zipfile.ZipInfo]
+    size: int  # of the whole file, in bytes
+    entries: Mapping[str, zipfile.ZipInfo]  # declared ones, by name
 
     @property
     def room(self) -> int:
@@ -54,15 +48,8 @@ class Archive:
         return max(MOST_INFLATED * self.size, SMALL)
 
     def read(self, name: str, *, limit: int | None = None) -> bytearray:
-        """Reads an entry, which must have its declared size and checksum.
-
-        Args:
-          name: of the entry.
-          limit: in bytes; None for the size of the file.
-
-        Raises:
-          RefusedError: when the entry is missing, damaged, or declares more than `limit`.
-        """
+        """Reads an entry, which must have its declared size and checksum. Raises RefusedError when
+        it is missing, damaged, or declares more than `limit` bytes (None: as the file has)."""
         entry = self.entries.get(name)
         if entry is None:
             raise RefusedError(f"lacks {brief(name)}; {AGAIN}")
@@ -80,11 +67,8 @@ class Archive:
         return content
 
     def require_room(self, names: Sequence[str], *, limit: int | None = None) -> None:
-        """Raises RefusedError for entries that are too large.
-
-        That is when they together declare more than `limit` bytes (None: `room`), or one of them
-        more than the file can contain.
-        """
+        """Raises RefusedError when entries together declare more than `limit` bytes (None: `room`),
+        or one of them more than the file can contain."""
         entries = [self.entries[name] for name in names]
         for entry in entries:
             stored = entry.compress_type == zipfile.ZIP_STORED
@@ -107,12 +91,8 @@ class Archive:
 
 @contextlib.contextmanager
 def open_archive(path: epath.PathLike) -> Iterator[Archive]:
-    """Opens a zip archive.
-
-    Raises:
-      RefusedError: when it is not a zip archive, or has two entries of one name.
-      OSError: when the file cannot be read.
-    """
+    """Opens a zip archive. Raises RefusedError when it is none, or has two entries of one name, and
+    OSError when the file cannot be read."""
     with epath.Path(path).open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         with _damaged():

@@ -44,12 +44,8 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The content of a file or a folder.
-
-    Attributes:
-      tensors: by name, with the stored dtypes.
-      notes: on how it was read: the chosen state dict, removed prefixes.
-    """
+    """The tensors of a file or a folder by name, with the stored dtypes, and notes on how they were
+    read: the chosen state dict, removed prefixes."""
 
     tensors: Tensors
     notes: tuple[str, ...] = ()
@@ -104,22 +100,14 @@ def weights_file(folder: Path) -> Path | None:
 
 def read_plain(path: str | os.PathLike) -> dict[str, Any]:
     """The numbers, strings and lists of these, by key, beside the tensors of a PyTorch checkpoint;
-    {} for other files and for folders.
-
-    Raises:
-      ValueError: as `read_tensors`.
-    """
+    {} for other files and for folders. Raises ValueError as `read_tensors`."""
     path = Path(path)
     return torch_archive.read_plain(path) if path.is_file() and _is_torch(path) else {}
 
 
 def module_classes(path: str | os.PathLike) -> frozenset[str]:
     """Names of the classes of a TorchScript archive's modules; none for other files and for
-    folders.
-
-    Raises:
-      ValueError: as `read_tensors`.
-    """
+    folders. Raises ValueError as `read_tensors`."""
     path = Path(path)
     is_torch = path.is_file() and _is_torch(path)
     return torch_archive.module_classes(path) if is_torch else frozenset()

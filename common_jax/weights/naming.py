@@ -25,23 +25,15 @@ DEPTH, LONGEST_KEY, LONGEST_NAME = 3, 100, 1000
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A dictionary of tensors, and how it was chosen.
-
-    Attributes:
-      tensors: by name.
-      notes: on the choice, if there was one.
-    """
+    """A dictionary of tensors by name, and notes on how it was chosen."""
 
     tensors: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
 
 def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Tensors by names without the insertions of frameworks, and notes on what was removed.
-
-    Raises:
-      RefusedError: if two tensors then have the same name.
-    """
+    """Tensors by names without the insertions of frameworks, and notes on what was removed. Raises
+    RefusedError if two tensors then have the same name."""
     result, notes = dict(tensors), []
     for word in INSERTED:
         if count := sum(word in name for name in result):
@@ -60,9 +52,8 @@ def choose(top: Any, key: str = "") -> Chosen:
       top: a state dict, or a training checkpoint with one or several.
       key: of the one to read, such as "model_ema" or "state.model"; "" if there is no choice.
 
-    Raises:
-      RefusedError: if there is none, for a missing key, and if the choice is ambiguous, due to a
-        running average or another one with the same names.
+    Raises RefusedError if there is none, for a missing key, and if the choice is ambiguous, due to
+    a running average or another one with the same names.
     """
     if not isinstance(top, dict):
         what = "one tensor" if isinstance(top, Tensor) else _kind(top)

@@ -197,17 +197,11 @@ def misfits(table: Table, names: Collection[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A kind of network that a file may contain.
-
-    Attributes:
-      kind: key in the table of kinds of its package.
-      prefix: of its tensors' names.
-      misfits: differences between the names below that prefix and its nearest table.
-    """
+    """A kind of network that a file may contain below a prefix of its names."""
 
     kind: str
     prefix: str
-    misfits: tuple[str, ...]
+    misfits: tuple[str, ...]  # differences between the names there and the nearest table
 
 
 # (kind, marker as in `prefixes`, function that returns tables of networks of any size)

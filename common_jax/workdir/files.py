@@ -54,8 +54,9 @@ def read_json(
                 raise RefusedError(f"lacks {name!r}")
             # To Python, true and false are integers.
             if not isinstance(value[name], kind) or isinstance(value[name], bool):
+                expected = getattr(kind, "__name__", kind)
                 raise RefusedError(
-                    f"has {name!r}: {brief(value[name])}, which is not of type {_type_name(kind)}"
+                    f"has {name!r}: {brief(value[name])}, which is not of type {expected}"
                 )
     except RefusedError as refused:
         raise ValueError(
@@ -63,7 +64,3 @@ def read_json(
             "made again"
         ) from None
     return value
-
-
-def _type_name(kind: type | UnionType) -> str:
-    return getattr(kind, "__name__", str(kind))

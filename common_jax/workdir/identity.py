@@ -19,23 +19,15 @@ DIGITS = 12  # hexadecimal: 48 bits, exact in float64, which processes exchange
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The content of run.json.
+    """The content of run.json."""
 
-    Attributes:
-      id: random hexadecimal digits.
-      unmarked: steps of checkpoints that an earlier version wrote without an id.
-    """
-
-    id: str
-    unmarked: tuple[int, ...] = ()
+    id: str  # random hexadecimal digits
+    unmarked: tuple[int, ...] = ()  # steps of checkpoints that an earlier version wrote without it
 
 
 def read_identity(workdir: epath.PathLike) -> Identity | None:
-    """Reads the identity of the run in `workdir`; None where there is no run.json.
-
-    Raises:
-      ValueError: when run.json has no identity, naming the file.
-    """
+    """Reads the identity of the run in `workdir`; None where there is no run.json. Raises
+    ValueError, naming the file, when run.json has none."""
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
