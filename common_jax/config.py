@@ -115,13 +115,12 @@ def unfreeze(value: Any) -> Any:
 def parse_args(text: str | None, defaults: dict[str, Any]) -> ml_collections.ConfigDict:
     """Reads the arguments of a config file, `--config=FILE.py:size=large,layer=2`.
 
+    Raises ValueError for an unknown argument or a value that is not of the default's type.
+
     Args:
       text: `key=value` pairs separated by commas; a comma inside a value is written `+`
         (`layer=0+3`).
       defaults: every argument of the file, with its default, whose type the value must have.
-
-    Raises:
-      ValueError: for an unknown argument or a value that is not of the default's type.
     """
     args = dict(defaults)
     for pair in filter(None, (text or "").split(",")):
@@ -195,9 +194,8 @@ def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
       name: the field, below the section.
       path: of the section; None where `value` is in a dataclass already.
 
-    Raises:
-      FieldError: for a wrong value.
-      ValueError: for one in a section further down, with the whole path.
+    Raises FieldError for a wrong value, and ValueError, with the whole path, for one in a section
+    further down.
     """
     if isinstance(value, ml_collections.FieldReference):
         value = value.get()
@@ -215,10 +213,8 @@ def _convert(hint: Any, value: Any, name: str, path: str | None = None) -> Any:
     if origin is tuple:
         if not isinstance(value, tuple | list):
             raise FieldError(f"{name}={shown(value)} must be a tuple; write it as (a, b) or (a,)")
-        element = typing.get_args(bare)[0]
-        converted = tuple(
-            _convert(element, item, f"{name}[{i}]", path) for i, item in enumerate(value)
-        )
+        element, items = typing.get_args(bare)[0], enumerate(value)
+        converted = tuple(_convert(element, item, f"{name}[{i}]", path) for i, item in items)
     elif origin in (dict, Mapping):
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
             raise FieldError(f"{name}={shown(value)} must be a section")

@@ -21,20 +21,13 @@ LONGEST = 200  # characters of a value that a message shows
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """Numbers from `low` to `high`.
+    """Numbers from `low` to `high`."""
 
-    Attributes:
-      text: what a number must be, for messages.
-      low, high: the ends.
-      open_high: leaves out `high` itself.
-      other: a number outside that is allowed too.
-    """
-
-    text: str
+    text: str  # what a number must be, for messages
     low: float
     high: float
-    open_high: bool = False
-    other: int | None = None
+    open_high: bool = False  # leaves out `high` itself
+    other: int | None = None  # a number outside that is allowed too
 
     def refusal(self, value: float) -> str | None:
         # Comparisons with NaN are false, and integers of any size can be compared.
@@ -128,8 +121,7 @@ def shown(value: Any) -> str:
 
 
 def did_you_mean(key: Any, known: Iterable[Any]) -> str:
-    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else the empty
-    string."""
+    """` (did you mean 'experts'?)` when one of the `known` keys is close to `key`, else nothing."""
     names = [name for name in known if isinstance(name, str)]
     # The time of a comparison grows with both lengths, and a long text is no misspelt key.
     short = isinstance(key, str) and len(key) <= LONGEST

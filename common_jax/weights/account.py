@@ -13,20 +13,14 @@ ROOM, LINE = 1200, 160
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """An account of the tensors of a file, by their names.
+    """An account of the tensors of a file, by their names."""
 
-    Attributes:
-      taken: (tensor, our path, its shape in the file).
-      aliases: (tensor, the equal tensor that was taken instead).
-      dropped: (tensor, the reason why it is not read).
-      notes: on how the file was read: the chosen state dict, removed prefixes, default values.
-      assumed: (field of the config, value) that neither the file nor the caller specifies.
-    """
-
-    taken: tuple[tuple[str, str, tuple[int, ...]], ...]
-    aliases: tuple[tuple[str, str], ...] = ()
-    dropped: tuple[tuple[str, str], ...] = ()
+    taken: tuple[tuple[str, str, tuple[int, ...]], ...]  # tensor, our path, its shape in the file
+    aliases: tuple[tuple[str, str], ...] = ()  # tensor, the equal one that was taken instead
+    dropped: tuple[tuple[str, str], ...] = ()  # tensor, the reason why it is not read
+    # On how the file was read: the chosen state dict, removed prefixes, default values.
     notes: tuple[str, ...] = ()
+    # Field of the config, value: what neither the file nor the caller specifies.
     assumed: tuple[tuple[str, str], ...] = ()
 
 

@@ -107,14 +107,8 @@ def norm(source: str, target: str) -> dict[str, Entry]:
 def self_attention(
     sources: tuple[str, str, str], out: str, target: str, *, heads: int
 ) -> dict[str, Entry]:
-    """Entries of `common_jax.nn.attention.SelfAttention`.
-
-    Args:
-      sources: names of the linear layers of queries, keys and values.
-      out: name of the output layer.
-      target: path of the attention.
-      heads: number of heads.
-    """
+    """Entries of `common_jax.nn.attention.SelfAttention` at the path `target`, from the linear
+    layers `sources` of queries, keys and values, and `out`."""
     return {
         f"{target}/qkv/kernel": split_heads(tuple(f"{s}.weight" for s in sources), heads),
         f"{target}/qkv/bias": split_heads(tuple(f"{s}.bias" for s in sources), heads),
@@ -170,13 +164,8 @@ def optional(entries: Entries) -> dict[str, Entry]:
 
 
 def tied(entries: Entries, first: str, others: tuple[str, ...]) -> dict[str, Entry]:
-    """Entries of a shared module that a file lists several times.
-
-    Args:
-      entries: of the module; all names of tensors start with `first`.
-      first: prefix such as "propagators.0.".
-      others: prefixes of the copies, such as "propagators.1.".
-    """
+    """Entries of a shared module that a file lists several times: below `first`, such as
+    "propagators.0.", with which all names of `entries` start, and below `others`."""
     return {path: _tie(entry, first, others) for path, entry in entries.items()}
 
 

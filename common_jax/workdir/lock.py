@@ -45,23 +45,14 @@ class LockLost(OSError):
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock; the content of the lock's file.
-
-    Attributes:
-      host: its name.
-      machine: distinguishes machines, their boots and their containers.
-      pid: of the process.
-      started: start of the process in the kernel's ticks; None if unknown.
-      since: time of locking, for people.
-      token: random, different for every lock.
-    """
+    """The process that holds a lock; the content of the lock's file."""
 
     host: str
-    machine: str
+    machine: str  # distinguishes machines, their boots and their containers
     pid: int
-    started: int | None
-    since: str
-    token: str
+    started: int | None  # in the kernel's ticks; None if unknown
+    since: str  # time of locking, for people
+    token: str  # random, different for every lock
 
     @classmethod
     def this(cls) -> "Holder":
@@ -122,10 +113,8 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def _acquire(path: str) -> "_Lock | None":
-    """Returns the lock of a workdir; None in all but the first of several processes.
-
-    Raises Locked in all of them where another process holds it.
-    """
+    """Returns the lock of a workdir; None in all but the first of several processes. Raises Locked
+    in all of them where another process holds it."""
     lock = refusal = None
     several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
@@ -142,10 +131,8 @@ def _acquire(path: str) -> "_Lock | None":
 
 
 def require(workdir: epath.PathLike) -> None:
-    """Checks that this process may still write in a workdir that it has locked.
-
-    Call it before anything is written that could mix with another run's files. Outside of `hold` it
-    does nothing.
+    """Checks that this process may still write in a workdir that it has locked, if it has. Call it
+    before anything is written that could mix with another run's files.
 
     Raises:
       LockLost: when another process has taken over the lock, or it was deleted.
@@ -341,10 +328,8 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """Returns the start of a process, which distinguishes it from an earlier one with its pid.
-
-    Returns None for a zombie, which has ended and only keeps its status.
-    """
+    """Returns the start of a process, which distinguishes it from an earlier one with its pid; None
+    for a zombie, which has ended and only keeps its status."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -27,12 +27,8 @@ def check_input(key: str, value: str, expected: str) -> None:
 
 
 def check_output(key: str, value: epath.PathLike) -> None:
-    """Raises OSError unless `value` is a folder or can become one; creates nothing.
-
-    Args:
-      key: the flag or the field, such as "--workdir".
-      value: a path; not checked in a bucket.
-    """
+    """Raises OSError, naming the flag or field `key`, unless the path `value` is a folder or can
+    become one; creates nothing. A bucket is not checked."""
     if "://" in str(value):
         return
     path = pathlib.Path(value).expanduser().absolute()
