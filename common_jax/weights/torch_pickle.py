@@ -148,7 +148,7 @@ def _first(value, *others):
     return value
 
 
-_ORDERED_DICT = Opaque("collections.OrderedDict")  # a call of it returns a dict
+_ORDERED_DICT = Opaque("collections.OrderedDict")  # a call of it returns an empty dict
 # Functions and types for tensors and for the plain contents of optimizers and scalers.
 KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ORDERED_DICT,
@@ -185,17 +185,11 @@ def _bounded(load_integer: Callable[[Any], None]) -> Callable[[Any], None]:
 
 class _Unpickler(pickle._Unpickler):
     """Python's own unpickler without objects: the one in Python, since the one in C allocates what
-    a length or the index of a memo declares.
-
-    Args:
-      content: the pickle.
-      script: whether it is of a TorchScript archive.
-    """
+    a length or the index of a memo declares."""
 
     def __init__(self, content: bytes, *, script: bool):
         super().__init__(io.BytesIO(content), encoding="utf-8")
         self._script = script
-        self._copies = len(content)  # limit of all copies
 
     def find_class(self, module: str, name: str) -> Any:
         """The function, dtype or placeholder for a global that the pickle names."""
@@ -242,8 +236,8 @@ class _Unpickler(pickle._Unpickler):
         self.load_reduce()
 
     def _instantiate(self, klass: Any, args: Any) -> None:
-        if klass is _ORDERED_DICT:
-            self.append(self._ordered(args))
+        if klass is _ORDERED_DICT and not args:
+            self.append({})
         elif isinstance(klass, Opaque):
             self.append(klass)
         elif isinstance(klass, Scripted):
@@ -252,20 +246,6 @@ class _Unpickler(pickle._Unpickler):
             self.append(klass(*args))
         else:
             raise TypeError(f"{type(klass).__name__} cannot be called")
-
-    def _ordered(self, arguments: Any) -> dict[Any, Any]:
-        result: dict[Any, Any] = {}
-        for pairs in arguments[:1]:
-            if not isinstance(pairs, list | tuple):
-                raise TypeError("a dictionary of no pairs")
-            # A short pickle may refer to one long list many times.
-            self._copies -= len(pairs)
-            if self._copies < 0:
-                raise RefusedError("copies one list again and again, and is no file of weights")
-            if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-                raise TypeError("a dictionary of no pairs")
-            _fill(result, pairs)
-        return result
 
     def load_build(self) -> None:
         """Sets the attributes of a scripted module; ignored for other objects."""
