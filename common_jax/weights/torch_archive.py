@@ -5,8 +5,9 @@ placeholder and is never imported (`torch_pickle`). Only storages of returned te
 an optimizer's state in the same file costs nothing.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +47,43 @@ def read(path: Path, weights: str = "") -> Chosen:
 
     Raises ValueError as `common_jax.weights.read_weights`.
     """
-    return _open(path, lambda archive: _read_archive(archive, weights))
+    with _open(path) as archive:
+        top, root, script = _load(archive)
+        scripted = Chosen(dict(_walk(top, _declared(archive, root)))) if script else None
+        chosen = scripted or choose(top, weights)
+        parts = chosen.tensors
+        if not parts:
+            raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
+        _require_sizes(archive, root, parts)
+        numbers: dict[str, bytearray] = {}
+        for tensor in parts.values():
+            key = tensor.storage.key
+            if key not in numbers:
+                entry = archive.entries[f"{root}data/{key}"]
+                numbers[key] = archive.read(entry.filename, limit=entry.file_size)
+        arrays = {name: _array(x, numbers[x.storage.key]) for name, x in parts.items()}
+        return Chosen(arrays, chosen.notes)
 
 
 def module_classes(path: Path) -> frozenset[str]:
     """Names of the classes of a TorchScript archive's modules; none for other archives. Raises
     ValueError as `read`."""
-
-    def find(archive: Archive) -> frozenset[str]:
+    with _open(path) as archive:
         top, _, script = _load(archive)
         return _classes(top) if script else frozenset()
-
-    return _open(path, find)
 
 
 def read_plain(path: Path) -> dict[str, Any]:
     """The numbers, strings and lists of these at the top of a checkpoint, by key. Raises ValueError
     as `read`."""
-
-    def find(archive: Archive) -> dict[str, Any]:
+    with _open(path) as archive:
         top, _, _ = _load(archive)
         entries = top.items() if isinstance(top, dict) else ()
         return {k: v for k, v in entries if isinstance(k, str) and _is_plain(v)}
 
-    return _open(path, find)
 
-
-def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Archive]:
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
     if start.startswith(LEGACY):
@@ -87,27 +98,9 @@ def _open(path: Path, use: Callable[[Archive], Any]) -> Any:
         )
     try:
         with open_archive(path) as archive:
-            return use(archive)
+            yield archive
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
-
-
-def _read_archive(archive: Archive, weights: str) -> Chosen:
-    top, root, script = _load(archive)
-    scripted = Chosen(dict(_walk(top, _declared(archive, root)))) if script else None
-    chosen = scripted or choose(top, weights)
-    parts = chosen.tensors
-    if not parts:
-        raise RefusedError(f"holds no tensors; with PyTorch: {EXPORT}")
-    _require_sizes(archive, root, parts)
-    numbers: dict[str, bytearray] = {}
-    for tensor in parts.values():
-        key = tensor.storage.key
-        if key not in numbers:
-            entry = archive.entries[f"{root}data/{key}"]
-            numbers[key] = archive.read(entry.filename, limit=entry.file_size)
-    arrays = {name: _array(x, numbers[x.storage.key]) for name, x in parts.items()}
-    return Chosen(arrays, chosen.notes)
 
 
 def _load(archive: Archive) -> tuple[Any, str, bool]:
