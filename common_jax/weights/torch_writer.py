@@ -67,7 +67,7 @@ def _encode(value: Any, storages: Storages) -> bytes:
         case bool():
             return b"\x88" if value else b"\x89"
         case int():
-            return _whole(value)
+            return b"\x8a\x08" + struct.pack("<q", value)
         case float():
             return b"G" + struct.pack(">d", value)
         case str():
@@ -83,12 +83,6 @@ def _encode(value: Any, storages: Storages) -> bytes:
             pairs = (_encode(x, storages) for pair in value.items() for x in pair)
             return _ORDERED_DICT + b"(" + b"".join(pairs) + b"u"
     raise TypeError(f"{value!r} of type {type(value).__name__} has no place in a file of tensors")
-
-
-def _whole(value: int) -> bytes:
-    if -(1 << 31) <= value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
 
 
 def _tensor(array: np.ndarray, storages: Storages) -> bytes:
