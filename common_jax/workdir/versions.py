@@ -22,8 +22,7 @@ def freeze_stored(cls: type[T], stored: Mapping[str, Any], source: Any) -> T:
     value that `cls` does not accept.
     """
     known, removed = fill(cls, stored)
-    if removed:
-        logging.warning("%s: this version has no %s, which it leaves out", source, _list(removed))
+    name_gone(removed, source)
     try:
         return configs.freeze(cls, known)
     except ValueError as error:
@@ -42,9 +41,11 @@ def fill(cls: type, stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def name_gone(removed: Mapping[str, Any], source: Any) -> None:
     """Warns of the fields of a run that this version no longer has."""
-    if removed:
-        fields = _list(removed)
-        logging.warning("%s: this version has no %s; the run resumes without", source, fields)
+    lines = [plain(f"config.{name}={str(removed[name])[:60]}") for name in sorted(removed)]
+    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+    if lines:
+        fields = ", ".join(lines[:10]) + more
+        logging.warning("%s: this version has no %s, which is left out", source, fields)
 
 
 def _fill(
@@ -81,14 +82,6 @@ def _fill_value(hint: Any, value: Any, path: str, removed: dict[str, Any]) -> An
 
 
 def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        value = field.default
+    made = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if made else field.default
     return configs.unfreeze(value).to_dict() if dataclasses.is_dataclass(value) else value
-
-
-def _list(fields: Mapping[str, Any]) -> str:
-    lines = [plain(f"config.{name}={str(fields[name])[:60]}") for name in sorted(fields)]
-    more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
-    return ", ".join(lines[:10]) + more
