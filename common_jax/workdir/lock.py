@@ -30,8 +30,8 @@ BEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a lock is stale
 LOOK = 1.0  # seconds between two checks of a lock whose holder cannot be looked up
 
-# The locks of this process by the absolute path of the workdir; None where the first of several
-# processes holds the lock for this one.
+# The locks of this process by the absolute path of the workdir; None in a bucket, and where the
+# first of several processes holds the lock for this one.
 _locks: dict[str, "_Lock | None"] = {}
 
 
@@ -113,8 +113,8 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def _acquire(path: str) -> "_Lock | None":
-    """Returns the lock of a workdir; None in all but the first of several processes. Raises Locked
-    in all of them where another process holds it."""
+    """Returns the lock of a workdir; None in a bucket and in all but the first of several processes.
+    Raises Locked in all of them where another process holds it."""
     lock = refusal = None
     several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
@@ -145,21 +145,21 @@ def require(workdir: epath.PathLike) -> None:
 class _Lock:
     """A lock that this process holds, or could not write."""
 
-    def __init__(self, path: pathlib.Path | None):
+    def __init__(self, path: pathlib.Path):
         self._path, self._new_folders = path, []
         self._holder, self._failure = Holder.this(), None
         self._released = threading.Event()
 
     @classmethod
-    def of(cls, workdir: str) -> "_Lock":
-        """Locks a workdir; raises Locked."""
+    def of(cls, workdir: str) -> "_Lock | None":
+        """Locks a workdir, unless it is in a bucket; raises Locked."""
         if "://" in workdir:
             # An object store creates no file exclusively. Warns once, not for every run below it.
             if not any(workdir.startswith(f"{other}/") for other in _locks):
                 logging.warning(
                     "%s has no locks: make sure that no other process writes there", workdir
                 )
-            return cls(None)
+            return None
         lock = cls(pathlib.Path(workdir) / NAME)
         try:
             try:
@@ -180,8 +180,6 @@ class _Lock:
         if self._failure is not None:
             error = self._failure
             raise OSError(error.errno, f"no lock can be written: {error.strerror}", str(self._path))
-        if self._path is None:
-            return
         # Compares tokens, not processes: another lock of the same process is not this one.
         holder = _read(self._path)
         if holder is not None and holder.token == self._holder.token:
@@ -199,12 +197,9 @@ class _Lock:
     def release(self) -> None:
         """Removes the lock, unless it now belongs to another process, and its own empty folders."""
         self._released.set()
-        if self._path is None or self._failure is not None:
-            return
-        with contextlib.suppress(OSError):
-            holder = _read(self._path)
-            if holder is not None and holder.token == self._holder.token:
-                self._path.unlink()
+        with contextlib.suppress(OSError):  # of a lock that is lost, or was never written
+            self.require()
+            self._path.unlink()
         self._remove_folders()
 
     def _remove_folders(self) -> None:
