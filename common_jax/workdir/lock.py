@@ -113,8 +113,8 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def _acquire(path: str) -> "_Lock | None":
-    """Returns the lock of a workdir; None in a bucket and in all but the first of several processes.
-    Raises Locked in all of them where another process holds it."""
+    """Returns the lock of a workdir; None in a bucket, and in all but the first of several
+    processes. Raises Locked in all of them where another process holds it."""
     lock = refusal = None
     several = jax.distributed.is_initialized()  # process_count() would start the devices
     if not several or jax.process_index() == 0:
