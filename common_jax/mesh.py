@@ -55,11 +55,8 @@ class MeshConfig(Section):
 
 
 def start_backend() -> str:
-    """The platform of JAX's devices, which are started if they have not been.
-
-    Raises:
-      ValueError: when JAX_PLATFORMS asks for a platform that cannot be started here.
-    """
+    """The platform of JAX's devices, which are started if they have not been. Raises ValueError
+    when JAX_PLATFORMS asks for a platform that cannot be started here."""
     try:
         return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where a plugin is missing
@@ -74,14 +71,10 @@ def start_backend() -> str:
 
 def _installed_platforms() -> list[str]:
     """Platforms that JAX has code for, whether or not there is such a device."""
-    try:
-        plugins = [
-            one.name
-            for one in pkgutil.iter_modules(importlib.import_module("jax_plugins").__path__)
-        ]
-    except ImportError:
-        plugins = []
-    return ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else []), *plugins]
+    spec = importlib.util.find_spec("jax_plugins")
+    plugins = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
+    tpu = ["tpu"] if importlib.util.find_spec("libtpu") else []
+    return ["cpu", *tpu, *(plugin.name for plugin in plugins)]
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:

@@ -140,10 +140,7 @@ def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
     with W warm-up epochs of E. Epoch e uses f(max(e - 1, 0)), as timm's scheduler does, which is
     stepped after an epoch with that epoch's number. f jumps at W, because the cosine is not shifted
-    by the warm-up.
-
-    Returns:
-      The learning rate as a function of the step, 0-based.
+    by the warm-up. The schedule is a function of the step, 0-based.
     """
     return _by_epoch(config, steps_per_epoch, lag=1)
 

@@ -61,17 +61,13 @@ def fold_name(key: jax.Array, name: str) -> jax.Array:
 
 def partition(params: Mapping[str, Any], regex: str) -> tuple[dict, dict]:
     """Splits a nested dict of parameters into those whose whole path `a/b/c` matches `regex`, and
-    the rest.
-
-    Raises:
-      ValueError: when none matches.
-    """
+    the rest. Raises ValueError when none matches."""
     flat = traverse_util.flatten_dict(params, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if re.fullmatch(regex, path)}
     if not chosen:
         raise ValueError(f"no parameter matches {regex!r}; there are {sorted(flat)[:5]}, ...")
     rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    return _nest(chosen), _nest(rest)
+    return tuple(traverse_util.unflatten_dict(part, sep="/") for part in (chosen, rest))
 
 
 def subtrees(tree: Mapping[str, Any], depth: int) -> dict[tuple[str, ...], Any]:
@@ -87,8 +83,4 @@ def merge(*trees: Mapping[str, Any]) -> dict:
     flat = {}
     for tree in trees:
         flat |= traverse_util.flatten_dict(tree, sep="/")
-    return _nest(flat)
-
-
-def _nest(flat: Mapping[str, Any]) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
