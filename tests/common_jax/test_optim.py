@@ -121,7 +121,7 @@ def test_polynomial_falls_from_the_peak_at_once():
 
 def test_a_warmup_longer_than_the_run_is_refused():
     config = dataclasses.replace(CONFIG, schedule="warmup_cosine", steps=10)
-    with pytest.raises(ValueError, match=r"config\.optim\.warmup_epochs=2 is 20 steps"):
+    with pytest.raises(ValueError, match=r"config\.optim\.warmup_epochs=2 is a warm-up of 20"):
         make_schedule(config, steps_per_epoch=10)
 
 
