@@ -3,7 +3,7 @@ of a training checkpoint around them."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from common_jax.untrusted import RefusedError, brief, plain
@@ -35,13 +35,13 @@ def plain_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, 
     """Tensors by names without the insertions of frameworks, and notes on what was removed. Raises
     RefusedError if two tensors then have the same name."""
     result, notes = dict(tensors), []
-    for word in INSERTED:
-        if count := sum(word in name for name in result):
-            result = _renamed(result, lambda name, word=word: name.replace(word, ""), word)
-            notes.append(f"{word!r} was taken out of {count} names")
-    if count := sum(name.startswith(PARALLEL) for name in result):
-        result = _renamed(result, lambda name: name.removeprefix(PARALLEL), PARALLEL)
-        notes.append(f"the prefix {PARALLEL!r} was taken off {count} names")
+    for word in (*INSERTED, PARALLEL):
+        renamed = {_without(word, name): tensor for name, tensor in result.items()}
+        if len(renamed) != len(result):
+            raise RefusedError(f"holds tensors both with and without the prefix {word!r}")
+        if count := sum(_without(word, name) != name for name in result):
+            notes.append(f"{word!r} was removed from {count} names")
+        result = renamed
     return result, tuple(notes)
 
 
@@ -96,13 +96,8 @@ def require_name(name: str) -> None:
         raise RefusedError(f"holds a name of {len(name)} characters, {plain(name[:40])}...")
 
 
-def _renamed(
-    tensors: Mapping[str, Any], rename: Callable[[str], str], prefix: str
-) -> dict[str, Any]:
-    renamed = {rename(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) != len(tensors):
-        raise RefusedError(f"holds tensors both with and without the prefix {prefix!r}")
-    return renamed
+def _without(word: str, name: str) -> str:
+    return name.removeprefix(word) if word == PARALLEL else name.replace(word, "")
 
 
 def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterator[tuple[str, dict]]:
@@ -124,9 +119,9 @@ def _dictionaries(value: dict, depth: int, path: str, seen: set[int]) -> Iterato
 def _plain(tensors: Mapping[str, Any]) -> set[str]:
     """Names as `plain_names` leaves them."""
     names = set(tensors)
-    for word in INSERTED:
-        names = {name.replace(word, "") for name in names}
-    return {name.removeprefix(PARALLEL) for name in names}
+    for word in (*INSERTED, PARALLEL):
+        names = {_without(word, name) for name in names}
+    return names
 
 
 def _alike(a: set[str], b: set[str]) -> bool:

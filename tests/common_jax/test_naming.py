@@ -98,9 +98,9 @@ def test_what_frameworks_put_into_names_is_taken_out(tmp_path):
     assert sorted(found.tensors) == ["blocks.0.norm.bias", "cls_token"]
     np.testing.assert_array_equal(found.tensors["blocks.0.norm.bias"], [1, 1])
     assert found.notes == (
-        "'_orig_mod.' was taken out of 2 names",
-        "'_fsdp_wrapped_module.' was taken out of 1 names",
-        "the prefix 'module.' was taken off 2 names",
+        "'_orig_mod.' was removed from 2 names",
+        "'_fsdp_wrapped_module.' was removed from 1 names",
+        "'module.' was removed from 2 names",
     )
     torch_files.save(tmp_path / "b.pth", {"_orig_mod.a": np.ones(2), "a": np.ones(2)})
     with pytest.raises(ValueError, match=r"b\.pth holds tensors both with and without .*_orig_mod"):
