@@ -1,6 +1,7 @@
 """AdamW with decay groups, SGD, and learning-rate schedules."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -132,22 +133,20 @@ class OptimConfig(Section):
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def epoch_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """Linear warm-up and half a cosine, constant within an epoch and an epoch late.
+def epoch_cosine(config: OptimConfig, steps_per_epoch: int, *, lag: int = 1) -> Schedule:
+    """Linear warm-up and half a cosine, constant within an epoch and `lag` epochs late.
 
         f(t) = warmup_lr + t (peak - warmup_lr) / W                         t < W
         f(t) = min_lr + (peak - min_lr) (1 + cos(pi t / E)) / 2             t >= W
 
-    with W warm-up epochs of E. Epoch e uses f(max(e - 1, 0)), as timm's scheduler does, which is
-    stepped after an epoch with that epoch's number. f jumps at W, because the cosine is not shifted
+    with W warm-up epochs of E. Epoch e uses f(max(e - lag, 0)): timm's scheduler is stepped after
+    an epoch with that epoch's number, a lag of 1. f jumps at W, because the cosine is not shifted
     by the warm-up. The schedule is a function of the step, 0-based.
     """
-    return _by_epoch(config, steps_per_epoch, lag=1)
-
-
-def epoch_cosine_unlagged(config: OptimConfig, steps_per_epoch: int) -> Schedule:
-    """As `epoch_cosine`, but epoch e uses f(e)."""
-    return _by_epoch(config, steps_per_epoch, lag=0)
+    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
+    table = [_epoch_value(config, epochs, max(epoch - lag, 0)) for epoch in range(epochs)]
+    values = jnp.asarray(table, jnp.float32)
+    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
 
 
 def warmup_cosine(config: OptimConfig, steps_per_epoch: int) -> Schedule:
@@ -186,7 +185,7 @@ def constant(config: OptimConfig, steps_per_epoch: int) -> Schedule:
 
 SCHEDULES = {
     "epoch_cosine": epoch_cosine,
-    "epoch_cosine_unlagged": epoch_cosine_unlagged,
+    "epoch_cosine_unlagged": functools.partial(epoch_cosine, lag=0),
     "warmup_cosine": warmup_cosine,
     "inverse_sqrt": inverse_sqrt,
     "polynomial": polynomial,
@@ -257,13 +256,6 @@ def decay_mask(params: Any, no_decay: str) -> Any:
         for path, leaf in flat.items()
     }
     return traverse_util.unflatten_dict(mask, sep="/")
-
-
-def _by_epoch(config: OptimConfig, steps_per_epoch: int, *, lag: int) -> Schedule:
-    epochs = math.ceil(config.total_steps(steps_per_epoch) / steps_per_epoch)
-    table = [_epoch_value(config, epochs, max(epoch - lag, 0)) for epoch in range(epochs)]
-    values = jnp.asarray(table, jnp.float32)
-    return lambda step: values[jnp.minimum(step // steps_per_epoch, epochs - 1)]
 
 
 def _epoch_value(config: OptimConfig, epochs: int, t: int) -> float:
