@@ -59,7 +59,7 @@ def format_assumed(account: Account) -> str:
     return ", ".join(f"{field}={value}" for field, value in account.assumed)
 
 
-def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
+def list_problems(problems: Sequence[str]) -> str:
     """Problems with tensors as lines of a message. If there are many, those that only differ in the
     number of a layer are folded into one line, and the rest beyond ROOM is counted."""
     lines = list(problems)
@@ -71,12 +71,13 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
             f"{pattern} ({len(similar)} times)" if len(similar) > 1 else similar[0]
             for pattern, similar in folded.items()
         ]
-    lines = [line if len(line) <= LINE else f"{line[: LINE - 3]}..." for line in lines]
-    sizes = itertools.accumulate(len(line) + len(indent) for line in lines)
+    lines = [f"\n  {line if len(line) <= LINE else f'{line[: LINE - 3]}...'}" for line in lines]
+    sizes = itertools.accumulate(map(len, lines))
     shown = lines[: max(1, sum(size <= ROOM for size in sizes))]
     if len(shown) < len(lines):
-        shown.append(f"and {len(lines) - len(shown)} more kinds of problem, {len(problems)} in all")
-    return "".join(indent + line for line in shown)
+        more = len(lines) - len(shown)
+        shown.append(f"\n  and {more} more kinds of problem, {len(problems)} in all")
+    return "".join(shown)
 
 
 def fold(path: str) -> str:
