@@ -135,8 +135,8 @@ def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
       freeze: a key of FREEZES; used by captioning stages only.
       architecture: of the translator.
     """
-    frozen = ["buffers"]
+    frozen = [architecture.buffers]
     if stage.captioning:
-        frozen.extend(FREEZES[freeze])
-    paths = "|".join(getattr(architecture, part) for part in frozen)
+        frozen.extend(getattr(architecture, part) for part in FREEZES[freeze])
+    paths = "|".join(filter(None, frozen))
     return rf"(?!{architecture.subtree}/({paths})$).+"

@@ -17,6 +17,7 @@ from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp, gelu, quick_gelu
+from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
@@ -107,26 +108,6 @@ class ClipTextConfig(Section):
 RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
 
 
-class Patches(nn.Module):
-    """Cuts images into squares, in raster order, and projects each to the width, without bias.
-
-    Parameters: `kernel` (patch * patch * 3, D), whose rows run over patch row, patch column,
-      channel. A convolution of kernel and stride `patch`, written as one matrix product.
-    """
-
-    config: ClipVisionConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B T D"]:
-        side, patch = self.config.image // self.config.patch, self.config.patch
-        squares = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = squares.reshape(-1, side * side, patch * patch * 3)
-        kernel = self.param("kernel", INIT, (patches.shape[-1], self.config.width))
-        patches, kernel = nn.dtypes.promote_dtype(patches, kernel, dtype=self.dtype)
-        return patches @ kernel
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -165,7 +146,9 @@ class ClipVision(nn.Module):
         """
         config = self.config
         require_size(images, config.image)
-        patches = Patches(config, self.dtype, name="patches")(images)
+        patches = PatchEmbedding(
+            config.patch, config.width, self.dtype, use_bias=False, init=INIT, name="patches"
+        )(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))

@@ -1,6 +1,7 @@
 """The record that describes a tower to other files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,6 +93,11 @@ class Tower:
             ids = jnp.zeros((1, 2), jnp.int32)
             inputs = (ids, self.sentences.visible(config, ids))
         return self.network(config, dtype).init(key, *inputs)["params"]
+
+    def shapes(self, config: Any) -> Mapping[str, Any]:
+        """Shapes of the parameters."""
+        init = functools.partial(self.init, config, jnp.float32)
+        return jax.eval_shape(init, jax.random.key(0))
 
     def apply(
         self,
