@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_size
+from cliptrans_jax.towers.tower import (
+    CLIP_PICTURES,
+    Sentences,
+    Tower,
+    require_heads,
+    require_size,
+)
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -23,11 +29,6 @@ from common_jax.ranges import Positive, Size, one_of
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
     {"gelu": gelu, "quick_gelu": quick_gelu}
 )
-
-
-def _check_heads(config: "ClipVisionConfig | ClipTextConfig") -> None:
-    if config.width % config.heads:
-        raise FieldError(f"heads={config.heads} must divide width={config.width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ClipVisionConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
         if self.image % self.patch:
             raise FieldError(f"patch={self.patch} must divide image={self.image}")
 
@@ -75,13 +76,8 @@ class ClipTextConfig(Section):
     Attributes:
       vocab: token ids V.
       positions: tokens of the longest sentence.
-      width: width D of a token.
-      layers: blocks.
-      heads: attention heads.
-      hidden: hidden width F of the MLPs.
-      eps: epsilon of every LayerNorm.
-      features: width M of a feature.
-      activation: a key of `ACTIVATIONS`.
+
+    The others are those of `ClipVisionConfig`.
     """
 
     vocab: Size = 49408
@@ -96,16 +92,12 @@ class ClipTextConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sentence."""
         return self.positions
-
-
-# The text tower of the CLIP model whose image tower is `ResNetConfig()`.
-RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
 
 
 class Block(nn.Module):
@@ -245,16 +237,13 @@ PARTITION_RULES = (
 )
 
 
-def _all_visible(config: ClipTextConfig, ids: Int[Array, "B S"]) -> None:
-    """No mask is needed: attention is causal, and pads come last."""
-
-
 TEXT = Tower(
     kind="clip_text",
     config=ClipTextConfig,
     network=ClipText,
     rules=PARTITION_RULES,
-    sentences=Sentences(tokenizer="clip", visible=_all_visible, drops_out=False),
+    # No mask is needed: attention is causal, and pads come last.
+    sentences=Sentences(tokenizer="clip", visible=lambda config, ids: None, drops_out=False),
 )
 VISION = Tower(
     kind="clip_vision",

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from common_jax.config import FieldError
 from common_jax.mesh import Rules
 
 Channels = tuple[float, float, float]
@@ -50,6 +51,12 @@ CLIP_PICTURES = Pictures(
     std=(0.26862954, 0.26130258, 0.27577711),
     resampling="BICUBIC",
 )
+
+
+def require_heads(width: int, heads: int) -> None:
+    """Raises FieldError unless the width splits into heads."""
+    if width % heads:
+        raise FieldError(f"heads={heads} must divide width={width}")
 
 
 def require_size(images: jax.Array, side: int) -> None:

@@ -154,15 +154,11 @@ class Architecture:
         init = functools.partial(self.init, config, jnp.float32)
         return jax.eval_shape(init, jax.random.key(0))
 
-    def differing_sizes(self, ours: Any, theirs: Any) -> Mapping[str, tuple[Any, Any]]:
-        """Fields that affect the weights and differ between two configs, with both values."""
-        fields = [field.name for field in dataclasses.fields(self.config)]
-        pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
-        return {
-            name: pair
-            for name, pair in pairs.items()
-            if name not in self.settings and pair[0] != pair[1]
-        }
+    def differing_sizes(self, ours: Any, theirs: Any) -> list[str]:
+        """Fields that affect the weights and differ between two configs."""
+        names = [field.name for field in dataclasses.fields(self.config)]
+        differing = (name for name in names if getattr(ours, name) != getattr(theirs, name))
+        return [name for name in differing if name not in self.settings]
 
 
 def language_first(ids: Int[Array, "B S"], sizes: Sizes) -> Int[Array, "B S"]:

@@ -370,7 +370,7 @@ def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
 
     def batches(**changes):
         given = dataclasses.replace(config, decode=decode, **changes)
-        return list(scoring.decode_batches(given, chosen))
+        return list(scoring.decode_batches(given, chosen.inputs))
 
     found = batches()
     assert [len(batch["_mask"]) for batch in found] == [2, 2, 2]
