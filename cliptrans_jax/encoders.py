@@ -35,7 +35,6 @@ class TextTower:
       config: sizes of a text tower of `TOWERS`.
       params: numpy arrays, not on a device yet.
       tokenizer: frames sentences for it; None if the tower only has shapes.
-      dtype: of the computation.
     """
 
     config: Any

@@ -70,11 +70,7 @@ class Translator:
     """The model as pure functions of parameters {"mbart": ..., "mapper": ...}.
 
     The first key is the translator's subtree. A model without a prefix has no mapper and takes no
-    features.
-
-    Attributes:
-      config: sizes.
-      dtype: of the computation; parameters are float32.
+    features. Parameters are float32, whatever `dtype` the computation has.
     """
 
     config: ModelConfig

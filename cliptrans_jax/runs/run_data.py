@@ -66,7 +66,6 @@ class RunData:
     Attributes:
       config: after `Config.apply_parity`.
       workdir: folder for the tokenizer, and for features unless config.features is set.
-      mesh: devices that compute features.
       known: a tokenizer that need be neither trained nor checked.
     """
 
@@ -107,13 +106,12 @@ class RunData:
     @functools.cached_property
     def text_tower(self) -> TextTower:
         """The text tower of config.sources; raises ValueError if there is none."""
-        config = self.config
-        if config.sources.clip:
+        config, sources = self.config, self.config.sources
+        if sources.clip:
             sizes, params = load_trained(config, "text")
             special = {"pad": sizes.pad}
             require_fits(self.tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
             return TextTower(sizes, params, self.tokenizer, config.dtype)
-        sources = config.sources
         if sources.clip_text:
             text_tower_of(config.clip_tokenizer.kind)  # raises ValueError for that of no tower
         published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
@@ -306,8 +304,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         path = path if resumes else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    vocab = config.model.sizes.vocab
-    require_fits(tokenizer, vocab=vocab, special={}, key=config.model.key)
+    require_fits(tokenizer, vocab=config.model.sizes.vocab, special={}, key=config.model.key)
     return tokenizer, text
 
 
