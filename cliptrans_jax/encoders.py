@@ -167,12 +167,7 @@ def published_text(
 
 
 def text_features(
-    tower: TextTower,
-    corpus: Corpus,
-    language: str,
-    *,
-    folder: epath.PathLike,
-    mesh: Mesh,
+    tower: TextTower, corpus: Corpus, language: str, *, folder: epath.PathLike, mesh: Mesh
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language, read from `folder` if it has those of the same tower
     and sentences."""

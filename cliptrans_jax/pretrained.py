@@ -31,13 +31,13 @@ from common_jax.config import did_you_mean
 from common_jax.untrusted import brief
 from common_jax.weights import (
     Account,
-    format_account,
     format_assumed,
     list_problems,
     module_classes,
     read_weights,
     write_tensors,
 )
+from common_jax.weights import format_account as format_account
 from common_jax.weights.files import SUFFIXES, same_content
 from common_jax.weights.table import (
     Pretrained,
@@ -48,16 +48,6 @@ from common_jax.weights.table import (
     take_prefix,
     write,
 )
-
-__all__ = [
-    "Pretrained",
-    "cliptrans_tensors",
-    "format_account",
-    "load",
-    "place",
-    "save",
-    "save_cliptrans",
-]
 
 # Files to download: configs and tokenizer, and the weights in one of two formats.
 ABOUT = (

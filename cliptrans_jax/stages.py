@@ -120,11 +120,7 @@ def trains(stage: Any) -> Trains | None:
 
 # Parts of the translator that captioning stages freeze, as fields of its `Architecture`. The
 # original freezes the encoder and the embedding, which encoder, decoder and output share.
-FREEZES = {
-    "encoder": ("embedding", "encoder"),
-    "encoder_layers": ("encoder",),
-    "nothing": (),
-}
+FREEZES = {"encoder": ("embedding", "encoder"), "encoder_layers": ("encoder",), "nothing": ()}
 
 
 def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:

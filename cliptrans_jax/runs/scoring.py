@@ -11,20 +11,9 @@ from etils import epath
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.feed import (
-    Batch,
-    BatchingConfig,
-    Inputs,
-    evaluation_batches,
-    host_shard,
-)
+from cliptrans_jax.data.feed import Batch, BatchingConfig, Inputs, evaluation_batches, host_shard
 from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
-from cliptrans_jax.evaluators.show import (
-    Row,
-    picture_table,
-    read_translations,
-    write_translations,
-)
+from cliptrans_jax.evaluators.show import Row, picture_table, read_translations, write_translations
 from cliptrans_jax.evaluators.translation import Translate
 from cliptrans_jax.runs.run_data import Split
 from common_jax.inputs import BadExample

@@ -14,13 +14,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import empties_source
-from cliptrans_jax.data.feed import (
-    TRIVIAL,
-    TrainFeed,
-    batch_shapes,
-    evaluation_batches,
-    host_shard,
-)
+from cliptrans_jax.data.feed import TRIVIAL, TrainFeed, batch_shapes, evaluation_batches, host_shard
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TextTower
@@ -30,12 +24,7 @@ from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate,
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.objective import (
-    check_start,
-    make_encode,
-    make_loss,
-    make_warm_start,
-)
+from cliptrans_jax.runs.objective import check_start, make_encode, make_loss, make_warm_start
 from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable

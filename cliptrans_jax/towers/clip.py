@@ -12,13 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import (
-    CLIP_PICTURES,
-    Sentences,
-    Tower,
-    require_heads,
-    require_size,
-)
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_heads, require_size
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -171,9 +165,7 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        ids: Int[Array, "B S"],
-        mask: Bool[Array, "B S"] | Int[Array, "B S"] | None,
+        self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"] | Int[Array, "B S"] | None
     ) -> Float[Array, "B M"]:
         """Features of token ids.
 

@@ -15,12 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention
-from cliptrans_jax.translators.translator import (
-    Architecture,
-    Cache,
-    LayerCache,
-    language_first,
-)
+from cliptrans_jax.translators.translator import Architecture, Cache, LayerCache, language_first
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
