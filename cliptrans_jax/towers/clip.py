@@ -138,7 +138,7 @@ class ClipVision(nn.Module):
         config = self.config
         require_size(images, config.image)
         patches = PatchEmbedding(
-            config.patch, config.width, self.dtype, use_bias=False, init=INIT, name="patches"
+            config.patch, config.width, self.dtype, use_bias=False, kernel_init=INIT, name="patches"
         )(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))
