@@ -15,8 +15,8 @@ class PatchEmbedding(nn.Module):
     """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
 
     Parameters: `kernel` (patch * patch * channels, D) and, if `use_bias`, `bias` (D); the rows of
-      the kernel run over patch row, patch column, channel. Both start from `kernel_init`, by default
-      uniform within 1 / sqrt(fan in) as PyTorch's convolutions. A convolution of kernel and stride
+      the kernel run over patch row, patch column, channel. Both start by `kernel_init`; by default
+      uniform within 1 / sqrt(fan in), as PyTorch's convolutions. A convolution of kernel and stride
       `patch`, written as one matrix product.
     """
 
