@@ -41,8 +41,11 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       language within a batch, and names by pictures.
     """
     refuse_other_config(workdir, config)
-    task, train, valid, text = _start(config, workdir, mesh)
-    optim, length = config.optim, task.batch["ids"].shape[1]
+    train, valid, text = _load(config, workdir)
+    optim, length = config.optim, max(train.longest, valid.longest)
+    task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    run_config = dataclasses.replace(config.run, best=None)
+    loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # the first thing that is written
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -68,13 +71,22 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             shard=host_shard(),
         )
 
-    embed = functools.partial(_embed, config, dropout=None)
-    pairs = PairSet(embed=embed, batches=validation, mesh=mesh, seed=config.seed)
+    pairs = PairSet(
+        embed=functools.partial(_embed, config, dropout=None),
+        batches=validation,
+        mesh=mesh,
+        seed=config.seed,
+    )
     evaluations = [evaluator.make(pairs) for evaluator in evaluators_of(config.stage)]
     task = dataclasses.replace(task, batches=batches, evaluators={"val": evaluate_all(evaluations)})
-    settings = dataclasses.replace(config.run, best=None)
     return loop.train(
-        task, settings, optim, seed=config.seed, workdir=workdir, mesh=mesh, config=config
+        task,
+        run_config,
+        optim,
+        seed=config.seed,
+        workdir=workdir,
+        mesh=mesh,
+        config=config,
     )
 
 
@@ -84,21 +96,26 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as `run`.
     """
-    _start(config, workdir, mesh, key=key)
+    train, valid, _ = _load(config, workdir)
+    steps = steps_per_epoch(len(train), config.optim.batch)
+    task = _describe(config, steps=steps, length=max(train.longest, valid.longest))
+    run = dataclasses.replace(config.run, best=None)
+    loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
-def _start(
-    config: Config, workdir: epath.Path, mesh: Mesh, *, key: str = "config"
-) -> tuple[Task, "_Pairs", "_Pairs", str]:
-    """The task without data, training and validation pairs, and the content of the tokenizer's
-    file, all checked."""
+def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]:
+    """Training and validation pairs, checked, and the content of the tokenizer's file."""
     tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     valid = _Pairs.of(config, config.data.valid_split, tokenizer)
-    length = max(train.longest, valid.longest)
-    _check(config, tokenizer, length)
+    _check(config, tokenizer, max(train.longest, valid.longest))
+    return train, valid, text
+
+
+def _describe(config: Config, *, steps: int, length: int) -> Task:
+    """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
-    task = Task(
+    return Task(
         title="clip",
         init=functools.partial(init, config),
         rules=partition_rules(config),
@@ -110,10 +127,8 @@ def _start(
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
             "ids": jax.ShapeDtypeStruct((batch, length), np.int32),
         },
-        steps_per_epoch=steps_per_epoch(len(train), config.optim.batch),
+        steps_per_epoch=steps,
     )
-    loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
-    return task, train, valid, text
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
