@@ -1,32 +1,32 @@
 """CLIP's transformer towers, for images and for English text."""
 
 import dataclasses
-import types
-from collections.abc import Callable, Mapping
 from typing import Annotated
 
-import jax
 from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_size
+from cliptrans_jax.towers.tower import (
+    CLIP_PICTURES,
+    TRANSFORMER_RULES,
+    Sentences,
+    Tower,
+    norm,
+    require_heads,
+    require_size,
+)
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
+from common_jax.nn import mlp
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.mlp import INIT, Mlp, gelu, quick_gelu
+from common_jax.nn.mlp import INIT
+from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
-    {"gelu": gelu, "quick_gelu": quick_gelu}
-)
-
-
-def _check_heads(config: "ClipVisionConfig | ClipTextConfig") -> None:
-    if config.width % config.heads:
-        raise FieldError(f"heads={config.heads} must divide width={config.width}")
+ACTIVATIONS = ("gelu", "quick_gelu")  # keys of `common_jax.nn.mlp.ACTIVATIONS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ClipVisionConfig(Section):
       hidden: hidden width F of the MLPs.
       eps: epsilon of every LayerNorm.
       features: width M of a feature.
-      activation: a key of `ACTIVATIONS`.
+      activation: one of `ACTIVATIONS`.
     """
 
     image: Size = 224
@@ -57,7 +57,7 @@ class ClipVisionConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
         if self.image % self.patch:
             raise FieldError(f"patch={self.patch} must divide image={self.image}")
 
@@ -74,13 +74,8 @@ class ClipTextConfig(Section):
     Attributes:
       vocab: token ids V.
       positions: tokens of the longest sentence.
-      width: width D of a token.
-      layers: blocks.
-      heads: attention heads.
-      hidden: hidden width F of the MLPs.
-      eps: epsilon of every LayerNorm.
-      features: width M of a feature.
-      activation: a key of `ACTIVATIONS`.
+
+    The others are those of `ClipVisionConfig`.
     """
 
     vocab: Size = 49408
@@ -95,36 +90,12 @@ class ClipTextConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sentence."""
         return self.positions
-
-
-# The text tower of the CLIP model whose image tower is `ResNetConfig()`.
-RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
-
-
-class Patches(nn.Module):
-    """Cuts images into squares, in raster order, and projects each to the width, without bias.
-
-    Parameters: `kernel` (patch * patch * 3, D), whose rows run over patch row, patch column,
-      channel. A convolution of kernel and stride `patch`, written as one matrix product.
-    """
-
-    config: ClipVisionConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B T D"]:
-        side, patch = self.config.image // self.config.patch, self.config.patch
-        squares = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = squares.reshape(-1, side * side, patch * patch * 3)
-        kernel = self.param("kernel", INIT, (patches.shape[-1], self.config.width))
-        patches, kernel = nn.dtypes.promote_dtype(patches, kernel, dtype=self.dtype)
-        return patches @ kernel
 
 
 class Block(nn.Module):
@@ -138,11 +109,12 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"] | None
     ) -> Float[Array, "B T D"]:
         config = self.config
-        y = _norm(config, self.dtype, "attention_norm")(x)
+        y = norm(config.eps, self.dtype, "attention_norm")(x)
         x = x + SelfAttention(config.heads, True, self.dtype, name="attention")(y, visible)
-        y = _norm(config, self.dtype, "mlp_norm")(x)
-        mlp = Mlp(config.hidden, self.dtype, ACTIVATIONS[config.activation], name="mlp")
-        return constrain(x + mlp(y), "batch", "tokens", "width")
+        y = norm(config.eps, self.dtype, "mlp_norm")(x)
+        activation = mlp.ACTIVATIONS[config.activation]
+        y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(y)
+        return constrain(x + y, "batch", "tokens", "width")
 
 
 class ClipVision(nn.Module):
@@ -165,17 +137,19 @@ class ClipVision(nn.Module):
         """
         config = self.config
         require_size(images, config.image)
-        patches = Patches(config, self.dtype, name="patches")(images)
+        patches = PatchEmbedding(
+            config.patch, config.width, self.dtype, use_bias=False, kernel_init=INIT, name="patches"
+        )(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
         x = jnp.concatenate([first, patches], axis=1) + positions.astype(patches.dtype)
-        x = constrain(_norm(config, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
+        x = constrain(norm(config.eps, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
         self.sow("intermediates", "embedded", x)
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
         self.sow("intermediates", "last_hidden", x)
-        x = _norm(config, self.dtype, "post_norm")(x[:, 0])
+        x = norm(config.eps, self.dtype, "post_norm")(x[:, 0])
         self.sow("intermediates", "pooled", x)
         return _projection(config, self.dtype)(x)
 
@@ -196,9 +170,7 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        ids: Int[Array, "B S"],
-        mask: Bool[Array, "B S"] | Int[Array, "B S"] | None,
+        self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"] | Int[Array, "B S"] | None
     ) -> Float[Array, "B M"]:
         """Features of token ids.
 
@@ -225,7 +197,7 @@ class ClipText(nn.Module):
             visible = visible & (mask != 0)[:, None, None, :]
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, visible)
-        x = _norm(config, self.dtype, "final_norm")(x)
+        x = norm(config.eps, self.dtype, "final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
         pooled = jnp.take_along_axis(x, end_position(ids)[:, None, None], axis=1)[:, 0]
         return _projection(config, self.dtype)(pooled)
@@ -244,26 +216,12 @@ def _projection(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike) -> 
     )
 
 
-def _norm(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
-
-
-# Of both towers. Large matrices are split over fsdp along the width; the rest is replicated.
-PARTITION_RULES = (
+PARTITION_RULES = (  # of both towers
     (r"/words$", P(None, "fsdp")),
     (r"/patches/kernel$", P(None, "fsdp")),
-    (r"/attention/qkv/kernel$", P("fsdp")),
-    (r"/attention/out/kernel$", P(None, None, "fsdp")),
-    (r"/mlp/up/kernel$", P("fsdp")),
-    (r"/mlp/down/kernel$", P(None, "fsdp")),
-    (r"/projection/kernel$", P("fsdp")),
     (r"/(class_token|positions)$", P()),
-    (r"/(bias|scale)$", P()),
+    *TRANSFORMER_RULES,
 )
-
-
-def _all_visible(config: ClipTextConfig, ids: Int[Array, "B S"]) -> None:
-    """No mask is needed: attention is causal, and pads come last."""
 
 
 TEXT = Tower(
@@ -271,7 +229,8 @@ TEXT = Tower(
     config=ClipTextConfig,
     network=ClipText,
     rules=PARTITION_RULES,
-    sentences=Sentences(tokenizer="clip", visible=_all_visible, drops_out=False),
+    # No mask is needed: attention is causal, and pads come last.
+    sentences=Sentences(tokenizer="clip", visible=lambda config, ids: None, drops_out=False),
 )
 VISION = Tower(
     kind="clip_vision",

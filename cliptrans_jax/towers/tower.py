@@ -1,15 +1,18 @@
 """The record that describes a tower to other files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from common_jax.config import FieldError
 from common_jax.mesh import Rules
 
 Channels = tuple[float, float, float]
@@ -49,6 +52,28 @@ CLIP_PICTURES = Pictures(
     std=(0.26862954, 0.26130258, 0.27577711),
     resampling="BICUBIC",
 )
+
+# Of a transformer's blocks and its projection. Large matrices are split over fsdp along the width;
+# the rest is replicated.
+TRANSFORMER_RULES: Rules = (
+    (r"/attention/qkv/kernel$", P("fsdp")),
+    (r"/attention/out/kernel$", P(None, None, "fsdp")),
+    (r"/mlp/up/kernel$", P("fsdp")),
+    (r"/mlp/down/kernel$", P(None, "fsdp")),
+    (r"/projection/kernel$", P("fsdp")),
+    (r"/(bias|scale)$", P()),
+)
+
+
+def norm(eps: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """A LayerNorm whose variance is that of torch's, not E[x^2] - E[x]^2."""
+    return nn.LayerNorm(eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def require_heads(width: int, heads: int) -> None:
+    """Raises FieldError unless the width splits into heads."""
+    if width % heads:
+        raise FieldError(f"heads={heads} must divide width={width}")
 
 
 def require_size(images: jax.Array, side: int) -> None:
@@ -92,6 +117,11 @@ class Tower:
             ids = jnp.zeros((1, 2), jnp.int32)
             inputs = (ids, self.sentences.visible(config, ids))
         return self.network(config, dtype).init(key, *inputs)["params"]
+
+    def shapes(self, config: Any) -> Mapping[str, Any]:
+        """Shapes of the parameters."""
+        init = functools.partial(self.init, config, jnp.float32)
+        return jax.eval_shape(init, jax.random.key(0))
 
     def apply(
         self,
