@@ -342,6 +342,20 @@ def test_published_sizes_are_told_by_the_tensors(name):
     assert inferred.assumed[f"config.{section}.heads"] == sizes.heads
 
 
+@pytest.mark.parametrize("by_stage", [False, True])
+def test_blocks_with_experts_are_counted_through_the_network(config_file, by_stage):
+    config = config_of(config_file)
+    model = dataclasses.replace(config.model, moe_blocks="1,3", depths=(2, 1, 1))
+    config = dataclasses.replace(config, model=model)
+    tensors = hollow("vmoe", config)
+    if by_stage:
+        tensors = listed_by_stage(tensors, model.depths)
+    file = File(pathlib.Path("a"), tensors, {})
+    inferred = pretrained.infer_config(Source("vmoe", (file,), guessed=False), ["model.heads"])
+    assert inferred.read["config.model.moe_blocks"] == "1,3"
+    assert inferred.read["config.model.moe.experts"] == model.moe.experts
+
+
 def test_help_has_a_line_for_every_kind(capsys):
     with pytest.raises(SystemExit) as stop:
         convert_weights.parse(["--help"])

@@ -23,11 +23,16 @@ class Account:
       assumed: (field of the config, value) that neither the file nor the caller specifies.
     """
 
-    taken: tuple[tuple[str, str, tuple[int, ...]], ...]
+    taken: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     assumed: tuple[tuple[str, str], ...] = ()
+
+    def __add__(self, other: "Account") -> "Account":
+        """The account of both files, or of both parts of one."""
+        names = (field.name for field in dataclasses.fields(self))
+        return Account(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def format_account(account: Account) -> str:
