@@ -84,7 +84,7 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
         read["depths"] = depths
     blocks = max(1, count_blocks(file.tensors))
     depths = (1,) * blocks if kind.form.shallow else (blocks,)
-    assumed |= PUBLISHED | _images(read) | {"depths": depths} | agreed
+    assumed = agreed | assumed | PUBLISHED | _images(read) | {"depths": depths}
     return _make(kind, file, read, {name: x for name, x in assumed.items() if name not in read})
 
 
