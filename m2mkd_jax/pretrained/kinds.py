@@ -16,7 +16,7 @@ from m2mkd_jax.families import FAMILIES, Family, family_of
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import SECTIONS, module_network, whole_network
 from m2mkd_jax.phases.phase import FileKind
-from m2mkd_jax.pretrained.parts import Tensors, named_elsewhere
+from m2mkd_jax.pretrained.parts import ELSEWHERE, Tensors, find
 from m2mkd_jax.stages import stage_name
 
 
@@ -112,10 +112,11 @@ def guess(tensors: Tensors, plain: Mapping[str, Any], file: str) -> str:
         marker = files.stage_marker if kind.form.single else files.marker
         formats.append((name, marker, kind.examples))
     claims = [claim for claim in rank_kinds(formats, names) if not claim.prefix]
-    if not claims and (whose := named_elsewhere(names)):
+    whose = [owner for regex, owner in ELSEWHERE.items() if find(names, regex)]
+    if not claims and whose:
         raise ValueError(
-            f"{file} holds a ViT under {whose} names, which are not read: take timm's file of the "
-            "same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
+            f"{file} holds a ViT under {whose[0]} names, which are not read: take timm's file of "
+            "the same model, such as timm/vit_base_patch16_224.augreg_in21k_ft_in1k or "
             "timm/deit_base_patch16_224.fb_in1k"
         )
     if not claims:

@@ -55,25 +55,10 @@ def foreign_parts(names: Collection[str]) -> str:
     )
 
 
-def is_foreign(name: str) -> bool:
-    """True for a tensor of such a part."""
-    return any(re.fullmatch(regex, name) for regex in FOREIGN)
-
-
-def fields_of(names: Iterable[str]) -> list[str]:
-    """Fields of a ViT's section that decide about tensors of these names."""
-    return [field for field, regex in PARTS.items() if find(names, regex)]
-
-
 def is_headless(names: Collection[str]) -> bool:
     """True for names of a whole ViT without its classifier, as timm's num_classes=0 leaves it."""
     ends, starts = find(names, r"norm\.weight|fc_norm\..*"), find(names, "cls_token|pos_embed")
     return bool(ends and starts) and "head.weight" not in names
-
-
-def named_elsewhere(names: Collection[str]) -> str:
-    """Whose names these are, "Hugging Face's" or "torchvision's", or ""."""
-    return next((whose for regex, whose in ELSEWHERE.items() if find(names, regex)), "")
 
 
 def find(names: Iterable[str], regex: str) -> str:

@@ -19,7 +19,7 @@ from m2mkd_jax.config import Config, InitConfig, SourcesConfig
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same
 from m2mkd_jax.pretrained.kinds import KINDS, Kind, count_blocks, guess
-from m2mkd_jax.pretrained.parts import Tensors, fields_of, foreign_parts, is_foreign, is_headless
+from m2mkd_jax.pretrained.parts import PARTS, Tensors, find, foreign_parts, is_headless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +250,9 @@ def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> 
         )
     names = [problem.split()[0] for problem in problems]
     lacks_head = {name for name in names if name.startswith("head.") and name not in state}
-    if not lines or not all(is_foreign(name) or name in lacks_head for name in names):
-        shown = ", ".join(f"{section}.{field}" for field in fields_of(names) if is_vit)
+    if not lines or not all(name in lacks_head or foreign_parts([name]) for name in names):
+        fields = [field for field, regex in PARTS.items() if is_vit and find(names, regex)]
+        shown = ", ".join(f"{section}.{field}" for field in fields)
         lines.append(
             f"give the {section} and config.data of the network in the file (its position table is "
             "resized by the phase that takes it)" + (f", {shown} among them" if shown else "")

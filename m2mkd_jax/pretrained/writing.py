@@ -22,13 +22,8 @@ from m2mkd_jax.stages import stage_name
 
 
 def kind_of_run(config: Config, tree: Mapping[str, Any], *, single: bool = False) -> str:
-    """The kind of file that a run's parameters make.
-
-    Args:
-      config: of the run.
-      tree: what its checkpoint holds, {role: {"stage_0": ...}}.
-      single: whether a single stage of them is meant.
-    """
+    """The kind of file that a run's parameters make, {role: {"stage_0": ...}}, or that `single`
+    stages of them make."""
     role = PHASES[config.phase].role
     family = family_of_role(config, role)
     alike = [name for name, kind in KINDS.items() if kind.role == role and kind.family is family]
