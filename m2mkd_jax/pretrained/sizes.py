@@ -100,8 +100,8 @@ def _make(kind: Kind, file: File, read: Mapping[str, Any], assumed: Mapping[str,
         frozen = freeze(Config, config)
     except ValueError as error:
         raise ValueError(f"{file.path} says {error}") from None
-    plain = vars(network)
-    shown = {name: x for name, x in read.items() if name not in PARTS or x != plain[name]}
+    usual = {name: getattr(network, name) for name in PARTS if name not in SIZES}
+    shown = {name: x for name, x in read.items() if name not in usual or x != usual[name]}
     whole = (paths(some, kind.section).items() for some in (shown, assumed))
     return Inferred(frozen, *({f"config.{path}": x for path, x in some} for some in whole))
 
