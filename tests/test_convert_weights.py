@@ -269,6 +269,13 @@ def test_what_is_asked_for_wrongly_is_said(tmp_path, config_file, capsys, flags,
     assert said in refusal(capsys, tmp_path / "a.pth", tmp_path / "run", *flags)
 
 
+def test_a_module_of_a_network_whose_file_is_whole_is_refused(tmp_path, config_file, capsys):
+    torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
+    convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")
+    said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=1")
+    assert "is of kind='vmoe', whose files hold a whole network: leave out --config.m" in said
+
+
 def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys):
     config = config_of(config_file)
     for seed in (0, 1):
@@ -282,6 +289,8 @@ def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys)
     assert_same({name: first[name] for name in second}, second)
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--kind=meta")
     assert "is of kind 'teacher', and not --kind=meta" in said
+    said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=9")
+    assert "holds stage_0, stage_1, stage_2 of kind='teacher_module'" in said
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.seed=1")
     assert "only --config.module=K" in said
     assert "no finished checkpoint" in refusal(capsys, tmp_path, tmp_path / "b.pth")

@@ -23,16 +23,11 @@ class Account:
       assumed: (field of the config, value) that neither the file nor the caller specifies.
     """
 
-    taken: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    taken: tuple[tuple[str, str, tuple[int, ...]], ...]
     aliases: tuple[tuple[str, str], ...] = ()
     dropped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     assumed: tuple[tuple[str, str], ...] = ()
-
-    def __add__(self, other: "Account") -> "Account":
-        """The account of both files, or of both parts of one."""
-        names = (field.name for field in dataclasses.fields(self))
-        return Account(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def format_account(account: Account) -> str:
@@ -88,6 +83,12 @@ def list_problems(problems: Sequence[str], *, indent: str = "\n  ") -> str:
     if len(shown) < len(lines):
         shown.append(f"and {len(lines) - len(shown)} more kinds of problem, {len(problems)} in all")
     return "".join(indent + line for line in shown)
+
+
+def join(*accounts: Account) -> Account:
+    """The account of several files, or of several parts of one."""
+    names = (field.name for field in dataclasses.fields(Account))
+    return Account(*(sum((getattr(one, name) for one in accounts), ()) for name in names))
 
 
 def fold(path: str) -> str:

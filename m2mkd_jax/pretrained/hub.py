@@ -12,6 +12,11 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.phases.weights import same_numbers
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+# Field of config.data -> its name in timm's pretrained_cfg, and in Hugging Face's preprocessor.
+TIMM = {"mean": "mean", "std": "std"}
+HUGGING_FACE = {"mean": "image_mean", "std": "image_std"}
+# timm's global_pool -> `pool` of a ViT's section.
+POOLS = {"token": "class", "avg": "mean", "map": "attention"}
 # Arguments of timm's models that tensors show, or that change nothing in evaluation. Any other may
 # change what is computed without a trace in the tensors.
 HARMLESS = (
@@ -23,7 +28,7 @@ HARMLESS = (
 )
 # Field of a ViT's section -> argument of timm's models, and our value of each that is known here.
 ARGUMENTS = {
-    "pool": ("global_pool", {"token": "class", "avg": "mean", "map": "attention"}),
+    "pool": ("global_pool", POOLS),
     "activation": ("act_layer", {name: name for name in ACTIVATIONS}),
     "positions": ("no_embed_class", {True: "patches", False: "all"}),
 }
@@ -71,10 +76,10 @@ def read_beside(path: Path) -> Beside:
     if not isinstance(architecture, str):
         raise ValueError(f"{file}: architecture={brief(architecture)} must be a text")
     fields = _network(about, file) if architecture else {}
-    images = _images(timm, "", file)
+    images = _images(timm, TIMM, file)
     if not images and PREPROCESSOR in files:
         file = folder / PREPROCESSOR
-        images = _images(files[PREPROCESSOR], "image_", file)
+        images = _images(files[PREPROCESSOR], HUGGING_FACE, file)
     return Beside(str(file), images | fields, architecture)
 
 
@@ -127,11 +132,13 @@ def _network(about: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return stated
 
 
-def _images(content: Mapping[str, Any], prefix: str, file: Path) -> dict[str, tuple[float, ...]]:
-    """Mean and std of images, if a file has them under these names with a prefix."""
+def _images(
+    content: Mapping[str, Any], keys: Mapping[str, str], file: Path
+) -> dict[str, tuple[float, ...]]:
+    """Mean and std of images, if a file has them under these keys."""
     found = {}
-    for name in ("mean", "std"):
-        if (value := content.get(prefix + name)) is None:
+    for name, key in keys.items():
+        if (value := content.get(key)) is None:
             continue
         if not (
             isinstance(value, list)
@@ -139,6 +146,6 @@ def _images(content: Mapping[str, Any], prefix: str, file: Path) -> dict[str, tu
             and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
             and all(abs(x) < 1e6 and (name == "mean" or x > 0) for x in value)
         ):
-            raise ValueError(f"{file}: {prefix}{name}={brief(value)} must be a list of numbers")
+            raise ValueError(f"{file}: {key}={brief(value)} must be a list of numbers")
         found[f"data.{name}"] = tuple(map(float, value))
     return found

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from common_jax.config import did_you_mean
 from common_jax.weights import Account, read_plain, read_weights, weights_file
+from common_jax.weights.account import join
 from common_jax.weights.files import TORCH_SUFFIXES
 from common_jax.weights.table import Pretrained, as_float32, choose_prefix, read, take_prefix
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
@@ -38,7 +39,7 @@ class File:
     tensors: Tensors
     plain: Mapping[str, Any]
     beside: Beside = Beside()
-    others: Account = Account()
+    others: Account = Account(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
       ValueError: naming every tensor that is missing, unknown or of another shape, numbers that are
         not finite, modules that are there twice, and a mean or std that is not the folder's.
     """
-    kind, trees, account = KINDS[source.kind], {}, Account()
+    kind, trees, accounts = KINDS[source.kind], {}, []
     several = len(source.files) > 1
     for file in source.files:
         require_same(file.beside, config, kind.section, overridden)
@@ -110,7 +111,8 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
                 f"{file.path} holds {twice[0]}, and so does a file beside it; a folder must have "
                 "each module once"
             )
-        trees, account = trees | params, account + own
+        trees |= params
+        accounts.append(own)
     module = "all"
     if PHASES[kind.phase].modular:
         module = "+".join(sorted((name.removeprefix("stage_") for name in trees), key=int))
@@ -123,7 +125,7 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
         recipes={},
     )
     origin = str(source.files[0].path.parent if several else source.files[0].path)
-    return Pretrained(source.kind, made, {kind.role: trees}, account, origin)
+    return Pretrained(source.kind, made, {kind.role: trees}, join(*accounts), origin)
 
 
 def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
@@ -199,7 +201,8 @@ def _read(path: Path, weights: str) -> File:
     prefix = choose_prefix(markers, stored.tensors, prefix, str(path))
     tensors, others = take_prefix(stored.tensors, prefix)
     plain = read_plain(path) if path.is_file() else {}
-    return File(path, tensors, plain, read_beside(path), Account(notes=stored.notes) + others)
+    account = join(Account((), notes=stored.notes), others)
+    return File(path, tensors, plain, read_beside(path), account)
 
 
 def _load_file(
@@ -227,11 +230,9 @@ def _load_file(
     taken = tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken)
     notes = tuple(f"{kind.role}/{path} is left out: config.sources.fresh" for path in fresh)
     params = as_float32(params, str(file.path))
-    account = Account(dropped=others) + dataclasses.replace(account, taken=taken)
-    return (
-        jax.tree.map(lambda x: np.asarray(x, order="C"), params),
-        file.others + account + Account(notes=notes),
-    )
+    params = jax.tree.map(lambda x: np.asarray(x, order="C"), params)
+    account = dataclasses.replace(account, taken=taken, notes=(*account.notes, *notes))
+    return params, join(file.others, Account((), dropped=others), account)
 
 
 def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> str:
