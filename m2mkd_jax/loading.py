@@ -1,10 +1,12 @@
 """Loading a trained network from a workdir."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
+from flax import traverse_util
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
@@ -40,8 +42,9 @@ def load_model(
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
       ValueError: when the run trained several modules and `module` is none of them, no checkpoint
-        in the workdir is from its run, or it is from the other system; and by `apply`, for x of
-        another shape or type.
+        in the workdir is from its run, it is from the other system, or it was converted without
+        parameters that the network needs, such as its head; and by `apply`, for x of another shape
+        or type.
     """
     source = checkpoint.find_step(source)
     saved = checkpoint.load_config(source)
@@ -59,8 +62,11 @@ def load_model(
     )
     if stage is None:
         whole = whole_network(config, role)
+        _require_all(params, whole.init, config, str(source))
         return lambda params, x: whole.apply(params, prepare(x, config))[0], params
     network = module_network(config, role)
+    init = functools.partial(network.init, only=(stage,))
+    _require_all({name: params}, init, config, str(source))
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         example = network.stages[stage].example(1)
@@ -68,6 +74,23 @@ def load_model(
         return network.apply(params, x, start=stage, stop=stage + 1)[0]
 
     return apply, {name: params}
+
+
+def _require_all(
+    params: Any, init: Callable[[jax.Array], Any], config: Config, source: str
+) -> None:
+    """Raises ValueError for parameters without some that `init` makes, as a conversion leaves out
+    those that config.sources.fresh names."""
+    if not config.sources.fresh:
+        return
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    all_paths, there = (traverse_util.flatten_dict(tree, sep="/") for tree in (shapes, params))
+    if absent := sorted(all_paths.keys() - there):
+        raise ValueError(
+            f"{source} was converted with config.sources.fresh={config.sources.fresh!r}, without "
+            f"{', '.join(absent[:4])}, which its network needs: convert a file that has them, such "
+            "as one with its classifier, or read the parameters with common_jax.checkpoint.load"
+        )
 
 
 def _stage(config: Config, module: int | None) -> int | None:

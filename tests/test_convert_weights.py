@@ -269,6 +269,13 @@ def test_what_is_asked_for_wrongly_is_said(tmp_path, config_file, capsys, flags,
     assert said in refusal(capsys, tmp_path / "a.pth", tmp_path / "run", *flags)
 
 
+def test_a_module_of_a_network_whose_file_is_whole_is_refused(tmp_path, config_file, capsys):
+    torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
+    convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")
+    said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=1")
+    assert "is of kind='vmoe', whose files hold a whole network: leave out --config.m" in said
+
+
 def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys):
     config = config_of(config_file)
     for seed in (0, 1):
@@ -282,6 +289,8 @@ def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys)
     assert_same({name: first[name] for name in second}, second)
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--kind=meta")
     assert "is of kind 'teacher', and not --kind=meta" in said
+    said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=9")
+    assert "holds stage_0, stage_1, stage_2 of kind='teacher_module'" in said
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.seed=1")
     assert "only --config.module=K" in said
     assert "no finished checkpoint" in refusal(capsys, tmp_path, tmp_path / "b.pth")
@@ -340,6 +349,20 @@ def test_published_sizes_are_told_by_the_tensors(name):
     assert inferred.config.interface == Interface(side, 3, 1000)
     assert inferred.read[f"config.{section}.width"] == sizes.width
     assert inferred.assumed[f"config.{section}.heads"] == sizes.heads
+
+
+@pytest.mark.parametrize("by_stage", [False, True])
+def test_blocks_with_experts_are_counted_through_the_network(config_file, by_stage):
+    config = config_of(config_file)
+    model = dataclasses.replace(config.model, moe_blocks="1,3", depths=(2, 1, 1))
+    config = dataclasses.replace(config, model=model)
+    tensors = hollow("vmoe", config)
+    if by_stage:
+        tensors = listed_by_stage(tensors, model.depths)
+    file = File(pathlib.Path("a"), tensors, {})
+    inferred = pretrained.infer_config(Source("vmoe", (file,), guessed=False), ["model.heads"])
+    assert inferred.read["config.model.moe_blocks"] == "1,3"
+    assert inferred.read["config.model.moe.experts"] == model.moe.experts
 
 
 def test_help_has_a_line_for_every_kind(capsys):

@@ -62,7 +62,7 @@ def make_state(kind, config, stage=None, *, seed=0):
         _EXPECTED[key] = expected_tensors(names.table(config, stage), names.shapes(config, stage))
     state, of_path = {}, {}
     for name, (path, shape) in _EXPECTED[key].items():
-        array = of_path.get(path) if names.is_nac else None
+        array = of_path.get(path) if kind.startswith("nac") else None
         array = rng.standard_normal(shape).astype(np.float32) if array is None else array
         state[name] = of_path[path] = array
     return state

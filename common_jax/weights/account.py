@@ -80,6 +80,12 @@ def list_problems(problems: Sequence[str]) -> str:
     return "".join(shown)
 
 
+def join(*accounts: Account) -> Account:
+    """The account of several files, or of several parts of one."""
+    names = (field.name for field in dataclasses.fields(Account))
+    return Account(*(sum((getattr(one, name) for one in accounts), ()) for name in names))
+
+
 def fold(path: str) -> str:
     """A path or a name with "*" for the numbers of layers."""
     return re.sub(r"(?<=[._])\d+(?=[./_]|$)", "*", path)

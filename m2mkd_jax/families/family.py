@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 
 from common_jax.mesh import Rules
 from common_jax.optim import OptimConfig
 from common_jax.weights import Adapt, Allowance, Origin
+from common_jax.weights.table import Table
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.regularizers import RegularizersConfig
 from m2mkd_jax.stages import Network
@@ -93,6 +95,39 @@ def _accept(*arguments: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class FileNames:
+    """The names of a family's tensors in published files, of a whole network or of a single stage.
+
+    Attributes:
+      network: what to call the network.
+      table: (section, channels of an image, stage) -> the names of a stage's tensors, by our paths
+        in it, or those of the whole network if `stage` is None.
+      examples: sections of small networks, whose tables distinguish kinds of files.
+      marker, stage_marker: regex of a tensor that every file of the network, or of a stage, has.
+      first, last: tensors that no stage but the first, or the last, has.
+      sizes: tensors of a whole network -> fields of the section that they show beyond a ViT's, or
+        of the config by their whole path ("meta.width"); None if the network is no ViT.
+      variants: published networks by name: image side, depth, and fields of the section.
+      config, stage_config: an example of the config that files of the network, or of a stage, need
+        since tensors do not show all sizes; "" if they do.
+    """
+
+    network: str
+    table: Callable[[Any, int, int | None], Table]
+    examples: tuple[Any, ...]
+    marker: str
+    stage_marker: str
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    sizes: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None
+    variants: Mapping[str, tuple[int, int, Mapping[str, Any]]] = dataclasses.field(
+        default_factory=dict
+    )
+    config: str = ""
+    stage_config: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of network.
 
@@ -105,6 +140,7 @@ class Family:
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
       head: regex of the classifier's parameters.
+      files: the names of its tensors in published files.
       adapt: section -> functions that give parameters another shape, such as a larger position
         table, by a regex of paths below the role.
       left: section -> parameters of the modules that have no place in the whole network.
@@ -125,6 +161,7 @@ class Family:
     modules: Callable[[Any, Context, float], Network]
     rules: Rules
     head: str
+    files: FileNames
     adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()

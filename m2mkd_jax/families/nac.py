@@ -2,6 +2,7 @@
 
 from common_jax.config import FieldError
 from common_jax.weights import Allowance
+from common_jax.weights.table import Table
 from m2mkd_jax.families.circuit import (
     CAPTION,
     PICTURE,
@@ -12,11 +13,12 @@ from m2mkd_jax.families.circuit import (
     sketch_circuit,
     start_circuit,
 )
-from m2mkd_jax.families.family import Context, Family, Preparation
-from m2mkd_jax.nac import model
+from m2mkd_jax.families.family import Context, Family, FileNames, Preparation
+from m2mkd_jax.nac import model, names
+from m2mkd_jax.nac.layers import LinearConfig
 from m2mkd_jax.nac.model import NacConfig
 from m2mkd_jax.nac.network import NacNetwork
-from m2mkd_jax.stages import Network
+from m2mkd_jax.stages import Network, Place
 
 
 def build_whole(section: NacConfig, context: Context, drop_path: float) -> NacNetwork:
@@ -81,6 +83,26 @@ def check_noise(section: NacConfig, noise: str) -> None:
         )
 
 
+def table(section: NacConfig, channels: int, stage: int | None) -> Table:
+    """The names of the whole network's tensors, or of a student's."""
+    if stage is None:
+        return names.network_table(section)
+    return names.student_table(section, Place.of(stage, len(section.depths)))
+
+
+FILES = FileNames(
+    network="NAC",
+    table=table,
+    examples=tuple(
+        NacConfig(linear=LinearConfig(kind=kind), iterations=1) for kind in names.CODE_LINEAR
+    ),
+    marker=r"latent_graphs\.\d+\..*",
+    stage_marker=r"(?:tokenizer\.backbone|latent_attention)\..*",
+    first=("tokenizer.positional_grid.grid",),
+    last=("tokenizer.to_logits.weight",),
+    config="configs/m2mkd/nac_imagenet.py",
+    stage_config="configs/m2mkd/nac_imagenet.py",
+)
 FAMILY = Family(
     config=NacConfig,
     roles=("model",),
@@ -88,6 +110,7 @@ FAMILY = Family(
     modules=build_modules,
     rules=model.PARTITION_RULES,
     head=r"\w+/stage_\d+/pooling/head/.*",
+    files=FILES,
     left=left,
     fresh=fresh,
     check_noise=check_noise,

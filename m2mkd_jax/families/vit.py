@@ -1,12 +1,14 @@
 """The family of ViTs: meta models and teachers."""
 
+import dataclasses
 from typing import Any
 
 from common_jax.weights import Adapt
-from m2mkd_jax.families.family import Context, Family
-from m2mkd_jax.models import encoder, vit
+from common_jax.weights.table import Table
+from m2mkd_jax.families.family import Context, Family, FileNames
+from m2mkd_jax.models import encoder, vit, vit_names
 from m2mkd_jax.models.positions import resizer
-from m2mkd_jax.stages import Network
+from m2mkd_jax.stages import Network, Place
 
 HEAD = r"\w+/stage_\d+/head/.*"
 
@@ -31,6 +33,33 @@ def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
     return {r".*/pos_embed": resizer(section.encoder.leading_positions)}
 
 
+def table(section: vit.ViTConfig, channels: int, stage: int | None, *, experts: int = 0) -> Table:
+    """The names of the whole network's tensors, or of a stage's; `experts` are a V-MoE's."""
+    layout = {
+        "heads": section.heads,
+        "channels": channels,
+        "experts": experts,
+        "norm_after_pool": section.norm_after_pool,
+    }
+    if stage is None:
+        return vit_names.network_table(section.depths, **layout)
+    place = Place.of(stage, len(section.depths))
+    return vit_names.stage_table(section.depths[stage], place, **layout)
+
+
+_MARKER = r"(?:stages\.\d+\.)?blocks\.\d+\.norm1\.weight"
+_SMALL = vit.ViTConfig(depths=(1, 1, 1))
+FILES = FileNames(
+    network="ViT",
+    table=table,
+    examples=(_SMALL, dataclasses.replace(_SMALL, norm_after_pool=True)),
+    marker=_MARKER,
+    stage_marker=_MARKER,
+    first=("patch_embed.proj.weight", "cls_token"),
+    last=("head.weight",),
+    sizes=lambda tensors: {},
+    variants=vit.VARIANTS | vit.PRETRAINED,
+)
 FAMILY = Family(
     config=vit.ViTConfig,
     roles=("meta", "teacher"),
@@ -38,6 +67,7 @@ FAMILY = Family(
     modules=build,
     rules=vit.PARTITION_RULES,
     head=HEAD,
+    files=FILES,
     adapt=resize,
     tokens=tokens,
     leading=leading,

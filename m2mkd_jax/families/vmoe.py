@@ -1,8 +1,15 @@
 """The family of V-MoEs: m2mKD students whose experts may start from a dense ViT."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from common_jax.weights import Allowance
+from common_jax.weights.table import Table
+from m2mkd_jax.families import vit
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
 from m2mkd_jax.families.vit import HEAD, leading, resize
@@ -48,6 +55,34 @@ def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -
         check_moe(section.moe, mesh_sizes, batch)
 
 
+def table(section: VMoEConfig, channels: int, stage: int | None) -> Table:
+    """The names of the whole network's tensors, or of a stage's."""
+    return vit.table(section, channels, stage, experts=section.moe.experts)
+
+
+def sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Fields of the section that the tensors of a whole V-MoE show beyond a ViT's."""
+    blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.moe\.", name))}
+    fields = {"moe_blocks": ",".join(sorted(blocks, key=int)) or "none"}
+    fields["moe.router_bias"] = any(name.endswith("moe.gate.gate.bias") for name in tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("moe.gate.gate.weight") and tensor.ndim:
+            fields["moe.experts"] = tensor.shape[0]
+        elif name.endswith("pre_stitch.ln.weight") and tensor.ndim:
+            fields |= {"stitches": "kept", "meta.width": tensor.shape[0]}
+    return fields
+
+
+_SMALL = VMoEConfig(depths=(1, 1, 1))
+FILES = dataclasses.replace(
+    vit.FILES,
+    network="V-MoE",
+    table=table,
+    examples=(_SMALL, dataclasses.replace(_SMALL, norm_after_pool=True)),
+    sizes=sizes,
+    variants=vmoe.VARIANTS,
+    stage_config="configs/m2mkd/vmoe_base.py",
+)
 FAMILY = Family(
     config=VMoEConfig,
     roles=("model",),
@@ -55,6 +90,7 @@ FAMILY = Family(
     modules=build_modules,
     rules=vmoe.PARTITION_RULES,
     head=HEAD,
+    files=FILES,
     adapt=resize,
     left=left,
     leading=leading,

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, WeightSource
 from m2mkd_jax.phases.training import train_phase, whole_training
 from m2mkd_jax.phases.weights import require_stage_sources, take_weights
 from m2mkd_jax.stages import stage_name
@@ -21,20 +21,15 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         for i, source in enumerate(sources)
     ]
     return train_phase(
-        describe(config, mesh),
+        whole_training(PHASE, config),
         workdir,
         mesh,
         warm_start=lambda shapes: take_weights(config, shapes, origins),
     )
 
 
-def describe(config: Config, mesh: Mesh) -> Training:
-    """The whole teacher, on any mesh."""
-    return whole_training(PHASE, config)
-
-
 PHASE = Phase(
-    describe=describe,
+    describe=lambda config, mesh: whole_training(PHASE, config),
     run=run,
     role="teacher",
     reads=("teacher",),
@@ -44,4 +39,13 @@ PHASE = Phase(
     folder="teacher",
     makes="teacher",
     replaceable=True,
+    files=(
+        FileKind("teacher", "a whole {network} or DeiT, timm's too, as teacher (FT)"),
+        FileKind(
+            "teacher_module",
+            "a module cut from a teacher, or a folder of all",
+            single=True,
+            cut=True,
+        ),
+    ),
 )

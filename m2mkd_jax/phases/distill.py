@@ -18,7 +18,7 @@ from m2mkd_jax.phases.networks import (
     teacher_network,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
@@ -77,4 +77,7 @@ PHASE = Phase(
     sources=(WeightSource("meta"), WeightSource("teacher")),
     folder="students",
     makes="students",
+    files=(
+        FileKind("{family}_student", "a {network} student module, or a folder of all", single=True),
+    ),
 )

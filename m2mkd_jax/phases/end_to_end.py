@@ -15,7 +15,7 @@ from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
 from m2mkd_jax.phases.networks import parameter_shapes, teacher_network, whole_student
 from m2mkd_jax.phases.objective import Forward
-from m2mkd_jax.phases.phase import Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
 from m2mkd_jax.phases.training import check_training, train_phase, whole_training
 from m2mkd_jax.phases.weights import require_source, require_stage_sources, take_weights
 from m2mkd_jax.stages import Network, stage_name
@@ -134,4 +134,5 @@ PHASE = Phase(
     ood=True,
     folder="end_to_end",
     makes="network",
+    files=(FileKind("{family}", "a whole {network}"),),
 )

@@ -109,6 +109,25 @@ class Training:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class FileKind:
+    """A kind of published file, whose parameters a phase could have made.
+
+    Attributes:
+      name: of the kind; {family} is the family's of the network.
+      about: the file, for people; {network} is what the network is called.
+      single: whether it has one stage of the network.
+      cut: whether it has the layout of a module that the original cut from a trained teacher.
+      shallow: whether each stage of the network has one block.
+    """
+
+    name: str
+    about: str
+    single: bool = False
+    cut: bool = False
+    shallow: bool = False
+
+
 def config_feed(
     training: Training, workdir: epath.Path, splits: Splits | tuple[None, None] = (None, None)
 ) -> Feed:
@@ -153,6 +172,7 @@ class Phase:
       makes: field of config.sources that names its workdir in later phases.
       replaceable: whether a workdir in config.sources.MAKES replaces it in a pipeline.
       optional: whether a pipeline skips it if it has no recipe.
+      files: the kinds of published files with parameters that it could have made.
     """
 
     describe: Callable[[Config, Mesh], Training]
@@ -171,6 +191,7 @@ class Phase:
     makes: str = ""
     replaceable: bool = False
     optional: bool = False
+    files: tuple[FileKind, ...] = ()
 
     def all_reads(self) -> tuple[str, ...]:
         """Sections and fields of the config that it reads; setting any other changes nothing."""

@@ -6,22 +6,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from m2mkd_jax.config import Config
-from m2mkd_jax.phases.phase import Phase, Training
+from m2mkd_jax.phases.phase import FileKind, Phase
 from m2mkd_jax.phases.training import train_phase, whole_training
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the meta model and saves its parameters under "meta"."""
-    return train_phase(describe(config, mesh), workdir, mesh)
-
-
-def describe(config: Config, mesh: Mesh) -> Training:
-    """The meta model, on any mesh."""
-    return whole_training(PHASE, config)
+    return train_phase(whole_training(PHASE, config), workdir, mesh)
 
 
 PHASE = Phase(
-    describe=describe,
+    describe=lambda config, mesh: whole_training(PHASE, config),
     run=run,
     role="meta",
     reads=("meta",),
@@ -30,4 +25,5 @@ PHASE = Phase(
     folder="meta",
     makes="meta",
     replaceable=True,
+    files=(FileKind("meta", "a whole {network} as meta model (PT)", shallow=True),),
 )

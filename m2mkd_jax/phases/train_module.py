@@ -18,7 +18,7 @@ from m2mkd_jax.phases.networks import (
     parameter_shapes,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import Phase, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import require_source, take_weights
 from m2mkd_jax.stages import module_name
@@ -82,4 +82,5 @@ PHASE = Phase(
     sources=(WeightSource("meta"),),
     folder="modules",
     makes="modules",
+    files=(FileKind("module", "a module as phase train_module makes it (MT)", single=True),),
 )

@@ -13,23 +13,14 @@ from flax import traverse_util
 
 from common_jax.config import did_you_mean
 from common_jax.weights import Account, read_plain, read_weights, weights_file
+from common_jax.weights.account import join
 from common_jax.weights.files import TORCH_SUFFIXES
-from common_jax.weights.table import (
-    Pretrained,
-    Table,
-    as_float32,
-    choose_prefix,
-    read,
-    take_prefix,
-)
+from common_jax.weights.table import Pretrained, as_float32, choose_prefix, read, take_prefix
 from m2mkd_jax.config import Config, InitConfig, SourcesConfig
-from m2mkd_jax.pretrained.foreign import fields_of, foreign_parts, is_foreign, is_headless
+from m2mkd_jax.phases import PHASES
 from m2mkd_jax.pretrained.hub import Beside, read_beside, require_same
-from m2mkd_jax.pretrained.kinds import KINDS, WHOLE, Kind, Tensors, guess
-
-# Of one stage, what only the first or the last has.
-FIRST = ("patch_embed.proj.weight", "cls_token", "tokenizer.positional_grid.grid")
-LAST = ("head.weight", "tokenizer.to_logits.weight")
+from m2mkd_jax.pretrained.kinds import KINDS, Kind, count_blocks, guess
+from m2mkd_jax.pretrained.parts import PARTS, Tensors, find, foreign_parts, is_headless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +77,7 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")
     name = kind or guess(files[0].tensors, files[0].plain, str(files[0].path))
-    if len(files) > 1 and not KINDS[name].single:
+    if len(files) > 1 and not KINDS[name].form.single:
         raise ValueError(
             f"there are {len(files)} files, {', '.join(str(f.path) for f in files)}, and "
             f"kind={name!r} is in one: give that file"
@@ -95,7 +86,8 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
 
 
 def load(source: Source, config: Config, *, overridden: Collection[str] = ()) -> Pretrained:
-    """The parameters that the files of a source hold.
+    """The parameters that the files of a source hold, and the config of a run that could have made
+    them.
 
     Args:
       source: see `find_source`.
@@ -112,29 +104,19 @@ def load(source: Source, config: Config, *, overridden: Collection[str] = ()) ->
     several = len(source.files) > 1
     for file in source.files:
         require_same(file.beside, config, kind.section, overridden)
-        stage = find_stage(file, kind, config, of_many=several) if kind.single else None
-        params, account = _load_file(file, source.kind, config, stage)
+        stage = find_stage(file, kind, config, of_many=several) if kind.form.single else None
+        params, own = _load_file(file, source.kind, config, stage)
         if twice := sorted(trees.keys() & params.keys()):
             raise ValueError(
                 f"{file.path} holds {twice[0]}, and so does a file beside it; a folder must have "
                 "each module once"
             )
         trees |= params
-        accounts.append(account)
-    account = Account(
-        *(sum((getattr(a, f.name) for a in accounts), ()) for f in dataclasses.fields(Account))
-    )
-    made = run_config(config, kind, tuple(trees))
-    origin = str(source.files[0].path.parent if several else source.files[0].path)
-    return Pretrained(source.kind, made, {kind.role: trees}, account, origin)
-
-
-def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
-    """The config of the run that could have made these stages' parameters."""
+        accounts.append(own)
     module = "all"
-    if kind.phase in ("train_module", "distill"):
-        module = "+".join(sorted((name.removeprefix("stage_") for name in stages), key=int))
-    return dataclasses.replace(
+    if PHASES[kind.phase].modular:
+        module = "+".join(sorted((name.removeprefix("stage_") for name in trees), key=int))
+    made = dataclasses.replace(
         config,
         phase=kind.phase,
         module=module,
@@ -142,6 +124,8 @@ def run_config(config: Config, kind: Kind, stages: tuple[str, ...]) -> Config:
         init=InitConfig(),
         recipes={},
     )
+    origin = str(source.files[0].path.parent if several else source.files[0].path)
+    return Pretrained(source.kind, made, {kind.role: trees}, join(*accounts), origin)
 
 
 def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
@@ -153,28 +137,25 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
     Raises:
       ValueError: where nothing says it, or two of these differ.
     """
-    count = len(kind.depths(config))
-    stated = {}
-    if config.module != "all":
-        if len(config.modules()) != 1 or of_many:
-            raise ValueError(
-                f"config.module={config.module!r} must be one number for one file of a module, and "
-                "'all' for a folder of them"
-            )
-        stated["config.module"] = config.modules()[0]
-    if isinstance(file.plain.get("block_index"), int):
-        stated["its block_index"] = file.plain["block_index"]
-    if match := re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem):
-        place = {"ReadIn": 0, "ReadOut": count - 1}.get(match[1], int(match[2] or -1))
-        stated["its name"] = place
-    whole = any(re.match(r"stages\.[1-9]", name) for name in file.tensors)
-    if not whole and any(name in file.tensors for name in FIRST):
-        stated["its embedding"] = 0
-    elif not whole and any(name in file.tensors for name in LAST):
-        stated["its head"] = count - 1
-    number = re.search(r"(\d+)$", file.path.stem)
-    if of_many and number:
-        stated["the number in its name"] = int(number[1])
+    count, names = len(kind.depths(config)), kind.family.files
+    if config.module != "all" and (len(config.modules()) != 1 or of_many):
+        raise ValueError(
+            f"config.module={config.module!r} must be one number for one file of a module, and "
+            "'all' for a folder of them"
+        )
+    index, own = file.plain.get("block_index"), () if _is_of_several(file.tensors) else file.tensors
+    student = re.fullmatch(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?", file.path.stem)
+    ends = {"ReadIn": 0, "ReadOut": count - 1}
+    number = re.search(r"(\d+)$", file.path.stem) if of_many else None
+    words = {
+        "config.module": None if config.module == "all" else config.modules()[0],
+        "its block_index": index if isinstance(index, int) else None,
+        "its name": student and ends.get(student[1], int(student[2] or -1)),
+        "its embedding": 0 if any(name in own for name in names.first) else None,
+        "its head": count - 1 if any(name in own for name in names.last) else None,
+        "the number in its name": number and int(number[1]),
+    }
+    stated = {word: stage for word, stage in words.items() if stage is not None}
     if not stated:
         raise ValueError(
             f"{file.path} does not say which of the {count} modules it holds: give "
@@ -193,32 +174,35 @@ def find_stage(file: File, kind: Kind, config: Config, *, of_many: bool) -> int:
     return stage
 
 
+def without_fresh(
+    shapes: Mapping[str, Any], kind: Kind, config: Config, there: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The shapes without those that config.sources.fresh names, and the paths of these; a path that
+    is `there` stays."""
+    flat, fresh = traverse_util.flatten_dict(shapes, sep="/"), config.sources.fresh
+    named = [path for path in flat if fresh and re.fullmatch(fresh, f"{kind.role}/{path}")]
+    out = [path for path in named if path not in there]
+    kept = {path: shape for path, shape in flat.items() if path not in out}
+    return traverse_util.unflatten_dict(kept, sep="/"), out
+
+
 def _files(path: Path) -> list[Path]:
     if not path.is_dir() or weights_file(path):
         return [path]
     suffixes = (".safetensors", *TORCH_SUFFIXES)
-    found = sorted(file for file in path.iterdir() if file.suffix in suffixes)
-    if not found:
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
-        raise FileNotFoundError(
-            f"{path} holds no file that ends in one of {', '.join(suffixes)}, but {there}"
-        )
-    return found
+    # Without any, `read_weights` says what the folder holds.
+    return sorted(file for file in path.iterdir() if file.suffix in suffixes) or [path]
 
 
 def _read(path: Path, weights: str) -> File:
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
-    tensors, others = take_prefix(
-        stored.tensors, choose_prefix(WHOLE, stored.tensors, prefix, str(path))
-    )
-    return File(
-        path,
-        tensors,
-        read_plain(path) if path.is_file() else {},
-        read_beside(path),
-        dataclasses.replace(others, notes=(*stored.notes, *others.notes)),
-    )
+    markers = {kind.family.files.marker for kind in KINDS.values()}
+    prefix = choose_prefix(markers, stored.tensors, prefix, str(path))
+    tensors, others = take_prefix(stored.tensors, prefix)
+    plain = read_plain(path) if path.is_file() else {}
+    account = join(Account((), notes=stored.notes), others)
+    return File(path, tensors, plain, read_beside(path), account)
 
 
 def _load_file(
@@ -226,68 +210,38 @@ def _load_file(
 ) -> tuple[dict[str, Any], Account]:
     kind = KINDS[name]
     own, others = _own(file.tensors, stage)
-    table, shapes, notes = _leave_fresh(
-        kind.table(config, stage), kind.shapes(config, stage), kind.role, config.sources.fresh
-    )
-
-    def advice(problems: list[str]) -> str:
-        return _advice(problems, own, kind, stage) + _depth_hint(own, kind, config)
-
+    table = kind.table(config, stage)
+    shapes, fresh = without_fresh(kind.shapes(config, stage), kind, config)
+    if config.sources.fresh and not fresh:
+        raise ValueError(
+            f"config.sources.fresh={config.sources.fresh!r} names none of the parameters, such as "
+            f"{kind.role}/{list(table.entries)[-1]}"
+        )
+    left = {re.escape(name) for path in fresh for name in table.entries[path].names}
+    reasons = dict.fromkeys(sorted(left), "config.sources.fresh")
     params, account = read(
-        table,
+        dataclasses.replace(table, left_out={**table.left_out, **reasons}),
         own,
         shapes=shapes,
         file=str(file.path),
         what=f"kind={name!r}",
-        advice=advice,
+        advice=lambda problems: _advice(problems, own, kind, config),
     )
-    account = dataclasses.replace(
-        account,
-        taken=tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken),
-        dropped=(*file.others.dropped, *others, *account.dropped),
-        notes=(*file.others.notes, *account.notes, *notes),
-    )
+    taken = tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken)
+    notes = tuple(f"{kind.role}/{path} is left out: config.sources.fresh" for path in fresh)
     params = as_float32(params, str(file.path))
-    return jax.tree.map(lambda x: np.asarray(x, order="C"), params), account
+    params = jax.tree.map(lambda x: np.asarray(x, order="C"), params)
+    account = dataclasses.replace(account, taken=taken, notes=(*account.notes, *notes))
+    return params, join(file.others, Account((), dropped=others), account)
 
 
-def _leave_fresh(
-    table: Table, shapes: Mapping[str, Any], role: str, fresh: str
-) -> tuple[Table, Mapping[str, Any], tuple[str, ...]]:
-    """Table and shapes without the parameters that start from scratch, and a note of each.
-
-    Raises:
-      ValueError: where `fresh`, config.sources.fresh, names none.
-    """
-    if not fresh:
-        return table, shapes, ()
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    out = [path for path in flat if re.fullmatch(fresh, f"{role}/{path}")]
-    if not out:
-        raise ValueError(
-            f"config.sources.fresh={fresh!r} names none of the parameters, such as "
-            f"{role}/{next(reversed(flat))}"
-        )
-    names = {name for path in out for name in table.entries[path].names}
-    left = {re.escape(name): "config.sources.fresh" for name in sorted(names)}
-    kept = {path: shape for path, shape in flat.items() if path not in out}
-    notes = tuple(f"{role}/{path} is left out: config.sources.fresh" for path in out)
-    return (
-        dataclasses.replace(table, left_out={**table.left_out, **left}),
-        traverse_util.unflatten_dict(kept, sep="/"),
-        notes,
-    )
-
-
-def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) -> str:
+def _advice(problems: list[str], state: Tensors, kind: Kind, config: Config) -> str:
     """The way out for a file that does not fit."""
-    lines = []
-    if not kind.is_nac and (parts := foreign_parts(state)):
-        lines.append(
-            f"the network in the file has {parts}, which no config of m2mKD's ViT has: take a "
-            "model without"
-        )
-    if stage is None and not kind.is_nac and is_headless(state):
+    lines, section = [], f"config.{kind.section}"
+    is_vit = kind.family.files.sizes is not None
+    if is_vit and (foreign := foreign_parts(state)):
+        lines.append(foreign)
+    if is_vit and not kind.form.single and is_headless(state):
         lines.append(
             "the file has no classifier (head.weight), as timm leaves it with num_classes=0, and "
             "the logits of a teacher or meta model need its head: take the file with it, or add "
@@ -297,33 +251,31 @@ def _advice(problems: list[str], state: Tensors, kind: Kind, stage: int | None) 
         )
     names = [problem.split()[0] for problem in problems]
     lacks_head = {name for name in names if name.startswith("head.") and name not in state}
-    if not lines or not all(is_foreign(name) or name in lacks_head for name in names):
-        fields = [] if kind.is_nac else fields_of(names)
-        shown = ", ".join(f"config.{kind.section}.{field}" for field in fields)
+    if not lines or not all(name in lacks_head or foreign_parts([name]) for name in names):
+        fields = [field for field, regex in PARTS.items() if is_vit and find(names, regex)]
+        shown = ", ".join(f"{section}.{field}" for field in fields)
         lines.append(
-            f"give the config.{kind.section} and config.data of the network in the file (its "
-            "position table is resized by the phase that takes it)"
-            + (f", {shown} among them" if shown else "")
+            f"give the {section} and config.data of the network in the file (its position table is "
+            "resized by the phase that takes it)" + (f", {shown} among them" if shown else "")
+        )
+    blocks, depths = count_blocks(state), kind.depths(config)
+    if blocks and not kind.form.single and blocks != sum(depths):
+        lines.append(
+            f"the file has {blocks} blocks, and {section}.depths={depths} are {sum(depths)}"
         )
     return "; ".join(lines)
 
 
+def _is_of_several(tensors: Tensors) -> bool:
+    """True for tensors that are listed by the stages of a network of several."""
+    return any(re.match(r"stages\.[1-9]", name) for name in tensors)
+
+
 def _own(tensors: Tensors, stage: int | None) -> tuple[Tensors, tuple[tuple[str, str], ...]]:
-    """The tensors of a stage under its own names, where the file is of a network of several."""
-    if stage is None or not any(re.match(r"stages\.[1-9]", name) for name in tensors):
+    """The tensors of a stage under its own names, if the file is of a network of several."""
+    if stage is None or not _is_of_several(tensors):
         return tensors, ()
     prefix = f"stages.{stage}."
     own = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     others = (n for n in tensors if not n.startswith(prefix))
     return own, tuple((name, "of other stages, or listed twice") for name in others)
-
-
-def _depth_hint(state: Tensors, kind: Kind, config: Config) -> str:
-    blocks = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
-    depths = kind.depths(config)
-    if kind.single or not blocks or len(blocks) == sum(depths):
-        return ""
-    return (
-        f"; the file has {len(blocks)} blocks, and config.{kind.section}.depths={depths} are "
-        f"{sum(depths)}"
-    )

@@ -1,29 +1,32 @@
-"""The config of a ViT or V-MoE, inferred from its tensors."""
+"""The config of a ViT or V-MoE, inferred from its tensors and the published networks like it."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from common_jax.config import FieldError
+from common_jax.config import freeze, unfreeze
 from common_jax.untrusted import brief
 from m2mkd_jax.config import Config
 from m2mkd_jax.models.vit import ViTConfig
-from m2mkd_jax.moe.config import MoeConfig
-from m2mkd_jax.pretrained.foreign import foreign_parts
-from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths
-from m2mkd_jax.pretrained.parts import OF_CLIP, PARTS, SIZES, published, read_parts
+from m2mkd_jax.pretrained.hub import paths
+from m2mkd_jax.pretrained.kinds import KINDS, Kind, alias_depths, count_blocks
+from m2mkd_jax.pretrained.parts import PARTS, find, foreign_parts, read_parts
 from m2mkd_jax.pretrained.reading import File, Source
-from m2mkd_jax.stages import stage_name
 
 # Mean and std of ImageNet's images, as DeiT and m2mKD have them.
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-# What the published networks have, where no tensor of a middle module says it.
-PUBLISHED_PATCH = 16
-PUBLISHED_DATA = {"image_size": 224, "channels": 3, "labels": 1000}
+IMAGENET = {"data.mean": (0.485, 0.456, 0.406), "data.std": (0.229, 0.224, 0.225)}
+# What the published networks have, if no tensor of a middle module says it.
+PUBLISHED = {"patch": 16, "data.image_size": 224, "data.channels": 3, "data.labels": 1000}
+SIZES = ("width", "hidden", "qkv_bias")  # that networks of one name must share
+NEAREST = ("patch", "data.image_size")  # that tell networks of the same parts apart
+# Fields that tensors do not show, or not exactly.
+UNSEEN = ("heads", "norm_eps", "activation", "layer_scale", "mlp_ratio")
+# Fields that tell CLIP's networks apart from others with the same tensors.
+OF_CLIP = ("activation", "norm_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,139 +55,79 @@ def infer_config(source: Source, given: Collection[str] = ()) -> Inferred:
       ValueError: for a kind whose tensors do not say it, for a network with parts that have no
         place here, and for sizes of no published network, whose number of heads is in no tensor.
     """
-    kind, file, section = KINDS[source.kind], source.files[0], KINDS[source.kind].section
-    tensors = _gather(source)
-    _require_inferable(source, tensors)
-    stated = {*given, *(f"{section}.{name}" for name in file.beside.fields)}
-    stated |= {f"data.{name}" for name in file.beside.images}
-    sizes, assumed, data = _read_fields(tensors, file, section, stated)
-    assumed_data = _assumed_data(sizes, data)
-    if depths := _depths(source, kind):
-        sizes["depths"] = depths
-    assumed["depths"] = _assumed_depths(source)
-    moe, meta = {}, {"depths": (1,) * len((assumed | sizes)["depths"])}
-    read = {f"config.data.{name}": x for name, x in data.items()}
-    if source.kind == "vmoe":
-        moe["moe"], sizes["moe_blocks"] = _moe_sizes(tensors)
-        read["config.model.moe.experts"] = moe["moe"].experts
-        if (stitch := _first(tensors, "pre_stitch.ln.weight")) is not None:
-            sizes["stitches"] = "kept"
-            read["config.meta.width"] = meta["width"] = stitch.shape[0]
-    config = Config()
-    try:
-        network = kind.sizes(**assumed | sizes | moe)
-    except FieldError as error:
-        raise ValueError(f"{file.path} says config.{section} with {error}") from None
-    networks = {"meta": dataclasses.replace(config.meta, **meta), section: network}
-    images = dataclasses.replace(config.data, **assumed_data | data)
-    plain = ViTConfig()  # a part that it has not either need not be listed
-    read |= {
-        f"config.{section}.{name}": x
-        for name, x in sizes.items()
-        if name not in PARTS or x != getattr(plain, name)
-    }
-    shown = {f"config.{section}.{name}": x for name, x in assumed.items() if name not in sizes}
-    shown |= {f"config.data.{name}": x for name, x in assumed_data.items()}
-    return Inferred(dataclasses.replace(config, data=images, **networks), read, shown)
-
-
-def _require_inferable(source: Source, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError for a kind, and for parts of a network, that no config can be inferred
-    for."""
     kind, file = KINDS[source.kind], source.files[0]
-    if kind.is_nac or source.kind == "vmoe_student":
-        example = "configs/m2mkd/nac_imagenet.py" if kind.is_nac else "configs/m2mkd/vmoe_base.py"
+    files, stated = kind.family.files, file.beside.fields
+    if example := files.stage_config if kind.form.single else files.config:
         raise ValueError(
-            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the "
-            f"network that they are of; give its config, such as --config={example}"
+            f"{file.path}: the tensors of kind={source.kind!r} do not say all of the network that "
+            f"they are of; give its config, such as --config={example}"
         )
-    if parts := foreign_parts(tensors):
-        raise ValueError(
-            f"{file.path} has {parts}, which m2mKD's ViT has no place for, whatever the "
-            "config: take a model without, such as timm's deit_base_patch16_224 or "
-            "vit_base_patch16_224"
-        )
+    tensors = _gather(source)
+    if foreign := foreign_parts(tensors):
+        raise ValueError(f"{file.path}: {foreign}")
+    width, hidden = _widths(tensors, file)
+    read, assumed = read_parts(tensors, width, stated, file.path)
+    read["width"] = width
+    if (kernel := tensors.get("patch_embed.proj.weight")) is not None and kernel.ndim == 4:
+        read |= {"patch": kernel.shape[-1], "data.channels": kernel.shape[1]}
+    if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
+        read["data.labels"] = head.shape[0]
+    seen = assumed | read | {"hidden": hidden}
+    agreed = _as_published(kind, seen, file, {*given, *paths(stated, kind.section)})
+    read["mlp_ratio"] = agreed.pop("mlp_ratio", _ratio(hidden, width))
+    if read["layer_scale"] is None:
+        agreed.pop("layer_scale", None)
+    else:  # the tensors hold what was learned, and not the start
+        agreed = {"layer_scale": read.pop("layer_scale")} | agreed
+    read |= stated | files.sizes(tensors)
+    if depths := _depths(file, kind):
+        read["depths"] = depths
+    blocks = max(1, count_blocks(file.tensors))
+    depths = (1,) * blocks if kind.form.shallow else (blocks,)
+    assumed = agreed | assumed | PUBLISHED | _images(read) | {"depths": depths}
+    return _make(kind, file, read, {name: x for name, x in assumed.items() if name not in read})
 
 
-def _assumed_data(sizes: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of config.data that a file does not say, as the published networks have them."""
-    assumed = {name: x for name, x in PUBLISHED_DATA.items() if name not in data}
-    channels = (data | assumed)["channels"]
-    for name, numbers in IMAGENET.items():
-        if name not in data:
-            siglip = sizes.get("class_token") is False  # which is trained with 0.5
-            plain = siglip or channels != len(numbers)
-            assumed[name] = (0.5,) * channels if plain else numbers
-    return assumed
-
-
-def _assumed_depths(source: Source) -> tuple[int, ...]:
-    """A stage per block of a meta model, and one stage of any other network."""
-    names = source.files[0].tensors
-    blocks = {m[1] for m in (re.match(r"blocks\.(\d{1,4})\.", name) for name in names) if m}
-    count = max(1, len(blocks))
-    return (1,) * count if source.kind == "meta" else (count,)
+def _make(kind: Kind, file: File, read: Mapping[str, Any], assumed: Mapping[str, Any]) -> Inferred:
+    """The config with these fields, and the fields by their whole paths; those of parts that the
+    network lacks need not be listed."""
+    network, fields = kind.family.config(), assumed | read
+    config = unfreeze(Config())
+    config[kind.section] = unfreeze(network)
+    fields = {"meta.depths": (1,) * len(fields["depths"])} | paths(fields, kind.section)
+    config.update_from_flattened_dict(fields)
+    try:
+        frozen = freeze(Config, config)
+    except ValueError as error:
+        raise ValueError(f"{file.path} says {error}") from None
+    usual = {name: getattr(network, name) for name in PARTS if name not in SIZES}
+    shown = {name: x for name, x in read.items() if name not in usual or x != usual[name]}
+    whole = (paths(some, kind.section).items() for some in (shown, assumed))
+    return Inferred(frozen, *({f"config.{path}": x for path, x in some} for some in whole))
 
 
 def _gather(source: Source) -> dict[str, np.ndarray]:
-    """The tensors of all files by their names, those of a module's blocks under its own."""
+    """The tensors of all files by their names in the network or, without such, in a stage."""
     tensors = {}
-    for number, file in enumerate(source.files):
-        own = {re.sub(r"^stages\.\d+\.", "", n): x for n, x in file.tensors.items()}
-        several = len(source.files) > 1
-        tensors |= {f"{stage_name(number)}.{n}" if several else n: x for n, x in own.items()}
-        tensors |= {n: x for n, x in own.items() if not n.startswith("blocks.")}
+    for file in source.files:
+        own = {name: x for name, x in file.tensors.items() if not name.startswith("stages.")}
+        in_stages = {re.sub(r"^stages\.\d+\.", "", name): x for name, x in file.tensors.items()}
+        tensors |= own or in_stages
     return tensors
-
-
-def _first(tensors: Mapping[str, np.ndarray], suffix: str) -> np.ndarray | None:
-    return next((x for name, x in tensors.items() if name.endswith(suffix)), None)
-
-
-def _read_fields(
-    tensors: Mapping[str, np.ndarray], file: File, section: str, given: Collection[str]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Fields of the network's section that a file says, those that are assumed, and fields of
-    config.data; `given` are fields such as "teacher.heads" that are stated elsewhere."""
-    width, hidden = _widths(tensors, file)
-    sizes = {"width": width, "qkv_bias": _first(tensors, "attn.qkv.bias") is not None}
-    data, assumed = {}, {}
-    if (patch := tensors.get("patch_embed.proj.weight")) is not None and patch.ndim == 4:
-        sizes["patch"], data["channels"] = patch.shape[-1], patch.shape[1]
-    else:
-        assumed["patch"] = PUBLISHED_PATCH
-    if (head := tensors.get("head.weight")) is not None and head.ndim == 2:
-        data["labels"] = head.shape[0]
-    parts, assumed_parts, side = read_parts(tensors, width, file.beside, file.path)
-    data |= side
-    told = sizes | assumed_parts | parts | {"hidden": hidden} | side
-    is_moe = _first(tensors, "htoh4.bias") is not None
-    same = published(told, _name(file), is_moe=is_moe)
-    assumed |= assumed_parts | _as_published(same, told, file, section, given)
-    ratios = {config.mlp_ratio for config in same}
-    sizes["mlp_ratio"] = ratios.pop() if len(ratios) == 1 else _ratio(hidden, width)
-    if parts["layer_scale"] is not None:
-        del parts["layer_scale"]  # the tensors hold what was learned, and not the start
-    return sizes | parts | file.beside.fields, assumed, data | file.beside.images
 
 
 def _widths(tensors: Mapping[str, np.ndarray], file: File) -> tuple[int, int]:
     """The width of a token, and of an MLP's hidden layer."""
-    blocks = {name: x for name, x in tensors.items() if not name.startswith("attn_pool.")}
-    norm = _first(blocks, "norm1.weight")
-    hidden = _first(blocks, "mlp.fc1.bias")
-    hidden = _first(blocks, "htoh4.bias") if hidden is None else hidden
-    if norm is None or hidden is None:
+    norm, hidden = (
+        tensors[name].shape if (name := find(tensors, rf"blocks\.\d+\.{regex}")) else ()
+        for regex in (r"norm1\.weight", r"(mlp\.fc1|moe\.experts\.(\d+\.)?htoh4)\.bias")
+    )
+    if len(norm) != 1 or not norm[0] or not hidden:
         raise ValueError(
-            f"{file.path} does not say its sizes: blocks.<i>.norm1.weight and an mlp.fc1.bias or "
-            "moe.experts.<e>.htoh4.bias are needed; give a --config"
+            f"{file.path} does not say its sizes: in its blocks a norm1.weight is {norm}, and an "
+            f"mlp.fc1.bias, or htoh4.bias of experts, is {hidden}; give a --config"
         )
-    if norm.ndim != 1 or not norm.size or hidden.ndim < 1:
-        raise ValueError(
-            f"{file.path} does not say its sizes: a norm1.weight is {norm.shape}, and an MLP's "
-            f"bias is {hidden.shape}"
-        )
-    return norm.shape[0], hidden.shape[-1]
+    return norm[0], hidden[-1]
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -194,56 +137,72 @@ def _ratio(hidden: int, width: int) -> float:
 
 
 def _as_published(
-    same: Sequence[ViTConfig],
-    told: Mapping[str, Any],
-    file: File,
-    section: str,
-    given: Collection[str],
+    kind: Kind, seen: Mapping[str, Any], file: File, given: Collection[str]
 ) -> dict[str, Any]:
-    """Fields that no tensor shows, as all of the published networks `same` have them; the config's
-    defaults where the heads are given and there is no such network.
+    """Fields that no tensor shows, as the published networks with the same sizes have them; the
+    config's defaults if the heads are given and there is no such network.
 
     Raises:
-      ValueError: where the heads are not given and no published network says them, and where a
-        network of CLIP's is none of the published ones and the fields that it needs are not given.
+      ValueError: if the heads are not given and no published network says them, and if a network
+        like CLIP's is none of the published ones and the fields that it needs are not given.
     """
-    fields = {}
-    for name in ("heads", "norm_eps", "activation", "layer_scale"):
-        values = {getattr(config, name) for config in same}
-        fields[name] = values.pop() if len(values) == 1 else None
-    if (fields["heads"] is None or fields["norm_eps"] is None) and f"{section}.heads" not in given:
-        shown = {name: told[name] for name in SIZES}
-        where = "model" if section == "model" else "teacher (or meta)"
+    section, plain = kind.section, kind.family.config()
+    same = _same_as(kind, seen, file)
+    values = {name: {getattr(config, name) for config in same} for name in UNSEEN}
+    agreed = {name: one.pop() for name, one in values.items() if len(one) == 1 and None not in one}
+    if not {"heads", "norm_eps"} <= agreed.keys() and f"{section}.heads" not in given:
+        sizes = {name: seen[name] for name in SIZES}
         raise ValueError(
-            f"{file.path} is of no published network, {shown}, and its tensors do not say the "
-            f"number of heads: give --config.SECTION.heads=N, SECTION being {where}, or a "
-            "--config"
+            f"{file.path} is of no published network, {sizes}, and its tensors do not say the "
+            f"number of heads: give --config.{section}.heads=N, or a --config"
         )
-    if told.get("norm_pre") and not any(config.norm_pre for config in same):
-        needed = [*(f"{section}.{name}" for name in OF_CLIP), "data.mean", "data.std"]
-        if missing := [name for name in needed if name not in given]:
-            raise ValueError(
-                f"{file.path} has a norm before its blocks (norm_pre), as CLIP's networks have, "
-                "whose tensors do not say how they compute: give "
-                f"{', '.join(f'--config.{name}' for name in missing)}"
-            )
-    default = {"heads": 1, "norm_eps": ViTConfig().norm_eps, "activation": ViTConfig().activation}
-    default["layer_scale"] = told["layer_scale"]
-    if told["layer_scale"] is None:
-        del default["layer_scale"], fields["layer_scale"]
-    return default | {name: x for name, x in fields.items() if x is not None}
+    needed = [*(f"{section}.{name}" for name in OF_CLIP), *IMAGENET]
+    missing = [f"--config.{name}" for name in needed if name not in given]
+    if missing and seen.get("norm_pre") and not any(config.norm_pre for config in same):
+        raise ValueError(
+            f"{file.path} has a norm before its blocks (norm_pre), as CLIP's networks have, "
+            f"whose tensors do not say how they compute: give {', '.join(missing)}"
+        )
+    return {"heads": 1, "norm_eps": plain.norm_eps, "activation": plain.activation} | agreed
 
 
-def _name(file: File) -> str:
-    """timm's name of the network, where anything says it."""
-    name = file.beside.architecture or file.plain.get("model_name")
-    return name if isinstance(name, str) else ""
+def _same_as(kind: Kind, seen: Mapping[str, Any], file: File) -> list[ViTConfig]:
+    """The published networks with the sizes of a file: of its name, if that is known; with its
+    parts, if there are any; and of these those with its patches and images, if there are any."""
+    variants, name = kind.family.files.variants, file.beside.architecture
+    name = name or file.plain.get("model_name")
+    if isinstance(name, str) and name in variants:
+        variants = {name: variants[name]}
+    same = [
+        (kind.family.config(**fields), {"data.image_size": side})
+        for side, _, fields in variants.values()
+    ]
+    seen = seen | {"layer_scale": seen["layer_scale"] is not None}
+
+    def agrees(config: ViTConfig, data: Mapping[str, int], names: Collection[str]) -> bool:
+        shown = vars(config) | data | {"hidden": config.encoder.hidden}
+        shown["layer_scale"] = config.layer_scale is not None
+        return all(shown.get(name, seen[name]) == seen[name] for name in names if name in seen)
+
+    same = [one for one in same if agrees(*one, SIZES)]
+    for names in (seen.keys() - NEAREST, NEAREST):
+        nearer = [one for one in same if agrees(*one, names)]
+        if not nearer:
+            break
+        same = nearer
+    return [config for config, _ in same]
 
 
-def _depths(source: Source, kind: Kind) -> tuple[int, ...]:
+def _images(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and std of images: SigLIP, without a class token, is trained with 0.5."""
+    channels = read.get("data.channels", PUBLISHED["data.channels"])
+    halves = read.get("class_token") is False or channels != 3
+    return {name: (0.5,) * channels if halves else numbers for name, numbers in IMAGENET.items()}
+
+
+def _depths(file: File, kind: Kind) -> tuple[int, ...]:
     """Blocks in each stage: as the file lists its stages, or its divided_depths; () of a whole
     network without either."""
-    file = source.files[0]
     divided = file.plain.get("divided_depths")
     if divided and not (
         isinstance(divided, list | tuple)
@@ -255,19 +214,9 @@ def _depths(source: Source, kind: Kind) -> tuple[int, ...]:
             "blocks in each stage"
         )
     depths = tuple(divided) if divided else alias_depths(file.tensors)
-    if kind.single and not depths:
+    if kind.form.single and not depths:
         raise ValueError(
             f"{file.path} does not say how many blocks each stage of its network has: give a "
             f"--config, or --config.{kind.section}.depths=6,6,6,6"
         )
     return depths
-
-
-def _moe_sizes(tensors: Mapping[str, np.ndarray]) -> tuple[MoeConfig, str]:
-    """The mixture of experts, and the blocks that have one."""
-    gate = _first(tensors, "moe.gate.gate.weight")
-    matches = (re.match(r"blocks\.(\d+)\.moe\.", name) for name in tensors)
-    blocks = ",".join(str(i) for i in sorted({int(m[1]) for m in matches if m})) or "none"
-    bias = _first(tensors, "moe.gate.gate.bias") is not None
-    experts = MoeConfig().experts if gate is None else gate.shape[0]
-    return MoeConfig(experts=experts, router_bias=bias), blocks

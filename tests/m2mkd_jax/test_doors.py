@@ -21,6 +21,7 @@ from m2mkd_jax.phases import PHASES, fields, objective, pipeline
 from m2mkd_jax.phases.networks import SECTIONS
 from m2mkd_jax.phases.objective import Outputs, make_sums
 from m2mkd_jax.phases.phase import Phase, WeightSource
+from m2mkd_jax.pretrained import KINDS, kind_of_run
 
 # Phases.
 
@@ -123,6 +124,46 @@ def test_a_context_is_the_run_s():
     context = config.context
     assert (context.seed, context.dtype, context.meta_width) == (4, jnp.bfloat16, 16)
     assert context.interface == config.interface and context.meta_tokens() == 5
+
+
+# Kinds of files, which the records of phases and families make.
+
+KIND_OF = {
+    "pretrain_meta": "meta",
+    "train_module": "module",
+    "assemble": "teacher",
+    "distill": "vmoe_student",
+    "end_to_end": "vmoe",
+    "few_shot": "vmoe",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_makes_a_kind_of_file_of_its_phase_s_record(phase):
+    config = tiny_config(phase)
+    kind, role = KINDS[KIND_OF[phase]], PHASES[phase].role
+    whole = {role: dict.fromkeys(("stage_0", "stage_1", "stage_2"))}
+    assert kind_of_run(config, whole) == KIND_OF[phase]
+    assert kind.role == role and kind.family is family_of(getattr(config, kind.section))
+    assert kind.form.single == PHASES[phase].modular
+    assert phase in (kind.phase, "few_shot")
+
+
+def test_a_part_of_a_teacher_and_a_student_of_another_family_have_kinds_of_their_own():
+    config = tiny_config("assemble")
+    assert kind_of_run(config, {"teacher": {"stage_1": None}}) == "teacher_module"
+    assert kind_of_run(config, {"teacher": dict.fromkeys("abc")}, single=True) == "teacher_module"
+    for phase, kind in (("distill", "nac_student"), ("end_to_end", "nac")):
+        config = dataclasses.replace(tiny_config(phase), model=NAC)
+        assert kind_of_run(config, {"student": dict.fromkeys(range(5))}) == kind
+    assert len(KINDS) == 8 and KINDS["nac"].about == "a whole NAC, for config.sources.network"
+
+
+@pytest.mark.parametrize("kind", ["nac", "nac_student"])
+def test_a_file_of_another_family_than_the_config_s_is_named(kind):
+    for read in (KINDS[kind].table, KINDS[kind].shapes):
+        with pytest.raises(ValueError, match=r"config\.model is a VMoEConfig, .* a NacConfig"):
+            read(tiny_config("end_to_end"), None)
 
 
 # Evaluators.

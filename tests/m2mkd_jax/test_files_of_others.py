@@ -18,7 +18,7 @@ from common_jax.weights import write_tensors
 from m2mkd_jax import pretrained
 from m2mkd_jax.config import Config, SourcesConfig
 from m2mkd_jax.phases import networks, weights
-from m2mkd_jax.pretrained.foreign import foreign_parts, is_headless
+from m2mkd_jax.pretrained.parts import foreign_parts, is_headless
 
 HALF = [0.5, 0.5, 0.5]
 TIMM = {
@@ -212,7 +212,7 @@ def test_a_part_that_no_config_fits_is_named(tmp_path, name, shape, what):
     plain = tmp_path / "plain.safetensors"
     write_tensors(plain, deit())
     config = pretrained.infer_config(pretrained.find_source(pretrained.read_files(plain))).config
-    with pytest.raises(ValueError, match=r"no config of m2mKD's ViT has") as raised:
+    with pytest.raises(ValueError, match=r"m2mKD's ViT has no place for") as raised:
         pretrained.load(source, config)
     assert "give the config.teacher" not in str(raised.value)
 
@@ -288,7 +288,7 @@ def test_odd_numbers_beside_the_tensors_are_named(tmp_path):
 
 def test_heads_that_no_tensor_tells_are_taken_from_a_flag(tmp_path):
     write_tensors(tmp_path / "wide.safetensors", deit(width=48))
-    with pytest.raises(ValueError, match=r"give --config\.SECTION\.heads=N"):
+    with pytest.raises(ValueError, match=r"give --config\.teacher\.heads=N"):
         read(tmp_path / "wide.safetensors")
     arguments = [str(tmp_path / "wide.safetensors"), str(tmp_path / "run")]
     convert_weights.main([*arguments, "--config.teacher.heads=4"])

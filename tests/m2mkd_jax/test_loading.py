@@ -12,6 +12,7 @@ from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.optim import OptimConfig
 from common_jax.step import init_state
+from m2mkd_jax.config import SourcesConfig
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.stages import stage_name
 
@@ -95,3 +96,18 @@ def test_a_module_that_the_run_did_not_train_is_refused(phase, asked, message, t
     checkpoint.write_params(tmp_path, params, unfreeze(config).to_dict())
     with pytest.raises(ValueError, match=message):
         m2mkd_jax.load_model(tmp_path, module=asked)
+
+
+def test_a_converted_network_without_its_head_is_named(tmp_path):
+    sources = SourcesConfig(fresh=r"teacher/stage_\d+/head/.*")
+    config = dataclasses.replace(tiny_config("assemble"), sources=sources)
+    params = fill(vit.build(config.teacher, IMAGES).init)
+    whole, run = tmp_path / "whole", unfreeze(config).to_dict()
+    checkpoint.write_params(whole, {"teacher": params}, run)
+    assert "head" in m2mkd_jax.load_model(whole)[1]["stage_2"]  # of a run that drew one
+    del params["stage_2"]["head"]
+    checkpoint.write_params(tmp_path / "headless", {"teacher": params}, run)
+    with pytest.raises(
+        ValueError, match=r"headless.* was converted .* without stage_2/head/bias, stage_2/hea"
+    ):
+        m2mkd_jax.load_model(tmp_path / "headless")

@@ -259,7 +259,7 @@ def test_timm_s_folder_says_what_tensors_do_not(tmp_path):
     with pytest.raises(ValueError, match=r"attn_pool\.latent \(1, 1, 192\) is missing"):
         read(folder)
     folder = timm_folder(tmp_path / "c", tensors_of("siglip_gap"), global_pool="token")
-    with pytest.raises(ValueError, match=r"c says config\.teacher with pool='class' needs a"):
+    with pytest.raises(ValueError, match=r"c says config\.teacher\.pool='class' needs a"):
         read(folder)
 
 
