@@ -86,7 +86,8 @@ class Console:
             self._say()
 
     def _say(self) -> None:
-        left = f"  {self._left()} left" if self._first and self._step < self._total else ""
+        timed = self._first is not None and self._first[0] < self._step < self._total
+        left = f"  {self._left()} left" if timed else ""
         parts = "  ".join(self._parts())
         logging.info("%s  step %d/%d  %s%s", self._title, self._step, self._total, parts, left)
         self._said, self._news = time.monotonic(), False
@@ -99,7 +100,7 @@ class Console:
 
     def _left(self) -> str:
         step, start = self._first
-        rate = (time.monotonic() - start) / max(self._step - step, 1)  # evaluations included
+        rate = (time.monotonic() - start) / (self._step - step)  # evaluations included
         return tqdm.tqdm.format_interval(rate * (self._total - self._step))
 
 

@@ -60,7 +60,7 @@ def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(a
     assert said.messages == [
         "run: compiling the step (usually 5 to 60 s, less if it was before)",
         "run: first step after 20 s",
-        f"run  step 5/44  loss 0.5123  {rate}  00:00 left",
+        f"run  step 5/44  loss 0.5123  {rate}",
         # 19 steps in 20 seconds, and 20 are left.
         f"run  step 24/44  loss 0.5  skipped 3  test/score 0.25  {last}  00:21 left",
         f"run  step 44/44  loss 0.5  skipped 3  test/score 0.75  {last}",
