@@ -161,7 +161,7 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
     app.run(main, DESCRIPTION, ["m2mkd", *flags, "--workdir=run"])
     scores, use = capsys.readouterr().err.splitlines()[-2:]
     assert "finished: test/loss " in scores and ", test/accuracy " in scores
-    assert use.endswith("to use it: m2mkd predict run PICTURE")
+    assert use.endswith(f"to use it: m2mkd predict {tmp_path}/run PICTURE")
     apply, params = m2mkd_jax.load_model("run")
     assert apply(params, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 2)
     workdir = tmp_path / "run"
