@@ -13,6 +13,7 @@ import shutil
 import tempfile
 
 import pytest
+from quick import is_slow
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -25,7 +26,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-ROOM = 1.5e9  # bytes of a test process, beyond which it forgets its compiled programs
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leaves out the files of tests/quick.py")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Ignores slow files where they are not asked for; None leaves the decision to others."""
+    return True if config.getoption("quick") and is_slow(collection_path) else None
+
+
+ROOM = 1e9  # bytes of a test process, beyond which it forgets its compiled programs
 
 
 @pytest.fixture(scope="module", autouse=True)
