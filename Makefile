@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-faults fuzz mutate bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-faults fuzz mutate bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -17,6 +17,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests to run after every change; tests/quick.py says what they leave out.
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --quick
 
 # Kills, signals, damaged files and a full disk; takes longer than all tests.
 test-faults: $(VENV)/.installed-test

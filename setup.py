@@ -58,6 +58,8 @@ setup(
         "pods": ["libtpu==0.0.52"],
         # Reading data sets that TFDS prepared, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
+        # Curves on Weights & Biases, with config.run.wandb.
+        "wandb": ["wandb>=0.19"],
         # Preparing them: TFDS encodes images with TensorFlow, and needs importlib_resources without
         # saying so.
         "prepare": ["importlib_resources", "tensorflow>=2.20", "tensorflow-datasets>=4.9.10"],

@@ -1,7 +1,11 @@
 """The command of CLIPTrans: python -m cliptrans_jax.main --config=FILE.py:stage=STAGE
 --workdir=DIR."""
 
-import jax
+import functools
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 from etils import epath
 from jax.sharding import Mesh
@@ -14,8 +18,9 @@ from cliptrans_jax.runs.scoring import gallery, scores_table
 from cliptrans_jax.stages import Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
+from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
-from common_jax.report import dispensable, write_report
+from common_jax.report import reporting, write_report
 from common_jax.workdir import check_output, hold, holds_results
 
 DESCRIPTION = """CLIPTrans: features of M-CLIP become a prefix in a translator's decoder; captioning
@@ -31,6 +36,12 @@ One stage, from the weights of other runs, with another number of beams:
 
 Flags:"""
 
+# What uses a run of a stage, by the network that it trains.
+USES = {
+    Trains.TOWERS: "cliptrans features {} FILE",
+    Trains.TRANSLATOR: 'cliptrans translate {} "SENTENCE"',
+}
+
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Checks the config and runs the stage."""
@@ -43,10 +54,21 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         for _, one in runs:
             check_run(one, mesh, key=f"config.recipes.{one.stage}" if pipeline else "config")
         app.use_compilation_cache(frozen.run.compilation_cache)
-        run_stage(frozen, workdir, mesh)
-        if jax.process_index() == 0:
-            with dispensable(workdir / "report.html"):
-                _report(frozen, workdir, [folder for folder, _ in runs])
+        write = functools.partial(_report, frozen, workdir, [folder for folder, _ in runs])
+        with reporting(workdir / "report.html", write):
+            result = run_stage(frozen, workdir, mesh)
+        folder, last = runs[-1]
+        _conclude(result, last, workdir / folder)
+
+
+def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:
+    """The last lines of the command: the scores, and what uses the run."""
+    scores = result.get("test", result)  # of the test split, where it is translated
+    shown = ("bleu", "chrf", "val/loss", "val/accuracy")
+    use = USES.get(trains(config.stage), "")
+    conclude(
+        {name: scores[name] for name in shown if name in scores}, use.format(shlex.quote(str(run)))
+    )
 
 
 def check_places(config: Config, workdir: epath.Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
+import tqdm
 from etils import epath
 
 from common_jax import command_line, hosts, signals
@@ -44,11 +45,21 @@ def run(
     after SIGHUP (see `common_jax.signals`).
     """
     argv = list(sys.argv if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s  %(message)s", handlers=[_Lines()], force=True
+    )
     for library in ("absl", "jax", "orbax"):  # orbax, through absl, reports its every save
         logging.getLogger(library).setLevel(logging.WARNING)
     with signals.listening():
         _run(main, description, argv, system, reads)
+
+
+class _Lines(logging.StreamHandler):
+    """Writes lines above a progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def _run(

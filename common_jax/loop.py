@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 
 from common_jax import hosts, signals
 from common_jax import mesh as meshes
-from common_jax.checkpoint import Checkpoints, refuse_pattern, take_stock
+from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
-from common_jax.log import Alarm, Log
-from common_jax.metrics import Recorder, read_metrics
+from common_jax.log import Alarm, Console, Log, introduce
+from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
+from common_jax.report import refresh
 from common_jax.state import TrainState, merge
 from common_jax.step import Programs
 from common_jax.task import Task, abstract_state, create_program, step_program
@@ -54,6 +55,7 @@ class RunConfig(Section):
       nan_patience: steps in a row with a non-finite gradient after which the run stops.
       profile: first and last step to trace with jax.profiler into WORKDIR/profile; () for none.
       compilation_cache: folder of compiled programs that later runs reuse; None for none.
+      wandb: project of Weights & Biases that gets the scalars too; None for none.
     """
 
     log_every: Size = 50
@@ -66,6 +68,7 @@ class RunConfig(Section):
     nan_patience: Size = 10
     profile: tuple[Size, ...] = ()
     compilation_cache: Name | None = "~/.cache/modular_jax"
+    wandb: Name | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,13 +159,14 @@ def check_settings(
 
     Raises:
       ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
-        shorter than the run, or a metric that is never measured.
+        shorter than the run, a metric that is never measured, or a tracker that is not installed.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
     if not 0 <= seed < SEEDS:
         raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
     optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
+    check_tracker(run.wandb)
     measured = list(task.evaluators)
     if run.best is not None and measured and run.best.partition("/")[0] not in measured:
         raise ValueError(
@@ -195,6 +199,7 @@ def _train(
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     claim(workdir, config)
+    introduce(task, optim, abstract, mesh, workdir, config)
 
     # ----------------------------------------------------------------------------------------------
     # State: that of the newest checkpoint, or fresh parameters with those of the warm start in
@@ -216,6 +221,9 @@ def _train(
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
+    if not fresh:
+        place = workdir / FOLDER / str(start)
+        logging.info("%s resumes at step %d from %s", task.title, start, place)
 
     # ----------------------------------------------------------------------------------------------
     # Log. Opening it drops lines that an earlier start wrote after this step.
@@ -223,13 +231,12 @@ def _train(
     recorder = Recorder(
         workdir,
         step=start,
-        total=total,
-        title=task.title,
-        shown=task.shown,
+        tracker=open_tracker(run.wandb, workdir, run_id=identity.id, config=config),
         patient=run.on_failed_save == "go_on",
     )
     log = Log(
         recorder,
+        Console(task.title, step=start, total=total, shown=task.shown),
         workdir,
         step=start,
         batch=optim.batch,
@@ -398,10 +405,13 @@ def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, fl
 
 
 def _evaluate(task: Task, state: TrainState, log: Log) -> dict[str, float]:
-    """The metrics of an evaluation, written to the log after the line of its step."""
+    """The metrics of an evaluation, written to the log after the line of its step, and shown in the
+    report."""
     log.flush()
-    values = _measure(task, state)
-    log.write_evaluation(int(state.step), values)
+    values, step = _measure(task, state), int(state.step)
+    log.write_evaluation(step, values)
+    refresh()
+    log.restart_clock(step)
     return values
 
 

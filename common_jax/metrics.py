@@ -1,20 +1,19 @@
-"""A run's numbers on disk and on the terminal: metrics.jsonl, timing.jsonl, TensorBoard.
+"""A run's numbers: metrics.jsonl, timing.jsonl, TensorBoard, Weights & Biases.
 
 metrics.jsonl depends on config and seed only, so that a resumed run writes the same file, byte for
 byte, as an undisturbed one; times go to timing.jsonl.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -34,9 +33,7 @@ class Recorder:
     Args:
       workdir: the run's folder.
       step: updates done before this start.
-      total: updates in all, for the progress bar.
-      title: heads the bar and the lines on the terminal.
-      shown: names of the metrics on the terminal.
+      tracker: takes the scalars as well.
       patient: keeps lines that cannot be written, and tries again with the next, instead of
         raising the system's OSError.
     """
@@ -46,25 +43,19 @@ class Recorder:
         workdir: epath.PathLike,
         *,
         step: int,
-        total: int,
-        title: str,
-        shown: Collection[str] = (),
+        tracker: "Tracker | None" = None,
         patient: bool = False,
     ):
-        self._workdir, self._shown, self._patient = epath.Path(workdir), shown, patient
+        self._workdir, self._patient = epath.Path(workdir), patient
         self._unwritten = {}  # text by file
         self._main = jax.process_index() == 0
-        self._title, self._total = title, total
         self._appends = "://" not in str(workdir)  # an object of a bucket is written as a whole
         if not self._main:
             return
         for name in ("metrics.jsonl", "timing.jsonl"):
             _drop_later(self._workdir / name, step)
-        self._events = _Events(self._workdir, step)
-        terminal = sys.stderr.isatty()
-        self._bar = (
-            tqdm.tqdm(total=total, initial=step, desc=title, unit="step") if terminal else None
-        )
+        events = _Events(self._workdir, step)
+        self._copies = (events,) if tracker is None else (events, tracker)
 
     def write(self, step: int, epoch: float, metrics: Mapping[str, Any]) -> None:
         """Appends one line of metrics: scalars, or arrays as lists."""
@@ -74,16 +65,7 @@ class Recorder:
         line = {"step": step, "epoch": round(epoch, 6)} | values
         self._append("metrics.jsonl", json.dumps(line) + "\n")
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
-        self._events.write(step, scalars)
-        shown = {name: value for name, value in scalars.items() if name in self._shown}
-        if self._bar is None:
-            text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            logging.info("%s  step %d/%d  %s", self._title, step, self._total, text)
-        else:
-            self._bar.set_postfix(
-                {name.split("/")[-1]: f"{value:.4g}" for name, value in shown.items()},
-                refresh=False,
-            )
+        self._copy(step, scalars)
 
     def write_timing(self, step: int, *, examples_per_second: float, milliseconds: float) -> None:
         """Appends one line of timing, means since the line before."""
@@ -91,12 +73,7 @@ class Recorder:
             return
         timing = {"examples_per_second": examples_per_second, "milliseconds_per_step": milliseconds}
         self._append("timing.jsonl", json.dumps({"step": step} | timing) + "\n")
-        self._events.write(step, {f"timing/{name}": value for name, value in timing.items()})
-
-    def advance(self, step: int) -> None:
-        """Moves the progress bar."""
-        if self._main and self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        self._copy(step, {f"timing/{name}": value for name, value in timing.items()})
 
     def complete(self) -> bool:
         """Tries again to write lines that could not be written; returns whether all are now."""
@@ -114,9 +91,12 @@ class Recorder:
             return
         self._patient = False
         self.complete()
-        self._events.close()
-        if self._bar is not None:
-            self._bar.close()
+        for one in self._copies:
+            one.close()
+
+    def _copy(self, step: int, scalars: Mapping[str, float]) -> None:
+        for one in self._copies:
+            one.write(step, scalars)
 
     def _append(self, name: str, text: str) -> None:
         path, text = self._workdir / name, self._unwritten.pop(name, "") + text
@@ -132,10 +112,32 @@ class Recorder:
             logging.warning("%s cannot be written (%s): its lines are kept", path, error)
 
 
-class _Events:
+class _Copy:
+    """Scalars that are written elsewhere too, where they are dispensable: when they cannot be, a
+    warning says so, and no more are written.
+
+    Args:
+      name: what is written, for the warning.
+      failures: exceptions that say that it cannot be.
+    """
+
+    def __init__(self, name: str, *failures: type[Exception]):
+        self._name, self._failures, self._broken = name, failures, False
+
+    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        if self._broken:
+            return None
+        try:
+            return action(*arguments)
+        except self._failures as error:
+            self._broken = True
+            logging.warning("no more %s (%s)", self._name, error)
+            return None
+
+
+class _Events(_Copy):
     """TensorBoard's events, written by the calling thread: tensorboardX's own thread ends when the
-    disk is full, and its queue then blocks the run for ever. Events are dispensable: when one
-    cannot be written, a warning says so, and no more are written.
+    disk is full, and its queue then blocks the run for ever.
 
     Args:
       workdir: gets the file.
@@ -143,8 +145,8 @@ class _Events:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        self._path, self._broken = str(workdir / "events"), False
-        self._writer = self._attempt(EventsWriter, self._path)
+        super().__init__(f"events for TensorBoard in {workdir}", OSError)
+        self._writer = self._attempt(EventsWriter, str(workdir / "events"))
         start = SessionLog(status=SessionLog.START)
         self._add(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -154,24 +156,77 @@ class _Events:
         self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        if not self._broken:
-            self._attempt(self._writer.close)
+        self._attempt(lambda: self._writer.close())
 
     def _add(self, event: Event) -> None:
-        if not self._broken:
-            self._attempt(self._write, event)
+        self._attempt(self._write, event)
 
     def _write(self, event: Event) -> None:
         self._writer.write_event(event)
         self._writer.flush()
 
-    def _attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+
+class Tracker(_Copy):
+    """A run of Weights & Biases. Steps that it has already, from before a run resumed, are dropped
+    there: they are the same.
+
+    Args:
+      project: its name there; where it does not exist, it is made.
+      workdir: names the run, and gets the folder `wandb`, unless it is in a bucket.
+      run_id: of the run; a run with this id is continued.
+      config: of the run, as JSON.
+
+    Raises:
+      ValueError: when the run cannot be opened, with wandb's reason.
+    """
+
+    def __init__(
+        self, project: str, workdir: epath.Path, *, run_id: str, config: Mapping[str, Any]
+    ):
+        import wandb
+
+        super().__init__(f"numbers for Weights & Biases of {workdir}", OSError, wandb.Error)
         try:
-            return action(*arguments)
-        except OSError as error:
-            self._broken = True
-            logging.warning("%s: no more events for TensorBoard (%s)", self._path, error)
-            return None
+            self._run = wandb.init(
+                project=project,
+                id=run_id,
+                name="/".join(workdir.parts[-2:]),
+                dir=None if "://" in str(workdir) else str(workdir),
+                config=dict(config),
+                resume="allow",
+                settings=wandb.Settings(console="off"),  # the bar redraws itself all the time
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"config.run.wandb={project!r}: {error}; run `wandb login`, set "
+                "WANDB_MODE=offline, or leave config.run.wandb out"
+            ) from error
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds numbers of a step."""
+        self._attempt(lambda: self._run.log(dict(scalars), step=step))
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._attempt(self._run.finish)
+
+
+def open_tracker(
+    project: str | None, workdir: epath.Path, *, run_id: str, config: Mapping[str, Any]
+) -> Tracker | None:
+    """See `Tracker`; None without a project, and in processes after the first."""
+    if project is None or jax.process_index() > 0:
+        return None
+    return Tracker(project, workdir, run_id=run_id, config=config)
+
+
+def check_tracker(project: str | None) -> None:
+    """Raises ValueError where `project` asks for Weights & Biases, which is not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"config.run.wandb={project!r} needs the package wandb, which is not installed: "
+            "pip install wandb, or leave config.run.wandb out"
+        )
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:

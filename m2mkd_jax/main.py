@@ -1,14 +1,19 @@
 """The command of m2mKD: python -m m2mkd_jax.main --config=FILE.py:phase=PHASE --workdir=DIR."""
 
-import jax
+import functools
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
 import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
 from common_jax import app, checkpoint
 from common_jax.config import freeze
+from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
-from common_jax.report import Table, dispensable, is_picture, write_report
+from common_jax.report import Table, is_picture, reporting, write_report
 from common_jax.workdir import check_output, hold, holds_results, read_json
 from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.curves import CURVES
@@ -16,7 +21,7 @@ from m2mkd_jax.evaluators import show
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.fields import check_sources, reads, used_sources
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role
-from m2mkd_jax.phases.pipeline import plan, run_phase
+from m2mkd_jax.phases.pipeline import plan, result_folder, run_phase
 
 DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE
 and NAC.
@@ -44,14 +49,24 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             key = f"config.recipes.{run.phase}" if pipeline else "config"
             check_run(run, mesh, key=key)
         app.use_compilation_cache(frozen.run.compilation_cache)
-        run_phase(frozen, workdir, mesh)
-        if jax.process_index() == 0:
-            with dispensable(workdir / "report.html"):
-                _report(frozen, workdir, runs)
+        write = functools.partial(_report, frozen, workdir, runs)
+        with reporting(workdir / "report.html", write):
+            result = run_phase(frozen, workdir, mesh)
+        _conclude(result, workdir / result_folder() if pipeline else workdir)
+
+
+def _conclude(result: Mapping[str, Any], run: epath.Path) -> None:
+    """The last lines of the command: the scores, and what uses the run."""
+    phase = PHASES[result["phase"].split(" ")[0]]
+    command = "show {}" if phase.modular else "predict {} PICTURE"
+    shown = ("test/loss", "test/accuracy", "ood/accuracy")
+    scores = {name: result[name] for name in shown if result.get(name) is not None}
+    conclude(scores, f"m2mkd {command.format(shlex.quote(str(run)))}")
 
 
 def _report(config: Config, workdir: epath.Path, runs: list[tuple[str, Config]]) -> None:
-    folders = [folder for folder, _ in runs] if config.phase == "pipeline" else []
+    finished = [folder for folder, _ in runs if (workdir / folder / "result.json").exists()]
+    folders = finished if config.phase == "pipeline" else []
     tables = (PHASES[run.phase].table(workdir / folder) for folder, run in runs)
     write_report(
         workdir,

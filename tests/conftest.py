@@ -5,11 +5,15 @@ them.
 """
 
 import atexit
+import ctypes
+import gc
 import os
+import pathlib
 import shutil
 import tempfile
 
 import pytest
+from quick import is_slow
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -20,6 +24,38 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leaves out the files of tests/quick.py")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Ignores slow files where they are not asked for; None leaves the decision to others."""
+    return True if config.getoption("quick") and is_slow(collection_path) else None
+
+
+ROOM = 1e9  # bytes of a test process, beyond which it forgets its compiled programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """After a file's tests the process drops its compiled programs, which else come to gigabytes;
+    not where it is small, since the next file may share some."""
+    yield
+    if resident() < ROOM:
+        return
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the memory stays with the process
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="module")

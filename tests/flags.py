@@ -59,7 +59,8 @@ ALLOWED = (
         "switches",
     ),
     (
-        r"optim\.(steps|lr_per|warmup_steps|clip)|run\.(checkpoint_minutes|best|compilation_cache)"
+        r"optim\.(steps|lr_per|warmup_steps|clip)|run\.(checkpoint_minutes|best)"
+        r"|run\.(compilation_cache|wandb)"
         r"|model\.(layer_scale|read_in_scale|kernel\.truncation|moe\.slots_per_expert)"
         r"|(meta|teacher)\.layer_scale"
         r"|regularizers\.(\w+\.weight_end|blocks\.clip)|(clip_)?tokenizer\.max_length",
@@ -118,9 +119,9 @@ ALLOWED = (
     ),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.(clip_image|clip_text_base)|features|run\.compilation_cache",
+        r"|sources\.(clip_image|clip_text_base)|features|run\.(compilation_cache|wandb)",
         TEXT,
-        "a path, or the name of a file: it is opened before anything is trained",
+        "a path, or the name of a file or a project: it is opened before anything is trained",
     ),
     (
         r"data\.(train_split|valid_split|test_split)|ood\.split",

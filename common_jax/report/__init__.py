@@ -10,6 +10,7 @@ from common_jax.report.gather import (
     Shares,
     panels,
 )
+from common_jax.report.live import refresh, reporting
 from common_jax.report.page import Table, dispensable, write_report
 
 __all__ = [
@@ -27,5 +28,7 @@ __all__ = [
     "is_picture",
     "overlay",
     "panels",
+    "refresh",
+    "reporting",
     "write_report",
 ]

@@ -89,8 +89,9 @@ def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, A
     refuse_other_config(workdir, config)
     check_pipeline(config, workdir, mesh)
     claim(workdir, config)
-    results = {}
-    for folder, run_config in plan(config, workdir):
+    results, runs = {}, plan(config, workdir)
+    for number, (folder, run_config) in enumerate(runs, 1):
+        logging.info("phase %d of %d: %s", number, len(runs), folder)
         result = read_result(workdir / folder, run_config, phase=run_config.phase, apart=APART)
         if result is not None:
             logging.info("%s is already finished", folder)

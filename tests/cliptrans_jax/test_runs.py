@@ -3,6 +3,7 @@ compute the same on eight devices."""
 
 import dataclasses
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -122,6 +123,15 @@ def test_a_finished_pipeline_is_not_run_again(finished, corpus):
     assert result["test"] == json.loads((finished / "translate" / "scores.json").read_text())
     after = {path for path, time in times().items() if before.get(path) != time}
     assert {path.name for path in after} <= {"config.json"}
+
+
+def test_the_command_says_what_uses_a_pipeline(finished, corpus, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("cliptrans_jax.main.make_mesh", lambda _: one_device())
+    main(unfreeze(tiny_pipeline(corpus)), finished)
+    assert "stage 2 of 3: caption" in caplog.messages
+    assert caplog.messages[-2].startswith("finished: bleu ")
+    assert caplog.messages[-1].endswith(f'translate {finished / "translate"} "SENTENCE"')
 
 
 def test_captioning_leaves_the_encoder_and_its_embedding(finished):

@@ -1,6 +1,7 @@
 """The loop on a model of one parameter: stopped, out of disk space, and saved by the clock."""
 
 import json
+import logging
 
 import pytest
 from descent import EPOCH, STEPS, make_task
@@ -70,14 +71,18 @@ def undisturbed(train, tmp_path):
 
 @pytest.mark.parametrize("question", [1, 4, 5, STEPS])
 def test_asked_to_stop_it_saves_the_step_and_goes_on_to_the_bit(
-    train, asked, undisturbed, tmp_path, question
+    train, asked, undisturbed, tmp_path, question, caplog
 ):
+    caplog.set_level(logging.INFO)
     asked(question)
     with pytest.raises(signals.Stopped):
         train(run_config())
     assert kept(tmp_path)[-1] == question  # one a step
+    assert "resumes" not in caplog.text
     asked()
     assert (train(run_config()), log(tmp_path)) == undisturbed
+    place = tmp_path / "run" / "checkpoints" / str(question)
+    assert f"descent resumes at step {question} from {place}" in caplog.text
 
 
 @pytest.mark.parametrize("at", [EPOCH, STEPS])

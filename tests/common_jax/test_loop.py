@@ -9,6 +9,7 @@ from descent import OPTIM, make_task
 from meshes import one_device
 
 from common_jax import log, loop
+from common_jax.log import clocks
 from common_jax.loop import RunConfig
 from common_jax.workdir import refuse_other_config
 
@@ -78,7 +79,7 @@ def at(monkeypatch):
     """at(seconds) sets the clocks."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
-    monkeypatch.setattr(log, "time", clock)
+    monkeypatch.setattr(clocks, "time", clock)
 
     def set_to(seconds):
         now[0] = seconds

@@ -52,7 +52,7 @@ LINES = b'{"step": 2, "a": 1.50}\n{"step": 4}\n{"step": 6}\n'
 
 
 def record(workdir, step):
-    Recorder(workdir, step=step, total=9, title="test").close()
+    Recorder(workdir, step=step).close()
     path = workdir / "metrics.jsonl"
     return path.read_bytes() if path.exists() else b""
 

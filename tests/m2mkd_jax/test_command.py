@@ -138,7 +138,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monkeypatch):
+def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monkeypatch, capsys):
     flags = [
         f"--config={ROOT}/configs/m2mkd/vmoe_base.py:phase=end_to_end",
         f"--config.data.path={folder}",
@@ -159,6 +159,9 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
     ]
     monkeypatch.chdir(tmp_path)
     app.run(main, DESCRIPTION, ["m2mkd", *flags, "--workdir=run"])
+    scores, use = capsys.readouterr().err.splitlines()[-2:]
+    assert "finished: test/loss " in scores and ", test/accuracy " in scores
+    assert use.endswith(f"to use it: m2mkd predict {tmp_path}/run PICTURE")
     apply, params = m2mkd_jax.load_model("run")
     assert apply(params, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 2)
     workdir = tmp_path / "run"

@@ -3,6 +3,7 @@ twice."""
 
 import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -50,10 +51,12 @@ def test_every_run_leaves_its_records(finished):
         assert list(folder.glob("events.*"))
 
 
-def test_a_finished_pipeline_is_not_run_again(finished):
+def test_a_finished_pipeline_is_not_run_again(finished, caplog):
+    caplog.set_level(logging.INFO)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
     run_phase(tiny_pipeline(), finished, one_device())
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("metrics.jsonl")}
+    assert caplog.messages[2:4] == ["phase 2 of 6: modules", "modules is already finished"]
 
 
 def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):

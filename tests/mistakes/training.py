@@ -204,7 +204,7 @@ MISTAKES: tuple[Mistake, ...] = (
         DESCENT,
     ),
     Mistake(
-        "common_jax/log.py",
+        "common_jax/log/lines.py",
         "patience is a step longer than it says",
         "if skipped_in_row >= self._patience:",
         "if skipped_in_row > self._patience:",

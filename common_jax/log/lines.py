@@ -1,6 +1,5 @@
-"""A run's log while it trains: lines that are written a step late, and the clocks beside them."""
+"""A run's log while it trains: what its steps and evaluations report, a step late."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 from etils import epath
 
 from common_jax.checkpoint import FOLDER
+from common_jax.log.clocks import Clock
+from common_jax.log.console import Console
 from common_jax.metrics import Recorder
 from common_jax.workdir import require
 
@@ -20,7 +21,8 @@ class Log:
     dispatched, so that the devices always have work. Whoever evaluates or saves reads it first.
 
     Args:
-      recorder: takes the lines.
+      recorder: writes the lines.
+      console: shows them.
       workdir: the run's folder, which must still be locked by this run when a line is written.
       step: updates done before this start.
       batch: examples per step.
@@ -31,6 +33,7 @@ class Log:
     def __init__(
         self,
         recorder: Recorder,
+        console: Console,
         workdir: epath.Path,
         *,
         step: int,
@@ -38,7 +41,7 @@ class Log:
         steps_per_epoch: int,
         patience: int,
     ):
-        self._recorder, self._workdir = recorder, workdir
+        self._recorder, self._console, self._workdir = recorder, console, workdir
         self._steps_per_epoch, self._patience = steps_per_epoch, patience
         self._clock = Clock(step, batch)
         self._pending = None  # (step, report, line) of the step that was dispatched last
@@ -54,7 +57,6 @@ class Log:
         Raises:
           FloatingPointError: when too many steps in a row had non-finite gradients.
         """
-        self._recorder.advance(step)
         self.flush()
         self._pending = (step, report, line)
 
@@ -65,11 +67,14 @@ class Log:
         # Taken first, so that a step whose report raises is not read again when the run ends.
         (step, report, line), self._pending = self._pending, None
         skipped_in_row = int(report["skipped_in_row"])  # waits for the step
+        self._console.advance(step)
         if line:
             require(self._workdir)  # another run may have taken over the lock
-            self._recorder.write(step, self._epoch(step), averages(jax.device_get(report)))
+            values = averages(jax.device_get(report))
+            self._recorder.write(step, self._epoch(step), values)
             if timing := self._clock.read(step):
                 self._recorder.write_timing(step, **timing)
+            self._console.show(values | (timing or {}))
         if skipped_in_row >= self._patience:
             raise FloatingPointError(
                 f"the last {skipped_in_row} steps up to step {step} had a non-finite loss or "
@@ -81,6 +86,7 @@ class Log:
     def write_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of an evaluation, whose time counts for no step."""
         self._recorder.write(step, self._epoch(step), values)
+        self._console.show(values)
         self._clock.restart(step)
 
     def restart_clock(self, step: int) -> None:
@@ -92,7 +98,8 @@ class Log:
         return self._recorder.complete()
 
     def close(self) -> None:
-        """Closes the files; raises OSError where lines still cannot be written."""
+        """Closes everything; raises OSError where lines still cannot be written."""
+        self._console.close()
         self._recorder.close()
 
     def _epoch(self, step: int) -> float:
@@ -105,46 +112,3 @@ def averages(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
     steps = sums["steps"] or np.nan  # a stretch of skipped steps has no mean
     means = {name: sums[name] / steps for name in sums if name not in (*counts, "steps")}
     return {f"train/{name}": value for name, value in (means | counts).items()}
-
-
-class Clock:
-    """Wall time of training steps; `restart` leaves out evaluations and saves.
-
-    Args:
-      step: updates done before this start.
-      batch: examples per step.
-    """
-
-    def __init__(self, step: int, batch: int):
-        self._batch = batch
-        self._step, self._start = step, None
-
-    def restart(self, step: int) -> None:
-        """Starts again at this step."""
-        self._step, self._start = step, time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float] | None:
-        """Means since the last reading; None for the first stretch, which compiles."""
-        now, before, start = time.perf_counter(), self._step, self._start
-        # Even without a reading: the next stretch begins here.
-        self.restart(step)
-        if start is None or step == before:
-            return None
-        seconds = (now - start) / (step - before)
-        return {"examples_per_second": self._batch / seconds, "milliseconds": seconds * 1e3}
-
-
-class Alarm:
-    """Rings when `minutes` have passed; None never rings."""
-
-    def __init__(self, minutes: float | None):
-        self._minutes = minutes
-        self.restart()
-
-    def restart(self) -> None:
-        """Counts from now."""
-        self._start = time.monotonic()
-
-    def rings(self) -> bool:
-        """Whether the time has passed."""
-        return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes

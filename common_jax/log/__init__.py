@@ -1,0 +1,7 @@
+"""A run's log while it trains: what is written, what the terminal shows, and the clocks."""
+
+from common_jax.log.clocks import Alarm, Clock
+from common_jax.log.console import Console, conclude, introduce
+from common_jax.log.lines import Log, averages
+
+__all__ = ["Alarm", "Clock", "Console", "Log", "averages", "conclude", "introduce"]

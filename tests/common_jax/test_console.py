@@ -1,0 +1,137 @@
+"""What a run says on the terminal."""
+
+import io
+import logging
+import types
+
+import jax
+import pytest
+from descent import OPTIM, descend, make_task
+from meshes import one_device
+
+from common_jax.log import Console, conclude, console, introduce
+from common_jax.task import abstract_state
+
+
+class Terminal(io.StringIO):
+    """A screen, which keeps all that was ever written on it."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(seconds) sets the clock."""
+    now = [100.0]
+    monkeypatch.setattr(console, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def set_to(seconds):
+        now[0] = 100.0 + seconds
+
+    return set_to
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+def loss(value):
+    return {"train/loss": value, "train/skipped": 0, "train/learning_rate": 1e-3, "train/x": 9.0}
+
+
+def test_without_a_terminal_lines_keep_their_distance_and_have_the_last_values(at, said):
+    shown = Console("run", step=4, total=44, shown=("train/loss", "train/skipped", "test/score"))
+    at(20)
+    shown.advance(5)
+    shown.show(loss(0.51234))
+    at(29.9)
+    shown.advance(14)
+    shown.show({"test/score": 0.25})
+    at(40)
+    shown.advance(24)
+    shown.show(loss(0.5) | {"train/skipped": 3, "examples_per_second": 128.0})
+    shown.advance(44)
+    shown.show({"test/score": 0.75})
+    shown.close()
+    rate, last = "learning rate 0.001", "learning rate 0.001  examples/s 128"
+    assert said.messages == [
+        "run: compiling the step (usually 5 to 60 s, less if it was before)",
+        "run: first step after 20 s",
+        f"run  step 5/44  loss 0.5123  {rate}",
+        # 19 steps in 20 seconds, and 20 are left.
+        f"run  step 24/44  loss 0.5  skipped 3  test/score 0.25  {last}  00:21 left",
+        f"run  step 44/44  loss 0.5  skipped 3  test/score 0.75  {last}",
+    ]
+
+
+def test_what_was_said_is_not_said_again_at_the_end(at, said):
+    shown = Console("run", step=0, total=1)
+    shown.advance(1)
+    shown.show({"examples_per_second": 3})
+    shown.close()
+    assert sum("step 1/1" in message for message in said.messages) == 1
+
+
+def test_on_a_terminal_there_is_a_bar(at, said, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(console.sys, "stderr", terminal)
+    shown = Console("run", step=4, total=8, shown=("train/loss",))
+    shown.advance(5)
+    shown.show(loss(0.25))
+    shown.advance(6)
+    shown.advance(8)
+    shown.close()
+    last = terminal.getvalue().split("\r")[-1]
+    assert last.startswith("run  step 8/8 |")
+    assert "left, loss 0.25  learning rate 0.001" in last
+    assert not any("step 8/8" in message for message in said.messages)
+
+
+def test_other_processes_say_nothing(said, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    shown = Console("run", step=0, total=2, shown=("train/loss",))
+    shown.advance(1)
+    shown.show(loss(0.25))
+    shown.close()
+    assert not said.messages
+
+
+def test_a_run_says_what_it_is_about_to_do(said, tmp_path):
+    task = make_task(lambda params, helpers, step: {"w": 0.0})
+    abstract = abstract_state(task, OPTIM, one_device())
+    introduce(task, OPTIM, abstract, one_device(), tmp_path, {"precision": "bfloat16"})
+    assert said.messages == [
+        "descent: 1 x cpu in 1 process, mesh data 1 x fsdp 1 x expert 1, bfloat16",
+        "descent: trains 1 parameters, with 0 frozen, for 12 steps of 8 examples (3 epochs)",
+        f"descent: its log is {tmp_path / 'metrics.jsonl'}",
+    ]
+
+
+def test_a_run_says_all_of_it_in_order(said, tmp_path):
+    descend(tmp_path / "run")
+    starts = (
+        "1 x cpu",
+        "trains 1",
+        "its log",
+        "compiling",
+        "first step",
+        "step 1/12",
+        "step 12/12",
+    )
+    places = [
+        next(i for i, message in enumerate(said.messages) if start in message) for start in starts
+    ]
+    assert places == sorted(places)
+
+
+def test_at_the_end_are_the_scores_and_the_command(said):
+    conclude({"test/accuracy": 0.98765, "test/loss": 1}, "use RUN")
+    conclude({})
+    assert said.messages == [
+        "finished: test/accuracy 0.9877, test/loss 1",
+        "to use it: use RUN",
+        "finished",
+    ]
