@@ -3,12 +3,19 @@
     python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:stage=pipeline \\
         --workdir=runs/emoji
 
-Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate) and `model`:
-  "cliptrans", all stages; "no_captioning", translation with features but without captioning first;
-  "text_only", an mBART without features. All three train translation for the same steps.
+Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, evaluate), `source` and
+  `target` language, any of the 14 of `cliptrans_jax/data/emoji_set.py`, `scale`, a factor of all
+  epochs, such as 0.1 for a trial, and `model`: "cliptrans", all stages; "no_captioning",
+  translation with features but without captioning first; "text_only", an mBART without features.
+  All three train translation for the same steps.
+
+There are two test sets. `test` has new words: no variant of its emoji is in training. The names of
+`compositions` are new, and each of their words is known from other names. Training is on `rest`,
+which has neither.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import ml_collections
@@ -20,6 +27,7 @@ from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.stages import STAGES
 from cliptrans_jax.towers.clip import ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators.mbart import MBartConfig
@@ -50,6 +58,14 @@ RECIPES = {
     "translate": TRANSLATE,
     "triplet": TRANSLATE,
 }
+LANGUAGES = ("en", "de", "fr", "es", "pt", "it")  # of the M-CLIP, beside the pair
+ARGUMENTS = {
+    "stage": "pipeline",
+    "model": "cliptrans",
+    "source": "en",
+    "target": "de",
+    "scale": 1.0,
+}
 # Model: the stages of its pipeline, and the length of its prefix.
 MODELS = {
     "cliptrans": (("clip", "caption", "translate"), 4),
@@ -60,15 +76,27 @@ MODELS = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "pipeline", "model": "cliptrans"})
+    args = parse_args(arg, ARGUMENTS)
     if args.model not in MODELS:
         raise ValueError(f"model={args.model!r} must be one of {list(MODELS)}")
+    if not 0 < args.scale < math.inf:
+        raise ValueError(f"scale={args.scale} must be a factor above 0")
     stages, prefix = MODELS[args.model]
+    pair = (args.source, args.target)
+    captions = args.stage == "pipeline" or (args.stage in STAGES and STAGES[args.stage].captioning)
     config = unfreeze(
         Config(
             stage=args.stage,
-            data=DataConfig(source="emoji", emoji_size=32),
-            languages=("en", "de", "fr", "es", "pt", "it"),
+            data=DataConfig(
+                source="emoji",
+                source_language=args.source,
+                target_language=args.target,
+                train_split="rest",
+                # A trained model is scored on one split at a time.
+                further_tests=() if args.stage == "evaluate" else ("compositions",),
+                emoji_size=32,
+            ),
+            languages=(*pair, *(language for language in LANGUAGES if language not in pair)),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=LENGTH),
             clip=ClipConfig(
                 text=MClipConfig(
@@ -89,16 +117,24 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
             # Nothing is pretrained here, so captioning must train the embedding.
             freeze="nothing",
-            all_languages=args.stage in ("pipeline", "caption", "text_recon"),
+            all_languages=captions,
             batching=BatchingConfig(bucket=LENGTH // 2, window=46),
             decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH, growth=1, halvings=0),
             run=RunConfig(log_every=15, eval_every=5, checkpoint_every=5, best="val/chrf"),
         )
     )  # fmt: skip
-    return choose_recipe(
-        config,
-        {stage: RECIPES[stage] for stage in stages} | ({} if args.stage == "pipeline" else RECIPES),
-    )
+    recipes = {stage: scaled(recipe, args.scale) for stage, recipe in RECIPES.items()}
+    if args.stage == "pipeline":
+        recipes = {stage: recipes[stage] for stage in stages}
+    return choose_recipe(config, recipes)
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with `factor` times its epochs, at least 1."""
+    epochs = max(1, round(factor * recipe.optim.epochs))
+    warmup = min(recipe.optim.warmup_epochs, epochs // 2)
+    optim = dataclasses.replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
+    return dataclasses.replace(recipe, optim=optim)
 
 
 def sweep() -> Iterator[dict[str, object]]:
