@@ -73,7 +73,7 @@ class DataConfig(Section):
 
     @property
     def further(self) -> dict[str, str]:
-        """`further_tests` by the folder of their scores in a run, which begins their metrics too."""
+        """`further_tests` by the folder of their scores in a run, a prefix of metrics as well."""
         return {f"test_{split}": split for split in self.further_tests}
 
 
