@@ -111,12 +111,8 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
 def teacher_row(workdir: pathlib.Path, seeds: int) -> tuple[str, ...]:
     """The row of the first `seeds` teachers."""
     runs = [workdir / run_name("V-MoE", "m2mkd", seed) / "teacher" for seed in range(seeds)]
-    return (
-        "teacher",
-        "",
-        mean_and_spread(list(map(accuracies, runs)), "test/accuracy", unit=" %"),
-        "",
-    )
+    accuracy = mean_and_spread(list(map(accuracies, runs)), "test/accuracy", unit=" %")
+    return "teacher", "", accuracy, ""
 
 
 def student_rows(workdir: pathlib.Path, student: str, seeds: int) -> list[tuple[str, ...]]:
