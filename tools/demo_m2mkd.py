@@ -40,8 +40,9 @@ def main() -> None:
             print()
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
-    run = flags.workdir / "vmoe_m2mkd_0" / "end_to_end"
-    show_use("m2mkd", "predict", str(run), *write_digits(flags.workdir / "digits"), "--top=2")
+    run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
+    write_digits(pictures)
+    show_use("m2mkd", "predict", str(run), str(pictures), "--top=2")
 
 
 def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
@@ -77,15 +78,12 @@ def run_name(student: str, name: str, seed: int) -> str:
     return f"{student.replace('-', '').lower()}_{name}_{seed}"
 
 
-def write_digits(folder: pathlib.Path) -> list[str]:
-    """Writes some test images as PNG, each named for its digit; returns their paths."""
+def write_digits(folder: pathlib.Path) -> None:
+    """Writes some test images as PNG, each named for its place in the set and its digit."""
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = digits.load_split("test")
-    paths = []
     for place in range(0, len(images), len(images) // PICTURES)[:PICTURES]:
-        paths.append(str(folder / f"{place}_is_{labels[place]}.png"))
-        Image.fromarray(images[place, ..., 0]).save(paths[-1])
-    return paths
+        Image.fromarray(images[place, ..., 0]).save(folder / f"{place:03}_is_{labels[place]}.png")
 
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
