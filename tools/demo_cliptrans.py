@@ -119,7 +119,7 @@ def retrieval_table(workdir: pathlib.Path) -> Table:
         "new words, validation set": "val/accuracy",
     }
     return Table(
-        "M-CLIP: pictures and names that find each other among 64 (by chance 1.6 %)",
+        "M-CLIP: pictures and names that find each other among 64 (by chance about 2 %)",
         ("emoji held out of training", "found, %"),
         tuple((name, f"{100 * result[metric]:.1f}") for name, metric in rows.items()),
     )
