@@ -37,7 +37,7 @@ MODELS = {
 # Test set of the table -> folder of its scores in a run, and its split.
 TESTS = {"new compositions": ("test_compositions", "compositions"), "new words": ("", "test")}
 SHOWN = 6
-LINES = ("woman cook dark skin tone", "man pilot", "sleeping face")  # translated at the end
+LINES = ("man pilot", "ear dark skin tone", "old man medium-light skin tone")  # new compositions
 
 
 @ends_quietly
