@@ -79,15 +79,6 @@ DOORS = {
     "m2mkd_jax/evaluators/__init__.py": EVALUATORS,
     "m2mkd_jax/losses.py": DISTILLATIONS,
 }
-LISTING = {
-    "m2mkd_jax/pretrained/kinds.py",
-    "m2mkd_jax/pretrained/reading.py",
-    "m2mkd_jax/pretrained/writing.py",
-=======
-    "cliptrans_jax/encoders.py",
-    "cliptrans_jax/pretrained.py",
->>>>>>> pre
-}
 
 
 def modules():

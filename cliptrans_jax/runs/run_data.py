@@ -165,7 +165,8 @@ class RunData:
             count = (2 if config.all_languages else 1) * len(corpus)
             steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, evaluation)
-        self._corpus(config.data.test_split, evaluation)
+        for split in (config.data.test_split, *config.data.further_tests):
+            self._corpus(split, evaluation)
         if not config.has_prefix or not towers:
             return count
         for side in {evaluation, training} if train else {evaluation}:
