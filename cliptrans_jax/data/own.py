@@ -4,9 +4,12 @@ An example may lack sentences in some languages, or its picture. An example with
 any language that is read is left out, and where pictures are read, an example without one is, too.
 """
 
+import collections
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cliptrans_jax.data.corpus import (
     PICTURES,
@@ -23,6 +26,13 @@ from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
 
 PICTURE, SPLIT = "picture", "split"  # columns of a table, beside those of languages
+TEXT_FILE = re.compile(r"(?P<split>.+)\.(?P<language>[a-z]{2}([_-]\w+)?)")
+# Usual names of splits by field, the likelier first.
+SPLITS = {
+    "train_split": ("train", "training"),
+    "valid_split": ("val", "valid", "validation", "dev"),
+    "test_split": ("test", "testing"),
+}
 
 
 def load_text(root: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
@@ -87,6 +97,57 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
     reason = "" if PICTURE in table.columns else f"{file} has no column {PICTURE!r}"
     roots = (folder, folder / "images") if with_images else ()
     return _choose(f"table {split}", texts, names, keys, roots=roots, reason=reason)
+
+
+def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of config.data that read the sentences at `path`; {} if none lie there.
+
+    Args:
+      path: a folder, or a table.
+      given: the config.data that is asked about; its languages and splits are kept if they fit.
+
+    Raises:
+      ValueError: a table that cannot be read.
+    """
+    root = Path(path).expanduser()
+    if (root.is_file() and is_table(root)) or (root.is_dir() and table_names(root)):
+        source, (languages, splits) = "table", _columns(root, given["train_split"])
+    elif root.is_dir():
+        source, (languages, splits) = "text", _parallel_files(root)
+    else:
+        return {}
+    if len(languages) < 2:
+        return {}
+    pair = [given[key] for key in ("source_language", "target_language") if given[key] in languages]
+    pair += [language for language in languages if language not in pair]
+    settings = {"source": source, "path": path}
+    settings |= {"source_language": pair[0], "target_language": pair[1]}
+    for key, usual in SPLITS.items():
+        likely = [name for name in (given[key], *usual) if name in splits]
+        settings[key] = likely[0] if likely else given[key]
+    return settings
+
+
+def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:
+    """Returns languages and splits of a table, or of a folder with a table a split."""
+    splits, file = [], root
+    if root.is_dir():
+        splits = table_names(root)
+        file = find_table(root, train_split if train_split in splits else splits[0])
+    assert file is not None
+    table = read_table(file)
+    languages = [name for name in table.columns if name not in (PICTURE, SPLIT)]
+    return languages, splits or sorted({row.get(SPLIT, "") for _, row in table.rows})
+
+
+def _parallel_files(root: Path) -> tuple[list[str], Sequence[str]]:
+    """Returns languages and splits of the files SPLIT.LANGUAGE that have a parallel one."""
+    names = (entry.name.removesuffix(".gz") for entry in root.iterdir() if entry.is_file())
+    matches = map(TEXT_FILE.fullmatch, names)
+    pairs = {(match["split"], match["language"]) for match in matches if match}
+    counts = collections.Counter(split for split, _ in pairs)
+    splits = [split for split, count in counts.items() if count > 1]
+    return sorted({language for split, language in pairs if split in splits}), splits
 
 
 def _choose(
