@@ -140,7 +140,7 @@ def test_examples_without_a_sentence_are_none(tmp_path, stage, several, expected
     write_table(tmp_path / "all.tsv")
     corpus = load_corpus(config_of(tmp_path / "all.tsv"), "train", PAIR)
     words = {
-        code: [np.array([ord(c) for c in text]) for text in texts]
+        code: [np.array([*map(ord, text)], int) for text in texts]
         for code, texts in corpus.texts.items()
     }
     examples = choose_examples(
@@ -151,9 +151,8 @@ def test_examples_without_a_sentence_are_none(tmp_path, stage, several, expected
         for pair in zip(examples.source, examples.target, strict=True)
     ]
     assert found == expected and len(examples.rows) == len(examples.languages) == len(expected)
-    texts = [
-        corpus.texts[a][row] for row, (a, _) in zip(examples.rows, examples.languages, strict=True)
-    ]
+    places = zip(examples.rows, examples.languages, strict=True)
+    texts = [corpus.texts[source][row] for row, (source, _) in places]
     assert texts == [source for source, _ in expected]
 
 
