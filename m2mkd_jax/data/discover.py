@@ -49,11 +49,11 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     grey = all(np.array_equal(image, image[:, :, :1].repeat(3, axis=2)) for image in images)
     channels = 1 if grey else 3
     settings |= {"image_size": size, "channels": channels}
-    for key, measure in (("mean", np.mean), ("std", np.std)):
-        fits = len(given[key]) == channels and given["channels"] == channels
-        pixels = np.concatenate([image.reshape(-1, 3) for image in images]) / 255
-        measured = tuple(round(float(x), 3) for x in measure(pixels, axis=0)[:channels])
-        settings[key] = tuple(given[key]) if fits else measured
+    fits = given["channels"] == channels
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images])[:, :channels] / 255
+    measured = {"mean": pixels.mean(axis=0), "std": np.maximum(pixels.std(axis=0), 0.001)}
+    for key, numbers in measured.items():
+        settings[key] = tuple(given[key] if fits else (round(float(x), 3) for x in numbers))
     return settings
 
 
