@@ -327,10 +327,15 @@ def _say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) 
         findings.say(f"    {name}: {reason}")
 
 
-def as_flags(settings: Mapping[str, Any]) -> str:
+def flags_for(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> str:
     """Returns fields of config.data as flags of a command line."""
-    flags = (f"--config.data.{key}={value}" for key, value in settings.items())
-    return " \\\n  ".join(shlex.quote(flag) for flag in flags)
+    values = {f"data.{key}": value for key, value in settings.items()}
+    if config.get("languages"):  # of other data
+        values["languages"] = settings["source_language"], settings["target_language"]
+    # Tuples in double quotes, since a shell's quotes around them are single ones.
+    texts = {key: str(value).replace("'", '"') for key, value in values.items()}
+    texts |= {key: value for key, value in values.items() if isinstance(value, str)}
+    return " \\\n  ".join(f"--config.{key}={shlex.quote(text)}" for key, text in texts.items())
 
 
 def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
@@ -346,8 +351,8 @@ def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
         look(frozen, findings)
     path = config.data.path
     with contextlib.suppress(*USER_ERRORS):  # which are among the problems
-        if path and (flags := settings_of(path, config.data)):
-            findings.say(f"flags that train on {path}:\n  {as_flags(flags)}")
+        if path and (settings := settings_of(path, config.data)):
+            findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
     count = len(findings.problems)
     if not count:
         findings.say("a run could start: no problem found")
