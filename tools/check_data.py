@@ -351,7 +351,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
         look(frozen, findings)
     path = config.data.path
     with contextlib.suppress(*USER_ERRORS):  # which are among the problems
-        if path and (settings := settings_of(path, config.data)):
+        if path and (settings := settings_of(path, config.data.to_dict())):
             findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
     count = len(findings.problems)
     if not count:
