@@ -46,10 +46,10 @@ from common_jax import app
 from common_jax.config import freeze
 from common_jax.inputs import BadExample
 from m2mkd_jax import config as m2mkd
-from m2mkd_jax.data import discover
 from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
+from m2mkd_jax.data.own import discover
 from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
 from m2mkd_jax.data.subsets import with_labels_of
 from m2mkd_jax.phases import PHASES

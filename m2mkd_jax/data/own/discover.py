@@ -9,8 +9,8 @@ import numpy as np
 from common_jax.inputs import BadExample
 from common_jax.inputs.tables import is_table, read_table, table_names
 from m2mkd_jax.data.listing import is_hidden, is_image
+from m2mkd_jax.data.own.tables import SPLIT
 from m2mkd_jax.data.sources import DataConfig, Source, open_source
-from m2mkd_jax.data.tables import SPLIT
 from m2mkd_jax.data.transforms import SMALL_SIDE
 
 # Usual names of splits, the likelier first.
