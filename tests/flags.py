@@ -154,7 +154,9 @@ SOME = (
     ),
 )
 # Fields whose refusal depends on other sections, so that theirs alone takes more.
-ABOVE = r"init\.upcycle|run\.best|data\.(source|target)_language|model\.moe\.balance\.load|mesh\.\w+"
+ABOVE = (
+    r"init\.upcycle|run\.best|data\.(source|target)_language|model\.moe\.balance\.load|mesh\.\w+"
+)
 
 
 def leaves(config: Mapping[str, Any], path: str = "") -> Iterator[str]:
