@@ -10,7 +10,7 @@ from cliptrans_jax.config import READS, SYSTEM, Config
 from cliptrans_jax.curves import CURVES
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.run_data import check_weights
-from cliptrans_jax.runs.scoring import gallery, scores_table
+from cliptrans_jax.runs.scoring import galleries, scores_table
 from cliptrans_jax.stages import Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
@@ -65,12 +65,12 @@ def check_places(config: Config, workdir: epath.Path) -> None:
 
 
 def _report(config: Config, workdir: epath.Path, folders: list[str]) -> None:
-    shown = gallery(config, workdir / folders[-1])
+    names = [f"{run}/{test}".strip("/") for run in folders for test in ("", *config.data.further)]
     write_report(
         workdir,
         title=f"CLIPTrans, {config.stage}",
-        table=scores_table(workdir, folders),
-        tables=[] if shown is None else [shown],
+        table=scores_table(workdir, names),
+        tables=galleries(config, workdir / folders[-1]),
         families=CURVES,
     )
 

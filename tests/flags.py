@@ -135,6 +135,7 @@ ALLOWED = (
         "no workdirs, or one, which is opened before anything is trained",
     ),
     (r"run\.profile|languages", ((),), "(): no profile; the languages of the pair"),
+    (r"data\.further_tests", ((), ("x",)), "no further splits, or one, as test_split"),
 )
 # The same for configs whose name the first regex matches.
 SOME = (

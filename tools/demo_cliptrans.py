@@ -2,18 +2,21 @@
 
 Trains a small M-CLIP on pictures and their names in six languages, then three translators from
 English to German with equal budgets: an mBART on the texts alone, one with features as a prefix,
-and one that first learned to caption the pictures. No variant of a test emoji (skin tone, gender,
-hair) is in the training set. Prints one table and a few translations. Run it again to resume an
-interrupted demo.
+and one that first learned to caption the pictures. There are two test sets: names that are new
+compositions of known words, and emoji of which no variant (skin tone, gender, hair) is in the
+training set, whose names have new words. Prints a table and a few translations of either, and
+translates some lines at the end. Run it again to resume an interrupted demo.
 
     python tools/demo_cliptrans.py --workdir runs/demo/cliptrans
 """
 
 import argparse
+import dataclasses
 import pathlib
 import time
 
 from jobs import Job, demo_parser, mean_and_spread, read_curve, run_all, show
+from use import show_use
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.curves import CURVES
@@ -31,7 +34,10 @@ MODELS = {
     "CLIPTrans without captioning": "no_captioning",
     "CLIPTrans": "cliptrans",
 }
-SHOWN = 8
+# Test set of the table -> folder of its scores in a run, and its split.
+TESTS = {"new compositions": ("test_compositions", "compositions"), "new words": ("", "test")}
+SHOWN = 6
+LINES = ("woman cook dark skin tone", "man pilot", "sleeping face")  # translated at the end
 
 
 @ends_quietly
@@ -41,6 +47,7 @@ def main() -> None:
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
+    show_use("cliptrans", "translate", str(flags.workdir / "cliptrans_0" / "translate"), *LINES)
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
@@ -66,47 +73,74 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
 
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
-    """Prints the table and translations, writes the report on all runs, and returns its path."""
+    """Prints tables and translations, writes the report on all runs, and returns its path."""
     rows, curves = [], {}
     for title, name in MODELS.items():
         runs = [workdir / f"{name}_{seed}" / "translate" for seed in range(seeds)]
-        scores = [read_json(run / "scores.json") for run in runs]
-        numbers = [mean_and_spread(scores, metric) for metric in ("bleu", "chrf", "exact")]
-        rows.append((title, *numbers[:2], f"{numbers[2]} %"))
+        numbers = []
+        for folder, _ in TESTS.values():
+            scores = [read_json(run / folder / "scores.json") for run in runs]
+            numbers += [mean_and_spread(scores, metric) for metric in ("exact", "chrf", "bleu")]
+        rows.append((title, *numbers))
         curves[title] = [read_curve(run, "val/chrf") for run in runs]
     steps = {curve[-1][0] for group in curves.values() for curve in group}
     assert len(steps) == 1, steps
     picture = workdir / "chrf.png"
     overlay(curves, label="chrF on the validation set", path=picture)
-    header = ("emoji, English to German", "BLEU", "chrF", "exact")
+    first, second = TESTS
+    header = (
+        "English to German",
+        *(f"{first}: exact, %", "chrF", "BLEU"),
+        *(f"{second}: exact, %", "chrF", "BLEU"),
+    )
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    table = Table(f"Held-out emoji{spread}", header, tuple(rows))
+    table = Table(f"Emoji held out of training{spread}", header, tuple(rows))
     show(table)
-    samples = translations(workdir)
-    show(Table("", samples.header[1:], tuple(row[1:] for row in samples.rows)))
+    retrieval = retrieval_table(workdir)
+    show(retrieval)
+    samples = [translations(workdir, test) for test in TESTS]
+    for one in samples:
+        show(dataclasses.replace(one, header=one.header[1:], rows=tuple(r[1:] for r in one.rows)))
     return write_report(
         workdir,
         title="CLIPTrans on emoji",
         table=table,
-        tables=[samples],
+        tables=[retrieval, *samples],
         figures=[("chrF on the validation set over the steps of translation", picture)],
         families=CURVES,
     )
 
 
-def translations(workdir: pathlib.Path) -> Table:
-    """Some test emoji with their pictures, and translations of their names by the seed 0 models."""
+def retrieval_table(workdir: pathlib.Path) -> Table:
+    """How often the M-CLIP finds the name of a picture, and the picture of a name, among 64."""
+    result = read_json(workdir / "clip" / "result.json")
+    rows = {
+        "new compositions": "test_compositions/accuracy",
+        "new words, validation set": "val/accuracy",
+    }
+    return Table(
+        "M-CLIP: pictures and names that find each other among 64 (by chance about 2 %)",
+        ("emoji held out of training", "found, %"),
+        tuple((name, f"{100 * result[metric]:.1f}") for name, metric in rows.items()),
+    )
+
+
+def translations(workdir: pathlib.Path, test: str) -> Table:
+    """Some emoji of a test set, with the translations of their names by the models of seed 0."""
+    folder, split = TESTS[test]
     outputs = {
-        title: read_translations(workdir / f"{name}_0" / "translate" / "translations.tsv")
+        title: read_translations(workdir / f"{name}_0" / "translate" / folder / "translations.tsv")
         for title, name in MODELS.items()
     }
     rows = outputs["CLIPTrans"]
     chosen = [i * len(rows) // SHOWN for i in range(SHOWN)]
     run = workdir / "cliptrans_0" / "translate"
     config = freeze_stored(Config, load_config(run), run)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, test_split=split))
     return picture_columns(
         with_pictures(config, [rows[i] for i in chosen]),
         {title: [found[i].output for i in chosen] for title, found in outputs.items()},
+        caption=f"Translations, {test}",
     )
 
 

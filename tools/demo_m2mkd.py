@@ -2,99 +2,145 @@
 
 Runs the whole pipeline on scikit-learn's digits (the last 360, by different writers than the rest,
 are the test set) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
-scratch with the same end-to-end budgets, for several seeds. Prints one table. The NAC is also
-tested on renditions of the digits (OOD). Run it again to resume an interrupted demo.
+scratch with the same end-to-end budgets, for several seeds. Prints the V-MoE's rows of the table
+first, then all of it. The NAC is also tested on renditions of the digits (OOD). At the end a
+trained network names some test digits. Run it again to resume an interrupted demo.
 
     python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
 """
 
 import argparse
 import pathlib
+import shlex
 import time
 
 from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
+from PIL import Image
+from use import show_use
 
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
 from m2mkd_jax.curves import CURVES
+from m2mkd_jax.data import digits
 
 CONFIGS = {"V-MoE": "configs/m2mkd/digits.py", "NAC": "configs/m2mkd/digits_nac.py"}
+HEADER = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
+PICTURES = 6  # test digits that a network names
 
 
 @ends_quietly
 def main() -> None:
-    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=3).parse_args()
+    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=2).parse_args()
     start = time.time()
-    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
+    for number, jobs in enumerate(plan(flags)):
+        run_all(jobs, flags.workdir, at_a_time=flags.jobs)
+        if number == 0:
+            rows = [teacher_row(flags.workdir, 1), *student_rows(flags.workdir, "V-MoE", 1)]
+            show(Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows)))
+            print()
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
+    run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
+    write_digits(pictures)
+    show_use("m2mkd", "predict", str(run), str(pictures), "--top=2")
 
 
-def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name.
+def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
+    """The processes by name, those of the first seed's V-MoE and the rest.
 
-    The first pipeline starts first, since it compiles what the later ones find in the cache. A NAC
+    The pipelines of other seeds come later: they find the first one's programs in the cache. A NAC
     uses the meta model and teacher of the V-MoE's pipeline.
     """
 
-    def job(student: str, phase: str, seed: int, teacher: str | None = None) -> Job:
-        command = ["-m", "m2mkd_jax.main", f"--config={CONFIGS[student]}:phase={phase}"]
+    def line(student: str, name: str, seed: int) -> str:
+        phase = "pipeline" if name == "m2mkd" else "end_to_end"
+        command = [run_name(student, name, seed), f"--config={CONFIGS[student]}:phase={phase}"]
         command += [f"--config.seed={seed}", *flags.flags]
-        if teacher is not None:
-            folder = flags.workdir.resolve() / teacher
+        if (student, name) == ("NAC", "m2mkd"):
+            folder = flags.workdir.resolve() / run_name("V-MoE", name, seed)
             command += [f"--config.sources.{role}={folder / role}" for role in ("meta", "teacher")]
-        return Job(tuple(command), teacher)
+        return shlex.join(command)
 
-    jobs = {"vmoe_m2mkd_0": job("V-MoE", "pipeline", 0)}
-    jobs |= {
-        f"vmoe_scratch_{seed}": job("V-MoE", "end_to_end", seed) for seed in range(flags.seeds)
+    def job(*lines: str) -> Job:
+        return Job(("tools/in_turn.py", "m2mkd_jax.main", *lines))
+
+    seeds = range(flags.seeds)
+    first = {
+        "first": job(line("V-MoE", "m2mkd", 0)),
+        "scratch": job(*(line(x, "scratch", seed) for x in CONFIGS for seed in seeds)),
     }
-    jobs |= {f"vmoe_m2mkd_{seed}": job("V-MoE", "pipeline", seed) for seed in range(1, flags.seeds)}
-    for seed in range(flags.seeds):
-        jobs[f"nac_scratch_{seed}"] = job("NAC", "end_to_end", seed)
-        jobs[f"nac_m2mkd_{seed}"] = job("NAC", "pipeline", seed, f"vmoe_m2mkd_{seed}")
-    return jobs
+    later = {f"seed_{x}": job(*(line(y, "m2mkd", x) for y in CONFIGS)) for x in seeds[1:]}
+    return [first, {**later, "first_nac": job(line("NAC", "m2mkd", 0))}]
+
+
+def run_name(student: str, name: str, seed: int) -> str:
+    """The folder of a run, such as vmoe_scratch_0."""
+    return f"{student.replace('-', '').lower()}_{name}_{seed}"
+
+
+def write_digits(folder: pathlib.Path) -> None:
+    """Writes some test images as PNG, each named for its place in the set and its digit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = digits.load_split("test")
+    for place in range(0, len(images), len(images) // PICTURES)[:PICTURES]:
+        Image.fromarray(images[place, ..., 0]).save(folder / f"{place:03}_is_{labels[place]}.png")
 
 
 def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
     """Prints the table, writes the report on all runs, and returns its path."""
-    teachers = [accuracies(workdir / f"vmoe_m2mkd_{seed}" / "teacher") for seed in range(seeds)]
-    rows = [("teacher", "", mean_and_spread(teachers, "test/accuracy", unit=" %"), "")]
-    figures = []
+    rows, figures = [teacher_row(workdir, seeds)], []
     for student in CONFIGS:
-        short = student.replace("-", "").lower()
-        groups = {
-            "from scratch": [workdir / f"{short}_scratch_{seed}" for seed in range(seeds)],
-            "with m2mKD": [workdir / f"{short}_m2mkd_{seed}/end_to_end" for seed in range(seeds)],
-        }
-        curves = {
-            name: [read_curve(run, "test/accuracy") for run in runs]
-            for name, runs in groups.items()
-        }
-        for name, runs in groups.items():
-            early = [{"test/accuracy": 100 * curve[0][1]} for curve in curves[name]]
-            results = [accuracies(run) for run in runs]
-            rows.append(
-                (
-                    f"{student}, {name}",
-                    mean_and_spread(early, "test/accuracy", unit=" %"),
-                    mean_and_spread(results, "test/accuracy", unit=" %"),
-                    mean_and_spread(results, "ood/accuracy", unit=" %"),
-                )
-            )
+        rows += student_rows(workdir, student, seeds)
+        curves = curves_of(workdir, student, seeds)
         steps = {(c[0][0], c[-1][0]) for group in curves.values() for c in group}
         assert len(steps) == 1, steps
-        picture = workdir / f"accuracy_{short}.png"
+        picture = workdir / f"accuracy_{student.replace('-', '').lower()}.png"
         overlay(curves, label="test accuracy", path=picture)
         figures.append((f"Test accuracy of the {student}, end to end, {seeds} seeds", picture))
     graph = workdir / "nac_m2mkd_0" / "end_to_end" / "connectivity.png"
     figures.append(("The mediators of the NAC before and after training, seed 0", graph))
-    header = ("digits", "after 2 epochs", "at the end", "OOD, at the end")
-    table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", header, tuple(rows))
+    table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", HEADER, tuple(rows))
     show(table)
     return write_report(
         workdir, title="m2mKD on digits", table=table, figures=figures, families=CURVES
     )
+
+
+def teacher_row(workdir: pathlib.Path, seeds: int) -> tuple[str, ...]:
+    """The row of the first `seeds` teachers."""
+    runs = [workdir / run_name("V-MoE", "m2mkd", seed) / "teacher" for seed in range(seeds)]
+    accuracy = mean_and_spread(list(map(accuracies, runs)), "test/accuracy", unit=" %")
+    return "teacher", "", accuracy, ""
+
+
+def student_rows(workdir: pathlib.Path, student: str, seeds: int) -> list[tuple[str, ...]]:
+    """The rows of a student's first `seeds` networks, from scratch and with m2mKD."""
+    rows = []
+    for name, curves in curves_of(workdir, student, seeds).items():
+        early = [{"test/accuracy": 100 * curve[0][1]} for curve in curves]
+        results = list(map(accuracies, runs_of(workdir, student, seeds)[name]))
+        numbers = ((early, "test"), (results, "test"), (results, "ood"))
+        spreads = (mean_and_spread(x, f"{split}/accuracy", unit=" %") for x, split in numbers)
+        rows.append((f"{student}, {name}", *spreads))
+    return rows
+
+
+def curves_of(workdir: pathlib.Path, student: str, seeds: int) -> dict[str, list]:
+    """The test accuracies of `runs_of` over the steps."""
+    return {
+        name: [read_curve(run, "test/accuracy") for run in runs]
+        for name, runs in runs_of(workdir, student, seeds).items()
+    }
+
+
+def runs_of(workdir: pathlib.Path, student: str, seeds: int) -> dict[str, list[pathlib.Path]]:
+    """The end-to-end runs of a student's first `seeds` networks."""
+    return {
+        "from scratch": [workdir / run_name(student, "scratch", seed) for seed in range(seeds)],
+        "with m2mKD": [
+            workdir / run_name(student, "m2mkd", seed) / "end_to_end" for seed in range(seeds)
+        ],
+    }
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class DataConfig(Section):
         train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
         of files for `wmt` and `text`, and for `table` too, or those in the column `split` of one
         file; train2017, val2017 and so on for `coco`.
+      further_tests: splits that are translated and scored as well as test_split; `emoji` has
+        compositions, for train_split rest.
       workers: processes that read and prepare pictures; 0 does it in the training thread.
       bad_share: share of the pictures that may be unreadable before the run stops.
       emoji_size: side in pixels at which emoji are drawn.
@@ -40,6 +42,7 @@ class DataConfig(Section):
     train_split: Name = "train"
     valid_split: Name = "val"
     test_split: Name = "test"
+    further_tests: tuple[Name, ...] = ()
     workers: Count = 0
     bad_share: BelowOne = 0.0
     emoji_size: Size = 48
@@ -47,6 +50,12 @@ class DataConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        tests = (self.valid_split, self.test_split, *self.further_tests)
+        if (self.source, self.train_split) == ("emoji", "train") and "compositions" in tests:
+            raise FieldError(
+                "train_split='train' has the names of the split 'compositions', so training would "
+                "show them; set train_split='rest'"
+            )
         if (self.path == "") != (self.source == "emoji"):
             rule = "must be empty" if self.source == "emoji" else "must be its folder"
             raise FieldError(f"path={shown(self.path)} {rule} for source={self.source!r}")
@@ -63,6 +72,11 @@ class DataConfig(Section):
     def pair(self) -> tuple[str, str]:
         """(source language, target language)."""
         return self.source_language, self.target_language
+
+    @property
+    def further(self) -> dict[str, str]:
+        """`further_tests` by the folder of their scores in a run, a prefix of metrics as well."""
+        return {f"test_{split}": split for split in self.further_tests}
 
 
 def load_corpus(

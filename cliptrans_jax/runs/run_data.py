@@ -167,7 +167,8 @@ class RunData:
             count = sum(len(corpus.rows_with(pair)) for pair in _pairs(config))
             steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, self._side(train=False))
-        self._corpus(config.data.test_split, self._side(train=False))
+        for split in (config.data.test_split, *config.data.further_tests):
+            self._corpus(split, self._side(train=False))
         if not config.has_prefix or not towers:
             return count
         for side in sides:

@@ -20,7 +20,7 @@ from cliptrans_jax.evaluators.show import (
     write_translations,
 )
 from cliptrans_jax.evaluators.translation import Translate
-from cliptrans_jax.runs.run_data import Split
+from cliptrans_jax.runs.run_data import RunData, Split
 from common_jax.inputs import BadExample
 from common_jax.report import Table
 from common_jax.workdir import read_json, write_json
@@ -90,6 +90,47 @@ def score_split(
         write_translations(workdir / TRANSLATIONS, rows)
         write_json(workdir / SCORES, report)
     return report
+
+
+def score_further(
+    config: Config,
+    workdir: epath.Path,
+    data: RunData,
+    translate: Translate,
+    params: Any,
+    *,
+    step: str,
+) -> dict[str, dict[str, Any]]:
+    """Scores config.data.further_tests as `score_split` does, each in its own folder.
+
+    Call it before the test split is scored, whose scores.json marks a finished run.
+
+    Returns:
+      The content of scores.json by split.
+    """
+    return {
+        split: score_split(
+            config,
+            workdir / folder,
+            data.load(split, train=False),
+            translate,
+            params,
+            step=step,
+        )
+        for folder, split in config.data.further.items()
+    }
+
+
+def galleries(config: Config, folder: epath.Path) -> list[Table]:
+    """`gallery` of each test split of a finished run, with the name of the set in its caption."""
+    tables = []
+    for test, split in {"": config.data.test_split, **config.data.further}.items():
+        data = dataclasses.replace(config.data, test_split=split, further_tests=())
+        shown = gallery(dataclasses.replace(config, data=data), folder / test)
+        if shown is not None:
+            name = read_json(folder / test / SCORES)["set"]
+            tables.append(dataclasses.replace(shown, caption=f"{shown.caption}, {name}"))
+    return tables
 
 
 def gallery(config: Config, folder: epath.Path, *, limit: int = 8) -> Table | None:

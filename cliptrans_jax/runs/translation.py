@@ -37,7 +37,7 @@ from cliptrans_jax.runs.objective import (
     make_warm_start,
 )
 from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
-from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
+from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_further, score_split
 from cliptrans_jax.stages import STAGES, trainable
 from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint, loop
@@ -109,8 +109,9 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
     params = {**task.helpers, **params}
+    further = score_further(config, workdir, data, translate, params, step=step.name)
     scores = score_split(config, workdir, test, translate, params, step=step.name)
-    return result | {"test": scores}
+    return result | further | {"test": scores}
 
 
 def describe(user_config: Config, mesh: Mesh, *, examples: int, tokens: int) -> Task:

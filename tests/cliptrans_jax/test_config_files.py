@@ -33,7 +33,13 @@ STAGES_OF = {
     "wmt": ("translate",),
 }
 ARGUMENTS = {
-    "emoji": ("", "model=cliptrans", "model=no_captioning", "model=text_only"),
+    "emoji": (
+        "",
+        "model=cliptrans",
+        "model=no_captioning",
+        "model=text_only",
+        "source=ja,target=ar,scale=0.1",
+    ),
     "multi30k": ("", "target=fr", "source=de,target=en", "prefix=0"),
     "multi30k_tiny": ("", "target=fr", "source=de,target=en"),
     "wit": ("", *(f"pair={pair}" for pair in PAIRS), "prefix=0"),
@@ -180,7 +186,8 @@ def test_every_item_of_a_sweep_is_understood(name):
     [
         ("emoji", "stage=captions", r"^stage='captions'"),
         ("emoji", "model=none", "model='none' must be one of"),
-        ("emoji", "target=fr", "config argument 'target=fr' is not understood"),
+        ("emoji", "target=xx", r"^target_language='xx' is not a language"),
+        ("emoji", "scale=0", r"scale=0\.0 must be a factor above 0"),
         ("multi30k", "target=ro", r"^target_language='ro' is not a language"),
         ("multi30k", "prefix=-1", r"^prefix=-1"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),

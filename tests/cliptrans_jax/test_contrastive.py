@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 from meshes import one_device
 from tiny import fill
-from tiny_cliptrans import read_split, tiny_config
+from tiny_cliptrans import TEST, read_split, tiny_config
 
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators import retrieval
@@ -143,10 +143,15 @@ def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_
 
 
 def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):
-    seen = {}
+    seen = {"evaluated": []}
 
     def reader(name):
-        return lambda source, **settings: seen.update({name: (source.corpus.name, settings)})
+        def read(source, **settings):
+            seen[name] = (source.corpus.name, settings)
+            if name == "valid":
+                seen["evaluated"].append((source.corpus.name, settings["batch"]))
+
+        return read
 
     def train(task, run, optim, **settings):
         seen.update(task=task, run=run, **settings)
@@ -170,6 +175,8 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     monkeypatch.setattr(contrastive, "eval_batches", reader("valid"))
     monkeypatch.setattr(retrieval, "make_evaluator", evaluator)
     config = config_of(root=corpus, seed=7)
+    data = dataclasses.replace(config.data, further_tests=(TEST,))
+    config = dataclasses.replace(config, data=data)
     assert contrastive.run(config, epath.Path(tmp_path / "run"), one_device()) == {"steps": 6}
     task = seen["task"]
     task.batches(5)
@@ -177,10 +184,12 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     assert name == "multi30k train"
     assert (settings["seed"], settings["batch"], settings["start_step"]) == (7, 8, 5)
     assert task.evaluators["val"]({}, {}, 3) == {"count": 3}
-    name, settings = seen["valid"]
-    assert (name, seen["more"]["seed"], settings["batch"]) == ("multi30k val", 7, 6)
+    assert seen["evaluated"] == [("multi30k val", 6), (f"multi30k {TEST}", 5)]
+    assert seen["more"]["seed"] == 7
     assert seen["dropout"] is None  # an evaluation drops nothing out
+    assert task.evaluators[f"test_{TEST}"]({}, {}, 3) == {"count": 3}
+    assert f"test_{TEST}/accuracy" in task.shown
     assert (task.steps_per_epoch, seen["seed"], seen["run"].best) == (3, 7, None)
     assert task.batch["image"].shape == (8, 16, 16, 3)
-    transform = settings["transform"]
+    transform = seen["valid"][1]["transform"]
     assert transform(example())["ids"][1] == 40  # the first language

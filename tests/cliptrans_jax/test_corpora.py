@@ -428,6 +428,8 @@ def test_wmt_is_text_in_either_order_of_the_pair(tmp_path):
         ({"bad_share": 1.0}, r"^bad_share=1\.0 must be in \[0, 1\)"),
         ({"workers": -1}, r"^workers=-1 must be at least 0"),
         ({"emoji_size": 0}, r"^emoji_size=0 must be at least 1"),
+        ({"further_tests": ("compositions",)}, r"^train_split='train' .*set train_split='rest'"),
+        ({"valid_split": "compositions"}, r"^train_split='train' .*set train_split='rest'"),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(fields, message):

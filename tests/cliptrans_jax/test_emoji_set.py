@@ -12,10 +12,12 @@ from cliptrans_jax.data.corpora import DataConfig, load_corpus
 from cliptrans_jax.data.corpus import Images
 from cliptrans_jax.data.emoji_set import LANGUAGES, SPLITS, base, groups, load_emoji, splits
 
+WHOLE = ("train", "val", "test")  # splits of whole groups, which have every emoji once
+
 
 @pytest.fixture(scope="module")
 def corpora():
-    return {split: load_emoji(split, LANGUAGES, flags=True) for split in SPLITS}
+    return {split: load_emoji(split, LANGUAGES, flags=True) for split in WHOLE}
 
 
 def test_splits_are_of_the_known_size():
@@ -23,7 +25,43 @@ def test_splits_are_of_the_known_size():
     for split in SPLITS:
         corpus = load_emoji(split, ("en",))
         found[split] = (len(corpus), emoji_set.count_groups(corpus.keys))
-    assert found == {"train": (2943, 1126), "val": (385, 152), "test": (354, 152)}
+    assert found == {
+        "train": (2943, 1126),
+        "val": (385, 152),
+        "test": (354, 152),
+        "compositions": (202, 77),
+        "rest": (2741, 1121),
+    }
+
+
+def test_compositions_and_the_rest_are_the_training_split(corpora):
+    parts = [load_emoji(split, LANGUAGES, flags=True).keys for split in ("compositions", "rest")]
+    assert not set(parts[0]) & set(parts[1])
+    assert set(parts[0]) | set(parts[1]) == set(corpora["train"].keys)
+    assert not any(map(emoji_set.is_flag, parts[0]))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_names_of_compositions_are_new_and_their_words_are_known(language):
+    chosen, rest = (load_emoji(x, (language,)).texts[language] for x in ("compositions", "rest"))
+    assert not set(chosen) & set(rest) and len(set(chosen)) == len(chosen)
+    if language in ("ja", "zh"):  # characters, for want of spaces
+        chosen, rest = (["".join(name.split()) for name in names] for names in (chosen, rest))
+        assert {letter for name in chosen for letter in name} <= set("".join(rest))
+    else:
+        known = {word for name in rest for word in name.split()}
+        assert {word for name in chosen for word in name.split()} <= known
+
+
+def test_no_name_of_compositions_is_a_single_word():
+    names = load_emoji("compositions", ("en",)).texts["en"]
+    assert all(len(name.split()) > 1 for name in names)
+    assert {"man firefighter", "ear dark skin tone"} <= set(names)
+
+
+def test_the_two_tests_are_called_by_what_is_new_in_them():
+    names = [load_emoji(split, ("en",)).name for split in ("test", "compositions")]
+    assert names == ["emoji test of new words", "emoji test of new compositions"]
 
 
 def test_no_group_and_no_name_is_in_two_splits(corpora):
@@ -127,7 +165,7 @@ def test_pictures_are_of_their_emoji():
 
 
 def test_a_wrong_split_or_language_is_named():
-    with pytest.raises(ValueError, match=r"no split 'tests', only train, val, test \(did you mean"):
+    with pytest.raises(ValueError, match=r"no split 'tests', only train, val, .* \(did you mean"):
         load_emoji("tests", ("en",))
     with pytest.raises(ValueError, match=r"no language 'cs', only en, es"):
         load_emoji("test", ("cs",))

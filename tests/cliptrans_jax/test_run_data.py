@@ -362,6 +362,33 @@ def test_a_scored_set_is_written_row_by_row(corpus, data_of, tmp_path, stage, ta
     assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
 
 
+def test_further_tests_are_scored_in_folders_of_their_own(corpus, data_of, tmp_path):
+    config = config_of("translate", corpus)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, further_tests=("val", "train"))
+    )
+    german, asked = read_split(corpus, "val")[1], []
+
+    def translate(params, batches):
+        count = sum(int(batch["_mask"].sum()) for batch in batches)
+        asked.append((params, count))
+        return {number: [Hypothesis(german[0], 0.0)] for number in range(count)}
+
+    folder, params = epath.Path(tmp_path), {"a": 1}
+    found = scoring.score_further(config, folder, data_of(config), translate, params, step="3")
+    assert asked == [(params, 6), (params, 24)] and list(found) == ["val", "train"]
+    for split, report in found.items():
+        assert report == json.loads((tmp_path / f"test_{split}" / "scores.json").read_text())
+        assert (report["set"], report["step"]) == (f"multi30k {split}", 3)
+    # The test split itself has not been scored here, so it is not shown.
+    shown = scoring.galleries(config, folder)
+    assert [table.caption.rpartition(", ")[2] for table in shown] == [
+        "multi30k val",
+        "multi30k train",
+    ]
+    assert [row[2] for row in shown[0].rows] == german
+
+
 def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
     """Whatever batches and seed training has; tokens are dropped by the run's seed."""
     config = config_of("translate", corpus, noise=NoiseConfig(mask_prob=0.5, test=True), seed=3)

@@ -150,6 +150,27 @@ MISTAKES: tuple[Mistake, ...] = (
         CORPORA,
     ),
     Mistake(
+        f"{PACKAGE}/data/emoji_set.py",
+        "a test name may have a word that training no longer has",
+        "remaining[x][word] > 1",
+        "remaining[x][word] > 0",
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/emoji_set.py",
+        "names of the test of compositions stay in training",
+        'if (e in held_out) == (split == "compositions")]',
+        'if split == "rest" or e in held_out]',
+        CORPORA,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/scoring.py",
+        "a further test is written over the test split's scores",
+        "            workdir / folder,\n",
+        "            workdir,\n",
+        RUN_DATA,
+    ),
+    Mistake(
         f"{PACKAGE}/evaluators/scores.py",
         "chrF takes the reference for the output",
         "chrf.corpus_score(hypotheses, [references])",

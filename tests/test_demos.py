@@ -1,0 +1,131 @@
+"""The demos: their runs, several in a process, and the commands that they end with."""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import demo_cliptrans
+import demo_m2mkd
+import in_turn
+import numpy as np
+import pytest
+import use
+from PIL import Image
+
+import cliptrans_jax.main
+import m2mkd_jax.main
+from cliptrans_jax.config import Config as ClipTransConfig
+from common_jax import app
+from common_jax.config import freeze
+from m2mkd_jax.config import Config as M2mkdConfig
+from m2mkd_jax.data import digits
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def flags(folder, *more, seeds=2):
+    return argparse.Namespace(workdir=folder, seeds=seeds, flags=list(more))
+
+
+def configs(monkeypatch, kind, lines):
+    """The frozen configs of command lines, by the folder of the run."""
+    found = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(app.logging, "basicConfig", lambda **_: None)
+    for line in lines:
+        run, *arguments = shlex.split(line)
+        argv = ["demo", *arguments, f"--workdir={run}", "--debug"]
+        app.run(
+            lambda config, workdir: found.update({workdir.name: freeze(kind, config)}), "", argv
+        )
+    return found
+
+
+def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp_path, monkeypatch):
+    first, later = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
+    lines = [line for jobs in (first, later) for job in jobs.values() for line in job.command[2:]]
+    runs = configs(monkeypatch, M2mkdConfig, lines)
+    assert sorted(runs) == sorted(
+        demo_m2mkd.run_name(student, name, seed)
+        for student in demo_m2mkd.CONFIGS
+        for name in ("scratch", "m2mkd")
+        for seed in range(2)
+    )
+    for name, config in runs.items():
+        assert config.seed == int(name[-1]) and config.run.log_every == 3
+        assert config.phase == ("pipeline" if "m2mkd" in name else "end_to_end")
+        teacher = str(tmp_path / "a b" / f"vmoe_m2mkd_{config.seed}" / "teacher")
+        assert config.sources.teacher == (teacher if "nac_m2mkd" in name else "")
+    # A NAC starts after the V-MoE that has its teacher.
+    assert list(later) == ["seed_1", "first_nac"]
+    assert [line.split()[0] for line in later["seed_1"].command[2:]] == [
+        "vmoe_m2mkd_1",
+        "nac_m2mkd_1",
+    ]
+    assert first["first"].command[2].split()[0] == "vmoe_m2mkd_0"
+
+
+def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypatch):
+    jobs = demo_cliptrans.plan(flags(tmp_path, seeds=1))
+    lines = [shlex.join([name, *job.command[2:]]) for name, job in jobs.items()]
+    runs = configs(monkeypatch, ClipTransConfig, lines)
+    assert list(runs) == ["clip", "text_only_0", "cliptrans_0", "no_captioning_0"]
+    for name, config in runs.items():
+        assert config.data.further_tests == ("compositions",)
+        shares = name.startswith(("cliptrans", "no_captioning"))
+        assert config.sources.clip == (str(tmp_path / "clip") if shares else "")
+        assert jobs[name].needs == ("clip" if shares else None)
+
+
+def test_runs_of_a_process_have_their_own_workdirs_and_end_at_a_request_to_stop(
+    tmp_path, monkeypatch
+):
+    called = []
+
+    def run(main, description, argv, *, system):
+        called.append((main, argv, system))
+
+    monkeypatch.setattr(app, "run", run)
+    lines = ["a --config=x:y=1 --config.seed=0", "b '--config=c d'", f"--workdir={tmp_path}/job"]
+    in_turn.main(["m2mkd_jax.main", *lines])
+    assert [argv[1:] for _, argv, _ in called] == [
+        ["--config=x:y=1", "--config.seed=0", f"--workdir={tmp_path}/a"],
+        ["--config=c d", f"--workdir={tmp_path}/b"],
+    ]
+    for main, _, system in called:
+        assert (main, system) == (m2mkd_jax.main.main, m2mkd_jax.main.SYSTEM)
+    called.clear()
+    monkeypatch.setattr(in_turn.signals, "requested", lambda: True)
+    in_turn.main(["cliptrans_jax.main", *lines])
+    assert [main for main, _, _ in called] == [cliptrans_jax.main.main]
+
+
+def test_a_use_is_shown_as_it_is_typed_and_its_failure_ends_the_demo(monkeypatch, capfd):
+    called = []
+
+    def run(command, **settings):
+        called.append((command, settings["env"]["JAX_PLATFORMS"]))
+        return subprocess.CompletedProcess(command, returncode=len(called) - 1)
+
+    monkeypatch.setattr(use.subprocess, "run", run)
+    use.show_use("cliptrans", "translate", "runs/a", "red apple")
+    assert called == [
+        ([sys.executable, "-m", "cliptrans_jax", "translate", "runs/a", "red apple"], "cpu")
+    ]
+    assert capfd.readouterr().out == "\n$ cliptrans translate runs/a 'red apple'\n"
+    with pytest.raises(SystemExit) as stop:
+        use.show_use("m2mkd", "predict", "runs/a")
+    assert stop.value.code == 1
+
+
+def test_digits_are_written_as_they_are_under_their_names(tmp_path):
+    demo_m2mkd.write_digits(tmp_path / "digits")
+    images, labels = digits.load_split("test")
+    paths = list((tmp_path / "digits").iterdir())
+    assert len(paths) == demo_m2mkd.PICTURES
+    for path in paths:
+        place, digit = map(int, path.stem.split("_is_"))
+        assert labels[place] == digit
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), images[place, ..., 0])

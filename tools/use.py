@@ -1,0 +1,22 @@
+"""Commands that use what a demo has trained, shown as they are typed."""
+
+import os
+import shlex
+import subprocess
+import sys
+
+PROGRAMS = {"m2mkd": "m2mkd_jax", "cliptrans": "cliptrans_jax"}
+
+
+def show_use(program: str, *arguments: str) -> None:
+    """Prints the command line and runs it; exits with its status unless that is 0.
+
+    Args:
+      program: a key of PROGRAMS.
+      arguments: those of the program.
+    """
+    print(f"\n$ {shlex.join([program, *arguments])}", flush=True)
+    command = [sys.executable, "-m", PROGRAMS[program], *arguments]
+    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    if result.returncode != 0:
+        sys.exit(result.returncode)
