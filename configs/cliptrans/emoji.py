@@ -15,7 +15,6 @@ which has neither.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import ml_collections
@@ -34,7 +33,7 @@ from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 
 VOCAB, FEATURES, LENGTH = 2000, 128, 24
 # Skin tones differ in colour alone, so training changes little of it.
@@ -83,8 +82,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = parse_args(arg, ARGUMENTS)
     if args.model not in MODELS:
         raise ValueError(f"model={args.model!r} must be one of {list(MODELS)}")
-    if not 0 < args.scale < math.inf:
-        raise ValueError(f"scale={args.scale} must be a factor above 0")
     stages, prefix = MODELS[args.model]
     pair = (args.source, args.target)
     captions = args.stage == "pipeline" or (args.stage in STAGES and STAGES[args.stage].captioning)
@@ -129,18 +126,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             run=RunConfig(log_every=15, eval_every=8, checkpoint_every=8, best="val/chrf"),
         )
     )  # fmt: skip
-    recipes = {stage: scaled(recipe, args.scale) for stage, recipe in RECIPES.items()}
+    recipes = scale_lengths(RECIPES, args.scale)
     if args.stage == "pipeline":
         recipes = {stage: recipes[stage] for stage in stages}
     return choose_recipe(config, recipes)
-
-
-def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with `factor` times its epochs, at least 1."""
-    epochs = max(1, round(factor * recipe.optim.epochs))
-    warmup = min(recipe.optim.warmup_epochs, epochs // 2)
-    optim = dataclasses.replace(recipe.optim, epochs=epochs, warmup_epochs=warmup)
-    return dataclasses.replace(recipe, optim=optim)
 
 
 def sweep() -> Iterator[dict[str, object]]:

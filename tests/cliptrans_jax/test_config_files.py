@@ -110,6 +110,19 @@ def test_every_stage_can_be_run(name, stage, rest, tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_a_tenth_of_every_stage_has_a_config(name):
+    for stage in STAGES_OF[name]:
+        whole, short = (load(name, arguments(stage, f"scale={scale}")) for scale in (1, 0.1))
+        recipes = [(whole, short)]
+        if stage == "pipeline":
+            recipes = [(whole.recipes[key], short.recipes[key]) for key in whole.recipes]
+        for before, after in recipes:
+            ratio = after.optim.total_steps(100) / before.optim.total_steps(100)
+            assert 0.05 < ratio <= 0.2  # an epoch of 5 is the least
+            after.optim.check_warmup(100)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_model_can_be_scored(name):
     for rest in ARGUMENTS[name]:
         config = load(name, arguments("evaluate", rest), **{"sources.model": MODEL})
@@ -174,7 +187,7 @@ def test_every_item_of_a_sweep_is_understood(name):
         ("emoji", "stage=captions", r"^stage='captions'"),
         ("emoji", "model=none", "model='none' must be one of"),
         ("emoji", "target=xx", r"^target_language='xx' is not a language"),
-        ("emoji", "scale=0", r"scale=0\.0 must be a factor above 0"),
+        ("emoji", "scale=0", r"^scale=0 must be positive, such as 0\.1"),
         ("multi30k", "target=ro", r"^target_language='ro' is not a language"),
         ("multi30k", "prefix=-1", r"^prefix=-1"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from cliptrans_jax.data.corpora import SOURCES, DataConfig, load_corpus
-from cliptrans_jax.data.corpus import Images, read_lines
+from cliptrans_jax.data.corpus import Images
 from common_jax.inputs import BadExample
+from common_jax.inputs.texts import read_lines
 
 ENGLISH = ("a dog runs", "two men sit", "the red car")
 GERMAN = ("ein Hund rennt", "zwei Männer sitzen", "das rote Auto")
@@ -441,4 +442,4 @@ def test_an_unknown_language_names_the_known(tmp_path, source, known):
     config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
     with pytest.raises(ValueError, match=f"language='xx' is not a language of .*which has {known}"):
         load_corpus(config, "train", ("en", "xx"))
-    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco"}
+    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco", "text", "table"}
