@@ -9,6 +9,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),
+    entry_points={
+        "console_scripts": [
+            "m2mkd = m2mkd_jax.commands:main",
+            "cliptrans = cliptrans_jax.commands:main",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1",
         "emoji>=2.16",

@@ -19,6 +19,8 @@ PACKAGES = [p for p in ("common_jax", "m2mkd_jax", "cliptrans_jax") if (ROOT / p
 # Top to bottom: a module imports from its own line and from lines below, never from above.
 LAYERS = {
     "m2mkd_jax": (
+        ("__main__",),
+        ("commands",),
         ("main",),
         ("loading", "pretrained"),
         ("phases",),
@@ -35,6 +37,8 @@ LAYERS = {
         ("stages",),
     ),
     "cliptrans_jax": (
+        ("__main__",),
+        ("commands",),
         ("main",),
         ("loading", "curves"),
         ("runs",),
@@ -49,6 +53,7 @@ LAYERS = {
         ("models", "towers", "translators"),
     ),
     "common_jax": (
+        ("commands",),
         ("app",),
         ("command_line",),
         ("loop",),

@@ -1,5 +1,6 @@
 """A command's flags, its config file, and the fields that flags change."""
 
+from common_jax.command_line.commands import USER_ERRORS, Command, dispatch
 from common_jax.command_line.fields import check_field, set_field
 from common_jax.command_line.files import load_beside, read_config_file, run_config_file
 from common_jax.command_line.reading import HOST_FLAGS, define, read
@@ -7,10 +8,13 @@ from common_jax.command_line.systems import System, check_system, unread
 
 __all__ = [
     "HOST_FLAGS",
+    "USER_ERRORS",
+    "Command",
     "System",
     "check_field",
     "check_system",
     "define",
+    "dispatch",
     "load_beside",
     "read",
     "read_config_file",

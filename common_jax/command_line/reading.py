@@ -15,7 +15,6 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.command_line.fields import (
     SHOWN,
     check_field,
@@ -99,6 +98,9 @@ def read(
     Raises:
       ValueError, OSError: for a mistake of the user.
     """
+    # Imported here, as it needs jax, without which the list of a program's commands is shown.
+    from common_jax.checkpoint import absolute, refuse_pattern
+
     argv = [argv[0], *_expand(argv[1:])]
     # Overrides cannot be read before their types are known, which are in the config file.
     _parse(values, argv, known_only=True)

@@ -1,0 +1,13 @@
+"""The program `m2mkd`: one file a command, in the order of its --help."""
+
+from common_jax.command_line import Command, dispatch
+from m2mkd_jax.commands import train
+
+COMMANDS: dict[str, Command] = {
+    "train": train.COMMAND,
+}
+
+
+def main() -> int:
+    """Runs the command that the command line names, and returns the exit status."""
+    return dispatch("m2mkd", COMMANDS)
