@@ -84,6 +84,21 @@ def dispatch(
         return 2
 
 
+def read_settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Text by the path of a field, of arguments --config.PATH=TEXT, or --PATH=TEXT for short.
+
+    Raises:
+      ValueError: for an argument without a value.
+    """
+    settings = {}
+    for argument in arguments:
+        path, equals, text = argument.removeprefix("--").removeprefix("config.").partition("=")
+        if not equals:
+            raise ValueError(f"{argument} lacks a value; write {argument}=VALUE")
+        settings[path] = text
+    return settings
+
+
 def _overview(program: str, commands: Mapping[str, Command]) -> str:
     width = max(len(name) for name in commands)
     return "\n".join(
