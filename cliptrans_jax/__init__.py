@@ -1,5 +1,7 @@
 """CLIPTrans in JAX: features of M-CLIP become a prefix in a translator's decoder."""
 
+from common_jax import __version__ as __version__
+
 __all__ = ["load_model"]
 
 

@@ -1,6 +1,6 @@
 """A command's flags, its config file, and the fields that flags change."""
 
-from common_jax.command_line.commands import USER_ERRORS, Command, dispatch
+from common_jax.command_line.commands import USER_ERRORS, Command, dispatch, read_settings
 from common_jax.command_line.fields import check_field, set_field
 from common_jax.command_line.files import load_beside, read_config_file, run_config_file
 from common_jax.command_line.reading import HOST_FLAGS, define, read
@@ -18,6 +18,7 @@ __all__ = [
     "load_beside",
     "read",
     "read_config_file",
+    "read_settings",
     "run_config_file",
     "set_field",
     "unread",

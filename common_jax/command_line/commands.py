@@ -6,17 +6,16 @@ and networks inside functions, so that --help answers at once.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+import common_jax
 from common_jax.ranges import did_you_mean
 
 # Errors that a user can cause; any other is our fault and shows its traceback.
 USER_ERRORS = (ValueError, OSError)
-DISTRIBUTION = "modular-jax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ def dispatch(
         print(_overview(program, commands))
         return 0
     if name == "--version":
-        print(program, importlib.metadata.version(DISTRIBUTION))
+        print(program, common_jax.__version__)
         return 0
     if name not in commands:
         hint = did_you_mean(name, commands)
@@ -82,6 +81,21 @@ def dispatch(
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def read_settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Text by the path of a field, of arguments --config.PATH=TEXT, or --PATH=TEXT for short.
+
+    Raises:
+      ValueError: for an argument without a value.
+    """
+    settings = {}
+    for argument in arguments:
+        path, equals, text = argument.removeprefix("--").removeprefix("config.").partition("=")
+        if not equals:
+            raise ValueError(f"{argument} lacks a value; write {argument}=VALUE")
+        settings[path] = text
+    return settings
 
 
 def _overview(program: str, commands: Mapping[str, Command]) -> str:

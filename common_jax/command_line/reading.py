@@ -25,7 +25,7 @@ from common_jax.command_line.fields import (
     shorten,
     type_of,
 )
-from common_jax.command_line.files import read_config_file
+from common_jax.command_line.files import describe_config_file, read_config_file
 from common_jax.command_line.systems import System, check_system
 from common_jax.config import did_you_mean
 
@@ -110,6 +110,8 @@ def read(
             for name in ("config", "workdir", *HOST_FLAGS, "debug", "help")
         )
         print(description, *lines, "  --config.FIELD=VALUE: Any field of the config.", sep="\n")
+        if file := values["config"].value:
+            print(f"\n{file}:", describe_config_file(file), sep="\n")
         sys.exit(0)
     if not values["config"].value:
         raise ValueError("--config is missing; --help shows what it is")

@@ -1,10 +1,12 @@
 """The program `m2mkd`: one file a command, in the order of its --help."""
 
 from common_jax.command_line import Command, dispatch
-from m2mkd_jax.commands import train
+from m2mkd_jax.commands import evaluate, predict, train
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "predict": predict.COMMAND,
 }
 
 
