@@ -1,0 +1,20 @@
+"""The commands of the program `cliptrans`, one file each."""
+
+from collections.abc import Mapping
+
+from cliptrans_jax.commands import evaluate, export, features, train, translate
+from common_jax.command_line import Command, dispatch
+
+# In the order of --help.
+COMMANDS: Mapping[str, Command] = {
+    "train": train.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "translate": translate.COMMAND,
+    "features": features.COMMAND,
+    "export": export.COMMAND,
+}
+
+
+def main() -> int:
+    """Runs the command of the process's command line, and returns the exit status."""
+    return dispatch("cliptrans", COMMANDS)
