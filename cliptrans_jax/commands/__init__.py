@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cliptrans_jax.commands import evaluate, export, features, plan, sweep, train, translate
+from cliptrans_jax.commands import evaluate, export, features, plan, show, sweep, train, translate
 from common_jax.command_line import Command, dispatch
 
 # In the order of --help.
@@ -14,6 +14,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": export.COMMAND,
     "plan": plan.COMMAND,
     "sweep": sweep.COMMAND,
+    "show": show.COMMAND,
 }
 
 

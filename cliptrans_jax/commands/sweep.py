@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from common_jax.command_line import Command
+from common_jax.commands.arguments import add_none
 
 if TYPE_CHECKING:
     from common_jax.commands.sweep.cells import Files, Program
@@ -45,7 +46,7 @@ def results(config: Any) -> "tuple[str | None, Files]":
 
 COMMAND = Command(
     "run a config for every setting of a grid, several seeds each, and make one table",
-    lambda parser: None,
+    add_none,
     run,
     rest=("",),
 )

@@ -1,7 +1,7 @@
 """The program `m2mkd`: one file a command, in the order of its --help."""
 
 from common_jax.command_line import Command, dispatch
-from m2mkd_jax.commands import evaluate, plan, predict, sweep, train
+from m2mkd_jax.commands import evaluate, plan, predict, show, sweep, train
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
@@ -9,6 +9,7 @@ COMMANDS: dict[str, Command] = {
     "predict": predict.COMMAND,
     "plan": plan.COMMAND,
     "sweep": sweep.COMMAND,
+    "show": show.COMMAND,
 }
 
 

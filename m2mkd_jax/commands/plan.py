@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command
+from common_jax.commands.arguments import add_none
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -57,7 +58,7 @@ def make_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
 
 COMMAND = Command(
     "memory and time of a step on a TPU pod that need not be there",
-    lambda parser: None,
+    add_none,
     run,
     rest=("",),
 )
