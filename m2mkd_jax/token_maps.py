@@ -36,8 +36,8 @@ def check_maps(trained: Trained, stage: int | None) -> int:
     config, role = trained.config, trained.role
     if PHASES[config.phase].modular:
         raise ValueError(
-            f"{trained.source} holds modules, and token maps are of whole networks: give the run of "
-            "a meta model, a teacher or a student"
+            f"{trained.source} holds modules, and token maps are of whole networks: give the run "
+            "of a meta model, a teacher or a student"
         )
     if trained.family.leading_tokens is None:
         raise ValueError(

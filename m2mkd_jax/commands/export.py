@@ -27,9 +27,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out).expanduser()
     found = read_run(args.run)
     written = write_folder(found.source, out, stage=args.module, classes=found.classes)
-    print(
-        f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}, of kind {written.kind}"
-    )
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"{out}: {files}, of kind {written.kind}")
     print("README.md is the model card; fill in the licence")
     if args.push:
         print(f"uploaded to {push(out, args.push)}")

@@ -60,19 +60,15 @@ def write_folder(
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new folder")
     found = load_run(source, stage=stage)
-    once = dict(found.account.aliases)
-    tensors = {name: x for name, x in to_tensors(found).items() if name not in once}
-    sizes, reason = getattr(found.config, KINDS[found.kind].section), ""
-    about: dict[str, Any] = {}
-    if KINDS[found.kind].loads_in_timm:
-        try:
-            about = timm_config(found.config, sizes, classes)
-        except ValueError as error:
-            reason = str(error)
-    else:
-        reason = f"it is {KINDS[found.kind].about.partition(', for')[0]}"
+    kind, about, reason = KINDS[found.kind], None, ""
+    try:
+        if not kind.loads_in_timm:
+            raise ValueError(f"it is {_about(found)}")
+        about = timm_config(found.config, getattr(found.config, kind.section), classes)
+    except ValueError as error:
+        reason = str(error)
     out.mkdir(parents=True)
-    write_tensors(out / WEIGHTS, tensors)
+    write_tensors(out / WEIGHTS, to_tensors(found))
     if about:
         write_json(out / CONFIG, about)
     write_json(out / RUN, unfreeze(found.config).to_dict() | {"classes": list(classes)})
@@ -105,10 +101,15 @@ def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], 
     head = (
         f"---\nlicense: unknown  # to be filled in\n{library}"
         f"pipeline_tag: image-classification\n---\n\n# {config.phase} of {PAPER}\n\n"
-        f"{KINDS[found.kind].about.partition(', for')[0].capitalize()}, on "
+        f"This is {_about(found)}, on images of "
         f"{config.data.image_size} x {config.data.image_size} pixels.\n"
     )
     return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _about(found: Pretrained) -> str:
+    """The kind of network, for people."""
+    return KINDS[found.kind].about.partition(", for")[0]
 
 
 def _training(config: Config, found: Pretrained, source: epath.Path) -> Iterator[str]:
