@@ -7,7 +7,10 @@
 Accepts the config and flags of a run of either package, and uses no device. For image sets it
 counts classes and their images, reads a sample and reports its sizes and unreadable files, and does
 the same for the OOD set. For sentences it counts lines and empty lines by language and split, and
-pictures, missing and unreadable ones. All problems are listed, not only the first.
+pictures, missing and unreadable ones. All problems are listed, not only the first. For a user's
+own folder or table it ends with the flags that train on it, whatever the flags given were:
+
+    python tools/check_data.py --config=configs/m2mkd/cifar10_vmoe.py --config.data.path=/data/birds
 
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
@@ -16,9 +19,11 @@ Exits with 0 if the data lets a run start, otherwise with 1. Does not check weig
 """
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +36,7 @@ from etils import epath
 
 from cliptrans_jax import config as cliptrans
 from cliptrans_jax.config import SIDES
+from cliptrans_jax.data import own
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus, FolderImages
 from cliptrans_jax.runs import pipeline as cliptrans_pipeline
@@ -40,6 +46,7 @@ from common_jax import app
 from common_jax.config import freeze
 from common_jax.inputs import BadExample
 from m2mkd_jax import config as m2mkd
+from m2mkd_jax.data import discover
 from m2mkd_jax.data.augment import SMALL_SIDE
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
@@ -320,14 +327,32 @@ def _say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) 
         findings.say(f"    {name}: {reason}")
 
 
+def flags_for(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> str:
+    """Returns fields of config.data as flags of a command line."""
+    values = {f"data.{key}": value for key, value in settings.items()}
+    if config.get("languages"):  # of other data
+        values["languages"] = settings["source_language"], settings["target_language"]
+    # Tuples in double quotes, since a shell's quotes around them are single ones.
+    texts = {key: str(value).replace("'", '"') for key, value in values.items()}
+    texts |= {key: value for key, value in values.items() if isinstance(value, str)}
+    return " \\\n  ".join(f"--config.{key}={shlex.quote(text)}" for key, text in texts.items())
+
+
 def check(config: ml_collections.ConfigDict, sample: int | None) -> int:
     """Prints the findings; returns 0 if a run could start, otherwise 1."""
     logging.getLogger().setLevel(logging.WARNING)
     findings = Findings(sample)
-    package, look = (cliptrans, check_cliptrans) if "stage" in config else (m2mkd, check_m2mkd)
+    if "stage" in config:
+        package, look, settings_of = cliptrans, check_cliptrans, own.settings_of
+    else:
+        package, look, settings_of = m2mkd, check_m2mkd, discover.settings_of
     frozen = findings.attempt(freeze, package.Config, config)
     if frozen is not None:
         look(frozen, findings)
+    path = config.data.path
+    with contextlib.suppress(*USER_ERRORS):  # which are among the problems
+        if path and (settings := settings_of(path, config.data)):
+            findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
     count = len(findings.problems)
     if not count:
         findings.say("a run could start: no problem found")
