@@ -1,7 +1,7 @@
 """The program `m2mkd`: one file a command, in the order of its --help."""
 
 from common_jax.command_line import Command, dispatch
-from m2mkd_jax.commands import evaluate, export, features, plan, predict, show, sweep, train
+from m2mkd_jax.commands import check, evaluate, export, features, plan, predict, show, sweep, train
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
@@ -9,6 +9,7 @@ COMMANDS: dict[str, Command] = {
     "predict": predict.COMMAND,
     "features": features.COMMAND,
     "export": export.COMMAND,
+    "check": check.COMMAND,
     "plan": plan.COMMAND,
     "sweep": sweep.COMMAND,
     "show": show.COMMAND,

@@ -64,7 +64,7 @@ def test_settings_are_paths_and_texts():
         "data.path": "/x=y",
         "data.name": "a",
     }
-    with pytest.raises(ValueError, match="--config.seed lacks a value"):
+    with pytest.raises(ValueError, match=r"--config\.seed lacks a value"):
         read_settings(["--config.seed"])
 
 
