@@ -10,37 +10,47 @@ import numpy as np
 import pytest
 from meshes import one_device
 from PIL import Image
-from tiny import tiny_config
+from tiny import feed_of, fill, tiny_config
 
 import m2mkd_jax
 from common_jax import checkpoint
 from common_jax.command_line import dispatch
+from common_jax.config import unfreeze
+from common_jax.workdir import write_json
 from m2mkd_jax import pretrained
 from m2mkd_jax.commands import COMMANDS
 from m2mkd_jax.config import SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig
-from m2mkd_jax.phases.pipeline import run_phase
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.training import with_feed
 from m2mkd_jax.trained import choose_batch, open_run, read_run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compiled_quickly):
-    """A meta model, two modules in it, and a whole student, each trained for some steps."""
+def runs(tmp_path_factory):
+    """A meta model, two modules in it, and a whole student, with numbers that nobody trained."""
     folder = tmp_path_factory.mktemp("runs")
+    for name, config in configs(folder).items():
+        params = fill(PHASES[config.phase].describe(config, one_device()).init)
+        checkpoint.write_params(folder / name, params, unfreeze(config).to_dict())
+    write_json(folder / "meta" / "result.json", {"steps": 0, "test/accuracy": 0.5})
+    return folder
+
+
+def configs(folder):
     sources = SourcesConfig(meta=str(folder / "meta"))
-    configs = {
+    student = tiny_config("end_to_end")
+    return {
         "meta": tiny_config("pretrain_meta"),
         "modules": dataclasses.replace(tiny_config("train_module"), module="0+2", sources=sources),
-        "student": dataclasses.replace(
-            tiny_config("end_to_end"), ood=OodConfig(source="digits_r", split="test")
-        ),
+        "student": dataclasses.replace(student, ood=OodConfig(source="digits_r", split="test")),
     }
-    for name, config in configs.items():
-        run_phase(config, folder / name, one_device())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +75,24 @@ def call(capsys, *argv):
 # Names of classes.
 
 
-def test_training_writes_the_names_of_the_classes(runs):
-    for name in ("meta", "modules", "student"):
-        content = json.loads((runs / name / "classes.json").read_text())
-        assert content == {"names": list("0123456789")}
+def test_names_are_the_run_s_or_those_of_its_training_set(runs):
+    assert read_run(runs / "student").classes == digits.NAMES
+    write_json(runs / "modules" / "classes.json", {"names": NAMES})
+    assert read_run(runs / "modules" / "checkpoints" / "0").classes == NAMES
+    (runs / "modules" / "classes.json").unlink()
+    config = configs(runs)["modules"]
+    training = PHASES[config.phase].describe(config, one_device())
+    task = with_feed(training, feed_of(config, runs), one_device())
+    assert task.files == {"classes.json": {"names": list(digits.NAMES)}}
 
 
-def test_names_of_an_older_run_are_those_of_its_training_set(runs, tmp_path):
-    old = runs / "meta"
-    checkpoint.write_params(tmp_path / "run", checkpoint.load(old), checkpoint.load_config(old))
-    assert not list(tmp_path.rglob("classes.json"))
-    assert read_run(tmp_path / "run").classes == tuple("0123456789")
+@pytest.mark.parametrize("content", [{"names": ["a"]}, {"names": list(range(10))}, {}])
+def test_names_that_do_not_fit_are_refused(content, runs, tmp_path):
+    config, params = checkpoint.load_config(runs / "meta"), checkpoint.load(runs / "meta")
+    checkpoint.write_params(tmp_path / "run", params, config)
+    write_json(tmp_path / "run" / "classes.json", content)
+    with pytest.raises(ValueError, match=r"classes\.json (must list 10 names|lacks 'names')"):
+        read_run(tmp_path / "run")
 
 
 # predict
@@ -149,27 +166,31 @@ def test_few_pictures_make_a_small_batch(runs):
 
 
 @pytest.mark.parametrize(
-    ("run", "flags", "key"),
-    [
-        ("meta", (), "test/{}"),
-        ("modules", ("--module=2",), "test/module_2/{}"),
-        ("student", (), "test/{}"),
-    ],
+    ("run", "flags", "prefix"),
+    [("meta", (), ""), ("modules", ("--module=2",), "module_2/"), ("student", (), "")],
 )
-def test_an_evaluation_repeats_that_of_the_run(run, flags, key, runs, capsys):
+def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys):
     status, out, _ = call(capsys, "evaluate", runs / run, "--json", *flags)
     assert status == 0
-    found, result = json.loads(out), json.loads((runs / run / "result.json").read_text())
-    for metric in ("accuracy", "accuracy_top5", "loss"):
-        assert found["test"][metric] == pytest.approx(result[key.format(metric)], rel=1e-4), metric
-    test = found["test"]
-    assert test["images"] == 360 and list(test["classes"]) == list("0123456789")
-    right = sum(one["images"] * one["accuracy"] for one in test["classes"].values())
-    wrong = sum(pair["images"] for pair in test["confused"])
-    assert right == pytest.approx(360 * test["accuracy"]) and right + wrong == pytest.approx(360)
+    found, trained, config = json.loads(out), open_run(runs / run), configs(runs)[run]
+    training = PHASES[config.phase].describe(config, trained.mesh)
+    task = with_feed(training, feed_of(config, runs), trained.mesh)
+    assert found.keys() == task.evaluators.keys()
+    for name, evaluate in task.evaluators.items():
+        scores, classes = found[name], found[name]["classes"]
+        with jax.set_mesh(trained.mesh):
+            expected = evaluate(trained.params, trained.helpers, 0)
+        for metric in ("accuracy", "accuracy_top5", "loss"):
+            assert scores[metric] == pytest.approx(expected[f"{prefix}{metric}"], rel=1e-4), metric
+        count = sum(one["images"] for one in classes.values())
+        right = sum(one["images"] * one["accuracy"] for one in classes.values())
+        wrong = sum(pair["images"] for pair in scores["confused"])
+        assert scores["images"] == count == {"test": 360, "ood": 1430}[name]
+        assert right == pytest.approx(count * scores["accuracy"])
+        assert right + wrong == pytest.approx(count)
     if run == "student":
-        assert found["ood"]["accuracy"] == pytest.approx(result["ood/accuracy"], rel=1e-4)
-        assert list(found["ood"]["classes"]) == list("01234578")
+        assert list(found["test"]["classes"]) == list(digits.NAMES)
+        assert list(found["ood"]["classes"]) == list(digits.RENDERED)
 
 
 def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
