@@ -214,7 +214,7 @@ def _as_numbers(texts: Sequence[str]) -> list[float] | None:
 
 
 def _order(texts: Sequence[str]) -> list[str]:
-    """Each text once: by size if all are numbers, else in their original order."""
+    """Each text once: by size if all are numbers, else in the order in which they stand."""
     once = list(dict.fromkeys(texts))
     return once if _as_numbers(once) is None else sorted(once, key=float)
 
