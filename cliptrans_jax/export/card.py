@@ -36,8 +36,8 @@ NOTICES = {
     "emoji": "The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0."
 }
 WHOLE = "It has no prefix, so this folder is the whole model."
-PLAIN = """**`transformers` loads this folder as a plain mBART, without the prefix.** It has no class
-for the whole model. Without M-CLIP's features and the mapping network (`mapper.safetensors`),
+PLAIN = """**`transformers` loads this folder as a plain mBART, without the prefix**, as it has no
+class for the whole model. Without M-CLIP's features and the mapping network (`mapper.safetensors`),
 outputs differ from those of the trained model, and are usually worse. The scores below are of the
 whole model, which the command `cliptrans translate` runs from the run's own folder."""
 NO_SCORES = "None are on record for this checkpoint."
