@@ -25,10 +25,10 @@ import faults_checkpoints
 import faults_processes
 import tiny_cliptrans
 from fault_bench import OFTEN, Bench, Row, fill, lost_steps, moments, small_disk, unfinished
-from jobs import show
 from processes import DIGITS, Started, finish_pair, pair, says, start
 
 from common_jax.checkpoint import finished_steps
+from common_jax.commands.sweep.jobs import show
 from common_jax.report import Table
 
 # Wider, so that a checkpoint is large beside the log and events of a run.

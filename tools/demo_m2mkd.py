@@ -12,8 +12,15 @@ import argparse
 import pathlib
 import time
 
-from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
-
+from common_jax.commands.sweep.jobs import (
+    Job,
+    accuracies,
+    demo_parser,
+    mean_and_spread,
+    read_curve,
+    run_all,
+    show,
+)
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
 from m2mkd_jax.curves import CURVES

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cliptrans_jax.commands import evaluate, export, features, train, translate
+from cliptrans_jax.commands import evaluate, export, features, plan, show, sweep, train, translate
 from common_jax.command_line import Command, dispatch
 
 # In the order of --help.
@@ -12,6 +12,9 @@ COMMANDS: Mapping[str, Command] = {
     "translate": translate.COMMAND,
     "features": features.COMMAND,
     "export": export.COMMAND,
+    "plan": plan.COMMAND,
+    "sweep": sweep.COMMAND,
+    "show": show.COMMAND,
 }
 
 

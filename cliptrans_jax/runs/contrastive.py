@@ -43,7 +43,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     refuse_other_config(workdir, config)
     train, valid, text = _load(config, workdir)
     optim, length = config.optim, max(train.longest, valid.longest)
-    task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # the first thing that is written
@@ -98,7 +98,7 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     """
     train, valid, _ = _load(config, workdir)
     steps = steps_per_epoch(len(train), config.optim.batch)
-    task = _describe(config, steps=steps, length=max(train.longest, valid.longest))
+    task = describe(config, steps=steps, length=max(train.longest, valid.longest))
     run = dataclasses.replace(config.run, best=None)
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
@@ -112,7 +112,7 @@ def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", "_Pairs", str]
     return train, valid, text
 
 
-def _describe(config: Config, *, steps: int, length: int) -> Task:
+def describe(config: Config, *, steps: int, length: int) -> Task:
     """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
     return Task(

@@ -16,7 +16,9 @@ import ml_collections
 
 import common_jax
 
-CHECKOUT = pathlib.Path(common_jax.__file__).parents[1]
+# Where the project's own configs are: in an installed package, or beside it in a checkout.
+PACKAGE = pathlib.Path(common_jax.__file__).parent
+INSTALLED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def read_config_file(text: str) -> ml_collections.ConfigDict:
@@ -88,13 +90,10 @@ def _find(name: str, text: str) -> pathlib.Path:
         )
     if path.is_file():
         return path
-    # Then by name among the configs that are installed, or beside the packages in a checkout.
-    for installed in (pathlib.Path(common_jax.__file__).with_name("configs"), CHECKOUT / "configs"):
-        if (
-            not path.is_absolute()
-            and (named := installed / name.removeprefix("configs/")).is_file()
-        ):
-            return named
+    name = name.removeprefix("configs/")
+    for folder in () if path.is_absolute() else INSTALLED:
+        if (folder / name).is_file():
+            return folder / name
     folder = pathlib.Path(os.path.abspath(path)).parent
     # A wrong working directory is a more frequent mistake than a wrong name.
     here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"

@@ -3,6 +3,7 @@
 import argparse
 
 from common_jax.command_line import Command
+from common_jax.commands.arguments import add_none
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "train one phase or all of them: --config=FILE.py:phase=PHASE --workdir=DIR",
-    lambda parser: None,
+    add_none,
     run,
     rest=("",),
 )
