@@ -89,8 +89,6 @@ DOORS = {
 }
 # Files that still ask for the class of a config, or list names of a door; to be emptied.
 ASKING = {
-    "cliptrans_jax/encoders.py",
-    "cliptrans_jax/pretrained.py",
     "m2mkd_jax/pretrained/kinds.py",
 }
 LISTING = {

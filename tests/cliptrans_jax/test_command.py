@@ -104,7 +104,7 @@ def refused(capsys, corpus, tmp_path):
         ([], ["needs features", "config.sources.clip_text", "config.sources.clip"]),
         (
             ["--config.sources.clip_text=/tower"],
-            ["config.clip_tokenizer.kind='trained'", "'/tower'", "'xlmr'", "clip_tokenizer.path"],
+            ["config.clip_tokenizer.kind='trained'", "'xlmr' for 'mclip'", "clip_tokenizer.path"],
         ),
         (["--config.mesh.data=3"], ["config.mesh=data 3", "8 devices", "change config.mesh"]),
         (["--config.optim.batch=12"], ["config.optim.batch", "=12", "8 devices"]),
@@ -260,13 +260,13 @@ def test_what_is_scored_must_be_there_and_of_the_config(refused, runs):
     refused([NO_PREFIX], ["needs config.sources.model"], stage="evaluate")
     refused(
         [NO_PREFIX, f"--config.sources.model={runs / 'translate'}"],
-        ["config.model is not the model of", "mapper/out/kernel: absent here, (8, 64) there"],
+        ["config.model is not the model of", "mapper/out/kernel (8, 64) has no place"],
         stage="evaluate",
     )
     flags = [NO_PREFIX, f"--config.sources.model={runs / 'no_prefix'}"]
     refused(
         [*flags, "--config.model.mbart.width=32"],
-        ["mbart/decoder/embedding_norm/bias: (32,) here, (16,) there"],
+        ["mbart/decoder/embedding_norm/bias is (16,) and should be (32,)"],
         stage="evaluate",
     )
     refused([NO_PREFIX, "--config.sources.model=/nowhere"], ["/nowhere"], stage="evaluate")
