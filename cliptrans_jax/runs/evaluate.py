@@ -64,7 +64,7 @@ def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The content of scores.json.
     """
-    config = dataclasses.replace(run.config.apply_parity(), features="", all_languages=False)
+    config = dataclasses.replace(run.config.apply_parity(), features="")
     data = RunData(config, folder, mesh, known=run.load_tokenizer())
     data.check(train=False)
     model = Model.of(config, data)

@@ -9,14 +9,16 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
+import sentencepiece
 from etils import epath
 from tiny_cliptrans import TEST, read_split, tiny_config, write_run
 
 import cliptrans_jax
 from cliptrans_jax.commands import COMMANDS
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import read_translations
-from cliptrans_jax.export.tokenizers import language_token
+from cliptrans_jax.export.tokenizers import language_token, write_tokenizer
 from cliptrans_jax.lines import Line, read_stream, translate_lines
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.runs.finished import find, image_tower, text_tower
@@ -310,6 +312,29 @@ def test_transformers_cuts_sentences_as_the_run_does(exported, model):
         assert found == [ids.tolist() for ids in ours.encode(texts, language)]
         assert theirs.batch_decode(found, skip_special_tokens=True) == texts
         assert theirs.convert_tokens_to_ids(language_token("de")) == ours.language_id("de")
+
+
+def test_a_published_tokenizer_is_copied_with_its_languages(tmp_path):
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    (tmp_path / "published").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["two men are outside near many bushes"] * 4),
+        model_prefix=str(tmp_path / "published" / "sentencepiece.bpe"),
+        vocab_size=35,
+        minloglevel=2,
+    )
+    config = TokenizerConfig("mbart50", str(tmp_path / "published"))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(out, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    ours, texts = load_tokenizer(config), ["two men", "many men are near"]
+    assert theirs(texts)["input_ids"] == [ids.tolist() for ids in ours.encode(texts, "en")]
+    targets = theirs(text_target=texts)["input_ids"]
+    assert targets == [ids.tolist() for ids in ours.encode(texts, "cs")]
+    (tmp_path / "published" / "sentencepiece.bpe.model").unlink()
+    with pytest.raises(FileNotFoundError, match="no longer has the tokenizer of the run"):
+        write_tokenizer(out, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
 
 
 def test_transformers_computes_the_same(exported, model):
