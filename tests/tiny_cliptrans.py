@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw
+from tiny import fill
 
 from cliptrans_jax.config import ClipConfig, Config, Recipe
 from cliptrans_jax.data.corpora import DataConfig
@@ -163,19 +164,20 @@ def tiny_pipeline(root: pathlib.Path) -> Config:
 
 
 def write_run(workdir: epath.Path, config: Config) -> None:
-    """A workdir as a run leaves it after its first step, with fresh parameters."""
+    """A workdir as a run leaves it after its first step, with a number of its own in every place of
+    its parameters."""
     settings = unfreeze(config).to_dict()
     save_tokenizer(train_tokenizer(config, workdir)[1], workdir)
     write_json(workdir / "config.json", settings)
     towers = functools.partial(contrastive.init, config)
     init = towers if config.stage == "clip" else Translator(config.model).init
 
-    def state(key):
-        made = init_state(init(key), config.optim, trainable=".*", metrics={})
+    def state(params):
+        made = init_state(params, config.optim, trainable=".*", metrics={})
         return made.replace(step=made.step + 1)  # as the folder that it is saved in says
 
     checkpoints = Checkpoints(workdir, keep=1, best=None)
-    checkpoints.save(jax.jit(state)(jax.random.key(0)), step=1, config=settings, metrics=None)
+    checkpoints.save(jax.jit(state)(fill(init)), step=1, config=settings, metrics=None)
     checkpoints.close()
 
 
