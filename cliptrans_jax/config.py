@@ -11,6 +11,7 @@ from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
+from cliptrans_jax.data.published import language_problem
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.evaluators.table import evaluators_of
@@ -303,6 +304,9 @@ class Config(Section):
 
     def _check_languages(self) -> None:
         pair = self.data.pair
+        for key, language in zip(("source_language", "target_language"), pair, strict=True):
+            if problem := language_problem(self.tokenizer.kind, language):
+                raise FieldError(f"data.{key}={problem}")
         if set(pair) - set(self.known_languages):
             raise FieldError(f"languages={shown(self.languages)} must include the pair {pair}")
         if self.caption_language not in ("", *pair):

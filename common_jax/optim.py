@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 import jax
 import optax
@@ -127,6 +127,43 @@ class OptimConfig(Section):
         """Updates of the warm-up, for schedules per step."""
         in_epochs = self.warmup_epochs * steps_per_epoch
         return in_epochs if self.warmup_steps is None else self.warmup_steps
+
+
+Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`
+
+
+def scale_lengths(recipes: Mapping[str, Recipe], scale: float) -> dict[str, Recipe]:
+    """Returns the recipes with the length of each, and its warm-up, multiplied by `scale`.
+
+    Lengths are rounded to at least one epoch or update; a warm-up stays shorter than the run.
+
+    Raises:
+      ValueError: a scale that is not positive.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale:g} must be positive, such as 0.1 for a tenth of the length")
+
+    def times(length: int, least: int) -> int:
+        return max(least, round(length * scale))
+
+    def scaled(optim: OptimConfig) -> OptimConfig:
+        epochs = times(optim.epochs, 1)
+        steps = None if optim.steps is None else times(optim.steps, 1)
+        warmup_steps = None if optim.warmup_steps is None else times(optim.warmup_steps, 0)
+        if steps is not None and warmup_steps is not None:
+            warmup_steps = min(warmup_steps, steps - 1)
+        return dataclasses.replace(
+            optim,
+            epochs=epochs,
+            steps=steps,
+            warmup_epochs=min(times(optim.warmup_epochs, 0), epochs - 1),
+            warmup_steps=warmup_steps,
+        )
+
+    return {
+        name: dataclasses.replace(recipe, optim=scaled(recipe.optim)) if scale != 1 else recipe
+        for name, recipe in recipes.items()
+    }
 
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -81,12 +81,12 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
       FileNotFoundError: for no finished checkpoint, of the run or of one whose network it needs.
       ValueError: for a run of the other system, or a field that cannot be changed.
     """
-    source = checkpoint.find_step(_product(epath.Path(run)))
-    saved = checkpoint.load_config(source)
-    check_system(saved, SYSTEM, str(source))
-    config = freeze_stored(Config, saved, source)
+    found = read_run(run)
+    source = found.source
     # The run's own mesh is that of the machine where it was trained.
-    config = dataclasses.replace(config, mesh=MeshConfig(), baseline=DistillConfig(kind="none"))
+    config = dataclasses.replace(
+        found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
+    )
     config = _change(config, settings or {})
     mesh, phase = make_mesh(config.mesh), PHASES[config.phase]
     role, family = phase.role, family_of_role(config, phase.role)
@@ -110,17 +110,30 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
     ways = {f"{role}/{regex}": way for regex, way in family.adapt(section).items()}
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = _resize(params, shapes, ways, match_rules(family.rules, shapes, mesh))
-    return Trained(source, config, read_classes(source, config), mesh, forward, params, helpers)
+    return Trained(source, config, found.classes, mesh, forward, params, helpers)
 
 
-def read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
-    """The names of the classes by label: those in the run's classes.json, or else those of its
-    training set, or else numbers.
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run's checkpoint, the run's config, and its classes by label."""
 
-    Args:
-      source: folder of a checkpoint.
-      config: of its run.
-    """
+    source: epath.Path
+    config: Config
+    classes: tuple[str, ...]
+
+
+def read_run(run: epath.PathLike) -> Finished:
+    """Finds the checkpoint of a run, or of the result of a pipeline; raises as `open_run`."""
+    source = checkpoint.find_step(_product(epath.Path(run)))
+    saved = checkpoint.load_config(source)
+    check_system(saved, SYSTEM, str(source))
+    config = freeze_stored(Config, saved, source)
+    return Finished(source, config, _read_classes(source, config))
+
+
+def _read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
+    """The names of the classes in the run's classes.json, or else those of its training set, or
+    else numbers."""
     for folder in (source, *source.parents[:2]):
         if (path := folder / CLASSES).exists():
             names = read_json(path, {"names": list})["names"]

@@ -67,7 +67,7 @@ ALLOWED = (
         "None: off, or without a limit",
     ),
     (
-        r"data\.(workers|per_class|test_per_class)|distill\.pairs_at_once|few_shot\.seed|seed"
+        r"data\.(workers|per_class|test_per_class|split_seed)|distill\.pairs_at_once|few_shot\.seed|seed"
         r"|augment\.(padding|operations|fill)|optim\.(warmup_epochs|warmup_steps)"
         r"|model\.(read_in_heads|read_out_heads|tokenizer\.grid_size)"
         r"|(meta|teacher|model)\.registers"
@@ -84,7 +84,7 @@ ALLOWED = (
     ),
     (
         r"optim\.(warmup_lr|min_lr|weight_decay|b1|b2|momentum|ema)|label_smoothing|drop_path"
-        r"|data\.bad_share|baseline\.alpha|distill\.alpha|noise\.mask_prob"
+        r"|data\.(bad_share|test_share)|baseline\.alpha|distill\.alpha|noise\.mask_prob"
         r"|augment\.(magnitude|magnitude_std|erasing|mixup|cutmix|switch|mix_probability|smoothing"
         r"|rotate|scale|shift|brightness|contrast|saturation)"
         r"|model\.moe\.(noise_std|balance\.\w+)|model\.(layer_scale|code_noise|read_in_scale)"
@@ -143,7 +143,6 @@ SOME = (
     ("m2mkd", r"data\.path", TEXTS, "a path; digits have none and do not look at it"),
     ("cliptrans(/emoji)?$", r"data\.path", ("",), "emoji have no folder"),
     ("cliptrans/[mw]", r"data\.path", TEXT, "a folder"),
-    ("cliptrans/wmt", r"data\.(source|target)_language", TEXT, "endings of files' names"),
     ("cliptrans/(multi30k$|wit|wmt)", r"(clip_)?tokenizer\.path", TEXT, "a folder"),
     ("cliptrans(/emoji|/multi30k_tiny)?$", r"(clip_)?tokenizer\.path", ("",), "trained here"),
     ("cliptrans/", r"all_languages", (True,), "a switch, of pipelines and captioning stages"),

@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import re
+import shlex
 import zipfile
 
 import check_data
@@ -172,6 +173,37 @@ def test_pictures_count_only_where_a_stage_looks_at_them(tmp_path, capsys):
     assert check(capsys, translate, flags[0], *batch)[0] == 0
     status, _, problems = check(capsys, translate, flags[0], "--config.optim.batch=4")
     assert status == 1 and "a batch of 4 is more than the 3 examples" in problems[0]
+
+
+def pasted(printed):
+    """The flags that the command prints to train with."""
+    _, found, flags = printed.partition("flags that train on ")
+    assert found
+    flags = flags.partition(":\n")[2].replace("\\\n", " ")
+    return shlex.split(flags.partition("\n")[0])
+
+
+def test_flags_to_paste_train_on_own_images(tmp_path, capsys):
+    (image_set(tmp_path / "set") / "train").rename(tmp_path / "whole")
+    status, printed, _ = check(capsys, IMAGES, f"--config.data.path={tmp_path / 'whole'}")
+    assert "--config.data.test_share=0.2" in pasted(printed)
+    status, printed, problems = check(
+        capsys, IMAGES, "--config.optim.batch=8", *pasted(printed), "--config.data.source=folder"
+    )
+    assert (status, problems) == (0, [])
+    assert "12 images of 3 classes" in printed and "3 images of 3 classes" in printed
+
+
+def test_flags_to_paste_train_on_own_sentences(tmp_path, capsys):
+    rows = zip(*LINES.values(), ("train", "val", "test"), strict=True)
+    lines = ("en\tde\tsplit", *("\t".join(row) for row in rows))
+    (tmp_path / "own.tsv").write_text("".join(f"{line}\n" for line in lines))
+    translate = f"{SENTENCES}:stage=translate,prefix=0"
+    flags = [translate, "--config.optim.batch=1", "--config.optim.accumulate=1"]
+    status, printed, _ = check(capsys, *flags, f"--config.data.path={tmp_path / 'own.tsv'}")
+    assert status == 1
+    status, printed, problems = check(capsys, *flags, *pasted(printed))
+    assert (status, problems) == (0, []) and "en: 1 lines, 0 of them empty" in printed
 
 
 def test_a_command_line_that_is_not_understood_ends_with_2(capsys):

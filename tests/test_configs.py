@@ -61,6 +61,17 @@ def test_every_phase_has_a_config(name, phase, tmp_path):
         run.optim.total_steps(steps_per_epoch=10)
 
 
+@pytest.mark.parametrize(("name", "phase"), RUNS)
+def test_a_tenth_of_every_phase_has_a_config(name, phase):
+    whole, short = (load(name, f"phase={phase},scale={scale}") for scale in (1, 0.1))
+    pairs = [(whole.optim, short.optim)]
+    if phase == "pipeline":
+        pairs = [(whole.recipes[key].optim, short.recipes[key].optim) for key in whole.recipes]
+    for before, after in pairs:
+        assert 0.05 < after.total_steps(10) / before.total_steps(10) < 0.15
+        after.check_warmup(10)
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_networks_fit_together(name):
     config = load(name, "phase=distill")

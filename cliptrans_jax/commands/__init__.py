@@ -2,7 +2,17 @@
 
 from collections.abc import Mapping
 
-from cliptrans_jax.commands import evaluate, export, features, plan, show, sweep, train, translate
+from cliptrans_jax.commands import (
+    check,
+    evaluate,
+    export,
+    features,
+    plan,
+    show,
+    sweep,
+    train,
+    translate,
+)
 from common_jax.command_line import Command, dispatch
 
 # In the order of --help.
@@ -12,6 +22,7 @@ COMMANDS: Mapping[str, Command] = {
     "translate": translate.COMMAND,
     "features": features.COMMAND,
     "export": export.COMMAND,
+    "check": check.COMMAND,
     "plan": plan.COMMAND,
     "sweep": sweep.COMMAND,
     "show": show.COMMAND,

@@ -1,4 +1,5 @@
-"""The sources of sentences and pictures: the embedded emoji, Multi30k, WIT, WMT and COCO."""
+"""The sources of sentences and pictures: the embedded emoji, Multi30k, WIT, WMT, COCO and a user's
+own files."""
 
 import dataclasses
 import os
@@ -6,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cliptrans_jax.data import emoji_set, layouts
+from cliptrans_jax.data import emoji_set, layouts, own
 from cliptrans_jax.data.corpus import Corpus
 from common_jax.config import FieldError, Section, did_you_mean
 from common_jax.ranges import BelowOne, Count, Name, Size, key_of, shown
@@ -18,12 +19,13 @@ class DataConfig(Section):
 
     Attributes:
       source: a key of SOURCES.
-      path: the folder of the source; `emoji` has none.
+      path: the folder of the source; `emoji` has none; of `table` also a single file.
       source_language, target_language: two codes that the source has, such as "en" and "de";
         `coco` has only the first.
       train_split, valid_split, test_split: the source's names: train, val, test for `emoji`;
         train, val, test_2016_flickr and so on for `multi30k`; train, valid, test for `wit`; names
-        of files for `wmt`; train2017, val2017 and so on for `coco`.
+        of files for `wmt` and `text`, and for `table` too, or those in the column `split` of one
+        file; train2017, val2017 and so on for `coco`.
       workers: processes that read and prepare pictures; 0 does it in the training thread.
       bad_share: share of the pictures that may be unreadable before the run stops.
       emoji_size: side in pixels at which emoji are drawn.
@@ -144,6 +146,20 @@ def _load_coco(
     )
 
 
+def _load_text(
+    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
+) -> Corpus:
+    return own.load_text(_root(config), split, languages, with_images=with_images)
+
+
+def _load_table(
+    config: DataConfig, split: str, languages: tuple[str, ...], with_images: bool
+) -> Corpus:
+    path = Path(os.path.expanduser(config.path))
+    root = path if path.is_file() else _root(config)
+    return own.load_table(root, split, languages, with_images=with_images)
+
+
 def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.path))
     if not root.is_dir():
@@ -160,9 +176,11 @@ SOURCES: Mapping[str, Callable[[DataConfig, str, tuple[str, ...], bool], Corpus]
     "wit": _load_wit,
     "wmt": _load_wmt,
     "coco": _load_coco,
+    "text": _load_text,
+    "table": _load_table,
 }
 
-# Languages of the sources that have fixed ones; WMT's are those of its folders.
+# Languages of the sources that have fixed ones; the others have those of their files.
 LANGUAGES: Mapping[str, tuple[str, ...]] = {
     "emoji": emoji_set.LANGUAGES,
     "multi30k": layouts.MULTI30K_LANGUAGES,

@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import gzip
-import io
 import logging
 import os
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,9 +13,10 @@ import numpy as np
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample
 from common_jax.inputs.pictures import decode_picture, read_file
+from common_jax.inputs.texts import find_text, read_lines
 
+PICTURES = "pictures"  # ending of a file with the names of pictures
 TEXTS_ALONE = "it was loaded for its texts alone; load it with with_images=True"
-MOST_INFLATED = 200  # largest ratio of a text to its gzip file
 
 
 @runtime_checkable
@@ -46,6 +44,8 @@ class Corpus:
       images: the pictures, or None.
       keys: a name per example: an image file, an emoji, or a file's line.
       no_images: the reason why `images` is None.
+      sparse: whether an example may lack sentences; a pair that lacks one is then neither trained
+        nor scored. Otherwise an empty sentence is a sentence.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Corpus:
     images: Images | None
     keys: tuple[str, ...]
     no_images: str = TEXTS_ALONE
+    sparse: bool = False
 
     def __post_init__(self):
         lengths = {len(sentences) for sentences in self.texts.values()} | {len(self.keys)}
@@ -66,6 +67,12 @@ class Corpus:
     def empty(self) -> dict[str, int]:
         """Number of empty sentences by language."""
         return {language: texts.count("") for language, texts in self.texts.items()}
+
+    def rows_with(self, languages: Collection[str]) -> Sequence[int]:
+        """Returns the examples that can be trained and scored in all of the languages."""
+        if not self.sparse:
+            return range(len(self))
+        return [row for row in range(len(self)) if all(self.texts[code][row] for code in languages)]
 
     def require_sentences(self, languages: Sequence[str], *, reader: str) -> None:
         """Raises ValueError where one of the languages has no sentence.
@@ -103,7 +110,7 @@ class FolderImages:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return f"{self.root}/{self.names[index]}"
+        return os.path.join(self.root, self.names[index])  # a name may be a whole path
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
@@ -137,61 +144,6 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
     return None, f"none of the {len(names)} images{example} is in {where}"
 
 
-def read_lines(path: Path) -> tuple[str, ...]:
-    """Reads the lines of a UTF-8 text file, plain or gzipped (by its name), and strips them.
-
-    Only a line feed ends a line, since a sentence may contain any other separator of Unicode.
-
-    Raises:
-      ValueError: a line that is not UTF-8 or has a zero byte, with its number; lines that end with
-        carriage returns alone; a damaged gzip file.
-    """
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        limit = MOST_INFLATED * len(content) + 1024
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
-                content = file.read(limit + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a complete gzip file ({error}); fetch it again"
-            ) from error
-        if len(content) > limit:
-            raise ValueError(
-                f"{path} unpacks to more than {MOST_INFLATED} times its size, which no text does; "
-                "fetch it again"
-            )
-    if b"\r" in content and b"\n" not in content:
-        raise ValueError(
-            f"{path} ends its lines with carriage returns alone, so all of it would be one line; "
-            "convert it, for example with tr '\\r' '\\n'"
-        )
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":
-        lines.pop()
-    decoded = []
-    for number, line in enumerate(lines, start=1):
-        if b"\0" in line:
-            raise ValueError(
-                f"{path}, line {number} has a zero byte: it is not text, or text in UTF-16; "
-                "convert the file to UTF-8, for example with iconv"
-            )
-        try:
-            decoded.append(line.decode("utf-8").strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is not UTF-8 ({error.reason} at byte {error.start}); "
-                "convert the file, for example with iconv"
-            ) from error
-    return tuple(decoded)
-
-
-def find_text(path: Path) -> Path | None:
-    """Returns `path` or, if that does not exist, `path`.gz; None if neither does."""
-    packed = path.with_name(f"{path.name}.gz")
-    return path if path.is_file() else packed if packed.is_file() else None
-
-
 def read_texts(
     folder: Path, split: str, languages: Sequence[str]
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
@@ -215,7 +167,7 @@ def read_texts(
 
 def _missing_text(folder: Path, split: str, language: str) -> FileNotFoundError:
     stems = [p.name.removesuffix(".gz").rpartition(".") for p in folder.iterdir() if p.is_file()]
-    present = {code for stem, _, code in stems if stem == split}
+    present = {code for stem, _, code in stems if stem == split and code != PICTURES}
     if present:
         hint = f"{split!r} has the languages {listed(present)}"
     else:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
+from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.stages import Side, Stage
 from common_jax.config import Section
 from common_jax.ranges import Fraction
@@ -55,6 +56,19 @@ class Examples:
     def read(self) -> list[str]:
         """The languages that the encoder reads."""
         return sorted({source for source, _ in self.languages})
+
+    def of_rows_with_sentences(self, corpus: Corpus) -> "Examples":
+        """Leaves out the examples whose source or target the corpus lacks."""
+        rows = {pair: set(corpus.rows_with(pair)) for pair in set(self.languages)}
+        pairs = enumerate(zip(self.rows.tolist(), self.languages, strict=True))
+        keep = [place for place, (row, pair) in pairs if row in rows[pair]]
+        return dataclasses.replace(
+            self,
+            source=[self.source[place] for place in keep],
+            target=[self.target[place] for place in keep],
+            rows=self.rows[np.array(keep, int)],
+            languages=tuple(self.languages[place] for place in keep),
+        )
 
     def of_source(
         self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]

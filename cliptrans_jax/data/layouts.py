@@ -9,14 +9,13 @@ from cliptrans_jax.data.corpus import (
     TEXTS_ALONE,
     Corpus,
     FolderImages,
-    find_text,
     listed,
     log_empty,
     open_folder,
-    read_lines,
     read_texts,
     require_aligned,
 )
+from common_jax.inputs.texts import find_text, read_lines
 from common_jax.untrusted import RefusedError, as_text, parse_json, plain
 
 MULTI30K_LANGUAGES = ("en", "de", "fr", "cs")

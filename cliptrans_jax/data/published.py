@@ -7,42 +7,19 @@ from pathlib import Path
 from cliptrans_jax.data import byte_pairs, unigram
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
 from cliptrans_jax.data.token_files import added_message
+from common_jax.ranges import did_you_mean, shown
 from common_jax.untrusted import plain
 
-MBART50_CODES: Mapping[str, str] = {
-    "ar": "ar_AR",
-    "cs": "cs_CZ",
-    "de": "de_DE",
-    "en": "en_XX",
-    "es": "es_XX",
-    "et": "et_EE",
-    "fi": "fi_FI",
-    "fr": "fr_XX",
-    "gu": "gu_IN",
-    "hi": "hi_IN",
-    "it": "it_IT",
-    "ja": "ja_XX",
-    "kk": "kk_KZ",
-    "ko": "ko_KR",
-    "lt": "lt_LT",
-    "lv": "lv_LV",
-    "my": "my_MM",
-    "ne": "ne_NP",
-    "nl": "nl_XX",
-    "ro": "ro_RO",
-    "ru": "ru_RU",
-    "si": "si_LK",
-    "tr": "tr_TR",
-    "vi": "vi_VN",
-    "zh": "zh_CN",
-    "af": "af_ZA",
-}
-# mBART-50's other languages, in the order of their ids.
-OTHER_CODES = (
-    *("az_AZ", "bn_IN", "fa_IR", "he_IL", "hr_HR", "id_ID", "ka_GE", "km_KH", "mk_MK", "ml_IN"),
-    *("mn_MN", "mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH"),
-    *("tl_XX", "uk_UA", "ur_PK", "xh_ZA", "gl_ES", "sl_SI"),
+# mBART-50's tokens of languages, in the order of their ids.
+MBART50_TOKENS = (
+    *("ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN"),
+    *("it_IT", "ja_XX", "kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO"),
+    *("ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN", "af_ZA", "az_AZ", "bn_IN", "fa_IR", "he_IL"),
+    *("hr_HR", "id_ID", "ka_GE", "km_KH", "mk_MK", "ml_IN", "mn_MN", "mr_IN", "pl_PL", "ps_AF"),
+    *("pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK", "xh_ZA"),
+    *("gl_ES", "sl_SI"),
 )
+MBART50_CODES: Mapping[str, str] = {token[:2]: token for token in MBART50_TOKENS}
 MASK = "<mask>"
 
 
@@ -69,7 +46,7 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         "facebook/mbart-large-50",
         (JSON, PIECES),
         MBART50_CODES,
-        (*MBART50_CODES.values(), *OTHER_CODES, MASK),
+        (*MBART50_TOKENS, MASK),
     ),
     "xlmr": PublishedTokenizer("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
     "clip": PublishedTokenizer(
@@ -79,6 +56,18 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         (byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
     ),
 }
+
+
+def language_problem(kind: str, language: str) -> str | None:
+    """Describes the problem with a language of a tokenizer whose languages are fixed; None where
+    there is none."""
+    codes = PUBLISHED[kind].codes if kind in PUBLISHED else {}
+    if not codes or language in codes:
+        return None
+    return (
+        f"{shown(language)} is not a language of tokenizer.kind={kind!r}"
+        f"{did_you_mean(language, codes)}, which has {', '.join(sorted(codes))}"
+    )
 
 
 def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedTokenizer:

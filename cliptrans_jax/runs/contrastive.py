@@ -192,7 +192,8 @@ class _Pairs:
         return len(self.corpus)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        names = [texts[index] for texts in self.ids.values()]
+        texts, sparse = self.corpus.texts, self.corpus.sparse
+        names = [ids[index] for name, ids in self.ids.items() if texts[name][index] or not sparse]
         return {"image": self.corpus.images[index], "ids": names}
 
 

@@ -162,7 +162,7 @@ class RunData:
         evaluation, training = (feature_side(config, train=x) for x in (False, True))
         if train:
             corpus = self._corpus(config.data.train_split, training)
-            count = (2 if config.all_languages else 1) * len(corpus)
+            count = sum(len(corpus.rows_with(pair)) for pair in _pairs(config))
             steps_per_epoch(count, config.optim.batch)
             self._corpus(config.data.valid_split, evaluation)
         self._corpus(config.data.test_split, evaluation)
@@ -201,6 +201,8 @@ class RunData:
             caption_language=caption_language(config),
             all_languages=config.all_languages and train,
         )
+        if corpus.sparse:
+            examples = examples.of_rows_with_sentences(corpus)
         return Split(corpus, self._inputs(corpus, examples))
 
     def _corpus(self, split: str, side: Side) -> Corpus:
@@ -210,6 +212,12 @@ class RunData:
         if len(corpus) == 0:
             raise ValueError(f"{corpus.name} is empty")
         corpus.require_sentences(used_languages(config), reader=f"stage {config.stage!r}")
+        for pair in _pairs(config):
+            if not corpus.rows_with(pair):
+                raise ValueError(
+                    f"{corpus.name} has no example with sentences in both {' and '.join(pair)}; "
+                    "correct config.data.source_language or config.data.target_language"
+                )
         if pictures:
             corpus.require_images()
         return corpus
@@ -273,6 +281,13 @@ def used_languages(config: Config) -> tuple[str, ...]:
     if STAGES[config.stage].captioning and not config.all_languages:
         return (caption_language(config),)
     return config.data.pair
+
+
+def _pairs(config: Config) -> list[tuple[str, str]]:
+    """The languages of encoder and decoder in each kind of example that a stage trains."""
+    if STAGES[config.stage].captioning:
+        return [(language, language) for language in used_languages(config)]
+    return [config.data.pair]
 
 
 def check_weights(config: Config) -> None:

@@ -10,7 +10,8 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, `prefix` (10; 0 is mBART alone, which has no captioning stage), and `chips`.
+  `target` language, `prefix` (10; 0 is mBART alone, which has no captioning stage), `scale`, which
+  multiplies the length of every stage (`scale=0.1` for a quick try), and `chips`.
 
 With `chips`, the number in a pod, matrices are split over up to 16 chips (fsdp), and batches are
 rounded up to a multiple of `chips`, with fewer than four micro-batches if they cannot be split
@@ -34,7 +35,7 @@ from cliptrans_jax.stages import TRANSLATION_STAGES
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 
 OPTIM = OptimConfig(
     epochs=15,
@@ -49,7 +50,14 @@ OPTIM = OptimConfig(
     eps=1e-6,
 )
 DECODE = DecodeConfig()
-ARGUMENTS = {"stage": "pipeline", "source": "en", "target": "de", "prefix": 10, "chips": 1}
+ARGUMENTS = {
+    "stage": "pipeline",
+    "source": "en",
+    "target": "de",
+    "prefix": 10,
+    "chips": 1,
+    "scale": 1.0,
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -80,7 +88,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     stages = ("caption", "translate") if args.prefix else ("translate",)
     single = {args.stage: recipe} if args.stage in TRANSLATION_STAGES else {}
-    return choose_recipe(config, dict.fromkeys(stages, recipe) | single)
+    recipes = dict.fromkeys(stages, recipe) | single
+    return choose_recipe(config, scale_lengths(recipes, args.scale))
 
 
 def sweep() -> Iterator[dict[str, object]]:

@@ -9,7 +9,8 @@ tokens per update (here 256 sentences, of 33 tokens in both languages on average
 place of the last ten checkpoints' average it evaluates a running average. It reports 41.02
 tokenised lower-case BLEU on test 2016, en-de.
 
-Arguments: `source` and `target` language, `stage` (translate, evaluate).
+Arguments: `source` and `target` language, `stage` (translate, evaluate) and `scale`, as in
+  multi30k.py.
 """
 
 import ml_collections
@@ -24,7 +25,7 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 
 VOCAB = 10_000
 OPTIM = OptimConfig(
@@ -42,7 +43,7 @@ OPTIM = OptimConfig(
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de"})
+    args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de", "scale": 1.0})
     config = unfreeze(
         Config(
             stage=args.stage,
@@ -77,4 +78,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             run=RunConfig(best="val/bleu", eval_every=2, checkpoint_every=2),
         )
     )
-    return choose_recipe(config, {"translate": Recipe(OPTIM, label_smoothing=0.1)})
+    recipes = {"translate": Recipe(OPTIM, label_smoothing=0.1)}
+    return choose_recipe(config, scale_lengths(recipes, args.scale))

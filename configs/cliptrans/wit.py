@@ -8,8 +8,8 @@
         --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
-Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de, en_af, de_es) and
-  `prefix`.
+Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de, en_af, de_es),
+  `prefix` and `scale`.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "pipeline", "pair": "en_ro", "prefix": 10})
+    args = parse_args(arg, {"stage": "pipeline", "pair": "en_ro", "prefix": 10, "scale": 1.0})
     if args.pair not in PAIRS:
         raise ValueError(f"pair={args.pair!r} must be one of {list(PAIRS)}")
     source, target = args.pair.split("_")
     config = load_beside(__file__, "multi30k").get_config(
-        f"stage={args.stage},prefix={args.prefix}"
+        f"stage={args.stage},prefix={args.prefix},scale={args.scale}"
     )
     config.data.source, config.data.path = "wit", "data/wit/mmt"
     config.data.source_language, config.data.target_language = source, target

@@ -8,7 +8,8 @@ from the text, and a run starts from the captioning stage of another run.
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32
 
-Arguments: `stage` (translate, evaluate), `source` and `target` language, and `prefix`.
+Arguments: `stage` (translate, evaluate), `source` and `target` language, `prefix` and `scale`,
+  as in multi30k.py.
 """
 
 import ml_collections
@@ -16,12 +17,14 @@ import ml_collections
 from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
+ARGUMENTS = {"stage": "translate", "source": "en", "target": "de", "prefix": 10, "scale": 1.0}
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de", "prefix": 10})
+    args = parse_args(arg, ARGUMENTS)
     config = load_beside(__file__, "multi30k").get_config(
-        f"stage={args.stage},source={args.source},target={args.target},prefix={args.prefix}"
+        ",".join(f"{name}={args[name]}" for name in ARGUMENTS)
     )
     config.data.source, config.data.path = "wmt", "data/wmt"
     config.data.valid_split, config.data.test_split = "valid", "test"

@@ -7,7 +7,7 @@ Everything but the student is as in cifar10_vmoe.py, whose meta models and teach
 `--config.sources.meta=DIR --config.sources.teacher=DIR`. The mediators start from a scale-free
 graph.
 
-Arguments: `phase` and `module`, as in cifar10_vmoe.py.
+Arguments: `phase`, `module` and `scale`, as in cifar10_vmoe.py.
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ are only cropped and mirrored. `config.data.per_class` selects a subset: 500 ima
 tenth of the set. Phases are measured in updates, so runs on fewer images have the same length.
 
 Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end,
-  few_shot) and `module` ("all", or stage numbers such as 2 or 0+3).
+  few_shot), `module` ("all", or stage numbers such as 2 or 0+3) and `scale`, as in digits.py.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import ml_collections
 
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
@@ -56,7 +56,7 @@ FEW_SHOT = Recipe(dataclasses.replace(OPTIM, batch=20, epochs=60, warmup_steps=5
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"phase": "pipeline", "module": "all"})
+    args = parse_args(arg, {"phase": "pipeline", "module": "all", "scale": 1.0})
     vit = ViTConfig(patch=4, width=96, heads=3)
     config = unfreeze(
         Config(
@@ -80,4 +80,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         )
     )
     recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}
-    return choose_recipe(config, recipes)
+    return choose_recipe(config, scale_lengths(recipes, args.scale))

@@ -3,7 +3,8 @@
     python -m m2mkd_jax.main --config=configs/m2mkd/digits.py:phase=pipeline --workdir=runs/digits
 
 Arguments: `phase` (pipeline, pretrain_meta, train_module, assemble, distill, end_to_end, few_shot)
-  and `module` ("all", or stage numbers such as 2 or 0+3).
+  `module` ("all", or stage numbers such as 2 or 0+3), and `scale`, which multiplies the length of
+  every phase: `scale=0.1` for a quick try.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import ml_collections
 
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.sources import DataConfig
@@ -50,7 +51,7 @@ RECIPES = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"phase": "pipeline", "module": "all"})
+    args = parse_args(arg, {"phase": "pipeline", "module": "all", "scale": 1.0})
     vit = ViTConfig(patch=4, width=64, heads=4, mlp_ratio=2.0)
     config = unfreeze(
         Config(
@@ -71,7 +72,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             run=RunConfig(log_every=11, eval_every=2, checkpoint_every=20),
         )
     )
-    return choose_recipe(config, RECIPES)
+    return choose_recipe(config, scale_lengths(RECIPES, args.scale))
 
 
 def sweep() -> Iterator[dict[str, object]]:

@@ -5,7 +5,7 @@
 
 The mediators start from a scale-free graph. Meta model and teacher are those of digits.py, and can
 be reused with `--config.sources.meta=DIR --config.sources.teacher=DIR`. Renditions are inverted
-contrast, rotation, thinner and thicker strokes. Arguments: `phase` and `module`, as in
+contrast, rotation, thinner and thicker strokes. Arguments: `phase`, `module` and `scale`, as in
 digits.py, and `prior` (see PRIORS).
 """
 
@@ -16,7 +16,7 @@ import ml_collections
 
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
@@ -65,7 +65,8 @@ PRIORS = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"phase": "pipeline", "module": "all", "prior": "scale_free"})
+    defaults = {"phase": "pipeline", "module": "all", "prior": "scale_free", "scale": 1.0}
+    args = parse_args(arg, defaults)
     if args.prior not in PRIORS:
         raise ValueError(f"prior={args.prior!r} must be one of {sorted(PRIORS)}")
     vit = ViTConfig(patch=4, width=64, heads=4, mlp_ratio=2.0)
@@ -94,7 +95,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         run=RunConfig(log_every=11, eval_every=2, checkpoint_every=20),
     )
     recipes = RECIPES if args.phase == "pipeline" else RECIPES | {"few_shot": FEW_SHOT}
-    return choose_recipe(unfreeze(config), recipes)
+    return choose_recipe(unfreeze(config), scale_lengths(recipes, args.scale))
 
 
 def sweep() -> Iterator[dict[str, object]]:

@@ -16,9 +16,9 @@ first three phases are those of vmoe_base.py.
 | end_to_end, all decays | 1, ten times | 256 | 110 | 0.1 | 25 | 6e-4 | 2e-5 |
 | few_shot, 8 ways, 1 shot, SGD | | 8 | 500 | 0.1 | - | 3e-4 | 3e-4 |
 
-Arguments: `phase`, `module` (0 the read-in, 1 to 8 the mediators, 9 the read-out), `prior`, and
-`size`: `tinyimagenet` trains the students of nac_tinyimagenet.py, on the same images and with the
-same meta model and teacher; it has no end_to_end, so no pipeline.
+Arguments: `phase`, `module` (0 the read-in, 1 to 8 the mediators, 9 the read-out), `scale` as in
+digits.py, `prior`, and `size`: `tinyimagenet` trains the students of nac_tinyimagenet.py, on the
+same images and with the same meta model and teacher; it has no end_to_end, so no pipeline.
 
 | prior | graph of 768 mediators | regulariser |
 |---|---|---|
@@ -51,6 +51,7 @@ import ml_collections
 from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
+from common_jax.optim import scale_lengths
 from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, choose_recipe
 from m2mkd_jax.models import vit
 from m2mkd_jax.nac import model as nac
@@ -60,12 +61,18 @@ recipes = load_beside(__file__, "recipes")
 WHOLE = recipes.train_nac(epochs=110, batch=256, min_lr=2e-5, weight_decay=0.05)
 PRIORS = recipes.priors(attachments=6, communities=12)
 SIZES = ("imagenet", "tinyimagenet")
+ARGUMENTS = {
+    "phase": "pipeline",
+    "module": "all",
+    "prior": "scale_free",
+    "size": "imagenet",
+    "scale": 1.0,
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    defaults = {"phase": "pipeline", "module": "all", "prior": "scale_free", "size": "imagenet"}
-    args = parse_args(arg, defaults)
+    args = parse_args(arg, ARGUMENTS)
     for name, choices in (("prior", PRIORS), ("size", SIZES)):
         if args[name] not in choices:
             raise ValueError(f"{name}={args[name]!r} must be one of {sorted(choices)}")
@@ -89,7 +96,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args.phase == "few_shot" and args.size == "imagenet":
         # On another data set than the other phases, so not part of the pipeline.
         phases |= {"few_shot": recipes.NAC_FEW_SHOT}
-    return choose_recipe(unfreeze(config), phases)
+    return choose_recipe(unfreeze(config), scale_lengths(phases, args.scale))
 
 
 def sweep() -> Iterator[dict[str, object]]:

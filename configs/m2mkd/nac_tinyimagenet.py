@@ -22,7 +22,7 @@ labels there, 200 here) start from scratch, as latents, seeder and bandwidths al
 | few_shot, 8 ways, 1 shot, SGD | 8 | 500 | 0.1 | 0 | - | 3e-4 | 3e-4 |
 
 Few-shot is published for the ImageNet NAC only; here it has the same settings. Arguments: `phase`
-(end_to_end, few_shot) and `prior`.
+(end_to_end, few_shot), `scale`, as in digits.py, and `prior`.
 
 | prior | graph of 256 mediators | regulariser |
 |---|---|---|
@@ -48,6 +48,7 @@ import ml_collections
 from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
+from common_jax.optim import scale_lengths
 from m2mkd_jax.config import Config, EvaluationConfig, FewShotConfig, choose_recipe
 from m2mkd_jax.nac import model as nac
 
@@ -62,7 +63,7 @@ PRIORS = recipes.priors(attachments=2, communities=8)
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"phase": "end_to_end", "prior": "scale_free"})
+    args = parse_args(arg, {"phase": "end_to_end", "prior": "scale_free", "scale": 1.0})
     if args.prior not in PRIORS:
         raise ValueError(f"prior={args.prior!r} must be one of {sorted(PRIORS)}")
     if args.phase not in RECIPES:
@@ -81,7 +82,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         few_shot=FewShotConfig(ways=8, shots=1, test_shots=3, seed=1),
         run=RunConfig(log_every=100),
     )
-    return choose_recipe(unfreeze(config), RECIPES)
+    return choose_recipe(unfreeze(config), scale_lengths(RECIPES, args.scale))
 
 
 def sweep() -> Iterator[dict[str, object]]:

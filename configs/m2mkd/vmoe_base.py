@@ -3,9 +3,9 @@
     python -m m2mkd_jax.main --config=configs/m2mkd/vmoe_base.py:phase=pipeline \\
         --config.data.path=/data/imagenet --workdir=gs://bucket/vmoe_base
 
-The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Arguments: `phase`, `module`, as in
-digits.py, `size` (base or large), the student's, and `chips`. Peak learning rate = 5e-4 * batch /
-512; batches are over all devices.
+The folder holds `train/CLASS/*.JPEG` and `val/CLASS/*.JPEG`. Arguments: `phase`, `module` and
+`scale`, as in digits.py, `size` (base or large), the student's, and `chips`. Peak learning rate =
+5e-4 * batch / 512; batches are over all devices.
 
 With `chips`, the number in a pod, experts are split over devices and tokens dispatched with a
 capacity of 1.25 (all-to-all): pairs of token and expert beyond it are dropped, which the published
@@ -37,7 +37,7 @@ from common_jax.command_line import load_beside
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
-from common_jax.optim import OptimConfig
+from common_jax.optim import OptimConfig, scale_lengths
 from m2mkd_jax.config import Config, FewShotConfig, Recipe, choose_recipe
 from m2mkd_jax.models import vit, vmoe
 
@@ -52,7 +52,7 @@ FEW_SHOT = Recipe(
 GROUPS = 256
 STUDENTS = {"base": ("vmoe_base", (3, 3, 3, 3)), "large": ("vmoe_large", (6, 6, 6, 6))}
 
-ARGUMENTS = {"phase": "pipeline", "module": "all", "size": "base", "chips": 1}
+ARGUMENTS = {"phase": "pipeline", "module": "all", "size": "base", "chips": 1, "scale": 1.0}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -82,4 +82,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         run=RunConfig(log_every=100),
     )
     few_shot = {} if args.phase == "pipeline" else {"few_shot": FEW_SHOT}
-    return choose_recipe(unfreeze(config), RECIPES | few_shot)
+    return choose_recipe(unfreeze(config), scale_lengths(RECIPES | few_shot, args.scale))

@@ -65,7 +65,7 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         """Returns the path of image `index`, for messages."""
-        return printable(f"{self.files.root}/{self.files.names[index]}")
+        return printable(os.path.join(self.files.root, self.files.names[index]))
 
     def __getitem__(self, index: int) -> Example:
         """Returns {"image": uint8 [I, J, X] at the file's own size, "label": int32}.

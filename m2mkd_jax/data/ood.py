@@ -82,6 +82,7 @@ def load_ood(data: DataConfig, ood: OodConfig, *, label_names: Sequence[str]) ->
             test_split=ood.split,
             per_class=0,  # would apply where the split has the name of the training split
             test_per_class=0,
+            test_share=0.0,
         )
         source = open_source(own, ood.split)
     source = choose_classes(source, ood, base_names=label_names)

@@ -1,5 +1,5 @@
-"""Sources of images: embedded sets, folders and zips, TFDS's ArrayRecords, and sets in their own
-layouts.
+"""Sources of images: embedded sets, folders and zips, tables, TFDS's ArrayRecords, and sets in
+their own layouts.
 
 A loader takes (config.data, split). It does not compare the number of classes with
 config.data.labels, since an OOD set has another number; `load_source` does.
@@ -19,7 +19,18 @@ from common_jax import inputs
 from common_jax.config import FieldError, Section
 from common_jax.inputs import BadExample, Example
 from common_jax.inputs.pictures import MODES
-from common_jax.ranges import BelowOne, Count, Finite, Name, Positive, Size, key_of, one_of, shown
+from common_jax.ranges import (
+    BelowOne,
+    Count,
+    Finite,
+    Name,
+    Positive,
+    Seed,
+    Size,
+    key_of,
+    one_of,
+    shown,
+)
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.folders import (
     FolderSource,
@@ -30,10 +41,12 @@ from m2mkd_jax.data.folders import (
 )
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
-from m2mkd_jax.data.subsets import first_of_each_class, with_labels_of
+from m2mkd_jax.data.subsets import first_of_each_class, share_of_each_class, with_labels_of
+from m2mkd_jax.data.tables import find_images, find_listed
 
 # Sources that are always decoded in memory and have a single size.
 EMBEDDED = ("digits", "digits_r")
+SPLITTABLE = ("folder", "table")  # sources that `test_share` splits
 IN_MEMORY = ("auto", "always", "never")
 # Limits of "auto" on sets decoded in memory: side of the images, bytes of all of them.
 MEMORY_SIDE = 64
@@ -49,13 +62,17 @@ class DataConfig(Section):
     Attributes:
       source: a key of SOURCES.
       path: of `folder`: a directory SPLIT/CLASS/*.jpg, an uncompressed zip of the same tree, or a
-        directory of SPLIT.zip; of `tfds`: the data_dir; of the others: the published folder.
+        directory of SPLIT.zip; of `table`: a table of images with their classes, or a directory of
+        SPLIT.csv; of `tfds`: the data_dir; of the others: the published folder.
       image_size: side of the model's square input, in pixels.
       channels: 1 (grey) or 3 (RGB).
       labels: number of classes.
       mean, std: one number per channel, in units of the full range: (pixel / 255 - mean) / std.
       train_split, test_split: folder names under `path`; of `digits`: "train" and "test"; of
         `tfds`: as TFDS names them; of `inaturalist`: names of json files, such as "train2018".
+      test_share: of `folder` and `table`: the share of every class to test on, where `path` is not
+        split yet: PATH/CLASS/*.jpg, or one table; 0 where it is.
+      split_seed: of that draw.
       workers: processes that read and decode; 0 does it in the training thread.
       bad_share: share of the images that may be unreadable before the run stops.
       name: of `tfds`: the set in the data_dir, such as "imagenet2012"; "" where `path` is the
@@ -75,6 +92,8 @@ class DataConfig(Section):
     std: tuple[Positive, ...] = (0.5,)
     train_split: Name = "train"
     test_split: Name = "test"
+    test_share: BelowOne = 0.0
+    split_seed: Seed = 0
     workers: Count = 0
     bad_share: BelowOne = 0.001
     name: str = ""
@@ -88,6 +107,16 @@ class DataConfig(Section):
             raise FieldError(
                 f"name={shown(self.name)} is for source='tfds'; {self.source!r} has no sets to "
                 "choose from: leave it empty"
+            )
+        if self.test_share and self.source not in SPLITTABLE:
+            raise FieldError(
+                f"test_share={self.test_share:g} is for the sources {', '.join(SPLITTABLE)}; "
+                f"{self.source!r} is split already: leave it out"
+            )
+        if self.test_share and self.train_split == self.test_split:
+            raise FieldError(
+                f"test_share={self.test_share:g} needs two names: train_split and test_split are "
+                f"both {shown(self.test_split)}"
             )
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
@@ -155,7 +184,11 @@ def load_test_source(config: DataConfig, label_names: Sequence[str]) -> Source:
 
 def open_source(config: DataConfig, split: str) -> Source:
     """Does what `load_source` does for any number of classes; ignores config.labels."""
-    source = SOURCES[config.source](config, split)
+    source = SOURCES[config.source](config, "" if config.test_share else split)
+    if config.test_share:
+        source = share_of_each_class(
+            source, config.test_share, seed=config.split_seed, test=split == config.test_split
+        )
     counts = {config.test_split: config.test_per_class, config.train_split: config.per_class}
     if count := counts.get(split, 0):
         source = first_of_each_class(source, count)
@@ -370,7 +403,8 @@ def _folder_source(
 SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
     "digits": load_digits_source,
     "digits_r": load_digits_r_source,
-    "folder": functools.partial(load_files, find=find_folder),
+    "folder": functools.partial(load_files, find=find_images),
+    "table": functools.partial(load_files, find=find_listed),
     "tfds": load_tfds_source,
     "tiny_imagenet": functools.partial(load_files, find=find_tiny_imagenet),
     "tiny_imagenet_r": load_tiny_imagenet_r_source,

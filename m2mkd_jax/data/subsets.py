@@ -60,12 +60,46 @@ def first_of_each_class(source: LabelledSource, count: int) -> Subset:
             f"config.data.per_class or test_per_class={count} asks for more images than some "
             f"classes have: {', '.join(few[:10])}; lower it"
         )
-    rank = np.zeros(len(labels), np.int64)
-    for label in range(len(names)):
-        places = np.flatnonzero(labels == label)
-        rank[places] = np.arange(len(places))
-    indices = np.flatnonzero(rank < count)
+    indices = np.flatnonzero(_rank(labels, np.arange(len(labels))) < count)
     return Subset(source, indices, labels[indices], names)
+
+
+def share_of_each_class(source: LabelledSource, share: float, *, seed: int, test: bool) -> Subset:
+    """Returns the part of every class that is drawn to test on, or the rest of it.
+
+    Args:
+      source: all examples.
+      share: of each class to test on, rounded; at least one example, and never all of them.
+      seed: of the draw, which depends on nothing but it and the labels.
+      test: whether to return the examples to test on.
+
+    Raises:
+      ValueError: a class with a single example.
+    """
+    labels, names = np.asarray(source.labels), source.label_names
+    counts = np.bincount(labels, minlength=len(names))
+    if single := [name for name, count in zip(names, counts, strict=True) if count < 2]:
+        raise ValueError(
+            f"config.data.test_share={share:g} needs two images of each class, and there are fewer "
+            f"of {listed(single)}; add some, or remove the classes"
+        )
+    tested = np.clip(np.round(share * counts).astype(int), 1, counts - 1)
+    rank = _rank(labels, np.random.default_rng(seed).permutation(len(labels)))
+    indices = np.flatnonzero((rank < tested[labels]) == test)
+    logging.info(
+        "%d of %d images to %s (config.data.test_share=%g of each class, split_seed=%d)",
+        *(len(indices), len(labels), "test on" if test else "train on", share, seed),
+    )
+    return Subset(source, indices, labels[indices], names)
+
+
+def _rank(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Returns each example's place among those of its class, which come in an order."""
+    rank = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        places = order[labels[order] == label]
+        rank[places] = np.arange(len(places))
+    return rank
 
 
 def match_classes(

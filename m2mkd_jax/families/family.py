@@ -112,6 +112,8 @@ class Family:
       tokens: (section, interface) -> tokens between two stages; required for a meta model.
       leading: section -> fields that say which tokens precede those of the patches between two
         stages; {} where its modules take any.
+      leading_tokens: section -> number of tokens before those of a grid of patches; None for
+        networks whose tokens are no such grid.
       check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
       check_noise: (section, config.evaluation.noise) -> None; FieldError where they conflict.
       upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
@@ -130,6 +132,7 @@ class Family:
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     tokens: Callable[[Any, Interface], int] | None = None
     leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
+    leading_tokens: Callable[[Any], int] | None = None
     check_mesh: Callable[[Any, Mapping[str, int], int], None] = _accept
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None

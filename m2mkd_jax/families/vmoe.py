@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from common_jax.weights import Allowance
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
-from m2mkd_jax.families.vit import HEAD, leading, resize
+from m2mkd_jax.families.vit import HEAD, leading, leading_tokens, resize
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import check_moe
@@ -58,6 +58,7 @@ FAMILY = Family(
     adapt=resize,
     left=left,
     leading=leading,
+    leading_tokens=leading_tokens,
     check_mesh=check_mesh,
     upcycle=upcycle,
     savers=("config.mesh.expert",),

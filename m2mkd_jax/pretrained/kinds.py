@@ -58,6 +58,11 @@ class Kind:
     marker: str = _VIT
 
     @property
+    def loads_in_timm(self) -> bool:
+        """True for whole ViTs, whose tensors have timm's names."""
+        return self.sizes is ViTConfig and not self.single
+
+    @property
     def is_nac(self) -> bool:
         return self.sizes is NacConfig
 

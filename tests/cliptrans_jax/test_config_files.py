@@ -103,6 +103,19 @@ def test_every_stage_can_be_run(name, stage, rest, tmp_path):
         check(one)
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "emoji"])
+def test_a_tenth_of_every_stage_has_a_config(name):
+    for stage in STAGES_OF[name]:
+        whole, short = (load(name, arguments(stage, f"scale={scale}")) for scale in (1, 0.1))
+        recipes = [(whole, short)]
+        if stage == "pipeline":
+            recipes = [(whole.recipes[key], short.recipes[key]) for key in whole.recipes]
+        for before, after in recipes:
+            ratio = after.optim.total_steps(100) / before.optim.total_steps(100)
+            assert 0.05 < ratio < 0.15
+            after.optim.check_warmup(100)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_model_can_be_scored(name):
     for rest in ARGUMENTS[name]:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from cliptrans_jax.data.corpora import SOURCES, DataConfig, load_corpus
-from cliptrans_jax.data.corpus import Images, read_lines
+from cliptrans_jax.data.corpus import Images
 from common_jax.inputs import BadExample
+from common_jax.inputs.texts import read_lines
 
 ENGLISH = ("a dog runs", "two men sit", "the red car")
 GERMAN = ("ein Hund rennt", "zwei Männer sitzen", "das rote Auto")

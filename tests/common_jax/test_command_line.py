@@ -347,3 +347,22 @@ def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, cap
         "--config.optim.lr changes nothing: phase='one' does not read it" in capsys.readouterr().err
     )
     assert called == [2.0] * 3
+
+
+def test_a_config_of_the_project_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m2mkd/digits.py", "configs/m2mkd/digits.py"):
+        assert read_config_file(f"{name}:phase=distill").phase == "distill"
+    with pytest.raises(ValueError, match=r"\(.*/m2mkd/digits\.py, line \d+\)$"):
+        read_config_file("m2mkd/digits.py:fase=distill")
+    # A file of that name is nearer.
+    (tmp_path / "m2mkd").mkdir()
+    (tmp_path / "m2mkd" / "digits.py").write_text(CONFIG)
+    assert "parity" in read_config_file("m2mkd/digits.py")
+
+
+def test_help_with_a_config_shows_its_arguments(capsys):
+    with pytest.raises(SystemExit):
+        app.read_config(["tool", "--config=m2mkd/vmoe_base.py:size=base", "--help"])
+    out = capsys.readouterr().out
+    assert "m2mkd/vmoe_base.py:size=base:\n" in out and "Defaults: phase=pipeline, module=" in out

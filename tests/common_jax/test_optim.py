@@ -13,6 +13,7 @@ from common_jax.optim import (
     decay_mask,
     make_optimizer,
     make_schedule,
+    scale_lengths,
 )
 
 CONFIG = OptimConfig(epochs=5, batch=64, lr=5e-4, warmup_epochs=2)
@@ -329,3 +330,41 @@ def test_a_warmup_in_steps_counts_where_the_schedule_knows_it():
             ValueError, match=r"config\.optim\.warmup_epochs=10 is a warm-up of 100"
         ):
             dataclasses.replace(by_epoch, warmup_steps=1, warmup_epochs=10).check_warmup(10)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    optim: OptimConfig
+    other: int = 3
+
+
+def lengths(optim):
+    return optim.epochs, optim.steps, optim.warmup_epochs, optim.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "expected"),
+    [
+        ((100, None, 20, None), 0.1, (10, None, 2, None)),
+        ((10, None, 2, None), 0.1, (1, None, 0, None)),
+        ((10, None, 9, None), 0.2, (2, None, 1, None)),  # 9 * 0.2 rounds to 2, the whole run
+        ((300, 800, 20, 400), 0.25, (75, 200, 5, 100)),
+        ((300, 3, 20, 2), 0.1, (30, 1, 2, 0)),
+        ((10, 50, 2, 5), 2.0, (20, 100, 4, 10)),
+    ],
+)
+def test_lengths_and_warmups_are_scaled_and_nothing_else(given, scale, expected):
+    names = ("epochs", "steps", "warmup_epochs", "warmup_steps")
+    optim = dataclasses.replace(CONFIG, **dict(zip(names, given, strict=True)))
+    scaled = scale_lengths({"one": Recipe(optim)}, scale)["one"]
+    assert lengths(scaled.optim) == expected
+    back = dataclasses.replace(scaled.optim, **dict(zip(names, given, strict=True)))
+    assert (back, scaled.other) == (optim, 3)
+
+
+def test_a_scale_of_one_changes_nothing_and_none_is_refused():
+    recipes = {"one": Recipe(dataclasses.replace(CONFIG, epochs=5, warmup_epochs=5))}
+    assert scale_lengths(recipes, 1.0) == recipes
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"scale=.* must be positive, such as 0\.1"):
+            scale_lengths(recipes, scale)

@@ -1,6 +1,7 @@
 """The command as a user meets it: errors in one line, nothing written; a folder of images; a
 trace."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -168,6 +169,30 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
     assert len(bad) == 1
     assert "3.jpg" in bad[0]
     assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_folder_without_splits_is_tried_for_a_short_while(folder, tmp_path):
+    (folder / "train" / "cat" / "3.jpg").unlink()
+    flags = [
+        f"{DIGITS},scale=0.05",
+        f"--config.data.path={folder / 'train'}",
+        "--config.data.source=folder",
+        "--config.data.test_share=0.25",
+        "--config.data.image_size=48",
+        "--config.data.channels=3",
+        "--config.data.labels=2",
+        "--config.data.mean=(0.5,0.5,0.5)",
+        "--config.data.std=(0.5,0.5,0.5)",
+        "--config.model.patch=24",
+        "--config.model.width=16",
+        "--config.model.depths=(1,1)",
+        "--config.meta.depths=(1,1)",
+        "--config.optim.batch=8",
+        "--config.run.compilation_cache=None",
+    ]
+    app.run(main, DESCRIPTION, ["m2mkd", *flags, f"--workdir={tmp_path / 'run'}"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["step"] == 2  # of 18 images, in one epoch
 
 
 def test_nothing_imports_tensorflow_or_torch():

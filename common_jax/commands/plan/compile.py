@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 
 from common_jax import app
 from common_jax.command_line import run_config_file
+from common_jax.commands.choice import choose
 from common_jax.commands.plan.chips import chip_of, describe_devices
 from common_jax.commands.plan.flops import Flops
 from common_jax.commands.plan.sizing import (
@@ -148,7 +149,7 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     logging.getLogger().setLevel(logging.WARNING)
     chip = chip_of(options.topology)
     devices = describe_devices(options.topology, slices=options.slices)
-    planner = find_planner(config, planners)
+    planner = choose(config, planners)
     frozen = freeze(planner.config, config)
     mesh = make_mesh(frozen.mesh, devices)
     start = time.perf_counter()
@@ -208,16 +209,6 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
         sep="\n",
     )
     return 1
-
-
-def find_planner(config: Mapping[str, Any], planners: Planners) -> Planner:
-    """The planner of the package that a config is of; raises ValueError where there is none."""
-    found = [planner for field, planner in planners.items() if field in config]
-    if not found:
-        raise ValueError(
-            f"this config is of another program: it has none of the fields {sorted(planners)}"
-        )
-    return found[0]
 
 
 def as_lines(sizing: Sizing) -> list[str]:

@@ -13,6 +13,7 @@ from etils import epath
 
 from common_jax import app
 from common_jax.command_line import check_field, run_config_file, unread
+from common_jax.commands.choice import choose
 from common_jax.config import freeze
 
 NOWHERE = epath.Path("WORKDIR")  # never written to
@@ -146,21 +147,6 @@ def plan_cells(
     return list(cells.values())
 
 
-def find_program(config: Mapping[str, Any], programs: Programs) -> Program:
-    """The program for a config, by the one of the fields in `programs` that it has.
-
-    Raises:
-      ValueError: for a config with several or none of them.
-    """
-    found = [program for field, program in programs.items() if field in config]
-    if len(found) != 1:
-        raise ValueError(
-            f"a config must have one of the fields {sorted(programs)}, which say what command runs "
-            f"it; this one has {sorted(config)}"
-        )
-    return found[0]
-
-
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
     """For every key the shortest end of its path that no other has: `lr` of `optim.lr`."""
     paths = {key: key.removeprefix(":").split(".") for key in keys}
@@ -201,7 +187,7 @@ def _plan_cell(
     found = _read_fields(chosen, flags, fields)
     # As the config has it, so that 0.3 and 0.30 are the same cell.
     fields = {key: _text(_look_up(found, key)) for key in fields}
-    program = find_program(found, programs)
+    program = choose(found, programs)
     main, files = program.results(freeze(program.config, found))
     _check_read(program, found, fields)
     swept = {key: fields.get(key, values[key]) for key in values}

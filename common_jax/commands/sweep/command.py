@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.commands.choice import choose
 from common_jax.commands.sweep.cells import (
     Cell,
     Programs,
-    find_program,
     parse_grid,
     plan_cells,
     read_sweep,
@@ -210,7 +210,7 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
         settings = before["cells"].values()
         earlier = plan_cells(flags.config, flags.common, settings, flags.programs)
         config = earlier[0].config
-        program = find_program(config, flags.programs)
+        program = choose(config, flags.programs)
         refuse_other_config(workdir, freeze(program.config, config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
@@ -235,7 +235,7 @@ def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[C
         found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))
         values = {key: cell.values[key] for key in content["keys"]}
         rows.append(Row(values, [result for result in found if result is not None]))
-    program = find_program(cells[0].config, flags.programs)
+    program = choose(cells[0].config, flags.programs)
     metrics = (flags.metric or program.metric).split(",")
     show(write_table(workdir, sort_rows(rows), metrics))
     print(f"\n{workdir / 'sweep.md'}, sweep.csv, sweep.png", flush=True)

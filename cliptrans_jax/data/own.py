@@ -1,0 +1,186 @@
+"""Readers of a user's own sentences: parallel text files, and tables with a column a language.
+
+An example may lack sentences in some languages, or its picture. An example without a sentence in
+any language that is read is left out, and where pictures are read, an example without one is, too.
+"""
+
+import collections
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cliptrans_jax.data.corpus import (
+    PICTURES,
+    TEXTS_ALONE,
+    Corpus,
+    listed,
+    log_empty,
+    open_folder,
+    read_texts,
+    require_aligned,
+)
+from common_jax.inputs.tables import find_table, is_table, read_table, table_names
+from common_jax.inputs.texts import find_text, read_lines
+from common_jax.ranges import did_you_mean
+
+PICTURE, SPLIT = "picture", "split"  # columns of a table, beside those of languages
+TEXT_FILE = re.compile(r"(?P<split>.+)\.(?P<language>[a-z]{2}([_-]\w+)?)")
+# Usual names of splits by field, the likelier first.
+SPLITS = {
+    "train_split": ("train", "training"),
+    "valid_split": ("val", "valid", "validation", "dev"),
+    "test_split": ("test", "testing"),
+}
+
+
+def load_text(root: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
+    """Loads `ROOT/SPLIT.LANGUAGE`, plain or gzipped; a blank line is a missing sentence.
+
+    Line i of `SPLIT.pictures` names the picture of example i, relative to ROOT or `ROOT/images`;
+    the file may be missing, and a blank line is a missing picture.
+
+    Raises:
+      FileNotFoundError: no such split or language.
+      ValueError: files of different lengths or not in UTF-8.
+    """
+    texts, counts = read_texts(root, split, languages)
+    size = next(iter(counts.values()))
+    path = find_text(root / f"{split}.{PICTURES}")
+    names, reason = ("",) * size, f"{root / split}.{PICTURES}, which names them, is missing"
+    if path is not None:
+        names, reason = read_lines(path), ""
+        counts[str(path)] = len(names)
+    require_aligned(counts)
+    keys = [name or f"{split}:{number}" for number, name in enumerate(names, start=1)]
+    roots = (root, root / "images") if with_images else ()
+    return _choose(f"text {split}", texts, names, keys, roots=roots, reason=reason)
+
+
+def load_table(path: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
+    """Loads a table (TSV, CSV or JSONL, plain or gzipped) with a column a language.
+
+    PATH is a folder with a table for each split, `SPLIT.tsv` and so on, or one table with a column
+    `split`. The column `picture` has paths relative to the table's folder or to `images` in it; the
+    column may be missing, and its cells may be empty.
+
+    Raises:
+      FileNotFoundError: no such table.
+      ValueError: a malformed table, or one without the column or split; names file and column.
+    """
+    whole = path.is_file()
+    file, folder = (path, path.parent) if whole else (find_table(path, split), path)
+    if file is None or not is_table(file):
+        splits = table_names(folder)
+        raise FileNotFoundError(
+            f"config.data.path={str(path)!r} has no {split}.tsv, .csv or .jsonl, only the tables "
+            f"{listed(splits)}{did_you_mean(split, splits)}; correct config.data.path or the "
+            "split, or give the path of one table with a column 'split'"
+        )
+    table = read_table(file)
+    rows = table.rows
+    if whole:
+        table.require(SPLIT, "each row's split")
+        rows = tuple(row for row in rows if row[1][SPLIT] == split)
+    if not rows:
+        splits = sorted({row.get(SPLIT, split) for _, row in table.rows})
+        raise ValueError(
+            f"{file} has no row of split {split!r}{did_you_mean(split, splits)}, only of: "
+            f"{listed(splits)}; correct the split or the table"
+        )
+    for language in languages:
+        table.require(language, f"sentences in {language!r}")
+    texts = {code: tuple(row[code] for _, row in rows) for code in languages}
+    names = tuple(row.get(PICTURE, "") for _, row in rows)
+    keys = [name or f"{file.name}:{number}" for name, (number, _) in zip(names, rows, strict=True)]
+    reason = "" if PICTURE in table.columns else f"{file} has no column {PICTURE!r}"
+    roots = (folder, folder / "images") if with_images else ()
+    return _choose(f"table {split}", texts, names, keys, roots=roots, reason=reason)
+
+
+def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of config.data that read the sentences at `path`; {} if none lie there.
+
+    Args:
+      path: a folder, or a table.
+      given: the config.data that is asked about; its languages and splits are kept if they fit.
+
+    Raises:
+      ValueError: a table that cannot be read.
+    """
+    root = Path(path).expanduser()
+    if (root.is_file() and is_table(root)) or (root.is_dir() and table_names(root)):
+        source, (languages, splits) = "table", _columns(root, given["train_split"])
+    elif root.is_dir():
+        source, (languages, splits) = "text", _parallel_files(root)
+    else:
+        return {}
+    if len(languages) < 2:
+        return {}
+    pair = [given[key] for key in ("source_language", "target_language") if given[key] in languages]
+    pair += [language for language in languages if language not in pair]
+    settings = {"source": source, "path": path}
+    settings |= {"source_language": pair[0], "target_language": pair[1]}
+    for key, usual in SPLITS.items():
+        likely = [name for name in (given[key], *usual) if name in splits]
+        settings[key] = likely[0] if likely else given[key]
+    return settings
+
+
+def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:
+    """Returns languages and splits of a table, or of a folder with a table a split."""
+    splits, file = [], root
+    if root.is_dir():
+        splits = table_names(root)
+        file = find_table(root, train_split if train_split in splits else splits[0])
+    assert file is not None
+    table = read_table(file)
+    languages = [name for name in table.columns if name not in (PICTURE, SPLIT)]
+    return languages, splits or sorted({row.get(SPLIT, "") for _, row in table.rows})
+
+
+def _parallel_files(root: Path) -> tuple[list[str], Sequence[str]]:
+    """Returns languages and splits of the files SPLIT.LANGUAGE that have a parallel one."""
+    names = (entry.name.removesuffix(".gz") for entry in root.iterdir() if entry.is_file())
+    matches = map(TEXT_FILE.fullmatch, names)
+    pairs = {(match["split"], match["language"]) for match in matches if match}
+    counts = collections.Counter(split for split, _ in pairs)
+    splits = [split for split, count in counts.items() if count > 1]
+    return sorted({language for split, language in pairs if split in splits}), splits
+
+
+def _choose(
+    name: str,
+    texts: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+    keys: Sequence[str],
+    *,
+    roots: Sequence[Path],
+    reason: str,
+) -> Corpus:
+    """Returns the examples that have a sentence and, if `roots` are given, a picture.
+
+    Args:
+      name: of the corpus.
+      texts: sentences by language.
+      names: of the pictures; "" where there is none.
+      keys: of the examples.
+      roots: folders of the pictures, the first that has any of them counts; () for texts alone.
+      reason: why there are no pictures; "" where there are.
+    """
+    needs_picture = bool(roots) and not reason
+    rows = [
+        row
+        for row in range(len(keys))
+        if any(texts[code][row] for code in texts) and (names[row] or not needs_picture)
+    ]
+    if left_out := len(keys) - len(rows):
+        what = "a sentence or a picture" if needs_picture else "any sentence"
+        logging.info("%s: %d of %d examples lack %s", name, left_out, len(keys), what)
+    images, reason = None, reason if roots else TEXTS_ALONE
+    if needs_picture:
+        images, reason = open_folder(roots, [names[row] for row in rows])
+    chosen = {code: tuple(sentences[row] for row in rows) for code, sentences in texts.items()}
+    keys = tuple(keys[row] for row in rows)
+    return log_empty(Corpus(name, chosen, images, keys, reason, sparse=True))

@@ -1,0 +1,158 @@
+"""Tables that a user wrote: TSV, CSV and JSONL, plain or gzipped, as rows of text by column."""
+
+import csv
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from common_jax.inputs.texts import find_text, read_whole_lines
+from common_jax.ranges import did_you_mean
+from common_jax.untrusted import RefusedError, brief, parse_json, plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows of a table.
+
+    Attributes:
+      path: the file.
+      columns: names in the order of the file.
+      rows: (number of the line that a row starts in, its text by column).
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, Mapping[str, str]], ...]
+
+    def require(self, column: str, what: str) -> None:
+        """Raises ValueError unless there is a column of this name; `what` is what it holds."""
+        if column not in self.columns:
+            raise ValueError(
+                f"{self.path} has no column {column!r}{did_you_mean(column, self.columns)}, which "
+                f"is to hold {what}; its columns are {plain(', '.join(self.columns)) or 'none'}"
+            )
+
+
+def find_table(folder: Path, name: str) -> Path | None:
+    """Returns the table `name` of a folder, with any of the suffixes; None if there is none.
+
+    Raises:
+      ValueError: there are several.
+    """
+    paths = [path for suffix in READERS if (path := find_text(folder / f"{name}{suffix}"))]
+    if len(paths) > 1:
+        names = " and ".join(path.name for path in paths)
+        raise ValueError(f"{folder} has both {names}; remove or rename all but one")
+    return paths[0] if paths else None
+
+
+def table_names(folder: Path) -> list[str]:
+    """Returns the names, without suffixes, of a folder's tables."""
+    tables = (path.name for path in folder.iterdir() if path.is_file() and is_table(path))
+    return sorted({name.removesuffix(".gz").rpartition(".")[0] for name in tables})
+
+
+def is_table(path: Path) -> bool:
+    """Returns True where a file's name is that of a table."""
+    return path.name.lower().removesuffix(".gz").endswith(tuple(READERS))
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table; its suffix says which kind it is. Rows without any text are left out.
+
+    A TSV has one row a line, and quotes are ordinary characters. A CSV may quote cells, which may
+    then contain commas, quotes (doubled) and line feeds. The first line of both names the columns.
+    A line of a JSONL is an object of texts; a missing key is an empty cell, as null is.
+
+    Raises:
+      ValueError: a malformed file; the message names file, line and column.
+    """
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return READERS[suffix](path, read_whole_lines(path))
+
+
+def _read_tsv(path: Path, lines: Sequence[str]) -> Table:
+    return _with_header(path, ((i, line.split("\t")) for i, line in enumerate(lines, start=1)))
+
+
+def _read_csv(path: Path, lines: Sequence[str]) -> Table:
+    def cells() -> Iterator[tuple[int, list[str]]]:
+        reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+        first = 1
+        try:
+            for row in reader:
+                yield first, row
+                first = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {first} is not CSV ({error}); double the quotes within a quoted "
+                "cell, or save it as TSV"
+            ) from error
+
+    return _with_header(path, cells())
+
+
+def _with_header(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Table:
+    _, header = next(lines, (1, []))
+    columns = tuple(name.strip() for name in header)
+    if not any(columns):
+        raise ValueError(f"{path}, line 1 is empty; it must name the columns")
+    if len(set(columns)) < len(columns):
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise ValueError(f"{path}, line 1 has the column {brief(twice)} twice; rename one")
+    rows = []
+    for number, cells in lines:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(columns):
+            missing = ", ".join(columns[len(cells) :])
+            problem = f"nothing for {missing}" if missing else f"no name for {brief(cells[-1])}"
+            raise ValueError(
+                f"{path}, line {number} has {len(cells)} cells and line 1 names {len(columns)} "
+                f"columns: {problem}; correct the line"
+            )
+        rows.append((number, dict(zip(columns, map(_one_line, cells), strict=True))))
+    return Table(path, columns, tuple(rows))
+
+
+def _read_jsonl(path: Path, lines: Sequence[str]) -> Table:
+    columns: dict[str, None] = {}
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line.encode())
+        except RefusedError as refused:
+            raise ValueError(f"{path}, line {number} {refused}; correct the line") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is {brief(record)} and not an object")
+        columns |= dict.fromkeys(record)
+        rows.append((number, {key: _text(path, number, key, record[key]) for key in record}))
+    whole = ((number, dict.fromkeys(columns, "") | row) for number, row in rows)
+    return Table(path, tuple(columns), tuple(whole))
+
+
+def _text(path: Path, number: int, key: str, value: object) -> str:
+    """Returns the text of a value of JSON."""
+    if isinstance(value, str):
+        if value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value):
+            return _one_line(value)
+        value = "half of a surrogate pair, which is not a character"
+    elif value is None:
+        return ""
+    elif type(value) is int:  # a label, such as 7
+        return str(value)
+    raise ValueError(f"{path}, line {number}, column {brief(key)} must be text: {brief(value)}")
+
+
+def _one_line(cell: str) -> str:
+    """Returns a cell without line breaks, and stripped."""
+    return " ".join(filter(None, (line.strip() for line in cell.splitlines())))
+
+
+READERS: Mapping[str, Callable[[Path, Sequence[str]], Table]] = {
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+}

@@ -1,0 +1,101 @@
+"""Settings of config.data for the images at a path, for a user who has not written them."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common_jax.inputs import BadExample
+from common_jax.inputs.tables import is_table, read_table, table_names
+from m2mkd_jax.data.listing import is_hidden, is_image
+from m2mkd_jax.data.sources import DataConfig, Source, open_source
+from m2mkd_jax.data.tables import SPLIT
+from m2mkd_jax.data.transforms import SMALL_SIDE
+
+# Usual names of splits, the likelier first.
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing", "dev")
+SHARE = 0.2  # of a set without splits to test on
+SIDE = 224  # of a model's images where theirs are of several sizes
+SAMPLE = 100
+
+
+def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of config.data that train on the images at `path`; {} if none lie there.
+
+    Args:
+      path: a folder, a zip or a table.
+      given: the config.data that is asked about; its splits, size, mean and std are kept if they
+        fit.
+
+    Raises:
+      FileNotFoundError, ValueError: images that cannot be listed.
+    """
+    layout = _layout(Path(path).expanduser(), given)
+    if not layout:
+        return {}
+    anything = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, "in_memory": "never"}
+    config = DataConfig(path=path, **layout, **anything)
+    source = open_source(config, config.train_split)
+    images = _sample(source)
+    settings = {"path": path, **layout, "labels": len(source.label_names)}
+    if not images:
+        return settings
+    sides = {side for image in images for side in image.shape[:2]}
+    size = given["image_size"]
+    if sides != {size} and (size <= SMALL_SIDE or max(sides) <= SMALL_SIDE):
+        size = max(sides) if len(sides) == 1 else SIDE
+    grey = all(np.array_equal(image, image[:, :, :1].repeat(3, axis=2)) for image in images)
+    channels = 1 if grey else 3
+    settings |= {"image_size": size, "channels": channels}
+    fits = given["channels"] == channels
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images])[:, :channels] / 255
+    measured = {"mean": pixels.mean(axis=0), "std": np.maximum(pixels.std(axis=0), 0.001)}
+    for key, numbers in measured.items():
+        settings[key] = tuple(given[key] if fits else (round(float(x), 3) for x in numbers))
+    return settings
+
+
+def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns source and splits."""
+    if root.is_file():
+        if not is_table(root):
+            return {"source": "folder"} | {key: given[key] for key in ("train_split", "test_split")}
+        splits = {row[SPLIT] for _, row in read_table(root).rows if row.get(SPLIT)}
+        return {"source": "table"} | _splits(splits, given)
+    if not root.is_dir():
+        return {}
+    if splits := set(table_names(root)) & {*TRAIN, *TEST, given["train_split"]}:
+        return {"source": "table"} | _splits(splits, given)
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    folders = {name for name in folders if not is_hidden(name)}
+    if (root / "wnids.txt").is_file():
+        return {"source": "tiny_imagenet", "train_split": "train", "test_split": "val"}
+    packed = {path.stem for path in root.glob("*.zip")}
+    if names := (folders | packed) & {*TRAIN, given["train_split"]}:
+        return {"source": "folder"} | _splits(folders | packed | names, given)
+    if any(is_image(path.name) for name in folders for path in (root / name).iterdir()):
+        return {"source": "folder", "test_share": SHARE}
+    return {}
+
+
+def _splits(names: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the names of the splits, or a share to test on where there is none to do so."""
+    if not names:
+        return {"test_share": given["test_share"] or SHARE}
+    found = {}
+    for key, usual in (("train_split", TRAIN), ("test_split", TEST)):
+        likely = [name for name in (given[key], *usual) if name in names]
+        found[key] = likely[0] if likely else given[key]
+    return found
+
+
+def _sample(source: Source) -> list[np.ndarray]:
+    images = []
+    for place in np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int):
+        try:
+            images.append(source[int(place)]["image"])
+        except BadExample:
+            continue  # the check of the set counts them
+    return images

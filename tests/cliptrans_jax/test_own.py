@@ -1,0 +1,189 @@
+"""A user's own sentences: parallel files and tables, what they may lack, and how errors name it."""
+
+import dataclasses
+import gzip
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data import own
+from cliptrans_jax.data.corpora import DataConfig, load_corpus
+from cliptrans_jax.data.examples import NoiseConfig, choose_examples
+from cliptrans_jax.stages import STAGES
+from common_jax.config import freeze
+
+ROWS = (
+    {"en": "a dog", "sv": "en hund", "picture": "dog.png", "split": "train"},
+    {"en": "a cat", "sv": "", "picture": "pets/cat.png", "split": "train"},
+    {"en": "", "sv": "ett hus", "picture": "", "split": "train"},
+    {"en": "", "sv": "", "picture": "dog.png", "split": "train"},
+    {"en": "a car", "sv": "en bil", "picture": "dog.png", "split": "val"},
+)
+PAIR = ("en", "sv")
+
+
+def write_table(path, rows=ROWS, columns=(*PAIR, "picture", "split")):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        text = "".join(f"{json.dumps({name: row[name] for name in columns})}\n" for row in rows)
+    else:
+        separator = {".tsv": "\t", ".csv": ","}[path.suffix]
+        lines = [columns, *([row[name] for name in columns] for row in rows)]
+        text = "".join(f"{separator.join(line)}\n" for line in lines)
+    path.write_text(text)
+
+
+def draw(root):
+    for name, value in (("dog.png", 10), ("pets/cat.png", 20)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3), (value,) * 3).save(root / name)
+
+
+def config_of(path, source="table"):
+    return DataConfig(source, str(path), target_language="sv")
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+@pytest.mark.parametrize("images", ["", "images"])
+def test_a_table_of_all_splits(tmp_path, suffix, images):
+    write_table(tmp_path / f"all{suffix}")
+    draw(tmp_path / images)
+    config = config_of(tmp_path / f"all{suffix}")
+    corpus = load_corpus(config, "train", PAIR)
+    assert corpus.texts == {"en": ("a dog", "a cat", ""), "sv": ("en hund", "", "ett hus")}
+    line = 3 if suffix == ".jsonl" else 4
+    assert corpus.keys == ("dog.png", "pets/cat.png", f"all{suffix}:{line}")
+    assert list(corpus.rows_with(PAIR)) == [0] and list(corpus.rows_with(("sv", "sv"))) == [0, 2]
+    pictured = load_corpus(config, "train", PAIR, with_images=True)
+    assert pictured.texts == {"en": ("a dog", "a cat"), "sv": ("en hund", "")}
+    assert [int(pictured.require_images()[i][0, 0, 0]) for i in range(2)] == [10, 20]
+    assert load_corpus(config, "val", ("sv",)).texts == {"sv": ("en bil",)}
+
+
+def test_a_table_for_each_split(tmp_path):
+    write_table(tmp_path / "train.tsv", ROWS[:2], PAIR)
+    write_table(tmp_path / "test.csv", ROWS[4:], PAIR)
+    config = config_of(tmp_path)
+    assert load_corpus(config, "train", ("en",)).texts == {"en": ("a dog", "a cat")}
+    assert load_corpus(config, "test", ("en",)).keys == ("test.csv:2",)
+    with pytest.raises(ValueError, match=r"test\.csv has no column 'picture'"):
+        load_corpus(config, "test", ("en",), with_images=True).require_images()
+    with pytest.raises(FileNotFoundError, match=r"no val\.tsv, .* only the tables test, train;"):
+        load_corpus(config, "val", ("en",))
+    with pytest.raises(ValueError, match=r"train\.tsv has no column 'se' \(did you mean 'sv'\?\)"):
+        load_corpus(config, "train", ("se",))
+
+
+def test_a_split_that_no_row_has_is_named(tmp_path):
+    write_table(tmp_path / "all.csv")
+    with pytest.raises(ValueError, match=r"no row of split 'test', only of: train, val; correct"):
+        load_corpus(config_of(tmp_path / "all.csv"), "test", PAIR)
+    write_table(tmp_path / "all.csv", columns=PAIR)
+    with pytest.raises(ValueError, match=r"no column 'split', which is to hold each row's split"):
+        load_corpus(config_of(tmp_path / "all.csv"), "train", PAIR)
+
+
+def test_a_path_of_a_picture_may_be_whole(tmp_path):
+    draw(tmp_path / "elsewhere")
+    rows = [row | {"picture": str(tmp_path / "elsewhere" / row["picture"])} for row in ROWS[:2]]
+    write_table(tmp_path / "set/all.jsonl", rows)
+    config = config_of(tmp_path / "set/all.jsonl")
+    images = load_corpus(config, "train", ("en",), with_images=True).require_images()
+    assert int(images[1][0, 0, 0]) == 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_parallel_files(tmp_path, packed):
+    for name in (*PAIR, "picture"):
+        text = "".join(f"{row[name]}\n" for row in ROWS[:4]).encode()
+        ending = "pictures" if name == "picture" else name
+        path = tmp_path / f"train.{ending}{'.gz' if packed else ''}"
+        path.write_bytes(gzip.compress(text) if packed else text)
+    draw(tmp_path / "images")
+    config = config_of(tmp_path, "text")
+    corpus = load_corpus(config, "train", PAIR)
+    assert corpus.texts == {"en": ("a dog", "a cat", ""), "sv": ("en hund", "", "ett hus")}
+    assert corpus.keys == ("dog.png", "pets/cat.png", "train:3")
+    pictured = load_corpus(config, "train", PAIR, with_images=True)
+    assert len(pictured) == 2 and int(pictured.require_images()[1][0, 0, 0]) == 20
+    with pytest.raises(FileNotFoundError, match=r"train\.de or .*has the languages en, sv;"):
+        load_corpus(config, "train", ("de",))
+
+
+def test_parallel_files_without_pictures_and_of_other_lengths(tmp_path):
+    (tmp_path / "train.en").write_text("a\nb\n")
+    (tmp_path / "train.sv").write_text("c\nd\n")
+    config = config_of(tmp_path, "text")
+    with pytest.raises(ValueError, match=r"train\.pictures, which names them, is missing"):
+        load_corpus(config, "train", PAIR, with_images=True).require_images()
+    (tmp_path / "train.pictures").write_text("dog.png\n")
+    with pytest.raises(ValueError, match="different numbers of lines"):
+        load_corpus(config, "train", PAIR)
+
+
+@pytest.mark.parametrize(
+    ("stage", "several", "expected"),
+    [
+        ("translate", False, [("a dog", "en hund")]),
+        ("caption", False, [("a dog", "a dog"), ("a cat", "a cat")]),
+        (
+            "caption",
+            True,
+            [("en hund", "en hund"), ("ett hus",) * 2, ("a dog", "a dog"), ("a cat", "a cat")],
+        ),
+    ],
+)
+def test_examples_without_a_sentence_are_none(tmp_path, stage, several, expected):
+    write_table(tmp_path / "all.tsv")
+    corpus = load_corpus(config_of(tmp_path / "all.tsv"), "train", PAIR)
+    words = {
+        code: [np.array([*map(ord, text)], int) for text in texts]
+        for code, texts in corpus.texts.items()
+    }
+    examples = choose_examples(
+        STAGES[stage], words, pair=PAIR, train=True, noise=NoiseConfig(), all_languages=several
+    ).of_rows_with_sentences(corpus)
+    found = [
+        tuple("".join(map(chr, ids)) for ids in pair)
+        for pair in zip(examples.source, examples.target, strict=True)
+    ]
+    assert found == expected and len(examples.rows) == len(examples.languages) == len(expected)
+    places = zip(examples.rows, examples.languages, strict=True)
+    texts = [corpus.texts[source][row] for row, (source, _) in places]
+    assert texts == [source for source, _ in expected]
+
+
+def test_a_language_that_mbart_does_not_know_is_refused_by_key():
+    tokenizer = {"kind": "mbart50", "path": "folder"}
+    data = {"source": "text", "path": "folder", "target_language": "pt_BR"}
+    message = r"^config\.data\.target_language='pt_BR' is not a language of tokenizer.*af, ar, az"
+    with pytest.raises(ValueError, match=message):
+        freeze(Config, {"data": data, "tokenizer": tokenizer})
+    known = freeze(Config, {"data": data | {"target_language": "pt"}, "tokenizer": tokenizer})
+    assert known.data.pair == ("en", "pt")
+
+
+def test_settings_are_found(tmp_path):
+    write_table(tmp_path / "table/all.csv")
+    write_table(tmp_path / "tables/training.tsv", ROWS[:2], PAIR)
+    write_table(tmp_path / "tables/dev.tsv", ROWS[4:], PAIR)
+    (tmp_path / "texts").mkdir()
+    for name in ("train.en", "train.sv.gz", "valid.en", "valid.sv", "notes.md"):
+        (tmp_path / "texts" / name).write_text("a\n")
+    given = dataclasses.asdict(DataConfig())
+    splits = ("train_split", "valid_split", "test_split")
+    for path, source, expected in (
+        ("table/all.csv", "table", ("train", "val", "test")),
+        ("tables", "table", ("training", "dev", "test")),
+        ("texts", "text", ("train", "valid", "test")),
+    ):
+        found = own.settings_of(str(tmp_path / path), given)
+        assert (found["source"], found["source_language"], found["target_language"]) == (
+            source,
+            *PAIR,
+        )
+        assert tuple(found[key] for key in splits) == expected
+    assert own.settings_of(str(tmp_path), given) == {}

@@ -1,0 +1,81 @@
+"""Tables of a user: three kinds, plain and packed, and errors that name file, line and column."""
+
+import gzip
+
+import pytest
+
+from common_jax.inputs.tables import find_table, read_table, table_names
+
+TSV = 'a\tb\n"one" two\tx, y\n\n three \t\n'
+CSV = 'a,b\n"""one"" two","x, y"\n\n three ,\n'
+JSONL = '{"a": "\\"one\\" two", "b": "x, y"}\n\n{"a": " three ", "b": null}\n'
+
+
+def write(path, text, *, packed=False):
+    content = text.encode()
+    if packed:
+        path = path.with_name(f"{path.name}.gz")
+        content = gzip.compress(content)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("suffix", "text"), [(".tsv", TSV), (".csv", CSV), (".jsonl", JSONL)])
+def test_three_kinds_say_the_same(tmp_path, suffix, text, packed):
+    table = read_table(write(tmp_path / f"t{suffix}", text, packed=packed))
+    assert table.columns == ("a", "b")
+    first = 1 if suffix == ".jsonl" else 2
+    assert table.rows == (
+        (first, {"a": '"one" two', "b": "x, y"}),
+        (first + 2, {"a": "three", "b": ""}),
+    )
+    assert table_names(tmp_path) == ["t"]
+    assert find_table(tmp_path, "t") == table.path and find_table(tmp_path, "u") is None
+
+
+def test_a_cell_is_one_line(tmp_path):
+    csv = read_table(write(tmp_path / "t.csv", 'a,b\r\n"one\r\n two",x\r\nthree,y\r\n'))
+    assert csv.rows == ((2, {"a": "one two", "b": "x"}), (4, {"a": "three", "b": "y"}))
+    jsonl = read_table(write(tmp_path / "t.jsonl", '{"a": "one\\n two", "b": 7}\n{"c": "x"}\n'))
+    assert jsonl.columns == ("a", "b", "c")
+    assert [row for _, row in jsonl.rows] == [
+        {"a": "one two", "b": "7", "c": ""},
+        {"a": "", "b": "", "c": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.tsv", "a\tb\nx\ty\nx\n", r"t\.tsv, line 3 has 1 cells .* 2 columns: nothing for b;"),
+        ("t.csv", "a,b\nx,y,z\n", r"t\.csv, line 2 has 3 cells .* columns: no name for 'z';"),
+        ("t.csv", 'a,b\nx,y\n"x"z,y\n', r"t\.csv, line 3 is not CSV .*double the quotes"),
+        ("t.csv", 'a,b\n"x,y\n', r"t\.csv, line 2 is not CSV"),
+        ("t.csv", "a,a\nx,y\n", r"t\.csv, line 1 has the column 'a' twice"),
+        ("t.tsv", "", r"t\.tsv, line 1 is empty; it must name the columns"),
+        ("t.jsonl", '{"a": "x"}\n{"a": \n', r"t\.jsonl, line 2 is not JSON .*; correct the line"),
+        ("t.jsonl", '["x"]\n', r"t\.jsonl, line 1 is \['x'\] and not an object"),
+        ("t.jsonl", '{"a": ["x"]}\n', r"t\.jsonl, line 1, column 'a' must be text: \['x'\]"),
+        ("t.jsonl", '{"a": "\\ud83d"}\n', r"line 1, column 'a' must be text: 'half of a surr"),
+        ("t.tsv", "a\tb\nx\t\0\n", r"t\.tsv, line 2 has a zero byte"),
+    ],
+)
+def test_what_is_malformed_is_named(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_table(write(tmp_path / name, text))
+
+
+def test_a_missing_column_names_those_there(tmp_path):
+    table = read_table(write(tmp_path / "t.csv", "path,lable\nx,y\n"))
+    with pytest.raises(
+        ValueError, match=r"t\.csv has no column 'label' \(did you mean 'lable'\?\), which is to "
+    ):
+        table.require("label", "the classes")
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path):
+    write(tmp_path / "t.csv", CSV)
+    write(tmp_path / "t.tsv", TSV)
+    with pytest.raises(ValueError, match=r"has both t\.tsv and t\.csv; remove or rename"):
+        find_table(tmp_path, "t")

@@ -1,0 +1,203 @@
+"""Images in no class folder: tables, flat folders with a list; and sets split by a share."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2mkd_jax.data import discover
+from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def draw(path, value, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (8, 8), value if mode == "L" else (value, 0, 0)).save(path)
+
+
+def data_of(path, source="table", **settings):
+    colours = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return DataConfig(source, str(path), labels=3, **colours | settings)
+
+
+def values(source):
+    """The red value of every image, which says its class, by label's name."""
+    found = {}
+    for index in range(len(source)):
+        example = source[index]
+        name = source.label_names[int(example["label"])]
+        found.setdefault(name, []).append(int(example["image"][0, 0, 0]))
+    return found
+
+
+def flat(root, each=4):
+    """`each` images of each class, in no class folders; returns their (path, class)."""
+    rows = []
+    for number, name in enumerate(CLASSES):
+        for copy in range(each):
+            file = f"pictures/{name[0]}{copy}.png"
+            draw(root / file, 10 * number + copy)
+            rows.append((file, name))
+    return rows
+
+
+def write_csv(path, rows, header="path,label"):
+    path.write_text("".join(f"{line}\n" for line in (header, *map(",".join, rows))))
+
+
+def test_a_table_for_each_split(tmp_path):
+    rows = flat(tmp_path)
+    write_csv(tmp_path / "train.csv", [row for row in rows if "0" not in row[0]])
+    write_csv(tmp_path / "test.csv", [row for row in rows if row[0].endswith("c0.png")])
+    config = data_of(tmp_path)
+    train = load_source(config, "train")
+    assert values(train) == {"ant": [1, 2, 3], "bee": [11, 12, 13], "cat": [21, 22, 23]}
+    test = load_test_source(config, train.label_names)
+    assert values(test) == {"cat": [20]} and test.label_names == CLASSES
+    with pytest.raises(FileNotFoundError, match=r"no table of split 'tests' \(did .*test, train;"):
+        load_source(data_of(tmp_path, train_split="tests"), "tests")
+
+
+def test_a_table_with_a_column_of_splits(tmp_path):
+    rows = [
+        (str(tmp_path / file), label, "test" if "3" in file else "fit")
+        for file, label in flat(tmp_path)
+    ]
+    write_csv(tmp_path / "lists.csv", rows, "path,label,split")
+    config = data_of(tmp_path / "lists.csv", train_split="fit")
+    assert len(load_source(config, "fit")) == 9
+    assert values(load_source(config, "test")) == {"ant": [3], "bee": [13], "cat": [23]}
+    with pytest.raises(ValueError, match=r"no image of split 'train', only of: fit, test; correct"):
+        load_source(data_of(tmp_path / "lists.csv"), "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "message"),
+    [
+        ((("a.png", ""),), "path,label", r"t\.csv, line 2, column 'label' is empty; fill it"),
+        (
+            (("a.png", "ant"),) * 2,
+            "path,label",
+            r"t\.csv: these names occur more than once: a\.png",
+        ),
+        (
+            (("a.png", "ant"),),
+            "file,label",
+            r"t\.csv has no column 'path', which is to hold the i",
+        ),
+        ((("a.png", "ant"),), "path,label", r"no column 'split', .*set config\.data\.test_share"),
+    ],
+)
+def test_what_a_table_lacks_is_named(tmp_path, rows, header, message):
+    write_csv(tmp_path / "t.csv", rows, header)
+    share = 0.0 if "test_share" in message else 0.5
+    with pytest.raises(ValueError, match=message):
+        load_source(data_of(tmp_path / "t.csv", test_share=share), "train")
+
+
+def folders(root, sizes):
+    for number, (name, size) in enumerate(sizes.items()):
+        for copy in range(size):
+            draw(root / name / f"{copy}.png", 50 * number + copy)
+
+
+def test_a_share_of_every_class_is_kept_for_the_test(tmp_path, caplog):
+    folders(tmp_path, {"ant": 20, "bee": 5, "cat": 2})
+    config = data_of(tmp_path, "folder", test_share=0.2)
+    with caplog.at_level(logging.INFO):
+        train, test = values(load_source(config, "train")), values(load_source(config, "test"))
+    assert {name: len(test[name]) for name in CLASSES} == {"ant": 4, "bee": 1, "cat": 1}
+    whole = {"ant": range(20), "bee": range(50, 55), "cat": range(100, 102)}
+    assert {name: sorted(train[name] + test[name]) for name in CLASSES} == {
+        name: list(numbers) for name, numbers in whole.items()
+    }
+    message = "21 of 27 images to train on (config.data.test_share=0.2 of each class, split_seed=0)"
+    assert message in caplog.text
+    assert values(load_source(config, "test")) == test
+    other = data_of(tmp_path, "folder", test_share=0.2, split_seed=1)
+    assert values(load_source(other, "test")) != test
+    draw(tmp_path / "dog/0.png", 0)
+    with pytest.raises(ValueError, match=r"test_share=0\.2 needs two images of each .* of dog;"):
+        load_source(config, "train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "digits"}, r"^test_share=0\.2 is for the sources folder, table; 'digits' is"),
+        ({"train_split": "test"}, r"^test_share=0\.2 needs two names: .* both 'test'"),
+    ],
+)
+def test_a_share_needs_a_set_that_is_not_split(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**{"source": "folder", "path": "x", "test_share": 0.2} | settings)
+
+
+LISTS = {
+    "file, tab, class": "a0.png\tant\nb0.png\tbee\nc0.png\tcat\n",
+    "stem, space, class": "c0 cat\nb0 bee\na0 ant\n",
+    "path, comma, class": "val/b0.png, bee\nval/a0.png, ant\nval/c0.png, cat\n",
+    "classes alone": "ant\nbee\ncat\n",
+}
+
+
+@pytest.mark.parametrize("text", LISTS.values(), ids=LISTS)
+def test_a_flat_split_with_a_list(tmp_path, text):
+    folders(tmp_path / "train", dict.fromkeys(CLASSES, 1))
+    for number, name in enumerate(CLASSES):
+        draw(tmp_path / f"val/{name[0]}0.png", number)
+    (tmp_path / "val.txt").write_text(text)
+    config = data_of(tmp_path, "folder", test_split="val")
+    train = load_source(config, "train")
+    test = load_test_source(config, train.label_names)
+    assert values(test) == {"ant": [0], "bee": [1], "cat": [2]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ant\nbee\n", r"val\.txt has 2 classes, one a line, and .*val has 1 images; write FILE"),
+        ("x.png ant\n", r"val\.txt, line 1 must have a file of .*val and its class, with ' '"),
+        ("a0.png ant\na0.png bee\n", r"val\.txt: these names occur more than once: val/a0\.png"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_named(tmp_path, text, message):
+    draw(tmp_path / "val/a0.png", 0)
+    (tmp_path / "val.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_source(data_of(tmp_path, "folder"), "val")
+
+
+def test_an_image_that_the_list_leaves_out_is_named(tmp_path):
+    for name in ("a0", "b0"):
+        draw(tmp_path / f"val/{name}.png", 0)
+    (tmp_path / "val.txt").write_text("a0 ant\n")
+    with pytest.raises(ValueError, match=r"no class for 1 images of .*val: b0\.png; add or remove"):
+        load_source(data_of(tmp_path, "folder"), "val")
+
+
+def test_settings_are_found(tmp_path):
+    given = vars(DataConfig())
+    folders(tmp_path / "whole", dict.fromkeys(CLASSES, 2))
+    folders(tmp_path / "split/train", dict.fromkeys(CLASSES, 2))
+    folders(tmp_path / "split/valid", dict.fromkeys(CLASSES, 1))
+    write_csv(tmp_path / "t.csv", flat(tmp_path))
+    for path, expected in (
+        ("whole", {"source": "folder", "test_share": 0.2}),
+        ("split", {"source": "folder", "train_split": "train", "test_split": "valid"}),
+        ("t.csv", {"source": "table", "test_share": 0.2}),
+    ):
+        found = discover.settings_of(str(tmp_path / path), given)
+        assert found.items() >= expected.items()
+        assert (found["labels"], found["image_size"], found["channels"]) == (3, 8, 3)
+        assert found["mean"][1:] == (0.0, 0.0) and found["mean"][0] > 0
+        assert len(load_source(DataConfig(**found), "train")) > 0
+    for name in CLASSES:
+        draw(tmp_path / "grey" / name / "0.png", 255, "L")
+        draw(tmp_path / "grey" / name / "1.png", 0, "L")
+    found = discover.settings_of(str(tmp_path / "grey"), given)
+    assert (found["channels"], found["mean"], found["std"]) == (1, (0.5,), (0.5,))
+    np.testing.assert_allclose(load_source(DataConfig(**found), "train")[0]["image"] % 255, 0)
+    assert discover.settings_of(str(tmp_path / "t"), given) == {}
