@@ -338,10 +338,7 @@ class Config(Section):
     def _check_beams(self) -> None:
         # A search of W beams needs the 2 W best tokens.
         most = self.model.sizes.vocab // 2
-        for name, beams in (
-            ("decode.beams", self.decode.beams),
-            ("valid_beams", self.valid_beams),
-        ):
+        for name, beams in (("decode.beams", self.decode.beams), ("valid_beams", self.valid_beams)):
             if beams > most:
                 raise FieldError(
                     f"{name}={beams} must be at most half of model.{self.model.translator}.vocab="

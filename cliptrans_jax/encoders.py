@@ -1,7 +1,6 @@
 """The frozen towers: sentences and pictures to features, computed once and stored."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
-from cliptrans_jax import pretrained
 from cliptrans_jax.data.corpus import Corpus, Images
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
@@ -20,8 +18,9 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
-from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, tower_of
+from cliptrans_jax.towers.table import tower_of
 from common_jax.inputs import BadExample, eval_batches
+from common_jax.weights.table import Pretrained
 
 # Sentences are padded to multiples of this many tokens, so that few lengths are compiled.
 BUCKET = 8
@@ -36,7 +35,6 @@ class TextTower:
       config: sizes of a text tower of `TOWERS`.
       params: numpy arrays, not on a device yet.
       tokenizer: frames sentences for it; None if the tower only has shapes.
-      dtype: of the computation.
     """
 
     config: Any
@@ -47,8 +45,7 @@ class TextTower:
     @classmethod
     def described(cls, config: Any, dtype: DTypeLike) -> "TextTower":
         """The tower with shapes instead of parameters."""
-        init = functools.partial(tower_of(config).init, config, dtype)
-        return cls(config, jax.eval_shape(init, jax.random.key(0)), None, dtype)
+        return cls(config, tower_of(config).shapes(config), None, dtype)
 
     @property
     def longest(self) -> int:
@@ -120,13 +117,7 @@ class TextTower:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTower:
-    """Pictures to features.
-
-    Attributes:
-      config: sizes of an image tower of `TOWERS`.
-      params: numpy arrays, not on a device yet.
-      dtype: of the computation.
-    """
+    """Pictures to features; the fields are those of `TextTower`."""
 
     config: Any
     params: Mapping[str, Any]
@@ -140,75 +131,43 @@ class ImageTower:
         """A picture in the tower's size and normalisation; see `prepare_picture`."""
         return prepare_picture(image, self.config.image, tower_of(self.config).pictures)
 
+    def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
+        """Features of a batch of prepared examples."""
+        return self.apply(params, batch["image"])
 
-def load_published_text(
-    folder: str,
-    tokenizer: TokenizerConfig,
-    *,
-    dtype: DTypeLike,
-    fetch: bool = False,
-    weights: str = "",
-    activation: str = "",
-    base: str = "",
+    def prepare_example(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """An example with its picture prepared."""
+        return {"image": self.prepare(example["image"])}
+
+
+def published_text(
+    published: Pretrained, tokenizer: TokenizerConfig, *, dtype: DTypeLike
 ) -> TextTower:
-    """M-CLIP's or CLIP's text tower from a folder or a file; see `pretrained.load`.
+    """A published text tower with its tokenizer, whose sentences are cut to the tower's positions.
 
     Raises:
       ValueError: if the tokenizer is not the tower's.
     """
-    published = pretrained.load(
-        folder,
-        kind=tuple(tower.kind for tower in TEXT_TOWERS),
-        fetch=fetch,
-        weights=weights,
-        activation=activation,
-        base=base,
-    )
-    if tokenizer.kind != (expected := tower_of(published.config).sentences.tokenizer):
+    config, tower = published.config, f"config.sources.clip_text={published.source!r}"
+    if tokenizer.kind != (expected := tower_of(config).sentences.tokenizer):
         raise ValueError(
-            f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for config.sources.clip_text="
-            f"{folder!r}, a tower of kind {published.kind!r}; set it to {expected!r}, and "
-            "config.clip_tokenizer.path to the folder of its tokenizer"
+            f"config.clip_tokenizer.kind={tokenizer.kind!r} is not for {tower}, a tower of kind "
+            f"{published.kind!r}; set it to {expected!r}, and config.clip_tokenizer.path to the "
+            "folder of its tokenizer"
         )
-    tower = TextTower(published.config, published.params, None, dtype)
-    cut = dataclasses.replace(tokenizer, max_length=min(tokenizer.limit, tower.longest))
+    cut = dataclasses.replace(tokenizer, max_length=min(tokenizer.limit, config.longest))
     read = load_tokenizer(cut, key="config.clip_tokenizer")
-    if read.vocab != published.config.vocab:
+    if read.vocab != config.vocab:
         raise ValueError(
             f"config.clip_tokenizer.path={tokenizer.path!r} has {read.vocab} tokens, and the table "
-            f"of the text tower in config.sources.clip_text={folder!r} has "
-            f"{published.config.vocab} rows; give the folder of the tokenizer that the tower was "
-            "trained with"
+            f"of the text tower in {tower} has {config.vocab} rows; give the folder of the "
+            "tokenizer that the tower was trained with"
         )
-    return dataclasses.replace(tower, tokenizer=read)
-
-
-def load_published_image(
-    folder: str,
-    *,
-    dtype: DTypeLike,
-    fetch: bool = False,
-    weights: str = "",
-    activation: str = "",
-) -> ImageTower:
-    """CLIP's image tower, a ViT or a ResNet, from a folder or a file; see `pretrained.load`."""
-    published = pretrained.load(
-        folder,
-        kind=tuple(tower.kind for tower in IMAGE_TOWERS),
-        fetch=fetch,
-        weights=weights,
-        activation=activation,
-    )
-    return ImageTower(published.config, published.params, dtype)
+    return TextTower(config, published.params, read, dtype)
 
 
 def text_features(
-    tower: TextTower,
-    corpus: Corpus,
-    language: str,
-    *,
-    folder: epath.PathLike,
-    mesh: Mesh,
+    tower: TextTower, corpus: Corpus, language: str, *, folder: epath.PathLike, mesh: Mesh
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language, read from `folder` if it has those of the same tower
     and sentences."""
@@ -242,46 +201,39 @@ def image_features(
     firsts = np.unique(rows, return_index=True)[1]
 
     def compute() -> Float32[np.ndarray, "B M"]:
-        source = _Pictures(images, firsts, tower)
-
-        def apply(params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
-            return tower.apply(params, batch["image"])
-
         batches = eval_batches(
-            source,
-            transform=None,
+            _Pictures(images, firsts),
+            transform=tower.prepare_example,
             batch=_whole(IMAGE_BATCH, mesh),
             shard=host_shard(),
             workers=workers,
         )
+        title = f"features of {corpus.name}, pictures"
         return encode_all(
-            apply, tower.params, batches, mesh=mesh, size=len(source),
-            title=f"features of {corpus.name}, pictures",
-        )  # fmt: skip
+            tower.apply_batch, tower.params, batches, mesh=mesh, size=len(firsts), title=title
+        )
 
+    keys = (corpus.keys[row] for row in firsts)
     content = fingerprint(
-        tower.params,
-        repr(tower.config),
-        str(tower.dtype),
-        *_samples(images),
-        *(corpus.keys[row] for row in firsts),
+        tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys
     )
     return cached(folder, f"{_slug(corpus.name)}.pictures", content, compute)[rows]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Pictures:
-    """The prepared pictures of a corpus at `rows`; `arrays` is None: they are read one by one."""
+    """The pictures of a corpus at `rows`; `arrays` is None: they are read one by one."""
+
+    images: Images
+    rows: Int[np.ndarray, "B"]
 
     arrays = None
 
-    def __init__(self, images: Images, rows: Int[np.ndarray, "B"], tower: ImageTower):
-        self._images, self._rows, self._tower = images, rows, tower
-
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"image": self._tower.prepare(self._images[int(self._rows[index])])}
+        return {"image": self.images[int(self.rows[index])]}
 
 
 def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:

@@ -269,25 +269,22 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
         return None
     try:
         arrays = read_npz(path, ("fingerprint", "features"))
-        features, file_fingerprint = arrays["features"], arrays["fingerprint"]
+        features, stored = arrays["features"], arrays["fingerprint"]
         if features.ndim != 2 or features.dtype != np.float32:
             raise ValueError(
                 f"{path} is damaged (its features are {features.dtype} {brief(features.shape)})"
             )
-        if file_fingerprint.ndim or file_fingerprint.dtype.kind != "U":
+        if stored.ndim or stored.dtype.kind != "U":
             raise ValueError(
-                f"{path} is damaged (its fingerprint is {file_fingerprint.dtype} "
-                f"{brief(file_fingerprint.shape)})"
+                f"{path} is damaged (its fingerprint is {stored.dtype} {brief(stored.shape)})"
             )
     except (OSError, ValueError) as error:
         logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if str(file_fingerprint) != fingerprint:
+    if str(stored) != fingerprint:
         logging.info(
             "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
-            path,
-            plain(str(file_fingerprint)[:12]),
-            fingerprint,
+            *(path, plain(str(stored)[:12]), fingerprint),
         )
         return None
     logging.info("%s: %d feature vectors read", path, len(features))

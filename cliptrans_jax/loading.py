@@ -12,8 +12,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
-from cliptrans_jax.data.examples import Examples, NoiseConfig
-from cliptrans_jax.data.feed import BatchingConfig, Inputs, evaluation_batches
+from cliptrans_jax.data.examples import Examples
+from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.framing import Tokenizer, require_texts
 from cliptrans_jax.decode import Search
 from cliptrans_jax.evaluators.show import Hypothesis
@@ -21,6 +21,7 @@ from cliptrans_jax.evaluators.translation import Translate, make_translate
 from cliptrans_jax.resident import Resident
 from cliptrans_jax.runs.finished import Finished, find
 from cliptrans_jax.runs.run_data import RunData
+from cliptrans_jax.runs.scoring import decode_batches
 from cliptrans_jax.runs.translation import Model
 from cliptrans_jax.stages import TRANSLATION_STAGES, Side
 from common_jax import checkpoint
@@ -32,12 +33,9 @@ class LoadedModel:
     """A trained translation model.
 
     Attributes:
-      config: of its run.
       params: of the translator in its subtree, "mapper", and "clip" if its text tower was trained.
-      tokenizer: of sources and outputs.
       data: loads the towers on first use.
       search: the compiled search.
-      mesh: devices.
     """
 
     config: Config
@@ -82,23 +80,10 @@ class LoadedModel:
             drops=False,
         )
         features, tokens = self._encode(sentences, pictures)
-        inputs = Inputs(
-            examples,
-            features,
-            tokens,
-            self.tokenizer.pad,
-            self.config.sentence_limit,
-            None if tokens is None else self.data.text_tower.longest,
-        )
-        batches = evaluation_batches(
-            inputs,
-            batch=self.config.decode.batch,
-            batching=BatchingConfig(self.config.decode.bucket),
-            noise=NoiseConfig(),
-            seed=0,
-            shard=(0, 1),
-            by_length=True,
-        )
+        clip_room = None if tokens is None else self.data.text_tower.longest
+        limit = self.config.sentence_limit
+        inputs = Inputs(examples, features, tokens, self.tokenizer.pad, limit, clip_room)
+        batches = decode_batches(self.config, inputs, shard=(0, 1))
         hypotheses = self.search(self.params, batches)
         return [hypotheses[index] for index in range(len(sentences))]
 
@@ -149,10 +134,10 @@ def _checked_pictures(pictures: object, count: int) -> list[np.ndarray]:
             f"{count} sentences and {len(pictures)} pictures: give as many pictures or none"
         )
     for place, picture in enumerate(pictures):
-        is_array = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size
-        if not is_array or not (picture.ndim == 2 or picture.shape[2:] in ((3,), (4,))):
-            kind = type(picture).__name__
-            shown = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else kind
+        is_array = isinstance(picture, np.ndarray)
+        is_pixels = is_array and picture.dtype == np.uint8 and picture.size
+        if not is_pixels or not (picture.ndim == 2 or picture.shape[2:] in ((3,), (4,))):
+            shown = f"{picture.dtype} {picture.shape}" if is_array else type(picture).__name__
             raise ValueError(
                 f"pictures[{place}] must be a uint8 array (I, J, 3), (I, J, 4) or (I, J) and is "
                 f"{shown}"

@@ -10,11 +10,7 @@ from common_jax.mesh import batch_shards
 
 
 def label_loss(
-    logits: Float[Array, "B T V"],
-    labels: Int[Array, "B T"],
-    *,
-    pad: int,
-    smoothing: float = 0.0,
+    logits: Float[Array, "B T V"], labels: Int[Array, "B T"], *, pad: int, smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """CLIPTrans loss:  sum_bt w_bt ((1 - e) (-log p_bt,label) + e/V sum_v (-log p_btv)).
 

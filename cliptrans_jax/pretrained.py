@@ -20,25 +20,24 @@ import huggingface_hub
 import jax
 import numpy as np
 
-from cliptrans_jax.data.pictures import MEAN, STD
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.beside import Beside, picture_numbers, read_beside
 from cliptrans_jax.tensors.config_json import CONFIG, mbart_hf_config
 from cliptrans_jax.tensors.kinds import KINDS, Layout
-from cliptrans_jax.towers.table import TOWERS
+from cliptrans_jax.towers.tower import Pictures
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import did_you_mean
 from common_jax.untrusted import brief
 from common_jax.weights import (
     Account,
-    format_account,
     format_assumed,
     list_problems,
     module_classes,
     read_weights,
     write_tensors,
 )
+from common_jax.weights import format_account as format_account
 from common_jax.weights.files import SUFFIXES, same_content
 from common_jax.weights.table import (
     Pretrained,
@@ -50,34 +49,13 @@ from common_jax.weights.table import (
     write,
 )
 
-__all__ = [
-    "Pretrained",
-    "cliptrans_tensors",
-    "format_account",
-    "load",
-    "place",
-    "save",
-    "save_cliptrans",
-]
-
 # Files to download: configs and tokenizer, and the weights in one of two formats.
 ABOUT = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "merges.txt",
+    *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
+    *("vocab.json", "merges.txt"),
 )
 ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
-# Names of the files that OpenAI published; all of their towers have the quick GELU.
-OPENAI_FILES = (
-    *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
-    *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
-)
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 
@@ -126,9 +104,7 @@ def load(
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
     tensors = stored.tensors
-    if allowed:
-        kind = kinds.first_kind(allowed, tensors)
-    kind = kind or kinds.require_kind(tensors, file)
+    kind = kinds.choose_kind(allowed, kind, tensors, file)
     layout, prefix = kinds.find_layout(kind, tensors, file, prefix)
     tensors, others = take_prefix(tensors, prefix)
     notes, assumed = (*stored.notes, *others.notes), ()
@@ -140,8 +116,8 @@ def load(
             f"config is a {type(config).__name__}, but kind={kind!r} takes a "
             f"{layout.config_type.__name__}"
         )
-    if (tower := TOWERS.get(layout.config_type)) and tower.pictures:
-        _require_pictures(about, file)
+    if layout.pictures:
+        _require_pictures(about, layout.pictures, file)
     params, account = read(
         layout.table(config),
         tensors,
@@ -210,10 +186,8 @@ def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str
                 "leave the latter out"
             )
         return "quick_gelu", ("activation='quick_gelu', from its modules QuickGELU",)
-    if choice:
-        return choice, ()
-    if layout.about != CONFIG and path.name in OPENAI_FILES:
-        return "quick_gelu", ()
+    if choice or path.name in layout.quick:
+        return choice or "quick_gelu", ()
     raise ValueError(
         f"{path} does not say which activation its towers were trained with, and models whose "
         "tensors look the same differ in it (OpenAI's have the quick GELU, OpenCLIP's most often "
@@ -222,21 +196,19 @@ def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str
     )
 
 
-def _require_pictures(about: Beside, file: str) -> None:
-    """Raises ValueError if the model's pictures are not normalised with CLIP's mean and deviation,
-    as all pictures are here."""
+def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
+    """Raises ValueError if a file beside the weights says another mean or std."""
     name, *statistics = picture_numbers(about)
-    for key, numbers, ours in zip(("mean", "std"), statistics, (MEAN, STD), strict=True):
-        if numbers is None:
-            continue
+    expected = {"mean": pictures.mean, "std": pictures.std}
+    for (key, ours), numbers in zip(expected.items(), statistics, strict=True):
         try:
             same = np.shape(numbers) == (3,) and np.allclose(numbers, ours, rtol=0, atol=1e-4)
         except (TypeError, ValueError):
             same = False
-        if not same:
+        if numbers is not None and not same:
             raise ValueError(
-                f"{file}: {name} says {key}={brief(numbers)}, and pictures are prepared "
-                f"with CLIP's {[round(float(x), 6) for x in ours]}; take a model with these"
+                f"{file}: {name} says {key}={brief(numbers)}, and the tower's pictures are "
+                f"prepared with {[round(x, 6) for x in ours]}; take a model with these"
             )
 
 

@@ -120,11 +120,7 @@ def trains(stage: Any) -> Trains | None:
 
 # Parts of the translator that captioning stages freeze, as fields of its `Architecture`. The
 # original freezes the encoder and the embedding, which encoder, decoder and output share.
-FREEZES = {
-    "encoder": ("embedding", "encoder"),
-    "encoder_layers": ("encoder",),
-    "nothing": (),
-}
+FREEZES = {"encoder": ("embedding", "encoder"), "encoder_layers": ("encoder",), "nothing": ()}
 
 
 def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
@@ -135,8 +131,8 @@ def trainable(stage: Stage, freeze: str, architecture: Architecture) -> str:
       freeze: a key of FREEZES; used by captioning stages only.
       architecture: of the translator.
     """
-    frozen = ["buffers"]
+    frozen = [architecture.buffers]
     if stage.captioning:
-        frozen.extend(FREEZES[freeze])
-    paths = "|".join(getattr(architecture, part) for part in frozen)
+        frozen.extend(getattr(architecture, part) for part in FREEZES[freeze])
+    paths = "|".join(filter(None, frozen))
     return rf"(?!{architecture.subtree}/({paths})$).+"

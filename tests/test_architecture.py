@@ -41,9 +41,12 @@ LAYERS = {
         ("__main__",),
         ("commands",),
         ("main",),
+        ("export", "vectors"),
+        ("lines",),
         ("loading", "curves"),
         ("runs",),
         ("config",),
+        ("resident",),
         ("encoders",),
         ("pretrained",),
         ("evaluators",),
@@ -87,8 +90,6 @@ DOORS = {
 }
 # Files that still ask for the class of a config, or list names of a door; to be emptied.
 ASKING = {
-    "cliptrans_jax/encoders.py",
-    "cliptrans_jax/pretrained.py",
     "m2mkd_jax/pretrained/kinds.py",
 }
 LISTING = {

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from common_jax.command_line import Command
+from common_jax.command_line import Command, read_settings
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "run", metavar="RUN", help="workdir of a run or of a pipeline, or the folder of one step"
     )
@@ -18,14 +19,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Writes the folder, and uploads it where that is asked for."""
     from cliptrans_jax.export.folder import export, push
     from cliptrans_jax.runs.finished import find
     from common_jax.mesh import start_backend
 
     start_backend()
     out = Path(args.out).expanduser()
-    files = export(find(args.run, flags=args.rest), out)
+    files = export(find(args.run, settings=read_settings(args.rest)), out)
     print(f"{out}: {', '.join(files)}")
     print("README.md is the model card; fill in the licence")
     if args.push:
@@ -34,7 +36,7 @@ def _run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "write a folder that transformers loads, with a model card: RUN OUT",
-    _add_arguments,
-    _run,
+    add_arguments,
+    run,
     rest=("--config.",),
 )

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from common_jax.command_line import Command
+from common_jax.command_line import Command, read_settings
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -32,19 +33,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Writes the vectors of all files."""
     import numpy as np
 
     from cliptrans_jax.runs.finished import find
     from cliptrans_jax.vectors import encode_items, list_items, write_vectors
-    from common_jax.mesh import MeshConfig, make_mesh
+    from common_jax import app
+    from common_jax.mesh import make_mesh
 
     out = Path(args.out).expanduser()
     if out.suffix != ".npz" or not out.parent.is_dir():
         raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")
     items = list_items(args.files)
-    run = find(args.run, flags=args.rest)
-    vectors = encode_items(run, items, make_mesh(MeshConfig()))
+    trained = find(args.run, settings=read_settings(args.rest))
+    app.use_compilation_cache(trained.config.run.compilation_cache)
+    vectors = encode_items(trained, items, make_mesh(trained.config.mesh))
     if args.unit:
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     write_vectors(out, items, vectors)
@@ -57,7 +61,7 @@ def _run(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "write M-CLIP's vectors of sentences and pictures to an npz file",
-    _add_arguments,
-    _run,
+    add_arguments,
+    run,
     rest=("--config.",),
 )

@@ -1,27 +1,22 @@
-"""`cliptrans train`: trains one stage, or all of them."""
+"""`cliptrans train`: the same as `python -m cliptrans_jax.main`."""
 
 import argparse
-import sys
 
 from common_jax.command_line import Command
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser  # all arguments go to the run's own command line
-
-
-def _run(args: argparse.Namespace) -> None:
-    from cliptrans_jax import main
+def run(args: argparse.Namespace) -> None:
+    """Trains as the flags say."""
+    from cliptrans_jax.config import READS, SYSTEM
+    from cliptrans_jax.main import DESCRIPTION, main
     from common_jax import app
 
-    argv = ["cliptrans train", *args.rest]
-    app.run(main.main, main.DESCRIPTION, argv, system=main.SYSTEM, reads=main.READS)
-    sys.stdout.flush()
+    app.run(main, DESCRIPTION, ["cliptrans train", *args.rest], system=SYSTEM, reads=READS)
 
 
 COMMAND = Command(
-    "train a stage or a whole pipeline: --config=FILE.py:ARGUMENTS --workdir=DIR",
-    _add_arguments,
-    _run,
+    "train one stage or all of them: --config=FILE.py:stage=STAGE --workdir=DIR",
+    lambda parser: None,
+    run,
     rest=("",),
 )

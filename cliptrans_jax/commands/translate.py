@@ -4,18 +4,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common_jax.command_line import Command
+from common_jax.command_line import Command, read_settings
 
 if TYPE_CHECKING:
     from cliptrans_jax.evaluators.show import Hypothesis
     from cliptrans_jax.lines import Line
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "run", metavar="RUN", help="workdir of a run or of a pipeline, or the folder of one step"
     )
@@ -49,30 +50,32 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Prints the translations of all sentences, in order, as they are found."""
     from cliptrans_jax.lines import translate_lines
     from cliptrans_jax.loading import load_finished
     from cliptrans_jax.runs.finished import find
     from cliptrans_jax.stages import TRANSLATION_STAGES
-    from common_jax.mesh import MeshConfig, make_mesh
+    from common_jax import app
+    from common_jax.mesh import make_mesh
 
     _check(args)
     lines = _lines(args)
     if _is_whole(args):
         lines = list(lines)  # all lines and names of pictures are checked before the first one
-    run = find(args.run, TRANSLATION_STAGES, flags=[*args.rest, *_decode_flags(args)])
-    mesh = make_mesh(MeshConfig())
-    run = run.with_batch(args.batch or _batch(args, lines, run.config.decode.batch), mesh)
-    if args.n_best > run.config.decode.beams:
+    settings = read_settings(args.rest) | _search_settings(args)
+    trained = find(args.run, TRANSLATION_STAGES, settings)
+    decode, mesh = trained.config.decode, make_mesh(trained.config.mesh)
+    if args.n_best > decode.beams:
         raise ValueError(
-            f"--n-best={args.n_best} is more than the {run.config.decode.beams} beams of the "
-            f"search; add --beams={args.n_best}"
+            f"--n-best={args.n_best} is more than the {decode.beams} beams of the search; add "
+            f"--beams={args.n_best}"
         )
-    model = load_finished(run, mesh=mesh)
-    for number, (line, hypotheses) in enumerate(
-        translate_lines(model, lines, size=args.batch or run.config.decode.batch), start=1
-    ):
-        print(_format(args, number, line, hypotheses[: args.n_best]), flush=True)
+    app.use_compilation_cache(trained.config.run.compilation_cache)
+    size = args.batch or _choose_batch(args, lines, decode.batch)
+    model = load_finished(trained.with_batch(size, mesh), mesh=mesh)
+    for number, (line, found) in enumerate(translate_lines(model, lines, size=size), start=1):
+        print(_format(args, number, line, found[: args.n_best]), flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -113,16 +116,16 @@ def _lines(args: argparse.Namespace) -> "Iterable[Line]":
     return add_pictures(lines, Path(args.pictures), names)
 
 
-def _batch(args: argparse.Namespace, lines: "Iterable[Line]", usual: int) -> int:
+def _choose_batch(args: argparse.Namespace, lines: "Iterable[Line]", usual: int) -> int:
     if _is_whole(args):
         return max(1, min(usual, len(lines)))
     return 1 if sys.stdin.isatty() else usual
 
 
-def _decode_flags(args: argparse.Namespace) -> Iterator[str]:
-    for name in ("beams", "length_penalty"):
-        if getattr(args, name) is not None:
-            yield f"--config.decode.{name}={getattr(args, name)}"
+def _search_settings(args: argparse.Namespace) -> dict[str, str]:
+    names = ("beams", "length_penalty")
+    values = {name: getattr(args, name) for name in names}
+    return {f"decode.{name}": str(value) for name, value in values.items() if value is not None}
 
 
 def _format(
@@ -147,7 +150,7 @@ def _format(
 
 COMMAND = Command(
     "translate sentences, with pictures or without: RUN SENTENCE..., --file, or standard input",
-    _add_arguments,
-    _run,
-    rest=("--config.",),
+    add_arguments,
+    run,
+    rest=("--config.", "--data.", "--decode."),
 )

@@ -36,12 +36,14 @@ NOTICES = {
     "emoji": "The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0."
 }
 WHOLE = "It has no prefix, so this folder is the whole model."
-PLAIN = """**`transformers` loads this folder as a plain mBART, without the prefix.** It has no class
-for the whole model. Without M-CLIP's features and the mapping network (`mapper.safetensors`),
+PLAIN = """**`transformers` loads this folder as a plain mBART, without the prefix**, as it has no
+class for the whole model. Without M-CLIP's features and the mapping network (`mapper.safetensors`),
 outputs differ from those of the trained model, and are usually worse. The scores below are of the
 whole model, which the command `cliptrans translate` runs from the run's own folder."""
 NO_SCORES = "None are on record for this checkpoint."
-TRANSLATOR = """```python
+TRANSLATOR = """Translation:
+
+```python
 from transformers import AutoTokenizer, MBartForConditionalGeneration
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
@@ -49,14 +51,18 @@ model = MBartForConditionalGeneration.from_pretrained("FOLDER")
 inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 ```"""
-IMAGE = """```python
+IMAGE = """Vectors of pictures:
+
+```python
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
 
 processor = AutoImageProcessor.from_pretrained("FOLDER/image_tower")
 tower = CLIPVisionModelWithProjection.from_pretrained("FOLDER/image_tower")
 features = tower(**processor(picture, return_tensors="pt")).image_embeds
 ```"""
-MCLIP = """```python
+MCLIP = """Vectors of sentences:
+
+```python
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, XLMRobertaModel
 
@@ -77,20 +83,18 @@ def write(run: Finished, files: Sequence[str]) -> str:
       run: the checkpoint that is exported.
       files: names in the folder.
     """
-    about = {name: ABOUT[name] for name in files if name in ABOUT}
+    about = {f"`{name}`": ABOUT[name] for name in files if name in ABOUT}
+    settings = _table(("setting", "value"), _settings(run.config))
     sections = {
         "Use": "\n\n".join(_uses(files)),
-        "Files": _table(("file", "content"), {f"`{x}`": y for x, y in about.items()}),
+        "Files": _table(("file", "content"), about),
         "Training": _table(("", ""), _training(run)),
-        "Settings": "All others have the defaults of the code.\n\n"
-        + _table(("setting", "value"), _settings(run.config)),
+        "Settings": f"All others have the defaults of the code.\n\n{settings}",
         "Scores": _scores(run),
         "Licence": "\n\n".join(_licence(run.config)),
     }
-    body = "\n\n".join(
-        f"## {title}\n\n{text}" if title else text for title, text in sections.items()
-    )
-    return f"{_metadata(run)}\n\n{body}\n"
+    parts = [f"## {title}\n\n{text}" for title, text in sections.items()]
+    return "\n\n".join([_metadata(run), _head(run), *parts]) + "\n"
 
 
 def _metadata(run: Finished) -> str:
@@ -123,9 +127,9 @@ def _head(run: Finished) -> str:
         if prefix
         else "an mBART"
     )
-    title = f"# CLIPTrans: {source} to {target}\n\n"
-    return f"{title}A model of {PAPER}, stage `{config.stage}`: {method}. " + (
-        f"\n\n{PLAIN}" if prefix else WHOLE
+    return (
+        f"# CLIPTrans: {source} to {target}\n\n"
+        f"A model of {PAPER}, stage `{config.stage}`: {method}.\n\n{PLAIN if prefix else WHOLE}"
     )
 
 

@@ -70,11 +70,7 @@ class Translator:
     """The model as pure functions of parameters {"mbart": ..., "mapper": ...}.
 
     The first key is the translator's subtree. A model without a prefix has no mapper and takes no
-    features.
-
-    Attributes:
-      config: sizes.
-      dtype: of the computation; parameters are float32.
+    features. Parameters are float32, whatever `dtype` the computation has.
     """
 
     config: ModelConfig
@@ -92,10 +88,9 @@ class Translator:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters."""
-        ids = jnp.ones((1, 2), jnp.int32)
-        keys = jax.random.split(key)
-        network = self.network.init(keys[0], ids, ids > 0, ids)["params"]
-        params = {self.config.architecture.subtree: network}
+        keys, architecture = jax.random.split(key), self.config.architecture
+        network = architecture.init(self.config.sizes, self.dtype, keys[0])
+        params = {architecture.subtree: network}
         if self.prefix_length:
             features = jnp.zeros((1, self.config.mapper.features))
             params["mapper"] = self._mapper.init(keys[1], features, False)["params"]
@@ -120,9 +115,10 @@ class Translator:
     def encode(
         self, params: Params, source: Int[Array, "B S"], *, dropout: jax.Array | None = None
     ) -> Float[Array, "B S D"]:
-        """Encoder states; no token attends to pads."""
-        visible = source != self.config.sizes.pad
-        return self.call("encode", params, source, visible, dropout=dropout)
+        """Encoder states of framed sentences; no token attends to pads."""
+        sizes = self.config.sizes
+        ids = self.config.architecture.encoder_input(source, sizes)
+        return self.call("encode", params, ids, source != sizes.pad, dropout=dropout)
 
     def train_logits(
         self,

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from flax import traverse_util
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
@@ -18,6 +17,8 @@ from cliptrans_jax.runs.translation import Model
 from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES
 from common_jax import checkpoint
 from common_jax.mesh import match_rules, with_shardings
+from common_jax.weights import list_problems
+from common_jax.weights.table import list_differences
 from common_jax.workdir import claim, refuse_other_config
 
 
@@ -34,7 +35,6 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     data.check(train=False)
     model = Model.of(config, data)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = match_rules(model.rules, shapes, mesh)
     source = config.sources.model
     if is_run(source):
         step = find(source, TRANSLATION_STAGES).step
@@ -42,7 +42,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
     else:
-        targets = with_shardings(shapes, shardings)
+        targets = with_shardings(shapes, match_rules(model.rules, shapes, mesh))
         params, name = make_warm_start(config, model.trained_tower)(targets).params, "0"
     test = data.load(config.data.test_split, train=False)
     claim(workdir, user_config)
@@ -64,7 +64,7 @@ def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The content of scores.json.
     """
-    config = dataclasses.replace(run.config.apply_parity(), features="", all_languages=False)
+    config = dataclasses.replace(run.config.apply_parity(), features="")
     data = RunData(config, folder, mesh, known=run.load_tokenizer())
     data.check(train=False)
     model = Model.of(config, data)
@@ -75,21 +75,10 @@ def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:
-    """Raises ValueError, naming all differences, if a checkpoint does not fit the model."""
-    ours, theirs = (
-        {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (shapes, checkpoint.load_shapes(step))
-    )
-    if ours != theirs:
-        differing = [
-            f"{path}: {ours.get(path, 'absent')} here, {theirs.get(path, 'absent')} there"
-            for path in sorted(ours | theirs)
-            if ours.get(path) != theirs.get(path)
-        ]
-        more = f"\n  and {len(differing) - 10} more" if len(differing) > 10 else ""
+    """Raises ValueError, naming the differences, if a checkpoint does not fit the model."""
+    if problems := list_differences(checkpoint.load_shapes(step), shapes):
         raise ValueError(
-            f"config.model is not the model of config.sources.model, {step}:\n  "
-            + "\n  ".join(differing[:10])
-            + f"{more}\ngive the config.model, config.tokenizer and config.unfreeze_clip of that "
-            "run"
+            f"config.model is not the model of config.sources.model, {step}:"
+            f"{list_problems(problems)}\ngive the config.model, config.tokenizer and "
+            "config.unfreeze_clip of that run"
         )

@@ -1,7 +1,7 @@
 """Finds the checkpoint of a finished run to use, and its config."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -18,12 +18,13 @@ from cliptrans_jax.stages import STAGES, Trains, trains
 from common_jax import checkpoint
 from common_jax.command_line import check_system, set_field, unread
 from common_jax.config import freeze, unfreeze
+from common_jax.mesh import MeshConfig
 from common_jax.workdir import freeze_stored, read_json
 
 # Sections and fields of a run's config that may be others when its network is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
-    *("tokenizer.path", "clip_tokenizer.path"),
+    *("tokenizer.path", "clip_tokenizer.path", "mesh"),
 )
 
 
@@ -64,7 +65,9 @@ class Finished:
 
 
 def find(
-    source: epath.PathLike, stages: Collection[str] = STAGES, *, flags: Sequence[str] = ()
+    source: epath.PathLike,
+    stages: Collection[str] = STAGES,
+    settings: Mapping[str, str] | None = None,
 ) -> Finished:
     """The checkpoint of a run that is best on its validation set.
 
@@ -72,11 +75,11 @@ def find(
       source: the run's workdir; that of a pipeline, whose last run is used; or the folder of one
         step.
       stages: those that the run may be of.
-      flags: fields of CHANGEABLE to set, as `--config.FIELD=VALUE`.
+      settings: text by the path of a field of the config, among CHANGEABLE.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
-      ValueError: for a run of another stage or the other system, or a flag that cannot be set.
+      ValueError: for a run of another stage or the other system, or a field that cannot be set.
     """
     folder = _last_run(checkpoint.absolute(source), stages)
     step = checkpoint.find_step(folder)
@@ -90,27 +93,21 @@ def find(
         )
     if step != folder and trains(config.stage) is not Trains.TOWERS:
         step = best_step(step.parent.parent, config.run.best)
-    return Finished(step, set_flags(config, flags))
+    # The run's own mesh is that of the machine where it was trained.
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    return Finished(step, _change(config, settings or {}))
 
 
-def set_flags(config: Config, flags: Sequence[str]) -> Config:
-    """The config with fields of CHANGEABLE set by flags `--config.FIELD=VALUE`.
-
-    Raises:
-      ValueError: for a field that the trained network depends on, or an invalid value.
-    """
+def _change(config: Config, settings: Mapping[str, str]) -> Config:
     fields = unfreeze(config)
-    for flag in flags:
-        path, equals, text = flag.removeprefix("--config.").partition("=")
-        if not equals:
-            raise ValueError(f"{flag} lacks a value; write {flag}=VALUE")
+    for path, text in settings.items():
         if unread([path], CHANGEABLE):
             raise ValueError(
                 f"--config.{path} cannot be set for a trained network; of its config only "
                 f"{', '.join(CHANGEABLE)} can"
             )
         set_field(fields, path, text)
-    return freeze(Config, fields) if flags else config
+    return freeze(Config, fields)
 
 
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:

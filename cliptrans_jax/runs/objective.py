@@ -77,8 +77,7 @@ def make_warm_start(
         parts = []
         rest = {name: tree for name, tree in shapes.items() if name != "clip"}
         if sources.model and is_run(sources.model):
-            if tower is not None and "clip" in checkpoint.load_shapes(sources.model):
-                rest = dict(shapes)
+            rest = _of_run(sources.model, tower, shapes)
             parts.append(_take_run(config, rest))
         elif sources.model:
             published = pretrained.load(
@@ -123,11 +122,15 @@ def check_start(config: Config, tower: TextTower | None, shapes: Mapping[str, An
     """
     sources = config.sources
     if sources.model and is_run(sources.model):
-        if tower is None or "clip" not in checkpoint.load_shapes(sources.model):
-            shapes = {name: tree for name, tree in shapes.items() if name != "clip"}
-        _take_run(config, shapes, read=False)
+        _take_run(config, _of_run(sources.model, tower, shapes), read=False)
     else:
         check_weights(config)
+
+
+def _of_run(source: str, tower: TextTower | None, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes whose weights are a run's: those of a text tower only if that run trained it."""
+    trained = tower is not None and "clip" in checkpoint.load_shapes(source)
+    return {name: tree for name, tree in shapes.items() if name != "clip" or trained}
 
 
 def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -> WarmStart:
@@ -153,10 +156,9 @@ def _published(published: Any, params: Mapping[str, Any], shapes: Mapping[str, A
 def _require_sizes(config: Config, file_sizes: Any) -> None:
     model = config.model
     differing = [
-        f"{model.key}.{name}={ours!r}, and the file has {theirs!r}"
-        for name, (ours, theirs) in model.architecture.differing_sizes(
-            model.sizes, file_sizes
-        ).items()
+        f"{model.key}.{name}={getattr(model.sizes, name)!r}, and the file has "
+        f"{getattr(file_sizes, name)!r}"
+        for name in model.architecture.differing_sizes(model.sizes, file_sizes)
     ]
     if differing:
         raise ValueError(

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from cliptrans_jax import pretrained
 from cliptrans_jax.config import SIDES, Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
@@ -21,14 +23,15 @@ from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,
     image_features,
-    load_published_image,
-    load_published_text,
+    published_text,
     text_features,
 )
 from cliptrans_jax.stages import STAGES, Side, Trains, trains
-from cliptrans_jax.towers.table import TEXT_TOWERS, text_tower_of
+from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, text_tower_of
+from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
 from common_jax.inputs import steps_per_epoch
+from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
@@ -37,25 +40,23 @@ PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a n
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split as the input of a stage.
-
-    Attributes:
-      corpus: texts, pictures, keys.
-      inputs: examples with features.
-    """
+    """One split as the input of a stage."""
 
     corpus: Corpus
     inputs: Inputs
 
-    def reference(self, index: int) -> str:
-        """The correct translation of example `index`."""
-        examples = self.inputs.examples
-        return self.corpus.texts[examples.languages[index][1]][examples.rows[index]]
-
     def source(self, index: int) -> str:
-        """The sentence that it translates; in captioning, the caption itself."""
+        """The sentence of example `index`; in captioning, the caption itself."""
+        return self._texts(index)[0]
+
+    def reference(self, index: int) -> str:
+        """Its correct translation."""
+        return self._texts(index)[1]
+
+    def _texts(self, index: int) -> list[str]:
         examples = self.inputs.examples
-        return self.corpus.texts[examples.languages[index][0]][examples.rows[index]]
+        row = examples.rows[index]
+        return [self.corpus.texts[language][row] for language in examples.languages[index]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,6 @@ class RunData:
     Attributes:
       config: after `Config.apply_parity`.
       workdir: folder for the tokenizer, and for features unless config.features is set.
-      mesh: devices that compute features.
       known: a tokenizer that need be neither trained nor checked.
     """
 
@@ -106,45 +106,43 @@ class RunData:
     @functools.cached_property
     def text_tower(self) -> TextTower:
         """The text tower of config.sources; raises ValueError if there is none."""
-        config = self.config
-        if config.sources.clip:
-            return load_trained_text(config, self.tokenizer)
-        _require(config, "clip_text")
-        if config.clip_tokenizer.kind == "trained":
-            kinds = " or ".join(
-                f"{tower.sentences.tokenizer!r} for {tower.kind!r}" for tower in TEXT_TOWERS
-            )
-            raise ValueError(
-                f"config.clip_tokenizer.kind='trained', and config.sources.clip_text="
-                f"{config.sources.clip_text!r} is a published tower, which has a tokenizer of its "
-                f"own: set config.clip_tokenizer.kind to {kinds}, and config.clip_tokenizer.path "
-                "to its folder"
-            )
-        _check_published(config, "clip_text")
-        return load_published_text(
-            config.sources.clip_text,
-            config.clip_tokenizer,
-            dtype=config.dtype,
-            fetch=config.sources.fetch,
-            weights=config.sources.weights,
-            activation=config.sources.clip_activation,
-            base=config.sources.clip_text_base,
-        )
+        config, sources = self.config, self.config.sources
+        if sources.clip:
+            sizes, params = load_trained(config, "text")
+            special = {"pad": sizes.pad}
+            require_fits(self.tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
+            return TextTower(sizes, params, self.tokenizer, config.dtype)
+        if sources.clip_text:
+            text_tower_of(config.clip_tokenizer.kind)  # raises ValueError for that of no tower
+        published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
+        return published_text(published, config.clip_tokenizer, dtype=config.dtype)
 
     @functools.cached_property
     def image_tower(self) -> ImageTower:
         """The image tower of config.sources; raises ValueError if there is none."""
         config = self.config
         if config.sources.clip:
-            return load_trained_image(config)
-        _require(config, "clip_image")
-        _check_published(config, "clip_image")
-        return load_published_image(
-            config.sources.clip_image,
-            dtype=config.dtype,
-            fetch=config.sources.fetch,
-            weights=config.sources.weights,
-            activation=config.sources.clip_activation,
+            return ImageTower(*load_trained(config, "image"), config.dtype)
+        published = self._load_published("clip_image", IMAGE_TOWERS)
+        return ImageTower(published.config, published.params, config.dtype)
+
+    def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
+        """One of these towers, from the source in the field `name` of config.sources."""
+        config, sources = self.config, self.config.sources
+        if not getattr(sources, name):
+            raise ValueError(
+                f"stage {config.stage!r} with config.model.mapper.prefix="
+                f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the "
+                "folder of a published tower, or config.sources.clip, a run of stage 'clip'"
+            )
+        _check_published(config, name)
+        return pretrained.load(
+            getattr(sources, name),
+            kind=tuple(tower.kind for tower in towers),
+            fetch=sources.fetch,
+            weights=sources.weights,
+            activation=sources.clip_activation,
+            base=base,
         )
 
     def check(self, *, train: bool, towers: bool = True) -> int:
@@ -160,17 +158,17 @@ class RunData:
         Raises:
           ValueError, FileNotFoundError: as `load`.
         """
-        config, sides, count = self.config, {self._side(train=False)}, 0
+        config, count = self.config, 0
+        evaluation, training = (feature_side(config, train=x) for x in (False, True))
         if train:
-            sides.add(self._side(train=True))
-            corpus = self._corpus(config.data.train_split, self._side(train=True))
+            corpus = self._corpus(config.data.train_split, training)
             count = sum(len(corpus.rows_with(pair)) for pair in _pairs(config))
             steps_per_epoch(count, config.optim.batch)
-            self._corpus(config.data.valid_split, self._side(train=False))
-        self._corpus(config.data.test_split, self._side(train=False))
+            self._corpus(config.data.valid_split, evaluation)
+        self._corpus(config.data.test_split, evaluation)
         if not config.has_prefix or not towers:
             return count
-        for side in sides:
+        for side in {evaluation, training} if train else {evaluation}:
             tower = self.image_tower if side is Side.IMAGE else self.text_tower
             width = tower.config.features
             if width != config.model.mapper.features:
@@ -187,13 +185,12 @@ class RunData:
           ValueError, FileNotFoundError: for data, pictures or towers that are missing or do not
             fit.
         """
-        config, side = self.config, self._side(train=train)
+        config, side = self.config, feature_side(self.config, train=train)
         corpus = self._corpus(split, side)
         tokens = {
             language: self.tokenizer.encode(texts, language)
             for language, texts in corpus.texts.items()
         }
-        several = config.all_languages and train
         examples = choose_examples(
             STAGES[config.stage],
             tokens,
@@ -202,14 +199,11 @@ class RunData:
             noise=config.noise,
             side=side,
             caption_language=caption_language(config),
-            all_languages=several,
+            all_languages=config.all_languages and train,
         )
         if corpus.sparse:
             examples = examples.of_rows_with_sentences(corpus)
         return Split(corpus, self._inputs(corpus, examples))
-
-    def _side(self, *, train: bool) -> Side:
-        return feature_side(self.config, train=train)
 
     def _corpus(self, split: str, side: Side) -> Corpus:
         config = self.config
@@ -234,11 +228,8 @@ class RunData:
         if not config.has_prefix:
             return Inputs(examples, None, None, *framed)
         if config.encodes_texts and examples.side is Side.TEXT:
-            tower = self.text_tower
-            tokens = {
-                language: tower.tokenizer.encode(corpus.texts[language], None)
-                for language in examples.read
-            }
+            tower, texts = self.text_tower, corpus.texts
+            tokens = {name: tower.tokenizer.encode(texts[name], None) for name in examples.read}
             return Inputs(examples, None, examples.of_source(tokens), *framed, tower.longest)
         folder = epath.Path(config.features) if config.features else self.workdir / "features"
         place = {"folder": folder, "mesh": self.mesh}
@@ -247,8 +238,10 @@ class RunData:
             workers = config.data.workers
             images = image_features(self.image_tower, corpus, **place, workers=workers)
         else:
-            for language in examples.read:
-                texts[language] = text_features(self.text_tower, corpus, language, **place)
+            texts = {
+                name: text_features(self.text_tower, corpus, name, **place)
+                for name in examples.read
+            }
         return Inputs(examples, examples.features(images, texts), None, *framed)
 
 
@@ -326,8 +319,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
         path = path if resumes else epath.Path(folder) / TOKENIZER
         tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
         text = path.read_text() if sentences is not None else ""
-    vocab = config.model.sizes.vocab
-    require_fits(tokenizer, vocab=vocab, special={}, key=config.model.key)
+    require_fits(tokenizer, vocab=config.model.sizes.vocab, special={}, key=config.model.key)
     return tokenizer, text
 
 
@@ -369,44 +361,17 @@ def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
         )
 
 
-def load_trained_text(config: Config, tokenizer: Tokenizer) -> TextTower:
-    """The text tower of a run of stage "clip"."""
-    trained = _clip_config(config)
-    sizes = trained.clip.text
-    special = {"pad": sizes.pad}
-    require_fits(tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
-    params = _host(checkpoint.load(config.sources.clip, subtree="clip/text"))
-    return TextTower(trained.clip.text, params, tokenizer, config.dtype)
-
-
-def load_trained_image(config: Config) -> ImageTower:
-    """The image tower of a run of stage "clip"."""
-    trained = _clip_config(config)
-    params = _host(checkpoint.load(config.sources.clip, subtree="clip/image"))
-    return ImageTower(trained.clip.image, params, config.dtype)
-
-
-def _clip_config(config: Config) -> Config:
-    run_config = checkpoint.load_config(config.sources.clip)
+def load_trained(config: Config, name: str) -> tuple[Any, Any]:
+    """Sizes and parameters of a tower, "text" or "image", of a run of stage "clip"."""
+    source = config.sources.clip
+    run_config = checkpoint.load_config(source)
     if trains(run_config.get("stage")) is not Trains.TOWERS:
         raise ValueError(
-            f"config.sources.clip={config.sources.clip!r} is a run of stage "
+            f"config.sources.clip={source!r} is a run of stage "
             f"{json.dumps(run_config.get('stage'))}, not of 'clip'"
         )
-    return freeze_stored(Config, run_config, config.sources.clip)
-
-
-def _host(params: Any) -> Any:
-    return jax.tree.map(jax.device_get, params)
-
-
-def _require(config: Config, name: str) -> None:
-    if not getattr(config.sources, name):
-        raise ValueError(
-            f"stage {config.stage!r} with config.model.mapper.prefix="
-            f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the folder "
-            "of a published tower, or config.sources.clip, a run of stage 'clip'"
-        )
+    sizes = getattr(freeze_stored(Config, run_config, source).clip, name)
+    return sizes, jax.device_get(checkpoint.load(source, subtree=f"clip/{name}"))
 
 
 def _check_published(config: Config, name: str) -> None:

@@ -1,7 +1,7 @@
 """Translates a whole split with a trained model, and writes scores.json and translations.tsv."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,9 @@ from etils import epath
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.feed import BatchingConfig, evaluation_batches, host_shard
+from cliptrans_jax.data.feed import Batch, BatchingConfig, Inputs, evaluation_batches, host_shard
 from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
-from cliptrans_jax.evaluators.show import (
-    Row,
-    picture_table,
-    read_translations,
-    write_translations,
-)
+from cliptrans_jax.evaluators.show import Row, picture_table, read_translations, write_translations
 from cliptrans_jax.evaluators.translation import Translate
 from cliptrans_jax.runs.run_data import Split
 from common_jax.inputs import BadExample
@@ -28,15 +23,18 @@ from common_jax.workdir import read_json, write_json
 SCORES, TRANSLATIONS = "scores.json", "translations.tsv"
 
 
-def decode_batches(config: Config, split: Split):
-    """Batches of a set for the search, sorted by length."""
+def decode_batches(
+    config: Config, inputs: Inputs, *, shard: tuple[int, int] | None = None
+) -> Iterator[Batch]:
+    """Batches of a set for the search, sorted by length; `shard` is (this host, number of hosts),
+    by default of all."""
     return evaluation_batches(
-        split.inputs,
+        inputs,
         batch=config.decode.batch,
         batching=BatchingConfig(config.decode.bucket),
         noise=config.noise,
         seed=config.seed,
-        shard=host_shard(),
+        shard=host_shard() if shard is None else shard,
         by_length=True,
     )
 
@@ -50,20 +48,16 @@ def score_split(
     *,
     step: str,
 ) -> dict[str, Any]:
-    """Translates a set, and writes all hypotheses and the scores of the best ones.
+    """Translates a set, and writes all hypotheses and the scores of the best ones to `workdir`.
 
     Args:
-      config: of the run.
-      workdir: folder for the two files.
-      split: the set.
       translate: the search.
-      params: of the model.
       step: of the checkpoint, for scores.json.
 
     Returns:
       The content of scores.json: set, step, sentences, scores, and each score's signature.
     """
-    hypotheses = translate(params, decode_batches(config, split))
+    hypotheses = translate(params, decode_batches(config, split.inputs))
     rows = [
         Row(
             index=index,
@@ -76,9 +70,8 @@ def score_split(
         )
         for index in range(len(split.inputs))
     ]
-    language = split.inputs.examples.languages[0][1]
     outputs, references = [row.output for row in rows], [row.reference for row in rows]
-    scores = score(outputs, references, language=language)
+    scores = score(outputs, references, language=split.inputs.examples.languages[0][1])
     report = {
         "set": split.corpus.name,
         "step": int(step),

@@ -14,13 +14,7 @@ from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import empties_source
-from cliptrans_jax.data.feed import (
-    TRIVIAL,
-    TrainFeed,
-    batch_shapes,
-    evaluation_batches,
-    host_shard,
-)
+from cliptrans_jax.data.feed import TRIVIAL, TrainFeed, batch_shapes, evaluation_batches, host_shard
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.decode import Search
 from cliptrans_jax.encoders import TextTower
@@ -30,12 +24,7 @@ from cliptrans_jax.evaluators.translation import Encode, SentenceSet, Translate,
 from cliptrans_jax.models import cliptrans
 from cliptrans_jax.models.cliptrans import Translator
 from cliptrans_jax.pretrained import place
-from cliptrans_jax.runs.objective import (
-    check_start,
-    make_encode,
-    make_loss,
-    make_warm_start,
-)
+from cliptrans_jax.runs.objective import check_start, make_encode, make_loss, make_warm_start
 from cliptrans_jax.runs.run_data import RunData, Split, describe_text, encodes_texts
 from cliptrans_jax.runs.scoring import SCORES, decode_batches, score_split
 from cliptrans_jax.stages import STAGES, trainable
@@ -78,34 +67,23 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
     translate = model.translate(data)
-    valid_translate = (
-        model.translate(data, beams=config.valid_beams) if config.valid_beams else translate
-    )
+    beams = config.valid_beams
+    valid_translate = model.translate(data, beams=beams) if beams else translate
     feed = TrainFeed(
-        train.inputs,
-        config.noise,
-        config.batching,
-        config.optim.batch,
-        config.seed,
-        host_shard(),
+        train.inputs, config.noise, config.batching, config.optim.batch, config.seed, host_shard()
     )
-    batch = feed.shapes(config.optim.micro_batch)
     task = dataclasses.replace(
-        model.task(batch, steps_per_epoch=feed.steps_per_epoch, mesh=mesh),
+        task,
+        batch=feed.shapes(config.optim.micro_batch),
         helpers=model.frozen(mesh),
         warm_start=make_warm_start(config, model.trained_tower),
         batches=feed.batches,
         evaluators={"val": validate(config, model, valid, valid_translate, mesh=mesh)},
     )
     result = loop.train(
-        task,
-        config.run,
-        config.optim,
-        seed=config.seed,
-        workdir=workdir,
-        mesh=mesh,
-        config=user_config,
-    )
+        task, config.run, config.optim,
+        seed=config.seed, workdir=workdir, mesh=mesh, config=user_config,
+    )  # fmt: skip
     step = best_step(workdir, config.run.best)
     params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
     params = {**task.helpers, **params}
@@ -146,13 +124,7 @@ def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The model that a stage trains.
-
-    Attributes:
-      config: of the run.
-      translator: encoder-decoder and mapping network.
-      tower: the text tower if the step runs it, else None.
-    """
+    """The model that a stage trains; `tower` is the text tower if the step runs it, else None."""
 
     config: Config
     translator: Translator
@@ -193,43 +165,34 @@ class Model:
         """The task without data and weights, for `examples` training examples with sentences padded
         to `tokens`."""
         config, tower = self.config, self.tower
+        stage = STAGES[config.stage]
         batch = batch_shapes(
             config.optim.micro_batch,
             tokens=min(tokens, config.sentence_limit),
-            source=TRIVIAL if empties_source(STAGES[config.stage], config.noise) else None,
+            source=TRIVIAL if empties_source(stage, config.noise) else None,
             features=0 if tower or not config.has_prefix else config.model.mapper.features,
             clip_tokens=min(tokens, tower.longest) if tower else 0,
         )
-        epoch = steps_per_epoch(examples, config.optim.batch)
-        return self.task(batch, steps_per_epoch=epoch, mesh=mesh)
-
-    def task(
-        self, batch: Mapping[str, jax.ShapeDtypeStruct], *, steps_per_epoch: int, mesh: Mesh
-    ) -> Task:
-        """The task without data and weights; for the arguments see `common_jax.task.Task`."""
-        config = self.config
+        loss = make_loss(
+            self.translator, tower, label_smoothing=config.label_smoothing, chunk=config.label_chunk
+        )
         return Task(
             title=config.stage,
             init=self.init,
             rules=self.rules,
-            trainable=trainable(STAGES[config.stage], config.freeze, config.model.architecture),
+            trainable=trainable(stage, config.freeze, config.model.architecture),
             streams=("dropout",),
             shown=("train/loss", "train/skipped", "val/loss", "val/bleu", "val/chrf"),
-            loss=make_loss(
-                self.translator,
-                self.tower,
-                label_smoothing=config.label_smoothing,
-                chunk=config.label_chunk,
-            ),
+            loss=loss,
             batch=batch,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=steps_per_epoch(examples, config.optim.batch),
             helpers=self.frozen_shapes(mesh),
         )
 
     def frozen_shapes(self, mesh: Mesh) -> dict[str, Any]:
         """Shapes and shardings of parameters that the step does not train: those of a frozen text
         tower, under "clip"."""
-        if self.tower is None or self.config.unfreeze_clip:
+        if self.tower is None or self.trained_tower is not None:
             return {}
         params = {"clip": self.tower.params}
         return with_shardings(params, match_rules(self.rules, params, mesh))
@@ -246,10 +209,8 @@ class Model:
         if config.parity and STAGES[config.stage].captioning:
             language = data.tokenizer.language_id(config.data.target_language)
         decode = dataclasses.replace(config.decode, beams=beams or config.decode.beams)
-        search = Search(self.translator, decode)
-        return make_translate(
-            search, self.encode, data.tokenizer, mesh=data.mesh, language=language
-        )
+        search, tokenizer = Search(self.translator, decode), data.tokenizer
+        return make_translate(search, self.encode, tokenizer, mesh=data.mesh, language=language)
 
 
 def validate(
@@ -260,17 +221,10 @@ def validate(
     Args:
       translate: the search for its translations.
     """
-
-    def batches():
-        return evaluation_batches(
-            valid.inputs,
-            batch=config.optim.micro_batch,
-            batching=config.batching,
-            noise=config.noise,
-            seed=config.seed,
-            shard=host_shard(),
-        )
-
+    batches = functools.partial(
+        evaluation_batches, valid.inputs, batch=config.optim.micro_batch, batching=config.batching,
+        noise=config.noise, seed=config.seed, shard=host_shard(),
+    )  # fmt: skip
     sentences = SentenceSet(
         translator=model.translator,
         encode=model.encode,
@@ -278,14 +232,12 @@ def validate(
         mesh=mesh,
         seed=config.seed,
         translate=translate,
-        search_batches=functools.partial(decode_batches, config, valid),
+        search_batches=functools.partial(decode_batches, config, valid.inputs),
         references=[valid.reference(index) for index in range(len(valid.inputs))],
         language=valid.inputs.examples.languages[0][1],
     )
-    evaluators = evaluators_of(config.stage)
-    return evaluate_all(
-        [x.make(sentences) for x in evaluators if config.valid_decode or not x.searches]
-    )
+    chosen = [x for x in evaluators_of(config.stage) if config.valid_decode or not x.searches]
+    return evaluate_all([x.make(sentences) for x in chosen])
 
 
 def best_step(workdir: epath.Path, metric: str | None) -> epath.Path:

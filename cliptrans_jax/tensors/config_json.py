@@ -33,6 +33,7 @@ MBART_FIELDS = types.MappingProxyType(
         "scale_embedding": "scale_embedding",
         "pad": "pad_token_id",
         "eos": "eos_token_id",
+        "start": "decoder_start_token_id",
     }
 )
 MBART_FILE = "mBART's config.json"
@@ -126,20 +127,18 @@ def mbart_config(hf: Hf) -> MBartConfig:
     """
     fixed = MBART_FIXED | MBART_FIXED_ONCE
     require_supported(hf, {key: (value, None) for key, value in fixed.items()}, MBART_FILE)
+    start = {MBART_FIELDS["start"]: hf.get("eos_token_id")}
+    hf = start | {key: value for key, value in hf.items() if value is not None}
     if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
         raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
-    sizes = checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE)
-    start = {"start": sizes["eos"]}
-    if hf.get("decoder_start_token_id") is not None:
-        start = checked(hf, {"start": "decoder_start_token_id"}, MBartConfig, MBART_FILE)
-    return MBartConfig(**sizes, **start)
+    return MBartConfig(**checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE))
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
     """The config.json of an mBART; the inverse of `mbart_config`."""
     plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
-    ids = {"bos_token_id": 0, "decoder_start_token_id": config.start}
-    return MBART_FIXED | plain | ids | {"forced_eos_token_id": config.eos, "dtype": "float32"}
+    ids = {"bos_token_id": 0, "forced_eos_token_id": config.eos}
+    return MBART_FIXED | plain | ids | {"dtype": "float32"}
 
 
 def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
@@ -212,13 +211,19 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     Raises:
       ValueError: naming a key with an unsupported value.
     """
-    allowed = _CLIP_ALLOWED | {"num_channels": (3,)}
-    return _clip_tower(hf, "vision", _CLIP_VISION_FIELDS, allowed, ClipVisionConfig)[0]
+    tower, where = _clip_section(hf, "vision")
+    require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
+    features = checked(hf, {"features": "projection_dim"}, ClipVisionConfig, _CLIP_FILE)
+    sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
+    return ClipVisionConfig(**sizes, **features)
 
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
     """The same for a text tower, with section `text_config` or `text_config_dict`."""
-    config, tower, where = _clip_tower(hf, "text", _CLIP_TEXT_FIELDS, _CLIP_ALLOWED, ClipTextConfig)
+    tower, where = _clip_section(hf, "text")
+    require_supported(tower, _CLIP_ALLOWED, where)
+    features = checked(hf, {"features": "projection_dim"}, ClipTextConfig, _CLIP_FILE)
+    config = ClipTextConfig(**checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
     # The tower pools at the largest id, which must be the end token. Hugging Face does the same for
     # eos_token_id=2, as in OpenAI's files.
     require_supported(tower, {"eos_token_id": (2, config.vocab - 1)}, where)
@@ -265,28 +270,17 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
             )
 
 
-def _clip_tower(
-    hf: Hf, side: str, fields: Mapping[str, str], allowed: Mapping[str, tuple], cls: type
-) -> tuple[Any, Hf, str]:
-    """The config of a tower, its section, and the section's name for messages."""
+def _clip_section(hf: Hf, side: str) -> tuple[Hf, str]:
+    """The section of one tower of a CLIP, and its name for messages."""
     _required(hf, "model_type", _CLIP_FILE)
     require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
-    tower, where = _tower(hf, f"{side}_config")
-    require_supported(tower, allowed, where)
-    features = checked(hf, {"features": "projection_dim"}, cls, _CLIP_FILE)
-    return cls(**checked(tower, fields, cls, where), **features), tower, where
-
-
-def _tower(hf: Hf, name: str) -> tuple[Hf, str]:
-    """The section of one tower of a CLIP, and its name for messages."""
-    older = f"{name}_dict"
+    name, older = f"{side}_config", f"{side}_config_dict"
     key = older if hf.get(older) is not None else name
     whole = hf["model_type"] == "clip" or key in hf
     tower = hf.get(key) if whole else hf
-    tower = {} if tower is None else tower
-    if not isinstance(tower, dict):
+    if not isinstance(tower, dict | None):
         raise ValueError(f"{key}={brief(tower)} of {_CLIP_FILE} must be a dictionary of sizes")
-    return tower, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
+    return tower or {}, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
 
 
 def _required(hf: Hf, key: str, where: str) -> Any:

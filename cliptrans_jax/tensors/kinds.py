@@ -8,20 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
-from jax import numpy as jnp
 
 from cliptrans_jax.models import cliptrans_names
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
-from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.tensors import config_json, open_clip, sizes
 from cliptrans_jax.tensors.config_json import CONFIG, Hf
-from cliptrans_jax.towers import clip_names, mclip_names, resnet_names
-from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from cliptrans_jax.towers.mclip import MClip, MClipConfig
-from cliptrans_jax.towers.resnet import ClipResNet, ResNetConfig
-from cliptrans_jax.translators import mbart_names
-from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from cliptrans_jax.towers.tower import Pictures, Tower
+from cliptrans_jax.translators import mbart, mbart_names
 from common_jax.untrusted import brief
 from common_jax.weights.table import (
     Format,
@@ -34,6 +28,11 @@ from common_jax.weights.table import (
 
 Tensors = Mapping[str, np.ndarray]
 
+# The files that OpenAI published; all of their towers have the quick GELU.
+OPENAI_FILES = (
+    *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
+    *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
+)
 # Kinds by model type or class in config.json; a whole CLIP is its image tower.
 KIND_BY_NAME = types.MappingProxyType(
     {
@@ -56,25 +55,29 @@ class Layout:
     Attributes:
       marker: regex of a tensor that all files of this layout have, and no others.
       config_type: class of the config.
-      from_tensors: (tensors, their file) -> config, inferred from shapes.
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
+      pictures: the preparation of an image tower's pictures.
       about: name of the JSON file beside the weights.
       from_about: (content of that file, the weights' file) -> config; None if it has none.
+      from_tensors: (tensors, their file) -> config, inferred from shapes; None for the defaults.
       unstated: fields of the config that shapes do not show; without that file those of the
         published models are assumed.
       varied: whether models with equal tensors differ in the activation, which must then be given.
+      quick: names of files whose activation is known to be the quick GELU.
     """
 
     marker: str
     config_type: type
-    from_tensors: Callable[[Tensors, str], Any]
     shapes: Callable[[Any], Mapping[str, Any]]
     table: Callable[[Any], Table]
+    pictures: Pictures | None = None
     about: str = CONFIG
     from_about: Callable[[Hf, str], Any] | None = None
+    from_tensors: Callable[[Tensors, str], Any] | None = None
     unstated: tuple[str, ...] = ()
     varied: bool = False
+    quick: tuple[str, ...] = ()
 
     def config(self, tensors: Tensors, about: Hf | None, file: str) -> Any:
         """The config from the JSON file beside the weights or, without it, from the tensors.
@@ -82,9 +85,9 @@ class Layout:
         Raises:
           ValueError: naming a key or tensor that is missing or does not fit.
         """
-        if about is None or self.from_about is None:
-            return self.from_tensors(tensors, file)
-        return self.from_about(about, file)
+        if about is not None and self.from_about:
+            return self.from_about(about, file)
+        return self.from_tensors(tensors, file) if self.from_tensors else self.config_type()
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -116,21 +119,23 @@ def kind_of_tensors(tensors: Tensors) -> str | None:
     return claims[0].kind if claims else None
 
 
-def require_kind(tensors: Tensors, file: str) -> str:
-    """`kind_of_tensors`; raises ValueError instead of returning None."""
-    if kind := kind_of_tensors(tensors):
+def choose_kind(allowed: tuple[str, ...], named: str | None, tensors: Tensors, file: str) -> str:
+    """The first of the `allowed` kinds that the tensors have, else the first one; if all are
+    allowed, the kind that a config.json names, else that of the tensors.
+
+    Raises:
+      ValueError: if neither shows one.
+    """
+    if allowed:
+        there = (k for k in allowed if any(prefixes(one.marker, tensors) for one in KINDS[k]))
+        return next(there, allowed[0])
+    if kind := named or kind_of_tensors(tensors):
         return kind
     raise ValueError(
         f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
         f"{brief(sorted(tensors)[:4])}{describe_nearest(_formats(), tensors)}\n"
         "give the weights of one of these"
     )
-
-
-def first_kind(allowed: tuple[str, ...], tensors: Tensors) -> str:
-    """The first of these kinds that the tensors have, else the first one."""
-    there = (k for k in allowed if any(prefixes(one.marker, tensors) for one in KINDS[k]))
-    return next(there, allowed[0])
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
@@ -162,122 +167,89 @@ def _formats() -> Iterator[Format]:
             yield kind, one.marker, lambda one=one: [one.table(one.config_type())]
 
 
-def _abstract(network: nn.Module, *arguments: Any) -> Mapping[str, Any]:
-    return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
-
-
 def _translator_shapes(config: ModelConfig) -> Mapping[str, Any]:
     return jax.eval_shape(Translator(config).init, jax.random.key(0))
 
 
-def _mbart_shapes(config: MBartConfig) -> Mapping[str, Any]:
-    return _translator_shapes(ModelConfig(config, MapperConfig(prefix=0)))["mbart"]
-
-
-def _image_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]:
-    def shapes(config: Any) -> Mapping[str, Any]:
-        picture = jax.ShapeDtypeStruct((1, config.image, config.image, 3), jnp.float32)
-        return _abstract(network(config, jnp.float32), picture)
-
-    return shapes
-
-
-def _text_shapes(network: type[nn.Module]) -> Callable[[Any], Mapping[str, Any]]:
-    def shapes(config: Any) -> Mapping[str, Any]:
-        ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-        return _abstract(network(config, jnp.float32), ids, ids)
-
-    return shapes
+def _facts(tower: Tower) -> dict[str, Any]:
+    """The fields of a layout that its tower answers."""
+    return {"config_type": tower.config, "shapes": tower.shapes, "pictures": tower.pictures}
 
 
 MBART_UNSTATED = (
-    "encoder_heads",
-    "decoder_heads",
-    "scale_embedding",
-    "dropout",
-    "pad",
-    "eos",
-    "start",
+    *("encoder_heads", "decoder_heads", "scale_embedding"),
+    *("dropout", "pad", "eos", "start"),
 )
 # Towers of OpenAI and OpenCLIP have the same tensors but different activations.
 _clip = functools.partial(Layout, unstated=("heads", "eps", "activation"), varied=True)
+# Under the names that OpenAI and OpenCLIP share.
+_open_clip = functools.partial(_clip, about=open_clip.FILE, quick=OPENAI_FILES)
 
 MBART = Layout(
     marker=r"model\.encoder\.layernorm_embedding\.weight",
-    config_type=MBartConfig,
+    config_type=mbart.ARCHITECTURE.config,
+    shapes=mbart.ARCHITECTURE.shapes,
+    table=mbart_names.table,
     from_tensors=sizes.mbart_config,
     from_about=lambda hf, file: config_json.mbart_config(hf),
-    shapes=_mbart_shapes,
-    table=mbart_names.table,
     unstated=MBART_UNSTATED,
 )
 CLIPTRANS = Layout(
-    marker=r"mbart\.model\.encoder\.layernorm_embedding\.weight",
+    marker=rf"mbart\.{MBART.marker}",
     config_type=ModelConfig,
-    from_tensors=sizes.cliptrans_config,
     shapes=_translator_shapes,
     table=cliptrans_names.table,
+    from_tensors=sizes.cliptrans_config,
     unstated=tuple(f"mbart.{name}" for name in MBART_UNSTATED),
 )
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
-        "mbart": (MBART,),
-        "mclip": (
+        mbart.ARCHITECTURE.kind: (MBART,),
+        mclip.TOWER.kind: (
             Layout(
                 marker=r"LinearTransformation\.weight",
-                config_type=MClipConfig,
-                from_tensors=lambda tensors, file: MClipConfig(),
-                from_about=config_json.mclip_folder_config,
-                shapes=_text_shapes(MClip),
+                **_facts(mclip.TOWER),
                 table=mclip_names.table,
+                from_about=config_json.mclip_folder_config,
                 unstated=("heads", "eps", "pad", "dropout", "activation"),
             ),
         ),
-        "clip_vision": (
+        clip.VISION.kind: (
             _clip(
                 marker=r"vision_model\.pre_layrnorm\.weight",
-                config_type=ClipVisionConfig,
-                from_tensors=lambda tensors, file: ClipVisionConfig(),
-                from_about=lambda hf, file: config_json.clip_vision_config(hf),
-                shapes=_image_shapes(ClipVision),
+                **_facts(clip.VISION),
                 table=clip_names.vision_table,
+                from_about=lambda hf, file: config_json.clip_vision_config(hf),
             ),
-            _clip(
+            _open_clip(
                 marker=r"visual\.ln_pre\.weight",
-                config_type=ClipVisionConfig,
+                **_facts(clip.VISION),
+                table=clip_names.openai_vision_table,
                 from_tensors=sizes.openai_vision_config,
                 from_about=lambda content, file: open_clip.vision_config(content),
-                shapes=_image_shapes(ClipVision),
-                table=clip_names.openai_vision_table,
-                about=open_clip.FILE,
             ),
         ),
-        "clip_res": (
+        resnet.TOWER.kind: (
             Layout(
                 marker=r"visual\.attnpool\.positional_embedding",
-                config_type=ResNetConfig,
-                from_tensors=sizes.resnet_config,
-                shapes=_image_shapes(ClipResNet),
+                **_facts(resnet.TOWER),
                 table=resnet_names.table,
+                from_tensors=sizes.resnet_config,
             ),
         ),
-        "clip_text": (
+        clip.TEXT.kind: (
             _clip(
                 marker=r"text_model\.final_layer_norm\.weight",
-                config_type=ClipTextConfig,
-                from_tensors=lambda tensors, file: ClipTextConfig(),
-                from_about=lambda hf, file: config_json.clip_text_config(hf),
-                shapes=_text_shapes(ClipText),
+                **_facts(clip.TEXT),
                 table=clip_names.text_table,
+                from_about=lambda hf, file: config_json.clip_text_config(hf),
             ),
-            _clip(
+            _open_clip(
                 marker=r"ln_final\.weight",
-                config_type=ClipTextConfig,
+                **_facts(clip.TEXT),
+                table=clip_names.openai_text_table,
                 from_tensors=sizes.openai_text_config,
                 from_about=lambda content, file: open_clip.text_config(content),
-                shapes=_text_shapes(ClipText),
-                table=clip_names.openai_text_table,
-                about=open_clip.FILE,
             ),
         ),
         "cliptrans": (CLIPTRANS,),

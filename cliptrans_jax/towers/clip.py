@@ -12,21 +12,17 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_size
+from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_heads, require_size
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import INIT, Mlp, gelu, quick_gelu
+from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
     {"gelu": gelu, "quick_gelu": quick_gelu}
 )
-
-
-def _check_heads(config: "ClipVisionConfig | ClipTextConfig") -> None:
-    if config.width % config.heads:
-        raise FieldError(f"heads={config.heads} must divide width={config.width}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +53,7 @@ class ClipVisionConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
         if self.image % self.patch:
             raise FieldError(f"patch={self.patch} must divide image={self.image}")
 
@@ -74,13 +70,8 @@ class ClipTextConfig(Section):
     Attributes:
       vocab: token ids V.
       positions: tokens of the longest sentence.
-      width: width D of a token.
-      layers: blocks.
-      heads: attention heads.
-      hidden: hidden width F of the MLPs.
-      eps: epsilon of every LayerNorm.
-      features: width M of a feature.
-      activation: a key of `ACTIVATIONS`.
+
+    The others are those of `ClipVisionConfig`.
     """
 
     vocab: Size = 49408
@@ -95,36 +86,12 @@ class ClipTextConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_heads(self)
+        require_heads(self.width, self.heads)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sentence."""
         return self.positions
-
-
-# The text tower of the CLIP model whose image tower is `ResNetConfig()`.
-RN50X64_TEXT = ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
-
-
-class Patches(nn.Module):
-    """Cuts images into squares, in raster order, and projects each to the width, without bias.
-
-    Parameters: `kernel` (patch * patch * 3, D), whose rows run over patch row, patch column,
-      channel. A convolution of kernel and stride `patch`, written as one matrix product.
-    """
-
-    config: ClipVisionConfig
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "B I J 3"]) -> Float[Array, "B T D"]:
-        side, patch = self.config.image // self.config.patch, self.config.patch
-        squares = images.reshape(-1, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = squares.reshape(-1, side * side, patch * patch * 3)
-        kernel = self.param("kernel", INIT, (patches.shape[-1], self.config.width))
-        patches, kernel = nn.dtypes.promote_dtype(patches, kernel, dtype=self.dtype)
-        return patches @ kernel
 
 
 class Block(nn.Module):
@@ -165,7 +132,9 @@ class ClipVision(nn.Module):
         """
         config = self.config
         require_size(images, config.image)
-        patches = Patches(config, self.dtype, name="patches")(images)
+        patches = PatchEmbedding(
+            config.patch, config.width, self.dtype, use_bias=False, init=INIT, name="patches"
+        )(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
@@ -196,9 +165,7 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        ids: Int[Array, "B S"],
-        mask: Bool[Array, "B S"] | Int[Array, "B S"] | None,
+        self, ids: Int[Array, "B S"], mask: Bool[Array, "B S"] | Int[Array, "B S"] | None
     ) -> Float[Array, "B M"]:
         """Features of token ids.
 
@@ -262,16 +229,13 @@ PARTITION_RULES = (
 )
 
 
-def _all_visible(config: ClipTextConfig, ids: Int[Array, "B S"]) -> None:
-    """No mask is needed: attention is causal, and pads come last."""
-
-
 TEXT = Tower(
     kind="clip_text",
     config=ClipTextConfig,
     network=ClipText,
     rules=PARTITION_RULES,
-    sentences=Sentences(tokenizer="clip", visible=_all_visible, drops_out=False),
+    # No mask is needed: attention is causal, and pads come last.
+    sentences=Sentences(tokenizer="clip", visible=lambda config, ids: None, drops_out=False),
 )
 VISION = Tower(
     kind="clip_vision",

@@ -35,14 +35,13 @@ OPENAI_TEXT_TOWER = {
 
 def vision_table(config: ClipVisionConfig) -> Table:
     """Names of `towers.clip.ClipVision` in files of Hugging Face."""
-    source = "vision_model"
     entries = {
-        "class_token": copy(f"{source}.embeddings.class_embedding"),
-        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
-        "patches/kernel": patches(f"{source}.embeddings.patch_embedding.weight"),
-        **norm(f"{source}.pre_layrnorm", "pre_norm"),  # misspelled in the files
-        **_blocks(config, f"{source}.encoder.layers", _block),
-        **norm(f"{source}.post_layernorm", "post_norm"),
+        "class_token": copy("vision_model.embeddings.class_embedding"),
+        "positions": copy("vision_model.embeddings.position_embedding.weight"),
+        "patches/kernel": patches("vision_model.embeddings.patch_embedding.weight"),
+        **norm("vision_model.pre_layrnorm", "pre_norm"),  # misspelled in the files
+        **_blocks(config, "vision_model.encoder.layers", _block),
+        **norm("vision_model.post_layernorm", "post_norm"),
         "projection/kernel": transpose("visual_projection.weight"),
     }
     other = {r"text_model\..*|text_projection\.weight": _OTHER_TOWER}
@@ -51,12 +50,11 @@ def vision_table(config: ClipVisionConfig) -> Table:
 
 def text_table(config: ClipTextConfig) -> Table:
     """Names of `towers.clip.ClipText` in files of Hugging Face."""
-    source = "text_model"
     entries = {
-        "words": copy(f"{source}.embeddings.token_embedding.weight"),
-        "positions": copy(f"{source}.embeddings.position_embedding.weight"),
-        **_blocks(config, f"{source}.encoder.layers", _block),
-        **norm(f"{source}.final_layer_norm", "final_norm"),
+        "words": copy("text_model.embeddings.token_embedding.weight"),
+        "positions": copy("text_model.embeddings.position_embedding.weight"),
+        **_blocks(config, "text_model.encoder.layers", _block),
+        **norm("text_model.final_layer_norm", "final_norm"),
         "projection/kernel": transpose("text_projection.weight"),
     }
     other = {r"vision_model\..*|visual_projection\.weight": _OTHER_TOWER}
@@ -82,9 +80,9 @@ def openai_text_table(config: ClipTextConfig) -> Table:
     entries = {
         "words": copy("token_embedding.weight"),
         "positions": copy("positional_embedding"),
+        **_blocks(config, "transformer.resblocks", _openai_block),
         **norm("ln_final", "final_norm"),
         "projection/kernel": copy("text_projection"),  # stored (in, out)
-        **_blocks(config, "transformer.resblocks", _openai_block),
     }
     return Table(entries, left_out=OPENAI_LEFT_OUT | {r"visual\..*": _OTHER_TOWER})
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import Sentences, Tower
+from cliptrans_jax.towers.tower import Sentences, Tower, require_heads
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
@@ -56,8 +56,7 @@ class MClipConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.width % self.heads:
-            raise FieldError(f"heads={self.heads} must divide width={self.width}")
+        require_heads(self.width, self.heads)
         if self.pad >= self.vocab:
             raise FieldError(f"pad={self.pad} must be below vocab={self.vocab}")
         if self.longest < 1:
@@ -194,14 +193,12 @@ PARTITION_RULES = (
 )
 
 
-def _visible(config: MClipConfig, ids: Int[Array, "B S"]) -> Bool[Array, "B S"]:
-    return ids != config.pad
-
-
 TOWER = Tower(
     kind="mclip",
     config=MClipConfig,
     network=MClip,
     rules=PARTITION_RULES,
-    sentences=Sentences(tokenizer="xlmr", visible=_visible, drops_out=True),
+    sentences=Sentences(
+        tokenizer="xlmr", visible=lambda config, ids: ids != config.pad, drops_out=True
+    ),
 )

@@ -37,7 +37,8 @@ def text_tower_of(tokenizer: str) -> Tower:
     for tower in TEXT_TOWERS:
         if tower.sentences.tokenizer == tokenizer:
             return tower
+    kinds = " or ".join(f"{x.sentences.tokenizer!r} for {x.kind!r}" for x in TEXT_TOWERS)
     raise ValueError(
-        f"config.clip_tokenizer.kind={tokenizer!r} belongs to no text tower; it must be one of "
-        f"{[tower.sentences.tokenizer for tower in TEXT_TOWERS]}"
+        f"config.clip_tokenizer.kind={tokenizer!r} belongs to no published text tower; set it to "
+        f"{kinds}, and config.clip_tokenizer.path to the folder of the tower's tokenizer"
     )

@@ -1,6 +1,7 @@
 """The record that describes a tower to other files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from common_jax.config import FieldError
 from common_jax.mesh import Rules
 
 Channels = tuple[float, float, float]
@@ -49,6 +51,12 @@ CLIP_PICTURES = Pictures(
     std=(0.26862954, 0.26130258, 0.27577711),
     resampling="BICUBIC",
 )
+
+
+def require_heads(width: int, heads: int) -> None:
+    """Raises FieldError unless the width splits into heads."""
+    if width % heads:
+        raise FieldError(f"heads={heads} must divide width={width}")
 
 
 def require_size(images: jax.Array, side: int) -> None:
@@ -92,6 +100,11 @@ class Tower:
             ids = jnp.zeros((1, 2), jnp.int32)
             inputs = (ids, self.sentences.visible(config, ids))
         return self.network(config, dtype).init(key, *inputs)["params"]
+
+    def shapes(self, config: Any) -> Mapping[str, Any]:
+        """Shapes of the parameters."""
+        init = functools.partial(self.init, config, jnp.float32)
+        return jax.eval_shape(init, jax.random.key(0))
 
     def apply(
         self,

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention
-from cliptrans_jax.translators.translator import Architecture, Cache, LayerCache
+from cliptrans_jax.translators.translator import Architecture, Cache, LayerCache, language_first
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
@@ -163,51 +163,59 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), (memory, source)
 
 
-class Encoder(nn.Module):
-    """norm(layers(norm(embeddings + positions)))."""
+class _Half(nn.Module):
+    """norm(layers(norm(embeddings + positions))), of an encoder or a decoder."""
 
     config: MBartConfig
     dtype: DTypeLike
 
-    def setup(self):
+    def _set_up(self, layer: type[nn.Module], count: int, heads: int, hidden: int, train: int):
+        """Makes the submodules. `train` is the number of that argument of a layer, self included,
+        which must stay a Python bool."""
         config = self.config
-        sizes = _Sizes(
-            config.encoder_heads, config.encoder_hidden, config.width, config.dropout, self.dtype
-        )
-        # Argument 3 is `train`, counting self, and must stay a Python bool.
-        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if config.remat else EncoderLayer
-        self.positions = _positions(config, self.dtype)
+        sizes = _Sizes(heads, hidden, config.width, config.dropout, self.dtype)
+        layer = nn.remat(layer, static_argnums=(train,)) if config.remat else layer
+        rows = config.positions + OFFSET
+        self.positions = nn.Embed(rows, config.width, embedding_init=INIT, dtype=self.dtype)
         self.embedding_norm = _norm(self.dtype)
         self.drop = nn.Dropout(config.dropout)
-        self.layer = [layer(sizes) for _ in range(config.encoder_layers)]
+        self.layer = [layer(sizes) for _ in range(count)]
         self.norm = _norm(self.dtype)
+
+    def _place(self, x: Float[Array, "B T D"], position: jax.Array) -> Float[Array, "B T D"]:
+        return self.embedding_norm(x + self.positions(OFFSET + position))
+
+    def _run(self, x: Float[Array, "B T D"], *visible: jax.Array, train: bool) -> jax.Array:
+        """The last states; layers are called with `visible` and `train`."""
+        x = self._place(x, jnp.arange(x.shape[1]))
+        x = self.drop(x, deterministic=not train)
+        # Initialisation unrolls the layers, so that parameters have the same paths either way.
+        if self.config.scan_layers and not self.is_initializing():
+            return self.norm(layers.scan(self.layer, x, *visible, train, streams=("dropout",))[0])
+        return self.norm(functools.reduce(lambda x, one: one(x, *visible, train), self.layer, x))
+
+
+class Encoder(_Half):
+    """The encoder."""
+
+    def setup(self):
+        config = self.config
+        sizes = config.encoder_layers, config.encoder_heads, config.encoder_hidden
+        self._set_up(EncoderLayer, *sizes, train=3)
 
     def __call__(
         self, x: Float[Array, "B S D"], visible: Bool[Array, "B 1 1 S"], train: bool
     ) -> Float[Array, "B S D"]:
-        x = self.embedding_norm(x + self.positions(OFFSET + jnp.arange(x.shape[1])))
-        x = self.drop(x, deterministic=not train)
-        return self.norm(_run(self, x, visible, train))
+        return self._run(x, visible, train=train)
 
 
-class Decoder(nn.Module):
-    """The same with attention over encoder states, on whole sequences or token by token."""
-
-    config: MBartConfig
-    dtype: DTypeLike
+class Decoder(_Half):
+    """The decoder, on whole sequences or token by token."""
 
     def setup(self):
         config = self.config
-        sizes = _Sizes(
-            config.decoder_heads, config.decoder_hidden, config.width, config.dropout, self.dtype
-        )
-        # Argument 5 is `train`, counting self, and must stay a Python bool.
-        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
-        self.positions = _positions(config, self.dtype)
-        self.embedding_norm = _norm(self.dtype)
-        self.drop = nn.Dropout(config.dropout)
-        self.layer = [layer(sizes) for _ in range(config.decoder_layers)]
-        self.norm = _norm(self.dtype)
+        sizes = config.decoder_layers, config.decoder_heads, config.decoder_hidden
+        self._set_up(DecoderLayer, *sizes, train=5)
 
     def __call__(
         self,
@@ -217,9 +225,7 @@ class Decoder(nn.Module):
         states_visible: Bool[Array, "B 1 1 S"],
         train: bool,
     ) -> Float[Array, "B T D"]:
-        x = self._place(x, jnp.arange(x.shape[1]))
-        x = self.drop(x, deterministic=not train)
-        return self.norm(_run(self, x, states, visible, states_visible, train))
+        return self._run(x, states, visible, states_visible, train=train)
 
     def prefill(
         self,
@@ -251,9 +257,6 @@ class Decoder(nn.Module):
             x, layer_cache = layer.extend(x, layer_cache, slot, visible, states_visible)
             new_cache.append(layer_cache)
         return self.norm(x), tuple(new_cache)
-
-    def _place(self, x: Float[Array, "B T D"], position: jax.Array) -> Float[Array, "B T D"]:
-        return self.embedding_norm(x + self.positions(OFFSET + position))
 
 
 class MBart(nn.Module):
@@ -348,14 +351,6 @@ class MBart(nn.Module):
         )
 
 
-def _run(half: Encoder | Decoder, x: Float[Array, "B T D"], *arguments: Any) -> jax.Array:
-    """Applies the layers of an encoder or decoder."""
-    # Initialisation unrolls them, so that parameters have the same paths either way.
-    if not half.config.scan_layers or half.is_initializing():
-        return functools.reduce(lambda x, layer: layer(x, *arguments), half.layer, x)
-    return layers.scan(half.layer, x, *arguments, streams=("dropout",))[0]
-
-
 def shift_right(labels: Int[Array, "B T"], *, pad: int) -> Int[Array, "B T"]:
     """The decoder's input for `labels`: shifted right by one, with the last label that is no pad in
     the first slot (mBART, shift_tokens_right). Negative labels count as pads.
@@ -370,10 +365,6 @@ def _norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, name=name)
 
 
-def _positions(config: MBartConfig, dtype: DTypeLike) -> nn.Embed:
-    return nn.Embed(config.positions + OFFSET, config.width, embedding_init=INIT, dtype=dtype)
-
-
 # Published vocabularies are not divisible by device counts, so tables are split along the width.
 PARTITION_RULES = (
     (r"/(embedding|positions/embedding)$", P(None, "fsdp")),
@@ -385,16 +376,13 @@ PARTITION_RULES = (
 )
 
 
-def _decoder_input(labels: Int[Array, "B T"], config: MBartConfig) -> Int[Array, "B T"]:
-    return shift_right(labels, pad=config.pad)
-
-
 ARCHITECTURE = Architecture(
     subtree="mbart",
     config=MBartConfig,
     network=MBart,
     rules=PARTITION_RULES,
-    decoder_input=_decoder_input,
+    encoder_input=language_first,
+    decoder_input=lambda labels, config: shift_right(labels, pad=config.pad),
     embedding="embedding",
     encoder="encoder/.*",
     buffers="logits_bias",

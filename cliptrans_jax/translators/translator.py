@@ -1,12 +1,14 @@
 """The protocol of a translation network, and the record that describes one to other files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import Memory
@@ -114,9 +116,13 @@ class Architecture:
       config: class of its sizes, see `Sizes`.
       network: flax module, see `Network`.
       rules: partition rules of its parameters.
-      decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels.
+      encoder_input: (ids, sizes) -> the ids that the encoder reads. Sentences of the source are
+        framed as `data/framing.py` says, [language, pieces..., eos], and padded; the result has as
+        many tokens, with the pads in the same places.
+      decoder_input: (labels, sizes) -> the ids that the decoder reads to predict the labels, which
+        are framed in the same way. It starts with [start, language], as decoding does.
       embedding, encoder, buffers: regexes of paths below the subtree: the embedding that encoder
-        and decoder share, the rest of the encoder, and parameters that are never trained.
+        and decoder share, the rest of the encoder, and parameters that are never trained, if any.
       readout: names of the parameters that `logits` needs. It gets no others, so `setup` may
         declare others only in submodules.
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
@@ -128,24 +134,36 @@ class Architecture:
     config: type
     network: type[nn.Module]
     rules: Rules
+    encoder_input: Callable[[Int[Array, "B S"], Any], Int[Array, "B S"]]
     decoder_input: Callable[[Int[Array, "B T"], Any], Int[Array, "B T"]]
     embedding: str
     encoder: str
-    buffers: str
     readout: tuple[str, ...]
     kind: str
     tokenizer: str
-    settings: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+    buffers: str = ""
 
-    def differing_sizes(self, ours: Any, theirs: Any) -> Mapping[str, tuple[Any, Any]]:
-        """Fields that affect the weights and differ between two configs, with both values."""
-        fields = [field.name for field in dataclasses.fields(self.config)]
-        pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in fields}
-        return {
-            name: pair
-            for name, pair in pairs.items()
-            if name not in self.settings and pair[0] != pair[1]
-        }
+    def init(self, config: Any, dtype: DTypeLike, key: jax.Array) -> Mapping[str, Any]:
+        """Fresh parameters, below the subtree."""
+        ids = jnp.ones((1, 2), jnp.int32)
+        return self.network(config, dtype).init(key, ids, ids > 0, ids)["params"]
+
+    def shapes(self, config: Any) -> Mapping[str, Any]:
+        """Shapes of the parameters."""
+        init = functools.partial(self.init, config, jnp.float32)
+        return jax.eval_shape(init, jax.random.key(0))
+
+    def differing_sizes(self, ours: Any, theirs: Any) -> list[str]:
+        """Fields that affect the weights and differ between two configs."""
+        names = [field.name for field in dataclasses.fields(self.config)]
+        differing = (name for name in names if getattr(ours, name) != getattr(theirs, name))
+        return [name for name in differing if name not in self.settings]
+
+
+def language_first(ids: Int[Array, "B S"], sizes: Sizes) -> Int[Array, "B S"]:
+    """The sentences as they are framed, [language, pieces..., eos] (mBART-50, M2M-100, NLLB)."""
+    return ids
 
 
 def cache_slots(cache: Cache) -> int:

@@ -121,6 +121,7 @@ def _parse(program: str, command: Command, argv: Sequence[str]) -> argparse.Name
     command.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     rest = [one for one in argv if one.startswith(command.rest)]
-    args = parser.parse_args([one for one in argv if not one.startswith(command.rest)])
+    # Intermixed, or options before optional arguments would end these.
+    args = parser.parse_intermixed_args([one for one in argv if not one.startswith(command.rest)])
     args.rest = rest
     return args

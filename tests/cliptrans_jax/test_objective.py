@@ -220,7 +220,7 @@ def test_the_parameters_that_a_stage_trains(stage, freeze):
     config = dataclasses.replace(tiny_config(stage, None), freeze=freeze)
     model = translation.Model(config, Translator(config.model), None)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    task = model.task({}, steps_per_epoch=3, mesh=one_device())
+    task = model.bare_task(one_device(), examples=24)
     trained, fixed = (
         set(traverse_util.flatten_dict(dict(tree), sep="/"))
         for tree in partition(shapes, task.trainable)

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 import re
-import types
 import unicodedata
 
 import numpy as np
@@ -14,19 +13,20 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tiny_cliptrans import tiny_config
 
-from cliptrans_jax import pretrained
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data import token_files
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.data.unigram import Unigram
-from cliptrans_jax.encoders import TextTower, load_published_text
+from cliptrans_jax.encoders import TextTower, published_text
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.towers.clip import ClipTextConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.weights import Account
+from common_jax.weights.table import Pretrained
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 LINES = (
@@ -339,32 +339,26 @@ TOWERS = {
 }
 
 
-@pytest.fixture
-def towers(monkeypatch):
-    """Stands in for weights: the folder's name is the kind of the tower."""
-
-    def found(folder, *, kind, **settings):
-        assert folder in kind
-        return types.SimpleNamespace(kind=folder, config=TOWERS[folder], params={})
-
-    monkeypatch.setattr(pretrained, "load", found)
+def published(kind, tokenizer, folder):
+    """A tower of a kind, without weights, with the tokenizer in a folder."""
+    found = Pretrained(kind, TOWERS[kind], {}, Account(()), f"{kind}s")
+    return published_text(found, TokenizerConfig(tokenizer, str(folder)), dtype=np.float32)
 
 
-def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path, towers):
+def test_a_published_tower_takes_its_own_tokenizer(model, tmp_path):
     xlmr = write(tmp_path / "xlmr", unigram_json(model, ["<mask>"]))
     clip = write_clip(tmp_path / "clip")
     for kind, folder, tower in (("xlmr", xlmr, "mclip"), ("clip", clip, "clip_text")):
-        found = load_published_text(tower, TokenizerConfig(kind, str(folder)), dtype=np.float32)
+        found = published(tower, kind, folder)
         # Sentences are cut to the positions of the tower.
         (row,) = found.tokenizer.encode(["a man " * 50], None)
         assert len(row) == found.longest == {"xlmr": 18, "clip": 9}[kind]
-    message = r"config\.clip_tokenizer\.kind='clip' is not for .*'mclip'.*set it to 'xlmr'"
+    message = r"config\.clip_tokenizer\.kind='clip' is not for .*'mclips'.*set it to 'xlmr'"
     with pytest.raises(ValueError, match=message):
-        load_published_text("mclip", TokenizerConfig("clip", str(clip)), dtype=np.float32)
-    longer = unigram_json(model, ["extra", "<mask>"])
+        published("mclip", "clip", clip)
+    longer = write(tmp_path / "longer", unigram_json(model, ["extra", "<mask>"]))
     with pytest.raises(ValueError, match=r"has 88 tokens, and the table .* 87 rows"):
-        folder = write(tmp_path / "longer", longer)
-        load_published_text("mclip", TokenizerConfig("xlmr", str(folder)), dtype=np.float32)
+        published("mclip", "xlmr", longer)
 
 
 @pytest.mark.parametrize(

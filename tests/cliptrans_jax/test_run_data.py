@@ -243,11 +243,14 @@ def test_a_text_tower_is_described_by_where_it_is_from(sources, kind, sizes):
 def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
     asked = {}
 
-    def load(folder, *given, **settings):
-        asked[folder] = (given, settings)
+    def load(folder, **settings):
+        asked[folder] = settings
+        return types.SimpleNamespace(config=folder, params={})
 
-    monkeypatch.setattr(run_data, "load_published_text", load)
-    monkeypatch.setattr(run_data, "load_published_image", load)
+    monkeypatch.setattr(run_data.pretrained, "load", load)
+    monkeypatch.setattr(
+        run_data, "published_text", lambda found, tokenizer, *, dtype: (found.config, tokenizer)
+    )
     sources = SourcesConfig(
         clip_text="text", clip_image="image", fetch=True, weights="ema", clip_activation="gelu",
         clip_text_base="base",
@@ -255,9 +258,12 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
     tokenizer = TokenizerConfig("clip", "folder")
     config = config_of("translate", sources=sources, clip_tokenizer=tokenizer)
     made = RunData(config, epath.Path(tmp_path), one_device())
-    assert made.text_tower is made.image_tower is None
-    both = {"dtype": config.dtype, "fetch": True, "weights": "ema", "activation": "gelu"}
-    assert asked == {"text": ((tokenizer,), both | {"base": "base"}), "image": ((), both)}
+    assert made.text_tower == ("text", tokenizer) and made.image_tower.config == "image"
+    both = {"fetch": True, "weights": "ema", "activation": "gelu"}
+    assert asked == {
+        "text": both | {"kind": ("mclip", "clip_text"), "base": "base"},
+        "image": both | {"kind": ("clip_res", "clip_vision"), "base": ""},
+    }
 
 
 def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
@@ -279,8 +285,8 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
     monkeypatch.setattr(
         run_data.checkpoint, "load", lambda source, subtree: {source: np.array(len(subtree))}
     )
-    text = run_data.load_trained_text(config, tokenizer)
-    image = run_data.load_trained_image(config)
+    made = RunData(config, epath.Path(tmp_path), one_device(), known=tokenizer)
+    text, image = made.text_tower, made.image_tower
     assert text.tokenizer is tokenizer
     assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
     assert text.params == {"trained": len("clip/text")}
@@ -370,7 +376,7 @@ def test_a_set_is_searched_in_batches_of_the_search(corpus, data_of, tmp_path):
 
     def batches(**changes):
         given = dataclasses.replace(config, decode=decode, **changes)
-        return list(scoring.decode_batches(given, chosen))
+        return list(scoring.decode_batches(given, chosen.inputs))
 
     found = batches()
     assert [len(batch["_mask"]) for batch in found] == [2, 2, 2]

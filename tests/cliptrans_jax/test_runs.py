@@ -28,6 +28,7 @@ from cliptrans_jax.evaluators.scores import METRICS
 from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
 from cliptrans_jax.main import main
 from cliptrans_jax.runs import evaluate, scoring
+from cliptrans_jax.runs.finished import find
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
@@ -243,11 +244,16 @@ def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_pat
     assert shown != pytest.approx(by_text, rel=1e-5)
 
 
-def test_only_translation_models_are_loaded(finished):
+def test_only_translation_models_are_loaded(finished, tmp_path):
     with pytest.raises(ValueError, match="run of stage 'clip', which trains no translation model"):
         cliptrans_jax.load_model(finished / "clip")
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
-        cliptrans_jax.load_model(finished)
+        cliptrans_jax.load_model(tmp_path)
+
+
+def test_the_model_of_a_pipeline_is_that_of_its_last_run(finished):
+    assert find(finished) == find(finished / "translate")
+    assert find(finished, ("clip", "caption")).workdir == finished / "caption"
 
 
 def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_path):
@@ -269,7 +275,7 @@ def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_p
     assert [hypotheses[0].text for hypotheses in found] == outputs(tmp_path)
     # Without the trained tower such a model cannot be scored or trained on unnoticed.
     lost = dataclasses.replace(evaluation(runs, tmp_path), unfreeze_clip=False)
-    with pytest.raises(ValueError, match=r"clip/.* absent here"):
+    with pytest.raises(ValueError, match=r"clip/.* has no place"):
         run_stage(lost, epath.Path(tmp_path / "lost"), one_device())
 
 

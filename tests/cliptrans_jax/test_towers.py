@@ -23,6 +23,7 @@ SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "features": 8, "eps
 MCLIP = mclip.MClipConfig(vocab=40, positions=16, pad=5, types=2, **SIZES)
 VISION = clip.ClipVisionConfig(image=8, patch=4, **SIZES)
 TEXT = clip.ClipTextConfig(vocab=40, positions=10, **SIZES)
+RN50X64_TEXT = clip.ClipTextConfig(width=1024, heads=16, hidden=4096, features=1024)
 RESNET = resnet.ResNetConfig(image=32, layers=(1, 1, 1, 1), width=16, features=8)
 TOWERS = {
     "mclip": (mclip.MClip, MCLIP, mclip.PARTITION_RULES),
@@ -197,8 +198,6 @@ def test_defaults_are_the_published_models():
     assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision
     text = {"vocab": 49408, "positions": 77, "width": 512, "heads": 8, "hidden": 2048}
     assert dataclasses.asdict(clip.ClipTextConfig()) == shared | text
-    text |= {"width": 1024, "heads": 16, "hidden": 4096, "features": 1024}
-    assert dataclasses.asdict(clip.RN50X64_TEXT) == shared | text
     rn50x64 = {"image": 448, "layers": (3, 15, 36, 10), "width": 128, "features": 1024, "eps": 1e-5}
     assert dataclasses.asdict(resnet.ResNetConfig()) == rn50x64
     assert resnet.ResNetConfig().heads == 64
@@ -346,7 +345,7 @@ def test_no_partition_rule_is_idle():
         (mclip.MClip(mclip.MClipConfig(), jnp.bfloat16), mclip.PARTITION_RULES, 559_365_632),
         (clip.ClipVision(clip.ClipVisionConfig(), jnp.bfloat16), clip.PARTITION_RULES, 87_849_216),
         (clip.ClipText(clip.ClipTextConfig(), jnp.bfloat16), clip.PARTITION_RULES, 63_428_096),
-        (clip.ClipText(clip.RN50X64_TEXT, jnp.bfloat16), clip.PARTITION_RULES, 202_877_952),
+        (clip.ClipText(RN50X64_TEXT, jnp.bfloat16), clip.PARTITION_RULES, 202_877_952),
         (
             resnet.ClipResNet(resnet.ResNetConfig(), jnp.bfloat16),
             resnet.PARTITION_RULES,

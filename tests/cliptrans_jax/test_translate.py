@@ -245,7 +245,7 @@ def sentences(split, translate):
         mesh=one_device(),
         seed=0,
         translate=translate,
-        search_batches=lambda: decode_batches(config, split),
+        search_batches=lambda: decode_batches(config, split.inputs),
         references=[split.reference(index) for index in range(3)],
         language=split.inputs.examples.languages[0][1],
     )

@@ -101,19 +101,25 @@ def start_first(labels, sizes):
     return jnp.concatenate([jnp.full_like(labels[:, :1], sizes.start), labels[:, :-1]], axis=1)
 
 
+def language_last(ids, sizes):
+    """The first mBART's frame of the source: the language after the end."""
+    after = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)), constant_values=sizes.pad)
+    length = jnp.sum(ids != sizes.pad, axis=1, keepdims=True)
+    return jnp.where(jnp.arange(ids.shape[1]) == length - 1, ids[:, :1], after)
+
+
 SMALL = Architecture(
     subtree="small",
     config=SmallConfig,
     network=Small,
     rules=((r"/(words/embedding|head)$", P(None, "fsdp")), (r"/(kernel|bias|scale)$", P())),
+    encoder_input=language_last,
     decoder_input=start_first,
     embedding="words/.*",
     encoder="nothing/.*",
-    buffers="none",
     readout=("head",),
     kind="small",
     tokenizer="trained",
-    settings=(),
 )
 
 
@@ -152,6 +158,15 @@ def test_the_small_network_is_what_the_protocol_says():
     assert set(params) == {"small", "mapper"}
     assert set(translator.readout(params)) == {"head"}
     assert translator.config.key == "config.model.small"
+
+
+def test_the_encoder_reads_the_frame_of_the_record():
+    translator, params = model(0)
+    framed = jnp.asarray([[5, 9, 8, END], [6, 7, END, PAD]], "int32")
+    read = jnp.asarray([[9, 8, END, 5], [7, END, 6, PAD]], "int32")
+    states = translator.call("encode", params, read, read != PAD)
+    np.testing.assert_array_equal(translator.encode(params, framed), states)
+    assert np.abs(states - translator.call("encode", params, framed, read != PAD)).max() > 0
 
 
 @pytest.mark.parametrize("count", [0, 3])

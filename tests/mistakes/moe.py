@@ -248,7 +248,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="common_jax/nn/patches.py",
         what="the bias starts at zero",
-        right='self.param("bias", _uniform(fan_in),',
+        right='self.param("bias", init,',
         wrong='self.param("bias", nn.initializers.zeros,',
         tests=STARTS,
     ),

@@ -64,9 +64,9 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         f"{TRANSLATORS}/mbart.py",
-        "the encoder's embeddings drop out outside training",
-        "x = self.drop(x, deterministic=not train)\n        return self.norm(_run(self, x, visi",
-        "x = self.drop(x, deterministic=False)\n        return self.norm(_run(self, x, visi",
+        "embeddings drop out outside training",
+        "x = self.drop(x, deterministic=not train)\n        # Init",
+        "x = self.drop(x, deterministic=False)\n        # Init",
         DROPS,
     ),
     Mistake(
@@ -210,7 +210,7 @@ MISTAKES: tuple[Mistake, ...] = (
         TOWERS,
     ),
     Mistake(
-        "cliptrans_jax/towers/clip.py",
+        "common_jax/nn/patches.py",
         "patches run along the columns first",
         ".transpose(0, 1, 3, 2, 4, 5)",
         ".transpose(0, 3, 1, 2, 4, 5)",
