@@ -37,7 +37,7 @@ from common_jax.signals import ends_quietly
 
 # Digits of a hash, out of ten, that lie outside the training split.
 SPLITS = {7: "val", 8: "test", 9: "test"}
-TRANSLATION = re.compile(r"(?P<language>\w+)\.utf8=(?P<text>.*)")
+TRANSLATION = re.compile(r"(?P<language>[\w@]+)\.utf8=(?P<text>.*)")
 NUMBER = re.compile(r"[-_ ]?\d+$")
 LANGUAGES = {"zh_cn": "zh"}  # codes that the translators know by another name
 
@@ -66,7 +66,8 @@ def read_texts(path: Path) -> dict[str, str]:
     for match in filter(None, map(TRANSLATION.fullmatch, rest)):
         code = match["language"].lower()
         texts[LANGUAGES.get(code, code)] = match["text"].strip()
-    return {code: text for code, text in texts.items() if text}
+    # Where nobody has translated a sentence, some files repeat the English one.
+    return {code: text for code, text in texts.items() if text and (code == "en" or text != first)}
 
 
 def plain_name(sentence: str) -> str:
@@ -85,7 +86,8 @@ def things_of(stamps: Mapping[str, str]) -> dict[str, str]:
         return node
 
     for path, sentence in stamps.items():
-        stem = "/" + NUMBER.sub("", path.rpartition("/")[2].lower())
+        name = path.rpartition("/")[2].lower()
+        stem = "/" + (NUMBER.sub("", name) or name)
         smaller, larger = sorted((find(stem), find(plain_name(sentence))))
         parents[larger] = smaller
     return {path: find(plain_name(sentence)) for path, sentence in stamps.items()}
@@ -102,7 +104,10 @@ def draw(path: Path, size: int) -> Image.Image:
     if path.suffix == ".svg":
         import resvg_py
 
-        content = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=4 * size))
+        drawing = content.decode()
+        content = bytes(
+            resvg_py.svg_to_bytes(svg_string=drawing, width=4 * size, skip_system_fonts=True)
+        )
     picture = Image.open(io.BytesIO(content), formats=["PNG"]).convert("RGBA")
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     square = Image.new("RGB", (size, size), "white")
@@ -129,10 +134,13 @@ def read_stamps(folder: Path, size: int) -> Iterator[Example]:
             "tuxpaint-stamps-default with dpkg-deb -x and give that folder"
         )
     things = things_of({path: texts.get("en", "") for path, (_, texts) in found.items()})
-    for path, (picture, texts) in found.items():
-        yield Example(
-            path.partition("stamps/")[2] or path, draw(picture, size), texts, things[path]
-        )
+    for path, (file, texts) in found.items():
+        try:
+            picture = draw(file, size)
+        except (OSError, ValueError) as error:
+            print(f"left out, since it cannot be drawn: {file}: {error}", file=sys.stderr)
+            continue
+        yield Example(path.partition("stamps/")[2] or path, picture, texts, things[path])
 
 
 def read_emoji(size: int) -> Iterator[Example]:

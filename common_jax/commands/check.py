@@ -139,7 +139,7 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
         checker.look(frozen, findings)
     path = config.data.path
     with contextlib.suppress(*USER_ERRORS):  # which are among the problems
-        if path and (settings := checker.settings_of(path, config.data)):
+        if path and (settings := checker.settings_of(path, config.data.to_dict())):
             findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
     count = len(findings.problems)
     if not count:

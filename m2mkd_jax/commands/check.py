@@ -27,7 +27,7 @@ def checker() -> "Checker":
     from common_jax.commands.check import Checker
     from m2mkd_jax.commands.check_images import check_m2mkd
     from m2mkd_jax.config import Config
-    from m2mkd_jax.data.discover import settings_of
+    from m2mkd_jax.data.own.discover import settings_of
 
     return Checker(Config, check_m2mkd, settings_of, EXAMPLE)
 

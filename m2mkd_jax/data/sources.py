@@ -40,9 +40,9 @@ from m2mkd_jax.data.folders import (
     progress,
 )
 from m2mkd_jax.data.listing import listed
+from m2mkd_jax.data.own.tables import find_images, find_listed
 from m2mkd_jax.data.records import RecordSource, find_inaturalist, load_records
 from m2mkd_jax.data.subsets import first_of_each_class, share_of_each_class, with_labels_of
-from m2mkd_jax.data.tables import find_images, find_listed
 
 # Sources that are always decoded in memory and have a single size.
 EMBEDDED = ("digits", "digits_r")

@@ -440,4 +440,4 @@ def test_an_unknown_language_names_the_known(tmp_path, source, known):
     config = DataConfig(source, "" if source == "emoji" else str(tmp_path))
     with pytest.raises(ValueError, match=f"language='xx' is not a language of .*which has {known}"):
         load_corpus(config, "train", ("en", "xx"))
-    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco"}
+    assert set(SOURCES) == {"emoji", "multi30k", "wit", "wmt", "coco", "text", "table"}

@@ -73,8 +73,8 @@ def test_a_table_for_each_split(tmp_path):
         load_corpus(config, "test", ("en",), with_images=True).require_images()
     with pytest.raises(FileNotFoundError, match=r"no val\.tsv, .* only the tables test, train;"):
         load_corpus(config, "val", ("en",))
-    with pytest.raises(ValueError, match=r"train\.tsv has no column 'se' \(did you mean 'sv'\?\)"):
-        load_corpus(config, "train", ("se",))
+    with pytest.raises(ValueError, match=r"train\.tsv has no column 'svv' \(did you mean 'sv'\?\)"):
+        load_corpus(config, "train", ("svv",))
 
 
 def test_a_split_that_no_row_has_is_named(tmp_path):

@@ -192,7 +192,7 @@ def test_a_folder_without_splits_is_tried_for_a_short_while(folder, tmp_path):
     ]
     app.run(main, DESCRIPTION, ["m2mkd", *flags, f"--workdir={tmp_path / 'run'}"])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["step"] == 2  # of 18 images, in one epoch
+    assert result["steps"] == 2  # 17 images in one epoch
 
 
 def test_nothing_imports_tensorflow_or_torch():

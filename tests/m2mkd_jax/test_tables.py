@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2mkd_jax.data import discover
+from m2mkd_jax.data.own import discover
 from m2mkd_jax.data.sources import DataConfig, load_source, load_test_source
 
 CLASSES = ("ant", "bee", "cat")

@@ -9,15 +9,15 @@ import numpy as np
 from common_jax.inputs import BadExample
 from common_jax.inputs.tables import is_table, read_table, table_names
 from m2mkd_jax.data.listing import is_hidden, is_image
+from m2mkd_jax.data.own.tables import SPLIT
 from m2mkd_jax.data.sources import DataConfig, Source, open_source
-from m2mkd_jax.data.tables import SPLIT
 from m2mkd_jax.data.transforms import SMALL_SIDE
 
 # Usual names of splits, the likelier first.
 TRAIN = ("train", "training")
 TEST = ("test", "val", "valid", "validation", "testing", "dev")
 SHARE = 0.2  # of a set without splits to test on
-SIDE = 224  # of a model's images where theirs are of several sizes
+SIDE = 64  # of a network's input, where a config for small images meets larger ones
 SAMPLE = 100
 
 
@@ -44,8 +44,10 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return settings
     sides = {side for image in images for side in image.shape[:2]}
     size = given["image_size"]
-    if sides != {size} and (size <= SMALL_SIDE or max(sides) <= SMALL_SIDE):
-        size = max(sides) if len(sides) == 1 else SIDE
+    if len(sides) == 1 and max(sides) <= SMALL_SIDE:  # such images are not resized
+        (size,) = sides
+    elif size <= SMALL_SIDE:
+        size = SIDE
     grey = all(np.array_equal(image, image[:, :, :1].repeat(3, axis=2)) for image in images)
     channels = 1 if grey else 3
     settings |= {"image_size": size, "channels": channels}
