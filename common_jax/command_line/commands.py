@@ -50,7 +50,20 @@ def dispatch(
       argv: arguments without the program's name; those of the process by default.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv[0] if argv else "--help"
+    try:
+        status = _dispatch(program, commands, argv or ["--help"])
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough. What is buffered must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str]) -> int:
+    name, *rest = argv
     if name in ("-h", "--help", "help"):
         print(_overview(program, commands))
         return 0
@@ -64,18 +77,12 @@ def dispatch(
             file=sys.stderr,
         )
         return 2
-    args = _parse(f"{program} {name}", commands[name], argv[1:])
+    args = _parse(f"{program} {name}", commands[name], rest)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        status = commands[name].run(args) or 0
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        return 130
+        return commands[name].run(args) or 0
     except BrokenPipeError:
-        # The reader, such as `head`, has enough. What is buffered must not be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        raise
     except USER_ERRORS as error:
         if args.debug:
             raise
