@@ -14,8 +14,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from common_jax import checkpoint
-from common_jax.command_line import check_system, set_field
-from common_jax.config import freeze, unfreeze
+from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
 from common_jax.state import evaluation_key
 from common_jax.weights import Adapt, Origin
@@ -87,7 +86,7 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
     config = dataclasses.replace(
         found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
     )
-    config = _change(config, settings or {})
+    config = change_config(config, settings or {}, changeable=CHANGEABLE, fixed=FIXED)
     mesh, phase = make_mesh(config.mesh), PHASES[config.phase]
     role, family = phase.role, family_of_role(config, phase.role)
     params = {
@@ -226,20 +225,6 @@ def _product(run: epath.Path) -> epath.Path:
     if config.exists() and read_json(config).get("phase") == "pipeline":
         return run / result_folder()
     return run
-
-
-def _change(config: Config, settings: Mapping[str, str]) -> Config:
-    """The config with fields set from text; raises ValueError for one outside `CHANGEABLE`."""
-    changed = unfreeze(config)
-    for path, text in settings.items():
-        inside = any(f"{path}.".startswith(f"{one}.") for one in CHANGEABLE)
-        if not inside or path in FIXED:
-            raise ValueError(
-                f"--config.{path}={text} would make another network than was trained; what can be "
-                f"changed is {', '.join(CHANGEABLE)}, except {' and '.join(FIXED)}"
-            )
-        set_field(changed, path, text)
-    return freeze(Config, changed)
 
 
 def _load_helpers(config: Config, shapes: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -173,16 +173,20 @@ def _scores(run: Finished) -> str:
         result = read_json(run.workdir / RESULT) if (run.workdir / RESULT).exists() else {}
         rows = {name: f"{result[name]:.4f}" for name in result if name.startswith("val/")}
         return _table(("validation set", "value"), rows) if rows else NO_SCORES
-    path = run.workdir / SCORES
-    scores = read_json(path) if path.exists() else {}
-    if str(scores.get("step")) != run.step.name:
-        return NO_SCORES
+    # Further test splits have a folder each.
+    paths = [run.workdir / SCORES, *sorted(run.workdir.glob(f"*/{SCORES}"))]
+    found = [read_json(path) for path in paths if path.exists()]
+    own = [scores for scores in found if str(scores.get("step")) == run.step.name]
+    return "\n\n".join(map(_split_scores, own)) or NO_SCORES
+
+
+def _split_scores(scores: Mapping[str, Any]) -> str:
     rows = {
         f"{name} | {scores[name]:.2f}": f"`{signature}`"
         for name, signature in scores["signatures"].items()
     }
-    title = f"{scores['sentences']} sentences of {scores['set']}.\n\n"
-    return title + _table(("score | value", "signature"), rows)
+    table = _table(("score | value", "signature"), rows)
+    return f"{scores['sentences']} sentences of {scores['set']}:\n\n{table}"
 
 
 def _licence(config: Config) -> Iterator[str]:

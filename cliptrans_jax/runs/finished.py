@@ -16,8 +16,7 @@ from cliptrans_jax.runs.run_data import TOKENIZER, RunData
 from cliptrans_jax.runs.translation import best_step
 from cliptrans_jax.stages import STAGES, Trains, trains
 from common_jax import checkpoint
-from common_jax.command_line import check_system, set_field, unread
-from common_jax.config import freeze, unfreeze
+from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig
 from common_jax.workdir import freeze_stored, read_json
 
@@ -95,19 +94,7 @@ def find(
         step = best_step(step.parent.parent, config.run.best)
     # The run's own mesh is that of the machine where it was trained.
     config = dataclasses.replace(config, mesh=MeshConfig())
-    return Finished(step, _change(config, settings or {}))
-
-
-def _change(config: Config, settings: Mapping[str, str]) -> Config:
-    fields = unfreeze(config)
-    for path, text in settings.items():
-        if unread([path], CHANGEABLE):
-            raise ValueError(
-                f"--config.{path} cannot be set for a trained network; of its config only "
-                f"{', '.join(CHANGEABLE)} can"
-            )
-        set_field(fields, path, text)
-    return freeze(Config, fields)
+    return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
 
 
 def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
