@@ -225,7 +225,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
         read_config_file("other.py")
     missing = rf"no folder {tmp_path}/configs/m2mkd; {tmp_path} is the last .* start at {tmp_path}$"
     with pytest.raises(FileNotFoundError, match=missing):
-        read_config_file("configs/m2mkd/digits.py")
+        read_config_file("configs/m2mkd/mine.py")
     with pytest.raises(
         FileNotFoundError, match=r"^--config=/nowhere/x.py: there is no folder /now"
     ):
