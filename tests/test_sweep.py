@@ -117,7 +117,7 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("distil.alpha=1", ["config has no field 'distil'", "did you mean 'distill'"]),
         ("distill.alfa=1", ["config.distill has no field 'alfa'", "did you mean 'alpha'"]),
         ("alpha=1", ["config has no field 'alpha'", "an argument", "begins with a colon"]),
-        (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase']"]),
+        (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase', 'scale']"]),
         (":phase=distil", ["phase='distil' must be one of", "end_to_end"]),
         ("baseline.alpha=0.1,1.5", ["alpha=1.5", "must be in [0, 1]"]),
         (

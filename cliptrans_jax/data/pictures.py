@@ -12,9 +12,6 @@ from cliptrans_jax.towers.tower import CLIP_PICTURES, Pictures
 from common_jax.config import Section
 from common_jax.ranges import BelowOne, within
 
-# CLIP's, of pixels in [0, 1], one number per channel.
-MEAN, STD = (np.array(x, np.float32) for x in (CLIP_PICTURES.mean, CLIP_PICTURES.std))
-
 
 def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICTURES) -> np.ndarray:
     """A picture as a tower takes it: short side resized to `size`, centre crop, normalised.

@@ -7,8 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from common_jax.nn import dense
-
-INIT = nn.initializers.normal(0.02)
+from common_jax.nn.attention import INIT
 
 Heads = Float[Array, "B T H K"]
 # Cached keys and values: (B, H, S, K), so that a step reads them in memory order.

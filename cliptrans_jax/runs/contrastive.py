@@ -80,7 +80,13 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     evaluations = [evaluator.make(pairs) for evaluator in evaluators_of(config.stage)]
     task = dataclasses.replace(task, batches=batches, evaluators={"val": evaluate_all(evaluations)})
     return loop.train(
-        task, run_config, optim, seed=config.seed, workdir=workdir, mesh=mesh, config=config
+        task,
+        run_config,
+        optim,
+        seed=config.seed,
+        workdir=workdir,
+        mesh=mesh,
+        config=config,
     )
 
 

@@ -85,7 +85,7 @@ _MCLIP_FIELDS = {
 }
 _MCLIP_ALLOWED = {
     "model_type": ("xlm-roberta", "roberta"),
-    "hidden_act": tuple(mclip.ACTIVATIONS),
+    "hidden_act": mclip.ACTIVATIONS,
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -103,7 +103,7 @@ _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_pos
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
 _XLMR_FILE = "XLM-RoBERTa's config.json"
 _CLIP_ALLOWED = {
-    "hidden_act": tuple(clip.ACTIVATIONS),
+    "hidden_act": clip.ACTIVATIONS,
     "dropout": (0.0,),
     "attention_dropout": (0.0,),
 }

@@ -1,28 +1,32 @@
 """CLIP's transformer towers, for images and for English text."""
 
 import dataclasses
-import types
-from collections.abc import Callable, Mapping
 from typing import Annotated
 
-import jax
 from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import CLIP_PICTURES, Sentences, Tower, require_heads, require_size
+from cliptrans_jax.towers.tower import (
+    CLIP_PICTURES,
+    TRANSFORMER_RULES,
+    Sentences,
+    Tower,
+    norm,
+    require_heads,
+    require_size,
+)
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
+from common_jax.nn import mlp
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.mlp import INIT, Mlp, gelu, quick_gelu
+from common_jax.nn.mlp import INIT
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType(
-    {"gelu": gelu, "quick_gelu": quick_gelu}
-)
+ACTIVATIONS = ("gelu", "quick_gelu")  # keys of `common_jax.nn.mlp.ACTIVATIONS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ClipVisionConfig(Section):
       hidden: hidden width F of the MLPs.
       eps: epsilon of every LayerNorm.
       features: width M of a feature.
-      activation: a key of `ACTIVATIONS`.
+      activation: one of `ACTIVATIONS`.
     """
 
     image: Size = 224
@@ -105,11 +109,12 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"] | None
     ) -> Float[Array, "B T D"]:
         config = self.config
-        y = _norm(config, self.dtype, "attention_norm")(x)
+        y = norm(config.eps, self.dtype, "attention_norm")(x)
         x = x + SelfAttention(config.heads, True, self.dtype, name="attention")(y, visible)
-        y = _norm(config, self.dtype, "mlp_norm")(x)
-        mlp = Mlp(config.hidden, self.dtype, ACTIVATIONS[config.activation], name="mlp")
-        return constrain(x + mlp(y), "batch", "tokens", "width")
+        y = norm(config.eps, self.dtype, "mlp_norm")(x)
+        activation = mlp.ACTIVATIONS[config.activation]
+        y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(y)
+        return constrain(x + y, "batch", "tokens", "width")
 
 
 class ClipVision(nn.Module):
@@ -133,18 +138,18 @@ class ClipVision(nn.Module):
         config = self.config
         require_size(images, config.image)
         patches = PatchEmbedding(
-            config.patch, config.width, self.dtype, use_bias=False, init=INIT, name="patches"
+            config.patch, config.width, self.dtype, use_bias=False, kernel_init=INIT, name="patches"
         )(images)
         class_token = self.param("class_token", INIT, (config.width,)).astype(patches.dtype)
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
         x = jnp.concatenate([first, patches], axis=1) + positions.astype(patches.dtype)
-        x = constrain(_norm(config, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
+        x = constrain(norm(config.eps, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
         self.sow("intermediates", "embedded", x)
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
         self.sow("intermediates", "last_hidden", x)
-        x = _norm(config, self.dtype, "post_norm")(x[:, 0])
+        x = norm(config.eps, self.dtype, "post_norm")(x[:, 0])
         self.sow("intermediates", "pooled", x)
         return _projection(config, self.dtype)(x)
 
@@ -192,7 +197,7 @@ class ClipText(nn.Module):
             visible = visible & (mask != 0)[:, None, None, :]
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, visible)
-        x = _norm(config, self.dtype, "final_norm")(x)
+        x = norm(config.eps, self.dtype, "final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
         pooled = jnp.take_along_axis(x, end_position(ids)[:, None, None], axis=1)[:, 0]
         return _projection(config, self.dtype)(pooled)
@@ -211,21 +216,11 @@ def _projection(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike) -> 
     )
 
 
-def _norm(config: ClipVisionConfig | ClipTextConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
-
-
-# Of both towers. Large matrices are split over fsdp along the width; the rest is replicated.
-PARTITION_RULES = (
+PARTITION_RULES = (  # of both towers
     (r"/words$", P(None, "fsdp")),
     (r"/patches/kernel$", P(None, "fsdp")),
-    (r"/attention/qkv/kernel$", P("fsdp")),
-    (r"/attention/out/kernel$", P(None, None, "fsdp")),
-    (r"/mlp/up/kernel$", P("fsdp")),
-    (r"/mlp/down/kernel$", P(None, "fsdp")),
-    (r"/projection/kernel$", P("fsdp")),
     (r"/(class_token|positions)$", P()),
-    (r"/(bias|scale)$", P()),
+    *TRANSFORMER_RULES,
 )
 
 

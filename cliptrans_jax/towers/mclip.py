@@ -1,25 +1,23 @@
 """M-CLIP's text tower: XLM-RoBERTa, a mean over tokens, a projection into CLIP's space."""
 
 import dataclasses
-import types
-from collections.abc import Callable, Mapping
 from typing import Annotated
 
-import jax
 from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from cliptrans_jax.towers.tower import Sentences, Tower, require_heads
+from cliptrans_jax.towers.tower import TRANSFORMER_RULES, Sentences, Tower, norm, require_heads
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
+from common_jax.nn import mlp
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.mlp import INIT, Mlp, gelu
+from common_jax.nn.mlp import INIT
 from common_jax.ranges import BelowOne, Count, Positive, Size, one_of
 
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = types.MappingProxyType({"gelu": gelu})
+ACTIVATIONS = ("gelu",)  # keys of `common_jax.nn.mlp.ACTIVATIONS`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,7 @@ class MClipConfig(Section):
       pad: the id of a pad.
       features: width M of a feature.
       dropout: rate in training, for embeddings and branches but not for attention weights.
-      activation: a key of `ACTIVATIONS`.
+      activation: one of `ACTIVATIONS`.
     """
 
     vocab: Size = 250002
@@ -99,7 +97,7 @@ class Embeddings(nn.Module):
         kinds = self.param("types", INIT, (config.types, config.width))
         places = position_ids(ids, config.pad)
         x = jnp.take(words, ids, axis=0, mode="fill") + jnp.take(positions, places, axis=0)
-        x = _norm(config, self.dtype, "norm")(x + kinds[0])
+        x = norm(config.eps, self.dtype, "norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 
 
@@ -116,9 +114,10 @@ class Block(nn.Module):
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=not train)
         y = SelfAttention(config.heads, True, self.dtype, name="attention")(x, visible)
-        x = _norm(config, self.dtype, "attention_norm")(x + drop(y))
-        y = Mlp(config.hidden, self.dtype, ACTIVATIONS[config.activation], name="mlp")(x)
-        x = _norm(config, self.dtype, "mlp_norm")(x + drop(y))
+        x = norm(config.eps, self.dtype, "attention_norm")(x + drop(y))
+        activation = mlp.ACTIVATIONS[config.activation]
+        y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(x)
+        x = norm(config.eps, self.dtype, "mlp_norm")(x + drop(y))
         return constrain(x, "batch", "tokens", "width")
 
 
@@ -175,21 +174,11 @@ def _masked_mean(x: Float[Array, "B S D"], visible: Bool[Array, "B S"]) -> Float
     return total / jnp.maximum(jnp.sum(visible, axis=1, keepdims=True), 1)
 
 
-def _norm(config: MClipConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(config.eps, use_fast_variance=False, dtype=dtype, name=name)
-
-
-# Large matrices are split over fsdp along the width, since the published vocabulary, 250002, is no
-# multiple of 4. The rest is replicated.
 PARTITION_RULES = (
+    # Along the width, since the published vocabulary, 250002, is no multiple of 4.
     (r"/embeddings/(words|positions)$", P(None, "fsdp")),
     (r"/embeddings/types$", P()),
-    (r"/attention/qkv/kernel$", P("fsdp")),
-    (r"/attention/out/kernel$", P(None, None, "fsdp")),
-    (r"/mlp/up/kernel$", P("fsdp")),
-    (r"/mlp/down/kernel$", P(None, "fsdp")),
-    (r"/projection/kernel$", P("fsdp")),
-    (r"/(bias|scale)$", P()),
+    *TRANSFORMER_RULES,
 )
 
 

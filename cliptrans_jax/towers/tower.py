@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from jax import numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -51,6 +52,22 @@ CLIP_PICTURES = Pictures(
     std=(0.26862954, 0.26130258, 0.27577711),
     resampling="BICUBIC",
 )
+
+# Of a transformer's blocks and its projection. Large matrices are split over fsdp along the width;
+# the rest is replicated.
+TRANSFORMER_RULES: Rules = (
+    (r"/attention/qkv/kernel$", P("fsdp")),
+    (r"/attention/out/kernel$", P(None, None, "fsdp")),
+    (r"/mlp/up/kernel$", P("fsdp")),
+    (r"/mlp/down/kernel$", P(None, "fsdp")),
+    (r"/projection/kernel$", P("fsdp")),
+    (r"/(bias|scale)$", P()),
+)
+
+
+def norm(eps: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+    """A LayerNorm whose variance is that of torch's, not E[x^2] - E[x]^2."""
+    return nn.LayerNorm(eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def require_heads(width: int, heads: int) -> None:

@@ -54,26 +54,13 @@ def _cross_attention(source: str, heads: int) -> dict[str, Entry]:
     attention, target = f"{source}.encoder_attn", "cross_attention"
     pair = tuple(f"{attention}.{part}_proj" for part in "kv")
     return {
-        f"{target}/query/kernel": _one(
-            entries.split_heads((f"{attention}.q_proj.weight",), heads), 1
-        ),
-        f"{target}/query/bias": _one(
-            entries.split_head_biases((f"{attention}.q_proj.bias",), heads), 0
-        ),
+        f"{target}/query/kernel": entries.single_heads(f"{attention}.q_proj.weight", heads),
+        f"{target}/query/bias": entries.single_heads(f"{attention}.q_proj.bias", heads),
         f"{target}/memory/kernel": entries.split_heads(tuple(f"{p}.weight" for p in pair), heads),
         f"{target}/memory/bias": entries.split_head_biases(tuple(f"{p}.bias" for p in pair), heads),
         f"{target}/out/kernel": entries.join_heads(f"{attention}.out_proj.weight", heads),
         f"{target}/out/bias": entries.copy(f"{attention}.out_proj.bias"),
     } | entries.norm(f"{source}.encoder_attn_layer_norm", "cross_attention_norm")
-
-
-def _one(entry: Entry, axis: int) -> Entry:
-    """An entry with a single projection, without the axis of projections."""
-    return Entry(
-        entry.names,
-        lambda x: entry.read(x).squeeze(axis),
-        lambda x: entry.write(x[:, None] if axis else x[None]),
-    )
 
 
 def _row(name: str) -> Entry:

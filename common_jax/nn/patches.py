@@ -15,8 +15,8 @@ class PatchEmbedding(nn.Module):
     """Cuts images into `patch` x `patch` squares, in raster order, and projects each to `width`.
 
     Parameters: `kernel` (patch * patch * channels, D) and, if `use_bias`, `bias` (D); the rows of
-      the kernel run over patch row, patch column, channel. Without `init` both start uniform within
-      1 / sqrt(fan in), the default of PyTorch's convolutions. A convolution of kernel and stride
+      the kernel run over patch row, patch column, channel. Both start by `kernel_init`; by default
+      uniform within 1 / sqrt(fan in), as PyTorch's convolutions. A convolution of kernel and stride
       `patch`, written as one matrix product.
     """
 
@@ -24,7 +24,7 @@ class PatchEmbedding(nn.Module):
     width: int
     dtype: DTypeLike
     use_bias: bool = True
-    init: nn.initializers.Initializer | None = None
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, images: Float[Array, "B I J X"]) -> Float[Array, "B T D"]:
@@ -38,7 +38,7 @@ class PatchEmbedding(nn.Module):
         squares = images.reshape(batch, grid[0], self.patch, grid[1], self.patch, channels)
         fan_in = self.patch * self.patch * channels
         patches = squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid[0] * grid[1], fan_in)
-        init = self.init or _uniform(fan_in)
+        init = self.kernel_init or _uniform(fan_in)
         kernel = self.param("kernel", init, (fan_in, self.width))
         bias = self.param("bias", init, (self.width,)) if self.use_bias else None
         patches, kernel, bias = nn.dtypes.promote_dtype(patches, kernel, bias, dtype=self.dtype)

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cliptrans_jax.data.pictures import MEAN, STD, AugmentConfig, augment_picture, prepare_picture
+from cliptrans_jax.data.pictures import AugmentConfig, augment_picture, prepare_picture
+from cliptrans_jax.towers.tower import CLIP_PICTURES
 
 STILL = AugmentConfig(
     shift=0.0, scale=0.0, rotate=0.0, brightness=0.0, contrast=0.0, saturation=0.0, flip=False
@@ -34,9 +35,8 @@ def test_pictures_are_prepared_as_clips_processor_does(shape):
 
 def test_a_square_of_the_size_is_only_normalised():
     image = random_image(16, 16)
-    np.testing.assert_allclose(
-        prepare_picture(image, 16) * STD + MEAN, image / 255, rtol=0, atol=1e-6
-    )
+    found = prepare_picture(image, 16) * CLIP_PICTURES.std + CLIP_PICTURES.mean
+    np.testing.assert_allclose(found, image / 255, rtol=0, atol=1e-6)
 
 
 def test_the_crop_is_central():
@@ -219,8 +219,8 @@ def test_what_comes_into_view_is_filled_as_the_config_says():
 
 
 def test_the_numbers_of_pictures_are_clips():
-    np.testing.assert_array_equal(MEAN, np.float32([0.48145466, 0.4578275, 0.40821073]))
-    np.testing.assert_array_equal(STD, np.float32([0.26862954, 0.26130258, 0.27577711]))
+    assert CLIP_PICTURES.mean == (0.48145466, 0.4578275, 0.40821073)
+    assert CLIP_PICTURES.std == (0.26862954, 0.26130258, 0.27577711)
     white = prepare_picture(np.full((30, 20, 3), 255, np.uint8), 8)
     np.testing.assert_allclose(white[3, 4], [1.93033, 2.07488, 2.14590], rtol=1e-4)
 
