@@ -20,7 +20,7 @@ def programs() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    return command.main(argv, programs(), example=m2mkd.EXAMPLE + cliptrans.EXAMPLE)
+    return command.main(argv, programs(), m2mkd.EXAMPLE + cliptrans.EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the folder, and uploads it where that is asked for."""
-    from cliptrans_jax.export.folder import export, push
+    from cliptrans_jax.export.folder import export
     from cliptrans_jax.runs.finished import find
+    from common_jax.commands.hub import push
     from common_jax.mesh import start_backend
 
     start_backend()

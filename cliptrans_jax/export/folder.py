@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import numpy as np
 
@@ -61,25 +60,6 @@ def export(run: Finished, out: Path) -> list[str]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [CARD, *files]
-
-
-def push(folder: Path, name: str) -> str:
-    """Uploads a folder to the Hugging Face hub, as a private model unless it exists, and returns
-    its address.
-
-    Raises:
-      OSError: if the hub cannot be reached, or refuses.
-    """
-    hub = huggingface_hub.HfApi()
-    try:
-        address = hub.create_repo(name, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # errors of the hub and of its HTTP library
-        raise OSError(
-            f"{folder} is written, and cannot be uploaded to {name} ({type(error).__name__}: "
-            f"{error}); log in with `hf auth login`, then run: hf upload {name} {folder}"
-        ) from error
-    return str(address)
 
 
 def _write_translator(folder: Path, run: Finished) -> None:

@@ -55,6 +55,7 @@ def dispatch(
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader, such as `head`, has enough. What is buffered must not be flushed at exit.

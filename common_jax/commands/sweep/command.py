@@ -122,7 +122,7 @@ def parse_flags(
 
 
 @ends_quietly
-def main(argv: Sequence[str] | None, programs: Programs, *, example: str = "") -> int:
+def main(argv: Sequence[str] | None, programs: Programs, example: str = "") -> int:
     """The command; returns its exit status.
 
     Args:
