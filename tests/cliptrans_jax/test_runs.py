@@ -407,7 +407,7 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
     assert json.loads((workdir / "scores.json").read_text())["step"] == 3
     # Whoever scores the run again takes the same, and of a step's folder that step.
     for source, step in ((workdir, "3"), (workdir / "checkpoints" / "9", "9")):
-        assert evaluate._find_step(str(source)).name == step
+        assert find(str(source)).step.name == step
 
 
 def test_the_chosen_checkpoint_is_what_was_scored(longer):
