@@ -1,14 +1,51 @@
 """Installs the packages of this repository: m2mkd_jax, cliptrans_jax and what they share."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search('__version__ = "(.+)"', (ROOT / "common_jax" / "__init__.py").read_text())[1]
+# Config files, which --config finds by name wherever the packages are installed.
+CONFIGS = {f"common_jax.configs.{name}": f"configs/{name}" for name in ("m2mkd", "cliptrans")}
 
 setup(
     name="modular-jax",
-    version="0.1.0",
+    version=VERSION,
     description="m2mKD and CLIPTrans in JAX/Flax, for TPU pods and GPU meshes",
+    long_description=(ROOT / "README.md").read_bytes().decode(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["jax", "flax", "knowledge distillation", "mixture of experts", "translation"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    project_urls={
+        "Paper of m2mKD": "https://arxiv.org/abs/2402.16918",
+        "Paper of CLIPTrans": "https://arxiv.org/abs/2308.15226",
+    },
     python_requires=">=3.11",
-    packages=find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),
+    packages=[
+        *find_packages(include=["common_jax*", "m2mkd_jax*", "cliptrans_jax*"]),
+        *CONFIGS,
+    ],
+    package_dir=CONFIGS,
+    entry_points={
+        "console_scripts": [
+            "m2mkd = m2mkd_jax.commands:main",
+            "cliptrans = cliptrans_jax.commands:main",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1",
         "emoji>=2.16",

@@ -45,7 +45,7 @@ from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "tools"))
-from plan.steps import step_flops
+from common_jax.commands.plan.steps import step_flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 ONE, EACH, RUN_EACH = "all pairs", "a program each", "a run each"

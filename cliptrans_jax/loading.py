@@ -1,6 +1,7 @@
 """Loads the model of a run from its workdir, for translation."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,22 +11,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from cliptrans_jax.config import SYSTEM, Config
+from cliptrans_jax.config import Config
 from cliptrans_jax.data.examples import Examples
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.framing import Tokenizer, require_texts
-from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.decode import Search
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import Translate, make_translate
-from cliptrans_jax.runs.run_data import TOKENIZER, RunData
+from cliptrans_jax.resident import Resident
+from cliptrans_jax.runs.finished import Finished, find
+from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.scoring import decode_batches
-from cliptrans_jax.runs.translation import Model, best_step
+from cliptrans_jax.runs.translation import Model
 from cliptrans_jax.stages import TRANSLATION_STAGES, Side
 from common_jax import checkpoint
-from common_jax.command_line import check_system
 from common_jax.mesh import MeshConfig, make_mesh
-from common_jax.workdir import freeze_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +92,19 @@ class LoadedModel:
         if not self.config.has_prefix:
             return None, None
         if pictures is not None:
-            tower = self.data.image_tower
-            prepared = np.stack([tower.prepare(x) for x in pictures])
-            return np.asarray(jax.jit(tower.apply)(tower.params, prepared), np.float32), None
-        tower = self.data.text_tower
-        ids = tower.tokenizer.encode(sentences, None)
+            return self._pictures.pictures(pictures), None
         if self.config.unfreeze_clip:
-            return None, ids
-        return tower.encode(ids, mesh=self.mesh), None
+            return None, self.data.text_tower.tokenizer.encode(sentences, None)
+        return self._sentences.sentences(sentences), None
+
+    # On the devices from the first call on, so that further calls only compute.
+    @functools.cached_property
+    def _sentences(self) -> Resident:
+        return Resident(self.data.text_tower, self.mesh, self.config.decode.batch)
+
+    @functools.cached_property
+    def _pictures(self) -> Resident:
+        return Resident(self.data.image_tower, self.mesh, self.config.decode.batch)
 
 
 def _lines(sentences: object, *, allow_empty: bool) -> list[str]:
@@ -144,35 +149,25 @@ def load_model(source: epath.PathLike, *, mesh: Mesh | None = None) -> LoadedMod
     """Loads the best checkpoint of a run by the validation set.
 
     Args:
-      source: the run's workdir, or the folder of one step to load.
+      source: the run's workdir, that of a pipeline, or the folder of one step to load.
       mesh: devices; None for the first only.
 
     Raises:
       FileNotFoundError: if there is no finished checkpoint.
       ValueError: for stage "clip", which trains no translation model, or a run of the other system.
     """
+    return load_finished(find(source, TRANSLATION_STAGES), mesh=mesh)
+
+
+def load_finished(run: Finished, *, mesh: Mesh | None = None) -> LoadedModel:
+    """Loads a checkpoint of a run of `TRANSLATION_STAGES`, with the settings of `run.config`."""
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else mesh
-    step = checkpoint.find_step(source)
-    saved = checkpoint.load_config(step)
-    check_system(saved, SYSTEM, str(source))
-    config = freeze_stored(Config, saved, step).apply_parity()
     # A frozen text tower encodes the sentences before the search, not in it.
-    config = dataclasses.replace(config, keep_text_features=True)
-    workdir = step.parent.parent
-    if config.stage not in TRANSLATION_STAGES:
-        raise ValueError(
-            f"{workdir} is a run of stage {config.stage!r}, which trains no translation model; "
-            f"give a run of one of {list(TRANSLATION_STAGES)}"
-        )
-    if step != checkpoint.absolute(source):
-        step = best_step(workdir, config.run.best)
-    cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
-    tokenizer = load_tokenizer(
-        cut, sentences=None, languages=config.known_languages, path=workdir / TOKENIZER
-    )
-    data = RunData(config, workdir, mesh, known=tokenizer)
+    config = dataclasses.replace(run.config.apply_parity(), keep_text_features=True)
+    tokenizer = run.load_tokenizer()
+    data = RunData(config, run.workdir, mesh, known=tokenizer)
     model = Model.of(config, data)
-    params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    params = checkpoint.load(run.step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
     search = make_translate(
         Search(model.translator, config.decode), model.encode, tokenizer, mesh=mesh
     )

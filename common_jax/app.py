@@ -14,9 +14,7 @@ from common_jax import command_line, hosts, signals
 from common_jax.workdir import check_output
 
 Main = Callable[[ml_collections.ConfigDict, epath.Path], None]
-
-# Errors that a user can cause; any other is our fault and shows its traceback.
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = command_line.USER_ERRORS
 
 
 def run(

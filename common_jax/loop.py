@@ -199,6 +199,9 @@ def _train(
     fresh = not hosts.agree(bool(stock.steps)).any()
     warm = task.warm_start(abstract.params) if fresh and task.warm_start is not None else None
     claim(workdir, config)
+    if jax.process_index() == 0:
+        for name, content in task.files.items():
+            write_json(workdir / name, content)
     introduce(task, optim, abstract, mesh, workdir, config)
 
     # ----------------------------------------------------------------------------------------------

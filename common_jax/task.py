@@ -43,6 +43,7 @@ class Task:
       batches: first step -> batches of numpy arrays from that step on; not needed to compile.
       evaluators: each by the prefix of its metrics.
       shown: names of the metrics that the terminal shows; metrics.jsonl has all.
+      files: name -> content of the JSON files beside config.json that using the result needs.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Task:
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]] | None = None
     evaluators: Mapping[str, Evaluate] = dataclasses.field(default_factory=dict)
     shown: tuple[str, ...] = ("train/loss", "train/skipped")
+    files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:

@@ -1,6 +1,8 @@
 """m2mKD in JAX: modules of a ViT teach the modules of V-MoE and NAC students through a shared meta
 model."""
 
+from common_jax import __version__ as __version__
+
 __all__ = ["load_model"]
 
 

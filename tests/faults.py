@@ -33,10 +33,10 @@ from fault_bench import (
     moments,
     unfinished,
 )
-from jobs import show
 from processes import DIGITS, Started, finish_pair, pair, says, start
 
 from common_jax.checkpoint import finished_steps
+from common_jax.commands.sweep.jobs import show
 from common_jax.report import Table
 
 # Wider, so that a checkpoint is large beside the log and events of a run.

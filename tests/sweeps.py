@@ -6,8 +6,9 @@ import pathlib
 import sys
 import time
 
-from sweep import cells as sweep_cells
-from sweep import command as sweep
+import sweep
+
+from common_jax.commands.sweep import cells as sweep_cells
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = f"{ROOT}/configs/m2mkd/digits.py"
@@ -66,7 +67,7 @@ def start(workdir, *flags, config=WHOLE, grid=GRID):
 
 
 def cells(grid, config=WHOLE, flags=()):
-    return sweep_cells.plan_cells(config, flags, sweep_cells.parse_grid(grid))
+    return sweep_cells.plan_cells(config, flags, sweep_cells.parse_grid(grid), sweep.programs())
 
 
 def read_csv(workdir):

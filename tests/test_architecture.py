@@ -19,12 +19,15 @@ PACKAGES = [p for p in ("common_jax", "m2mkd_jax", "cliptrans_jax") if (ROOT / p
 # Top to bottom: a module imports from its own line and from lines below, never from above.
 LAYERS = {
     "m2mkd_jax": (
+        ("__main__",),
+        ("commands",),
         ("main",),
-        ("loading", "pretrained"),
+        ("loading", "pretrained", "token_maps"),
+        ("trained",),
         ("phases",),
         ("config",),
         ("families",),
-        ("evaluators",),
+        ("evaluators", "picture_files"),
         ("data",),
         ("hybrid", "connectivity", "curves"),
         ("losses", "regularizers"),
@@ -35,10 +38,15 @@ LAYERS = {
         ("stages",),
     ),
     "cliptrans_jax": (
+        ("__main__",),
+        ("commands",),
         ("main",),
+        ("export", "vectors"),
+        ("lines",),
         ("loading", "curves"),
         ("runs",),
         ("config",),
+        ("resident",),
         ("encoders",),
         ("pretrained",),
         ("evaluators",),
@@ -49,6 +57,7 @@ LAYERS = {
         ("models", "towers", "translators"),
     ),
     "common_jax": (
+        ("commands",),
         ("app",),
         ("command_line",),
         ("loop",),

@@ -8,18 +8,21 @@ import pathlib
 import compile_for_pod
 import jax
 import pytest
-from plan.steps import lower_step
 from tiny import AUGMENT, MOE, OPTIM, fill, tiny_config
 from tiny_cliptrans import tiny_config as tiny_stage
 from tiny_cliptrans import write_corpus
 
+from cliptrans_jax.config import Config as StageConfig
 from cliptrans_jax.config import SourcesConfig as StageSources
 from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.contrastive import init as init_clip
 from cliptrans_jax.runs.run_data import describe_text
 from common_jax import checkpoint, loop
+from common_jax.commands.plan import compile as program
+from common_jax.commands.plan.steps import lower_step
 from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh
+from m2mkd_jax.commands import plan as m2mkd_plan
 from m2mkd_jax.config import FewShotConfig, SourcesConfig
 from m2mkd_jax.phases.networks import meta_network, student_modules, teacher_network, whole_student
 from m2mkd_jax.phases.pipeline import describe, run_phase
@@ -116,7 +119,7 @@ def test_a_stage_is_described_by_the_step_that_it_runs(stage, monkeypatch, tmp_p
 
 
 def test_the_published_text_tower_is_described_by_the_kind_of_its_tokenizer():
-    config = compile_for_pod.cliptrans.Config()
+    config = StageConfig()
     published = dataclasses.replace(config.clip_tokenizer, kind="xlmr", path="x")
     tower = describe_text(dataclasses.replace(config, clip_tokenizer=published))
     assert tower.config.features == 512
@@ -138,7 +141,7 @@ def command(capsys, *flags):
 @pytest.fixture
 def eight_devices(monkeypatch):
     """Devices that are there, in the place of described ones."""
-    monkeypatch.setattr(compile_for_pod, "describe_devices", lambda *_, **__: jax.devices())
+    monkeypatch.setattr(program, "describe_devices", lambda *_, **__: jax.devices())
 
 
 @pytest.mark.parametrize(
@@ -176,17 +179,17 @@ def eight_devices(monkeypatch):
 def test_what_does_not_fit_is_said_before_anything_is_compiled(
     flags, message, eight_devices, capsys, monkeypatch
 ):
-    monkeypatch.setattr(compile_for_pod, "lower_step", pytest.fail)
+    monkeypatch.setattr(program, "lower_step", pytest.fail)
     status, _, error = command(capsys, *flags)
     assert status == 2 and message in error, error
 
 
 def test_the_file_gets_the_number_of_chips_where_it_takes_it():
     vmoe, nac = (f"{ROOT}/configs/m2mkd/{name}.py" for name in ("vmoe_base", "nac_imagenet"))
-    assert compile_for_pod.with_chips(vmoe, 16) == f"{vmoe}:chips=16"
-    assert compile_for_pod.with_chips(f"{vmoe}:size=base", 16) == f"{vmoe}:size=base,chips=16"
+    assert program.with_chips(vmoe, 16) == f"{vmoe}:chips=16"
+    assert program.with_chips(f"{vmoe}:size=base", 16) == f"{vmoe}:size=base,chips=16"
     for text in (f"{vmoe}:chips=1", f"{nac}:phase=distill", "nowhere.py"):
-        assert compile_for_pod.with_chips(text, 16) == text
+        assert program.with_chips(text, 16) == text
 
 
 @dataclasses.dataclass
@@ -236,13 +239,13 @@ def test_a_step_over_the_limit_is_named_with_its_largest_arrays_and_the_way_out(
     result, status, said, eight_devices, capsys, monkeypatch, tmp_path
 ):
     config = tiny_config("end_to_end", moe=dataclasses.replace(MOE, dispatch="capacity", groups=8))
-    make = compile_for_pod.m2mkd_step
+    make = m2mkd_plan.make_step
 
     def step(_, __, options):
         made = make(config, make_mesh(MeshConfig(expert=4)), options)
         return dataclasses.replace(made, lowered=Lowered(result))
 
-    monkeypatch.setattr(compile_for_pod, "m2mkd_step", step)
+    monkeypatch.setattr(m2mkd_plan, "make_step", step)
     found = tmp_path / "found.json"
     code, printed, _ = command(capsys, VMOE, "--topology=v5e:2x4", "--json", str(found))
     assert code == status and said in printed, printed

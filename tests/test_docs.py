@@ -11,11 +11,12 @@ import subprocess
 import types
 
 import pytest
-from sweep import command as sweep
+import sweep
 
 from cliptrans_jax import config as cliptrans_config
 from cliptrans_jax import main as cliptrans
 from common_jax import app
+from common_jax.commands.sweep import command
 from common_jax.config import freeze
 from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import main as m2mkd
@@ -148,8 +149,8 @@ def test_sweeps_are_found():
 @pytest.mark.parametrize(("place", "arguments"), sweeps(), ids=str)
 def test_quoted_sweeps_have_cells(monkeypatch, place, arguments):
     monkeypatch.chdir(ROOT)
-    flags = sweep.parse_flags(arguments)
-    assert len(sweep.plan_asked(flags)) > 1 and flags.workdir, place
+    flags = command.parse_flags(arguments, sweep.programs())
+    assert len(command.plan_asked(flags)) > 1 and flags.workdir, place
 
 
 @pytest.mark.parametrize("place", texts())

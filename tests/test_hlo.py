@@ -14,12 +14,12 @@ from jax import lax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from plan import chips
-from plan.chips import check_libtpu, describe_devices
-from plan.collectives import Collective, find_collectives
-from plan.hlo import LIBTPU, Program, read_program
-from plan.traffic import hbm_bytes
 
+from common_jax.commands.plan import chips
+from common_jax.commands.plan.chips import check_libtpu, describe_devices
+from common_jax.commands.plan.collectives import Collective, find_collectives
+from common_jax.commands.plan.hlo import LIBTPU, Program, read_program
+from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -12,16 +12,16 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import one_device
-from plan import chips
-from plan.chips import CHIPS, chip_of, describe_devices
-from plan.collectives import Collective, find_collectives
-from plan.flops import Flops, UnknownLength, count_flops
-from plan.hlo import Array, arrays, read_program
-from plan.sizing import Memory, Sizing, largest_arguments, largest_kept
-from plan.steps import kept_shapes, step_flops
-from plan.traffic import hbm_bytes
 from tiny import MOE, tiny_config
 
+from common_jax.commands.plan import chips
+from common_jax.commands.plan.chips import CHIPS, chip_of, describe_devices
+from common_jax.commands.plan.collectives import Collective, find_collectives
+from common_jax.commands.plan.flops import Flops, UnknownLength, count_flops
+from common_jax.commands.plan.hlo import Array, arrays, read_program
+from common_jax.commands.plan.sizing import Memory, Sizing, largest_arguments, largest_kept
+from common_jax.commands.plan.steps import kept_shapes, step_flops
+from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, count_slices, make_mesh
 from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.phases.pipeline import describe

@@ -10,11 +10,11 @@ import pytest
 import tiny_cliptrans
 from flax import traverse_util
 from jax import numpy as jnp
-from plan.flops import count_flops
 from tiny import MOE, NAC, SIZES, fill, quickly, unoptimised
 
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
+from common_jax.commands.plan.flops import count_flops
 from m2mkd_jax.models import encoder, vit, vmoe
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.moe.config import MoeConfig

@@ -14,10 +14,12 @@ import runpy
 import signal
 import threading
 
-import jobs
 import pytest
-from sweep import cells as sweep_cells
+import sweep
 from sweeps import DIGITS, EMOJI, ROOT, WHOLE, cells, read_csv, replace_python, start, until
+
+from common_jax.commands.sweep import cells as sweep_cells
+from common_jax.commands.sweep import jobs
 
 NAC = f"{ROOT}/configs/m2mkd/digits_nac.py"
 SWEPT = [
@@ -115,7 +117,7 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("distil.alpha=1", ["config has no field 'distil'", "did you mean 'distill'"]),
         ("distill.alfa=1", ["config.distill has no field 'alfa'", "did you mean 'alpha'"]),
         ("alpha=1", ["config has no field 'alpha'", "an argument", "begins with a colon"]),
-        (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase']"]),
+        (":prior=ring", ["'prior=ring' is not understood", "['module', 'phase', 'scale']"]),
         (":phase=distil", ["phase='distil' must be one of", "end_to_end"]),
         ("baseline.alpha=0.1,1.5", ["alpha=1.5", "must be in [0, 1]"]),
         (
@@ -173,7 +175,7 @@ def test_a_field_that_the_run_does_not_read_is_no_sweep(config, grid, said):
 @pytest.mark.parametrize("path", SWEPT, ids=lambda path: path.stem)
 def test_every_config_s_own_sweep_has_cells(path):
     settings = sweep_cells.read_sweep(str(path))
-    found = sweep_cells.plan_cells(str(path), (), settings)
+    found = sweep_cells.plan_cells(str(path), (), settings, sweep.programs())
     assert len({cell.name for cell in found}) == len(settings) > 1
     assert len(list(runpy.run_path(str(path))["sweep"]())) == len(settings)
 

@@ -7,12 +7,13 @@ import shlex
 import statistics
 import subprocess
 
-import jobs
 import pytest
 from etils import epath
 from PIL import Image
-from sweep import table as sweep_table
 from sweeps import EMOJI, cells, read_csv, replace_python, start, until
+
+from common_jax.commands.sweep import jobs
+from common_jax.commands.sweep import table as sweep_table
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 of width 16."""
 
 import dataclasses
+import functools
 import pathlib
 
+import jax
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw
+from tiny import fill
 
 from cliptrans_jax.config import ClipConfig, Config, Recipe
 from cliptrans_jax.data.corpora import DataConfig
@@ -13,14 +17,20 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.framing import BOS, EOS, PAD, FramedTokenizer
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.decode import DecodeConfig
-from cliptrans_jax.models.cliptrans import ModelConfig
+from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
+from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
 from cliptrans_jax.towers.clip import ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators.mbart import MBartConfig
+from common_jax.checkpoint import Checkpoints
+from common_jax.config import unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
 from common_jax.optim import OptimConfig
+from common_jax.step import init_state
+from common_jax.workdir import write_json
 
 COLOURS = {"red": "rotes", "green": "grünes", "blue": "blaues", "pink": "rosa", "grey": "graues"}
 SHAPES = {"square": "Quadrat", "circle": "Rund", "cross": "Kreuz", "bar": "Band"}
@@ -151,6 +161,24 @@ def tiny_pipeline(root: pathlib.Path) -> Config:
     config = tiny_config("pipeline", root)
     stages = ("clip", "caption", "translate")
     return dataclasses.replace(config, recipes=dict.fromkeys(stages, Recipe(config.optim)))
+
+
+def write_run(workdir: epath.Path, config: Config) -> None:
+    """A workdir as a run leaves it after its first step, with a number of its own in every place of
+    its parameters."""
+    settings = unfreeze(config).to_dict()
+    save_tokenizer(train_tokenizer(config, workdir)[1], workdir)
+    write_json(workdir / "config.json", settings)
+    towers = functools.partial(contrastive.init, config)
+    init = towers if config.stage == "clip" else Translator(config.model).init
+
+    def state(params):
+        made = init_state(params, config.optim, trainable=".*", metrics={})
+        return made.replace(step=made.step + 1)  # as the folder that it is saved in says
+
+    checkpoints = Checkpoints(workdir, keep=1, best=None)
+    checkpoints.save(jax.jit(state)(fill(init)), step=1, config=settings, metrics=None)
+    checkpoints.close()
 
 
 ENGLISH, GERMAN = 57, 58  # of number_tokenizer

@@ -19,9 +19,17 @@ import pathlib
 import time
 
 import jax
-from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
-from plan.steps import step_flops
 
+from common_jax.commands.plan.steps import step_flops
+from common_jax.commands.sweep.jobs import (
+    Job,
+    accuracies,
+    demo_parser,
+    mean_and_spread,
+    read_curve,
+    run_all,
+    show,
+)
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly

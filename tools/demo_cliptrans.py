@@ -15,7 +15,6 @@ import dataclasses
 import pathlib
 import time
 
-from jobs import Job, demo_parser, mean_and_spread, read_curve, run_all, show
 from use import show_use
 
 from cliptrans_jax.config import Config
@@ -23,6 +22,14 @@ from cliptrans_jax.curves import CURVES
 from cliptrans_jax.evaluators.show import picture_columns, read_translations
 from cliptrans_jax.runs.scoring import with_pictures
 from common_jax.checkpoint import load_config
+from common_jax.commands.sweep.jobs import (
+    Job,
+    demo_parser,
+    mean_and_spread,
+    read_curve,
+    run_all,
+    show,
+)
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
 from common_jax.workdir import freeze_stored, read_json

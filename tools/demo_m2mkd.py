@@ -14,10 +14,18 @@ import pathlib
 import shlex
 import time
 
-from jobs import Job, accuracies, demo_parser, mean_and_spread, read_curve, run_all, show
 from PIL import Image
 from use import show_use
 
+from common_jax.commands.sweep.jobs import (
+    Job,
+    accuracies,
+    demo_parser,
+    mean_and_spread,
+    read_curve,
+    run_all,
+    show,
+)
 from common_jax.report import Table, overlay, write_report
 from common_jax.signals import ends_quietly
 from m2mkd_jax.curves import CURVES

@@ -1,12 +1,27 @@
-"""The command of `sweep/command.py`: runs a config for every setting of a grid and several seeds.
+"""Runs a config of either system for every setting of a grid and several seeds; see --help.
 
     python tools/sweep.py --config=configs/m2mkd/digits.py:phase=end_to_end --workdir=runs/moe \\
         --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-from sweep.command import main
+from cliptrans_jax.commands import sweep as cliptrans
+from common_jax.commands.sweep import command
+from m2mkd_jax.commands import sweep as m2mkd
+
+
+def programs() -> dict[str, Any]:
+    """Both systems, by the field of a config that tells them apart."""
+    return {"phase": m2mkd.program(), "stage": cliptrans.program()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    return command.main(argv, programs(), m2mkd.EXAMPLE + cliptrans.EXAMPLE)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -44,7 +44,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     refuse_other_config(workdir, config)
     train, evaluated, text = _load(config, workdir)
     optim, length = config.optim, _longest(train, evaluated)
-    task = _describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
+    task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # the first thing that is written
@@ -100,7 +100,7 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     """
     train, evaluated, _ = _load(config, workdir)
     steps = steps_per_epoch(len(train), config.optim.batch)
-    task = _describe(config, steps=steps, length=_longest(train, evaluated))
+    task = describe(config, steps=steps, length=_longest(train, evaluated))
     run = dataclasses.replace(config.run, best=None)
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
@@ -120,7 +120,7 @@ def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
     return max(pairs.longest for pairs in (train, *evaluated.values()))
 
 
-def _describe(config: Config, *, steps: int, length: int) -> Task:
+def describe(config: Config, *, steps: int, length: int) -> Task:
     """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
     return Task(

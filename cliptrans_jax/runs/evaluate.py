@@ -9,16 +9,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from cliptrans_jax.config import Config
+from cliptrans_jax.runs.finished import Finished, find
 from cliptrans_jax.runs.objective import is_run, make_warm_start
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.runs.scoring import score_further, score_split
-from cliptrans_jax.runs.translation import Model, best_step
-from cliptrans_jax.stages import SCORED_AS
+from cliptrans_jax.runs.translation import Model
+from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES
 from common_jax import checkpoint
 from common_jax.mesh import match_rules, with_shardings
 from common_jax.weights import list_problems
 from common_jax.weights.table import list_differences
-from common_jax.workdir import claim, freeze_stored, refuse_other_config
+from common_jax.workdir import claim, refuse_other_config
 
 
 def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     source = config.sources.model
     if is_run(source):
-        step = _find_step(source)
+        step = find(source, TRANSLATION_STAGES).step
         _require_same(shapes, step)
         params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
         name = step.name
@@ -54,12 +55,26 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     return {"stage": "evaluate"} | further | scores
 
 
-def _find_step(source: str) -> epath.Path:
-    step = checkpoint.find_step(source)
-    if step == checkpoint.absolute(source):
-        return step
-    config = freeze_stored(Config, checkpoint.load_config(step), step)
-    return best_step(step.parent.parent, config.run.best)
+def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
+    """Translates config.data.test_split with a finished run and its own tokenizer, whatever corpus
+    its config now names, and scores it.
+
+    Args:
+      run: of a stage of `TRANSLATION_STAGES`; its stage chooses sentences and features.
+      folder: for scores.json, translations.tsv and features.
+      mesh: devices.
+
+    Returns:
+      The content of scores.json.
+    """
+    config = dataclasses.replace(run.config.apply_parity(), features="")
+    data = RunData(config, folder, mesh, known=run.load_tokenizer())
+    data.check(train=False)
+    model = Model.of(config, data)
+    test = data.load(config.data.test_split, train=False)
+    params = checkpoint.load(run.step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    params = {**model.frozen(mesh), **params}
+    return score_split(config, folder, test, model.translate(data), params, step=run.step.name)
 
 
 def _require_same(shapes: Any, step: epath.Path) -> None:

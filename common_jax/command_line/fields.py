@@ -3,12 +3,14 @@
 import ast
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ml_collections
 
-from common_jax.config import BOOLEANS, did_you_mean
+from common_jax.config import BOOLEANS, did_you_mean, freeze, unfreeze
+
+T = TypeVar("T")
 
 NOTHING = "None"  # the text for the absence of a value
 EXACT = 2**53  # up to here a float holds every whole number
@@ -25,6 +27,37 @@ def set_field(config: ml_collections.ConfigDict, path: str, text: str) -> None:
     """
     check_field(config, path)
     set_value(config, path, convert(type_of(config, path), text, path))
+
+
+def change_config(
+    config: T,
+    settings: Mapping[str, str],
+    *,
+    changeable: Sequence[str],
+    fixed: Sequence[str] = (),
+) -> T:
+    """The config of a trained network with fields set from text.
+
+    Args:
+      config: a frozen dataclass.
+      settings: text by the path of a field.
+      changeable: sections and fields that do not make the network.
+      fixed: fields of these sections that do.
+
+    Raises:
+      ValueError: for any other field, or text of another type.
+    """
+    changed = unfreeze(config)
+    for path, text in settings.items():
+        inside = any(f"{path}.".startswith(f"{one}.") for one in changeable)
+        if not inside or path in fixed:
+            left_out = f", except {' and '.join(fixed)}" if fixed else ""
+            raise ValueError(
+                f"--config.{path}={text} would make another network than was trained; what can be "
+                f"changed is {', '.join(changeable)}{left_out}"
+            )
+        set_field(changed, path, text)
+    return freeze(type(config), changed)
 
 
 def check_field(config: ml_collections.ConfigDict, path: str) -> None:

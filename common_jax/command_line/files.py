@@ -1,4 +1,8 @@
-"""Config files: Python with a function get_config(), named as FILE.py or FILE.py:ARGUMENTS."""
+"""Config files: Python with a function get_config(), given as FILE.py or FILE.py:ARGUMENTS.
+
+FILE is a path, or the name of one of this project's own configs, such as SYSTEM/NAME.py, which are
+found from any folder.
+"""
 
 import difflib
 import os
@@ -9,6 +13,12 @@ import types
 from typing import Any
 
 import ml_collections
+
+import common_jax
+
+# Where the project's own configs are: in an installed package, or beside it in a checkout.
+PACKAGE = pathlib.Path(common_jax.__file__).parent
+INSTALLED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def read_config_file(text: str) -> ml_collections.ConfigDict:
@@ -49,6 +59,16 @@ def run_config_file(text: str) -> dict[str, Any]:
         raise _located(error, name) from error
 
 
+def describe_config_file(text: str) -> str:
+    """What the file of `text` says about itself and its arguments, for --help; raises as
+    `read_config_file`."""
+    names = run_config_file(text)
+    about = [names.get("__doc__") or f"{text} has no docstring."]
+    if defaults := names.get("ARGUMENTS"):
+        about.append("Defaults: " + ", ".join(f"{key}={value}" for key, value in defaults.items()))
+    return "\n".join(about)
+
+
 def load_beside(file: str, name: str) -> types.SimpleNamespace:
     """The names that `name`.py defines, a file in the folder of `file`.
 
@@ -70,6 +90,10 @@ def _find(name: str, text: str) -> pathlib.Path:
         )
     if path.is_file():
         return path
+    name = name.removeprefix("configs/")
+    for folder in () if path.is_absolute() else INSTALLED:
+        if (folder / name).is_file():
+            return folder / name
     folder = pathlib.Path(os.path.abspath(path)).parent
     # A wrong working directory is a more frequent mistake than a wrong name.
     here = "" if path.is_absolute() else f"; relative paths start at {pathlib.Path.cwd()}"
@@ -99,7 +123,7 @@ def _located(error: Exception, name: str) -> Exception:
         return ValueError(
             f"--config={name} is not Python: {error.msg} in {error.filename}, line {error.lineno}"
         )
-    path = str(pathlib.Path(name).expanduser())
+    path = str(_find(name, name))
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     where = f"{path}, line {lines[-1]}" if lines else path
     if isinstance(error, ValueError) and lines:

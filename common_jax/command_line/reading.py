@@ -15,7 +15,6 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from common_jax.checkpoint import absolute, refuse_pattern
 from common_jax.command_line.fields import (
     SHOWN,
     check_field,
@@ -26,7 +25,7 @@ from common_jax.command_line.fields import (
     shorten,
     type_of,
 )
-from common_jax.command_line.files import read_config_file
+from common_jax.command_line.files import describe_config_file, read_config_file
 from common_jax.command_line.systems import System, check_system
 from common_jax.config import did_you_mean
 
@@ -86,6 +85,9 @@ def read(
     Raises:
       ValueError, OSError: for a mistake of the user.
     """
+    # Imported here, as it needs jax, without which the list of a program's commands is shown.
+    from common_jax.checkpoint import absolute, refuse_pattern
+
     argv = [argv[0], *_expand(argv[1:])]
     # Overrides cannot be read before their types are known, which are in the config file.
     _parse(values, argv, known_only=True)
@@ -95,6 +97,8 @@ def read(
             for name in ("config", "workdir", *HOST_FLAGS, "debug", "help")
         )
         print(description, *lines, "  --config.FIELD=VALUE: Any field of the config.", sep="\n")
+        if file := values["config"].value:
+            print(f"\n{file}:", describe_config_file(file), sep="\n")
         sys.exit(0)
     if not values["config"].value:
         raise ValueError("--config is missing; --help shows what it is")

@@ -110,6 +110,7 @@ class FileNames:
       variants: published networks by name: image side, depth, and fields of the section.
       config, stage_config: an example of the config that files of the network, or of a stage, need
         since tensors do not show all sizes; "" if they do.
+      timm: whether timm has such networks, with these names.
     """
 
     network: str
@@ -125,6 +126,7 @@ class FileNames:
     )
     config: str = ""
     stage_config: str = ""
+    timm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,8 @@ class Family:
       tokens: (section, interface) -> tokens between two stages; required for a meta model.
       leading: section -> fields that say which tokens precede those of the patches between two
         stages; {} where its modules take any.
+      leading_tokens: section -> number of tokens before those of a grid of patches; None for
+        networks whose tokens are no such grid.
       check_mesh: (section, mesh sizes, batch) -> None; ValueError where it cannot run there.
       check_noise: (section, config.evaluation.noise) -> None; FieldError where they conflict.
       upcycle: (section, workdir, parameter shapes) -> its initialisation from a dense ViT.
@@ -167,6 +171,7 @@ class Family:
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     tokens: Callable[[Any, Interface], int] | None = None
     leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
+    leading_tokens: Callable[[Any], int] | None = None
     check_mesh: Callable[[Any, Mapping[str, int], int], None] = _accept
     check_noise: Callable[[Any, str], None] = _accept
     upcycle: Callable[[Any, epath.PathLike, Mapping[str, Any]], Upcycling] | None = None

@@ -28,6 +28,11 @@ def leading(section: vit.ViTConfig) -> dict[str, Any]:
     return {"class_token": section.class_token, "registers": section.registers}
 
 
+def leading_tokens(section: vit.ViTConfig) -> int:
+    """Tokens before those of the patches."""
+    return section.encoder.leading
+
+
 def resize(section: vit.ViTConfig) -> dict[str, Adapt]:
     """Position tables, resized to the number of an image's patches."""
     return {r".*/pos_embed": resizer(section.encoder.leading_positions)}
@@ -59,6 +64,7 @@ FILES = FileNames(
     last=("head.weight",),
     sizes=lambda tensors: {},
     variants=vit.VARIANTS | vit.PRETRAINED,
+    timm=True,
 )
 FAMILY = Family(
     config=vit.ViTConfig,
@@ -71,4 +77,5 @@ FAMILY = Family(
     adapt=resize,
     tokens=tokens,
     leading=leading,
+    leading_tokens=leading_tokens,
 )

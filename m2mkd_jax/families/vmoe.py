@@ -12,7 +12,7 @@ from common_jax.weights.table import Table
 from m2mkd_jax.families import vit
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
-from m2mkd_jax.families.vit import HEAD, leading, resize
+from m2mkd_jax.families.vit import HEAD, leading, leading_tokens, resize
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import check_moe
@@ -94,6 +94,7 @@ FAMILY = Family(
     adapt=resize,
     left=left,
     leading=leading,
+    leading_tokens=leading_tokens,
     check_mesh=check_mesh,
     upcycle=upcycle,
     savers=("config.mesh.expert",),

@@ -102,10 +102,7 @@ def make_sums(
 
     def sums(params, helpers, batch, key):
         images = prepare_evaluation(batch, config.data)
-        rngs = None
-        if config.evaluation.noise != "mean":
-            rngs = {name: fold_name(key, name) for name in EVALUATION_STREAMS}
-        parts = {}
+        rngs, parts = evaluation_rngs(config, key), {}
         for name, outputs in forward(params, helpers, images, False, rngs).items():
             logits = outputs.logits
             if classes is not None:
@@ -117,6 +114,13 @@ def make_sums(
         return _with_means(parts) | {"count": jnp.sum(batch["_mask"])}
 
     return sums
+
+
+def evaluation_rngs(config: Config, key: jax.Array) -> Mapping[str, jax.Array] | None:
+    """The streams of random numbers of one evaluation batch; None where nothing is drawn."""
+    if config.evaluation.noise == "mean":
+        return None
+    return {name: fold_name(key, name) for name in EVALUATION_STREAMS}
 
 
 def _with_means(parts: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -18,6 +18,8 @@ from m2mkd_jax.phases.networks import family_of_role, whole_network
 from m2mkd_jax.phases.objective import make_sums, whole_forward
 from m2mkd_jax.phases.phase import Phase, Training, config_feed
 
+CLASSES = "classes.json"  # names of a run's classes, by label
+
 
 def whole_training(phase: Phase, config: Config) -> Training:
     """The training of a phase's whole network with labels only."""
@@ -89,6 +91,7 @@ def with_feed(
         training.task(steps_per_epoch=feed.steps_per_epoch),
         batches=feed.batches,
         evaluators=evaluators,
+        files={CLASSES: {"names": list(feed.label_names)}},
     )
 
 

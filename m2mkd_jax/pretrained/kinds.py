@@ -50,6 +50,11 @@ class Kind:
         """The field of the config with the network's sizes."""
         return SECTIONS[self.role]
 
+    @property
+    def loads_in_timm(self) -> bool:
+        """True for whole networks that timm has, under these names."""
+        return not self.form.single and self.family.files.timm
+
     def depths(self, config: Config) -> tuple[int, ...]:
         """Blocks in each stage of the network."""
         return getattr(config, self.section).depths

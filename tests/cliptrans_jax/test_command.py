@@ -1,29 +1,20 @@
 """The command line: every error is one message, before anything is written."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
 from etils import epath
-from tiny_cliptrans import TEST, VOCAB, tiny_config
+from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
 from cliptrans_jax.main import DESCRIPTION, main
-from cliptrans_jax.models.cliptrans import Translator
-from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.objective import check_start
 from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
 from common_jax import app
-from common_jax.checkpoint import Checkpoints
-from common_jax.config import unfreeze
-from common_jax.state import TrainState
-from common_jax.step import init_state
-from common_jax.workdir import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -55,24 +46,8 @@ def runs(corpus, tmp_path_factory):
         ),
     }
     for name, config in configs.items():
-        workdir, settings = folder / name, unfreeze(config).to_dict()
-        save_tokenizer(train_tokenizer(config, workdir)[1], workdir)
-        write_json(workdir / "config.json", settings)
-        checkpoints = Checkpoints(workdir, keep=1, best=None)
-        checkpoints.save(fresh(config), step=1, config=settings, metrics=None)
-        checkpoints.close()
+        write_run(folder / name, config)
     return folder
-
-
-def fresh(config) -> TrainState:
-    towers = functools.partial(contrastive.init, config)
-    init = towers if config.stage == "clip" else Translator(config.model).init
-
-    def state(key):
-        made = init_state(init(key), config.optim, trainable=".*", metrics={})
-        return made.replace(step=made.step + 1)  # as the folder that it is saved in says
-
-    return jax.jit(state)(jax.random.key(0))
 
 
 def argv(corpus, workdir, *flags, stage="translate"):

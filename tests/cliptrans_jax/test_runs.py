@@ -29,6 +29,7 @@ from cliptrans_jax.evaluators.scores import METRICS
 from cliptrans_jax.evaluators.show import Row, read_translations, write_translations
 from cliptrans_jax.main import main
 from cliptrans_jax.runs import evaluate, scoring
+from cliptrans_jax.runs.finished import find
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.translation import best_step
 from common_jax import checkpoint
@@ -253,11 +254,16 @@ def test_pictures_may_take_the_place_of_the_text(finished, runs, corpus, tmp_pat
     assert shown != pytest.approx(by_text, rel=1e-5)
 
 
-def test_only_translation_models_are_loaded(finished):
+def test_only_translation_models_are_loaded(finished, tmp_path):
     with pytest.raises(ValueError, match="run of stage 'clip', which trains no translation model"):
         cliptrans_jax.load_model(finished / "clip")
     with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
-        cliptrans_jax.load_model(finished)
+        cliptrans_jax.load_model(tmp_path)
+
+
+def test_the_model_of_a_pipeline_is_that_of_its_last_run(finished):
+    assert find(finished) == find(finished / "translate")
+    assert find(finished, ("clip", "caption")).workdir == finished / "caption"
 
 
 def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_path):
@@ -411,7 +417,7 @@ def test_validation_chooses_and_the_test_set_is_scored_once(longer):
     assert json.loads((workdir / "scores.json").read_text())["step"] == 3
     # Whoever scores the run again takes the same, and of a step's folder that step.
     for source, step in ((workdir, "3"), (workdir / "checkpoints" / "9", "9")):
-        assert evaluate._find_step(str(source)).name == step
+        assert find(str(source)).step.name == step
 
 
 def test_the_chosen_checkpoint_is_what_was_scored(longer):

@@ -225,7 +225,7 @@ def test_a_config_file_that_is_not_there_is_looked_for(file, tmp_path, monkeypat
         read_config_file("other.py")
     missing = rf"no folder {tmp_path}/configs/m2mkd; {tmp_path} is the last .* start at {tmp_path}$"
     with pytest.raises(FileNotFoundError, match=missing):
-        read_config_file("configs/m2mkd/digits.py")
+        read_config_file("configs/m2mkd/mine.py")
     with pytest.raises(
         FileNotFoundError, match=r"^--config=/nowhere/x.py: there is no folder /now"
     ):
@@ -347,3 +347,22 @@ def test_a_run_is_called_whether_or_not_its_command_says_what_it_reads(file, cap
         "--config.optim.lr changes nothing: phase='one' does not read it" in capsys.readouterr().err
     )
     assert called == [2.0] * 3
+
+
+def test_a_config_of_the_project_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("m2mkd/digits.py", "configs/m2mkd/digits.py"):
+        assert read_config_file(f"{name}:phase=distill").phase == "distill"
+    with pytest.raises(ValueError, match=r"\(.*/m2mkd/digits\.py, line \d+\)$"):
+        read_config_file("m2mkd/digits.py:fase=distill")
+    # A file of that name is nearer.
+    (tmp_path / "m2mkd").mkdir()
+    (tmp_path / "m2mkd" / "digits.py").write_text(CONFIG)
+    assert "parity" in read_config_file("m2mkd/digits.py")
+
+
+def test_help_with_a_config_shows_its_arguments(capsys):
+    with pytest.raises(SystemExit):
+        app.read_config(["tool", "--config=m2mkd/vmoe_base.py:size=base", "--help"])
+    out = capsys.readouterr().out
+    assert "m2mkd/vmoe_base.py:size=base:\n" in out and "Defaults: phase=pipeline, module=" in out

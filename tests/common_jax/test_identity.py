@@ -8,9 +8,9 @@ import convert_weights
 import jax
 import numpy as np
 import pytest
+import sweep
 from descent import STEPS, descend
 from jax import numpy as jnp
-from sweep import command as sweep
 
 import cliptrans_jax.main
 import m2mkd_jax.main

@@ -8,8 +8,8 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from meshes import one_device, split_mesh
-from plan.steps import step_arguments
 
+from common_jax.commands.plan.steps import step_arguments
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
 from common_jax.step import Programs

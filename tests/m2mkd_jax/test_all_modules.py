@@ -10,13 +10,13 @@ import pytest
 from flax import traverse_util
 from jax import numpy as jnp
 from meshes import one_device
-from plan.flops import count_flops
-from plan.steps import step_flops
 from tiny import NAC, tiny_config
 
 import m2mkd_jax
 from common_jax import checkpoint
 from common_jax.checkpoint import Checkpoints
+from common_jax.commands.plan.flops import count_flops
+from common_jax.commands.plan.steps import step_flops
 from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
 from common_jax.metrics import read_metrics
 from common_jax.optim import OptimConfig

@@ -316,7 +316,7 @@ MISTAKES: tuple[Mistake, ...] = (
         AGREE,
     ),
     Mistake(
-        "tools/plan/flops.py",
+        "common_jax/commands/plan/flops.py",
         "of a convolution's kernel all channels count for each group",
         "(math.prod(kernel) // outputs)",
         '(equation.params["feature_group_count"] * math.prod(kernel) // outputs)',

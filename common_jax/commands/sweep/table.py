@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
-from jobs import deviation
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from common_jax.commands.sweep.cells import Cell, short_keys
+from common_jax.commands.sweep.jobs import deviation
 from common_jax.config import did_you_mean
 from common_jax.report import COLOURS, DPI, INK, Table
 from common_jax.workdir import contradictions, read_json, write_bytes
-from sweep.cells import Cell, short_keys
 
 MARKERS = "os^Dv*P"
 NOT_SCORES = ("step", "sentences")  # numbers of scores.json that are no scores
@@ -50,7 +50,7 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
     """All final numbers of the runs of a cell, by name; None unless all are finished.
 
     A metric of the cell's main run goes by its own name, `test/accuracy`, one of another run begins
-    with its folder, `teacher/test/accuracy`. Those of scores.json are under `test/`.
+    with its folder, `FOLDER/test/accuracy`. Those of scores.json are under `test/`.
 
     Raises:
       ValueError: when the folder holds a run of another config than the cell's.
@@ -84,7 +84,7 @@ def read_results(folder: epath.Path, cell: Cell, seed: int) -> dict[str, float] 
 
 
 def sort_rows(rows: Sequence[Row]) -> list[Row]:
-    """Sorts by the swept values: numbers by size, others in their original order."""
+    """Sorts by the swept values: numbers by size, others in the order in which they stand."""
     keys = list(rows[0].swept)
     orders = {key: _order([row.swept[key] for row in rows]) for key in keys}
     return sorted(rows, key=lambda row: [orders[key].index(row.swept[key]) for key in keys])
@@ -214,7 +214,7 @@ def _as_numbers(texts: Sequence[str]) -> list[float] | None:
 
 
 def _order(texts: Sequence[str]) -> list[str]:
-    """Each text once: by size if all are numbers, else in their original order."""
+    """Each text once: by size if all are numbers, else in the order in which they stand."""
     once = list(dict.fromkeys(texts))
     return once if _as_numbers(once) is None else sorted(once, key=float)
 

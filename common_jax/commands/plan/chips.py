@@ -11,7 +11,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from plan.hlo import LIBTPU
+from common_jax.commands.plan.hlo import LIBTPU
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,19 +11,16 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from cliptrans_jax import config as cliptrans
-from cliptrans_jax.runs import pipeline as cliptrans_pipeline
 from common_jax import app
 from common_jax.command_line import check_field, run_config_file, unread
+from common_jax.commands.choice import choose
 from common_jax.config import freeze
-from m2mkd_jax import config as m2mkd
-from m2mkd_jax.phases import pipeline as m2mkd_pipeline
-from m2mkd_jax.phases.fields import reads
 
 NOWHERE = epath.Path("WORKDIR")  # never written to
 BRACKETS = {"(": ")", "[": "]"}
 
 Files = dict[str, tuple[str, ...]]  # folder of a run -> files that it has when it is finished
+Programs = Mapping[str, "Program"]  # by the field of a config that tells which one runs it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Program:
 
     Attributes:
       module: for python's -m.
+      field: of its configs, which names the kind of run.
       config: the dataclass of its configs.
       metric: that a sweep compares by default.
       results: the folder of the run that a cell is about (None where there is none), and all files.
@@ -39,6 +37,7 @@ class Program:
     """
 
     module: str
+    field: str
     config: type
     metric: str
     results: Callable[[Any], tuple[str | None, Files]]
@@ -99,7 +98,7 @@ def read_sweep(config: str) -> list[dict[str, str]]:
         raise ValueError(f"--grid is missing, and {file} has no sweep() in its place; give --grid")
     found = list(sweep())
     if not found or not all(isinstance(one, Mapping) and one for one in found):
-        raise ValueError(f"{file}: sweep() must yield dicts such as {{'distill.alpha': 0.3}}")
+        raise ValueError(f"{file}: sweep() must yield dicts such as {{'optim.lr': 1e-3}}")
     for one in found:
         if set(one) != set(found[0]):
             raise ValueError(
@@ -110,7 +109,10 @@ def read_sweep(config: str) -> list[dict[str, str]]:
 
 
 def plan_cells(
-    config: str, flags: Sequence[str], settings: Iterable[Mapping[str, str]]
+    config: str,
+    flags: Sequence[str],
+    settings: Iterable[Mapping[str, str]],
+    programs: Programs,
 ) -> list[Cell]:
     """The cells of these settings, each read, frozen and planned as the command would do it.
 
@@ -118,6 +120,7 @@ def plan_cells(
       config: a config file with its arguments, FILE.py:key=value.
       flags: of all cells, --config.FIELD=VALUE.
       settings: text by key, all with the same keys: a field's path, or ":" and an argument's name.
+      programs: that may run the config.
 
     Raises:
       ValueError: when the command of any cell would refuse its config, with all reasons.
@@ -129,7 +132,7 @@ def plan_cells(
     problems: dict[str, str] = {}
     for values in settings:
         try:
-            cell = _plan_cell(config, flags, values, short)
+            cell = _plan_cell(config, flags, values, short, programs)
         except (ValueError, FileNotFoundError) as error:
             label = ", ".join(f"{key}={value}" for key, value in values.items())
             problems.setdefault(str(error), label)
@@ -144,23 +147,8 @@ def plan_cells(
     return list(cells.values())
 
 
-def find_program(config: Mapping[str, Any]) -> Program:
-    """The command for a config: of m2mKD if it has a phase, of CLIPTrans if it has a stage.
-
-    Raises:
-      ValueError: for a config with both or neither.
-    """
-    found = [program for field, program in PROGRAMS.items() if field in config]
-    if len(found) != 1:
-        raise ValueError(
-            f"a config must have one of the fields {sorted(PROGRAMS)}, which say what command runs "
-            f"it; this one has {sorted(config)}"
-        )
-    return found[0]
-
-
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """For every key the shortest end of its path that no other has: `alpha` of `distill.alpha`."""
+    """For every key the shortest end of its path that no other has: `lr` of `optim.lr`."""
     paths = {key: key.removeprefix(":").split(".") for key in keys}
     short = {}
     for key, path in paths.items():
@@ -185,7 +173,11 @@ def _check_keys(config: str, flags: Sequence[str], keys: Sequence[str]) -> None:
 
 
 def _plan_cell(
-    config: str, flags: Sequence[str], values: Mapping[str, str], short: Mapping[str, str]
+    config: str,
+    flags: Sequence[str],
+    values: Mapping[str, str],
+    short: Mapping[str, str],
+    programs: Programs,
 ) -> Cell:
     arguments = {key[1:]: value for key, value in values.items() if key.startswith(":")}
     file, _, given = config.partition(":")
@@ -195,7 +187,7 @@ def _plan_cell(
     found = _read_fields(chosen, flags, fields)
     # As the config has it, so that 0.3 and 0.30 are the same cell.
     fields = {key: _text(_look_up(found, key)) for key in fields}
-    program = find_program(found)
+    program = choose(found, programs)
     main, files = program.results(freeze(program.config, found))
     _check_read(program, found, fields)
     swept = {key: fields.get(key, values[key]) for key in values}
@@ -212,12 +204,12 @@ def _plan_cell(
 
 def _check_read(program: Program, config: ml_collections.ConfigDict, fields: Iterable[str]) -> None:
     """Raises ValueError for a swept field that the cell's kind of run does not read."""
-    kind = next(field for field in PROGRAMS if field in config)
-    reads = program.reads[config[kind]]
+    kind = config[program.field]
+    reads = program.reads[kind]
     if lost := unread(fields, reads):
         raise ValueError(
-            f"{kind}={config[kind]!r} does not read config.{lost[0]}, so that all cells would have "
-            f"the same numbers; it reads {sorted(reads)}"
+            f"{program.field}={kind!r} does not read config.{lost[0]}, so that all cells would "
+            f"have the same numbers; it reads {sorted(reads)}"
         )
 
 
@@ -298,32 +290,3 @@ def _split(text: str, separator: str) -> list[str]:
     if closing or quote:
         raise ValueError(f"--grid: {text!r} lacks a closing {quote or closing[-1]!r}")
     return parts
-
-
-def _m2mkd_results(config: m2mkd.Config) -> tuple[str | None, Files]:
-    if config.phase == "pipeline":
-        folders = [name for name, _ in m2mkd_pipeline.plan(config, NOWHERE)]
-        main = m2mkd_pipeline.result_folder()
-    else:
-        folders = list(m2mkd_pipeline.run_folders(config))
-        main = None if len(folders) > 1 else ""
-    return main, dict.fromkeys(folders, ("result.json",))
-
-
-def _cliptrans_results(config: cliptrans.Config) -> tuple[str | None, Files]:
-    runs = {"": config.stage}
-    if config.stage == "pipeline":
-        planned = cliptrans_pipeline.plan(config, NOWHERE)
-        runs = {folder: one.stage for folder, one in planned}
-    files = {"clip": ("result.json",), "evaluate": ("scores.json",)}
-    both = ("result.json", "scores.json")
-    return list(runs)[-1], {name: files.get(stage, both) for name, stage in runs.items()}
-
-
-# By the field that tells which command a config is for.
-PROGRAMS = {
-    "phase": Program("m2mkd_jax.main", m2mkd.Config, "test/accuracy", _m2mkd_results, reads()),
-    "stage": Program(
-        "cliptrans_jax.main", cliptrans.Config, "test/bleu", _cliptrans_results, cliptrans.READS
-    ),
-}

@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common_jax import mesh as meshes
+from common_jax.commands.plan.flops import Flops, count_flops
 from common_jax.optim import OptimConfig
 from common_jax.state import TrainState, merge, partition, step_rngs
 from common_jax.task import Task, abstract_state, step_program
-from plan.flops import Flops, count_flops
 
 
 def step_arguments(

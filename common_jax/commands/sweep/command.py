@@ -1,12 +1,9 @@
 """Runs a config for every setting of a grid and several seeds, and makes one table of them.
 
-    python tools/sweep.py --config=configs/m2mkd/digits.py:phase=end_to_end --workdir=runs/moe \\
-        --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3 --config.optim.epochs=5
-
 A key of the grid is a field of the config, as after --config., or an argument of the config file
 after a colon: ':prior=ring,none'. Commas in brackets belong to a value:
 'model.depths=(1,1),(2,2)'. Without --grid, the cells are those of the config file's sweep(), which
-yields one dict per cell, such as {"distill.alpha": 0.3} or {":prior": "ring"}. Any
+yields one dict per cell, such as {"optim.lr": 1e-3} or {":prior": "ring"}. Any
 --config.FIELD=VALUE is the same for all.
 
 Every cell is checked before one is started. Started again, finished runs are skipped, others
@@ -26,9 +23,25 @@ import sys
 from collections.abc import Sequence
 
 from etils import epath
-from jobs import Job, Outcome, count, describe, run_each, show
 
 from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.commands.choice import choose
+from common_jax.commands.sweep.cells import (
+    Cell,
+    Programs,
+    parse_grid,
+    plan_cells,
+    read_sweep,
+)
+from common_jax.commands.sweep.emit import format_commands, format_slurm, format_xpk
+from common_jax.commands.sweep.jobs import Job, Outcome, count, describe, run_each, show
+from common_jax.commands.sweep.table import (
+    Row,
+    missing_metrics,
+    read_results,
+    sort_rows,
+    write_table,
+)
 from common_jax.config import freeze
 from common_jax.signals import STATUSES, ends_quietly
 from common_jax.workdir import (
@@ -39,9 +52,6 @@ from common_jax.workdir import (
     refuse_other_config,
     write_json,
 )
-from sweep.cells import PROGRAMS, Cell, find_program, parse_grid, plan_cells, read_sweep
-from sweep.emit import format_commands, format_slurm, format_xpk
-from sweep.table import Row, missing_metrics, read_results, sort_rows, write_table
 
 FIELDS = {"cells": dict, "keys": list, "seeds": int}  # of sweep.json
 FORMS = {"commands": format_commands, "slurm": format_slurm, "xpk": format_xpk}
@@ -73,10 +83,12 @@ class Run:
         return read_results(workdir / self.name, self.cell, self.seed)
 
 
-def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags; `common` are those of the config, `--config.FIELD=VALUE`."""
+def parse_flags(
+    argv: Sequence[str] | None, programs: Programs, *, example: str = ""
+) -> argparse.Namespace:
+    """The flags, with `programs`; `common` are those of the config, `--config.FIELD=VALUE`."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=f"{__doc__}{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -93,8 +105,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--metric",
         help="one or more to compare, NAME,NAME; by default "
-        + " or ".join(program.metric for program in PROGRAMS.values())
-        + "; one of an earlier run of a pipeline begins with its folder, teacher/test/accuracy",
+        + " or ".join(program.metric for program in programs.values())
+        + "; one of an earlier run of a pipeline begins with its folder, FOLDER/NAME",
     )
     parser.add_argument(
         "--emit",
@@ -105,14 +117,20 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags, common = parser.parse_known_args(argv)
     if unknown := [flag for flag in common if not flag.startswith("--config.")]:
         parser.error(f"arguments {unknown} are not understood; write --config.FIELD=VALUE")
-    flags.common = common
+    flags.common, flags.programs = common, programs
     return flags
 
 
 @ends_quietly
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    flags = parse_flags(argv)
+def main(argv: Sequence[str] | None, programs: Programs, example: str = "") -> int:
+    """The command; returns its exit status.
+
+    Args:
+      argv: the arguments; those of the process by default.
+      programs: that may run the configs.
+      example: a command for --help.
+    """
+    flags = parse_flags(argv, programs, example=example)
     try:
         return sweep(flags)
     except (ValueError, OSError) as error:
@@ -163,7 +181,7 @@ def _sweep(flags: argparse.Namespace, workdir: epath.Path) -> int:
 def plan_asked(flags: argparse.Namespace) -> list[Cell]:
     """The cells of --grid, or of the config's own sweep()."""
     settings = read_sweep(flags.config) if flags.grid is None else parse_grid(flags.grid)
-    return plan_cells(flags.config, flags.common, settings)
+    return plan_cells(flags.config, flags.common, settings, flags.programs)
 
 
 def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], list[Cell]]:
@@ -189,9 +207,11 @@ def plan(flags: argparse.Namespace, workdir: epath.Path) -> tuple[list[Cell], li
                 f"{keys}; give another --workdir"
             )
         keys = before["keys"]
-        earlier = plan_cells(flags.config, flags.common, before["cells"].values())
+        settings = before["cells"].values()
+        earlier = plan_cells(flags.config, flags.common, settings, flags.programs)
         config = earlier[0].config
-        refuse_other_config(workdir, freeze(find_program(config).config, config))
+        program = choose(config, flags.programs)
+        refuse_other_config(workdir, freeze(program.config, config))
         found = {cell.name: cell for cell in earlier}
     cells = list((found | {cell.name: cell for cell in asked}).values())
     workdir.mkdir(parents=True, exist_ok=True)
@@ -215,7 +235,8 @@ def make_table(flags: argparse.Namespace, workdir: epath.Path, cells: Sequence[C
         found = (Run.of(cell, seed).results(workdir) for seed in range(content["seeds"]))
         values = {key: cell.values[key] for key in content["keys"]}
         rows.append(Row(values, [result for result in found if result is not None]))
-    metrics = (flags.metric or find_program(cells[0].config).metric).split(",")
+    program = choose(cells[0].config, flags.programs)
+    metrics = (flags.metric or program.metric).split(",")
     show(write_table(workdir, sort_rows(rows), metrics))
     print(f"\n{workdir / 'sweep.md'}, sweep.csv, sweep.png", flush=True)
     return missing_metrics(rows, metrics)

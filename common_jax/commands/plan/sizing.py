@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from plan.chips import Chip
-from plan.collectives import Collective, find_collectives
-from plan.flops import Flops
-from plan.hlo import read_program
-from plan.traffic import hbm_bytes
+from common_jax.commands.plan.chips import Chip
+from common_jax.commands.plan.collectives import Collective, find_collectives
+from common_jax.commands.plan.flops import Flops
+from common_jax.commands.plan.hlo import read_program
+from common_jax.commands.plan.traffic import hbm_bytes
 
 SHOWN = 5  # largest arrays that are listed
 

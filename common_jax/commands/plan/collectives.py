@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from plan.hlo import Instruction, Program, starts_collective
+from common_jax.commands.plan.hlo import Instruction, Program, starts_collective
 
 # Bytes that a chip sends, and receives, in a ring of n chips, by the size of the result.
 SENT: dict[str, Callable[[float, int], float]] = {

@@ -23,7 +23,7 @@ from common_jax.metrics import read_metrics
 from common_jax.report import Table
 from common_jax.workdir import check_output, read_json
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Bytes that a compiled program reads from and writes to a chip's memory."""
 
-from plan.hlo import Array, Computation, Instruction, Program, starts_collective
+from common_jax.commands.plan.hlo import Array, Computation, Instruction, Program, starts_collective
 
 # Operations that move nothing themselves, such as names for parts of other results.
 FREE = {

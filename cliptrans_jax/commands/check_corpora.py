@@ -1,0 +1,128 @@
+"""A report of the sentences and pictures of a config, by split."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterable
+
+from cliptrans_jax.config import SIDES, Config
+from cliptrans_jax.data.corpora import load_corpus
+from cliptrans_jax.data.corpus import Corpus, FolderImages
+from cliptrans_jax.runs.pipeline import plan
+from cliptrans_jax.runs.run_data import used_languages
+from cliptrans_jax.stages import SCORED_AS, TRANSLATION_STAGES, Side, Trains, trains
+from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
+from common_jax.inputs.names import listed
+
+
+@dataclasses.dataclass
+class Need:
+    """The parts of a split that the stages of a run read.
+
+    Attributes:
+      languages: of sentences.
+      filled: the languages in which there must be sentences.
+      pictures: whether any stage reads pictures.
+      strict: whether any of these stages needs every picture.
+      batch: the largest number of training examples per step.
+    """
+
+    languages: set[str] = dataclasses.field(default_factory=set)
+    filled: set[str] = dataclasses.field(default_factory=set)
+    pictures: bool = False
+    strict: bool = False
+    batch: int = 0
+
+
+def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
+    """Maps the key of config.data that names a split to the parts that the runs read."""
+    needs: dict[str, Need] = collections.defaultdict(Need)
+    for run in runs:
+        pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
+        if run.tokenizer.kind == "trained":
+            needs["train_split"].languages |= set(run.known_languages)
+        if trains(run.stage) is Trains.TOWERS:
+            for key in data_keys[:2]:
+                needs[key].languages |= set(run.known_languages)
+                needs[key].filled |= set(run.known_languages)
+                needs[key].pictures = True
+            needs["train_split"].batch = max(needs["train_split"].batch, run.optim.batch)
+            continue
+        trained = run.stage in TRANSLATION_STAGES
+        stage = TRANSLATION_STAGES[run.stage if trained else SCORED_AS]
+        test_side = SIDES[run.test_side] or stage.test
+        for key in data_keys if trained else data_keys[2:]:
+            side = stage.train if key == "train_split" else test_side
+            needs[key].languages |= pair
+            needs[key].filled |= set(used_languages(run) if trained else pair)
+            if run.has_prefix and side is Side.IMAGE:
+                needs[key].pictures = needs[key].strict = True
+        if trained:
+            batch = run.optim.batch // (2 if run.all_languages else 1)
+            needs["train_split"].batch = max(needs["train_split"].batch, batch)
+    return needs
+
+
+def check_cliptrans(config: Config, findings: Findings) -> None:
+    """Checks the sentences and pictures of every split that the run reads."""
+    data = config.data
+    findings.say(f"cliptrans, stage {config.stage}: config.data.source={data.source!r} {data.path}")
+    runs = [config.apply_parity()]
+    if config.stage == "pipeline":
+        planned = findings.attempt(plan, config, NOWHERE) or []
+        runs = [run.apply_parity() for _, run in planned]
+    for key, need in needs_of(runs).items():
+        _check_split(config, key, need, findings)
+
+
+def _check_split(config: Config, key: str, need: Need, findings: Findings) -> None:
+    data, split = config.data, getattr(config.data, key)
+    findings.say(f"{split} (config.data.{key})")
+    readable = []
+    for language in sorted(need.languages):
+        corpus = findings.attempt(load_corpus, data, split, (language,))
+        if corpus is not None:
+            readable.append(language)
+            empty = corpus.empty[language]
+            findings.say(f"  {language}: {len(corpus)} lines, {empty} of them empty")
+            if empty == len(corpus) and (len(corpus) == 0 or language in need.filled):
+                findings.problem(f"{corpus.name} has no sentence in {language!r}")
+    if not readable:
+        return
+    # Problems of single files are recorded by now, but the files may still differ in length.
+    corpus = findings.attempt(load_corpus, data, split, readable, with_images=need.pictures)
+    if corpus is None:
+        return
+    if 0 < len(corpus) < need.batch:
+        findings.problem(
+            f"a batch of {need.batch} is more than the {len(corpus)} examples of {corpus.name}; "
+            "lower config.optim.batch, or that of the stage's recipe"
+        )
+    if need.pictures:
+        _check_pictures(corpus, need, data.bad_share, findings)
+
+
+def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Findings) -> None:
+    if findings.attempt(corpus.require_images) is None:
+        return
+    images, missing = corpus.images, []
+    if isinstance(images, FolderImages):
+        missing = [i for i in range(len(images)) if not os.path.exists(images.name(i))]
+    places = [i for i in findings.places(len(images)) if i not in set(missing)]
+    sizes, bad = read_sizes(lambda i: images[i].shape[:2], places)
+    shown = ", ".join(f"{rows} x {columns} ({n})" for (rows, columns), n in sizes.most_common(3))
+    findings.say(
+        f"  {len(images)} pictures, {len(missing)} of them missing"
+        + (f": {listed(images.name(i) for i in missing)}" if missing else "")
+        + f"\n  sizes of {len(places)} pictures, rows x columns: {shown or 'none'}"
+    )
+    say_bad(bad, places, findings)
+    lost = len(missing) + len(bad)
+    if lost > (0 if need.strict else bad_share * len(images)):
+        first = listed([images.name(i) for i in missing] + list(bad))
+        advice = (
+            "every example needs its picture: add or repair them"
+            if need.strict
+            else f"more than config.data.bad_share={bad_share:g}: add or repair them, or raise it"
+        )
+        findings.problem(f"{corpus.name} lacks {lost} of {len(images)} pictures: {first}; {advice}")

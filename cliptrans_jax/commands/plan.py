@@ -1,0 +1,96 @@
+"""`cliptrans plan`: memory and time of a run's step on a TPU pod that need not be there."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from common_jax.command_line import Command
+from common_jax.commands.arguments import add_none
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from cliptrans_jax.config import Config
+    from common_jax.commands.plan.compile import Options, Planner, Step
+
+EXAMPLE = """Example:
+  cliptrans plan --config=cliptrans/multi30k.py:stage=translate --topology=v5e:16x16
+"""
+MULTI30K = 29_000  # training examples
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles the step and exits with 0 if it fits, otherwise with 1."""
+    from common_jax.commands.plan.compile import main
+
+    main(["cliptrans plan", *args.rest], {"stage": planner()})
+
+
+def planner() -> "Planner":
+    """What compiling needs to know of this package."""
+    from cliptrans_jax.config import Config
+    from common_jax.commands.plan.compile import Planner
+
+    return Planner(Config, make_step, EXAMPLE)
+
+
+def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
+    """The train step of a stage of the table, or the program of the frozen text tower."""
+    import dataclasses
+
+    from cliptrans_jax.main import check_run
+    from cliptrans_jax.runs import translation
+    from cliptrans_jax.stages import TRANSLATION_STAGES
+    from common_jax.commands.plan.compile import train_step
+    from common_jax.commands.plan.steps import step_flops
+
+    if options.encode:
+        return encode_step(asked, mesh, options)
+    if asked.stage not in TRANSLATION_STAGES:
+        raise ValueError(
+            f"config.stage={asked.stage!r} must be one of {list(TRANSLATION_STAGES)}, each of "
+            "which is a program of its own"
+        )
+    check_run(asked, mesh)
+    optim = asked.apply_parity().optim
+    examples = options.examples or max(MULTI30K, optim.batch)
+    sizes = {"examples": examples, "tokens": options.tokens}
+    task = translation.describe(asked, mesh, **sizes)
+    # The length of a loop over chunks of labels is data; in one chunk operations can be counted.
+    whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
+    flops = step_flops(translation.describe(whole, mesh, **sizes), optim)
+    savers = ["config.model.mbart.remat", "config.label_chunk"]
+    return train_step(task, asked, optim, mesh, savers, flops=flops)
+
+
+def encode_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
+    """The program of features of sentences, with all parameters on every device."""
+    import jax
+
+    from cliptrans_jax.features import encode_program
+    from cliptrans_jax.runs.run_data import describe_text
+    from common_jax.commands.plan.compile import Step, placed_on, precision_savers
+    from common_jax.commands.plan.flops import count_flops
+    from common_jax.mesh import batched, replicated
+
+    tower = describe_text(config)
+    batch = tower.batch_shapes(mesh, tokens=options.tokens)
+    placed, rows = placed_on(batch, batched(mesh)), placed_on(batch["_mask"], batched(mesh))
+    params = placed_on(tower.params, replicated(mesh))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = encode_program(tower.apply_batch, mesh).lower(params, placed, rows)
+    return Step(
+        title=f"features of {len(batch['ids'])} sentences of {batch['ids'].shape[1]} tokens",
+        lowered=lowered,
+        arguments={"params": params, "batch": placed},
+        flops=count_flops(tower.apply_batch, tower.params, batch),
+        kept=list,
+        savers=precision_savers(config),
+    )
+
+
+COMMAND = Command(
+    "memory and time of a step on a TPU pod that need not be there",
+    add_none,
+    run,
+    rest=("",),
+)

@@ -1,0 +1,58 @@
+"""`cliptrans show RUN_OR_CONFIG`: config, parameters, and operations of a step."""
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from common_jax.command_line import Command
+from common_jax.commands.arguments import add_show_arguments
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from cliptrans_jax.config import Config
+    from common_jax.commands.show import Training
+
+TOKENS = 64  # of a sentence, to which operations are in proportion
+EPOCH = 1000  # steps of an epoch; neither parameters nor operations depend on it
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints everything about a run or a config."""
+    from cliptrans_jax.config import SYSTEM, Config
+    from common_jax.commands.show import Subject, show
+
+    show(args, Subject(SYSTEM, Config, trainings))
+
+
+def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
+    """Yields the runs of a config that train."""
+    import dataclasses
+
+    from etils import epath
+
+    from cliptrans_jax.runs import contrastive, translation
+    from cliptrans_jax.runs.pipeline import plan
+    from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES
+    from common_jax.commands.show import Training
+
+    runs = plan(config, epath.Path()) if config.stage == "pipeline" else [("", config)]
+    for folder, one in runs:
+        name = f"{folder or one.stage}, {TOKENS} tokens a sentence"
+        if one.stage in TRANSLATION_STAGES:
+            # The length of a loop over chunks of labels is data; in one chunk operations can be
+            # counted.
+            whole = dataclasses.replace(one, label_chunk=one.optim.batch * TOKENS)
+            examples = EPOCH * one.optim.batch
+            task = translation.describe(whole, mesh, examples=examples, tokens=TOKENS)
+            yield Training(name, task, one.apply_parity().optim)
+        elif one.stage in STAGES:
+            yield Training(name, contrastive.describe(one, steps=EPOCH, length=TOKENS), one.optim)
+
+
+COMMAND = Command(
+    "the config with the meaning of every field, the parameters, the FLOPs of a step",
+    add_show_arguments,
+    run,
+    rest=("--config.",),
+)

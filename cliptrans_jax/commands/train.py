@@ -1,0 +1,22 @@
+"""`cliptrans train`: the same as `python -m cliptrans_jax.main`."""
+
+import argparse
+
+from common_jax.command_line import Command
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains as the flags say."""
+    from cliptrans_jax.config import READS, SYSTEM
+    from cliptrans_jax.main import DESCRIPTION, main
+    from common_jax import app
+
+    app.run(main, DESCRIPTION, ["cliptrans train", *args.rest], system=SYSTEM, reads=READS)
+
+
+COMMAND = Command(
+    "train one stage or all of them: --config=FILE.py:stage=STAGE --workdir=DIR",
+    lambda parser: None,
+    run,
+    rest=("",),
+)

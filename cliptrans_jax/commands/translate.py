@@ -1,0 +1,156 @@
+"""`cliptrans translate`: translates sentences with a trained model."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common_jax.command_line import Command, read_settings
+
+if TYPE_CHECKING:
+    from cliptrans_jax.evaluators.show import Hypothesis
+    from cliptrans_jax.lines import Line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument(
+        "run", metavar="RUN", help="workdir of a run or of a pipeline, or the folder of one step"
+    )
+    parser.add_argument(
+        "sentences",
+        metavar="SENTENCE",
+        nargs="*",
+        help="without sentences and --file, lines of standard input are translated",
+    )
+    parser.add_argument(
+        "--file", metavar="FILE", help="UTF-8 text with a sentence per line, plain or .gz"
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="PATH",
+        help="folder of pictures, whose names follow the sentences after a tab; or one picture, "
+        "for all sentences. Features are then those of the pictures",
+    )
+    parser.add_argument(
+        "--picture-names", metavar="FILE", help="names of the pictures, one per line"
+    )
+    parser.add_argument("--beams", type=int, help="beams of the search; 1 is greedy")
+    parser.add_argument("--length-penalty", type=float, help="above 1 favours long translations")
+    parser.add_argument("--n-best", type=int, default=1, help="translations per sentence")
+    parser.add_argument("--scores", action="store_true", help="print the score of each translation")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per sentence")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="sentences translated at a time, by default as in the run, and 1 at a terminal",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the translations of all sentences, in order, as they are found."""
+    from cliptrans_jax.lines import translate_lines
+    from cliptrans_jax.loading import load_finished
+    from cliptrans_jax.runs.finished import find
+    from cliptrans_jax.stages import TRANSLATION_STAGES
+    from common_jax import app
+    from common_jax.mesh import make_mesh
+
+    _check(args)
+    lines = _lines(args)
+    if _is_whole(args):
+        lines = list(lines)  # all lines and names of pictures are checked before the first one
+    settings = read_settings(args.rest) | _search_settings(args)
+    trained = find(args.run, TRANSLATION_STAGES, settings)
+    decode, mesh = trained.config.decode, make_mesh(trained.config.mesh)
+    if args.n_best > decode.beams:
+        raise ValueError(
+            f"--n-best={args.n_best} is more than the {decode.beams} beams of the search; add "
+            f"--beams={args.n_best}"
+        )
+    app.use_compilation_cache(trained.config.run.compilation_cache)
+    size = args.batch or _choose_batch(args, lines, decode.batch)
+    model = load_finished(trained.with_batch(size, mesh), mesh=mesh)
+    for number, (line, found) in enumerate(translate_lines(model, lines, size=size), start=1):
+        print(_format(args, number, line, found[: args.n_best]), flush=True)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.sentences and args.file:
+        raise ValueError(f"--file={args.file} and sentences: give one of them")
+    if args.picture_names and not args.pictures:
+        raise ValueError("--picture-names is for --pictures=FOLDER, which is missing")
+    for name in ("beams", "n_best", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}={getattr(args, name)} must be at least 1")
+
+
+def _is_whole(args: argparse.Namespace) -> bool:
+    """True if all sentences are there, which those of standard input need not be."""
+    return bool(args.sentences or args.file)
+
+
+def _lines(args: argparse.Namespace) -> "Iterable[Line]":
+    from cliptrans_jax.data.corpus import read_lines
+    from cliptrans_jax.lines import Line, add_pictures, read_sentences, read_stream
+    from common_jax.workdir import check_input
+
+    check_input("--file", args.file or "", "a text file")
+    check_input("--picture-names", args.picture_names or "", "a text file")
+    if args.sentences:
+        lines: Iterable[Line] = (
+            Line(f"sentence {i}", " ".join(text.splitlines()).strip())
+            for i, text in enumerate(args.sentences, 1)
+        )
+    elif args.file:
+        lines = read_sentences(Path(args.file))
+    else:
+        lines = read_stream(sys.stdin.buffer, "standard input")
+    if not args.pictures:
+        return lines
+    names = read_lines(Path(args.picture_names)) if args.picture_names else None
+    return add_pictures(lines, Path(args.pictures), names)
+
+
+def _choose_batch(args: argparse.Namespace, lines: "Iterable[Line]", usual: int) -> int:
+    if _is_whole(args):
+        return max(1, min(usual, len(lines)))
+    return 1 if sys.stdin.isatty() else usual
+
+
+def _search_settings(args: argparse.Namespace) -> dict[str, str]:
+    names = ("beams", "length_penalty")
+    values = {name: getattr(args, name) for name in names}
+    return {f"decode.{name}": str(value) for name, value in values.items() if value is not None}
+
+
+def _format(
+    args: argparse.Namespace, number: int, line: "Line", hypotheses: "list[Hypothesis]"
+) -> str:
+    """The output of a sentence: a line, with several translations a line each."""
+    if args.json:
+        picture = {} if line.picture is None else {"picture": str(line.picture)}
+        found = [{"text": one.text, "score": round(one.score, 6)} for one in hypotheses]
+        value = {"line": number, "source": line.text, **picture, "translations": found}
+        return json.dumps(value, ensure_ascii=False)
+    if not hypotheses:
+        return ""
+    rows = []
+    for one in hypotheses:
+        cells = [str(number)] if args.n_best > 1 else []
+        cells += [f"{one.score:.4f}"] if args.scores else []
+        # A line break would shift all lines after it.
+        rows.append("\t".join([*cells, re.sub(r"\s", " ", one.text)]))
+    return "\n".join(rows)
+
+
+COMMAND = Command(
+    "translate sentences, with pictures or without: RUN SENTENCE..., --file, or standard input",
+    add_arguments,
+    run,
+    rest=("--config.", "--data.", "--decode."),
+)

@@ -1,0 +1,131 @@
+"""Exports a run as a folder that `transformers` loads as it is."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.config import Config
+from cliptrans_jax.encoders import TextTower
+from cliptrans_jax.export import card
+from cliptrans_jax.export.tokenizers import write_tokenizer
+from cliptrans_jax.export.towers import write_tower
+from cliptrans_jax.models.cliptrans_names import mapper_table
+from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
+from cliptrans_jax.runs.run_data import TOKENIZER
+from common_jax import checkpoint
+from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.weights import write_tensors
+from common_jax.weights.table import write
+
+CARD, MAPPER = "README.md", "mapper.safetensors"
+TEXT_TOWER, IMAGE_TOWER = "text_tower", "image_tower"
+
+
+def export(run: Finished, out: Path) -> list[str]:
+    """Writes the folder of a run, atomically.
+
+    Of a run of the translator it has the translator with its tokenizer, and the mapping network
+    under the original's names; of every run, the towers that were trained here, each in a folder of
+    its own. README.md is the model card.
+
+    Args:
+      run: of any stage.
+      out: a new folder.
+
+    Returns:
+      The files, sorted.
+
+    Raises:
+      FileExistsError: if `out` exists and is not an empty folder.
+      FileNotFoundError, ValueError: for towers or a tokenizer that are missing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists; give a new folder")
+    part = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        part.mkdir(parents=True)
+        if not run.trains_towers:
+            _write_translator(part, run)
+        _write_towers(part, run)
+        files = sorted(str(x.relative_to(part)) for x in part.rglob("*") if x.is_file())
+        (part / CARD).write_text(card.write(run, files))
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [CARD, *files]
+
+
+def _write_translator(folder: Path, run: Finished) -> None:
+    config = run.config
+    params = checkpoint.load(run.step, average=config.optim.ema > 0)
+    params = jax.tree.map(np.asarray, params)
+    pretrained.save(folder, params[config.model.architecture.subtree], config.model.sizes)
+    _write_json(folder / "generation_config.json", _generation(run))
+    write_tokenizer(
+        folder,
+        config.tokenizer,
+        run.workdir / TOKENIZER,
+        config.known_languages,
+        limit=config.sentence_limit,
+        pair=config.data.pair,
+    )
+    if config.has_prefix:
+        names = mapper_table(config.model.mapper).below(source="adapter.", target="")
+        write_tensors(folder / MAPPER, write(names, params["mapper"]))
+
+
+def _write_towers(folder: Path, run: Finished) -> None:
+    """Writes the towers that a run of this project trained; published ones are where they were."""
+    config, mesh = run.config, make_mesh(MeshConfig(), jax.local_devices()[:1])
+    trained = run.trains_towers or (config.has_prefix and config.sources.clip)
+    if trained or config.unfreeze_clip:
+        tower = text_tower(run, mesh)
+        write_tower(folder / TEXT_TOWER, tower.params, tower.config)
+        _write_text_tokenizer(folder / TEXT_TOWER, run, tower)
+    if trained:
+        tower = image_tower(run, mesh)
+        write_tower(folder / IMAGE_TOWER, tower.params, tower.config)
+
+
+def _write_text_tokenizer(folder: Path, run: Finished, tower: TextTower) -> None:
+    config = run.config
+    published = not run.trains_towers and not config.sources.clip
+    tokenizer = config.clip_tokenizer if published else config.tokenizer
+    write_tokenizer(
+        folder,
+        tokenizer,
+        run.workdir / TOKENIZER,
+        config.known_languages,
+        limit=min(tokenizer.limit, tower.longest),
+        pair=None,
+    )
+
+
+def _generation(run: Finished) -> dict[str, Any]:
+    """The run's search in the words of `transformers`."""
+    config: Config = run.config
+    sizes, decode = config.model.sizes, config.decode
+    target = run.load_tokenizer().language_id(config.data.target_language)
+    return {
+        "bos_token_id": 0,
+        "pad_token_id": sizes.pad,
+        "eos_token_id": sizes.eos,
+        "decoder_start_token_id": sizes.start,
+        "forced_bos_token_id": target,
+        "forced_eos_token_id": sizes.eos,
+        "num_beams": decode.beams,
+        "max_new_tokens": decode.max_new_tokens,
+        "length_penalty": decode.length_penalty,
+        "early_stopping": decode.early_stopping,
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,102 @@
+"""The files of a run's tokenizer for `transformers`."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+
+from cliptrans_jax.data import byte_pairs
+from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, UNK
+from cliptrans_jax.data.published import MASK, MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.tokens import TokenizerConfig
+from common_jax.workdir import read_json
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# Files that a published tokenizer may have beside those of `PUBLISHED`.
+OTHERS = ("special_tokens_map.json", "merges.txt")
+CLASSES = {"mbart50": "MBart50Tokenizer", "xlmr": "XLMRobertaTokenizer", "clip": "CLIPTokenizer"}
+
+
+def language_token(language: str) -> str:
+    """The token of a language in an exported tokenizer that was trained here. The code itself would
+    be a word of some text."""
+    return f"__{language}__"
+
+
+def write_tokenizer(
+    folder: Path,
+    config: TokenizerConfig,
+    trained: epath.Path,
+    languages: Sequence[str],
+    *,
+    limit: int,
+    pair: tuple[str, str] | None,
+) -> None:
+    """Writes the files of a tokenizer that frames sentences as the network reads them.
+
+    Args:
+      folder: an existing folder.
+      config: of the tokenizer.
+      trained: the run's file of a trained tokenizer.
+      languages: of a trained tokenizer.
+      limit: most tokens of a sentence, frame included.
+      pair: source and target language of a translator; None for a text tower, whose sentences
+        begin with <s>.
+
+    Raises:
+      FileNotFoundError: if a published tokenizer's files are no longer in `config.path`.
+    """
+    settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
+    if config.kind == "trained":
+        first = SPECIAL[BOS] if pair is None else language_token(pair[0])
+        _build(trained, languages, first).save(str(folder / FILE))
+        tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "unk": UNK}
+        settings |= {f"{name}_token": SPECIAL[place] for name, place in tokens.items()}
+        settings |= {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "mask_token": MASK,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+    else:
+        _copy(folder, config)
+        settings["tokenizer_class"] = CLASSES[config.kind]
+        if pair is not None:
+            source, target = (MBART50_CODES[language] for language in pair)
+            settings |= {"src_lang": source, "tgt_lang": target}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _build(trained: epath.Path, languages: Sequence[str], first: str) -> Tokenizer:
+    """A trained tokenizer with the ids and the frame of `data.tokens`."""
+    vocab, merges = byte_pairs.parse(json.loads(read_json(trained, {"bpe": str})["bpe"]))
+    tokenizer = byte_pairs.byte_tokenizer(vocab, merges)
+    # The first word is cut like the others: with a space before it.
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    # In this order the languages and the mask get the ids after the pieces.
+    names = [*SPECIAL, *map(language_token, languages), MASK]
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    last = SPECIAL[EOS]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}",
+        pair=f"{first} $A $B {last}",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (first, last)],
+    )
+    return tokenizer
+
+
+def _copy(folder: Path, config: TokenizerConfig) -> None:
+    source = Path(config.path).expanduser()
+    names = [*PUBLISHED[config.kind].files, *OTHERS]
+    there = [source / name for name in names if (source / name).is_file()]
+    if not any(file.name in PUBLISHED[config.kind].files for file in there):
+        raise FileNotFoundError(
+            f"{config.path} no longer has the tokenizer of the run; give its folder with "
+            "--config.tokenizer.path or --config.clip_tokenizer.path"
+        )
+    for file in there:
+        shutil.copyfile(file, folder / file.name)

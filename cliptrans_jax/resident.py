@@ -1,0 +1,69 @@
+"""Towers that stay on the devices, for sentences and pictures that come part by part."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from cliptrans_jax.data.examples import pad
+from cliptrans_jax.encoders import BUCKET, ImageTower, TextTower, by_length
+from common_jax.mesh import replicated, to_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """A tower whose weights are moved to the devices once, and which is compiled once per shape.
+
+    Attributes:
+      tower: of sentences or of pictures.
+      mesh: devices, over all of which a batch is split.
+      batch: sentences or pictures at a time; smaller sets are padded to it.
+    """
+
+    tower: TextTower | ImageTower
+    mesh: Mesh
+    batch: int
+
+    def sentences(self, texts: Sequence[str]) -> Float32[np.ndarray, "B M"]:
+        """One feature per sentence."""
+        tower = self.tower
+        ids = tower.tokenizer.encode(texts, None)
+        order = by_length(ids)
+        parts = []
+        for first in range(0, len(order), self.batch):
+            rows = [ids[place] for place in order[first : first + self.batch]]
+            length = min(-(-len(rows[-1]) // BUCKET) * BUCKET, tower.longest)
+            parts.append(self._encode(pad(rows, length, pad_id=tower.tokenizer.pad)))
+        return np.concatenate(parts)[np.argsort(order)]
+
+    def pictures(self, pictures: Sequence[np.ndarray]) -> Float32[np.ndarray, "B M"]:
+        """One feature per picture, uint8 (I, J, 3), (I, J, 4) or (I, J)."""
+        parts = (
+            np.stack([self.tower.prepare(x) for x in pictures[first : first + self.batch]])
+            for first in range(0, len(pictures), self.batch)
+        )
+        return np.concatenate([self._encode(part) for part in parts])
+
+    @functools.cached_property
+    def _params(self) -> Any:
+        return jax.device_put(self.tower.params, replicated(self.mesh))
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(self.tower.apply, out_shardings=replicated(self.mesh))
+
+    def _encode(self, inputs: np.ndarray) -> Float32[np.ndarray, "B M"]:
+        """The features of at most a batch; copies of the last input fill it up."""
+        count = len(inputs)
+        width = [(0, self.batch - count), *[(0, 0)] * (inputs.ndim - 1)]
+        batch = to_devices({"inputs": np.pad(inputs, width, mode="edge")}, self.mesh)
+        with jax.set_mesh(self.mesh):
+            features = np.asarray(self._apply(self._params, batch["inputs"]), np.float32)[:count]
+        if not np.isfinite(features).all():
+            raise FloatingPointError("features are not finite; check the weights of the tower")
+        return features

@@ -1,0 +1,131 @@
+"""Finds the checkpoint of a finished run to use, and its config."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from cliptrans_jax.config import SYSTEM, Config
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.tokens import load_tokenizer
+from cliptrans_jax.encoders import ImageTower, TextTower
+from cliptrans_jax.runs.run_data import TOKENIZER, RunData
+from cliptrans_jax.runs.translation import best_step
+from cliptrans_jax.stages import STAGES, Trains, trains
+from common_jax import checkpoint
+from common_jax.command_line import change_config, check_system
+from common_jax.mesh import MeshConfig
+from common_jax.workdir import freeze_stored, read_json
+
+# Sections and fields of a run's config that may be others when its network is used.
+CHANGEABLE = (
+    *("data", "decode", "noise", "test_side", "precision", "sources"),
+    *("tokenizer.path", "clip_tokenizer.path", "mesh"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A checkpoint of a run.
+
+    Attributes:
+      step: its folder.
+      config: of the run, before `Config.apply_parity`.
+    """
+
+    step: epath.Path
+    config: Config
+
+    @property
+    def workdir(self) -> epath.Path:
+        """Folder of the run."""
+        return self.step.parent.parent
+
+    @property
+    def trains_towers(self) -> bool:
+        """True for stage "clip", which has no translation model."""
+        return trains(self.config.stage) is Trains.TOWERS
+
+    def with_batch(self, size: int, mesh: Mesh) -> "Finished":
+        """The same with searches of at least `size` sentences at a time, split over all devices."""
+        decode = dataclasses.replace(self.config.decode, batch=-(-size // mesh.size) * mesh.size)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, decode=decode))
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the translation model."""
+        config = self.config
+        cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
+        return load_tokenizer(
+            cut, sentences=None, languages=config.known_languages, path=self.workdir / TOKENIZER
+        )
+
+
+def find(
+    source: epath.PathLike,
+    stages: Collection[str] = STAGES,
+    settings: Mapping[str, str] | None = None,
+) -> Finished:
+    """The checkpoint of a run that is best on its validation set.
+
+    Args:
+      source: the run's workdir; that of a pipeline, whose last run is used; or the folder of one
+        step.
+      stages: those that the run may be of.
+      settings: text by the path of a field of the config, among CHANGEABLE.
+
+    Raises:
+      FileNotFoundError: if there is no finished checkpoint.
+      ValueError: for a run of another stage or the other system, or a field that cannot be set.
+    """
+    folder = _last_run(checkpoint.absolute(source), stages)
+    step = checkpoint.find_step(folder)
+    saved = checkpoint.load_config(step)
+    check_system(saved, SYSTEM, str(source))
+    config = freeze_stored(Config, saved, step)
+    if config.stage not in stages:
+        raise ValueError(
+            f"{step.parent.parent} is a run of stage {config.stage!r}, which trains no translation "
+            f"model; give a run of one of {[*stages]}"
+        )
+    if step != folder and trains(config.stage) is not Trains.TOWERS:
+        step = best_step(step.parent.parent, config.run.best)
+    # The run's own mesh is that of the machine where it was trained.
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
+
+
+def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
+    """The folder of the last run of a pipeline, if `folder` is of one; else `folder`."""
+    path = folder / "config.json"
+    if not path.exists() or read_json(path).get("stage") != "pipeline":
+        return folder
+    runs = [folder / name for name in STAGES if name in stages]
+    return next((run for run in reversed(runs) if (run / checkpoint.FOLDER).exists()), folder)
+
+
+def text_tower(run: Finished, mesh: Mesh) -> TextTower:
+    """The text tower of a run: the one that it trained, or else that of its config.sources."""
+    config = _with_own_towers(run)
+    tower = RunData(config, run.workdir, mesh, known=run.load_tokenizer()).text_tower
+    if not config.unfreeze_clip:
+        return tower
+    params = checkpoint.load(run.step, subtree="clip", average=config.optim.ema > 0)
+    return dataclasses.replace(tower, params=jax.tree.map(np.asarray, params))
+
+
+def image_tower(run: Finished, mesh: Mesh) -> ImageTower:
+    """The image tower of a run: the one that it trained, or else that of its config.sources."""
+    return RunData(_with_own_towers(run), run.workdir, mesh).image_tower
+
+
+def _with_own_towers(run: Finished) -> Config:
+    """The run's config; that of a run of stage "clip" names the run itself as the source."""
+    if not run.trains_towers:
+        return run.config
+    sources = dataclasses.replace(
+        run.config.sources, clip=str(run.step), clip_text="", clip_image=""
+    )
+    return dataclasses.replace(run.config, sources=sources)

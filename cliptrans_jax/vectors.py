@@ -1,0 +1,102 @@
+"""M-CLIP's vectors of sentences and pictures in files, which share one space."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from cliptrans_jax.encoders import IMAGE_BATCH, TEXT_BATCH
+from cliptrans_jax.lines import open_picture, read_sentences
+from cliptrans_jax.resident import Resident
+from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
+from common_jax.inputs.pictures import SUFFIXES
+from common_jax.workdir import temporary_beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A sentence or a picture.
+
+    Attributes:
+      name: file of the picture, or file and line of the sentence.
+      text: the sentence; "" for a picture.
+      picture: the file, or None for a sentence.
+    """
+
+    name: str
+    text: str = ""
+    picture: Path | None = None
+
+
+def list_items(paths: Sequence[str]) -> list[Item]:
+    """The sentences and pictures of files and folders, in order.
+
+    Args:
+      paths: text files with a sentence per line, of which blank ones are left out; pictures, by
+        their suffix; folders, whose pictures at any depth are taken in the order of their names.
+
+    Raises:
+      FileNotFoundError: for a missing path.
+      ValueError: for a folder without pictures, a text file without sentences, or text that is not
+        UTF-8.
+    """
+    items = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}; give a text file, a picture or a folder")
+        if path.is_dir():
+            files = sorted(x for x in path.rglob("*") if x.suffix.lower() in SUFFIXES)
+            found = [Item(str(file), picture=file) for file in files]
+        elif path.suffix.lower() in SUFFIXES:
+            found = [Item(str(path), picture=path)]
+        else:
+            found = [Item(line.place, line.text) for line in read_sentences(path) if line.text]
+        if not found:
+            expected = f"pictures ({', '.join(SUFFIXES)})" if path.is_dir() else "sentences"
+            raise ValueError(f"{path} has no {expected}")
+        items += found
+    return items
+
+
+def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np.ndarray, "B M"]:
+    """One vector per item, by the towers of a run."""
+    vectors: dict[int, np.ndarray] = {}
+    texts = [row for row, item in enumerate(items) if item.picture is None]
+    pictures = [row for row, item in enumerate(items) if item.picture is not None]
+    if texts:
+        tower = Resident(text_tower(run, mesh), mesh, _batch(len(texts), TEXT_BATCH, mesh))
+        found = tower.sentences([items[row].text for row in texts])
+        vectors |= dict(zip(texts, found, strict=True))
+    if pictures:
+        tower = Resident(image_tower(run, mesh), mesh, _batch(len(pictures), IMAGE_BATCH, mesh))
+        firsts = range(0, len(pictures), tower.batch)
+        for first in tqdm.tqdm(firsts, desc="pictures", unit="batch", disable=None):
+            rows = pictures[first : first + tower.batch]
+            pixels = [open_picture(items[row].picture, items[row].name) for row in rows]
+            vectors |= dict(zip(rows, tower.pictures(pixels), strict=True))
+    return np.stack([vectors[row] for row in range(len(items))])
+
+
+def write_vectors(path: Path, items: Sequence[Item], vectors: Float32[np.ndarray, "B M"]) -> None:
+    """Writes `features`, `names` and `texts` (empty for pictures) to an npz file, atomically."""
+    temporary = Path(temporary_beside(path))
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                features=vectors,
+                names=np.array([item.name for item in items]),
+                texts=np.array([item.text for item in items]),
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _batch(count: int, most: int, mesh: Mesh) -> int:
+    """A batch for `count` items that divides over all devices."""
+    return -(-min(count, most) // mesh.size) * mesh.size

@@ -1,0 +1,1 @@
+"""Commands that both programs have, with what a package must tell them as arguments."""

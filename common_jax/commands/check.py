@@ -1,0 +1,184 @@
+"""Reports the contents of a config's data and every problem that would prevent a run from starting.
+
+Accepts the config and flags of a run, and uses no device. Of image sets it counts classes and their
+images, reads a sample and reports its sizes and unreadable files. Of sentences it counts lines and
+empty lines by language and split, and pictures, missing and unreadable ones. All problems are
+listed, not only the first. For a user's own folder or table it ends with the flags that train on
+it, whatever the flags given were.
+
+  --sample=N  read N pictures per split, evenly spaced (default 500)
+  --all       read every picture
+
+Exits with 0 if the data lets a run start, otherwise with 1. Does not check weights or tokenizers.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_collections
+import numpy as np
+from etils import epath
+
+from common_jax import app
+from common_jax.commands.choice import choose
+from common_jax.config import freeze
+from common_jax.inputs import BadExample
+
+USER_ERRORS = (*app.USER_ERRORS, ImportError)
+SAMPLE = 500
+NOWHERE = epath.Path("check_data")  # a workdir that is never written
+
+
+@dataclasses.dataclass
+class Findings:
+    """The results so far, printed as they arrive.
+
+    Attributes:
+      sample: number of pictures to read per split; None for all.
+      problems: those that prevent a run from starting.
+    """
+
+    sample: int | None
+    problems: list[str] = dataclasses.field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def problem(self, text: str) -> None:
+        """Records a problem that prevents a run from starting, once."""
+        if text not in self.problems:
+            self.problems.append(text)
+            self.say(f"  PROBLEM: {text}")
+
+    def attempt(self, load: Callable[..., Any], *args: Any, **settings: Any) -> Any | None:
+        """The result of `load`; on an error that the user must fix, records it and returns None."""
+        try:
+            return load(*args, **settings)
+        except USER_ERRORS as error:
+            self.problem(str(error))
+            return None
+
+    def places(self, size: int) -> Sequence[int]:
+        """The indices to read, out of `size` examples."""
+        if self.sample is None or self.sample >= size:
+            return range(size)
+        return np.linspace(0, size - 1, self.sample).round().astype(int).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checker:
+    """What checking needs to know of a package.
+
+    Attributes:
+      config: the dataclass of its configs.
+      look: (config, findings) -> None; records everything about its data.
+      settings_of: (config.data.path, config.data) -> fields of config.data that train on a user's
+        own data there; empty for data of a known layout.
+      example: commands for --help.
+    """
+
+    config: type
+    look: Callable[[Any, Findings], None]
+    settings_of: Callable[[str, Any], Mapping[str, Any]]
+    example: str
+
+
+Checkers = Mapping[str, Checker]  # by the field of a config that tells whose it is
+
+
+def read_sizes(
+    measure: Callable[[int], tuple[int, int]], places: Sequence[int]
+) -> tuple[collections.Counter, dict[str, str]]:
+    """Counts of the sizes of the readable examples, and the reason for each unreadable one."""
+
+    def read(index: int) -> tuple[int, int] | BadExample:
+        try:
+            return measure(index)
+        except BadExample as bad:
+            return bad
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(read, places))
+    bad = {one.name: one.reason for one in found if isinstance(one, BadExample)}
+    return collections.Counter(one for one in found if not isinstance(one, BadExample)), bad
+
+
+def say_bad(bad: Mapping[str, str], places: Sequence[int], findings: Findings) -> None:
+    """Prints how many pictures cannot be read, and the reason for the first ones."""
+    findings.say(f"  unreadable: {len(bad)} of {len(places)}")
+    for name, reason in list(bad.items())[:10]:
+        findings.say(f"    {name}: {reason}")
+
+
+def flags_for(config: ml_collections.ConfigDict, settings: Mapping[str, Any]) -> str:
+    """Returns fields of config.data as flags of a command line."""
+    values = {f"data.{key}": value for key, value in settings.items()}
+    if config.get("languages"):  # of other data
+        values["languages"] = settings["source_language"], settings["target_language"]
+    # Tuples in double quotes, since a shell's quotes around them are single ones.
+    texts = {key: str(value).replace("'", '"') for key, value in values.items()}
+    texts |= {key: value for key, value in values.items() if isinstance(value, str)}
+    return " \\\n  ".join(f"--config.{key}={shlex.quote(text)}" for key, text in texts.items())
+
+
+def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Checkers) -> int:
+    """Prints the findings; returns 0 if a run could start, otherwise 1."""
+    logging.getLogger().setLevel(logging.WARNING)
+    findings = Findings(sample)
+    checker = choose(config, checkers)
+    frozen = findings.attempt(freeze, checker.config, config)
+    if frozen is not None:
+        checker.look(frozen, findings)
+    path = config.data.path
+    with contextlib.suppress(*USER_ERRORS):  # which are among the problems
+        if path and (settings := checker.settings_of(path, config.data.to_dict())):
+            findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+    count = len(findings.problems)
+    if not count:
+        findings.say("a run could start: no problem found")
+        return 0
+    findings.say(
+        f"{count} problem{'s' if count > 1 else ''} that keep{'s' * (count == 1)} a run "
+        "from starting:"
+    )
+    for number, text in enumerate(findings.problems, start=1):
+        findings.say(f"  {number}. {text}")
+    return 1
+
+
+def main(argv: Sequence[str], checkers: Checkers) -> None:
+    """The command; exits with 0, 1, or 2 for a bad command line.
+
+    Args:
+      argv: the command line, the program's name first.
+      checkers: of the packages whose configs it takes.
+    """
+    sample: int | None = SAMPLE
+    rest = [argv[0], f"--workdir={NOWHERE}"]
+    for arg in argv[1:]:
+        if arg == "--all":
+            sample = None
+        elif arg.startswith("--sample="):
+            text = arg.removeprefix("--sample=")
+            if not text.isdigit() or int(text) < 1:
+                print(
+                    f"error: --sample={text} must be a number from 1; or give --all",
+                    file=sys.stderr,
+                )
+                sys.exit(2)
+            sample = int(text)
+        else:
+            rest.append(arg)
+    app.run(
+        lambda config, _: sys.exit(check(config, sample, checkers)),
+        "\n".join([__doc__, *(checker.example for checker in checkers.values())]),
+        rest,
+    )

@@ -1,0 +1,77 @@
+"""What the fields of a config mean, from the docstrings of its dataclasses."""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+# A line of an attribute, `name: text` or `name, other: text`.
+ENTRY = re.compile(r"( *)([a-z]\w*(?:, [a-z]\w*)*): (.*)")
+# A comment after a field, or on the line above it.
+BESIDE = re.compile(r"^    (\w+): .*?# (.*)$", re.MULTILINE)
+ABOVE = re.compile(r"^    # (.*)\n    (\w+): ", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A field of a config: its path, its value, that of its dataclass by default (or MISSING), and
+    its meaning, "" where nothing says it."""
+
+    path: str
+    value: Any
+    default: Any
+    meaning: str
+
+
+def list_fields(config: Any, path: str = "config") -> Iterator[Field]:
+    """Yields the fields of a frozen dataclass and of all sections in it, in the order in which they
+    stand.
+
+    A section whose default is the same follows as its fields, too.
+    """
+    meanings = field_meanings(type(config))
+    for field in dataclasses.fields(config):
+        name, value = f"{path}.{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from list_fields(value, name)
+        elif isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values())):
+            for key, section in value.items():
+                yield from list_fields(section, f"{name}.{key}")
+        else:
+            yield Field(name, value, field.default, meanings.get(field.name, ""))
+
+
+def field_meanings(cls: type) -> dict[str, str]:
+    """The meaning of every field of a dataclass that its docstring, that of a class it extends, or
+    a comment beside the field has."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= _from_comments(base) | _from_docstring(base)
+    return found
+
+
+def _from_docstring(cls: type) -> dict[str, str]:
+    names = {field.name for field in dataclasses.fields(cls)}
+    found, current, depth = {}, (), 0
+    for line in inspect.getdoc(cls).splitlines():
+        match = ENTRY.fullmatch(line)
+        if match and set(match[2].split(", ")) <= names:
+            current, depth = tuple(match[2].split(", ")), len(match[1])
+            found |= dict.fromkeys(current, match[3])
+        elif line.strip() and len(line) - len(line.lstrip()) > depth and current:
+            found |= {name: f"{found[name]} {line.strip()}" for name in current}
+        else:
+            current = ()
+    return found
+
+
+def _from_comments(cls: type) -> dict[str, str]:
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except OSError:
+        return {}
+    above = {name: text for text, name in ABOVE.findall(source)}
+    return above | dict(BESIDE.findall(source))

@@ -1,0 +1,23 @@
+"""Uploads to the Hugging Face hub."""
+
+from pathlib import Path
+
+import huggingface_hub
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads a folder, as a private model unless `name` exists, and returns its address.
+
+    Raises:
+      OSError: if the hub cannot be reached, or refuses.
+    """
+    hub = huggingface_hub.HfApi()
+    try:
+        address = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # errors of the hub and of its HTTP library
+        raise OSError(
+            f"{folder} is written, and cannot be uploaded to {name} ({type(error).__name__}: "
+            f"{error}); log in with `hf auth login`, then run: hf upload {name} {folder}"
+        ) from error
+    return str(address)

@@ -1,0 +1,318 @@
+"""Compiles a run's train step for a TPU pod that need not be there; reports its memory and time.
+
+Takes the config and flags of a run; neither data nor weights are read. Where the config file has
+an argument `chips` and none is given, it gets the number of chips: the program is that of a run
+with that argument.
+
+  --topology=CHIP:SHAPE  v4, v5e, v5p or v6e and the shape of a slice, such as v5e:16x16
+  --slices=N             so many slices, over which the data axis runs (default 1)
+  --examples=N           size of the training set, which schedules need (default: the usual one)
+  --tokens=N             of runs on sentences: length to which all are padded (default 64)
+  --encode               of runs on frozen features: their program, not the train step
+  --json=PATH            also writes the numbers as JSON
+  --hlo=PATH             also writes the compiled program's text
+
+Exit status 0 if the step fits the chips, 1 if it does not, 2 if flags, config or topology do not
+fit each other, which is checked before anything is compiled.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from common_jax import app
+from common_jax.command_line import run_config_file
+from common_jax.commands.choice import choose
+from common_jax.commands.plan.chips import chip_of, describe_devices
+from common_jax.commands.plan.flops import Flops
+from common_jax.commands.plan.sizing import (
+    ArraySize,
+    Sizing,
+    bytes_text,
+    collectives_text,
+    largest_arguments,
+    largest_kept,
+    size_up,
+)
+from common_jax.commands.plan.steps import kept_shapes, lower_step, step_arguments
+from common_jax.config import freeze
+from common_jax.mesh import make_mesh
+from common_jax.optim import OptimConfig
+from common_jax.task import Task
+
+NOWHERE = "plan"  # a workdir that is never written
+NO_ROOM = "RESOURCE_EXHAUSTED"
+SAVERS = ("config.optim.accumulate", "config.mesh.fsdp")  # that lower the memory of any run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The tool's own flags; see the file's docstring."""
+
+    topology: str = ""
+    slices: int = 1
+    examples: int | None = None
+    tokens: int = 64
+    encode: bool = False
+    json: str = ""
+    hlo: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A program to compile.
+
+    Attributes:
+      title: for people.
+      lowered: traced, for the devices of the mesh.
+      arguments: shapes and shardings, by name.
+      flops: its operations over all devices.
+      kept: returns the largest arrays that it keeps for a backward pass, a device's share.
+      savers: config fields that lower its memory.
+    """
+
+    title: str
+    lowered: jax.stages.Lowered
+    arguments: Any
+    flops: Flops
+    kept: Callable[[], list[ArraySize]]
+    savers: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """What compiling needs to know of a package.
+
+    Attributes:
+      config: the dataclass of its configs.
+      step: (config, mesh, options) -> the program to compile.
+      example: a command for --help.
+    """
+
+    config: type
+    step: Callable[[Any, Mesh, Options], Step]
+    example: str
+
+
+Planners = Mapping[str, Planner]  # by the field of a config that tells whose it is
+
+
+def train_step(
+    task: Task,
+    config: Any,
+    optim: OptimConfig,
+    mesh: Mesh,
+    savers: Sequence[str],
+    *,
+    flops: Flops,
+) -> Step:
+    """The step of a task."""
+    lowered, abstract = lower_step(task, optim, mesh, log_every=config.run.log_every)
+    state, helpers, batch, _ = step_arguments(task, optim, abstract, mesh)
+    parts = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
+
+    def kept() -> list[ArraySize]:
+        return largest_kept(kept_shapes(task), state.params, devices=mesh.size)
+
+    return Step(
+        title=f"step of {task.title}",
+        lowered=lowered,
+        arguments=parts | {"helpers": helpers, "batch": batch},
+        flops=flops,
+        kept=kept,
+        savers=("config.optim.accumulate", "config.mesh.fsdp", *savers, *precision_savers(config)),
+    )
+
+
+def precision_savers(config: Any) -> tuple[str, ...]:
+    """The precision, where it could be lower."""
+    return () if config.precision == "bfloat16" else ("config.precision=bfloat16",)
+
+
+def placed_on(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes, all of them with one sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def compile_step(config: ml_collections.ConfigDict, options: Options, planners: Planners) -> int:
+    """Compiles, prints the numbers, and returns the exit status."""
+    logging.getLogger().setLevel(logging.WARNING)
+    chip = chip_of(options.topology)
+    devices = describe_devices(options.topology, slices=options.slices)
+    planner = choose(config, planners)
+    frozen = freeze(planner.config, config)
+    mesh = make_mesh(frozen.mesh, devices)
+    start = time.perf_counter()
+    step = planner.step(frozen, mesh, options)
+    traced = time.perf_counter()
+    print(
+        f"{step.title} on {mesh.size} chips, {options.slices} x {options.topology}: "
+        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        f"traced in {traced - start:.0f} s, compiling",
+        sep="\n",
+        flush=True,
+    )
+    found = {
+        "title": step.title,
+        "topology": options.topology,
+        "slices": options.slices,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "chip": dataclasses.asdict(chip),
+        "model_flops": step.flops.model,
+        "executed_flops": step.flops.executed,
+    }
+    sizing, problem = None, ""
+    used = time.process_time()
+    try:
+        compiled = step.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if NO_ROOM not in str(error):
+            raise
+        problem = str(error).splitlines()[0]
+    found["compile_seconds"] = time.perf_counter() - traced
+    found["compile_cpu_seconds"] = time.process_time() - used
+    if not problem:
+        if options.hlo:
+            pathlib.Path(options.hlo).write_text(compiled.as_text())
+        sizing = size_up(compiled, step.flops, chip, devices=mesh.size, slices=options.slices)
+        found |= as_json(sizing)
+        times = (
+            f"{found['compile_seconds']:.0f} s, {found['compile_cpu_seconds']:.0f} s of CPU time"
+        )
+        print(*as_lines(sizing), f"compiled in {times}", sep="\n")
+        if sizing.memory.total > chip.hbm:
+            problem = f"the step takes {bytes_text(sizing.memory.total)}"
+    large = largest_arguments(step.arguments) + (step.kept() if problem else [])
+    found |= {"fits": not problem, "problem": problem}
+    found["largest"] = [dataclasses.asdict(one) for one in large]
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+    if not problem:
+        return 0
+    kind = options.topology.partition(":")[0]
+    print(
+        f"DOES NOT FIT: a chip of {kind} has {bytes_text(chip.hbm)} of HBM; {problem}",
+        "largest of a chip, arguments first:",
+        *(f"  {bytes_text(one.bytes)}  {one.name}  {one.shape}" for one in large),
+        "fields that lower it: " + ", ".join(step.savers),
+        sep="\n",
+    )
+    return 1
+
+
+def as_lines(sizing: Sizing) -> list[str]:
+    """The numbers of a step, for people."""
+    memory, seconds, flops = sizing.memory, sizing.seconds, sizing.flops
+    parts = {
+        "arguments": memory.arguments,
+        "temporaries": memory.temporaries,
+        "output": memory.output,
+    }
+    parts |= {"of it aliased": memory.aliased, "code": memory.code}
+    times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
+    lines = [
+        f"HBM per chip: {bytes_text(memory.total)} of {bytes_text(sizing.chip.hbm)} ("
+        + ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
+        + ")",
+        f"model FLOPs: {flops.model:.4g} per step, {flops.model / sizing.devices:.4g} per chip; "
+        f"computed again {flops.again / max(flops.model, 1):.0%} of them",
+        f"collectives: {collectives_text(sizing.collectives) or 'none'}",
+        f"HBM traffic per chip: {bytes_text(sizing.traffic)} per step",
+        f"roofline: {1e3 * sizing.step_seconds:.2f} ms per step ({times})",
+        f"MFU at most {sizing.mfu:.1%}",
+    ]
+    if sizing.unknown_loops:
+        lines.append(f"loops of unknown length, counted as run once: {sizing.unknown_loops}")
+    return lines
+
+
+def as_json(sizing: Sizing) -> dict[str, Any]:
+    """The numbers of a step, for programs."""
+    return {
+        "hbm_bytes": sizing.memory.total,
+        "memory": dataclasses.asdict(sizing.memory),
+        "hbm_traffic_bytes": sizing.traffic,
+        "collectives": [dataclasses.asdict(one) for one in sizing.collectives],
+        "roofline_seconds": sizing.seconds,
+        "step_seconds": sizing.step_seconds,
+        "mfu_bound": sizing.mfu,
+        "unknown_loops": sizing.unknown_loops,
+    }
+
+
+def with_chips(text: str, chips: int) -> str:
+    """FILE:ARGS of --config, with `chips` added where the file has it and it is not given."""
+    file, _, args = text.partition(":")
+    try:
+        known = run_config_file(file).get("ARGUMENTS", {})
+    except app.USER_ERRORS:  # which reading the config reports
+        return text
+    if "chips=" in args or "chips" not in known:
+        return text
+    return f"{file}:{args},chips={chips}" if args else f"{file}:chips={chips}"
+
+
+def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The tool's flags, as --name=value or --name value, and the others.
+
+    Raises:
+      ValueError: for a value that is no number from 1.
+    """
+    known = {field.name: field for field in dataclasses.fields(Options)}
+    values, rest, pending = {}, [], list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in known:
+            rest.append(argument)
+            continue
+        if name == "encode":
+            values[name] = True
+            continue
+        value = value if equals else pending.pop(0) if pending else ""
+        if name in ("slices", "examples", "tokens"):
+            if not value.isdigit() or int(value) < 1:
+                raise ValueError(f"--{name}={value} must be a number from 1")
+            value = int(value)
+        values[name] = value
+    return Options(**values), rest
+
+
+def main(argv: Sequence[str], planners: Planners) -> None:
+    """The command; exits with 0, 1 or 2.
+
+    Args:
+      argv: the command line, the program's name first.
+      planners: of the packages whose configs it takes.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        options, rest = read_options(argv[1:])
+        if "--help" not in rest:
+            chip_of(options.topology)
+            chips = options.slices * math.prod(map(int, options.topology.split(":")[1].split("x")))
+            rest = [
+                f"--config={with_chips(one.removeprefix('--config='), chips)}"
+                if one.startswith("--config=")
+                else one
+                for one in rest
+            ]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    app.run(
+        lambda config, _: sys.exit(compile_step(config, options, planners)),
+        "\n".join([__doc__, *(planner.example for planner in planners.values())]),
+        [argv[0], f"--workdir={NOWHERE}", "--hosts=one", *rest],
+    )

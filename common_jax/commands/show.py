@@ -1,0 +1,154 @@
+"""`PROGRAM show RUN_OR_CONFIG`: the resolved config with its fields' meanings, the parameters, and
+the operations of a step."""
+
+import argparse
+import dataclasses
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from common_jax import checkpoint
+from common_jax.command_line import (
+    System,
+    check_system,
+    read_config_file,
+    read_settings,
+    set_field,
+)
+from common_jax.commands.field_docs import Field, list_fields
+from common_jax.commands.output import format_table
+from common_jax.commands.plan.flops import UnknownLength
+from common_jax.commands.plan.steps import step_flops
+from common_jax.config import freeze, unfreeze
+from common_jax.mesh import MeshConfig, make_mesh, match_rules
+from common_jax.optim import OptimConfig
+from common_jax.state import partition
+from common_jax.task import Task
+from common_jax.workdir import freeze_stored, read_json
+
+WIDTH = 100  # columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A run of a config: its name, task, and optimizer."""
+
+    name: str
+    task: Task
+    optim: OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What showing needs to know of a package.
+
+    Attributes:
+      system: whose configs these are.
+      config: their dataclass.
+      trainings: (config, mesh) -> its runs, several for a pipeline.
+    """
+
+    system: System
+    config: type
+    trainings: Callable[[Any, Mesh], Iterable[Training]]
+
+
+def show(args: argparse.Namespace, subject: Subject) -> None:
+    """Prints everything about a run or a config."""
+    config = read(args.source, read_settings(args.rest), subject)
+    fields = [field for field in list_fields(config) if args.only in field.path]
+    print("\n".join(map(format_field, fields)))
+    mesh = mesh_of(config.mesh)
+    for training in subject.trainings(config, mesh):
+        print(f"\n{describe_training(training, mesh, only=args.only)}", flush=True)
+
+
+def read(source: str, settings: Mapping[str, str], subject: Subject) -> Any:
+    """The frozen config of a run or of a config file, with fields set from text.
+
+    Raises:
+      ValueError, OSError: when there is none, or it is of another system.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        file = folder / "config.json"
+        saved = read_json(file) if file.exists() else checkpoint.load_config(folder)
+        check_system(saved, subject.system, source)
+        config = unfreeze(freeze_stored(subject.config, saved, source))
+    else:
+        config = read_config_file(source)
+        check_system(config, subject.system, source)
+    for path, text in settings.items():
+        set_field(config, path, text)
+    return freeze(subject.config, config)
+
+
+def mesh_of(config: MeshConfig) -> Mesh:
+    """The mesh of a config on the devices here, or one over `data` alone where they are too few:
+    partition specs are the same on both."""
+    try:
+        return make_mesh(config)
+    except ValueError:
+        return make_mesh(MeshConfig())
+
+
+def format_field(field: Field) -> str:
+    """The path and the value of a field, its default where that is another, and its meaning."""
+    default = field.default
+    other = default is not dataclasses.MISSING and default != field.value
+    line = f"{field.path} = {field.value!r}" + (f"   (default {default!r})" if other else "")
+    meaning = textwrap.fill(field.meaning, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    return f"{line}\n{meaning}" if field.meaning else line
+
+
+def describe_training(training: Training, mesh: Mesh, *, only: str = "") -> str:
+    """A table of the parameters of a run, and the operations of its step."""
+    task = training.task
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    trained, frozen = partition(params, task.trainable)
+    shardings = match_rules(task.rules, params, mesh)
+    rows = list_parameters(trained, shardings, "trained") + list_parameters(
+        frozen, shardings, "frozen"
+    )
+    helpers = jax.tree.map(lambda leaf: leaf.sharding, dict(task.helpers))
+    rows += list_parameters(task.helpers, helpers, "helper")
+    table = format_table(
+        ("parameters", "use", "shape", "type", "split over", "arrays", "numbers"),
+        [row for row in rows if only in row[0]],
+    )
+    try:
+        flops = step_flops(task, training.optim)
+        cost = (
+            f"{flops.model:.4g} FLOPs of products per step of {training.optim.batch} examples"
+            + (f", and {flops.again:.4g} computed again" if flops.again else "")
+        )
+    except UnknownLength as error:
+        cost = f"FLOPs per step unknown: {error}"
+    return (
+        f"{training.name}: {count(trained):,} parameters trained, {count(frozen):,} frozen, "
+        f"{count(task.helpers):,} of other networks\n{cost}\n\n{table}"
+    )
+
+
+def count(params: Any) -> int:
+    """Numbers in all arrays."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def list_parameters(params: Mapping[str, Any], shardings: Any, use: str) -> list[tuple[str, ...]]:
+    """A row for every parameter; those of one shape whose paths differ only in numbers are one."""
+    placed = traverse_util.flatten_dict(dict(shardings), sep="/")
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for path, leaf in traverse_util.flatten_dict(dict(params), sep="/").items():
+        axes = [axis or "-" for axis in placed[path].spec]
+        shape = " x ".join(map(str, leaf.shape)) or "scalar"
+        key = re.sub(r"\d+", "*", path), use, shape, leaf.dtype.name, ", ".join(axes) or "none"
+        groups.setdefault(key, []).append(count(leaf))
+    return [(*key, str(len(sizes)), f"{sum(sizes):,}") for key, sizes in groups.items()]

@@ -1,0 +1,29 @@
+"""Names of files and classes in messages."""
+
+from collections.abc import Iterable
+
+LISTED = 700  # characters of names in a message
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns the first names in order and the number of the others, safe to print.
+
+    There are ten names, or as many as fit in LISTED characters.
+    """
+    names, shown = sorted(names), []
+    for name in map(_shortened, names[:10]):
+        if shown and sum(map(len, shown)) + len(name) > LISTED:
+            break
+        shown.append(name)
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _shortened(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= LISTED // 2 else f"{name[: LISTED // 4]}...{name[-LISTED // 4 :]}"
+
+
+def printable(text: str) -> str:
+    """Escapes characters that do not print, such as bytes of a name that are not UTF-8."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,112 @@
+"""A report of the image sets of a config: training, test and OOD."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+
+from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
+from m2mkd_jax.config import Config
+from m2mkd_jax.data.augment import SMALL_SIDE
+from m2mkd_jax.data.listing import listed
+from m2mkd_jax.data.ood import load_ood
+from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
+from m2mkd_jax.data.subsets import with_labels_of
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.pipeline import plan
+
+
+def check_m2mkd(config: Config, findings: Findings) -> None:
+    """Checks the image sets: training, test and OOD."""
+    data = _undecoded(config.data)
+    findings.say(f"m2mkd, phase {config.phase}: config.data.source={data.source!r} {data.path}")
+    train = _check_images(data, "train_split", load_source, findings)
+    test = _check_images(data, "test_split", open_source, findings)
+    if train is not None and test is not None:
+        findings.attempt(
+            with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"
+        )
+    if train is not None and not _draws_images(config):
+        runs = [("", config)]
+        if config.phase == "pipeline":
+            runs = findings.attempt(plan, config, NOWHERE) or []
+        for name, run in runs:
+            if run.optim.batch > len(train) and not _draws_images(run):
+                section = f"config.recipes.{run.phase}" if name else "config"
+                findings.problem(
+                    f"{section}.optim.batch={run.optim.batch} is more than the {len(train)} "
+                    f"images of {data.train_split!r}; lower it or take more data"
+                )
+    if config.ood.source and train is not None:
+        _check_ood(config, train, findings)
+
+
+def _draws_images(config: Config) -> bool:
+    return config.phase in PHASES and PHASES[config.phase].draws_images
+
+
+def _undecoded(data: DataConfig) -> DataConfig:
+    """The config without decoding a set that a run would keep in memory, unless it must fit."""
+    return data if data.in_memory == "always" else dataclasses.replace(data, in_memory="never")
+
+
+def _check_images(
+    data: DataConfig, key: str, load: Callable[[DataConfig, str], Source], findings: Findings
+) -> Source | None:
+    split = getattr(data, key)
+    findings.say(f"{split} (config.data.{key})")
+    source = findings.attempt(load, data, split)
+    if source is not None:
+        _describe_classes(source, findings)
+        _check_pixels(source, data, split, findings)
+    return source
+
+
+def _describe_classes(source: Source, findings: Findings) -> None:
+    names = source.label_names
+    counts = np.bincount(source.labels, minlength=len(names))
+    emptiest = sorted(zip(counts.tolist(), names, strict=True))[:3]
+    findings.say(
+        f"  {len(source)} images of {len(names)} classes; a class has {counts.min()} to "
+        f"{counts.max()}, median {statistics.median(counts.tolist()):g}\n"
+        f"  fewest: {', '.join(f'{name} {count}' for count, name in emptiest)}"
+    )
+
+
+def _check_pixels(source: Source, data: DataConfig, split: str, findings: Findings) -> None:
+    """Checks the sizes of a sample and that it can be read."""
+    places = findings.places(len(source))
+    sizes, bad = read_sizes(lambda i: source[i]["image"].shape[:2], places)
+    common = ", ".join(
+        f"{rows} x {columns} ({count})" for (rows, columns), count in sizes.most_common(3)
+    )
+    rest = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    findings.say(f"  sizes of {len(places)} images, rows x columns: {common or 'none'}{rest}")
+    say_bad(bad, places, findings)
+    if len(bad) > data.bad_share * len(source):
+        findings.problem(
+            f"{split}: {len(bad)} of {len(source)} images cannot be read, more than "
+            f"config.data.bad_share={data.bad_share:g} allows: {listed(bad)}; repair or remove "
+            "them, or raise config.data.bad_share"
+        )
+    wrong = {size for size in sizes if size != (data.image_size,) * 2}
+    if data.image_size <= SMALL_SIDE and wrong:
+        rows, columns = min(wrong)
+        findings.problem(
+            f"{split}: config.data.image_size={data.image_size}, but there are images of {rows} x "
+            f"{columns} pixels; up to {SMALL_SIDE} pixels they are not resized: set it to their "
+            "size or resize the files"
+        )
+
+
+def _check_ood(config: Config, train: Source, findings: Findings) -> None:
+    ood, names = config.ood, tuple(train.label_names)
+    findings.say(f"{ood.split} (config.ood.source={ood.source!r} {ood.path})")
+    data = _undecoded(config.data)
+    found = findings.attempt(load_ood, data, ood, label_names=names)
+    if found is None:
+        return
+    _describe_classes(found.source, findings)
+    findings.say(f"  tested among {len(found.classes)} of the {len(names)} classes of training")
+    _check_pixels(found.source, found.data, f"config.ood.split={ood.split!r}", findings)

@@ -1,0 +1,236 @@
+"""`m2mkd evaluate RUN`: accuracy of a trained run on its test set or any other."""
+
+import argparse
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from common_jax.command_line import Command, read_settings
+from common_jax.commands.output import format_table
+
+if TYPE_CHECKING:
+    from m2mkd_jax.data.sources import DataConfig, Source
+    from m2mkd_jax.trained import Trained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
+    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
+    parser.add_argument("--batch", type=int, metavar="N", help="images at a time")
+    parser.add_argument(
+        "--worst", type=int, default=10, metavar="N", help="classes and pairs shown (default 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="all numbers, as one JSON object")
+    parser.epilog = (
+        "The images are those of the run's config.data, and of its config.ood if it has one. Any\n"
+        "field of these, and of config.mesh, can be changed:\n"
+        "  --data.source=folder --data.path=/data/mine --data.test_split=val\n"
+        "  --ood.source=folder --ood.path=/data/sketches --ood.split=test"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The result on one set of images.
+
+    Attributes:
+      name: "test" or "ood".
+      place: source, path and split.
+      means: by metric, over all images.
+      images, correct: by class.
+      confused: (class, predicted class) -> images.
+    """
+
+    name: str
+    place: str
+    means: Mapping[str, float]
+    images: Mapping[str, int]
+    correct: Mapping[str, int]
+    confused: Mapping[tuple[str, str], int]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the scores of every set."""
+    found = evaluate(args)
+    if args.json:
+        print(json.dumps({scores.name: as_json(scores) for scores in found}, indent=2))
+    else:
+        print("\n\n".join(as_text(scores, args.worst) for scores in found))
+
+
+def as_json(scores: Scores) -> dict[str, Any]:
+    """The scores as a JSON object."""
+    classes = {
+        name: {"images": count, "accuracy": scores.correct.get(name, 0) / count}
+        for name, count in scores.images.items()
+    }
+    confused = [
+        {"class": own, "taken_for": other, "images": count}
+        for (own, other), count in rank(scores.confused)
+    ]
+    place = {"set": scores.place, "images": sum(scores.images.values())}
+    return place | scores.means | {"classes": classes, "confused": confused}
+
+
+def as_text(scores: Scores, worst: int) -> str:
+    """The scores as tables, with the `worst` classes and pairs."""
+    from m2mkd_jax.evaluators import percent, show
+
+    means = ", ".join(
+        f"{name.replace('_', ' ')} {show(name, value)}" for name, value in scores.means.items()
+    )
+    rows = sorted(
+        (scores.correct.get(name, 0) / count, name, count) for name, count in scores.images.items()
+    )
+    shown = [(name, count, percent(share)) for share, name, count in rows[:worst]]
+    pairs = [
+        (own, other, count, percent(count / scores.images[own]))
+        for (own, other), count in rank(scores.confused)[:worst]
+    ]
+    parts = [
+        f"{scores.name}: {sum(scores.images.values())} images of {len(rows)} classes, "
+        f"{scores.place}\n{means}",
+        format_table(("class", "images", "accuracy"), shown)
+        + (f"\nand {len(rows) - worst} classes with higher accuracy" * (len(rows) > worst)),
+    ]
+    if pairs:
+        parts.append(format_table(("class", "taken for", "images", "of its class"), pairs))
+    return "\n\n".join(parts)
+
+
+def rank(confused: Mapping[tuple[str, str], int]) -> list[tuple[tuple[str, str], int]]:
+    """The pairs, the most frequent first."""
+    return sorted(confused.items(), key=lambda item: (-item[1], item[0]))
+
+
+def evaluate(args: argparse.Namespace) -> list[Scores]:
+    """The scores on the test set, and on the OOD set where config.ood names one."""
+    from common_jax import app
+    from common_jax.mesh import check_batch
+    from m2mkd_jax.data.ood import load_ood
+    from m2mkd_jax.trained import choose_network, open_run
+
+    trained = open_run(args.run, read_settings(args.rest))
+    config = trained.config
+    app.use_compilation_cache(config.run.compilation_cache)
+    name = choose_network(trained, args.module)
+    # The batch of the run's own evaluation: where experts choose among the tokens of a batch, and
+    # where random numbers are drawn, another one gives other numbers.
+    batch = args.batch or config.optim.micro_batch
+    check_batch(trained.mesh, "--batch", batch)
+    source = load_test_images(trained)
+    every = tuple(range(len(trained.classes)))
+    found = [score(trained, name, "test", source, config.data, every, batch)]
+    if config.ood.source:
+        ood = load_ood(config.data, config.ood, label_names=trained.classes)
+        found.append(score(trained, name, "ood", ood.source, ood.data, ood.classes, batch))
+    return found
+
+
+def load_test_images(trained: "Trained") -> "Source":
+    """The test images, with labels of the run's classes.
+
+    The network of an episode knows some classes alone: images of others are left out.
+    """
+    import numpy as np
+
+    from m2mkd_jax.data.sources import load_test_source, open_source
+    from m2mkd_jax.data.subsets import Subset
+    from m2mkd_jax.phases import PHASES
+
+    data = trained.config.data
+    if not PHASES[trained.config.phase].draws_images:
+        return load_test_source(data, trained.classes)
+    source = open_source(data, data.test_split)
+    place = {name: label for label, name in enumerate(trained.classes)}
+    own = np.array([place.get(name, -1) for name in source.label_names], np.int32)
+    labels = own[np.asarray(source.labels)]
+    chosen = np.flatnonzero(labels >= 0)
+    if not len(chosen):
+        raise ValueError(
+            f"config.data.path={data.path!r} has no image of the episode's classes, "
+            f"{', '.join(trained.classes)}"
+        )
+    return Subset(source, chosen, labels[chosen], trained.classes)
+
+
+def score(
+    trained: "Trained",
+    network: str,
+    name: str,
+    source: "Source",
+    data: "DataConfig",
+    classes: Sequence[int],
+    batch: int,
+) -> Scores:
+    """The scores on one set.
+
+    Args:
+      trained: the run.
+      network: key of its network.
+      name: of the set.
+      source: its images; label i is `classes[i]` of the network.
+      data: how they are read.
+      classes: labels of the network.
+      batch: images at a time.
+    """
+    from jax import numpy as jnp
+
+    from common_jax.inputs import eval_batches
+    from m2mkd_jax.data.transforms import eval_transform
+    from m2mkd_jax.evaluators import EVALUATORS
+    from m2mkd_jax.evaluators.classification import restrict_logits
+    from m2mkd_jax.phases import PHASES
+    from m2mkd_jax.trained import run_batches
+
+    evaluators = [EVALUATORS[one] for one in PHASES[trained.config.phase].evaluators]
+
+    def finish(logits, batch):
+        logits = restrict_logits(logits, tuple(classes))
+        totals = {}
+        for evaluator in evaluators:
+            totals |= evaluator.totals(logits, batch["label"], batch["_mask"])
+        return totals, jnp.argmax(logits, axis=-1)
+
+    batches = eval_batches(
+        source,
+        transform=eval_transform(data, arrays=source.arrays),
+        batch=batch,
+        workers=data.workers,
+        bad_share=data.bad_share,
+    )
+    pairs, sums = collections.Counter(), collections.Counter()
+    for images, found in run_batches(trained, batches, finish):
+        totals, predicted = found[network]
+        sums.update({metric: float(total) for metric, total in totals.items()})
+        real = images["_mask"] > 0
+        pairs.update(zip(images["label"][real].tolist(), predicted[real].tolist(), strict=True))
+    names = [trained.classes[label] for label in classes]
+    images, correct, confused = collections.Counter(), {}, {}
+    for (label, other), count in pairs.items():
+        images[names[label]] += count
+        if label == other:
+            correct[names[label]] = count
+        else:
+            confused[names[label], names[other]] = count
+    count = images.total()
+    split = config_place(data)
+    means = {metric: total / count for metric, total in sums.items()}
+    return Scores(name, split, means, dict(sorted(images.items())), correct, confused)
+
+
+def config_place(data: "DataConfig") -> str:
+    """Source, path and split of test images."""
+    path = f" {data.path}" if data.path else ""
+    return f"{data.source}{path}, split {data.test_split}"
+
+
+COMMAND = Command(
+    "accuracy on the run's test set or any other, by class, and confused pairs",
+    add_arguments,
+    run,
+    ("--config.", "--data.", "--ood."),
+)

@@ -1,0 +1,37 @@
+"""`m2mkd export RUN OUT`: a folder that timm loads, where timm has the network."""
+
+import argparse
+from pathlib import Path
+
+from common_jax.command_line import Command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--module", type=int, metavar="K", help="of several modules, the one")
+    parser.add_argument(
+        "--push",
+        metavar="ID",
+        help="also upload it to the Hugging Face hub, as a private model unless ID exists",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the folder, and uploads it where asked."""
+    from common_jax.commands.hub import push
+    from m2mkd_jax.pretrained.folder import write_folder
+    from m2mkd_jax.trained import read_run
+
+    out = Path(args.out).expanduser()
+    found = read_run(args.run)
+    written = write_folder(found.source, out, stage=args.module, classes=found.classes)
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    print(f"{out}: {files}, of kind {written.kind}")
+    print("README.md is the model card; fill in the licence")
+    if args.push:
+        print(f"uploaded to {push(out, args.push)}")
+
+
+COMMAND = Command("write a folder that timm loads, with a model card: RUN OUT", add_arguments, run)

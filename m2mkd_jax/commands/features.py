@@ -1,0 +1,80 @@
+"""`m2mkd features RUN FILES --out F.npz`: token maps and pooled vectors of pictures."""
+
+import argparse
+from pathlib import Path
+
+from common_jax.command_line import Command, read_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a run of a ViT or V-MoE")
+    parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.npz",
+        required=True,
+        help="arrays maps (B, I, J, D), pooled (B, D) and names (B,)",
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="side of the images, in pixels")
+    parser.add_argument("--stage", type=int, metavar="K", help="of the maps, by default the last")
+    parser.add_argument("--no-maps", action="store_true", help="pooled vectors alone")
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
+    parser.epilog = (
+        "Maps are the patches' tokens after the stage, before the last norm; pooled vectors are\n"
+        "what the head reads. With another --size than in training, position tables are resized."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file; returns 1 if a picture could not be read, which is left out."""
+    import numpy as np
+
+    from common_jax import app
+    from common_jax.inputs import eval_batches
+    from common_jax.mesh import check_batch
+    from m2mkd_jax.picture_files import PictureFiles, SquareTransform, find_pictures
+    from m2mkd_jax.token_maps import check_maps, run_features
+    from m2mkd_jax.trained import choose_batch, open_run
+
+    out = Path(args.out).expanduser()
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")
+    paths = find_pictures(args.pictures)
+    size = {} if args.size is None else {"data.image_size": str(args.size)}
+    trained = open_run(args.run, read_settings(args.rest) | size)
+    data = trained.config.data
+    app.use_compilation_cache(trained.config.run.compilation_cache)
+    stage = check_maps(trained, args.stage)
+    batch = args.batch or choose_batch(trained, len(paths))
+    check_batch(trained.mesh, "--batch", batch)
+    batches = eval_batches(
+        PictureFiles(paths, data.channels),
+        transform=SquareTransform(data.image_size),
+        batch=batch,
+        workers=data.workers,
+        bad_share=1.0,
+    )
+    maps, pooled, real = [], [], []
+    for images, found in run_features(trained, batches, stage):
+        rows = images["_mask"] > 0
+        real.append(rows)
+        pooled.append(found.pooled[rows])
+        if not args.no_maps:
+            maps.append(found.maps[rows])
+    there = np.concatenate(real)[: len(paths)]
+    arrays = {"pooled": np.concatenate(pooled), "names": np.array(paths)[there]}
+    if maps:
+        arrays["maps"] = np.concatenate(maps)
+    np.savez(out, **arrays)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    print(f"{out}: {shapes}; maps of stage {stage}" if maps else f"{out}: {shapes}")
+    return int(not there.all())
+
+
+COMMAND = Command(
+    "write token maps and pooled vectors of pictures to an npz file",
+    add_arguments,
+    run,
+    rest=("--config.", "--data."),
+)

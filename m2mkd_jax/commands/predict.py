@@ -1,0 +1,133 @@
+"""`m2mkd predict RUN PICTURE_OR_FOLDER...`: class names and probabilities."""
+
+import argparse
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from common_jax.command_line import Command, read_settings
+
+if TYPE_CHECKING:
+    from m2mkd_jax.picture_files import PictureFiles
+    from m2mkd_jax.trained import Trained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
+    parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes (default 5)")
+    for form, about in (("json", "one object a line and picture"), ("csv", "one row a class")):
+        parser.add_argument(
+            f"--{form}", action="store_const", dest="form", const=form, default="table", help=about
+        )
+    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
+    parser.epilog = (
+        "Any field of the run's config.data and config.mesh can be changed: --config.mesh.fsdp=2"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A picture's classes with their probabilities, best first; `problem` if it is unreadable."""
+
+    picture: str
+    classes: tuple[tuple[str, float], ...] = ()
+    problem: str = ""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints predictions as they come; returns 1 if a picture could not be read."""
+    paths, predictions = predict(args)
+    show = {"json": show_json, "csv": show_csv}.get(args.form, show_table)
+    return int(show(predictions, width=max(map(len, paths))) > 0)
+
+
+def show_table(predictions: Iterable[Prediction], *, width: int) -> int:
+    """Prints a line a picture; returns the number of unreadable ones, which the log names."""
+    unreadable = 0
+    for one in predictions:
+        shares = "  ".join(f"{name} {share:.1%}" for name, share in one.classes)
+        print(f"{one.picture:{width}}  {shares or 'unreadable'}", flush=True)
+        unreadable += bool(one.problem)
+    return unreadable
+
+
+def show_json(predictions: Iterable[Prediction], *, width: int) -> int:
+    """Prints an object a line; otherwise as `show_table`."""
+    unreadable = 0
+    for one in predictions:
+        classes = [{"class": name, "probability": share} for name, share in one.classes]
+        content = {"error": one.problem} if one.problem else {"classes": classes}
+        print(json.dumps({"picture": one.picture} | content, ensure_ascii=False), flush=True)
+        unreadable += bool(one.problem)
+    return unreadable
+
+
+def show_csv(predictions: Iterable[Prediction], *, width: int) -> int:
+    """Prints a row a class; otherwise as `show_table`."""
+    writer, unreadable = csv.writer(sys.stdout, lineterminator="\n"), 0
+    writer.writerow(("picture", "rank", "class", "probability"))
+    for one in predictions:
+        for rank, (name, share) in enumerate(one.classes, 1):
+            writer.writerow((one.picture, rank, name, f"{share:.6f}"))
+        unreadable += bool(one.problem)
+    return unreadable
+
+
+def predict(args: argparse.Namespace) -> tuple[list[str], Iterator[Prediction]]:
+    """The paths of the pictures, and their predictions in order, computed as they are read."""
+    from common_jax import app
+    from common_jax.inputs import eval_batches
+    from common_jax.mesh import check_batch
+    from m2mkd_jax.picture_files import PictureFiles, SquareTransform, find_pictures
+    from m2mkd_jax.trained import choose_batch, choose_network, open_run
+
+    paths = find_pictures(args.pictures)
+    trained = open_run(args.run, read_settings(args.rest))
+    data = trained.config.data
+    app.use_compilation_cache(trained.config.run.compilation_cache)
+    name = choose_network(trained, args.module)
+    batch = args.batch or choose_batch(trained, len(paths))
+    check_batch(trained.mesh, "--batch", batch)
+    source = PictureFiles(paths, data.channels)
+    batches = eval_batches(
+        source,
+        transform=SquareTransform(data.image_size),
+        batch=batch,
+        workers=data.workers,
+        bad_share=1.0,
+    )
+    top = min(max(args.top, 1), len(trained.classes))
+    return paths, _predictions(trained, name, source, batches, top)
+
+
+def _predictions(
+    trained: "Trained", name: str, source: "PictureFiles", batches: Iterable, top: int
+) -> Iterator[Prediction]:
+    import jax
+    from jax import numpy as jnp
+
+    from m2mkd_jax.trained import run_batches
+
+    def finish(logits, batch):
+        return jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), top)
+
+    paths = iter(enumerate(source.paths))
+    for batch, found in run_batches(trained, batches, finish):
+        rows = zip(batch["_mask"], *found[name], strict=True)
+        for (real, shares, labels), (index, path) in zip(rows, paths, strict=False):
+            if not real:
+                yield Prediction(path, problem=source.problem(index))
+                continue
+            names = (trained.classes[label] for label in labels)
+            yield Prediction(path, tuple(zip(names, shares.tolist(), strict=True)))
+
+
+COMMAND = Command(
+    "classify pictures: names and probabilities", add_arguments, run, ("--config.", "--data.")
+)

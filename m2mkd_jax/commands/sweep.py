@@ -1,0 +1,54 @@
+"""`m2mkd sweep`: a config for every setting of a grid and several seeds."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from common_jax.command_line import Command
+from common_jax.commands.arguments import add_none
+
+if TYPE_CHECKING:
+    from common_jax.commands.sweep.cells import Files, Program
+
+EXAMPLE = """
+Example:
+  m2mkd sweep --config=m2mkd/digits.py:phase=end_to_end --workdir=runs/moe \\
+      --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3 --config.optim.epochs=5
+"""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs or prints what is not finished, and makes the table; returns the exit status."""
+    from common_jax.commands.sweep.command import main
+
+    return main(args.rest, {"phase": program()}, EXAMPLE)
+
+
+def program() -> "Program":
+    """What a sweep needs to know of this package."""
+    from common_jax.commands.sweep.cells import Program
+    from m2mkd_jax.config import Config
+    from m2mkd_jax.phases.fields import reads
+
+    return Program("m2mkd_jax.main", "phase", Config, "test/accuracy", results, reads())
+
+
+def results(config: Any) -> "tuple[str | None, Files]":
+    """The folder of the run that a cell is about (None where there is none), and all files."""
+    from common_jax.commands.sweep.cells import NOWHERE
+    from m2mkd_jax.phases import pipeline
+
+    if config.phase == "pipeline":
+        folders = [name for name, _ in pipeline.plan(config, NOWHERE)]
+        main = pipeline.result_folder()
+    else:
+        folders = list(pipeline.run_folders(config))
+        main = None if len(folders) > 1 else ""
+    return main, dict.fromkeys(folders, ("result.json",))
+
+
+COMMAND = Command(
+    "run a config for every setting of a grid, several seeds each, and make one table",
+    add_none,
+    run,
+    rest=("",),
+)

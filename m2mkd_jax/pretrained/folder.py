@@ -1,0 +1,145 @@
+"""A run as a folder for other frameworks: weights, config.json, and a model card."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from common_jax.config import flatten, unfreeze
+from common_jax.weights import write_tensors
+from common_jax.weights.table import Pretrained
+from common_jax.workdir import read_json, write_json
+from common_jax.workdir.results import RESULT
+from m2mkd_jax.config import Config
+from m2mkd_jax.pretrained.kinds import KINDS
+from m2mkd_jax.pretrained.timm_config import timm_config
+from m2mkd_jax.pretrained.writing import load_run, to_tensors
+
+WEIGHTS, CONFIG, RUN, CARD = "model.safetensors", "config.json", "run_config.json", "README.md"
+PAPER = "[m2mKD](https://arxiv.org/abs/2402.16918)"
+# Sections that say where and how a run was done, and not what.
+LEFT_OUT = ("sources.", "mesh.", "run.", "recipes.", "data.path", "data.workers", "ood.path")
+USE_TIMM = """```python
+import timm, torch
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+probabilities = model(transform(picture)[None]).softmax(-1)  # picture: PIL, mode {mode}
+names = model.pretrained_cfg["label_names"]
+```"""
+USE_OWN = """No other framework has this network: {reason}. `run_config.json` is its config, and the
+tensors have the names of the method's original code. `python tools/convert_weights.py FOLDER OUT`
+makes a checkpoint of them again."""
+
+
+def write_folder(
+    source: epath.Path, out: Path, *, stage: int | None, classes: tuple[str, ...]
+) -> Pretrained:
+    """Writes a run's network to `out`, a new folder.
+
+    A whole ViT gets timm's config.json where timm has such a network. Any other network, or module,
+    has run_config.json alone beside its weights.
+
+    Args:
+      source: folder of a checkpoint.
+      out: the folder.
+      stage: of the module, if the run has several.
+      classes: names by label.
+
+    Returns:
+      What was written.
+
+    Raises:
+      FileExistsError: if `out` exists.
+      ValueError: as `load_run`.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; give a new folder")
+    found = load_run(source, stage=stage)
+    kind, about, reason = KINDS[found.kind], None, ""
+    try:
+        if not kind.loads_in_timm:
+            raise ValueError(f"it is {_about(found)}")
+        about = timm_config(found.config, getattr(found.config, kind.section), classes)
+    except ValueError as error:
+        reason = str(error)
+    out.mkdir(parents=True)
+    write_tensors(out / WEIGHTS, to_tensors(found))
+    if about:
+        write_json(out / CONFIG, about)
+    write_json(out / RUN, unfreeze(found.config).to_dict() | {"classes": list(classes)})
+    (out / CARD).write_text(write_card(found, source, classes, reason))
+    return found
+
+
+def write_card(found: Pretrained, source: epath.Path, classes: tuple[str, ...], reason: str) -> str:
+    """The text of the card.
+
+    Args:
+      found: what is exported.
+      source: folder of the checkpoint.
+      classes: names by label.
+      reason: for which timm does not load it; "" where it does.
+    """
+    config = found.config
+    mode = {1: "L", 3: "RGB"}[config.data.channels]
+    use = USE_OWN.format(reason=reason) if reason else USE_TIMM.format(mode=mode)
+    sections = {
+        "Use": use,
+        "Training": "\n".join(_training(config, found, source)),
+        "Scores": "\n".join(_scores(source)),
+        "Settings": "All others have their defaults.\n\n" + "\n".join(_settings(config)),
+        "Classes": ", ".join(classes[:100]) + (", ..." if len(classes) > 100 else ""),
+        "Licence": "To be filled in, here and at the top: the terms of the data apply, and those "
+        "of published weights that the run started from.",
+    }
+    library = "" if reason else "library_name: timm\n"
+    head = (
+        f"---\nlicense: unknown  # to be filled in\n{library}"
+        f"pipeline_tag: image-classification\n---\n\n# {config.phase} of {PAPER}\n\n"
+        f"This is {_about(found)}, on images of "
+        f"{config.data.image_size} x {config.data.image_size} pixels.\n"
+    )
+    return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _about(found: Pretrained) -> str:
+    """The kind of network, for people."""
+    return KINDS[found.kind].about.partition(", for")[0]
+
+
+def _training(config: Config, found: Pretrained, source: epath.Path) -> Iterator[str]:
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found.params))
+    yield f"- phase `{config.phase}`, step {source.name}; {count:,} parameters"
+    yield f"- data `{config.data.source}`, split `{config.data.train_split}`"
+    for name, value in flatten(unfreeze(config.sources).to_dict()):
+        if value:
+            yield f"- weights of earlier runs, `{name}`"
+
+
+def _scores(source: epath.Path) -> Iterator[str]:
+    """Those of the run's end, if this is its last checkpoint."""
+    path = source.parent.parent / RESULT
+    result: Mapping[str, Any] = read_json(path) if path.exists() else {}
+    if str(result.get("steps")) != source.name:
+        yield "None are on record for this checkpoint."
+        return
+    yield "| metric | value |"
+    yield "|---|---|"
+    for name, value in result.items():
+        if "/" in name and isinstance(value, int | float):
+            yield f"| {name} | {value:.4f} |"
+
+
+def _settings(config: Config) -> Iterator[str]:
+    """The settings that are not the defaults."""
+    yield "| setting | value |"
+    yield "|---|---|"
+    ours, defaults = (dict(flatten(unfreeze(one))) for one in (config, Config()))
+    for key, value in ours.items():
+        if value != defaults.get(key) and not key.startswith(LEFT_OUT):
+            yield f"| `{key}` | `{json.dumps(value, default=str)}` |"

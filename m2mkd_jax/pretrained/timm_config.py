@@ -1,0 +1,79 @@
+"""config.json of a folder that timm loads, for networks that timm has."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from m2mkd_jax.config import Config
+from m2mkd_jax.data.augment import SMALL_SIDE
+from m2mkd_jax.models.vit import ViTConfig
+from m2mkd_jax.pretrained.hub import POOLS, TIMM
+
+# A name that timm has, whose sizes model_args replace.
+ARCHITECTURE = "vit_base_patch16_224"
+NORM_EPS = 1e-6  # of timm's ViTs, which no argument in a file changes
+CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize_and_centre`
+
+
+def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dict[str, Any]:
+    """What timm's folders say of a network: its name, its arguments, and how images are prepared.
+
+    Args:
+      config: of the run.
+      sizes: its section of the network.
+      classes: names by label.
+
+    Raises:
+      ValueError: for a network that timm has not, with the field that makes it another.
+    """
+    if odd := _unlike_timm(sizes):
+        raise ValueError(f"timm has no ViT with {', '.join(odd)}")
+    data = config.data
+    pool = {ours: theirs for theirs, ours in POOLS.items()}[sizes.pool]
+    arguments = {
+        "img_size": data.image_size,
+        "patch_size": sizes.patch,
+        "in_chans": data.channels,
+        "embed_dim": sizes.width,
+        "depth": sum(sizes.depths),
+        "num_heads": sizes.heads,
+        "mlp_ratio": sizes.mlp_ratio,
+        "qkv_bias": sizes.qkv_bias,
+        "init_values": sizes.layer_scale,
+        "class_token": sizes.class_token,
+        "reg_tokens": sizes.registers,
+        "no_embed_class": sizes.positions == "patches",
+        "pre_norm": sizes.norm_pre,
+        "fc_norm": sizes.norm_after_pool,
+        "act_layer": sizes.activation,
+    }
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": data.labels,
+        "num_features": sizes.width,
+        "global_pool": pool,
+        "pretrained_cfg": {
+            "input_size": [data.channels, data.image_size, data.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": CROP if data.image_size > SMALL_SIDE else 1.0,
+            "crop_mode": "center",
+            **{theirs: list(getattr(data, ours)) for ours, theirs in TIMM.items()},
+            "num_classes": data.labels,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "label_names": list(classes),
+        },
+        "model_args": arguments | {"global_pool": pool},
+    }
+
+
+def _unlike_timm(sizes: ViTConfig) -> list[str]:
+    """The fields in which a network differs from all of timm's."""
+    alike: Mapping[str, bool] = {
+        "norm_eps": sizes.norm_eps == NORM_EPS,
+        "pool": sizes.pool in POOLS.values(),
+        "positions": sizes.positions != "class" or not sizes.registers,
+        "patch_bias": sizes.patch_bias != sizes.norm_pre,
+    }
+    return [f"{name}={getattr(sizes, name)}" for name, same in alike.items() if not same]

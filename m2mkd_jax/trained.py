@@ -1,0 +1,261 @@
+"""A trained run for use: the outputs of its networks on batches of images, over a mesh."""
+
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from common_jax import checkpoint
+from common_jax.command_line import change_config, check_system
+from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
+from common_jax.state import evaluation_key
+from common_jax.weights import Adapt, Origin
+from common_jax.workdir import freeze_stored, read_json
+from m2mkd_jax.config import SYSTEM, Config, DistillConfig
+from m2mkd_jax.data.feed import prepare_evaluation
+from m2mkd_jax.data.sources import load_source
+from m2mkd_jax.families import Family
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.networks import SECTIONS, family_of_role, whole_network
+from m2mkd_jax.phases.objective import Forward, evaluation_rngs, whole_forward
+from m2mkd_jax.phases.pipeline import result_folder
+from m2mkd_jax.phases.training import CLASSES
+from m2mkd_jax.phases.weights import take_weights
+from m2mkd_jax.stages import module_name
+
+# Sections and fields of a run's config that its use may change; the others make the network.
+CHANGEABLE = ("data", "ood", "evaluation", "precision", "mesh", "optim.batch", "sources")
+FIXED = ("data.labels", "data.channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained run.
+
+    Attributes:
+      source: folder of its checkpoint.
+      config: of the run, with changed fields.
+      classes: their names, by label.
+      mesh: devices that hold the parameters and split the batches.
+      forward: the networks by name; a whole network alone has the name of its role.
+      params, helpers: the arguments of `forward`.
+    """
+
+    source: epath.Path
+    config: Config
+    classes: tuple[str, ...]
+    mesh: Mesh
+    forward: Forward
+    params: Mapping[str, Any]
+    helpers: Mapping[str, Any]
+
+    @property
+    def family(self) -> Family:
+        """The family of the trained network."""
+        return family_of_role(self.config, self.role)
+
+    @property
+    def role(self) -> str:
+        """The key of the trained parameters."""
+        return PHASES[self.config.phase].role
+
+
+def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> Trained:
+    """Loads a run, or the result of a pipeline, with its parameters on all devices here.
+
+    Args:
+      run: its workdir (the newest checkpoint), or one step's folder.
+      settings: text by the path of a field of the config, among `CHANGEABLE`. With another
+        data.image_size, position tables are resized.
+
+    Raises:
+      FileNotFoundError: for no finished checkpoint, of the run or of one whose network it needs.
+      ValueError: for a run of the other system, or a field that cannot be changed.
+    """
+    found = read_run(run)
+    source = found.source
+    # The run's own mesh is that of the machine where it was trained.
+    config = dataclasses.replace(
+        found.config, mesh=MeshConfig(), baseline=DistillConfig(kind="none")
+    )
+    config = change_config(config, settings or {}, changeable=CHANGEABLE, fixed=FIXED)
+    mesh, phase = make_mesh(config.mesh), PHASES[config.phase]
+    role, family = phase.role, family_of_role(config, phase.role)
+    params = {
+        role: checkpoint.load(
+            source, subtree=role, mesh=mesh, rules=family.rules, average=config.optim.ema > 0
+        )
+    }
+    if phase.modular:
+        training = phase.describe(config, mesh)
+        forward, init = training.forward, training.init
+        helpers = _load_helpers(config, training.helpers)
+    else:
+        network = whole_network(config, role)
+        forward, helpers = whole_forward(network, role), {}
+
+        def init(key: jax.Array) -> dict[str, Any]:
+            return {role: network.init(key)}
+
+    section = getattr(config, SECTIONS[role])
+    ways = {f"{role}/{regex}": way for regex, way in family.adapt(section).items()}
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    params = _resize(params, shapes, ways, match_rules(family.rules, shapes, mesh))
+    return Trained(source, config, found.classes, mesh, forward, params, helpers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run's checkpoint, the run's config, and its classes by label."""
+
+    source: epath.Path
+    config: Config
+    classes: tuple[str, ...]
+
+
+def read_run(run: epath.PathLike) -> Finished:
+    """Finds the checkpoint of a run, or of the result of a pipeline; raises as `open_run`."""
+    source = checkpoint.find_step(_product(epath.Path(run)))
+    saved = checkpoint.load_config(source)
+    check_system(saved, SYSTEM, str(source))
+    config = freeze_stored(Config, saved, source)
+    return Finished(source, config, _read_classes(source, config))
+
+
+def _read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
+    """The names of the classes in the run's classes.json, or else those of its training set, or
+    else numbers."""
+    for folder in (source, *source.parents[:2]):
+        if (path := folder / CLASSES).exists():
+            names = read_json(path, {"names": list})["names"]
+            if len(names) == config.data.labels and all(isinstance(one, str) for one in names):
+                return tuple(names)
+            raise ValueError(
+                f"{path} must list {config.data.labels} names, as config.data.labels says"
+            )
+    try:
+        return tuple(load_source(config.data, config.data.train_split).label_names)
+    except (OSError, ValueError, ImportError) as error:
+        logging.warning("%s is missing, so classes are numbers: %s", CLASSES, error)
+        return tuple(map(str, range(config.data.labels)))
+
+
+def choose_network(trained: Trained, module: str | None) -> str:
+    """The key in the results of `run_batches` of a run's network; of a run of several modules, of
+    the meta model with module `module`.
+
+    Raises:
+      ValueError: when the run has several modules and `module` is none of them.
+    """
+    if not PHASES[trained.config.phase].modular:
+        if module is not None:
+            raise ValueError(f"--module={module}: {trained.source} holds a whole network")
+        return trained.role
+    stages = [str(stage) for stage in trained.config.modules()]
+    chosen = stages if module is None else [module]
+    if len(chosen) != 1 or chosen[0] not in stages:
+        raise ValueError(
+            f"{trained.source} holds modules {', '.join(stages)}, each for its place in the meta "
+            "model; choose one with --module=K"
+        )
+    return module_name(int(chosen[0]))
+
+
+def choose_batch(trained: Trained, count: int) -> int:
+    """The smallest batch that the devices can split and that holds `count` images, at most the
+    batch that the run was evaluated in.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    config, devices = trained.config, trained.mesh.size
+    most = config.optim.micro_batch
+    divisors = [size for size in range(1, most + 1) if most % size == 0]
+    sizes = sorted({math.lcm(size, devices) for size in divisors})
+    section, problem = getattr(config, SECTIONS[trained.role]), None
+    for size in [size for size in sizes if size >= min(count, most)]:
+        try:
+            # Experts that choose tokens need a batch that their groups divide.
+            trained.family.check_mesh(section, dict(trained.mesh.shape), size)
+            return size
+        except ValueError as error:
+            problem = error
+    raise problem
+
+
+def run_batches(
+    trained: Trained,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    finish: Callable[[jax.Array, Mapping[str, jax.Array]], Any],
+) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, Any]]]:
+    """Yields every batch with the results of `finish(logits, batch)` by network, on the host.
+
+    Args:
+      trained: the run.
+      batches: as `common_jax.inputs.eval_batches` yields them.
+      finish: traced; logits are (B, L).
+    """
+    config = trained.config
+
+    @jax.jit
+    def compute(params: Any, helpers: Any, batch: Any, index: Any) -> dict[str, Any]:
+        rngs = evaluation_rngs(config, evaluation_key(np.uint32(config.seed), index))
+        images = prepare_evaluation(batch, config.data)
+        outputs = trained.forward(params, helpers, images, False, rngs)
+        return {name: finish(one.logits, batch) for name, one in outputs.items()}
+
+    for index, batch in enumerate(batches):
+        with jax.set_mesh(trained.mesh):
+            placed = to_devices(batch, trained.mesh)
+            found = compute(trained.params, trained.helpers, placed, np.int32(index))
+        yield batch, jax.device_get(found)
+
+
+def _product(run: epath.Path) -> epath.Path:
+    """The folder of a pipeline's result; any other folder as it is."""
+    config = run / "config.json"
+    if config.exists() and read_json(config).get("phase") == "pipeline":
+        return run / result_folder()
+    return run
+
+
+def _load_helpers(config: Config, shapes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The frozen networks of other runs that trained modules stand in."""
+    origins = []
+    for role, stages in shapes.items():
+        source = getattr(config.sources, role)
+        checkpoint.check_source(f"config.sources.{role}", source)
+        origins += [Origin(source, f"{role}/{name}", f"{role}/{name}") for name in stages]
+    return take_weights(config, shapes, origins, frozen=True).params
+
+
+def _resize(
+    params: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    ways: Mapping[str, Adapt],
+    shardings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The parameters in the shapes of the network, where a family says how; raises ValueError for
+    any other that differs."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    placed = traverse_util.flatten_dict(shardings, sep="/")
+    for path, shape in traverse_util.flatten_dict(shapes, sep="/").items():
+        if path in flat and flat[path].shape == shape.shape:
+            continue
+        way = next((way for regex, way in ways.items() if re.fullmatch(regex, path)), None)
+        if path not in flat or way is None:
+            raise ValueError(
+                f"{path} should be {shape.shape} and is "
+                f"{flat[path].shape if path in flat else 'missing'} in the checkpoint: the network "
+                "takes images of another size, or none but those it was trained on"
+            )
+        flat[path] = jax.device_put(way(np.asarray(flat[path]), shape.shape), placed[path])
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,84 @@
+"""Programs of several commands: `dispatch`, and how soon they answer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from common_jax.command_line import Command, dispatch, read_settings
+from common_jax.commands.output import format_table
+
+
+def add_arguments(parser):
+    parser.add_argument("place")
+
+
+def run(args):
+    if args.place == "nowhere":
+        raise FileNotFoundError("nowhere does not exist")
+    if args.place == "bug":
+        raise TypeError("a bug")
+    print(args.place, *args.rest)
+    return 3 if args.place == "three" else None
+
+
+COMMANDS = {
+    "look": Command("look at a place", add_arguments, run, ("--config.",)),
+    "all": Command("take anything", lambda parser: None, lambda args: len(args.rest), ("",)),
+}
+
+
+def call(*argv):
+    return dispatch("tool", COMMANDS, argv)
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",)])
+def test_help_lists_the_commands(argv, capsys):
+    assert call(*argv) == 0
+    assert "  look  look at a place\n" in capsys.readouterr().out
+
+
+def test_arguments_are_parsed_or_passed_on(capsys):
+    assert call("look", "--config.a=1", "here", "--config.b=x y") == 0
+    assert capsys.readouterr().out == "here --config.a=1 --config.b=x y\n"
+    assert call("look", "three") == 3
+    assert call("all", "--help", "--debug", "x") == 3
+
+
+def test_an_error_of_the_user_is_a_line_and_status_2(capsys):
+    assert call("look", "nowhere") == 2
+    assert capsys.readouterr().err == "error: nowhere does not exist\n"
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        call("look", "nowhere", "--debug")
+    with pytest.raises(TypeError, match="a bug"):
+        call("look", "bug")
+
+
+def test_an_unknown_command_is_named_with_the_nearest(capsys):
+    assert call("lok") == 2
+    assert "no command 'lok' (did you mean 'look'?); it has look, all" in capsys.readouterr().err
+
+
+def test_settings_are_paths_and_texts():
+    assert read_settings(["--config.data.path=/x=y", "--data.name=a"]) == {
+        "data.path": "/x=y",
+        "data.name": "a",
+    }
+    with pytest.raises(ValueError, match=r"--config\.seed lacks a value"):
+        read_settings(["--config.seed"])
+
+
+def test_columns_are_as_wide_as_their_cells():
+    lines = format_table(("name", "images"), [("a", 1), ("long name", 200)]).splitlines()
+    assert lines == ["name       images", "a               1", "long name     200"]
+
+
+@pytest.mark.parametrize("package", ["m2mkd_jax", "cliptrans_jax"])
+def test_the_list_of_commands_needs_no_jax(package):
+    code = (
+        f"import sys; from {package}.commands import main; sys.argv = ['x', '--help']; main(); "
+        "sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\n  train " in done.stdout and "\n  evaluate " in done.stdout

@@ -1,0 +1,298 @@
+"""`m2mkd`: the commands that use trained runs."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from meshes import one_device
+from PIL import Image
+from tiny import feed_of, fill, tiny_config
+
+import m2mkd_jax
+from common_jax import checkpoint
+from common_jax.command_line import dispatch
+from common_jax.config import unfreeze
+from common_jax.workdir import write_json
+from m2mkd_jax import pretrained
+from m2mkd_jax.commands import COMMANDS
+from m2mkd_jax.config import SourcesConfig
+from m2mkd_jax.data import digits
+from m2mkd_jax.data.ood import OodConfig
+from m2mkd_jax.phases import PHASES
+from m2mkd_jax.phases.training import with_feed
+from m2mkd_jax.trained import choose_batch, open_run, read_run
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A meta model, two modules in it, and a whole student, with numbers that nobody trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, config in configs(folder).items():
+        params = fill(PHASES[config.phase].describe(config, one_device()).init)
+        checkpoint.write_params(folder / name, params, unfreeze(config).to_dict())
+    write_json(folder / "meta" / "result.json", {"steps": 0, "test/accuracy": 0.5})
+    return folder
+
+
+def configs(folder):
+    sources = SourcesConfig(meta=str(folder / "meta"))
+    student = tiny_config("end_to_end")
+    return {
+        "meta": tiny_config("pretrain_meta"),
+        "modules": dataclasses.replace(tiny_config("train_module"), module="0+2", sources=sources),
+        "student": dataclasses.replace(student, ood=OodConfig(source="digits_r", split="test")),
+    }
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three digits as files: one of their own size, one enlarged, and one damaged."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images, _ = digits.load_split("test")
+    Image.fromarray(images[0, ..., 0]).save(folder / "a.png")
+    (folder / "below").mkdir()
+    Image.fromarray(images[1, ..., 0]).resize((60, 80)).save(folder / "below" / "b.png")
+    (folder / "c.png").write_bytes(b"not a picture")
+    return folder
+
+
+def call(capsys, *argv):
+    """(exit status, standard output, standard error) of a command."""
+    status = dispatch("m2mkd", COMMANDS, [str(one) for one in argv])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+# Names of classes.
+
+
+def test_names_are_the_run_s_or_those_of_its_training_set(runs):
+    assert read_run(runs / "student").classes == digits.NAMES
+    write_json(runs / "modules" / "classes.json", {"names": NAMES})
+    assert read_run(runs / "modules" / "checkpoints" / "0").classes == NAMES
+    (runs / "modules" / "classes.json").unlink()
+    config = configs(runs)["modules"]
+    training = PHASES[config.phase].describe(config, one_device())
+    task = with_feed(training, feed_of(config, runs), one_device())
+    assert task.files == {"classes.json": {"names": list(digits.NAMES)}}
+
+
+@pytest.mark.parametrize("content", [{"names": ["a"]}, {"names": list(range(10))}, {}])
+def test_names_that_do_not_fit_are_refused(content, runs, tmp_path):
+    config, params = checkpoint.load_config(runs / "meta"), checkpoint.load(runs / "meta")
+    checkpoint.write_params(tmp_path / "run", params, config)
+    write_json(tmp_path / "run" / "classes.json", content)
+    with pytest.raises(ValueError, match=r"classes\.json (must list 10 names|lacks 'names')"):
+        read_run(tmp_path / "run")
+
+
+# predict
+
+
+def test_a_prediction_is_what_the_network_says(runs, pictures, capsys):
+    status, out, _ = call(capsys, "predict", runs / "student", pictures / "a.png", "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["picture"] == str(pictures / "a.png")
+    apply, params = m2mkd_jax.load_model(runs / "student")
+    images, _ = digits.load_split("test")
+    shares = np.asarray(jax.nn.softmax(apply(params, images[:1]))[0])
+    best = np.argsort(-shares)[:5]
+    assert [one["class"] for one in found["classes"]] == [str(label) for label in best]
+    np.testing.assert_allclose(
+        [one["probability"] for one in found["classes"]], shares[best], rtol=1e-3
+    )
+
+
+def test_a_folder_s_pictures_are_classified_whatever_their_size(runs, pictures, capsys):
+    status, out, err = call(
+        capsys, "predict", runs / "modules", "--module=2", pictures, "--csv", "--top=2"
+    )
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert status == 1  # of the damaged one
+    assert [row["picture"].removeprefix(f"{pictures}/") for row in rows] == [
+        *("a.png", "a.png", "below/b.png", "below/b.png")
+    ]
+    assert [row["rank"] for row in rows] == ["1", "2", "1", "2"]
+    assert float(rows[0]["probability"]) >= float(rows[1]["probability"])
+    assert err == ""
+
+
+def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
+    status, out, _ = call(capsys, "predict", runs / "meta", pictures)
+    lines = out.splitlines()
+    assert status == 1 and len(lines) == 3
+    assert lines[2].split() == [str(pictures / "c.png"), "unreadable"]
+    assert lines[0].count("%") == 5
+    _, out, _ = call(capsys, "predict", runs / "meta", pictures / "a.png", "--top=1")
+    assert out.count("%") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("modules", "{pictures}"), "holds modules 0, 2, each for its place in the meta model"),
+        (("modules", "{pictures}", "--module=1"), "choose one with --module=K"),
+        (("meta", "{pictures}", "--module=1"), "holds a whole network"),
+        (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
+        (("nowhere", "{pictures}"), "no finished checkpoint at"),
+        (("meta", "{pictures}", "--config.meta.width=8"), "would make another network than was"),
+        (("meta", "{pictures}", "--config.data.labels=8"), "would make another network than was"),
+        (("meta", "{pictures}", "--batch=3"), "--batch=3 must be a multiple of the mesh's 8"),
+    ],
+)
+def test_what_cannot_be_predicted_is_said(flags, message, runs, pictures, capsys):
+    run, *rest = (one.format(pictures=pictures) for one in flags)
+    status, out, err = call(capsys, "predict", runs / run, *rest)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+def test_few_pictures_make_a_small_batch(runs):
+    trained = open_run(runs / "meta", {"mesh.data": "8"})
+    assert [choose_batch(trained, count) for count in (1, 9, 17, 1000)] == [8, 16, 32, 64]
+
+
+# evaluate
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "prefix"),
+    [("meta", (), ""), ("modules", ("--module=2",), "module_2/"), ("student", (), "")],
+)
+def test_an_evaluation_repeats_that_of_training(run, flags, prefix, runs, capsys):
+    status, out, _ = call(capsys, "evaluate", runs / run, "--json", *flags)
+    assert status == 0
+    found, trained, config = json.loads(out), open_run(runs / run), configs(runs)[run]
+    training = PHASES[config.phase].describe(config, trained.mesh)
+    task = with_feed(training, feed_of(config, runs), trained.mesh)
+    assert found.keys() == task.evaluators.keys()
+    for name, evaluate in task.evaluators.items():
+        scores, classes = found[name], found[name]["classes"]
+        with jax.set_mesh(trained.mesh):
+            expected = evaluate(trained.params, trained.helpers, 0)
+        for metric in ("accuracy", "accuracy_top5", "loss"):
+            assert scores[metric] == pytest.approx(expected[f"{prefix}{metric}"], rel=1e-4), metric
+        count = sum(one["images"] for one in classes.values())
+        right = sum(one["images"] * one["accuracy"] for one in classes.values())
+        wrong = sum(pair["images"] for pair in scores["confused"])
+        assert scores["images"] == count == {"test": 360, "ood": 1430}[name]
+        assert right == pytest.approx(count * scores["accuracy"])
+        assert right + wrong == pytest.approx(count)
+    if run == "student":
+        assert list(found["test"]["classes"]) == list(digits.NAMES)
+        assert list(found["ood"]["classes"]) == list(digits.RENDERED)
+
+
+def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
+    images, labels = digits.load_split("test")
+    for label in (3, 8):  # the others have no image, and the folders no number of their own
+        (tmp_path / "val" / str(label)).mkdir(parents=True)
+        for i in np.flatnonzero(labels == label)[:5]:
+            Image.fromarray(images[i, ..., 0]).save(tmp_path / "val" / str(label) / f"{i}.png")
+    flags = ("--data.source=folder", f"--config.data.path={tmp_path}", "--data.test_split=val")
+    status, out, _ = call(capsys, "evaluate", runs / "meta", *flags)
+    assert status == 0
+    head, _, classes, *_ = out.splitlines()[0], None, *out.splitlines()[3:]
+    assert head == f"test: 10 images of 2 classes, folder {tmp_path}, split val"
+    assert classes.split() == ["class", "images", "accuracy"]
+
+
+# features
+
+
+def test_maps_have_the_image_s_rows_and_columns(runs, pictures, tmp_path, capsys):
+    out = tmp_path / "features.npz"
+    flags = (pictures / "a.png", pictures / "below", "--out", out)
+    status, said, _ = call(capsys, "features", runs / "student", *flags)
+    assert status == 0 and "maps (2, 2, 2, 16)" in said
+    with np.load(out) as arrays:
+        assert arrays["names"].tolist() == [str(pictures / "a.png"), str(pictures / "below/b.png")]
+        assert arrays["pooled"].shape == (2, 16)
+        # The head on what it reads gives the logits.
+        apply, params = m2mkd_jax.load_model(runs / "student")
+        head = params["stage_2"]["head"]
+        images, _ = digits.load_split("test")
+        np.testing.assert_allclose(
+            arrays["pooled"][0] @ head["kernel"] + head["bias"],
+            apply(params, images[:1])[0],
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    status, said, _ = call(
+        capsys, "features", runs / "meta", *flags, "--size=12", "--stage=0", "--no-maps"
+    )
+    assert status == 0 and "pooled (2, 16), names (2,)\n" in said
+    status, said, _ = call(capsys, "features", runs / "meta", *flags, "--size=16", "--stage=1")
+    assert status == 0 and "maps (2, 4, 4, 16)" in said
+    status, _, err = call(capsys, "features", runs / "modules", *flags)
+    assert status == 2 and "holds modules, and token maps are of whole networks" in err
+
+
+# export
+
+
+def test_an_exported_vit_is_read_as_timm_s(runs, tmp_path, capsys):
+    status, said, _ = call(capsys, "export", runs / "meta", tmp_path / "out")
+    assert status == 0 and "README.md, config.json, model.safetensors, run_config.json" in said
+    source = pretrained.find_source(pretrained.read_files(tmp_path / "out"), "meta")
+    inferred = pretrained.infer_config(source, {}).config
+    ours = tiny_config("pretrain_meta")
+    assert dataclasses.replace(inferred.meta, depths=(3,)) == dataclasses.replace(
+        ours.meta, depths=(3,)
+    )
+    assert (inferred.data.mean, inferred.data.std) == (ours.data.mean, ours.data.std)
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about["pretrained_cfg"]["label_names"] == list("0123456789")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("local-dir:FOLDER", "| test/accuracy |", "## Licence", "data `digits`"):
+        assert text in card
+    status, _, err = call(capsys, "export", runs / "meta", tmp_path / "out")
+    assert status == 2 and "exists; give a new folder" in err
+
+
+def test_timm_loads_the_folder(runs, tmp_path, capsys):
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
+    call(capsys, "export", runs / "meta", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images, _ = digits.load_split("test")
+    apply, params = m2mkd_jax.load_model(runs / "meta")
+    x = (images[:4] / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        found = model(torch.from_numpy(np.float32(x.transpose(0, 3, 1, 2)))).numpy()
+    np.testing.assert_allclose(found, apply(params, images[:4]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_that_timm_has_not_is_exported_with_its_own_config(runs, tmp_path, capsys):
+    status, said, _ = call(capsys, "export", runs / "modules", tmp_path / "m", "--module=2")
+    assert status == 0 and "of kind module" in said
+    assert not (tmp_path / "m" / "config.json").exists()
+    assert "No other framework has this network" in (tmp_path / "m" / "README.md").read_text()
+    status, said, _ = call(capsys, "export", runs / "student", tmp_path / "s")
+    assert status == 0 and "of kind vmoe" in said
+
+
+# show
+
+
+def test_a_run_and_a_config_are_shown(runs, capsys):
+    status, out, _ = call(capsys, "show", runs / "student")
+    assert status == 0
+    assert "config.optim.batch = 64   (default " in out
+    assert "    examples an update, over all devices and micro-batches." in out
+    assert "end_to_end: " in out and "FLOPs of products per step of 64 examples" in out
+    line = next(line for line in out.splitlines() if line.startswith("student/stage_*/head/kernel"))
+    assert line.split()[1:] == ["trained", "16", "x", "10", "float32", "fsdp", "1", "160"]
+    flags = ("m2mkd/digits.py:phase=distill", "--config.distill.tau=3", "--only=distill")
+    status, out, _ = call(capsys, "show", *flags)
+    assert status == 0 and "config.distill.tau = 3.0   (default " in out
+    assert "config.optim" not in out
