@@ -81,9 +81,8 @@ def main() -> None:
         model = Translator(dataclasses.replace(translator.config, mbart=mbart))
         loss = make_loss(model, None, label_smoothing=0.0)
         rules = partition_rules(model.config)
-        return timing.Training(
-            timing.make_task(loss, lambda key: params, rules, batch), OPTIM, batch
-        )
+        task = timing.make_task(loss, lambda key: params, rules, batch, streams=("dropout",))
+        return timing.Training(task, OPTIM, batch)
 
     def theirs(dropout: float):
         settings = {"attention_dropout": 0.0, "activation_dropout": 0.0, "dropout": dropout}
