@@ -143,7 +143,7 @@ def save_helpers(config: Config, folder: pathlib.Path) -> None:
         params = {role: network.init(jax.random.key(0))}
         checkpoints = Checkpoints(folder / role, keep=1, best=None)
         state = init_state(params, OptimConfig(), trainable=".*", metrics={})
-        checkpoints.save(state, step=1, config={}, metrics=None)
+        checkpoints.save(state, step=0, config={}, metrics=None)  # as many steps as the state
         checkpoints.close()
 
 

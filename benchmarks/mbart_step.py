@@ -64,6 +64,17 @@ def padding_cost(config: MBartConfig, batch: int) -> float:
     return sum(map(BATCHING.padded, longest)) / sum(longest)
 
 
+def training_step(
+    translator: Translator, params: dict, batch: dict[str, np.ndarray], dropout: float
+) -> timing.Training:
+    """The step of a run that trains the translator alone."""
+    mbart = dataclasses.replace(translator.config.mbart, dropout=dropout)
+    model = Translator(dataclasses.replace(translator.config, mbart=mbart))
+    loss, rules = make_loss(model, None, label_smoothing=0.0), partition_rules(model.config)
+    task = timing.make_task(loss, lambda key: params, rules, batch, streams=("dropout",))
+    return timing.Training(task, OPTIM, batch)
+
+
 def main() -> None:
     sizes = parse_sizes()
     timing.start(sizes.threads, keep_memory=True)
@@ -76,15 +87,6 @@ def main() -> None:
     labels = torch.tensor(np.where(batch["labels"] == plain.pad, IGNORED, batch["labels"])).long()
     mask = (source != plain.pad).long()
 
-    def ours(dropout: float) -> timing.Training:
-        mbart = dataclasses.replace(plain, dropout=dropout)
-        model = Translator(dataclasses.replace(translator.config, mbart=mbart))
-        loss = make_loss(model, None, label_smoothing=0.0)
-        rules = partition_rules(model.config)
-        return timing.Training(
-            timing.make_task(loss, lambda key: params, rules, batch), OPTIM, batch
-        )
-
     def theirs(dropout: float):
         settings = {"attention_dropout": 0.0, "activation_dropout": 0.0, "dropout": dropout}
         network = decode.make_network(
@@ -95,6 +97,9 @@ def main() -> None:
             return network(input_ids=source, attention_mask=mask, labels=labels).loss
 
         return timing.torch_step(torch, OPTIM, loss, list(network.parameters()))
+
+    def ours(dropout: float) -> timing.Training:
+        return training_step(translator, params, batch, dropout)
 
     cases = {"ours": ours(0.0), "transformers": theirs(0.0)}
     wrong = timing.check_losses(cases, TOLERANCE)

@@ -75,6 +75,9 @@ def name(path: pathlib.Path) -> str:
 
 # Commands.
 
+# `python -m m2mkd_jax.main ...`, or the installed program's `m2mkd train ...`.
+COMMAND = re.compile(r"(?:-m (\w+)\.main|(?:^|\s)(m2mkd|cliptrans) train)\b(.*)")
+
 
 def texts() -> dict[str, str]:
     """Everything that quotes commands."""
@@ -93,8 +96,9 @@ def commands() -> list[tuple[str, str, list[str]]]:
     found = []
     for place, text in texts().items():
         for line in joined(text).splitlines():
-            if match := re.search(r"-m (\w+)\.main\b(.*)", line.strip().strip("`")):
-                found.append((place, match[1], shlex.split(match[2])))
+            if match := COMMAND.search(line.strip().strip("`")):
+                package = match[1] or f"{match[2]}_jax"
+                found.append((place, package, shlex.split(match[3])))
     return found
 
 
@@ -143,7 +147,7 @@ def sweeps() -> list[tuple[str, list[str]]]:
 
 def test_sweeps_are_found():
     places = {place for place, _ in sweeps()}
-    assert places == {"README.md", "docs/sweeps.md", "tools/sweep.py --help"}
+    assert places == {"docs/sweeps.md", "tools/sweep.py --help"}
 
 
 @pytest.mark.parametrize(("place", "arguments"), sweeps(), ids=str)
@@ -236,10 +240,18 @@ def paths(value, path: str):
         yield from paths(entry, f"{path}.{key}")
 
 
-def test_phases_and_stages_are_in_the_readme():
-    text = README.read_text()
-    for one in (*m2mkd_config.PHASE_NAMES, *cliptrans_config.RUNS):
-        assert f"`{one}`" in text, one
+def test_phases_and_stages_are_in_the_readme_and_on_their_page():
+    for names, page in (
+        (m2mkd_config.PHASE_NAMES, ROOT / "docs" / "m2mkd.md"),
+        (cliptrans_config.RUNS, ROOT / "docs" / "cliptrans.md"),
+    ):
+        for one in names:
+            assert f"`{one}`" in page.read_text(), one
+            assert one == "pipeline" or f"`{one}`" in README.read_text(), one
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
 
 
 # Files and names.

@@ -366,8 +366,9 @@ def test_bfloat16(config):
 @pytest.mark.parametrize("router_bias", [False, True])
 def test_the_gate_is_exact_whatever_the_type_of_tokens(router_bias):
     layer, params, x = make(MoeConfig(router_bias=router_bias), jnp.bfloat16)
-    apply = partial(layer.apply, mutable=["routing"])
+    apply = partial(layer.apply, mutable=["moe", "routing"])
     _, wrote = apply({"params": params}, x)
+    assert wrote["moe"]["balance_loss"].dtype == jnp.float32
     logits = np.asarray(x, np.float64) @ params["router"]["kernel"]
     logits += params["router"].get("bias", 0)
     np.testing.assert_allclose(wrote["routing"]["logits"], logits, rtol=1e-5, atol=1e-5)

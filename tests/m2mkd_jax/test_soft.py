@@ -188,6 +188,14 @@ def test_bfloat16_computes_its_weights_in_float32():
         assert np.linalg.norm(got - true) < 0.03 * np.linalg.norm(true)
 
 
+def test_the_gate_is_exact_whatever_the_type_of_tokens():
+    layer, params, x = make(dtype=jnp.bfloat16)
+    (y, wrote, _), (_, wide, _) = run(layer, params, x), run(layer, params, x.astype(jnp.float32))
+    assert wrote["moe"]["balance_loss"].dtype == jnp.float32
+    assert_close(wrote["routing"], wide["routing"], 1e-6)
+    assert y.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
