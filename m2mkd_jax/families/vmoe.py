@@ -82,6 +82,7 @@ FILES = dataclasses.replace(
     sizes=sizes,
     variants=vmoe.VARIANTS,
     stage_config="configs/m2mkd/vmoe_base.py",
+    timm=False,
 )
 FAMILY = Family(
     config=VMoEConfig,
