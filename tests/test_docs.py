@@ -96,7 +96,8 @@ def commands() -> list[tuple[str, str, list[str]]]:
     found = []
     for place, text in texts().items():
         for line in joined(text).splitlines():
-            if match := COMMAND.search(line.strip().strip("`")):
+            match = COMMAND.search(line.strip().strip("`"))
+            if match and "--help" not in match[3]:
                 package = match[1] or f"{match[2]}_jax"
                 found.append((place, package, shlex.split(match[3])))
     return found
