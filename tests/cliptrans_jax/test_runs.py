@@ -14,13 +14,7 @@ from etils import epath
 from flax import traverse_util
 from meshes import one_device, split_mesh
 from same import assert_same
-from tiny_cliptrans import (
-    OPTIM,
-    TEST,
-    read_split,
-    tiny_config,
-    tiny_pipeline,
-)
+from tiny_cliptrans import OPTIM, TEST, read_split, tiny_config, tiny_pipeline
 
 import cliptrans_jax
 from cliptrans_jax.evaluators import scores
