@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-faults fuzz mutate bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults fuzz mutate bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -21,6 +21,11 @@ test: $(VENV)/.installed-test
 # The tests to run after every change; tests/quick.py says what they leave out.
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --quick
+
+# What people do with the two programs, from their own files to an exported folder; at most 15
+# minutes. Exported folders are loaded by timm and transformers if these are installed.
+test-journeys: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" tests/journeys.sh
 
 # Kills, signals, damaged files and a full disk; takes longer than all tests.
 test-faults: $(VENV)/.installed-test

@@ -87,6 +87,15 @@ def test_every_problem_of_a_set_is_named(tmp_path, capsys):
         assert re.search(pattern, problem), problem
 
 
+def test_a_pipeline_s_episodes_need_as_many_classes(tmp_path, capsys):
+    image_set(tmp_path, each=20)
+    config = IMAGES.replace("end_to_end", "pipeline")
+    flags = [flag for flag in image_flags(tmp_path)[1:] if "config.optim" not in flag]
+    status, _, problems = check(capsys, config, *flags)
+    assert status == 1
+    assert any("config.few_shot.ways=4 must be from 1 to the number of" in x for x in problems)
+
+
 def test_missing_splits_and_empty_classes_are_both_named(tmp_path, capsys):
     root = image_set(tmp_path)
     (root / "train/fly").mkdir()

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
-from m2mkd_jax.config import Config
+from m2mkd_jax.config import Config, FewShotConfig
 from m2mkd_jax.data.augment import SMALL_SIDE
+from m2mkd_jax.data.few_shot import choose_task
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
@@ -24,15 +25,17 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
     train = _check_images(data, "train_split", load_source, findings)
     test = _check_images(data, "test_split", open_source, findings)
     if train is not None and test is not None:
-        findings.attempt(
+        test = findings.attempt(
             with_labels_of, test, train.label_names, at=f"split {data.test_split!r} (test_split)"
         )
-    if train is not None and not _draws_images(config):
+    if train is not None:
         runs = [("", config)]
         if config.phase == "pipeline":
             runs = findings.attempt(plan, config, NOWHERE) or []
         for name, run in runs:
-            if run.optim.batch > len(train) and not _draws_images(run):
+            if _draws_images(run):
+                _check_episodes(run.few_shot, train, test, findings)
+            elif run.optim.batch > len(train):
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
                     f"{section}.optim.batch={run.optim.batch} is more than the {len(train)} "
@@ -44,6 +47,24 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
 
 def _draws_images(config: Config) -> bool:
     return config.phase in PHASES and PHASES[config.phase].draws_images
+
+
+def _check_episodes(
+    few_shot: FewShotConfig, train: Source, test: Source | None, findings: Findings
+) -> None:
+    """Draws the first episode, if there is a test split."""
+    if test is not None:
+        findings.attempt(
+            choose_task,
+            np.asarray(train.labels),
+            np.asarray(test.labels),
+            ways=few_shot.ways,
+            shots=few_shot.shots,
+            validation_shots=few_shot.test_shots,
+            seed=few_shot.seed,
+            labels_count=len(train.label_names),
+            validate_on_train=few_shot.test_on_train,
+        )
 
 
 def _undecoded(data: DataConfig) -> DataConfig:
