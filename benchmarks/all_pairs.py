@@ -33,13 +33,11 @@ import jax
 import numpy as np
 import timing
 
-from common_jax.checkpoint import Checkpoints
+from common_jax import checkpoint
 from common_jax.command_line import read_config_file
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
-from common_jax.optim import OptimConfig
 from common_jax.state import step_rngs
-from common_jax.step import init_state
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe
@@ -141,10 +139,7 @@ def save_helpers(config: Config, folder: pathlib.Path) -> None:
     """Writes workdirs of an untrained meta model and teacher."""
     for role, network in (("meta", meta_network(config)), ("teacher", teacher_network(config))):
         params = {role: network.init(jax.random.key(0))}
-        checkpoints = Checkpoints(folder / role, keep=1, best=None)
-        state = init_state(params, OptimConfig(), trainable=".*", metrics={})
-        checkpoints.save(state, step=0, config={}, metrics=None)  # as many steps as the state
-        checkpoints.close()
+        checkpoint.write_params(folder / role, params, {})
 
 
 def time_run(
