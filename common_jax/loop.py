@@ -390,7 +390,12 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}
     counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
-    logging.info("%s starts from %s", task.title, counts)
+    logging.info(
+        "%s starts from other weights: %d arrays as they are, %d adapted, %d left out, %d from "
+        "scratch",
+        task.title,
+        *(counts[key] for key in ("taken", "adapted", "left", "fresh")),
+    )
     if jax.process_index() == 0:
         write_json(workdir / "warm_start.json", warm.account)
 
