@@ -394,7 +394,7 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
         "%s starts from other weights: %d arrays as they are, %d adapted, %d left out, %d from "
         "scratch",
         task.title,
-        *(counts[key] for key in ("taken", "adapted", "left", "fresh")),
+        *(counts.get(key, 0) for key in ("taken", "adapted", "left", "fresh")),
     )
     if jax.process_index() == 0:
         write_json(workdir / "warm_start.json", warm.account)
