@@ -184,6 +184,15 @@ def test_pictures_count_only_where_a_stage_looks_at_them(tmp_path, capsys):
     assert status == 1 and "a batch of 4 is more than the 3 examples" in problems[0]
 
 
+def test_further_tests_are_looked_at_too(tmp_path, capsys):
+    flags = multi30k(tmp_path, pictures=False)
+    stage = [f"{SENTENCES}:stage=translate", flags[0], "--config.optim.batch=3"]
+    tests = "--config.data.further_tests=('val','mscoco')"
+    status, printed, problems = check(capsys, *stage, "--config.optim.accumulate=1", tests)
+    assert status == 1 and "val (config.data.further_tests)" in printed
+    assert len(problems) == 2 and all("mscoco" in problem for problem in problems)
+
+
 def pasted(printed):
     """The flags that the command prints to train with."""
     _, found, flags = printed.partition("flags that train on ")

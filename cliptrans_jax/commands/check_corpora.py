@@ -35,14 +35,15 @@ class Need:
 
 
 def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
-    """Maps the key of config.data that names a split to the parts that the runs read."""
+    """Maps the key of config.data that names splits to the parts that the runs read."""
     needs: dict[str, Need] = collections.defaultdict(Need)
+    tests = ("test_split", "further_tests")
     for run in runs:
-        pair, data_keys = set(run.data.pair), ("train_split", "valid_split", "test_split")
+        pair = set(run.data.pair)
         if run.tokenizer.kind == "trained":
             needs["train_split"].languages |= set(run.known_languages)
         if trains(run.stage) is Trains.TOWERS:
-            for key in data_keys[:2]:
+            for key in ("train_split", "valid_split", "further_tests"):
                 needs[key].languages |= set(run.known_languages)
                 needs[key].filled |= set(run.known_languages)
                 needs[key].pictures = True
@@ -51,7 +52,7 @@ def needs_of(runs: Iterable[Config]) -> dict[str, Need]:
         trained = run.stage in TRANSLATION_STAGES
         stage = TRANSLATION_STAGES[run.stage if trained else SCORED_AS]
         test_side = SIDES[run.test_side] or stage.test
-        for key in data_keys if trained else data_keys[2:]:
+        for key in ("train_split", "valid_split", *tests) if trained else tests:
             side = stage.train if key == "train_split" else test_side
             needs[key].languages |= pair
             needs[key].filled |= set(used_languages(run) if trained else pair)
@@ -72,11 +73,13 @@ def check_cliptrans(config: Config, findings: Findings) -> None:
         planned = findings.attempt(plan, config, NOWHERE) or []
         runs = [run.apply_parity() for _, run in planned]
     for key, need in needs_of(runs).items():
-        _check_split(config, key, need, findings)
+        named = getattr(data, key)
+        for split in (named,) if isinstance(named, str) else named:
+            _check_split(config, key, split, need, findings)
 
 
-def _check_split(config: Config, key: str, need: Need, findings: Findings) -> None:
-    data, split = config.data, getattr(config.data, key)
+def _check_split(config: Config, key: str, split: str, need: Need, findings: Findings) -> None:
+    data = config.data
     findings.say(f"{split} (config.data.{key})")
     readable = []
     for language in sorted(need.languages):
@@ -105,10 +108,10 @@ def _check_split(config: Config, key: str, need: Need, findings: Findings) -> No
 def _check_pictures(corpus: Corpus, need: Need, bad_share: float, findings: Findings) -> None:
     if findings.attempt(corpus.require_images) is None:
         return
-    images, missing = corpus.images, []
+    images, missing = corpus.images, set()
     if isinstance(images, FolderImages):
-        missing = [i for i in range(len(images)) if not os.path.exists(images.name(i))]
-    places = [i for i in findings.places(len(images)) if i not in set(missing)]
+        missing = {i for i in range(len(images)) if not os.path.exists(images.name(i))}
+    places = [i for i in findings.places(len(images)) if i not in missing]
     sizes, bad = read_sizes(lambda i: images[i].shape[:2], places)
     shown = ", ".join(f"{rows} x {columns} ({n})" for (rows, columns), n in sizes.most_common(3))
     findings.say(

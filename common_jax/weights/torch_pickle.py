@@ -36,6 +36,8 @@ DTYPES = (
 )
 EXPORT = "torch.save(model.state_dict(), NEW_FILE)"
 LARGEST = 512  # bits of an integer; PyTorch's own have 64, and numpy's generators 128
+LARGEST_KEY = 64  # bits; many larger integers have the same hash, which makes dictionaries slow
+LONGEST_NAME = 400  # characters of module and class; a short pickle could copy longer ones often
 MOST_AXES = 64  # of a tensor, numpy's own limit
 MOST_ARGUMENTS = 8  # of the functions that rebuild tensors
 # Exceptions of `pickle` and of this module for damaged pickles.
@@ -193,6 +195,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The function, dtype or placeholder for a global that the pickle names."""
+        if len(module) + len(name) > LONGEST_NAME:
+            raise RefusedError(f"names a class {plain(module)}, whose name is too long")
         known = KNOWN.get((module, name))
         if known is None and self._script:
             known = KNOWN_IN_SCRIPT.get((module, name))
@@ -304,13 +308,15 @@ class _Unpickler(pickle._Unpickler):
         pickle.LONG1[0]: _bounded(pickle._Unpickler.load_long1),
         pickle.LONG4[0]: _bounded(pickle._Unpickler.load_long4),
         **dict.fromkeys(pickle.EXT1 + pickle.EXT2 + pickle.EXT4, refuse),
-        **dict.fromkeys(pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, refuse),
+        # The index of PUT, in protocol 0 alone, may be of any size.
+        **dict.fromkeys(pickle.PUT + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, refuse),
     }
 
 
 def _fill(container: dict[Any, Any], pairs: Iterable[Any]) -> None:
     for key, value in pairs:
         # Hashing a tuple visits everything in it, which can be exponentially much.
-        if not (key is None or isinstance(key, str | bytes | bool | int | float)):
+        plain_key = key is None or isinstance(key, str | bytes | int | float)
+        if not plain_key or (isinstance(key, int) and key.bit_length() > LARGEST_KEY):
             key = Opaque(type(key).__name__)
         container[key] = value

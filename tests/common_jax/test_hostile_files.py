@@ -1,6 +1,7 @@
 """Malicious files: their declared sizes are checked against their content before they are read."""
 
 import json
+import pickle
 import re
 import struct
 import tracemalloc
@@ -16,7 +17,7 @@ from same import assert_same
 from torch_files import Call, Global, New, Raw, storage, tensor
 
 from common_jax.untrusted import brief, parse_json, plain, read_npz
-from common_jax.weights import read_plain, read_tensors, torch_archive
+from common_jax.weights import read_plain, read_tensors, torch_archive, torch_pickle
 
 FLOATS = storage("FloatStorage", "0", 2)
 ONES = tensor(FLOATS, (2,), (1,))
@@ -56,6 +57,27 @@ def test_what_a_pickle_repeats_costs_nothing(tmp_path, opcodes):
     assert_same(read_tensors(path), {"a": np.ones(2, np.float32)})
     with pytest.raises(ValueError, match=r"weights\.pth holds 'b', a (list|dict), where"):
         read_tensors(archive(tmp_path, {"a": ONES, "b": Raw(opcodes)}))
+
+
+def test_integers_with_one_hash_are_no_keys():
+    keys = [number * (2**61 - 1) for number in range(1, 20)]
+    items = b"".join(pickle.dumps(key, protocol=2)[2:-1] + b"N" for key in keys)
+    found = torch_pickle.load(b"\x80\x02}(" + items + b"u.", script=False)
+    assert len(found) == len(keys)
+    assert [key for key in found if isinstance(key, int)] == [x for x in keys if x < 2**64]
+
+
+@pytest.mark.parametrize(
+    ("opcodes", "message"),
+    [
+        (b"Np%d\n" % (2**61 - 1), "uses an opcode that PyTorch does not write"),
+        (b"c%s\nb\n" % (b"a" * 100_000), r"names a class a+\.\.\., whose name is too long"),
+    ],
+    ids=["memo", "class"],
+)
+def test_what_a_short_pickle_could_make_slow_or_large_is_refused(opcodes, message):
+    with pytest.raises(ValueError, match=message):
+        torch_pickle.load(b"\x80\x02" + opcodes + b".", script=False)
 
 
 def test_lists_of_lists_are_plain_only_where_they_are_of_a_size_to_write(tmp_path):
