@@ -92,8 +92,10 @@ def find(
         )
     if step != folder and trains(config.stage) is not Trains.TOWERS:
         step = best_step(step.parent.parent, config.run.best)
+    # With another pair, a trained tokenizer still has its languages, and so its ids.
+    known = config.known_languages if config.tokenizer.kind == "trained" else config.languages
     # The run's own mesh is that of the machine where it was trained.
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    config = dataclasses.replace(config, mesh=MeshConfig(), languages=known)
     return Finished(step, change_config(config, settings or {}, changeable=CHANGEABLE))
 
 

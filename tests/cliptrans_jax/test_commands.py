@@ -199,6 +199,15 @@ def test_a_users_errors_name_file_and_line(refusal, pipeline, loaded, corpus, tm
     )
 
 
+def test_another_pair_leaves_the_ids_of_a_trained_tokenizer(refusal, pipeline):
+    turned = find(pipeline, settings={"data.source_language": "de", "data.target_language": "en"})
+    assert turned.config.data.pair == ("de", "en")
+    ids = [x.load_tokenizer().language_id("en") for x in (turned, find(pipeline))]
+    assert ids[0] == ids[1]
+    message = refusal("translate", pipeline, "red", "--data.target_language=fr")
+    assert "config.languages=('en', 'de') must include the pair" in message
+
+
 # Scores.
 
 
@@ -217,7 +226,8 @@ def test_a_run_is_scored_on_any_split(call, pipeline, model, corpus, tmp_path):
 
 def test_scores_are_printed_without_a_folder(call, pipeline):
     before = sorted(path.name for path in (pipeline / "translate").iterdir())
-    scores = json.loads(call("evaluate", pipeline, "--json", "--data.source_language=en"))
+    settings = ("--data.source_language=en", "--data.further_tests=('of_another_corpus',)")
+    scores = json.loads(call("evaluate", pipeline, "--json", *settings))
     assert (scores["set"], scores["step"]) == (f"multi30k {TEST}", 1)
     assert sorted(path.name for path in (pipeline / "translate").iterdir()) == before
 
