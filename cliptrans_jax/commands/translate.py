@@ -107,13 +107,15 @@ def _lines(args: argparse.Namespace) -> "Iterable[Line]":
             for i, text in enumerate(args.sentences, 1)
         )
     elif args.file:
-        lines = read_sentences(Path(args.file))
+        lines = read_sentences(Path(args.file).expanduser())
     else:
         lines = read_stream(sys.stdin.buffer, "standard input")
     if not args.pictures:
         return lines
-    names = read_lines(Path(args.picture_names)) if args.picture_names else None
-    return add_pictures(lines, Path(args.pictures), names)
+    names = None
+    if args.picture_names:
+        names = read_lines(Path(args.picture_names).expanduser())
+    return add_pictures(lines, Path(args.pictures).expanduser(), names)
 
 
 def _choose_batch(args: argparse.Namespace, lines: "Iterable[Line]", usual: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample
+from common_jax.inputs.names import listed
 from common_jax.inputs.pictures import decode_picture, read_file
 from common_jax.inputs.texts import find_text, read_lines
 
@@ -172,7 +173,8 @@ def _missing_text(folder: Path, split: str, language: str) -> FileNotFoundError:
         hint = f"{split!r} has the languages {listed(present)}"
     else:
         splits = {stem for stem, _, code in stems if stem and code != "txt"}
-        hint = f"there are the splits {listed(splits)}{did_you_mean(split, sorted(splits))}"
+        there = listed(splits) or "nothing"
+        hint = f"there are the splits {there}{did_you_mean(split, sorted(splits))}"
     return FileNotFoundError(
         f"no {folder / split}.{language} or .{language}.gz; {hint}; correct config.data.path, "
         "the split or the language, or add the file"
@@ -197,10 +199,3 @@ def log_empty(corpus: Corpus) -> Corpus:
                 "%s: %d of %d sentences in %r are empty", corpus.name, count, len(corpus), language
             )
     return corpus
-
-
-def listed(names: Sequence[str] | set[str]) -> str:
-    """Returns the first ten names in order and the number of the others."""
-    names = sorted(names)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return (", ".join(names[:10]) or "nothing") + more

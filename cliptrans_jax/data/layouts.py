@@ -9,12 +9,12 @@ from cliptrans_jax.data.corpus import (
     TEXTS_ALONE,
     Corpus,
     FolderImages,
-    listed,
     log_empty,
     open_folder,
     read_texts,
     require_aligned,
 )
+from common_jax.inputs.names import listed
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.untrusted import RefusedError, as_text, parse_json, plain
 
@@ -142,7 +142,7 @@ def _coco_file(root: Path, split: str) -> Path:
     }
     raise FileNotFoundError(
         f"no captions_{split}.json in {folders[0]} or {root}; there are the splits "
-        f"{listed(present)}; correct config.data.path or the split"
+        f"{listed(present) or 'nothing'}; correct config.data.path or the split"
     )
 
 
@@ -229,7 +229,9 @@ def load_wmt(root: Path, split: str, languages: Sequence[str], *, pair: tuple[st
 
 def _entries(folder: Path) -> str:
     """Lists the entries of a folder, for a message."""
-    return listed({p.name for p in folder.iterdir()}) if folder.is_dir() else "no such folder"
+    if not folder.is_dir():
+        return "no such folder"
+    return listed(path.name for path in folder.iterdir()) or "nothing"
 
 
 def _has_texts(folder: Path, split: str) -> bool:

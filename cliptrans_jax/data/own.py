@@ -15,12 +15,12 @@ from cliptrans_jax.data.corpus import (
     PICTURES,
     TEXTS_ALONE,
     Corpus,
-    listed,
     log_empty,
     open_folder,
     read_texts,
     require_aligned,
 )
+from common_jax.inputs.names import listed
 from common_jax.inputs.tables import find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
@@ -75,8 +75,8 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
         splits = table_names(folder)
         raise FileNotFoundError(
             f"config.data.path={str(path)!r} has no {split}.tsv, .csv or .jsonl, only the tables "
-            f"{listed(splits)}{did_you_mean(split, splits)}; correct config.data.path or the "
-            "split, or give the path of one table with a column 'split'"
+            f"{listed(splits) or 'nothing'}{did_you_mean(split, splits)}; correct "
+            "config.data.path or the split, or give the path of one table with a column 'split'"
         )
     table = read_table(file)
     rows = table.rows
@@ -87,7 +87,7 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
         splits = sorted({row.get(SPLIT, split) for _, row in table.rows})
         raise ValueError(
             f"{file} has no row of split {split!r}{did_you_mean(split, splits)}, only of: "
-            f"{listed(splits)}; correct the split or the table"
+            f"{listed(splits) or 'nothing'}; correct the split or the table"
         )
     for language in languages:
         table.require(language, f"sentences in {language!r}")
