@@ -84,10 +84,11 @@ class Run:
 
 
 def parse_flags(
-    argv: Sequence[str] | None, programs: Programs, *, example: str = ""
+    argv: Sequence[str] | None, programs: Programs, *, example: str = "", name: str | None = None
 ) -> argparse.Namespace:
     """The flags, with `programs`; `common` are those of the config, `--config.FIELD=VALUE`."""
     parser = argparse.ArgumentParser(
+        prog=name,
         description=f"{__doc__}{example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -122,15 +123,18 @@ def parse_flags(
 
 
 @ends_quietly
-def main(argv: Sequence[str] | None, programs: Programs, example: str = "") -> int:
+def main(
+    argv: Sequence[str] | None, programs: Programs, example: str = "", name: str | None = None
+) -> int:
     """The command; returns its exit status.
 
     Args:
       argv: the arguments; those of the process by default.
       programs: that may run the configs.
       example: a command for --help.
+      name: of the command, as it is typed; by default that of the script.
     """
-    flags = parse_flags(argv, programs, example=example)
+    flags = parse_flags(argv, programs, example=example, name=name)
     try:
         return sweep(flags)
     except (ValueError, OSError) as error:
