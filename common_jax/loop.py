@@ -355,8 +355,7 @@ class _Saver:
         self.step = step
 
     def is_late(self) -> bool:
-        """Whether config.run.checkpoint_minutes have passed since the last save, in any process;
-        to be called by all of them."""
+        """Whether any process last saved config.run.checkpoint_minutes ago; all must call it."""
         return self._timed and bool(hosts.agree(self._alarm.rings()).any())
 
     def save(self, state: TrainState, step: int, metrics: Mapping[str, float] | None) -> None:
@@ -401,8 +400,7 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
 
 
 def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, float]]:
-    """The evaluations in the log, by step; none in processes that do not share a disk with the
-    first."""
+    """The evaluations in the log, by step; none in processes without the disk of the first."""
     path = workdir / "metrics.jsonl"
     prefixes = tuple(f"{name}/" for name in task.evaluators)
     return {
@@ -413,8 +411,7 @@ def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, fl
 
 
 def _evaluate(task: Task, state: TrainState, log: Log) -> dict[str, float]:
-    """The metrics of an evaluation, written to the log after the line of its step, and shown in the
-    report."""
+    """The metrics of an evaluation, written after the line of its step and shown in the report."""
     log.flush()
     values, step = _measure(task, state), int(state.step)
     log.write_evaluation(step, values)
