@@ -1,5 +1,6 @@
 """The model card of an exported run: contents, data, settings, scores, and a licence to fill in."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ def _metadata(run: Finished) -> str:
         [
             "---",
             "license: unknown  # to be filled in, see the last section",
-            f"language: [{', '.join(language.partition('_')[0] for language in languages)}]",
+            # Quoted: `no` alone is false in YAML, not Norwegian.
+            f"language: {json.dumps([language.partition('_')[0] for language in languages])}",
             "library_name: transformers",
             f"pipeline_tag: {task}",
             "---",

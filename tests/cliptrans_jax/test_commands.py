@@ -308,7 +308,7 @@ def test_the_card_says_what_the_model_is(exported, corpus):
     card = (exported / "model" / "README.md").read_text()
     for text in (
         "license: unknown",
-        "language: [en, de]",
+        'language: ["en", "de"]',
         "as a plain mBART, without the prefix",
         "| `model.mapper.prefix` | `4` |",
         "| bleu | 12.35 | `tok:13a` |",
