@@ -67,9 +67,9 @@ def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
     Returns:
       The content of scores.json.
     """
-    # Its other test splits may be unknown to this corpus.
-    split = dataclasses.replace(run.config.data, further_tests=())
-    config = dataclasses.replace(run.config.apply_parity(), data=split, features="")
+    # This corpus need not have the further test splits of the run.
+    corpus = dataclasses.replace(run.config.data, further_tests=())
+    config = dataclasses.replace(run.config.apply_parity(), data=corpus, features="")
     data = RunData(config, folder, mesh, known=run.load_tokenizer())
     data.check(train=False)
     model = Model.of(config, data)
