@@ -85,7 +85,7 @@ resume_with_another_batch() {
 
 sweep_two_values() {
     m2mkd sweep --config=m2mkd/digits.py:phase=pretrain_meta --workdir=runs/sweep --seeds=2 --jobs=2 \
-        --grid='optim.lr=1e-3,2e-3' -- "${SMALL[@]}" --config.optim.epochs=2 --config.optim.warmup_epochs=1
+        --grid='optim.lr=1e-3,2e-3' "${SMALL[@]}" --config.optim.epochs=2 --config.optim.warmup_epochs=1
 }
 
 export_to_timm() {
