@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs or prints what is not finished, and makes the table; returns the exit status."""
     from common_jax.commands.sweep.command import main
 
-    return main(args.rest, {"stage": program()}, EXAMPLE)
+    return main(args.rest, {"stage": program()}, EXAMPLE, "cliptrans sweep")
 
 
 def program() -> "Program":

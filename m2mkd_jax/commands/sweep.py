@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs or prints what is not finished, and makes the table; returns the exit status."""
     from common_jax.commands.sweep.command import main
 
-    return main(args.rest, {"phase": program()}, EXAMPLE)
+    return main(args.rest, {"phase": program()}, EXAMPLE, "m2mkd sweep")
 
 
 def program() -> "Program":
