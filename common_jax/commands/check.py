@@ -13,7 +13,6 @@ Exits with 0 if the data lets a run start, otherwise with 1. Does not check weig
 """
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import os
@@ -137,10 +136,14 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
     frozen = findings.attempt(freeze, checker.config, config)
     if frozen is not None:
         checker.look(frozen, findings)
-    path = config.data.path
-    with contextlib.suppress(*USER_ERRORS):  # which are among the problems
-        if path and (settings := checker.settings_of(path, config.data.to_dict())):
-            findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+    if path := config.data.path:
+        try:
+            settings = checker.settings_of(path, config.data.to_dict())
+            if settings:
+                findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+        except USER_ERRORS as error:
+            if findings.problems and str(error) not in findings.problems:
+                findings.say(f"no flags that train on {path}: {error}")
     count = len(findings.problems)
     if not count:
         findings.say("a run could start: no problem found")
