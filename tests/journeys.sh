@@ -72,8 +72,8 @@ report_while_training() {
     done
     test -s runs/watched/report.html
     test ! -e runs/watched/result.json  # it is still training
-    kill -INT $run
-    wait $run || true
+    kill -TERM $run  # a script's background processes ignore SIGINT
+    wait $run
 }
 
 resume_with_another_batch() {
