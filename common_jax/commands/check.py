@@ -4,7 +4,7 @@ Accepts the config and flags of a run, and uses no device. Of image sets it coun
 images, reads a sample and reports its sizes and unreadable files. Of sentences it counts lines and
 empty lines by language and split, and pictures, missing and unreadable ones. All problems are
 listed, not only the first. For a user's own folder or table it ends with the flags that train on
-it, whatever the flags given were.
+it, whatever flags were given.
 
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
@@ -74,7 +74,7 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-    """What checking needs to know of a package.
+    """A package's part of checking.
 
     Attributes:
       config: the dataclass of its configs.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
-    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
+    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="images at a time")
     parser.add_argument(
         "--worst", type=int, default=10, metavar="N", help="classes and pairs shown (default 10)"

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{form}", action="store_const", dest="form", const=form, default="table", help=about
         )
-    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
+    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
         "Any field of the run's config.data and config.mesh can be changed: --config.mesh.fsdp=2"

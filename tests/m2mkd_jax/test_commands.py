@@ -317,4 +317,5 @@ def test_a_run_and_a_config_are_shown(runs, capsys):
     flags = ("m2mkd/digits.py:phase=distill", "--config.distill.tau=3", "--only=distill")
     status, out, _ = call(capsys, "show", *flags)
     assert status == 0 and "config.distill.tau = 3.0   (default " in out
+    assert "nowhere does not exist; give a run's workdir, or" in call(capsys, "show", "nowhere")[2]
     assert "config.optim" not in out

@@ -211,6 +211,8 @@ def test_settings_are_found(tmp_path):
     assert (found["channels"], found["mean"], found["std"]) == (1, (0.5,), (0.5,))
     np.testing.assert_allclose(load_source(DataConfig(**found), "train")[0]["image"] % 255, 0)
     assert discover.settings_of(str(tmp_path / "t"), given) == {}
+    with pytest.raises(ValueError, match="has images and no folders of classes; move them into"):
+        discover.settings_of(str(tmp_path / "pictures"), given)
 
 
 def test_a_path_that_digits_do_not_read_is_named(tmp_path, caplog):

@@ -91,7 +91,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """What compiling needs to know of a package.
+    """A package's part of compiling.
 
     Attributes:
       config: the dataclass of its configs.

@@ -85,6 +85,11 @@ def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         return {"source": "folder", "path": str(root / train[0])} | share
     if any(is_image(path.name) for name in folders for path in (root / name).iterdir()):
         return {"source": "folder"} | share
+    if any(is_image(entry.name) for entry in root.iterdir()):
+        raise ValueError(
+            f"{root} has images and no folders of classes; move them into a folder for each "
+            "class, or list them in a table with the columns path and label"
+        )
     return {}
 
 
