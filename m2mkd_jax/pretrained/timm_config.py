@@ -15,7 +15,7 @@ CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize
 
 
 def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """The content of timm's config.json: the network's name and arguments, and its images' preparation.
+    """The content of timm's config.json: a network's name and arguments, and those of its images.
 
     Args:
       config: of the run.
