@@ -95,7 +95,7 @@ def as_text(scores: Scores, worst: int) -> str:
         f"{scores.name}: {sum(scores.images.values())} images of {len(rows)} classes, "
         f"{scores.place}\n{means}",
         format_table(("class", "images", "accuracy"), shown)
-        + (f"\nand {len(rows) - worst} classes with higher accuracy" * (len(rows) > worst)),
+        + (f"\nand {len(rows) - worst} more" * (len(rows) > worst)),
     ]
     if pairs:
         parts.append(format_table(("class", "taken for", "images", "of its class"), pairs))

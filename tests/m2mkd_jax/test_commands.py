@@ -146,6 +146,7 @@ def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
         (("modules", "{pictures}", "--module=1"), "choose one with --module=K"),
         (("meta", "{pictures}", "--module=1"), "holds a whole network"),
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
+        (("meta", "{pictures}/c.png"), "TIFF, WEBP; repair or remove them\n"),
         (("nowhere", "{pictures}"), "no finished checkpoint at"),
         (("meta", "{pictures}", "--config.meta.width=8"), "would make another network than was"),
         (("meta", "{pictures}", "--config.data.labels=8"), "would make another network than was"),
