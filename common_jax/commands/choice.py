@@ -16,6 +16,6 @@ def choose(config: Mapping[str, Any], table: Mapping[str, T]) -> T:
     if len(found) != 1:
         raise ValueError(
             f"a config of this program has one of the fields {sorted(table)}, and this one has "
-            f"{sorted(config)}; m2mkd and cliptrans each take configs of their own"
+            f"{sorted(config)}; give it to the program that it belongs to"
         )
     return found[0]
