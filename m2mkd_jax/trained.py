@@ -157,7 +157,9 @@ def choose_network(trained: Trained, module: str | None) -> str:
     """
     if not PHASES[trained.config.phase].modular:
         if module is not None:
-            raise ValueError(f"--module={module}: {trained.source} holds a whole network")
+            raise ValueError(
+                f"--module={module}: {trained.source} holds a whole network; leave it out"
+            )
         return trained.role
     stages = [str(stage) for stage in trained.config.modules()]
     chosen = stages if module is None else [module]

@@ -72,8 +72,8 @@ report_while_training() {
     done
     test -s runs/watched/report.html
     test ! -e runs/watched/result.json  # it is still training
-    kill -INT $run
-    wait $run || true
+    kill -TERM $run  # a script's background processes ignore SIGINT
+    wait $run
 }
 
 resume_with_another_batch() {
@@ -85,7 +85,7 @@ resume_with_another_batch() {
 
 sweep_two_values() {
     m2mkd sweep --config=m2mkd/digits.py:phase=pretrain_meta --workdir=runs/sweep --seeds=2 --jobs=2 \
-        --grid='optim.lr=1e-3,2e-3' -- "${SMALL[@]}" --config.optim.epochs=2 --config.optim.warmup_epochs=1
+        --grid='optim.lr=1e-3,2e-3' "${SMALL[@]}" --config.optim.epochs=2 --config.optim.warmup_epochs=1
 }
 
 export_to_timm() {

@@ -212,6 +212,12 @@ def test_flags_to_paste_train_on_own_images(tmp_path, capsys):
     assert "12 images of 3 classes" in printed and "3 images of 3 classes" in printed
 
 
+def test_own_images_that_cannot_be_used_are_explained(tmp_path, capsys):
+    (tmp_path / "own.csv").write_text("path,label\na.png,\n")
+    flags = [*image_flags(tmp_path / "own.csv"), "--config.data.source=folder"]
+    assert "own.csv, line 2, column 'label' is empty" in check(capsys, *flags)[1]
+
+
 def test_flags_to_paste_train_on_own_sentences(tmp_path, capsys):
     rows = zip(*LINES.values(), ("train", "val", "test"), strict=True)
     lines = ("en\tde\tsplit", *("\t".join(row) for row in rows))

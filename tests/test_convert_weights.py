@@ -273,7 +273,7 @@ def test_a_module_of_a_network_whose_file_is_whole_is_refused(tmp_path, config_f
     torch_files.save(tmp_path / "a.pth", make_state("vmoe", config_of(config_file)))
     convert(tmp_path / "a.pth", tmp_path / "run", f"--config={config_file}")
     said = refusal(capsys, tmp_path / "run", tmp_path / "b.pth", "--config.module=1")
-    assert "is of kind='vmoe', whose files hold a whole network: leave out --config.m" in said
+    assert "is of kind='vmoe', whose files hold a whole network: leave out the module, 1" in said
 
 
 def test_what_is_there_is_replaced_by_force_alone(tmp_path, config_file, capsys):

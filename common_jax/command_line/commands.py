@@ -85,7 +85,7 @@ def _dispatch(program: str, commands: Mapping[str, Command], argv: Sequence[str]
     except BrokenPipeError:
         raise
     except USER_ERRORS as error:
-        if args.debug:
+        if args.debug or "--debug" in args.rest:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,14 @@
 """Arguments that both programs' commands have; imports nothing that takes time."""
 
 import argparse
+import re
+
+
+def count(text: str) -> int:
+    """A number from 1, for argparse."""
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} must be a whole number from 1 to 999999")
+    return int(text)
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ Accepts the config and flags of a run, and uses no device. Of image sets it coun
 images, reads a sample and reports its sizes and unreadable files. Of sentences it counts lines and
 empty lines by language and split, and pictures, missing and unreadable ones. All problems are
 listed, not only the first. For a user's own folder or table it ends with the flags that train on
-it, whatever the flags given were.
+it, whatever flags were given.
 
   --sample=N  read N pictures per split, evenly spaced (default 500)
   --all       read every picture
@@ -13,7 +13,6 @@ Exits with 0 if the data lets a run start, otherwise with 1. Does not check weig
 """
 
 import collections
-import contextlib
 import dataclasses
 import logging
 import os
@@ -75,7 +74,7 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-    """What checking needs to know of a package.
+    """A package's part of checking.
 
     Attributes:
       config: the dataclass of its configs.
@@ -137,10 +136,14 @@ def check(config: ml_collections.ConfigDict, sample: int | None, checkers: Check
     frozen = findings.attempt(freeze, checker.config, config)
     if frozen is not None:
         checker.look(frozen, findings)
-    path = config.data.path
-    with contextlib.suppress(*USER_ERRORS):  # which are among the problems
-        if path and (settings := checker.settings_of(path, config.data.to_dict())):
-            findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+    if path := config.data.path:
+        try:
+            settings = checker.settings_of(path, config.data.to_dict())
+            if settings:
+                findings.say(f"flags that train on {path}:\n  {flags_for(config, settings)}")
+        except USER_ERRORS as error:
+            if findings.problems and str(error) not in findings.problems:
+                findings.say(f"no flags that train on {path}: {error}")
     count = len(findings.problems)
     if not count:
         findings.say("a run could start: no problem found")

@@ -15,7 +15,7 @@ def choose(config: Mapping[str, Any], table: Mapping[str, T]) -> T:
     found = [entry for field, entry in table.items() if field in config]
     if len(found) != 1:
         raise ValueError(
-            f"a config must have one of the fields {sorted(table)}, which say what command runs "
-            f"it; this one has {sorted(config)}"
+            f"a config of this program has one of the fields {sorted(table)}, and this one has "
+            f"{sorted(config)}; give it to the program that it belongs to"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""What the fields of a config mean, from the docstrings of its dataclasses."""
+"""The meaning of a config's fields, from the docstrings of its dataclasses."""
 
 import dataclasses
 import inspect

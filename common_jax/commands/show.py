@@ -47,7 +47,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What showing needs to know of a package.
+    """A package's part of showing.
 
     Attributes:
       system: whose configs these are.
@@ -83,6 +83,10 @@ def read(source: str, settings: Mapping[str, str], subject: Subject) -> Any:
         check_system(saved, subject.system, source)
         config = unfreeze(freeze_stored(subject.config, saved, source))
     else:
+        if ".py" not in source:
+            raise FileNotFoundError(
+                f"{source} does not exist; give a run's workdir, or a config, FILE.py:ARGUMENTS"
+            )
         config = read_config_file(source)
         check_system(config, subject.system, source)
     for path, text in settings.items():

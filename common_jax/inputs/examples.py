@@ -63,9 +63,10 @@ class BadExamples:
         if self.report_path is not None:
             _append_line(self.report_path, {"name": bad.name, "reason": bad.reason, "index": index})
         if len(self._by_index) > self.bad_share * self.size:
-            raise self.error(f"more than config.data.bad_share={self.bad_share:g} allows")
+            why = f"more than config.data.bad_share={self.bad_share:g} allows"
+            raise self.error(why, ", or raise config.data.bad_share")
 
-    def error(self, why: str) -> ValueError:
+    def error(self, why: str, else_do: str = "") -> ValueError:
         """Returns the error with names and number of the bad examples."""
         count = len(self._by_index)
         names = "; ".join(str(bad) for bad in list(self._by_index.values())[:10])
@@ -73,7 +74,7 @@ class BadExamples:
         where = f" (all of them in {self.report_path})" if self.report_path is not None else ""
         return ValueError(
             f"{count} bad examples of {self.size}, {why}: {names}{more}{where}; "
-            "repair or remove them, or raise config.data.bad_share"
+            f"repair or remove them{else_do}"
         )
 
 

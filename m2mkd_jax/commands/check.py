@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def checker() -> "Checker":
-    """What checking needs to know of this package."""
+    """This package's part of checking."""
     from common_jax.commands.check import Checker
     from m2mkd_jax.commands.check_images import check_m2mkd
     from m2mkd_jax.config import Config

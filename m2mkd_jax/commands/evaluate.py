@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common_jax.command_line import Command, read_settings
+from common_jax.commands.arguments import count
 from common_jax.commands.output import format_table
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
-    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
-    parser.add_argument("--batch", type=int, metavar="N", help="images at a time")
+    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
+    parser.add_argument("--batch", type=count, metavar="N", help="images at a time")
     parser.add_argument(
         "--worst", type=int, default=10, metavar="N", help="classes and pairs shown (default 10)"
     )
@@ -94,7 +95,7 @@ def as_text(scores: Scores, worst: int) -> str:
         f"{scores.name}: {sum(scores.images.values())} images of {len(rows)} classes, "
         f"{scores.place}\n{means}",
         format_table(("class", "images", "accuracy"), shown)
-        + (f"\nand {len(rows) - worst} classes with higher accuracy" * (len(rows) > worst)),
+        + (f"\nand {len(rows) - worst} more" * (len(rows) > worst)),
     ]
     if pairs:
         parts.append(format_table(("class", "taken for", "images", "of its class"), pairs))
@@ -113,7 +114,11 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
     from m2mkd_jax.data.ood import load_ood
     from m2mkd_jax.trained import choose_network, open_run
 
-    trained = open_run(args.run, read_settings(args.rest))
+    settings = read_settings(args.rest)
+    if settings.keys() >= {"data.path", "data.test_split"}:
+        # The named split is scored as a whole, even if the run drew its own test images.
+        settings = {"data.test_share": "0"} | settings
+    trained = open_run(args.run, settings)
     config = trained.config
     app.use_compilation_cache(config.run.compilation_cache)
     name = choose_network(trained, args.module)
@@ -210,15 +215,14 @@ def score(
         pairs.update(zip(images["label"][real].tolist(), predicted[real].tolist(), strict=True))
     names = [trained.classes[label] for label in classes]
     images, correct, confused = collections.Counter(), {}, {}
-    for (label, other), count in pairs.items():
-        images[names[label]] += count
+    for (label, other), number in pairs.items():
+        images[names[label]] += number
         if label == other:
-            correct[names[label]] = count
+            correct[names[label]] = number
         else:
-            confused[names[label], names[other]] = count
-    count = images.total()
+            confused[names[label], names[other]] = number
     split = config_place(data)
-    means = {metric: total / count for metric, total in sums.items()}
+    means = {metric: total / images.total() for metric, total in sums.items()}
     return Scores(name, split, means, dict(sorted(images.items())), correct, confused)
 
 

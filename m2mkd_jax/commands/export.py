@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--module", type=int, metavar="K", help="of several modules, the one")
+    parser.add_argument("--module", type=int, metavar="K", help="which of several modules")
     parser.add_argument(
         "--push",
         metavar="ID",

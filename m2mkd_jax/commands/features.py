@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from common_jax.command_line import Command, read_settings
+from common_jax.commands.arguments import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="arrays maps (B, I, J, D), pooled (B, D) and names (B,)",
     )
-    parser.add_argument("--size", type=int, metavar="N", help="side of the images, in pixels")
+    parser.add_argument("--size", type=count, metavar="N", help="side of the images, in pixels")
     parser.add_argument("--stage", type=int, metavar="K", help="of the maps, by default the last")
     parser.add_argument("--no-maps", action="store_true", help="pooled vectors alone")
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
+    parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
         "Maps are the patches' tokens after the stage, before the last norm; pooled vectors are\n"
         "what the head reads. With another --size than in training, position tables are resized."

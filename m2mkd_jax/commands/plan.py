@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def planner() -> "Planner":
-    """What compiling needs to know of this package."""
+    """This package's part of compiling."""
     from common_jax.commands.plan.compile import Planner
     from m2mkd_jax.config import Config
 

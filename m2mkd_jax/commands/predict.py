@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
+from common_jax.commands.arguments import count
 
 if TYPE_CHECKING:
     from m2mkd_jax.picture_files import PictureFiles
@@ -19,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes (default 5)")
+    parser.add_argument("--top", type=count, default=5, metavar="N", help="classes (default 5)")
     for form, about in (("json", "one object a line and picture"), ("csv", "one row a class")):
         parser.add_argument(
             f"--{form}", action="store_const", dest="form", const=form, default="table", help=about
         )
-    parser.add_argument("--module", metavar="K", help="of a run of several modules, the one")
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures at a time")
+    parser.add_argument("--module", metavar="K", help="which of a run's several modules")
+    parser.add_argument("--batch", type=count, metavar="N", help="pictures at a time")
     parser.epilog = (
         "Any field of the run's config.data and config.mesh can be changed: --config.mesh.fsdp=2"
     )
@@ -102,7 +103,7 @@ def predict(args: argparse.Namespace) -> tuple[list[str], Iterator[Prediction]]:
         workers=data.workers,
         bad_share=1.0,
     )
-    top = min(max(args.top, 1), len(trained.classes))
+    top = min(args.top, len(trained.classes))
     return paths, _predictions(trained, name, source, batches, top)
 
 

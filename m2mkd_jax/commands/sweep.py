@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def program() -> "Program":
-    """What a sweep needs to know of this package."""
+    """This package's part of a sweep."""
     from common_jax.commands.sweep.cells import Program
     from m2mkd_jax.config import Config
     from m2mkd_jax.phases.fields import reads

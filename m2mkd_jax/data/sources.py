@@ -338,6 +338,12 @@ def load_digits_r_source(config: DataConfig, split: str) -> ArraySource:
 
 
 def _require_embedded(config: DataConfig, split: str, *, splits: Collection[str]) -> None:
+    if config.path:
+        logging.warning(
+            "config.data.path=%r is not read: config.data.source=%r needs no files; for your own "
+            "images set config.data.source to one of %s",
+            *(config.path, config.source, ", ".join(SPLITTABLE)),
+        )
     for key, value in (("image_size", digits.SIDE), ("channels", 1)):
         if getattr(config, key) != value:
             raise ValueError(

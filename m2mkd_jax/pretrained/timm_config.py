@@ -15,7 +15,7 @@ CROP = 224 / 256  # share of the shorter side that evaluation keeps, see `resize
 
 
 def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dict[str, Any]:
-    """What timm's folders say of a network: its name, its arguments, and how images are prepared.
+    """The content of timm's config.json: a network's name and arguments, and those of its images.
 
     Args:
       config: of the run.

@@ -61,7 +61,7 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
     if stage is not None and not kind.form.single:
         raise ValueError(
             f"{source} is of kind={name!r}, whose files hold a whole network: leave out "
-            f"--config.module={stage}"
+            f"the module, {stage}"
         )
     if kind.form.single:
         there = sorted(stored[kind.role], key=lambda one: int(one.removeprefix("stage_")))
@@ -69,7 +69,7 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
         if len(stages) != 1 or stages[0] not in there:
             raise ValueError(
                 f"{source} holds {', '.join(there)} of kind={name!r}, and a file holds one: give "
-                "--config.module=K"
+                "its number (export: --module=K; tools/convert_weights.py: --config.module=K)"
             )
         config = dataclasses.replace(config, module=stages[0].removeprefix("stage_"))
     subtree, average = "/".join((kind.role, *stages)), config.optim.ema > 0

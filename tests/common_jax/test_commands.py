@@ -22,7 +22,12 @@ def run(args):
     return 3 if args.place == "three" else None
 
 
+def refuse(args):
+    raise FileNotFoundError(args.rest[0])
+
+
 COMMANDS = {
+    "pass": Command("pass arguments on", lambda parser: None, refuse, ("",)),
     "look": Command("look at a place", add_arguments, run, ("--config.",)),
     "all": Command("take anything", lambda parser: None, lambda args: len(args.rest), ("",)),
 }
@@ -52,11 +57,16 @@ def test_an_error_of_the_user_is_a_line_and_status_2(capsys):
         call("look", "nowhere", "--debug")
     with pytest.raises(TypeError, match="a bug"):
         call("look", "bug")
+    assert call("pass", "on") == 2
+    with pytest.raises(FileNotFoundError, match="on"):
+        call("pass", "on", "--debug")  # which the command itself may read, too
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys):
     assert call("lok") == 2
-    assert "no command 'lok' (did you mean 'look'?); it has look, all" in capsys.readouterr().err
+    assert (
+        "no command 'lok' (did you mean 'look'?); it has pass, look, all" in capsys.readouterr().err
+    )
 
 
 def test_settings_are_paths_and_texts():

@@ -1,5 +1,6 @@
 """`m2mkd`: the commands that use trained runs."""
 
+import argparse
 import csv
 import dataclasses
 import io
@@ -19,6 +20,7 @@ from common_jax.config import unfreeze
 from common_jax.workdir import write_json
 from m2mkd_jax import pretrained
 from m2mkd_jax.commands import COMMANDS
+from m2mkd_jax.commands import evaluate as evaluation
 from m2mkd_jax.config import SourcesConfig
 from m2mkd_jax.data import digits
 from m2mkd_jax.data.ood import OodConfig
@@ -144,6 +146,7 @@ def test_an_unreadable_picture_has_its_line(runs, pictures, capsys):
         (("modules", "{pictures}", "--module=1"), "choose one with --module=K"),
         (("meta", "{pictures}", "--module=1"), "holds a whole network"),
         (("meta", "/nowhere/x.png"), "/nowhere/x.png does not exist; beside it: there is no"),
+        (("meta", "{pictures}/c.png"), "TIFF, WEBP; repair or remove them\n"),
         (("nowhere", "{pictures}"), "no finished checkpoint at"),
         (("meta", "{pictures}", "--config.meta.width=8"), "would make another network than was"),
         (("meta", "{pictures}", "--config.data.labels=8"), "would make another network than was"),
@@ -205,6 +208,26 @@ def test_another_set_is_named_by_flags(runs, tmp_path, capsys):
     head, _, classes, *_ = out.splitlines()[0], None, *out.splitlines()[3:]
     assert head == f"test: 10 images of 2 classes, folder {tmp_path}, split val"
     assert classes.split() == ["class", "images", "accuracy"]
+
+
+def test_a_set_with_splits_is_whole_for_a_run_that_drew_its_test_images(tmp_path, monkeypatch):
+    def opened(run, settings):
+        raise ValueError(settings)
+
+    monkeypatch.setattr("m2mkd_jax.trained.open_run", opened)
+    for flags, share in (
+        (("--data.path=/x", "--data.test_split=val"), {"data.test_share": "0"}),
+        (("--data.path=/moved",), {}),
+        (
+            ("--data.path=/x", "--data.test_split=a", "--data.test_share=0.5"),
+            {"data.test_share": "0.5"},
+        ),
+    ):
+        args = argparse.Namespace(run="runs/x", rest=flags)
+        with pytest.raises(ValueError) as error:
+            evaluation.evaluate(args)
+        given = error.value.args[0]
+        assert {key: given[key] for key in given if key == "data.test_share"} == share
 
 
 # features
@@ -295,4 +318,5 @@ def test_a_run_and_a_config_are_shown(runs, capsys):
     flags = ("m2mkd/digits.py:phase=distill", "--config.distill.tau=3", "--only=distill")
     status, out, _ = call(capsys, "show", *flags)
     assert status == 0 and "config.distill.tau = 3.0   (default " in out
+    assert "nowhere does not exist; give a run's workdir, or" in call(capsys, "show", "nowhere")[2]
     assert "config.optim" not in out

@@ -183,17 +183,27 @@ def test_settings_are_found(tmp_path):
     folders(tmp_path / "whole", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "split/train", dict.fromkeys(CLASSES, 2))
     folders(tmp_path / "split/valid", dict.fromkeys(CLASSES, 1))
+    (tmp_path / "split/train.zip").write_bytes(b"")  # the folder was unpacked from it
+    folders(tmp_path / "Kaggle/Training", dict.fromkeys(CLASSES, 2))
+    folders(tmp_path / "Kaggle/Testing", dict.fromkeys(CLASSES, 1))
+    folders(tmp_path / "alone/train", dict.fromkeys(CLASSES, 2))
     write_csv(tmp_path / "t.csv", flat(tmp_path))
+    write_csv(tmp_path / "train.csv", flat(tmp_path))
     for path, expected in (
         ("whole", {"source": "folder", "test_share": 0.2}),
         ("split", {"source": "folder", "train_split": "train", "test_split": "valid"}),
+        ("Kaggle", {"source": "folder", "train_split": "Training", "test_split": "Testing"}),
+        ("alone", {"path": str(tmp_path / "alone/train"), "test_share": 0.2}),
         ("t.csv", {"source": "table", "test_share": 0.2}),
+        ("", {"path": str(tmp_path / "train.csv"), "test_share": 0.2}),
     ):
         found = discover.settings_of(str(tmp_path / path), given)
         assert found.items() >= expected.items()
         assert (found["labels"], found["image_size"], found["channels"]) == (3, 8, 3)
         assert found["mean"][1:] == (0.0, 0.0) and found["mean"][0] > 0
-        assert len(load_source(DataConfig(**found), "train")) > 0
+        config = DataConfig(**found)
+        assert len(load_source(config, config.train_split)) > 0
+        assert len(load_source(config, config.test_split)) > 0
     for name in CLASSES:
         draw(tmp_path / "grey" / name / "0.png", 255, "L")
         draw(tmp_path / "grey" / name / "1.png", 0, "L")
@@ -201,3 +211,10 @@ def test_settings_are_found(tmp_path):
     assert (found["channels"], found["mean"], found["std"]) == (1, (0.5,), (0.5,))
     np.testing.assert_allclose(load_source(DataConfig(**found), "train")[0]["image"] % 255, 0)
     assert discover.settings_of(str(tmp_path / "t"), given) == {}
+    with pytest.raises(ValueError, match="has images and no folders of classes; move them into"):
+        discover.settings_of(str(tmp_path / "pictures"), given)
+
+
+def test_a_path_that_digits_do_not_read_is_named(tmp_path, caplog):
+    load_source(DataConfig(path=str(tmp_path)), "test")
+    assert "is not read: config.data.source='digits' needs no files" in caplog.text

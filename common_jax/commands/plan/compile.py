@@ -91,7 +91,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """What compiling needs to know of a package.
+    """A package's part of compiling.
 
     Attributes:
       config: the dataclass of its configs.
@@ -299,7 +299,7 @@ def main(argv: Sequence[str], planners: Planners) -> None:
     jax.config.update("jax_platforms", "cpu")
     try:
         options, rest = read_options(argv[1:])
-        if "--help" not in rest:
+        if not {"--help", "-h"} & set(rest):
             chip_of(options.topology)
             chips = options.slices * math.prod(map(int, options.topology.split(":")[1].split("x")))
             rest = [

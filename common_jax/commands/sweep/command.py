@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from common_jax.checkpoint import absolute, refuse_pattern
+from common_jax.commands.arguments import count
 from common_jax.commands.choice import choose
 from common_jax.commands.sweep.cells import (
     Cell,
@@ -34,7 +35,7 @@ from common_jax.commands.sweep.cells import (
     read_sweep,
 )
 from common_jax.commands.sweep.emit import format_commands, format_slurm, format_xpk
-from common_jax.commands.sweep.jobs import Job, Outcome, count, describe, run_each, show
+from common_jax.commands.sweep.jobs import Job, Outcome, describe, run_each, show
 from common_jax.commands.sweep.table import (
     Row,
     missing_metrics,
@@ -115,6 +116,7 @@ def parse_flags(
         help="run nothing, but print commands for the runs that are not finished: one per line, a "
         "script for sbatch, a script of xpk commands; or make the table only",
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     flags, common = parser.parse_known_args(argv)
     if unknown := [flag for flag in common if not flag.startswith("--config.")]:
         parser.error(f"arguments {unknown} are not understood; write --config.FIELD=VALUE")
@@ -132,12 +134,14 @@ def main(
       argv: the arguments; those of the process by default.
       programs: that may run the configs.
       example: a command for --help.
-      name: of the command, as it is typed; by default that of the script.
+      name: of the command, as a user types it; that of the process by default.
     """
     flags = parse_flags(argv, programs, example=example, name=name)
     try:
         return sweep(flags)
     except (ValueError, OSError) as error:
+        if flags.debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -10,7 +10,6 @@ import fcntl
 import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import statistics
@@ -19,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from common_jax.commands.arguments import count
 from common_jax.metrics import read_metrics
 from common_jax.report import Table
 from common_jax.workdir import check_output, read_json
@@ -37,13 +37,6 @@ class Job:
 
     command: tuple[str, ...]
     needs: str | None = None
-
-
-def count(text: str) -> int:
-    """A number of runs, for argparse."""
-    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} must be a whole number from 1 to 999999")
-    return int(text)
 
 
 def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:

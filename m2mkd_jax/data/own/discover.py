@@ -1,13 +1,13 @@
 """Settings of config.data for the images at a path, for a user who has not written them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common_jax.inputs import BadExample
-from common_jax.inputs.tables import is_table, read_table, table_names
+from common_jax.inputs.tables import find_table, is_table, read_table, table_names
 from m2mkd_jax.data.listing import is_hidden, is_image
 from m2mkd_jax.data.own.tables import SPLIT
 from m2mkd_jax.data.sources import DataConfig, Source, open_source
@@ -36,10 +36,11 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if not layout:
         return {}
     anything = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3, "in_memory": "never"}
-    config = DataConfig(path=path, **layout, **anything)
+    layout = {"path": path} | layout
+    config = DataConfig(**layout, **anything)
     source = open_source(config, config.train_split)
     images = _sample(source)
-    settings = {"path": path, **layout, "labels": len(source.label_names)}
+    settings = {**layout, "labels": len(source.label_names)}
     if not images:
         return settings
     sides = {side for image in images for side in image.shape[:2]}
@@ -60,37 +61,49 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layout(root: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns source and splits."""
+    """Returns source and splits, and the path of a training split that is to be divided."""
+    share = {"test_share": given["test_share"] or SHARE}
     if root.is_file():
         if not is_table(root):
             return {"source": "folder"} | {key: given[key] for key in ("train_split", "test_split")}
         splits = {row[SPLIT] for _, row in read_table(root).rows if row.get(SPLIT)}
-        return {"source": "table"} | _splits(splits, given)
+        return {"source": "table"} | (_splits(splits, given) or share)
     if not root.is_dir():
         return {}
-    if splits := set(table_names(root)) & {*TRAIN, *TEST, given["train_split"]}:
-        return {"source": "table"} | _splits(splits, given)
-    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
-    folders = {name for name in folders if not is_hidden(name)}
     if (root / "wnids.txt").is_file():
         return {"source": "tiny_imagenet", "train_split": "train", "test_split": "val"}
+    tables = table_names(root)
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir()}
+    folders = {name for name in folders if not is_hidden(name)}
     packed = {path.stem for path in root.glob("*.zip")}
-    if names := (folders | packed) & {*TRAIN, given["train_split"]}:
-        return {"source": "folder"} | _splits(folders | packed | names, given)
+    for source, names in (("table", tables), ("folder", folders | packed)):
+        if splits := _splits(names, given):
+            return {"source": source} | splits
+    if train := _likely(tables, given["train_split"], TRAIN):
+        return {"source": "table", "path": str(find_table(root, train[0]))} | share
+    if train := _likely(folders, given["train_split"], TRAIN):
+        return {"source": "folder", "path": str(root / train[0])} | share
     if any(is_image(path.name) for name in folders for path in (root / name).iterdir()):
-        return {"source": "folder", "test_share": SHARE}
+        return {"source": "folder"} | share
+    if any(is_image(entry.name) for entry in root.iterdir()):
+        raise ValueError(
+            f"{root} has images and no folders of classes; move them into a folder for each "
+            "class, or list them in a table with the columns path and label"
+        )
     return {}
 
 
 def _splits(names: Collection[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the names of the splits, or a share to test on where there is none to do so."""
-    if not names:
-        return {"test_share": given["test_share"] or SHARE}
-    found = {}
-    for key, usual in (("train_split", TRAIN), ("test_split", TEST)):
-        likely = [name for name in (given[key], *usual) if name in names]
-        found[key] = likely[0] if likely else given[key]
-    return found
+    """Returns the names of the splits; {} unless there is one to train and one to test on."""
+    train = _likely(names, given["train_split"], TRAIN)
+    test = _likely(names, given["test_split"], TEST)
+    return {"train_split": train[0], "test_split": test[0]} if train and test else {}
+
+
+def _likely(names: Collection[str], given: str, usual: Sequence[str]) -> list[str]:
+    """Returns those of the names that are `given` or usual, in any case, the likelier first."""
+    found = {name.lower(): name for name in sorted(names)}
+    return [found[name] for name in (given.lower(), *usual) if name in found]
 
 
 def _sample(source: Source) -> list[np.ndarray]:
