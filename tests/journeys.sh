@@ -44,8 +44,9 @@ SMALL=(--config.data.source=folder --config.data.path=pictures --config.data.tes
     --config.few_shot.ways=3)
 
 train_on_a_folder() {
-    m2mkd check --config=m2mkd/digits.py:phase=pipeline "${SMALL[@]}"
-    m2mkd train --config=m2mkd/digits.py:phase=pipeline,scale=0.2 --workdir=runs/own "${SMALL[@]}"
+    local few=--config.recipes.few_shot.optim.batch=15  # five images of three classes
+    m2mkd check --config=m2mkd/digits.py:phase=pipeline "${SMALL[@]}" $few
+    m2mkd train --config=m2mkd/digits.py:phase=pipeline,scale=0.2 --workdir=runs/own "${SMALL[@]}" $few
 }
 
 evaluate_it() {

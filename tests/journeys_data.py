@@ -23,7 +23,7 @@ def write_digits(folder: pathlib.Path) -> None:
     digits = load_digits()
     for label, name in enumerate(NAMES):
         (folder / name).mkdir(parents=True)
-        for number, image in enumerate(digits.images[digits.target == label][:60]):
+        for number, image in enumerate(digits.images[digits.target == label][:100]):
             pixels = np.round(image * (255 / 16)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
 

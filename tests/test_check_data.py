@@ -94,6 +94,8 @@ def test_a_pipeline_s_episodes_need_as_many_classes(tmp_path, capsys):
     status, _, problems = check(capsys, config, *flags)
     assert status == 1
     assert any("config.few_shot.ways=4 must be from 1 to the number of" in x for x in problems)
+    problems = check(capsys, config, *flags, "--config.few_shot.ways=3")[2]
+    assert any("few_shot.optim.batch=20 is more than the 15 images of" in x for x in problems)
 
 
 def test_missing_splits_and_empty_classes_are_both_named(tmp_path, capsys):

@@ -33,13 +33,15 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
         if config.phase == "pipeline":
             runs = findings.attempt(plan, config, NOWHERE) or []
         for name, run in runs:
+            count, few_shot = len(train), run.few_shot
             if _draws_images(run):
-                _check_episodes(run.few_shot, train, test, findings)
-            elif run.optim.batch > len(train):
+                _check_episodes(few_shot, train, test, findings)
+                count = few_shot.ways * few_shot.shots
+            if run.optim.batch > count:
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
-                    f"{section}.optim.batch={run.optim.batch} is more than the {len(train)} "
-                    f"images of {data.train_split!r}; lower it or take more data"
+                    f"{section}.optim.batch={run.optim.batch} is more than the {count} images of "
+                    f"{data.train_split!r} that it trains on; lower it or take more data"
                 )
     if config.ood.source and train is not None:
         _check_ood(config, train, findings)
