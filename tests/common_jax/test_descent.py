@@ -11,8 +11,9 @@ import pytest
 from descent import OPTIM, STEPS, descend, make_task, numbers
 from jax import numpy as jnp
 
-from common_jax import checkpoint, hosts, log, loop, signals
+from common_jax import checkpoint, hosts, loop, signals
 from common_jax.checkpoint import finished_steps
+from common_jax.log import clocks
 from common_jax.metrics import read_metrics
 from common_jax.state import fold_name, step_rngs
 from common_jax.step import Programs
@@ -196,7 +197,7 @@ def ticking(monkeypatch):
     evaluation; its values by step."""
     now = [0.0]
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0])
-    monkeypatch.setattr(log, "time", clock)
+    monkeypatch.setattr(clocks, "time", clock)
     save = loop.Checkpoints.save
 
     def slow_save(self, *args, **settings):

@@ -160,7 +160,7 @@ def test_wrapped_names_are_unwrapped(tmp_path, prefix):
     torch_files.save(tmp_path / "last.ckpt", tensors)
     _, found = read(tmp_path / "last.ckpt")
     np.testing.assert_array_equal(head(found), deit()["head.weight"])
-    assert any("prefix" in note or "taken out" in note for note in found.account.notes)
+    assert any("prefix" in note or "was removed" in note for note in found.account.notes)
     dropped = dict(found.account.dropped)
     assert ("criterion.center" in dropped) == ("criterion.center" in tensors)
 
