@@ -94,11 +94,13 @@ export_to_timm() {
     python "$TOOLS/journeys_data.py" --timm exported/teacher runs/own/teacher pictures/one/0.png
 }
 
+SHOP=(--config.data.source=table --config.data.path=shop/shop.tsv --config.data.target_language=sv
+    "--config.languages=('en','sv')" --config.data.train_split=train "--config.data.further_tests=()"
+    --config.tokenizer.vocab=120)
+
 train_on_a_table() {
-    cliptrans check --config=cliptrans/emoji.py --config.data.source=table --config.data.path=shop/shop.tsv
-    cliptrans train --config=cliptrans/emoji.py:stage=pipeline --workdir=runs/shop \
-        --config.data.source=table --config.data.path=shop/shop.tsv --config.data.target_language=sv \
-        --config.languages="('en','sv')" --config.tokenizer.vocab=120
+    cliptrans check --config=cliptrans/emoji.py:stage=pipeline "${SHOP[@]}"
+    cliptrans train --config=cliptrans/emoji.py:stage=pipeline,scale=0.5 --workdir=runs/shop "${SHOP[@]}"
 }
 
 translate_a_file() {
