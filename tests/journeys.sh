@@ -96,7 +96,7 @@ export_to_timm() {
 
 SHOP=(--config.data.source=table --config.data.path=shop/shop.tsv --config.data.target_language=sv
     "--config.languages=('en','sv')" --config.data.train_split=train "--config.data.further_tests=()"
-    --config.tokenizer.vocab=120)
+    --config.tokenizer.vocab=320)
 
 train_on_a_table() {
     cliptrans check --config=cliptrans/emoji.py:stage=pipeline "${SHOP[@]}"

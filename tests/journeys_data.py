@@ -13,7 +13,18 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 
 NAMES = ("zero", "one", "two")
-COLOURS = {"red": "röd", "blue": "blå", "green": "grön", "yellow": "gul", "black": "svart"}
+COLOURS = {
+    "red": "röd",
+    "blue": "blå",
+    "green": "grön",
+    "yellow": "gul",
+    "black": "svart",
+    "orange": "orange",
+    "purple": "lila",
+    "pink": "rosa",
+    "brown": "brun",
+    "gray": "grå",
+}
 SHAPES = {"circle": "cirkel", "square": "kvadrat", "line": "linje"}
 SIZES = {"small": "liten", "large": "stor", "": ""}
 
