@@ -1,10 +1,8 @@
 """`cliptrans check`: the contents of a config's data, and all problems that stop a run."""
 
-import argparse
 from typing import TYPE_CHECKING
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import check_command
 
 if TYPE_CHECKING:
     from common_jax.commands.check import Checker
@@ -15,15 +13,8 @@ EXAMPLE = """Example:
 """
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the findings and exits with 0 if a run could start, otherwise with 1."""
-    from common_jax.commands.check import main
-
-    main(["cliptrans check", *args.rest], {"stage": checker()})
-
-
 def checker() -> "Checker":
-    """What checking needs to know of this package."""
+    """This package's part of checking."""
     from cliptrans_jax.commands.check_corpora import check_cliptrans
     from cliptrans_jax.config import Config
     from cliptrans_jax.data.own import settings_of
@@ -32,9 +23,4 @@ def checker() -> "Checker":
     return Checker(Config, check_cliptrans, settings_of, EXAMPLE)
 
 
-COMMAND = Command(
-    "what a config's data holds, and every problem that keeps a run from starting",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = check_command("cliptrans", "stage", checker)

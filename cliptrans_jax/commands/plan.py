@@ -1,10 +1,8 @@
-"""`cliptrans plan`: memory and time of a run's step on a TPU pod that need not be there."""
+"""`cliptrans plan`: memory and time of a run's step on a TPU pod that you do not have."""
 
-import argparse
 from typing import TYPE_CHECKING
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import plan_command
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -18,15 +16,8 @@ EXAMPLE = """Example:
 MULTI30K = 29_000  # training examples
 
 
-def run(args: argparse.Namespace) -> None:
-    """Compiles the step and exits with 0 if it fits, otherwise with 1."""
-    from common_jax.commands.plan.compile import main
-
-    main(["cliptrans plan", *args.rest], {"stage": planner()})
-
-
 def planner() -> "Planner":
-    """What compiling needs to know of this package."""
+    """This package's part of compiling."""
     from cliptrans_jax.config import Config
     from common_jax.commands.plan.compile import Planner
 
@@ -88,9 +79,4 @@ def encode_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
     )
 
 
-COMMAND = Command(
-    "memory and time of a step on a TPU pod that need not be there",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = plan_command("cliptrans", "stage", planner)

@@ -1,10 +1,8 @@
 """`cliptrans sweep`: a config for every setting of a grid and several seeds."""
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import sweep_command
 
 if TYPE_CHECKING:
     from common_jax.commands.sweep.cells import Files, Program
@@ -17,15 +15,8 @@ Example:
 OUTCOMES = {"clip": ("result.json",), "evaluate": ("scores.json",)}  # of the other stages both
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs or prints what is not finished, and makes the table; returns the exit status."""
-    from common_jax.commands.sweep.command import main
-
-    return main(args.rest, {"stage": program()}, EXAMPLE, "cliptrans sweep")
-
-
 def program() -> "Program":
-    """What a sweep needs to know of this package."""
+    """This package's part of a sweep."""
     from cliptrans_jax.config import READS, Config
     from common_jax.commands.sweep.cells import Program
 
@@ -44,9 +35,4 @@ def results(config: Any) -> "tuple[str | None, Files]":
     return list(runs)[-1], {name: OUTCOMES.get(stage, both) for name, stage in runs.items()}
 
 
-COMMAND = Command(
-    "run a config for every setting of a grid, several seeds each, and make one table",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = sweep_command("cliptrans", "stage", program, EXAMPLE)

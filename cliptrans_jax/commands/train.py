@@ -2,7 +2,7 @@
 
 import argparse
 
-from common_jax.command_line import Command
+from common_jax.commands.shared import passing
 
 
 def run(args: argparse.Namespace) -> None:
@@ -14,9 +14,4 @@ def run(args: argparse.Namespace) -> None:
     app.run(main, DESCRIPTION, ["cliptrans train", *args.rest], system=SYSTEM, reads=READS)
 
 
-COMMAND = Command(
-    "train one stage or all of them: --config=FILE.py:stage=STAGE --workdir=DIR",
-    lambda parser: None,
-    run,
-    rest=("",),
-)
+COMMAND = passing("train one stage or all of them: --config=FILE.py:stage=STAGE --workdir=DIR", run)

@@ -1,10 +1,8 @@
-"""`m2mkd plan`: memory and time of a run's step on a TPU pod that need not be there."""
+"""`m2mkd plan`: memory and time of a run's step on a TPU pod that you do not have."""
 
-import argparse
 from typing import TYPE_CHECKING
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import plan_command
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -16,13 +14,6 @@ EXAMPLE = """Example:
   m2mkd plan --config=m2mkd/vmoe_base.py:phase=end_to_end --topology=v5e:16x16
 """
 IMAGENET = 1_281_167  # training images
-
-
-def run(args: argparse.Namespace) -> None:
-    """Compiles the step and exits with 0 if it fits, otherwise with 1."""
-    from common_jax.commands.plan.compile import main
-
-    main(["m2mkd plan", *args.rest], {"phase": planner()})
 
 
 def planner() -> "Planner":
@@ -56,9 +47,4 @@ def make_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
     )
 
 
-COMMAND = Command(
-    "memory and time of a step on a TPU pod that need not be there",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = plan_command("m2mkd", "phase", planner)

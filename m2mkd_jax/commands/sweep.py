@@ -1,10 +1,8 @@
 """`m2mkd sweep`: a config for every setting of a grid and several seeds."""
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import sweep_command
 
 if TYPE_CHECKING:
     from common_jax.commands.sweep.cells import Files, Program
@@ -14,13 +12,6 @@ Example:
   m2mkd sweep --config=m2mkd/digits.py:phase=end_to_end --workdir=runs/moe \\
       --grid='model.moe.experts=4,8;optim.lr=1e-3,3e-3' --seeds=3 --config.optim.epochs=5
 """
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs or prints what is not finished, and makes the table; returns the exit status."""
-    from common_jax.commands.sweep.command import main
-
-    return main(args.rest, {"phase": program()}, EXAMPLE, "m2mkd sweep")
 
 
 def program() -> "Program":
@@ -46,9 +37,4 @@ def results(config: Any) -> "tuple[str | None, Files]":
     return main, dict.fromkeys(folders, ("result.json",))
 
 
-COMMAND = Command(
-    "run a config for every setting of a grid, several seeds each, and make one table",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = sweep_command("m2mkd", "phase", program, EXAMPLE)

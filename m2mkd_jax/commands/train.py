@@ -2,8 +2,7 @@
 
 import argparse
 
-from common_jax.command_line import Command
-from common_jax.commands.arguments import add_none
+from common_jax.commands.shared import passing
 
 
 def run(args: argparse.Namespace) -> None:
@@ -16,9 +15,4 @@ def run(args: argparse.Namespace) -> None:
     app.run(main, DESCRIPTION, ["m2mkd train", *args.rest], system=SYSTEM, reads=reads())
 
 
-COMMAND = Command(
-    "train one phase or all of them: --config=FILE.py:phase=PHASE --workdir=DIR",
-    add_none,
-    run,
-    rest=("",),
-)
+COMMAND = passing("train one phase or all of them: --config=FILE.py:phase=PHASE --workdir=DIR", run)

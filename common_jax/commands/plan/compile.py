@@ -1,4 +1,4 @@
-"""Compiles a run's train step for a TPU pod that need not be there; reports its memory and time.
+"""Compiles a run's train step for a TPU pod that you do not have; reports its memory and time.
 
 Takes the config and flags of a run; neither data nor weights are read. Where the config file has
 an argument `chips` and none is given, it gets the number of chips: the program is that of a run
