@@ -5,6 +5,7 @@ them.
 """
 
 import atexit
+import logging
 import ctypes
 import gc
 import os
@@ -56,6 +57,17 @@ def resident() -> int:
     """Bytes of memory that this process takes."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_outlives_its_test():
+    """Removes the handler that a command adds to the root logger: its stream is the test's."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if handler not in before and not type(handler).__module__.startswith("_pytest"):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
