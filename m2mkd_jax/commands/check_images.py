@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from common_jax.commands.check import NOWHERE, Findings, read_sizes, say_bad
-from m2mkd_jax.config import Config, FewShotConfig
+from m2mkd_jax.config import Config
 from m2mkd_jax.data.augment import SMALL_SIDE
-from m2mkd_jax.data.few_shot import choose_task
 from m2mkd_jax.data.listing import listed
 from m2mkd_jax.data.ood import load_ood
 from m2mkd_jax.data.sources import DataConfig, Source, load_source, open_source
@@ -33,10 +32,11 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
         if config.phase == "pipeline":
             runs = findings.attempt(plan, config, NOWHERE) or []
         for name, run in runs:
-            count, few_shot = len(train), run.few_shot
-            if _draws_images(run):
-                _check_episodes(few_shot, train, test, findings)
-                count = few_shot.ways * few_shot.shots
+            count, draw = len(train), PHASES[run.phase].draw
+            if draw is not None:
+                count = run.few_shot.ways * run.few_shot.shots
+                if test is not None:
+                    findings.attempt(draw, run, (train, test))
             if run.optim.batch > count:
                 section = f"config.recipes.{run.phase}" if name else "config"
                 findings.problem(
@@ -45,28 +45,6 @@ def check_m2mkd(config: Config, findings: Findings) -> None:
                 )
     if config.ood.source and train is not None:
         _check_ood(config, train, findings)
-
-
-def _draws_images(config: Config) -> bool:
-    return config.phase in PHASES and PHASES[config.phase].draws_images
-
-
-def _check_episodes(
-    few_shot: FewShotConfig, train: Source, test: Source | None, findings: Findings
-) -> None:
-    """Draws the first episode, if there is a test split."""
-    if test is not None:
-        findings.attempt(
-            choose_task,
-            np.asarray(train.labels),
-            np.asarray(test.labels),
-            ways=few_shot.ways,
-            shots=few_shot.shots,
-            validation_shots=few_shot.test_shots,
-            seed=few_shot.seed,
-            labels_count=len(train.label_names),
-            validate_on_train=few_shot.test_on_train,
-        )
 
 
 def _undecoded(data: DataConfig) -> DataConfig:

@@ -147,7 +147,7 @@ def load_test_images(trained: "Trained") -> "Source":
     from m2mkd_jax.phases import PHASES
 
     data = trained.config.data
-    if not PHASES[trained.config.phase].draws_images:
+    if PHASES[trained.config.phase].draw is None:
         return load_test_source(data, trained.classes)
     source = open_source(data, data.test_split)
     place = {name: label for label, name in enumerate(trained.classes)}

@@ -180,11 +180,11 @@ def load_splits(config: Config) -> Splits:
     return train, load_test_source(config.data, train.label_names)
 
 
-def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
-    """The feed of one episode drawn from `splits`; its data has config.few_shot.ways labels."""
-    few_shot = episode.few_shot
-    train, test = splits
-    chosen, held_out = choose_task(
+def draw_images(config: Config, splits: Splits) -> tuple[Episode, Episode]:
+    """The training and test images of the episode of config.few_shot.seed; raises ValueError if
+    there are too few."""
+    few_shot, (train, test) = config.few_shot, splits
+    return choose_task(
         np.asarray(train.labels),
         np.asarray(test.labels),
         ways=few_shot.ways,
@@ -194,6 +194,12 @@ def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Fee
         labels_count=len(train.label_names),
         validate_on_train=few_shot.test_on_train,
     )
+
+
+def episode_feed(episode: Config, splits: Splits, *, workdir: epath.Path) -> Feed:
+    """The feed of one episode drawn from `splits`; its data has config.few_shot.ways labels."""
+    few_shot, (train, test) = episode.few_shot, splits
+    chosen, held_out = draw_images(episode, splits)
     return make_feed(
         episode.data,
         episode.augment,
@@ -220,7 +226,7 @@ PHASE = Phase(
     differentiates=("model",),
     sources=(WeightSource("network"),),
     feed=first_feed,
-    draws_images=True,
+    draw=draw_images,
     table=episodes_table,
     folder="few_shot",
     optional=True,

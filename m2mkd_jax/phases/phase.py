@@ -14,6 +14,7 @@ from common_jax.report import Table
 from common_jax.task import Task
 from m2mkd_jax.config import Config, DistillConfig
 from m2mkd_jax.data.feed import Feed, batch_shapes, make_feed
+from m2mkd_jax.data.few_shot import Episode
 from m2mkd_jax.data.sources import Source
 from m2mkd_jax.families.family import Regularizer
 from m2mkd_jax.phases.objective import Forward, make_loss
@@ -166,7 +167,8 @@ class Phase:
       ood: whether it evaluates the OOD set.
       evaluators: keys of `m2mkd_jax.evaluators.EVALUATORS`.
       feed: (training, workdir, splits) -> its data.
-      draws_images: whether it trains on a few images drawn from the training split.
+      draw: (config, splits) -> its training and test images, if it trains on a few images drawn
+        from the training split; ValueError if there are too few.
       table: workdir -> its own table in the report, or None.
       folder: of its run in a pipeline.
       makes: field of config.sources that names its workdir in later phases.
@@ -185,7 +187,7 @@ class Phase:
     ood: bool = False
     evaluators: tuple[str, ...] = ("classification",)
     feed: Callable[..., Feed] = config_feed
-    draws_images: bool = False
+    draw: Callable[[Config, Splits], tuple[Episode, Episode]] | None = None
     table: Callable[[epath.Path], Table | None] = lambda workdir: None
     folder: str
     makes: str = ""
