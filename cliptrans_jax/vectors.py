@@ -14,7 +14,6 @@ from cliptrans_jax.lines import open_picture, read_sentences
 from cliptrans_jax.resident import Resident
 from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
 from common_jax.inputs.pictures import SUFFIXES
-from common_jax.workdir import temporary_beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +80,13 @@ def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np
     return np.stack([vectors[row] for row in range(len(items))])
 
 
-def write_vectors(path: Path, items: Sequence[Item], vectors: Float32[np.ndarray, "B M"]) -> None:
-    """Writes `features`, `names` and `texts` (empty for pictures) to an npz file, atomically."""
-    temporary = Path(temporary_beside(path))
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                features=vectors,
-                names=np.array([item.name for item in items]),
-                texts=np.array([item.text for item in items]),
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def as_arrays(items: Sequence[Item], vectors: Float32[np.ndarray, "B M"]) -> dict[str, np.ndarray]:
+    """The vectors as `features`, beside `names` and `texts` (empty for pictures)."""
+    return {
+        "features": vectors,
+        "names": np.array([item.name for item in items]),
+        "texts": np.array([item.text for item in items]),
+    }
 
 
 def _batch(count: int, most: int, mesh: Mesh) -> int:

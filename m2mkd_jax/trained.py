@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from common_jax import checkpoint
 from common_jax.command_line import change_config, check_system
-from common_jax.mesh import MeshConfig, make_mesh, match_rules, to_devices
+from common_jax.inputs import eval_batches
+from common_jax.mesh import MeshConfig, check_batch, make_mesh, match_rules, to_devices
 from common_jax.state import evaluation_key
 from common_jax.weights import Adapt, Origin
 from common_jax.workdir import freeze_stored, read_json
@@ -29,6 +30,7 @@ from m2mkd_jax.phases.objective import Forward, evaluation_rngs, whole_forward
 from m2mkd_jax.phases.pipeline import result_folder
 from m2mkd_jax.phases.training import CLASSES
 from m2mkd_jax.phases.weights import take_weights
+from m2mkd_jax.picture_files import PictureFiles, SquareTransform
 from m2mkd_jax.stages import module_name
 
 # Sections and fields of a run's config that its use may change; the others make the network.
@@ -191,6 +193,34 @@ def choose_batch(trained: Trained, count: int) -> int:
         except ValueError as error:
             problem = error
     raise problem
+
+
+def picture_batches(
+    trained: Trained, paths: Sequence[str], batch: int | None
+) -> tuple[PictureFiles, Iterator[Mapping[str, np.ndarray]]]:
+    """Image files and their batches, prepared as in the run's evaluation; unreadable ones are
+    masked.
+
+    Args:
+      trained: the run.
+      paths: of the files.
+      batch: images at a time; None chooses.
+
+    Raises:
+      ValueError: for a batch that the devices cannot split.
+    """
+    data = trained.config.data
+    batch = batch or choose_batch(trained, len(paths))
+    check_batch(trained.mesh, "--batch", batch)
+    source = PictureFiles(paths, data.channels)
+    batches = eval_batches(
+        source,
+        transform=SquareTransform(data.image_size),
+        batch=batch,
+        workers=data.workers,
+        bad_share=1.0,
+    )
+    return source, batches
 
 
 def run_batches(

@@ -5,9 +5,9 @@ them.
 """
 
 import atexit
-import logging
 import ctypes
 import gc
+import logging
 import os
 import pathlib
 import shutil

@@ -5,13 +5,12 @@ import json
 import tempfile
 
 from common_jax.command_line import Command, read_settings
+from common_jax.commands.arguments import add_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument(
-        "run", metavar="RUN", help="workdir of a run or of a pipeline, or the folder of one step"
-    )
+    add_run(parser)
     parser.add_argument("--split", help="the corpus's name of it; by default the run's test split")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for scores.json, translations.tsv and features/"

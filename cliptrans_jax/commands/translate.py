@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
+from common_jax.commands.arguments import add_run
 
 if TYPE_CHECKING:
     from cliptrans_jax.evaluators.show import Hypothesis
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument(
-        "run", metavar="RUN", help="workdir of a run or of a pipeline, or the folder of one step"
-    )
+    add_run(parser)
     parser.add_argument(
         "sentences",
         metavar="SENTENCE",

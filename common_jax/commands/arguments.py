@@ -11,6 +11,23 @@ def count(text: str) -> int:
     return int(text)
 
 
+def add_run(parser: argparse.ArgumentParser, *, use: str = "") -> None:
+    """The argument RUN; `use` is added to its help."""
+    about = "workdir of a run or of a pipeline, or the folder of one step"
+    parser.add_argument("run", metavar="RUN", help=f"{about}{use}")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `export`."""
+    add_run(parser)
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--push",
+        metavar="ID",
+        help="also upload it to the Hugging Face hub, as a private model unless ID exists",
+    )
+
+
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `show`."""
     parser.add_argument(

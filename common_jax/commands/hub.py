@@ -21,3 +21,11 @@ def push(folder: Path, name: str) -> str:
             f"{error}); log in with `hf auth login`, then run: hf upload {name} {folder}"
         ) from error
     return str(address)
+
+
+def conclude(folder: Path, name: str | None) -> None:
+    """Says what is left to do with an exported folder, and uploads it if it has a name; raises as
+    `push`."""
+    print("README.md is the model card; fill in the licence")
+    if name:
+        print(f"uploaded to {push(folder, name)}")

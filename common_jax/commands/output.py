@@ -1,6 +1,11 @@
-"""Output of commands for people."""
+"""Output of commands: tables for people, and npz files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -18,3 +23,26 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
         )
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def check_npz(name: str) -> Path:
+    """The path of --out; raises ValueError unless it can be that of a new npz file."""
+    out = Path(name).expanduser()
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")
+    return out
+
+
+def write_npz(path: Path, arrays: "Mapping[str, np.ndarray]") -> None:
+    """Writes an npz file, atomically."""
+    import numpy as np
+
+    from common_jax.workdir import temporary_beside
+
+    temporary = Path(temporary_beside(path))
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import count
+from common_jax.commands.arguments import add_run, count
 from common_jax.commands.output import format_table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
+    add_run(parser)
     parser.add_argument("--module", metavar="K", help="which of a run's several modules")
     parser.add_argument("--batch", type=count, metavar="N", help="images at a time")
     parser.add_argument(

@@ -4,23 +4,18 @@ import argparse
 from pathlib import Path
 
 from common_jax.command_line import Command
+from common_jax.commands.arguments import add_export_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    add_export_arguments(parser)
     parser.add_argument("--module", type=int, metavar="K", help="which of several modules")
-    parser.add_argument(
-        "--push",
-        metavar="ID",
-        help="also upload it to the Hugging Face hub, as a private model unless ID exists",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the folder, and uploads it where asked."""
-    from common_jax.commands.hub import push
+    from common_jax.commands.hub import conclude
     from m2mkd_jax.pretrained.folder import write_folder
     from m2mkd_jax.trained import read_run
 
@@ -29,9 +24,7 @@ def run(args: argparse.Namespace) -> None:
     written = write_folder(found.source, out, stage=args.module, classes=found.classes)
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"{out}: {files}, of kind {written.kind}")
-    print("README.md is the model card; fill in the licence")
-    if args.push:
-        print(f"uploaded to {push(out, args.push)}")
+    conclude(out, args.push)
 
 
 COMMAND = Command("write a folder that timm loads, with a model card: RUN OUT", add_arguments, run)

@@ -1,15 +1,15 @@
 """`m2mkd features RUN FILES --out F.npz`: token maps and pooled vectors of pictures."""
 
 import argparse
-from pathlib import Path
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import count
+from common_jax.commands.arguments import add_run, count
+from common_jax.commands.output import check_npz, write_npz
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a run of a ViT or V-MoE")
+    add_run(parser, use=", of a ViT or V-MoE")
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
     parser.add_argument(
         "--out",
@@ -32,30 +32,17 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from common_jax import app
-    from common_jax.inputs import eval_batches
-    from common_jax.mesh import check_batch
-    from m2mkd_jax.picture_files import PictureFiles, SquareTransform, find_pictures
+    from m2mkd_jax.picture_files import find_pictures
     from m2mkd_jax.token_maps import check_maps, run_features
-    from m2mkd_jax.trained import choose_batch, open_run
+    from m2mkd_jax.trained import open_run, picture_batches
 
-    out = Path(args.out).expanduser()
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise ValueError(f"--out={out} must be a name that ends in .npz, in an existing folder")
+    out = check_npz(args.out)
     paths = find_pictures(args.pictures)
     size = {} if args.size is None else {"data.image_size": str(args.size)}
     trained = open_run(args.run, read_settings(args.rest) | size)
-    data = trained.config.data
     app.use_compilation_cache(trained.config.run.compilation_cache)
     stage = check_maps(trained, args.stage)
-    batch = args.batch or choose_batch(trained, len(paths))
-    check_batch(trained.mesh, "--batch", batch)
-    batches = eval_batches(
-        PictureFiles(paths, data.channels),
-        transform=SquareTransform(data.image_size),
-        batch=batch,
-        workers=data.workers,
-        bad_share=1.0,
-    )
+    _, batches = picture_batches(trained, paths, args.batch)
     maps, pooled, real = [], [], []
     for images, found in run_features(trained, batches, stage):
         rows = images["_mask"] > 0
@@ -67,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     arrays = {"pooled": np.concatenate(pooled), "names": np.array(paths)[there]}
     if maps:
         arrays["maps"] = np.concatenate(maps)
-    np.savez(out, **arrays)
+    write_npz(out, arrays)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     print(f"{out}: {shapes}; maps of stage {stage}" if maps else f"{out}: {shapes}")
     return int(not there.all())

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from common_jax.command_line import Command, read_settings
-from common_jax.commands.arguments import count
+from common_jax.commands.arguments import add_run, count
 
 if TYPE_CHECKING:
     from m2mkd_jax.picture_files import PictureFiles
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("run", metavar="RUN", help="workdir of a run, or of a pipeline")
+    add_run(parser)
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes (default 5)")
     for form, about in (("json", "one object a line and picture"), ("csv", "one row a class")):
@@ -83,26 +83,14 @@ def show_csv(predictions: Iterable[Prediction], *, width: int) -> int:
 def predict(args: argparse.Namespace) -> tuple[list[str], Iterator[Prediction]]:
     """The paths of the pictures, and their predictions in order, computed as they are read."""
     from common_jax import app
-    from common_jax.inputs import eval_batches
-    from common_jax.mesh import check_batch
-    from m2mkd_jax.picture_files import PictureFiles, SquareTransform, find_pictures
-    from m2mkd_jax.trained import choose_batch, choose_network, open_run
+    from m2mkd_jax.picture_files import find_pictures
+    from m2mkd_jax.trained import choose_network, open_run, picture_batches
 
     paths = find_pictures(args.pictures)
     trained = open_run(args.run, read_settings(args.rest))
-    data = trained.config.data
     app.use_compilation_cache(trained.config.run.compilation_cache)
     name = choose_network(trained, args.module)
-    batch = args.batch or choose_batch(trained, len(paths))
-    check_batch(trained.mesh, "--batch", batch)
-    source = PictureFiles(paths, data.channels)
-    batches = eval_batches(
-        source,
-        transform=SquareTransform(data.image_size),
-        batch=batch,
-        workers=data.workers,
-        bad_share=1.0,
-    )
+    source, batches = picture_batches(trained, paths, args.batch)
     top = min(args.top, len(trained.classes))
     return paths, _predictions(trained, name, source, batches, top)
 
