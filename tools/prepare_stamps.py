@@ -32,6 +32,7 @@ from pathlib import Path
 from PIL import Image
 
 from cliptrans_jax.data import emoji_set
+from common_jax.inputs.grouping import Groups
 from common_jax.inputs.texts import read_lines
 from common_jax.signals import ends_quietly
 
@@ -78,19 +79,12 @@ def plain_name(sentence: str) -> str:
 
 def things_of(stamps: Mapping[str, str]) -> dict[str, str]:
     """Returns the thing of each stamp, from its English sentence by its path without suffix."""
-    parents: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while parents.setdefault(node, node) != node:
-            parents[node] = node = parents[parents[node]]
-        return node
-
+    found = Groups()
     for path, sentence in stamps.items():
         name = path.rpartition("/")[2].lower()
         stem = "/" + (NUMBER.sub("", name) or name)
-        smaller, larger = sorted((find(stem), find(plain_name(sentence))))
-        parents[larger] = smaller
-    return {path: find(plain_name(sentence)) for path, sentence in stamps.items()}
+        found.join(stem, plain_name(sentence))
+    return {path: found.name(plain_name(sentence)) for path, sentence in stamps.items()}
 
 
 def split_of(thing: str, seed: int) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from cliptrans_jax.data.corpus import TEXTS_ALONE, Corpus
 from common_jax.config import did_you_mean
+from common_jax.inputs.grouping import Groups
 from common_jax.inputs.pictures import decode_picture
 
 LANGUAGES = ("en", "es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
@@ -196,26 +197,17 @@ def groups() -> dict[str, str]:
     Two emoji are in one group if they share the base, or the English name without the words of
     VARIANT_WORDS, or the whole name in any language.
     """
-    parents: dict[str, str] = {}
-
-    # Union-find over bases and names.
-    def find(node: str) -> str:
-        while parents.setdefault(node, node) != node:
-            parents[node] = node = parents[parents[node]]
-        return node
-
-    def join(left: str, right: str) -> None:
-        smaller, larger = sorted((find(left), find(right)))
-        parents[larger] = smaller
-
+    found = Groups()
     for emoji, name in names("en").items():
-        find(base(emoji))
+        found.name(base(emoji))
         rest = " ".join(VARIANT_WORDS.sub(" ", name).split())
-        join(base(emoji), f"\U0010ffff{rest}")  # sorts after any base, so a base names the group
+        found.join(
+            base(emoji), f"\U0010ffff{rest}"
+        )  # sorts after any base, so a base names the group
     for language in LANGUAGES:
         for emoji, name in names(language).items():
-            join(base(emoji), f"\U0010ffff{language}: {name}")
-    return {emoji: find(base(emoji)) for emoji in names("en")}
+            found.join(base(emoji), f"\U0010ffff{language}: {name}")
+    return {emoji: found.name(base(emoji)) for emoji in names("en")}
 
 
 def base(emoji: str) -> str:
