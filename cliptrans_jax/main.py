@@ -36,7 +36,7 @@ One stage, from the weights of other runs, with another number of beams:
 
 Flags:"""
 
-# What uses a run of a stage, by the network that it trains.
+# The command that uses a run of a stage, by the network that it trains.
 USES = {
     Trains.TOWERS: "cliptrans features {} FILE",
     Trains.TRANSLATOR: 'cliptrans translate {} "SENTENCE"',
@@ -62,7 +62,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:
-    """The last lines of the command: the scores, and what uses the run."""
+    """The last lines of the command: the scores, and the command that uses the run."""
     scores = result.get("test", result)  # of the test split, where it is translated
     shown = ("bleu", "chrf", "val/loss", "val/accuracy")
     use = USES.get(trains(config.stage), "")

@@ -21,6 +21,7 @@ from m2mkd_jax.evaluators import show
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.fields import check_sources, reads, used_sources
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role
+from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.pipeline import plan, result_folder, run_phase
 
 DESCRIPTION = """Module-to-module knowledge distillation (m2mKD) of vision transformers into V-MoE
@@ -52,12 +53,12 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         write = functools.partial(_report, frozen, workdir, runs)
         with reporting(workdir / "report.html", write):
             result = run_phase(frozen, workdir, mesh)
-        _conclude(result, workdir / result_folder() if pipeline else workdir)
+        folder = result_folder() if pipeline else ""
+        _conclude(result, PHASES[dict(runs)[folder].phase], workdir / folder)
 
 
-def _conclude(result: Mapping[str, Any], run: epath.Path) -> None:
-    """The last lines of the command: the scores, and what uses the run."""
-    phase = PHASES[result["phase"].split(" ")[0]]
+def _conclude(result: Mapping[str, Any], phase: Phase, run: epath.Path) -> None:
+    """The last lines of the command: the scores, and the command that uses the run."""
     command = "show {}" if phase.modular else "predict {} PICTURE"
     shown = ("test/loss", "test/accuracy", "ood/accuracy")
     scores = {name: result[name] for name in shown if result.get(name) is not None}

@@ -42,5 +42,5 @@ class Alarm:
         self._start = time.monotonic()
 
     def rings(self) -> bool:
-        """Whether the time has passed."""
+        """True after `minutes`."""
         return self._minutes is not None and time.monotonic() - self._start > 60 * self._minutes
