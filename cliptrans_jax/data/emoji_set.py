@@ -201,9 +201,8 @@ def groups() -> dict[str, str]:
     for emoji, name in names("en").items():
         found.name(base(emoji))
         rest = " ".join(VARIANT_WORDS.sub(" ", name).split())
-        found.join(
-            base(emoji), f"\U0010ffff{rest}"
-        )  # sorts after any base, so a base names the group
+        # The first character sorts after any base, so that a base names the group.
+        found.join(base(emoji), f"\U0010ffff{rest}")
     for language in LANGUAGES:
         for emoji, name in names(language).items():
             found.join(base(emoji), f"\U0010ffff{language}: {name}")
