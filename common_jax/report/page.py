@@ -120,7 +120,8 @@ def _table_html(table: Table) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{x}</{tag}>" for x in cells) + "</tr>\n"
 
-    caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
+    # Not a <caption>, which is as wide as its table: a long one would be cut, or stand in a column.
+    caption = f"<figcaption>{html.escape(table.caption)}</figcaption>" if table.caption else ""
     body = row("th", [html.escape(x) for x in table.header])
     for number, cells in enumerate(table.rows, 1):
         contents = [
@@ -128,7 +129,7 @@ def _table_html(table: Table) -> str:
             for name, x in zip(table.header, cells, strict=True)
         ]
         body += row("td", contents)
-    return f"<table>{caption}{body}</table>\n"
+    return f"<figure>{caption}<table>{body}</table></figure>\n"
 
 
 def _image_html(png: bytes, alt: str, caption: str) -> str:
@@ -148,12 +149,12 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 96rem; font: 1rem/1.5 system-
   background: var(--paper); color: var(--ink) } h1, h2 { margin: 0 0 .6rem; line-height: 1.2 }
 h2 { font-size: 1.25rem } ul { list-style: none; margin: 0; padding: 0 } figure { margin: 1rem 0 }
 a { color: inherit; text-decoration: none } img { max-width: 100%; background: #fff }
-nav, small, figcaption, caption, summary { font-size: .9rem; color: var(--faint) }
+nav, small, figcaption, summary { font-size: .9rem; color: var(--faint) }
 section { border-top: 1px solid var(--line); padding: 1.5rem 0 } span { margin-right: 1.4rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; text-align: left }
 th, td { padding: .3rem 1.2rem .3rem 0; border-bottom: 1px solid var(--line) }
 td img { height: 4rem; max-width: none; vertical-align: middle }
-caption { text-align: left; white-space: nowrap } details table { font: .82rem monospace }
+details table { font: .82rem monospace }
 @media (min-width: 70rem) { body { display: grid; grid-template-columns: 14rem 1fr; gap: 0 2rem }
   main { min-width: 0 } nav { position: sticky; top: 1rem; max-height: 96vh; overflow: auto } }"""
 PAGE = """<!DOCTYPE html>
