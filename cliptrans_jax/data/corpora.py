@@ -116,7 +116,8 @@ def _language_problem(source: str, language: str) -> str | None:
         return None
     return (
         f"{shown(language)} is not a language of config.data.source={source!r}, which has "
-        f"{', '.join(known)}{did_you_mean(language, known)}"
+        f"{', '.join(known)}{did_you_mean(language, known)}; your own data takes any, by the flags "
+        "--config.data.source_language and --config.data.target_language"
     )
 
 
