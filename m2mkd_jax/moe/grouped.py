@@ -21,6 +21,8 @@ from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
 from common_jax.nn.mlp import gelu
+from m2mkd_jax.moe import grouped_gpu
+from m2mkd_jax.moe.grouped_gpu import TILE, Tiles
 from m2mkd_jax.moe.routers import rank_in_expert
 
 
@@ -292,6 +294,70 @@ def _ragged_backward(
     return dx.astype(x.dtype), dweight, dexperts
 
 
+def _tiles(rows: Rows) -> Tiles:
+    return Tiles(
+        expert=jnp.repeat(rows.expert, rows.block // TILE),
+        used=jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // TILE,
+    )
+
+
+def _kernel_forward(
+    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
+    if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
+        return _block_forward(x, weight, experts, rows)
+    tiles = _tiles(rows)
+    hidden, active = grouped_gpu.forward_up(
+        _pick(x, rows.token), experts.up, experts.up_bias, tiles
+    )
+    out = grouped_gpu.forward_down(
+        active, experts.down, experts.down_bias, _pick(weight, rows.pair), tiles
+    )
+    y = _add(jnp.zeros(x.shape, out.dtype), rows.token, out, unique=False)
+    return y.astype(x.dtype), hidden
+
+
+def _kernel_backward(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "P"],
+    experts: Experts,
+    rows: Rows,
+    saved: Float[Array, "R F"],
+    dy: Float[Array, "N D"],
+) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+    if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
+        return _block_backward(x, weight, experts, rows, saved, dy)
+    tiles = _tiles(rows)
+    dy_rows = _pick(dy, rows.token)
+    row_weight = _pick(weight, rows.pair)
+    dhidden, active, dweight_parts, dbias_parts = grouped_gpu.backward_down(
+        dy_rows, experts.down, saved, row_weight, tiles
+    )
+    dx_rows = grouped_gpu.backward_up(dhidden, experts.up, tiles)
+
+    # Tiles beyond those in use are undefined, and belong to no expert.
+    expert = jnp.where(tiles.in_use(), tiles.expert, len(experts.up))
+
+    def total(parts: Array) -> Array:
+        start = jnp.zeros((len(experts.up), parts.shape[-1]), parts.dtype)
+        return _add(start, expert, parts, unique=False)
+
+    by_tile = dy_rows.astype(jnp.float32).reshape(-1, TILE, dy.shape[-1])
+    down_bias = experts.down_bias[tiles.expert][:, None]
+    dw = jnp.sum(dweight_parts, axis=1) + jnp.sum(by_tile * down_bias, axis=-1).reshape(-1)
+    gradient = Experts(
+        up=grouped_gpu.outer(_pick(x, rows.token), dhidden, rows.sizes, experts.up.dtype),
+        up_bias=total(dbias_parts),
+        # The weight is with the activations, so that there is no array of weighted rows of dy.
+        down=grouped_gpu.outer(active, dy_rows, rows.sizes, experts.down.dtype),
+        down_bias=total(jnp.sum(row_weight.reshape(-1, TILE, 1) * by_tile, axis=1)),
+    )
+    dx = _add(jnp.zeros(x.shape, dx_rows.dtype), rows.token, dx_rows, unique=False)
+    dweight = _add(jnp.zeros_like(weight), rows.pair, dw.astype(weight.dtype), unique=True)
+    gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, experts)
+    return dx.astype(x.dtype), dweight, gradient
+
+
 class Engine(NamedTuple):
     """An implementation: forward returns (y, saved), backward takes saved and dy."""
 
@@ -301,9 +367,10 @@ class Engine(NamedTuple):
 
 BLOCKWISE = Engine(_block_forward, _block_backward)
 RAGGED = Engine(_ragged_forward, _ragged_backward)
+KERNELS = Engine(_kernel_forward, _kernel_backward)
 
 # By the platform that the program is compiled for, not the one that compiles it.
-ENGINES = {"tpu": RAGGED, "default": BLOCKWISE}
+ENGINES = {"tpu": RAGGED, "cuda": KERNELS, "default": BLOCKWISE}
 
 BY_PLATFORM = Engine(
     *(
