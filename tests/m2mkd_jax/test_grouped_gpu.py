@@ -38,21 +38,26 @@ def make_inputs(dtype=np.float32, tokens=N):
     return normal(1, tokens, D), normal(1, tokens, D), experts
 
 
-def route(chosen, shares, dropped=0.0):
-    """Tokens, distinct experts and weights of pairs; E in place of a dropped pair's expert."""
+def route(shares, second=1.0):
+    """Tokens, experts and weights of two pairs per token; an expert E is none of the E experts.
+
+    shares: how often each expert is chosen.
+    second: share of the second choices that are served.
+    """
     draw = np.random.default_rng(1)
-    expert = np.stack([draw.choice(E, chosen, replace=False, p=shares) for _ in range(N)], axis=1)
-    expert = np.where(draw.random((chosen, N)) < dropped, E, expert).reshape(-1)
-    weight = draw.uniform(0.2, 1, expert.shape)
-    token = np.tile(np.arange(N), chosen)
-    return jnp.int32(token), jnp.int32(expert), jnp.float32(weight)
+    expert = np.stack([draw.choice(E, 2, replace=False, p=shares) for _ in range(N)], axis=1)
+    expert[1] = np.where(draw.random(N) < second, expert[1], E)
+    weight = draw.uniform(0.2, 1, 2 * N)
+    token = np.tile(np.arange(N), 2)
+    return jnp.int32(token), jnp.int32(expert.reshape(-1)), jnp.float32(weight)
 
 
+# All of one shape, since programs take long to compile.
 ROUTINGS = {
-    "even": route(2, [0.25, 0.25, 0.25, 0.25]),
-    "skewed, one expert empty": route(2, [0.9, 0.08, 0, 0.02]),
-    "dropped pairs": route(2, [0.4, 0.3, 0.2, 0.1], dropped=0.4),
-    "one choice": route(1, [0.1, 0, 0.6, 0.3]),
+    "even": route([0.25, 0.25, 0.25, 0.25]),
+    "skewed, one expert empty": route([0.9, 0.08, 0, 0.02]),
+    "dropped pairs": route([0.4, 0.3, 0.2, 0.1], second=0.4),
+    "one choice": route([0.1, 0.5, 0.4, 0], second=0),
 }
 
 
@@ -106,7 +111,7 @@ def test_float32_values_and_gradients(routing, interpreted):
     assert all(np.all(leaf[idle] == 0) for leaf in found[3])
 
 
-@pytest.mark.parametrize("routing", ["dropped pairs", "one choice"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_bfloat16_values_and_gradients(routing, interpreted):
     x, dy, experts = make_inputs(jnp.bfloat16)
     found = by_kernels(x, dy, experts, *ROUTINGS[routing])
@@ -164,18 +169,17 @@ def test_over_the_expert_axis_of_a_mesh(interpreted, monkeypatch):
 
 def test_normal_cdf_is_exact_to_rounding():
     x = np.concatenate([np.linspace(-12, 12, 2**20, dtype=np.float32), np.float32([0, -1e-30])])
-    cdf, decay = jax.jit(grouped_gpu.normal_cdf)(x)
-    exact = scipy.special.ndtr(np.float64(x))
-    assert np.max(np.abs(cdf - exact)) < 2**-22
-    assert np.max(np.abs(decay - np.exp(-0.5 * np.float64(x) ** 2))) < 2**-22
-    # In the tail, of which 1 + erf(x / sqrt 2) would leave nothing.
-    tail = (x < -5) & (x > -9)
-    assert np.max(np.abs(cdf - exact)[tail] / exact[tail]) < 2e-5
+    cdf, decay = map(np.float64, jax.jit(grouped_gpu.normal_cdf)(x))
+    wide = np.float64(x)
+    assert np.max(np.abs(cdf - scipy.special.ndtr(wide))) < 2**-22
+    assert np.max(np.abs(decay - np.exp(-0.5 * wide**2))) < 2**-22
+    assert cdf.min() >= 0 and cdf.max() == 1
 
 
-@pytest.mark.parametrize("size", [(402, 24), (5, 3), (8, 1), (1, 7)])
+@pytest.mark.parametrize("size", [(21, 3), (1, 7)])
 def test_every_tile_has_one_program(size):
-    row, column = jax.vmap(lambda i: grouped_gpu._place(i, *size))(jnp.arange(np.prod(size)))
+    place = jax.jit(jax.vmap(lambda i: grouped_gpu._place(i, *size)))
+    row, column = place(np.arange(np.prod(size)))
     assert len({*zip(row.tolist(), column.tolist(), strict=True)}) == np.prod(size)
     assert (int(row.max()) + 1, int(column.max()) + 1) == size
 
