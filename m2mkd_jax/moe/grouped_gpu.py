@@ -3,8 +3,7 @@
 A kernel is launched over the tiles of its result, one program for each. Rows come in tiles of
 `TILE`, and a tile of rows has one expert. Tiles beyond those in use are not written: what is read
 there is undefined. Products are accumulated in float32, and what follows a product (bias, GELU,
-weight, slope) is computed from the accumulator before it is stored, so that no intermediate result
-takes a journey through memory.
+weight, slope) is computed from the accumulator before it is stored.
 
 Axes: R rows, E experts, D width, F hidden width; K and N are the axes of a product that is either.
 """
@@ -23,8 +22,8 @@ from jaxtyping import Array, Float, Int
 TILE = 128  # rows
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# Columns of a tile and steps of the contracted axis. An accumulator of 128 x 128 leaves each thread
-# of 8 warps 64 numbers, which the epilogues need: with 4 warps, or 256 columns, registers spill.
+# Columns of a tile and steps of the contracted axis. With 8 warps a thread accumulates 64 numbers of
+# 128 x 128, which leaves registers for the epilogues; 4 warps, or 256 columns, spill (docs/gpu.md).
 COLUMNS = 128
 STEP = 64
 WARPS = 8
