@@ -58,29 +58,40 @@ class Rows(NamedTuple):
         return self.token.shape[0] // self.expert.shape[0]
 
 
-# The cost of a block in rows, and the largest block. A block reads and writes its expert's matrices
-# once, which costs about as much as 16 rows of products (measured on CPU). On a GPU its kernels are
-# started and the host reads the loop's length: 0.1 ms, the time of 1,000 rows (measured, H200).
-BLOCK_COSTS = {"gpu": (1024, 2048), "default": (16, 256)}
+# The cost of a block in rows, and the rows of the smallest and the largest block. A block reads and
+# writes its expert's matrices once, which costs about as much as 16 rows of products (measured on
+# CPU). On a GPU its kernels are started and the host reads the loop's length: 0.1 ms, the time of
+# 1,000 rows (measured on an H200).
+BLOCK_COSTS = {"gpu": (1024, 256, 2048), "default": (16, 8, 256)}
 
 
 def block_size(pairs: int, experts: int, platform: str = "cpu") -> int:
-    """Rows per block: sqrt(2 * cost * pairs per expert), rounded down to a power of two.
+    """Rows per block of the loop: sqrt(2 * cost * pairs per expert), down to a power of two.
 
     The last block of an expert is half empty on average. The products then cost
     (mean / block + 1 / 2) * (block + cost), which has its minimum at sqrt(2 * cost * mean).
     """
-    cost, most = BLOCK_COSTS.get(platform, BLOCK_COSTS["default"])
+    cost, least, most = BLOCK_COSTS.get(platform, BLOCK_COSTS["default"])
     mean = max(1.0, pairs / experts)
-    return min(most, max(8, 2 ** int(math.log2(2 * cost * mean) / 2)))
+    return min(most, max(least, 2 ** int(math.log2(2 * cost * mean) / 2)))
 
 
 def block_for_target(pairs: int, experts: int, *, dtype: jnp.dtype, width: int, hidden: int) -> int:
-    """Rows per block for the devices of the mesh, or without one for those of this process."""
+    """Rows per block for the devices of the mesh, or without one for those of this process.
+
+    A block of `TILE` rows is for the kernels, if the program is compiled for an NVIDIA GPU.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if "NVIDIA" in device.device_kind and grouped_gpu.fits(dtype, TILE, width, hidden):
+    if _has_triton(device.device_kind) and grouped_gpu.fits(dtype, TILE, width, hidden):
         return TILE
     return block_size(pairs, experts, device.platform)
+
+
+def _has_triton(kind: str) -> bool:
+    """True for NVIDIA's GPUs of compute capability 8.0 and later, for which Triton compiles."""
+    # A kind of which there is none here is compiled for without a card, where it takes 8.0 as well.
+    here = next((device for device in jax.devices() if device.device_kind == kind), None)
+    return "NVIDIA" in kind and float(getattr(here, "compute_capability", 8.0)) >= 8
 
 
 def arrange(
@@ -311,7 +322,7 @@ def _ragged_backward(
 
 def _tiles(rows: Rows) -> Tiles:
     return Tiles(
-        expert=jnp.repeat(rows.expert, rows.block // TILE),
+        expert=rows.expert,
         used=jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // TILE,
     )
 

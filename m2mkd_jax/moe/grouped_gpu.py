@@ -23,7 +23,7 @@ TILE = 128  # rows
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 # Columns of a tile and steps of the contracted axis. With 8 warps a thread accumulates 64 numbers of
-# 128 x 128, which leaves registers for the epilogues; 4 warps, or 256 columns, spill (docs/gpu.md).
+# 128 x 128, which leaves registers for the epilogues; 4 warps or 256 columns spill (docs/gpu.md).
 COLUMNS = 128
 STEP = 64
 WARPS = 8
@@ -55,9 +55,8 @@ class Tiles(NamedTuple):
 
 
 def fits(dtype: jnp.dtype, block: int, width: int, hidden: int) -> bool:
-    """True if the kernels can be used: whole tiles, in a dtype of tensor cores."""
-    whole = block % TILE == 0 and width % STEP == 0 and hidden % STEP == 0
-    return whole and dtype in DTYPES
+    """True if the kernels can be used: blocks that are tiles, in a dtype of tensor cores."""
+    return block == TILE and width % STEP == hidden % STEP == 0 and dtype in DTYPES
 
 
 def forward_up(

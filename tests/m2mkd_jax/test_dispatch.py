@@ -207,7 +207,7 @@ def test_block_size(pairs, experts, block):
     assert grouped.block_size(pairs, experts) == block
 
 
-@pytest.mark.parametrize(("pairs", "block"), [(64, 128), (8192, 1024), (10**6, 2048)])
+@pytest.mark.parametrize(("pairs", "block"), [(64, 256), (8192, 1024), (10**6, 2048)])
 def test_blocks_of_a_gpu_are_larger(pairs, block):
     assert grouped.block_size(pairs, 8, "gpu") == block
 

@@ -1,5 +1,6 @@
 """The kernels for GPUs, interpreted on a CPU, against one dense expert after another."""
 
+import types
 from functools import partial
 
 import jax
@@ -231,6 +232,7 @@ def test_float64_stays_with_the_loop():
         (H100, 768, 128),
         (H100, 700, 2048),
         (AbstractDevice("AMD Instinct MI300X", None, "gpu"), 768, 2048),
+        (AbstractDevice("Tesla T4", 40, "gpu"), 768, 2048),
         (AbstractDevice("TPU v5 lite", 1, "tpu"), 768, 256),
         (AbstractDevice("cpu", None, "cpu"), 768, 256),
     ],
@@ -241,3 +243,13 @@ def test_blocks_are_as_large_as_the_device_needs(device, width, block):
     with jax.sharding.use_abstract_mesh(mesh):
         assert size(width=width) == block
     assert size(width=width) == 256  # without a mesh, for this process's CPU
+
+
+@pytest.mark.parametrize(("capability", "block"), [("7.5", 2048), ("8.6", 128)])
+def test_cards_that_triton_does_not_compile_for_keep_the_loop(capability, block, monkeypatch):
+    card = types.SimpleNamespace(
+        device_kind="NVIDIA GeForce RTX", platform="gpu", compute_capability=capability
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    shapes = {"dtype": np.dtype(np.float32), "width": 768, "hidden": 3072}
+    assert grouped.block_for_target(50_432, 8, **shapes) == block
