@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 TILE = 128  # rows
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# Columns of a tile and steps of the contracted axis. With 8 warps a thread accumulates 64 numbers of
-# 128 x 128, which leaves registers for the epilogues; 4 warps or 256 columns spill (docs/gpu.md).
+# Columns of a tile and steps of the contracted axis. With 8 warps a thread accumulates 64 numbers
+# of 128 x 128, and has registers left for the epilogues; 4 warps or 256 columns spill
+# (docs/gpu.md).
 COLUMNS = 128
 STEP = 64
 WARPS = 8
