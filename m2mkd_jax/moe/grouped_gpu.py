@@ -22,19 +22,19 @@ from jaxtyping import Array, Float, Int
 TILE = 128  # rows
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# Columns of a tile and steps of the contracted axis. With 8 warps a thread accumulates 64 numbers
-# of 128 x 128, and has registers left for the epilogues; 4 warps or 256 columns spill
-# (docs/gpu.md).
-COLUMNS = 128
-STEP = 64
+# With 8 warps a thread accumulates 64 numbers of a tile of 128 columns, and has registers left for
+# the epilogues; 4 warps or 256 columns spill (docs/gpu.md). A step along the contracted axis is a
+# line of shared memory, so that three stages of float32 take no more than those of bfloat16: 96 KB.
+COLUMNS, LEAST_COLUMNS = 128, 64
+STEP_BYTES = 128
 WARPS = 8
 STAGES = 3
 # Rows of tiles whose programs are neighbours, so that they share the columns' operand in L2.
 NEIGHBOURS = 8
 
-# The tail of the normal distribution, P(X > x) = t p(t) exp(-x^2 / 2) with t = 1 / (1 + RATE x) and
-# the coefficients of p from the constant on: a minimax fit of x >= 0 to 1.1e-8. In float32 the sum
-# is within 2^-22 of the exact value.
+# Pallas-Triton has no erf. The tail of the normal distribution is P(X > x) = t p(t) exp(-x^2 / 2)
+# for x >= 0, with t = 1 / (1 + RATE x). The coefficients of p, from the constant on, are a minimax
+# fit to 1.1e-8; in float32 the result is within 2^-22 of the exact value.
 RATE = 0.275
 TAIL = (0.11757350632, 0.04359687438, 0.33021892770, -0.32638798417, 0.44916413660, -0.11416545016)
 DENSITY = 1 / math.sqrt(2 * math.pi)
@@ -57,7 +57,8 @@ class Tiles(NamedTuple):
 
 def fits(dtype: jnp.dtype, block: int, width: int, hidden: int) -> bool:
     """True if the kernels can be used: blocks that are tiles, in a dtype of tensor cores."""
-    return block == TILE and width % STEP == hidden % STEP == 0 and dtype in DTYPES
+    whole = width % LEAST_COLUMNS == hidden % LEAST_COLUMNS == 0
+    return block == TILE and whole and dtype in DTYPES
 
 
 def forward_up(
@@ -165,6 +166,10 @@ def _columns(size: int) -> int:
     return math.gcd(size, COLUMNS)
 
 
+def _step(dtype: jnp.dtype) -> int:
+    return STEP_BYTES // dtype.itemsize
+
+
 def _place(program: Array, rows: int, columns: int) -> tuple[Array, Array]:
     """The tile (row, column) of a program: down `NEIGHBOURS` rows, then on to the next column."""
     first = program // (NEIGHBOURS * columns) * NEIGHBOURS
@@ -221,8 +226,10 @@ def _row_kernel(
     width = matrices.shape[1 if transposed else 2] // grid[1]
     tile = _Tile(expert[row], pl.ds(row * TILE, TILE), pl.ds(column * width, width), row, column)
 
-    def add(step: Array, total: Array) -> Array:
-        inner = pl.ds(step * STEP, STEP)
+    step = _step(a.dtype)
+
+    def add(i: Array, total: Array) -> Array:
+        inner = pl.ds(i * step, step)
         if transposed:
             matrix = matrices[tile.expert, tile.columns, inner]
         else:
@@ -232,7 +239,7 @@ def _row_kernel(
     @pl.when(row < used[0])
     def _():
         start = jnp.zeros((TILE, width), jnp.float32)
-        epilogue(jax.lax.fori_loop(0, a.shape[1] // STEP, add, start), tile, *refs)
+        epilogue(jax.lax.fori_loop(0, a.shape[1] // step, add, start), tile, *refs)
 
 
 def _outer_kernel(start, end, a, b, out, *, grid: tuple[int, int]) -> None:
@@ -241,21 +248,20 @@ def _outer_kernel(start, end, a, b, out, *, grid: tuple[int, int]) -> None:
     height, width = (out.shape[axis + 1] // count for axis, count in enumerate(grid))
     rows, columns = pl.ds(row * height, height), pl.ds(column * width, width)
 
-    def add(step: Array, total: Array) -> Array:
-        inner = pl.ds(step * STEP, STEP)
+    step = _step(a.dtype)
+
+    def add(i: Array, total: Array) -> Array:
+        inner = pl.ds(i * step, step)
         return total + _dot(a[inner, rows], b[inner, columns], (0, 0))
 
     # An expert without rows gets zeros.
     total = jnp.zeros((height, width), jnp.float32)
-    total = jax.lax.fori_loop(start[expert] // STEP, end[expert] // STEP, add, total)
+    total = jax.lax.fori_loop(start[expert] // step, end[expert] // step, add, total)
     out[expert, rows, columns] = total.astype(out.dtype)
 
 
 def normal_cdf(x: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """The normal distribution's P(X <= x), within 2^-22, and exp(-x^2 / 2), for float32.
-
-    Pallas-Triton has no erf.
-    """
+    """The normal distribution's P(X <= x), within 2^-22 in float32, and exp(-x^2 / 2)."""
     decay = jnp.exp(-0.5 * x * x)
     t = 1 / (1 + RATE * jnp.abs(x))
     polynomial = jnp.zeros_like(t)

@@ -118,8 +118,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="m2mkd_jax/moe/grouped_gpu.py",
         what="an expert's outer product has the rows of all experts before it",
-        right="fori_loop(start[expert] // STEP, end[expert] // STEP, add, total)",
-        wrong="fori_loop(0, end[expert] // STEP, add, total)",
+        right="fori_loop(start[expert] // step, end[expert] // step, add, total)",
+        wrong="fori_loop(0, end[expert] // step, add, total)",
         tests=f"{KERNELS}float32_values_and_gradients",
     ),
     Mistake(
