@@ -95,8 +95,9 @@ def by_plain_experts(x, dy, experts, token, expert, weight):
 
 def distances(found, want):
     """Of each leaf, relative to the norm of the right one; NaN where one is NaN."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
-    return [np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) for a, b in pairs]
+    found, want = (map(np.float64, jax.tree.leaves(tree)) for tree in (found, want))
+    pairs = zip(found, want, strict=True)
+    return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
