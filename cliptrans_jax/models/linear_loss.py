@@ -6,8 +6,8 @@ p_v = exp(logit_v - log_z),
 
   log_z = log sum_v exp(logit_v),  states' gradient: sum_v p_v e_v,  embeddings' gradient: p_v x.
 
-The first two take one pass over the vocabulary, with a running maximum. It keeps the numerators of
-p, so that the logits are computed only once, and a second pass multiplies these with the states.
+The numerators of p are kept, relative to the largest logit of their block, so that a chunk's logits
+are computed only once.
 """
 
 import dataclasses
@@ -15,18 +15,16 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from common_jax.mesh import AXES, BATCH
 
-# Tokens of the vocabulary per block. The logits of a block fit into a TPU's on-chip memory; with
-# fewer tokens the sums over blocks would be read and written more often.
-BLOCK = 4096
+# Tokens of the vocabulary per block. Blocks are a loop of Python, not of the program: XLA for GPUs
+# would copy every block that a loop slices.
+BLOCK = 32768
 
 
 def linear_loss(
@@ -110,14 +108,15 @@ class _Sums(NamedTuple):
 
     Attributes:
       total: of the loss.
-      by_matrix, by_bias: gradients without the parts of labels and smoothing; None if not trained.
+      by_matrix, by_bias: gradients by each block, without the parts of labels and smoothing; empty
+        if not trained.
       by_rows: gradients by the states, complete.
       by_labels: gradient by the logit of each row's label, without the part of smoothing.
     """
 
     total: Float[Array, ""]
-    by_matrix: Float[Array, "V D"] | None
-    by_bias: Float[Array, "V"] | None
+    by_matrix: tuple[Float[Array, "V D"], ...]
+    by_bias: tuple[Float[Array, "V"], ...]
     by_rows: Float[Array, "T D"]
     by_labels: Float[Array, "T"]
 
@@ -140,33 +139,36 @@ class _Task:
     def run(self, matrix: jax.Array, bias: jax.Array, states: jax.Array, labels: jax.Array):
         """The total, and its gradients by matrix, bias and states."""
         rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
-        kind = _wide(rows.dtype)
+        kind = jnp.promote_types(rows.dtype, jnp.float32)
         mean = jnp.mean(matrix, axis=0, dtype=kind), jnp.mean(bias, dtype=kind)
+        blocks = _cut(matrix, bias.astype(kind))
+        zeros = functools.partial(jnp.zeros_like, dtype=kind)
         sums = _Sums(
             jnp.zeros((), kind),
-            jnp.zeros(matrix.shape, kind) if self.by_matrix else None,
-            jnp.zeros(bias.shape, kind) if self.by_bias else None,
+            tuple(zeros(block.vectors) for block in blocks if self.by_matrix),
+            tuple(zeros(block.bias) for block in blocks if self.by_bias),
             jnp.zeros_like(rows),
-            jnp.zeros(flat.shape, kind),
+            zeros(flat),
         )
-        sums = self._chunks(matrix, bias.astype(kind), mean, rows, flat, sums)
+        sums = self._chunks(matrix, blocks, mean, rows, flat, sums)
 
         real, labels = self._real(flat), jnp.maximum(flat, 0)
-        by_matrix, by_bias = sums.by_matrix, sums.by_bias
+        by_matrix = by_bias = None
         share = self.smoothing / len(matrix)
-        if by_matrix is not None:
-            # Of all labels at once, since XLA for TPUs copies what a scatter in a loop adds to.
-            by_matrix = by_matrix.at[labels].add(sums.by_labels[:, None] * rows)
+        if self.by_matrix:
+            by_matrix = jnp.concatenate(sums.by_matrix)
             if share:
                 by_matrix = by_matrix - share * (real.astype(kind) @ rows.astype(kind))
-        if by_bias is not None:
-            by_bias = by_bias.at[labels].add(sums.by_labels) - share * jnp.sum(real)
+            by_matrix = by_matrix.at[labels].add(sums.by_labels[:, None] * rows)
+        if self.by_bias:
+            by_bias = jnp.concatenate(sums.by_bias) - share * jnp.sum(real)
+            by_bias = by_bias.at[labels].add(sums.by_labels)
         return sums.total, by_matrix, by_bias, sums.by_rows.reshape(states.shape)
 
     def _real(self, labels: Int[Array, "T"]) -> jax.Array:
         return (labels >= 0) & (labels != self.pad)
 
-    def _chunks(self, matrix, bias, mean, rows, labels, sums: _Sums) -> _Sums:
+    def _chunks(self, matrix, blocks, mean, rows, labels, sums: _Sums) -> _Sums:
         """Adds all chunks of rows to `sums`."""
         count, chunk = len(labels), min(self.chunk, len(labels))
         # Pads come last, so that whole chunks of them can be skipped. The last chunk is filled with
@@ -178,7 +180,7 @@ class _Task:
             places = jax.lax.dynamic_slice(order, (number * chunk,), (chunk,))
             part = rows.at[places].get(mode="fill", fill_value=0)
             part_labels = labels.at[places].get(mode="fill", fill_value=self.pad)
-            return self._add(matrix, bias, mean, part, part_labels, places, sums)
+            return self._add(matrix, blocks, mean, part, part_labels, places, sums)
 
         if chunk == count:  # one chunk, and no loop whose length is data
             return add(0, sums)
@@ -186,109 +188,95 @@ class _Task:
         # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
         return jax.lax.fori_loop(0, chunks, add, sums)
 
-    def _add(self, matrix, bias, mean, rows, labels, places, sums: _Sums) -> _Sums:
+    def _add(self, matrix, blocks, mean, rows, labels, places, sums: _Sums) -> _Sums:
         """Adds a chunk of rows, which stand at `places`."""
         kind, smoothing = sums.total.dtype, self.smoothing
         real, labels = self._real(labels).astype(kind), jnp.maximum(labels, 0)
-        own = matrix[labels].astype(kind)
-        wide = rows.astype(kind)
+        # The label has terms of its own, in which p is not rounded: its gradient is p - 1.
+        own, wide = matrix[labels].astype(kind), rows.astype(kind)
+        bias = jnp.concatenate([block.bias for block in blocks])
         label_logits = jnp.sum(wide * own, axis=1) + bias[labels]
-        top, total, mixed, parts = _first_pass(matrix, bias, rows, labels, label_logits)
+        parts = []
+        for block in blocks:
+            parts.append(_weigh(block, rows, labels))
+            # One block after the other: XLA for GPUs would merge the sums of all, and keep all
+            # logits until then.
+            rows, _ = jax.lax.optimization_barrier((rows, parts[-1].total))
 
+        top = functools.reduce(jnp.maximum, (part.top for part in parts), label_logits)
+        scales = [jnp.exp(part.top - top) for part in parts]
+        total = jnp.exp(label_logits - top)
+        total = total + sum(scale * part.total for scale, part in zip(scales, parts, strict=True))
         log_z = top + jnp.log(total)
+        scales = [real * scale / total for scale in scales]
         losses = log_z - (1 - smoothing) * label_logits
-        # p - (1 - e) without the cancellation of p near 1, and 0 for pads.
         by_labels = real * (jnp.expm1(label_logits - log_z) + smoothing)
-        by_rows = (real / total)[:, None] * mixed + by_labels[:, None] * own
+        by_rows = by_labels[:, None] * own
+        by_rows = by_rows + sum(
+            scale[:, None] * part.vectors for scale, part in zip(scales, parts, strict=True)
+        )
         if smoothing:
             mean_vector, mean_bias = mean
             losses = losses - smoothing * (wide @ mean_vector + mean_bias)
             by_rows = by_rows - smoothing * real[:, None] * mean_vector
-        by_matrix, by_bias = _second_pass(parts, rows, real, log_z, sums.by_matrix, sums.by_bias)
+
+        product = functools.partial(jnp.einsum, preferred_element_type=kind)
+        weights = [part.weights for part in parts]
+        scaled = [(scale[:, None] * rows).astype(rows.dtype) for scale in scales]
         return _Sums(
             sums.total + jnp.sum(real * losses),
-            by_matrix,
-            by_bias,
+            tuple(
+                old + product("TV,TD->VD", p, x)
+                for old, p, x in zip(sums.by_matrix, weights, scaled, strict=False)
+            ),
+            tuple(
+                old + product("TV,T->V", p, scale)
+                for old, p, scale in zip(sums.by_bias, weights, scales, strict=False)
+            ),
             sums.by_rows.at[places].set(by_rows.astype(rows.dtype), mode="drop"),
             sums.by_labels.at[places].set(by_labels, mode="drop"),
         )
 
 
+class _Block(NamedTuple):
+    """A part of the vocabulary: its first token, its rows of the matrix, and its bias."""
+
+    first: int
+    vectors: Float[Array, "V D"]
+    bias: Float[Array, "V"]
+
+
 class _Part(NamedTuple):
-    """A block of the first pass.
+    """The sums of a chunk over a block.
 
     Attributes:
-      start: its first token.
-      weights: exp(logit - top), in the dtype of the states; 0 for the label, and for tokens of the
-        block before it.
-      top: of each row, its largest logit in this block and those before it.
+      top: largest logit of each row, apart from its label's.
+      weights: exp(logit - top) in the dtype of the states; 0 for the label.
+      total: sum of these.
+      vectors: sum of these times the block's vectors.
     """
 
-    start: Int[Array, "..."]
-    weights: Float[Array, "... T V"]
-    top: Float[Array, "... T"]
+    top: Float[Array, "T"]
+    weights: Float[Array, "T V"]
+    total: Float[Array, "T"]
+    vectors: Float[Array, "T D"]
 
 
-def _first_pass(matrix, bias, rows, labels, label_logits):
-    """Sums over the vocabulary: `top`, the largest logit; sum_v exp(logit_v - top); the sum of
-    exp(logit_v - top) e_v over all tokens but the label; and the blocks, stacked."""
-    size = _block_size(len(matrix))
-    # The last block begins earlier, so that all have one size.
-    first = np.arange(0, len(matrix), size, dtype=np.int32)
-    starts = np.minimum(first, len(matrix) - size)
-
-    def weigh(carry: Any, block: Any):
-        top, total, mixed = carry
-        start, first = block
-        vectors = jax.lax.dynamic_slice_in_dim(matrix, start, size)
-        logits = jnp.einsum("TD,VD->TV", rows, vectors, preferred_element_type=top.dtype)
-        logits = logits + jax.lax.dynamic_slice_in_dim(bias, start, size)
-        tokens = start + jnp.arange(size, dtype=jnp.int32)
-        # The label has its own sums, in which it is not rounded to the dtype of the states.
-        left_out = (tokens == labels[:, None]) | (tokens < first)
-        logits = jnp.where(left_out, -jnp.inf, logits)
-        new = jnp.maximum(top, jnp.max(logits, axis=1))
-        weights, shrink = jnp.exp(logits - new[:, None]), jnp.exp(top - new)
-        total = shrink * total + jnp.sum(weights, axis=1)
-        weights = weights.astype(rows.dtype)
-        vectors = jnp.einsum("TV,VD->TD", weights, vectors, preferred_element_type=top.dtype)
-        return (new, total, shrink[:, None] * mixed + vectors), _Part(start, weights, new)
-
-    start = label_logits, jnp.ones_like(label_logits), jnp.zeros(rows.shape, label_logits.dtype)
-    (top, total, mixed), parts = jax.lax.scan(weigh, start, (starts, first))
-    return top, total, mixed, parts
+def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, "T"]) -> _Part:
+    kind = block.bias.dtype
+    logits = jnp.einsum("TD,VD->TV", rows, block.vectors, preferred_element_type=kind) + block.bias
+    tokens = block.first + jnp.arange(len(block.bias), dtype=labels.dtype)
+    logits = jnp.where(tokens == labels[:, None], -jnp.inf, logits)
+    top = jnp.max(logits, axis=1)
+    weights = jnp.exp(logits - top[:, None])
+    low = weights.astype(rows.dtype)
+    vectors = jnp.einsum("TV,VD->TD", low, block.vectors, preferred_element_type=kind)
+    return _Part(top, low, jnp.sum(weights, axis=1), vectors)
 
 
-def _second_pass(parts: _Part, rows, real, log_z, by_matrix, by_bias):
-    """Adds sum_t p_tv x_t to `by_matrix` and sum_t p_tv to `by_bias`, for all tokens v but the
-    labels."""
-    if by_matrix is None and by_bias is None:
-        return None, None
-
-    def add(sums: Any, part: _Part):
-        scales = real * jnp.exp(part.top - log_z)
-        wide = {"preferred_element_type": scales.dtype}
-        new = (
-            jnp.einsum(
-                "TV,TD->VD", part.weights, (scales[:, None] * rows).astype(rows.dtype), **wide
-            ),
-            jnp.einsum("TV,T->V", part.weights, scales, **wide),
-        )
-        return jax.tree.map(functools.partial(_add_block, part.start), sums, new), None
-
-    return jax.lax.scan(add, (by_matrix, by_bias), parts)[0]
-
-
-def _add_block(start: jax.Array, total: jax.Array, block: jax.Array) -> jax.Array:
-    old = jax.lax.dynamic_slice_in_dim(total, start, len(block))
-    return jax.lax.dynamic_update_slice_in_dim(total, old + block, start, axis=0)
-
-
-def _block_size(vocab: int) -> int:
-    """Tokens per block: the vocabulary in as many blocks as it has BLOCKs, rounded up to 16."""
-    blocks = -(-vocab // BLOCK)
-    return min(vocab, -(-vocab // (16 * blocks)) * 16)
-
-
-def _wide(dtype: DTypeLike) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
+def _cut(matrix: Float[Array, "V D"], bias: Float[Array, "V"]) -> list[_Block]:
+    """Blocks of one size, a multiple of 128, and a last one that is smaller."""
+    count = -(-len(matrix) // BLOCK)
+    size = min(-(-len(matrix) // (128 * count)) * 128, len(matrix))
+    firsts = range(0, len(matrix), size)
+    return [_Block(i, matrix[i : i + size], bias[i : i + size]) for i in firsts]
