@@ -81,11 +81,13 @@ def _compute(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
 
 
 def _over_mesh(task: "_Task"):
-    """`task.run` of each device's share, summed over all devices. The matrix's gradient is split
-    along its last axis, as embeddings are."""
+    """`task.run` of each device's share, summed over all devices. Matrix and gradient are split
+    along their last axis, as embeddings are."""
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 
     def local(matrix, bias, states, labels):
+        # Here and not by XLA, which would gather it before it is rounded.
+        matrix = jax.lax.all_gather(matrix, "fsdp", axis=1, tiled=True)
         total, by_matrix, by_bias, by_states = task.run(matrix, bias, states, labels)
         total, by_bias = jax.lax.psum((total, by_bias), AXES)
         if by_matrix is not None:
@@ -97,7 +99,7 @@ def _over_mesh(task: "_Task"):
     # compare the result with that of no mesh instead.
     return jax.shard_map(
         local,
-        in_specs=(whole, whole, BATCH, BATCH),
+        in_specs=(split, whole, BATCH, BATCH),
         out_specs=(whole, split, whole, BATCH),
         check_vma=False,
     )

@@ -145,6 +145,13 @@ def test_chunks_of_eight_devices_are_summed(chunk):
     assert_close(found, plain(*case))
 
 
+def test_the_matrix_is_sent_in_half_precision():
+    with jax.set_mesh(split_mesh()):
+        text = in_chunks(4).lower(*readout_case("bfloat16")).as_text()
+    sent = [line for line in text.splitlines() if "all_gather" in line]
+    assert sent and all("xbf16>" in line for line in sent)
+
+
 def test_products_of_half_precision_are_close():
     case = readout_case("bfloat16")
     (_, _), (by_readout, by_states) = in_chunks(8)(*case)
