@@ -123,6 +123,23 @@ class _Sums(NamedTuple):
     by_labels: Float[Array, "T"]
 
 
+class _Block(NamedTuple):
+    """A part of the vocabulary: its first token, its rows of the matrix, and its bias."""
+
+    first: int
+    vectors: Float[Array, "V D"]
+    bias: Float[Array, "V"]
+
+
+class _Readout(NamedTuple):
+    """Matrix and bias, whole and in blocks, and the mean of the matrix's rows."""
+
+    matrix: Float[Array, "V D"]
+    bias: Float[Array, "V"]
+    mean: Float[Array, "D"]
+    blocks: list[_Block]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Task:
     """The loss on one device.
@@ -142,17 +159,18 @@ class _Task:
         """The total, and its gradients by matrix, bias and states."""
         rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
         kind = jnp.promote_types(rows.dtype, jnp.float32)
-        mean = jnp.mean(matrix, axis=0, dtype=kind), jnp.mean(bias, dtype=kind)
-        blocks = _cut(matrix, bias.astype(kind))
+        bias = bias.astype(kind)
+        mean = jnp.mean(matrix, axis=0, dtype=kind)  # once, not in every chunk
+        readout = _Readout(matrix, bias, mean, _cut(matrix, bias))
         zeros = functools.partial(jnp.zeros_like, dtype=kind)
         sums = _Sums(
             jnp.zeros((), kind),
-            tuple(zeros(block.vectors) for block in blocks if self.by_matrix),
-            tuple(zeros(block.bias) for block in blocks if self.by_bias),
+            tuple(zeros(block.vectors) for block in readout.blocks if self.by_matrix),
+            tuple(zeros(block.bias) for block in readout.blocks if self.by_bias),
             jnp.zeros_like(rows),
             zeros(flat),
         )
-        sums = self._chunks(matrix, blocks, mean, rows, flat, sums)
+        sums = self._chunks(readout, rows, flat, sums)
 
         real, labels = self._real(flat), jnp.maximum(flat, 0)
         by_matrix = by_bias = None
@@ -170,7 +188,7 @@ class _Task:
     def _real(self, labels: Int[Array, "T"]) -> jax.Array:
         return (labels >= 0) & (labels != self.pad)
 
-    def _chunks(self, matrix, blocks, mean, rows, labels, sums: _Sums) -> _Sums:
+    def _chunks(self, readout: _Readout, rows, labels, sums: _Sums) -> _Sums:
         """Adds all chunks of rows to `sums`."""
         count, chunk = len(labels), min(self.chunk, len(labels))
         # Pads come last, so that whole chunks of them can be skipped. The last chunk is filled with
@@ -182,7 +200,7 @@ class _Task:
             places = jax.lax.dynamic_slice(order, (number * chunk,), (chunk,))
             part = rows.at[places].get(mode="fill", fill_value=0)
             part_labels = labels.at[places].get(mode="fill", fill_value=self.pad)
-            return self._add(matrix, blocks, mean, part, part_labels, places, sums)
+            return self._add(readout, part, part_labels, places, sums)
 
         if chunk == count:  # one chunk, and no loop whose length is data
             return add(0, sums)
@@ -190,16 +208,15 @@ class _Task:
         # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
         return jax.lax.fori_loop(0, chunks, add, sums)
 
-    def _add(self, matrix, blocks, mean, rows, labels, places, sums: _Sums) -> _Sums:
+    def _add(self, readout: _Readout, rows, labels, places, sums: _Sums) -> _Sums:
         """Adds a chunk of rows, which stand at `places`."""
         kind, smoothing = sums.total.dtype, self.smoothing
         real, labels = self._real(labels).astype(kind), jnp.maximum(labels, 0)
         # The label has terms of its own, in which p is not rounded: its gradient is p - 1.
-        own, wide = matrix[labels].astype(kind), rows.astype(kind)
-        bias = jnp.concatenate([block.bias for block in blocks])
-        label_logits = jnp.sum(wide * own, axis=1) + bias[labels]
+        own, wide = readout.matrix[labels].astype(kind), rows.astype(kind)
+        label_logits = jnp.sum(wide * own, axis=1) + readout.bias[labels]
         parts = []
-        for block in blocks:
+        for block in readout.blocks:
             parts.append(_weigh(block, rows, labels))
             # One block after the other: XLA for GPUs would merge the sums of all, and keep all
             # logits until then.
@@ -207,45 +224,34 @@ class _Task:
 
         top = functools.reduce(jnp.maximum, (part.top for part in parts), label_logits)
         scales = [jnp.exp(part.top - top) for part in parts]
-        total = jnp.exp(label_logits - top)
-        total = total + sum(scale * part.total for scale, part in zip(scales, parts, strict=True))
+        scaled_parts = list(zip(scales, parts, strict=True))
+        total = sum((x * part.total for x, part in scaled_parts), jnp.exp(label_logits - top))
+        vectors = sum(x[:, None] * part.vectors for x, part in scaled_parts)
         log_z = top + jnp.log(total)
-        scales = [real * scale / total for scale in scales]
         losses = log_z - (1 - smoothing) * label_logits
         by_labels = real * (jnp.expm1(label_logits - log_z) + smoothing)
-        by_rows = by_labels[:, None] * own
-        by_rows = by_rows + sum(
-            scale[:, None] * part.vectors for scale, part in zip(scales, parts, strict=True)
-        )
+        by_rows = by_labels[:, None] * own + (real / total)[:, None] * vectors
         if smoothing:
-            mean_vector, mean_bias = mean
-            losses = losses - smoothing * (wide @ mean_vector + mean_bias)
-            by_rows = by_rows - smoothing * real[:, None] * mean_vector
+            losses = losses - smoothing * (wide @ readout.mean + jnp.mean(readout.bias))
+            by_rows = by_rows - smoothing * real[:, None] * readout.mean
 
+        shares = [real * x / total for x in scales]
         product = functools.partial(jnp.einsum, preferred_element_type=kind)
-        weights = [part.weights for part in parts]
-        scaled = [(scale[:, None] * rows).astype(rows.dtype) for scale in scales]
+        by_matrix = tuple(
+            old + product("TV,TD->VD", part.weights, (share[:, None] * rows).astype(rows.dtype))
+            for old, part, share in zip(sums.by_matrix, parts, shares, strict=False)
+        )
+        by_bias = tuple(
+            old + product("TV,T->V", part.weights, share)
+            for old, part, share in zip(sums.by_bias, parts, shares, strict=False)
+        )
         return _Sums(
             sums.total + jnp.sum(real * losses),
-            tuple(
-                old + product("TV,TD->VD", p, x)
-                for old, p, x in zip(sums.by_matrix, weights, scaled, strict=False)
-            ),
-            tuple(
-                old + product("TV,T->V", p, scale)
-                for old, p, scale in zip(sums.by_bias, weights, scales, strict=False)
-            ),
+            by_matrix,
+            by_bias,
             sums.by_rows.at[places].set(by_rows.astype(rows.dtype), mode="drop"),
             sums.by_labels.at[places].set(by_labels, mode="drop"),
         )
-
-
-class _Block(NamedTuple):
-    """A part of the vocabulary: its first token, its rows of the matrix, and its bias."""
-
-    first: int
-    vectors: Float[Array, "V D"]
-    bias: Float[Array, "V"]
 
 
 class _Part(NamedTuple):
