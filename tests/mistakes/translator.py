@@ -168,6 +168,13 @@ MISTAKES: tuple[Mistake, ...] = (
         f"{LOSSES}::test_gradients_of_labels_that_are_almost_certain_are_exact",
     ),
     Mistake(
+        "cliptrans_jax/decode.py",
+        "equal scores of two spans change places",
+        "chosen = jnp.sort(chosen, axis=-1)",
+        "chosen = -jnp.sort(-chosen, axis=-1)",
+        f"{STEPS}::test_the_best_of_many_tokens_are_those_of_top_k",
+    ),
+    Mistake(
         "cliptrans_jax/losses.py",
         "smoothing takes nothing from the label",
         "log_z - (1 - smoothing) * label_logits",
