@@ -2,11 +2,11 @@
 
 import jax
 from jax import numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from cliptrans_jax.models.chunks import CHUNK, Readout, Scores, total_of_chunks
-from common_jax.mesh import batch_shards
+from cliptrans_jax.models.chunks import CHUNK
+from cliptrans_jax.models.linear_loss import linear_loss
+from cliptrans_jax.translators.translator import Readout
 
 
 def label_loss(
@@ -31,37 +31,25 @@ def label_loss(
 
 
 def states_loss(
-    scores: Scores,
     readout: Readout,
     states: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     *,
     pad: int,
     smoothing: float = 0.0,
-    dtype: DTypeLike = jnp.float32,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`label_loss` of scores(readout, states), computed chunk by chunk.
-
-    The logits of 8,192 labels over 250,054 tokens take 8 GB, and so does their gradient. See
-    `models.chunks.total_of_chunks`.
+    """`label_loss` of the logits of `states`, which are never in memory all at once; see
+    `models.linear_loss`.
 
     Args:
-      scores: pure function.
-      readout: its parameters.
-      dtype: in which matrices of the readout are sent to the devices. Their gradients are summed in
-        float32 at least.
-      chunk: labels per device and chunk.
+      readout: multiplied in the dtype of the states.
+      chunk: labels per device whose logits, in float32, would take the memory that may be used.
     """
-    if labels.size <= chunk * batch_shards():
-        return label_loss(scores(readout, states), labels, pad=pad, smoothing=smoothing)
-
-    def loss(
-        readout: Readout, states: Float[Array, "#B #T D"], labels: Int[Array, "#B #T"]
-    ) -> Float[Array, ""]:
-        logits = scores(readout, states)
-        return label_loss(logits, labels, pad=pad, smoothing=smoothing)[0]
-
-    total = total_of_chunks(loss, readout, states, labels, pad=pad, dtype=dtype, chunk=chunk)
     kind = jnp.promote_types(states.dtype, jnp.float32)
+    bias = jnp.zeros(len(readout.matrix)) if readout.bias is None else readout.bias
+    rows = max(1, chunk * jnp.dtype(jnp.float32).itemsize // states.dtype.itemsize)
+    total = linear_loss(
+        readout.matrix, bias, states, labels, pad=pad, smoothing=smoothing, chunk=rows
+    )
     return total, jnp.sum((labels >= 0) & (labels != pad), dtype=kind)

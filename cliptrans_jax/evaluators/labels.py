@@ -20,10 +20,9 @@ def make_sums(translator: Translator, encode: Encode) -> Sums:
         labels = jnp.where(batch["_mask"][:, None] > 0, batch["labels"], pad)
         features = encode({**helpers, **params}, batch)
         states = translator.label_states(params, features, batch["source"], batch["labels"])
-        readout = translator.readout(params)
 
         def chunk_sums(states, labels):
-            logits = translator.scores(readout, states)
+            logits = translator.call("logits", params, states)
             total, count = label_loss(logits, labels, pad=pad)
             right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
             return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}

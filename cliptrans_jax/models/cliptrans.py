@@ -15,7 +15,7 @@ from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.translators.mbart import MBartConfig
 from cliptrans_jax.translators.table import TRANSLATORS
-from cliptrans_jax.translators.translator import Architecture, Network, Sizes
+from cliptrans_jax.translators.translator import Architecture, Network, Readout, Sizes
 from common_jax.config import FieldError, Section
 from common_jax.mesh import Rules
 from common_jax.ranges import key_of
@@ -138,7 +138,7 @@ class Translator:
           dropout: key of dropout; None outside training.
         """
         states = self.label_states(params, features, source, labels, dropout=dropout)
-        return self.scores(self.readout(params), states)
+        return self.call("logits", params, states)
 
     def label_states(
         self,
@@ -149,19 +149,15 @@ class Translator:
         *,
         dropout: jax.Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """The states that `scores` turns into those of `train_logits`. Slots of the prefix predict
-        nothing and are left out."""
+        """The states that `readout` turns into the logits of `train_logits`. Slots of the prefix
+        predict nothing and are left out."""
         states = self.decode_labels(params, features, source, labels, dropout=dropout)
         return prefix.remove(states, self.prefix_length)
 
-    def readout(self, params: Params) -> Params:
-        """The parameters that `scores` needs, such as the embedding (V, D) and a bias (V)."""
+    def readout(self, params: Params) -> Readout:
+        """The matrix and the bias by which states become logits."""
         architecture = self.config.architecture
-        return {name: params[architecture.subtree][name] for name in architecture.readout}
-
-    def scores(self, readout: Params, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of all tokens, in float32 at least."""
-        return self.call("logits", {self.config.architecture.subtree: readout}, states)
+        return architecture.readout(params[architecture.subtree])
 
     def decode_labels(
         self,

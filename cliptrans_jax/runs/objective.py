@@ -50,13 +50,11 @@ def make_loss(
         source, labels = batch["source"], batch["labels"]
         states = translator.label_states(params, features, source, labels, dropout=dropout)
         total, count = states_loss(
-            translator.scores,
             translator.readout(params),
             states,
             labels,
             pad=pad,
             smoothing=label_smoothing,
-            dtype=translator.dtype,
             chunk=chunk,
         )
         return total / jnp.maximum(count, 1), {}

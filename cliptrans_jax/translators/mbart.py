@@ -15,7 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from cliptrans_jax.models.attention import INIT, CrossAttention, DecoderAttention
-from cliptrans_jax.translators.translator import Architecture, Cache, LayerCache, language_first
+from cliptrans_jax.translators.translator import (
+    Architecture,
+    Cache,
+    LayerCache,
+    Readout,
+    language_first,
+)
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
@@ -386,7 +392,7 @@ ARCHITECTURE = Architecture(
     embedding="embedding",
     encoder="encoder/.*",
     buffers="logits_bias",
-    readout=("embedding", "logits_bias"),
+    readout=lambda params: Readout(params["embedding"], params["logits_bias"]),
     kind="mbart",
     tokenizer="mbart50",
     settings=("dropout", "remat", "scan_layers"),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import linen as nn
@@ -18,6 +18,13 @@ from common_jax.mesh import Rules
 Slots = tuple[Float[Array, "B H R K"], Float[Array, "B H R K"]]
 LayerCache = tuple[Slots, Memory]
 Cache = tuple[LayerCache, ...]
+
+
+class Readout(NamedTuple):
+    """The parameters of `Network.logits`: hidden matrix^T + bias."""
+
+    matrix: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None = None
 
 
 @runtime_checkable
@@ -123,8 +130,7 @@ class Architecture:
         are framed in the same way. It starts with [start, language], as decoding does.
       embedding, encoder, buffers: regexes of paths below the subtree: the embedding that encoder
         and decoder share, the rest of the encoder, and parameters that are never trained, if any.
-      readout: names of the parameters that `logits` needs. It gets no others, so `setup` may
-        declare others only in submodules.
+      readout: the network's parameters -> those of `logits`, a function linear in them.
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
       tokenizer: kind of the tokenizer published with it.
       settings: fields of its config that do not affect the weights.
@@ -138,7 +144,7 @@ class Architecture:
     decoder_input: Callable[[Int[Array, "B T"], Any], Int[Array, "B T"]]
     embedding: str
     encoder: str
-    readout: tuple[str, ...]
+    readout: Callable[[Mapping[str, Any]], Readout]
     kind: str
     tokenizer: str
     settings: tuple[str, ...] = ()

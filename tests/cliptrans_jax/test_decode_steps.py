@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from tiny import QUICK, unoptimised
 
+from cliptrans_jax import decode
 from cliptrans_jax.decode import DecodeConfig, Hypotheses, Search, SearchState
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 
@@ -142,3 +143,15 @@ def test_the_last_step_can_only_end():
     np.testing.assert_allclose(state.finished.scores, np.log([0.6, 0.4]) / 8, rtol=1e-5)
     assert state.finished.tokens[:, :8].tolist() == ids
     assert state.done
+
+
+def test_the_best_of_many_tokens_are_those_of_top_k(monkeypatch):
+    """Equals included: scores are whole numbers."""
+    monkeypatch.setattr(decode, "SPAN", 8)
+    scores = np.random.default_rng(0).integers(0, 12, (3, 2, 500)).astype("float32")
+    scores[0, 0, 5:] = -np.inf
+    scores[0, 1] = 0
+    found = jax.jit(lambda x: decode._top_k(x, 20))(scores)
+    jax.tree.map(np.testing.assert_array_equal, found, tuple(jax.lax.top_k(scores, 20)))
+    text = str(jax.make_jaxpr(lambda x: decode._top_k(x, 20))(scores))
+    assert "f32[3,2,160]" in text  # 20 spans

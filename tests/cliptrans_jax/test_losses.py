@@ -1,7 +1,5 @@
 """The losses against numbers worked out by hand."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -11,7 +9,9 @@ from meshes import split_mesh
 from cliptrans_jax.contrastive.softmax import softmax_loss
 from cliptrans_jax.evaluators.retrieval import retrieval_sums
 from cliptrans_jax.losses import label_loss, states_loss
-from cliptrans_jax.models.chunks import sum_chunks, total_of_chunks
+from cliptrans_jax.models import linear_loss
+from cliptrans_jax.models.chunks import sum_chunks
+from cliptrans_jax.translators.translator import Readout
 
 PAD = 1
 
@@ -57,110 +57,144 @@ def test_pads_and_negative_labels_have_no_gradient():
     assert np.any(slope[0, 0]) and not np.any(slope[0, 1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """A readout with a matrix, a bias and something of its own."""
+VOCAB = 300
 
-    factor: float
 
-    def scores(self, readout, states):
-        return self.factor * jnp.einsum("btd,vd->btv", states, readout["matrix"]) + readout["bias"]
+@pytest.fixture(autouse=True)
+def three_blocks(monkeypatch):
+    """Of 128, 128 and 44 tokens."""
+    monkeypatch.setattr(linear_loss, "BLOCK", 128)
 
 
 def readout_case(dtype="float32"):
     draw = np.random.default_rng(2)
-    readout = {"matrix": draw.normal(size=(11, 4)), "bias": draw.normal(size=11)}
-    readout = {name: jnp.asarray(x, "float32") for name, x in readout.items()}
-    labels = draw.integers(-1, 11, size=(8, 7)).astype(np.int32)
+    matrix, bias = draw.normal(size=(VOCAB, 4)), draw.normal(size=VOCAB)
+    readout = Readout(jnp.asarray(matrix, "float32"), jnp.asarray(bias, "float32"))
+    labels = draw.integers(-1, VOCAB, size=(8, 7)).astype(np.int32)
+    labels[0, :4] = 127, 128, VOCAB - 1, PAD
     return readout, jnp.asarray(draw.normal(size=(8, 7, 4)), dtype), jnp.asarray(labels)
 
 
-def in_chunks(chunk, dtype="float32"):
+def in_chunks(chunk, smoothing=0.1):
     """Loss, count and gradients of `states_loss`."""
 
     def loss(readout, states, labels):
-        options = {"pad": PAD, "smoothing": 0.1, "dtype": dtype, "chunk": chunk}
-        total, count = states_loss(Scale(0.5).scores, readout, states, labels, **options)
+        total, count = states_loss(
+            readout, states, labels, pad=PAD, smoothing=smoothing, chunk=chunk
+        )
         return 3 * total / count, count
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 24, 48])
+def plain(readout, states, labels, smoothing=0.1):
+    """The same from all logits."""
+
+    def loss(readout, states):
+        logits = states @ readout.matrix.T + readout.bias
+        total, count = label_loss(logits, labels, pad=PAD, smoothing=smoothing)
+        return 3 * total / count, count
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(readout, states)
+
+
+def assert_close(found, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 24, 48, 56])
 def test_chunks_lose_nothing(chunk):
     case = readout_case()
-    found, wanted = in_chunks(chunk)(*case), in_chunks(56)(*case)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
-    assert np.abs(wanted[1][0]["bias"]).min() > 0
+    assert_close(in_chunks(chunk)(*case), plain(*case))
+
+
+def test_a_loss_without_smoothing_and_bias():
+    (matrix, bias), *rest = readout_case()
+    wanted, (by_readout, by_states) = plain(Readout(matrix, 0 * bias), *rest, smoothing=0.0)
+    found = in_chunks(16, smoothing=0.0)(Readout(matrix), *rest)
+    assert_close(found, (wanted, (Readout(by_readout.matrix), by_states)))
 
 
 @pytest.mark.parametrize("real", [0, 1, 16, 17, 56])
-def test_chunks_of_pads_are_not_computed(real):
+def test_chunks_of_pads_are_not_computed(real, monkeypatch):
     readout, states, labels = readout_case()
     order = np.random.default_rng(3).permutation(labels.size)
     labels = jnp.full(labels.size, PAD).at[order[:real]].set(5).reshape(labels.shape)
-    seen = []
+    weigh, seen = linear_loss._weigh, []
 
-    def loss(readout, states, labels):
-        jax.debug.callback(lambda x: seen.append(int(x)), jnp.sum(labels != PAD))
-        logits = Scale(1.0).scores(readout, states)
-        return label_loss(logits, labels, pad=PAD, smoothing=0.1)[0]
+    def counted(block, rows, labels):
+        if block.first == 0:
+            jax.debug.callback(lambda x: seen.append(int(x)), jnp.sum(labels != PAD))
+        return weigh(block, rows, labels)
 
-    def in_chunks(readout, states):
-        options = {"pad": PAD, "dtype": "float32", "chunk": 16}
-        return total_of_chunks(loss, readout, states, labels, **options)
-
-    found = jax.jit(jax.value_and_grad(in_chunks, (0, 1)))(readout, states)
+    monkeypatch.setattr(linear_loss, "_weigh", counted)
+    total, _ = jax.jit(lambda *case: states_loss(*case, pad=PAD, chunk=16))(readout, states, labels)
     jax.effects_barrier()
-    computed = list(seen)
-    assert (len(computed), sum(computed)) == (-(-real // 16), real)
-    wanted = jax.value_and_grad(loss, (0, 1))(readout, states, labels)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
+    assert (len(seen), sum(seen)) == (-(-real // 16), real)
+    logits = states @ readout.matrix.T + readout.bias
+    assert float(total) == pytest.approx(float(label_loss(logits, labels, pad=PAD)[0]), rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_chunks_of_eight_devices_are_summed(chunk):
-    mesh = split_mesh()
     case = readout_case()
-    wanted = in_chunks(56)(*case)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(split_mesh()):
         program = in_chunks(chunk).lower(*case).compile()
         found = program(*case)
     assert "reduce-scatter" in program.as_text()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+    assert_close(found, plain(*case))
 
 
-def test_gradients_of_chunks_are_summed_in_float32():
+def test_the_matrix_is_sent_in_half_precision():
+    with jax.set_mesh(split_mesh()):
+        text = in_chunks(4).lower(*readout_case("bfloat16")).as_text()
+    sent = [line for line in text.splitlines() if "all_gather" in line]
+    assert sent and all("xbf16>" in line for line in sent)
+
+
+def test_products_of_half_precision_are_close():
     case = readout_case("bfloat16")
-    (_, _), (by_readout, by_states) = in_chunks(8, "bfloat16")(*case)
-    assert (by_readout["matrix"].dtype, by_states.dtype) == (jnp.float32, jnp.bfloat16)
-    _, (wanted, _) = in_chunks(8)(case[0], case[1].astype("float32"), case[2])
-    np.testing.assert_allclose(by_readout["matrix"], wanted["matrix"], atol=0.02)
+    (_, _), (by_readout, by_states) = in_chunks(8)(*case)
+    assert (by_readout.matrix.dtype, by_states.dtype) == (jnp.float32, jnp.bfloat16)
+    _, (wanted, _) = plain(case[0], case[1].astype("float32"), case[2])
+    np.testing.assert_allclose(by_readout.matrix, wanted.matrix, atol=0.02)
 
 
 def test_small_gradients_of_many_chunks_are_not_lost():
-    """In bfloat16 256 + 1 is 256."""
-    seen = []
-
-    def loss(readout, states, labels):
-        seen.append((readout["matrix"].dtype.name, readout["bias"].dtype.name, labels.shape))
-        real = jnp.sum(labels != PAD)
-        return real * (jnp.sum(readout["matrix"]) + jnp.sum(readout["bias"])) + jnp.sum(states)
-
-    def total(readout, states, labels):
-        options = {"pad": PAD, "dtype": "bfloat16", "chunk": 1}
-        return total_of_chunks(loss, readout, states, labels, **options)
-
-    readout = {"matrix": jnp.ones((2, 3)), "bias": jnp.ones(2)}
-    states, labels = jnp.ones((4, 128, 1), jnp.bfloat16), jnp.zeros((4, 128), int)
-    value, (by_readout, by_states) = jax.jit(jax.value_and_grad(total, (0, 1)))(
-        readout, states, labels
-    )
-    assert (value.dtype, float(value)) == (jnp.float32, 512 * (6 + 2 + 1))
+    """In bfloat16 256 + 1/2 is 256."""
+    readout = Readout(jnp.zeros((2, 1)), jnp.zeros(2))
+    case = jnp.ones((4, 256, 1), jnp.bfloat16), jnp.zeros((4, 256), int)
+    total = lambda *case: states_loss(*case, pad=PAD, chunk=1)[0]  # noqa: E731
+    value, (by_readout, by_states) = jax.jit(jax.value_and_grad(total, (0, 1)))(readout, *case)
+    assert (value.dtype, float(value)) == (jnp.float32, pytest.approx(1024 * np.log(2), rel=1e-5))
     for leaf in jax.tree.leaves(by_readout):
-        np.testing.assert_array_equal(leaf, 512)
-    np.testing.assert_array_equal(by_states, 1)
-    assert set(seen) == {("bfloat16", "float32", (1, 1))}  # matrices alone are rounded
+        np.testing.assert_array_equal(leaf.ravel(), [-512, 512])
+    assert not np.any(by_states)
+
+
+def test_gradients_of_labels_that_are_almost_certain_are_exact():
+    """p = 0.9997 would be 1 in bfloat16, and its gradient 0."""
+    matrix, states = jnp.asarray([[8.0], [0.0]]), jnp.ones((1, 4, 1), jnp.bfloat16)
+    total = lambda matrix: states_loss(  # noqa: E731
+        Readout(matrix), states, jnp.zeros((1, 4), int), pad=PAD
+    )[0]
+    slope = 4 * jax.nn.sigmoid(-8.0)
+    np.testing.assert_allclose(jax.grad(total)(matrix)[:, 0], [-slope, slope], rtol=5e-3)
+
+
+def test_a_matrix_that_is_not_trained_costs_no_gradient():
+    readout, states, labels = readout_case()
+
+    def products(of_matrix):
+        def total(matrix, states):
+            return states_loss(Readout(matrix, readout.bias), states, labels, pad=PAD)[0]
+
+        argument = 0 if of_matrix else 1
+        text = str(jax.make_jaxpr(jax.grad(total, argument))(readout.matrix, states))
+        return text.count("dot_general")
+
+    # Logits and states' gradient of three blocks; the matrix's.
+    assert (products(of_matrix=False), products(of_matrix=True)) == (2 * 3, 3 * 3)
 
 
 def test_sums_over_chunks_count_every_label_once():

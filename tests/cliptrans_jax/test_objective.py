@@ -26,6 +26,7 @@ from cliptrans_jax.runs.objective import (
     make_warm_start,
 )
 from cliptrans_jax.stages import TRANSLATION_STAGES
+from cliptrans_jax.translators.translator import Readout
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.state import TrainState, partition
@@ -61,10 +62,11 @@ class Model:
         return params["states"] + features[:, None]
 
     def readout(self, params):
-        return params["readout"]
+        return Readout(2.0 * jnp.eye(VOCAB), params["readout"]["bias"])
 
-    def scores(self, readout, states):
-        return 2.0 * states + readout["bias"]
+    def call(self, method, params, states):
+        assert method == "logits"
+        return 2.0 * states + params["readout"]["bias"]
 
 
 def log_p(features=BATCH["features"]):
@@ -106,7 +108,7 @@ def test_the_loss_has_no_more_logits_at_a_time_than_asked_for(monkeypatch):
     monkeypatch.setattr(objective, "states_loss", states_loss)
     loss = make_loss(Model(), None, label_smoothing=0.2, chunk=7)
     assert float(loss(PARAMS, {}, BATCH, rngs(), 0)[0]) == 2
-    assert asked == [{"pad": PAD, "smoothing": 0.2, "dtype": jnp.float32, "chunk": 7}]
+    assert asked == [{"pad": PAD, "smoothing": 0.2, "chunk": 7}]
 
 
 def test_a_batch_of_pads_has_no_loss():

@@ -21,7 +21,7 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.runs.objective import make_loss
 from cliptrans_jax.stages import STAGES, trainable
 from cliptrans_jax.translators.table import TRANSLATORS
-from cliptrans_jax.translators.translator import Architecture, Network, Sizes
+from cliptrans_jax.translators.translator import Architecture, Network, Readout, Sizes
 from common_jax.config import Section
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 
@@ -117,7 +117,7 @@ SMALL = Architecture(
     decoder_input=start_first,
     embedding="words/.*",
     encoder="nothing/.*",
-    readout=("head",),
+    readout=lambda params: Readout(params["head"].T),
     kind="small",
     tokenizer="trained",
 )
@@ -156,7 +156,7 @@ def test_the_small_network_is_what_the_protocol_says():
     translator, params = model(2)
     assert isinstance(translator.network, Network) and isinstance(translator.config.sizes, Sizes)
     assert set(params) == {"small", "mapper"}
-    assert set(translator.readout(params)) == {"head"}
+    assert translator.readout(params).matrix.shape == (16, 8)
     assert translator.config.key == "config.model.small"
 
 

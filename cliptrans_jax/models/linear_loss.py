@@ -1,0 +1,290 @@
+"""The label loss of a linear readout, with its gradients, without all logits in memory.
+
+The logits of 8,192 labels over 250,054 tokens take 8 GB. As in attention over 250,054 keys, a row
+of logits is only needed in sums, which are added up over blocks of the vocabulary: with
+p_v = exp(logit_v - log_z),
+
+  log_z = log sum_v exp(logit_v),  states' gradient: sum_v p_v e_v,  embeddings' gradient: p_v x.
+
+The numerators of p are kept, relative to the largest logit of their block, so that a chunk's logits
+are computed only once.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from common_jax.mesh import AXES, BATCH
+
+# Tokens of the vocabulary per block. Blocks are a loop of Python, not of the program: XLA for GPUs
+# would copy every block that a loop slices.
+BLOCK = 32768
+
+
+def linear_loss(
+    matrix: Float[Array, "V D"],
+    bias: Float[Array, "V"],
+    states: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    *,
+    pad: int,
+    smoothing: float,
+    chunk: int,
+) -> Float[Array, ""]:
+    """The sum of `label_loss` of logits = states matrix^T + bias.
+
+    The forward pass also computes the gradients, chunk by chunk: that of the matrix is summed in
+    float32 at least, and over the devices after the last chunk. If matrix or bias are not trained,
+    their gradients are not computed. Chunks of nothing but pads are skipped.
+
+    Args:
+      matrix: sent to the devices in the dtype of `states`, in which products are computed.
+      chunk: labels per device and chunk, whose numerators of p are in memory at once.
+    """
+    return _total(_Task(pad, smoothing, chunk), matrix, bias, states, labels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any) -> jax.Array:
+    return _compute(task, matrix, bias, states, labels)[0]
+
+
+def _forward(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
+    """The total, and its gradients by matrix, bias and states; None for what is not trained."""
+    task = dataclasses.replace(task, by_matrix=matrix.perturbed, by_bias=bias.perturbed)
+    values = (x.value for x in (matrix, bias, states, labels))
+    total, by_matrix, by_bias, by_states = _compute(task, *values)
+    return total, (by_matrix, by_bias, by_states)
+
+
+def _backward(task: "_Task", gradients: tuple[Any, ...], slope: Any):
+    if isinstance(slope, SymbolicZero):
+        return None, None, None, None
+    return *jax.tree.map(lambda x: (slope * x).astype(x.dtype), gradients), None
+
+
+_total.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _compute(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
+    low = matrix.astype(states.dtype)
+    over = task.run if jax.sharding.get_abstract_mesh().empty else _over_mesh(task)
+    total, by_matrix, by_bias, by_states = over(low, bias, states, labels)
+    by_matrix = None if by_matrix is None else by_matrix.astype(matrix.dtype)
+    return total, by_matrix, None if by_bias is None else by_bias.astype(bias.dtype), by_states
+
+
+def _over_mesh(task: "_Task"):
+    """`task.run` of each device's share, summed over all devices. Matrix and gradient are split
+    along their last axis, as embeddings are."""
+    whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
+
+    def local(matrix, bias, states, labels):
+        # Here and not by XLA, which would gather it before it is rounded.
+        matrix = jax.lax.all_gather(matrix, "fsdp", axis=1, tiled=True)
+        total, by_matrix, by_bias, by_states = task.run(matrix, bias, states, labels)
+        total, by_bias = jax.lax.psum((total, by_bias), AXES)
+        if by_matrix is not None:
+            by_matrix = jax.lax.psum_scatter(by_matrix, "fsdp", scatter_dimension=1, tiled=True)
+            by_matrix = jax.lax.psum(by_matrix, tuple(axis for axis in AXES if axis != "fsdp"))
+        return total, by_matrix, by_bias, by_states
+
+    # check_vma would require the constants that sums start from to be cast to varying ones. Tests
+    # compare the result with that of no mesh instead.
+    return jax.shard_map(
+        local,
+        in_specs=(split, whole, BATCH, BATCH),
+        out_specs=(whole, split, whole, BATCH),
+        check_vma=False,
+    )
+
+
+class _Sums(NamedTuple):
+    """What chunks add up and fill in.
+
+    Attributes:
+      total: of the loss.
+      by_matrix, by_bias: gradients by each block, without the parts of labels and smoothing; empty
+        if not trained.
+      by_rows: gradients by the states, complete.
+      by_labels: gradient by the logit of each row's label, without the part of smoothing.
+    """
+
+    total: Float[Array, ""]
+    by_matrix: tuple[Float[Array, "V D"], ...]
+    by_bias: tuple[Float[Array, "V"], ...]
+    by_rows: Float[Array, "T D"]
+    by_labels: Float[Array, "T"]
+
+
+class _Block(NamedTuple):
+    """A part of the vocabulary: its first token, its rows of the matrix, and its bias."""
+
+    first: int
+    vectors: Float[Array, "V D"]
+    bias: Float[Array, "V"]
+
+
+class _Readout(NamedTuple):
+    """Matrix and bias, whole and in blocks, and the mean of the matrix's rows."""
+
+    matrix: Float[Array, "V D"]
+    bias: Float[Array, "V"]
+    mean: Float[Array, "D"]
+    blocks: list[_Block]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """The loss on one device.
+
+    Attributes:
+      pad, smoothing, chunk: see `linear_loss`.
+      by_matrix, by_bias: whether their gradients are computed.
+    """
+
+    pad: int
+    smoothing: float
+    chunk: int
+    by_matrix: bool = False
+    by_bias: bool = False
+
+    def run(self, matrix: jax.Array, bias: jax.Array, states: jax.Array, labels: jax.Array):
+        """The total, and its gradients by matrix, bias and states."""
+        rows, flat = states.reshape(-1, states.shape[-1]), labels.reshape(-1)
+        kind = jnp.promote_types(rows.dtype, jnp.float32)
+        bias = bias.astype(kind)
+        mean = jnp.mean(matrix, axis=0, dtype=kind)  # once, not in every chunk
+        readout = _Readout(matrix, bias, mean, _cut(matrix, bias))
+        zeros = functools.partial(jnp.zeros_like, dtype=kind)
+        sums = _Sums(
+            jnp.zeros((), kind),
+            tuple(zeros(block.vectors) for block in readout.blocks if self.by_matrix),
+            tuple(zeros(block.bias) for block in readout.blocks if self.by_bias),
+            jnp.zeros_like(rows),
+            zeros(flat),
+        )
+        sums = self._chunks(readout, rows, flat, sums)
+
+        real, labels = self._real(flat), jnp.maximum(flat, 0)
+        by_matrix = by_bias = None
+        share = self.smoothing / len(matrix)
+        if self.by_matrix:
+            by_matrix = jnp.concatenate(sums.by_matrix)
+            if share:
+                by_matrix = by_matrix - share * (real.astype(kind) @ rows.astype(kind))
+            by_matrix = by_matrix.at[labels].add(sums.by_labels[:, None] * rows)
+        if self.by_bias:
+            by_bias = jnp.concatenate(sums.by_bias) - share * jnp.sum(real)
+            by_bias = by_bias.at[labels].add(sums.by_labels)
+        return sums.total, by_matrix, by_bias, sums.by_rows.reshape(states.shape)
+
+    def _real(self, labels: Int[Array, "T"]) -> jax.Array:
+        return (labels >= 0) & (labels != self.pad)
+
+    def _chunks(self, readout: _Readout, rows, labels, sums: _Sums) -> _Sums:
+        """Adds all chunks of rows to `sums`."""
+        count, chunk = len(labels), min(self.chunk, len(labels))
+        # Pads come last, so that whole chunks of them can be skipped. The last chunk is filled with
+        # places outside the rows, which are read as zeros and never written.
+        order = jnp.argsort(labels == self.pad, stable=True)
+        order = jnp.pad(order, (0, -count % chunk), constant_values=count)
+
+        def add(number: Any, sums: _Sums) -> _Sums:
+            places = jax.lax.dynamic_slice(order, (number * chunk,), (chunk,))
+            part = rows.at[places].get(mode="fill", fill_value=0)
+            part_labels = labels.at[places].get(mode="fill", fill_value=self.pad)
+            return self._add(readout, part, part_labels, places, sums)
+
+        if chunk == count:  # one chunk, and no loop whose length is data
+            return add(0, sums)
+        chunks = (jnp.sum(labels != self.pad) + chunk - 1) // chunk
+        # Reverse mode cannot differentiate a loop with a traced bound; `add` takes the gradients.
+        return jax.lax.fori_loop(0, chunks, add, sums)
+
+    def _add(self, readout: _Readout, rows, labels, places, sums: _Sums) -> _Sums:
+        """Adds a chunk of rows, which stand at `places`."""
+        kind, smoothing = sums.total.dtype, self.smoothing
+        real, labels = self._real(labels).astype(kind), jnp.maximum(labels, 0)
+        # The label has terms of its own, in which p is not rounded: its gradient is p - 1.
+        own, wide = readout.matrix[labels].astype(kind), rows.astype(kind)
+        label_logits = jnp.sum(wide * own, axis=1) + readout.bias[labels]
+        parts = []
+        for block in readout.blocks:
+            parts.append(_weigh(block, rows, labels))
+            # One block after the other: XLA for GPUs would merge the sums of all, and keep all
+            # logits until then.
+            rows, _ = jax.lax.optimization_barrier((rows, parts[-1].total))
+
+        top = functools.reduce(jnp.maximum, (part.top for part in parts), label_logits)
+        scales = [jnp.exp(part.top - top) for part in parts]
+        scaled_parts = list(zip(scales, parts, strict=True))
+        total = sum((x * part.total for x, part in scaled_parts), jnp.exp(label_logits - top))
+        vectors = sum(x[:, None] * part.vectors for x, part in scaled_parts)
+        log_z = top + jnp.log(total)
+        losses = log_z - (1 - smoothing) * label_logits
+        by_labels = real * (jnp.expm1(label_logits - log_z) + smoothing)
+        by_rows = by_labels[:, None] * own + (real / total)[:, None] * vectors
+        if smoothing:
+            losses = losses - smoothing * (wide @ readout.mean + jnp.mean(readout.bias))
+            by_rows = by_rows - smoothing * real[:, None] * readout.mean
+
+        shares = [real * x / total for x in scales]
+        product = functools.partial(jnp.einsum, preferred_element_type=kind)
+        by_matrix = tuple(
+            old + product("TV,TD->VD", part.weights, (share[:, None] * rows).astype(rows.dtype))
+            for old, part, share in zip(sums.by_matrix, parts, shares, strict=False)
+        )
+        by_bias = tuple(
+            old + product("TV,T->V", part.weights, share)
+            for old, part, share in zip(sums.by_bias, parts, shares, strict=False)
+        )
+        return _Sums(
+            sums.total + jnp.sum(real * losses),
+            by_matrix,
+            by_bias,
+            sums.by_rows.at[places].set(by_rows.astype(rows.dtype), mode="drop"),
+            sums.by_labels.at[places].set(by_labels, mode="drop"),
+        )
+
+
+class _Part(NamedTuple):
+    """The sums of a chunk over a block.
+
+    Attributes:
+      top: largest logit of each row, apart from its label's.
+      weights: exp(logit - top) in the dtype of the states; 0 for the label.
+      total: sum of these.
+      vectors: sum of these times the block's vectors.
+    """
+
+    top: Float[Array, "T"]
+    weights: Float[Array, "T V"]
+    total: Float[Array, "T"]
+    vectors: Float[Array, "T D"]
+
+
+def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, "T"]) -> _Part:
+    kind = block.bias.dtype
+    logits = jnp.einsum("TD,VD->TV", rows, block.vectors, preferred_element_type=kind) + block.bias
+    tokens = block.first + jnp.arange(len(block.bias), dtype=labels.dtype)
+    logits = jnp.where(tokens == labels[:, None], -jnp.inf, logits)
+    top = jnp.max(logits, axis=1)
+    weights = jnp.exp(logits - top[:, None])
+    low = weights.astype(rows.dtype)
+    vectors = jnp.einsum("TV,VD->TD", low, block.vectors, preferred_element_type=kind)
+    return _Part(top, low, jnp.sum(weights, axis=1), vectors)
+
+
+def _cut(matrix: Float[Array, "V D"], bias: Float[Array, "V"]) -> list[_Block]:
+    """Blocks of one size, a multiple of 128, and a last one that is smaller."""
+    count = -(-len(matrix) // BLOCK)
+    size = min(-(-len(matrix) // (128 * count)) * 128, len(matrix))
+    firsts = range(0, len(matrix), size)
+    return [_Block(i, matrix[i : i + size], bias[i : i + size]) for i in firsts]
