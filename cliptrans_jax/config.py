@@ -36,6 +36,7 @@ from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
+from common_jax.nn.dense import MatmulPrecision
 from common_jax.optim import OptimConfig
 from common_jax.ranges import (
     BelowOne,
@@ -54,7 +55,10 @@ from common_jax.ranges import (
 RUNS = (*STAGES, "pipeline", "evaluate")
 SYSTEM = System("cliptrans_jax", field="stage", others={"phase": "m2mkd_jax"})
 # Sections and fields that every run reads.
-_ANY = ("stage", "seed", "precision", "data", "languages", "tokenizer", "mesh", "run")
+_ANY = (
+    *("stage", "seed", "precision", "matmul_precision", "data", "languages", "tokenizer"),
+    *("mesh", "run"),
+)
 READS: dict[str, tuple[str, ...]] = {
     **{name: (*_ANY, *stage.reads) for name, stage in STAGES.items()},
     "pipeline": (*_ANY, *TOWERS, *MODEL, *VALIDATION, *CAPTION, "unfreeze_clip", "recipes"),
@@ -169,6 +173,9 @@ class Config(Section):
       seed: of everything random.
       precision: dtype of the networks, "float32" or "bfloat16"; parameters, softmax, norm
         statistics, losses and scores of hypotheses are always float32.
+      matmul_precision: of products in float32 on GPUs and TPUs: "default", the fastest (TF32 on a
+        GPU, bfloat16 on a TPU), "high" or "highest", that of float32. No effect on a CPU, and none
+        on products in bfloat16.
       parity: reproduces the original's inconsistencies: the prefix before `</s>` in decoding, slots
         1 to 10 visible to each other whatever they hold, gradients of micro-batches summed instead
         of averaged, pictures whenever test tokens are dropped.
@@ -206,6 +213,7 @@ class Config(Section):
     stage: Annotated[str, one_of(*RUNS)] = "translate"
     seed: Seed = 0
     precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
+    matmul_precision: MatmulPrecision = "default"
     parity: bool = False
     data: DataConfig = DataConfig()
     languages: tuple[Name, ...] = ()

@@ -10,6 +10,7 @@ from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
+from common_jax.nn.dense import MatmulPrecision
 from common_jax.optim import OptimConfig
 from common_jax.ranges import (
     SEEDS,
@@ -195,6 +196,9 @@ class Config(Section):
       seed: of all random numbers.
       precision: "float32" or "bfloat16", for the networks; parameters, softmax, router, norm
         statistics and losses are always float32.
+      matmul_precision: of products in float32 on GPUs and TPUs: "default", the fastest (TF32 on a
+        GPU, bfloat16 on a TPU), "high" or "highest", that of float32. No effect on a CPU, and none
+        on products in bfloat16.
       data: images and labels.
       ood: another test set with some of the classes, for whole networks; not for single modules or
         episodes.
@@ -218,6 +222,7 @@ class Config(Section):
     module: str = "all"
     seed: Seed = 0
     precision: Annotated[str, key_of(lambda: PRECISIONS)] = "float32"
+    matmul_precision: MatmulPrecision = "default"
     data: DataConfig = DataConfig()
     ood: OodConfig = OodConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

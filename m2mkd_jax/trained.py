@@ -34,7 +34,10 @@ from m2mkd_jax.picture_files import PictureFiles, SquareTransform
 from m2mkd_jax.stages import module_name
 
 # Sections and fields of a run's config that its use may change; the others make the network.
-CHANGEABLE = ("data", "ood", "evaluation", "precision", "mesh", "optim.batch", "sources")
+CHANGEABLE = (
+    *("data", "ood", "evaluation", "precision", "mesh", "optim.batch", "sources"),
+    *("meta.attention", "teacher.attention", "model.attention"),
+)
 FIXED = ("data.labels", "data.channels")
 
 

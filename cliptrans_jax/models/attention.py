@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from common_jax.nn import dense
 from common_jax.nn.attention import INIT
+from common_jax.nn.attention import attend as dot_product_attention
 
 Heads = Float[Array, "B T H K"]
 # Cached keys and values: (B, H, S, K), so that a step reads them in memory order.
@@ -24,6 +25,7 @@ class DecoderAttention(nn.Module):
     width: int
     heads: int
     dtype: DTypeLike
+    attention: str = "auto"
 
     def setup(self):
         self.qkv = _split(self, 3)
@@ -39,7 +41,7 @@ class DecoderAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Memory]:
         """The output, and the keys and values to cache."""
         query, key, value = self.project(x)
-        heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
+        heads = dot_product_attention(query, key, value, visible, attention=self.attention)
         return self.out(heads), (key.swapaxes(1, 2), value.swapaxes(1, 2))
 
     def extend(
@@ -69,6 +71,7 @@ class CrossAttention(nn.Module):
     width: int
     heads: int
     dtype: DTypeLike
+    attention: str = "auto"
 
     def setup(self):
         self.query = _layer(self, (self.heads, self.width // self.heads))
@@ -87,8 +90,8 @@ class CrossAttention(nn.Module):
         visible: Bool[Array, "B 1 1 S"],
     ) -> Float[Array, "B T D"]:
         pairs = self.memory(states)
-        heads = jax.nn.dot_product_attention(
-            self.query(x), pairs[:, :, 0], pairs[:, :, 1], mask=visible
+        heads = dot_product_attention(
+            self.query(x), pairs[:, :, 0], pairs[:, :, 1], visible, attention=self.attention
         )
         return self.out(heads)
 

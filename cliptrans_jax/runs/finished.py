@@ -23,7 +23,7 @@ from common_jax.workdir import freeze_stored, read_json
 # Sections and fields of a run's config that may be others when its network is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
-    *("tokenizer.path", "clip_tokenizer.path", "mesh"),
+    *("tokenizer.path", "clip_tokenizer.path", "mesh", "model.mbart.attention"),
 )
 
 

@@ -14,6 +14,7 @@ from cliptrans_jax.runs import contrastive, translation
 from cliptrans_jax.runs.evaluate import evaluate
 from cliptrans_jax.stages import STAGES, Trains
 from common_jax.config import in_recipe, under
+from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, refuse_other_config
 
 Run = Callable[[Config, epath.Path, Mesh], dict[str, Any]]
@@ -28,7 +29,8 @@ def run_stage(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
         "evaluate": evaluate,
         "pipeline": run_pipeline,
     }
-    return runs[config.stage](config, workdir, mesh)
+    with matmul_precision(config.matmul_precision):
+        return runs[config.stage](config, workdir, mesh)
 
 
 def run_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:

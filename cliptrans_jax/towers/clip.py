@@ -21,7 +21,7 @@ from cliptrans_jax.towers.tower import (
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import mlp
-from common_jax.nn.attention import SelfAttention
+from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
@@ -43,6 +43,8 @@ class ClipVisionConfig(Section):
       eps: epsilon of every LayerNorm.
       features: width M of a feature.
       activation: one of `ACTIVATIONS`.
+      attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
+        XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
     """
 
     image: Size = 224
@@ -54,6 +56,8 @@ class ClipVisionConfig(Section):
     eps: Positive = 1e-5
     features: Size = 512
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
+    # Features are stored under the config's repr, and do not depend on it.
+    attention: Implementation = dataclasses.field(default="auto", repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +91,8 @@ class ClipTextConfig(Section):
     eps: Positive = 1e-5
     features: Size = 512
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
+    # Features are stored under the config's repr, and do not depend on it.
+    attention: Implementation = dataclasses.field(default="auto", repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,7 +116,10 @@ class Block(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         y = norm(config.eps, self.dtype, "attention_norm")(x)
-        x = x + SelfAttention(config.heads, True, self.dtype, name="attention")(y, visible)
+        attention = SelfAttention(
+            config.heads, True, self.dtype, attention=config.attention, name="attention"
+        )
+        x = x + attention(y, visible)
         y = norm(config.eps, self.dtype, "mlp_norm")(x)
         activation = mlp.ACTIVATIONS[config.activation]
         y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(y)

@@ -13,7 +13,7 @@ from cliptrans_jax.towers.tower import TRANSFORMER_RULES, Sentences, Tower, norm
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import mlp
-from common_jax.nn.attention import SelfAttention
+from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
 from common_jax.ranges import BelowOne, Count, Positive, Size, one_of
 
@@ -37,6 +37,8 @@ class MClipConfig(Section):
       features: width M of a feature.
       dropout: rate in training, for embeddings and branches but not for attention weights.
       activation: one of `ACTIVATIONS`.
+      attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
+        XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
     """
 
     vocab: Size = 250002
@@ -51,6 +53,8 @@ class MClipConfig(Section):
     features: Size = 512
     dropout: BelowOne = 0.1
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
+    # Features are stored under the config's repr, and do not depend on it.
+    attention: Implementation = dataclasses.field(default="auto", repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,7 +117,10 @@ class Block(nn.Module):
     ) -> Float[Array, "B S D"]:
         config = self.config
         drop = nn.Dropout(config.dropout, deterministic=not train)
-        y = SelfAttention(config.heads, True, self.dtype, name="attention")(x, visible)
+        attention = SelfAttention(
+            config.heads, True, self.dtype, attention=config.attention, name="attention"
+        )
+        y = attention(x, visible)
         x = norm(config.eps, self.dtype, "attention_norm")(x + drop(y))
         activation = mlp.ACTIVATIONS[config.activation]
         y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(x)

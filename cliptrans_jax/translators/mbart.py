@@ -25,7 +25,7 @@ from cliptrans_jax.translators.translator import (
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
 from common_jax.nn import layers
-from common_jax.nn.attention import SelfAttention
+from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import Mlp
 from common_jax.ranges import BelowOne, Count, Size
 
@@ -47,6 +47,8 @@ class MBartConfig(Section):
       dropout: rate for embeddings and the output of every branch, in training.
       scale_embedding: whether token embeddings are multiplied by sqrt(width).
       pad, eos, start: ids of padding, end of sentence, and the first token of decoding.
+      attention: implementation of attention, except in decoding: "auto", cuDNN's kernel on GPUs
+        where it is faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes every layer in the backward pass instead of storing its activations.
       scan_layers: runs the layers of the encoder, and those of the decoder, as one loop each, which
         compiles faster but draws other random numbers. Decoding never does.
@@ -66,6 +68,7 @@ class MBartConfig(Section):
     pad: Count = 1
     eos: Count = 2
     start: Count = 2
+    attention: Implementation = "auto"
     remat: bool = False
     scan_layers: bool = False
 
@@ -87,6 +90,7 @@ class _Sizes:
     hidden: int
     width: int
     dropout: float
+    attention: str
     dtype: Any
 
 
@@ -101,7 +105,9 @@ class EncoderLayer(nn.Module):
     ) -> Float[Array, "B S D"]:
         sizes = self.sizes
         drop = nn.Dropout(sizes.dropout, deterministic=not train)
-        attention = SelfAttention(sizes.heads, True, sizes.dtype, name="attention")
+        attention = SelfAttention(
+            sizes.heads, True, sizes.dtype, attention=sizes.attention, name="attention"
+        )
         x = x + drop(attention(_norm(sizes.dtype, "attention_norm")(x), visible))
         mlp = Mlp(sizes.hidden, sizes.dtype, name="mlp")
         x = x + drop(mlp(_norm(sizes.dtype, "mlp_norm")(x)))
@@ -116,8 +122,9 @@ class DecoderLayer(nn.Module):
     # `setup`, not `compact`, since three methods share the submodules.
     def setup(self):
         sizes = self.sizes
-        self.attention = DecoderAttention(sizes.width, sizes.heads, sizes.dtype)
-        self.cross_attention = CrossAttention(sizes.width, sizes.heads, sizes.dtype)
+        shape = sizes.width, sizes.heads, sizes.dtype, sizes.attention
+        self.attention = DecoderAttention(*shape)
+        self.cross_attention = CrossAttention(*shape)
         self.mlp = Mlp(sizes.hidden, sizes.dtype)
         self.attention_norm = _norm(sizes.dtype)
         self.cross_attention_norm = _norm(sizes.dtype)
@@ -179,7 +186,7 @@ class _Half(nn.Module):
         """Makes the submodules. `train` is the number of that argument of a layer, self included,
         which must stay a Python bool."""
         config = self.config
-        sizes = _Sizes(heads, hidden, config.width, config.dropout, self.dtype)
+        sizes = _Sizes(heads, hidden, config.width, config.dropout, config.attention, self.dtype)
         layer = nn.remat(layer, static_argnums=(train,)) if config.remat else layer
         rows = config.positions + OFFSET
         self.positions = nn.Embed(rows, config.width, embedding_init=INIT, dtype=self.dtype)
@@ -395,5 +402,5 @@ ARCHITECTURE = Architecture(
     readout=lambda params: Readout(params["embedding"], params["logits_bias"]),
     kind="mbart",
     tokenizer="mbart50",
-    settings=("dropout", "remat", "scan_layers"),
+    settings=("attention", "dropout", "remat", "scan_layers"),
 )

@@ -1,13 +1,170 @@
-"""Multi-head self-attention with one fused projection for queries, keys and values."""
+"""Attention: its implementations and the choice among them, and multi-head self-attention with one
+fused projection for queries, keys and values."""
+
+import importlib.util
+import types
+from collections.abc import Callable, Mapping
+from typing import Annotated
 
 import jax
 from flax import linen as nn
+from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from common_jax.nn import dense
+from common_jax.ranges import one_of
 
 INIT = nn.initializers.normal(0.02)
+
+# The implementation for each value of a config's `attention`, by the platform that the program is
+# compiled for, not the one that compiles it.
+PLATFORMS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
+    {
+        "auto": {"cuda": "cudnn", "default": "xla"},
+        "xla": {"default": "xla"},
+        "cudnn": {"cuda": "cudnn"},
+    }
+)
+Implementation = Annotated[str, one_of(*PLATFORMS)]  # of config fields
+# "auto" leaves shorter attention to XLA: cuDNN's kernel takes 0.4 times as long as XLA at 197
+# tokens, and 1.5 times as long at 64 with a mask (docs/gpu.md).
+FEWEST_KEYS = 128
+WIDEST_HEAD = 128  # of all cards that cuDNN's kernel runs on
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B S H K"],
+    values: Float[Array, "B S H K"],
+    visible: Bool[Array, "#B 1 #T S"] | None = None,
+    *,
+    attention: str,
+) -> Float[Array, "B T H K"]:
+    """softmax(q k^T / sqrt(K)) v, with the softmax in float32.
+
+    Args:
+      query, keys, values: of all heads.
+      visible: the keys (last axis) that each query attends to; None: all of them.
+      attention: a key of PLATFORMS.
+
+    Raises:
+      ValueError: see `choose`.
+    """
+
+    def plain(query, keys, values, visible):
+        return jax.nn.dot_product_attention(query, keys, values, mask=visible)
+
+    def cudnn(query, keys, values, visible):
+        return fused(query, keys, values, visible=visible)
+
+    forms = {"xla": plain, "cudnn": cudnn}
+    return by_platform(attention, forms, query, keys, values, visible)
+
+
+def by_platform(
+    attention: str,
+    forms: Mapping[str, Callable[..., jax.Array]],
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B S H K"],
+    *others: jax.Array | None,
+) -> jax.Array:
+    """Calls the form of an attention that suits the platform of the program.
+
+    Args:
+      attention: a key of PLATFORMS.
+      forms: by implementation, functions of `query`, `keys` and `others` with the same result.
+      query, keys: all that the choice depends on.
+      others: further operands.
+
+    Raises:
+      ValueError: see `choose`.
+    """
+    chosen = {
+        platform: forms[name]
+        for platform, name in choose(attention, query.dtype, keys.shape[1], keys.shape[3]).items()
+    }
+    if set(chosen) == {"default"}:
+        return chosen["default"](query, keys, *others)
+    return jax.lax.platform_dependent(query, keys, *others, **chosen)
+
+
+def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[str, str]:
+    """The implementation on each platform, for so many keys of a `width` per head.
+
+    Raises:
+      ValueError: when cuDNN is asked for and cannot compute it.
+    """
+    chosen = PLATFORMS[attention]
+    if "cudnn" not in chosen.values():
+        return chosen
+    problem = refusal(dtype, width)
+    if attention != "auto":
+        if problem:
+            raise ValueError(f"attention={attention!r} {problem}, or set attention to 'auto'")
+        return chosen
+    return PLATFORMS["xla"] if problem or keys < FEWEST_KEYS else chosen
+
+
+def refusal(dtype: DTypeLike, width: int) -> str:
+    """The reason why cuDNN cannot compute attention here, and the way out; "" if it can."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"does not compute in {dtype.name}: set config.precision to 'bfloat16'"
+    if width % 8 or width > WIDEST_HEAD:
+        return (
+            f"needs a width per head that is a multiple of 8 and at most {WIDEST_HEAD}, and it is "
+            f"{width}: change the number of heads"
+        )
+    if not any(importlib.util.find_spec(name) for name in CUDA):
+        return "needs JAX for NVIDIA GPUs: install jax[cuda12] or jax[cuda13]"
+    return ""
+
+
+def fused(
+    query: Float[Array, "B T H K"],
+    keys: Float[Array, "B S H K"],
+    values: Float[Array, "B S H K"],
+    *,
+    bias: Float[Array, "#B #H T S"] | None = None,
+    visible: Bool[Array, "#B 1 #T S"] | None = None,
+    implementation: str = "cudnn",
+) -> Float[Array, "B T H K"]:
+    """softmax(q k^T / sqrt(K) + bias) v by cuDNN's kernel, which keeps no array of all weights.
+
+    Args:
+      query, keys, values: in bfloat16 or float16.
+      bias: added to the scores, after rounding to the dtype of `query`.
+      visible: see `attend`.
+      implementation: "xla" computes the same without a GPU.
+    """
+    batch, queries, _, _ = query.shape
+    senders = keys.shape[1]
+    if visible is not None:
+        # The kernel broadcasts a mask over examples and heads, but not over queries.
+        visible = jnp.broadcast_to(visible, (*visible.shape[:2], queries, senders))
+    bias = None if bias is None else bias.astype(query.dtype)
+    # Odd lengths are refused, some of them only in training. XLA fuses the padding into the copy
+    # that separates queries, keys and values.
+    odd = queries % 2, senders % 2
+    lengths = {}
+    if any(odd):
+        query, keys, values = (
+            jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, keys, values)
+        )
+        bias, visible = (
+            None if x is None else jnp.pad(x, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
+            for x in (bias, visible)
+        )
+        lengths = {
+            "query_seq_lengths": jnp.full(batch, queries, jnp.int32),
+            "key_value_seq_lengths": jnp.full(batch, senders, jnp.int32),
+        }
+    result = jax.nn.dot_product_attention(
+        query, keys, values, bias, visible, implementation=implementation, **lengths
+    )
+    return result[:, :queries]
 
 
 class SelfAttention(nn.Module):
@@ -15,7 +172,8 @@ class SelfAttention(nn.Module):
     input.
 
     Parameters: `qkv/kernel` (D, Q=3, H, K), `qkv/bias` (Q, H, K) if `qkv_bias`, `out/kernel` (H,
-      K, D), `out/bias` (D). The softmax is computed in float32 or wider, for any `dtype`.
+      K, D), `out/bias` (D). The softmax is computed in float32, for any `dtype`. `attention` is a
+      key of PLATFORMS.
     """
 
     heads: int
@@ -23,6 +181,7 @@ class SelfAttention(nn.Module):
     dtype: DTypeLike
     init: nn.initializers.Initializer = INIT
     out_init: nn.initializers.Initializer = INIT
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -40,7 +199,7 @@ class SelfAttention(nn.Module):
             name="qkv",
         )(x)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        heads = jax.nn.dot_product_attention(query, key, value, mask=visible)
+        heads = attend(query, key, value, visible, attention=self.attention)
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),

@@ -1,11 +1,26 @@
-"""The matrix product of dense layers, with a backward pass that suits the platform."""
+"""The matrix product of dense layers, with a backward pass that suits the platform, and the
+precision of products in float32."""
 
+import contextlib
 import functools
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
+
+from common_jax.ranges import one_of
+
+# Of config fields; docs/performance.md says what each is on a platform.
+MatmulPrecision = Annotated[str, one_of("default", "high", "highest")]
+
+
+def matmul_precision(name: str) -> contextlib.AbstractContextManager:
+    """The context in which programs are traced whose float32 products have a precision.
+
+    "default" leaves it to JAX, and so to JAX_DEFAULT_MATMUL_PRECISION.
+    """
+    return contextlib.nullcontext() if name == "default" else jax.default_matmul_precision(name)
 
 
 def product(

@@ -98,12 +98,12 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 # Fields that change nothing but the rounding of the results: a run may resume with other values.
-# `remat` is a field of networks in any section.
+# `remat` and `attention` are fields of networks in any section.
 PASSING = re.compile(
     r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
     r"|mesh\.(data|fsdp|expert)"
     r"|data\.workers"
-    r"|(.+\.)?remat"
+    r"|(.+\.)?(remat|attention)"
 )
 
 

@@ -57,6 +57,7 @@ class EncoderConfig:
     norm_pre: bool = False
     pool: str = "class"
     norm_after_pool: bool = False
+    attention: str = "auto"
     remat: bool = False
     scan_layers: bool = False
 
@@ -126,9 +127,14 @@ class Block(nn.Module):
         encoder, config = self.encoder, self.config
         if config.pre_stitch is not None:
             x = Stitch(encoder.width, self.dtype, name="pre_stitch")(x)
-        y = SelfAttention(encoder.heads, encoder.qkv_bias, self.dtype, name="attention")(
-            self._norm("norm1", x)
+        attention = SelfAttention(
+            encoder.heads,
+            encoder.qkv_bias,
+            self.dtype,
+            attention=encoder.attention,
+            name="attention",
         )
+        y = attention(self._norm("norm1", x))
         x = x + self._drop_path(self._scale("scale1", y), train, rate)
         y = self._norm("norm2", x)
         if config.moe is None:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from common_jax.config import FieldError, Section
+from common_jax.nn.attention import Implementation
 from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.ranges import Count, NonNegative, Positive, Size, Sizes, one_of
 from m2mkd_jax.models import encoder
@@ -44,6 +45,8 @@ class ViTConfig(Section):
       norm_after_pool: applies the last LayerNorm to the pooled vector instead of the tokens (timm's
         fc_norm).
       depths: blocks in each stage.
+      attention: implementation of the blocks' attention: "auto", cuDNN's kernel on GPUs where it is
+        faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       scan_layers: runs a stage's blocks that are alike as one loop, which compiles faster; random
         draws differ.
@@ -65,6 +68,7 @@ class ViTConfig(Section):
     pool: Annotated[str, one_of(*POOLS, ATTENTION)] = "class"
     norm_after_pool: bool = False
     depths: Sizes = (3, 3, 3, 3)
+    attention: Implementation = "auto"
     remat: bool = False
     scan_layers: bool = False
 
@@ -94,6 +98,7 @@ class ViTConfig(Section):
             norm_pre=self.norm_pre,
             pool=self.pool,
             norm_after_pool=self.norm_after_pool,
+            attention=self.attention,
             remat=self.remat,
             scan_layers=self.scan_layers,
         )

@@ -3,6 +3,7 @@ code-conditioned MLP."""
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 from flax import linen as nn
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from common_jax.config import FieldError, Section
 from common_jax.mesh import constrain
+from common_jax.nn.attention import by_platform, fused
 from common_jax.nn.mlp import gelu
 from common_jax.ranges import BelowOne, NonNegative, Positive, Size
 from m2mkd_jax.models import encoder
@@ -24,6 +26,8 @@ from m2mkd_jax.nac.layers import (
     norm,
     uniform,
 )
+
+CUT = -(2.0**41)  # a log affinity whose weight is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class BlockConfig(Section):
       kernel: of the attention; None for attention without one.
       mask: whether the log kernel is added to the scores.
       scale_after_softmax: multiplies the attention weights by the affinities once more.
+      attention: implementation, a key of `common_jax.nn.attention.PLATFORMS`. With
+        `scale_after_softmax` "auto" is "xla", as cuDNN does not return the weights.
       normalise_kernel: normalises those affinities over the senders. Matters only with
         `scale_after_softmax`, since a softmax ignores a factor that its whole row shares.
     """
@@ -69,6 +75,7 @@ class BlockConfig(Section):
     mask: bool = True
     scale_after_softmax: bool = False
     normalise_kernel: bool = True
+    attention: str = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,6 +83,11 @@ class BlockConfig(Section):
             raise FieldError(
                 f"drop_path={self.drop_path} needs residual=True, since it drops what is added to "
                 "the residual: set drop_path to 0"
+            )
+        if self.scale_after_softmax and self.attention == "cudnn":
+            raise FieldError(
+                "attention='cudnn' does not scale weights after the softmax, and "
+                "scale_after_softmax=True: set attention to 'auto'"
             )
         if self.hidden < 1:
             raise FieldError(
@@ -307,7 +319,17 @@ def attend(
     """Returns the values weighted by the attention of each head.
 
     A receiver without any edge gets 0, or NaN where `config.kernel.empty_row` is "nan".
+
+    Raises:
+      ValueError: see `common_jax.nn.attention.choose`.
     """
+    forms = {"xla": _attend_plainly, "cudnn": _attend_fused}
+    forms = {name: partial(form, config=config) for name, form in forms.items()}
+    attention = "xla" if config.scale_after_softmax else config.attention
+    return by_platform(attention, forms, query, keys, values, log_affinity)
+
+
+def _attend_plainly(query, keys, values, log_affinity, *, config: BlockConfig) -> jax.Array:
     # Scores and weights stay in float32 until the last product, whatever the network computes in:
     # log affinities reach from 0 to minus infinity.
     scores = head_scores(query, keys)
@@ -326,6 +348,16 @@ def attend(
             log_affinity = kernels.normalise_log_rows(log_affinity, empty_row=empty_row)
         weights = weights * jnp.exp(log_affinity)
     return jnp.einsum("BHTS,BSHK->BTHK", weights.astype(values.dtype), values)
+
+
+def _attend_fused(query, keys, values, log_affinity, *, config: BlockConfig) -> jax.Array:
+    if log_affinity is None:
+        return fused(query, keys, values)
+    # The kernel takes no infinite bias; a finite one with the same weights, 0, has their gradient.
+    bias = jnp.maximum(log_affinity, CUT)[:, None]
+    heads = fused(query, keys, values, bias=bias)
+    empty = kernels.is_empty(log_affinity)[..., None]
+    return jnp.where(empty, jnp.nan if config.kernel.empty_row == "nan" else 0.0, heads)
 
 
 def head_scores(

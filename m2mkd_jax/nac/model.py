@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from common_jax.config import FieldError, Section
+from common_jax.nn.attention import Implementation
 from common_jax.ranges import Count, NonNegative, Positive, Size, one_of, shown
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac.blocks import BlockConfig, Propagator
@@ -81,6 +82,8 @@ class NacConfig(Section):
         ("tinyimnet" and "tinynet" are spellings of it, "imnet" of the first).
       legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
         original does by mistake; the whole NAC then inherits it.
+      attention: implementation of the latents' attention: "auto", cuDNN's kernel on GPUs where it
+        is faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
     """
 
@@ -129,6 +132,7 @@ class NacConfig(Section):
     prior: PriorConfig = PriorConfig()
     students: Annotated[str, one_of("imagenet", "tinyimagenet")] = "imagenet"
     legacy_read_in_scale: bool = False
+    attention: Implementation = "auto"
     remat: bool = False
 
     def __post_init__(self):
@@ -183,6 +187,7 @@ class NacConfig(Section):
             share_norm=self.share_norm,
             kernel=self.kernel,
             mask=self.mask,
+            attention=self.attention,
         )
 
     def propagator(self, layer: int, *, drop_path: float) -> BlockConfig:

@@ -27,7 +27,7 @@ STREAMS = ("augment", "mix", "drop_path", "gate", "code", "kernel", "state", "po
 SHOWN = ("train/loss", "train/skipped", "test/loss", "test/accuracy")  # on the terminal
 
 # Sections and fields that every phase reads.
-ALWAYS = ("phase", "seed", "precision", "data", "evaluation", "mesh", "run")
+ALWAYS = ("phase", "seed", "precision", "matmul_precision", "data", "evaluation", "mesh", "run")
 RECIPE = ("optim", "augment", "drop_path")
 ALLOWANCES = ("sources.fresh", "sources.leave")
 

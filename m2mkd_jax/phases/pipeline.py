@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from common_jax.config import in_recipe, under
+from common_jax.nn.dense import matmul_precision
 from common_jax.workdir import claim, read_result, refuse_other_config
 from m2mkd_jax.config import Config, Recipe
 from m2mkd_jax.phases import PHASES
@@ -39,8 +40,9 @@ def run_phase(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]
         return run_pipeline(config, workdir, mesh)
     phase = PHASES[config.phase]
     result = {}
-    for folder, part in run_folders(config).items():
-        result = phase.run(part, workdir / folder, mesh)
+    with matmul_precision(config.matmul_precision):
+        for folder, part in run_folders(config).items():
+            result = phase.run(part, workdir / folder, mesh)
     return result
 
 

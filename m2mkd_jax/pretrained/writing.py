@@ -123,7 +123,7 @@ def _stage(kind: Kind, config: Config) -> int | None:
 
 def _variant(kind: Kind, config: Config) -> str:
     """The published name of the network; "" if it has none."""
-    plain = {"depths": (1,), "remat": False, "scan_layers": False}
+    plain = {"depths": (1,), "attention": "auto", "remat": False, "scan_layers": False}
     sizes = dataclasses.replace(getattr(config, kind.section), **plain)
     for name, (image_size, _, changes) in kind.family.files.variants.items():
         if image_size == config.data.image_size and type(sizes)(depths=(1,), **changes) == sizes:

@@ -105,6 +105,7 @@ def test_defaults_are_the_published_model():
         "dropout": 0.1,
         "scale_embedding": True,
         **IDS,
+        "attention": "auto",
         "remat": False,
         "scan_layers": False,
     }

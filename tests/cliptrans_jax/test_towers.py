@@ -187,7 +187,7 @@ def test_towers_start_as_published(name):
 
 
 def test_defaults_are_the_published_models():
-    shared = {"eps": 1e-5, "features": 512}
+    shared = {"eps": 1e-5, "features": 512, "attention": "auto"}
     large = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
     ids = {"vocab": 250002, "positions": 514, "types": 1, "pad": 1}
     xlmr = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}

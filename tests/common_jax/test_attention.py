@@ -1,5 +1,7 @@
-"""Self-attention: its equation and initialisation."""
+"""Self-attention: its equation and initialisation, and the choice of its implementation."""
 
+import importlib.util
+import re
 from functools import partial
 
 import jax
@@ -10,6 +12,7 @@ from jax import numpy as jnp
 from scipy.special import softmax
 from tiny import fill
 
+from common_jax.nn import attention
 from common_jax.nn.attention import SelfAttention
 
 B, T, HEADS, WIDTH = 3, 4, 2, 6
@@ -56,3 +59,103 @@ def test_both_matrices_start_as_they_are_told_and_biases_at_zero():
     for part, leaves in wanted.items():
         for name, value in leaves.items():
             np.testing.assert_array_equal(params[part][name], value)
+
+
+# The choice of an implementation.
+
+PLAIN, EITHER = attention.PLATFORMS["xla"], attention.PLATFORMS["auto"]
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """As where JAX is installed for NVIDIA GPUs; `json` stands for its plugin."""
+    monkeypatch.setattr(attention, "CUDA", ("json",))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "keys", "width", "chosen"),
+    [
+        ("auto", "bfloat16", 197, 64, EITHER),
+        ("auto", "float16", 128, 128, EITHER),
+        ("auto", "bfloat16", 127, 64, PLAIN),
+        ("auto", "bfloat16", 197, 60, PLAIN),
+        ("auto", "bfloat16", 197, 136, PLAIN),
+        ("auto", "float32", 197, 64, PLAIN),
+        ("auto", "float64", 197, 64, PLAIN),
+        ("xla", "bfloat16", 197, 64, PLAIN),
+        ("cudnn", "bfloat16", 8, 64, attention.PLATFORMS["cudnn"]),
+    ],
+)
+def test_the_choice_depends_on_dtype_length_and_width(with_cuda, name, dtype, keys, width, chosen):
+    assert attention.choose(name, jnp.dtype(dtype), keys, width) is chosen
+
+
+@pytest.mark.parametrize(
+    ("plugin", "dtype", "width", "message"),
+    [
+        ("json", "float32", 64, "'cudnn' does not compute in float32: set config.precision to"),
+        ("json", "bfloat16", 60, "a multiple of 8 and at most 128, and it is 60: change the"),
+        ("json", "bfloat16", 136, "a multiple of 8 and at most 128, and it is 136: change the"),
+        ("absent", "bfloat16", 64, r"install jax\[cuda12\] or jax\[cuda13\], or set attention to"),
+    ],
+)
+def test_cudnn_is_refused_with_the_way_out(monkeypatch, plugin, dtype, width, message):
+    monkeypatch.setattr(attention, "CUDA", (plugin,))
+    with pytest.raises(ValueError, match=message):
+        attention.choose("cudnn", jnp.dtype(dtype), 256, width)
+    assert attention.choose("auto", jnp.dtype(dtype), 256, width) is PLAIN
+
+
+@pytest.mark.parametrize(("platform", "found"), [("cuda", "tanh"), ("cpu", "cos"), ("tpu", "cos")])
+def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, platform, found):
+    forms = {"xla": lambda query, keys: jnp.cos(query), "cudnn": lambda query, keys: jnp.tanh(keys)}
+    x = jnp.ones((1, 128, 1, 8), jnp.bfloat16)
+    choose = jax.jit(lambda x: attention.by_platform("auto", forms, x, x))
+    text = choose.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert [name for name in ("cos", "tanh") if f".{name}" in text] == [found]
+
+
+@pytest.mark.parametrize("queries", [4, 5])
+@pytest.mark.parametrize("senders", [6, 7])
+@pytest.mark.parametrize("others", ["nothing", "a bias", "a mask", "a mask of keys"])
+def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
+    draw = np.random.default_rng(0)
+    query, keys, values, dy = (
+        jnp.asarray(draw.normal(size=(2, length, 3, 8)), jnp.float32)
+        for length in (queries, senders, senders, queries)
+    )
+    rows = 1 if others == "a mask of keys" else queries
+    visible = jnp.asarray(draw.random((2, 1, rows, senders)) < 0.6).at[..., 0].set(True)
+    bias = jnp.asarray(draw.normal(size=(2, 1, queries, senders)), jnp.float32)
+    given = {"a bias": {"bias": bias}, "nothing": {}}.get(others, {"visible": visible})
+
+    def plain(query, keys, values, given):
+        mask = given.get("visible")
+        return jax.nn.dot_product_attention(query, keys, values, given.get("bias"), mask)
+
+    def padded(query, keys, values, given):
+        return attention.fused(query, keys, values, **given, implementation="xla")
+
+    wanted, got = (jax.vjp(partial(f, given=given), query, keys, values) for f in (plain, padded))
+    for one, other in zip((wanted[0], *wanted[1](dy)), (got[0], *got[1](dy)), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, attention.CUDA)), reason="needs JAX for NVIDIA GPUs"
+)
+@pytest.mark.parametrize("visible", [None, jnp.tril(jnp.ones((1, 1, 197, 197), bool))])
+def test_a_program_for_a_gpu_calls_cudnn_forward_and_backward(visible):
+    layer = SelfAttention(HEADS, True, jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 197, 128), jnp.bfloat16)
+    params = jax.eval_shape(partial(nn.Module.init, layer), jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.sum(layer.apply(params, x, visible))
+
+    program = jax.jit(jax.grad(loss, (0, 1))).trace(params, x)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    bias = "" if visible is None else "ScaleBias"
+    calls = [f"__cudnn$fmha{bias}Softmax", f"__cudnn$fmha{bias}SoftmaxBackward"]
+    assert sorted(set(re.findall(r"__cudnn\$\w+", text))) == calls
+    assert "__cudnn" not in program.lower(lowering_platforms=("cpu",)).as_text()

@@ -76,6 +76,18 @@ def test_the_precision_that_is_asked_for_holds_for_gradients_too():
         assert text.count("HIGHEST, HIGHEST") == (3 if asked else 0)
 
 
+@pytest.mark.parametrize("name", ["default", "high", "highest"])
+def test_a_context_sets_the_precision_of_products_and_gradients(name):
+    x, kernel, dimensions = numbers(SHAPES["from heads"])
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(dense.product(x, kernel, dimensions)))
+
+    with dense.matmul_precision(name):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).as_text()
+    assert text.count(f"[{name.upper()}, {name.upper()}]") == text.count("dot_general") == 3
+
+
 def test_matmul_is_a_product_of_matrices():
     x, kernel, _ = numbers(SHAPES["a width"])
     np.testing.assert_allclose(dense.matmul(x, kernel), np.asarray(x) @ kernel, rtol=1e-5)

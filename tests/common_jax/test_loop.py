@@ -29,13 +29,13 @@ def test_only_passing_fields_may_change(tmp_path):
         "optim": {"lr": 1e-3},
         "mesh": {"data": 1, "fsdp": 1},
         "run": {"profile": []},
-        "meta": {"remat": False},
+        "meta": {"remat": False, "attention": "auto"},
         "model": {"mbart": {"remat": False}},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "result.json").write_text("{}")
     passing = config | {"mesh": {"data": 4, "fsdp": 2}, "run": {"profile": [1, 2]}}
-    passing |= {"meta": {"remat": True}, "model": {"mbart": {"remat": True}}}
+    passing |= {"meta": {"remat": True, "attention": "xla"}, "model": {"mbart": {"remat": True}}}
     refuse_other_config(tmp_path, passing)
     with pytest.raises(ValueError, match=r"optim\.lr: 0\.001 -> 0\.01") as error:
         refuse_other_config(tmp_path, config | {"optim": {"lr": 1e-2}})

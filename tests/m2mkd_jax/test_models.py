@@ -127,6 +127,7 @@ def test_the_defaults_are_those_of_the_base_networks():
         "pool": "class",
         "norm_after_pool": False,
         "depths": (3, 3, 3, 3),
+        "attention": "auto",
         "remat": False,
         "scan_layers": False,
     }

@@ -1,6 +1,7 @@
 """NAC's parts: rearranged sums, kernels at their edges, layers and the positional grid."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.extend
@@ -10,7 +11,9 @@ import pytest
 from jax import numpy as jnp
 from tiny import QUICK, fill
 
-from m2mkd_jax.nac import kernel
+from common_jax.config import FieldError
+from common_jax.nn.attention import fused
+from m2mkd_jax.nac import blocks, kernel
 from m2mkd_jax.nac.blocks import BlockConfig, attend, head_scores
 from m2mkd_jax.nac.kernel import KernelConfig
 from m2mkd_jax.nac.layers import CodeLinear, LinearConfig
@@ -153,6 +156,41 @@ def test_a_receiver_without_edges_is_nan_where_the_config_says_so():
     pooled = attend(*(normal(1, 2, 2, 8),) * 3, logs, config=block)
     assert np.all(np.isnan(pooled[:, 1]))
     assert np.all(np.isfinite(pooled[:, 0]))
+
+
+@pytest.mark.parametrize("empty_row", ["zero", "nan"])
+@pytest.mark.parametrize("edges", ["all", "sampled", "truncated"])
+def test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges(monkeypatch, empty_row, edges):
+    monkeypatch.setattr(blocks, "fused", partial(fused, implementation="xla"))
+    config = KernelConfig(truncation=0.9, stochastic=False, empty_row=empty_row)
+    block = dataclasses.replace(BLOCK, kernel=config)
+    # An odd number of senders; the last receiver has no edge within the truncation.
+    distance = jnp.array([[0.1, 0.5, 1.1], [0.8, 0.2, 0.7], [0.3, 1.4, 0.0], [1.2, 1.5, 1.3]])
+    query, *pair = (normal(2, n, 2, 8, seed=n + i) for i, n in enumerate((4, 3, 3)))
+    dy = normal(2, 4, 2, 8, seed=9)
+    uniform = jax.random.uniform(jax.random.key(3), (2, 4, 3))
+
+    def results(form):
+        def pool(distance, query, keys, values):
+            logs = kernel.log_kernel(distance, 0.7, config)[None]
+            if edges == "sampled":
+                logs = kernel.sample_log(logs, uniform, temperature=0.5)
+            return form(query, keys, values, None if edges == "all" else logs, config=block)
+
+        pooled, pull = jax.vjp(pool, distance, query, *pair)
+        return pooled, *pull(dy)
+
+    plain, other = results(blocks._attend_plainly), results(blocks._attend_fused)
+    nan = edges == "truncated" and empty_row == "nan"
+    assert np.isnan(plain[0][:, 3]).all() == nan
+    # Where the original's are NaN, gradients are as well.
+    for wanted, got in zip(plain[:1] if nan else plain, other, strict=not nan):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_scaled_after_the_softmax_are_not_cudnn_s():
+    with pytest.raises(FieldError, match="attention='cudnn' does not scale weights"):
+        dataclasses.replace(BLOCK, scale_after_softmax=True, attention="cudnn")
 
 
 def test_normalised_rows_sum_to_one_or_are_empty():

@@ -50,6 +50,7 @@ SIZES = " ".join(
 POSITIONS = "tests/m2mkd_jax/test_positions.py"
 VARIANTS = "tests/m2mkd_jax/test_vit_variants.py"
 LAYERS = "tests/common_jax/test_attention.py tests/common_jax/test_mlp.py"
+PADDING = "tests/common_jax/test_attention.py::test_padding_to_an_even_length_changes_nothing"
 DENSE = (
     "tests/common_jax/test_dense.py::test_the_precision_that_is_asked_for_holds_for_gradients_too"
 )
@@ -247,6 +248,13 @@ MISTAKES: tuple[Mistake, ...] = (
         right="mask=visible",
         wrong="mask=None",
         tests=LAYERS,
+    ),
+    Mistake(
+        file="common_jax/nn/attention.py",
+        what="for cuDNN, the key that makes their number even is attended to",
+        right='"key_value_seq_lengths": jnp.full(batch, senders, jnp.int32)',
+        wrong='"key_value_seq_lengths": jnp.full(batch, senders + 1, jnp.int32)',
+        tests=PADDING,
     ),
     Mistake(
         file="common_jax/nn/dense.py",

@@ -21,11 +21,19 @@ DRAWS = " ".join(
     f"{TESTS}wiring.py::test_{name}"
     for name in ("training_draws_for_every_part", "no_two_draws_are_alike")
 )
+FUSED = "tests/m2mkd_jax/test_nac.py::test_cudnn_s_form_is_the_plain_one_with_gradients_of_edges"
 PRIORS = "tests/m2mkd_jax/test_priors.py"
 REGULARIZERS = "tests/m2mkd_jax/test_regularizers.py"
 CONVERT = "tests/m2mkd_jax/test_nac_names.py::test_every_tensor_has_its_name"
 
 MISTAKES: tuple[Mistake, ...] = (
+    Mistake(
+        f"{NAC}blocks.py",
+        "for cuDNN, a receiver without an edge gets the mean of all senders",
+        'return jnp.where(empty, jnp.nan if config.kernel.empty_row == "nan" else 0.0, heads)',
+        "return heads",
+        FUSED,
+    ),
     Mistake(
         f"{NAC}layers.py",
         "gradients pass through the noise on codes",

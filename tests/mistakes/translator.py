@@ -86,8 +86,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{MODELS}/attention.py",
         "cross-attention takes keys for values",
-        "self.query(x), pairs[:, :, 0], pairs[:, :, 1], mask=visible",
-        "self.query(x), pairs[:, :, 1], pairs[:, :, 0], mask=visible",
+        "self.query(x), pairs[:, :, 0], pairs[:, :, 1], visible",
+        "self.query(x), pairs[:, :, 1], pairs[:, :, 0], visible",
         NUMBERS,
     ),
     Mistake(

@@ -47,6 +47,7 @@ from common_jax.commands.plan.sizing import (
 from common_jax.commands.plan.steps import kept_shapes, lower_step, step_arguments
 from common_jax.config import freeze
 from common_jax.mesh import make_mesh
+from common_jax.nn.dense import matmul_precision
 from common_jax.optim import OptimConfig
 from common_jax.task import Task
 
@@ -153,7 +154,8 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     frozen = freeze(planner.config, config)
     mesh = make_mesh(frozen.mesh, devices)
     start = time.perf_counter()
-    step = planner.step(frozen, mesh, options)
+    with matmul_precision(frozen.matmul_precision):
+        step = planner.step(frozen, mesh, options)
     traced = time.perf_counter()
     print(
         f"{step.title} on {mesh.size} chips, {options.slices} x {options.topology}: "
