@@ -41,9 +41,9 @@ class Topology:
         return math.prod(self.shape) * (1 if self.kind in CARDS else self.groups)
 
     @property
-    def compiler_options(self) -> dict[str, Any]:
+    def compiler_options(self) -> dict[str, Any] | None:
         """What XLA needs to compile without the machine."""
-        return OPTIONS if self.kind in CARDS else {}
+        return OPTIONS if self.kind in CARDS else None
 
 
 def read_topology(text: str, *, slices: int = 1) -> Topology:
