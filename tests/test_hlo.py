@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from common_jax.commands.plan import chips
 from common_jax.commands.plan.chips import check_libtpu, describe_chips
 from common_jax.commands.plan.collectives import Collective, find_collectives
-from common_jax.commands.plan.hlo import LIBTPU, Program, read_program
+from common_jax.commands.plan.hlo import CUDA, LIBTPU, Program, read_program
 from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, make_mesh
 
@@ -162,11 +162,11 @@ def test_another_version_of_libtpu_is_warned_of(monkeypatch, caplog):
         assert (said in caplog.text) == (installed != LIBTPU)
 
 
-def test_the_extra_installs_the_version_that_programs_are_read_of():
+def test_the_extras_install_the_versions_that_programs_are_read_of():
     text = (ROOT / "setup.py").read_text()
     wanted = [
         node.value
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Constant) and str(node.value).startswith("libtpu")
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("libtpu", "jax[cuda"))
     ]
-    assert wanted == [f"libtpu=={LIBTPU}"]
+    assert wanted == [f"libtpu=={LIBTPU}", f"jax[cuda12]=={CUDA}"]
