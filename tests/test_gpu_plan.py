@@ -24,7 +24,7 @@ from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, make_mesh
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="JAX's wheels for CUDA are not installed (extra: gpu-plan)",
 )
 ROOT = pathlib.Path(__file__).parents[1]

@@ -29,7 +29,7 @@ CARDS = {
     "h200": _gpu(989e12, 151397597184, 4800e9, 450e9, flops32=494e12),
     "b200": _gpu(2250e12, 191514411008, 7672.32e9, 900e9, flops32=1125e12),
 }
-PLUGINS = ("xla_cuda12", "xla_cuda13")
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Without a card products cannot be tuned: those of Triton need it, those of cuBLAS do not.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
@@ -43,13 +43,13 @@ def description(card: str) -> str:
 def check_cuda() -> None:
     """Warns if XLA's compiler for CUDA is not of the version that `plan.hlo` was written for;
     raises ValueError if it is not installed."""
-    found = [name for name in PLUGINS if importlib.util.find_spec(f"jax_plugins.{name}")]
+    found = [name for name in PLUGINS if importlib.util.find_spec(name)]
     if not found:
         raise ValueError(
             "JAX's plugin for CUDA, which holds the compiler for GPUs, is not installed: pip "
             f"install 'jax[cuda12]=={CUDA}' (5.5 GB), or this package with its extra 'gpu-plan'"
         )
-    package = f"jax-{found[0].removeprefix('xla_')}-plugin"
+    package = found[0].replace("_", "-")
     installed = importlib.metadata.version(package)
     if installed != CUDA:
         logging.warning(
