@@ -94,7 +94,9 @@ def test_a_missing_compiler_for_gpus_is_said_with_the_way_out(monkeypatch):
 
 
 def test_another_version_of_the_compiler_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin" or None)
+    monkeypatch.setattr(
+        gpus.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin" or None
+    )
     for installed in (CUDA, "9.9.9"):
         monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name, x=installed: x)
         with caplog.at_level(logging.WARNING):

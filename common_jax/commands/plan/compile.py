@@ -259,8 +259,7 @@ def _open_loop_lines(loops: Mapping[int | None, int]) -> list[str]:
     lines = [
         f"loops whose length depends on data: {count}, counted with {turns} turns, the most that "
         "the shapes of what they slice allow"
-        for turns, count in sorted((turns or 0, count) for turns, count in loops.items())
-        if turns
+        for turns, count in sorted(pair for pair in loops.items() if pair[0])
     ]
     if None in loops:
         lines.append(f"loops of unknown length, counted as run once: {loops[None]}")
@@ -279,7 +278,9 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
         "mfu_bound": sizing.mfu,
         "unknown_loops": sizing.open_loops.get(None, 0),
         "open_loops": [
-            {"turns": turns, "loops": count} for turns, count in sizing.open_loops.items() if turns
+            {"turns": turns, "loops": count}
+            for turns, count in sizing.open_loops.items()
+            if turns is not None
         ],
         "launches": sizing.launches and dataclasses.asdict(sizing.launches),
         "products": sizing.products and dataclasses.asdict(sizing.products),

@@ -56,7 +56,7 @@ def made_by(one: Instruction) -> str | None:
         return "cuDNN attention"
     if target.startswith("__cudnn$conv"):
         return "cuDNN convolution"
-    return "kernel" if "triton" in target else None
+    return "kernel" if "triton" in target or "mosaic" in target else None
 
 
 def target_of(one: Instruction) -> str:
