@@ -94,9 +94,7 @@ def test_a_missing_compiler_for_gpus_is_said_with_the_way_out(monkeypatch):
 
 
 def test_another_version_of_the_compiler_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(
-        gpus.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin" or None
-    )
+    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin")
     for installed in (CUDA, "9.9.9"):
         monkeypatch.setattr(gpus.importlib.metadata, "version", lambda name, x=installed: x)
         with caplog.at_level(logging.WARNING):
