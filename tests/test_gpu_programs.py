@@ -131,6 +131,9 @@ def test_launches_are_counted_with_loops_and_without_what_only_names_arrays():
     assert count_launches(stored()) == Launches(kernels=5 * TURNS + 9, waits=TURNS)
     once = LOOP.replace("BODY", "%s = f32[64,16]{1,0} add(%all, %all)")
     assert count_launches(read_program(once)) == Launches(kernels=2, waits=1)
+    # The host counts the turns of a known number itself, without the condition.
+    known = once.removesuffix("\n}") + ', backend_config={"known_trip_count":{"n":"3"}}\n}'
+    assert count_launches(read_program(known)) == Launches(kernels=3, waits=0)
 
 
 def test_slices_and_scatters_in_place_count_what_they_move():
