@@ -159,8 +159,8 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     step = planner.step(frozen, mesh, options)
     traced = time.perf_counter()
     print(
-        f"{step.title} on {mesh.size} {chip.unit}s, {options.slices} x {topology.name}: "
-        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        f"{step.title} on {mesh.size} {chip.unit}{'s' * (mesh.size > 1)}, {options.slices} x "
+        f"{topology.name}: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         f"traced in {traced - start:.0f} s, compiling",
         sep="\n",
         flush=True,
