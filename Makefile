@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults fuzz mutate bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan fuzz mutate bench lint install clean
 
 demo: demo-m2mkd demo-cliptrans
 
@@ -30,6 +30,15 @@ test-journeys: $(VENV)/.installed
 # Kills, signals, damaged files and a full disk; takes longer than all tests.
 test-faults: $(VENV)/.installed-test
 	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
+
+# Compiles for GPUs, without one, with JAX's wheels for CUDA: 5.5 GB in an environment of their own.
+test-gpu-plan: .venv-gpu-plan/.installed
+	.venv-gpu-plan/bin/python -m pytest -q tests/test_gpu_plan.py
+
+.venv-gpu-plan/.installed: setup.py
+	$(PYTHON) -m venv .venv-gpu-plan
+	.venv-gpu-plan/bin/pip install --quiet --disable-pip-version-check -e '.[test,gpu-plan]'
+	touch $@
 
 # 27,000 damaged and forged files of every format that is read from strangers; two minutes.
 fuzz: $(VENV)/.installed-test
@@ -65,4 +74,4 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-gpu-plan runs build *.egg-info

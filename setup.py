@@ -40,6 +40,7 @@ setup(
         *CONFIGS,
     ],
     package_dir=CONFIGS,
+    package_data={"common_jax.commands.plan": ["cards/*.txtpb"]},
     entry_points={
         "console_scripts": [
             "m2mkd = m2mkd_jax.commands:main",
@@ -93,6 +94,8 @@ setup(
         "bench": ["torch>=2.6", "transformers>=5.23"],
         # The compiler for TPUs, with which tools/compile_for_pod.py needs no TPU.
         "pods": ["libtpu==0.0.52"],
+        # The compiler for GPUs, with which the same tool needs no GPU: 5.5 GB in an environment.
+        "gpu-plan": ["jax[cuda12]==0.10.2"],
         # Reading data sets that TFDS prepared, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
         # Curves on Weights & Biases, with config.run.wandb.

@@ -30,6 +30,7 @@ SLOW = (
     "test_compile_for_pod.py",
     "test_flags.py",
     "test_fuzz.py",
+    "test_gpu_plan.py",
     "test_hlo.py",
     "test_plan_programs.py",
     "test_sweep.py",

@@ -149,6 +149,12 @@ def eight_devices(monkeypatch):
     [
         ((VMOE, "--topology=v7:4x4"), "--topology=v7:4x4 must be a chip of"),
         ((VMOE,), "--topology= must be a chip of"),
+        ((VMOE, "--topology=h300"), "a card of ['a100', 'b200', 'h100', 'h200']"),
+        ((VMOE, "--topology=h100:1x8", "--slices=2"), "hosts is in --topology=h100:HOSTSxCARDS"),
+        (
+            (VMOE, "--topology=h100:1x8", "--config.mesh.fsdp=3"),
+            "config.mesh=data -1 x fsdp 3 x expert 8 needs a divisor of the 8 devices",
+        ),
         ((VMOE, "--topology=v5e:2x4", "--slices=0"), "--slices=0 must be a number from 1"),
         (
             (VMOE, "--topology=v5e:2x4", "--config.mesh.fsdp=3"),
@@ -213,7 +219,8 @@ class Lowered:
 
     result: object
 
-    def compile(self):
+    def compile(self, options):
+        assert options is None  # of TPUs
         if isinstance(self.result, Exception):
             raise self.result
         return self.result

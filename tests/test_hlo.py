@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from common_jax.commands.plan import chips
-from common_jax.commands.plan.chips import check_libtpu, describe_devices
+from common_jax.commands.plan.chips import check_libtpu, describe_chips
 from common_jax.commands.plan.collectives import Collective, find_collectives
-from common_jax.commands.plan.hlo import LIBTPU, Program, read_program
+from common_jax.commands.plan.hlo import CUDA, LIBTPU, Program, read_program
 from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, make_mesh
 
@@ -117,7 +117,7 @@ def looped(kernels, x):
 def analysis(program: Program) -> tuple:
     """All that is counted in a program."""
     collectives = find_collectives(program, devices=4)
-    return collectives, hbm_bytes(program), program.unknown_loops, sorted(program.runs.values())
+    return collectives, hbm_bytes(program), program.open_loops, sorted(program.runs.values())
 
 
 def test_every_instruction_of_the_stored_program_is_read():
@@ -134,7 +134,7 @@ def test_every_instruction_of_the_stored_program_is_read():
             Collective("all-reduce", 4, False, 1, summed),
         ],
         read,
-        0,
+        {},
         [1, 1, 1, 2, 2, 2, 2, 2, 2],
     )
 
@@ -143,7 +143,7 @@ def test_every_instruction_of_the_stored_program_is_read():
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra: pods)"
 )
 def test_libtpu_here_writes_programs_as_the_stored_one_is_written():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2), describe_devices("v5e:2x2"))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), describe_chips("v5e:2x2", slices=1))
     split, batch = (NamedSharding(mesh, P(*axes)) for axes in ((None, "fsdp"), (mesh.axis_names,)))
     kernels = jax.ShapeDtypeStruct((2, 512, 512), jnp.bfloat16, sharding=split)
     x = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16, sharding=batch)
@@ -162,11 +162,11 @@ def test_another_version_of_libtpu_is_warned_of(monkeypatch, caplog):
         assert (said in caplog.text) == (installed != LIBTPU)
 
 
-def test_the_extra_installs_the_version_that_programs_are_read_of():
+def test_the_extras_install_the_versions_that_programs_are_read_of():
     text = (ROOT / "setup.py").read_text()
     wanted = [
         node.value
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Constant) and str(node.value).startswith("libtpu")
+        if isinstance(node, ast.Constant) and str(node.value).startswith(("libtpu", "jax[cuda"))
     ]
-    assert wanted == [f"libtpu=={LIBTPU}"]
+    assert wanted == [f"libtpu=={LIBTPU}", f"jax[cuda12]=={CUDA}"]

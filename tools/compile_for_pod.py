@@ -1,4 +1,4 @@
-"""Compiles the step of a run of either system for a TPU pod that you do not have; see --help.
+"""Compiles the step of a run of either system for TPUs or GPUs that you do not have; see --help.
 
     python tools/compile_for_pod.py --config=configs/m2mkd/vmoe_base.py:phase=end_to_end \\
         --topology=v5e:16x16

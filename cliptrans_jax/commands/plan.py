@@ -1,4 +1,4 @@
-"""`cliptrans plan`: memory and time of a run's step on a TPU pod that you do not have."""
+"""`cliptrans plan`: memory and time of a run's step on TPUs or GPUs that you do not have."""
 
 from typing import TYPE_CHECKING
 

@@ -33,15 +33,15 @@ def check_command(program: str, field: str, checker: Callable[[], "Checker"]) ->
 
 
 def plan_command(program: str, field: str, planner: Callable[[], "Planner"]) -> Command:
-    """`PROGRAM plan`: memory and time of a run's step on a TPU pod; for the arguments see
-    `check_command`."""
+    """`PROGRAM plan`: memory and time of a run's step on TPUs or GPUs; for the arguments
+    see `check_command`."""
 
     def run(args: argparse.Namespace) -> None:
         from common_jax.commands.plan.compile import main
 
         main([f"{program} plan", *args.rest], {field: planner()})
 
-    return passing("memory and time of a step on a TPU pod that you do not have", run)
+    return passing("memory and time of a step on TPUs or GPUs that you do not have", run)
 
 
 def sweep_command(program: str, field: str, part: Callable[[], "Program"], example: str) -> Command:

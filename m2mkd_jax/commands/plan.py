@@ -1,4 +1,4 @@
-"""`m2mkd plan`: memory and time of a run's step on a TPU pod that you do not have."""
+"""`m2mkd plan`: memory and time of a run's step on TPUs or GPUs that you do not have."""
 
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from common_jax.commands.plan.compile import Options, Planner, Step
     from m2mkd_jax.config import Config
 
-EXAMPLE = """Example:
+EXAMPLE = """Examples:
   m2mkd plan --config=m2mkd/vmoe_base.py:phase=end_to_end --topology=v5e:16x16
+  m2mkd plan --config=m2mkd/vmoe_base.py:phase=end_to_end --topology=h100:1x8
 """
 IMAGENET = 1_281_167  # training images
 

@@ -75,6 +75,7 @@ FLOPS = (
     "tests/test_plan_programs.py"
     "::test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand"
 )
+GPUS = "tests/test_gpu_programs.py"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -321,5 +322,26 @@ MISTAKES: tuple[Mistake, ...] = (
         "(math.prod(kernel) // outputs)",
         '(equation.params["feature_group_count"] * math.prod(kernel) // outputs)',
         FLOPS,
+    ),
+    Mistake(
+        "common_jax/commands/plan/launches.py",
+        "a loop of a known length computes no condition on a GPU",
+        "if name in known:",
+        "if name not in known:",
+        GPUS,
+    ),
+    Mistake(
+        "common_jax/commands/plan/traffic.py",
+        "a scatter that adds reads what it adds to",
+        "total += _scattered(fused, one) if _combines(program, one) else 0",
+        "total += 0 if _combines(program, one) else _scattered(fused, one)",
+        GPUS,
+    ),
+    Mistake(
+        "common_jax/commands/plan/hlo.py",
+        "a loop of unknown length has as many turns as its smallest slices allow",
+        "most = max(most or 1, *(size // of for size, of in sizes))",
+        "most = min(most or 1, *(size // of for size, of in sizes))",
+        GPUS,
     ),
 )

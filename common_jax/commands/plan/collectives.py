@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common_jax.commands.plan.hlo import Instruction, Program, starts_collective
+from common_jax.commands.plan.hlo import Array, Instruction, Program, starts_collective
 
 # Bytes that a chip sends, and receives, in a ring of n chips, by the size of the result.
 SENT: dict[str, Callable[[float, int], float]] = {
@@ -31,7 +31,7 @@ class Collective:
     Attributes:
       kind: a key of SENT.
       group: chips in a group; slices, for transfers between slices.
-      crosses: whether groups have chips of several slices.
+      crosses: whether groups have chips of several slices, or of several hosts of GPUs.
       count: how often they run per step, in total.
       bytes: that a chip sends per step, in total.
     """
@@ -75,7 +75,7 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
                 continue
             slice_of = groups // (devices // slices)
             crosses = bool(np.any(slice_of != slice_of[:, :1]))
-            result = _result_bytes(instruction)
+            result = sum(array.bytes for array in received(instruction))
             if name.startswith(SCATTER):
                 kind, result = "reduce-scatter", result / size
             count, sent = totals.get((kind, size, crosses), (0, 0.0))
@@ -84,13 +84,12 @@ def find_collectives(program: Program, *, devices: int, slices: int = 1) -> list
     return [Collective(*key, *value) for key, value in sorted(totals.items())]
 
 
-def _result_bytes(instruction: Instruction) -> int:
-    """Bytes of a collective's result; that of a "-start" begins with its operands."""
-    sizes = [array.bytes for array in instruction.result]
+def received(instruction: Instruction) -> tuple[Array, ...]:
+    """The arrays that a collective makes; the result of a "-start" begins with its operands."""
     if not instruction.kind.endswith("-start") or instruction.kind == "all-reduce-start":
-        return sum(sizes)
+        return instruction.result
     operands = len(instruction.operands)
-    return sum(sizes[operands : 2 * operands])
+    return instruction.result[operands : 2 * operands]
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""Compiles a run's train step for a TPU pod that you do not have; reports its memory and time.
+"""Compiles a run's train step for TPUs or GPUs that you do not have; reports its memory and time.
 
 Takes the config and flags of a run; neither data nor weights are read. Where the config file has
 an argument `chips` and none is given, it gets the number of chips: the program is that of a run
 with that argument.
 
-  --topology=CHIP:SHAPE  v4, v5e, v5p or v6e and the shape of a slice, such as v5e:16x16
-  --slices=N             so many slices, over which the data axis runs (default 1)
+  --topology=CHIP:SHAPE  v4, v5e, v5p or v6e and the shape of a slice, such as v5e:16x16; or
+                         a100, h100, h200 or b200, hosts and cards per host, such as h100:1x8
+                         (default 1x1)
+  --slices=N             of TPUs: so many slices, over which the data axis runs (default 1)
   --examples=N           size of the training set, which schedules need (default: the usual one)
   --tokens=N             of runs on sentences: length to which all are padded (default 64)
   --encode               of runs on frozen features: their program, not the train step
@@ -19,7 +21,6 @@ fit each other, which is checked before anything is compiled.
 import dataclasses
 import json
 import logging
-import math
 import pathlib
 import sys
 import time
@@ -33,8 +34,9 @@ from jax.sharding import Mesh
 from common_jax import app
 from common_jax.command_line import run_config_file
 from common_jax.commands.choice import choose
-from common_jax.commands.plan.chips import chip_of, describe_devices
 from common_jax.commands.plan.flops import Flops
+from common_jax.commands.plan.launches import Launches
+from common_jax.commands.plan.products import Products
 from common_jax.commands.plan.sizing import (
     ArraySize,
     Sizing,
@@ -45,6 +47,7 @@ from common_jax.commands.plan.sizing import (
     size_up,
 )
 from common_jax.commands.plan.steps import kept_shapes, lower_step, step_arguments
+from common_jax.commands.plan.topology import describe_devices, read_topology
 from common_jax.config import freeze
 from common_jax.mesh import make_mesh
 from common_jax.nn.dense import matmul_precision
@@ -148,8 +151,8 @@ def placed_on(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
 def compile_step(config: ml_collections.ConfigDict, options: Options, planners: Planners) -> int:
     """Compiles, prints the numbers, and returns the exit status."""
     logging.getLogger().setLevel(logging.WARNING)
-    chip = chip_of(options.topology)
-    devices = describe_devices(options.topology, slices=options.slices)
+    topology = read_topology(options.topology, slices=options.slices)
+    chip, devices = topology.chip, describe_devices(topology)
     planner = choose(config, planners)
     frozen = freeze(planner.config, config)
     mesh = make_mesh(frozen.mesh, devices)
@@ -158,15 +161,15 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
         step = planner.step(frozen, mesh, options)
     traced = time.perf_counter()
     print(
-        f"{step.title} on {mesh.size} chips, {options.slices} x {options.topology}: "
-        + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        f"{step.title} on {mesh.size} {chip.unit}{'s' * (mesh.size > 1)}, {options.slices} x "
+        f"{topology.name}: " + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
         f"traced in {traced - start:.0f} s, compiling",
         sep="\n",
         flush=True,
     )
     found = {
         "title": step.title,
-        "topology": options.topology,
+        "topology": topology.name,
         "slices": options.slices,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
@@ -177,7 +180,7 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     sizing, problem = None, ""
     used = time.process_time()
     try:
-        compiled = step.lowered.compile()
+        compiled = step.lowered.compile(topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if NO_ROOM not in str(error):
             raise
@@ -187,7 +190,7 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
     if not problem:
         if options.hlo:
             pathlib.Path(options.hlo).write_text(compiled.as_text())
-        sizing = size_up(compiled, step.flops, chip, devices=mesh.size, slices=options.slices)
+        sizing = size_up(compiled, step.flops, chip, devices=mesh.size, groups=topology.groups)
         found |= as_json(sizing)
         times = (
             f"{found['compile_seconds']:.0f} s, {found['compile_cpu_seconds']:.0f} s of CPU time"
@@ -202,10 +205,10 @@ def compile_step(config: ml_collections.ConfigDict, options: Options, planners: 
         pathlib.Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
     if not problem:
         return 0
-    kind = options.topology.partition(":")[0]
     print(
-        f"DOES NOT FIT: a chip of {kind} has {bytes_text(chip.hbm)} of HBM; {problem}",
-        "largest of a chip, arguments first:",
+        f"DOES NOT FIT: a {chip.unit} of {topology.kind} has {bytes_text(chip.hbm)} of HBM; "
+        f"{problem}",
+        f"largest of a {chip.unit}, arguments first:",
         *(f"  {bytes_text(one.bytes)}  {one.name}  {one.shape}" for one in large),
         "fields that lower it: " + ", ".join(step.savers),
         sep="\n",
@@ -223,19 +226,45 @@ def as_lines(sizing: Sizing) -> list[str]:
     }
     parts |= {"of it aliased": memory.aliased, "code": memory.code}
     times = ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in seconds.items())
-    lines = [
-        f"HBM per chip: {bytes_text(memory.total)} of {bytes_text(sizing.chip.hbm)} ("
+    unit = sizing.chip.unit
+    return [
+        f"HBM per {unit}: {bytes_text(memory.total)} of {bytes_text(sizing.chip.hbm)} ("
         + ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items())
         + ")",
-        f"model FLOPs: {flops.model:.4g} per step, {flops.model / sizing.devices:.4g} per chip; "
+        f"model FLOPs: {flops.model:.4g} per step, {flops.model / sizing.devices:.4g} per {unit}; "
         f"computed again {flops.again / max(flops.model, 1):.0%} of them",
-        f"collectives: {collectives_text(sizing.collectives) or 'none'}",
-        f"HBM traffic per chip: {bytes_text(sizing.traffic)} per step",
+        *_products_line(sizing.products),
+        f"collectives: {collectives_text(sizing.collectives, sizing.chip) or 'none'}",
+        f"HBM traffic per {unit}: {bytes_text(sizing.traffic)} per step",
+        *_launches_line(sizing.launches),
         f"roofline: {1e3 * sizing.step_seconds:.2f} ms per step ({times})",
         f"MFU at most {sizing.mfu:.1%}",
+        *_open_loop_lines(sizing.open_loops),
     ]
-    if sizing.unknown_loops:
-        lines.append(f"loops of unknown length, counted as run once: {sizing.unknown_loops}")
+
+
+def _products_line(products: Products | None) -> list[str]:
+    if products is None:
+        return []
+    calls = ", ".join(f"{name} {count}" for name, count in sorted(products.calls.items()))
+    flops = ", ".join(f"{count:.4g} on {kind}" for kind, count in sorted(products.flops.items()))
+    return [f"products per card: {calls or 'none'}; FLOPs {flops or 'none'}"]
+
+
+def _launches_line(launches: Launches | None) -> list[str]:
+    if launches is None:
+        return []
+    return [f"launches: {launches.kernels:,} per step; the host waits {launches.waits:,} times"]
+
+
+def _open_loop_lines(loops: Mapping[int | None, int]) -> list[str]:
+    lines = [
+        f"loops whose length depends on data: {count}, counted with {turns} turns, the most that "
+        "the shapes of what they slice allow"
+        for turns, count in sorted(pair for pair in loops.items() if pair[0])
+    ]
+    if None in loops:
+        lines.append(f"loops of unknown length, counted as run once: {loops[None]}")
     return lines
 
 
@@ -249,7 +278,14 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
         "roofline_seconds": sizing.seconds,
         "step_seconds": sizing.step_seconds,
         "mfu_bound": sizing.mfu,
-        "unknown_loops": sizing.unknown_loops,
+        "unknown_loops": sizing.open_loops.get(None, 0),
+        "open_loops": [
+            {"turns": turns, "loops": count}
+            for turns, count in sizing.open_loops.items()
+            if turns is not None
+        ],
+        "launches": sizing.launches and dataclasses.asdict(sizing.launches),
+        "products": sizing.products and dataclasses.asdict(sizing.products),
     }
 
 
@@ -302,8 +338,7 @@ def main(argv: Sequence[str], planners: Planners) -> None:
     try:
         options, rest = read_options(argv[1:])
         if not {"--help", "-h"} & set(rest):
-            chip_of(options.topology)
-            chips = options.slices * math.prod(map(int, options.topology.split(":")[1].split("x")))
+            chips = read_topology(options.topology, slices=options.slices).devices
             rest = [
                 f"--config={with_chips(one.removeprefix('--config='), chips)}"
                 if one.startswith("--config=")

@@ -49,7 +49,8 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
     """The operations of function(*arguments), arrays or their shapes, over all devices.
 
     A scan counts as often as it runs, a conditional as its branch with the most operations. A
-    convolution over a dilated input counts the products with zeros.
+    convolution over a dilated input counts the products with zeros. A kernel of Pallas counts what
+    its `cost_estimate` says, or else its body for every place of its grid.
 
     Raises:
       UnknownLength: for a `while` loop with products, unless a conditional has another branch.
@@ -65,8 +66,12 @@ def _count_equation(equation: core.JaxprEqn) -> Flops:
     name, parameters = equation.primitive.name, equation.params
     if name in PRODUCTS:
         flops = Flops(model=PRODUCTS[name](equation))
+    elif name in ATTENTION:
+        flops = ATTENTION[name] * _scores(equation)
     elif name == "cond":
         flops = _largest(parameters["branches"])
+    elif name == "pallas_call" and parameters["cost_estimate"] is not None:
+        flops = Flops(model=parameters["cost_estimate"].flops)
     else:
         flops = sum((_count(inner) for inner in _inner(parameters)), Flops())
         if name == "while" and flops.executed:
@@ -75,6 +80,8 @@ def _count_equation(equation: core.JaxprEqn) -> Flops:
             flops *= parameters["length"]
         elif name == "shard_map":
             flops *= math.prod(parameters["mesh"].shape.values())
+        elif name == "pallas_call":
+            flops *= math.prod(parameters["grid_mapping"].grid)
     if AGAIN in str(equation.source_info.name_stack):
         flops = Flops(again=flops.executed)
     return flops
@@ -126,6 +133,19 @@ def _convolution(equation: core.JaxprEqn) -> int:
     return 2 * math.prod(equation.outvars[0].aval.shape) * (math.prod(kernel) // outputs)
 
 
+def _scores(equation: core.JaxprEqn) -> int:
+    """Operations of queries times keys in an attention of cuDNN."""
+    heads_first = equation.params["layout"] == 1
+    query, key = (variable.aval.shape for variable in equation.invars[:2])
+    return 2 * math.prod(query) * key[2 if heads_first else 1]
+
+
+# The attention of cuDNN: products of the size of queries x keys. Its backward pass makes the first
+# of the forward pass again.
+ATTENTION = {
+    "dot_product_attention_fwd_wrapper": Flops(model=2),
+    "dot_product_attention_bwd_wrapper": Flops(model=4, again=1),
+}
 PRODUCTS: dict[str, Callable[[core.JaxprEqn], int]] = {
     "dot_general": _dot,
     "ragged_dot_general": _ragged_dot,

@@ -1,6 +1,7 @@
 """Parsing the text of a compiled program: its instructions, and how often each of them runs.
 
-The text is not a stable interface of XLA: this was written for version LIBTPU.
+The text is not a stable interface of XLA: this was written for version LIBTPU of libtpu, and for
+version CUDA of JAX's plugin for CUDA.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import math
 import re
 
 LIBTPU = "0.0.52"
+CUDA = "0.10.2"
 # Bits per element of each type; other types, such as tokens, have none.
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16,
@@ -31,10 +33,16 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of a program: its bytes, and its memory space (0 is HBM)."""
+    """An array of a program: its type, its shape, and its memory space (0 is HBM)."""
 
-    bytes: int
+    kind: str
+    shape: tuple[int, ...]
     space: int
+
+    @property
+    def bytes(self) -> int:
+        """Its size, without padding."""
+        return -(-math.prod(self.shape) * BITS.get(self.kind, 0) // 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,26 +99,50 @@ class Program:
     @functools.cached_property
     def runs(self) -> dict[str, int]:
         """The number of runs of every computation that the entry calls, directly or indirectly. All
-        branches of a conditional count, and a loop of unknown length counts once."""
+        branches of a conditional count; for the length of loops see `turns`."""
         times: dict[str, int] = {}
         pending = [(self.entry, 1)]
         while pending:
             name, count = pending.pop()
             times[name] = times.get(name, 0) + count
             for instruction in self.computations[name].values():
-                runs = count * (self.trips(instruction) or 1)
+                runs = count * self.turns(instruction)
                 for names in instruction.called.values():
                     pending.extend((one, runs) for one in names if one in self.computations)
         return times
 
-    @property
-    def unknown_loops(self) -> int:
-        """Loops of unknown length that the entry calls."""
-        return sum(
-            self.trips(instruction) is None
-            for name in self.runs
-            for instruction in self.computations[name].values()
-        )
+    @functools.cached_property
+    def open_loops(self) -> dict[int | None, int]:
+        """The loops whose length depends on data, as often as they run, by the turns that `most`
+        gives them."""
+        loops: dict[int | None, int] = {}
+        for name, times in self.runs.items():
+            for instruction in self.computations[name].values():
+                if self.trips(instruction) is None:
+                    turns = self.most(instruction)
+                    loops[turns] = loops.get(turns, 0) + times
+        return loops
+
+    def turns(self, instruction: Instruction) -> int:
+        """The number of runs of each computation that an instruction calls: `trips` where it is
+        known, or else `most`, or else 1."""
+        return self.trips(instruction) or self.most(instruction) or 1
+
+    def most(self, loop: Instruction) -> int | None:
+        """The most turns of a loop that takes or writes a slice of an array per turn, which is the
+        number of such slices in it; None for a loop that does neither."""
+        names, most = list(loop.called["body"]), None
+        for name in names:
+            computation = self.computations[name]
+            for one in computation.values():
+                if one.kind in ("dynamic-slice", "dynamic-update-slice"):
+                    part = one if one.kind == "dynamic-slice" else computation[one.operands[1]]
+                    whole = computation[one.operands[0]].result[0].shape
+                    sizes = zip(whole, part.result[0].shape, strict=True)
+                    most = max(most or 1, *(size // of for size, of in sizes))
+                inner = () if one.kind == "while" else one.called.values()
+                names += [x for group in inner for x in group if x not in names]
+        return most
 
     def trips(self, instruction: Instruction) -> int | None:
         """The number of runs of each computation that an instruction calls: a loop's length, None
@@ -136,8 +168,18 @@ class Program:
         return bounds[0] if len(bounds) == 1 and kinds == ["LT"] else None
 
 
-def read_program(text: str) -> Program:
-    """The program of `jax.stages.Compiled.as_text()`; raises ValueError for another text."""
+def read_program(text: str, *, on_chip: bool = True) -> Program:
+    """The program of `jax.stages.Compiled.as_text()`.
+
+    Args:
+      text: the compiled program.
+      on_chip: False for GPUs, on which all that a memory space other than 0 means is a part of HBM.
+
+    Raises:
+      ValueError: for another text.
+    """
+    if not on_chip:
+        text = _SPACE.sub("", text)
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -173,8 +215,7 @@ def arrays(text: str) -> tuple[Array, ...]:
     """The arrays of a type, such as `(f32[8,128]{1,0:T(8,128)S(1)}, s32[])`."""
     result = []
     for kind, sizes, layout in _LEAF.findall(text):
-        count = math.prod(int(size) for size in sizes.split(",") if size)
         space = _SPACE.search(layout)
-        size = -(-count * BITS.get(kind, 0) // 8)
-        result.append(Array(size, int(space[1]) if space else 0))
+        shape = tuple(int(size) for size in sizes.split(",") if size)
+        result.append(Array(kind, shape, int(space[1]) if space else 0))
     return tuple(result)

@@ -12,6 +12,8 @@ from common_jax.commands.plan.chips import Chip
 from common_jax.commands.plan.collectives import Collective, find_collectives
 from common_jax.commands.plan.flops import Flops
 from common_jax.commands.plan.hlo import read_program
+from common_jax.commands.plan.launches import Launches, count_launches
+from common_jax.commands.plan.products import Products, find_products
 from common_jax.commands.plan.traffic import hbm_bytes
 
 SHOWN = 5  # largest arrays that are listed
@@ -52,7 +54,10 @@ class Sizing:
       memory: per chip.
       traffic: bytes between HBM and cores per step and chip.
       collectives: of the step.
-      unknown_loops: number of loops of unknown length, which count as run once.
+      open_loops: loops whose length depends on data, by the turns that they count as, see
+        `Program.open_loops`.
+      launches: per step, of GPUs.
+      products: of the compiled program, of GPUs.
     """
 
     chip: Chip
@@ -61,18 +66,33 @@ class Sizing:
     memory: Memory
     traffic: int
     collectives: tuple[Collective, ...]
-    unknown_loops: int
+    open_loops: Mapping[int | None, int]
+    launches: Launches | None = None
+    products: Products | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time per step of each resource at its peak rate: "compute", "hbm" and "ici", without
-        traffic between slices."""
+        """Time per step of each resource at its peak rate: "compute", "hbm", the network within a
+        slice or host, and "launches" on GPUs."""
         inside = sum(one.bytes for one in self.collectives if not one.crosses)
-        return {
-            "compute": self.flops.executed / self.devices / self.chip.flops,
+        seconds = {
+            "compute": self._compute_seconds,
             "hbm": self.traffic / self.chip.hbm_bandwidth,
-            "ici": inside / self.chip.ici,
+            self.chip.network: inside / self.chip.links,
         }
+        if self.launches is not None:
+            started = self.launches.kernels * self.chip.launch
+            seconds["launches"] = started + self.launches.waits * self.chip.wait
+        return seconds
+
+    @property
+    def _compute_seconds(self) -> float:
+        """Of the operations of the program as written; those that the compiled program shows at the
+        peak of their type, all others at that of bfloat16."""
+        shown = {} if self.products is None else self.products.flops
+        slower = sum(count for kind, count in shown.items() if kind in ("f32", "f64"))
+        others = max(self.flops.executed / self.devices, sum(shown.values())) - slower
+        return others / self.chip.flops + slower / (self.chip.flops32 or self.chip.flops)
 
     @property
     def step_seconds(self) -> float:
@@ -88,18 +108,22 @@ class Sizing:
 
 
 def size_up(
-    compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, slices: int = 1
+    compiled: jax.stages.Compiled, flops: Flops, chip: Chip, *, devices: int, groups: int = 1
 ) -> Sizing:
-    """Analyses a step that is compiled for `devices` chips in `slices`, with `flops` over all."""
-    program = read_program(compiled.as_text())
+    """Analyses a step that is compiled for `devices` chips in `groups` slices or hosts, with
+    `flops` over all."""
+    gpu = chip.launch > 0
+    program = read_program(compiled.as_text(), on_chip=not gpu)
     return Sizing(
         chip=chip,
         devices=devices,
         flops=flops,
         memory=_memory(compiled),
         traffic=hbm_bytes(program),
-        collectives=tuple(find_collectives(program, devices=devices, slices=slices)),
-        unknown_loops=program.unknown_loops,
+        collectives=tuple(find_collectives(program, devices=devices, slices=groups)),
+        open_loops=program.open_loops,
+        launches=count_launches(program) if gpu else None,
+        products=find_products(program) if gpu else None,
     )
 
 
@@ -164,10 +188,10 @@ def bytes_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def collectives_text(collectives: Sequence[Collective]) -> str:
+def collectives_text(collectives: Sequence[Collective], chip: Chip) -> str:
     """Collectives on one line: kind, count, bytes sent per chip."""
     return ", ".join(
-        f"{one.kind} {one.count} x of {one.group} chips"
-        f"{' over slices' if one.crosses else ''}, {bytes_text(one.bytes)}"
+        f"{one.kind} {one.count} x of {one.group} {chip.unit}s"
+        f"{f' over {chip.group}s' if one.crosses else ''}, {bytes_text(one.bytes)}"
         for one in collectives
     )

@@ -1,6 +1,8 @@
 """Bytes that a compiled program reads from and writes to a chip's memory."""
 
+from common_jax.commands.plan.collectives import SENT, received
 from common_jax.commands.plan.hlo import Array, Computation, Instruction, Program, starts_collective
+from common_jax.commands.plan.products import target_of
 
 # Operations that move nothing themselves, such as names for parts of other results.
 FREE = {
@@ -20,10 +22,10 @@ def hbm_bytes(program: Program) -> int:
 
     The sum over all instructions outside fusions, counted as often as they run, of the bytes that
     each reads and writes in HBM. Arrays in on-chip memory and padding of layouts do not count; a
-    slice counts only its own size, and an update in place only the updated part.
+    slice counts only its own size, and a slice or scatter written in place only what it writes.
     """
     runs, total = program.runs, 0
-    for name in _stages(program):
+    for name in stages(program):
         computation = program.computations[name]
         total += runs[name] * sum(
             _instruction_bytes(program, computation, one) for one in computation.values()
@@ -31,7 +33,7 @@ def hbm_bytes(program: Program) -> int:
     return total
 
 
-def _stages(program: Program) -> list[str]:
+def stages(program: Program) -> list[str]:
     """The entry, and the computations that loops, conditionals and calls run."""
     names = [program.entry]
     for name in names:
@@ -64,6 +66,10 @@ def _instruction_bytes(program: Program, computation: Computation, one: Instruct
             read += part
     if one.kind == "dynamic-update-slice":
         return 2 * _size(computation, one.operands[1])
+    if one.kind == "scatter":
+        index = len(one.operands) // 2
+        moved = [_size(computation, operand) for operand in one.operands[index:]]
+        return sum(moved) + (1 + _combines(program, one)) * sum(moved[1:])
     return read + (_written(one) if fused is None else _written_by(fused, one))
 
 
@@ -83,7 +89,18 @@ def _size(computation: Computation, name: str) -> int:
 
 
 def _written(one: Instruction) -> int:
-    return sum(array.bytes for array in one.result if array.space == 0)
+    results = one.result
+    if one.kind.removesuffix("-start") in SENT:
+        results = received(one)
+    elif target_of(one).startswith(("__cublas", "__cudnn")) and len(results) > 1:
+        results = results[:-1]  # without the memory that the library works in
+    return sum(array.bytes for array in results if array.space == 0)
+
+
+def _combines(program: Program, scatter: Instruction) -> bool:
+    """True if a scatter computes with the old numbers, False if it only replaces them."""
+    combiner = program.computations[scatter.called["to_apply"][0]]
+    return any(one.root and one.kind != "parameter" for one in combiner.values())
 
 
 def _written_by(fused: Computation, fusion: Instruction) -> int:
@@ -102,13 +119,27 @@ def _written_by(fused: Computation, fusion: Instruction) -> int:
 
 
 def _update(fused: Computation, name: str) -> int | None:
-    """Bytes of the update, if `name` is an array with an updated slice."""
-    one = fused[name]
-    while one.kind == "bitcast":
-        one = fused[one.operands[0]]
+    """Bytes of the update, if `name` is an array with an updated slice, or a parameter with updates
+    that are scattered."""
+    one = _without_bitcasts(fused, name)
+    if one.kind == "scatter" and _without_bitcasts(fused, one.operands[0]).kind == "parameter":
+        return _scattered(fused, one)
     if one.kind != "dynamic-update-slice":
         return None
     return sum(array.bytes for array in fused[one.operands[1]].result)
+
+
+def _without_bitcasts(fused: Computation, name: str) -> Instruction:
+    """The instruction whose result `name` is, perhaps in another shape."""
+    while fused[name].kind == "bitcast":
+        name = fused[name].operands[0]
+    return fused[name]
+
+
+def _scattered(fused: Computation, scatter: Instruction) -> int:
+    """Bytes of a scatter's updates."""
+    updates = scatter.operands[len(scatter.operands) // 2 + 1 :]
+    return sum(array.bytes for name in updates for array in fused[name].result)
 
 
 def _read(program: Program, fused: Computation, place: int) -> int:
@@ -132,6 +163,8 @@ def _used(program: Program, fused: Computation, name: str) -> int:
             total += sum(array.bytes for array in one.result)
         elif one.kind == "dynamic-update-slice" and one.operands[0] == name:
             continue
+        elif one.kind == "scatter" and one.operands[0] == name:
+            total += _scattered(fused, one) if _combines(program, one) else 0
         elif one.overlaps or ENDED in one.rest or (one.root and one.kind == "tuple"):
             continue  # a collective that overlaps the fusion, or a result passed through
         elif one.kind == "fusion" and one.called.get("calls"):

@@ -1,0 +1,82 @@
+"""Published figures of GPUs, and described devices of hosts that have them."""
+
+import functools
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import logging
+
+import jax
+from jax.experimental import topologies
+
+from common_jax.commands.plan.chips import Chip
+from common_jax.commands.plan.hlo import CUDA
+
+# A kernel that is queued takes about this long to start, whatever it does.
+LAUNCH = 2e-6
+# A turn of a loop whose length the host reads, measured on one H200 machine: docs/gpu.md.
+WAIT = 17.6e-6
+
+_gpu = functools.partial(
+    Chip, network="nvlink", unit="card", group="host", launch=LAUNCH, wait=WAIT
+)
+# Peak of dense products in bfloat16 and in TF32 and half of NVLink's bidirectional bandwidth: the
+# data sheets of the SXM cards at nvidia.com. Memory and its bandwidth: as in `cards/`, which has
+# what the driver reports.
+CARDS = {
+    "a100": _gpu(312e12, 85100068864, 2039.04e9, 300e9, flops32=156e12),
+    "h100": _gpu(989e12, 84942979072, 3352.32e9, 450e9, flops32=494e12),
+    "h200": _gpu(989e12, 151397597184, 4800e9, 450e9, flops32=494e12),
+    "b200": _gpu(2250e12, 191514411008, 7672.32e9, 900e9, flops32=1125e12),
+}
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# Without a card products cannot be tuned: those of Triton need it, those of cuBLAS do not.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+def description(card: str) -> str:
+    """The card's properties, the text of a GpuTargetConfigProto."""
+    files = importlib.resources.files("common_jax.commands.plan")
+    return (files / "cards" / f"{card}.txtpb").read_text()
+
+
+def check_cuda() -> None:
+    """Warns if XLA's compiler for CUDA is not of the version that `plan.hlo` was written for;
+    raises ValueError if it is not installed."""
+    found = [name for name in PLUGINS if importlib.util.find_spec(name)]
+    if not found:
+        raise ValueError(
+            "JAX's plugin for CUDA, which holds the compiler for GPUs, is not installed: pip "
+            f"install 'jax[cuda12]=={CUDA}' (5.5 GB), or this package with its extra 'gpu-plan'"
+        )
+    package = found[0].replace("_", "-")
+    installed = importlib.metadata.version(package)
+    if installed != CUDA:
+        logging.warning(
+            "%s %s is installed, and the analysis of compiled programs was written for %s: "
+            "collectives, traffic and launches may be wrong. Run tests/test_gpu_plan.py to see "
+            "whether the text of programs is still the same",
+            package,
+            installed,
+            CUDA,
+        )
+
+
+def describe_cards(card: str, *, hosts: int, cards: int) -> list[jax.Device]:
+    """Described devices of `hosts` hosts with `cards` cards each.
+
+    Raises:
+      ValueError: without JAX's plugin for CUDA, or if it cannot compile for the card.
+    """
+    check_cuda()
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=description(card),
+            topology=f"1x{hosts}x{cards}",  # slices x hosts x cards
+        ).devices
+    except RuntimeError as error:
+        raise ValueError(
+            f"--topology={card}:{hosts}x{cards} is refused by the installed XLA: {error}"
+        ) from error
+    return list(found)
