@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from common_jax.beta import beta
 from common_jax.config import Section
 from common_jax.ranges import BelowOne, Count, Fraction, NonNegative, Size, within
 
@@ -326,12 +327,12 @@ def mix(
     apply = jax.random.bernoulli(apply_key, config.mix_probability)
 
     def apply_mixup(images):
-        lam = jax.random.beta(mixup_key, config.mixup, config.mixup)
+        lam = beta(mixup_key, config.mixup)
         lam = jnp.where(apply, lam, 1.0)
         return mixup(images, lam), lam
 
     def apply_cutmix(images):
-        lam = jax.random.beta(cutmix_key, config.cutmix, config.cutmix)
+        lam = beta(cutmix_key, config.cutmix)
         row = jax.random.randint(row_key, (), 0, height)
         column = jax.random.randint(column_key, (), 0, width)
         return cutmix(images, jnp.where(apply, lam, 1.0), (row, column))

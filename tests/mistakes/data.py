@@ -75,8 +75,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file=f"{DATA}/augment.py",
         what="mixup draws lambda with the alpha of cutmix",
-        right="jax.random.beta(mixup_key, config.mixup, config.mixup)",
-        wrong="jax.random.beta(mixup_key, config.cutmix, config.cutmix)",
+        right="beta(mixup_key, config.mixup)",
+        wrong="beta(mixup_key, config.cutmix)",
         tests=MIXING,
     ),
     Mistake(
