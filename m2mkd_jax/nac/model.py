@@ -82,8 +82,9 @@ class NacConfig(Section):
         ("tinyimnet" and "tinynet" are spellings of it, "imnet" of the first).
       legacy_read_in_scale: starts the MLP's layer scale of the read-in student at 1e-6, as the
         original does by mistake; the whole NAC then inherits it.
-      attention: implementation of the latents' attention: "auto", cuDNN's kernel on GPUs where it
-        is faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of the latents' attention: "xla"; "auto", cuDNN's kernel on GPUs
+        where it is faster and XLA elsewhere; or "cudnn", in bfloat16 on GPUs only. "xla" is the
+        default as cuDNN's gradient of log affinities has been compiled, but not compared on a card.
       remat: recomputes each propagator in the backward pass instead of keeping its activations.
     """
 
@@ -132,7 +133,7 @@ class NacConfig(Section):
     prior: PriorConfig = PriorConfig()
     students: Annotated[str, one_of("imagenet", "tinyimagenet")] = "imagenet"
     legacy_read_in_scale: bool = False
-    attention: Implementation = "auto"
+    attention: Implementation = "xla"
     remat: bool = False
 
     def __post_init__(self):
