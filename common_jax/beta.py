@@ -1,4 +1,4 @@
-"""A draw from the beta distribution in a number of steps that is known when the program is compiled.
+"""A draw from the beta distribution whose number of steps is known in compiling.
 
 `jax.random.beta` repeats each draw until it is accepted. On a GPU the host reads after every turn
 whether there is another one, and until then nothing that follows is started.
