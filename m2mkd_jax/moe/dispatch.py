@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from common_jax.mesh import AXES
 from common_jax.nn.mlp import gelu
-from m2mkd_jax.moe.grouped import Experts, arrange, block_size, grouped_mlp
+from m2mkd_jax.moe.grouped import Experts, arrange, block_for_target, grouped_mlp
 from m2mkd_jax.moe.routers import Routes, rank_in_expert
 
 
@@ -156,7 +156,13 @@ def _dropless_local(
         tokens=groups * tokens,
         experts=local_experts,
         # From the mean over all experts: this device's own pairs are known only at run time.
-        block=block_size(token.shape[0], local_experts * peers),
+        block=block_for_target(
+            token.shape[0],
+            local_experts * peers,
+            dtype=x.dtype,
+            width=width,
+            hidden=experts.up.shape[2],
+        ),
     )
     y = grouped_mlp(x.reshape(-1, width), routes.weight.reshape(-1), experts, rows)
     y = y.reshape(x.shape)

@@ -1,11 +1,12 @@
 """The expert MLPs on tokens sorted by expert, without padding to a capacity.
 
 Rows are pairs sorted by expert, and each expert's rows are padded to whole blocks, so that a block
-has one expert. On CPU and GPU a loop over the blocks in use (a trip count known only at run time)
-computes the whole MLP of a block at once. Its backward pass is written here, because jax has no
-reverse-mode gradient of such a loop, and adds weight gradients in place. On TPU the same rows go
-through `jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot multiplies every row by
-every expert.
+has one expert. On CPU a loop over the blocks in use (a trip count known only at run time) computes
+the whole MLP of a block at once. Its backward pass is written here, because jax has no reverse-mode
+gradient of such a loop, and adds weight gradients in place. On TPU the same rows go through
+`jax.lax.ragged_dot`, which has a kernel there; elsewhere ragged_dot multiplies every row by every
+expert. NVIDIA GPUs have the kernels of `grouped_gpu`, without a loop: there the host would read its
+length at every turn.
 
 Axes: N tokens, P pairs, R rows, E experts, D width, F hidden width.
 """
@@ -21,6 +22,8 @@ from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
 from common_jax.nn.mlp import gelu
+from m2mkd_jax.moe import grouped_gpu
+from m2mkd_jax.moe.grouped_gpu import TILE, Tiles
 from m2mkd_jax.moe.routers import rank_in_expert
 
 
@@ -55,15 +58,40 @@ class Rows(NamedTuple):
         return self.token.shape[0] // self.expert.shape[0]
 
 
-def block_size(pairs: int, experts: int) -> int:
-    """Rows per block: sqrt(32 * pairs per expert), rounded down to a power of two from 8 to 256.
+# The cost of a block in rows, and the rows of the smallest and the largest block. A block reads and
+# writes its expert's matrices once, which costs about as much as 16 rows of products (measured on
+# CPU). On a GPU its kernels are started and the host reads the loop's length: 0.1 ms, the time of
+# 1,000 rows (measured on an H200).
+BLOCK_COSTS = {"gpu": (1024, 256, 2048), "default": (16, 8, 256)}
 
-    A block reads and writes its expert's matrices once, which costs about as much as 16 rows of
-    products (measured on CPU), and the last block of an expert is half empty on average. The cost
-    (mean / block + 1 / 2) * (block + 16) has its minimum at sqrt(32 * mean).
+
+def block_size(pairs: int, experts: int, platform: str = "cpu") -> int:
+    """Rows per block of the loop: sqrt(2 * cost * pairs per expert), down to a power of two.
+
+    The last block of an expert is half empty on average. The products then cost
+    (mean / block + 1 / 2) * (block + cost), which has its minimum at sqrt(2 * cost * mean).
     """
+    cost, least, most = BLOCK_COSTS.get(platform, BLOCK_COSTS["default"])
     mean = max(1.0, pairs / experts)
-    return min(256, max(8, 2 ** int(math.log2(32 * mean) / 2)))
+    return min(most, max(least, 2 ** int(math.log2(2 * cost * mean) / 2)))
+
+
+def block_for_target(pairs: int, experts: int, *, dtype: jnp.dtype, width: int, hidden: int) -> int:
+    """Rows per block for the devices of the mesh, or without one for those of this process.
+
+    A block of `TILE` rows is for the kernels, if the program is compiled for an NVIDIA GPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if _has_triton(device.device_kind) and grouped_gpu.fits(dtype, TILE, width, hidden):
+        return TILE
+    return block_size(pairs, experts, device.platform)
+
+
+def _has_triton(kind: str) -> bool:
+    """True for NVIDIA's GPUs of compute capability 8.0 and later, for which Triton compiles."""
+    # A kind of which there is none here is compiled for without a card, where it takes 8.0 as well.
+    here = next((device for device in jax.devices() if device.device_kind == kind), None)
+    return "NVIDIA" in kind and float(getattr(here, "compute_capability", 8.0)) >= 8
 
 
 def arrange(
@@ -292,6 +320,70 @@ def _ragged_backward(
     return dx.astype(x.dtype), dweight, dexperts
 
 
+def _tiles(rows: Rows) -> Tiles:
+    return Tiles(
+        expert=rows.expert,
+        used=jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // TILE,
+    )
+
+
+def _kernel_forward(
+    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
+    if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
+        return _block_forward(x, weight, experts, rows)
+    tiles = _tiles(rows)
+    hidden, active = grouped_gpu.forward_up(
+        _pick(x, rows.token), experts.up, experts.up_bias, tiles
+    )
+    out = grouped_gpu.forward_down(
+        active, experts.down, experts.down_bias, _pick(weight, rows.pair), tiles
+    )
+    y = _add(jnp.zeros(x.shape, out.dtype), rows.token, out, unique=False)
+    return y.astype(x.dtype), hidden
+
+
+def _kernel_backward(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "P"],
+    experts: Experts,
+    rows: Rows,
+    saved: Float[Array, "R F"],
+    dy: Float[Array, "N D"],
+) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+    if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
+        return _block_backward(x, weight, experts, rows, saved, dy)
+    tiles = _tiles(rows)
+    dy_rows = _pick(dy, rows.token)
+    row_weight = _pick(weight, rows.pair)
+    dhidden, active, dweight_parts, dbias_parts = grouped_gpu.backward_down(
+        dy_rows, experts.down, saved, row_weight, tiles
+    )
+    dx_rows = grouped_gpu.backward_up(dhidden, experts.up, tiles)
+
+    # Tiles beyond those in use are undefined, and belong to no expert.
+    expert = jnp.where(tiles.in_use(), tiles.expert, len(experts.up))
+
+    def total(parts: Array) -> Array:
+        start = jnp.zeros((len(experts.up), parts.shape[-1]), parts.dtype)
+        return _add(start, expert, parts, unique=False)
+
+    by_tile = dy_rows.astype(jnp.float32).reshape(-1, TILE, dy.shape[-1])
+    down_bias = experts.down_bias[tiles.expert][:, None]
+    dw = jnp.sum(dweight_parts, axis=1) + jnp.sum(by_tile * down_bias, axis=-1).reshape(-1)
+    gradient = Experts(
+        up=grouped_gpu.outer(_pick(x, rows.token), dhidden, rows.sizes, experts.up.dtype),
+        up_bias=total(dbias_parts),
+        # The weight is with the activations, so that there is no array of weighted rows of dy.
+        down=grouped_gpu.outer(active, dy_rows, rows.sizes, experts.down.dtype),
+        down_bias=total(jnp.sum(row_weight.reshape(-1, TILE, 1) * by_tile, axis=1)),
+    )
+    dx = _add(jnp.zeros(x.shape, dx_rows.dtype), rows.token, dx_rows, unique=False)
+    dweight = _add(jnp.zeros_like(weight), rows.pair, dw.astype(weight.dtype), unique=True)
+    gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, experts)
+    return dx.astype(x.dtype), dweight, gradient
+
+
 class Engine(NamedTuple):
     """An implementation: forward returns (y, saved), backward takes saved and dy."""
 
@@ -301,9 +393,10 @@ class Engine(NamedTuple):
 
 BLOCKWISE = Engine(_block_forward, _block_backward)
 RAGGED = Engine(_ragged_forward, _ragged_backward)
+KERNELS = Engine(_kernel_forward, _kernel_backward)
 
 # By the platform that the program is compiled for, not the one that compiles it.
-ENGINES = {"tpu": RAGGED, "default": BLOCKWISE}
+ENGINES = {"tpu": RAGGED, "cuda": KERNELS, "default": BLOCKWISE}
 
 BY_PLATFORM = Engine(
     *(

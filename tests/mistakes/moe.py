@@ -11,6 +11,7 @@ ROUTING = " ".join(
     )
 )
 ROWS = "tests/m2mkd_jax/test_dispatch.py::test_there_is_a_row_for_every_pair_however_they_fall"
+KERNELS = "tests/m2mkd_jax/test_grouped_gpu.py::test_"
 SLOTS = (
     "tests/m2mkd_jax/test_dispatch.py"
     "::test_capacity_equals_a_loop_that_leaves_out_pairs_beyond_the_slots "
@@ -98,6 +99,28 @@ MISTAKES: tuple[Mistake, ...] = (
         right="blocks = pairs // block + experts",
         wrong="blocks = pairs // block + experts - 1",
         tests=ROWS,
+    ),
+    Mistake(
+        file="m2mkd_jax/moe/grouped.py",
+        what="tiles that no kernel wrote are the last expert's",
+        right="expert = jnp.where(tiles.in_use(), tiles.expert, len(experts.up))",
+        wrong="expert = tiles.expert",
+        tests=f"{KERNELS}float32_values_and_gradients",
+    ),
+    Mistake(
+        file="m2mkd_jax/moe/grouped_gpu.py",
+        what="hidden values are rounded before the GELU",
+        right="active[tile.rows, tile.columns] = (wide * normal_cdf(wide)[0]).astype(active.dtype)",
+        wrong="wide = wide.astype(hidden.dtype).astype(jnp.float32)\n"
+        "    active[tile.rows, tile.columns] = (wide * normal_cdf(wide)[0]).astype(active.dtype)",
+        tests=f"{KERNELS}bfloat16_values_and_gradients",
+    ),
+    Mistake(
+        file="m2mkd_jax/moe/grouped_gpu.py",
+        what="an expert's outer product has the rows of all experts before it",
+        right="fori_loop(start[expert] // step, end[expert] // step, add, total)",
+        wrong="fori_loop(0, end[expert] // step, add, total)",
+        tests=f"{KERNELS}float32_values_and_gradients",
     ),
     Mistake(
         file="m2mkd_jax/moe/pairs.py",
