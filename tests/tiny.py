@@ -50,14 +50,17 @@ OPTIM = OptimConfig(
 AUGMENT = AugmentConfig(mixup=0.2, cutmix=1.0, smoothing=0.1, padding=1)
 
 
-def tiny_config(phase: str, *, moe: MoeConfig = MOE, optim: OptimConfig = OPTIM) -> Config:
-    """A run of three stages that logs and saves often."""
-    vit = ViTConfig(depths=(1, 1, 1), **SIZES)
+def tiny_config(
+    phase: str, *, moe: MoeConfig = MOE, optim: OptimConfig = OPTIM, stages: int = 3
+) -> Config:
+    """A run of few stages that logs and saves often."""
+    depths = (1,) * stages
+    vit = ViTConfig(depths=depths, **SIZES)
     return Config(
         phase=phase,
         meta=vit,
-        teacher=dataclasses.replace(vit, depths=(2, 1, 1)),
-        model=VMoEConfig(depths=(1, 1, 1), moe=moe, **SIZES),
+        teacher=dataclasses.replace(vit, depths=(2, *depths[1:])),
+        model=VMoEConfig(depths=depths, moe=moe, **SIZES),
         optim=optim,
         augment=AUGMENT,
         drop_path=0.1,
@@ -66,9 +69,9 @@ def tiny_config(phase: str, *, moe: MoeConfig = MOE, optim: OptimConfig = OPTIM)
     )
 
 
-def tiny_pipeline() -> Config:
+def tiny_pipeline(*, stages: int = 3) -> Config:
     """The same with a recipe for every phase."""
-    config = tiny_config("pipeline")
+    config = tiny_config("pipeline", stages=stages)
     recipe = Recipe(config.optim, config.augment, config.drop_path)
     few_shot = dataclasses.replace(
         recipe, optim=dataclasses.replace(config.optim, batch=8, steps=2)

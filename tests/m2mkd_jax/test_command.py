@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,7 +146,7 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
         f"--config.data.path={folder}",
         "--config.data.image_size=48",
         "--config.data.labels=2",
-        "--config.data.workers=2",
+        "--config.data.workers=1",
         "--config.data.bad_share=0.1",
         "--config.model.depths=(1,1)",
         "--config.meta.depths=(1,1)",
@@ -164,7 +165,7 @@ def test_a_folder_of_images_is_trained_on_by_flags_alone(folder, tmp_path, monke
     assert "finished: test/loss " in scores and ", test/accuracy " in scores
     assert use.endswith(f"to use it: m2mkd predict {tmp_path}/run PICTURE")
     apply, params = m2mkd_jax.load_model("run")
-    assert apply(params, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 2)
+    assert jax.jit(apply)(params, np.zeros((2, 48, 48, 3), np.uint8)).shape == (2, 2)
     workdir = tmp_path / "run"
     assert (workdir / "result.json").exists()
     assert (workdir / "report.html").stat().st_size > 10_000

@@ -107,7 +107,7 @@ def test_a_prediction_is_what_the_network_says(runs, pictures, capsys):
     assert found["picture"] == str(pictures / "a.png")
     apply, params = m2mkd_jax.load_model(runs / "student")
     images, _ = digits.load_split("test")
-    shares = np.asarray(jax.nn.softmax(apply(params, images[:1]))[0])
+    shares = np.asarray(jax.nn.softmax(jax.jit(apply)(params, images[:1]))[0])
     best = np.argsort(-shares)[:5]
     assert [one["class"] for one in found["classes"]] == [str(label) for label in best]
     np.testing.assert_allclose(

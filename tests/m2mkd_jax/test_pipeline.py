@@ -1,15 +1,16 @@
-"""The whole method at its smallest: every phase runs, hands its weights on, and is not run
-twice."""
+"""The whole method at its smallest, of two stages: every phase runs, hands its weights on, and is
+not run twice."""
 
 import dataclasses
 import json
 import logging
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from meshes import one_device
-from tiny import tiny_config, tiny_pipeline
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -27,6 +28,8 @@ RUNS = [
 ]
 
 
+tiny_config = partial(tiny.tiny_config, stages=2)
+tiny_pipeline = partial(tiny.tiny_pipeline, stages=2)
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
@@ -71,7 +74,7 @@ def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):
 
 def test_modules_start_the_next_phase(finished):
     account = json.loads((finished / "teacher" / "warm_start.json").read_text())
-    assert [entry["as"] for entry in account["taken"]] == [f"teacher/stage_{i}" for i in range(3)]
+    assert [entry["as"] for entry in account["taken"]] == [f"teacher/stage_{i}" for i in range(2)]
     assert account["left"] == account["fresh"] == []
     account = json.loads((finished / "end_to_end" / "warm_start.json").read_text())
     left = {entry["name"].split("/")[3] for entry in account["left"]}
@@ -79,16 +82,16 @@ def test_modules_start_the_next_phase(finished):
     assert {entry["reason"] for entry in account["left"]} == {"config.model.stitches='dropped'"}
     account = json.loads((finished / "few_shot" / "warm_start.json").read_text())
     assert {entry["name"] for entry in account["fresh"]} == {
-        "student/stage_2/head/kernel",
-        "student/stage_2/head/bias",
+        "student/stage_1/head/kernel",
+        "student/stage_1/head/bias",
     }
 
 
 def test_training_moves_only_what_is_trainable(finished):
     before = checkpoint.load(finished / "end_to_end", subtree="student")
     after = checkpoint.load(finished / "few_shot", subtree="student")
-    head = after["stage_2"].pop("head")
-    before["stage_2"].pop("head")
+    head = after["stage_1"].pop("head")
+    before["stage_1"].pop("head")
     jax.tree.map(np.testing.assert_array_equal, before, after)
     assert head["kernel"].shape == (16, 8)
     assert np.any(head["bias"] != 0)
@@ -97,18 +100,18 @@ def test_training_moves_only_what_is_trainable(finished):
 @pytest.mark.parametrize("run", ["meta", "teacher", "end_to_end"])
 def test_a_whole_network_is_loaded_in_two_lines(finished, run):
     apply, params = m2mkd_jax.load_model(finished / run)
-    logits = apply(params, np.zeros((2, 8, 8, 1), np.uint8))
+    logits = jax.jit(apply)(params, np.zeros((2, 8, 8, 1), np.uint8))
     assert logits.shape == (2, 10)
 
 
 def test_a_module_is_loaded_alone_and_split(finished):
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2))
-    apply, params = m2mkd_jax.load_model(finished / "students", module=1, mesh=mesh)
-    assert list(params) == ["stage_1"]
-    up = params["stage_1"]["block_0"]["moe"]["up"]
+    apply, params = m2mkd_jax.load_model(finished / "students", module=0, mesh=mesh)
+    assert list(params) == ["stage_0"]
+    up = params["stage_0"]["block_0"]["moe"]["up"]
     assert up.sharding.shard_shape(up.shape) == (2, 8, 32)
     with jax.set_mesh(mesh):
-        tokens = jax.jit(apply)(params, np.zeros((8, 5, 16), np.float32))
+        tokens = jax.jit(apply)(params, np.zeros((8, 8, 8, 1), np.uint8))
     assert tokens.shape == (8, 5, 16)
 
 
@@ -181,15 +184,15 @@ def test_wrong_sources_are_named(finished, tmp_path):
         run_phase(config, tmp_path / "a", one_device())
     students = str(finished / "students")
     config = dataclasses.replace(
-        tiny_config("end_to_end"), sources=SourcesConfig(students=(students, students))
+        tiny_config("end_to_end"), sources=SourcesConfig(students=(students,) * 3)
     )
-    with pytest.raises(ValueError, match=r"config\.sources\.students names 2 workdirs .* needs 3"):
+    with pytest.raises(ValueError, match=r"config\.sources\.students names 3 workdirs .* needs 2"):
         run_phase(config, tmp_path / "b", one_device())
     wider = dataclasses.replace(config.model, width=32)
     config = dataclasses.replace(
         config,
         model=wider,
-        sources=SourcesConfig(students=(students, students, students)),
+        sources=SourcesConfig(students=(students, students)),
     )
     with pytest.raises(ValueError, match=r"attention/out/bias should be \(32,\) and is \(16,\) in"):
         run_phase(config, tmp_path / "c", one_device())
