@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from m2mkd_jax.data import augment
+
 
 def correlation(*draws: Any) -> float:
     """The largest between any two of the draws [n], in absolute value."""
@@ -30,8 +32,14 @@ def keys_drawn_from(
 
         monkeypatch.setattr(jax.random, name, draw)
 
-    for name in ("bernoulli", "beta", "normal", "randint", "uniform"):
+    for name in ("bernoulli", "normal", "randint", "uniform"):
         watch(name)
+
+    def draw_beta(key, alpha):  # one draw, whatever it draws in turn
+        drawn.append(key)
+        return 0.5
+
+    monkeypatch.setattr(augment, "beta", draw_beta)
 
     def run(key):
         function(key)

@@ -58,6 +58,7 @@ CONFIG = NacConfig(
     inputs_to_outputs=False,
     share_codes=False,
     identical_codes=True,
+    attention="auto",
 )
 BLOCK = BlockConfig(
     width=14,
