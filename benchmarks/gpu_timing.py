@@ -113,10 +113,9 @@ def with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def precisely(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments) in float32, with exact products."""
-    wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), arguments)
+    """function(*arguments), arrays of floats, in float32 with exact products."""
     with jax.default_matmul_precision("highest"):
-        return jax.jit(function)(*wide)
+        return jax.jit(function)(*jax.tree.map(jnp.float32, arguments))
 
 
 def measure(
