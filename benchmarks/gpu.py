@@ -2,7 +2,8 @@
 
 Each case runs in a process of its own with a time limit, in the order of `CASES`, until the budget
 is spent. FOLDER/results.json is rewritten after every case, and FOLDER/CASE.log has all that a case
-printed. A peer that is not installed is named and left out, as is a case that fails or gets no time.
+printed. A peer that is not installed is named and left out. So is a case that fails or gets no
+time.
 
     python benchmarks/gpu.py --out FOLDER
     python benchmarks/gpu.py --out FOLDER --budget 900 --only ceiling moe_layer nac

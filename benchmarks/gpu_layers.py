@@ -1,4 +1,4 @@
-"""Cases of `gpu.py`: ceilings of the card, the mixture of experts, attention, and the label loss."""
+"""Cases of `gpu.py`: ceilings, the mixture of experts, attention, and the label loss."""
 
 import contextlib
 import math
@@ -259,13 +259,15 @@ SHAPES = {
 
 
 def log_affinities(shape: Shape) -> jax.Array:
-    """Sampled edges, some of them cut; the first receiver has none."""
-    batch = shape.batch if shape.visible == "each" else 1
+    """Shared edges are cut beyond a distance, where they are minus infinity, and the first receiver
+    has none; those of each example are sampled, as in training."""
     key, other = jax.random.split(jax.random.key(8))
     distance = jax.random.uniform(key, (shape.tokens, shape.tokens), maxval=1.2).at[0].set(1.5)
     logs = kernel.log_kernel(distance, 1.0, kernel.KernelConfig())[None]
-    u = jax.random.uniform(other, (batch, *distance.shape), minval=1e-6, maxval=1 - 1e-6)
-    return kernel.sample_log(logs, u, temperature=0.5)
+    if shape.visible == "shared":
+        return logs
+    uniform = jax.random.uniform(other, (shape.batch, *distance.shape))
+    return kernel.sample_log(logs, uniform, temperature=0.5)
 
 
 def attend(shape: Shape, attention: str) -> Callable[..., jax.Array]:
