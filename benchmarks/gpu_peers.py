@@ -131,8 +131,9 @@ def measure_mbart(tiny: bool) -> None:
             optimizer.step()
             return loss
 
+        times = chained(step, sync=block)
         memory = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
-        say("mbart_torch", **chained(step, sync=block), peak_gb=memory, note=note)
+        say("mbart_torch", **times, peak_gb=memory, note=note)
 
 
 def measure_decode(tiny: bool) -> None:

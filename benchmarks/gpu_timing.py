@@ -1,6 +1,6 @@
 """Shared parts of the cases of `gpu.py`: time, comparison, and the lines that a case reports.
 
-A line is `MARK` and JSON, printed as soon as something is measured:
+A result is printed as soon as it is known:
 
     case         its name
     ms           median milliseconds per call; low, high: the least and the most
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from gpu import MARK
 from jax import numpy as jnp
 
 from common_jax.commands.plan.gpus import CARDS
 
-MARK = "RESULT "
 MOST_SECONDS = 2.0  # of the calls that are dispatched at once
 
 
