@@ -79,13 +79,17 @@ def environment(*, tiny: bool) -> dict[str, str]:
     """The variables of a case's process."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Not preallocated, so that `peak_gb` is what a step needs.
-    found = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-    found["PYTHONPATH"] = os.pathsep.join(paths)
-    return found | ({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if tiny else {})
+    changes = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+    changes["PYTHONPATH"] = os.pathsep.join(paths)
+    return (
+        os.environ
+        | changes
+        | ({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if tiny else {})
+    )
 
 
 def probe(variables: dict[str, str], *, tiny: bool) -> Result:
-    """The card and the version of JAX, found by a process that ends and so frees the card.
+    """The card and the version of JAX, from a process that ends and so frees the card.
 
     Raises:
       SystemExit: without an NVIDIA GPU, unless `tiny`.
@@ -108,8 +112,10 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
-def run(name: str, log: pathlib.Path, variables: dict[str, str], *, tiny: bool, limit: float):
-    """What a case measured, and its problem as a last result if it did not end well."""
+def run(
+    name: str, log: pathlib.Path, variables: dict[str, str], *, tiny: bool, limit: float
+) -> list[Result]:
+    """The results of a case; if it did not end well, the last one is its problem."""
     command = [sys.executable, str(FOLDER / f"{CASES[name].file}.py"), name]
     problem = ""
     with log.open("w") as file:

@@ -177,7 +177,6 @@ def measure_moe_kernels(tiny: bool) -> None:
     """Each of the layer's six kernels, the first with other tiles, and JAX's own Mosaic kernel."""
     sizes = moe_sizes(tiny)
     inputs = moe_inputs(sizes)
-    flops = sizes.product_flops
 
     def operands(block: int) -> tuple[jax.Array, grouped.Rows, grouped_gpu.Tiles]:
         rows = grouped.arrange(
@@ -189,19 +188,21 @@ def measure_moe_kernels(tiny: bool) -> None:
 
     x, rows, tiles = operands(grouped.TILE)
     weight = inputs.weight.at[rows.pair].get(mode="fill", fill_value=0)
-    dy = normal(7, *x.shape)
+    dy, hidden = normal(7, *x.shape), normal(8, len(x), sizes.hidden)
     up, up_bias, down, down_bias = inputs.experts
-    run = partial(measure, flops=flops)
+    outer = partial(grouped_gpu.outer, dtype=DTYPE)
+    kernels = {
+        "forward_up": (grouped_gpu.forward_up, x, up, up_bias, tiles),
+        "forward_down": (grouped_gpu.forward_down, hidden, down, down_bias, weight, tiles),
+        "backward_down": (grouped_gpu.backward_down, dy, down, hidden, weight, tiles),
+        "backward_up": (grouped_gpu.backward_up, hidden, up, tiles),
+        "outer_up": (outer, x, hidden, rows.sizes),
+        "outer_down": (outer, hidden, dy, rows.sizes),
+    }
+    run = partial(measure, flops=sizes.product_flops)
     with interpreted(tiny):
-        hidden, active = run("kernel_forward_up", grouped_gpu.forward_up, x, up, up_bias, tiles)
-        forward = active, down, down_bias, weight, tiles
-        run("kernel_forward_down", grouped_gpu.forward_down, *forward)
-        backward = dy, down, hidden, weight, tiles
-        dhidden, *_ = run("kernel_backward_down", grouped_gpu.backward_down, *backward)
-        run("kernel_backward_up", grouped_gpu.backward_up, dhidden, up, tiles)
-        outer = partial(grouped_gpu.outer, dtype=DTYPE)
-        run("kernel_outer_up", outer, x, dhidden, rows.sizes)
-        run("kernel_outer_down", outer, active, dy, rows.sizes)
+        for name, (function, *arguments) in kernels.items():
+            run(f"kernel_{name}", function, *arguments)
 
         names = ("TILE", "COLUMNS", "STEP_BYTES", "WARPS", "STAGES")
         for height, columns, step, warps, stages in TILES:

@@ -60,7 +60,13 @@ def random_batch(
 
 
 def measure_step(
-    case: str, task: Task, optim: OptimConfig, batch: Fields, *, flops: float, note: str
+    case: str,
+    task: Task,
+    optim: OptimConfig,
+    batch: Mapping[str, np.ndarray],
+    *,
+    flops: float,
+    note: str,
 ) -> None:
     """The step of a run, with random weights, and the losses of its first three."""
     step = Training(task, optim, batch)
@@ -212,7 +218,7 @@ def measure_decode(tiny: bool) -> None:
         run = jax.jit(Search(translator, config).run)
         program = run.lower(params, None, source, language).compile()
         compile_seconds = time.perf_counter() - start
-        found = program(params, None, source, language)
+        hypotheses = program(params, None, source, language)
         times = chained(
             lambda program=program: program(params, None, source, language), count=1, repeats=5
         )
@@ -221,7 +227,7 @@ def measure_decode(tiny: bool) -> None:
             **times,
             sentences_s=1e3 * work.count / times["ms"],
             compile_s=compile_seconds,
-            tokens=float(np.mean(np.asarray(found.lengths)[:, 0])),
+            tokens=float(np.mean(np.asarray(hypotheses.lengths)[:, 0])),
             ms_step=times["ms"] / config.steps,
             note="random weights: sentences run to the longest",
         )

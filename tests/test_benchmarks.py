@@ -63,7 +63,7 @@ def test_without_a_gpu_nothing_is_measured(load, monkeypatch, tmp_path):
     gpu, out = load("gpu"), tmp_path / "out"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={out}"])
-    with pytest.raises(SystemExit, match="no NVIDIA GPU here, its device is 'cpu'.*add --tiny"):
+    with pytest.raises(SystemExit, match=r"no NVIDIA GPU here, its device is 'cpu'.*add --tiny"):
         gpu.main()
     assert not out.exists()
 
