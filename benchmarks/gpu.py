@@ -68,9 +68,13 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "gpu")
+    folder = ROOT / "build" / "gpu"
+    parser.add_argument("--out", type=pathlib.Path, default=folder, help="folder for the results")
     parser.add_argument("--budget", type=float, default=440, help="seconds for all cases")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE",
+        help=", ".join(CASES),
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="small sizes on a CPU")
     return parser.parse_args()
 
@@ -81,11 +85,9 @@ def environment(*, tiny: bool) -> dict[str, str]:
     # Not preallocated, so that `peak_gb` is what a step needs.
     changes = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     changes["PYTHONPATH"] = os.pathsep.join(paths)
-    return (
-        os.environ
-        | changes
-        | ({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if tiny else {})
-    )
+    if tiny:
+        changes |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | changes
 
 
 def probe(variables: dict[str, str], *, tiny: bool) -> Result:
