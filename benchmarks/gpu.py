@@ -141,9 +141,16 @@ def run(
 def line(result: Result) -> str:
     """A result for people."""
     left_out = ("case", "of", "failed")
-    values = {key: value for key, value in result.items() if key not in left_out and value != ""}
-    shown = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in values.items()}
-    return f"{result['case']:32s}" + ", ".join(f"{key} {value}" for key, value in shown.items())
+    values = {key: x for key, x in result.items() if key not in left_out and x not in ("", None)}
+    parts = [f"{key} {describe(value)}" for key, value in values.items()]
+    return f"{result['case']:38s}" + ", ".join(parts)
+
+
+def describe(value: Any) -> str:
+    """A value for people: floats with four digits, those of a list too."""
+    if isinstance(value, list):
+        return f"[{' '.join(map(describe, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
