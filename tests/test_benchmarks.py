@@ -50,3 +50,39 @@ def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
     for role in ("meta", "teacher"):
         params = checkpoint.load(tmp_path / role, subtree=role)
         assert sorted(params) == [f"stage_{stage}" for stage in range(len(config.meta.depths))]
+
+
+def test_cases_for_a_gpu_are_those_of_their_files(load):
+    cases = load("gpu").CASES
+    for file in sorted({case.file for case in cases.values()}):
+        listed = {name for name, case in cases.items() if case.file == file}
+        assert set(load(file).CASES) == listed, file
+
+
+def test_without_a_gpu_nothing_is_measured(load, monkeypatch, tmp_path):
+    gpu, out = load("gpu"), tmp_path / "out"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={out}"])
+    with pytest.raises(SystemExit, match=r"no NVIDIA GPU here, its device is 'cpu'.*add --tiny"):
+        gpu.main()
+    assert not out.exists()
+
+
+def test_ceilings_at_small_sizes(load, monkeypatch, tmp_path):
+    gpu = load("gpu")
+    monkeypatch.setattr(sys, "argv", f"gpu.py --tiny --only ceiling --out {tmp_path}".split())
+    gpu.main()
+    machine, *results = json.loads((tmp_path / "results.json").read_text())
+    assert machine["card"] == "cpu"
+    before = json.loads((BENCHMARKS / "h200.json").read_text())
+    cases = [result["case"] for result in before if result["of"] == "ceiling"]
+    assert [result["case"] for result in results] == cases
+    assert all(result["ms"] > 0 for result in results if "ms" in result)
+
+
+def test_a_case_that_takes_too_long_is_named(load, tmp_path):
+    gpu = load("gpu")
+    log = tmp_path / "ceiling.log"
+    (result,) = gpu.run("ceiling", log, gpu.environment(tiny=True), tiny=True, limit=0.01)
+    assert result["of"] == "ceiling" and result["failed"]
+    assert result["error"].startswith("took more than 0 seconds")
