@@ -123,7 +123,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             batching=BatchingConfig(bucket=LENGTH // 2, window=46),
             decode=DecodeConfig(max_new_tokens=LENGTH, bucket=LENGTH, growth=1, halvings=0),
             valid_beams=1,
-            run=RunConfig(log_every=15, eval_every=8, checkpoint_every=8, best="val/chrf"),
+            run=RunConfig(log_every=15, eval_every=8, checkpoint_every=8, best=None),
         )
     )  # fmt: skip
     recipes = scale_lengths(RECIPES, args.scale)
