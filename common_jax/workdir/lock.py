@@ -9,6 +9,7 @@ seconds, by the clock of the file system, which is the same for all machines.
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -260,20 +261,30 @@ class _Lock:
 
     def _take_over(self, holder: Holder | None, age: float) -> None:
         """Removes a stale lock; of several processes that try, one succeeds."""
-        # Renamed first, which only one process can do. A slow process may rename the new lock of a
-        # faster one instead; it then finds another holder in it and puts it back.
-        aside = pathlib.Path(temporary_beside(self._path))
+        # Only the process that has created the claim to this holder's lock removes it. A slower one
+        # that claims it later finds the lock of another holder, and leaves that alone.
+        name = hashlib.sha256(repr(holder).encode()).hexdigest()[:16]
+        claim = self._path.with_name(f".{self._path.name}.{name}.stale")
         try:
-            self._path.rename(aside)
-        except FileNotFoundError:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # it was removed in between
+                if self._now() - claim.stat().st_mtime > STALE:  # its process was killed
+                    claim.unlink()
+            time.sleep(0.01)  # the other process needs no longer
             return
-        if _read(aside) != holder:
-            # A link, not a rename, which would overwrite a lock created since.
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self._path)
-            aside.unlink()
+        try:
+            touched = self._path.stat().st_mtime
+            if _read(self._path) != holder:
+                return
+            # A lock without a holder may also be one that is just being written.
+            if holder is None and self._now() - touched <= STALE:
+                return
+            self._path.unlink()
+        except FileNotFoundError:  # it was released in between
             return
-        aside.unlink()
+        finally:
+            claim.unlink(missing_ok=True)
         logging.warning(
             "%s: taking over the lock of %s, which no longer runs (last sign of life %.0f s ago)",
             self._path.parent,

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -218,3 +219,28 @@ def test_a_bucket_has_none_and_says_so_once(caplog):
     with caplog.at_level(logging.WARNING), hold("gs://bucket/run"), hold("gs://bucket/run/meta"):
         require("gs://bucket/run/meta")
     assert caplog.text.count("has no locks") == 1
+
+
+def test_a_slow_start_leaves_the_lock_of_a_faster_one_alone(workdir):
+    left_by(workdir, pid=ended())
+    stale = lock._read(workdir / lock.NAME)
+    fast = lock._Lock.of(str(workdir))
+    slow = lock._Lock(workdir / lock.NAME)
+    slow._take_over(stale, age=0.0)  # as if it had read the stale lock before
+    fast.require()
+    fast.release()
+    assert list(workdir.iterdir()) == []
+
+
+def test_a_killed_start_does_not_keep_a_stale_lock_forever(workdir, monkeypatch):
+    left_by(workdir, pid=ended())
+    stale = lock._read(workdir / lock.NAME)
+    monkeypatch.setattr(pathlib.Path, "unlink", lambda *_, **__: None)
+    lock._Lock(workdir / lock.NAME)._take_over(stale, age=0.0)  # killed before it removed anything
+    monkeypatch.undo()
+    (claim,) = workdir.glob(".*.stale")
+    os.utime(claim, (0, 0))
+    found = lock._Lock.of(str(workdir))
+    found.require()
+    found.release()
+    assert list(workdir.iterdir()) == []
