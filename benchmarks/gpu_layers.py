@@ -182,9 +182,8 @@ def measure_moe_kernels(tiny: bool) -> None:
         rows = grouped.arrange(
             inputs.token, inputs.expert, tokens=sizes.tokens, experts=sizes.experts, block=block
         )
-        used = jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // block
         x = inputs.x.at[rows.token].get(mode="fill", fill_value=0)
-        return x, rows, grouped_gpu.Tiles(rows.expert, used)
+        return x, rows, grouped.tiles_of(rows)
 
     x, rows, tiles = operands(grouped.TILE)
     weight = inputs.weight.at[rows.pair].get(mode="fill", fill_value=0)

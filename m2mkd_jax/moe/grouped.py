@@ -132,6 +132,18 @@ def _add(total: Array, index: Int[Array, "R"], rows: Array, *, unique: bool) -> 
     return total.at[index].add(rows, mode="drop", unique_indices=unique)
 
 
+def _sum_by_token(x: Float[Array, "N D"], rows: Rows, values: Float[Array, "R D"]) -> Array:
+    """Of all rows, in the dtype of `values` and returned in that of `x`."""
+    # Not unique here: a token has a row with each of its experts.
+    total = _add(jnp.zeros(x.shape, values.dtype), rows.token, values, unique=False)
+    return total.astype(x.dtype)
+
+
+def _by_pair(weight: Float[Array, "P"], rows: Rows, values: Float[Array, "R"]) -> Array:
+    """The values of the rows of pairs, 0 for pairs without a row."""
+    return _add(jnp.zeros_like(weight), rows.pair, values.astype(weight.dtype), unique=True)
+
+
 # Forward and backward pass for the rows of one block or for all of them. `experts` has matrices
 # that `times` accepts, and biases that broadcast over the rows.
 
@@ -275,12 +287,10 @@ def _ragged_forward(
 
     hidden, out = _forward_rows(_pick(x, rows.token), _for_all_rows(experts, rows), times)
     out = _pick(weight, rows.pair)[:, None] * out
-    y = jnp.zeros(x.shape, _accumulator(x.dtype))
-    # Not unique here: a token has a row with each of its experts.
-    y = _add(y, rows.token, out.astype(y.dtype), unique=False)
+    y = _sum_by_token(x, rows, out.astype(_accumulator(x.dtype)))
     # ragged_dot leaves rows beyond those in use undefined.
     used = (jnp.arange(hidden.shape[0]) < jnp.sum(rows.sizes))[:, None]
-    return y.astype(x.dtype), jnp.where(used, hidden, 0)
+    return y, jnp.where(used, hidden, 0)
 
 
 def _ragged_backward(
@@ -314,17 +324,14 @@ def _ragged_backward(
         _for_all_rows(experts, rows),
         products,
     )
-    dx = _add(jnp.zeros(x.shape, dx_rows.dtype), rows.token, dx_rows, unique=False)
-    dweight = _add(jnp.zeros_like(weight), rows.pair, dw.astype(weight.dtype), unique=True)
     dexperts = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), dexperts, experts)
-    return dx.astype(x.dtype), dweight, dexperts
+    return _sum_by_token(x, rows, dx_rows), _by_pair(weight, rows, dw), dexperts
 
 
-def _tiles(rows: Rows) -> Tiles:
-    return Tiles(
-        expert=rows.expert,
-        used=jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // TILE,
-    )
+def tiles_of(rows: Rows) -> Tiles:
+    """The blocks of rows as tiles of the kernels."""
+    used = jnp.sum(rows.sizes, keepdims=True, dtype=jnp.int32) // rows.block
+    return Tiles(expert=rows.expert, used=used)
 
 
 def _kernel_forward(
@@ -332,15 +339,14 @@ def _kernel_forward(
 ) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
     if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
         return _block_forward(x, weight, experts, rows)
-    tiles = _tiles(rows)
+    tiles = tiles_of(rows)
     hidden, active = grouped_gpu.forward_up(
         _pick(x, rows.token), experts.up, experts.up_bias, tiles
     )
     out = grouped_gpu.forward_down(
         active, experts.down, experts.down_bias, _pick(weight, rows.pair), tiles
     )
-    y = _add(jnp.zeros(x.shape, out.dtype), rows.token, out, unique=False)
-    return y.astype(x.dtype), hidden
+    return _sum_by_token(x, rows, out), hidden
 
 
 def _kernel_backward(
@@ -353,7 +359,7 @@ def _kernel_backward(
 ) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
     if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
         return _block_backward(x, weight, experts, rows, saved, dy)
-    tiles = _tiles(rows)
+    tiles = tiles_of(rows)
     dy_rows = _pick(dy, rows.token)
     row_weight = _pick(weight, rows.pair)
     dhidden, active, dweight_parts, dbias_parts = grouped_gpu.backward_down(
@@ -378,10 +384,8 @@ def _kernel_backward(
         down=grouped_gpu.outer(active, dy_rows, rows.sizes, experts.down.dtype),
         down_bias=total(jnp.sum(row_weight.reshape(-1, TILE, 1) * by_tile, axis=1)),
     )
-    dx = _add(jnp.zeros(x.shape, dx_rows.dtype), rows.token, dx_rows, unique=False)
-    dweight = _add(jnp.zeros_like(weight), rows.pair, dw.astype(weight.dtype), unique=True)
     gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradient, experts)
-    return dx.astype(x.dtype), dweight, gradient
+    return _sum_by_token(x, rows, dx_rows), _by_pair(weight, rows, dw), gradient
 
 
 class Engine(NamedTuple):
