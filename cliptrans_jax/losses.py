@@ -4,7 +4,7 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cliptrans_jax.models.chunks import CHUNK
+from cliptrans_jax.models.chunks import CHUNK, counts
 from cliptrans_jax.models.linear_loss import linear_loss
 from cliptrans_jax.translators.translator import Readout
 
@@ -21,7 +21,7 @@ def label_loss(
       The sum, and sum_bt w_bt: the original's loss is the first over the second.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    weights = ((labels >= 0) & (labels != pad)).astype(logits.dtype)
+    weights = counts(labels, pad=pad).astype(logits.dtype)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     label_logits = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     losses = log_z - (1 - smoothing) * label_logits
@@ -52,4 +52,4 @@ def states_loss(
     total = linear_loss(
         readout.matrix, bias, states, labels, pad=pad, smoothing=smoothing, chunk=rows
     )
-    return total, jnp.sum((labels >= 0) & (labels != pad), dtype=kind)
+    return total, jnp.sum(counts(labels, pad=pad), dtype=kind)

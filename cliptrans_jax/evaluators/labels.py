@@ -5,7 +5,7 @@ from jax import numpy as jnp
 from cliptrans_jax.evaluators.evaluator import Evaluator
 from cliptrans_jax.evaluators.translation import Encode, SentenceSet
 from cliptrans_jax.losses import label_loss
-from cliptrans_jax.models.chunks import sum_chunks
+from cliptrans_jax.models.chunks import counts, sum_chunks
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax.ranking import rank_of
 from common_jax.step import Evaluate, Sums, make_evaluator
@@ -24,7 +24,7 @@ def make_sums(translator: Translator, encode: Encode) -> Sums:
         def chunk_sums(states, labels):
             logits = translator.call("logits", params, states)
             total, count = label_loss(logits, labels, pad=pad)
-            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & (labels >= 0) & (labels != pad)
+            right = (rank_of(logits, jnp.maximum(labels, 0)) < 1) & counts(labels, pad=pad)
             return {"count": count, "loss": total, "token_accuracy": jnp.sum(right)}
 
         return sum_chunks(chunk_sums, states, labels, pad=pad)

@@ -5,12 +5,17 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from common_jax.mesh import batch_shards
 
 # Labels per device and chunk: enough rows for a matrix product at full speed.
 CHUNK = 1024
+
+
+def counts(labels: Int[Array, "*B"], *, pad: int) -> Bool[Array, "*B"]:
+    """True for labels that a loss counts: neither negative nor pads."""
+    return (labels >= 0) & (labels != pad)
 
 
 def sum_chunks(

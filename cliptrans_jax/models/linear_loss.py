@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from cliptrans_jax.models.chunks import counts
 from common_jax.mesh import AXES, BATCH
 
 # Tokens of the vocabulary per block. Blocks are a loop of Python, not of the program: XLA for GPUs
@@ -172,7 +173,7 @@ class _Task:
         )
         sums = self._chunks(readout, rows, flat, sums)
 
-        real, labels = self._real(flat), jnp.maximum(flat, 0)
+        real, labels = counts(flat, pad=self.pad), jnp.maximum(flat, 0)
         by_matrix = by_bias = None
         share = self.smoothing / len(matrix)
         if self.by_matrix:
@@ -184,9 +185,6 @@ class _Task:
             by_bias = jnp.concatenate(sums.by_bias) - share * jnp.sum(real)
             by_bias = by_bias.at[labels].add(sums.by_labels)
         return sums.total, by_matrix, by_bias, sums.by_rows.reshape(states.shape)
-
-    def _real(self, labels: Int[Array, "T"]) -> jax.Array:
-        return (labels >= 0) & (labels != self.pad)
 
     def _chunks(self, readout: _Readout, rows, labels, sums: _Sums) -> _Sums:
         """Adds all chunks of rows to `sums`."""
@@ -211,7 +209,8 @@ class _Task:
     def _add(self, readout: _Readout, rows, labels, places, sums: _Sums) -> _Sums:
         """Adds a chunk of rows, which stand at `places`."""
         kind, smoothing = sums.total.dtype, self.smoothing
-        real, labels = self._real(labels).astype(kind), jnp.maximum(labels, 0)
+        real = counts(labels, pad=self.pad).astype(kind)
+        labels = jnp.maximum(labels, 0)
         # The label has terms of its own, in which p is not rounded: its gradient is p - 1.
         own, wide = readout.matrix[labels].astype(kind), rows.astype(kind)
         label_logits = jnp.sum(wide * own, axis=1) + readout.bias[labels]
