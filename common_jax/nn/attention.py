@@ -31,7 +31,7 @@ Implementation = Annotated[str, one_of(*PLATFORMS)]  # of config fields
 # tokens, and 1.5 times as long at 64 with a mask (docs/gpu.md).
 FEWEST_KEYS = 128
 WIDEST_HEAD = 128  # of all cards that cuDNN's kernel runs on
-CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 def attend(
@@ -117,7 +117,7 @@ def refusal(dtype: DTypeLike, width: int) -> str:
             f"needs a width per head that is a multiple of 8 and at most {WIDEST_HEAD}, and it is "
             f"{width}: change the number of heads"
         )
-    if not any(importlib.util.find_spec(name) for name in CUDA):
+    if not any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
         return "needs JAX for NVIDIA GPUs: install jax[cuda12] or jax[cuda13]"
     return ""
 

@@ -69,7 +69,7 @@ PLAIN, EITHER = attention.PLATFORMS["xla"], attention.PLATFORMS["auto"]
 @pytest.fixture
 def with_cuda(monkeypatch):
     """As where JAX is installed for NVIDIA GPUs; `json` stands for its plugin."""
-    monkeypatch.setattr(attention, "CUDA", ("json",))
+    monkeypatch.setattr(attention, "CUDA_PLUGINS", ("json",))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_choice_depends_on_dtype_length_and_width(with_cuda, name, dtype, ke
     ],
 )
 def test_cudnn_is_refused_with_the_way_out(monkeypatch, plugin, dtype, width, message):
-    monkeypatch.setattr(attention, "CUDA", (plugin,))
+    monkeypatch.setattr(attention, "CUDA_PLUGINS", (plugin,))
     with pytest.raises(ValueError, match=message):
         attention.choose("cudnn", jnp.dtype(dtype), 256, width)
     assert attention.choose("auto", jnp.dtype(dtype), 256, width) is PLAIN
@@ -142,7 +142,8 @@ def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
 
 
 @pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, attention.CUDA)), reason="needs JAX for NVIDIA GPUs"
+    not any(map(importlib.util.find_spec, attention.CUDA_PLUGINS)),
+    reason="needs JAX for NVIDIA GPUs",
 )
 @pytest.mark.parametrize("visible", [None, jnp.tril(jnp.ones((1, 1, 197, 197), bool))])
 def test_a_program_for_a_gpu_calls_cudnn_forward_and_backward(visible):

@@ -64,15 +64,26 @@ def check_libtpu() -> None:
             "libtpu, which holds the compiler for TPUs, is not installed: pip install "
             f"libtpu=={LIBTPU}, or this package with its extra 'pods'"
         )
-    installed = importlib.metadata.version("libtpu")
-    if installed != LIBTPU:
+    warn_of_version(
+        "libtpu",
+        LIBTPU,
+        doubtful="collectives, traffic and the roofline",
+        remedy=f"pip install libtpu=={LIBTPU}, or run tests/test_hlo.py",
+    )
+
+
+def warn_of_version(package: str, read: str, *, doubtful: str, remedy: str) -> None:
+    """Warns if a compiler's package is not of the version whose programs `plan.hlo` reads."""
+    installed = importlib.metadata.version(package)
+    if installed != read:
         logging.warning(
-            "libtpu %s is installed, and the analysis of compiled programs was written for %s: "
-            "collectives, traffic and the roofline may be wrong. pip install libtpu==%s, or run "
-            "tests/test_hlo.py to see whether the text of programs is still the same",
+            "%s %s is installed, and the analysis of compiled programs was written for %s: %s may "
+            "be wrong. %s to see whether the text of programs is still the same",
+            package,
             installed,
-            LIBTPU,
-            LIBTPU,
+            read,
+            doubtful,
+            remedy,
         )
 
 

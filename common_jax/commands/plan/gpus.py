@@ -1,16 +1,15 @@
 """Published figures of GPUs, and described devices of hosts that have them."""
 
 import functools
-import importlib.metadata
 import importlib.resources
 import importlib.util
-import logging
 
 import jax
 from jax.experimental import topologies
 
-from common_jax.commands.plan.chips import Chip
+from common_jax.commands.plan.chips import Chip, warn_of_version
 from common_jax.commands.plan.hlo import CUDA
+from common_jax.nn.attention import CUDA_PLUGINS
 
 # A kernel that is queued takes about this long to start, whatever it does.
 LAUNCH = 2e-6
@@ -29,7 +28,6 @@ CARDS = {
     "h200": _gpu(989e12, 151397597184, 4800e9, 450e9, flops32=494e12),
     "b200": _gpu(2250e12, 191514411008, 7672.32e9, 900e9, flops32=1125e12),
 }
-PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Without a card products cannot be tuned: those of Triton need it, those of cuBLAS do not.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
@@ -43,23 +41,18 @@ def description(card: str) -> str:
 def check_cuda() -> None:
     """Warns if XLA's compiler for CUDA is not of the version that `plan.hlo` was written for;
     raises ValueError if it is not installed."""
-    found = [name for name in PLUGINS if importlib.util.find_spec(name)]
+    found = [name for name in CUDA_PLUGINS if importlib.util.find_spec(name)]
     if not found:
         raise ValueError(
             "JAX's plugin for CUDA, which holds the compiler for GPUs, is not installed: pip "
             f"install 'jax[cuda12]=={CUDA}' (5.5 GB), or this package with its extra 'gpu-plan'"
         )
-    package = found[0].replace("_", "-")
-    installed = importlib.metadata.version(package)
-    if installed != CUDA:
-        logging.warning(
-            "%s %s is installed, and the analysis of compiled programs was written for %s: "
-            "collectives, traffic and launches may be wrong. Run tests/test_gpu_plan.py to see "
-            "whether the text of programs is still the same",
-            package,
-            installed,
-            CUDA,
-        )
+    warn_of_version(
+        found[0].replace("_", "-"),
+        CUDA,
+        doubtful="collectives, traffic and launches",
+        remedy="Run tests/test_gpu_plan.py",
+    )
 
 
 def describe_cards(card: str, *, hosts: int, cards: int) -> list[jax.Device]:
