@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 DEADLINE = 300  # seconds that anything waited for may take
 # 44 updates in 4 epochs of the digits, with random augmentation, dropping and averaging.
@@ -34,7 +36,11 @@ DIGITS = (
     "--config.run.checkpoint_every=1",
     "--config.run.compilation_cache=None",
 )
-QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Later versions of XLA have no other way to compile fusions.
+FUSIONS_BY_LLVM = jax.__version_info__ < (0, 11)
+QUICKLY = "--xla_backend_optimization_level=0"
+if FUSIONS_BY_LLVM:
+    QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import one_device
+from processes import FUSIONS_BY_LLVM
 
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -87,7 +88,7 @@ def feed_of(config: Config, workdir) -> Feed:
 
 
 # Compiler options of programs with gradients, which then compile in half the time.
-QUICK = {"xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_cpu_use_fusion_emitters": False} if FUSIONS_BY_LLVM else {}
 
 
 @contextlib.contextmanager
