@@ -29,8 +29,8 @@ def _vit(rate, **switches):
     return vit.build(config, INTERFACE, dtype=jnp.float64, drop_path=rate)
 
 
-def _vmoe(rate, **switches):
-    config = vmoe.VMoEConfig(depths=(1, 2), moe=MOE, **SIZES, **switches)
+def _vmoe(rate, depths=(2,), **switches):
+    config = vmoe.VMoEConfig(depths=depths, moe=MOE, **SIZES, **switches)
     return vmoe.build(config, INTERFACE, stitch_width=None, dtype=jnp.float64, drop_path=rate)
 
 
@@ -155,7 +155,7 @@ def test_every_layer_s_gate_draws_its_own_noise():
 def test_what_layers_sow_is_there_after_a_loop():
     found = []
     for loop in (False, True):
-        network = _vmoe(0.0, scan_layers=loop)
+        network = _vmoe(0.0, depths=(1, 2), scan_layers=loop)
         with jax.enable_x64(True), unoptimised():
             images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)))
             params = fill(network.init)

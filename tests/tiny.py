@@ -129,3 +129,13 @@ def fill(init, *arguments):
         lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) if leaf.shape else 1.0, "f4"),
         shapes,
     )
+
+
+def count_parameters(build, config) -> int:
+    """Parameters of the network `build(config)`; since its blocks are alike, one is traced."""
+    network = build(dataclasses.replace(config, depths=(1,)))
+    (shapes,) = jax.eval_shape(network.init, jax.random.key(0)).values()
+    one, block = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes, shapes["block_0"])
+    )
+    return one + (sum(config.depths) - 1) * block

@@ -63,10 +63,10 @@ def test_a_finished_pipeline_is_not_run_again(finished, caplog):
 
 
 def test_a_pipeline_goes_on_where_it_was_stopped(finished, tmp_path):
-    for run in RUNS[:3]:
+    for run in RUNS:
         (tmp_path / run).symlink_to(finished / run)
     run_phase(tiny_pipeline(), tmp_path, one_device())
-    for run in RUNS[3:]:
+    for run in ("end_to_end", "few_shot"):
         assert (tmp_path / run / "metrics.jsonl").read_bytes() == (
             finished / run / "metrics.jsonl"
         ).read_bytes()
@@ -121,24 +121,20 @@ def test_a_teacher_is_split_by_loading_a_subtree(finished):
     jax.tree.map(np.testing.assert_array_equal, whole["stage_1"], part)
 
 
-def test_stitches_can_be_kept(finished, tmp_path):
-    config = tiny_config("end_to_end")
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, stitches="kept"),
-        sources=SourcesConfig(students=(str(finished / "students"),)),
-    )
-    run_phase(config, tmp_path, one_device())
-    account = json.loads((tmp_path / "warm_start.json").read_text())
-    assert account["left"] == []
-
-
-def test_logit_distillation_needs_and_uses_the_whole_teacher(finished, tmp_path):
+def test_logit_distillation_uses_the_whole_teacher_and_stitches_can_be_kept(finished, tmp_path):
     config = dataclasses.replace(tiny_config("end_to_end"), baseline=DistillConfig(kind="hard"))
     with pytest.raises(ValueError, match=r"config\.sources\.teacher is empty"):
         run_phase(config, tmp_path / "none", one_device())
-    config = dataclasses.replace(config, sources=SourcesConfig(teacher=str(finished / "teacher")))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, stitches="kept"),
+        sources=SourcesConfig(
+            teacher=str(finished / "teacher"), students=(str(finished / "students"),)
+        ),
+    )
     run_phase(config, tmp_path / "some", one_device())
+    account = json.loads((tmp_path / "some" / "warm_start.json").read_text())
+    assert account["left"] == []
     lines = read_metrics(tmp_path / "some" / "metrics.jsonl")
     lines = [line for line in lines if "train/loss" in line]
     assert len(lines) == 3

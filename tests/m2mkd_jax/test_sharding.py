@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import idle_rules, one_device, split_mesh
-from tiny import MOE, OPTIM, tiny_config
+from tiny import OPTIM, tiny_config
 
 from common_jax import checkpoint
 from common_jax.config import freeze
@@ -21,10 +21,6 @@ from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.phases import end_to_end
 
 LONG = dataclasses.replace(OPTIM, steps=12, accumulate=2)
-DISPATCH = {
-    "dropless": MOE,
-    "capacity": dataclasses.replace(MOE, dispatch="capacity", groups=8, order="priority"),
-}
 
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -38,11 +34,11 @@ def losses(workdir):
     ]
 
 
-@pytest.fixture(scope="module", params=list(DISPATCH))
-def runs(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
     """The same run on one device and on mesh 2 x 2 x 2, and the shardings of the state on the
     latter."""
-    config = tiny_config("end_to_end", moe=DISPATCH[request.param], optim=LONG, stages=2)
+    config = tiny_config("end_to_end", optim=LONG, stages=2)
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "eight")}
     states = []
     save = checkpoint.Checkpoints.save

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from meshes import one_device, split_mesh
+from meshes import split_mesh
 from same import assert_close
 from scipy.special import erf, softmax
 from tiny import OPTIM, SIZES, fill, tiny_config
@@ -269,22 +269,17 @@ def test_students_learn_inside_the_meta_model():
         assert router["scale"] != 0
 
 
-def test_a_run_on_eight_devices_is_that_on_one_and_is_loaded_whole(tmp_path):
+def test_a_run_on_eight_devices_records_its_layers_and_is_loaded_whole(tmp_path):
     optim = dataclasses.replace(OPTIM, steps=4)
     config = tiny_config("end_to_end", moe=SOFT, optim=optim, stages=2)
-    losses = {}
-    for name, mesh in (("one", one_device()), ("eight", split_mesh())):
-        end_to_end.run(config, tmp_path / name, mesh)
-        lines = list(read_metrics(tmp_path / name / "metrics.jsonl"))
-        losses[name] = [line["train/loss"] for line in lines if "train/loss" in line]
-        (line,) = (line for line in lines if line["step"] == 4 and "train/loss" in line)
-        recorded = {key for key in line if key.startswith("train/moe/stage_1/block_0/")}
-        assert {key.split("/")[-1] for key in recorded} == {"load", "entropy", "dispatch_entropy"}
-    assert len(losses["one"]) == 2
-    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-5)
+    end_to_end.run(config, tmp_path, split_mesh())
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    (line,) = (line for line in lines if line["step"] == 4 and "train/loss" in line)
+    recorded = {key for key in line if key.startswith("train/moe/stage_1/block_0/")}
+    assert {key.split("/")[-1] for key in recorded} == {"load", "entropy", "dispatch_entropy"}
 
-    apply, params = m2mkd_jax.load_model(tmp_path / "eight")
-    saved = checkpoint.load(tmp_path / "eight")["student"]
+    apply, params = m2mkd_jax.load_model(tmp_path)
+    saved = checkpoint.load(tmp_path)["student"]
     jax.tree.map(np.testing.assert_array_equal, params, saved)
     router = params["stage_1"]["block_0"]["moe"]["router"]
     assert router["phi"].shape == (16, E, 2) and router["scale"].shape == ()
