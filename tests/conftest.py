@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices and one cache of compiled programs for every test of a session.
+"""Eight virtual CPU devices, quick compilation and one cache of compiled programs for every test of
+a session.
 
-Both must be set before jax is first imported; test processes and the runs that they start inherit
+All must be set before jax is first imported; test processes and the runs that they start inherit
 them.
 """
 
@@ -22,9 +23,12 @@ if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
+# Most tests compile much and compute little. Each operation outside of a program is compiled too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # In pieces, or with fusions by MLIR, XLA takes half as long again to compile the same program.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-if importlib.metadata.version("jax") < "0.11":  # which later versions have no flag for
+version = importlib.metadata.version("jax").split(".")
+if (int(version[0]), int(version[1])) < (0, 11):  # later versions have only MLIR's
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
@@ -74,6 +78,18 @@ def no_log_handler_outlives_its_test():
     for handler in list(root.handlers):
         if handler not in before and not type(handler).__module__.startswith("_pytest"):
             root.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """For files that need what compilers make of a program outside of tests."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,13 @@ from common_jax.commands.plan.topology import describe_devices, read_topology
 from common_jax.commands.plan.traffic import hbm_bytes
 from common_jax.mesh import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
-    reason="JAX's wheels for CUDA are not installed (extra: gpu-plan)",
-)
+pytestmark = [
+    pytest.mark.usefixtures("optimised"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda12_plugin") is None,
+        reason="JAX's wheels for CUDA are not installed (extra: gpu-plan)",
+    ),
+]
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "gpu_program.txt"
 
