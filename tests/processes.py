@@ -38,7 +38,7 @@ DIGITS = (
 )
 # Later versions of XLA have no other way to compile fusions.
 FUSIONS_BY_LLVM = jax.__version_info__ < (0, 11)
-QUICKLY = "--xla_backend_optimization_level=0"
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if FUSIONS_BY_LLVM:
     QUICKLY += " --xla_cpu_use_fusion_emitters=false"
 
