@@ -6,6 +6,8 @@ import pytest
 
 from common_jax.beta import beta
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEYS = jax.random.split(jax.random.key(5), 2000)
 
 
