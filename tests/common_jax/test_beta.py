@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-
 from tiny import quickly
 
 from common_jax.beta import beta

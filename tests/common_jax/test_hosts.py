@@ -12,7 +12,6 @@ from processes import finish_pair, pair, says, start
 from common_jax import hosts, signals
 from common_jax.checkpoint import finished_steps
 
-
 TWO_EPOCHS = "--config.optim.steps=22"
 
 
