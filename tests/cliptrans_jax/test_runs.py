@@ -284,7 +284,7 @@ def test_the_text_tower_trains_when_it_is_unfrozen(finished, runs, corpus, tmp_p
 
 
 def test_features_of_texts_need_not_be_kept(finished, longer, runs, tmp_path):
-    """Neither for training, see `longer` and what it computes, nor for scoring."""
+    """Neither to train, as `longer` did, nor to score."""
     workdir, _, _ = longer
     assert not (workdir / "features").exists()
     assert {path.split("/")[0] for path in flat(workdir)} == {"mbart", "mapper"}
