@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
-from sklearn.mixture import GaussianMixture
 
 from common_jax.config import Section
 from common_jax.ranges import Fraction, NonNegative, Positive, Size, above, one_of
@@ -156,6 +155,8 @@ def fit_mixture(signatures: Float[Array, "T Y"], *, components: int) -> Mixture:
             f"config.regularizers.mixture.components={components} is more than the {len(pairs)} "
             "pairs of latents; lower it"
         )
+    from sklearn.mixture import GaussianMixture  # takes as long to import as JAX
+
     model = GaussianMixture(components, covariance_type="spherical", random_state=0)
     # In float32 a component of equal distances has no variance, and fails.
     model.fit(pairs[:, None].astype(np.float64))

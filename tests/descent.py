@@ -1,5 +1,6 @@
 """A run that takes milliseconds: a noisy descent of three epochs of four steps."""
 
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Collection
@@ -30,6 +31,12 @@ def run_config(**changes: Any) -> loop.RunConfig:
     )
 
 
+@functools.cache
+def shared_programs(optim: OptimConfig, log_every: int) -> Programs:
+    """Of all runs that differ in other things, so that each is compiled once."""
+    return Programs()
+
+
 def descend(
     workdir: pathlib.Path,
     *,
@@ -40,6 +47,8 @@ def descend(
     **changes: Any,
 ) -> dict:
     """Trains, or resumes; the result."""
+    if task is None and programs is None:
+        programs = shared_programs(optim, changes.get("log_every", 1))
     return loop.train(
         make_task(lambda params, helpers, step: {"w": float(params["w"])})
         if task is None

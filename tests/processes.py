@@ -117,9 +117,11 @@ def pair(
                 one.process.wait()
 
 
-def finish_pair(workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS) -> list[str]:
+def finish_pair(
+    workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
+) -> list[str]:
     """The outputs of two processes of a run that is not disturbed."""
-    with pair(workdir, *more, run=run) as processes:
+    with pair(workdir, *more, run=run, devices=devices) as processes:
         return [process.finish() for process in processes]
 
 

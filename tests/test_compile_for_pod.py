@@ -60,7 +60,7 @@ def text(task, optim, mesh):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """The workdir of a run for every role, with parameters of all that phases read."""
-    root, config = tmp_path_factory.mktemp("weights"), tiny_config("distill")
+    root, config = tmp_path_factory.mktemp("weights"), tiny_config("distill", stages=2)
     networks = {"meta": meta_network(config), "teacher": teacher_network(config)}
     params = {name: fill(network.init) for name, network in networks.items()}
     params |= {"module": params["teacher"], "student": fill(student_modules(config).init)}
@@ -80,12 +80,12 @@ def test_a_phase_is_described_by_the_step_that_it_runs(phase, weights, monkeypat
     if phase == "few_shot":
         optim = dataclasses.replace(optim, batch=8)
     config = dataclasses.replace(
-        tiny_config(phase, optim=optim),
+        tiny_config(phase, optim=optim, stages=2),
         module="1",
         augment=dataclasses.replace(AUGMENT, mixup=0.0, cutmix=0.0),
         few_shot=FewShotConfig(ways=4, shots=4, test_shots=3),
         sources=SourcesConfig(
-            meta=parts, teacher=parts, modules=(parts,) * 3, network=str(weights / "whole")
+            meta=parts, teacher=parts, modules=(parts,) * 2, network=str(weights / "whole")
         ),
     )
     if phase == "end_to_end":
@@ -229,6 +229,13 @@ class Lowered:
 XLA = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (52.66G) exceeds available HBM (15.75G)\nSee")
 
 
+@pytest.fixture(scope="module")
+def small_step():
+    """What there is to compile of a small network."""
+    config = tiny_config("end_to_end", moe=dataclasses.replace(MOE, dispatch="capacity", groups=8))
+    return m2mkd_plan.make_step(config, make_mesh(MeshConfig(expert=4)), program.Options())
+
+
 @pytest.mark.parametrize(
     ("result", "status", "said"),
     [
@@ -243,16 +250,10 @@ XLA = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (52.66G) exceeds available
     ids=["fits", "too large", "refused by XLA"],
 )
 def test_a_step_over_the_limit_is_named_with_its_largest_arrays_and_the_way_out(
-    result, status, said, eight_devices, capsys, monkeypatch, tmp_path
+    result, status, said, eight_devices, small_step, capsys, monkeypatch, tmp_path
 ):
-    config = tiny_config("end_to_end", moe=dataclasses.replace(MOE, dispatch="capacity", groups=8))
-    make = m2mkd_plan.make_step
-
-    def step(_, __, options):
-        made = make(config, make_mesh(MeshConfig(expert=4)), options)
-        return dataclasses.replace(made, lowered=Lowered(result))
-
-    monkeypatch.setattr(m2mkd_plan, "make_step", step)
+    step = dataclasses.replace(small_step, lowered=Lowered(result))
+    monkeypatch.setattr(m2mkd_plan, "make_step", lambda *_: step)
     found = tmp_path / "found.json"
     code, printed, _ = command(capsys, VMOE, "--topology=v5e:2x4", "--json", str(found))
     assert code == status and said in printed, printed

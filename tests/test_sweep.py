@@ -16,7 +16,7 @@ import threading
 
 import pytest
 import sweep
-from processes import DEADLINE
+from processes import DEADLINE, QUICKLY
 from sweeps import DIGITS, EMOJI, ROOT, WHOLE, cells, read_csv, replace_python, start, until
 
 from common_jax import checkpoint
@@ -293,7 +293,7 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
 
 def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
     """The one cell of a meta model of one block is killed after a checkpoint."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICKLY)
     settings = {
         "meta.depths": "(1,)",
         "meta.patch": 8,

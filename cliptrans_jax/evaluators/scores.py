@@ -1,7 +1,8 @@
 """Scores of translations against one reference each: BLEU, chrF, METEOR and exact matches.
 
 All are from 0 to 100 over a whole set, and have a signature that names the variant. Nothing is
-downloaded: a tokenizer that needs its own data is replaced, as its signature says.
+downloaded: a tokenizer that needs its own data is replaced, as its signature says. nltk is imported
+where METEOR is computed: it takes seconds, and most commands compute no METEOR.
 """
 
 import dataclasses
@@ -9,11 +10,7 @@ import functools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-import nltk
 import sacremoses
-from nltk.stem.porter import PorterStemmer
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.translate import meteor_score
 from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from sacrebleu.metrics.chrf import CHRF
 from sacremoses.corpus import NonbreakingPrefixes
@@ -144,6 +141,8 @@ def words(texts: Iterable[str], *, language: str) -> list[list[str]]:
     characters for languages of `TOKENIZERS`."""
     if _code(language) in TOKENIZERS:
         return [list("".join(text.split())) for text in texts]
+    from nltk.tokenize import NLTKWordTokenizer
+
     tokenizer = NLTKWordTokenizer()
     return [tokenizer.tokenize(text) for text in texts]
 
@@ -158,6 +157,8 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
     matches that are adjacent in both. METEOR's third stage, synonyms of WordNet, is left out: its
     data is a download, and for English only. Without a match the score is 0.
     """
+    from nltk.translate import meteor_score
+
     return meteor_score.single_meteor_score(
         reference,
         hypothesis,
@@ -182,11 +183,15 @@ class _NoSynonyms:
 
 
 @functools.cache
-def _stemmer() -> PorterStemmer:
+def _stemmer():
+    from nltk.stem.porter import PorterStemmer
+
     return PorterStemmer()
 
 
 def _meteor_signature(language: str) -> str:
+    import nltk
+
     tokens = "char" if _code(language) in TOKENIZERS else "nltk-word"
     weights = f"alpha:{ALPHA:g}|beta:{BETA:g}|gamma:{GAMMA:g}"
     return (

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import split_mesh
+from tiny import quickly
 
 from cliptrans_jax.contrastive.softmax import softmax_loss
 from cliptrans_jax.evaluators.retrieval import retrieval_sums
@@ -61,6 +62,12 @@ VOCAB = 300
 
 
 @pytest.fixture(autouse=True)
+def quick_to_compile():
+    with quickly():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def three_blocks(monkeypatch):
     """Of 128, 128 and 44 tokens."""
     monkeypatch.setattr(linear_loss, "BLOCK", 128)
@@ -102,7 +109,7 @@ def assert_close(found, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 24, 48, 56])
+@pytest.mark.parametrize("chunk", [1, 24, 56])
 def test_chunks_lose_nothing(chunk):
     case = readout_case()
     assert_close(in_chunks(chunk)(*case), plain(*case))
@@ -115,7 +122,7 @@ def test_a_loss_without_smoothing_and_bias():
     assert_close(found, (wanted, (Readout(by_readout.matrix), by_states)))
 
 
-@pytest.mark.parametrize("real", [0, 1, 16, 17, 56])
+@pytest.mark.parametrize("real", [0, 16, 17, 56])
 def test_chunks_of_pads_are_not_computed(real, monkeypatch):
     readout, states, labels = readout_case()
     order = np.random.default_rng(3).permutation(labels.size)

@@ -115,8 +115,7 @@ def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, platform
     assert [name for name in ("cos", "tanh") if f".{name}" in text] == [found]
 
 
-@pytest.mark.parametrize("queries", [4, 5])
-@pytest.mark.parametrize("senders", [6, 7])
+@pytest.mark.parametrize(("queries", "senders"), [(4, 7), (5, 6)])
 @pytest.mark.parametrize("others", ["nothing", "a bias", "a mask", "a mask of keys"])
 def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
     draw = np.random.default_rng(0)
@@ -136,8 +135,12 @@ def test_padding_to_an_even_length_changes_nothing(queries, senders, others):
     def padded(query, keys, values, given):
         return attention.fused(query, keys, values, **given, implementation="xla")
 
-    wanted, got = (jax.vjp(partial(f, given=given), query, keys, values) for f in (plain, padded))
-    for one, other in zip((wanted[0], *wanted[1](dy)), (got[0], *got[1](dy)), strict=True):
+    @jax.jit
+    def both(query, keys, values, dy, given):
+        pairs = (jax.vjp(partial(f, given=given), query, keys, values) for f in (plain, padded))
+        return [(y, *pull(dy)) for y, pull in pairs]
+
+    for one, other in zip(*both(query, keys, values, dy, given), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from descent import OPTIM, STEPS, descend, make_task, numbers
+from descent import OPTIM, STEPS, descend, make_task, numbers, shared_programs
 from jax import numpy as jnp
 
 from common_jax import checkpoint, hosts, loop, signals
@@ -16,7 +16,6 @@ from common_jax.checkpoint import finished_steps
 from common_jax.log import clocks
 from common_jax.metrics import read_metrics
 from common_jax.state import fold_name, step_rngs
-from common_jax.step import Programs
 from common_jax.weights import WarmStart
 
 PLAIN = dataclasses.replace(OPTIM, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
@@ -48,14 +47,8 @@ def task(broken=(), **changes):
     return dataclasses.replace(found, **changes)
 
 
-@functools.cache
-def programs(optim, log_every):
-    """Shared by runs that differ in other things, so that each is compiled once."""
-    return Programs()
-
-
 def train(workdir, *, task, optim=OPTIM, log_every=1, **settings):
-    settings |= {"log_every": log_every, "programs": programs(optim, log_every)}
+    settings |= {"log_every": log_every, "programs": shared_programs(optim, log_every)}
     return descend(workdir, task=task, optim=optim, **settings)
 
 

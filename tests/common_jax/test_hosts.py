@@ -1,6 +1,7 @@
 """Two processes as one run: the same numbers as in one process, and a common stop."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -10,6 +11,8 @@ from processes import finish_pair, pair, says, start
 
 from common_jax import hosts, signals
 from common_jax.checkpoint import finished_steps
+
+TWO_EPOCHS = "--config.optim.steps=22"
 
 
 def lines(workdir) -> list[dict]:
@@ -34,11 +37,11 @@ def assert_same_files(workdir, other) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run of two processes of four devices each."""
+    """A run of two processes of two devices each."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    first, second = finish_pair(workdir)
-    assert "process 0 of 2, with 4 of 8 devices" in first
-    assert "end_to_end  step 44/44" in first
+    first, second = finish_pair(workdir, TWO_EPOCHS, devices=2)
+    assert "process 0 of 2, with 2 of 4 devices" in first
+    assert "end_to_end  step 22/22" in first
     assert "end_to_end  step" not in second  # process 0 speaks for both
     return workdir
 
@@ -47,35 +50,37 @@ def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp
     """One run through both: most of a start's time goes into compiling. `faults.py` stops at more
     moments."""
     workdir = tmp_path / "run"
-    with pair(workdir) as (first, second):
+    with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
         second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
         outputs = [first.finish(), second.finish()]
     (step,) = finished_steps(workdir / "checkpoints")
     assert step < 5
     assert all(f"is saved at step {step}" in output for output in outputs)
 
-    with pair(workdir) as (first, second):
-        second.send(signal.SIGKILL, when=lambda: says(workdir / "metrics.jsonl", '"step": 27'))
+    with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
+        second.send(signal.SIGKILL, when=lambda: says(workdir / "metrics.jsonl", '"step": 15'))
         assert first.process.wait(timeout=60) != 0
     assert "another task died" in first.output() or "ends here" in first.output()
-    assert finished_steps(workdir / "checkpoints")[-1] == 22
+    assert finished_steps(workdir / "checkpoints")[-1] == 11
 
-    finish_pair(workdir)
+    finish_pair(workdir, TWO_EPOCHS, devices=2)
     assert_same_files(workdir, undisturbed)
 
 
 def test_one_computes_what_two_do_and_each_resumes_as_the_other(undisturbed, tmp_path):
+    """In the second epoch, after the first by two processes."""
     workdir = tmp_path / "run"
-    alone = start(workdir, devices=8)
-    alone.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 9'))
+    shutil.copytree(undisturbed, workdir)
+    (workdir / "result.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "22")
+    first = [line for line in lines(workdir) if line["step"] <= 11]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in first))
+
+    alone = start(workdir, TWO_EPOCHS, devices=4)
+    alone.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 12'))
     assert "stopped as asked; the same command resumes" in alone.finish()
-    # Before, in or after the evaluation; which of these, test_interruptions.py decides.
-    assert 9 <= finished_steps(workdir / "checkpoints")[-1] < 27
-    with pair(workdir) as (first, second):
-        second.send(signal.SIGTERM, when=lambda: says(workdir / "metrics.jsonl", '"step": 30'))
-        assert first.finish() and second.finish()
-    assert 30 <= finished_steps(workdir / "checkpoints")[-1] < 44
-    start(workdir, devices=8).finish()
+    assert 12 <= finished_steps(workdir / "checkpoints")[-1] < 22
+    finish_pair(workdir, TWO_EPOCHS, devices=2)
     assert_same_numbers(workdir, undisturbed, tolerance=1e-5)
 
 

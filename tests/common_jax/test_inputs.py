@@ -117,7 +117,7 @@ def test_hosts_together_hold_the_batches_of_one_host(kind, hosts):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_resumed_run_sees_the_same_pixels(count):
-    whole = take(train(OnDisk(), transform=add_noise, workers=count), 7)
+    whole = take(train(OnDisk(), transform=add_noise), 7)
     resumed = take(train(OnDisk(), transform=add_noise, start_step=4, workers=count), 3)
     assert_all_same(resumed, whole[4:])
     assert_all_same(take(train(Numbers(), start_step=4), 3), take(train(Numbers()), 7)[4:])
@@ -159,7 +159,7 @@ def test_steps_resume_in_the_middle_of_a_later_epoch_on_any_host():
         assert_all_same(mine, [{k: v[rows] for k, v in batch.items()} for batch in whole[7:]])
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("count", [0, 1])
 def test_bad_examples_are_replaced_and_reported_once(tmp_path, count, caplog):
     report = tmp_path / "run" / "bad_examples.jsonl"
     settings = {"bad_share": 2 / SIZE, "report_path": report, "workers": count}
@@ -236,7 +236,7 @@ def test_evaluation_pads_the_last_batch_on_every_host(kind, hosts):
     shares = [
         list(
             inputs.eval_batches(
-                source, transform=None, batch=8, shard=(host, hosts), workers=host % 2
+                source, transform=None, batch=8, shard=(host, hosts), workers=int(host == 1)
             )
         )
         for host in range(hosts)
@@ -344,12 +344,11 @@ def notes(caught):
 
 def test_the_number_of_processes_changes_no_bit():
     settings = {"transform": add_noise, "repeats": 3, "bad_share": 0.5}
-    runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 1, 3)]
+    runs = [take(train(Rows(bad=(4,)), workers=count, **settings), 8) for count in (0, 3)]
     processes = [{pid for b in batches for pid in b.pop("process").tolist()} for batches in runs]
-    assert_all_same(runs[0], runs[1])
-    assert_all_same(runs[0], runs[2])
+    assert_all_same(*runs)
     assert processes[0] == {os.getpid()}  # which also reads what stands in for a bad example
-    assert [len(pids - processes[0]) for pids in processes] == [0, 1, 3]
+    assert [len(pids - processes[0]) for pids in processes] == [0, 3]
     gc.collect()
     assert alive(set.union(*processes)) == {os.getpid()}
 

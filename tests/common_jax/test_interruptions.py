@@ -1,5 +1,6 @@
 """The loop on a model of one parameter: stopped, out of disk space, and saved by the clock."""
 
+import functools
 import json
 import logging
 
@@ -10,6 +11,7 @@ from meshes import one_device
 from common_jax import hosts, loop, metrics, signals
 from common_jax.checkpoint import SaveError, finished_steps
 from common_jax.optim import OptimConfig
+from common_jax.step import Programs
 
 OPTIM = OptimConfig(steps=STEPS, batch=8, lr=0.1, lr_per=None, schedule="constant", warmup_epochs=0)
 
@@ -18,23 +20,30 @@ def run_config(**changes) -> loop.RunConfig:
     return loop.RunConfig(**{"log_every": 2, "compilation_cache": None} | changes)
 
 
-@pytest.fixture
-def train(tmp_path):
-    """train(run, evaluate): a noisy descent in tmp_path/run, its result."""
+@pytest.fixture(scope="module")
+def descend():
+    """descend(workdir, run, evaluate): a noisy descent, which is compiled once; its result."""
+    programs = Programs()
 
-    def run(config: loop.RunConfig, evaluate=lambda params, helpers, step: accuracy(params)):
-        mesh = one_device()
+    def run(workdir, config: loop.RunConfig, evaluate=lambda params, *_: accuracy(params)):
         return loop.train(
             make_task(evaluate),
             config,
             OPTIM,
             seed=0,
-            workdir=tmp_path / "run",
-            mesh=mesh,
+            workdir=workdir,
+            mesh=one_device(),
             config={"a": 1},
+            programs=programs,
         )
 
     return run
+
+
+@pytest.fixture
+def train(descend, tmp_path):
+    """train(run, evaluate): the same in tmp_path/run."""
+    return functools.partial(descend, tmp_path / "run")
 
 
 def accuracy(params) -> dict[str, float]:
@@ -61,12 +70,10 @@ def asked(monkeypatch):
     return ask
 
 
-@pytest.fixture
-def undisturbed(train, tmp_path):
-    result = train(run_config())
-    text = log(tmp_path)
-    (tmp_path / "run").rename(tmp_path / "undisturbed")
-    return result, text
+@pytest.fixture(scope="module")
+def undisturbed(descend, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return descend(folder / "run", run_config()), log(folder)
 
 
 @pytest.mark.parametrize("question", [1, 4, 5, STEPS])
