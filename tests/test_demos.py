@@ -1,7 +1,9 @@
 """The demos: their runs, several in a process, and the commands that they end with."""
 
 import argparse
+import functools
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -44,8 +46,8 @@ def configs(monkeypatch, kind, lines):
 
 
 def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp_path, monkeypatch):
-    first, later = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
-    lines = [line for jobs in (first, later) for job in jobs.values() for line in job.command[2:]]
+    jobs = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
+    lines = [line for job in jobs.values() for line in job.command[2:]]
     runs = configs(monkeypatch, M2mkdConfig, lines)
     assert sorted(runs) == sorted(
         demo_m2mkd.run_name(student, name, seed)
@@ -59,12 +61,38 @@ def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp
         teacher = str(tmp_path / "a b" / f"vmoe_m2mkd_{config.seed}" / "teacher")
         assert config.sources.teacher == (teacher if "nac_m2mkd" in name else "")
     # A NAC starts after the V-MoE that has its teacher.
-    assert list(later) == ["seed_1", "first_nac"]
-    assert [line.split()[0] for line in later["seed_1"].command[2:]] == [
+    assert {name: job.needs for name, job in jobs.items()} == {
+        "first": None,
+        "scratch": None,
+        "seed_1": "first",
+        "first_nac": "first",
+    }
+    assert [line.split()[0] for line in jobs["seed_1"].command[2:]] == [
         "vmoe_m2mkd_1",
         "nac_m2mkd_1",
     ]
-    assert first["first"].command[2].split()[0] == "vmoe_m2mkd_0"
+    assert jobs["first"].command[2].split()[0] == "vmoe_m2mkd_0"
+
+
+def test_the_first_seed_is_shown_once_as_soon_as_both_of_its_networks_are_trained(tmp_path, capsys):
+    scratch, teacher, m2mkd = "vmoe_scratch_0", "vmoe_m2mkd_0/teacher", "vmoe_m2mkd_0/end_to_end"
+    show = functools.partial(demo_m2mkd.show_first_seed, tmp_path, shown=[])
+    for number, name in enumerate((teacher, scratch, m2mkd), 1):
+        show()
+        assert capsys.readouterr().out == ""
+        run = tmp_path / name
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(f'{{"test/accuracy": 0.9{number}}}')
+        (run / "metrics.jsonl").write_text(f'{{"step": 44, "test/accuracy": 0.{number}}}\n')
+    show()
+    table = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert table[-4:-1] == [
+        ["teacher", "91.0 %"],
+        ["V-MoE, from scratch", "20.0 %", "92.0 %"],
+        ["V-MoE, with m2mKD", "30.0 %", "93.0 %"],
+    ]
+    show()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypatch):

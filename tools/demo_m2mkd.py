@@ -10,6 +10,7 @@ trained network names some test digits. Run it again to resume an interrupted de
 """
 
 import argparse
+import functools
 import pathlib
 import shlex
 import time
@@ -40,12 +41,8 @@ PICTURES = 6  # test digits that a network names
 def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=2).parse_args()
     start = time.time()
-    for number, jobs in enumerate(plan(flags)):
-        run_all(jobs, flags.workdir, at_a_time=flags.jobs)
-        if number == 0:
-            rows = [teacher_row(flags.workdir, 1), *student_rows(flags.workdir, "V-MoE", 1)]
-            show(Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows)))
-            print()
+    show_first = functools.partial(show_first_seed, flags.workdir, shown=[])
+    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs, after_each=show_first)
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
@@ -53,11 +50,11 @@ def main() -> None:
     show_use("m2mkd", "predict", str(run), str(pictures), "--top=2")
 
 
-def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
-    """The processes by name, those of the first seed's V-MoE and the rest.
+def plan(flags: argparse.Namespace) -> dict[str, Job]:
+    """The processes by name.
 
-    The pipelines of other seeds come later: they find the first one's programs in the cache. A NAC
-    uses the meta model and teacher of the V-MoE's pipeline.
+    All pipelines need the first seed's V-MoE: those of other seeds find its programs in the cache,
+    and a NAC uses the meta model and teacher of its seed's V-MoE.
     """
 
     def line(student: str, name: str, seed: int) -> str:
@@ -69,16 +66,33 @@ def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
             command += [f"--config.sources.{role}={folder / role}" for role in ("meta", "teacher")]
         return shlex.join(command)
 
-    def job(*lines: str) -> Job:
-        return Job(("tools/in_turn.py", "m2mkd_jax.main", *lines))
+    def job(*lines: str, needs: str | None = None) -> Job:
+        return Job(("tools/in_turn.py", "m2mkd_jax.main", *lines), needs)
 
-    seeds = range(flags.seeds)
-    first = {
-        "first": job(line("V-MoE", "m2mkd", 0)),
+    seeds, m2mkd = range(flags.seeds), functools.partial(line, name="m2mkd")
+    return {
+        "first": job(m2mkd("V-MoE", seed=0)),
         "scratch": job(*(line(x, "scratch", seed) for x in CONFIGS for seed in seeds)),
+        # The longest first.
+        **{
+            f"seed_{seed}": job(*(m2mkd(x, seed=seed) for x in CONFIGS), needs="first")
+            for seed in seeds[1:]
+        },
+        "first_nac": job(m2mkd("NAC", seed=0), needs="first"),
     }
-    later = {f"seed_{x}": job(*(line(y, "m2mkd", x) for y in CONFIGS)) for x in seeds[1:]}
-    return [first, {**later, "first_nac": job(line("NAC", "m2mkd", 0))}]
+
+
+def show_first_seed(workdir: pathlib.Path, *, shown: list[str]) -> None:
+    """Prints the accuracies of the first seed's V-MoE as soon as they exist, unless they are
+    `shown`."""
+    networks = [x[0] for x in runs_of(workdir, "V-MoE", 1).values()]
+    if shown or not all((folder / "result.json").exists() for folder in networks):
+        return
+    rows = [teacher_row(workdir, 1), *student_rows(workdir, "V-MoE", 1)]
+    table = Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows))
+    show(table)
+    print(flush=True)
+    shown.append(table.caption)
 
 
 def run_name(student: str, name: str, seed: int) -> str:

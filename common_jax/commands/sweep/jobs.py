@@ -70,10 +70,16 @@ class Outcome:
 Running = dict[str, tuple[subprocess.Popen, int]]  # process, and its place, counted from 0
 
 
-def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
+def run_all(
+    jobs: Mapping[str, Job],
+    workdir: pathlib.Path,
+    *,
+    at_a_time: int,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
     output in WORKDIR/NAME.log; exits at the first failure. After Ctrl-C it waits until the runs
-    have saved."""
+    have saved. `after_each` is called after every job."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -91,6 +97,7 @@ def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -
                     other.terminate()
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+            after_each()
     except KeyboardInterrupt:
         # If a terminal has sent it to them already, the two count as one request.
         for process, _ in running.values():
