@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from common_jax.commands.arguments import count
 from common_jax.metrics import read_metrics
@@ -33,10 +33,16 @@ class Job:
     Attributes:
       command: arguments of python, without the run's workdir.
       needs: the run that must be finished before it starts, or None.
+      file: must exist before it starts, such as the result of a part of another run; None for none.
     """
 
     command: tuple[str, ...]
     needs: str | None = None
+    file: pathlib.Path | None = None
+
+    def may_start(self, done: Collection[str | None]) -> bool:
+        """Whether all that it needs exists, given the finished runs and None."""
+        return self.needs in done and (self.file is None or self.file.exists())
 
 
 def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:
@@ -161,8 +167,8 @@ def _ends(
     """Starts waiting jobs as soon as possible, and yields (name, status) of those that have ended.
     `waiting` and `running` are kept up to date; the caller may read and change them."""
     done = {None}
-    while running or any(job.needs in done for job in waiting.values()):
-        for name in [name for name, job in waiting.items() if job.needs in done]:
+    while running or any(job.may_start(done) for job in waiting.values()):
+        for name in [name for name, job in waiting.items() if job.may_start(done)]:
             if len(running) < at_a_time and name in waiting:
                 place = min(set(range(at_a_time)) - {place for _, place in running.values()})
                 process = begin(name, waiting.pop(name), place)
