@@ -7,7 +7,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan fuzz mutate bench lint install clean
 
-demo: demo-m2mkd demo-cliptrans
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --workdir runs/demo
 
 demo-m2mkd: $(VENV)/.installed
 	$(BIN)/python tools/demo_m2mkd.py --workdir runs/demo/m2mkd

@@ -1,13 +1,13 @@
 """The demos: their runs, several in a process, and the commands that they end with."""
 
 import argparse
-import functools
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
 
+import demo
 import demo_cliptrans
 import demo_m2mkd
 import in_turn
@@ -71,25 +71,54 @@ def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp
     assert jobs["first"].command[2].split()[0] == "vmoe_m2mkd_0"
 
 
-def test_the_first_seed_is_shown_once_as_soon_as_both_of_its_networks_are_trained(tmp_path, capsys):
-    scratch, teacher, m2mkd = "vmoe_scratch_0", "vmoe_m2mkd_0/teacher", "vmoe_m2mkd_0/end_to_end"
-    show = functools.partial(demo_m2mkd.show_first_seed, tmp_path, shown=[])
-    for number, name in enumerate((teacher, scratch, m2mkd), 1):
-        show()
-        assert capsys.readouterr().out == ""
+def test_the_first_seed_is_shown_after_both_jobs_that_have_its_networks(tmp_path, capsys):
+    runs = ("vmoe_m2mkd_0/teacher", "vmoe_scratch_0", "vmoe_m2mkd_0/end_to_end")
+    for number, name in enumerate(runs, 1):
         run = tmp_path / name
         run.mkdir(parents=True)
         (run / "result.json").write_text(f'{{"test/accuracy": 0.9{number}}}')
         (run / "metrics.jsonl").write_text(f'{{"step": 44, "test/accuracy": 0.{number}}}\n')
-    show()
+    demo_m2mkd.show_progress(tmp_path, "first", {"first"})
+    demo_m2mkd.show_progress(tmp_path, "first_nac", {"first", "first_nac", "scratch"})
+    assert capsys.readouterr().out == ""
+    demo_m2mkd.show_progress(tmp_path, "scratch", {"first", "scratch"})
     table = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert table[-4:-1] == [
         ["teacher", "91.0 %"],
         ["V-MoE, from scratch", "20.0 %", "92.0 %"],
         ["V-MoE, with m2mKD", "30.0 %", "93.0 %"],
     ]
-    show()
-    assert capsys.readouterr().out == ""
+
+
+def test_both_demos_share_the_cores_and_each_ends_with_its_own_runs(tmp_path, monkeypatch):
+    events = []
+    for name, module in demo.DEMOS.items():
+
+        def finish(part, start, name=name):
+            events.append(("finish", part.workdir))
+
+        monkeypatch.setattr(module, "finish", finish)
+    monkeypatch.setattr(
+        demo_m2mkd, "show_progress", lambda workdir, name, done: events.append((name, sorted(done)))
+    )
+
+    def run_all(jobs, workdir, *, at_a_time, after_each):
+        assert workdir == tmp_path and at_a_time == 2
+        ours = ["m2mkd/first", "m2mkd/scratch", "m2mkd/first_nac", "m2mkd/seed_1"]
+        theirs = [name for name in jobs if name.startswith("cliptrans/")]
+        assert list(jobs) == [*ours, *theirs] and "cliptrans/text_only_1" in theirs
+        assert jobs["m2mkd/seed_1"].needs == "m2mkd/first"
+        for name in ("m2mkd/first", *theirs, "m2mkd/scratch"):
+            after_each(name)
+
+    monkeypatch.setattr(demo, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", ["demo", "--workdir", str(tmp_path), "--seeds=2"])
+    demo.main()
+    assert events == [
+        ("first", ["first"]),
+        ("finish", tmp_path / "cliptrans"),
+        ("scratch", ["first", "scratch"]),
+    ]
 
 
 def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypatch):

@@ -53,6 +53,12 @@ def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1).parse_args()
     start = time.time()
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
+    finish(flags, start)
+
+
+def finish(flags: argparse.Namespace, start: float) -> None:
+    """Shows the results of all runs, and some translations; `start` is the time when the demo
+    began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     show_use("cliptrans", "translate", str(flags.workdir / "cliptrans_0" / "translate"), *LINES)

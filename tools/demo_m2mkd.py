@@ -10,10 +10,10 @@ trained network names some test digits. Run it again to resume an interrupted de
 """
 
 import argparse
-import functools
 import pathlib
 import shlex
 import time
+from collections.abc import Collection
 
 from PIL import Image
 from use import show_use
@@ -40,9 +40,19 @@ PICTURES = 6  # test digits that a network names
 @ends_quietly
 def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=1).parse_args()
-    start = time.time()
-    show_first = functools.partial(show_first_seed, flags.workdir, shown=[])
-    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs, after_each=show_first)
+    start, done = time.time(), set()
+
+    def after(name: str) -> None:
+        done.add(name)
+        show_progress(flags.workdir, name, done)
+
+    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs, after_each=after)
+    finish(flags, start)
+
+
+def finish(flags: argparse.Namespace, start: float) -> None:
+    """Shows the results of all runs, and what a network makes of some digits; `start` is the time
+    when the demo began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
@@ -83,17 +93,14 @@ def plan(flags: argparse.Namespace) -> dict[str, Job]:
     return jobs
 
 
-def show_first_seed(workdir: pathlib.Path, *, shown: list[str]) -> None:
-    """Prints the accuracies of the first seed's V-MoE as soon as they exist, unless they are
-    `shown`."""
-    networks = [x[0] for x in runs_of(workdir, "V-MoE", 1).values()]
-    if shown or not all((folder / "result.json").exists() for folder in networks):
-        return
-    rows = [teacher_row(workdir, 1), *student_rows(workdir, "V-MoE", 1)]
-    table = Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows))
-    show(table)
-    print(flush=True)
-    shown.append(table.caption)
+def show_progress(workdir: pathlib.Path, name: str, done: Collection[str]) -> None:
+    """Prints the accuracies of the first seed's V-MoE after the later of the two jobs that have
+    its networks; `name` has just been added to `done`."""
+    pair = {"first", "scratch"}
+    if name in pair and pair <= set(done):
+        rows = [teacher_row(workdir, 1), *student_rows(workdir, "V-MoE", 1)]
+        show(Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows)))
+        print(flush=True)
 
 
 def run_name(student: str, name: str, seed: int) -> str:

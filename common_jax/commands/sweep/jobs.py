@@ -81,11 +81,11 @@ def run_all(
     workdir: pathlib.Path,
     *,
     at_a_time: int,
-    after_each: Callable[[], None] = lambda: None,
+    after_each: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
     output in WORKDIR/NAME.log; exits at the first failure. After Ctrl-C it waits until the runs
-    have saved. `after_each` is called after every job."""
+    have saved. `after_each` is called with the name of every job that is finished."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -103,7 +103,7 @@ def run_all(
                     other.terminate()
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
-            after_each()
+            after_each(name)
     except KeyboardInterrupt:
         # If a terminal has sent it to them already, the two count as one request.
         for process, _ in running.values():
@@ -189,7 +189,7 @@ def _ends(
 def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.Popen:
     """Starts a run of a demo on one core."""
     workdir = workdir.resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
     with open(workdir / f"{name}.log", "a") as log:
         # Most of the time is compilation, a fifth shorter at this level; steps are as fast.
