@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Without files of bytecode every process would compile each module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan fuzz mutate bench lint install clean
 
-demo: demo-m2mkd demo-cliptrans
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --workdir runs/demo
 
 demo-m2mkd: $(VENV)/.installed
 	$(BIN)/python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
@@ -60,9 +63,10 @@ lint: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 
+# Python compiles modules when they are first imported, which most of these never are.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

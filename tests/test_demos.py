@@ -2,10 +2,12 @@
 
 import argparse
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
 
+import demo
 import demo_cliptrans
 import demo_m2mkd
 import in_turn
@@ -44,8 +46,8 @@ def configs(monkeypatch, kind, lines):
 
 
 def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp_path, monkeypatch):
-    first, later = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
-    lines = [line for jobs in (first, later) for job in jobs.values() for line in job.command[2:]]
+    jobs = demo_m2mkd.plan(flags(tmp_path / "a b", "--config.run.log_every=3"))
+    lines = [line for job in jobs.values() for line in job.command[2:]]
     runs = configs(monkeypatch, M2mkdConfig, lines)
     assert sorted(runs) == sorted(
         demo_m2mkd.run_name(student, name, seed)
@@ -59,24 +61,79 @@ def test_the_runs_on_digits_are_understood_and_use_the_teacher_of_their_seed(tmp
         teacher = str(tmp_path / "a b" / f"vmoe_m2mkd_{config.seed}" / "teacher")
         assert config.sources.teacher == (teacher if "nac_m2mkd" in name else "")
     # A NAC starts after the V-MoE that has its teacher.
-    assert list(later) == ["seed_1", "first_nac"]
-    assert [line.split()[0] for line in later["seed_1"].command[2:]] == [
+    assert {name: job.needs for name, job in jobs.items() if job.needs} == {"seed_1": "first"}
+    teacher = tmp_path / "a b" / "vmoe_m2mkd_0" / "teacher" / "result.json"
+    assert {name: job.file for name, job in jobs.items() if job.file} == {"first_nac": teacher}
+    assert [line.split()[0] for line in jobs["seed_1"].command[2:]] == [
         "vmoe_m2mkd_1",
         "nac_m2mkd_1",
     ]
-    assert first["first"].command[2].split()[0] == "vmoe_m2mkd_0"
+    assert jobs["first"].command[2].split()[0] == "vmoe_m2mkd_0"
+
+
+def test_the_first_seed_is_shown_after_both_jobs_that_have_its_networks(tmp_path, capsys):
+    runs = ("vmoe_m2mkd_0/teacher", "vmoe_scratch_0", "vmoe_m2mkd_0/end_to_end")
+    for number, name in enumerate(runs, 1):
+        run = tmp_path / name
+        run.mkdir(parents=True)
+        (run / "result.json").write_text(f'{{"test/accuracy": 0.9{number}}}')
+        (run / "metrics.jsonl").write_text(f'{{"step": 44, "test/accuracy": 0.{number}}}\n')
+    demo_m2mkd.show_progress(tmp_path, "first", {"first"})
+    demo_m2mkd.show_progress(tmp_path, "first_nac", {"first", "first_nac", "scratch"})
+    assert capsys.readouterr().out == ""
+    demo_m2mkd.show_progress(tmp_path, "scratch", {"first", "scratch"})
+    table = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert table[-4:-1] == [
+        ["teacher", "91.0 %"],
+        ["V-MoE, from scratch", "20.0 %", "92.0 %"],
+        ["V-MoE, with m2mKD", "30.0 %", "93.0 %"],
+    ]
+
+
+def test_both_demos_share_the_cores_and_each_ends_with_its_own_runs(tmp_path, monkeypatch):
+    events = []
+    for name, module in demo.DEMOS.items():
+
+        def finish(part, start, name=name):
+            events.append(("finish", part.workdir))
+
+        monkeypatch.setattr(module, "finish", finish)
+    monkeypatch.setattr(
+        demo_m2mkd, "show_progress", lambda workdir, name, done: events.append((name, sorted(done)))
+    )
+
+    def run_all(jobs, workdir, *, at_a_time, after_each):
+        assert workdir == tmp_path and at_a_time == 2
+        ours = ["m2mkd/first", "m2mkd/scratch", "m2mkd/first_nac", "m2mkd/seed_1"]
+        theirs = [name for name in jobs if name.startswith("cliptrans/")]
+        assert list(jobs) == [*ours, *theirs] and "cliptrans/text_only_1" in theirs
+        assert jobs["m2mkd/seed_1"].needs == "m2mkd/first"
+        for name in ("m2mkd/first", *theirs, "m2mkd/scratch"):
+            after_each(name)
+
+    monkeypatch.setattr(demo, "run_all", run_all)
+    monkeypatch.setattr(sys, "argv", ["demo", "--workdir", str(tmp_path), "--seeds=2"])
+    demo.main()
+    assert events == [
+        ("first", ["first"]),
+        ("finish", tmp_path / "cliptrans"),
+        ("scratch", ["first", "scratch"]),
+    ]
 
 
 def test_the_runs_on_emoji_are_understood_and_share_an_m_clip(tmp_path, monkeypatch):
-    jobs = demo_cliptrans.plan(flags(tmp_path, seeds=1))
-    lines = [shlex.join([name, *job.command[2:]]) for name, job in jobs.items()]
+    jobs = demo_cliptrans.plan(flags(tmp_path, seeds=2))
+    lines = [line for job in jobs.values() for line in job.command[2:]]
     runs = configs(monkeypatch, ClipTransConfig, lines)
-    assert list(runs) == ["clip", "text_only_0", "cliptrans_0", "no_captioning_0"]
+    names = [f"{name}_{seed}" for name in demo_cliptrans.MODELS.values() for seed in range(2)]
+    assert sorted(runs) == sorted(["clip", *names]) and list(runs)[:2] == ["clip", "cliptrans_0"]
     for name, config in runs.items():
         assert config.data.further_tests == ("compositions",)
+        assert config.seed == (0 if name == "clip" else int(name[-1]))
         shares = name.startswith(("cliptrans", "no_captioning"))
         assert config.sources.clip == (str(tmp_path / "clip") if shares else "")
-        assert jobs[name].needs == ("clip" if shares else None)
+        if name not in ("clip", "cliptrans_0"):  # which one process runs in this order
+            assert jobs[name].file == (tmp_path / "clip" / "result.json" if shares else None)
 
 
 def test_runs_of_a_process_have_their_own_workdirs_and_end_at_a_request_to_stop(
@@ -106,6 +163,7 @@ def test_a_use_is_shown_as_it_is_typed_and_its_failure_ends_the_demo(monkeypatch
     called = []
 
     def run(command, **settings):
+        assert settings["env"]["XLA_FLAGS"].endswith("--xla_backend_optimization_level=0")
         called.append((command, settings["env"]["JAX_PLATFORMS"]))
         return subprocess.CompletedProcess(command, returncode=len(called) - 1)
 

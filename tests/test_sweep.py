@@ -282,8 +282,16 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
     give, take = stand_in
     flags = ("--config.seed=0",)
     plan = {"second": jobs.Job(flags, "first"), "first": jobs.Job(flags)}
-    jobs.run_all(plan, tmp_path / "runs", at_a_time=2)
-    assert re.findall(r"s  (\w+) done", capsys.readouterr().out) == ["first", "second"]
+    jobs.run_all(
+        plan, tmp_path / "runs", at_a_time=2, after_each=lambda name: print(f"after {name}")
+    )
+    ends = re.findall(r"s  (\w+) done\nafter (\w+)", capsys.readouterr().out)
+    assert ends == [("first", "first"), ("second", "second")]
+    # Where a file is enough, that is waited for.
+    made = tmp_path / "made"
+    others = {"third": jobs.Job(flags, file=made), "first": jobs.Job(flags)}
+    jobs.run_all(others, tmp_path / "runs", at_a_time=1, after_each=lambda _: made.touch())
+    assert re.findall(r"s  (\w+) done", capsys.readouterr().out) == ["first", "third"]
     take()
     give({"first": "fail"})
     with pytest.raises(SystemExit, match=f"first failed; see {tmp_path}/runs/first.log"):

@@ -13,6 +13,7 @@ translates some lines at the end. Run it again to resume an interrupted demo.
 import argparse
 import dataclasses
 import pathlib
+import shlex
 import time
 
 from use import show_use
@@ -52,30 +53,41 @@ def main() -> None:
     flags = demo_parser(__doc__, workdir="runs/demo/cliptrans", seeds=1).parse_args()
     start = time.time()
     run_all(plan(flags), flags.workdir, at_a_time=flags.jobs)
+    finish(flags, start)
+
+
+def finish(flags: argparse.Namespace, start: float) -> None:
+    """Shows the results of all runs, and some translations; `start` is the time when the demo
+    began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     show_use("cliptrans", "translate", str(flags.workdir / "cliptrans_0" / "translate"), *LINES)
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Job]:
-    """The runs by name; all runs with features use the same M-CLIP."""
-    root = flags.workdir.resolve()
+    """The processes by name; all runs with features use the same M-CLIP.
 
-    def job(arguments: str, seed: int, needs: str | None = None) -> Job:
-        command = ["-m", "cliptrans_jax.main", f"--config={CONFIG}:{arguments}"]
-        command += [f"--config.seed={seed}", *flags.flags]
-        if needs is not None:
-            command += [f"--config.sources.clip={root / needs}"]
-            command += [f"--config.features={root / 'features'}"]
-        return Job(tuple(command), needs)
+    The first CLIPTrans follows the M-CLIP in its process, which has drawn the pictures already.
+    """
+    clip = flags.workdir.resolve() / "clip"
 
-    jobs = {"clip": job("stage=clip", 0)}
-    for seed in range(flags.seeds):
-        jobs[f"text_only_{seed}"] = job("model=text_only", seed)
-    for seed in range(flags.seeds):
-        jobs[f"cliptrans_{seed}"] = job("model=cliptrans", seed, "clip")
-    for seed in range(flags.seeds):
-        jobs[f"no_captioning_{seed}"] = job("model=no_captioning", seed, "clip")
+    def line(run: str, arguments: str, seed: int = 0) -> str:
+        command = [run, f"--config={CONFIG}:{arguments}", f"--config.seed={seed}", *flags.flags]
+        if arguments in ("model=cliptrans", "model=no_captioning"):
+            command += [f"--config.sources.clip={clip}"]
+            command += [f"--config.features={clip.parent / 'features'}"]
+        return shlex.join(command)
+
+    def in_turn(*lines: str) -> tuple[str, ...]:
+        return ("tools/in_turn.py", "cliptrans_jax.main", *lines)
+
+    first = line("cliptrans_0", "model=cliptrans")
+    jobs = {"cliptrans_0": Job(in_turn(line("clip", "stage=clip"), first))}
+    for name in ("text_only", "cliptrans", "no_captioning"):
+        file = None if name == "text_only" else clip / "result.json"
+        for seed in range(flags.seeds):
+            run = f"{name}_{seed}"
+            jobs.setdefault(run, Job(in_turn(line(run, f"model={name}", seed)), file=file))
     return jobs
 
 

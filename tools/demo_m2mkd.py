@@ -2,8 +2,8 @@
 
 Runs the whole pipeline on scikit-learn's digits (the last 360, by different writers than the rest,
 are the test set) for a V-MoE, distils the same teacher into a NAC, and trains both networks from
-scratch with the same end-to-end budgets, for several seeds. Prints the V-MoE's rows of the table
-first, then all of it. The NAC is also tested on renditions of the digits (OOD). At the end a
+scratch with the same end-to-end budgets, for one seed or several. Prints the V-MoE's rows of the
+table first, then all of it. The NAC is also tested on renditions of the digits (OOD). At the end a
 trained network names some test digits. Run it again to resume an interrupted demo.
 
     python tools/demo_m2mkd.py --workdir runs/demo/m2mkd
@@ -13,6 +13,7 @@ import argparse
 import pathlib
 import shlex
 import time
+from collections.abc import Collection
 
 from PIL import Image
 from use import show_use
@@ -38,14 +39,20 @@ PICTURES = 6  # test digits that a network names
 
 @ends_quietly
 def main() -> None:
-    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=2).parse_args()
-    start = time.time()
-    for number, jobs in enumerate(plan(flags)):
-        run_all(jobs, flags.workdir, at_a_time=flags.jobs)
-        if number == 0:
-            rows = [teacher_row(flags.workdir, 1), *student_rows(flags.workdir, "V-MoE", 1)]
-            show(Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows)))
-            print()
+    flags = demo_parser(__doc__, workdir="runs/demo/m2mkd", seeds=1).parse_args()
+    start, done = time.time(), set()
+
+    def after(name: str) -> None:
+        done.add(name)
+        show_progress(flags.workdir, name, done)
+
+    run_all(plan(flags), flags.workdir, at_a_time=flags.jobs, after_each=after)
+    finish(flags, start)
+
+
+def finish(flags: argparse.Namespace, start: float) -> None:
+    """Shows the results of all runs, and what a network makes of some digits; `start` is the time
+    when the demo began."""
     report = summarise(flags.workdir, flags.seeds)
     print(f"\n{report.resolve()}   ({time.time() - start:.0f} s)")
     run, pictures = flags.workdir / "vmoe_m2mkd_0" / "end_to_end", flags.workdir / "digits"
@@ -53,11 +60,11 @@ def main() -> None:
     show_use("m2mkd", "predict", str(run), str(pictures), "--top=2")
 
 
-def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
-    """The processes by name, those of the first seed's V-MoE and the rest.
+def plan(flags: argparse.Namespace) -> dict[str, Job]:
+    """The processes by name.
 
-    The pipelines of other seeds come later: they find the first one's programs in the cache. A NAC
-    uses the meta model and teacher of the V-MoE's pipeline.
+    A NAC uses the meta model and teacher of its seed's V-MoE. Pipelines of other seeds start when
+    the first is finished: they find its programs in the cache.
     """
 
     def line(student: str, name: str, seed: int) -> str:
@@ -69,16 +76,31 @@ def plan(flags: argparse.Namespace) -> list[dict[str, Job]]:
             command += [f"--config.sources.{role}={folder / role}" for role in ("meta", "teacher")]
         return shlex.join(command)
 
-    def job(*lines: str) -> Job:
-        return Job(("tools/in_turn.py", "m2mkd_jax.main", *lines))
+    def in_turn(*lines: str) -> tuple[str, ...]:
+        return ("tools/in_turn.py", "m2mkd_jax.main", *lines)
 
     seeds = range(flags.seeds)
-    first = {
-        "first": job(line("V-MoE", "m2mkd", 0)),
-        "scratch": job(*(line(x, "scratch", seed) for x in CONFIGS for seed in seeds)),
+    scratch = in_turn(*(line(x, "scratch", seed) for x in CONFIGS for seed in seeds))
+    teacher = flags.workdir / run_name("V-MoE", "m2mkd", 0) / "teacher" / "result.json"
+    jobs = {
+        "first": Job(in_turn(line("V-MoE", "m2mkd", 0))),
+        "scratch": Job(scratch),
+        "first_nac": Job(in_turn(line("NAC", "m2mkd", 0)), file=teacher),
     }
-    later = {f"seed_{x}": job(*(line(y, "m2mkd", x) for y in CONFIGS)) for x in seeds[1:]}
-    return [first, {**later, "first_nac": job(line("NAC", "m2mkd", 0))}]
+    for seed in seeds[1:]:
+        lines = (line(x, "m2mkd", seed) for x in CONFIGS)
+        jobs[f"seed_{seed}"] = Job(in_turn(*lines), needs="first")
+    return jobs
+
+
+def show_progress(workdir: pathlib.Path, name: str, done: Collection[str]) -> None:
+    """Prints the accuracies of the first seed's V-MoE after the later of the two jobs that have
+    its networks; `name` has just been added to `done`."""
+    pair = {"first", "scratch"}
+    if name in pair and pair <= set(done):
+        rows = [teacher_row(workdir, 1), *student_rows(workdir, "V-MoE", 1)]
+        show(Table("The V-MoE's accuracy, first seed", HEADER[:3], tuple(r[:3] for r in rows)))
+        print(flush=True)
 
 
 def run_name(student: str, name: str, seed: int) -> str:
@@ -104,10 +126,11 @@ def summarise(workdir: pathlib.Path, seeds: int) -> pathlib.Path:
         assert len(steps) == 1, steps
         picture = workdir / f"accuracy_{student.replace('-', '').lower()}.png"
         overlay(curves, label="test accuracy", path=picture)
-        figures.append((f"Test accuracy of the {student}, end to end, {seeds} seeds", picture))
+        figures.append((f"Test accuracy of the {student}, end to end; seeds: {seeds}", picture))
     graph = workdir / "nac_m2mkd_0" / "end_to_end" / "connectivity.png"
     figures.append(("The mediators of the NAC before and after training, seed 0", graph))
-    table = Table(f"Accuracy, mean ± standard deviation over {seeds} seeds", HEADER, tuple(rows))
+    spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    table = Table(f"Accuracy{spread}", HEADER, tuple(rows))
     show(table)
     return write_report(
         workdir, title="m2mKD on digits", table=table, figures=figures, families=CURVES

@@ -17,6 +17,9 @@ def show_use(program: str, *arguments: str) -> None:
     """
     print(f"\n$ {shlex.join([program, *arguments])}", flush=True)
     command = [sys.executable, "-m", PROGRAMS[program], *arguments]
-    result = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False)
+    # The network runs once, so most of the time is compilation.
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+    result = subprocess.run(command, env=environment, check=False)
     if result.returncode != 0:
         sys.exit(result.returncode)

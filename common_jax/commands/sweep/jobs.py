@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from common_jax.commands.arguments import count
 from common_jax.metrics import read_metrics
@@ -33,10 +33,16 @@ class Job:
     Attributes:
       command: arguments of python, without the run's workdir.
       needs: the run that must be finished before it starts, or None.
+      file: must exist before it starts, such as the result of a part of another run; None for none.
     """
 
     command: tuple[str, ...]
     needs: str | None = None
+    file: pathlib.Path | None = None
+
+    def may_start(self, done: Collection[str | None]) -> bool:
+        """Whether all that it needs exists, given the finished runs and None."""
+        return self.needs in done and (self.file is None or self.file.exists())
 
 
 def demo_parser(description: str, *, workdir: str, seeds: int) -> argparse.ArgumentParser:
@@ -70,10 +76,16 @@ class Outcome:
 Running = dict[str, tuple[subprocess.Popen, int]]  # process, and its place, counted from 0
 
 
-def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -> None:
+def run_all(
+    jobs: Mapping[str, Job],
+    workdir: pathlib.Path,
+    *,
+    at_a_time: int,
+    after_each: Callable[[str], None] = lambda name: None,
+) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
     output in WORKDIR/NAME.log; exits at the first failure. After Ctrl-C it waits until the runs
-    have saved."""
+    have saved. `after_each` is called with the name of every job that is finished."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -91,6 +103,7 @@ def run_all(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) -
                     other.terminate()
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
+            after_each(name)
     except KeyboardInterrupt:
         # If a terminal has sent it to them already, the two count as one request.
         for process, _ in running.values():
@@ -154,8 +167,8 @@ def _ends(
     """Starts waiting jobs as soon as possible, and yields (name, status) of those that have ended.
     `waiting` and `running` are kept up to date; the caller may read and change them."""
     done = {None}
-    while running or any(job.needs in done for job in waiting.values()):
-        for name in [name for name, job in waiting.items() if job.needs in done]:
+    while running or any(job.may_start(done) for job in waiting.values()):
+        for name in [name for name, job in waiting.items() if job.may_start(done)]:
             if len(running) < at_a_time and name in waiting:
                 place = min(set(range(at_a_time)) - {place for _, place in running.values()})
                 process = begin(name, waiting.pop(name), place)
@@ -176,7 +189,7 @@ def _ends(
 def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.Popen:
     """Starts a run of a demo on one core."""
     workdir = workdir.resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / name).parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *job.command, f"--workdir={workdir / name}"]
     with open(workdir / f"{name}.log", "a") as log:
         # Most of the time is compilation, a fifth shorter at this level; steps are as fast.

@@ -1,0 +1,55 @@
+"""Both demos in one, m2mKD on digits and CLIPTrans on emoji: demo_m2mkd.py and demo_cliptrans.py.
+
+Their runs share the cores, so that none is idle while the last run of the first demo ends. Tables
+are printed as soon as their runs are finished. Run it again to resume an interrupted demo.
+
+    python tools/demo.py --workdir runs/demo
+"""
+
+import argparse
+import dataclasses
+import time
+
+import demo_cliptrans
+import demo_m2mkd
+
+from common_jax.commands.sweep.jobs import Job, demo_parser, run_all
+from common_jax.signals import ends_quietly
+
+DEMOS = {"m2mkd": demo_m2mkd, "cliptrans": demo_cliptrans}
+
+
+@ends_quietly
+def main() -> None:
+    flags = demo_parser(__doc__, workdir="runs/demo", seeds=1).parse_args()
+    start, done, jobs = time.time(), set(), plan(flags)
+
+    def after(name: str) -> None:
+        demo, _, run = name.partition("/")
+        done.add(name)
+        if demo == "m2mkd":
+            own = {x.partition("/")[2] for x in done if x.startswith("m2mkd/")}
+            demo_m2mkd.show_progress(flags.workdir / demo, run, own)
+        if all(x in done for x in jobs if x.startswith(f"{demo}/")):
+            DEMOS[demo].finish(part(flags, demo), start)
+
+    run_all(jobs, flags.workdir, at_a_time=flags.jobs, after_each=after)
+
+
+def plan(flags: argparse.Namespace) -> dict[str, Job]:
+    """The processes of both demos, by the demo's folder and their name."""
+    jobs = {}
+    for demo, module in DEMOS.items():
+        for name, job in module.plan(part(flags, demo)).items():
+            needs = None if job.needs is None else f"{demo}/{job.needs}"
+            jobs[f"{demo}/{name}"] = dataclasses.replace(job, needs=needs)
+    return jobs
+
+
+def part(flags: argparse.Namespace, demo: str) -> argparse.Namespace:
+    """The flags of one of DEMOS, with its own folder."""
+    return argparse.Namespace(**{**vars(flags), "workdir": flags.workdir / demo})
+
+
+if __name__ == "__main__":
+    main()
