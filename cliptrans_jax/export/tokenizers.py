@@ -11,14 +11,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, UNK
-from cliptrans_jax.data.published import MASK, MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.published import MASK, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig
 from common_jax.workdir import read_json
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files that a published tokenizer may have beside those of `PUBLISHED`.
 OTHERS = ("special_tokens_map.json", "merges.txt")
-CLASSES = {"mbart50": "MBart50Tokenizer", "xlmr": "XLMRobertaTokenizer", "clip": "CLIPTokenizer"}
+CLASSES = {
+    "mbart50": "MBart50Tokenizer",
+    "nllb": "NllbTokenizer",
+    "m2m100": "M2M100Tokenizer",
+    "xlmr": "XLMRobertaTokenizer",
+    "clip": "CLIPTokenizer",
+}
 
 
 def language_token(language: str) -> str:
@@ -65,7 +71,9 @@ def write_tokenizer(
         _copy(folder, config)
         settings["tokenizer_class"] = CLASSES[config.kind]
         if pair is not None:
-            source, target = (MBART50_CODES[language] for language in pair)
+            codes = PUBLISHED[config.kind].codes
+            # M2M-100's class takes "de" for the language of the token "__de__".
+            source, target = (codes[language].strip("_") for language in pair)
             settings |= {"src_lang": source, "tgt_lang": target}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
@@ -91,9 +99,10 @@ def _build(trained: epath.Path, languages: Sequence[str], first: str) -> Tokeniz
 
 def _copy(folder: Path, config: TokenizerConfig) -> None:
     source = Path(config.path).expanduser()
-    names = [*PUBLISHED[config.kind].files, *OTHERS]
+    published = PUBLISHED[config.kind]
+    names = filter(None, [*published.files, published.order, *OTHERS])
     there = [source / name for name in names if (source / name).is_file()]
-    if not any(file.name in PUBLISHED[config.kind].files for file in there):
+    if not any(file.name in published.files for file in there):
         raise FileNotFoundError(
             f"{config.path} no longer has the tokenizer of the run; give its folder with "
             "--config.tokenizer.path or --config.clip_tokenizer.path"

@@ -109,6 +109,7 @@ def language_last(ids, sizes):
 
 
 SMALL = Architecture(
+    name="small",
     subtree="small",
     config=SmallConfig,
     network=Small,

@@ -101,7 +101,7 @@ MISTAKES: tuple[Mistake, ...] = (
         TEXTS,
     ),
     Mistake(
-        f"{PACKAGE}/data/unigram.py",
+        f"{PACKAGE}/data/sentencepieces.py",
         "pieces are as probable as each other",
         "model.pieces.add(piece=piece, score=score)",
         "model.pieces.add(piece=piece)",
