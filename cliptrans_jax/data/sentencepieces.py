@@ -1,4 +1,4 @@
-"""SentencePiece's models, unigram and BPE, read from either of the files in which they are published.
+"""SentencePiece's models, unigram or BPE, from either of the files that they are published in.
 
 The library itself cuts sentences, as in the original, whichever file the pieces come from: other
 implementations of its normaliser differ in decomposed Hangul and kana, in accents after wide

@@ -58,15 +58,15 @@ def _translator_config(
 ) -> Any:
     """The published config with the sizes of the tensors, if their width is one of those published,
     all of which have the same number of heads."""
-    shared = transformer_names
-    names = [prefix + name for name in (shared.EMBEDDING, *shared.ALIASES)]
+    names = (transformer_names.EMBEDDING, *transformer_names.ALIASES)
+    names = [prefix + name for name in names]
     embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
     if width not in widths:
         raise ValueError(
             f"{file} has a translator of width {width}, whose number of heads its tensors do not "
-            f"show; give its config (a published one, of width {' or '.join(map(str, widths))}, has "
-            f"{published.encoder_heads})"
+            f"show; give its config (a published one, of width {' or '.join(map(str, widths))}, "
+            f"has {published.encoder_heads})"
         )
     sizes = {}
     for side in ("encoder", "decoder"):

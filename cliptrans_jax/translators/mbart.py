@@ -1,5 +1,4 @@
-"""mBART (Liu et al. 2020, arXiv 2001.08210), whose embeddings are normalised and whose logits have a
-bias."""
+"""mBART (Liu et al. 2020, arXiv 2001.08210): normalised embeddings, and logits with a bias."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,5 +1,5 @@
-"""NLLB-200 (arXiv 2207.04672) and M2M-100 (arXiv 2010.11125), the dense models, which differ in size
-and vocabulary alone."""
+"""The dense NLLB-200 (arXiv 2207.04672) and M2M-100 (arXiv 2010.11125), which differ in size and
+vocabulary alone."""
 
 import dataclasses
 import types
@@ -34,7 +34,7 @@ class NllbConfig(TransformerConfig):
         super().__post_init__()
         if self.width % 2 or self.width < 4:
             raise FieldError(
-                f"width={self.width} must be even and at least 4, for sines and cosines of positions"
+                f"width={self.width} must be even and at least 4, for sinusoidal positions"
             )
 
     @property

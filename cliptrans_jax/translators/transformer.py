@@ -187,8 +187,8 @@ class DecoderLayer(nn.Module):
 
 
 class _Half(nn.Module):
-    """norm(layers(norm(embeddings + positions))), of an encoder or a decoder; some kinds do not have
-    the inner norm."""
+    """norm(layers(norm(embeddings + positions))), of an encoder or a decoder. Some kinds lack the
+    inner norm."""
 
     config: TransformerConfig
     dtype: DTypeLike
@@ -380,7 +380,7 @@ class Transformer(nn.Module):
 def sinusoids(
     position: Int[Array, "*B"], *, width: int, dtype: DTypeLike
 ) -> Float[Array, "*B {width}"]:
-    """[sin(p f), cos(p f)] with f_i = 10000^(-i / (D / 2 - 1)) (fairseq, as tensor2tensor has it)."""
+    """[sin(p f), cos(p f)] with f_i = 10000^(-i / (D / 2 - 1)) (fairseq's)."""
     half = width // 2
     rate = np.float32(-math.log(10_000) / (half - 1))
     # Float32 for any `dtype`: in bfloat16 positions above 256 are rounded.

@@ -10,10 +10,10 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, `prefix` (10; 0 is the translator alone, which has no captioning stage), `scale`,
-  which multiplies the length of every stage (`scale=0.1` for a quick try), `chips`, and
+  `target` language, `prefix` (10; 0 is the translator alone, which has no captioning stage),
+  `scale`, which multiplies the length of every stage (`scale=0.1` for a quick try), `chips`, and
   `translator`: mbart, as published, or in its place nllb (NLLB-200-distilled-600M), nllb-1.3B,
-  nllb-3.3B, m2m100 (418M) or m2m100-1.2B, with its folder in config.sources.mbart and
+  nllb-3.3B, m2m100 (418M) or m2m100-1.2B, whose folder goes into config.sources.mbart and
   config.tokenizer.path.
 
 With `chips`, the number in a pod, matrices are split over up to 16 chips (fsdp), and batches are

@@ -17,7 +17,7 @@ from cliptrans_jax import pretrained
 from cliptrans_jax.tensors import config_json, kinds
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
-from cliptrans_jax.translators import mbart, mbart_names, transformer_names
+from cliptrans_jax.translators import mbart, transformer_names
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
