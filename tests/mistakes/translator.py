@@ -12,6 +12,7 @@ MAPPER = f"{TESTS}/test_mapper.py"
 STEPS = f"{TESTS}/test_decode_steps.py"
 SEARCH = f"{TESTS}/test_decode.py::test_a_plain_search_finds_the_same"
 LOSSES = f"{TESTS}/test_losses.py"
+NLLB = f"{TESTS}/test_nllb.py"
 TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
 TABLES = f"{TESTS}/test_tower_names.py"
@@ -68,6 +69,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "x = self.drop(x, deterministic=not train)\n        # Init",
         "x = self.drop(x, deterministic=False)\n        # Init",
         DROPS,
+    ),
+    Mistake(
+        f"{TRANSLATORS}/transformer.py",
+        "sines and cosines change places",
+        "jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)",
+        "jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)",
+        f"{NLLB}::test_sinusoids_by_their_formula",
+    ),
+    Mistake(
+        f"{TRANSLATORS}/nllb.py",
+        "the first token has the position of pads",
+        "return self.pad + 1",
+        "return self.pad",
+        f"{NLLB}::test_the_first_position_follows_that_of_pads",
     ),
     Mistake(
         f"{MODELS}/attention.py",
