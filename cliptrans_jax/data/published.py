@@ -44,6 +44,7 @@ class PublishedTokenizer:
       bpe: whether SentencePiece merges pairs, see `sentencepieces.PieceModel`.
       order: a further file that is needed, with the ids of the special tokens and pieces; "" if
         pieces have them in the order of the model.
+      hub_file: the file without which `transformers` gives tokens other ids, if there is one.
     """
 
     repository: str
@@ -52,6 +53,7 @@ class PublishedTokenizer:
     last: tuple[str, ...]
     bpe: bool = False
     order: str = ""
+    hub_file: str = ""
 
 
 PIECES, JSON = "sentencepiece.bpe.model", "tokenizer.json"
@@ -68,6 +70,7 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         NLLB_CODES,
         (*NLLB_TOKENS, MASK),
         bpe=True,
+        hub_file=JSON,
     ),
     "m2m100": PublishedTokenizer(
         "facebook/m2m100_418M",

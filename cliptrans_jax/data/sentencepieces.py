@@ -205,7 +205,9 @@ def _ranked(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     places = [vocab.get(left + right, -1) for left, right in merges]
     if places != sorted(places) or -1 in places:
         raise ValueError("its merges are not in the order of its vocabulary")
-    return [(token, -place) for place, token in enumerate(sorted(vocab, key=vocab.__getitem__))]
+    return [
+        (token, -float(place)) for place, token in enumerate(sorted(vocab, key=vocab.__getitem__))
+    ]
 
 
 def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

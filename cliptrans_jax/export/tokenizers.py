@@ -54,7 +54,8 @@ def write_tokenizer(
         begin with <s>.
 
     Raises:
-      FileNotFoundError: if a published tokenizer's files are no longer in `config.path`.
+      FileNotFoundError: if `config.path` no longer has a published tokenizer's files, or lacks one
+        that `transformers` needs.
     """
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
     if config.kind == "trained":
@@ -106,6 +107,11 @@ def _copy(folder: Path, config: TokenizerConfig) -> None:
         raise FileNotFoundError(
             f"{config.path} no longer has the tokenizer of the run; give its folder with "
             "--config.tokenizer.path or --config.clip_tokenizer.path"
+        )
+    if published.hub_file and not (source / published.hub_file).is_file():
+        raise FileNotFoundError(
+            f"{config.path} lacks {published.hub_file}, without which transformers gives tokens "
+            f"other ids; fetch it from {published.repository!r}"
         )
     for file in there:
         shutil.copyfile(file, folder / file.name)

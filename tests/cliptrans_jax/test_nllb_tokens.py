@@ -140,10 +140,13 @@ def test_a_model_of_another_form_is_refused(model, tmp_path):
         load("m2m100", folder)
 
 
-@pytest.mark.parametrize(("kind", "source"), [("nllb", "eng_Latn"), ("m2m100", "en")])
-def test_transformers_loads_what_is_copied(model, tmp_path, kind, source):
+@pytest.mark.parametrize(
+    ("kind", "form", "source"),
+    [("nllb", "json", "eng_Latn"), ("m2m100", "sentencepiece", "en")],
+)
+def test_transformers_loads_what_is_copied(model, tmp_path, kind, form, source):
     transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
-    folder, out = write(tmp_path / "a", kind, model, "sentencepiece"), tmp_path / "out"
+    folder, out = write(tmp_path / "a", kind, model, form), tmp_path / "out"
     out.mkdir()
     config = TokenizerConfig(kind, str(folder))
     write_tokenizer(out, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
@@ -154,6 +157,13 @@ def test_transformers_loads_what_is_copied(model, tmp_path, kind, source):
     assert theirs(texts)["input_ids"] == [ids.tolist() for ids in ours.encode(texts, "en")]
     targets = theirs(text_target=texts)["input_ids"]
     assert targets == [ids.tolist() for ids in ours.encode(texts, "cs")]
+
+
+def test_nllb_without_its_tokenizer_json_is_not_exported(model, tmp_path):
+    """From the other file transformers 5 numbers the mask before the languages."""
+    config = TokenizerConfig("nllb", str(write(tmp_path, "nllb", model, "sentencepiece")))
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json, without which"):
+        write_tokenizer(tmp_path, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
 
 
 def test_languages_are_the_published_ones():
