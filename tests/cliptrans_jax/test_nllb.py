@@ -84,9 +84,8 @@ def reference():
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.normal_(0, 0.4)
-        # So that searches end early and late, and write no pad, which has no position there.
-        bias = model.model.decoder.layer_norm.bias
-        model.model.shared.weight[EOS], model.model.shared.weight[PAD] = 1.5 * bias, -3 * bias
+        # So that no search writes a pad, which has no position there.
+        model.model.shared.weight[PAD] = -3 * model.model.decoder.layer_norm.bias
     return model.eval()
 
 
@@ -131,13 +130,21 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, tmp_path, form):
     assert_same_logits(our_logits(found.params), expected)
 
 
-def test_a_search_of_five_beams_is_hugging_face_s(reference, tmp_path):
-    torch = pytest.importorskip("torch", reason=NO_TORCH)
-    reference.save_pretrained(tmp_path)
-    params = {"nllb": pretrained.load(tmp_path).params}
+@pytest.fixture(scope="module")
+def search():
     search = Search(Translator(MODEL), DecodeConfig(beams=5, max_new_tokens=10, growth=2))
-    found = jax.device_get(jax.jit(search.run)(params, None, SOURCE, LANGUAGES))
-    lengths = set()
+    return jax.jit(search.run)
+
+
+@pytest.mark.parametrize(("likely", "last"), [(0.4, 10), (0.6, 6)])
+def test_a_search_of_five_beams_is_hugging_face_s(reference, search, tmp_path, likely, last):
+    """With ends that are rare, so that the limit forces most, and with frequent ones."""
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    with torch.no_grad():
+        reference.model.shared.weight[EOS] = likely * reference.model.decoder.layer_norm.bias
+    reference.save_pretrained(tmp_path)
+    params, lengths = {"nllb": pretrained.load(tmp_path).params}, set()
+    found = jax.device_get(search(params, None, SOURCE, LANGUAGES))
     for row, language in enumerate(LANGUAGES.tolist()):
         source = torch.tensor(SOURCE[row : row + 1]).long()
         with torch.no_grad():
@@ -162,7 +169,7 @@ def test_a_search_of_five_beams_is_hugging_face_s(reference, tmp_path):
             assert [*found.tokens[row, beam, :length], EOS] == ids[: length + 1]
             assert set(ids[length + 1 :]) <= {PAD}
             np.testing.assert_allclose(found.scores[row, beam], score, rtol=1e-5, atol=1e-5)
-    assert len(lengths) > 2  # searches end early and late
+    assert min(lengths) == 2 and max(lengths) == last
 
 
 def test_hugging_face_reads_what_is_saved(tmp_path):
