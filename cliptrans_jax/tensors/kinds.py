@@ -189,7 +189,7 @@ def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tu
 
 
 def _formats(tensors: Tensors) -> Iterator[Format]:
-    """The layouts, without those that tensors are foreign to."""
+    """The layouts, without those that the tensors rule out by names foreign to them."""
     for kind, layouts in KINDS.items():
         for one in layouts:
             if one.foreign and prefixes(one.foreign, tensors):
