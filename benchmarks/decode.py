@@ -29,7 +29,7 @@ from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
-from cliptrans_jax.translators import mbart_names
+from cliptrans_jax.translators import mbart_names, transformer_names
 from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
 from common_jax.weights import table as tables
 
@@ -163,7 +163,7 @@ def make_network(
     )
     network = transformers.MBartForConditionalGeneration(theirs)
     tensors = tables.write(mbart_names.table(config), params["mbart"])
-    tensors |= {alias: tensors[name] for alias, name in mbart_names.ALIASES.items()}
+    tensors |= {alias: tensors[name] for alias, name in transformer_names.ALIASES.items()}
     network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     return network
 

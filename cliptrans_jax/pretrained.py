@@ -23,10 +23,10 @@ import numpy as np
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
 from cliptrans_jax.tensors.beside import Beside, picture_numbers, read_beside
-from cliptrans_jax.tensors.config_json import CONFIG, mbart_hf_config
+from cliptrans_jax.tensors.config_json import CONFIG
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from cliptrans_jax.towers.tower import Pictures
-from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.translators.transformer import TransformerConfig
 from common_jax.config import did_you_mean
 from common_jax.untrusted import brief
 from common_jax.weights import (
@@ -100,6 +100,7 @@ def load(
         raise ValueError(f"kind={unknown[0]!r} is none of {sorted(KINDS)}{hint}")
     path = _find(source, fetch)
     file, about = str(path), read_beside(path)
+    kinds.require_supported_type(about.get(CONFIG), file)
     kind = kinds.kind_of_config(about.get(CONFIG), file) if len(allowed) != 1 else None
     prefix = weights if weights.endswith(".") else ""
     stored = read_weights(path, weights="" if prefix else weights)
@@ -162,7 +163,7 @@ def _config(
         config = layout.config(tensors, content, file)
     except ValueError as error:
         raise ValueError(error if file in str(error) else f"{file}: {error}") from None
-    assumed, notes = list(layout.unstated) if content is None else [], ()
+    assumed, notes = list(layout.unstated) if content is None else [], _unused(layout, content)
     if layout.varied and content is None:
         value, notes = _activation(layout, path, activation)
         config = dataclasses.replace(config, activation=value)
@@ -175,6 +176,16 @@ def _config(
         )
     fields = {name: operator.attrgetter(name)(config) for name in assumed}
     return config, tuple((name, repr(value)) for name, value in fields.items()), notes
+
+
+def _unused(layout: Layout, content: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Notes on rates of training in a JSON file that have no effect here."""
+    rates = {key: (content or {}).get(key) for key in layout.about_unused}
+    return tuple(
+        f"{key}={brief(rate)} of its {layout.about} has no effect here, also not in training"
+        for key, rate in rates.items()
+        if rate
+    )
 
 
 def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str, ...]]:
@@ -215,15 +226,16 @@ def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
 def save(
     folder: str | os.PathLike,
     params: Mapping[str, Any],
-    config: MBartConfig,
+    config: TransformerConfig,
     *,
     tokenizer_files: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Writes a folder for `transformers.MBartForConditionalGeneration.from_pretrained`, atomically.
+    """Writes a folder that `transformers` loads as the class of its config.json, atomically.
 
     Args:
       folder: new, empty, or with this same content.
-      params: of "mbart".
+      params: of a translator, below its subtree.
+      config: its sizes.
       tokenizer_files: copied beside the weights.
 
     Raises:
@@ -241,11 +253,12 @@ def save(
     there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if (there and there != names) or (folder.exists() and not folder.is_dir()):
         raise conflict
-    tensors = _tensors(kinds.MBART, params, config)
+    layout = kinds.written_layout(config)
+    tensors = _tensors(layout, params, config)
     part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         part.mkdir(parents=True)
-        (part / "config.json").write_text(json.dumps(mbart_hf_config(config), indent=2) + "\n")
+        (part / "config.json").write_text(json.dumps(layout.to_about(config), indent=2) + "\n")
         write_tensors(part / "model.safetensors", tensors)
         for name, file in extra.items():
             shutil.copyfile(file, part / name)

@@ -46,9 +46,9 @@ TEXT = TEXTS[1:]
 ALLOWED = (
     (
         r"augment\.(flip|randaugment)|few_shot\.test_on_train|optim\.decay_all|data\.emoji_flags"
-        r"|(meta|teacher|model|model\.mbart)\.(remat|scan_layers)|(meta|teacher|model)\.qkv_bias"
+        r"|(meta|teacher|model|model\.(mbart|nllb))\.(remat|scan_layers)|(meta|teacher|model)\.qkv_bias"
         r"|(meta|teacher|model)\.(patch_bias|class_token|norm_pre|norm_after_pool)"
-        r"|model\.(moe\.router_bias|mbart\.scale_embedding|prior\.(periodic|hinge))"
+        r"|model\.(moe\.router_bias|(mbart|nllb)\.scale_embedding|prior\.(periodic|hinge))"
         r"|model\.linear\.(learnable_gain|add_one)"
         r"|model\.kernel\.(straight_through|stochastic|learnable_bandwidth)"
         r"|model\.(geglu|mask|share_\w+|seeder_code_noise|read_\w+_(residual|head|norm)"
@@ -73,7 +73,7 @@ ALLOWED = (
         r"|model\.(read_in_heads|read_out_heads|tokenizer\.grid_size)"
         r"|(meta|teacher|model)\.registers"
         r"|model\.prior\.(community_size|neighbours|height|path_length|steps)"
-        r"|(model\.mbart|clip\.text)\.(pad|eos|start)|model\.mapper\.prefix"
+        r"|(model\.mbart|model\.nllb|clip\.text)\.(pad|eos|start)|model\.mapper\.prefix"
         r"|valid_beams|decode\.halvings",
         (0,),
         "counts that may be none, and ids and seeds from 0",
@@ -92,7 +92,7 @@ ALLOWED = (
         r"|(meta|teacher)\.layer_scale"
         r"|model\.linear\.dropout|model\.prior\.(edge_probability|p_in|p_out|rewire)"
         r"|regularizers\.\w+\.(weight|weight_end)|regularizers\.blocks\.(within|between)"
-        r"|(clip\.text|model\.mbart|model\.mapper)\.dropout",
+        r"|(clip\.text|model\.(mbart|nllb|mapper))\.dropout",
         (0,),
         "0: off, or an end of the interval",
     ),

@@ -44,7 +44,6 @@ from m2mkd_jax import config as m2mkd_config
 from m2mkd_jax import pretrained as m2mkd
 
 CLIPTRANS = "cliptrans"
-MODEL = {"mbart", "mapper"}  # the part of a run that a CLIPTrans checkpoint has
 EXAMPLES = {
     "meta": "PT_huge.pth weights/meta --kind=meta --config=configs/m2mkd/nac_imagenet.py",
     "teacher": "deit_base_patch16_224.pth weights/teacher --config.teacher.depths=3,3,3,3",
@@ -62,6 +61,7 @@ ABOUT = {name: kind.about for name, kind in m2mkd.KINDS.items()} | {
 # Fields of config.sources that accept published files directly, by kind.
 TAKEN_AS_IT_IS = {
     "mbart": "mbart",
+    "nllb": "mbart",
     "mclip": "clip_text",
     "clip_text": "clip_text",
     "clip_vision": "clip_image",
@@ -253,14 +253,15 @@ def _export_cliptrans(
     """The tensors of a translation model, with the shared embedding under all its names."""
     config = freeze_stored(cliptrans_config.Config, saved, command.source)
     params = checkpoint.load(command.source, average=config.optim.ema > 0)
-    if "mbart" not in params:
+    model = {config.model.architecture.subtree, "mapper"}  # the part of a run that the file has
+    if not model & params.keys():
         raise ValueError(
             f"{command.source} is a run of stage {saved['stage']!r}, which trains no translation "
             f"model; it holds {sorted(params)}"
         )
     params = jax.tree.map(np.asarray, params)
-    left = tuple((name, "a tower is no part of the file") for name in params.keys() - MODEL)
-    params = {name: tree for name, tree in params.items() if name in MODEL}
+    left = tuple((name, "a tower is no part of the file") for name in params.keys() - model)
+    params = {name: tree for name, tree in params.items() if name in model}
     tensors, account = cliptrans.cliptrans_tensors(params, config.model)
     return tensors, dataclasses.replace(account, dropped=left)
 

@@ -49,7 +49,7 @@ def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
     # The length of a loop over chunks of labels is data; in one chunk operations can be counted.
     whole = dataclasses.replace(asked, label_chunk=optim.batch * options.tokens)
     flops = step_flops(translation.describe(whole, mesh, **sizes), optim)
-    savers = ["config.model.mbart.remat", "config.label_chunk"]
+    savers = [f"{asked.model.key}.remat", "config.label_chunk"]
     return train_step(task, asked, optim, mesh, savers, flops=flops)
 
 

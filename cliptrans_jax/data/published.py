@@ -1,12 +1,20 @@
-"""The published tokenizers of mBART-50, XLM-R and CLIP, read from the folder of their files."""
+"""The published tokenizers of mBART-50, NLLB-200, M2M-100, XLM-R and CLIP, read from the folder of
+their files."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from cliptrans_jax.data import byte_pairs, unigram
+from cliptrans_jax.data import byte_pairs, sentencepieces
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
-from cliptrans_jax.data.token_files import added_message
+from cliptrans_jax.data.sentencepieces import PieceModel
+from cliptrans_jax.data.token_files import added_message, read_record
+from cliptrans_jax.translators.nllb_languages import (
+    M2M100_CODES,
+    M2M100_UNUSED,
+    NLLB_CODES,
+    NLLB_TOKENS,
+)
 from common_jax.ranges import did_you_mean, shown
 from common_jax.untrusted import plain
 
@@ -21,6 +29,7 @@ MBART50_TOKENS = (
 )
 MBART50_CODES: Mapping[str, str] = {token[:2]: token for token in MBART50_TOKENS}
 MASK = "<mask>"
+MOST = 100  # languages that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +38,22 @@ class PublishedTokenizer:
 
     Attributes:
       repository: repository of its files on the Hugging Face hub.
-      files: the files that contain all of it; one of them is needed.
+      files: the files that contain all of it, or all but `order`; one of them is needed.
       codes: token of each language.
       last: the tokens after the pieces, in the order of their ids.
+      bpe: whether SentencePiece merges pairs, see `sentencepieces.PieceModel`.
+      order: a further file that is needed, with the ids of the special tokens and pieces; "" if
+        pieces have them in the order of the model.
+      hub_file: the file without which `transformers` gives tokens other ids, if there is one.
     """
 
     repository: str
     files: tuple[str, ...]
     codes: Mapping[str, str]
     last: tuple[str, ...]
+    bpe: bool = False
+    order: str = ""
+    hub_file: str = ""
 
 
 PIECES, JSON = "sentencepiece.bpe.model", "tokenizer.json"
@@ -47,6 +63,22 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         (JSON, PIECES),
         MBART50_CODES,
         (*MBART50_TOKENS, MASK),
+    ),
+    "nllb": PublishedTokenizer(
+        "facebook/nllb-200-distilled-600M",
+        (JSON, PIECES),
+        NLLB_CODES,
+        (*NLLB_TOKENS, MASK),
+        bpe=True,
+        hub_file=JSON,
+    ),
+    "m2m100": PublishedTokenizer(
+        "facebook/m2m100_418M",
+        (PIECES,),
+        M2M100_CODES,
+        (*M2M100_CODES.values(), *M2M100_UNUSED),
+        bpe=True,
+        order="vocab.json",
     ),
     "xlmr": PublishedTokenizer("M-CLIP/XLM-Roberta-Large-Vit-B-32", (JSON, PIECES), {}, (MASK,)),
     "clip": PublishedTokenizer(
@@ -64,9 +96,11 @@ def language_problem(kind: str, language: str) -> str | None:
     codes = PUBLISHED[kind].codes if kind in PUBLISHED else {}
     if not codes or language in codes:
         return None
+    names = sorted(codes)
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
     return (
         f"{shown(language)} is not a language of tokenizer.kind={kind!r}"
-        f"{did_you_mean(language, codes)}, which has {', '.join(sorted(codes))}"
+        f"{did_you_mean(language, codes)}, which has {', '.join(names[:MOST])}{more}"
     )
 
 
@@ -84,16 +118,19 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
       ValueError: its files are not a tokenizer of the kind.
     """
     published, folder = PUBLISHED[kind], Path(path).expanduser()
-    if not any((folder / name).is_file() for name in published.files):
+    needed = [published.files, *([(published.order,)] if published.order else [])]
+    missing = [names for names in needed if not any((folder / name).is_file() for name in names)]
+    if missing:
         raise FileNotFoundError(
-            f"{key}.path={path!r} has neither {' nor '.join(published.files)}; "
+            f"{key}.path={path!r} lacks {' and '.join(map(' or '.join, missing))}; "
             f"fetch them from {published.repository!r}, for example with "
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )
     try:
         if kind == "clip":
             return _clip(folder, limit)
-        return _unigram(_find_unigram(kind, folder), published, limit)
+        model = _find_model(kind, folder)
+        return _sentencepiece(model, _read_order(model, published, folder), published, limit)
     except ValueError as error:
         raise ValueError(
             f"{key}.path={path!r} does not have the tokenizer of {key}.kind={kind!r} "
@@ -101,14 +138,18 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
         ) from error
 
 
-def _find_unigram(kind: str, folder: Path) -> unigram.Unigram:
+def _find_model(kind: str, folder: Path) -> PieceModel:
     """Returns the model of a folder.
 
     SentencePiece's own file has priority over tokenizer.json; if both exist they must agree.
     """
-    model = unigram.read_model(folder / PIECES) if (folder / PIECES).is_file() else None
-    if (folder / JSON).is_file():
-        json_model = unigram.read_tokenizer_json(folder / JSON, PUBLISHED["mbart50"].last)
+    published, model = PUBLISHED[kind], None
+    if (folder / PIECES).is_file():
+        model = sentencepieces.read_model(folder / PIECES, bpe=published.bpe)
+    if JSON in published.files and (folder / JSON).is_file():
+        # Also those of other kinds, so that their files are recognised.
+        last = {token for other in PUBLISHED.values() for token in other.last}
+        json_model = sentencepieces.read_tokenizer_json(folder / JSON, last, bpe=published.bpe)
         _require_last(kind, json_model.path, json_model.extra)
         if model is None:
             return json_model
@@ -117,8 +158,8 @@ def _find_unigram(kind: str, folder: Path) -> unigram.Unigram:
                 f"{model.path} and {json_model.path.name} beside it have different pieces; remove "
                 "the one that is not the tokenizer's"
             )
-    known = {*SPECIAL, *PUBLISHED[kind].last}
-    if added := [token for token in unigram.added_tokens(folder) if token not in known]:
+    known = {*SPECIAL, *published.last}
+    if added := [token for token in sentencepieces.added_tokens(folder) if token not in known]:
         raise ValueError(added_message(folder, added))
     assert model is not None, "neither file exists"
     return model
@@ -145,16 +186,35 @@ def _first(tokens: tuple[str, ...]) -> str:
     return f"{plain(', '.join(tokens[:3])) or 'none'}{more}"
 
 
-def _unigram(model: unigram.Unigram, published: PublishedTokenizer, limit: int) -> FramedTokenizer:
+def _read_order(model: PieceModel, published: PublishedTokenizer, folder: Path) -> list[str]:
+    """Returns the special tokens and pieces in the order of their ids."""
+    if not published.order:
+        return [*SPECIAL, *(piece for piece, _ in model.pieces)]
+    path = folder / published.order
+    try:
+        vocab = byte_pairs.require_vocab(read_record(path))
+        order = sorted(vocab, key=vocab.__getitem__)
+        if tuple(order[: len(SPECIAL)]) != SPECIAL:
+            raise ValueError(f"it does not begin with {', '.join(SPECIAL)}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a vocabulary: {plain(str(error))}") from error
+    return order
+
+
+def _sentencepiece(
+    model: PieceModel, order: list[str], published: PublishedTokenizer, limit: int
+) -> FramedTokenizer:
     """Builds the tokenizer with fairseq's ids: special tokens, pieces, last tokens."""
     processor = model.processor()
-    names = [*SPECIAL, *(piece for piece, _ in model.pieces), *published.last]
-    first = len(names) - len(published.last)
+    names, first = [*order, *published.last], len(order)
+    ids_of = {name: place for place, name in enumerate(order)}
+    # By SentencePiece's number of a piece. Its first three are <unk>, <s> and </s>, of which only
+    # <unk> is in its output.
+    ids_of_pieces = [UNK] * 3 + [ids_of.get(piece, UNK) for piece, _ in model.pieces]
     places = {name: first + place for place, name in enumerate(published.last)}
 
     def cut(texts: list[str]) -> list[list[int]]:
-        # SentencePiece's 0 is <unk>; its pieces start at 3, one before ours.
-        return [[i + 1 if i else UNK for i in ids] for ids in processor.encode(texts)]
+        return [[ids_of_pieces[i] for i in ids] for ids in processor.encode(texts)]
 
     def join(ids: list[int]) -> str:
         pieces = (names[i] for i in ids if 0 <= i < len(names))

@@ -1,4 +1,4 @@
-"""Sentences as token ids: published tokenizers of mBART-50, XLM-R and CLIP, and one trained here.
+"""Sentences as token ids: published tokenizers, and one trained here.
 
 All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
 """
@@ -246,8 +246,12 @@ Loader = Callable[
 KINDS: Mapping[str, Loader] = {
     "trained": _load_trained,
     "mbart50": _load_published,
+    "nllb": _load_published,
+    "m2m100": _load_published,
     "xlmr": _load_published,
     "clip": _load_published,
 }
 # Most tokens of a sentence: the networks' numbers of positions.
-LIMITS: Mapping[str, int] = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77}
+LIMITS: Mapping[str, int] = {
+    "trained": 1024, "mbart50": 1024, "nllb": 1024, "m2m100": 1024, "xlmr": 512, "clip": 77,
+}  # fmt: skip

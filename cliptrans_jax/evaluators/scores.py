@@ -15,6 +15,8 @@ from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from sacrebleu.metrics.chrf import CHRF
 from sacremoses.corpus import NonbreakingPrefixes
 
+from cliptrans_jax.translators.nllb_languages import CODE_BY_TOKEN
+
 # sacrebleu's tokenizers for languages without spaces between words. Its better ones for Japanese
 # and Korean need packages with dictionaries.
 TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "my": "char", "km": "char"}
@@ -54,7 +56,8 @@ def score(hypotheses: Sequence[str], references: Sequence[str], *, language: str
     Args:
       hypotheses: the outputs.
       references: one per output.
-      language: of both; here and below such as "de" or, with a country, "de_DE".
+      language: of both; here and below such as "de", with a country "de_DE", or NLLB's
+        "deu_Latn".
 
     Raises:
       ValueError: if there are no sentences, or not one reference per output.
@@ -171,8 +174,8 @@ def meteor(hypothesis: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _code(language: str) -> str:
-    """The "de" of "de_DE"."""
-    return language.partition("_")[0]
+    """The "de" of "de_DE" and of "deu_Latn"; the "ace" of "ace_Latn", which has no shorter code."""
+    return CODE_BY_TOKEN.get(language, language.partition("_")[0])
 
 
 class _NoSynonyms:

@@ -23,7 +23,7 @@ LEFT_OUT = (
     *("features", "run.", "mesh.", "recipes", "stage"),
 )
 ABOUT = {
-    "config.json": "sizes of the translator, an mBART",
+    "config.json": "sizes of the translator",
     "generation_config.json": "the search, and the language that it writes",
     "model.safetensors": "weights of the translator, float32",
     "mapper.safetensors": "the mapping network, under the names of CLIPTrans' own checkpoints",
@@ -37,7 +37,7 @@ NOTICES = {
     "emoji": "The pictures of the emoji are from [OpenMoji](https://openmoji.org), CC BY-SA 4.0."
 }
 WHOLE = "It has no prefix, so this folder is the whole model."
-PLAIN = """**`transformers` loads this folder as a plain mBART, without the prefix**, as it has no
+PLAIN = """**`transformers` loads this folder as a plain {name}, without the prefix**, as it has no
 class for the whole model. Without M-CLIP's features and the mapping network (`mapper.safetensors`),
 outputs differ from those of the trained model, and are usually worse. The scores below are of the
 whole model, which the command `cliptrans translate` runs from the run's own folder."""
@@ -45,10 +45,10 @@ NO_SCORES = "None are on record for this checkpoint."
 TRANSLATOR = """Translation:
 
 ```python
-from transformers import AutoTokenizer, MBartForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = MBartForConditionalGeneration.from_pretrained("FOLDER")
+model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER")
 inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 ```"""
@@ -123,15 +123,16 @@ def _head(run: Finished) -> str:
             f"sentences in these languages, into one space, trained for {PAPER}."
         )
     source, target = config.data.pair
-    prefix = config.model.mapper.prefix
+    prefix, name = config.model.mapper.prefix, config.model.architecture.name
     method = (
-        f"features of M-CLIP become a prefix of {prefix} vectors in the decoder of an mBART"
+        f"features of M-CLIP become a prefix of {prefix} vectors in the decoder of an {name}"
         if prefix
-        else "an mBART"
+        else f"an {name}"
     )
+    limits = PLAIN.format(name=name) if prefix else WHOLE
     return (
         f"# CLIPTrans: {source} to {target}\n\n"
-        f"A model of {PAPER}, stage `{config.stage}`: {method}.\n\n{PLAIN if prefix else WHOLE}"
+        f"A model of {PAPER}, stage `{config.stage}`: {method}.\n\n{limits}"
     )
 
 

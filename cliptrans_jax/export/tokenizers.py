@@ -11,14 +11,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, UNK
-from cliptrans_jax.data.published import MASK, MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.published import MASK, PUBLISHED
 from cliptrans_jax.data.tokens import TokenizerConfig
 from common_jax.workdir import read_json
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files that a published tokenizer may have beside those of `PUBLISHED`.
 OTHERS = ("special_tokens_map.json", "merges.txt")
-CLASSES = {"mbart50": "MBart50Tokenizer", "xlmr": "XLMRobertaTokenizer", "clip": "CLIPTokenizer"}
+CLASSES = {
+    "mbart50": "MBart50Tokenizer",
+    "nllb": "NllbTokenizer",
+    "m2m100": "M2M100Tokenizer",
+    "xlmr": "XLMRobertaTokenizer",
+    "clip": "CLIPTokenizer",
+}
 
 
 def language_token(language: str) -> str:
@@ -48,7 +54,8 @@ def write_tokenizer(
         begin with <s>.
 
     Raises:
-      FileNotFoundError: if a published tokenizer's files are no longer in `config.path`.
+      FileNotFoundError: if `config.path` no longer has a published tokenizer's files, or lacks one
+        that `transformers` needs.
     """
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
     if config.kind == "trained":
@@ -65,7 +72,9 @@ def write_tokenizer(
         _copy(folder, config)
         settings["tokenizer_class"] = CLASSES[config.kind]
         if pair is not None:
-            source, target = (MBART50_CODES[language] for language in pair)
+            codes = PUBLISHED[config.kind].codes
+            # M2M-100's class takes "de" for the language of the token "__de__".
+            source, target = (codes[language].strip("_") for language in pair)
             settings |= {"src_lang": source, "tgt_lang": target}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
@@ -91,12 +100,18 @@ def _build(trained: epath.Path, languages: Sequence[str], first: str) -> Tokeniz
 
 def _copy(folder: Path, config: TokenizerConfig) -> None:
     source = Path(config.path).expanduser()
-    names = [*PUBLISHED[config.kind].files, *OTHERS]
+    published = PUBLISHED[config.kind]
+    names = filter(None, [*published.files, published.order, *OTHERS])
     there = [source / name for name in names if (source / name).is_file()]
-    if not any(file.name in PUBLISHED[config.kind].files for file in there):
+    if not any(file.name in published.files for file in there):
         raise FileNotFoundError(
             f"{config.path} no longer has the tokenizer of the run; give its folder with "
             "--config.tokenizer.path or --config.clip_tokenizer.path"
+        )
+    if published.hub_file and not (source / published.hub_file).is_file():
+        raise FileNotFoundError(
+            f"{config.path} lacks {published.hub_file}, without which transformers gives tokens "
+            f"other ids; fetch it from {published.repository!r}"
         )
     for file in there:
         shutil.copyfile(file, folder / file.name)

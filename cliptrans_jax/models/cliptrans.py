@@ -14,6 +14,7 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.models.prefix import PrefixConfig
 from cliptrans_jax.models.rules import rules_below
 from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.translators.nllb import NllbConfig
 from cliptrans_jax.translators.table import TRANSLATORS
 from cliptrans_jax.translators.translator import Architecture, Network, Readout, Sizes
 from common_jax.config import FieldError, Section
@@ -33,12 +34,14 @@ class ModelConfig(Section):
       prefix: layout and mask of the prefix in the decoder.
       translator: the encoder-decoder, a key of TRANSLATORS and the name of the section with its
         sizes.
+      nllb: sizes of the translator "nllb".
     """
 
     mbart: MBartConfig = MBartConfig()
     mapper: MapperConfig = MapperConfig()
     prefix: PrefixConfig = PrefixConfig()
     translator: Annotated[str, key_of(lambda: TRANSLATORS)] = "mbart"
+    nllb: NllbConfig = NllbConfig()
 
     def __post_init__(self):
         super().__post_init__()

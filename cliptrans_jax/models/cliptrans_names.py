@@ -12,7 +12,16 @@ LEFT_OUT = {r"clip\..*": 'of the text tower, which is read separately (kind="mcl
 
 
 def table(config: ModelConfig) -> Table:
-    """Tensor names of the whole model, as in a checkpoint without "module."."""
+    """Tensor names of the whole model, as in a checkpoint without "module.".
+
+    Raises:
+      ValueError: for a translator other than mBART.
+    """
+    if config.translator != "mbart":
+        raise ValueError(
+            f"model.translator={config.translator!r}: CLIPTrans' own checkpoints hold an mBART; "
+            "use the folder of a run"
+        )
     mbart = mbart_names.table(config.mbart).below(source="mbart.", target="mbart/")
     mapper = mapper_table(config.mapper).below(source="adapter.", target="mapper/")
     return Table(mbart.entries | mapper.entries, mbart.aliases, LEFT_OUT)

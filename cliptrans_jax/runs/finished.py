@@ -15,6 +15,7 @@ from cliptrans_jax.encoders import ImageTower, TextTower
 from cliptrans_jax.runs.run_data import TOKENIZER, RunData
 from cliptrans_jax.runs.translation import best_step
 from cliptrans_jax.stages import STAGES, Trains, trains
+from cliptrans_jax.translators.table import TRANSLATORS
 from common_jax import checkpoint
 from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig
@@ -23,7 +24,8 @@ from common_jax.workdir import freeze_stored, read_json
 # Sections and fields of a run's config that may be others when its network is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
-    *("tokenizer.path", "clip_tokenizer.path", "mesh", "model.mbart.attention"),
+    *("tokenizer.path", "clip_tokenizer.path", "mesh"),
+    *(f"model.{translator}.attention" for translator in TRANSLATORS),
 )
 
 

@@ -11,14 +11,16 @@ from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators import mbart
 from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.translators.nllb import NllbConfig
+from cliptrans_jax.translators.transformer import TransformerConfig
 from common_jax.untrusted import brief
 from common_jax.workdir import read_json
 
 Hf = Mapping[str, Any]  # a config.json of Hugging Face
 CONFIG = "config.json"
 
-# mBART's sizes by their keys in config.json.
-MBART_FIELDS = types.MappingProxyType(
+# Sizes of mBART and NLLB by their keys in config.json.
+TRANSLATOR_FIELDS = types.MappingProxyType(
     {
         "vocab": "vocab_size",
         "width": "d_model",
@@ -67,6 +69,21 @@ MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
         "quantization_config": None,
     }
 )
+NLLB_FILE = "NLLB's config.json"
+# As `MBART_FIXED`. Keys that M2M-100's files have from mBART's, such as normalize_before, have no
+# effect on its network.
+NLLB_FIXED: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "model_type": "m2m_100",
+        "architectures": ["M2M100ForConditionalGeneration"],
+        "activation_function": "relu",
+        "activation_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "is_encoder_decoder": True,
+    }
+)
+# Rates of training that published files have and networks here lack; an account says so.
+NLLB_UNUSED = ("attention_dropout", "encoder_layerdrop", "decoder_layerdrop")
 MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
     {"xlm-roberta-large": MClipConfig(), "FacebookAI/xlm-roberta-large": MClipConfig()}
 )
@@ -126,19 +143,23 @@ def mbart_config(hf: Hf) -> MBartConfig:
       ValueError: naming a missing key, or a key with an unsupported value; see `MBART_FIXED`.
     """
     fixed = MBART_FIXED | MBART_FIXED_ONCE
-    require_supported(hf, {key: (value, None) for key, value in fixed.items()}, MBART_FILE)
-    start = {MBART_FIELDS["start"]: hf.get("eos_token_id")}
-    hf = start | {key: value for key, value in hf.items() if value is not None}
-    if missing := [key for key in MBART_FIELDS.values() if hf.get(key) is None]:
-        raise ValueError(f"{MBART_FILE} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
-    return MBartConfig(**checked(hf, MBART_FIELDS, MBartConfig, MBART_FILE))
+    return _read_translator(hf, MBartConfig, fixed, MBART_FILE)
 
 
 def mbart_hf_config(config: MBartConfig) -> dict[str, Any]:
     """The config.json of an mBART; the inverse of `mbart_config`."""
-    plain = {key: getattr(config, field) for field, key in MBART_FIELDS.items()}
-    ids = {"bos_token_id": 0, "forced_eos_token_id": config.eos}
-    return MBART_FIXED | plain | ids | {"dtype": "float32"}
+    return _write_translator(config, MBART_FIXED)
+
+
+def nllb_config(hf: Hf) -> NllbConfig:
+    """The config of a dense NLLB-200 or M2M-100, as `mbart_config`; see `NLLB_FIXED`."""
+    return _read_translator(hf, NllbConfig, NLLB_FIXED | {"quantization_config": None}, NLLB_FILE)
+
+
+def nllb_hf_config(config: NllbConfig) -> dict[str, Any]:
+    """The config.json of an NLLB; the inverse of `nllb_config`."""
+    # Otherwise `transformers` takes its defaults, with which nothing here was trained.
+    return _write_translator(config, NLLB_FIXED | dict.fromkeys(NLLB_UNUSED, 0.0))
 
 
 def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
@@ -268,6 +289,24 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
                 f"{key}={brief(hf[key])} of {where} is not supported: it must be {expected}; take "
                 "another model"
             )
+
+
+def _read_translator(
+    hf: Hf, cls: type[TransformerConfig], fixed: Mapping[str, Any], where: str
+) -> Any:
+    """The config of class `cls`, once the keys of `fixed` have their only supported values."""
+    require_supported(hf, {key: (value, None) for key, value in fixed.items()}, where)
+    start = {TRANSLATOR_FIELDS["start"]: hf.get("eos_token_id")}
+    hf = start | {key: value for key, value in hf.items() if value is not None}
+    if missing := [key for key in TRANSLATOR_FIELDS.values() if hf.get(key) is None]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it has {sorted(hf)[:20]}")
+    return cls(**checked(hf, TRANSLATOR_FIELDS, cls, where))
+
+
+def _write_translator(config: TransformerConfig, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: getattr(config, field) for field, key in TRANSLATOR_FIELDS.items()}
+    ids = {"bos_token_id": 0, "forced_eos_token_id": config.eos}
+    return fixed | plain | ids | {"dtype": "float32"}
 
 
 def _clip_section(hf: Hf, side: str) -> tuple[Hf, str]:

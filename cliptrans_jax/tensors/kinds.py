@@ -15,7 +15,7 @@ from cliptrans_jax.tensors import config_json, open_clip, sizes
 from cliptrans_jax.tensors.config_json import CONFIG, Hf
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
 from cliptrans_jax.towers.tower import Pictures, Tower
-from cliptrans_jax.translators import mbart, mbart_names
+from cliptrans_jax.translators import mbart, mbart_names, nllb, nllb_names
 from common_jax.untrusted import brief
 from common_jax.weights.table import (
     Format,
@@ -38,12 +38,21 @@ KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
         "MBartForConditionalGeneration": "mbart",
+        "m2m_100": "nllb",
+        "M2M100ForConditionalGeneration": "nllb",
         "M-CLIP": "mclip",
         "MultilingualCLIP": "mclip",
         "clip": "clip_vision",
         "CLIPModel": "clip_vision",
         "clip_vision_model": "clip_vision",
         "clip_text_model": "clip_text",
+    }
+)
+# Model types of networks that resemble supported ones, and what they are.
+UNSUPPORTED = types.MappingProxyType(
+    {
+        "nllb-moe": "NLLB-200's mixture of experts (54B), which is not supported; take a dense "
+        "NLLB-200, of 600M to 3.3B parameters"
     }
 )
 
@@ -53,13 +62,16 @@ class Layout:
     """One naming of a network's tensors.
 
     Attributes:
-      marker: regex of a tensor that all files of this layout have, and no others.
+      marker: regex of a tensor that all files of this layout have.
+      foreign: regex of tensors by which a file with the marker is known to be of another layout.
       config_type: class of the config.
       shapes: config -> shapes of our parameters.
       table: config -> table of names.
       pictures: the preparation of an image tower's pictures.
       about: name of the JSON file beside the weights.
       from_about: (content of that file, the weights' file) -> config; None if it has none.
+      to_about: config -> content of that file, for export; None if this layout is not written.
+      about_unused: its keys about training that have no effect here; a note gives their values.
       from_tensors: (tensors, their file) -> config, inferred from shapes; None for the defaults.
       unstated: fields of the config that shapes do not show; without that file those of the
         published models are assumed.
@@ -71,9 +83,12 @@ class Layout:
     config_type: type
     shapes: Callable[[Any], Mapping[str, Any]]
     table: Callable[[Any], Table]
+    foreign: str = ""
     pictures: Pictures | None = None
     about: str = CONFIG
     from_about: Callable[[Hf, str], Any] | None = None
+    to_about: Callable[[Any], dict[str, Any]] | None = None
+    about_unused: tuple[str, ...] = ()
     from_tensors: Callable[[Tensors, str], Any] | None = None
     unstated: tuple[str, ...] = ()
     varied: bool = False
@@ -88,6 +103,12 @@ class Layout:
         if about is not None and self.from_about:
             return self.from_about(about, file)
         return self.from_tensors(tensors, file) if self.from_tensors else self.config_type()
+
+
+def require_supported_type(hf: Hf | None, file: str) -> None:
+    """Raises ValueError for a model type in UNSUPPORTED."""
+    if (name := (hf or {}).get("model_type")) in [*UNSUPPORTED]:
+        raise ValueError(f"{file} is {UNSUPPORTED[name]}: its config.json says model_type={name!r}")
 
 
 def kind_of_config(hf: Hf | None, file: str) -> str | None:
@@ -115,7 +136,7 @@ def kind_of_config(hf: Hf | None, file: str) -> str | None:
 
 def kind_of_tensors(tensors: Tensors) -> str | None:
     """The kind that the tensors' names show, below the shortest prefix; None without a marker."""
-    claims = rank_kinds(_formats(), tensors)
+    claims = rank_kinds(_formats(tensors), tensors)
     return claims[0].kind if claims else None
 
 
@@ -133,9 +154,15 @@ def choose_kind(allowed: tuple[str, ...], named: str | None, tensors: Tensors, f
         return kind
     raise ValueError(
         f"{file} is of no known kind: {sorted(KINDS)}; its tensors are called "
-        f"{brief(sorted(tensors)[:4])}{describe_nearest(_formats(), tensors)}\n"
+        f"{brief(sorted(tensors)[:4])}{describe_nearest(_formats(tensors), tensors)}\n"
         "give the weights of one of these"
     )
+
+
+def written_layout(config: Any) -> Layout:
+    """The layout in which networks of this config are exported for `transformers`."""
+    layouts = (layout for several in KINDS.values() for layout in several)
+    return next(x for x in layouts if x.to_about and x.config_type is type(config))
 
 
 def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tuple[Layout, str]:
@@ -161,9 +188,12 @@ def find_layout(kind: str, tensors: Tensors, file: str, weights: str = "") -> tu
     raise ValueError(f"{file} holds no {kind!r}{where}, whose {markers} is missing{hint}")
 
 
-def _formats() -> Iterator[Format]:
+def _formats(tensors: Tensors) -> Iterator[Format]:
+    """The layouts, without those that the tensors rule out by names foreign to them."""
     for kind, layouts in KINDS.items():
         for one in layouts:
+            if one.foreign and prefixes(one.foreign, tensors):
+                continue
             yield kind, one.marker, lambda one=one: [one.table(one.config_type())]
 
 
@@ -192,7 +222,21 @@ MBART = Layout(
     table=mbart_names.table,
     from_tensors=sizes.mbart_config,
     from_about=lambda hf, file: config_json.mbart_config(hf),
+    to_about=config_json.mbart_hf_config,
     unstated=MBART_UNSTATED,
+)
+# Its names are among those of mBART, which has a few more.
+NLLB = Layout(
+    marker=r"model\.encoder\.layer_norm\.weight",
+    foreign=r"model\.(encoder|decoder)\.(layernorm_embedding|embed_positions)\.weight",
+    config_type=nllb.ARCHITECTURE.config,
+    shapes=nllb.ARCHITECTURE.shapes,
+    table=nllb_names.table,
+    from_tensors=sizes.nllb_config,
+    from_about=lambda hf, file: config_json.nllb_config(hf),
+    to_about=config_json.nllb_hf_config,
+    about_unused=config_json.NLLB_UNUSED,
+    unstated=("positions", *MBART_UNSTATED),
 )
 CLIPTRANS = Layout(
     marker=rf"mbart\.{MBART.marker}",
@@ -205,6 +249,7 @@ CLIPTRANS = Layout(
 KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
     {
         mbart.ARCHITECTURE.kind: (MBART,),
+        nllb.ARCHITECTURE.kind: (NLLB,),
         mclip.TOWER.kind: (
             Layout(
                 marker=r"LinearTransformation\.weight",

@@ -6,6 +6,7 @@ Shapes do not show heads, ids, epsilons and activations: those of the published 
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.towers import resnet
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
-from cliptrans_jax.translators import mbart, mbart_names
+from cliptrans_jax.translators import mbart, transformer_names
 from cliptrans_jax.translators.mbart import MBartConfig
+from cliptrans_jax.translators.nllb import NllbConfig
+from cliptrans_jax.translators.transformer import TransformerConfig
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -36,24 +39,41 @@ def cliptrans_config(tensors: Tensors, file: str) -> ModelConfig:
 
 def mbart_config(tensors: Tensors, file: str, prefix: str = "") -> MBartConfig:
     """The config of an mBART below a prefix; raises as `cliptrans_config`."""
-    names = [prefix + name for name in (mbart_names.EMBEDDING, *mbart_names.ALIASES)]
+    config = _translator_config(MBartConfig(), (1024,), tensors, file, prefix)
+    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
+    return dataclasses.replace(config, positions=rows - mbart.OFFSET)
+
+
+def nllb_config(tensors: Tensors, file: str) -> NllbConfig:
+    """The config of an NLLB-200 or M2M-100; raises as `cliptrans_config`."""
+    return _translator_config(NllbConfig(), (1024, 2048), tensors, file)
+
+
+def _translator_config(
+    published: TransformerConfig,
+    widths: tuple[int, ...],
+    tensors: Tensors,
+    file: str,
+    prefix: str = "",
+) -> Any:
+    """The published config with the sizes of the tensors, if their width is one of those published,
+    all of which have the same number of heads."""
+    names = (transformer_names.EMBEDDING, *transformer_names.ALIASES)
+    names = [prefix + name for name in names]
     embedding = next((name for name in names if name in tensors), names[0])
     vocab, width = _shape(tensors, embedding, 2, file)
-    published = MBartConfig()
-    if width != published.width:
+    if width not in widths:
         raise ValueError(
-            f"{file} has an mBART of width {width}, whose number of heads its tensors do not show; "
-            "give its config (a published one, of width 1024, has 16)"
+            f"{file} has a translator of width {width}, whose number of heads its tensors do not "
+            f"show; give its config (a published one, of width {' or '.join(map(str, widths))}, "
+            f"has {published.encoder_heads})"
         )
     sizes = {}
     for side in ("encoder", "decoder"):
         layers = f"{prefix}model.{side}.layers."
         sizes[f"{side}_layers"] = _count(tensors, layers)
         sizes[f"{side}_hidden"] = _shape(tensors, f"{layers}0.fc1.weight", 2, file)[0]
-    rows = _shape(tensors, f"{prefix}model.encoder.embed_positions.weight", 2, file)[0]
-    return dataclasses.replace(
-        published, vocab=vocab, width=width, positions=rows - mbart.OFFSET, **sizes
-    )
+    return dataclasses.replace(published, vocab=vocab, width=width, **sizes)
 
 
 def _mapper_sizes(tensors: Tensors, width: int, file: str) -> MapperConfig:

@@ -119,6 +119,7 @@ class Architecture:
     """A kind of translator.
 
     Attributes:
+      name: in prose.
       subtree: key of its parameters in a checkpoint, and of its sizes in `config.model`.
       config: class of its sizes, see `Sizes`.
       network: flax module, see `Network`.
@@ -136,6 +137,7 @@ class Architecture:
       settings: fields of its config that do not affect the weights.
     """
 
+    name: str
     subtree: str
     config: type
     network: type[nn.Module]

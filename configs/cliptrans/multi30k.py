@@ -10,8 +10,11 @@ M-CLIP's XLM-R-large and CLIP ViT-B/32.
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` (pipeline, caption, text_recon, translate, triplet, evaluate), `source` and
-  `target` language, `prefix` (10; 0 is mBART alone, which has no captioning stage), `scale`, which
-  multiplies the length of every stage (`scale=0.1` for a quick try), and `chips`.
+  `target` language, `prefix` (10; 0 is the translator alone, which has no captioning stage),
+  `scale`, which multiplies the length of every stage (`scale=0.1` for a quick try), `chips`, and
+  `translator`: mbart, as published, or in its place nllb (NLLB-200-distilled-600M), nllb-1.3B,
+  nllb-3.3B, m2m100 (418M) or m2m100-1.2B, whose folder goes into config.sources.mbart and
+  config.tokenizer.path.
 
 With `chips`, the number in a pod, matrices are split over up to 16 chips (fsdp), and batches are
 rounded up to a multiple of `chips`, with fewer than four micro-batches if they cannot be split
@@ -32,6 +35,7 @@ from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.stages import TRANSLATION_STAGES
+from cliptrans_jax.translators.nllb import PUBLISHED
 from common_jax.config import parse_args, unfreeze
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -57,12 +61,26 @@ ARGUMENTS = {
     "prefix": 10,
     "chips": 1,
     "scale": 1.0,
+    "translator": "mbart",
+}
+# Name on the hub, and kind of tokenizer.
+TRANSLATORS = {
+    "mbart": ("mbart-large-50", "mbart50"),
+    "nllb": ("nllb-200-distilled-600M", "nllb"),
+    "nllb-1.3B": ("nllb-200-1.3B", "nllb"),
+    "nllb-3.3B": ("nllb-200-3.3B", "nllb"),
+    "m2m100": ("m2m100_418M", "m2m100"),
+    "m2m100-1.2B": ("m2m100_1.2B", "m2m100"),
 }
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
     args = parse_args(arg, ARGUMENTS)
+    if args.translator not in TRANSLATORS:
+        raise ValueError(f"translator={args.translator!r} must be one of {list(TRANSLATORS)}")
+    name, tokenizer = TRANSLATORS[args.translator]
+    translator = {"translator": "nllb", "nllb": PUBLISHED[name]} if name in PUBLISHED else {}
     chips = args.chips
     batch, decoded = (-(-size // chips) * chips for size in (OPTIM.batch, DECODE.batch))
     accumulate = math.gcd(OPTIM.accumulate, batch // chips)
@@ -78,9 +96,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 target_language=args.target,
                 test_split="test_2016_flickr",
             ),
-            tokenizer=TokenizerConfig(kind="mbart50", path="weights/mbart-large-50"),
+            tokenizer=TokenizerConfig(kind=tokenizer, path=f"weights/{name}"),
             clip_tokenizer=TokenizerConfig(kind="xlmr", path="weights/xlm-roberta-large"),
-            model=ModelConfig(mapper=MapperConfig(prefix=args.prefix)),
+            model=ModelConfig(mapper=MapperConfig(prefix=args.prefix), **translator),
             decode=dataclasses.replace(DECODE, batch=decoded),
             mesh=MeshConfig(fsdp=math.gcd(chips, 16)),
             run=RunConfig(best="val/bleu"),

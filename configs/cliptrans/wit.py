@@ -9,7 +9,7 @@
         --config.sources.clip_image=/weights/clip-vit-base-patch32
 
 Arguments: `stage` as in multi30k.py, `pair` (es_fr, en_ro, en_fr, en_es, en_de, en_af, de_es),
-  `prefix` and `scale`.
+  `prefix`, `scale` and `translator`.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,23 @@ from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
 PAIRS = ("es_fr", "en_ro", "en_fr", "en_es", "en_de", "en_af", "de_es")
+ARGUMENTS = {
+    "stage": "pipeline",
+    "pair": "en_ro",
+    "prefix": 10,
+    "scale": 1.0,
+    "translator": "mbart",
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "pipeline", "pair": "en_ro", "prefix": 10, "scale": 1.0})
+    args = parse_args(arg, ARGUMENTS)
     if args.pair not in PAIRS:
         raise ValueError(f"pair={args.pair!r} must be one of {list(PAIRS)}")
     source, target = args.pair.split("_")
     config = load_beside(__file__, "multi30k").get_config(
-        f"stage={args.stage},prefix={args.prefix},scale={args.scale}"
+        ",".join(f"{name}={args[name]}" for name in ARGUMENTS if name != "pair")
     )
     config.data.source, config.data.path = "wit", "data/wit/mmt"
     config.data.source_language, config.data.target_language = source, target

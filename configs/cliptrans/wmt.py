@@ -8,8 +8,8 @@ from the text, and a run starts from the captioning stage of another run.
         --config.sources.clip_text=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32 \\
         --config.clip_tokenizer.path=/weights/M-CLIP-XLM-Roberta-Large-Vit-B-32
 
-Arguments: `stage` (translate, evaluate), `source` and `target` language, `prefix` and `scale`,
-  as in multi30k.py.
+Arguments: `stage` (translate, evaluate), `source` and `target` language, `prefix`, `scale` and
+  `translator`, as in multi30k.py.
 """
 
 import ml_collections
@@ -17,7 +17,14 @@ import ml_collections
 from common_jax.command_line import load_beside
 from common_jax.config import parse_args
 
-ARGUMENTS = {"stage": "translate", "source": "en", "target": "de", "prefix": 10, "scale": 1.0}
+ARGUMENTS = {
+    "stage": "translate",
+    "source": "en",
+    "target": "de",
+    "prefix": 10,
+    "scale": 1.0,
+    "translator": "mbart",
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

@@ -40,10 +40,17 @@ ARGUMENTS = {
         "model=text_only",
         "source=ja,target=ar,scale=0.1",
     ),
-    "multi30k": ("", "target=fr", "source=de,target=en", "prefix=0"),
+    "multi30k": (
+        "",
+        "target=fr",
+        "source=de,target=en",
+        "prefix=0",
+        "translator=nllb",
+        "translator=m2m100-1.2B",
+    ),
     "multi30k_tiny": ("", "target=fr", "source=de,target=en"),
-    "wit": ("", *(f"pair={pair}" for pair in PAIRS), "prefix=0"),
-    "wmt": ("", "target=fr,prefix=0", "source=de,target=en"),
+    "wit": ("", *(f"pair={pair}" for pair in PAIRS), "prefix=0,translator=nllb"),
+    "wmt": ("", "target=fr,prefix=0", "source=de,target=en,translator=nllb-3.3B"),
 }
 MODEL = "some/model"
 
@@ -70,8 +77,8 @@ def test_every_file_is_looked_at():
 @functools.cache
 def build(model):
     """Shapes of a model's parameters and of its logits, with two layers of those that are alike."""
-    few = dataclasses.replace(model.mbart, encoder_layers=2, decoder_layers=2)
-    translator = Translator(dataclasses.replace(model, mbart=few))
+    few = dataclasses.replace(model.sizes, encoder_layers=2, decoder_layers=2)
+    translator = Translator(dataclasses.replace(model, **{model.translator: few}))
     params = jax.eval_shape(translator.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     features = jax.ShapeDtypeStruct((2, model.mapper.features), jnp.float32)
@@ -91,7 +98,7 @@ def check(config: Config) -> None:
         assert config.clip.text.vocab >= config.tokenizer.vocab
         return
     params, logits = build(config.model)
-    assert logits.shape == (2, 5, config.model.mbart.vocab)
+    assert logits.shape == (2, 5, config.model.sizes.vocab)
     assert ("mapper" in params) is config.has_prefix
     match_rules(cliptrans.partition_rules(config.model), params, make_mesh(MeshConfig(fsdp=8)))
     assert config.tokenizer.kind != "trained" or config.tokenizer.vocab <= logits.shape[-1]
@@ -190,6 +197,7 @@ def test_every_item_of_a_sweep_is_understood(name):
         ("emoji", "scale=0", r"^scale=0 must be positive, such as 0\.1"),
         ("multi30k", "target=ro", r"^target_language='ro' is not a language"),
         ("multi30k", "prefix=-1", r"^prefix=-1"),
+        ("multi30k", "translator=t5", "translator='t5' must be one of"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),
         ("wit", "pair=en_ru", "pair='en_ru' must be one of"),
     ],
@@ -272,3 +280,15 @@ def test_parity_looks_at_pictures_when_test_tokens_are_dropped(stage, test, side
         "multi30k", f"stage={stage}", **flags | {"parity": False}
     )
     assert TRANSLATION_STAGES[stage].test is Side.TEXT
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("nllb", 615e6), ("nllb-1.3B", 1.37e9), ("nllb-3.3B", 3.34e9), ("m2m100", 484e6)],
+)
+def test_translators_have_their_published_sizes(name, parameters):
+    config = load("multi30k", f"stage=translate,translator={name}")
+    shapes = config.model.architecture.shapes(config.model.sizes)
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert abs(count / parameters - 1) < 0.01
+    assert config.tokenizer.kind == ("m2m100" if name == "m2m100" else "nllb")

@@ -17,7 +17,7 @@ from cliptrans_jax import pretrained
 from cliptrans_jax.tensors import config_json, kinds
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
-from cliptrans_jax.translators import mbart, mbart_names
+from cliptrans_jax.translators import mbart, transformer_names
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
@@ -104,7 +104,7 @@ def test_a_folder_of_hugging_face_computes_the_same(reference, logits_of, tmp_pa
     found = pretrained.load(tmp_path)
     assert (found.kind, found.config) == ("mbart", UNEVEN)
     aliases = {alias for alias, _ in found.account.aliases}
-    assert aliases == (set(mbart_names.ALIASES) if form == "bin" else set())
+    assert aliases == (set(transformer_names.ALIASES) if form == "bin" else set())
     np.testing.assert_allclose(
         logits_of(found.params), reference_logits(reference), rtol=1e-5, atol=1e-5
     )
@@ -223,7 +223,7 @@ def test_each_device_is_given_only_its_part():
 def test_an_account_is_a_short_table(tmp_path):
     params = make_params()
     tensors = tables.write(kinds.MBART.table(UNEVEN), params)
-    tensors |= {alias: tensors[name] for alias, name in mbart_names.ALIASES.items()}
+    tensors |= {alias: tensors[name] for alias, name in transformer_names.ALIASES.items()}
     extra = {f"old.{i}.weight": np.zeros(1) for i in range(12)}
     names = dataclasses.replace(kinds.MBART.table(UNEVEN), left_out={r"old\..*": "of another time"})
     shapes = kinds.MBART.shapes(UNEVEN)

@@ -8,7 +8,8 @@ import pytest
 from jax import numpy as jnp
 from tiny_cliptrans import UNEVEN
 
-from cliptrans_jax.translators.mbart import Decoder, MBart
+from cliptrans_jax.translators.mbart import MBart
+from cliptrans_jax.translators.transformer import Decoder
 
 PAD = UNEVEN.pad
 

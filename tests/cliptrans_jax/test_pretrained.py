@@ -242,7 +242,9 @@ def test_heads_that_no_shape_tells_must_be_given(tmp_path):
     pretrained.save_cliptrans(
         tmp_path / "a.safetensors", make_params(kinds.CLIPTRANS, MODEL), MODEL
     )
-    with pytest.raises(ValueError, match=r"a\.safetensors has an mBART of width 16, whose number"):
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors has a translator of width 16, whose number"
+    ):
         pretrained.load(tmp_path / "a.safetensors")
 
 

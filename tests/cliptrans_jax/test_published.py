@@ -17,8 +17,8 @@ from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data import token_files
 from cliptrans_jax.data.framing import require_fits
 from cliptrans_jax.data.published import MBART50_CODES, PUBLISHED
+from cliptrans_jax.data.sentencepieces import PieceModel
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
-from cliptrans_jax.data.unigram import Unigram
 from cliptrans_jax.encoders import TextTower, published_text
 from cliptrans_jax.runs.run_data import RunData
 from cliptrans_jax.towers.clip import ClipTextConfig
@@ -124,7 +124,7 @@ def test_the_most_probable_pieces_are_taken(model, tmp_path, score, ids):
     """The whole word, or its parts of -1 and -2; piece i is number i + 3."""
     pieces = (("▁a", -1.0), ("b", -2.0), ("▁ab", score))
     charsmap = model.normalizer_spec.precompiled_charsmap
-    assert Unigram(tmp_path, pieces, (), charsmap).processor().encode("ab") == ids
+    assert PieceModel(tmp_path, pieces, (), charsmap).processor().encode("ab") == ids
 
 
 @pytest.mark.parametrize("kind", ["xlmr", "mbart50"])

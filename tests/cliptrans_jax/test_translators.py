@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from meshes import idle_rules
-from tiny import QUICK, unoptimised
+from tiny import QUICK, random_like, unoptimised
 
 from cliptrans_jax.decode import DecodeConfig, Search
 from cliptrans_jax.models import cliptrans
@@ -20,6 +20,7 @@ from cliptrans_jax.models.cliptrans import ModelConfig, Translator, partition_ru
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.runs.objective import make_loss
 from cliptrans_jax.stages import STAGES, trainable
+from cliptrans_jax.translators.nllb import NllbConfig
 from cliptrans_jax.translators.table import TRANSLATORS
 from cliptrans_jax.translators.translator import Architecture, Network, Readout, Sizes
 from common_jax.config import Section
@@ -109,6 +110,7 @@ def language_last(ids, sizes):
 
 
 SMALL = Architecture(
+    name="small",
     subtree="small",
     config=SmallConfig,
     network=Small,
@@ -135,13 +137,31 @@ def table(monkeypatch):
     monkeypatch.setattr(cliptrans, "TRANSLATORS", {**TRANSLATORS, "small": SMALL})
 
 
+NLLB = NllbConfig(
+    vocab=16,
+    width=8,
+    encoder_layers=1,
+    decoder_layers=2,
+    encoder_heads=2,
+    decoder_heads=2,
+    encoder_hidden=12,
+    decoder_hidden=12,
+    positions=20,
+    pad=PAD,
+    eos=END,
+    start=START,
+)
+
+
 @functools.cache
-def model(count):
+def model(count, name="small"):
     """A translator with a prefix of `count`, and parameters."""
     mapper = MapperConfig(prefix=count, features=5)
-    translator = Translator(SmallModel(mapper=mapper, translator="small"))
-    with unoptimised():
-        return translator, translator.init(jax.random.key(1))
+    translator = Translator(SmallModel(mapper=mapper, translator=name, nllb=NLLB))
+    if name == "small":
+        with unoptimised():
+            return translator, translator.init(jax.random.key(1))
+    return translator, random_like(jax.eval_shape(translator.init, jax.random.key(1)))
 
 
 def inputs(count, batch=4):
@@ -169,9 +189,9 @@ def test_the_encoder_reads_the_frame_of_the_record():
     assert np.abs(states - translator.call("encode", params, framed, read != PAD)).max() > 0
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_greedy_decoding_takes_what_training_finds_most_probable(count):
-    translator, params = model(count)
+@pytest.mark.parametrize(("name", "count"), [("small", 0), ("small", 3), ("nllb", 3)])
+def test_greedy_decoding_takes_what_training_finds_most_probable(name, count):
+    translator, params = model(count, name)
     features, source, language = inputs(count)
     search = Search(translator, DecodeConfig(beams=1, max_new_tokens=LIMIT, growth=2, halvings=1))
     with unoptimised():
@@ -190,8 +210,9 @@ def test_greedy_decoding_takes_what_training_finds_most_probable(count):
     assert len({tuple(row) for row in labels}) > 1
 
 
-def test_the_loss_moves_every_parameter_that_it_should():
-    translator, params = model(3)
+@pytest.mark.parametrize("name", ["small", "nllb"])
+def test_the_loss_moves_every_parameter_that_it_should(name):
+    translator, params = model(3, name)
     features, source, language = inputs(3)
     labels = jnp.stack([language, language + 3, jnp.full_like(language, END)], axis=1)
     batch = {"features": features, "source": source, "labels": labels}

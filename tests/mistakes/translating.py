@@ -101,11 +101,25 @@ MISTAKES: tuple[Mistake, ...] = (
         TEXTS,
     ),
     Mistake(
-        f"{PACKAGE}/data/unigram.py",
+        f"{PACKAGE}/data/sentencepieces.py",
         "pieces are as probable as each other",
         "model.pieces.add(piece=piece, score=score)",
         "model.pieces.add(piece=piece)",
         TEXTS,
+    ),
+    Mistake(
+        f"{PACKAGE}/data/sentencepieces.py",
+        "BPE models are taken for unigram ones",
+        "return types.BPE if bpe else types.UNIGRAM",
+        "return types.UNIGRAM",
+        f"{TESTS}/test_nllb_tokens.py::test_nllb_s_ids_are_sentencepiece_s_and_one",
+    ),
+    Mistake(
+        f"{PACKAGE}/data/published.py",
+        "M2M-100's pieces have the ids of their order in the model",
+        "[ids_of.get(piece, UNK) for piece, _ in model.pieces]",
+        "[*range(4, 4 + len(model.pieces))]",
+        f"{TESTS}/test_nllb_tokens.py::test_m2m_100_s_ids_are_those_of_its_vocabulary",
     ),
     Mistake(
         f"{PACKAGE}/data/byte_pairs.py",

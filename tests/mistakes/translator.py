@@ -12,6 +12,7 @@ MAPPER = f"{TESTS}/test_mapper.py"
 STEPS = f"{TESTS}/test_decode_steps.py"
 SEARCH = f"{TESTS}/test_decode.py::test_a_plain_search_finds_the_same"
 LOSSES = f"{TESTS}/test_losses.py"
+NLLB = f"{TESTS}/test_nllb.py"
 TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
 TABLES = f"{TESTS}/test_tower_names.py"
@@ -28,46 +29,60 @@ SIZES = f"{TESTS}/test_pretrained.py::test_towers_under_openai_s_names_tell_thei
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "the decoder's positions do not skip the two rows",
-        "self.positions(OFFSET + position)",
+        "self.positions(self.config.first_row + position)",
         "self.positions(position)",
         NUMBERS,
     ),
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "another epsilon",
         "EPSILON = 1e-5",
         "EPSILON = 1e-6",
         NUMBERS,
     ),
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "embeddings are scaled by the width",
         "x * self.config.width**0.5",
         "x * self.config.width",
         NUMBERS,
     ),
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "a pad's embedding learns from where it is read",
         "jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)",
         "jnp.where((ids == self.config.pad)[..., None], x, x)",
         f"{TESTS}/test_mbart.py::test_no_gradient_comes_back_through_the_embedding_of_a_pad",
     ),
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "what cross-attention gives is not dropped",
         "x = x + self.drop(across, deterministic=not train)",
         "x = x + across",
         DROPS,
     ),
     Mistake(
-        f"{TRANSLATORS}/mbart.py",
+        f"{TRANSLATORS}/transformer.py",
         "embeddings drop out outside training",
         "x = self.drop(x, deterministic=not train)\n        # Init",
         "x = self.drop(x, deterministic=False)\n        # Init",
         DROPS,
+    ),
+    Mistake(
+        f"{TRANSLATORS}/transformer.py",
+        "sines and cosines change places",
+        "jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)",
+        "jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)",
+        f"{NLLB}::test_sinusoids_by_their_formula",
+    ),
+    Mistake(
+        f"{TRANSLATORS}/nllb.py",
+        "the first token has the position of pads",
+        "return self.pad + 1",
+        "return self.pad",
+        f"{NLLB}::test_the_first_position_follows_that_of_pads",
     ),
     Mistake(
         f"{MODELS}/attention.py",
@@ -266,7 +281,7 @@ MISTAKES: tuple[Mistake, ...] = (
         RESNET,
     ),
     Mistake(
-        "cliptrans_jax/translators/mbart_names.py",
+        "cliptrans_jax/translators/transformer_names.py",
         "the two norms of a layer change places",
         'entries.norm(f"{source}.self_attn_layer_norm", "attention_norm")',
         'entries.norm(f"{source}.final_layer_norm", "attention_norm")',

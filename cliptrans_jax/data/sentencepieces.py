@@ -1,4 +1,4 @@
-"""SentencePiece's unigram models, read from either of the files in which they are published.
+"""SentencePiece's models, unigram or BPE, from either of the files that they are published in.
 
 The library itself cuts sentences, as in the original, whichever file the pieces come from: other
 implementations of its normaliser differ in decomposed Hangul and kana, in accents after wide
@@ -8,7 +8,7 @@ letters, and in white space. It treats a token such as "</s>" in a sentence as t
 import base64
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
+from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, UNK
 from cliptrans_jax.data.token_files import read_record, require_bounded
 from common_jax.untrusted import as_text, brief, plain
@@ -30,7 +31,7 @@ PROBE = ("ＡＢＣ１２３", "▁ABC123")
 
 
 @dataclasses.dataclass(frozen=True)
-class Unigram:
+class PieceModel:
     """A vocabulary of pieces with their scores.
 
     Attributes:
@@ -38,12 +39,15 @@ class Unigram:
       pieces: (piece, score), without special tokens and languages.
       extra: tokens after the pieces, such as languages; () if the file does not list them.
       charsmap: the normaliser in SentencePiece's compiled form.
+      bpe: whether sentences are cut by merging pairs, of which the one with the highest score comes
+        first; otherwise into the pieces with the largest sum of scores (unigram).
     """
 
     path: Path
     pieces: tuple[tuple[str, float], ...]
     extra: tuple[str, ...]
     charsmap: bytes
+    bpe: bool = False
 
     def __post_init__(self):
         names = {*CONTROLS, *(piece for piece, _ in self.pieces)}
@@ -71,6 +75,7 @@ class Unigram:
         try:
             for piece, score in self.pieces:
                 model.pieces.add(piece=piece, score=score)
+            model.trainer_spec.model_type = _model_type(model, self.bpe)
             model.normalizer_spec.name = "nmt_nfkc"
             model.normalizer_spec.precompiled_charsmap = self.charsmap
             processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
@@ -90,11 +95,11 @@ class Unigram:
         return processor
 
 
-def read_model(path: Path) -> Unigram:
-    """Reads the model in a `sentencepiece.bpe.model`.
+def read_model(path: Path, *, bpe: bool) -> PieceModel:
+    """Reads the model in a `sentencepiece.bpe.model`, which is unigram or BPE as `bpe` says.
 
     Raises:
-      ValueError: the file is not a unigram model of plain pieces.
+      ValueError: the file is not such a model of plain pieces.
     """
     try:
         model = sentencepiece_model_pb2.ModelProto.FromString(require_bounded(path).read_bytes())
@@ -105,41 +110,42 @@ def read_model(path: Path) -> Unigram:
     kinds = model.SentencePiece.Type
     first = tuple(piece.piece for piece in model.pieces[: len(CONTROLS)])
     normal = all(piece.type == kinds.NORMAL for piece in model.pieces[len(CONTROLS) :])
-    unigram = model.trainer_spec.model_type == model.trainer_spec.ModelType.UNIGRAM
+    same = model.trainer_spec.model_type == _model_type(model, bpe)
     spec = model.normalizer_spec
     usual = spec.add_dummy_prefix and spec.remove_extra_whitespaces and spec.escape_whitespaces
-    if first != CONTROLS or not (normal and unigram and usual):
+    if first != CONTROLS or not (normal and same and usual):
         raise ValueError(
-            f"{path} is not a unigram model that begins with {', '.join(CONTROLS)} and then has "
-            f"plain pieces, as XLM-R's and mBART-50's (it begins with {brief(first)}); fetch it "
-            "again"
+            f"{path} is not a {_name(bpe)} model that begins with {', '.join(CONTROLS)} and then "
+            f"has plain pieces (it begins with {brief(first)}); fetch it again"
         )
     pieces = tuple((piece.piece, piece.score) for piece in model.pieces[len(CONTROLS) :])
-    return Unigram(path, pieces, (), spec.precompiled_charsmap)
+    return PieceModel(path, pieces, (), spec.precompiled_charsmap, bpe)
 
 
-def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
+def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> PieceModel:
     """Reads the model in a `tokenizer.json`: special tokens, pieces, then extra tokens.
 
     Args:
       path: the file.
       extra: tokens that may follow the pieces, which end before the first of these.
+      bpe: whether the model is BPE; otherwise it is unigram.
 
     Raises:
-      ValueError: the file is not a unigram model in this order, or has another normaliser.
+      ValueError: the file is not such a model in this order, or has another normaliser.
     """
     record = read_record(path)
     try:
         model = record["model"]
-        if model.get("type", "Unigram") != "Unigram" or model.get("byte_fallback"):
+        if model.get("type", _name(bpe)) != _name(bpe) or model.get("byte_fallback"):
             raise ValueError(f"its model is of type {model.get('type')!r}")
-        vocab = tuple((as_text(token), float(score)) for token, score in model["vocab"])
+        scored = _ranked(record) if bpe else model["vocab"]
+        vocab = tuple((as_text(token), float(score)) for token, score in scored)
         names = [token for token, _ in vocab]
         names += _added(record.get("added_tokens") or (), names)
         charsmap = _charsmap(record["normalizer"])
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
-            f"{path} is not a tokenizer.json of a unigram model ({type(error).__name__}: "
+            f"{path} is not a tokenizer.json of a {_name(bpe)} model ({type(error).__name__}: "
             f"{plain(str(error))}); fetch it again"
         ) from error
     if tuple(names[: len(SPECIAL)]) != SPECIAL or model.get("unk_id", UNK) != UNK:
@@ -151,7 +157,7 @@ def read_tokenizer_json(path: Path, extra: Sequence[str]) -> Unigram:
     # both give the same pieces.
     ends = [place for place, name in enumerate(names) if name in extra]
     end = min([*ends, len(vocab)])
-    return Unigram(path, vocab[len(SPECIAL) : end], tuple(names[end:]), charsmap)
+    return PieceModel(path, vocab[len(SPECIAL) : end], tuple(names[end:]), charsmap, bpe)
 
 
 def added_tokens(folder: Path) -> list[str]:
@@ -177,6 +183,31 @@ def added_tokens(folder: Path) -> list[str]:
                 f"({type(error).__name__}: {plain(str(error))}); fetch it again"
             ) from error
     return added
+
+
+def _name(bpe: bool) -> str:
+    return "BPE" if bpe else "Unigram"
+
+
+def _model_type(model: sentencepiece_model_pb2.ModelProto, bpe: bool) -> int:
+    types = model.trainer_spec.ModelType
+    return types.BPE if bpe else types.UNIGRAM
+
+
+def _ranked(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Returns the tokens of a BPE model in the order of their ids, with scores as SentencePiece's
+    trainer writes them, which fall by 1 from each to the next.
+
+    Raises:
+      ValueError: the merges have another order, by which sentences would be cut in another way.
+    """
+    vocab, merges = byte_pairs.parse(record)
+    places = [vocab.get(left + right, -1) for left, right in merges]
+    if places != sorted(places) or -1 in places:
+        raise ValueError("its merges are not in the order of its vocabulary")
+    return [
+        (token, -float(place)) for place, token in enumerate(sorted(vocab, key=vocab.__getitem__))
+    ]
 
 
 def _added(tokens: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:

@@ -1,0 +1,188 @@
+"""The tokenizers of NLLB-200 and M2M-100: ids equal SentencePiece's, and languages have theirs."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from cliptrans_jax.data.published import PUBLISHED, language_problem
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.evaluators import scores
+from cliptrans_jax.export.tokenizers import write_tokenizer
+from cliptrans_jax.translators.nllb_languages import (
+    CODE_BY_TOKEN,
+    NLLB_CODES,
+    NLLB_TOKENS,
+    TOKEN_BY_CODE,
+)
+
+LINES = (
+    "two young men are outside near many bushes, and a man is in a blue shirt",
+    "two dogs are running through the green grass; some people watch them from the road",
+    "zwei junge Männer stehen draußen neben vielen Büschen ABC123 / </s> eng_Latn",
+)
+TEXTS = (*LINES, "men  \n in\u00a0shirts", "ＡＢＣ１２３", "漢 men 漢", "</s>", "")
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+NO_TRANSFORMERS = "the reference is transformers, which is not installed"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small BPE model, as SentencePiece's library trains it."""
+    prefix = tmp_path_factory.mktemp("model") / "m"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 4),
+        model_prefix=str(prefix),
+        model_type="bpe",
+        vocab_size=120,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    return sentencepiece_model_pb2.ModelProto.FromString(prefix.with_suffix(".model").read_bytes())
+
+
+def bpe_json(model):
+    """NLLB's tokenizer.json: pieces and merges in one order, then languages as added tokens."""
+    pieces = [piece.piece for piece in model.pieces[3:]]
+    vocab = {token: place for place, token in enumerate([*SPECIAL, *pieces])}
+    merges = [
+        f"{piece[:cut]} {piece[cut:]}"
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if {piece[:cut], piece[cut:]} <= vocab.keys()
+    ]
+    charsmap = base64.b64encode(model.normalizer_spec.precompiled_charsmap).decode()
+    precompiled = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    added = [*SPECIAL, *PUBLISHED["nllb"].last]
+    places = [*range(4), *range(len(vocab), len(vocab) + len(added) - 4)]
+    return {
+        "added_tokens": [
+            {"id": place, "content": token} for place, token in zip(places, added, strict=True)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [precompiled, spaces]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": merges},
+    }
+
+
+def write(folder, kind, model, form):
+    """A folder of a published tokenizer; `form` is of NLLB's two files the one that is there."""
+    folder.mkdir(exist_ok=True)
+    if form == "json":
+        (folder / "tokenizer.json").write_text(json.dumps(bpe_json(model)))
+        return folder
+    (folder / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
+    if kind == "m2m100":
+        # In another order than the model's, and one of its pieces has no id.
+        pieces = sorted(piece.piece for piece in model.pieces[3:] if piece.piece != "▁m")
+        vocab = {token: place for place, token in enumerate([*SPECIAL, *pieces])}
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+    return folder
+
+
+def load(kind, folder):
+    return load_tokenizer(TokenizerConfig(kind, str(folder)))
+
+
+@pytest.mark.parametrize("form", ["json", "sentencepiece"])
+def test_nllb_s_ids_are_sentencepiece_s_and_one(model, tmp_path, form):
+    tokenizer = load("nllb", write(tmp_path, "nllb", model, form))
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    first = len(model.pieces) + 1
+    assert tokenizer.vocab == first + 202 + 1
+    assert tokenizer.language_id("ace_Arab") == first
+    assert tokenizer.language_id("en") == tokenizer.language_id("eng_Latn") == first + 46
+    for text, row in zip(TEXTS, tokenizer.encode(TEXTS, "de"), strict=True):
+        pieces = [i + 1 if i else 3 for i in theirs.encode(text)]
+        assert row.tolist() == [tokenizer.language_id("deu_Latn"), *pieces, 2]
+    assert tokenizer.decode(tokenizer.encode(LINES[:1], "en")[0]) == LINES[0]
+
+
+def test_m2m_100_s_ids_are_those_of_its_vocabulary(model, tmp_path):
+    folder = write(tmp_path, "m2m100", model, "sentencepiece")
+    tokenizer = load("m2m100", folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    # 128,112 rows are 128,004 of the vocabulary, 100 of languages and 8 of no use.
+    assert tokenizer.vocab == len(vocab) + 108
+    assert tokenizer.language_id("af") == len(vocab)
+    assert tokenizer.language_id("en") == len(vocab) + 18
+    for text, row in zip(TEXTS, tokenizer.encode(TEXTS, "en"), strict=True):
+        pieces = [vocab.get(piece, 3) for piece in theirs.encode(text, out_type=str)]
+        assert row[1:-1].tolist() == pieces
+    assert any(3 in row for row in tokenizer.encode(LINES, "en"))  # the piece without an id
+    (folder / "vocab.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks vocab\.json; fetch .*m2m100_418M"):
+        load("m2m100", folder)
+
+
+def test_a_model_of_another_form_is_refused(model, tmp_path):
+    folder = write(tmp_path / "a", "nllb", model, "sentencepiece")
+    with pytest.raises(ValueError, match="is not a Unigram model that begins with <unk>"):
+        load("mbart50", folder)
+    record = bpe_json(model)
+    record["model"]["merges"] = record["model"]["merges"][::-1]
+    for name, changed, said in (
+        ("b", record, "merges are not in the order of its vocabulary"),
+        ("c", bpe_json(model) | {"model": {"type": "Unigram"}}, "model is of type 'Unigram'"),
+        ("d", bpe_json(model) | {"normalizer": None}, "does not normalise text"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"config\.tokenizer\.path=.*{said}"):
+            load("nllb", tmp_path / name)
+    folder = write(tmp_path / "e", "m2m100", model, "sentencepiece")
+    (folder / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(ValueError, match=r"vocab\.json is not a vocabulary: it does not begin"):
+        load("m2m100", folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "source"),
+    [("nllb", "json", "eng_Latn"), ("m2m100", "sentencepiece", "en")],
+)
+def test_transformers_loads_what_is_copied(model, tmp_path, kind, form, source):
+    transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
+    folder, out = write(tmp_path / "a", kind, model, form), tmp_path / "out"
+    out.mkdir()
+    config = TokenizerConfig(kind, str(folder))
+    write_tokenizer(out, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert settings["src_lang"] == source
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(out), load_tokenizer(config)
+    texts = ["two men", "many men are near"]
+    assert theirs(texts)["input_ids"] == [ids.tolist() for ids in ours.encode(texts, "en")]
+    targets = theirs(text_target=texts)["input_ids"]
+    assert targets == [ids.tolist() for ids in ours.encode(texts, "cs")]
+
+
+def test_nllb_without_its_tokenizer_json_is_not_exported(model, tmp_path):
+    """From the other file transformers 5 numbers the mask before the languages."""
+    config = TokenizerConfig("nllb", str(write(tmp_path, "nllb", model, "sentencepiece")))
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json, without which"):
+        write_tokenizer(tmp_path, config, tmp_path / "none", (), limit=20, pair=("en", "cs"))
+
+
+def test_languages_are_the_published_ones():
+    assert len(NLLB_TOKENS) == len(set(NLLB_TOKENS)) == 202
+    # Places of the published vocabulary, of 256,001 special tokens and pieces.
+    places = [256001 + NLLB_TOKENS.index(NLLB_CODES[code]) for code in ("en", "fr", "zh")]
+    assert places == [256047, 256057, 256200]
+    assert set(TOKEN_BY_CODE.values()) <= set(NLLB_TOKENS)
+    # Whoever has a pair for mBART-50 has it here, too.
+    assert set(PUBLISHED["mbart50"].codes) <= set(NLLB_CODES)
+    assert (
+        language_problem("nllb", "gsw") is not None and language_problem("nllb", "lus_Latn") is None
+    )
+
+
+def test_translations_are_scored_by_the_language_of_a_token():
+    assert set(CODE_BY_TOKEN) <= set(NLLB_TOKENS)
+    outputs = references = ["早上 好 。", "他 来 了 吗 ?"]
+    for language, other in (("zho_Hans", "zh"), ("zho_Hant", "zh"), ("deu_Latn", "de")):
+        found = scores.score(outputs, references, language=language)
+        assert found == scores.score(outputs, references, language=other)
+    assert np.isclose(found.bleu, 100)
