@@ -1,7 +1,8 @@
-"""The published tokenizers of mBART-50, XLM-R and CLIP, read from the folder of their files."""
+"""The published tokenizers of mBART-50, XLM-R, CLIP and SigLIP 2, read from the folder of their
+files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cliptrans_jax.data import byte_pairs, unigram
@@ -55,6 +56,7 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         {},
         (byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
     ),
+    "siglip2": PublishedTokenizer("google/siglip2-base-patch16-224", (JSON,), {}, ()),
 }
 
 
@@ -86,13 +88,13 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
     published, folder = PUBLISHED[kind], Path(path).expanduser()
     if not any((folder / name).is_file() for name in published.files):
         raise FileNotFoundError(
-            f"{key}.path={path!r} has neither {' nor '.join(published.files)}; "
+            f"{key}.path={path!r} has no {' and no '.join(published.files)}; "
             f"fetch them from {published.repository!r}, for example with "
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )
     try:
-        if kind == "clip":
-            return _clip(folder, limit)
+        if kind in BYTE_PAIRS:
+            return BYTE_PAIRS[kind](folder, limit)
         return _unigram(_find_unigram(kind, folder), published, limit)
     except ValueError as error:
         raise ValueError(
@@ -131,7 +133,11 @@ def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
         return
     if last[: len(ours)] == ours:
         raise ValueError(added_message(path, last[len(ours) :]))
-    others = [name for name, other in PUBLISHED.items() if other.last == last[: len(other.last)]]
+    others = [
+        name
+        for name, other in PUBLISHED.items()
+        if other.last and other.last == last[: len(other.last)]
+    ]
     hint = f"it is the tokenizer of kind {others[0]!r}" if others else "fetch its files again"
     raise ValueError(
         f"{path} has other tokens after its pieces than it should have: {_first(last)}, not "
@@ -197,3 +203,29 @@ def _clip(folder: Path, limit: int) -> FramedTokenizer:
         bos=bos,
         eos=eos,
     )
+
+
+def _siglip2(folder: Path, limit: int) -> FramedTokenizer:
+    path = folder / JSON
+    vocab, merges, words = byte_pairs.read_gemma_file(path)
+    try:
+        tokenizer = byte_pairs.gemma_tokenizer(vocab, merges, words)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return FramedTokenizer(
+        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        vocab=len(vocab),
+        language_ids={},
+        special=frozenset(range(len(byte_pairs.GEMMA_CONTROLS))),
+        limit=limit,
+        bos=None,
+        pad=0,
+        eos=1,
+    )
+
+
+BYTE_PAIRS: Mapping[str, Callable[[Path, int], FramedTokenizer]] = {
+    "clip": _clip,
+    "siglip2": _siglip2,
+}

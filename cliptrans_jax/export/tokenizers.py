@@ -18,7 +18,12 @@ from common_jax.workdir import read_json
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files that a published tokenizer may have beside those of `PUBLISHED`.
 OTHERS = ("special_tokens_map.json", "merges.txt")
-CLASSES = {"mbart50": "MBart50Tokenizer", "xlmr": "XLMRobertaTokenizer", "clip": "CLIPTokenizer"}
+CLASSES = {
+    "mbart50": "MBart50Tokenizer",
+    "xlmr": "XLMRobertaTokenizer",
+    "clip": "CLIPTokenizer",
+    "siglip2": "Siglip2Tokenizer",
+}
 
 
 def language_token(language: str) -> str:

@@ -211,7 +211,7 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     Raises:
       ValueError: naming a key with an unsupported value.
     """
-    tower, where = _clip_section(hf, "vision")
+    tower, where = tower_section(hf, "vision", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
     features = checked(hf, {"features": "projection_dim"}, ClipVisionConfig, _CLIP_FILE)
     sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
@@ -220,7 +220,7 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
     """The same for a text tower, with section `text_config` or `text_config_dict`."""
-    tower, where = _clip_section(hf, "text")
+    tower, where = tower_section(hf, "text", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED, where)
     features = checked(hf, {"features": "projection_dim"}, ClipTextConfig, _CLIP_FILE)
     config = ClipTextConfig(**checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
@@ -270,17 +270,28 @@ def require_supported(hf: Hf, allowed: Mapping[str, tuple], where: str) -> None:
             )
 
 
-def _clip_section(hf: Hf, side: str) -> tuple[Hf, str]:
-    """The section of one tower of a CLIP, and its name for messages."""
-    _required(hf, "model_type", _CLIP_FILE)
-    require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
+def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str]:
+    """The section of one tower in the file of a whole model or of the tower, and its name for
+    messages.
+
+    Args:
+      hf: the file's content.
+      side: "text" or "vision".
+      family: model type of the whole model, such as "clip".
+      file: name of the file, for messages.
+
+    Raises:
+      ValueError: for another model type, or a section that is no dictionary.
+    """
+    _required(hf, "model_type", file)
+    require_supported(hf, {"model_type": (family, f"{family}_{side}_model")}, file)
     name, older = f"{side}_config", f"{side}_config_dict"
     key = older if hf.get(older) is not None else name
-    whole = hf["model_type"] == "clip" or key in hf
+    whole = hf["model_type"] == family or key in hf
     tower = hf.get(key) if whole else hf
     if not isinstance(tower, dict | None):
-        raise ValueError(f"{key}={brief(tower)} of {_CLIP_FILE} must be a dictionary of sizes")
-    return tower or {}, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
+        raise ValueError(f"{key}={brief(tower)} of {file} must be a dictionary of sizes")
+    return tower or {}, f"{key} in {file}" if whole else file
 
 
 def _required(hf: Hf, key: str, where: str) -> Any:

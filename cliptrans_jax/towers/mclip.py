@@ -39,6 +39,7 @@ class MClipConfig(Section):
       activation: one of `ACTIVATIONS`.
       attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
         XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      kind: "mclip".
     """
 
     vocab: Size = 250002
@@ -55,6 +56,7 @@ class MClipConfig(Section):
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
     # Features are stored under the config's repr, and do not depend on it.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
+    kind: Annotated[str, one_of("mclip")] = dataclasses.field(default="mclip", repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,4 +199,5 @@ TOWER = Tower(
     sentences=Sentences(
         tokenizer="xlmr", visible=lambda config, ids: ids != config.pad, drops_out=True
     ),
+    from_scratch=True,
 )
