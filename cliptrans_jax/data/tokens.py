@@ -1,5 +1,4 @@
-"""Sentences as token ids: published tokenizers of mBART-50, XLM-R, CLIP and SigLIP 2, and one trained
-here.
+"""Sentences as token ids: published tokenizers (see `published.py`), and one trained here.
 
 All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
 """
@@ -250,6 +249,7 @@ KINDS: Mapping[str, Loader] = {
     "xlmr": _load_published,
     "clip": _load_published,
     "siglip2": _load_published,
+    "labse": _load_published,
 }
 # Most tokens of a sentence: the networks' numbers of positions.
-LIMITS: Mapping[str, int] = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77, "siglip2": 64}
+LIMITS: Mapping[str, int] = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77, "siglip2": 64, "labse": 512}

@@ -23,6 +23,7 @@ CLASSES = {
     "xlmr": "XLMRobertaTokenizer",
     "clip": "CLIPTokenizer",
     "siglip2": "Siglip2Tokenizer",
+    "labse": "BertTokenizer",
 }
 
 

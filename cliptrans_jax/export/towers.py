@@ -11,6 +11,7 @@ from PIL import Image
 
 from cliptrans_jax.towers import clip_names, mclip_names, siglip_names
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
 from cliptrans_jax.towers.table import tower_of
@@ -24,17 +25,17 @@ MCLIP_USE = """Vectors of sentences:
 
 ```python
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, XLMRobertaModel
+from transformers import AutoTokenizer, {cls}
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER/text_tower")
-tower = XLMRobertaModel.from_pretrained("FOLDER/text_tower", add_pooling_layer=False)
+tower = {cls}.from_pretrained("FOLDER/text_tower", add_pooling_layer=False)
 last = load_file("FOLDER/text_tower/projection.safetensors")
 inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
 mask = inputs["attention_mask"][..., None]
 mean = (tower(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
 features = mean @ last["LinearTransformation.weight"].T + last["LinearTransformation.bias"]
 ```"""
-# All positions are filled with pads, which the tower reads: it has no mask.
+# With pads up to the last position, which SigLIP reads: it has no mask.
 TEXT_USE = """Vectors of sentences:
 
 ```python
@@ -218,7 +219,15 @@ HUB: Mapping[type, HubTower] = {
         "XLMRobertaModel",
         _mclip,
         mclip_names.table,
-        MCLIP_USE,
+        MCLIP_USE.format(cls="XLMRobertaModel"),
+        prefix="transformer.",
+        beside=PROJECTION,
+    ),
+    LabseConfig: HubTower(
+        "BertModel",
+        lambda config: _mclip(config) | {"model_type": "bert"},
+        mclip_names.table,
+        MCLIP_USE.format(cls="BertModel"),
         prefix="transformer.",
         beside=PROJECTION,
     ),

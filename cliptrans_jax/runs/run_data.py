@@ -153,7 +153,7 @@ class RunData:
         _check_published(config, name)
         return pretrained.load(
             getattr(sources, name),
-            kind=tuple(tower.kind for tower in towers),
+            kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
             fetch=sources.fetch,
             weights=sources.weights,
             activation=sources.clip_activation,

@@ -8,6 +8,7 @@ from typing import Any
 
 from cliptrans_jax.towers import clip, mclip
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators import mbart
 from cliptrans_jax.translators.mbart import MBartConfig
@@ -68,8 +69,15 @@ MBART_FIXED_ONCE: Mapping[str, Any] = types.MappingProxyType(
     }
 )
 MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
-    {"xlm-roberta-large": MClipConfig(), "FacebookAI/xlm-roberta-large": MClipConfig()}
+    {
+        "xlm-roberta-large": MClipConfig(),
+        "FacebookAI/xlm-roberta-large": MClipConfig(),
+        "setu4993/LaBSE": LabseConfig(),
+        "sentence-transformers/LaBSE": LabseConfig(),
+    }
 )
+# Their classes, by the model type of a base's own config.json.
+_MCLIP_CLASSES = {"xlm-roberta": MClipConfig, "roberta": MClipConfig, "bert": LabseConfig}
 _MCLIP_FIELDS = {
     "vocab": "vocab_size",
     "width": "hidden_size",
@@ -84,7 +92,7 @@ _MCLIP_FIELDS = {
     "activation": "hidden_act",
 }
 _MCLIP_ALLOWED = {
-    "model_type": ("xlm-roberta", "roberta"),
+    "model_type": (*_MCLIP_CLASSES,),
     "hidden_act": mclip.ACTIVATIONS,
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
@@ -101,7 +109,7 @@ _CLIP_FIELDS = {
 _CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
 _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
-_XLMR_FILE = "XLM-RoBERTa's config.json"
+_BASE_FILE = "the base's config.json"
 _CLIP_ALLOWED = {
     "hidden_act": clip.ACTIVATIONS,
     "dropout": (0.0,),
@@ -146,7 +154,8 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
     Args:
       hf: the config.json of the M-CLIP repository: `modelBase`, `transformerDimensions`, `numDims`.
-      transformer_hf: the config.json of the XLM-RoBERTa `modelBase`; None for one of `MCLIP_BASES`.
+      transformer_hf: the config.json of `modelBase`, an XLM-RoBERTa or a BERT; None for one of
+        `MCLIP_BASES`.
 
     Raises:
       ValueError: naming a missing key, a key with an unsupported value, or a
@@ -163,11 +172,12 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
             )
         config = dataclasses.replace(MCLIP_BASES[name], **features)
     else:
-        require_supported(transformer_hf, _MCLIP_ALLOWED, _XLMR_FILE)
+        require_supported(transformer_hf, _MCLIP_ALLOWED, _BASE_FILE)
         for key in _MCLIP_FIELDS.values():
-            _required(transformer_hf, key, _XLMR_FILE)
-        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _XLMR_FILE)
-        config = MClipConfig(**features, **sizes)
+            _required(transformer_hf, key, _BASE_FILE)
+        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _BASE_FILE)
+        cls = _MCLIP_CLASSES[transformer_hf.get("model_type", "xlm-roberta")]
+        config = cls(**features, **sizes)
     if (width := _required(hf, "transformerDimensions", _MCLIP_FILE)) != config.width:
         raise ValueError(
             f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
@@ -198,7 +208,7 @@ def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
         f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
         f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: name the tower's base "
         "with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
-        "or a folder with the config.json of an XLM-RoBERTa"
+        "or a folder with the config.json of an XLM-RoBERTa or a BERT"
     )
 
 

@@ -74,6 +74,10 @@ class MClipConfig(Section):
         """Tokens of the longest sentence."""
         return self.positions - self.pad - 1
 
+    def places(self, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        """The row of the position table for each token."""
+        return position_ids(ids, self.pad)
+
 
 def position_ids(ids: Int[Array, "B S"], pad: int) -> Int[Array, "B S"]:
     """The row of the position table for each token: `pad` + its number among the tokens that are no
@@ -101,8 +105,8 @@ class Embeddings(nn.Module):
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
         kinds = self.param("types", INIT, (config.types, config.width))
-        places = position_ids(ids, config.pad)
-        x = jnp.take(words, ids, axis=0, mode="fill") + jnp.take(positions, places, axis=0)
+        x = jnp.take(words, ids, axis=0, mode="fill")
+        x = x + jnp.take(positions, config.places(ids), axis=0)
         x = norm(config.eps, self.dtype, "norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 

@@ -6,8 +6,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cliptrans_jax.towers import clip, mclip, resnet, siglip
+from cliptrans_jax.towers import clip, labse, mclip, resnet, siglip
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.resnet import ResNetConfig
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
@@ -17,6 +18,7 @@ from cliptrans_jax.towers.tower import Tower
 TOWERS: Mapping[type, Tower] = types.MappingProxyType(
     {
         MClipConfig: mclip.TOWER,
+        LabseConfig: labse.TOWER,
         SiglipTextConfig: siglip.TEXT,
         ClipTextConfig: clip.TEXT,
         ResNetConfig: resnet.TOWER,

@@ -13,6 +13,7 @@ from tiny import random_like
 
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from cliptrans_jax.towers.labse import LabseConfig
 from common_jax.weights import table as tables
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
@@ -116,6 +117,18 @@ XLMR_LARGE = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
     "position_embedding_type": "absolute",
+}
+LABSE = XLMR_LARGE | {
+    "model_type": "bert",
+    "vocab_size": 501153,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
 }
 MCLIP_LARGE = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024, "numDims": 512}
 
@@ -237,6 +250,8 @@ def test_the_published_configs_are_the_defaults():
     assert other == mclip.MClipConfig(features=768)
     base = MCLIP_LARGE | {"modelBase": "FacebookAI/xlm-roberta-large"}
     assert mclip_config(base, None) == mclip.MClipConfig()
+    labse = {"modelBase": "setu4993/LaBSE", "transformerDimensions": 768, "numDims": 768}
+    assert mclip_config(labse, None) == mclip_config(labse, LABSE) == LabseConfig()
     sizes = {"hidden_act": "quick_gelu", "attention_dropout": 0.0, "dropout": 0.0}
     whole = {
         "model_type": "clip",
@@ -276,11 +291,11 @@ def test_a_tower_s_own_config_is_read_too():
     ("hf", "transformer_hf", "message"),
     [
         ({"numDims": 512}, None, "modelBase is missing"),
-        (MCLIP_LARGE, {}, "vocab_size is missing in XLM-R"),
+        (MCLIP_LARGE, {}, "vocab_size is missing in the base's config"),
         (MCLIP_LARGE | {"modelBase": "x"}, None, "modelBase='x' .* not one of .*'xlm-roberta-la"),
         (MCLIP_LARGE, XLMR_LARGE | {"hidden_size": 768}, "sions=1024 .* its transformer, 768"),
         (MCLIP_LARGE, XLMR_LARGE | {"hidden_act": "silu"}, "hidden_act='silu' .* must be 'gelu'"),
-        (MCLIP_LARGE, XLMR_LARGE | {"model_type": "bert"}, "model_type='bert' of XLM-RoBERTa's"),
+        (MCLIP_LARGE, XLMR_LARGE | {"model_type": "electra"}, "model_type='electra' of the base"),
         (MCLIP_LARGE, XLMR_LARGE | {"is_decoder": True}, "is_decoder=True .* must be False"),
         (MCLIP_LARGE, XLMR_LARGE | {"add_cross_attention": True}, "add_cross_attention=True"),
         (MCLIP_LARGE, XLMR_LARGE | {"position_embedding_type": "rotary"}, "must be 'absolute'"),

@@ -240,8 +240,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "cliptrans_jax/towers/mclip.py",
         "the pad is the usual one whatever the config says",
-        "places = position_ids(ids, config.pad)",
-        "places = position_ids(ids, 1)",
+        "return position_ids(ids, self.pad)",
+        "return position_ids(ids, 1)",
         TOWERS,
     ),
     Mistake(
