@@ -46,8 +46,8 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
 def gemma_tokenizer(
     vocab: dict[str, int], merges: list[tuple[str, str]], words: list[str]
 ) -> tokenizers.Tokenizer:
-    """Builds Gemma's tokenizer with SigLIP 2's lower-casing, without control tokens, from the result
-    of `read_gemma_file`.
+    """Builds Gemma's tokenizer with SigLIP 2's lower-casing, without control tokens, from what
+    `read_gemma_file` returns.
 
     Raises:
       ValueError: the library rejects the vocabulary.
@@ -162,13 +162,13 @@ def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
         ) from error
     if tuple(name for name, _ in sorted(vocab.items(), key=_id)[:4]) != GEMMA_CONTROLS:
         raise ValueError(
-            f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it belongs to another tokenizer"
+            f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it is of another tokenizer"
         )
-    bytes_ = {f"<0x{value:02X}>" for value in range(256)}
-    if not kinds <= {"Lowercase", "Replace"} or not bytes_ <= vocab.keys():
+    count = len({f"<0x{value:02X}>" for value in range(256)} & vocab.keys())
+    if not kinds <= {"Lowercase", "Replace"} or count < 256:
         raise ValueError(
-            f"{path} has normalisers {brief(sorted(map(str, kinds)))} and {len(bytes_ & vocab.keys())} "
-            "tokens of bytes, and Gemma's has 'Replace' and 256: it belongs to another tokenizer"
+            f"{path} has normalisers {brief(sorted(map(str, kinds)))} and {count} tokens of bytes, "
+            "and Gemma's has 'Replace' and 256: it is of another tokenizer"
         )
     if surplus := sorted(known.keys() - vocab.keys()):
         raise ValueError(added_message(path, surplus))

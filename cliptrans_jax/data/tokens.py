@@ -252,4 +252,11 @@ KINDS: Mapping[str, Loader] = {
     "labse": _load_published,
 }
 # Most tokens of a sentence: the networks' numbers of positions.
-LIMITS: Mapping[str, int] = {"trained": 1024, "mbart50": 1024, "xlmr": 512, "clip": 77, "siglip2": 64, "labse": 512}
+LIMITS: Mapping[str, int] = {
+    "trained": 1024,
+    "mbart50": 1024,
+    "xlmr": 512,
+    "clip": 77,
+    "siglip2": 64,
+    "labse": 512,
+}

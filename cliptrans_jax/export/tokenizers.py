@@ -25,6 +25,8 @@ CLASSES = {
     "siglip2": "Siglip2Tokenizer",
     "labse": "BertTokenizer",
 }
+# Other settings; the default side of pads is that of models that write texts.
+SETTINGS_OF = {"siglip2": {"padding_side": "right"}, "labse": {"do_lower_case": False}}
 
 
 def language_token(language: str) -> str:
@@ -70,6 +72,7 @@ def write_tokenizer(
     else:
         _copy(folder, config)
         settings["tokenizer_class"] = CLASSES[config.kind]
+        settings |= SETTINGS_OF.get(config.kind, {})
         if pair is not None:
             source, target = (MBART50_CODES[language] for language in pair)
             settings |= {"src_lang": source, "tgt_lang": target}

@@ -38,9 +38,7 @@ def tower_of(config: Any) -> Tower:
 def section_type(towers: Sequence[Tower]) -> Any:
     """The type of the section of config.clip with the sizes of one of these towers: any that can be
     trained from scratch."""
-    return functools.reduce(
-        operator.or_, (tower.config for tower in towers if tower.from_scratch)
-    )
+    return functools.reduce(operator.or_, (tower.config for tower in towers if tower.from_scratch))
 
 
 def text_tower_of(tokenizer: str) -> Tower:

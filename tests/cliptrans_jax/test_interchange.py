@@ -396,7 +396,8 @@ def test_siglip_agrees_with_hugging_face(tmp_path):
             model.text_model(torch.tensor(padded)).pooler_output.numpy(),
             model.vision_model(pixel_values=pixels).pooler_output.numpy(),
         )
-    for tower, arrays, features in zip((siglip.TEXT, siglip.VISION), (ids, images), want, strict=True):
+    towers = (siglip.TEXT, siglip.VISION)
+    for tower, arrays, features in zip(towers, (ids, images), want, strict=True):
         read = pretrained.load(tmp_path, kind=tower.kind)
         found = tower.apply(read.config, F32, read.params, jnp.asarray(arrays))
         assert found.shape == (2, 20)

@@ -8,12 +8,44 @@ import pytest
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.export.tokenizers import write_tokenizer
 
-WORDS = ["[PAD]", "a", "A", "man", "##ly", "é", "[", "]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "CLS"]
+WORDS = [
+    "[PAD]",
+    "a",
+    "A",
+    "man",
+    "##ly",
+    "é",
+    "[",
+    "]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "CLS",
+]
 VOCAB = {word: place for place, word in enumerate(WORDS)}
 RECORD = {
     "added_tokens": [{"id": 9, "content": "[CLS]", "special": True}],
-    "normalizer": {"type": "BertNormalizer", "lowercase": False, "strip_accents": None},
-    "model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": VOCAB},
+    "normalizer": {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": False,
+    },
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "model": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": VOCAB,
+    },
+    "post_processor": {
+        "type": "BertProcessing",
+        "sep": ["[SEP]", VOCAB["[SEP]"]],
+        "cls": ["[CLS]", VOCAB["[CLS]"]],
+    },
 }
 
 
@@ -64,7 +96,10 @@ def test_a_long_sentence_keeps_its_frame(folder):
         ({"model": None}, r"not LaBSE's tokenizer\.json"),
         ({"model": {"type": "BPE", "vocab": VOCAB}}, "it has 'BPE' after 'BertNormalizer'"),
         ({"normalizer": {"type": "BertNormalizer", "lowercase": True}}, "it lower-cases text"),
-        ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, r"lacks \[CLS\], \[SEP\], \[PAD\]"),
+        (
+            {"model": {"type": "WordPiece", "vocab": {"a": 0}}, "added_tokens": []},
+            r"lacks \[CLS\], \[SEP\], \[PAD\]",
+        ),
         ({"model": {"type": "WordPiece", "vocab": {"a": 1}}}, "are not 0 to 0"),
         ({"added_tokens": [{"content": "[new]"}]}, r"lacks: \[new\]"),
     ],
