@@ -96,8 +96,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/framing.py",
         "a sentence that is cut is longer than the limit",
-        "room, control = self.limit - 2, self.special - {UNK}",
-        "room, control = self.limit - 1, self.special - {UNK}",
+        "room, control = self.limit - len(start) - 1, self.special - {UNK}",
+        "room, control = self.limit - len(start), self.special - {UNK}",
         TEXTS,
     ),
     Mistake(
