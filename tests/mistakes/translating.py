@@ -109,6 +109,13 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         f"{PACKAGE}/data/byte_pairs.py",
+        "SigLIP 2 reads capital letters",
+        "[normalizers.Lowercase(), normalizers.Replace",
+        "[normalizers.Replace",
+        f"{TESTS}/test_gemma_tokens.py::test_pieces_of_lower_case",
+    ),
+    Mistake(
+        f"{PACKAGE}/data/byte_pairs.py",
         "CLIP takes a number for one word",
         r"""[\p{N}]|[^\s""",
         r"""[\p{N}]+|[^\s""",
