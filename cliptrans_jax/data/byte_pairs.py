@@ -160,7 +160,7 @@ def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
             f"{path} is not Gemma's tokenizer.json ({type(error).__name__}: {plain(str(error))}); "
             "fetch it again"
         ) from error
-    if tuple(name for name, _ in sorted(vocab.items(), key=_id)[:4]) != GEMMA_CONTROLS:
+    if tuple(sorted(vocab, key=vocab.__getitem__)[:4]) != GEMMA_CONTROLS:
         raise ValueError(
             f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it is of another tokenizer"
         )
@@ -185,10 +185,6 @@ def require_vocab(vocab: Any) -> dict[str, int]:
     if sorted(vocab.values()) != [*range(len(vocab))]:
         raise ValueError(f"the ids of its {len(vocab)} tokens are not 0 to {len(vocab) - 1}")
     return vocab
-
-
-def _id(entry: tuple[str, int]) -> int:
-    return entry[1]
 
 
 def _pair(merge: Any) -> tuple[str, str]:

@@ -55,7 +55,7 @@ print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 ```"""
 
 
-def write(run: Finished, files: Sequence[str], towers: Sequence[Any] = ()) -> str:
+def write(run: Finished, files: Sequence[str], towers: Sequence[Any]) -> str:
     """The card of a run.
 
     Args:
