@@ -54,7 +54,7 @@ from common_jax.weights.table import (
 ABOUT = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
-    *("vocab.json", "merges.txt"),
+    *("vocab.json", "merges.txt", "vocab.txt"),
 )
 ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")

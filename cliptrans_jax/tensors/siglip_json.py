@@ -57,5 +57,6 @@ def _section(hf: Hf, side: str) -> tuple[dict[str, Any], str]:
             "google/siglip2-base-patch16-224"
         )
     tower, where = tower_section(hf, side, family="siglip", file=_FILE)
-    require_supported(tower, _ALLOWED, where)
-    return {key: value for key, value in tower.items() if value is not None}, where
+    given = {key: value for key, value in tower.items() if value is not None}
+    require_supported(given, _ALLOWED, where)
+    return given, where
