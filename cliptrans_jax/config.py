@@ -136,32 +136,25 @@ class SourcesConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.siglip and (self.clip or self.clip_text or self.clip_image):
+            raise FieldError(
+                f"siglip={shown(self.siglip)} holds both towers: leave out clip, clip_text and "
+                "clip_image"
+            )
         if self.model and self.mbart:
             raise FieldError(
                 f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from one "
                 "of them"
             )
-        for name in ("clip", "siglip"):
-            source = getattr(self, name)
-            if source and (self.clip_text or self.clip_image):
-                raise FieldError(
-                    f"{name}={shown(source)} holds both towers: leave out clip_text and clip_image"
-                )
-        if self.clip and self.siglip:
+        if self.clip and (self.clip_text or self.clip_image):
             raise FieldError(
-                f"clip={shown(self.clip)} and siglip={shown(self.siglip)}: leave out one of them, "
-                "since each holds both towers"
+                f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
             )
 
     @property
     def translator(self) -> str:
         """Folder of a published translator, or ""."""
         return self.mbart
-
-    @property
-    def has_towers(self) -> bool:
-        """True if any field names a tower."""
-        return any((self.clip, self.clip_text, self.clip_image, self.siglip))
 
     def after(self, stage: str) -> "SourcesConfig":
         """The sources of a stage that starts from the workdir of an earlier one, if any."""

@@ -70,10 +70,11 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     if not config.recipes:
         raise ValueError("config.recipes is empty; stage='pipeline' needs at least one recipe")
     sources, runs, last = config.sources, [], ""
+    towers = sources.clip or sources.clip_text or sources.clip_image or sources.siglip
     clip = sources.clip
     for name, stage in STAGES.items():
         trains_towers = stage.trains is Trains.TOWERS
-        if name not in config.recipes or (trains_towers and sources.has_towers):
+        if name not in config.recipes or (trains_towers and towers):
             continue
         recipe = config.recipes[name]
         with under("config"):
