@@ -93,7 +93,7 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
     published, folder = PUBLISHED[kind], Path(path).expanduser()
     if not any((folder / name).is_file() for name in published.files):
         raise FileNotFoundError(
-            f"{key}.path={path!r} has no {' and no '.join(published.files)}; "
+            f"{key}.path={path!r} lacks {' or '.join(published.files)}; "
             f"fetch them from {published.repository!r}, for example with "
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )

@@ -139,7 +139,7 @@ def test_another_tokenizer_is_refused(tmp_path, changes, message):
 
 
 def test_a_folder_without_the_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json; fetch .*google/siglip2"):
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json; fetch .*google/siglip2"):
         load(tmp_path)
 
 

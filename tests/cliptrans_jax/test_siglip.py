@@ -273,7 +273,7 @@ def test_one_source_gives_both_towers_and_the_tokenizer(folder, tmp_path):
     assert data.image_tower.config == VISION
     assert_same(data.image_tower.params, random_like(siglip.VISION.shapes(VISION)))
     with pytest.raises(
-        FileNotFoundError, match=r"config\.sources\.siglip=.* has no tokenizer\.json"
+        FileNotFoundError, match=r"config\.sources\.siglip=.* lacks tokenizer\.json"
     ):
         _ = data.text_tower
     missing = dataclasses.replace(config, sources=SourcesConfig(siglip="nowhere"))

@@ -221,7 +221,7 @@ def test_a_vocabulary_must_hold_the_languages(tmp_path):
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_a_missing_folder_says_what_to_fetch(tmp_path, kind):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json nor .*huggingface_hub") as error:
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json.*huggingface_hub") as error:
         load_tokenizer(TokenizerConfig(kind, str(tmp_path)))
     assert PUBLISHED[kind].repository in str(error.value)
 
