@@ -92,10 +92,14 @@ class SiglipTextConfig(Section):
       kind: "siglip_text".
       vocab: token ids V.
       positions: tokens of every sentence; shorter ones are padded.
+      width: width D of a token.
+      layers: blocks.
+      heads: attention heads.
+      hidden: hidden width F of the MLPs.
+      eps: epsilon of every LayerNorm.
       features: width M of a feature.
       pad: the id of a pad.
-
-    The others are those of `SiglipVisionConfig`.
+      attention: as of `SiglipVisionConfig`.
     """
 
     kind: Annotated[str, one_of("siglip_text")] = "siglip_text"
