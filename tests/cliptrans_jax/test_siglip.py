@@ -9,6 +9,7 @@ import naive_cliptrans as naive
 import numpy as np
 import pytest
 from flax import traverse_util
+from gemma_files import RECORD, VOCAB
 from jax import numpy as jnp
 from meshes import idle_rules, one_device
 from PIL import Image
@@ -35,7 +36,7 @@ from common_jax.weights import table as tables
 SIZES = {"width": 16, "layers": 1, "heads": 2, "hidden": 24, "eps": 1e-4}
 # Patches cover 8 of 10 pixels.
 VISION = SiglipVisionConfig(image=10, patch=4, **SIZES)
-TEXT = SiglipTextConfig(vocab=40, positions=8, features=16, pad=3, **SIZES)
+TEXT = SiglipTextConfig(vocab=len(VOCAB), positions=8, features=16, pad=3, **SIZES)
 TOWERS = {
     "vision": (siglip.VISION, VISION, siglip_names.vision_table(VISION)),
     "text": (siglip.TEXT, TEXT, siglip_names.text_table(TEXT)),
@@ -145,7 +146,7 @@ def test_the_number_of_pads_has_no_effect_and_pads_are_read():
     assert np.all(np.abs(run(params, IDS) - run(params, other)).max(axis=1) > 1e-3)
     with pytest.raises(ValueError, match="ids have 9 tokens, more than positions=8"):
         run(params, np.zeros((1, 9), np.int32))
-    beyond = np.asarray(run(params, np.where(IDS == 39, 40, IDS)))
+    beyond = np.asarray(run(params, np.where(IDS == 39, TEXT.vocab, IDS)))
     assert np.isnan(beyond[0]).all() and not np.isnan(beyond[1]).any()
 
 
@@ -276,6 +277,13 @@ def test_one_source_gives_both_towers_and_the_tokenizer(folder, tmp_path):
         FileNotFoundError, match=r"config\.sources\.siglip=.* lacks tokenizer\.json"
     ):
         _ = data.text_tower
+    (folder / "tokenizer.json").write_text(json.dumps(RECORD))
+    tower = data.text_tower
+    assert tower.config == dataclasses.replace(TEXT, pad=0)
+    (ids,) = tower.tokenizer.encode(["A Man"], None)
+    assert ids.tolist() == [VOCAB["a"], VOCAB["▁man"], 1]
+    features = tower.encode([ids, ids[1:]], mesh=one_device())
+    assert features.shape == (2, 16) and np.abs(features[0] - features[1]).max() > 1e-3
     missing = dataclasses.replace(config, sources=SourcesConfig(siglip="nowhere"))
     with pytest.raises(FileNotFoundError, match=r"config\.sources\.siglip"):
         _ = RunData(missing, tmp_path, one_device()).image_tower
