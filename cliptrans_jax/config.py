@@ -32,6 +32,7 @@ from cliptrans_jax.stages import (
 )
 from cliptrans_jax.towers.clip import ACTIVATIONS, ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, section_type
 from common_jax.command_line import System
 from common_jax.config import FieldError, Section, unfreeze
 from common_jax.loop import RunConfig
@@ -66,6 +67,7 @@ READS: dict[str, tuple[str, ...]] = {
 }
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SIDES = {"": None} | {side.value: side for side in Side}
+TextSizes, ImageSizes = section_type(TEXT_TOWERS), section_type(IMAGE_TOWERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +75,14 @@ class ClipConfig(Section):
     """The small M-CLIP that stage "clip" trains on pictures and their names in every language.
 
     Attributes:
-      text: the text tower.
-      image: the image tower.
+      text: the text tower; its `kind` is that of a text tower of `TOWERS`.
+      image: the image tower, in the same way.
       scale: initial exp(log_scale), the factor of similarities in the loss "softmax".
       loss: a key of CONTRASTIVE.
     """
 
-    text: MClipConfig = MClipConfig()
-    image: ClipVisionConfig = ClipVisionConfig()
+    text: TextSizes = MClipConfig()
+    image: ImageSizes = ClipVisionConfig()
     scale: Positive = 1 / 0.07
     loss: Annotated[str, key_of(lambda: CONTRASTIVE)] = "softmax"
 
@@ -105,14 +107,16 @@ class SourcesConfig(Section):
         `model`.
       clip: workdir of a run of stage "clip".
       clip_text, clip_image: folders of published towers, instead of `clip`.
+      siglip: folder of a published SigLIP 2 with both towers and their tokenizer, instead of
+        `clip_text`, `clip_image` and config.clip_tokenizer.
       clip_activation: activation of a published CLIP's MLPs, "quick_gelu" or "gelu", if no file
         says it.
       clip_text_base: base model of an M-CLIP, if the `modelBase` of its config.json is a missing
         folder: "xlm-roberta-large", or a folder with a config.json.
       weights: the weights to read from a published file with several: a key such as "model_ema",
         or a prefix of the names such as "teacher.".
-      fetch: whether `mbart`, `clip_text` and `clip_image` may be names on the Hugging Face hub,
-        which are then downloaded.
+      fetch: whether `mbart`, `clip_text`, `clip_image` and `siglip` may be names on the Hugging
+        Face hub, which are then downloaded.
       fresh: regex of parameter paths to initialise from scratch even if `model` has them.
       leave: regex of parameter paths of `model` to ignore if this model lacks them.
     """
@@ -122,6 +126,7 @@ class SourcesConfig(Section):
     clip: str = ""
     clip_text: str = ""
     clip_image: str = ""
+    siglip: str = ""
     clip_activation: Annotated[str, one_of("", *ACTIVATIONS)] = ""
     clip_text_base: str = ""
     weights: str = ""
@@ -131,6 +136,11 @@ class SourcesConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.siglip and (self.clip or self.clip_text or self.clip_image):
+            raise FieldError(
+                f"siglip={shown(self.siglip)} holds both towers: leave out clip, clip_text and "
+                "clip_image"
+            )
         if self.model and self.mbart:
             raise FieldError(
                 f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from one "
@@ -182,7 +192,8 @@ class Config(Section):
       data: texts and pictures.
       languages: of the tokenizer and of stage "clip"; () for the two of the pair.
       tokenizer: of the translation model.
-      clip_tokenizer: of a published text tower; `clip` uses the translation model's.
+      clip_tokenizer: of the text tower in sources.clip_text; stage "clip" uses the translation
+        model's.
       clip: the towers that stage "clip" trains.
       augment: augmentation of its training pictures.
       model: the translation model.

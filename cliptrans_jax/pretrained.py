@@ -19,10 +19,11 @@ from typing import Any
 import huggingface_hub
 import jax
 import numpy as np
+from PIL import Image
 
 from cliptrans_jax.models.cliptrans import ModelConfig
 from cliptrans_jax.tensors import kinds
-from cliptrans_jax.tensors.beside import Beside, picture_numbers, read_beside
+from cliptrans_jax.tensors.beside import PREPROCESSOR, Beside, picture_numbers, read_beside
 from cliptrans_jax.tensors.config_json import CONFIG
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from cliptrans_jax.towers.tower import Pictures
@@ -53,7 +54,7 @@ from common_jax.weights.table import (
 ABOUT = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "sentencepiece.bpe.model"),
-    *("vocab.json", "merges.txt"),
+    *("vocab.json", "merges.txt", "vocab.txt"),
 )
 ADVICE = "check that the model's config (sizes, mapping network, prefix length) is that of the file"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -98,7 +99,7 @@ def load(
     if unknown := [name for name in allowed if name not in KINDS]:
         hint = did_you_mean(unknown[0], KINDS)
         raise ValueError(f"kind={unknown[0]!r} is none of {sorted(KINDS)}{hint}")
-    path = _find(source, fetch)
+    path = find(source, fetch=fetch)
     file, about = str(path), read_beside(path)
     kinds.require_supported_type(about.get(CONFIG), file)
     kind = kinds.kind_of_config(about.get(CONFIG), file) if len(allowed) != 1 else None
@@ -208,7 +209,13 @@ def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str
 
 
 def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
-    """Raises ValueError if a file beside the weights says another mean or std."""
+    """Raises ValueError if a file beside the weights says another mean, std or filter."""
+    resample, ours = about.get(PREPROCESSOR, {}).get("resample"), pictures.resampling
+    if resample not in (None, Image.Resampling[ours]):
+        raise ValueError(
+            f"{file}: {PREPROCESSOR} says resample={brief(resample)}, and the tower's pictures are "
+            f"resized with {int(Image.Resampling[ours])}, {ours}; take a model with this filter"
+        )
     name, *statistics = picture_numbers(about)
     expected = {"mean": pictures.mean, "std": pictures.std}
     for (key, ours), numbers in zip(expected.items(), statistics, strict=True):
@@ -318,8 +325,8 @@ def place(params: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any
     return jax.tree.map(put, dict(params), dict(shapes))
 
 
-def _find(source: str | os.PathLike, fetch: bool) -> Path:
-    """The local path of the source."""
+def find(source: str | os.PathLike, *, fetch: bool) -> Path:
+    """The local path of the source of `load`; raises as it does."""
     path, name = Path(source), str(source)
     if "://" in name:
         raise ValueError(f"{name} must be on a disk of this machine; copy it to one first")

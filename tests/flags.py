@@ -111,7 +111,7 @@ ALLOWED = (
     (r"model\.linear\.gain|decode\.length_penalty", (-1, 0, 1.5), "of either sign"),
     (r"mesh\.data", (-1,), "all devices that the other axes leave"),
     (
-        r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_\w+)"
+        r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_\w+|siglip)"
         r"|sources\.weights|init\.upcycle|features|ood\.source|test_side|caption_language"
         r"|data\.name|sources\.(fresh|leave)|optim\.no_decay",
         ("",),
@@ -119,7 +119,7 @@ ALLOWED = (
     ),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.(clip_image|clip_text_base)|features|run\.(compilation_cache|wandb)",
+        r"|sources\.(clip_image|clip_text_base|siglip)|features|run\.(compilation_cache|wandb)",
         TEXT,
         "a path, or the name of a file or a project: it is opened before anything is trained",
     ),

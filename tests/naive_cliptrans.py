@@ -68,6 +68,10 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
 def quick_gelu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-1.702 * x))
 
@@ -193,20 +197,50 @@ def clip_text(weights: Weights, ids, mask, *, heads, activation=quick_gelu) -> n
     return weights["text_projection.weight"] @ x[list(ids).index(max(ids))]
 
 
+def patches(model: Weights, image) -> list[np.ndarray]:
+    """The projected patches of an image [3, I, J], without its last pixels if they fill none."""
+    kernel = model["embeddings.patch_embedding.weight"]
+    side = kernel.shape[-1]
+    return [
+        kernel.reshape(len(kernel), -1) @ image[:, i : i + side, j : j + side].ravel()
+        for i in range(0, image.shape[1] - side + 1, side)
+        for j in range(0, image.shape[2] - side + 1, side)
+    ]
+
+
 def clip_vision(weights: Weights, image, *, heads, activation=quick_gelu) -> np.ndarray:
     """CLIP's feature of one image [3, I, J]."""
     model = weights.below("vision_model.")
-    kernel = model["embeddings.patch_embedding.weight"]
-    side = kernel.shape[-1]
-    patches = [
-        kernel.reshape(len(kernel), -1) @ image[:, i : i + side, j : j + side].ravel()
-        for i in range(0, image.shape[1], side)
-        for j in range(0, image.shape[2], side)
-    ]
-    x = np.stack([model["embeddings.class_embedding"], *patches])
+    x = np.stack([model["embeddings.class_embedding"], *patches(model, image)])
     x = model.norm("pre_layrnorm", x + model["embeddings.position_embedding.weight"])
     x = clip_blocks(model, x, np.ones((len(x), len(x)), bool), heads, activation)
     return weights["visual_projection.weight"] @ model.norm("post_layernorm", x[0])
+
+
+def siglip_text(weights: Weights, ids, *, heads, pad) -> np.ndarray:
+    """SigLIP's feature of one sentence."""
+    model = weights.below("text_model.")
+    places = model["embeddings.position_embedding.weight"]
+    ids = [*ids, *[pad] * (len(places) - len(ids))]
+    x = model["embeddings.token_embedding.weight"][ids] + places
+    x = clip_blocks(model, x, np.ones((len(x), len(x)), bool), heads, gelu_tanh)
+    return model.linear("head", model.norm("final_layer_norm", x)[-1])
+
+
+def siglip_vision(weights: Weights, image, *, heads) -> np.ndarray:
+    """SigLIP's feature of one image [3, I, J]."""
+    model = weights.below("vision_model.")
+    x = np.stack(patches(model, image)) + model["embeddings.patch_embedding.bias"]
+    x = x + model["embeddings.position_embedding.weight"]
+    x = clip_blocks(model, x, np.ones((len(x), len(x)), bool), heads, gelu_tanh)
+    x, head = model.norm("post_layernorm", x), model.below("head.")
+    weight, bias = (np.split(head[f"attention.in_proj_{name}"], 3) for name in ("weight", "bias"))
+    query, keys, values = (
+        y @ w.T + b for y, w, b in zip((head["probe"][0], x, x), weight, bias, strict=True)
+    )
+    attended = attend(query, keys, values, np.ones((1, len(x)), bool), heads)
+    y = head.linear("attention.out_proj", attended)[0]
+    return y + head.linear("mlp.fc2", gelu_tanh(head.linear("mlp.fc1", head.norm("layernorm", y))))
 
 
 def convolution(x, kernel, stride) -> np.ndarray:

@@ -66,6 +66,8 @@ TAKEN_AS_IT_IS = {
     "clip_text": "clip_text",
     "clip_vision": "clip_image",
     "clip_res": "clip_image",
+    "siglip_text": "siglip",
+    "siglip_vision": "siglip",
 }
 FILE_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 

@@ -1,4 +1,5 @@
-"""Byte-pair vocabularies (BPE) over bytes: CLIP's, and those trained here."""
+"""Byte-pair vocabularies (BPE): CLIP's and those trained here, over bytes, and Gemma's, over
+characters."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from cliptrans_jax.data.framing import UNK
 from cliptrans_jax.data.token_files import added_message, read_record, require_bounded
-from common_jax.untrusted import brief, plain
+from common_jax.untrusted import as_text, brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
+# The first tokens of Gemma; no text is cut into them.
+GEMMA_CONTROLS = ("<pad>", "<eos>", "<bos>", "<unk>")
+SPACE = "▁"  # in Gemma's pieces
 WORD_END = "</w>"  # suffix of CLIP's pieces at the end of a word
 # CLIP's words, which are then cut into pieces. Its two control tokens are not words here.
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -35,6 +40,30 @@ def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def gemma_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], words: list[str]
+) -> tokenizers.Tokenizer:
+    """Builds Gemma's tokenizer with SigLIP 2's lower-casing, without control tokens, from what
+    `read_gemma_file` returns.
+
+    Raises:
+      ValueError: the library rejects the vocabulary.
+    """
+    # Control tokens in a text are text, so nothing is merged to one.
+    merges = [pair for pair in merges if "".join(pair) not in GEMMA_CONTROLS]
+    model = _model(vocab, merges, unk_token=GEMMA_CONTROLS[UNK], fuse_unk=True, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    # Found in the text before it is lower-cased, such as "<table>" and several line breaks.
+    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
     return tokenizer
 
 
@@ -109,6 +138,44 @@ def read_clip_files(folder: Path) -> tuple[Path, dict[str, int], list[tuple[str,
     return path, vocab, merges
 
 
+def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
+    """Reads the `tokenizer.json` of a SigLIP 2.
+
+    Returns:
+      The vocabulary, the merges, and the tokens that are words of a text and are not merged.
+
+    Raises:
+      ValueError: a file with other content; the message names it.
+    """
+    record = read_record(path)
+    try:
+        vocab, merges = parse(record)
+        added = record.get("added_tokens") or ()
+        known = {as_text(token["content"]): token for token in added}
+        normalizer = record["normalizer"]
+        parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+        kinds = {part["type"] for part in parts}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not Gemma's tokenizer.json ({type(error).__name__}: {plain(str(error))}); "
+            "fetch it again"
+        ) from error
+    if tuple(sorted(vocab, key=vocab.__getitem__)[:4]) != GEMMA_CONTROLS:
+        raise ValueError(
+            f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it is of another tokenizer"
+        )
+    count = len({f"<0x{value:02X}>" for value in range(256)} & vocab.keys())
+    if not kinds <= {"Lowercase", "Replace"} or count < 256:
+        raise ValueError(
+            f"{path} has normalisers {brief(sorted(map(str, kinds)))} and {count} tokens of bytes, "
+            "and Gemma's has 'Replace' and 256: it is of another tokenizer"
+        )
+    if surplus := sorted(known.keys() - vocab.keys()):
+        raise ValueError(added_message(path, surplus))
+    words = [name for name, token in known.items() if not token.get("special")]
+    return vocab, merges, [name for name in words if name not in GEMMA_CONTROLS]
+
+
 def require_vocab(vocab: Any) -> dict[str, int]:
     """Returns the vocabulary; raises ValueError unless its ids are integers from 0, each once."""
     if not isinstance(vocab, dict) or not vocab:
@@ -127,7 +194,7 @@ def _pair(merge: Any) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **more: str) -> models.BPE:
+def _model(vocab: dict[str, int], merges: list[tuple[str, str]], **more: str | bool) -> models.BPE:
     missing = [pair for pair in merges if not {*pair, "".join(pair)} <= vocab.keys()]
     if missing:
         raise ValueError(f"its vocabulary lacks tokens of the merge {brief(missing[0])}")

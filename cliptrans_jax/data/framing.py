@@ -1,7 +1,8 @@
 """The frame that every tokenizer here puts around a sentence.
 
 With a language it is [language, pieces..., </s>], as the translator has source and target; without
-one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have it.
+one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have it, or
+[pieces..., </s>], as SigLIP 2's has it.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
-        """Returns int32 ids [language, pieces..., </s>] of each text; for None [<s>, ..., </s>].
+        """Returns int32 ids [language, pieces..., </s>] of each text; for None [<s>, ..., </s>], or
+        [..., </s>] of a tokenizer without <s>.
 
         Control tokens in a text are ordinary text: "</s>" is four characters and does not end it.
         Long sentences are cut before the final `</s>`, and the log gives their number.
@@ -70,7 +72,7 @@ class FramedTokenizer:
       language_ids: token of each language.
       special: ids that have no text.
       limit: most tokens of a sentence, frame included.
-      bos: the first token without a language.
+      bos: the first token without a language; None for none.
     """
 
     # Functions, not a subclass per kind: tokenizers differ only in how they cut and join.
@@ -80,7 +82,7 @@ class FramedTokenizer:
     language_ids: Mapping[str, int]
     special: frozenset[int]
     limit: int
-    bos: int = BOS
+    bos: int | None = BOS
     pad: int = PAD
     eos: int = EOS
 
@@ -99,10 +101,11 @@ class FramedTokenizer:
 
     def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
         first = self.bos if language is None else self.language_id(language)
+        start = [] if first is None else [first]
         texts = require_texts(texts)
         sentences = self.cut(texts)
         # A piece of text may be unknown, but never another special token.
-        room, control = self.limit - 2, self.special - {UNK}
+        room, control = self.limit - len(start) - 1, self.special - {UNK}
         for text, pieces in zip(texts, sentences, strict=True):
             # Checked here, since an embedding silently gives NaN for an id beyond its table.
             if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
@@ -116,7 +119,7 @@ class FramedTokenizer:
                 "%d of %d sentences have more than %d tokens, and are cut there",
                 *(too_long, len(sentences), room),
             )
-        return [np.array([first, *pieces[:room], self.eos], np.int32) for pieces in sentences]
+        return [np.array([*start, *pieces[:room], self.eos], np.int32) for pieces in sentences]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]

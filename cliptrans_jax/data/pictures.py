@@ -1,4 +1,4 @@
-"""Pictures as CLIP takes them, and random changes of them for contrastive training. Numpy and
+"""Pictures as the towers take them, and random changes of them for contrastive training. Numpy and
 PIL."""
 
 import dataclasses
@@ -14,7 +14,8 @@ from common_jax.ranges import BelowOne, within
 
 
 def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICTURES) -> np.ndarray:
-    """A picture as a tower takes it: short side resized to `size`, centre crop, normalised.
+    """A picture as a tower takes it: resized to a square, cropped to one if `pictures.crops`, and
+    normalised.
 
     Args:
       image: uint8 (I, J, 3), (I, J, 4) or (I, J).
@@ -37,11 +38,10 @@ def prepare_picture(image: np.ndarray, size: int, pictures: Pictures = CLIP_PICT
     picture = Image.fromarray(image).convert("RGB")
     width, height = picture.size
     short = min(width, height)
-    if short != size:
-        # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
-        picture = picture.resize(
-            (size * width // short, size * height // short), Image.Resampling[pictures.resampling]
-        )
+    # The long side is cut to whole pixels, not rounded, as CLIP's processors do.
+    resized = (size * width // short, size * height // short) if pictures.crops else (size, size)
+    if resized != picture.size:
+        picture = picture.resize(resized, Image.Resampling[pictures.resampling])
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
     mean, std = (np.array(x, np.float32) for x in (pictures.mean, pictures.std))

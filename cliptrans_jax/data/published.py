@@ -1,14 +1,17 @@
-"""The published tokenizers of mBART-50, NLLB-200, M2M-100, XLM-R and CLIP, read from the folder of
-their files."""
+"""The published tokenizers of mBART-50, NLLB-200, M2M-100, XLM-R, CLIP, SigLIP 2 and LaBSE, read
+from the folder of their files."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from cliptrans_jax.data import byte_pairs, sentencepieces
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
 from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.token_files import added_message, read_record
+from cliptrans_jax.data.token_files import added_message, read_record, require_bounded
 from cliptrans_jax.translators.nllb_languages import (
     M2M100_CODES,
     M2M100_UNUSED,
@@ -16,7 +19,7 @@ from cliptrans_jax.translators.nllb_languages import (
     NLLB_TOKENS,
 )
 from common_jax.ranges import did_you_mean, shown
-from common_jax.untrusted import plain
+from common_jax.untrusted import as_text, plain
 
 # mBART-50's tokens of languages, in the order of their ids.
 MBART50_TOKENS = (
@@ -30,6 +33,7 @@ MBART50_TOKENS = (
 MBART50_CODES: Mapping[str, str] = {token[:2]: token for token in MBART50_TOKENS}
 MASK = "<mask>"
 MOST = 100  # languages that a message lists
+BERT_FRAME, BERT_UNK = ("[CLS]", "[SEP]", "[PAD]"), "[UNK]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class PublishedTokenizer:
     hub_file: str = ""
 
 
-PIECES, JSON = "sentencepiece.bpe.model", "tokenizer.json"
+PIECES, JSON, WORDS = "sentencepiece.bpe.model", "tokenizer.json", "vocab.txt"
 PUBLISHED: Mapping[str, PublishedTokenizer] = {
     "mbart50": PublishedTokenizer(
         "facebook/mbart-large-50",
@@ -87,6 +91,8 @@ PUBLISHED: Mapping[str, PublishedTokenizer] = {
         {},
         (byte_pairs.CLIP_BOS, byte_pairs.CLIP_EOS),
     ),
+    "siglip2": PublishedTokenizer("google/siglip2-base-patch16-224", (JSON,), {}, ()),
+    "labse": PublishedTokenizer("M-CLIP/LABSE-Vit-L-14", (JSON, WORDS), {}, ()),
 }
 
 
@@ -127,8 +133,8 @@ def load_published(kind: str, path: str, *, limit: int, key: str) -> FramedToken
             f"huggingface_hub.snapshot_download({published.repository!r}, local_dir=...)"
         )
     try:
-        if kind == "clip":
-            return _clip(folder, limit)
+        if kind in READERS:
+            return READERS[kind](folder, limit)
         model = _find_model(kind, folder)
         return _sentencepiece(model, _read_order(model, published, folder), published, limit)
     except ValueError as error:
@@ -172,7 +178,11 @@ def _require_last(kind: str, path: Path, last: tuple[str, ...]) -> None:
         return
     if last[: len(ours)] == ours:
         raise ValueError(added_message(path, last[len(ours) :]))
-    others = [name for name, other in PUBLISHED.items() if other.last == last[: len(other.last)]]
+    others = [
+        name
+        for name, other in PUBLISHED.items()
+        if other.last and other.last == last[: len(other.last)]
+    ]
     hint = f"it is the tokenizer of kind {others[0]!r}" if others else "fetch its files again"
     raise ValueError(
         f"{path} has other tokens after its pieces than it should have: {_first(last)}, not "
@@ -257,3 +267,82 @@ def _clip(folder: Path, limit: int) -> FramedTokenizer:
         bos=bos,
         eos=eos,
     )
+
+
+def _siglip2(folder: Path, limit: int) -> FramedTokenizer:
+    path = folder / JSON
+    vocab, merges, words = byte_pairs.read_gemma_file(path)
+    try:
+        tokenizer = byte_pairs.gemma_tokenizer(vocab, merges, words)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return FramedTokenizer(
+        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        vocab=len(vocab),
+        language_ids={},
+        special=frozenset(range(len(byte_pairs.GEMMA_CONTROLS))),
+        limit=limit,
+        bos=None,
+        pad=0,
+        eos=1,
+    )
+
+
+def _labse(folder: Path, limit: int) -> FramedTokenizer:
+    """BERT's word pieces, cased, framed as [CLS], ..., [SEP]."""
+    path, vocab = _read_words(folder)
+    if missing := [name for name in (*BERT_FRAME, BERT_UNK) if name not in vocab]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; fetch it again")
+    model = models.WordPiece(vocab, unk_token=BERT_UNK, max_input_chars_per_word=100)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    bos, eos, pad = (vocab[name] for name in BERT_FRAME)
+    return FramedTokenizer(
+        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        vocab=len(vocab),
+        language_ids={},
+        special=frozenset({bos, eos, pad}),
+        limit=limit,
+        bos=bos,
+        pad=pad,
+        eos=eos,
+    )
+
+
+def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
+    """The file of a vocabulary of word pieces, and the vocabulary."""
+    path = folder / JSON
+    if not path.is_file():
+        path = folder / WORDS
+        lines = require_bounded(path).read_bytes().decode().removesuffix("\n").split("\n")
+        words = [line.rstrip("\r") for line in lines]
+        return path, byte_pairs.require_vocab({word: place for place, word in enumerate(words)})
+    record = read_record(path)
+    try:
+        model, normalizer = record["model"], record["normalizer"]
+        if (model["type"], normalizer["type"]) != ("WordPiece", "BertNormalizer"):
+            raise ValueError(f"it has {model['type']!r} after {normalizer['type']!r}")
+        if normalizer.get("lowercase") or normalizer.get("strip_accents"):
+            raise ValueError("it lower-cases text or drops accents")
+        vocab = byte_pairs.require_vocab(model["vocab"])
+        known = {as_text(token["content"]) for token in record.get("added_tokens") or ()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not LaBSE's tokenizer.json ({type(error).__name__}: {plain(str(error))}); "
+            "fetch it again"
+        ) from error
+    if added := sorted(known - vocab.keys()):
+        raise ValueError(added_message(path, added))
+    return path, vocab
+
+
+# Of the kinds whose files are not SentencePiece's.
+READERS: Mapping[str, Callable[[Path, int], FramedTokenizer]] = {
+    "clip": _clip,
+    "siglip2": _siglip2,
+    "labse": _labse,
+}

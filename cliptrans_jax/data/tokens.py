@@ -1,4 +1,4 @@
-"""Sentences as token ids: published tokenizers, and one trained here.
+"""Sentences as token ids: published tokenizers (see `published.py`), and one trained here.
 
 All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
 """
@@ -250,8 +250,17 @@ KINDS: Mapping[str, Loader] = {
     "m2m100": _load_published,
     "xlmr": _load_published,
     "clip": _load_published,
+    "siglip2": _load_published,
+    "labse": _load_published,
 }
 # Most tokens of a sentence: the networks' numbers of positions.
 LIMITS: Mapping[str, int] = {
-    "trained": 1024, "mbart50": 1024, "nllb": 1024, "m2m100": 1024, "xlmr": 512, "clip": 77,
-}  # fmt: skip
+    "trained": 1024,
+    "mbart50": 1024,
+    "nllb": 1024,
+    "m2m100": 1024,
+    "xlmr": 512,
+    "clip": 77,
+    "siglip2": 64,
+    "labse": 512,
+}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from cliptrans_jax.config import Config
+from cliptrans_jax.export.towers import HUB
 from cliptrans_jax.runs.finished import Finished
 from cliptrans_jax.runs.scoring import SCORES
 from common_jax import checkpoint
@@ -28,9 +29,9 @@ ABOUT = {
     "model.safetensors": "weights of the translator, float32",
     "mapper.safetensors": "the mapping network, under the names of CLIPTrans' own checkpoints",
     "tokenizer.json": "tokenizer; a language is the token `__CODE__`",
-    "text_tower/config.json": "M-CLIP's text tower",
+    "text_tower/config.json": "the text tower",
     "text_tower/projection.safetensors": "its last layer, on the mean over a sentence's tokens",
-    "image_tower/config.json": "M-CLIP's image tower",
+    "image_tower/config.json": "the image tower",
 }
 # Notices that sources of data ask for.
 NOTICES = {
@@ -52,42 +53,20 @@ model = AutoModelForSeq2SeqLM.from_pretrained("FOLDER")
 inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))
 ```"""
-IMAGE = """Vectors of pictures:
-
-```python
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
-
-processor = AutoImageProcessor.from_pretrained("FOLDER/image_tower")
-tower = CLIPVisionModelWithProjection.from_pretrained("FOLDER/image_tower")
-features = tower(**processor(picture, return_tensors="pt")).image_embeds
-```"""
-MCLIP = """Vectors of sentences:
-
-```python
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, XLMRobertaModel
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER/text_tower")
-tower = XLMRobertaModel.from_pretrained("FOLDER/text_tower", add_pooling_layer=False)
-last = load_file("FOLDER/text_tower/projection.safetensors")
-inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
-mask = inputs["attention_mask"][..., None]
-mean = (tower(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-features = mean @ last["LinearTransformation.weight"].T + last["LinearTransformation.bias"]
-```"""
 
 
-def write(run: Finished, files: Sequence[str]) -> str:
+def write(run: Finished, files: Sequence[str], towers: Sequence[Any]) -> str:
     """The card of a run.
 
     Args:
       run: the checkpoint that is exported.
       files: names in the folder.
+      towers: configs of the towers in it.
     """
     about = {f"`{name}`": ABOUT[name] for name in files if name in ABOUT}
     settings = _table(("setting", "value"), _settings(run.config))
     sections = {
-        "Use": "\n\n".join(_uses(files)),
+        "Use": "\n\n".join(_uses(files, towers)),
         "Files": _table(("file", "content"), about),
         "Training": _table(("", ""), _training(run)),
         "Settings": f"All others have the defaults of the code.\n\n{settings}",
@@ -136,19 +115,16 @@ def _head(run: Finished) -> str:
     )
 
 
-def _uses(files: Sequence[str]) -> Iterator[str]:
+def _uses(files: Sequence[str], towers: Sequence[Any]) -> Iterator[str]:
     if "generation_config.json" in files:
         yield TRANSLATOR
-    if "text_tower/projection.safetensors" in files:
-        yield MCLIP
-    if "image_tower/config.json" in files:
-        yield IMAGE
+    yield from (HUB[type(config)].use for config in towers)
 
 
 def _training(run: Finished) -> dict[str, Any]:
     config, shapes = run.config, jax.tree.leaves(checkpoint.load_shapes(run.step))
     data = config.data
-    names = ("model", "mbart", "clip", "clip_text", "clip_image")
+    names = ("model", "mbart", "clip", "clip_text", "clip_image", "siglip")
     sources = {name: Path(getattr(config.sources, name)).name for name in names}
     starts = ", ".join(f"{name} `{value}`" for name, value in sources.items() if value)
     return {

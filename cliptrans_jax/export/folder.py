@@ -18,7 +18,7 @@ from cliptrans_jax.export.tokenizers import write_tokenizer
 from cliptrans_jax.export.towers import write_tower
 from cliptrans_jax.models.cliptrans_names import mapper_table
 from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
-from cliptrans_jax.runs.run_data import TOKENIZER
+from cliptrans_jax.runs.run_data import TOKENIZER, text_tokenizer
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.weights import write_tensors
@@ -53,9 +53,9 @@ def export(run: Finished, out: Path) -> list[str]:
         part.mkdir(parents=True)
         if not run.trains_towers:
             _write_translator(part, run)
-        _write_towers(part, run)
+        towers = _write_towers(part, run)
         files = sorted(str(x.relative_to(part)) for x in part.rglob("*") if x.is_file())
-        (part / CARD).write_text(card.write(run, files))
+        (part / CARD).write_text(card.write(run, files, towers))
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -81,23 +81,28 @@ def _write_translator(folder: Path, run: Finished) -> None:
         write_tensors(folder / MAPPER, write(names, params["mapper"]))
 
 
-def _write_towers(folder: Path, run: Finished) -> None:
-    """Writes the towers that a run of this project trained; published ones are where they were."""
+def _write_towers(folder: Path, run: Finished) -> list[Any]:
+    """Writes the towers that a run of this project trained, and returns their configs; published
+    ones are where they were."""
+    written = []
     config, mesh = run.config, make_mesh(MeshConfig(), jax.local_devices()[:1])
     trained = run.trains_towers or (config.has_prefix and config.sources.clip)
     if trained or config.unfreeze_clip:
         tower = text_tower(run, mesh)
         write_tower(folder / TEXT_TOWER, tower.params, tower.config)
         _write_text_tokenizer(folder / TEXT_TOWER, run, tower)
+        written.append(tower.config)
     if trained:
         tower = image_tower(run, mesh)
         write_tower(folder / IMAGE_TOWER, tower.params, tower.config)
+        written.append(tower.config)
+    return written
 
 
 def _write_text_tokenizer(folder: Path, run: Finished, tower: TextTower) -> None:
     config = run.config
     published = not run.trains_towers and not config.sources.clip
-    tokenizer = config.clip_tokenizer if published else config.tokenizer
+    tokenizer = text_tokenizer(config) if published else config.tokenizer
     write_tokenizer(
         folder,
         tokenizer,

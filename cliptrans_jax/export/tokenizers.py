@@ -24,7 +24,11 @@ CLASSES = {
     "m2m100": "M2M100Tokenizer",
     "xlmr": "XLMRobertaTokenizer",
     "clip": "CLIPTokenizer",
+    "siglip2": "Siglip2Tokenizer",
+    "labse": "BertTokenizer",
 }
+# Other settings; the default side of pads is that of models that write texts.
+SETTINGS_OF = {"siglip2": {"padding_side": "right"}, "labse": {"do_lower_case": False}}
 
 
 def language_token(language: str) -> str:
@@ -71,6 +75,7 @@ def write_tokenizer(
     else:
         _copy(folder, config)
         settings["tokenizer_class"] = CLASSES[config.kind]
+        settings |= SETTINGS_OF.get(config.kind, {})
         if pair is not None:
             codes = PUBLISHED[config.kind].codes
             # M2M-100's class takes "de" for the language of the token "__de__".

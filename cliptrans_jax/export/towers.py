@@ -9,15 +9,53 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cliptrans_jax.towers import clip_names, mclip_names
+from cliptrans_jax.towers import clip_names, mclip_names, siglip_names
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
 from cliptrans_jax.towers.table import tower_of
 from cliptrans_jax.towers.tower import Pictures
 from common_jax.weights import write_tensors
 from common_jax.weights.table import Table, write
 
 PROJECTION = "LinearTransformation."  # M-CLIP's last layer, which XLM-RoBERTa lacks
+# Code for the model card: texts, and pictures by a class and the output with the features.
+MCLIP_USE = """Vectors of sentences:
+
+```python
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, {cls}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER/text_tower")
+tower = {cls}.from_pretrained("FOLDER/text_tower", add_pooling_layer=False)
+last = load_file("FOLDER/text_tower/projection.safetensors")
+inputs = tokenizer(["SENTENCE"], return_tensors="pt", padding=True)
+mask = inputs["attention_mask"][..., None]
+mean = (tower(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+features = mean @ last["LinearTransformation.weight"].T + last["LinearTransformation.bias"]
+```"""
+# With pads up to the last position, which SigLIP reads: it has no mask.
+TEXT_USE = """Vectors of sentences:
+
+```python
+from transformers import AutoTokenizer, {cls}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER/text_tower")
+tower = {cls}.from_pretrained("FOLDER/text_tower")
+padding = {{"padding": "max_length", "max_length": tower.config.max_position_embeddings}}
+inputs = tokenizer(["SENTENCE"], return_tensors="pt", **padding)
+features = tower(inputs["input_ids"]).{output}
+```"""
+PICTURE_USE = """Vectors of pictures:
+
+```python
+from transformers import AutoImageProcessor, {cls}
+
+processor = AutoImageProcessor.from_pretrained("FOLDER/image_tower")
+tower = {cls}.from_pretrained("FOLDER/image_tower")
+features = tower(**processor(picture, return_tensors="pt")).{output}
+```"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +66,7 @@ class HubTower:
       cls: class that loads its folder.
       config: sizes -> the content of config.json, apart from the class.
       table: sizes -> names of its tensors.
+      use: Python code for the model card.
       prefix: of those names, which the class does not have.
       beside: prefix of the tensors that the class has no place for; they go into
         `projection.safetensors`.
@@ -36,6 +75,7 @@ class HubTower:
     cls: str
     config: Callable[[Any], dict[str, Any]]
     table: Callable[[Any], Table]
+    use: str
     prefix: str = ""
     beside: str | None = None
 
@@ -117,15 +157,51 @@ def _clip_vision(config: ClipVisionConfig) -> dict[str, Any]:
     }
 
 
-def _preprocessor(pictures: Pictures, side: int) -> dict[str, Any]:
+def _siglip(config: SiglipTextConfig | SiglipVisionConfig) -> dict[str, Any]:
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "layer_norm_eps": config.eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+    }
+
+
+def _siglip_text(config: SiglipTextConfig) -> dict[str, Any]:
+    return _siglip(config) | {
+        "model_type": "siglip_text_model",
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.positions,
+        "projection_size": config.features,
+        "pad_token_id": config.pad,
+    }
+
+
+def _siglip_vision(config: SiglipVisionConfig) -> dict[str, Any]:
+    return _siglip(config) | {
+        "model_type": "siglip_vision_model",
+        "image_size": config.image,
+        "patch_size": config.patch,
+    }
+
+
+def _preprocessor(pictures: Pictures, side: int) -> dict[str, Any]:
+    square = {"height": side, "width": side}
+    if pictures.crops:
+        shape = {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": side},
+            "do_center_crop": True,
+            "crop_size": square,
+        }
+    else:
+        shape = {"image_processor_type": "SiglipImageProcessor", "size": square}
+    return shape | {
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": side},
         "resample": int(Image.Resampling[pictures.resampling]),
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -140,10 +216,43 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 HUB: Mapping[type, HubTower] = {
     MClipConfig: HubTower(
-        "XLMRobertaModel", _mclip, mclip_names.table, prefix="transformer.", beside=PROJECTION
+        "XLMRobertaModel",
+        _mclip,
+        mclip_names.table,
+        MCLIP_USE.format(cls="XLMRobertaModel"),
+        prefix="transformer.",
+        beside=PROJECTION,
     ),
-    ClipTextConfig: HubTower("CLIPTextModelWithProjection", _clip_text, clip_names.text_table),
+    LabseConfig: HubTower(
+        "BertModel",
+        lambda config: _mclip(config) | {"model_type": "bert"},
+        mclip_names.table,
+        MCLIP_USE.format(cls="BertModel"),
+        prefix="transformer.",
+        beside=PROJECTION,
+    ),
+    SiglipTextConfig: HubTower(
+        "SiglipTextModel",
+        _siglip_text,
+        siglip_names.text_table,
+        TEXT_USE.format(cls="SiglipTextModel", output="pooler_output"),
+    ),
+    ClipTextConfig: HubTower(
+        "CLIPTextModelWithProjection",
+        _clip_text,
+        clip_names.text_table,
+        TEXT_USE.format(cls="CLIPTextModelWithProjection", output="text_embeds"),
+    ),
     ClipVisionConfig: HubTower(
-        "CLIPVisionModelWithProjection", _clip_vision, clip_names.vision_table
+        "CLIPVisionModelWithProjection",
+        _clip_vision,
+        clip_names.vision_table,
+        PICTURE_USE.format(cls="CLIPVisionModelWithProjection", output="image_embeds"),
+    ),
+    SiglipVisionConfig: HubTower(
+        "SiglipVisionModel",
+        _siglip_vision,
+        siglip_names.vision_table,
+        PICTURE_USE.format(cls="SiglipVisionModel", output="pooler_output"),
     ),
 }

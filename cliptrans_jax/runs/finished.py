@@ -130,6 +130,6 @@ def _with_own_towers(run: Finished) -> Config:
     if not run.trains_towers:
         return run.config
     sources = dataclasses.replace(
-        run.config.sources, clip=str(run.step), clip_text="", clip_image=""
+        run.config.sources, clip=str(run.step), clip_text="", clip_image="", siglip=""
     )
     return dataclasses.replace(run.config, sources=sources)

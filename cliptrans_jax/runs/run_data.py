@@ -18,7 +18,7 @@ from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.framing import Tokenizer, require_fits
-from cliptrans_jax.data.tokens import load_tokenizer
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,
@@ -27,15 +27,22 @@ from cliptrans_jax.encoders import (
     text_features,
 )
 from cliptrans_jax.stages import STAGES, Side, Trains, trains
+from cliptrans_jax.towers import siglip
 from cliptrans_jax.towers.table import IMAGE_TOWERS, TEXT_TOWERS, text_tower_of
 from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
+from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
 TOKENIZER = "tokenizer.json"
 PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
+# Messages about a text tower and its tokenizer name the one flag that gives both.
+SIGLIP_KEYS = {
+    "config.clip_tokenizer.path": "config.sources.siglip",
+    "config.sources.clip_text": "config.sources.siglip",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,10 @@ class RunData:
             special = {"pad": sizes.pad}
             require_fits(self.tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
             return TextTower(sizes, params, self.tokenizer, config.dtype)
+        if sources.siglip:
+            published = self._load_published("siglip", (siglip.TEXT,))
+            with renamed(SIGLIP_KEYS):
+                return published_text(published, text_tokenizer(config), dtype=config.dtype)
         if sources.clip_text:
             text_tower_of(config.clip_tokenizer.kind)  # raises ValueError for that of no tower
         published = self._load_published("clip_text", TEXT_TOWERS, base=sources.clip_text_base)
@@ -123,7 +134,10 @@ class RunData:
         config = self.config
         if config.sources.clip:
             return ImageTower(*load_trained(config, "image"), config.dtype)
-        published = self._load_published("clip_image", IMAGE_TOWERS)
+        if config.sources.siglip:
+            published = self._load_published("siglip", (siglip.VISION,))
+        else:
+            published = self._load_published("clip_image", IMAGE_TOWERS)
         return ImageTower(published.config, published.params, config.dtype)
 
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
@@ -133,12 +147,13 @@ class RunData:
             raise ValueError(
                 f"stage {config.stage!r} with config.model.mapper.prefix="
                 f"{config.model.mapper.prefix} needs features: give config.sources.{name}, the "
-                "folder of a published tower, or config.sources.clip, a run of stage 'clip'"
+                "folder of a published tower, config.sources.siglip, that of both, or "
+                "config.sources.clip, a run of stage 'clip'"
             )
         _check_published(config, name)
         return pretrained.load(
             getattr(sources, name),
-            kind=tuple(tower.kind for tower in towers),
+            kind=tuple(dict.fromkeys(tower.kind for tower in towers)),
             fetch=sources.fetch,
             weights=sources.weights,
             activation=sources.clip_activation,
@@ -260,12 +275,24 @@ def encodes_texts(config: Config) -> bool:
 
 def describe_text(config: Config) -> TextTower:
     """The text tower without weights and tokenizer: with the sizes of config.clip.text if stage
-    "clip" trains it, else those of M-CLIP or CLIP by config.clip_tokenizer."""
-    if config.sources.clip or config.clip_tokenizer.kind == "trained":
+    "clip" trains it, else the default sizes of the tower in config.sources.siglip or, by its
+    tokenizer, in config.sources.clip_text."""
+    if config.sources.siglip:
+        sizes = siglip.TEXT.config()
+    elif config.sources.clip or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
         sizes = text_tower_of(config.clip_tokenizer.kind).config()
     return TextTower.described(sizes, config.dtype)
+
+
+def text_tokenizer(config: Config) -> TokenizerConfig:
+    """The tokenizer of a published text tower; that of config.sources.siglip is in its folder."""
+    sources = config.sources
+    if not sources.siglip:
+        return config.clip_tokenizer
+    folder = pretrained.find(sources.siglip, fetch=sources.fetch)
+    return TokenizerConfig(siglip.TEXT.sentences.tokenizer, str(folder))
 
 
 def caption_language(config: Config) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cliptrans_jax.towers import clip, mclip
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators import mbart
 from cliptrans_jax.translators.mbart import MBartConfig
@@ -85,8 +86,15 @@ NLLB_FIXED: Mapping[str, Any] = types.MappingProxyType(
 # Rates of training that published files have and networks here lack; an account says so.
 NLLB_UNUSED = ("attention_dropout", "encoder_layerdrop", "decoder_layerdrop")
 MCLIP_BASES: Mapping[str, MClipConfig] = types.MappingProxyType(
-    {"xlm-roberta-large": MClipConfig(), "FacebookAI/xlm-roberta-large": MClipConfig()}
+    {
+        "xlm-roberta-large": MClipConfig(),
+        "FacebookAI/xlm-roberta-large": MClipConfig(),
+        "setu4993/LaBSE": LabseConfig(),
+        "sentence-transformers/LaBSE": LabseConfig(),
+    }
 )
+# Their classes, by the model type of a base's own config.json.
+_MCLIP_CLASSES = {"xlm-roberta": MClipConfig, "roberta": MClipConfig, "bert": LabseConfig}
 _MCLIP_FIELDS = {
     "vocab": "vocab_size",
     "width": "hidden_size",
@@ -101,7 +109,7 @@ _MCLIP_FIELDS = {
     "activation": "hidden_act",
 }
 _MCLIP_ALLOWED = {
-    "model_type": ("xlm-roberta", "roberta"),
+    "model_type": (*_MCLIP_CLASSES,),
     "hidden_act": mclip.ACTIVATIONS,
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
@@ -118,7 +126,7 @@ _CLIP_FIELDS = {
 _CLIP_VISION_FIELDS = _CLIP_FIELDS | {"image": "image_size", "patch": "patch_size"}
 _CLIP_TEXT_FIELDS = _CLIP_FIELDS | {"vocab": "vocab_size", "positions": "max_position_embeddings"}
 _CLIP_FILE, _MCLIP_FILE = "CLIP's config.json", "M-CLIP's config.json"
-_XLMR_FILE = "XLM-RoBERTa's config.json"
+_BASE_FILE = "the base's config.json"
 _CLIP_ALLOWED = {
     "hidden_act": clip.ACTIVATIONS,
     "dropout": (0.0,),
@@ -167,7 +175,8 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
 
     Args:
       hf: the config.json of the M-CLIP repository: `modelBase`, `transformerDimensions`, `numDims`.
-      transformer_hf: the config.json of the XLM-RoBERTa `modelBase`; None for one of `MCLIP_BASES`.
+      transformer_hf: the config.json of `modelBase`, an XLM-RoBERTa or a BERT; None for one of
+        `MCLIP_BASES`.
 
     Raises:
       ValueError: naming a missing key, a key with an unsupported value, or a
@@ -184,11 +193,12 @@ def mclip_config(hf: Hf, transformer_hf: Hf | None) -> MClipConfig:
             )
         config = dataclasses.replace(MCLIP_BASES[name], **features)
     else:
-        require_supported(transformer_hf, _MCLIP_ALLOWED, _XLMR_FILE)
+        require_supported(transformer_hf, _MCLIP_ALLOWED, _BASE_FILE)
         for key in _MCLIP_FIELDS.values():
-            _required(transformer_hf, key, _XLMR_FILE)
-        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _XLMR_FILE)
-        config = MClipConfig(**features, **sizes)
+            _required(transformer_hf, key, _BASE_FILE)
+        sizes = checked(transformer_hf, _MCLIP_FIELDS, MClipConfig, _BASE_FILE)
+        cls = _MCLIP_CLASSES[transformer_hf.get("model_type", "xlm-roberta")]
+        config = cls(**features, **sizes)
     if (width := _required(hf, "transformerDimensions", _MCLIP_FILE)) != config.width:
         raise ValueError(
             f"transformerDimensions={width!r} of M-CLIP's config.json is not the width of its "
@@ -219,7 +229,7 @@ def mclip_folder_config(hf: Hf, file: str) -> MClipConfig:
         f"modelBase={brief(name)} of M-CLIP's config.json is neither one of "
         f"{sorted(MCLIP_BASES)} nor a folder here with a config.json: name the tower's base "
         "with --config.sources.clip_text_base (`base` of pretrained.load), one of these names "
-        "or a folder with the config.json of an XLM-RoBERTa"
+        "or a folder with the config.json of an XLM-RoBERTa or a BERT"
     )
 
 
@@ -232,7 +242,7 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
     Raises:
       ValueError: naming a key with an unsupported value.
     """
-    tower, where = _clip_section(hf, "vision")
+    tower, where = tower_section(hf, "vision", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED | {"num_channels": (3,)}, where)
     features = checked(hf, {"features": "projection_dim"}, ClipVisionConfig, _CLIP_FILE)
     sizes = checked(tower, _CLIP_VISION_FIELDS, ClipVisionConfig, where)
@@ -241,7 +251,7 @@ def clip_vision_config(hf: Hf) -> ClipVisionConfig:
 
 def clip_text_config(hf: Hf) -> ClipTextConfig:
     """The same for a text tower, with section `text_config` or `text_config_dict`."""
-    tower, where = _clip_section(hf, "text")
+    tower, where = tower_section(hf, "text", family="clip", file=_CLIP_FILE)
     require_supported(tower, _CLIP_ALLOWED, where)
     features = checked(hf, {"features": "projection_dim"}, ClipTextConfig, _CLIP_FILE)
     config = ClipTextConfig(**checked(tower, _CLIP_TEXT_FIELDS, ClipTextConfig, where), **features)
@@ -309,17 +319,28 @@ def _write_translator(config: TransformerConfig, fixed: Mapping[str, Any]) -> di
     return fixed | plain | ids | {"dtype": "float32"}
 
 
-def _clip_section(hf: Hf, side: str) -> tuple[Hf, str]:
-    """The section of one tower of a CLIP, and its name for messages."""
-    _required(hf, "model_type", _CLIP_FILE)
-    require_supported(hf, {"model_type": ("clip", f"clip_{side}_model")}, _CLIP_FILE)
+def tower_section(hf: Hf, side: str, *, family: str, file: str) -> tuple[Hf, str]:
+    """The section of one tower in the file of a whole model or of the tower, and its name for
+    messages.
+
+    Args:
+      hf: the file's content.
+      side: "text" or "vision".
+      family: model type of the whole model, such as "clip".
+      file: name of the file, for messages.
+
+    Raises:
+      ValueError: for another model type, or a section that is no dictionary.
+    """
+    _required(hf, "model_type", file)
+    require_supported(hf, {"model_type": (family, f"{family}_{side}_model")}, file)
     name, older = f"{side}_config", f"{side}_config_dict"
     key = older if hf.get(older) is not None else name
-    whole = hf["model_type"] == "clip" or key in hf
+    whole = hf["model_type"] == family or key in hf
     tower = hf.get(key) if whole else hf
     if not isinstance(tower, dict | None):
-        raise ValueError(f"{key}={brief(tower)} of {_CLIP_FILE} must be a dictionary of sizes")
-    return tower or {}, f"{key} in {_CLIP_FILE}" if whole else _CLIP_FILE
+        raise ValueError(f"{key}={brief(tower)} of {file} must be a dictionary of sizes")
+    return tower or {}, f"{key} in {file}" if whole else file
 
 
 def _required(hf: Hf, key: str, where: str) -> Any:

@@ -11,9 +11,18 @@ import numpy as np
 
 from cliptrans_jax.models import cliptrans_names
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
-from cliptrans_jax.tensors import config_json, open_clip, sizes
+from cliptrans_jax.tensors import config_json, open_clip, siglip_json, sizes
 from cliptrans_jax.tensors.config_json import CONFIG, Hf
-from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from cliptrans_jax.towers import (
+    clip,
+    clip_names,
+    mclip,
+    mclip_names,
+    resnet,
+    resnet_names,
+    siglip,
+    siglip_names,
+)
 from cliptrans_jax.towers.tower import Pictures, Tower
 from cliptrans_jax.translators import mbart, mbart_names, nllb, nllb_names
 from common_jax.untrusted import brief
@@ -33,7 +42,7 @@ OPENAI_FILES = (
     *("RN50.pt", "RN101.pt", "RN50x4.pt", "RN50x16.pt", "RN50x64.pt"),
     *("ViT-B-32.pt", "ViT-B-16.pt", "ViT-L-14.pt", "ViT-L-14-336px.pt"),
 )
-# Kinds by model type or class in config.json; a whole CLIP is its image tower.
+# Kinds by model type or class in config.json; a whole CLIP or SigLIP is its image tower.
 KIND_BY_NAME = types.MappingProxyType(
     {
         "mbart": "mbart",
@@ -46,6 +55,11 @@ KIND_BY_NAME = types.MappingProxyType(
         "CLIPModel": "clip_vision",
         "clip_vision_model": "clip_vision",
         "clip_text_model": "clip_text",
+        "siglip": "siglip_vision",
+        "SiglipModel": "siglip_vision",
+        "siglip_vision_model": "siglip_vision",
+        "siglip_text_model": "siglip_text",
+        siglip_json.NAFLEX: "siglip_vision",  # whose config names the reason to refuse it
     }
 )
 # Model types of networks that resemble supported ones, and what they are.
@@ -284,7 +298,7 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
         ),
         clip.TEXT.kind: (
             _clip(
-                marker=r"text_model\.final_layer_norm\.weight",
+                marker=r"text_projection\.weight",
                 **_facts(clip.TEXT),
                 table=clip_names.text_table,
                 from_about=lambda hf, file: config_json.clip_text_config(hf),
@@ -295,6 +309,24 @@ KINDS: Mapping[str, tuple[Layout, ...]] = types.MappingProxyType(
                 table=clip_names.openai_text_table,
                 from_tensors=sizes.openai_text_config,
                 from_about=lambda content, file: open_clip.text_config(content),
+            ),
+        ),
+        siglip.VISION.kind: (
+            Layout(
+                marker=r"vision_model\.head\.probe",
+                **_facts(siglip.VISION),
+                table=siglip_names.vision_table,
+                from_about=lambda hf, file: siglip_json.vision_config(hf),
+                unstated=("heads", "eps"),
+            ),
+        ),
+        siglip.TEXT.kind: (
+            Layout(
+                marker=r"text_model\.head\.weight",
+                **_facts(siglip.TEXT),
+                table=siglip_names.text_table,
+                from_about=lambda hf, file: siglip_json.text_config(hf),
+                unstated=("heads", "eps", "pad"),
             ),
         ),
         "cliptrans": (CLIPTRANS,),

@@ -1,7 +1,7 @@
 """CLIP's transformer towers, for images and for English text."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 from flax import linen as nn
 from jax import numpy as jnp
@@ -45,6 +45,7 @@ class ClipVisionConfig(Section):
       activation: one of `ACTIVATIONS`.
       attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
         XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      kind: "clip_vision".
     """
 
     image: Size = 224
@@ -58,6 +59,9 @@ class ClipVisionConfig(Section):
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "quick_gelu"
     # Features are stored under the config's repr, and do not depend on it.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
+    kind: Annotated[str, one_of("clip_vision")] = dataclasses.field(
+        default="clip_vision", repr=False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,9 +109,13 @@ class ClipTextConfig(Section):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    config: ClipVisionConfig | ClipTextConfig
+    Attributes:
+      config: has `heads`, `hidden`, `eps`, `activation` and `attention`.
+    """
+
+    config: Any
     dtype: DTypeLike
 
     @nn.compact
@@ -247,4 +255,5 @@ VISION = Tower(
     network=ClipVision,
     rules=PARTITION_RULES,
     pictures=CLIP_PICTURES,
+    from_scratch=True,
 )

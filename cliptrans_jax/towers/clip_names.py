@@ -4,6 +4,7 @@ A file has both towers; each table leaves out the other's tensors.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from cliptrans_jax.towers.clip import ClipTextConfig, ClipVisionConfig
 from common_jax.weights.entries import (
@@ -40,7 +41,7 @@ def vision_table(config: ClipVisionConfig) -> Table:
         "positions": copy("vision_model.embeddings.position_embedding.weight"),
         "patches/kernel": patches("vision_model.embeddings.patch_embedding.weight"),
         **norm("vision_model.pre_layrnorm", "pre_norm"),  # misspelled in the files
-        **_blocks(config, "vision_model.encoder.layers", _block),
+        **blocks(config, "vision_model.encoder.layers"),
         **norm("vision_model.post_layernorm", "post_norm"),
         "projection/kernel": transpose("visual_projection.weight"),
     }
@@ -53,7 +54,7 @@ def text_table(config: ClipTextConfig) -> Table:
     entries = {
         "words": copy("text_model.embeddings.token_embedding.weight"),
         "positions": copy("text_model.embeddings.position_embedding.weight"),
-        **_blocks(config, "text_model.encoder.layers", _block),
+        **blocks(config, "text_model.encoder.layers"),
         **norm("text_model.final_layer_norm", "final_norm"),
         "projection/kernel": transpose("text_projection.weight"),
     }
@@ -87,14 +88,17 @@ def openai_text_table(config: ClipTextConfig) -> Table:
     return Table(entries, left_out=OPENAI_LEFT_OUT | {r"visual\..*": _OTHER_TOWER})
 
 
+def blocks(config: Any, source: str) -> dict[str, Entry]:
+    """Entries of the `layers` blocks of a tower below `source`, as Hugging Face names them."""
+    return _blocks(config, source, _block)
+
+
 def _blocks(
-    config: ClipVisionConfig | ClipTextConfig,
-    source: str,
-    block: Callable[[str, str, int], dict[str, Entry]],
+    config: Any, source: str, of_one: Callable[[str, str, int], dict[str, Entry]]
 ) -> dict[str, Entry]:
     entries = {}
     for i in range(config.layers):
-        entries |= block(f"{source}.{i}", f"layer_{i}", config.heads)
+        entries |= of_one(f"{source}.{i}", f"layer_{i}", config.heads)
     return entries
 
 

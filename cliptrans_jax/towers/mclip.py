@@ -39,6 +39,7 @@ class MClipConfig(Section):
       activation: one of `ACTIVATIONS`.
       attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
         XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      kind: "mclip".
     """
 
     vocab: Size = 250002
@@ -55,6 +56,7 @@ class MClipConfig(Section):
     activation: Annotated[str, one_of(*ACTIVATIONS)] = "gelu"
     # Features are stored under the config's repr, and do not depend on it.
     attention: Implementation = dataclasses.field(default="auto", repr=False)
+    kind: Annotated[str, one_of("mclip")] = dataclasses.field(default="mclip", repr=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +73,10 @@ class MClipConfig(Section):
     def longest(self) -> int:
         """Tokens of the longest sentence."""
         return self.positions - self.pad - 1
+
+    def places(self, ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+        """The row of the position table for each token."""
+        return position_ids(ids, self.pad)
 
 
 def position_ids(ids: Int[Array, "B S"], pad: int) -> Int[Array, "B S"]:
@@ -99,8 +105,8 @@ class Embeddings(nn.Module):
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
         kinds = self.param("types", INIT, (config.types, config.width))
-        places = position_ids(ids, config.pad)
-        x = jnp.take(words, ids, axis=0, mode="fill") + jnp.take(positions, places, axis=0)
+        x = jnp.take(words, ids, axis=0, mode="fill")
+        x = x + jnp.take(positions, config.places(ids), axis=0)
         x = norm(config.eps, self.dtype, "norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 
@@ -197,4 +203,5 @@ TOWER = Tower(
     sentences=Sentences(
         tokenizer="xlmr", visible=lambda config, ids: ids != config.pad, drops_out=True
     ),
+    from_scratch=True,
 )

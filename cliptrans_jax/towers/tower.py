@@ -40,11 +40,14 @@ class Pictures:
     Attributes:
       mean, std: per channel, of pixels in [0, 1].
       resampling: name of PIL's resize filter.
+      crops: resizes the short side and crops the centre; otherwise both sides are resized to the
+        square.
     """
 
     mean: Channels
     std: Channels
     resampling: str
+    crops: bool = True
 
 
 CLIP_PICTURES = Pictures(
@@ -91,7 +94,8 @@ class Tower:
     """A kind of text or image tower, with either `sentences` or `pictures`.
 
     Configs of text towers have `vocab`, `features` and `longest`, the tokens of the longest
-    sentence; those of image towers have `image`, the side of a picture, and `features`.
+    sentence; those of image towers have `image`, the side of a picture, and `features`. If the
+    tower can be trained from scratch, they also have `kind`, and those of text towers `pad`.
 
     Attributes:
       kind: name of its published weights, a key of `tensors.kinds.KINDS`.
@@ -100,6 +104,7 @@ class Tower:
       rules: partition rules of its parameters.
       sentences: input of a text tower.
       pictures: input of an image tower.
+      from_scratch: whether stage "clip" can train it.
     """
 
     kind: str
@@ -108,6 +113,7 @@ class Tower:
     rules: Rules
     sentences: Sentences | None = None
     pictures: Pictures | None = None
+    from_scratch: bool = False
 
     def init(self, config: Any, dtype: DTypeLike, key: jax.Array) -> Mapping[str, Any]:
         """Fresh parameters."""

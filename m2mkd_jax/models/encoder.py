@@ -16,7 +16,8 @@ from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import ACTIVATIONS, INIT, Mlp
 from common_jax.nn.patches import PatchEmbedding
-from m2mkd_jax.models.pooling import ATTENTION, POOLS, AttentionPool
+from common_jax.nn.pooling import AttentionPool
+from m2mkd_jax.models.pooling import ATTENTION, POOLS
 from m2mkd_jax.models.stitch import Stitch
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp

@@ -41,7 +41,7 @@ class ViTConfig(Section):
         "patches" (DeiT III; timm's DINOv2 with registers).
       norm_pre: a LayerNorm before the first block (CLIP).
       pool: what the head reads: the "class" token, the "mean" of the patches, "class_and_mean" side
-        by side (DINOv2's linear classifier), or "attention" (SigLIP, see `pooling.AttentionPool`).
+        by side (DINOv2's linear classifier), or "attention" (SigLIP, see `AttentionPool`).
       norm_after_pool: applies the last LayerNorm to the pooled vector instead of the tokens (timm's
         fc_norm).
       depths: blocks in each stage.

@@ -16,7 +16,8 @@ from tiny_cliptrans import UNEVEN
 from cliptrans_jax import pretrained
 from cliptrans_jax.tensors import config_json, kinds
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
-from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names
+from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, siglip
+from cliptrans_jax.towers.table import tower_of
 from cliptrans_jax.translators import mbart, transformer_names
 from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -297,39 +298,43 @@ def read_with(network, table, tensors, *arrays):
     return tables.read(table, tensors, shapes=shapes, file="saved")[0]
 
 
-def test_mclip_agrees_with_xlm_roberta_of_hugging_face(tmp_path):
+@pytest.mark.parametrize("base", ["XLMRoberta", "Bert"])
+def test_mclip_agrees_with_its_base_of_hugging_face(base, tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     transformers = pytest.importorskip("transformers", reason=NO_TORCH)
     torch.manual_seed(0)
-    base = transformers.XLMRobertaConfig(
+    pad = {"XLMRoberta": 1, "Bert": 0}[base]
+    sizes = getattr(transformers, f"{base}Config")(
         vocab_size=50,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=24,
         max_position_embeddings=14,
-        type_vocab_size=1,
+        type_vocab_size=2,
         layer_norm_eps=1e-5,
+        pad_token_id=pad,
     )
-    roberta = randomize(torch, transformers.XLMRobertaModel(base))
+    network = randomize(torch, getattr(transformers, f"{base}Model")(sizes))
     linear = randomize(torch, torch.nn.Linear(16, 6))
-    tensors, hf = saved(roberta, tmp_path)
+    tensors, hf = saved(network, tmp_path)
     tensors = {f"transformer.{name}": x for name, x in tensors.items()} | {
         f"LinearTransformation.{name}": x.detach().numpy() for name, x in linear.named_parameters()
     }
     about = {"modelBase": "some", "transformerDimensions": 16, "numDims": 6}
     config = mclip_config(about, hf)
-    network = mclip.MClip(config, F32)
+    assert tower_of(config).sentences.tokenizer == {"XLMRoberta": "xlmr", "Bert": "labse"}[base]
+    tower = mclip.MClip(config, F32)
     table = mclip_names.table(config)
-    params = read_with(network, table, tensors, IDS, IDS)
-    ids = np.array([[0, 7, 49, 30, 2, 1], [0, 12, 1, 9, 2, 1], [0, 2, 1, 1, 1, 1]])
+    params = read_with(tower, table, tensors, IDS, IDS)
+    ids = np.array([[4, 7, 49, 30, 2, pad], [4, 12, pad, 9, 2, pad], [4, 2, pad, pad, pad, pad]])
     mask = np.array([[1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
     with torch.no_grad():
         visible = torch.tensor(mask)
-        states = roberta(torch.tensor(ids), attention_mask=visible).last_hidden_state
+        states = network(torch.tensor(ids), attention_mask=visible).last_hidden_state
         mean = (states * visible[:, :, None]).sum(1) / visible.sum(1, keepdim=True)
         want = linear(mean).numpy()
-    found = network.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
+    found = tower.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask))
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
@@ -368,4 +373,32 @@ def test_clip_agrees_with_hugging_face(activation, tmp_path):
         arrays = tuple(map(jnp.asarray, arrays))
         params = read_with(network, table, tensors, *arrays)
         found = network.apply({"params": params}, *arrays)
+        np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)
+
+
+def test_siglip_agrees_with_hugging_face(tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    text = {"vocab_size": 50, "hidden_size": 16, "max_position_embeddings": 8}
+    vision = {"hidden_size": 20, "image_size": 14, "patch_size": 4}  # the last pixels fill no patch
+    config = transformers.SiglipConfig(
+        text_config=sizes | text | {"projection_size": 20}, vision_config=sizes | vision
+    )
+    model = randomize(torch, transformers.SiglipModel(config))
+    saved(model, tmp_path)
+    images = np.random.default_rng(0).normal(size=(2, 14, 14, 3)).astype(np.float32)
+    ids = np.array([[48, 7, 9, 30, 1], [12, 1, 0, 0, 0]])
+    with torch.no_grad():
+        pixels, padded = torch.tensor(images.transpose(0, 3, 1, 2)), np.pad(ids, ((0, 0), (0, 3)))
+        want = (
+            model.text_model(torch.tensor(padded)).pooler_output.numpy(),
+            model.vision_model(pixel_values=pixels).pooler_output.numpy(),
+        )
+    towers = (siglip.TEXT, siglip.VISION)
+    for tower, arrays, features in zip(towers, (ids, images), want, strict=True):
+        read = pretrained.load(tmp_path, kind=tower.kind)
+        found = tower.apply(read.config, F32, read.params, jnp.asarray(arrays))
+        assert found.shape == (2, 20)
         np.testing.assert_allclose(found, features, rtol=1e-5, atol=1e-5)

@@ -33,7 +33,7 @@ def test_every_stage_has_its_own_recipe_and_the_weights_of_the_one_before(tmp_pa
 
 
 def test_what_a_pipeline_is_given_it_starts_from(tmp_path):
-    for towers in ({"clip": "c"}, {"clip_text": "t"}, {"clip_image": "i"}):
+    for towers in ({"clip": "c"}, {"clip_text": "t"}, {"clip_image": "i"}, {"siglip": "s"}):
         config = pipeline(sources=towers | {"model": "released"}, features="kept")
         runs = plan(config, tmp_path)
         assert [name for name, _ in runs] == ["caption", "text_recon", "translate", "triplet"]

@@ -28,7 +28,9 @@ from cliptrans_jax.runs.run_data import (
 )
 from cliptrans_jax.stages import Side
 from cliptrans_jax.towers.clip import ClipTextConfig
+from cliptrans_jax.towers.labse import LabseConfig
 from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.siglip import SiglipTextConfig
 from common_jax.config import unfreeze
 
 PAIR = ("en", "de")
@@ -231,6 +233,8 @@ def test_the_languages_that_a_stage_uses(stage, changes, caption, used):
         ({"clip": "run"}, "xlmr", None),  # the config's own
         ({"clip_text": "tower"}, "xlmr", MClipConfig()),
         ({"clip_text": "tower"}, "clip", ClipTextConfig()),
+        ({"clip_text": "tower"}, "labse", LabseConfig()),
+        ({"siglip": "both"}, "xlmr", SiglipTextConfig()),
         ({}, "trained", None),
     ],
 )
@@ -261,8 +265,8 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
     assert made.text_tower == ("text", tokenizer) and made.image_tower.config == "image"
     both = {"fetch": True, "weights": "ema", "activation": "gelu"}
     assert asked == {
-        "text": both | {"kind": ("mclip", "clip_text"), "base": "base"},
-        "image": both | {"kind": ("clip_res", "clip_vision"), "base": ""},
+        "text": both | {"kind": ("mclip", "siglip_text", "clip_text"), "base": "base"},
+        "image": both | {"kind": ("clip_res", "clip_vision", "siglip_vision"), "base": ""},
     }
 
 

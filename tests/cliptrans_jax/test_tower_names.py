@@ -11,8 +11,11 @@ from jax import numpy as jnp
 from same import assert_same
 from tiny import random_like
 
+from cliptrans_jax.tensors import open_clip
 from cliptrans_jax.tensors.config_json import clip_text_config, clip_vision_config, mclip_config
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from cliptrans_jax.towers.labse import LabseConfig
+from cliptrans_jax.towers.table import tower_of
 from common_jax.weights import table as tables
 
 SIZES = {"width": 16, "layers": 2, "heads": 2, "hidden": 24, "features": 8}
@@ -116,6 +119,18 @@ XLMR_LARGE = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
     "position_embedding_type": "absolute",
+}
+LABSE = XLMR_LARGE | {
+    "model_type": "bert",
+    "vocab_size": 501153,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
 }
 MCLIP_LARGE = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024, "numDims": 512}
 
@@ -237,6 +252,8 @@ def test_the_published_configs_are_the_defaults():
     assert other == mclip.MClipConfig(features=768)
     base = MCLIP_LARGE | {"modelBase": "FacebookAI/xlm-roberta-large"}
     assert mclip_config(base, None) == mclip.MClipConfig()
+    labse = {"modelBase": "setu4993/LaBSE", "transformerDimensions": 768, "numDims": 768}
+    assert mclip_config(labse, None) == mclip_config(labse, LABSE) == LabseConfig()
     sizes = {"hidden_act": "quick_gelu", "attention_dropout": 0.0, "dropout": 0.0}
     whole = {
         "model_type": "clip",
@@ -246,6 +263,26 @@ def test_the_published_configs_are_the_defaults():
     }
     assert clip_vision_config(whole) == clip.ClipVisionConfig()
     assert clip_text_config(whole) == clip.ClipTextConfig()
+
+
+def test_all_released_mclips_are_read_with_their_image_towers():
+    large = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024}
+    labse = {"modelBase": "setu4993/LaBSE", "transformerDimensions": 768}
+    sides = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    l_14 = {"vision_config": sides | {"intermediate_size": 4096, "patch_size": 14}}
+    l_14 = clip_vision_config({"model_type": "clip", "projection_dim": 768} | l_14)
+    sizes = {"image_size": 240, "layers": 12, "width": 896, "patch_size": 16}
+    b_16_plus = open_clip.vision_config({"model_cfg": {"embed_dim": 640, "vision_cfg": sizes}})
+    assert (b_16_plus.heads, b_16_plus.hidden, b_16_plus.activation) == (14, 3584, "gelu")
+    for about, kind, image in (
+        (large | {"numDims": 512}, "xlmr", clip.ClipVisionConfig()),
+        (large | {"numDims": 768}, "xlmr", l_14),
+        (large | {"numDims": 640}, "xlmr", b_16_plus),
+        (labse | {"numDims": 768}, "labse", l_14),
+    ):
+        text = mclip_config(about, None)
+        assert tower_of(text).sentences.tokenizer == kind
+        assert text.features == image.features == about["numDims"]
 
 
 def test_every_key_of_a_config_is_read():
@@ -276,11 +313,11 @@ def test_a_tower_s_own_config_is_read_too():
     ("hf", "transformer_hf", "message"),
     [
         ({"numDims": 512}, None, "modelBase is missing"),
-        (MCLIP_LARGE, {}, "vocab_size is missing in XLM-R"),
+        (MCLIP_LARGE, {}, "vocab_size is missing in the base's config"),
         (MCLIP_LARGE | {"modelBase": "x"}, None, "modelBase='x' .* not one of .*'xlm-roberta-la"),
         (MCLIP_LARGE, XLMR_LARGE | {"hidden_size": 768}, "sions=1024 .* its transformer, 768"),
         (MCLIP_LARGE, XLMR_LARGE | {"hidden_act": "silu"}, "hidden_act='silu' .* must be 'gelu'"),
-        (MCLIP_LARGE, XLMR_LARGE | {"model_type": "bert"}, "model_type='bert' of XLM-RoBERTa's"),
+        (MCLIP_LARGE, XLMR_LARGE | {"model_type": "electra"}, "model_type='electra' of the base"),
         (MCLIP_LARGE, XLMR_LARGE | {"is_decoder": True}, "is_decoder=True .* must be False"),
         (MCLIP_LARGE, XLMR_LARGE | {"add_cross_attention": True}, "add_cross_attention=True"),
         (MCLIP_LARGE, XLMR_LARGE | {"position_embedding_type": "rotary"}, "must be 'absolute'"),

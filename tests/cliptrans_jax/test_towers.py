@@ -15,6 +15,7 @@ from meshes import idle_rules
 from tiny import QUICK, fill
 
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
+from cliptrans_jax.towers.labse import LabseConfig
 from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
 from common_jax.nn.mlp import ACTIVATIONS
 from common_jax.weights import table as tables
@@ -190,11 +191,11 @@ def test_defaults_are_the_published_models():
     shared = {"eps": 1e-5, "features": 512, "attention": "auto"}
     large = {"width": 1024, "layers": 24, "heads": 16, "hidden": 4096}
     ids = {"vocab": 250002, "positions": 514, "types": 1, "pad": 1}
-    xlmr = large | ids | shared | {"dropout": 0.1, "activation": "gelu"}
+    xlmr = large | ids | shared | {"dropout": 0.1, "activation": "gelu", "kind": "mclip"}
     assert dataclasses.asdict(mclip.MClipConfig()) == xlmr
     shared |= {"layers": 12, "activation": "quick_gelu"}
     vision = {"image": 224, "patch": 32, "width": 768, "heads": 12, "hidden": 3072}
-    assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision
+    assert dataclasses.asdict(clip.ClipVisionConfig()) == shared | vision | {"kind": "clip_vision"}
     text = {"vocab": 49408, "positions": 77, "width": 512, "heads": 8, "hidden": 2048}
     assert dataclasses.asdict(clip.ClipTextConfig()) == shared | text
     rn50x64 = {"image": 448, "layers": (3, 15, 36, 10), "width": 128, "features": 1024, "eps": 1e-5}
@@ -248,6 +249,9 @@ def test_positions_count_what_is_no_pad():
     want = [[2, 3, 1, 4, 5, 1], [1, 1, 2, 3, 1, 1]]
     np.testing.assert_array_equal(mclip.position_ids(ids, 1), want)
     np.testing.assert_array_equal(mclip.position_ids(ids - 1, 0), np.asarray(want) - 1)
+    np.testing.assert_array_equal(MCLIP.places(ids), mclip.position_ids(ids, MCLIP.pad))
+    np.testing.assert_array_equal(LabseConfig().places(ids), [[0, 1, 2, 3, 4, 5]] * 2)
+    assert LabseConfig().longest == 512
 
 
 def test_mclip_drops_out_in_training_alone(params, plain):

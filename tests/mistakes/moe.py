@@ -208,7 +208,7 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=f"{VARIANTS}::test_parameters_start_as_timm_s",
     ),
     Mistake(
-        file="m2mkd_jax/models/pooling.py",
+        file="common_jax/nn/pooling.py",
         what="an attention pool without its residual",
         right="y = y + Mlp(",
         wrong="y = Mlp(",

@@ -15,6 +15,7 @@ LOSSES = f"{TESTS}/test_losses.py"
 NLLB = f"{TESTS}/test_nllb.py"
 TOWERS = f"{TESTS}/test_towers.py::test_a_tower_computes_what_its_tensors_say"
 RESNET = f"{TESTS}/test_towers.py::test_resnet_computes_what_its_tensors_say"
+SIGLIP = f"{TESTS}/test_siglip.py::test_a_tower_computes_what_its_tensors_say"
 TABLES = f"{TESTS}/test_tower_names.py"
 FORMULAS = "tests/common_jax/test_name_table.py::test_entries_by_their_formulas"
 NAMES = " ".join(
@@ -255,8 +256,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "cliptrans_jax/towers/mclip.py",
         "the pad is the usual one whatever the config says",
-        "places = position_ids(ids, config.pad)",
-        "places = position_ids(ids, 1)",
+        "return position_ids(ids, self.pad)",
+        "return position_ids(ids, 1)",
         TOWERS,
     ),
     Mistake(
@@ -279,6 +280,34 @@ MISTAKES: tuple[Mistake, ...] = (
         'jax.lax.rsqrt(stored["var"] + self.eps)',
         'jax.lax.rsqrt(stored["var"])',
         RESNET,
+    ),
+    Mistake(
+        "cliptrans_jax/towers/siglip.py",
+        "a sentence is pooled at its first token",
+        'name="projection")(x[:, -1])',
+        'name="projection")(x[:, 0])',
+        SIGLIP,
+    ),
+    Mistake(
+        "cliptrans_jax/towers/siglip.py",
+        "sentences are not padded to all positions",
+        "(0, config.positions - length)",
+        "(0, 0)",
+        SIGLIP,
+    ),
+    Mistake(
+        "common_jax/nn/pooling.py",
+        "keys of a stacked projection are its queries",
+        "dense.product(tokens, kernel[:, 1:], last)",
+        "dense.product(tokens, kernel[:, :2], last)",
+        SIGLIP,
+    ),
+    Mistake(
+        "cliptrans_jax/data/pictures.py",
+        "pictures of towers without a crop are cropped",
+        "if pictures.crops else (size, size)",
+        "if True else (size, size)",
+        f"{TESTS}/test_siglip.py::test_pictures_are_resized_to_a_square_without_a_crop",
     ),
     Mistake(
         "cliptrans_jax/translators/transformer_names.py",

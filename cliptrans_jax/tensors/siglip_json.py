@@ -1,0 +1,62 @@
+"""Configs of SigLIP's towers from the config.json of Hugging Face's repositories."""
+
+from typing import Any
+
+from cliptrans_jax.tensors.config_json import Hf, checked, require_supported, tower_section
+from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
+
+_FILE = "SigLIP's config.json"
+_FIELDS = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "hidden": "intermediate_size",
+    "eps": "layer_norm_eps",
+}
+_VISION_FIELDS = _FIELDS | {"image": "image_size", "patch": "patch_size"}
+_TEXT_FIELDS = _FIELDS | {
+    "vocab": "vocab_size",
+    "positions": "max_position_embeddings",
+    "features": "projection_size",
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "attention_dropout": (0.0,),
+    "num_channels": (3,),
+    "vision_use_head": (True,),
+}
+NAFLEX = "siglip2"  # model type, alone or as the beginning of a tower's
+
+
+def vision_config(hf: Hf) -> SiglipVisionConfig:
+    """The config of an image tower, from the config.json of a whole SigLIP or of the tower alone.
+
+    Missing keys have Hugging Face's defaults, those of google/siglip-base-patch16-224.
+
+    Raises:
+      ValueError: naming a key with an unsupported value, such as the model type of NaFlex.
+    """
+    tower, where = _section(hf, "vision")
+    return SiglipVisionConfig(**checked(tower, _VISION_FIELDS, SiglipVisionConfig, where))
+
+
+def text_config(hf: Hf) -> SiglipTextConfig:
+    """The same for a text tower. Pads have id 0, as in every SigLIP 2, whatever the file says."""
+    tower, where = _section(hf, "text")
+    sizes = checked({"vocab_size": 32000} | tower, _TEXT_FIELDS, SiglipTextConfig, where)
+    return SiglipTextConfig(**{"features": sizes.get("width", 768)} | sizes)
+
+
+def _section(hf: Hf, side: str) -> tuple[dict[str, Any], str]:
+    """The checked section of a tower, without keys that are null, and its name for messages."""
+    kind = hf.get("model_type")
+    if isinstance(kind, str) and kind.startswith(NAFLEX):
+        raise ValueError(
+            f"model_type={kind!r} of {_FILE} is that of NaFlex, whose pictures keep their aspect "
+            "ratio, and which is not supported; take a SigLIP 2 for one size of pictures, such as "
+            "google/siglip2-base-patch16-224"
+        )
+    tower, where = tower_section(hf, side, family="siglip", file=_FILE)
+    given = {key: value for key, value in tower.items() if value is not None}
+    require_supported(given, _ALLOWED, where)
+    return given, where
