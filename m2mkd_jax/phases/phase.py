@@ -40,11 +40,14 @@ class WeightSource:
       field: its name in `section`.
       section: of the config.
       used: config -> whether the phase reads it.
+      made: whether an earlier phase of a pipeline makes it, one workdir per stage or one for all;
+        otherwise it is given by config.sources alone, in any number.
     """
 
     field: str
     section: str = "sources"
     used: Callable[[Config], bool] = lambda config: True
+    made: bool = True
 
     @property
     def path(self) -> str:
@@ -52,7 +55,7 @@ class WeightSource:
         return f"{self.section}.{self.field}"
 
     def value(self, config: Config) -> str | tuple[str, ...]:
-        """The workdir, or one per stage."""
+        """The workdir, or several."""
         return operator.attrgetter(self.path)(config)
 
 
