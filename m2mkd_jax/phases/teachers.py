@@ -14,6 +14,7 @@ from common_jax.config import renamed
 from common_jax.weights import Origin
 from common_jax.workdir import freeze_stored, read_json
 from m2mkd_jax.config import SYSTEM, Config
+from m2mkd_jax.models.bridge import Layout
 from m2mkd_jax.phases.networks import (
     SECTIONS,
     bridge,
@@ -55,6 +56,18 @@ class StoredViT:
         """True for modules with stitches to a meta model."""
         return self.role == "module" and bool(self.stored.init.teacher)
 
+    @property
+    def converts(self) -> bool:
+        """True where tokens are converted between the layouts of the meta model and the ViT's."""
+        own, outer = self.layouts()
+        # Modules from scratch were trained with the meta model's tokens as they are.
+        return own != outer and (self.joined or self.role != "module")
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        """The tokens between its stages, and between those of the meta model."""
+        config = self.config
+        return token_layout(config, config.teacher), token_layout(config, config.meta)
+
     def refuse(self, problem: str) -> ValueError:
         """An error that begins with field and workdir."""
         return ValueError(f"{self.key}={self.source!r} {problem}")
@@ -87,8 +100,8 @@ class StoredViT:
                 "stitches, and name that run"
             )
         with renamed({"config.teacher": self.key}):
-            plain = (stitched_modules if self.joined else teacher_network)(self.config)
-            return bridge(self.config, plain)
+            network = (stitched_modules if self.joined else teacher_network)(self.config)
+            return bridge(self.config, network) if self.converts else network
 
     def require_section(self, config: Config) -> None:
         """Raises ValueError where config.teacher is another network than this."""
@@ -237,29 +250,18 @@ def load_teachers(
         if read:
             params[name] = start.params["teacher"]
         account.append(_describe(found) | {"stages": list(shapes[name])} | dict(start.account))
-        joined = "stitches" if found.joined else "none"
-        logging.info(
-            "%s=%s teaches %s: patches of %d pixels, width %d, stitches: %s, tokens %s for %s",
-            *(found.key, found.source, ", ".join(shapes[name]), found.config.teacher.patch),
-            *(found.config.teacher.width, joined, *_layouts(found)),
-        )
+        logging.info("%s=%s teaches %s", found.key, found.source, ", ".join(shapes[name]))
     return params, account
 
 
 def _describe(found: StoredViT) -> dict[str, Any]:
-    own, outer = _layouts(found)
+    own, outer = found.layouts()
     return {
         "field": found.key,
         "network": dataclasses.asdict(found.config.teacher),
         "stitches": found.joined,
-        "tokens": {"teacher": own, "meta": outer},
+        "tokens": {"teacher": str(own), "meta": str(outer), "converted": found.converts},
     }
-
-
-def _layouts(found: StoredViT) -> tuple[str, str]:
-    config = found.config
-    own, outer = (token_layout(config, one) for one in (config.teacher, config.meta))
-    return str(own), str(outer)
 
 
 def check_classes(config: Config, names: Sequence[str]) -> None:

@@ -211,8 +211,8 @@ def test_the_account_says_what_joins_each_teacher(run):
     assert wide["field"] == "config.sources.teachers[0]" and wide["network"]["width"] == 24
     assert wide["stitches"] and not plain["stitches"]
     own = "class token, 2 x 2 patches"
-    assert wide["tokens"] == {"teacher": "1 x 1 patches", "meta": own}
-    assert plain["tokens"] == {"teacher": own, "meta": own}
+    assert wide["tokens"] == {"teacher": "1 x 1 patches", "meta": own, "converted": True}
+    assert plain["tokens"] == {"teacher": own, "meta": own, "converted": False}
     assert plain["stages"] == ["stage_0", "stage_1", "stage_2"]
     assert [entry["parameters"] > 0 for entry in wide["taken"]] == [True] * 3
 
