@@ -1,5 +1,5 @@
-"""Objectives of m2mKD: label losses, distillation terms for one teacher or several, and the weighted
-sum of both."""
+"""Objectives of m2mKD: label losses, distillation terms for one teacher or several, and the
+weighted sum of both."""
 
 from collections.abc import Callable
 
@@ -110,9 +110,7 @@ def mean_of_logits(
 # (distillation, student logits, logits of several teachers, temperature) -> scalar
 COMBINATIONS: dict[
     str,
-    Callable[
-        [Distillation, Float[Array, "B L"], Float[Array, "_ B L"], float], Float[Array, ""]
-    ],
+    Callable[[Distillation, Float[Array, "B L"], Float[Array, "_ B L"], float], Float[Array, ""]],
 ] = {
     "losses": mean_of_losses,
     "probabilities": mean_of_probabilities,

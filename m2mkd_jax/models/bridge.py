@@ -37,9 +37,7 @@ class Layout:
         return ", ".join([*parts, f"{self.side} x {self.side} patches"])
 
 
-def convert_tokens(
-    x: Float[Array, "B T D"], own: Layout, other: Layout
-) -> Float[Array, "B S D"]:
+def convert_tokens(x: Float[Array, "B T D"], own: Layout, other: Layout) -> Float[Array, "B S D"]:
     """The tokens in another layout.
 
     The map of the patches is resized: linearly to a larger grid, by means weighted with a triangle

@@ -61,8 +61,9 @@ class WeightSource:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The training of a phase, which depends on config, mesh and the configs of several teachers'
-    runs: it reads no data and no weights, and its step compiles for devices that are only described.
+    """The training of a phase, which depends on config, mesh and, with several teachers, on
+    their runs' configs: it reads no data and no weights, and its step compiles for devices that are
+    only described.
 
     Attributes:
       phase: its phase.

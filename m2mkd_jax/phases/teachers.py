@@ -222,7 +222,7 @@ def read_vit(config: Config, key: str, source: str) -> StoredViT:
 
 def load_teachers(
     config: Config, shapes: Mapping[str, Any], *, read: bool = True
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads those of config.sources.teachers that `shapes` asks for.
 
     Args:
@@ -231,13 +231,13 @@ def load_teachers(
       read: if False, only checks that all parameters fit, and returns none.
 
     Returns:
-      Their parameters, and an account of each: its network, what joins it to the meta model, and
-      the parameters that were given another shape.
+      Their parameters, and by field an account of each: its network, what joins it to the meta
+      model, and the parameters that were given another shape.
 
     Raises:
       FileNotFoundError, ValueError: as `read_teachers` and `take_weights`.
     """
-    params, account = {}, []
+    params, account = {}, {}
     for name, found in read_teachers(config).items():
         if name not in shapes:
             continue
@@ -245,23 +245,20 @@ def load_teachers(
             Origin(found.source, f"{found.role}/{stage}", f"teacher/{stage}")
             for stage in shapes[name]
         ]
-        own = {"teacher": shapes[name]}
-        start = take_weights(found.config, own, origins, frozen=True, read=read)
+        needed = {"teacher": shapes[name]}
+        start = take_weights(found.config, needed, origins, frozen=True, read=read)
         if read:
             params[name] = start.params["teacher"]
-        account.append(_describe(found) | {"stages": list(shapes[name])} | dict(start.account))
+        own, outer = found.layouts()
+        account[found.key] = {
+            "network": dataclasses.asdict(found.config.teacher),
+            "stages": list(shapes[name]),
+            "stitches": found.joined,
+            "tokens": {"teacher": str(own), "meta": str(outer), "converted": found.converts},
+            **start.account,
+        }
         logging.info("%s=%s teaches %s", found.key, found.source, ", ".join(shapes[name]))
     return params, account
-
-
-def _describe(found: StoredViT) -> dict[str, Any]:
-    own, outer = found.layouts()
-    return {
-        "field": found.key,
-        "network": dataclasses.asdict(found.config.teacher),
-        "stitches": found.joined,
-        "tokens": {"teacher": str(own), "meta": str(outer), "converted": found.converts},
-    }
 
 
 def check_classes(config: Config, names: Sequence[str]) -> None:

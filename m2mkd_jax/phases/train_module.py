@@ -23,8 +23,8 @@ from m2mkd_jax.phases.networks import (
 )
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
-from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.teachers import read_vit
+from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import compare_images, require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
 

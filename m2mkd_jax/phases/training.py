@@ -21,7 +21,6 @@ from m2mkd_jax.phases.phase import Phase, Training, config_feed
 CLASSES = "classes.json"  # names of a run's classes, by label
 
 
-
 def find_classes(step: epath.Path) -> epath.Path | None:
     """The file with the classes of the run that has this step; None for converted weights."""
     paths = (folder / CLASSES for folder in (step, *step.parents[:2]))

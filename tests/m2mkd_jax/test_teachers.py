@@ -1,7 +1,8 @@
-"""Students that several teachers teach: who teaches whom, what runs once, and what joins networks of
-other widths and patches."""
+"""Students that several teachers teach: who teaches whom, what runs once, and what joins networks
+of other widths and patches."""
 
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -66,35 +67,54 @@ def taught(root, *names, table=(), phase="distill", **changes) -> Config:
         meta=str(root / "meta"), teachers=tuple(str(root / name) for name in names)
     )
     distill = dataclasses.replace(PLAIN.distill, teachers=table)
-    config = dataclasses.replace(tiny_config(phase), drop_path=0.0, distill=distill)
-    return dataclasses.replace(config, sources=sources, **changes)
+    changes = {"sources": sources, "distill": distill, "drop_path": 0.0} | changes
+    return dataclasses.replace(tiny_config(phase), **changes)
+
+
+def taught_by_one(root) -> Config:
+    """The same with one teacher, as config.teacher."""
+    sources = SourcesConfig(meta=str(root / "meta"), teacher=str(root / "a"))
+    return taught(root, sources=sources, teacher=section_of("a"))
 
 
 def params_of(root, name):
     return checkpoint.load(root / name)
 
 
-def outputs_of(config: Config, root):
-    """The forward pass of a run, with the helpers of its sources, and its loss."""
+def arguments_of(config: Config, root):
+    """The training of a run, parameters for it, and the helpers of its sources."""
     training = describe(config, MESH)
     helpers = params_of(root, "meta") | load_teachers(config, training.helpers)[0]
     if "teacher" in training.helpers:
         helpers |= params_of(root, "a")
-    params = fill(training.init)
-    outputs = jax.jit(lambda p, h: training.forward(p, h, IMAGES, False, None))(params, helpers)
-    task = training.task(steps_per_epoch=10)
-    rng = np.random.default_rng(0)
+    return training, fill(training.init), helpers
+
+
+def targets_of(config: Config, root) -> dict[str, jax.Array]:
+    """The teachers' logits in a run, by the name of the network that they teach."""
+    training, params, helpers = arguments_of(config, root)
+
+    def teachers(params, helpers):
+        outputs = training.forward(params, helpers, IMAGES, False, None)
+        return {name: one.teacher for name, one in outputs.items()}
+
+    return jax.jit(teachers)(params, helpers)
+
+
+def loss_of(config: Config, root) -> float:
+    """The loss of a run's first step."""
+    training, params, helpers = arguments_of(config, root)
+    task, rng = training.task(steps_per_epoch=10), np.random.default_rng(0)
     batch = {
         name: rng.integers(10, size=part.shape).astype(part.dtype)
         for name, part in task.batch.items()
     }
     rngs = {name: jax.random.key(1) for name in task.streams}
-    loss, _ = jax.jit(task.loss)(params, helpers, batch, rngs, np.int32(0))
-    return outputs, float(loss)
+    return float(jax.jit(task.loss)(params, helpers, batch, rngs, np.int32(0))[0])
 
 
 def module_logits(root, name, stage):
-    """By hand: the meta model with a stage of a teacher, whose tokens are converted on both sides."""
+    """By hand: the meta model with a stage of a teacher, between conversions of the tokens."""
     config = dataclasses.replace(PLAIN, teacher=section_of(name))
     meta, teacher = meta_network(config), teacher_network(config)
     params, own = params_of(root, "meta")["meta"], params_of(root, name)["teacher"]
@@ -112,29 +132,18 @@ def module_logits(root, name, stage):
 
 def test_a_table_says_which_teachers_teach_which_module(root):
     table = {0: "b", 1: "ab", 2: "a"}
-    outputs, _ = outputs_of(taught(root, "a", "b", table=("1", "0+1", "0")), root)
+    found = targets_of(taught(root, "a", "b", table=("1", "0+1", "0")), root)
     for stage, names in table.items():
         expected = np.stack([module_logits(root, name, stage) for name in names])
-        found = outputs[f"module_{stage}"].teacher
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    single = taught(root, "a")
-    single = dataclasses.replace(single, sources=SourcesConfig(meta="m", teacher="a"))
-    alone, _ = outputs_of(dataclasses.replace(single, teacher=section_of("a")), root)
-    for stage in range(3):
-        own = alone[f"module_{stage}"]
-        np.testing.assert_allclose(outputs[f"module_{stage}"].logits, own.logits, 1e-5, 1e-6)
-    np.testing.assert_allclose(outputs["module_2"].teacher[0], alone["module_2"].teacher, 1e-5)
+        np.testing.assert_allclose(found[f"module_{stage}"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_named_twice_runs_once_and_teaches_as_one(root):
-    one, twice = taught(root, "a"), taught(root, "a", "a")
-    single = dataclasses.replace(one, sources=SourcesConfig(meta="m", teacher="a"))
-    single = dataclasses.replace(single, teacher=section_of("a"))
-    expected = outputs_of(single, root)[1]
-    for combine in ("losses", "logits"):
-        distill = dataclasses.replace(twice.distill, combine=combine)
-        found = outputs_of(dataclasses.replace(twice, distill=distill), root)[1]
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    single, twice = (
+        dataclasses.replace(config, module="1")
+        for config in (taught_by_one(root), taught(root, "a", "a"))
+    )
+    np.testing.assert_allclose(loss_of(twice, root), loss_of(single, root), rtol=1e-5)
     flops = {
         name: step_flops(describe(config, MESH).task(steps_per_epoch=1), config.optim).model
         for name, config in (("single", single), ("twice", twice), ("two", taught(root, "a", "b")))
@@ -151,15 +160,18 @@ def test_a_program_of_some_modules_reads_their_teachers_alone(root):
 
 
 def test_teachers_teach_a_nac(root):
-    config = taught(root, "a", "b", module="0", model=NAC)
-    outputs, loss = outputs_of(config, root)
-    assert outputs["module_0"].teacher.shape == (2, 4, 10) and np.isfinite(loss)
+    config = taught(root, "a", "b", model=NAC)
+    training, *arguments = arguments_of(config, root)
+    task = training.task(steps_per_epoch=10)
+    rngs = {name: jax.random.key(1) for name in task.streams}
+    _, metrics = jax.eval_shape(task.loss, *arguments, task.batch, rngs, np.int32(0))
+    assert {f"module_{stage}/distillation" for stage in range(3)} <= set(metrics)
 
 
 def test_whole_teachers_teach_a_whole_student_their_logits(root):
     config = taught(root, "a", "wide", phase="end_to_end", baseline=DistillConfig("soft"))
-    outputs, _ = outputs_of(config, root)
-    for name, logits in zip(("a", "wide"), outputs["student"].teacher, strict=True):
+    found = targets_of(config, root)["student"]
+    for name, logits in zip(("a", "wide"), found, strict=True):
         network = teacher_network(dataclasses.replace(PLAIN, teacher=section_of(name)))
         expected, _ = network.apply(params_of(root, name)["teacher"], IMAGES)
         np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
@@ -167,9 +179,10 @@ def test_whole_teachers_teach_a_whole_student_their_logits(root):
 
 @pytest.fixture(scope="module")
 def joined(root):
-    """The run that joins the widest teacher to the meta model."""
+    """A run that joins a module of the widest teacher to the meta model."""
     config = dataclasses.replace(
         tiny_config("train_module"),
+        module="1",
         teacher=section_of("wide"),
         init=InitConfig(teacher=str(root / "wide")),
         sources=SourcesConfig(meta=str(root / "meta")),
@@ -179,15 +192,22 @@ def joined(root):
 
 
 def test_joining_trains_the_stitches_and_the_head_alone(root, joined):
-    before = traverse_util.flatten_dict(params_of(root, "wide")["teacher"], sep="/")
-    after = traverse_util.flatten_dict(params_of(root, "joined")["module"], sep="/")
+    before = traverse_util.flatten_dict(params_of(root, "wide")["teacher"]["stage_1"], sep="/")
+    after = traverse_util.flatten_dict(params_of(root, "joined")["module"]["stage_1"], sep="/")
     stitches = {path for path in after if "_stitch/" in path}
-    assert len(stitches) == 4 * 4 and set(before) == set(after) - stitches
-    trained = {path for path in before if np.any(before[path] != after[path])}
-    assert trained == {"stage_2/head/kernel", "stage_2/head/bias"}
-    drawn = stitched_modules(joined).init(jax.random.key(0))
-    assert after["stage_1/block_0/pre_stitch/linear/kernel"].shape == (16, 24)
-    assert drawn["stage_1"]["block_0"]["post_stitch"]["linear"]["kernel"].shape == (24, 16)
+    assert after["block_0/pre_stitch/linear/kernel"].shape == (16, 24)
+    assert after["block_0/post_stitch/linear/kernel"].shape == (24, 16)
+    assert len(stitches) == 2 * 4 and set(before) == set(after) - stitches
+    assert all(np.array_equal(before[path], after[path]) for path in before)
+    first = stitched_modules(joined).init(jax.random.key(0), only=(1,))["stage_1"]["block_0"]
+    assert not np.any(first["pre_stitch"]["linear"]["bias"])
+    assert np.any(after["block_0/pre_stitch/linear/bias"])
+    training = describe(dataclasses.replace(joined, module="all"), MESH)
+    paths = traverse_util.flatten_dict(jax.eval_shape(training.init, jax.random.key(0)), sep="/")
+    trained = {path for path in paths if re.fullmatch(training.trainable, path)}
+    head = {f"module/stage_2/head/{name}" for name in ("kernel", "bias")}
+    assert {path for path in trained if "_stitch/" not in path} == head
+    assert len(trained - head) == 4 * 4
 
 
 def test_joining_needs_the_section_of_the_network(root, joined, tmp_path):
@@ -198,23 +218,25 @@ def test_joining_needs_the_section_of_the_network(root, joined, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(root, joined, tmp_path_factory):
-    """A run of all students, taught by the joined teacher and another."""
+    """A run of a student, taught by the joined module and another teacher's."""
     del joined
-    config, workdir = taught(root, "joined", "a"), tmp_path_factory.mktemp("run")
+    config, workdir = taught(root, "joined", "a", module="1"), tmp_path_factory.mktemp("run")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_every=3))
     run_phase(config, workdir, MESH)
     return config, workdir
 
 
 def test_the_account_says_what_joins_each_teacher(run):
-    wide, plain = read_json(run[1] / "teachers.json")
-    assert wide["field"] == "config.sources.teachers[0]" and wide["network"]["width"] == 24
+    account = read_json(run[1] / "teachers.json")
+    assert list(account) == [f"config.sources.teachers[{i}]" for i in range(2)]
+    wide, plain = account.values()
+    assert (wide["network"]["width"], wide["network"]["patch"]) == (24, 8)
     assert wide["stitches"] and not plain["stitches"]
     own = "class token, 2 x 2 patches"
     assert wide["tokens"] == {"teacher": "1 x 1 patches", "meta": own, "converted": True}
     assert plain["tokens"] == {"teacher": own, "meta": own, "converted": False}
-    assert plain["stages"] == ["stage_0", "stage_1", "stage_2"]
-    assert [entry["parameters"] > 0 for entry in wide["taken"]] == [True] * 3
+    assert plain["stages"] == ["stage_1"]
+    assert [entry["subtree"] for entry in wide["taken"]] == ["module/stage_1"]
 
 
 def test_a_run_with_several_teachers_resumes_to_the_bit(run, tmp_path):
@@ -234,9 +256,7 @@ def test_a_run_with_several_teachers_is_opened(run):
     trained = open_run(run[1])
     batch = {"image": np.zeros((2, 8, 8, 1), np.uint8)}
     ((_, found),) = run_batches(trained, [batch], lambda logits, batch: logits)
-    assert {name: logits.shape for name, logits in found.items()} == {
-        f"module_{stage}": (2, 10) for stage in range(3)
-    }
+    assert {name: logits.shape for name, logits in found.items()} == {"module_1": (2, 10)}
 
 
 @pytest.mark.parametrize(
