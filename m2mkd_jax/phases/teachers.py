@@ -245,6 +245,7 @@ def load_teachers(
             Origin(found.source, f"{found.role}/{stage}", f"teacher/{stage}")
             for stage in shapes[name]
         ]
+        _compare_meta(found)
         needed = {"teacher": shapes[name]}
         start = take_weights(found.config, needed, origins, frozen=True, read=read)
         if read:
@@ -259,6 +260,17 @@ def load_teachers(
         }
         logging.info("%s=%s teaches %s", found.key, found.source, ", ".join(shapes[name]))
     return params, account
+
+
+def _compare_meta(found: StoredViT) -> None:
+    """Warns of modules of another meta model; a folder that was moved looks like one."""
+    theirs, ours = found.stored.sources.meta, found.config.sources.meta
+    if found.role == "module" and checkpoint.absolute(theirs) != checkpoint.absolute(ours):
+        logging.warning(
+            "%s=%s was trained in the meta model of %s and config.sources.meta=%s: unless both are "
+            "the same, it teaches badly",
+            *(found.key, found.source, theirs, ours),
+        )
 
 
 def check_classes(config: Config, names: Sequence[str]) -> None:

@@ -90,15 +90,19 @@ def arguments_of(config: Config, root):
     return training, fill(training.init), helpers
 
 
-def targets_of(config: Config, root) -> dict[str, jax.Array]:
-    """The teachers' logits in a run, by the name of the network that they teach."""
+def targets_of(config: Config, root, by_hand):
+    """The teachers' logits in a run, by the name of the network that they teach, and
+    `by_hand(parameters of all networks)`."""
     training, params, helpers = arguments_of(config, root)
+    everything = params_of(root, "meta")
+    everything |= {name: params_of(root, name)["teacher"] for name in TEACHERS}
 
-    def teachers(params, helpers):
+    @jax.jit
+    def both(params, helpers, everything):
         outputs = training.forward(params, helpers, IMAGES, False, None)
-        return {name: one.teacher for name, one in outputs.items()}
+        return {name: one.teacher for name, one in outputs.items()}, by_hand(everything)
 
-    return jax.jit(teachers)(params, helpers)
+    return both(params, helpers, everything)
 
 
 def loss_of(config: Config, root) -> float:
@@ -113,40 +117,47 @@ def loss_of(config: Config, root) -> float:
     return float(jax.jit(task.loss)(params, helpers, batch, rngs, np.int32(0))[0])
 
 
-def module_logits(root, name, stage):
+def module_logits(params, name, stage):
     """By hand: the meta model with a stage of a teacher, between conversions of the tokens."""
     config = dataclasses.replace(PLAIN, teacher=section_of(name))
     meta, teacher = meta_network(config), teacher_network(config)
-    params, own = params_of(root, "meta")["meta"], params_of(root, name)["teacher"]
     section = config.teacher
     layouts = (
         Layout(True, 0, 2),
         Layout(section.class_token, section.registers, 8 // section.patch),
     )
-    x, _ = meta.apply(params, IMAGES, stop=stage)
+    x, _ = meta.apply(params["meta"], IMAGES, stop=stage)
     x = convert_tokens(x, *layouts) if stage else x
-    x, _ = teacher.apply(own, x, start=stage, stop=stage + 1)
+    x, _ = teacher.apply(params[name], x, start=stage, stop=stage + 1)
     x = convert_tokens(x, *reversed(layouts)) if stage < 2 else x
-    return meta.apply(params, x, start=stage + 1)[0]
+    return meta.apply(params["meta"], x, start=stage + 1)[0]
 
 
 def test_a_table_says_which_teachers_teach_which_module(root):
     table = {0: "b", 1: "ab", 2: "a"}
-    found = targets_of(taught(root, "a", "b", table=("1", "0+1", "0")), root)
-    for stage, names in table.items():
-        expected = np.stack([module_logits(root, name, stage) for name in names])
-        np.testing.assert_allclose(found[f"module_{stage}"], expected, rtol=1e-4, atol=1e-5)
+
+    def by_hand(params):
+        return {
+            f"module_{stage}": jnp.stack([module_logits(params, name, stage) for name in names])
+            for stage, names in table.items()
+        }
+
+    config = taught(root, "a", "b", table=("1", "0+1", "0"))
+    found, expected = targets_of(config, root, by_hand)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert np.ptp(found["module_1"], axis=0).max() > 1e-3
 
 
 def test_a_teacher_named_twice_runs_once_and_teaches_as_one(root):
-    single, twice = (
+    single, twice, two = (
         dataclasses.replace(config, module="1")
-        for config in (taught_by_one(root), taught(root, "a", "a"))
+        for config in (taught_by_one(root), taught(root, "a", "a"), taught(root, "a", "b"))
     )
     np.testing.assert_allclose(loss_of(twice, root), loss_of(single, root), rtol=1e-5)
     flops = {
         name: step_flops(describe(config, MESH).task(steps_per_epoch=1), config.optim).model
-        for name, config in (("single", single), ("twice", twice), ("two", taught(root, "a", "b")))
+        for name, config in (("single", single), ("twice", twice), ("two", two))
     }
     assert flops["single"] == flops["twice"] < flops["two"]
     assert set(describe(twice, MESH).helpers) == {"meta", "teacher_0"}
@@ -161,20 +172,25 @@ def test_a_program_of_some_modules_reads_their_teachers_alone(root):
 
 def test_teachers_teach_a_nac(root):
     config = taught(root, "a", "b", model=NAC)
-    training, *arguments = arguments_of(config, root)
-    task = training.task(steps_per_epoch=10)
+    task = describe(config, MESH).task(steps_per_epoch=10)
+    params = jax.eval_shape(task.init, jax.random.key(0))
     rngs = {name: jax.random.key(1) for name in task.streams}
-    _, metrics = jax.eval_shape(task.loss, *arguments, task.batch, rngs, np.int32(0))
+    _, metrics = jax.eval_shape(task.loss, params, task.helpers, task.batch, rngs, np.int32(0))
     assert {f"module_{stage}/distillation" for stage in range(3)} <= set(metrics)
 
 
 def test_whole_teachers_teach_a_whole_student_their_logits(root):
     config = taught(root, "a", "wide", phase="end_to_end", baseline=DistillConfig("soft"))
-    found = targets_of(config, root)["student"]
-    for name, logits in zip(("a", "wide"), found, strict=True):
-        network = teacher_network(dataclasses.replace(PLAIN, teacher=section_of(name)))
-        expected, _ = network.apply(params_of(root, name)["teacher"], IMAGES)
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+    def by_hand(params):
+        networks = {
+            name: teacher_network(dataclasses.replace(PLAIN, teacher=section_of(name)))
+            for name in ("a", "wide")
+        }
+        return jnp.stack([one.apply(params[name], IMAGES)[0] for name, one in networks.items()])
+
+    found, expected = targets_of(config, root, by_hand)
+    np.testing.assert_allclose(found["student"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
