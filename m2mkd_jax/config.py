@@ -13,6 +13,7 @@ from common_jax.mesh import MeshConfig
 from common_jax.nn.dense import MatmulPrecision
 from common_jax.optim import OptimConfig
 from common_jax.ranges import (
+    LONGEST,
     SEEDS,
     BelowOne,
     Count,
@@ -30,7 +31,7 @@ from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
 from m2mkd_jax.families import FAMILIES, Context, family_of, kind_of, section_type
-from m2mkd_jax.losses import DISTILLATIONS
+from m2mkd_jax.losses import COMBINATIONS, DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.models.vit import ViTConfig
 from m2mkd_jax.models.vmoe import VMoEConfig
@@ -52,11 +53,14 @@ class DistillConfig(Section):
       kind: "soft" (as the original, with a mean over labels), "soft_batch_mean", "hard" or "none".
       alpha: weight of the distillation.
       tau: temperature of soft distillation.
+      combine: with several teachers, the mean of their "losses", or the loss against one teacher
+        that has the mean of their softened "probabilities" or of their "logits".
     """
 
     kind: Annotated[str, one_of(*DISTILLATIONS, "none")] = "soft"
     alpha: Fraction = 0.5
     tau: Positive = 1.0
+    combine: Annotated[str, one_of(*COMBINATIONS)] = "losses"
 
     @property
     def active(self) -> bool:
@@ -66,14 +70,17 @@ class DistillConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig(DistillConfig):
-    """m2mKD's objective, and the number of modules per program.
+    """m2mKD's objective, the number of modules per program, and who teaches which.
 
     Attributes:
       pairs_at_once: maximum number of modules that one program trains; the others follow in further
         programs. 0: all in one.
+      teachers: for each stage, the numbers in config.sources.teachers of those that teach its
+        module, such as ("0", "0+1", "1"). (): all of them teach every module.
     """
 
     pairs_at_once: Count = 0
+    teachers: tuple[Name, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +122,8 @@ class SourcesConfig(Section):
       meta: of the meta model.
       modules: of the trained modules, one per stage in order, or one with all of them.
       teacher: of the teacher.
+      teachers: of several teachers, in place of `teacher`: ViTs of any sizes, each a run of phase
+        train_module or assemble, or converted.
       students: of the distilled students, one per stage in order, or one with all of them. ()
         trains from scratch.
       network: of a trained whole student.
@@ -125,6 +134,7 @@ class SourcesConfig(Section):
     meta: str = ""
     modules: tuple[Name, ...] = ()
     teacher: str = ""
+    teachers: tuple[Name, ...] = ()
     students: tuple[Name, ...] = ()
     network: str = ""
     fresh: Regex = ""
@@ -133,14 +143,18 @@ class SourcesConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig(Section):
-    """Initialisation of a whole student that does not start from students.
+    """Initialisation from a network of another kind of run.
 
     Attributes:
       upcycle: workdir (or a step in it) of a dense ViT, trained or converted, to start a V-MoE
         from, see `m2mkd_jax.families.upcycle`. "" starts from scratch.
+      teacher: workdir (or a step in it) of a whole ViT, trained or converted, whose modules are
+        joined to the meta model: only their stitches and the head are trained. "" trains modules
+        from scratch.
     """
 
     upcycle: str = ""
+    teacher: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +218,14 @@ class Config(Section):
         episodes.
       evaluation: random numbers in evaluation.
       meta: the meta model; its depths define the stages.
-      teacher: the teacher, with as many stages.
+      teacher: the teacher, with as many stages; sources.teachers bring their own sections.
       model: the student, of kind "vmoe" or "nac", with as many stages.
       regularizers: terms that keep a NAC's graph near its prior, when it is trained as a whole.
-      distill: m2mKD's objective, and the number of modules trained at once.
+      distill: m2mKD's objective, the number of modules trained at once, and their teachers.
       baseline: distillation of the whole student from the whole teacher's logits, by default none.
       few_shot: the episode.
       sources: weights to start from.
-      init: initialisation of a whole student that does not start from students.
+      init: initialisation of a whole student without students, or of modules from a trained ViT.
       optim, augment, drop_path: the phase's recipe, see Recipe; the pipeline has recipes instead.
       recipes: the recipe of each phase of the pipeline.
       mesh: devices.
@@ -259,6 +273,12 @@ class Config(Section):
                 f"init.upcycle={shown(self.init.upcycle)} starts a network of a kind in {kinds} "
                 f"from a ViT and model.kind={kind_of(self.model)!r}: leave it out, or change either"
             )
+        if self.sources.teacher and self.sources.teachers:
+            raise FieldError(
+                f"sources.teachers={shown(self.sources.teachers)} and "
+                f"sources.teacher={shown(self.sources.teacher)}: name all teachers in "
+                "sources.teachers"
+            )
         if unknown := set(self.recipes) - set(PHASE_NAMES):
             raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASE_NAMES}")
         if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
@@ -267,6 +287,7 @@ class Config(Section):
                 "'test/accuracy', or None"
             )
         self.modules()
+        self.taught_by()
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -306,6 +327,31 @@ class Config(Section):
                 "each once, such as '2' or '0+3'"
             )
         return tuple(sorted(stages))
+
+    def taught_by(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the numbers in `sources.teachers` of those that teach its module.
+
+        Raises FieldError for a table of another length, or with an entry that names no teacher.
+        """
+        table, stages = self.distill.teachers, len(self.meta.depths)
+        count = len(self.sources.teachers)
+        if not table:
+            return (tuple(range(count)),) * stages
+        if len(table) != stages:
+            raise FieldError(
+                f"distill.teachers={shown(table)} must have an entry for each of the {stages} "
+                "stages, or be () where all teachers teach every module"
+            )
+        numbers = []
+        for stage, text in enumerate(table):
+            named = [int(one) if one.isdecimal() else count for one in text[:LONGEST].split("+")]
+            if max(named) >= count or len(set(named)) < len(named):
+                raise FieldError(
+                    f"distill.teachers[{stage}]={shown(text)} must be numbers of the "
+                    f"{count} config.sources.teachers, from 0, each once, such as '0' or '0+1'"
+                )
+            numbers.append(tuple(named))
+        return tuple(numbers)
 
     def programs(self) -> list["Config"]:
         """The config of each program of a modular phase, with at most `distill.pairs_at_once`

@@ -11,8 +11,8 @@ gradient of the sum of their losses by each module's parameters is that of its o
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
@@ -32,12 +32,17 @@ class Pair:
     student: Network
 
     def __post_init__(self):
-        counts = {name: len(network) for name, network in vars(self).items()}
-        if len(set(counts.values())) != 1:
-            raise ValueError(
-                "config.meta, config.teacher and config.model must have as many depths each, not "
-                f"{counts}"
-            )
+        check_stages(vars(self))
+
+
+def check_stages(networks: Mapping[str, Network]) -> None:
+    """Raises ValueError unless all networks, by any names, have as many stages."""
+    counts = {name: len(network) for name, network in networks.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(
+            "config.meta, config.teacher and config.model must have as many depths each, not "
+            f"{counts}"
+        )
 
 
 def replace_stage(meta: Network, stage: int, module: Network) -> Network:
@@ -91,6 +96,14 @@ def shared_tokens(
     }
 
 
+class Module(NamedTuple):
+    """A module to run: its stage, its hybrid network, and parameters that include its own."""
+
+    stage: int
+    network: Network
+    params: Params
+
+
 def finish(
     networks: Mapping[int, Network],
     meta_params: Params,
@@ -101,49 +114,126 @@ def finish(
     train_meta: bool = False,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """Runs hybrid networks from their modules to the logits.
-
-    Tokens of all modules that enter the same meta stage go through it together, with the random
-    numbers that each would draw alone.
+    """Runs hybrid networks from their modules to the logits, see `finish_all`.
 
     Args:
       networks: each module's hybrid network, by the module's stage.
       meta_params: of the stages after the first of these modules.
       params: of the modules, one subtree per stage.
       hidden: input of each module by stage, see `shared_tokens`.
+      train, train_meta, rngs: see `finish_all`.
+
+    Returns:
+      Logits by stage, and the modules' records.
+    """
+    modules = {stage: Module(stage, network, params) for stage, network in networks.items()}
+    logits, recorded = finish_all(
+        modules, meta_params, hidden, train=train, train_meta=train_meta, rngs=rngs
+    )
+    return logits, {name: part for records in recorded.values() for name, part in records.items()}
+
+
+def finish_all(
+    modules: Mapping[Hashable, Module],
+    meta_params: Params,
+    hidden: Mapping[int, Float[Array, "B ..."]],
+    *,
+    train: bool = False,
+    train_meta: bool = False,
+    rngs: Keys | None = None,
+) -> tuple[dict[Any, Float[Array, "B L"]], dict[Any, Any]]:
+    """Runs hybrid networks from their modules to the logits; several modules may have one stage.
+
+    Tokens of all modules that enter the same meta stage go through it together, with the random
+    numbers that each would draw alone.
+
+    Args:
+      modules: by any key.
+      meta_params: of the stages after the first of these modules.
+      hidden: input of each module by stage, see `shared_tokens`.
       train: whether the modules are in training.
       train_meta: whether the stages after them are.
       rngs: for both, one key per stream.
 
     Returns:
-      Logits by stage, and the modules' records.
+      Logits and the modules' records, both by key.
     """
     # One pass over the stages of M: the tokens of earlier modules go through a stage together, and
-    # the module of that stage starts. At the end `tokens` has the logits of all.
+    # the modules of that stage start. At the end `tokens` has the logits of all.
     tokens, recorded = {}, {}
-    for stage in range(len(next(iter(networks.values())))):
+    for stage in range(len(next(iter(modules.values())).network)):
         # Together if stage and shape are equal: a NAC's read-in student outputs fewer tokens.
         alike = {}
-        for own in tokens:
-            alike.setdefault((networks[own].stages[stage], tokens[own].shape), []).append(own)
+        for key in tokens:
+            later = modules[key].network.stages[stage]
+            alike.setdefault((later, tokens[key].shape), []).append(key)
         span = {"start": stage, "stop": stage + 1, "rngs": rngs}
         for group in alike.values():
-            apply = networks[group[0]].apply
+            apply = modules[group[0]].network.apply
 
             def run_stage(x, apply=apply, span=span):
                 return apply(meta_params, x, train=train_meta, **span)[0]
 
             # vmap instead of a larger batch: random draws depend on the batch shape, and must be
             # those of a run of each module alone. The weights of M are read once.
-            together = jax.vmap(run_stage)(jnp.stack([tokens[own] for own in group]))
+            together = jax.vmap(run_stage)(jnp.stack([tokens[key] for key in group]))
             tokens |= dict(zip(group, together, strict=True))
-        if stage in networks:
-            # Last, so that a module's tokens do not go through the meta stage that it replaces.
-            tokens[stage], records = networks[stage].apply(
-                params, hidden[stage], train=train, **span
-            )
-            recorded |= records
+        for key, module in modules.items():
+            if module.stage == stage:
+                # Last, so that a module's tokens do not go through the meta stage that it replaces.
+                tokens[key], recorded[key] = module.network.apply(
+                    module.params, hidden[stage], train=train, **span
+                )
     return tokens, recorded
+
+
+def taught_logits(
+    meta: Network,
+    teachers: Mapping[str, Network],
+    student: Network,
+    params: Mapping[str, Params],
+    images: Float[Array, "B I J _"],
+    *,
+    taught_by: Mapping[int, Sequence[str]],
+    train: bool,
+    rngs: Keys | None = None,
+) -> tuple[
+    dict[int, tuple[Float[Array, "B L"], ...]], dict[int, Float[Array, "B L"]], dict[str, Any]
+]:
+    """Students and the modules that teach them on the same images (m2mKD, composition).
+
+    Args:
+      meta: the meta model.
+      teachers: by name.
+      student: the students.
+      params: of the meta model under "meta", of the students under "student", and of each teacher
+        under its name.
+      images: with channels last.
+      taught_by: the names of the teachers of each student module, by its stage.
+      train, rngs: for the students alone.
+
+    Returns:
+      By stage, the logits of each teacher in the order of `taught_by`, and those of the students;
+      and the students' records. Gradients pass through the meta model after a student, but not
+      through the shared input or a teacher.
+    """
+    meta_params = params["meta"]
+    students = {stage: replace_stage(meta, stage, student) for stage in taught_by}
+    # All hybrids of a stage have the same stages of M before their modules, so they share input.
+    hidden = shared_tokens(students, meta_params, images)
+    modules = {
+        (stage, name): Module(stage, replace_stage(meta, stage, teachers[name]), params[name])
+        for stage, names in taught_by.items()
+        for name in names
+    }
+    given, _ = finish_all(modules, meta_params, hidden)
+    targets = {
+        stage: tuple(given[stage, name] for name in names) for stage, names in taught_by.items()
+    }
+    logits, recorded = finish(
+        students, meta_params, params["student"], hidden, train=train, rngs=rngs
+    )
+    return jax.lax.stop_gradient(targets), logits, recorded
 
 
 def pair_logits(
@@ -155,7 +245,7 @@ def pair_logits(
     train: bool,
     rngs: Keys | None = None,
 ) -> tuple[dict[int, Float[Array, "B L"]], dict[int, Float[Array, "B L"]], dict[str, Any]]:
-    """Both sides of module pairs on the same images (m2mKD, composition).
+    """`taught_logits` with one teacher, under "teacher".
 
     Args:
       networks: meta model, teacher and students.
@@ -168,13 +258,15 @@ def pair_logits(
       Logits of teachers and students by stage, and the students' records. Gradients pass through
       the meta model after a student, but not through the shared input or a teacher.
     """
-    meta = params["meta"]
-    teachers, students = (
-        {stage: replace_stage(networks.meta, stage, network) for stage in stages}
-        for network in (networks.teacher, networks.student)
+    teachers = {"teacher": networks.teacher}
+    targets, logits, recorded = taught_logits(
+        networks.meta,
+        teachers,
+        networks.student,
+        params,
+        images,
+        taught_by=dict.fromkeys(stages, tuple(teachers)),
+        train=train,
+        rngs=rngs,
     )
-    # Both hybrids have the same stages of M before their modules, so they share their input.
-    hidden = shared_tokens(students, meta, images)
-    targets, _ = finish(teachers, meta, params["teacher"], hidden)
-    logits, recorded = finish(students, meta, params["student"], hidden, train=train, rngs=rngs)
-    return jax.lax.stop_gradient(targets), logits, recorded
+    return {stage: own[0] for stage, own in targets.items()}, logits, recorded

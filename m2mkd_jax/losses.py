@@ -1,4 +1,5 @@
-"""Objectives of m2mKD: three label losses, two distillation terms, and their weighted sum."""
+"""Objectives of m2mKD: label losses, distillation terms for one teacher or several, and the
+weighted sum of both."""
 
 from collections.abc import Callable
 
@@ -61,12 +62,59 @@ def hard_distillation(
 
 
 # (student logits, teacher logits, temperature) -> scalar
-DISTILLATIONS: dict[
-    str, Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
-] = {
+Distillation = Callable[[Float[Array, "B L"], Float[Array, "B L"], float], Float[Array, ""]]
+DISTILLATIONS: dict[str, Distillation] = {
     "soft": soft_distillation,
     "soft_batch_mean": soft_distillation_batch_mean,
     "hard": hard_distillation,
+}
+
+
+def mean_of_losses(
+    distillation: Distillation,
+    student: Float[Array, "B L"],
+    teachers: Float[Array, "_ B L"],
+    tau: float,
+) -> Float[Array, ""]:
+    r"""Several teachers, each with its own loss:  1/n sum_i distillation(s, t_i)."""
+    return jnp.mean(jax.vmap(lambda teacher: distillation(student, teacher, tau))(teachers))
+
+
+def mean_of_probabilities(
+    distillation: Distillation,
+    student: Float[Array, "B L"],
+    teachers: Float[Array, "_ B L"],
+    tau: float,
+) -> Float[Array, ""]:
+    r"""Several teachers as one that has the mean of their softened distributions:
+    softmax(t / tau) = 1/n sum_i softmax(t_i / tau).
+
+    A soft distillation then has the gradients of `mean_of_losses`, since it is linear in the
+    teacher's distribution but for a term without the student.
+    """
+    log_p = jax.nn.log_softmax(teachers / tau)
+    log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(len(teachers))
+    return distillation(student, tau * log_mean, tau)
+
+
+def mean_of_logits(
+    distillation: Distillation,
+    student: Float[Array, "B L"],
+    teachers: Float[Array, "_ B L"],
+    tau: float,
+) -> Float[Array, ""]:
+    r"""Several teachers as one that has the mean of their logits:  t = 1/n sum_i t_i."""
+    return distillation(student, jnp.mean(teachers, axis=0), tau)
+
+
+# (distillation, student logits, logits of several teachers, temperature) -> scalar
+COMBINATIONS: dict[
+    str,
+    Callable[[Distillation, Float[Array, "B L"], Float[Array, "_ B L"], float], Float[Array, ""]],
+] = {
+    "losses": mean_of_losses,
+    "probabilities": mean_of_probabilities,
+    "logits": mean_of_logits,
 }
 
 

@@ -121,7 +121,8 @@ def check_places(config: Config, workdir: epath.Path) -> None:
         key, value = f"config.{source.path}", source.value(config)
         if isinstance(value, str):
             checkpoint.check_source(key, value)
-        elif len(value) in (1, len(config.meta.depths)):  # the phase rejects other numbers
+        # The phase rejects other numbers.
+        elif not source.made or len(value) in (1, len(config.meta.depths)):
             for i, folder in enumerate(value):
                 checkpoint.check_source(f"{key}[{i}]", folder)
 

@@ -28,7 +28,8 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role, whole_network
 from m2mkd_jax.phases.objective import Forward, evaluation_rngs, whole_forward
 from m2mkd_jax.phases.pipeline import result_folder
-from m2mkd_jax.phases.training import CLASSES
+from m2mkd_jax.phases.teachers import load_teachers
+from m2mkd_jax.phases.training import CLASSES, find_classes
 from m2mkd_jax.phases.weights import take_weights
 from m2mkd_jax.picture_files import PictureFiles, SquareTransform
 from m2mkd_jax.stages import module_name
@@ -138,14 +139,11 @@ def read_run(run: epath.PathLike) -> Finished:
 def _read_classes(source: epath.Path, config: Config) -> tuple[str, ...]:
     """The names of the classes in the run's classes.json, or else those of its training set, or
     else numbers."""
-    for folder in (source, *source.parents[:2]):
-        if (path := folder / CLASSES).exists():
-            names = read_json(path, {"names": list})["names"]
-            if len(names) == config.data.labels and all(isinstance(one, str) for one in names):
-                return tuple(names)
-            raise ValueError(
-                f"{path} must list {config.data.labels} names, as config.data.labels says"
-            )
+    if (path := find_classes(source)) is not None:
+        names = read_json(path, {"names": list})["names"]
+        if len(names) == config.data.labels and all(isinstance(one, str) for one in names):
+            return tuple(names)
+        raise ValueError(f"{path} must list {config.data.labels} names, as config.data.labels says")
     try:
         return tuple(load_source(config.data, config.data.train_split).label_names)
     except (OSError, ValueError, ImportError) as error:
@@ -264,12 +262,13 @@ def _product(run: epath.Path) -> epath.Path:
 
 def _load_helpers(config: Config, shapes: Mapping[str, Any]) -> Mapping[str, Any]:
     """The frozen networks of other runs that trained modules stand in."""
-    origins = []
+    several, _ = load_teachers(config, shapes)
+    origins, shapes = [], {role: shapes[role] for role in shapes if role not in several}
     for role, stages in shapes.items():
         source = getattr(config.sources, role)
         checkpoint.check_source(f"config.sources.{role}", source)
         origins += [Origin(source, f"{role}/{name}", f"{role}/{name}") for name in stages]
-    return take_weights(config, shapes, origins, frozen=True).params
+    return {**take_weights(config, shapes, origins, frozen=True).params, **several}
 
 
 def _resize(

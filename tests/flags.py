@@ -112,14 +112,15 @@ ALLOWED = (
     (r"mesh\.data", (-1,), "all devices that the other axes leave"),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_\w+|siglip)"
-        r"|sources\.weights|init\.upcycle|features|ood\.source|test_side|caption_language"
+        r"|sources\.weights|init\.(upcycle|teacher)|features|ood\.source|test_side|caption_language"
         r"|data\.name|sources\.(fresh|leave)|optim\.no_decay",
         ("",),
         "'': none, or as the stage has it; a phase that needs one asks for it",
     ),
     (
         r"ood\.(path|name|classes)|sources\.(meta|teacher|network|model|mbart|clip|clip_text)"
-        r"|sources\.(clip_image|clip_text_base|siglip)|features|run\.(compilation_cache|wandb)",
+        r"|sources\.(clip_image|clip_text_base|siglip)|init\.teacher|features"
+        r"|run\.(compilation_cache|wandb)",
         TEXT,
         "a path, or the name of a file or a project: it is opened before anything is trained",
     ),
@@ -131,11 +132,15 @@ ALLOWED = (
     (r"sources\.weights", TEXT, "a key of a file: compared with those that are there"),
     (r"sources\.(fresh|leave)|optim\.no_decay", ("x", "x" * 5000), "a regex of paths"),
     (
-        r"sources\.(modules|students)",
+        r"sources\.(modules|students|teachers)",
         ((), ("x",)),
         "no workdirs, or one, which is opened before anything is trained",
     ),
-    (r"run\.profile|languages", ((),), "(): no profile; the languages of the pair"),
+    (
+        r"run\.profile|languages|distill\.teachers",
+        ((),),
+        "(): no profile; the languages of the pair; all teachers for every module",
+    ),
     (r"data\.further_tests", ((), ("x",)), "no further splits, or one, as test_split"),
 )
 # The same for configs whose name the first regex matches.
@@ -157,7 +162,8 @@ SOME = (
 )
 # Fields whose refusal depends on other sections, so that theirs alone takes more.
 ABOVE = (
-    r"init\.upcycle|run\.best|data\.(source|target)_language|model\.moe\.balance\.load|mesh\.\w+"
+    r"init\.upcycle|distill\.teachers|run\.best|data\.(source|target)_language"
+    r"|model\.moe\.balance\.load|mesh\.\w+"
 )
 
 

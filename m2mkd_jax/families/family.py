@@ -42,6 +42,7 @@ class Context:
       seed: of the run.
       meta_width: width of the meta model's tokens, which modules are stitched to.
       meta_tokens: returns the number of these tokens; a function, since few networks need it.
+      stitched: whether a teacher's modules have stitches to that width, as a student's always have.
     """
 
     interface: Interface
@@ -49,6 +50,7 @@ class Context:
     seed: int
     meta_width: int
     meta_tokens: Callable[[], int]
+    stitched: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Family:
       modules: (section, context, stochastic depth) -> its modules, one per stage.
       rules: partition rules of both.
       head: regex of the classifier's parameters.
+      stitches: regex of the parameters of the stitches of a teacher's modules.
       files: the names of its tensors in published files.
       adapt: section -> functions that give parameters another shape, such as a larger position
         table, by a regex of paths below the role.
@@ -169,6 +172,7 @@ class Family:
     adapt: Callable[[Any], Mapping[str, Adapt]] = lambda section: {}
     left: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
     fresh: Callable[[Any], tuple[Allowance, ...]] = lambda section: ()
+    stitches: str = ""
     tokens: Callable[[Any, Interface], int] | None = None
     leading: Callable[[Any], Mapping[str, Any]] = lambda section: {}
     leading_tokens: Callable[[Any], int] | None = None

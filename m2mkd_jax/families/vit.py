@@ -11,11 +11,23 @@ from m2mkd_jax.models.positions import resizer
 from m2mkd_jax.stages import Network, Place
 
 HEAD = r"\w+/stage_\d+/head/.*"
+STITCHES = r"\w+/stage_\d+/block_\d+/(pre|post)_stitch/.*"
 
 
 def build(section: vit.ViTConfig, context: Context, drop_path: float) -> Network:
-    """The whole ViT; its stages are its modules."""
+    """The whole ViT."""
     return vit.build(section, context.interface, dtype=context.dtype, drop_path=drop_path)
+
+
+def build_modules(section: vit.ViTConfig, context: Context, drop_path: float) -> Network:
+    """The stages of the ViT; with stitches to the meta model's width if `context` asks for them."""
+    return vit.build(
+        section,
+        context.interface,
+        dtype=context.dtype,
+        stitch_width=context.meta_width if context.stitched else None,
+        drop_path=drop_path,
+    )
 
 
 def tokens(section: vit.ViTConfig, interface: encoder.Interface) -> int:
@@ -70,9 +82,10 @@ FAMILY = Family(
     config=vit.ViTConfig,
     roles=("meta", "teacher"),
     whole=build,
-    modules=build,
+    modules=build_modules,
     rules=vit.PARTITION_RULES,
     head=HEAD,
+    stitches=STITCHES,
     files=FILES,
     adapt=resize,
     tokens=tokens,

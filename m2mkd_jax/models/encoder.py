@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 from flax import linen as nn
@@ -21,7 +21,7 @@ from m2mkd_jax.models.pooling import ATTENTION, POOLS
 from m2mkd_jax.models.stitch import Stitch
 from m2mkd_jax.moe.config import MoeConfig
 from m2mkd_jax.moe.layer import MoeMlp
-from m2mkd_jax.stages import Network
+from m2mkd_jax.stages import Network, Place
 
 STREAMS = ("drop_path", "gate")  # random streams that a block may use
 
@@ -327,6 +327,22 @@ def build(
             for i, blocks in enumerate(stages)
         )
     )
+
+
+def with_stitches(
+    stages: Sequence[tuple[BlockConfig, ...]], width: int | None
+) -> list[tuple[BlockConfig, ...]]:
+    """The blocks of all stages, with stitches to and from `width` between the stages; None: as they
+    are."""
+    stitched = []
+    for stage, blocks in enumerate(stages):
+        place, blocks = Place.of(stage, len(stages)), list(blocks)
+        if blocks and place in (Place.MIDDLE, Place.LAST):
+            blocks[0] = dataclasses.replace(blocks[0], pre_stitch=width)
+        if blocks and place in (Place.FIRST, Place.MIDDLE):
+            blocks[-1] = dataclasses.replace(blocks[-1], post_stitch=width)
+        stitched.append(tuple(blocks))
+    return stitched
 
 
 def ramp_drop_path(network: Network, rate: float) -> Network:

@@ -194,11 +194,14 @@ def build(
     interface: encoder.Interface,
     *,
     dtype: DTypeLike = jnp.float32,
+    stitch_width: int | None = None,
     drop_path: float = 0.0,
 ) -> Network:
-    """The ViT of `config`, one stage per entry of `config.depths`; stochastic depth ramps to
-    `drop_path`. Raises as `encoder.build`."""
-    stages = ((encoder.BlockConfig(),) * depth for depth in config.depths)
+    """The ViT of `config`, one stage per entry of `config.depths`, with stitches to `stitch_width`
+    between them if there is one; stochastic depth ramps to `drop_path`. Raises as
+    `encoder.build`."""
+    stages = [(encoder.BlockConfig(),) * depth for depth in config.depths]
+    stages = encoder.with_stitches(stages, stitch_width)
     network = encoder.build(config.encoder, interface, stages, dtype)
     return encoder.ramp_drop_path(network, drop_path)
 
@@ -210,6 +213,7 @@ PARTITION_RULES = (
     (r"/attention/out/kernel$", P(None, None, "fsdp")),
     (r"/mlp/up/kernel$", P("fsdp")),
     (r"/mlp/down/kernel$", P(None, "fsdp")),
+    (r"/(pre|post)_stitch/linear/kernel$", P("fsdp")),
     (r"/head/kernel$", P("fsdp")),
     (r"/(cls_token|register_tokens|pos_embed|probe)$", P()),
     (r"/(bias|scale[12]?)$", P()),

@@ -1,6 +1,7 @@
 """V-MoE: a ViT some of whose MLPs are mixtures of experts, whole or cut into students."""
 
 import dataclasses
+import itertools
 import re
 import types
 from typing import Annotated
@@ -13,7 +14,7 @@ from common_jax.config import FieldError
 from common_jax.ranges import one_of, shown
 from m2mkd_jax.models import encoder, vit
 from m2mkd_jax.moe.config import MoeConfig
-from m2mkd_jax.stages import Network, Place
+from m2mkd_jax.stages import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,24 +128,15 @@ _PLACEMENTS = {
 def _stage_blocks(
     config: VMoEConfig, stitch_width: int | None
 ) -> list[tuple[encoder.BlockConfig, ...]]:
-    experts = config.moe_positions()
-    stages, number = [], 0
-    for stage, depth in enumerate(config.depths):
-        place = Place.of(stage, len(config.depths))
-        blocks = []
-        for i in range(depth):
-            enters = i == 0 and place in (Place.MIDDLE, Place.LAST)
-            leaves = i == depth - 1 and place in (Place.FIRST, Place.MIDDLE)
-            blocks.append(
-                encoder.BlockConfig(
-                    moe=config.moe if number in experts else None,
-                    pre_stitch=stitch_width if enters else None,
-                    post_stitch=stitch_width if leaves else None,
-                )
-            )
-            number += 1
-        stages.append(tuple(blocks))
-    return stages
+    experts, blocks = config.moe_positions(), itertools.count()
+    stages = [
+        tuple(
+            encoder.BlockConfig(moe=config.moe if next(blocks) in experts else None)
+            for _ in range(depth)
+        )
+        for depth in config.depths
+    ]
+    return encoder.with_stitches(stages, stitch_width)
 
 
 # Experts are split over the expert axis, and each of their matrices over fsdp along the width.
@@ -154,6 +146,5 @@ PARTITION_RULES = (
     (r"/moe/down$", P("expert", None, "fsdp")),
     (r"/moe/(up_bias|down_bias)$", P("expert")),
     (r"/moe/router/", P()),
-    (r"/(pre|post)_stitch/linear/kernel$", P("fsdp")),
     *vit.PARTITION_RULES,
 )

@@ -4,21 +4,22 @@ model."""
 from typing import Any
 
 from etils import epath
+from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from common_jax.weights import Origin
 from m2mkd_jax.config import Config
-from m2mkd_jax.hybrid import Pair, pair_logits
+from m2mkd_jax.hybrid import check_stages, taught_logits
 from m2mkd_jax.phases.networks import (
     check_exchange,
     family_of_role,
     meta_network,
     parameter_shapes,
     student_modules,
-    teacher_network,
 )
 from m2mkd_jax.phases.objective import Outputs
-from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
+from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.teachers import ACCOUNT, check_classes, load_teachers, module_teachers
 from m2mkd_jax.phases.training import train_phase
 from m2mkd_jax.phases.weights import require_source, take_weights
 from m2mkd_jax.stages import module_name, stage_name
@@ -27,30 +28,47 @@ from m2mkd_jax.stages import module_name, stage_name
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     """Trains the student modules of config.module and saves them under "student/stage_K"."""
     training = describe(config, mesh)
-    meta, teacher = (require_source(config, role) for role in ("meta", "teacher"))
-    names = [f"teacher/{name}" for name in training.helpers["teacher"]]
-    origins = [Origin(meta, "meta", "meta"), *(Origin(teacher, name, name) for name in names)]
-    helpers = take_weights(config, training.helpers, origins, frozen=True).params
-    return train_phase(training, workdir, mesh, helpers=helpers)
+    shapes = {role: part for role, part in training.helpers.items() if role in ("meta", "teacher")}
+    origins = [Origin(require_source(config, "meta"), "meta", "meta")]
+    if "teacher" in shapes:
+        teacher = require_source(config, "teacher")
+        names = [f"teacher/{name}" for name in shapes["teacher"]]
+        origins += [Origin(teacher, name, name) for name in names]
+    helpers = take_weights(config, shapes, origins, frozen=True).params
+    if not config.sources.teachers:
+        return train_phase(training, workdir, mesh, helpers=helpers)
+    feed = config_feed(training, workdir)
+    check_classes(config, feed.label_names)
+    several, account = load_teachers(config, training.helpers)
+    files = {ACCOUNT: account}
+    return train_phase(training, workdir, mesh, helpers=helpers | several, feed=feed, files=files)
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
-    """The student modules of config.module; the meta model and as many teacher modules help."""
-    check_exchange(config, "meta", "teacher", "student")
-    stages = config.modules()
-    pair = Pair(
-        meta=meta_network(config),
-        teacher=teacher_network(config),
-        student=student_modules(config, drop_path=config.drop_path),
-    )
+    """The student modules of config.module; the meta model and the modules of one or more teachers
+    help."""
+    several = bool(config.sources.teachers)
+    check_exchange(config, "meta", *(() if several else ("teacher",)), "student")
+    stages, teachers = config.modules(), module_teachers(config)
+    meta, students = meta_network(config), student_modules(config, drop_path=config.drop_path)
+    check_stages({"meta": meta, "student": students} | teachers.networks)
 
     def forward(params, helpers, images, train, rngs):
-        teacher, student, recorded = pair_logits(
-            pair, {**helpers, **params}, images, stages=stages, train=train, rngs=rngs
+        targets, logits, recorded = taught_logits(
+            meta,
+            teachers.networks,
+            students,
+            {**helpers, **params},
+            images,
+            taught_by=teachers.taught_by,
+            train=train,
+            rngs=rngs,
         )
         return {
             module_name(stage): Outputs(
-                student[stage], teacher[stage], {stage_name(stage): recorded[stage_name(stage)]}
+                logits[stage],
+                jnp.stack(targets[stage]) if several else targets[stage][0],
+                {stage_name(stage): recorded[stage_name(stage)]},
             )
             for stage in stages
         }
@@ -58,11 +76,10 @@ def describe(config: Config, mesh: Mesh) -> Training:
     return Training(
         PHASE,
         config,
-        init=lambda key: {"student": pair.student.init(key, only=stages)},
+        init=lambda key: {"student": students.init(key, only=stages)},
         rules=family_of_role(config, "student").rules,
         forward=forward,
-        helpers=parameter_shapes(config, pair.meta, "meta", mesh)
-        | parameter_shapes(config, pair.teacher, "teacher", mesh, only=stages),
+        helpers=parameter_shapes(config, meta, "meta", mesh) | teachers.shapes(mesh),
         distill=config.distill,
     )
 
@@ -74,7 +91,11 @@ PHASE = Phase(
     modular=True,
     reads=("module", "meta", "teacher", "model", "distill"),
     differentiates=("model", "meta"),
-    sources=(WeightSource("meta"), WeightSource("teacher")),
+    sources=(
+        WeightSource("meta"),
+        WeightSource("teacher", used=lambda config: not config.sources.teachers),
+        WeightSource("teachers", used=lambda config: bool(config.sources.teachers), made=False),
+    ),
     folder="students",
     makes="students",
     files=(

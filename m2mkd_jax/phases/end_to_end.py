@@ -7,18 +7,27 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax import numpy as jnp
 from jax.sharding import Mesh
 
 from common_jax.weights import Origin, WarmStart
 from common_jax.workdir import refuse_other_config
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import family_of
-from m2mkd_jax.phases.networks import parameter_shapes, teacher_network, whole_student
+from m2mkd_jax.phases.networks import whole_student
 from m2mkd_jax.phases.objective import Forward
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource, config_feed
+from m2mkd_jax.phases.teachers import (
+    ACCOUNT,
+    Teachers,
+    check_classes,
+    load_teachers,
+    teacher_names,
+    whole_teachers,
+)
 from m2mkd_jax.phases.training import check_training, train_phase, whole_training
 from m2mkd_jax.phases.weights import require_source, require_stage_sources, take_weights
-from m2mkd_jax.stages import Network, stage_name
+from m2mkd_jax.stages import stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
@@ -27,36 +36,42 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     It starts from the students of config.sources.students, from the dense ViT of
     config.init.upcycle, or from scratch if both are empty.
     """
-    warm_start, helpers = _warm_start(config), {}
-    if config.baseline.active:
-        origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
-        helpers = take_weights(config, _teacher_shapes(config, mesh), [origin], frozen=True).params
+    warm_start, helpers, files = _warm_start(config), {}, {}
     training, start = describe(config, mesh), None
     feed = config_feed(training, workdir)
+    if config.baseline.active and config.sources.teachers:
+        check_classes(config, feed.label_names)
+        helpers, files[ACCOUNT] = load_teachers(config, training.helpers)
+    elif config.baseline.active:
+        origin = Origin(require_source(config, "teacher"), "teacher", "teacher")
+        helpers = take_weights(config, training.helpers, [origin], frozen=True).params
     preparation = family_of(config.model).preparation
     if preparation is not None:
         check_training(training, feed, mesh)  # before `make` writes anything
         refuse_other_config(workdir, config)
         start = preparation.make(config.model, config.seed, workdir)
         training = describe(config, mesh, start=start)
-    result = train_phase(training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed)
+    result = train_phase(
+        training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed, files=files
+    )
     if preparation is not None:
         preparation.draw(config.model, start, workdir, config.optim)
     return result
 
 
 def describe(config: Config, mesh: Mesh, *, start: Any = None) -> Training:
-    """The whole student; config.baseline adds distillation from the logits of the whole teacher.
+    """The whole student; config.baseline adds distillation from the logits of whole teachers.
 
     A family with a preparation starts from `start`, by default a sketch: other numbers, but the
     same program.
     """
     training = whole_training(PHASE, config)
     if config.baseline.active:
+        teachers = whole_teachers(config)
         training = dataclasses.replace(
             training,
-            forward=_with_teacher(training.forward, teacher_network(config)),
-            helpers=_teacher_shapes(config, mesh),
+            forward=_with_teachers(training.forward, teachers, teacher_names(config)),
+            helpers=teachers.shapes(mesh),
             distill=config.baseline,
         )
     if family_of(config.model).preparation is not None:
@@ -104,17 +119,18 @@ def _with_preparation(training: Training, start: Any) -> Training:
     )
 
 
-def _teacher_shapes(config: Config, mesh: Mesh) -> dict[str, Any]:
-    return parameter_shapes(config, teacher_network(config), "teacher", mesh)
-
-
-def _with_teacher(student: Forward, teacher: Network) -> Forward:
-    """Adds the logits of the whole teacher on the same images."""
+def _with_teachers(student: Forward, teachers: Teachers, names: tuple[str, ...]) -> Forward:
+    """Adds the logits of the whole teachers on the same images."""
 
     def forward(params, helpers, images, train, rngs):
-        logits = jax.lax.stop_gradient(teacher.apply(helpers["teacher"], images)[0])
+        given = {
+            name: jax.lax.stop_gradient(network.apply(helpers[name], images)[0])
+            for name, network in teachers.networks.items()
+        }
+        logits = [given[name] for name in names]
+        taught = {"teacher": jnp.stack(logits) if len(logits) > 1 else logits[0]}
         outputs = student(params, helpers, images, train, rngs)
-        return {name: part._replace(teacher=logits) for name, part in outputs.items()}
+        return {name: part._replace(**taught) for name, part in outputs.items()}
 
     return forward
 
@@ -128,7 +144,14 @@ PHASE = Phase(
     differentiates=("model",),
     sources=(
         WeightSource("students"),
-        WeightSource("teacher", used=lambda config: config.baseline.active),
+        WeightSource(
+            "teacher", used=lambda config: config.baseline.active and not config.sources.teachers
+        ),
+        WeightSource(
+            "teachers",
+            used=lambda config: config.baseline.active and bool(config.sources.teachers),
+            made=False,
+        ),
         WeightSource("upcycle", section="init"),
     ),
     ood=True,

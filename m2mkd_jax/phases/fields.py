@@ -16,7 +16,7 @@ def reads() -> dict[str, tuple[str, ...]]:
         for path in (*phase.reads, *(("ood",) if phase.ood else ()))
     )
     del sections["module"]  # a pipeline trains all of them
-    paths = tuple(source.path for source in replacing_sources())
+    paths = tuple(source.path for source in (*replacing_sources(), *given_sources()))
     return table | {"pipeline": (*ALWAYS, *sections, *paths, *ALLOWANCES, "recipes")}
 
 
@@ -25,17 +25,29 @@ def replacing_sources() -> tuple[WeightSource, ...]:
     return tuple(WeightSource(phase.makes) for phase in PHASES.values() if phase.replaceable)
 
 
+def given_sources() -> tuple[WeightSource, ...]:
+    """The sources that no phase of a pipeline makes; each field once."""
+    sources = [s for phase in PHASES.values() for s in phase.sources if not s.made]
+    return tuple({source.path: source for source in sources}.values())
+
+
 def used_sources(config: Config) -> tuple[WeightSource, ...]:
     """The sources that the run of `config` takes weights from."""
     if config.phase == "pipeline":
-        return replacing_sources()
+        return (*replacing_sources(), *(s for s in given_sources() if s.value(config)))
     return PHASES[config.phase].used_sources(config)
 
 
 def check_sources(config: Config) -> None:
     """Raises ValueError for a source outside config.sources, such as config.init.upcycle, that the
-    phase does not read: the run would silently start from other weights."""
+    phase does not read: the run would silently start from other weights. Also for a pipeline whose
+    teachers were trained for another meta model than the one it would train."""
     table = reads()
+    if config.phase == "pipeline" and config.sources.teachers and not config.sources.meta:
+        raise ValueError(
+            f"config.sources.teachers={shown(config.sources.teachers)} needs config.sources.meta: "
+            "name the meta model that their modules were trained in"
+        )
     for source in (source for phase in PHASES.values() for source in phase.sources):
         value = source.value(config)
         if source.section != "sources" and value and source.path not in table[config.phase]:

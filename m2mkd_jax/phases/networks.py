@@ -1,5 +1,7 @@
 """The networks of a config by role, the key of their parameters in a checkpoint."""
 
+import dataclasses
+import math
 import types
 from typing import Any
 
@@ -11,6 +13,7 @@ from common_jax.mesh import match_rules, with_shardings
 from m2mkd_jax.config import Config
 from m2mkd_jax.families import Family, family_of
 from m2mkd_jax.families.family import WholeNetwork
+from m2mkd_jax.models.bridge import BridgedStage, Layout
 from m2mkd_jax.stages import Network
 
 # role -> section of the config
@@ -34,10 +37,42 @@ def whole_network(config: Config, role: str, *, drop_path: float = 0.0) -> Whole
 
 def module_network(config: Config, role: str, *, drop_path: float = 0.0) -> Network:
     """The modules, one per stage, of the network whose parameters are under `role`."""
+    if role == "module" and config.init.teacher:
+        return bridge(config, stitched_modules(config, drop_path=drop_path))
     section = SECTIONS[role]
     with under(f"config.{section}"):
         build = family_of_role(config, role).modules
         return build(getattr(config, section), config.context, drop_path)
+
+
+def stitched_modules(config: Config, *, drop_path: float = 0.0) -> Network:
+    """The modules of config.teacher with stitches to and from the width of the meta model."""
+    with under("config.teacher"):
+        context = dataclasses.replace(config.context, stitched=True)
+        return family_of(config.teacher).modules(config.teacher, context, drop_path)
+
+
+def bridge(config: Config, network: Network, *, only: tuple[int, ...] | None = None) -> Network:
+    """The modules of config.teacher in `network`, all or those in `only`, with tokens of the meta
+    model around them."""
+    own, outer = (token_layout(config, section) for section in (config.teacher, config.meta))
+    if own == outer:
+        return network
+    count = len(network)
+    stages = [
+        BridgedStage(stage, own, outer, embeds=i == 0, classifies=i == count - 1)
+        if only is None or i in only
+        else stage
+        for i, stage in enumerate(network.stages)
+    ]
+    return Network(tuple(stages))
+
+
+def token_layout(config: Config, section: Any) -> Layout:
+    """The tokens between two stages of the meta model or a teacher."""
+    family = family_of(section)
+    patches = family.tokens(section, config.interface) - family.leading_tokens(section)
+    return Layout(**family.leading(section), side=math.isqrt(patches))
 
 
 def check_exchange(config: Config, *roles: str) -> None:

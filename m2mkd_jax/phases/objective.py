@@ -1,5 +1,6 @@
 """The loss and the evaluation that all phases share; a phase defines the forward pass."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from m2mkd_jax.families.family import Regularizer, WholeNetwork
 
 
 class Outputs(NamedTuple):
-    """Outputs of a network: logits (B, L), its teacher's logits if there is a teacher, and the
-    records of its trained stages."""
+    """Outputs of a network: logits (B, L), its teacher's logits if there is a teacher, (N, B, L) if
+    there are N of them, and the records of its trained stages."""
 
     logits: jax.Array
     teacher: jax.Array | None
@@ -69,6 +70,9 @@ def make_loss(
             parts[name] = {"label_loss": value}
             if distill.active:
                 distillation = losses.DISTILLATIONS[distill.kind]
+                if outputs.teacher.ndim == 3:
+                    combine = losses.COMBINATIONS[distill.combine]
+                    distillation = functools.partial(combine, distillation)
                 term = distillation(outputs.logits, outputs.teacher, distill.tau)
                 value = losses.blend(value, term, distill.alpha)
                 parts[name]["distillation"] = term

@@ -40,11 +40,14 @@ class WeightSource:
       field: its name in `section`.
       section: of the config.
       used: config -> whether the phase reads it.
+      made: whether an earlier phase of a pipeline makes it, one workdir per stage or one for all;
+        otherwise it is given by config.sources alone, in any number.
     """
 
     field: str
     section: str = "sources"
     used: Callable[[Config], bool] = lambda config: True
+    made: bool = True
 
     @property
     def path(self) -> str:
@@ -52,14 +55,15 @@ class WeightSource:
         return f"{self.section}.{self.field}"
 
     def value(self, config: Config) -> str | tuple[str, ...]:
-        """The workdir, or one per stage."""
+        """The workdir, or several."""
         return operator.attrgetter(self.path)(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The training of a phase, which depends on config and mesh alone: it reads no data and no
-    weights, and its step compiles for devices that are only described.
+    """The training of a phase, which depends on config, mesh and, with several teachers, on
+    their runs' configs: it reads no data and no weights, and its step compiles for devices that are
+    only described.
 
     Attributes:
       phase: its phase.

@@ -17,6 +17,7 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.few_shot import load_splits
 from m2mkd_jax.phases.fields import check_sources, replacing_sources
 from m2mkd_jax.phases.phase import Training
+from m2mkd_jax.phases.teachers import load_teachers
 from m2mkd_jax.phases.training import check_training
 from m2mkd_jax.phases.weights import check_source
 
@@ -132,6 +133,8 @@ def check_pipeline(config: Config, workdir: epath.Path, mesh: Mesh) -> None:
         with in_recipe(Recipe, run.phase):
             training = phase.describe(run, mesh)
             trainings.append((training, phase.feed(training, workdir / folder, splits)))
+    for training, _ in trainings:
+        load_teachers(training.config, training.helpers, read=False)
     for trace in (False, True):  # the quick checks of all runs first
         for training, feed in trainings:
             phase = training.config.phase

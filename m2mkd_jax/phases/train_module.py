@@ -1,37 +1,46 @@
-"""Phase train_module (MT): trains teacher modules, each in its place inside the frozen meta
-model."""
+"""Phase train_module (MT): trains teacher modules, each in its place inside the frozen meta model,
+or joins those of a trained ViT to it."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
-from common_jax.weights import Origin
+from common_jax.weights import Allowance, Origin, WarmStart
 from m2mkd_jax.config import Config
 from m2mkd_jax.hybrid import finish, replace_stage, shared_tokens
 from m2mkd_jax.models import encoder
 from m2mkd_jax.phases.networks import (
+    bridge,
     check_exchange,
     family_of_role,
     meta_network,
     module_network,
     parameter_shapes,
+    stitched_modules,
 )
 from m2mkd_jax.phases.objective import Outputs
 from m2mkd_jax.phases.phase import FileKind, Phase, Training, WeightSource
+from m2mkd_jax.phases.teachers import read_vit
 from m2mkd_jax.phases.training import train_phase
-from m2mkd_jax.phases.weights import require_source, take_weights
-from m2mkd_jax.stages import module_name
+from m2mkd_jax.phases.weights import compare_images, require_source, take_weights
+from m2mkd_jax.stages import module_name, stage_name
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains the teacher modules that config.module names from scratch and saves them under
-    "module/stage_K"."""
+    """Trains the teacher modules that config.module names and saves them under "module/stage_K".
+
+    They start from scratch, or from the ViT of config.init.teacher: then only their stitches to the
+    meta model and the head are trained.
+    """
     training = describe(config, mesh)
     meta = require_source(config, "meta")
     origins = [Origin(meta, f"meta/{name}", f"meta/{name}") for name in training.helpers["meta"]]
     helpers = take_weights(config, training.helpers, origins, frozen=True).params
-    return train_phase(training, workdir, mesh, helpers=helpers)
+    start = functools.partial(_join, config) if config.init.teacher else None
+    return train_phase(training, workdir, mesh, helpers=helpers, warm_start=start)
 
 
 def describe(config: Config, mesh: Mesh) -> Training:
@@ -40,13 +49,18 @@ def describe(config: Config, mesh: Mesh) -> Training:
 
     As in the original, stochastic depth ramps over all blocks of a hybrid, meta and module alike.
     """
-    check_exchange(config, "meta", "module")
-    meta, teacher = meta_network(config), module_network(config, "module")
+    family, joins = family_of_role(config, "module"), bool(config.init.teacher)
+    if not joins:
+        check_exchange(config, "meta", "module")
+    meta = meta_network(config)
+    teacher = stitched_modules(config) if joins else module_network(config, "module")
     stages = config.modules()
     hybrids = {
         stage: encoder.ramp_drop_path(replace_stage(meta, stage, teacher), config.drop_path)
         for stage in stages
     }
+    if joins:
+        hybrids = {stage: bridge(config, one, only=(stage,)) for stage, one in hybrids.items()}
     others = tuple(i for i in range(len(meta)) if stages != (i,))
 
     def forward(params, helpers, images, train, rngs):
@@ -66,10 +80,26 @@ def describe(config: Config, mesh: Mesh) -> Training:
         PHASE,
         config,
         init=lambda key: {"module": teacher.init(key, only=stages)},
-        rules=family_of_role(config, "module").rules,
+        rules=family.rules,
         forward=forward,
+        trainable=f"{family.stitches}|{family.head}" if joins else ".*",
         helpers=parameter_shapes(config, meta, "meta", mesh, only=others),
     )
+
+
+def _join(config: Config, shapes: Mapping[str, Any]) -> WarmStart:
+    """Loads the modules from config.init.teacher; raises ValueError where config.teacher is another
+    network."""
+    found = read_vit(config, "config.init.teacher", config.init.teacher)
+    found.whole()
+    found.require_section(config)
+    compare_images(config, found.source, frozen=True)  # all but stitches and head stays as it is
+    stitches = Allowance(family_of_role(config, "module").stitches, "stitches are trained")
+    origins = [
+        Origin(found.source, f"{found.role}/{name}", f"module/{name}")
+        for name in map(stage_name, config.modules())
+    ]
+    return take_weights(config, shapes, origins, fresh=(stitches,))
 
 
 PHASE = Phase(
@@ -79,7 +109,7 @@ PHASE = Phase(
     modular=True,
     reads=("module", "meta", "teacher", "distill.pairs_at_once"),
     differentiates=("meta", "teacher"),
-    sources=(WeightSource("meta"),),
+    sources=(WeightSource("meta"), WeightSource("teacher", section="init")),
     folder="modules",
     makes="modules",
     files=(FileKind("module", "a module as phase train_module makes it (MT)", single=True),),

@@ -21,6 +21,12 @@ from m2mkd_jax.phases.phase import Phase, Training, config_feed
 CLASSES = "classes.json"  # names of a run's classes, by label
 
 
+def find_classes(step: epath.Path) -> epath.Path | None:
+    """The file with the classes of the run that has this step; None for converted weights."""
+    paths = (folder / CLASSES for folder in (step, *step.parents[:2]))
+    return next((path for path in paths if path.exists()), None)
+
+
 def whole_training(phase: Phase, config: Config) -> Training:
     """The training of a phase's whole network with labels only."""
     role = phase.role
@@ -42,6 +48,7 @@ def train_phase(
     helpers: Mapping[str, Any] | None = None,
     warm_start: Callable[[Any], WarmStart] | None = None,
     feed: Feed | None = None,
+    files: Mapping[str, Any] | None = None,
     programs: Programs | None = None,
 ) -> dict[str, Any]:
     """Trains, or resumes; returns the result of `common_jax.loop.train`.
@@ -53,14 +60,14 @@ def train_phase(
       helpers: the parameters that `training.helpers` describes.
       warm_start: see `common_jax.task.Task`.
       feed: data; None for the config's.
+      files: more JSON files for the workdir, see `common_jax.task.Task`.
       programs: see `common_jax.loop.train`.
     """
     config = training.config
     feed = config_feed(training, workdir) if feed is None else feed
+    task = with_feed(training, feed, mesh, programs=programs)
     task = dataclasses.replace(
-        with_feed(training, feed, mesh, programs=programs),
-        helpers=helpers or {},
-        warm_start=warm_start,
+        task, helpers=helpers or {}, warm_start=warm_start, files=task.files | (files or {})
     )
     return loop.train(
         task,

@@ -1,5 +1,7 @@
 """The objectives against their formulas in float64, and against one another."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -126,3 +128,44 @@ def test_gradients_are_the_differences_of_the_distributions():
         s, t = (np.exp(log_softmax(logits / tau)) for logits in (STUDENT, TEACHER))
         gradient = jax.grad(losses.soft_distillation)(STUDENT, TEACHER, tau)
         np.testing.assert_allclose(gradient, tau * (s - t) / (B * L), rtol=1e-4, atol=1e-6)
+
+
+TEACHERS = jnp.stack([TEACHER, jnp.asarray(RNG.normal(0, 3, (B, L)), jnp.float32)])
+
+
+def combined(name, kind, tau, teachers=TEACHERS):
+    return losses.COMBINATIONS[name](losses.DISTILLATIONS[kind], STUDENT, teachers, tau)
+
+
+@pytest.mark.parametrize("kind", losses.DISTILLATIONS)
+def test_several_teachers_by_hand(kind):
+    tau, one = 2.0, losses.DISTILLATIONS[kind]
+    each = [one(STUDENT, teacher, tau) for teacher in TEACHERS]
+    assert_equal_but_for_rounding(combined("losses", kind, tau), np.mean(each))
+    mean = np.mean([np.exp(log_softmax(teacher / tau)) for teacher in TEACHERS], axis=0)
+    # tau log p are logits of the distribution p.
+    ensemble = jnp.asarray(tau * np.log(mean), jnp.float32)
+    assert_near = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    assert_near(combined("probabilities", kind, tau), one(STUDENT, ensemble, tau))
+    assert_near(combined("logits", kind, tau), one(STUDENT, TEACHERS.mean(axis=0), tau))
+
+
+@pytest.mark.parametrize("name", losses.COMBINATIONS)
+@pytest.mark.parametrize("kind", losses.DISTILLATIONS)
+def test_the_same_teacher_twice_is_the_teacher(name, kind):
+    twice = combined(name, kind, 2.0, jnp.stack([TEACHER, TEACHER]))
+    np.testing.assert_allclose(twice, losses.DISTILLATIONS[kind](STUDENT, TEACHER, 2.0), rtol=1e-5)
+
+
+def test_mean_of_losses_and_of_probabilities_teach_the_same_softly():
+    def gradient(name, kind):
+        one = losses.DISTILLATIONS[kind]
+        return jax.grad(lambda student: losses.COMBINATIONS[name](one, student, TEACHERS, 2.0))(
+            STUDENT
+        )
+
+    soft = {name: gradient(name, "soft") for name in losses.COMBINATIONS}
+    np.testing.assert_allclose(soft["losses"], soft["probabilities"], rtol=1e-4, atol=1e-7)
+    assert np.abs(soft["losses"] - soft["logits"]).max() > 1e-3
+    hard = [gradient(name, "hard") for name in ("losses", "probabilities")]
+    assert np.abs(hard[0] - hard[1]).max() > 1e-3

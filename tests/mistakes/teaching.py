@@ -93,8 +93,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/hybrid.py",
         "teachers are in training as their students are",
-        'finish(teachers, meta, params["teacher"], hidden)',
-        'finish(teachers, meta, params["teacher"], hidden, train=train, rngs=rngs)',
+        "given, _ = finish_all(modules, meta_params, hidden)",
+        "given, _ = finish_all(modules, meta_params, hidden, train=train, rngs=rngs)",
         HYBRID,
     ),
     Mistake(

@@ -1,0 +1,287 @@
+"""Teachers: the one that config.teacher describes, or several ViTs of other runs, which bring their
+own sections."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from common_jax import checkpoint
+from common_jax.command_line import check_system
+from common_jax.config import renamed
+from common_jax.weights import Origin
+from common_jax.workdir import freeze_stored, read_json
+from m2mkd_jax.config import SYSTEM, Config
+from m2mkd_jax.models.bridge import Layout
+from m2mkd_jax.phases.networks import (
+    SECTIONS,
+    bridge,
+    parameter_shapes,
+    stitched_modules,
+    teacher_network,
+    token_layout,
+)
+from m2mkd_jax.phases.training import find_classes
+from m2mkd_jax.phases.weights import take_weights
+from m2mkd_jax.stages import Network
+
+ROLES = ("teacher", "module", "meta")  # keys of the parameters of ViTs, the best teacher first
+ACCOUNT = "teachers.json"
+# Fields of a ViT's section that choose how it is computed, which is up to each run.
+COMPUTATION = ("attention", "remat", "scan_layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredViT:
+    """A ViT of another run.
+
+    Attributes:
+      key: field of the config that names the run.
+      source: its workdir, or a step in it.
+      role: key of its parameters, one of ROLES.
+      stored: the run's config.
+      config: this run's config with the ViT's section as config.teacher.
+    """
+
+    key: str
+    source: str
+    role: str
+    stored: Config
+    config: Config
+
+    @property
+    def joined(self) -> bool:
+        """True for modules with stitches to a meta model."""
+        return self.role == "module" and bool(self.stored.init.teacher)
+
+    @property
+    def converts(self) -> bool:
+        """True where tokens are converted between the layouts of the meta model and the ViT's."""
+        own, outer = self.layouts()
+        # Modules from scratch were trained with the meta model's tokens as they are.
+        return own != outer and (self.joined or self.role != "module")
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        """The tokens between its stages, and between those of the meta model."""
+        config = self.config
+        return token_layout(config, config.teacher), token_layout(config, config.meta)
+
+    def refuse(self, problem: str) -> ValueError:
+        """An error that begins with field and workdir."""
+        return ValueError(f"{self.key}={self.source!r} {problem}")
+
+    def whole(self) -> Network:
+        """The whole network; raises ValueError for a run of single modules."""
+        if self.role == "module":
+            raise self.refuse(
+                "holds modules, and a whole ViT is needed: give the run of phase='assemble', or "
+                "converted weights"
+            )
+        with renamed({"config.teacher": self.key}):
+            return teacher_network(self.config)
+
+    def modules(self) -> Network:
+        """Its modules with tokens of the meta model between them; raises ValueError where they do
+        not fit it."""
+        meta, section = self.config.meta, self.config.teacher
+        if len(section.depths) != len(meta.depths):
+            raise self.refuse(
+                f"is cut into {section.depths} blocks and config.meta.depths={meta.depths}: there "
+                "must be as many stages. Convert or train it again with other "
+                "--config.teacher.depths"
+            )
+        width = self.stored.meta.width if self.joined else section.width
+        if width != meta.width:
+            raise self.refuse(
+                f"fits a meta model of width {width} and config.meta.width={meta.width}: join its "
+                "modules to this one with phase=train_module, --config.init.teacher, which trains "
+                "stitches, and name that run"
+            )
+        with renamed({"config.teacher": self.key}):
+            network = (stitched_modules if self.joined else teacher_network)(self.config)
+            return bridge(self.config, network) if self.converts else network
+
+    def require_section(self, config: Config) -> None:
+        """Raises ValueError where config.teacher is another network than this."""
+        own, given = (dataclasses.asdict(one.teacher) for one in (self.config, config))
+        if differing := [name for name in own if own[name] != given[name]]:
+            text = {name: str(own[name]).replace(" ", "") for name in differing}
+            flags = " ".join(f"--config.teacher.{name}='{text[name]}'" for name in differing)
+            raise self.refuse(f"is another network than config.teacher: give {flags}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+    """The teachers of a run.
+
+    Attributes:
+      networks: by the key of their parameters.
+      configs: this run's config with the section of each as config.teacher.
+      taught_by: the keys of those that teach the module of a stage, by stage; {} for whole
+        networks, which all teach the whole student.
+    """
+
+    networks: Mapping[str, Network]
+    configs: Mapping[str, Config]
+    taught_by: Mapping[int, tuple[str, ...]]
+
+    def shapes(self, mesh: Mesh) -> dict[str, Any]:
+        """Shapes and shardings of the parameters that are needed, by key."""
+        shapes = {}
+        for name, network in self.networks.items():
+            stages = tuple(stage for stage, names in self.taught_by.items() if name in names)
+            if stages or not self.taught_by:
+                only, own = stages or None, self.configs[name]
+                part = parameter_shapes(own, network, "teacher", mesh, only=only)
+                shapes[name] = part["teacher"]
+        return shapes
+
+
+def module_teachers(config: Config) -> Teachers:
+    """The modules that teach those of config.module, as config.distill.teachers says."""
+    stages, names = config.modules(), teacher_names(config)
+    if not config.sources.teachers:
+        networks, configs = {"teacher": teacher_network(config)}, {"teacher": config}
+        return Teachers(networks, configs, dict.fromkeys(stages, names))
+    found, table = read_teachers(config), config.taught_by()
+    return Teachers(
+        {name: one.modules() for name, one in found.items()},
+        {name: one.config for name, one in found.items()},
+        {stage: tuple(names[i] for i in table[stage]) for stage in stages},
+    )
+
+
+def whole_teachers(config: Config) -> Teachers:
+    """The whole networks whose logits teach the whole student."""
+    if not config.sources.teachers:
+        return Teachers({"teacher": teacher_network(config)}, {"teacher": config}, {})
+    found = read_teachers(config)
+    return Teachers(
+        {name: one.whole() for name, one in found.items()},
+        {name: one.config for name, one in found.items()},
+        {},
+    )
+
+
+def teacher_names(config: Config) -> tuple[str, ...]:
+    """The key of the parameters of each teacher: "teacher" for a single one. A run that
+    config.sources.teachers names twice has one key, and runs once."""
+    sources = config.sources.teachers
+    return tuple(f"teacher_{sources.index(source)}" for source in sources) or ("teacher",)
+
+
+def read_teachers(config: Config) -> dict[str, StoredViT]:
+    """The networks of config.sources.teachers by the keys of their parameters; reads no arrays.
+
+    Raises:
+      FileNotFoundError: for one without a finished checkpoint.
+      ValueError: for one that is no ViT, or has other classes.
+    """
+    found = {}
+    for i, source in enumerate(config.sources.teachers):
+        name = teacher_names(config)[i]
+        if name not in found:
+            found[name] = read_vit(config, f"config.sources.teachers[{i}]", source)
+            labels = found[name].stored.data.labels
+            if labels != config.data.labels:
+                raise found[name].refuse(
+                    f"knows {labels} classes and config.data.labels={config.data.labels}: a "
+                    "teacher has the student's. Join it with phase=train_module, "
+                    r"--config.init.teacher and --config.sources.fresh='module/stage_\d+/head/.*', "
+                    "which trains another head"
+                )
+    return found
+
+
+def read_vit(config: Config, key: str, source: str) -> StoredViT:
+    """The ViT of a run; raises FileNotFoundError without a finished checkpoint, and ValueError for
+    a run of another network.
+
+    Args:
+      config: of this run.
+      key: field that names the run.
+      source: its workdir, or a step in it.
+    """
+    checkpoint.check_source(key, source)
+    saved, shapes = checkpoint.load_config(source), checkpoint.load_shapes(source)
+    check_system(saved, SYSTEM, source)
+    stored = freeze_stored(Config, saved, source)
+    role = next((role for role in ROLES if role in shapes), None)
+    if role is None:
+        raise ValueError(
+            f"{key}={source!r} holds {sorted(shapes)}, and a ViT is needed: give a run of phase="
+            "'train_module' or 'assemble', or converted weights"
+        )
+    section = getattr(stored, SECTIONS[role])
+    own = {name: getattr(config.teacher, name) for name in COMPUTATION}
+    teacher = dataclasses.replace(section, **own)
+    return StoredViT(key, source, role, stored, dataclasses.replace(config, teacher=teacher))
+
+
+def load_teachers(
+    config: Config, shapes: Mapping[str, Any], *, read: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads those of config.sources.teachers that `shapes` asks for.
+
+    Args:
+      config: of the run.
+      shapes: shapes and shardings of parameters; others than teachers' are left out.
+      read: if False, only checks that all parameters fit, and returns none.
+
+    Returns:
+      Their parameters, and by field an account of each: its network, what joins it to the meta
+      model, and the parameters that were given another shape.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_teachers` and `take_weights`.
+    """
+    params, account = {}, {}
+    for name, found in read_teachers(config).items():
+        if name not in shapes:
+            continue
+        origins = [
+            Origin(found.source, f"{found.role}/{stage}", f"teacher/{stage}")
+            for stage in shapes[name]
+        ]
+        _compare_meta(found)
+        needed = {"teacher": shapes[name]}
+        start = take_weights(found.config, needed, origins, frozen=True, read=read)
+        if read:
+            params[name] = start.params["teacher"]
+        own, outer = found.layouts()
+        account[found.key] = {
+            "network": dataclasses.asdict(found.config.teacher),
+            "stages": list(shapes[name]),
+            "stitches": found.joined,
+            "tokens": {"teacher": str(own), "meta": str(outer), "converted": found.converts},
+            **start.account,
+        }
+        logging.info("%s=%s teaches %s", found.key, found.source, ", ".join(shapes[name]))
+    return params, account
+
+
+def _compare_meta(found: StoredViT) -> None:
+    """Warns of modules of another meta model; a folder that was moved looks like one."""
+    theirs, ours = found.stored.sources.meta, found.config.sources.meta
+    if found.role == "module" and checkpoint.absolute(theirs) != checkpoint.absolute(ours):
+        logging.warning(
+            "%s=%s was trained in the meta model of %s and config.sources.meta=%s: unless both are "
+            "the same, it teaches badly",
+            *(found.key, found.source, theirs, ours),
+        )
+
+
+def check_classes(config: Config, names: Sequence[str]) -> None:
+    """Raises ValueError for one of config.sources.teachers whose classes have other names, or
+    another order, than `names`. Converted weights have no names."""
+    for found in read_teachers(config).values():
+        path = find_classes(checkpoint.find_step(found.source))
+        known = names if path is None else read_json(path, {"names": list})["names"]
+        if list(known) != list(names):
+            label = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
+            raise found.refuse(
+                f"calls class {label} {known[label]!r} and config.data {names[label]!r}: a teacher "
+                "knows the student's classes in the same order"
+            )
