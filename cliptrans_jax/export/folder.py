@@ -85,7 +85,7 @@ def _write_towers(folder: Path, run: Finished) -> None:
     """Writes the towers that a run of this project trained; published ones are where they were."""
     config, mesh = run.config, make_mesh(MeshConfig(), jax.local_devices()[:1])
     trained = run.trains_towers or (config.has_prefix and config.sources.clip)
-    if trained or config.unfreeze_clip:
+    if (trained and not _has_published_text(run)) or config.unfreeze_clip:
         tower = text_tower(run, mesh)
         write_tower(folder / TEXT_TOWER, tower.params, tower.config)
         _write_text_tokenizer(folder / TEXT_TOWER, run, tower)
@@ -94,10 +94,15 @@ def _write_towers(folder: Path, run: Finished) -> None:
         write_tower(folder / IMAGE_TOWER, tower.params, tower.config)
 
 
+def _has_published_text(run: Finished) -> bool:
+    """True if the text tower was not trained by stage "clip"."""
+    config = run.config
+    return config.clip.lock_text if run.trains_towers else bool(config.sources.clip_text)
+
+
 def _write_text_tokenizer(folder: Path, run: Finished, tower: TextTower) -> None:
     config = run.config
-    published = not run.trains_towers and not config.sources.clip
-    tokenizer = config.clip_tokenizer if published else config.tokenizer
+    tokenizer = config.clip_tokenizer if _has_published_text(run) else config.tokenizer
     write_tokenizer(
         folder,
         tokenizer,

@@ -222,8 +222,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/contrastive.py",
         "the last language is never drawn",
-        'generator.integers(len(example["ids"]))',
-        'generator.integers(len(example["ids"]) - 1)',
+        'generator.integers(len(example["names"]))',
+        'generator.integers(len(example["names"]) - 1)',
         DRAWN,
     ),
     Mistake(
