@@ -96,6 +96,8 @@ setup(
         "pods": ["libtpu==0.0.52"],
         # The compiler for GPUs, with which the same tool needs no GPU: 5.5 GB in an environment.
         "gpu-plan": ["jax[cuda12]==0.10.2"],
+        # What tests of real files compare with, and the form of one of them.
+        "real": ["ftfy>=6", "onnx>=1.17", "timm>=1.0.20", "torch>=2.6", "transformers>=5.23"],
         # Reading data sets that TFDS prepared, without TensorFlow.
         "tfds": ["tensorflow-datasets>=4.9.10"],
         # Curves on Weights & Biases, with config.run.wandb.

@@ -79,12 +79,15 @@ class ClipConfig(Section):
       image: the image tower, in the same way.
       scale: initial exp(log_scale), the factor of similarities in the loss "softmax".
       loss: a key of CONTRASTIVE.
+      lock_text: trains the image tower alone, for the published text tower in
+        config.sources.clip_text, which stays frozen; `text` is then not used.
     """
 
     text: TextSizes = MClipConfig()
     image: ImageSizes = ClipVisionConfig()
     scale: Positive = 1 / 0.07
     loss: Annotated[str, key_of(lambda: CONTRASTIVE)] = "softmax"
+    lock_text: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,7 +109,8 @@ class SourcesConfig(Section):
       mbart: folder of a published translator of the kind config.model.translator, instead of
         `model`.
       clip: workdir of a run of stage "clip".
-      clip_text, clip_image: folders of published towers, instead of `clip`.
+      clip_text, clip_image: folders of published towers, instead of `clip`; the text tower also
+        beside a `clip` that was trained with config.clip.lock_text.
       siglip: folder of a published SigLIP 2 with both towers and their tokenizer, instead of
         `clip_text`, `clip_image` and config.clip_tokenizer.
       clip_activation: activation of a published CLIP's MLPs, "quick_gelu" or "gelu", if no file
@@ -146,9 +150,10 @@ class SourcesConfig(Section):
                 f"model={shown(self.model)} and mbart={shown(self.mbart)}: a run starts from one "
                 "of them"
             )
-        if self.clip and (self.clip_text or self.clip_image):
+        if self.clip and self.clip_image:
             raise FieldError(
-                f"clip={shown(self.clip)} holds both towers: leave out clip_text and clip_image"
+                f"clip={shown(self.clip)} and clip_image={shown(self.clip_image)} both have an "
+                "image tower: leave out one of them"
             )
 
     @property
@@ -263,6 +268,7 @@ class Config(Section):
                 f"unfreeze_clip=True is for stage {' or '.join(map(repr, able))}, not "
                 f"{self.stage!r}: the text tower cannot learn from pictures"
             )
+        self._check_lock()
         self._check_languages()
         self._check_lengths()
         self._check_best()
@@ -309,6 +315,14 @@ class Config(Section):
         side = "image" if pictures else self.test_side
         model = dataclasses.replace(self.model, prefix=prefix)
         return dataclasses.replace(self, optim=optim, model=model, test_side=side)
+
+    def _check_lock(self) -> None:
+        trains_towers = self.stage == "pipeline" or trains(self.stage) is Trains.TOWERS
+        if self.clip.lock_text and trains_towers and not self.sources.clip_text:
+            raise FieldError(
+                "clip.lock_text=True needs a text tower that is trained: give sources.clip_text, "
+                "its folder, and clip_tokenizer"
+            )
 
     def _check_lengths(self) -> None:
         count, room = self.model.mapper.prefix, self.model.sizes.positions

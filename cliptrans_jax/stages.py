@@ -29,6 +29,10 @@ class Trains(enum.Enum):
 
 # Sections and fields of the config that stages read.
 TOWERS = ("clip", "augment")
+LOCKED = (
+    *(f"sources.{name}" for name in ("clip_text", "clip_text_base", "clip_activation", "weights")),
+    *("sources.fetch", "clip_tokenizer", "features"),
+)
 MODEL = (
     "parity", "model", "noise", "test_side", "decode", "sources", "clip_tokenizer", "features",
     "keep_text_features",
@@ -70,9 +74,10 @@ STAGES: Mapping[str, Stage] = types.MappingProxyType(
     {
         "clip": Stage(
             Trains.TOWERS,
-            # Its tokenizer is the translation model's, limited by that model's positions.
+            # Its tokenizer is the translation model's, limited by that model's positions, unless a
+            # published text tower stays frozen.
             (
-                *TOWERS, "optim", "model.mapper.prefix", "model.translator",
+                *TOWERS, *LOCKED, "optim", "model.mapper.prefix", "model.translator",
                 *(f"model.{name}.{key}" for name in TRANSLATORS for key in ("vocab", "positions")),
             ),
             ("retrieval",),

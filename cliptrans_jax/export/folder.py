@@ -87,7 +87,7 @@ def _write_towers(folder: Path, run: Finished) -> list[Any]:
     written = []
     config, mesh = run.config, make_mesh(MeshConfig(), jax.local_devices()[:1])
     trained = run.trains_towers or (config.has_prefix and config.sources.clip)
-    if trained or config.unfreeze_clip:
+    if (trained and not _has_published_text(run)) or config.unfreeze_clip:
         tower = text_tower(run, mesh)
         write_tower(folder / TEXT_TOWER, tower.params, tower.config)
         _write_text_tokenizer(folder / TEXT_TOWER, run, tower)
@@ -99,10 +99,16 @@ def _write_towers(folder: Path, run: Finished) -> list[Any]:
     return written
 
 
+def _has_published_text(run: Finished) -> bool:
+    """True if the text tower was not trained by stage "clip"."""
+    config = run.config
+    sources = config.sources
+    return config.clip.lock_text if run.trains_towers else bool(sources.clip_text or sources.siglip)
+
+
 def _write_text_tokenizer(folder: Path, run: Finished, tower: TextTower) -> None:
     config = run.config
-    published = not run.trains_towers and not config.sources.clip
-    tokenizer = text_tokenizer(config) if published else config.tokenizer
+    tokenizer = text_tokenizer(config) if _has_published_text(run) else config.tokenizer
     write_tokenizer(
         folder,
         tokenizer,

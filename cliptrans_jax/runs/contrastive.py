@@ -1,9 +1,9 @@
 """Stage "clip": trains a small M-CLIP on pictures and their names in all languages, for runs
-without a published one."""
+without a published one; or its image tower alone, for a published text tower that stays frozen."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,17 @@ from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
+from cliptrans_jax.encoders import TextTower, text_features
 from cliptrans_jax.evaluators.evaluator import evaluate_all
 from cliptrans_jax.evaluators.retrieval import PairSet
 from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.rules import rules_below
-from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
+from cliptrans_jax.runs.run_data import (
+    RunData,
+    features_folder,
+    save_tokenizer,
+    train_tokenizer,
+)
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
@@ -35,19 +41,27 @@ from common_jax.workdir import refuse_other_config
 
 
 def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
-    """Trains both towers and the learned numbers of the loss, saved under "clip".
+    """Trains the towers and the learned numbers of the loss, saved under "clip".
+
+    With config.clip.lock_text it trains and saves the image tower alone, for the features of the
+    text tower in config.sources.clip_text.
 
     Returns:
       The run's result. Its accuracy is that of retrieving pictures by their names in the first
       language within a batch, and names by pictures.
     """
     refuse_other_config(workdir, config)
-    train, evaluated, text = _load(config, workdir)
+    train, evaluated, text, tower = _load(config, workdir, mesh)
     optim, length = config.optim, _longest(train, evaluated)
     task = describe(config, steps=steps_per_epoch(len(train), optim.batch), length=length)
     run_config = dataclasses.replace(config.run, best=None)
     loop.check(task, run_config, optim, seed=config.seed, mesh=mesh)
     save_tokenizer(text, workdir)  # the first thing that is written
+    if tower is not None:
+        encode = functools.partial(
+            _Pairs.encoded, tower=tower, folder=features_folder(config, workdir), mesh=mesh
+        )
+        train, evaluated = encode(train), {name: encode(one) for name, one in evaluated.items()}
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
         return train_batches(
@@ -98,22 +112,36 @@ def check(config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> None:
     Raises:
       ValueError, FileNotFoundError: as `run`.
     """
-    train, evaluated, _ = _load(config, workdir)
+    train, evaluated, _, _ = _load(config, workdir, mesh)
     steps = steps_per_epoch(len(train), config.optim.batch)
     task = describe(config, steps=steps, length=_longest(train, evaluated))
     run = dataclasses.replace(config.run, best=None)
     loop.check(task, run, config.optim, seed=config.seed, mesh=mesh, key=key)
 
 
-def _load(config: Config, workdir: epath.Path) -> tuple["_Pairs", dict[str, "_Pairs"], str]:
-    """Training pairs, those of each evaluation by its name, checked, and the content of the
-    tokenizer's file."""
-    tokenizer, text = train_tokenizer(config, workdir)
+def _load(
+    config: Config, workdir: epath.Path, mesh: Mesh
+) -> tuple["_Pairs", dict[str, "_Pairs"], str, TextTower | None]:
+    """Training pairs, those of each evaluation by its name, checked; the content of the tokenizer's
+    file, or the text tower that stays frozen."""
+    tower, text = None, ""
+    if config.clip.lock_text:
+        tower = RunData(config, workdir, mesh).text_tower
+        tokenizer = tower.tokenizer
+    else:
+        tokenizer, text = train_tokenizer(config, workdir)
     train = _Pairs.of(config, config.data.train_split, tokenizer)
     splits = {"val": config.data.valid_split, **config.data.further}
     evaluated = {name: _Pairs.of(config, split, tokenizer) for name, split in splits.items()}
-    _check(config, tokenizer, _longest(train, evaluated))
-    return train, evaluated, text
+    if tower is None:
+        _check(config, tokenizer, _longest(train, evaluated))
+    elif tower.config.features != config.clip.image.features:
+        raise ValueError(
+            f"config.clip.image.features={config.clip.image.features} must be "
+            f"{tower.config.features}, the width of the features of "
+            f"config.sources.clip_text={config.sources.clip_text!r}: both towers share one space"
+        )
+    return train, evaluated, text, tower
 
 
 def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
@@ -123,6 +151,10 @@ def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
 def describe(config: Config, *, steps: int, length: int) -> Task:
     """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
+    texts = {"ids": jax.ShapeDtypeStruct((batch, length), np.int32)}
+    if config.clip.lock_text:
+        shape = (batch, config.clip.image.features)
+        texts = {"features": jax.ShapeDtypeStruct(shape, np.float32)}
     return Task(
         title="clip",
         init=functools.partial(init, config),
@@ -136,28 +168,32 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
             *(f"{name}/accuracy" for name in ("val", *config.data.further)),
         ),
         loss=functools.partial(_loss, config),
-        batch={
-            "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
-            "ids": jax.ShapeDtypeStruct((batch, length), np.int32),
-        },
+        batch={"image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32), **texts},
         steps_per_epoch=steps,
     )
 
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Initial parameters of both towers and of the loss."""
-    towers, keys = (config.clip.text, config.clip.image), jax.random.split(key)
-    text, image = (
-        tower_of(tower).init(tower, config.dtype, key)
-        for tower, key in zip(towers, keys, strict=True)
-    )
-    learned = CONTRASTIVE[config.clip.loss].init(config.clip.scale)
-    return {"clip": {"text": text, "image": image, **learned}}
+    """Initial parameters of the towers that train and of the loss."""
+    towers = {"text": config.clip.text, "image": config.clip.image}
+    # A tower's key does not depend on which others there are.
+    keys = dict(zip(towers, jax.random.split(key), strict=True))
+    if config.clip.lock_text:
+        del towers["text"]
+    params = {
+        name: tower_of(tower).init(tower, config.dtype, keys[name])
+        for name, tower in towers.items()
+    }
+    return {"clip": {**params, **CONTRASTIVE[config.clip.loss].init(config.clip.scale)}}
 
 
 def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
     text, image, tree = config.clip.text, config.clip.image, params["clip"]
-    texts = tower_of(text).apply(text, config.dtype, tree["text"], batch["ids"], dropout=dropout)
+    if config.clip.lock_text:
+        texts = batch["features"]
+    else:
+        tower, ids = tower_of(text), batch["ids"]
+        texts = tower.apply(text, config.dtype, tree["text"], ids, dropout=dropout)
     images = tower_of(image).apply(image, config.dtype, tree["image"], batch["image"])
     return texts, images
 
@@ -187,10 +223,11 @@ def _check(config: Config, tokenizer: Tokenizer, length: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Pairs:
-    """Pictures with the ids of their names by language; `arrays` is None: they are read singly."""
+    """Pictures with their names by language, as framed ids or as features of a frozen tower;
+    `arrays` is None: they are read singly."""
 
     corpus: Corpus
-    ids: Mapping[str, list[np.ndarray]]
+    names: Mapping[str, Sequence[np.ndarray]]
 
     arrays = None
 
@@ -200,44 +237,56 @@ class _Pairs:
         corpus = load_corpus(config.data, split, languages, with_images=True)
         corpus.require_sentences(languages, reader="stage 'clip' with config.languages")
         corpus.require_images()
-        texts = {name: tokenizer.encode(corpus.texts[name], None) for name in languages}
-        return cls(corpus, texts)
+        ids = {name: tokenizer.encode(corpus.texts[name], None) for name in languages}
+        return cls(corpus, ids)
+
+    def encoded(self, *, tower: TextTower, folder: epath.Path, mesh: Mesh) -> "_Pairs":
+        features = {
+            language: text_features(tower, self.corpus, language, folder=folder, mesh=mesh)
+            for language in self.names
+        }
+        return dataclasses.replace(self, names=features)
 
     @property
     def longest(self) -> int:
-        return max(len(ids) for texts in self.ids.values() for ids in texts)
+        return max(len(ids) for names in self.names.values() for ids in names)
 
     def __len__(self) -> int:
         return len(self.corpus)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         texts, sparse = self.corpus.texts, self.corpus.sparse
-        names = [ids[index] for name, ids in self.ids.items() if texts[name][index] or not sparse]
-        return {"image": self.corpus.images[index], "ids": names}
+        names = [
+            names[index]
+            for language, names in self.names.items()
+            if texts[language][index] or not sparse
+        ]
+        return {"image": self.corpus.images[index], "names": names}
 
 
 def _augment(config: Config, length: int, example: dict, generator: np.random.Generator) -> dict:
-    ids = example["ids"][generator.integers(len(example["ids"]))]
+    name = example["names"][generator.integers(len(example["names"]))]
     picture = augment_picture(example["image"], config.augment, generator)
-    return _finish(config, length, picture, ids)
+    return _finish(config, length, picture, name)
 
 
 def _prepare(config: Config, length: int, example: dict) -> dict:
-    return _finish(config, length, example["image"], example["ids"][0])
+    return _finish(config, length, example["image"], example["names"][0])
 
 
-def _finish(config: Config, length: int, picture: np.ndarray, ids: np.ndarray) -> dict:
+def _finish(config: Config, length: int, picture: np.ndarray, name: np.ndarray) -> dict:
     tower = config.clip.image
-    return {
-        "image": prepare_picture(picture, tower.image, tower_of(tower).pictures),
-        "ids": pad([ids], length, pad_id=config.clip.text.pad)[0],
-    }
+    image = prepare_picture(picture, tower.image, tower_of(tower).pictures)
+    if config.clip.lock_text:
+        return {"image": image, "features": name}
+    return {"image": image, "ids": pad([name], length, pad_id=config.clip.text.pad)[0]}
 
 
 def partition_rules(config: Config) -> Rules:
-    """Partition rules of both towers and of the learned numbers of the loss."""
+    """Partition rules of the towers that train and of the learned numbers of the loss."""
+    texts = () if config.clip.lock_text else rules_below("text", tower_of(config.clip.text).rules)
     return (
         *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
-        *rules_below("text", tower_of(config.clip.text).rules),
+        *texts,
         *rules_below("image", tower_of(config.clip.image).rules),
     )

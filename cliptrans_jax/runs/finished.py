@@ -113,7 +113,9 @@ def _last_run(folder: epath.Path, stages: Collection[str]) -> epath.Path:
 def text_tower(run: Finished, mesh: Mesh) -> TextTower:
     """The text tower of a run: the one that it trained, or else that of its config.sources."""
     config = _with_own_towers(run)
-    tower = RunData(config, run.workdir, mesh, known=run.load_tokenizer()).text_tower
+    # A published tower has a tokenizer of its own.
+    known = None if config.sources.clip_text else run.load_tokenizer()
+    tower = RunData(config, run.workdir, mesh, known=known).text_tower
     if not config.unfreeze_clip:
         return tower
     params = checkpoint.load(run.step, subtree="clip", average=config.optim.ema > 0)
@@ -129,7 +131,8 @@ def _with_own_towers(run: Finished) -> Config:
     """The run's config; that of a run of stage "clip" names the run itself as the source."""
     if not run.trains_towers:
         return run.config
+    locked = run.config.sources.clip_text if run.config.clip.lock_text else ""
     sources = dataclasses.replace(
-        run.config.sources, clip=str(run.step), clip_text="", clip_image="", siglip=""
+        run.config.sources, clip=str(run.step), clip_text=locked, clip_image="", siglip=""
     )
     return dataclasses.replace(run.config, sources=sources)

@@ -70,7 +70,8 @@ def plan(config: Config, workdir: epath.Path) -> list[tuple[str, Config]]:
     if not config.recipes:
         raise ValueError("config.recipes is empty; stage='pipeline' needs at least one recipe")
     sources, runs, last = config.sources, [], ""
-    towers = sources.clip or sources.clip_text or sources.clip_image or sources.siglip
+    towers = sources.clip or sources.clip_image or sources.siglip
+    towers = towers or (sources.clip_text and not config.clip.lock_text)
     clip = sources.clip
     for name, stage in STAGES.items():
         trains_towers = stage.trains is Trains.TOWERS

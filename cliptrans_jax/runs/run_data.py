@@ -114,7 +114,7 @@ class RunData:
     def text_tower(self) -> TextTower:
         """The text tower of config.sources; raises ValueError if there is none."""
         config, sources = self.config, self.config.sources
-        if sources.clip:
+        if sources.clip and not _clip_run(config).clip.lock_text:
             sizes, params = load_trained(config, "text")
             special = {"pad": sizes.pad}
             require_fits(self.tokenizer, vocab=sizes.vocab, special=special, key="config.clip.text")
@@ -247,8 +247,7 @@ class RunData:
             tower, texts = self.text_tower, corpus.texts
             tokens = {name: tower.tokenizer.encode(texts[name], None) for name in examples.read}
             return Inputs(examples, None, examples.of_source(tokens), *framed, tower.longest)
-        folder = epath.Path(config.features) if config.features else self.workdir / "features"
-        place = {"folder": folder, "mesh": self.mesh}
+        place = {"folder": features_folder(config, self.workdir), "mesh": self.mesh}
         images, texts = None, {}
         if examples.side is Side.IMAGE:
             workers = config.data.workers
@@ -259,6 +258,11 @@ class RunData:
                 for name in examples.read
             }
         return Inputs(examples, examples.features(images, texts), None, *framed)
+
+
+def features_folder(config: Config, workdir: epath.Path) -> epath.Path:
+    """The folder for features of frozen towers."""
+    return epath.Path(config.features) if config.features else workdir / "features"
 
 
 def feature_side(config: Config, *, train: bool) -> Side:
@@ -277,9 +281,10 @@ def describe_text(config: Config) -> TextTower:
     """The text tower without weights and tokenizer: with the sizes of config.clip.text if stage
     "clip" trains it, else the default sizes of the tower in config.sources.siglip or, by its
     tokenizer, in config.sources.clip_text."""
+    trained = config.sources.clip and not config.sources.clip_text
     if config.sources.siglip:
         sizes = siglip.TEXT.config()
-    elif config.sources.clip or config.clip_tokenizer.kind == "trained":
+    elif trained or config.clip_tokenizer.kind == "trained":
         sizes = config.clip.text
     else:
         sizes = text_tower_of(config.clip_tokenizer.kind).config()
@@ -372,7 +377,8 @@ def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
         step = checkpoint.find_step(source) if source else None
     except FileNotFoundError:  # raised again when weights are loaded
         return
-    if step is None:
+    # With a published text tower, a run of stage "clip" has no tokenizer of its own.
+    if step is None or (name == "clip" and config.sources.clip_text):
         return
     kind = (checkpoint.load_config(step).get("tokenizer") or {}).get("kind")
     if kind not in (None, config.tokenizer.kind):
@@ -390,7 +396,19 @@ def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
 
 
 def load_trained(config: Config, name: str) -> tuple[Any, Any]:
-    """Sizes and parameters of a tower, "text" or "image", of a run of stage "clip"."""
+    """Sizes and parameters of a tower, "text" or "image", that a run of stage "clip" trained."""
+    source = config.sources.clip
+    sizes = getattr(_clip_run(config).clip, name)
+    return sizes, jax.device_get(checkpoint.load(source, subtree=f"clip/{name}"))
+
+
+def _clip_run(config: Config) -> Config:
+    """The config of the run in config.sources.clip.
+
+    Raises:
+      ValueError: for a run of another stage than "clip", and if config.sources.clip_text is given
+        beside a run that trained both towers, or is not beside one with config.clip.lock_text.
+    """
     source = config.sources.clip
     run_config = checkpoint.load_config(source)
     if trains(run_config.get("stage")) is not Trains.TOWERS:
@@ -398,8 +416,20 @@ def load_trained(config: Config, name: str) -> tuple[Any, Any]:
             f"config.sources.clip={source!r} is a run of stage "
             f"{json.dumps(run_config.get('stage'))}, not of 'clip'"
         )
-    sizes = getattr(freeze_stored(Config, run_config, source).clip, name)
-    return sizes, jax.device_get(checkpoint.load(source, subtree=f"clip/{name}"))
+    run, given = freeze_stored(Config, run_config, source), config.sources.clip_text
+    if run.clip.lock_text and not given:
+        raise ValueError(
+            f"config.sources.clip={source!r} is a run with config.clip.lock_text, which has no "
+            f"text tower of its own: give config.sources.clip_text={run.sources.clip_text!r}, and "
+            f"config.clip_tokenizer with kind={run.clip_tokenizer.kind!r} and "
+            f"path={run.clip_tokenizer.path!r}"
+        )
+    if given and not run.clip.lock_text:
+        raise ValueError(
+            f"config.sources.clip={source!r} is a run that trained both towers, and "
+            f"config.sources.clip_text={given!r} has features of another space; leave one out"
+        )
+    return run
 
 
 def _check_published(config: Config, name: str) -> None:

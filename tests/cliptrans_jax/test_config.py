@@ -7,7 +7,7 @@ import pytest
 from jax import numpy as jnp
 from tiny_cliptrans import tiny_config
 
-from cliptrans_jax.config import Config, SourcesConfig
+from cliptrans_jax.config import ClipConfig, Config, SourcesConfig
 from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
@@ -141,13 +141,21 @@ def test_parity_looks_at_pictures_where_the_original_does(changes, side):
 def test_a_run_has_one_source_of_weights_and_one_of_towers():
     for fields in (
         {"model": "a", "mbart": "b"},
-        {"clip": "a", "clip_text": "b"},
         {"clip": "a", "clip_image": "b"},
     ):
         with pytest.raises(ValueError, match=r"'a'"):
             SourcesConfig(**fields)
     SourcesConfig(model="a", clip_text="b", clip_image="c")
-    SourcesConfig(mbart="a", clip="b")
+    SourcesConfig(mbart="a", clip="b", clip_text="c")
+
+
+def test_a_text_tower_that_stays_frozen_must_be_given():
+    locked = ClipConfig(lock_text=True)
+    for stage in ("clip", "pipeline"):
+        with pytest.raises(ValueError, match=r"clip\.lock_text=True needs .* sources\.clip_text"):
+            sized(stage=stage, clip=locked)
+    sized(stage="translate", clip=locked)
+    sized(stage="clip", clip=locked, sources=SourcesConfig(clip_text="tower"))
 
 
 def test_the_published_sizes_are_the_defaults():

@@ -103,7 +103,7 @@ def test_texts_drop_out_with_a_key_alone_and_hear_no_pads():
 def example(languages=3):
     picture = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     ids = [np.array([0, 40 + code, 2], np.int32) for code in range(languages)]
-    return {"image": picture, "ids": ids}
+    return {"image": picture, "names": ids}
 
 
 def test_training_draws_a_language_and_a_picture_of_the_example():
@@ -136,10 +136,10 @@ def test_pairs_are_pictures_with_their_names_in_the_known_languages(corpus, tmp_
     assert len(pairs) == 6
     for index in range(6):
         one = pairs[index]
-        assert [tokenizer.decode(ids) for ids in one["ids"]] == [german[index], english[index]]
-        assert {int(ids[0]) for ids in one["ids"]} == {0}  # no language
+        assert [tokenizer.decode(ids) for ids in one["names"]] == [german[index], english[index]]
+        assert {int(ids[0]) for ids in one["names"]} == {0}  # no language
         np.testing.assert_array_equal(one["image"], pictures[index])
-    assert pairs.longest == max(len(ids) for texts in pairs.ids.values() for ids in texts)
+    assert pairs.longest == max(len(ids) for names in pairs.names.values() for ids in names)
 
 
 def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ TEXTS = (
 CORPORA = f"{TESTS}/test_corpora.py {TESTS}/test_emoji_set.py"
 SCORES = f"{TESTS}/test_scores.py {TESTS}/test_show.py"
 DRAWN = f"{TESTS}/test_contrastive.py::test_training_draws_a_language_and_a_picture_of_the_example"
+LOCKED = f"{TESTS}/test_locked_text.py::test_a_batch_has_the_features_of_names_in_their_language"
 
 MISTAKES: tuple[Mistake, ...] = (
     Mistake(
@@ -243,9 +244,16 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/contrastive.py",
         "the last language is never drawn",
-        'generator.integers(len(example["ids"]))',
-        'generator.integers(len(example["ids"]) - 1)',
+        'generator.integers(len(example["names"]))',
+        'generator.integers(len(example["names"]) - 1)',
         DRAWN,
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/contrastive.py",
+        "all names have the features of those in the first language",
+        "text_features(tower, self.corpus, language, ",
+        "text_features(tower, self.corpus, next(iter(self.names)), ",
+        LOCKED,
     ),
     Mistake(
         f"{PACKAGE}/runs/run_data.py",

