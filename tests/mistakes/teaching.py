@@ -63,6 +63,27 @@ MISTAKES: tuple[Mistake, ...] = (
         LOSSES,
     ),
     Mistake(
+        "m2mkd_jax/losses.py",
+        "a mean of softened distributions is not scaled back to logits",
+        "return distillation(student, tau * log_mean, tau)",
+        "return distillation(student, log_mean, tau)",
+        LOSSES,
+    ),
+    Mistake(
+        "m2mkd_jax/models/bridge.py",
+        "tokens leave a stage in its own layout",
+        "return x if self.classifies else convert_tokens(x, self.own, self.outer)",
+        "return x",
+        f"{TESTS}/test_bridge.py",
+    ),
+    Mistake(
+        "m2mkd_jax/phases/train_module.py",
+        "joined modules are trained as a whole",
+        'trainable=f"{family.stitches}|{family.head}" if joins else ".*",',
+        'trainable=".*",',
+        f"{TESTS}/test_teachers.py::test_joining_trains_the_stitches_and_the_head_alone",
+    ),
+    Mistake(
         "m2mkd_jax/phases/objective.py",
         "temperature of the config ignored",
         "distillation(outputs.logits, outputs.teacher, distill.tau)",

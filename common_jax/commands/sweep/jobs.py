@@ -99,11 +99,13 @@ def run_all(
     try:
         for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
             if status != 0:
-                for other, _ in running.values():
-                    other.terminate()
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
             after_each(name)
+    except SystemExit:  # of `after_each`, too
+        for process, _ in running.values():
+            process.terminate()
+        raise
     except KeyboardInterrupt:
         # If a terminal has sent it to them already, the two count as one request.
         for process, _ in running.values():
