@@ -153,6 +153,7 @@ SOME = (
     ("cliptrans/(multi30k$|wit|wmt)", r"(clip_)?tokenizer\.path", TEXT, "a folder"),
     ("cliptrans(/emoji|/multi30k_tiny)?$", r"(clip_)?tokenizer\.path", ("",), "trained here"),
     ("cliptrans/", r"all_languages", (True,), "a switch, of pipelines and captioning stages"),
+    ("cliptrans", r"clip\.lock_text", (True,), "a switch of stage clip; translation ignores it"),
     (
         "m2mkd(?!.*nac)",
         r"init\.upcycle",

@@ -159,13 +159,13 @@ def plain_search(kind, features, source, language, config):
     return finished
 
 
-CASES = [  # every pair of two settings is among them
+CASES = [  # every kind with either number of beams, and either with the default length penalty
     ("none", 1, True, 0.0),
     ("none", 5, False, 2.0),
-    ("training", 1, False, 0.0),
-    ("training", 5, True, 2.0),
+    ("training", 1, False, 1.0),
+    ("training", 5, True, 0.0),
     ("original", 1, True, 2.0),
-    ("original", 5, False, 0.0),
+    ("original", 5, False, 1.0),
 ]
 
 
