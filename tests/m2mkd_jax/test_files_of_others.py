@@ -324,7 +324,7 @@ def test_a_teacher_that_was_made_for_other_images_is_refused(tmp_path, caplog):
 
 
 def test_the_command_names_a_file_that_needs_no_conversion(tmp_path, capsys):
-    write_tensors(tmp_path / "a.safetensors", {"text_model.final_layer_norm.weight": np.ones(2)})
+    write_tensors(tmp_path / "a.safetensors", {"text_projection.weight": np.ones(2)})
     with pytest.raises(SystemExit):
         convert_weights.main([str(tmp_path / "a.safetensors"), str(tmp_path / "out")])
     said = capsys.readouterr().err
