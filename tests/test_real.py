@@ -19,7 +19,7 @@ from meshes import one_device
 from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax import pretrained
-from cliptrans_jax.data import unigram
+from cliptrans_jax.data import sentencepieces
 from cliptrans_jax.data.corpora import DataConfig, load_corpus
 from cliptrans_jax.data.emoji_set import LANGUAGES, load_emoji
 from cliptrans_jax.data.framing import SPECIAL, UNK
@@ -75,14 +75,15 @@ def folders(bert, tmp_path_factory):
     for piece, score in bert.pieces[len(SPECIAL) : -1]:
         model.pieces.add(piece=piece, score=score)
     model.trainer_spec.model_type = model.trainer_spec.ModelType.UNIGRAM
-    model.normalizer_spec.precompiled_charsmap = unigram.read_tokenizer_json(source, ()).charsmap
+    pieces = sentencepieces.read_tokenizer_json(source, (), bpe=False)
+    model.normalizer_spec.precompiled_charsmap = pieces.charsmap
     (root / "model").mkdir()
     (root / "model" / "sentencepiece.bpe.model").write_bytes(model.SerializeToString())
     return root
 
 
 def test_two_packages_have_the_same_pieces_with_the_same_scores(bert):
-    model = unigram.read_tokenizer_json(path_of(real.XLMR), ("<mask>",))
+    model = sentencepieces.read_tokenizer_json(path_of(real.XLMR), ("<mask>",), bpe=False)
     assert model.extra == ("<mask>",) and len(model.pieces) == 249_997
     (*special, mask), (*names, last) = SPECIAL + model.extra, (name for name, _ in bert.pieces)
     assert (names[: len(special)], last) == (special, mask)

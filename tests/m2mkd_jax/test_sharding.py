@@ -113,7 +113,7 @@ def test_no_partition_rule_is_idle():
     config = tiny_config("end_to_end")
     dense = dataclasses.replace(config.model, moe_blocks="0")
     networks = {
-        "vit": vit.build(config.teacher, interface),
+        "vit": vit.build(config.teacher, interface, stitch_width=24),
         "vmoe": vmoe.build_students(dense, interface, meta_width=16),
     }
     shapes = {name: jax.eval_shape(net.init, jax.random.key(0)) for name, net in networks.items()}
