@@ -238,11 +238,11 @@ def test_other_pictures_are_refused(folder):
 
 def test_pictures_are_resized_to_a_square_without_a_crop():
     image = np.zeros((6, 12, 3), np.uint8)
-    image[:, 6:] = 255
+    image[:, 9:] = 255  # which a crop of the middle would leave out
     found = prepare_picture(image, 4, siglip.VISION.pictures)
     assert found.shape == (4, 4, 3) and found.dtype == np.float32
-    # The filter of the second column sees 1 / 9 of white.
-    np.testing.assert_allclose(found[0, :, 0], [-1, -7 / 9, 7 / 9, 1], atol=0.01)
+    # The filters of the last two columns see 1 / 9 and 7 / 8 of white.
+    np.testing.assert_allclose(found[0, :, 0], [-1, -1, -7 / 9, 3 / 4], atol=0.01)
     np.testing.assert_array_equal(found[0, 0], found[3, 0])
 
 
