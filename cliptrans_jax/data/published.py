@@ -240,6 +240,10 @@ def _sentencepiece(
     )
 
 
+def _cut(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
 def _clip(folder: Path, limit: int) -> FramedTokenizer:
     path, vocab, merges = byte_pairs.read_clip_files(folder)
     bos, eos = len(vocab) - 2, len(vocab) - 1
@@ -258,7 +262,7 @@ def _clip(folder: Path, limit: int) -> FramedTokenizer:
         return text.replace(byte_pairs.WORD_END, " ").strip()
 
     return FramedTokenizer(
-        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        cut=_cut(tokenizer),
         join=join,
         vocab=len(vocab),
         language_ids={},
@@ -277,7 +281,7 @@ def _siglip2(folder: Path, limit: int) -> FramedTokenizer:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return FramedTokenizer(
-        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        cut=_cut(tokenizer),
         join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         vocab=len(vocab),
         language_ids={},
@@ -301,7 +305,7 @@ def _labse(folder: Path, limit: int) -> FramedTokenizer:
     tokenizer.decoder = decoders.WordPiece()
     bos, eos, pad = (vocab[name] for name in BERT_FRAME)
     return FramedTokenizer(
-        cut=lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)],
+        cut=_cut(tokenizer),
         join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         vocab=len(vocab),
         language_ids={},

@@ -101,8 +101,7 @@ def _write_towers(folder: Path, run: Finished) -> list[Any]:
 
 def _has_published_text(run: Finished) -> bool:
     """True if the text tower was not trained by stage "clip"."""
-    config = run.config
-    sources = config.sources
+    config, sources = run.config, run.config.sources
     return config.clip.lock_text if run.trains_towers else bool(sources.clip_text or sources.siglip)
 
 

@@ -16,6 +16,7 @@ from cliptrans_jax.towers.tower import (
     Tower,
     norm,
     require_heads,
+    require_length,
     require_size,
 )
 from common_jax.config import FieldError, Section
@@ -200,11 +201,7 @@ class ClipText(nn.Module):
         """
         config = self.config
         length = ids.shape[1]
-        if length > config.positions:
-            raise ValueError(
-                f"ids have {length} tokens, more than positions={config.positions}; truncate the "
-                "sentences, and keep the end token"
-            )
+        require_length(length, config.positions)
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))
         x = jnp.take(words, ids, axis=0, mode="fill") + positions[:length]

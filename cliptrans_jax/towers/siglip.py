@@ -18,6 +18,7 @@ from cliptrans_jax.towers.tower import (
     Tower,
     norm,
     require_heads,
+    require_length,
     require_size,
 )
 from common_jax.config import FieldError, Section
@@ -200,11 +201,7 @@ class SiglipText(nn.Module):
           ValueError: if there are more tokens than positions.
         """
         config, length = self.config, ids.shape[1]
-        if length > config.positions:
-            raise ValueError(
-                f"ids have {length} tokens, more than positions={config.positions}; truncate the "
-                "sentences, and keep the end token"
-            )
+        require_length(length, config.positions)
         ids = jnp.pad(ids, ((0, 0), (0, config.positions - length)), constant_values=config.pad)
         words = self.param("words", INIT, (config.vocab, config.width))
         positions = self.param("positions", INIT, (config.positions, config.width))

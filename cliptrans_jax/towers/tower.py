@@ -89,6 +89,15 @@ def require_size(images: jax.Array, side: int) -> None:
         )
 
 
+def require_length(length: int, positions: int) -> None:
+    """Raises ValueError for sentences of more tokens than positions."""
+    if length > positions:
+        raise ValueError(
+            f"ids have {length} tokens, more than positions={positions}; truncate the sentences, "
+            "and keep the end token"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Tower:
     """A kind of text or image tower, with either `sentences` or `pictures`.

@@ -12,7 +12,7 @@ from common_jax.weights.table import Table
 from m2mkd_jax.families import vit
 from m2mkd_jax.families.family import Context, Family
 from m2mkd_jax.families.upcycle import upcycle
-from m2mkd_jax.families.vit import HEAD, STITCHES, leading, leading_tokens, resize
+from m2mkd_jax.families.vit import HEAD, leading, leading_tokens, resize
 from m2mkd_jax.models import vmoe
 from m2mkd_jax.models.vmoe import VMoEConfig
 from m2mkd_jax.moe.config import check_moe
@@ -45,7 +45,8 @@ def left(section: VMoEConfig) -> tuple[Allowance, ...]:
     """The students' stitches, unless the whole network keeps them."""
     if section.stitches == "kept":
         return ()
-    return (Allowance(STITCHES, "config.model.stitches='dropped'"),)
+    regex = r"student/stage_\d+/block_\d+/(pre|post)_stitch/.*"
+    return (Allowance(regex, "config.model.stitches='dropped'"),)
 
 
 def check_mesh(section: VMoEConfig, mesh_sizes: Mapping[str, int], batch: int) -> None:

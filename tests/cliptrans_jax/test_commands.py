@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from etils import epath
+from hugging_face import NO_TORCH
 from jax import numpy as jnp
 from tiny_cliptrans import TEST, read_split, tiny_config, write_run
 
@@ -28,9 +29,6 @@ from common_jax.config import unfreeze
 from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.weights import read_tensors
 from common_jax.workdir import write_json
-
-NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
-
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

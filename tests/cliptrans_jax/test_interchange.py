@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch_files
+from hugging_face import NO_TORCH, random_translator
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,7 +24,6 @@ from cliptrans_jax.translators.mbart import MBart, MBartConfig
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
 
-NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
 # What mBART-50's config.json on the hub says of its network, and some of what it says otherwise.
 MBART50 = {
     "activation_dropout": 0.0,
@@ -64,15 +64,7 @@ pytestmark = pytest.mark.usefixtures("little_optimised")
 @pytest.fixture(scope="module")
 def reference():
     """A small mBART of Hugging Face with a random number in every place."""
-    torch = pytest.importorskip("torch", reason=NO_TORCH)
-    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
-    torch.manual_seed(0)
-    sizes = config_json.mbart_hf_config(UNEVEN)
-    model = transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes))
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.normal_(0, 0.3)
-    return model.eval()
+    return random_translator("MBart", config_json.mbart_hf_config(UNEVEN), spread=0.3)
 
 
 @pytest.fixture(scope="module")

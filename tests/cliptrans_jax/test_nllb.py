@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch_files
+from hugging_face import NO_TORCH, random_translator
 from jax import numpy as jnp
 from meshes import idle_rules
 from published_files import make_params, write_folder
@@ -24,7 +25,6 @@ from cliptrans_jax.translators.transformer import sinusoids
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
 from common_jax.weights import table as tables
 
-NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
 # No two sizes alike that a layout of weights could mix up.
 UNEVEN = NllbConfig(
     vocab=40,
@@ -76,17 +76,10 @@ pytestmark = pytest.mark.usefixtures("little_optimised")
 @pytest.fixture(scope="module")
 def reference():
     """A small M2M-100 of Hugging Face with a random number in every place."""
-    torch = pytest.importorskip("torch", reason=NO_TORCH)
-    transformers = pytest.importorskip("transformers", reason=NO_TORCH)
-    torch.manual_seed(0)
-    hf = config_json.nllb_hf_config(UNEVEN)
-    model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**hf))
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.normal_(0, 0.4)
-        # So that no search writes a pad, which has no position there.
-        model.model.shared.weight[PAD] = -3 * model.model.decoder.layer_norm.bias
-    return model.eval()
+    model = random_translator("M2M100", config_json.nllb_hf_config(UNEVEN), spread=0.4)
+    # So that no search writes a pad, which has no position there.
+    model.model.shared.weight.data[PAD] = -3 * model.model.decoder.layer_norm.bias.data
+    return model
 
 
 def reference_logits(model):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from gemma_files import RECORD, VOCAB
+from hugging_face import NO_TORCH
 from jax import numpy as jnp
 from meshes import idle_rules, one_device
 from PIL import Image
@@ -62,7 +63,6 @@ SO400M = {
     "text_config": LARGE | {"vocab_size": 256000, "projection_size": 1152},
     "vision_config": LARGE | {"image_size": 384, "patch_size": 14},
 }
-NO_TORCH = "the reference is computed by torch and transformers, which are not installed"
 
 pytestmark = pytest.mark.usefixtures("little_optimised")
 
