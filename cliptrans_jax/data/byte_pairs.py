@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from cliptrans_jax.data.framing import UNK
-from cliptrans_jax.data.token_files import added_message, read_record, require_bounded
+from cliptrans_jax.data.token_files import added_message, parsing, read_record, require_bounded
 from common_jax.untrusted import as_text, brief, plain
 
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
@@ -148,18 +148,13 @@ def read_gemma_file(path: Path) -> tuple[dict[str, int], list[tuple[str, str]], 
       ValueError: a file with other content; the message names it.
     """
     record = read_record(path)
-    try:
+    with parsing(path, "Gemma's tokenizer.json"):
         vocab, merges = parse(record)
         added = record.get("added_tokens") or ()
         known = {as_text(token["content"]): token for token in added}
         normalizer = record["normalizer"]
         parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
         kinds = {part["type"] for part in parts}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not Gemma's tokenizer.json ({type(error).__name__}: {plain(str(error))}); "
-            "fetch it again"
-        ) from error
     if tuple(sorted(vocab, key=vocab.__getitem__)[:4]) != GEMMA_CONTROLS:
         raise ValueError(
             f"{path} does not begin with {', '.join(GEMMA_CONTROLS)}: it is of another tokenizer"

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from cliptrans_jax.data import byte_pairs, sentencepieces
 from cliptrans_jax.data.framing import SPECIAL, UNK, FramedTokenizer
 from cliptrans_jax.data.sentencepieces import PieceModel
-from cliptrans_jax.data.token_files import added_message, read_record, require_bounded
+from cliptrans_jax.data.token_files import added_message, parsing, read_record, require_bounded
 from cliptrans_jax.translators.nllb_languages import (
     M2M100_CODES,
     M2M100_UNUSED,
@@ -326,7 +326,7 @@ def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
         words = [line.rstrip("\r") for line in lines]
         return path, byte_pairs.require_vocab({word: place for place, word in enumerate(words)})
     record = read_record(path)
-    try:
+    with parsing(path, "LaBSE's tokenizer.json"):
         model, normalizer = record["model"], record["normalizer"]
         if (model["type"], normalizer["type"]) != ("WordPiece", "BertNormalizer"):
             raise ValueError(f"it has {model['type']!r} after {normalizer['type']!r}")
@@ -334,11 +334,6 @@ def _read_words(folder: Path) -> tuple[Path, dict[str, int]]:
             raise ValueError("it lower-cases text or drops accents")
         vocab = byte_pairs.require_vocab(model["vocab"])
         known = {as_text(token["content"]) for token in record.get("added_tokens") or ()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not LaBSE's tokenizer.json ({type(error).__name__}: {plain(str(error))}); "
-            "fetch it again"
-        ) from error
     if added := sorted(known - vocab.keys()):
         raise ValueError(added_message(path, added))
     return path, vocab

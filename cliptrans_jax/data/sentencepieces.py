@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, UNK
-from cliptrans_jax.data.token_files import read_record, require_bounded
+from cliptrans_jax.data.token_files import parsing, read_record, require_bounded
 from common_jax.untrusted import as_text, brief, plain
 
 # The first tokens of a model; no text is cut into them.
@@ -134,7 +134,7 @@ def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> Pie
       ValueError: the file is not such a model in this order, or has another normaliser.
     """
     record = read_record(path)
-    try:
+    with parsing(path, f"a tokenizer.json of a {_name(bpe)} model"):
         model = record["model"]
         if model.get("type", _name(bpe)) != _name(bpe) or model.get("byte_fallback"):
             raise ValueError(f"its model is of type {model.get('type')!r}")
@@ -143,11 +143,6 @@ def read_tokenizer_json(path: Path, extra: Collection[str], *, bpe: bool) -> Pie
         names = [token for token, _ in vocab]
         names += _added(record.get("added_tokens") or (), names)
         charsmap = _charsmap(record["normalizer"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is not a tokenizer.json of a {_name(bpe)} model ({type(error).__name__}: "
-            f"{plain(str(error))}); fetch it again"
-        ) from error
     if tuple(names[: len(SPECIAL)]) != SPECIAL or model.get("unk_id", UNK) != UNK:
         raise ValueError(
             f"{path} begins with the tokens {brief(names[: len(SPECIAL)])} and not with "

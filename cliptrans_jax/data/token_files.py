@@ -1,6 +1,7 @@
 """Bounded reading of tokenizers' files, whose content is not trusted."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def require_bounded(path: Path) -> Path:
             "it again"
         )
     return path
+
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str) -> Iterator[None]:
+    """Turns what goes wrong with the content of a file into a ValueError that says that the file is
+    not `kind`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is not {kind} ({type(error).__name__}: {plain(str(error))}); fetch it again"
+        ) from error
 
 
 def added_message(path: Path, added: Sequence[str]) -> str:
