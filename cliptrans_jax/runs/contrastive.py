@@ -16,7 +16,6 @@ from cliptrans_jax.config import Config
 from cliptrans_jax.contrastive.table import CONTRASTIVE
 from cliptrans_jax.data.corpora import load_corpus
 from cliptrans_jax.data.corpus import Corpus
-from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer, require_fits
 from cliptrans_jax.data.pictures import augment_picture, prepare_picture
@@ -31,6 +30,7 @@ from cliptrans_jax.runs.run_data import (
     save_tokenizer,
     train_tokenizer,
 )
+from cliptrans_jax.runs.text_side import text_side
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
@@ -151,10 +151,7 @@ def _longest(train: "_Pairs", evaluated: Mapping[str, "_Pairs"]) -> int:
 def describe(config: Config, *, steps: int, length: int) -> Task:
     """The task without data: `steps` per epoch, sentences of `length` tokens."""
     side, batch = config.clip.image.image, config.optim.micro_batch
-    texts = {"ids": jax.ShapeDtypeStruct((batch, length), np.int32)}
-    if config.clip.lock_text:
-        shape = (batch, config.clip.image.features)
-        texts = {"features": jax.ShapeDtypeStruct(shape, np.float32)}
+    texts = text_side(config).shapes(config, batch, length)
     return Task(
         title="clip",
         init=functools.partial(init, config),
@@ -175,25 +172,18 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
 
 def init(config: Config, key: jax.Array) -> dict[str, Any]:
     """Initial parameters of the towers that train and of the loss."""
-    towers = {"text": config.clip.text, "image": config.clip.image}
-    # A tower's key does not depend on which others there are.
-    keys = dict(zip(towers, jax.random.split(key), strict=True))
-    if config.clip.lock_text:
-        del towers["text"]
+    sizes = config.clip.image
+    of_text, of_image = jax.random.split(key)  # of the images, whether or not the texts train
     params = {
-        name: tower_of(tower).init(tower, config.dtype, keys[name])
-        for name, tower in towers.items()
+        **text_side(config).init(config, of_text),
+        "image": tower_of(sizes).init(sizes, config.dtype, of_image),
     }
     return {"clip": {**params, **CONTRASTIVE[config.clip.loss].init(config.clip.scale)}}
 
 
 def _embed(config: Config, params: Any, batch: Any, dropout: jax.Array | None):
-    text, image, tree = config.clip.text, config.clip.image, params["clip"]
-    if config.clip.lock_text:
-        texts = batch["features"]
-    else:
-        tower, ids = tower_of(text), batch["ids"]
-        texts = tower.apply(text, config.dtype, tree["text"], ids, dropout=dropout)
+    image, tree = config.clip.image, params["clip"]
+    texts = text_side(config).features(config, tree, batch, dropout)
     images = tower_of(image).apply(image, config.dtype, tree["image"], batch["image"])
     return texts, images
 
@@ -277,16 +267,13 @@ def _prepare(config: Config, length: int, example: dict) -> dict:
 def _finish(config: Config, length: int, picture: np.ndarray, name: np.ndarray) -> dict:
     tower = config.clip.image
     image = prepare_picture(picture, tower.image, tower_of(tower).pictures)
-    if config.clip.lock_text:
-        return {"image": image, "features": name}
-    return {"image": image, "ids": pad([name], length, pad_id=config.clip.text.pad)[0]}
+    return {"image": image, **text_side(config).example(config, length, name)}
 
 
 def partition_rules(config: Config) -> Rules:
     """Partition rules of the towers that train and of the learned numbers of the loss."""
-    texts = () if config.clip.lock_text else rules_below("text", tower_of(config.clip.text).rules)
     return (
         *((rf"^/clip/{name}$", P()) for name in CONTRASTIVE[config.clip.loss].learned),
-        *texts,
+        *text_side(config).rules(config),
         *rules_below("image", tower_of(config.clip.image).rules),
     )

@@ -16,7 +16,7 @@ from tiny_cliptrans import TEST, read_split, tiny_config
 
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators import retrieval
-from cliptrans_jax.runs import contrastive
+from cliptrans_jax.runs import contrastive, text_side
 from cliptrans_jax.runs.run_data import train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 
@@ -48,7 +48,8 @@ def test_the_scale_begins_where_the_config_says_and_every_tower_by_a_key_of_its_
     def keyed(config):
         return dataclasses.replace(tower_of(config), network=Keyed)
 
-    monkeypatch.setattr(contrastive, "tower_of", keyed)
+    for module in (contrastive, text_side):
+        monkeypatch.setattr(module, "tower_of", keyed)
     drawn = [contrastive.init(config_of(), jax.random.key(seed))["clip"] for seed in (0, 1)]
     for towers in drawn:
         assert set(towers) == {"text", "image", "log_scale"}
