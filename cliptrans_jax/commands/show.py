@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cliptrans_jax.config import Config
     from common_jax.commands.show import Training
 
-TOKENS = 64  # of a sentence, to which operations are in proportion
+TOKENS = 64  # of a sentence where it may have so many; operations are in proportion to it
 EPOCH = 1000  # steps of an epoch; neither parameters nor operations depend on it
 
 
@@ -38,16 +38,17 @@ def trainings(config: "Config", mesh: "Mesh") -> "Iterator[Training]":
 
     runs = plan(config, epath.Path()) if config.stage == "pipeline" else [("", config)]
     for folder, one in runs:
-        name = f"{folder or one.stage}, {TOKENS} tokens a sentence"
+        tokens = min(TOKENS, one.tokenizer.limit)
+        name = f"{folder or one.stage}, {tokens} tokens a sentence"
         if one.stage in TRANSLATION_STAGES:
             # The length of a loop over chunks of labels is data; in one chunk operations can be
             # counted.
-            whole = dataclasses.replace(one, label_chunk=one.optim.batch * TOKENS)
+            whole = dataclasses.replace(one, label_chunk=one.optim.batch * tokens)
             examples = EPOCH * one.optim.batch
-            task = translation.describe(whole, mesh, examples=examples, tokens=TOKENS)
+            task = translation.describe(whole, mesh, examples=examples, tokens=tokens)
             yield Training(name, task, one.apply_parity().optim)
         elif one.stage in STAGES:
-            yield Training(name, contrastive.describe(one, steps=EPOCH, length=TOKENS), one.optim)
+            yield Training(name, contrastive.describe(one, steps=EPOCH, length=tokens), one.optim)
 
 
 COMMAND = Command(

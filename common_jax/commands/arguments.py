@@ -31,8 +31,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `show`."""
     parser.add_argument(
-        "source", metavar="RUN_OR_CONFIG", help="workdir of a run, or FILE.py:ARGUMENT=VALUE,..."
+        "source",
+        nargs="?",
+        metavar="RUN_OR_CONFIG",
+        help="workdir of a run, or FILE.py:ARGUMENT=VALUE,...",
     )
+    parser.add_argument("--config", help="the config, as other commands take it")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="fields and parameters with TEXT in their path"
     )

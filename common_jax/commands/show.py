@@ -62,12 +62,22 @@ class Subject:
 
 def show(args: argparse.Namespace, subject: Subject) -> None:
     """Prints everything about a run or a config."""
-    config = read(args.source, read_settings(args.rest), subject)
+    config = read(_source(args), read_settings(args.rest), subject)
     fields = [field for field in list_fields(config) if args.only in field.path]
     print("\n".join(map(format_field, fields)))
     mesh = mesh_of(config.mesh)
     for training in subject.trainings(config, mesh):
         print(f"\n{describe_training(training, mesh, only=args.only)}", flush=True)
+
+
+def _source(args: argparse.Namespace) -> str:
+    given = [source for source in (args.source, args.config) if source is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "show takes one run or config, such as WORKDIR or FILE.py:ARGUMENT=VALUE,..., and got "
+            f"{' and '.join(given) or 'none'}"
+        )
+    return given[0]
 
 
 def read(source: str, settings: Mapping[str, str], subject: Subject) -> Any:

@@ -428,3 +428,20 @@ def test_a_folder_is_uploaded_when_asked(call, refusal, pipeline, tmp_path, monk
     message = refusal("export", pipeline / "clip", tmp_path / "two", "--push", "me/other")
     assert "cannot be uploaded to me/other" in message and "hf upload me/other" in message
     assert f"{out} exists" in refusal("export", pipeline / "clip", out)
+
+
+# show
+
+
+def test_every_stage_of_a_config_is_shown_at_the_length_of_its_tokenizer(call):
+    shown = call("show", "cliptrans/emoji.py", "--only=seed", "--config.seed=4")
+    assert "config.seed = 4   (default 0)" in shown
+    titles = [line.partition(":")[0] for line in shown.splitlines() if " FLOPs" not in line]
+    for stage in ("clip", "caption", "translate"):
+        assert f"{stage}, 24 tokens a sentence" in titles
+    assert call("show", "--config=cliptrans/emoji.py", "--only=seed", "--config.seed=4") == shown
+
+
+def test_one_config_is_shown(refusal):
+    assert "show takes one run or config" in refusal("show")
+    assert "and got a and b" in refusal("show", "a", "--config=b")
