@@ -86,3 +86,20 @@ def test_a_case_that_takes_too_long_is_named(load, tmp_path):
     (result,) = gpu.run("ceiling", log, gpu.environment(tiny=True), tiny=True, limit=0.01)
     assert result["of"] == "ceiling" and result["failed"]
     assert result["error"].startswith("took more than 0 seconds")
+
+
+def test_a_peer_that_fails_is_named_and_left_out(load, capsys):
+    in_turns = load("input_pipeline").in_turns
+    turns = []
+
+    def timm():
+        turns.append(len(turns))
+        if len(turns) == 3:
+            raise ValueError("no bits")
+        return 1.0
+
+    rates = in_turns({"ours": lambda: 2.0, "timm": timm}, 4)
+    assert rates == {"ours": [2.0] * 4} and len(turns) == 3
+    assert "timm is left out: ValueError: no bits" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):
+        in_turns({"ours": lambda: 1 / 0}, 1)
