@@ -98,21 +98,3 @@ def optimised():
     jax.config.update(name, False)
     yield
     jax.config.update(name, before)
-
-
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """For files that compile much and compute little: `tiny.quickly` around all of their tests."""
-    from tiny import quickly  # which imports jax
-
-    with quickly():
-        yield
-
-
-@pytest.fixture(scope="module")
-def little_optimised():
-    """For files that compile much at first use: `tiny.unoptimised` around all of their tests."""
-    from tiny import unoptimised
-
-    with unoptimised():
-        yield

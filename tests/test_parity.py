@@ -30,7 +30,6 @@ def copied(tmp_path):
     return folder / SMALL.name, folder / SMALL.with_suffix(".npz").name
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("path", CASES, ids=parity.case_name)
 def test_agrees_with_the_original(path):
     case = cases.read_case(path)

@@ -10,7 +10,7 @@ import pytest
 import tiny_cliptrans
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import MOE, NAC, SIZES, fill, quickly, unoptimised
+from tiny import MOE, NAC, SIZES, fill
 
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
@@ -66,11 +66,11 @@ STREAMS = ("dropout", "drop_path", "code", "kernel", "state", "pooling", "gate")
 LOOPED = ("vit", "vmoe", "mbart")
 
 
-def compare(name, rate, *variants, compiled=unoptimised):
+def compare(name, rate, *variants):
     """Requires the same loss and gradients with and without the switches of each variant; returns
     what is counted of the plain model and of each."""
     build, logits = MODELS[name]
-    with jax.enable_x64(True), compiled():
+    with jax.enable_x64(True):
         rngs = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
         models = [build(rate), *(build(rate, **switches) for switches in variants)]
         shapes, *others = map(_shapes, models)
@@ -96,7 +96,7 @@ def compare(name, rate, *variants, compiled=unoptimised):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_remat_changes_no_loss_and_no_gradient(name):
-    kept, again = compare(name, 0.1, {"remat": True}, compiled=quickly)
+    kept, again = compare(name, 0.1, {"remat": True})
     assert kept.again == 0 < again.again
     assert kept.model == again.model
 
@@ -125,9 +125,8 @@ def test_in_a_loop_every_layer_draws_for_itself():
     images = jax.random.normal(jax.random.key(2), (32, 8, 8, 3))
     params = fill(partial(stage.init, train=False), images)
     rngs = {"drop_path": jax.random.key(1)}
-    with unoptimised():
-        run = jax.jit(partial(stage.apply, train=True, rngs=rngs, mutable=["intermediates"]))
-        _, kept = run(params, images)
+    run = jax.jit(partial(stage.apply, train=True, rngs=rngs, mutable=["intermediates"]))
+    _, kept = run(params, images)
     states = np.stack([*kept["intermediates"]["embedded"], *kept["intermediates"]["block"]])
     passed = np.abs(np.diff(states, axis=0)).max((2, 3)) == 0  # both branches dropped: a quarter
     assert passed.shape == (4, 32)
@@ -141,11 +140,10 @@ def test_every_layer_s_gate_draws_its_own_noise():
     network = vmoe.build(config, INTERFACE, stitch_width=None)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), _shapes(network))
     images, draws = jnp.zeros((8, 8, 8, 3)), []
-    with unoptimised():
-        run = jax.jit(partial(network.apply, train=True, record=("routing",)))
-        for seed in (0, 1):
-            _, records = run(params, images, rngs={"gate": jax.random.key(seed)})
-            draws += [x for x in jax.tree.leaves(records) if x.shape[-1] == 3]  # the logits
+    run = jax.jit(partial(network.apply, train=True, record=("routing",)))
+    for seed in (0, 1):
+        _, records = run(params, images, rngs={"gate": jax.random.key(seed)})
+        draws += [x for x in jax.tree.leaves(records) if x.shape[-1] == 3]  # the logits
     assert len(draws) == 6
     noise = np.stack(draws)  # parameters are 0, and so are logits without noise
     assert len(np.unique(noise)) == noise.size
@@ -156,7 +154,7 @@ def test_what_layers_sow_is_there_after_a_loop():
     found = []
     for loop in (False, True):
         network = _vmoe(0.0, depths=(1, 2), scan_layers=loop)
-        with jax.enable_x64(True), unoptimised():
+        with jax.enable_x64(True):
             images = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 8, 3)))
             params = fill(network.init)
             run = partial(network.apply, record=("moe", "routing", "intermediates"))

@@ -5,7 +5,7 @@ import functools
 import pathlib
 
 import pytest
-from quick import FIXTURES, SLOW, is_slow
+from quick import SLOW, is_slow
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
@@ -69,8 +69,6 @@ def test_every_test_has_an_assertion(path):
 def test_the_quick_tests_leave_out_files_that_there_are():
     assert [name for name in SLOW if not (FOLDER / name).exists()] == []
     assert is_slow(FOLDER / SLOW[0]) and not is_slow(pathlib.Path(__file__))
-    for fixture in FIXTURES:
-        assert any(fixture in path.read_text() for path in FILES if is_slow(path)), fixture
 
 
 def test_a_test_that_asks_nothing_is_found(tmp_path):

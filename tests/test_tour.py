@@ -19,8 +19,6 @@ from m2mkd_jax.phases import PHASES
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def runs(tmp_path):

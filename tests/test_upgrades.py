@@ -22,8 +22,6 @@ from common_jax.workdir import freeze_stored, read_json, refuse_other_config, ve
 from m2mkd_jax.config import Config as M2mkdConfig
 from m2mkd_jax.phases.pipeline import run_phase
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 KEPT = pathlib.Path(__file__).parent / "workdirs"
 SYSTEMS = {"m2mkd": (M2mkdConfig, run_phase), "cliptrans": (CliptransConfig, run_stage)}
 # A field of each system whose value in the kept runs is the default, and one that is not.

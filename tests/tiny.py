@@ -1,18 +1,11 @@
-"""Configs of runs small enough for tests, digits cut into 4 patches and networks of width 16; and
-how small networks are compiled quickly.
+"""Configs of runs small enough for tests: digits cut into 4 patches and networks of width 16."""
 
-On CPUs such networks take far longer to compile than to run.
-"""
-
-import contextlib
 import dataclasses
 
 import jax
 import numpy as np
-import pytest
 from jax import numpy as jnp
 from meshes import one_device
-from processes import FUSIONS_BY_LLVM
 
 from common_jax.loop import RunConfig
 from common_jax.mesh import MeshConfig
@@ -85,35 +78,6 @@ def tiny_pipeline(*, stages: int = 3) -> Config:
 def feed_of(config: Config, workdir) -> Feed:
     """The data of a run of one phase."""
     return config_feed(PHASES[config.phase].describe(config, one_device()), workdir)
-
-
-# Compiler options of programs with gradients, which then compile in half the time.
-QUICK = {"xla_cpu_use_fusion_emitters": False} if FUSIONS_BY_LLVM else {}
-
-
-@contextlib.contextmanager
-def unoptimised():
-    """Within it programs are compiled without most optimisations."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
-
-
-@contextlib.contextmanager
-def quickly():
-    """Within it every program is compiled in a fraction of the time, and runs slower."""
-    jit = jax.jit
-
-    def quick(*arguments, compiler_options=None, **options):
-        return jit(*arguments, compiler_options=(compiler_options or {}) | QUICK, **options)
-
-    with unoptimised(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", quick)
-        yield
 
 
 def random_like(shapes, *, seed=0):

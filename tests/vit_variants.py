@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 from jax import numpy as jnp
-from tiny import SIZES, unoptimised
+from tiny import SIZES
 
 from m2mkd_jax.models import encoder, vit
 
@@ -82,7 +82,6 @@ def images(count=2):
 
 def apply(network, params, x, record=("intermediates",)):
     """Logits, and what the last stage recorded."""
-    with unoptimised():
-        run = jax.jit(functools.partial(network.apply, record=record))
-        logits, records = run(params, x)
+    run = jax.jit(functools.partial(network.apply, record=record))
+    logits, records = run(params, x)
     return np.asarray(logits), records[f"stage_{len(network) - 1}"].get("intermediates")

@@ -29,9 +29,6 @@ def get_config(arg=None):
 NO_PREFIX = "--config.model.mapper.prefix=0"
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
     """Workdirs as runs leave them, by name, their parameters fresh."""

@@ -30,8 +30,6 @@ from common_jax.mesh import MeshConfig, make_mesh
 from common_jax.weights import read_tensors
 from common_jax.workdir import write_json
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def pipeline(corpus, tmp_path_factory):

@@ -20,8 +20,6 @@ from cliptrans_jax.runs import contrastive, text_side
 from cliptrans_jax.runs.run_data import train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 PAD, LENGTH = 1, 8
 MASK = np.array([1, 1, 1, 0], np.float32)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import split_mesh
-from tiny import QUICK, unoptimised
 
 from cliptrans_jax.decode import NEVER, DecodeConfig, Search
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator, partition_rules
@@ -74,7 +73,7 @@ def inputs(translator, batch=3):
 
 @functools.cache
 def program(kind, config):
-    return jax.jit(Search(model(kind)[0], config).run, compiler_options=QUICK)
+    return jax.jit(Search(model(kind)[0], config).run)
 
 
 def settings(**changes):
@@ -82,8 +81,7 @@ def settings(**changes):
 
 
 def search(kind, *arguments, **changes):
-    with unoptimised():
-        found = program(kind, settings(**changes))(model(kind)[1], *arguments)
+    found = program(kind, settings(**changes))(model(kind)[1], *arguments)
     return jax.device_get(found)
 
 
@@ -118,8 +116,7 @@ def forward(kind):
         return network.apply(variables, hidden[:, count:], method=MBart.logits)
 
     logits = original if kind == "original" else train
-    with unoptimised():
-        return jax.jit(lambda *inputs: jax.nn.log_softmax(logits(*inputs)), compiler_options=QUICK)
+    return jax.jit(lambda *inputs: jax.nn.log_softmax(logits(*inputs)))
 
 
 def plain_search(kind, features, source, language, config):
@@ -173,9 +170,8 @@ CASES = [  # every kind with either number of beams, and either with the default
 def test_a_plain_search_finds_the_same(kind, beams, early_stopping, length_penalty):
     config = settings(beams=beams, early_stopping=early_stopping, length_penalty=length_penalty)
     features, source, language = inputs(model(kind)[0])
-    with unoptimised():
-        run = program(kind, config)
-        found = jax.device_get(run(model(kind)[1], features, source, language))
+    run = program(kind, config)
+    found = jax.device_get(run(model(kind)[1], features, source, language))
     for row in range(len(source)):
         feature = None if features is None else features[row]
         wanted = plain_search(kind, feature, source[row], language[row], config)
@@ -244,8 +240,8 @@ def test_eight_devices_find_what_one_finds(sixteen):
     batch = jax.NamedSharding(mesh, BATCH)
     config = settings(beams=2, length_penalty=0.0, growth=2, halvings=2)
     run = Search(translator, config).run
-    with jax.set_mesh(mesh), unoptimised():
-        compiled = jax.jit(run, compiler_options=QUICK)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run)
         found = compiled(split, *jax.device_put(arguments, batch))
     assert found.tokens.sharding.is_equivalent_to(batch, 3)
     assert_same_hypotheses(jax.device_get(found), wanted)
@@ -257,8 +253,8 @@ def test_no_example_leaves_its_device(sixteen):
     mesh = make_mesh(MeshConfig(data=8))
     config = settings(beams=2, growth=2, halvings=1)
     whole = jax.device_put(params, match_rules(partition_rules(translator.config), params, mesh))
-    with jax.set_mesh(mesh), unoptimised():
-        compiled = jax.jit(Search(translator, config).run, compiler_options=QUICK)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(Search(translator, config).run)
         split = jax.device_put(arguments, jax.NamedSharding(mesh, BATCH))
         text = compiled.lower(whole, *split).compile().as_text()
     moves = re.findall(r"= (.+?) ((?:all|collective|reduce)-[a-z-]+)\(", text)
@@ -294,8 +290,7 @@ def test_at_the_limit_the_end_is_forced_and_free(endless, limit):
 
 @functools.cache
 def advance(config):
-    with unoptimised():
-        return jax.jit(Search(model("original")[0], config).advance, compiler_options=QUICK)
+    return jax.jit(Search(model("original")[0], config).advance)
 
 
 TWO_BEAMS = settings(beams=2)
@@ -307,11 +302,9 @@ def begun():
     translator, params = model("original")
     features, source, language = (None if x is None else jnp.asarray(x) for x in inputs(translator))
     steps = Search(translator, TWO_BEAMS)
-    with unoptimised():
-        compiled = functools.partial(jax.jit, compiler_options=QUICK)
-        states = compiled(translator.encode)(params, source)
-        state, logits = compiled(steps.start)(params, features, source, states, language)
-        step = compiled(functools.partial(steps.step, params, source))
+    states = jax.jit(translator.encode)(params, source)
+    state, logits = jax.jit(steps.start)(params, features, source, states, language)
+    step = jax.jit(functools.partial(steps.step, params, source))
     return step, language, state, logits
 
 

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import QUICK, unoptimised
 
 from cliptrans_jax import decode
 from cliptrans_jax.decode import DecodeConfig, Hypotheses, Search, SearchState
@@ -18,8 +17,7 @@ LIMIT = 8  # new tokens
 
 @functools.cache
 def advance(config):
-    with unoptimised():
-        return jax.jit(Search(Translator(ModelConfig()), config).advance, compiler_options=QUICK)
+    return jax.jit(Search(Translator(ModelConfig()), config).advance)
 
 
 TWO_BEAMS = DecodeConfig(beams=2, max_new_tokens=LIMIT)

@@ -19,8 +19,6 @@ from cliptrans_jax.encoders import ImageTower, TextTower, image_features, text_f
 from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 NAMES = ("b.png", "a.png", "b.png", "c.png", "a.png", "b.png")
 DRAWN = {"a.png": "a red square", "b.png": "a blue cross", "c.png": "a green bar above"}
 

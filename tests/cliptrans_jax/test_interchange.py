@@ -58,9 +58,6 @@ SOURCE = np.array([[4, 9, 7, 2], [4, 8, 2, 1]])
 TARGET = np.array([[2, 5, 30, 21, 2], [2, 5, 11, 2, 1]])
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 @pytest.fixture(scope="module")
 def reference():
     """A small mBART of Hugging Face with a random number in every place."""

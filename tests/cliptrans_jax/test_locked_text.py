@@ -26,8 +26,6 @@ from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint
 from common_jax.config import unfreeze
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 SIZES = MClipConfig(
     vocab=60, width=16, layers=1, heads=2, hidden=32, positions=32, features=FEATURES
 )

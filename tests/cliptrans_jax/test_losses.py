@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import split_mesh
-from tiny import quickly
 
 from cliptrans_jax.contrastive.softmax import softmax_loss
 from cliptrans_jax.evaluators.retrieval import retrieval_sums
@@ -59,12 +58,6 @@ def test_pads_and_negative_labels_have_no_gradient():
 
 
 VOCAB = 300
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile():
-    with quickly():
-        yield
 
 
 @pytest.fixture(autouse=True)

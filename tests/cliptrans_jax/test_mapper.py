@@ -20,9 +20,6 @@ WIDTH, PREFIX = 16, 4
 CLIP = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8)), "float32")
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def build(kind, width=WIDTH):
     return mapper.build(MapperConfig(kind, prefix=PREFIX, features=8), width, jnp.float32)
 

@@ -14,9 +14,6 @@ from cliptrans_jax.translators.transformer import Decoder
 PAD = UNEVEN.pad
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def test_mbart_starts_as_published():
     """Matrices and tables are normal of deviation 0.02, biases 0 and gains 1."""
     ids, x, visible = jnp.asarray([[5, 6]]), jnp.zeros((1, 2, 16)), jnp.ones((1, 1, 1, 2), bool)

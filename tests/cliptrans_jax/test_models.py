@@ -42,9 +42,6 @@ IDS = {"pad": 1, "eos": 2, "start": 2}
 ONE_HEAD = {"encoder_heads": 1, "decoder_heads": 1}
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def translator(count, *, kind="mlp", rule=None, dtype=jnp.float32, **sizes):
     config = ModelConfig(
         dataclasses.replace(MBART, **sizes),

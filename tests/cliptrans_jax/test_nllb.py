@@ -70,8 +70,6 @@ SOURCE = np.array([[30, 9, 7, 12, EOS], [30, 8, EOS, PAD, PAD], [31, 5, 6, EOS, 
 LABELS = np.array([[33, 5, 37, 21, EOS], [33, 11, EOS, PAD, PAD], [34, 4, 4, 9, EOS]], np.int32)
 LANGUAGES = np.array([33, 33, 34], np.int32)
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 
 @pytest.fixture(scope="module")
 def reference():

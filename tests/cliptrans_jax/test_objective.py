@@ -31,8 +31,6 @@ from common_jax import checkpoint
 from common_jax.config import unfreeze
 from common_jax.state import TrainState, partition
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 MODEL = tiny_config("translate", None).model
 PAD, VOCAB = 1, 9
 DRAW = np.random.default_rng(0)

@@ -32,8 +32,6 @@ from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.weights import read_tensors, write_tensors
 from common_jax.weights import table as tables
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 
 def test_a_saved_folder_comes_back_bit_for_bit(tmp_path):
     params = make_params(kinds.MBART, UNEVEN)

@@ -34,9 +34,6 @@ from common_jax.state import TrainState
 STAGES = ("clip", "caption", "translate")
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
     """The folder of a pipeline that the command has run on eight devices but for its mesh."""

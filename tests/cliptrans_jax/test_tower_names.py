@@ -135,9 +135,6 @@ LABSE = XLMR_LARGE | {
 MCLIP_LARGE = {"modelBase": "xlm-roberta-large", "transformerDimensions": 1024, "numDims": 512}
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 def shapes_of(tower):
     network, _, arrays = TOWERS[tower]
     return jax.eval_shape(network.init, jax.random.key(0), *arrays)["params"]

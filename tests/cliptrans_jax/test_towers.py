@@ -12,7 +12,7 @@ from dropouts import dropouts
 from flax import traverse_util
 from jax import numpy as jnp
 from meshes import idle_rules
-from tiny import QUICK, fill
+from tiny import fill
 
 from cliptrans_jax.towers import clip, clip_names, mclip, mclip_names, resnet, resnet_names
 from cliptrans_jax.towers.labse import LabseConfig
@@ -35,9 +35,6 @@ TOWERS = {
 }
 IDS = np.array([[0, 7, 9, 5, 39, 1, 1, 1], [0, 30, 39, 1, 1, 1, 1, 1]], np.int32)
 MASK = (IDS != 1).astype(np.int32)
-
-
-pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def build(name, dtype=jnp.float32):
@@ -313,9 +310,7 @@ def test_gradients_reach_every_parameter_from_the_start(name):
     def loss(params):
         return jnp.sum(jnp.square(network.apply({"params": params}, *arrays)))
 
-    gradient = traverse_util.flatten_dict(
-        jax.jit(jax.grad(loss), compiler_options=QUICK)(start), sep="/"
-    )
+    gradient = traverse_util.flatten_dict(jax.jit(jax.grad(loss))(start), sep="/")
     still = [path for path, x in gradient.items() if not np.any(np.asarray(x))]
     assert not still
     assert all(np.isfinite(x).all() for x in gradient.values())

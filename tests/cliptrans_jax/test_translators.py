@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from meshes import idle_rules
-from tiny import QUICK, random_like, unoptimised
+from tiny import random_like
 
 from cliptrans_jax.decode import DecodeConfig, Search
 from cliptrans_jax.models import cliptrans
@@ -159,8 +159,7 @@ def model(count, name="small"):
     mapper = MapperConfig(prefix=count, features=5)
     translator = Translator(SmallModel(mapper=mapper, translator=name, nllb=NLLB))
     if name == "small":
-        with unoptimised():
-            return translator, translator.init(jax.random.key(1))
+        return translator, translator.init(jax.random.key(1))
     return translator, random_like(jax.eval_shape(translator.init, jax.random.key(1)))
 
 
@@ -194,14 +193,13 @@ def test_greedy_decoding_takes_what_training_finds_most_probable(name, count):
     translator, params = model(count, name)
     features, source, language = inputs(count)
     search = Search(translator, DecodeConfig(beams=1, max_new_tokens=LIMIT, growth=2, halvings=1))
-    with unoptimised():
-        run = jax.jit(search.run, compiler_options=QUICK)
-        found = jax.device_get(run(params, features, source, language))
-        labels = np.full((len(source), LIMIT + 1), PAD, "int32")
-        for row, ids, length in zip(labels, found.tokens[:, 0], found.lengths[:, 0], strict=True):
-            row[: length - 1], row[length - 1] = ids[1:length], END
-        score = jax.jit(translator.train_logits, compiler_options=QUICK)
-        best = np.asarray(score(params, features, source, jnp.asarray(labels))).argmax(axis=-1)
+    run = jax.jit(search.run)
+    found = jax.device_get(run(params, features, source, language))
+    labels = np.full((len(source), LIMIT + 1), PAD, "int32")
+    for row, ids, length in zip(labels, found.tokens[:, 0], found.lengths[:, 0], strict=True):
+        row[: length - 1], row[length - 1] = ids[1:length], END
+    score = jax.jit(translator.train_logits)
+    best = np.asarray(score(params, features, source, jnp.asarray(labels))).argmax(axis=-1)
     assert (found.tokens[:, 0, 0] == START).all()
     np.testing.assert_array_equal(labels[:, 0], language)
     for row, chosen, length in zip(labels, best, found.lengths[:, 0], strict=True):
@@ -221,8 +219,7 @@ def test_the_loss_moves_every_parameter_that_it_should(name):
     def value(params):
         return loss(params, {}, batch, {"dropout": jax.random.key(0)}, 0)[0]
 
-    with unoptimised():
-        slopes = jax.jit(jax.grad(value), compiler_options=QUICK)(params)
+    slopes = jax.jit(jax.grad(value))(params)
     for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
         assert np.isfinite(slope).all() and np.abs(slope).max() > 0, path
 

@@ -28,8 +28,6 @@ from m2mkd_jax.main import results_table
 from m2mkd_jax.phases.networks import meta_network, teacher_network
 from m2mkd_jax.phases.pipeline import describe, run_phase
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # Depths of networks whose meta model has that of FLAT.
 FLAT, EVEN, RAGGED = (1, 1, 1), (2, 2, 2), (2, 1, 1)
 

@@ -11,8 +11,6 @@ from draws import correlation, keys_drawn_from
 from m2mkd_jax.data import augment
 from m2mkd_jax.data.augment import AugmentConfig
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 KEY = jax.random.key(0)
 PIXELS = jnp.asarray(np.random.default_rng(0).integers(1, 256, (8, 12, 10, 3)), jnp.uint8)
 IMAGES = PIXELS.astype(jnp.float32) / 128 - 1

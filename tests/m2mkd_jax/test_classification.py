@@ -13,8 +13,6 @@ from m2mkd_jax.phases.networks import meta_network, whole_student
 
 NAN = np.nan
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def sums(logits, labels, mask=None):
     mask = np.ones(len(labels)) if mask is None else mask

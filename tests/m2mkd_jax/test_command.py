@@ -30,8 +30,6 @@ SMALL = (
     "--config.run.compilation_cache=None",
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def refusal(capsys, *flags) -> str:
     """What the command says when it refuses: exit status 2 and one message."""

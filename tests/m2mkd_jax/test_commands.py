@@ -28,9 +28,6 @@ from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.training import with_feed
 from m2mkd_jax.trained import choose_batch, open_run, read_run
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 

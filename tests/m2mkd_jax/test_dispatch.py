@@ -18,7 +18,6 @@ from m2mkd_jax.moe.routers import Routes, softmax_topk
 
 G, N, E, A, D, F = 8, 6, 8, 2, 12, 20
 # These tests spend their time in the compiler.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 route = jax.jit(softmax_topk, static_argnames=("chosen", "slots", "order"))
 MESHES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2)]
 
@@ -53,7 +52,7 @@ def plain(x, routes, experts):
     return y
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def with_gradients(function, x, routes, experts):
     """y, and gradients of sum(sin(y)) by x, the weights and the experts."""
 
@@ -104,7 +103,7 @@ def test_equals_a_loop_over_experts(way, routing):
             assert np.linalg.norm(leaf) > 0.1
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def share_dropped(name, x, routes, experts):
     return DISPATCHERS[name].run(x, routes, experts, 2)[1]
 
@@ -189,7 +188,7 @@ def test_there_is_a_row_for_every_pair_however_they_fall(pairs, experts):
     expert[0] = np.arange(pairs) % experts
     token = draw.permutation(40)[:pairs].astype(np.int32)
     place = partial(grouped.arrange, tokens=40, experts=experts, block=8)
-    rows = jax.jit(jax.vmap(partial(place, jnp.asarray(token))), compiler_options=QUICK)(expert)
+    rows = jax.jit(jax.vmap(partial(place, jnp.asarray(token))))(expert)
     for i, row_pair in enumerate(np.asarray(rows.pair)):
         held = row_pair < pairs
         assert sorted(row_pair[held]) == [*range(pairs)]
@@ -341,7 +340,7 @@ def test_bfloat16_is_summed_in_float32(way):
     routes = Routes(token, expert, jnp.ones(token.shape))
     dy = jnp.ones((G, N, D), half).at[0, 0].set(256).at[-1, -1].set(2)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(x, routes, experts):
         y, vjp = jax.vjp(lambda experts: WAYS[way](x, routes, experts), experts)
         return y, vjp(dy)[0].down_bias

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import SIZES, fill, unoptimised
+from tiny import SIZES, fill
 
 from common_jax.weights import table as tables
 from m2mkd_jax.models import encoder, vit, vit_names, vmoe
@@ -29,9 +29,8 @@ def test_a_network_computes_what_its_equations_say():
     state = tables.write(vit_names.network_table(config.depths, heads=2, experts=3), params)
     images = np.random.default_rng(1).normal(size=(2, 8, 8, 3))
     logits, blocks = naive_vit.run(state, images, heads=2, eps=0.1)
-    with unoptimised():
-        apply = jax.jit(partial(network.apply, record=("intermediates",)))
-        found, records = apply(params, images)
+    apply = jax.jit(partial(network.apply, record=("intermediates",)))
+    found, records = apply(params, images)
     kept = [records[stage_name(i)]["intermediates"] for i in range(3)]
     for x, wanted in zip([x for one in kept for x in one["block"]], blocks, strict=True):
         np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-4)
@@ -74,8 +73,7 @@ def test_every_parameter_starts_as_the_original_s():
     sizes = {"patch": 8, "width": 48, "heads": 3, "depths": (1, 1, 1)}
     config = vmoe.VMoEConfig(moe=MOE, moe_blocks="1", **sizes)
     students = vmoe.build_students(config, encoder.Interface(32, 3, 40), meta_width=24)
-    with unoptimised():
-        params = jax.jit(students.init)(jax.random.key(0))
+    params = jax.jit(students.init)(jax.random.key(0))
     params = jax.tree.map(np.asarray, params)
     drawn = []
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
@@ -164,8 +162,7 @@ def kept_branches(network, keys, *, batch=400):
         _, records = network.apply(params, images, train=True, rngs=rngs, record=record)
         return records[stage_name(len(network) - 1)]["intermediates"]["block"][-1]
 
-    with unoptimised():
-        tokens = np.asarray(run(keys))
+    tokens = np.asarray(run(keys))
     assert np.ptp(tokens, axis=(2, 3)).max() == 0  # a branch is dropped with all its tokens
     sums = np.rint(tokens[..., 0, 0]).astype(int)
     np.testing.assert_allclose(tokens[..., 0, 0], sums, atol=1e-4)

@@ -27,9 +27,6 @@ from m2mkd_jax.phases.training import train_phase, with_feed
 OPTIM = OptimConfig(steps=9, batch=400, lr=1e-2, lr_per=None, warmup_epochs=0)
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def config_of(noise, **changes):
     config = tiny_config("end_to_end", optim=OPTIM)
     return dataclasses.replace(config, evaluation=EvaluationConfig(noise=noise), **changes)

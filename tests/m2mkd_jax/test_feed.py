@@ -15,8 +15,6 @@ from m2mkd_jax.data.feed import batch_shapes, make_feed, prepare_evaluation, pre
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import ArraySource, DataConfig, DecodedSource
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 NAMES = tuple("0123456789")
 
 

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 from meshes import one_device
-from tiny import OPTIM, fill, tiny_config, unoptimised
+from tiny import OPTIM, fill, tiny_config
 
 from common_jax import checkpoint, inputs
 from common_jax.optim import OptimConfig
@@ -349,8 +349,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
         return train_phase(*args, programs=programs, **settings)
 
     monkeypatch.setattr(few_shot, "train_phase", spy)
-    with unoptimised():
-        result = run_phase(config, tmp_path / "run", mesh)
+    result = run_phase(config, tmp_path / "run", mesh)
     assert len(given) == 2 and given[0] is given[1]
     compiled = {name: program._cache_size() for name, program in given[0].kept.items()}
     assert compiled == {"step": 1, "create": 1, "evaluate": 1}
@@ -366,8 +365,7 @@ def test_episodes_compile_once_and_are_not_run_again(tmp_path, monkeypatch):
 
     (folders[1] / "result.json").unlink()  # as if it had been killed at the very end
     before = [(folder / "metrics.jsonl").read_bytes() for folder in folders]
-    with unoptimised():
-        assert run_phase(config, tmp_path / "run", mesh) == result
+    assert run_phase(config, tmp_path / "run", mesh) == result
     assert [(folder / "metrics.jsonl").read_bytes() for folder in folders] == before
     assert given[-1].kept["step"]._cache_size() == 0
     with pytest.raises(ValueError, match=r"(?s)another config.*few_shot\.episodes: 2 -> 4"):

@@ -17,7 +17,6 @@ from m2mkd_jax.moe.grouped import Experts
 from m2mkd_jax.moe.routers import Routes
 
 N, E, D, F = 300, 4, 64, 192  # three tiles of 64 columns
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
@@ -62,7 +61,7 @@ ROUTINGS = {
 }
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def by_kernels(x, dy, experts, token, expert, weight):
     rows = grouped.arrange(token, expert, tokens=N, experts=E, block=grouped_gpu.TILE)
 
@@ -73,7 +72,7 @@ def by_kernels(x, dy, experts, token, expert, weight):
     return y, *vjp(dy)
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def by_plain_experts(x, dy, experts, token, expert, weight):
     """In float32, but for the activations, which are rounded as the kernels round them."""
     dtype = x.dtype
@@ -151,7 +150,7 @@ def test_over_the_expert_axis_of_a_mesh(interpreted, monkeypatch):
     given = [leaf[order].reshape(2, -1) for leaf in (token % half, expert, weight)]
     mesh = jax.make_mesh((1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(x, dy, experts, token, expert, weight):
         def serve(x, weight, experts):
             return dispatch.dropless(x, Routes(token, expert, weight), experts, 0)[0]

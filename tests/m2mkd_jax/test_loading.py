@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny import fill, tiny_config, unoptimised
+from tiny import fill, tiny_config
 
 import m2mkd_jax
 from common_jax import checkpoint
@@ -58,9 +58,8 @@ def test_what_is_loaded_computes_what_was_trained(phase, tmp_path):
         x = draw.integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
         given = (x / 255 - 0.3) / 0.2
     run = {} if module is None else {"start": module, "stop": module + 1}
-    with unoptimised():
-        wanted, _ = jax.jit(lambda p, x: network.apply(p, x, **run))(params, np.float32(given))
-        found = jax.jit(apply)(loaded, x if x.dtype == np.uint8 else np.float32(x))
+    wanted, _ = jax.jit(lambda p, x: network.apply(p, x, **run))(params, np.float32(given))
+    found = jax.jit(apply)(loaded, x if x.dtype == np.uint8 else np.float32(x))
     assert np.std(wanted) > 0.1
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 

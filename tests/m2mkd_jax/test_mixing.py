@@ -11,8 +11,6 @@ from draws import Scripted, correlation, keys_drawn_from
 from m2mkd_jax.data import augment
 from m2mkd_jax.data.augment import AugmentConfig
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
 KEY = jax.random.key(0)
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (8, 12, 10, 3)), jnp.float32)
 LABELS = jnp.arange(8) % 5

@@ -20,7 +20,6 @@ from m2mkd_jax.moe.routing import Router, RouterConfig
 
 B, T, D, F, E, A = 8, 5, 12, 20, 8, 2
 # These tests spend their time in the compiler.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 VMOE = MoeConfig(router="softmax_topk", order="priority", dispatch="capacity", groups=8)
 ALL_LOSSES = BalanceConfig(importance=0.1, load=0.2, gshard=0.3, z=0.4)
 
@@ -35,7 +34,7 @@ def make(config, dtype=jnp.float32):
     return layer, params, x
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="train", compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0, static_argnames="train")
 def run(layer, params, x, *, train=False, seed=3):
     """y, the two collections, and gradients of sum(sin(y)) + balance loss by params and x."""
 
@@ -51,7 +50,7 @@ def run(layer, params, x, *, train=False, seed=3):
     return y, wrote, gradients
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@partial(jax.jit, static_argnums=0)
 def forward(layer, params, x):
     """y and the collection of the bookkeeping."""
     y, wrote = layer.apply({"params": params}, x, mutable=["moe"])

@@ -9,7 +9,7 @@ import naive
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import QUICK, fill
+from tiny import fill
 
 from common_jax.config import FieldError
 from common_jax.nn.attention import fused
@@ -21,9 +21,6 @@ from m2mkd_jax.nac.read_in import ReadInAttention, pool_tokens
 from m2mkd_jax.nac.tokenizer import fit_grid
 
 BLOCK = BlockConfig(width=24, code_width=20, heads=2, head_width=8, qkv_bias=True)
-
-
-pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -56,7 +53,7 @@ def test_the_keys_bias_has_no_part_in_the_read_in():
     arguments = normal(2, 5, 24), normal(5, 20), normal(2, 11, 6)
     params = fill(attention.init, *arguments)
     loss = jax.grad(lambda p: jnp.sum(attention.apply(p, *arguments) ** 2))
-    gradient = jax.jit(loss, compiler_options=QUICK)(params)["params"]
+    gradient = jax.jit(loss)(params)["params"]
     assert np.all(np.asarray(gradient["key"]["bias"]) == 0)
     assert np.any(np.asarray(gradient["value"]["bias"]) != 0)
 
@@ -74,7 +71,7 @@ def test_no_array_is_as_large_as_keys_of_every_receiver():
     program = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, arguments)
     largest = max(size_of(program.jaxpr))
     assert largest < batch * receivers * tokens * min(width, block.inner)
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     compiled = gradient.lower(params, arguments).compile()
     plain = 4 * batch * receivers * tokens * block.inner
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * plain

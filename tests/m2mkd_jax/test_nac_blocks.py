@@ -41,9 +41,6 @@ DISTANCE = np.array(
 WITH_CODES = np.concatenate([OTHER_CODES, CODES])
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 # The plain form.
 
 

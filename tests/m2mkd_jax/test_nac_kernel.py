@@ -13,9 +13,6 @@ from m2mkd_jax.nac.kernel import KernelConfig
 INF = math.inf
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 def test_the_defaults_are_the_published_ones():
     assert KernelConfig() == KernelConfig(
         truncation=0.9,

@@ -24,9 +24,6 @@ WIDTH, SIGNATURE, CODE, BATCH = 6, 4, 5, 3
 SETS = ("input", "mediator", "output")
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 def graph_config(count: int = 2, layers: int | None = None, **changes) -> GraphConfig:
     """As many latents in each set, so that nothing but their names tells the sets apart."""
     latents = {name: LatentConfig(count) for name in SETS}

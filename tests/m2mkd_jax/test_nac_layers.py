@@ -13,9 +13,6 @@ from tiny import fill
 from m2mkd_jax.nac import layers
 from m2mkd_jax.nac.layers import CodeLinear, Linear, LinearConfig
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 # Normalisations.
 
 

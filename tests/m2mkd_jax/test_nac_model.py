@@ -83,9 +83,6 @@ def change(**changes) -> NacConfig:
     return dataclasses.replace(CONFIG, **changes)
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 # Defaults.
 
 # As the configs of the original for Tiny-ImageNet have them.

@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 from jax import numpy as jnp
 from meshes import idle_rules
-from tiny import QUICK, fill
+from tiny import fill
 
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
@@ -38,9 +38,6 @@ SIZES = model.NacConfig(
 )
 INTERFACE = Interface(16, 3, 7)
 STREAMS = ("code", "kernel", "drop_path", "state", "pooling")
-
-
-pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +75,7 @@ def run(network, params, images, **settings):
 def trained(network, params, images):
     """Logits in training, of a program compiled as a whole."""
     forward = lambda params: run(network, params, images, train=True, rngs=rngs())  # noqa: E731
-    return jax.jit(forward, compiler_options=QUICK)(params)
+    return jax.jit(forward)(params)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +324,7 @@ def test_activations_are_split():
         return network.apply(params, images, record=("states",))
 
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
-        run = jax.jit(forward, compiler_options=QUICK)
+        run = jax.jit(forward)
         logits, recorded = run(params, np.zeros((16, 16, 16, 3), np.float32))
     arrays = {"logits": logits} | recorded["states"]
     shapes = {name: array.sharding.shard_shape(array.shape) for name, array in arrays.items()}

@@ -16,9 +16,6 @@ from m2mkd_jax.nac.tokenizer import Tokenizer, TokenizerConfig
 TINY = TokenizerConfig("nano", stages=2, width=16, stem=2, grid_width=3)
 
 
-pytestmark = pytest.mark.usefixtures("little_optimised")
-
-
 def images(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 

@@ -55,9 +55,6 @@ def nac_config(phase: str, **changes) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """Workdirs that hold a meta model and a teacher, untrained."""

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 from jax import numpy as jnp
-from tiny import QUICK, fill
+from tiny import fill
 
 from m2mkd_jax.models.encoder import Interface
 from m2mkd_jax.nac import blocks, latents, layers, model, pooling, students
@@ -36,9 +36,6 @@ SIZES = model.NacConfig(
 )
 INTERFACE = Interface(8, 1, 5)
 STREAMS = ("code", "kernel", "drop_path", "state", "pooling")
-
-
-pytestmark = pytest.mark.usefixtures("little_optimised")
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -126,7 +123,7 @@ def test_every_part_starts_from_a_key_of_its_own():
         chosen = [flat[f"stage_{i}/{paths[0]}"] for i in (1, 2, 3)]
         return [*chosen, flat[f"stage_3/{paths[1]}"], flat["graph/input/codes"]]
 
-    init = jax.jit(init, compiler_options=QUICK)
+    init = jax.jit(init)
     first, second = (init(jax.random.key(seed, impl="rbg")) for seed in (0, 1))
     for one, two in zip(first, second, strict=True):
         assert not np.any(np.asarray(one == two))
@@ -173,7 +170,7 @@ class Draws:
             run(keys)
             return [numbers for _, _, numbers in self.seen]
 
-        return jax.jit(drawn, compiler_options=QUICK)
+        return jax.jit(drawn)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from meshes import one_device
-from tiny import NAC, OPTIM, SIZES, feed_of, fill, tiny_config, unoptimised
+from tiny import NAC, OPTIM, SIZES, feed_of, fill, tiny_config
 
 from m2mkd_jax.config import Config, DistillConfig, FewShotConfig, PairsConfig
 from m2mkd_jax.data.augment import AugmentConfig
@@ -85,8 +85,7 @@ def test_distill_runs_both_sides_of_a_pair_within_the_meta_model():
         )
         return found, want
 
-    with unoptimised():
-        found, (logits, taught) = both(params)
+    found, (logits, taught) = both(params)
     (output,) = found.values()
     assert list(found) == ["module_2"] and set(output.recorded) == {"stage_2"}
     np.testing.assert_allclose(output.logits, logits, rtol=1e-4, atol=1e-5)
@@ -107,8 +106,7 @@ def test_train_module_runs_a_teacher_module_within_the_meta_model():
         found = training.forward(own, helpers, IMAGES, True, RNGS)
         return found, hybrid_logits(config, params, "teacher", 1, train=True)
 
-    with unoptimised():
-        found, want = both(params)
+    found, want = both(params)
     (output,) = found.values()
     assert list(found) == ["module_1"] and output.teacher is None
     np.testing.assert_allclose(output.logits, want, rtol=1e-4, atol=1e-5)
@@ -127,8 +125,7 @@ def test_the_baseline_s_teacher_is_whole_and_not_in_training(monkeypatch):
         assert found["student"]._replace(teacher=None) == student
         return found["student"].teacher
 
-    with unoptimised():
-        got, want = jax.jit(lambda p: (taught(p), network.apply(p, IMAGES)[0]))(params)
+    got, want = jax.jit(lambda p: (taught(p), network.apply(p, IMAGES)[0]))(params)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -30,7 +30,6 @@ RUNS = [
 
 tiny_config = partial(tiny.tiny_config, stages=2)
 tiny_pipeline = partial(tiny.tiny_pipeline, stages=2)
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

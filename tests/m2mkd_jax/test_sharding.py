@@ -23,9 +23,6 @@ from m2mkd_jax.phases import end_to_end
 LONG = dataclasses.replace(OPTIM, steps=12, accumulate=2)
 
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-
 def losses(workdir):
     return [
         line["train/loss"]

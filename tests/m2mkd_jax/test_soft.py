@@ -29,8 +29,6 @@ B, T, D, F, E = 8, 5, 6, 7, 4
 INTERFACE = Interface(8, 1, 10)
 SOFT = MoeConfig(router="soft", experts=E, expert_init="fan_in")
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def make(config=SOFT, dtype=jnp.float32):
     """The layer, parameters large enough to matter, and an input."""

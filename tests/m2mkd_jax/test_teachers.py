@@ -26,8 +26,6 @@ from m2mkd_jax.phases.pipeline import chosen_phases, describe, run_phase
 from m2mkd_jax.phases.teachers import load_teachers
 from m2mkd_jax.trained import open_run, run_batches
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 MESH = one_device()
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 8, 1)), jnp.float32)
 PLAIN = tiny_config("distill")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from meshes import one_device
-from tiny import NAC, SIZES, fill, tiny_config, unoptimised
+from tiny import NAC, SIZES, fill, tiny_config
 
 from common_jax import checkpoint
 from common_jax.config import unfreeze
@@ -60,8 +60,7 @@ def test_an_upcycled_v_moe_computes_what_the_vit_does(dense):
     def both(params, student, images):
         return teacher.apply(params, images)[0], network.apply(student, images)[0]
 
-    with unoptimised():
-        want, got = jax.jit(both)(params, student, images)
+    want, got = jax.jit(both)(params, student, images)
     assert np.std(want) > 0.1
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
@@ -84,7 +83,7 @@ def test_a_layer_s_gates_weigh_one_mlp(dense, moe, sums_to_one):
     mlp = params["stage_0"]["block_1"]["mlp"]
     x = np.random.default_rng(2).normal(size=(2, 5, 16)).astype(np.float32)
     layer = MoeMlp(config.model.moe, 32)
-    with jax.set_mesh(ONE), unoptimised():
+    with jax.set_mesh(ONE):
         y, recorded = jax.jit(lambda p, x: layer.apply({"params": p}, x, mutable=["routing"]))(
             experts, x
         )

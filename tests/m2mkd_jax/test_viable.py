@@ -18,8 +18,6 @@ from common_jax.workdir import claim, holds_results, refuse_other_config
 from m2mkd_jax.main import main
 from m2mkd_jax.phases.networks import teacher_network
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True)
 def nothing_trains(monkeypatch):

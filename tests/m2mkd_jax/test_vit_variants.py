@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
 from meshes import split_mesh
 from scipy.special import erf, expit, softmax
-from tiny import SIZES, count_parameters, fill, unoptimised
+from tiny import SIZES, count_parameters, fill
 from vit_variants import EPS, IMAGES, VARIANTS, apply, build, images, shapes_of, sizes_of
 
 from common_jax.config import FieldError
@@ -132,8 +132,7 @@ def test_a_variant_has_these_parameters(name):
 def test_parameters_start_as_timm_s():
     config = {"layer_scale": 0.25, "registers": 200, "pool": "attention", "patch": 8}
     network = vit.build(vit.ViTConfig(width=64, heads=2, depths=(1,), **config), IMAGES)
-    with unoptimised():
-        params = jax.jit(network.init)(jax.random.key(0))["stage_0"]
+    params = jax.jit(network.init)(jax.random.key(0))["stage_0"]
     np.testing.assert_array_equal(params["block_0"]["scale1"], np.full(64, 0.25, np.float32))
     np.testing.assert_array_equal(params["block_0"]["scale2"], np.full(64, 0.25, np.float32))
     assert float(params["register_tokens"].std()) == pytest.approx(0.02, rel=0.05)
@@ -145,8 +144,7 @@ def test_parameters_start_as_timm_s():
 def test_the_plain_one_starts_and_computes_as_it_did():
     # Numbers of the network before it had variants.
     network = vit.build(vit.ViTConfig(depths=(1, 2), **SIZES), IMAGES)
-    with unoptimised():
-        params = jax.jit(network.init)(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     first = {path: float(leaf.ravel()[0]) for path, leaf in flatten(params).items()}
     started = {
         "stage_0/cls_token": -0.040411628782749176,
@@ -284,7 +282,7 @@ def test_eight_devices_compute_what_one_does(name):
 
 def test_layer_scale_is_alike_recomputed_and_in_a_loop():
     # Rates below a half drop nothing where the draw is at 0.5, whatever is drawn in a loop.
-    with jax.enable_x64(True), unoptimised(), pytest.MonkeyPatch.context() as patch:
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         real = encoder.drop_path
         patch.setattr(encoder, "drop_path", lambda x, u, rate: real(x, 0 * u + 0.5, rate))
         networks = [
