@@ -84,19 +84,22 @@ def test_another_mean_and_std_are_made_up_for():
     assert not np.allclose(embed(tensors, new), embed(tensors, old), rtol=0.1)
 
 
-def test_views_of_an_image_that_is_held_out_are_not_trained_on(monkeypatch):
-    """Mirrored images that equal the others: with one in training, the decay would not matter."""
-    seen = []
+def test_both_views_of_an_image_are_held_out_and_two_classes_have_two_logits(monkeypatch):
+    sizes = []
     train = fit_head.LogisticRegression.fit
 
     def fit(model, features, labels):
-        seen.append({tuple(row) for row in features.round(6)})
+        sizes.append(len({tuple(row) for row in features.round(6)}))
         return train(model, features, labels)
 
     monkeypatch.setattr(fit_head.LogisticRegression, "fit", fit)
-    features = np.repeat(np.random.default_rng(0).normal(size=(1, 20, 3)), 2, axis=0)
-    fit_head.fit(features, np.arange(20) % 2)
-    assert [len(rows) for rows in seen] == [16] * len(fit_head.STRENGTHS) + [20]
+    labels = np.arange(20) % 2
+    images = np.random.default_rng(0).normal(size=(20, 3)) + 9 * labels[:, None]
+    views = np.stack([images, images])
+    kernel, bias = fit_head.fit(views, labels)
+    assert sizes == [16] * len(fit_head.STRENGTHS) + [20]
+    assert (kernel.shape, bias.shape) == ((2, 3), (2,))
+    assert fit_head.accuracy((kernel, bias), views, labels) == 1
 
 
 def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys):
@@ -104,6 +107,7 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys):
     for change, error in (
         (["--patch=3"], r"--patch=3 must divide config.data.image_size=8"),
         (["--config.data.image=8"], "image"),
+        (["--config.seed"], "--config.seed: write --config.x=y"),
     ):
         with pytest.raises(SystemExit):
             fit_head.main([*flags, *change])

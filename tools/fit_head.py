@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = read_config_file(flags.config)
         for setting in settings:
-            set_field(config, *setting.removeprefix("--config.").split("=", 1))
+            name, equals, text = setting.removeprefix("--config.").partition("=")
+            if not equals:
+                parser.error(f"{setting}: write --config.x=y")
+            set_field(config, name, text)
         add_head(flags.source, flags.target, freeze(Config, config).data, flags.patch)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -190,8 +193,10 @@ def fit(features: Features, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
         scores[strength] = model.score(scaled[0, held_out], labels[held_out])
     print("held-out fifth, by inverse weight decay:", scores, flush=True)
     model = train(max(scores, key=scores.get), np.ones(len(labels), bool))
-    kernel = model.coef_ / std
-    return kernel.astype(np.float32), (model.intercept_ - kernel @ mean).astype(np.float32)
+    kernel, bias = model.coef_ / std, model.intercept_
+    if len(kernel) == 1:  # two classes, and the second one's logit minus the first one's
+        kernel, bias = (np.concatenate([-x, x]) / 2 for x in (kernel, bias))
+    return kernel.astype(np.float32), (bias - kernel @ mean).astype(np.float32)
 
 
 def accuracy(head: tuple[np.ndarray, np.ndarray], features: Features, labels: Labels) -> float:
