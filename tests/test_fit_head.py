@@ -33,9 +33,10 @@ def folder(tmp_path):
     return tmp_path / "vit"
 
 
-def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, capsys):
-    out = tmp_path / "out"
-    fit_head.main([str(folder), str(out), "--patch=4", f"--config={CONFIG}"])
+def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fit_head, "STRENGTHS", (1e-2,))  # quick to fit
+    out, few = tmp_path / "out", "--config.data.per_class=30"
+    fit_head.main([str(folder), str(out), "--patch=4", f"--config={CONFIG}", few])
     said = float(re.search(r"test images: ([\d.]+)%", capsys.readouterr().out)[1])
     assert json.loads((out / "config.json").read_text())["num_classes"] == 10
     source = fit_head.read(out)
@@ -48,7 +49,7 @@ def test_the_head_is_part_of_a_vit_that_is_read_as_a_teacher(folder, tmp_path, c
     images = normalise(images, mean=config.data.mean, std=config.data.std)
     logits, _ = jax.jit(whole_network(config, "teacher").apply)(params, images)
     right = 100 * np.mean(np.argmax(logits, axis=1) == labels)
-    assert right == pytest.approx(said, abs=0.06) and right > 60
+    assert right == pytest.approx(said, abs=0.06) and right > 50  # 10 by chance
 
 
 def test_small_patches_are_read_as_the_old_kernel_reads_them_enlarged():
