@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
-from common_jax.untrusted import brief, plain, read_npz
-from common_jax.workdir import temporary_beside
+from common_jax.untrusted import plain
+from common_jax.workdir import read_arrays, write_arrays
 
 Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors of any float dtype
@@ -34,6 +34,8 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
 
 LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
+# Larger files stay on the disk, and batches read their rows from it; smaller ones are read whole.
+MAPPED_BYTES = 1 << 26
 BROADCAST_BYTES = 1 << 26  # at most, per broadcast to the other hosts through their devices
 
 
@@ -165,7 +167,7 @@ def cached(
         return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
-        _write(path, features, fingerprint)
+        write_arrays(path, fingerprint, {"features": features})
     return features
 
 
@@ -268,38 +270,20 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
         logging.info("%s does not exist yet, computing it", path)
         return None
     try:
-        arrays = read_npz(path, ("fingerprint", "features"))
-        features, stored = arrays["features"], arrays["fingerprint"]
-        if features.ndim != 2 or features.dtype != np.float32:
-            raise ValueError(
-                f"{path} is damaged (its features are {features.dtype} {brief(features.shape)})"
-            )
-        if stored.ndim or stored.dtype.kind != "U":
-            raise ValueError(
-                f"{path} is damaged (its fingerprint is {stored.dtype} {brief(stored.shape)})"
-            )
+        mapped = path.stat().length >= MAPPED_BYTES
+        stored, arrays = read_arrays(path, {"features": (np.float32, 2)}, mapped=mapped)
     except (OSError, ValueError) as error:
         logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if str(stored) != fingerprint:
+    if stored != fingerprint:
         logging.info(
             "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
-            *(path, plain(str(stored)[:12]), fingerprint),
+            *(path, plain(stored[:12]), fingerprint),
         )
         return None
+    features = arrays["features"]
     logging.info("%s: %d feature vectors read", path, len(features))
     return features
-
-
-def _write(path: epath.Path, features: Float32[np.ndarray, "B M"], fingerprint: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, features=features, fingerprint=np.array(fingerprint))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _from_first_host(

@@ -76,8 +76,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/examples.py",
         "text features are of the target, which is what has to be found",
-        "return [by_language[source][row] for (source, _), row in pairs]",
-        "return [by_language[target][row] for (_, target), row in pairs]",
+        "Picked.of(by_language, [source for source, _ in self.languages], self.rows)",
+        "Picked.of(by_language, [target for _, target in self.languages], self.rows)",
         FEED,
     ),
     Mistake(
@@ -97,8 +97,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/framing.py",
         "a sentence that is cut is longer than the limit",
-        "room, control = self.limit - len(start) - 1, self.special - {UNK}",
-        "room, control = self.limit - len(start), self.special - {UNK}",
+        "room = self.limit - len(start) - 1\n        too_long",
+        "room = self.limit - len(start)\n        too_long",
         TEXTS,
     ),
     Mistake(
