@@ -218,7 +218,8 @@ def image_features(
     content = fingerprint(
         tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys
     )
-    return cached(folder, f"{corpus.slug}.pictures", content, compute)[rows]
+    features = cached(folder, f"{corpus.slug}.pictures", content, compute)
+    return features if len(firsts) == len(rows) else features[rows]
 
 
 @dataclasses.dataclass(frozen=True)

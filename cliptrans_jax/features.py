@@ -150,8 +150,9 @@ def cached(
     """The features of `compute()`, read from `folder/name.npz` if its fingerprint matches.
 
     Otherwise all hosts compute them, and the first one writes the file atomically. Only the first
-    host reads the file, so that hosts agree and need no shared disk. A damaged file is replaced,
-    with a warning.
+    host decides whether the file fits, so that hosts agree, and it sends the features to the
+    others, so that they need no shared disk. Files from MAPPED_BYTES on are memory-mapped, by all
+    hosts if all of them see the file. A damaged file is replaced, with a warning.
 
     Args:
       folder: created if missing; may be on an object store.
@@ -162,12 +163,14 @@ def cached(
     path, features = epath.Path(folder) / f"{name}.npz", None
     if jax.process_index() == 0:
         features = _read(path, fingerprint)
-    features = _from_first_host(features)
+    features = _from_first_host(features, lambda: _read(path, fingerprint))
     if features is not None:
         return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
         write_arrays(path, fingerprint, {"features": features})
+        if features.nbytes >= MAPPED_BYTES and (mapped := _read(path, fingerprint)) is not None:
+            return mapped
     return features
 
 
@@ -288,8 +291,10 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
 
 def _from_first_host(
     features: Float32[np.ndarray, "B M"] | None,
+    read: Callable[[], Float32[np.ndarray, "B M"] | None],
 ) -> Float32[np.ndarray, "_ M"] | None:
-    """The first host's array, on every host."""
+    """The first host's array, on every host; `read` reads a large one from the first host's file,
+    where this host sees it."""
     if jax.process_count() == 1:
         return features
     shape = (-1, -1) if features is None else features.shape
@@ -297,10 +302,14 @@ def _from_first_host(
     rows, width = map(int, multihost_utils.broadcast_one_to_all(np.array(shape, np.int32)))
     if rows < 0:
         return None
-    if features is None:
-        features = np.empty((rows, width), np.float32)
+    if 4 * rows * width >= MAPPED_BYTES:
+        features = read() if features is None else features
+        if not hosts.agree(features is None).any():
+            return features
+    received = np.empty((rows, width), np.float32) if features is None else features
     step = max(1, BROADCAST_BYTES // max(1, 4 * width))
     for start in range(0, rows, step):
-        part = features[start : start + step]
-        features[start : start + step] = multihost_utils.broadcast_one_to_all(part)
-    return features
+        part = multihost_utils.broadcast_one_to_all(received[start : start + step])
+        if features is None:  # those of a file that is mapped cannot be changed
+            received[start : start + step] = part
+    return received

@@ -1,5 +1,6 @@
 """Ids of large corpora, stored once: the same as without a file, whatever happens to the file."""
 
+import dataclasses
 import logging
 import pathlib
 import subprocess
@@ -8,10 +9,10 @@ import threading
 
 import numpy as np
 import pytest
+from tiny_cliptrans import number_tokenizer
 
 from cliptrans_jax.data import tokens
 from cliptrans_jax.data.corpus import Corpus, Numbered
-from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.tokens import encode_corpus
 from common_jax.inputs.ragged import Lines
 from common_jax.workdir import arrays
@@ -20,26 +21,19 @@ SENTENCES = tuple(" ".join(map(str, range(3, 3 + size))) for size in (4, 0, 1, 2
 
 
 class Cut:
-    """Words are ids; counts its calls."""
+    """Cuts texts, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
 
     def __call__(self, texts):
         self.calls += 1
-        return [[int(word) for word in text.split()] for text in texts]
+        return number_tokenizer(limit=6).cut(texts)
 
 
 def tokenizer(cut, *, limit=6, definition=b"words are ids"):
-    return FramedTokenizer(
-        cut=cut,
-        join=str,
-        definition=lambda: definition,
-        vocab=10,
-        language_ids={"en": 8, "de": 9},
-        special=frozenset({0, 1, 2, 8, 9}),
-        limit=limit,
-    )
+    numbers = number_tokenizer(limit=limit)
+    return dataclasses.replace(numbers, cut=cut, definition=lambda: definition)
 
 
 def corpus(sentences=SENTENCES, name="wmt de en"):
