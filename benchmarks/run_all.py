@@ -39,6 +39,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cold_start", ()),
     ("checkpoint", ()),
     ("input_pipeline", ("--images", "1024")),
+    ("corpus", ()),
 )
 
 # Why a claim misses its target, by benchmark and claim; printed only if it misses.

@@ -121,7 +121,7 @@ class FramedTokenizer:
         else:
             # Threads are enough: the libraries cut texts without Python's lock.
             pieces = [texts[first : first + PART] for first in range(0, len(texts), PART)]
-            with futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 parts = list(pool.map(functools.partial(self._encode_part, start), pieces))
         if too_long := sum(count for *_, count in parts):
             logging.warning(
