@@ -5,13 +5,14 @@ one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have i
 [pieces..., </s>], as SigLIP 2's has it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent import futures
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +26,7 @@ from common_jax.untrusted import brief
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PART = 4096  # sentences that a thread encodes at a time
+Part = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids of sentences, and their counts
 
 
 @runtime_checkable
@@ -59,6 +61,10 @@ class Tokenizer(Protocol):
         Raises:
           ValueError: an unknown language, or texts that are not a sequence of Unicode texts.
         """
+        ...
+
+    def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
+        """Yields what `encode` returns in consecutive parts, which all cores make."""
         ...
 
     def fingerprint(self, language: str | None) -> str:
@@ -114,27 +120,29 @@ class FramedTokenizer:
         return self.language_ids[language]
 
     def encode(self, texts: Sequence[str], language: str | None) -> Ragged:
+        flats, lengths = zip(*self.encode_parts(texts, language), strict=True)
+        return Ragged.of(np.concatenate(flats), np.concatenate(lengths))
+
+    def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
         start = self._start(language)
         texts = texts if isinstance(texts, Lines) else require_texts(texts)
-        if len(texts) <= PART:
-            parts = [self._encode_part(start, texts)]
-        else:
-            # Threads are enough: the libraries cut texts without Python's lock.
-            pieces = [texts[first : first + PART] for first in range(0, len(texts), PART)]
-            with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                parts = list(pool.map(functools.partial(self._encode_part, start), pieces))
-        if too_long := sum(count for *_, count in parts):
+        # At least one part, which may be empty.
+        pieces = [texts[first : first + PART] for first in range(0, len(texts) or 1, PART)]
+        encode, too_long = functools.partial(self._encode_part, start), 0
+        with contextlib.ExitStack() as stack:
+            encoded = map(encode, pieces)
+            if len(pieces) > 1:
+                # Threads are enough: the libraries cut texts without Python's lock.
+                pool = stack.enter_context(futures.ThreadPoolExecutor(os.cpu_count()))
+                encoded = pool.map(encode, pieces)
+            for flat, lengths, count in encoded:
+                too_long += count
+                yield flat, lengths
+        if too_long:
             logging.warning(
                 "%d of %d sentences have more than %d tokens, and are cut there",
                 *(too_long, len(texts), self.limit - len(start) - 1),
             )
-        lengths = np.concatenate([counts for _, counts, _ in parts])
-        flat, end = np.empty(lengths.sum(), np.int32), 0
-        while parts:
-            ids, *_ = parts.pop(0)  # so that no ids are in memory twice
-            flat[end : end + len(ids)] = ids
-            end += len(ids)
-        return Ragged.of(flat, lengths)
 
     def _encode_part(
         self, start: Sequence[int], texts: Sequence[str]

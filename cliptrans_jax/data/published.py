@@ -249,7 +249,7 @@ def _sentencepiece(
 
 
 def _cut(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
 def _clip(folder: Path, limit: int) -> FramedTokenizer:

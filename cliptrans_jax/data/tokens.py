@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,20 +162,27 @@ def _write_ids(
     path: epath.Path, fingerprint: str, tokenizer: Tokenizer, texts: Lines, frame: str | None
 ) -> Ragged:
     start = time.perf_counter()
-    ids = tokenizer.encode(texts, frame)
-    logging.info(
-        "%s: %d sentences encoded in %.0f s", path, len(texts), time.perf_counter() - start
-    )
     try:
-        write_arrays(path, fingerprint, {"lengths": ids.lengths, "ids": ids.flat})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # An npz begins with the size of an array, so ids wait for the last of them on the disk.
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            lengths = []
+            for ids, counts in tokenizer.encode_parts(texts, frame):
+                file.write(ids)
+                lengths.append(counts)
+            file.flush()
+            arrays = {"lengths": np.concatenate(lengths), "ids": np.memmap(file, np.int32, "r")}
+            write_arrays(path, fingerprint, arrays)
     except OSError as error:
         logging.warning(
             "%s cannot be written (%s): its ids stay in memory, and every start makes them again; "
             "make room there, or give another folder as config.features",
             *(path, error),
         )
-        return ids
-    return _read_ids(path, fingerprint) or ids
+        return tokenizer.encode(texts, frame)
+    seconds = time.perf_counter() - start
+    logging.info("%s: %d sentences encoded in %.0f s", path, len(texts), seconds)
+    return _read_ids(path, fingerprint) or tokenizer.encode(texts, frame)
 
 
 def load_or_train_tokenizer(
@@ -292,7 +300,7 @@ def _add_frame(
     vocab = pieces + len(languages) + 1
 
     def cut(texts: list[str]) -> list[list[int]]:
-        encodings = tokenizer.encode_batch(
+        encodings = tokenizer.encode_batch_fast(  # which does not compute places in the text
             [_add_space(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]

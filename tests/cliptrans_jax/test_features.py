@@ -362,7 +362,7 @@ def numbers_of(folder, calls):
     counted = dataclasses.replace(
         tokenizer, cut=lambda texts: [calls.append(1), *tokenizer.cut(texts)][1:]
     )
-    ids = encode_corpus(counted, corpus, "en", frame=None, folder=folder)
+    ids = tokens.encode_corpus(counted, corpus, "en", frame=None, folder=folder)
     assert [row.tolist() for row in ids] == [[0, 3, 4, 2], [0, 5, 2], [0, 6, 2]]
     return ids.flat.tolist()
 
