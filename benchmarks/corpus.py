@@ -140,7 +140,10 @@ def compare_encoding(
     lengths = ours.encode(texts, "de").lengths - 2  # without the frame
     same = np.mean(lengths == encode_batches())
     print(f"{name}: {same:.2%} of the sentences have as many pieces in both")
-    cases = {f"{name}, ours": lambda: ours.encode(texts, "de").flat, name: encode_batches}
+    cases = {
+        f"{name}, ours": lambda: ours.encode(texts, "de").flat,
+        f"encode_batch, {name}": encode_batches,
+    }
     times = timing.take_turns(cases, repeats)
     claim = f"ids of sentences, {name}"
     return times, timing.compare(times, *cases, claim=claim, target=1.0)

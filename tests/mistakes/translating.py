@@ -95,6 +95,20 @@ MISTAKES: tuple[Mistake, ...] = (
         TEXTS,
     ),
     Mistake(
+        f"{PACKAGE}/data/tokens.py",
+        "stored ids of another tokenizer are taken",
+        'f"ids 1 {tokenizer.fingerprint(frame)}"',
+        'f"ids 1 {frame}"',
+        f"{TESTS}/test_encode_corpus.py",
+    ),
+    Mistake(
+        "common_jax/untrusted/zips.py",
+        "damage of a mapped file goes unnoticed",
+        "or zlib.crc32(content) != entry.CRC:",
+        "or not content:",
+        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_made_again",
+    ),
+    Mistake(
         f"{PACKAGE}/data/framing.py",
         "a sentence that is cut is longer than the limit",
         "room = self.limit - len(start) - 1\n        too_long",
