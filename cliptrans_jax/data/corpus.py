@@ -43,8 +43,7 @@ class Corpus:
 
     Attributes:
       name: name in messages, such as "multi30k test_2016_flickr".
-      texts: sentences by language, of large corpora as `Lines`. A missing sentence is an empty
-        one.
+      texts: sentences by language, those of files as `Lines`. A missing sentence is an empty one.
       images: the pictures, or None.
       keys: a name per example: an image file, an emoji, or a file's line.
       no_images: the reason why `images` is None.

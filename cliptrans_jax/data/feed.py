@@ -22,7 +22,7 @@ from common_jax.inputs import (
     host_rows,
     steps_per_epoch,
 )
-from common_jax.inputs.ragged import lengths_of
+from common_jax.inputs.ragged import elements, lengths_of
 from common_jax.ranges import Size
 
 Batch = dict[str, np.ndarray]
@@ -180,13 +180,13 @@ def collate(
     # Lengths come from the sentences of all hosts, after dropping: every host must pad to the same
     # shape, and each draws the dropped tokens of the whole batch to know it.
     examples = inputs.examples
-    sources = [examples.source[i] for i in indices]
+    sources = elements(examples.source, indices)
     if examples.drops:
         sources = [
             _drop(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
             for ids, i in zip(sources, indices, strict=True)
         ]
-    targets = [examples.target[i] for i in indices]
+    targets = elements(examples.target, indices)
     source, target = (_padded_length(x, batching, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
@@ -195,9 +195,9 @@ def collate(
         "labels": pad(targets[rows], target, pad_id=inputs.pad),
     }
     if inputs.features is not None:
-        batch["features"] = np.stack([inputs.features[i] for i in indices[rows]])
+        batch["features"] = np.stack(elements(inputs.features, indices[rows]))
     if inputs.clip_tokens is not None:
-        tokens = [inputs.clip_tokens[i] for i in indices]
+        tokens = elements(inputs.clip_tokens, indices)
         length = _padded_length(tokens, batching, inputs.clip_room)
         batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch

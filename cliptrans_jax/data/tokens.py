@@ -32,7 +32,7 @@ from common_jax.ranges import Size, key_of, shown
 from common_jax.untrusted import plain
 from common_jax.workdir import read_arrays, read_json, write_arrays, write_bytes
 
-# Sentences. Fewer are encoded in 2 s on two cores, as long as a start takes to import this program.
+# Sentences of a split. Two cores encode fewer in about 2 s, so that a file would save little.
 LARGE = 1 << 17
 # Byte-level pieces start from all bytes, so no character is unknown.
 BYTES = 256

@@ -190,6 +190,23 @@ def lengths_of(items: Sequence) -> Int[np.ndarray, "B"]:
     return np.fromiter(map(len, items), np.int64, len(items))
 
 
+def elements(items: Sequence, rows: Int[np.ndarray, "_"]) -> list:
+    """Returns `[items[row] for row in rows]`, which takes a third of the time for flat arrays."""
+    if isinstance(items, Ragged):
+        starts = items.starts[rows]
+        ends = (starts + items.lengths[rows]).tolist()
+        return [items.flat[start:end] for start, end in zip(starts.tolist(), ends, strict=True)]
+    if not isinstance(items, Picked):
+        return [items[row] for row in rows]
+    part, rows = items.part[rows], items.rows[rows]
+    found: list = [None] * len(rows)
+    for place in np.unique(part):
+        where = np.flatnonzero(part == place)
+        for row, element in zip(where, elements(items.parts[place], rows[where]), strict=True):
+            found[row] = element
+    return found
+
+
 def take(items: Items, rows: Int[np.ndarray, "_"]) -> Items | tuple:
     """Returns the elements at `rows`."""
     if isinstance(items, Ragged | Lines | Picked):

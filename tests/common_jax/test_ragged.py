@@ -6,7 +6,16 @@ import zlib
 import numpy as np
 import pytest
 
-from common_jax.inputs.ragged import Chain, Lines, Picked, Ragged, joined, lengths_of, take
+from common_jax.inputs.ragged import (
+    Chain,
+    Lines,
+    Picked,
+    Ragged,
+    elements,
+    joined,
+    lengths_of,
+    take,
+)
 from common_jax.inputs.texts import read_lines, read_whole_lines
 
 ROWS = [[5, 6, 7], [], [8], [9, 9]]
@@ -44,6 +53,11 @@ def test_elements_are_picked_from_several_sequences():
     picked = Picked.of(parts, ["en", "de", "fr"], rows)
     assert [np.asarray(row).tolist() for row in picked] == [[9, 9], [1], [1, 0]]
     assert lengths_of(picked).tolist() == [2, 1, 2]
+    for places in ([2, 0, 1, 0], []):
+        found = elements(picked, np.array(places, int))
+        assert [np.asarray(row).tolist() for row in found] == [
+            np.asarray(picked[place]).tolist() for place in places
+        ]
     assert [len(row) for row in picked.take(np.array([1, 0]))] == [1, 2]
     assert np.asarray(Picked.of({"x": np.eye(3)}, ["x"] * 2, rows[1:])).tolist() == [[1, 0, 0]] * 2
 
