@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from etils import epath
 from meshes import one_device
-from tiny_cliptrans import FEATURES, PREFIX, TEST, read_split, tiny_config
+from tiny_cliptrans import FEATURES, PREFIX, TEST, number_tokenizer, read_split, tiny_config
 
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import NoiseConfig
-from cliptrans_jax.data.framing import FramedTokenizer
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis, Row, read_translations, write_translations
@@ -53,14 +52,11 @@ class Tower:
 
     longest = 11
     config = types.SimpleNamespace(features=FEATURES)
-    tokenizer = FramedTokenizer(
+    tokenizer = dataclasses.replace(
+        number_tokenizer(limit=longest),
         cut=lambda texts: [[len(text)] for text in texts],
-        join=str,
-        definition=lambda: b"numbers of letters",
         vocab=1000,
-        language_ids={},
         special=frozenset(),
-        limit=longest,
     )
 
 
