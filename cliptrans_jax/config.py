@@ -221,7 +221,8 @@ class Config(Section):
       recipes: training of each stage of the pipeline.
       mesh: devices.
       run: logging, evaluation, checkpoints.
-      features: folder for features of frozen towers; "" for the workdir's.
+      features: folder for features of frozen towers and ids of large corpora; "" for the
+        workdir's.
       keep_text_features: whether a frozen text tower encodes each split once, into that folder;
         otherwise every step runs it. Features of pictures are always stored.
     """

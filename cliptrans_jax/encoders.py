@@ -16,10 +16,11 @@ from cliptrans_jax.data.examples import pad
 from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from cliptrans_jax.towers.table import tower_of
 from common_jax.inputs import BadExample, eval_batches
+from common_jax.inputs.ragged import Ragged, lengths_of, take
 from common_jax.weights.table import Pretrained
 
 # Sentences are padded to multiples of this many tokens, so that few lengths are compiled.
@@ -71,7 +72,7 @@ class TextTower:
         """
         self._check(ids)
         order = by_length(ids)
-        sorted_ids = [ids[place] for place in order]
+        sorted_ids = take(ids, order)
         batches = _text_batches(sorted_ids, self.tokenizer.pad, self.longest, mesh)
         features = encode_all(
             self.apply_batch, self.params, batches, mesh=mesh, size=len(ids), title=title
@@ -171,12 +172,12 @@ def text_features(
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language, read from `folder` if it has those of the same tower
     and sentences."""
-    ids = tower.tokenizer.encode(corpus.texts[language], None)
+    ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
     content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
     title = f"features of {corpus.name}, {language}"
     return cached(
         folder,
-        f"{_slug(corpus.name)}.{language}",
+        f"{corpus.slug}.{language}",
         content,
         lambda: tower.encode(ids, mesh=mesh, title=title),
     )
@@ -217,7 +218,8 @@ def image_features(
     content = fingerprint(
         tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys
     )
-    return cached(folder, f"{_slug(corpus.name)}.pictures", content, compute)[rows]
+    features = cached(folder, f"{corpus.slug}.pictures", content, compute)
+    return features if len(firsts) == len(rows) else features[rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +240,7 @@ class _Pictures:
 
 def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
     """Indices of sentences from the shortest to the longest; the order is stable."""
-    return np.argsort([len(x) for x in ids], kind="stable")
+    return np.argsort(lengths_of(ids), kind="stable")
 
 
 def _text_batches(
@@ -265,9 +267,9 @@ def _whole(batch: int, mesh: Mesh) -> int:
     return max(1, batch // mesh.size) * mesh.size
 
 
-def _bytes(ids: Sequence[np.ndarray]) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
+def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
     """Arrays that are unique to these sentences: their ids and lengths."""
-    return np.concatenate(ids), np.array([len(x) for x in ids], np.int64)
+    return ids.flat, ids.lengths.astype(np.int64)
 
 
 def _samples(images: Images) -> list[np.ndarray]:
@@ -278,7 +280,3 @@ def _samples(images: Images) -> list[np.ndarray]:
         return [images[index] for index in places]
     except BadExample as bad:
         raise ValueError(f"a picture cannot be read: {bad}") from bad
-
-
-def _slug(name: str) -> str:
-    return "_".join(name.split())

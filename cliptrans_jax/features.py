@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
-from common_jax.untrusted import brief, plain, read_npz
-from common_jax.workdir import temporary_beside
+from common_jax.untrusted import plain
+from common_jax.workdir import read_arrays, write_arrays
 
 Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors of any float dtype
@@ -34,6 +34,8 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
 
 LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
+# Larger files stay on the disk, and batches read their rows from it; smaller ones are read whole.
+MAPPED_BYTES = 1 << 26
 BROADCAST_BYTES = 1 << 26  # at most, per broadcast to the other hosts through their devices
 
 
@@ -148,8 +150,9 @@ def cached(
     """The features of `compute()`, read from `folder/name.npz` if its fingerprint matches.
 
     Otherwise all hosts compute them, and the first one writes the file atomically. Only the first
-    host reads the file, so that hosts agree and need no shared disk. A damaged file is replaced,
-    with a warning.
+    host decides whether the file fits, so that hosts agree, and it sends the features to the
+    others, so that they need no shared disk. Files from MAPPED_BYTES on are memory-mapped, by all
+    hosts if all of them see the file. A damaged file is replaced, with a warning.
 
     Args:
       folder: created if missing; may be on an object store.
@@ -160,12 +163,14 @@ def cached(
     path, features = epath.Path(folder) / f"{name}.npz", None
     if jax.process_index() == 0:
         features = _read(path, fingerprint)
-    features = _from_first_host(features)
+    features = _from_first_host(features, lambda: _read(path, fingerprint))
     if features is not None:
         return features
     features = np.asarray(compute(), np.float32)
     if jax.process_index() == 0:
-        _write(path, features, fingerprint)
+        write_arrays(path, fingerprint, {"features": features})
+        if features.nbytes >= MAPPED_BYTES and (mapped := _read(path, fingerprint)) is not None:
+            return mapped
     return features
 
 
@@ -268,44 +273,28 @@ def _read(path: epath.Path, fingerprint: str) -> Float32[np.ndarray, "B M"] | No
         logging.info("%s does not exist yet, computing it", path)
         return None
     try:
-        arrays = read_npz(path, ("fingerprint", "features"))
-        features, stored = arrays["features"], arrays["fingerprint"]
-        if features.ndim != 2 or features.dtype != np.float32:
-            raise ValueError(
-                f"{path} is damaged (its features are {features.dtype} {brief(features.shape)})"
-            )
-        if stored.ndim or stored.dtype.kind != "U":
-            raise ValueError(
-                f"{path} is damaged (its fingerprint is {stored.dtype} {brief(stored.shape)})"
-            )
+        mapped = path.stat().length >= MAPPED_BYTES
+        stored, arrays = read_arrays(path, {"features": (np.float32, 2)}, mapped=mapped)
     except (OSError, ValueError) as error:
         logging.warning("%s; the features of %s are computed again", error, path.name)
         return None
-    if str(stored) != fingerprint:
+    if stored != fingerprint:
         logging.info(
             "%s was made from other weights, texts or pictures (%s, now %.12s), computing it again",
-            *(path, plain(str(stored)[:12]), fingerprint),
+            *(path, plain(stored[:12]), fingerprint),
         )
         return None
+    features = arrays["features"]
     logging.info("%s: %d feature vectors read", path, len(features))
     return features
 
 
-def _write(path: epath.Path, features: Float32[np.ndarray, "B M"], fingerprint: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, features=features, fingerprint=np.array(fingerprint))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _from_first_host(
     features: Float32[np.ndarray, "B M"] | None,
+    read: Callable[[], Float32[np.ndarray, "B M"] | None],
 ) -> Float32[np.ndarray, "_ M"] | None:
-    """The first host's array, on every host."""
+    """The first host's array, on every host; `read` reads a large one from the first host's file,
+    where this host sees it."""
     if jax.process_count() == 1:
         return features
     shape = (-1, -1) if features is None else features.shape
@@ -313,10 +302,14 @@ def _from_first_host(
     rows, width = map(int, multihost_utils.broadcast_one_to_all(np.array(shape, np.int32)))
     if rows < 0:
         return None
-    if features is None:
-        features = np.empty((rows, width), np.float32)
+    if 4 * rows * width >= MAPPED_BYTES:
+        features = read() if features is None else features
+        if not hosts.agree(features is None).any():
+            return features
+    received = np.empty((rows, width), np.float32) if features is None else features
     step = max(1, BROADCAST_BYTES // max(1, 4 * width))
     for start in range(0, rows, step):
-        part = features[start : start + step]
-        features[start : start + step] = multihost_utils.broadcast_one_to_all(part)
-    return features
+        part = multihost_utils.broadcast_one_to_all(received[start : start + step])
+        if features is None:  # those of a file that is mapped cannot be changed
+            received[start : start + step] = part
+    return received

@@ -52,6 +52,20 @@ def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
         assert sorted(params) == [f"stage_{stage}" for stage in range(len(config.meta.depths))]
 
 
+def test_a_run_starts_on_a_large_corpus(load, tmp_path, capsys):
+    corpus = load("corpus")
+    sentences = corpus.base_sentences(None)
+    corpus.write_unigram(tmp_path / "unigram", sentences["de"])
+    corpus.write_corpus(tmp_path, sentences, 2 * len(sentences["en"]))
+    lines = {(tmp_path / "wmt_en_de" / f"train.{code}").read_text() for code in ("en", "de")}
+    assert [text.count("\n") for text in lines] == [2 * len(sentences["en"])] * 2
+    corpus.start_run(str(tmp_path), str(tmp_path / "run"))
+    started = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert started["processor"] > 0 and started["all"] >= 0
+    peer = corpus.peer_of_unigram(tmp_path / "unigram" / "sentencepiece.bpe.model")
+    assert peer.encode(sentences["de"][0]).ids
+
+
 def test_cases_for_a_gpu_are_those_of_their_files(load):
     cases = load("gpu").CASES
     for file in sorted({case.file for case in cases.values()}):

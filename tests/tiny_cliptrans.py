@@ -189,6 +189,7 @@ def number_tokenizer(*, limit: int) -> FramedTokenizer:
     return FramedTokenizer(
         cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
         join=lambda ids: " ".join(map(str, ids)),
+        definition=lambda: b"words are ids",
         vocab=60,
         language_ids={"en": ENGLISH, "de": GERMAN},
         special=frozenset({BOS, PAD, EOS, ENGLISH, GERMAN}),

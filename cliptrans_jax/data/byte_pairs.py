@@ -21,6 +21,11 @@ WORD_END = "</w>"  # suffix of CLIP's pieces at the end of a word
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+def define(tokenizer: tokenizers.Tokenizer) -> bytes:
+    """Returns all that determines what a tokenizer does."""
+    return f"tokenizers {tokenizers.__version__}\n{tokenizer.to_str()}".encode()
+
+
 def clip_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     """Builds CLIP's tokenizer, without control tokens, from the result of `read_clip_files`.
 

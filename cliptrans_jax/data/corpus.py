@@ -6,14 +6,16 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from common_jax.config import did_you_mean
 from common_jax.inputs import BadExample
 from common_jax.inputs.names import listed
 from common_jax.inputs.pictures import decode_picture, read_file
+from common_jax.inputs.ragged import Lines, lengths_of
 from common_jax.inputs.texts import find_text, read_lines
 
 PICTURES = "pictures"  # ending of a file with the names of pictures
@@ -41,7 +43,7 @@ class Corpus:
 
     Attributes:
       name: name in messages, such as "multi30k test_2016_flickr".
-      texts: sentences by language. A missing sentence is an empty one.
+      texts: sentences by language, those of files as `Lines`. A missing sentence is an empty one.
       images: the pictures, or None.
       keys: a name per example: an image file, an emoji, or a file's line.
       no_images: the reason why `images` is None.
@@ -50,9 +52,9 @@ class Corpus:
     """
 
     name: str
-    texts: Mapping[str, tuple[str, ...]]
+    texts: Mapping[str, Sequence[str]]
     images: Images | None
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     no_images: str = TEXTS_ALONE
     sparse: bool = False
 
@@ -64,16 +66,24 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def slug(self) -> str:
+        """`name` as the beginning of a file's name."""
+        return "_".join(self.name.split())
+
     @functools.cached_property
     def empty(self) -> dict[str, int]:
         """Number of empty sentences by language."""
-        return {language: texts.count("") for language, texts in self.texts.items()}
+        return {
+            language: int(np.sum(lengths_of(texts) == 0)) for language, texts in self.texts.items()
+        }
 
-    def rows_with(self, languages: Collection[str]) -> Sequence[int]:
+    def rows_with(self, languages: Collection[str]) -> Int[np.ndarray, "_"]:
         """Returns the examples that can be trained and scored in all of the languages."""
         if not self.sparse:
-            return range(len(self))
-        return [row for row in range(len(self)) if all(self.texts[code][row] for code in languages)]
+            return np.arange(len(self))
+        present = [lengths_of(self.texts[code]) > 0 for code in languages]
+        return np.flatnonzero(np.all(present, axis=0))
 
     def require_sentences(self, languages: Sequence[str], *, reader: str) -> None:
         """Raises ValueError where one of the languages has no sentence.
@@ -101,11 +111,27 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbered(Sequence):
+    """Keys of examples without names: the split and the number of the line."""
+
+    split: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[row] for row in range(self.size)[index])
+        return f"{self.split}:{range(1, self.size + 1)[index]}"
+
+
+@dataclasses.dataclass(frozen=True)
 class FolderImages:
     """Image files of a folder, decoded on access."""
 
     root: Path
-    names: tuple[str, ...]
+    names: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -139,7 +165,7 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
         if len(missing) < len(names):
             if missing:
                 logging.warning("%s lacks %d images: %s", root, len(missing), listed(missing))
-            return FolderImages(root, tuple(names)), ""
+            return FolderImages(root, names), ""
     where = " or ".join(map(str, roots))
     example = f", such as {names[0]}," if names else ""
     return None, f"none of the {len(names)} images{example} is in {where}"
@@ -147,7 +173,7 @@ def open_folder(roots: Sequence[Path], names: Sequence[str]) -> tuple[FolderImag
 
 def read_texts(
     folder: Path, split: str, languages: Sequence[str]
-) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+) -> tuple[dict[str, Lines], dict[str, int]]:
     """Reads the sentences of `folder/split.LANGUAGE`, plain or gzipped.
 
     Returns:

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float32, Int32
 from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.stages import Side, Stage
 from common_jax.config import Section
+from common_jax.inputs.ragged import Picked, take
 from common_jax.ranges import Fraction
 
-Tokens = Sequence[np.ndarray]  # framed sentences, int32 ids
+Tokens = Sequence[np.ndarray]  # framed sentences, int32 ids; in large corpora `Ragged` or `Picked`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,34 +60,35 @@ class Examples:
 
     def of_rows_with_sentences(self, corpus: Corpus) -> "Examples":
         """Leaves out the examples whose source or target the corpus lacks."""
-        rows = {pair: set(corpus.rows_with(pair)) for pair in set(self.languages)}
-        pairs = enumerate(zip(self.rows.tolist(), self.languages, strict=True))
-        keep = [place for place, (row, pair) in pairs if row in rows[pair]]
+        present = {pair: np.zeros(len(corpus), bool) for pair in set(self.languages)}
+        for pair, marks in present.items():
+            marks[corpus.rows_with(pair)] = True
+        pairs = zip(self.languages, self.rows, strict=True)
+        keep = np.flatnonzero(
+            np.fromiter((present[pair][row] for pair, row in pairs), bool, len(self))
+        )
         return dataclasses.replace(
             self,
-            source=[self.source[place] for place in keep],
-            target=[self.target[place] for place in keep],
-            rows=self.rows[np.array(keep, int)],
-            languages=tuple(self.languages[place] for place in keep),
+            source=take(self.source, keep),
+            target=take(self.target, keep),
+            rows=self.rows[keep],
+            languages=take(self.languages, keep),
         )
 
-    def of_source(
-        self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]
-    ) -> list[np.ndarray]:
+    def of_source(self, by_language: Mapping[str, Sequence[np.ndarray] | np.ndarray]) -> Picked:
         """Picks each example's entry from arrays by source language and row."""
-        pairs = zip(self.languages, self.rows, strict=True)
-        return [by_language[source][row] for (source, _), row in pairs]
+        return Picked.of(by_language, [source for source, _ in self.languages], self.rows)
 
     def features(
         self,
         images: Float32[np.ndarray, "_ M"] | None,
         texts: Mapping[str, Float32[np.ndarray, "_ M"]],
-    ) -> Float32[np.ndarray, "_ M"]:
+    ) -> Picked:
         """Picks each example's feature from the features of the corpus's rows."""
         if self.side is Side.IMAGE:
             assert images is not None
-            return images[self.rows]
-        return np.stack(self.of_source(texts))
+            return Picked((images,), np.zeros(len(self), np.uint8), self.rows)
+        return self.of_source(texts)
 
 
 def choose_examples(
@@ -120,7 +122,7 @@ def choose_examples(
     if stage.captioning:
         single = caption_language or default_caption_language(pair)
         captions = (pair[1], pair[0]) if all_languages else (single,)
-        languages = [(language, language) for language in captions for _ in range(size)]
+        languages = [pair for language in captions for pair in [(language, language)] * size]
         drops = True
     elif all_languages:
         raise ValueError(
@@ -131,8 +133,8 @@ def choose_examples(
         drops = noise.train if train else noise.test
     rows = np.tile(np.arange(size, dtype=np.int32), len(languages) // size if size else 0)
     return Examples(
-        source=[tokens[a][row] for (a, _), row in zip(languages, rows, strict=True)],
-        target=[tokens[b][row] for (_, b), row in zip(languages, rows, strict=True)],
+        source=Picked.of(tokens, [source for source, _ in languages], rows),
+        target=Picked.of(tokens, [target for _, target in languages], rows),
         side=side or (stage.train if train else stage.test),
         rows=rows,
         languages=tuple(languages),

@@ -22,6 +22,7 @@ from common_jax.inputs import (
     host_rows,
     steps_per_epoch,
 )
+from common_jax.inputs.ragged import elements, lengths_of
 from common_jax.ranges import Size
 
 Batch = dict[str, np.ndarray]
@@ -68,7 +69,7 @@ class Inputs:
     """
 
     examples: Examples
-    features: Float32[np.ndarray, "B M"] | None
+    features: Sequence[np.ndarray] | Float32[np.ndarray, "B M"] | None
     clip_tokens: Sequence[np.ndarray] | None
     pad: int
     room: int
@@ -140,8 +141,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
     """Sorts the sentences of each window of batches by length, then shuffles its batches."""
     order = epoch_permutation(feed.seed, epoch, len(feed.inputs))
     examples, batch = feed.inputs.examples, feed.batch
-    pairs = zip(examples.source, examples.target, strict=True)
-    lengths = np.array([len(a) + len(b) for a, b in pairs])
+    lengths = lengths_of(examples.source) + lengths_of(examples.target)
     # A large factor, so that (seed, epoch) and (seed + 1, epoch - 1) do not share a permutation.
     generator = np.random.RandomState(feed.seed * 1_000_003 % 2**31 + epoch)
     count = len(order) // batch
@@ -180,13 +180,13 @@ def collate(
     # Lengths come from the sentences of all hosts, after dropping: every host must pad to the same
     # shape, and each draws the dropped tokens of the whole batch to know it.
     examples = inputs.examples
-    sources = [examples.source[i] for i in indices]
+    sources = elements(examples.source, indices)
     if examples.drops:
         sources = [
             _drop(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
             for ids, i in zip(sources, indices, strict=True)
         ]
-    targets = [examples.target[i] for i in indices]
+    targets = elements(examples.target, indices)
     source, target = (_padded_length(x, batching, inputs.room) for x in (sources, targets))
     if source > TRIVIAL:
         source = target = max(source, target)  # fewer pairs of lengths to compile
@@ -195,9 +195,9 @@ def collate(
         "labels": pad(targets[rows], target, pad_id=inputs.pad),
     }
     if inputs.features is not None:
-        batch["features"] = inputs.features[indices[rows]]
+        batch["features"] = np.stack(elements(inputs.features, indices[rows]))
     if inputs.clip_tokens is not None:
-        tokens = [inputs.clip_tokens[i] for i in indices]
+        tokens = elements(inputs.clip_tokens, indices)
         length = _padded_length(tokens, batching, inputs.clip_room)
         batch["clip_tokens"] = pad(tokens[rows], length, pad_id=inputs.pad)
     return batch
@@ -250,8 +250,7 @@ def evaluation_batches(
     """
     order = np.arange(len(inputs))
     if by_length:
-        lengths = np.array([len(ids) for ids in inputs.examples.source])
-        order = np.argsort(-lengths, kind="stable")
+        order = np.argsort(-lengths_of(inputs.examples.source), kind="stable")
     rows = host_rows(batch, shard)
     for first in range(0, len(order), batch):
         indices = order[first : first + batch]

@@ -5,18 +5,28 @@ one it is [<s>, pieces..., </s>], as the text encoders of M-CLIP and CLIP have i
 [pieces..., </s>], as SigLIP 2's has it.
 """
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent import futures
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
 from common_jax.config import did_you_mean
+from common_jax.inputs.ragged import Lines, Ragged
 from common_jax.untrusted import brief
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+PART = 4096  # sentences that a thread encodes at a time
+Part = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids of sentences, and their counts
 
 
 @runtime_checkable
@@ -41,7 +51,7 @@ class Tokenizer(Protocol):
         """Returns the token of a language; raises ValueError, with the known ones, for others."""
         ...
 
-    def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
+    def encode(self, texts: Sequence[str], language: str | None) -> Ragged:
         """Returns int32 ids [language, pieces..., </s>] of each text; for None [<s>, ..., </s>], or
         [..., </s>] of a tokenizer without <s>.
 
@@ -51,6 +61,14 @@ class Tokenizer(Protocol):
         Raises:
           ValueError: an unknown language, or texts that are not a sequence of Unicode texts.
         """
+        ...
+
+    def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
+        """Yields what `encode` returns in consecutive parts, which all cores make."""
+        ...
+
+    def fingerprint(self, language: str | None) -> str:
+        """Returns a digest of all that determines what `encode` makes of a text."""
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
@@ -66,8 +84,9 @@ class FramedTokenizer:
     """A `Tokenizer` from functions that cut and join text, which adds the frame.
 
     Attributes:
-      cut: maps texts to ids of their pieces.
+      cut: maps texts to ids of their pieces; called by several threads at once.
       join: maps ids of pieces to text.
+      definition: returns all that determines what `cut` does.
       vocab, pad, eos: as in `Tokenizer`.
       language_ids: token of each language.
       special: ids that have no text.
@@ -78,6 +97,7 @@ class FramedTokenizer:
     # Functions, not a subclass per kind: tokenizers differ only in how they cut and join.
     cut: Callable[[list[str]], list[list[int]]]
     join: Callable[[list[int]], str]
+    definition: Callable[[], bytes]
     vocab: int
     language_ids: Mapping[str, int]
     special: frozenset[int]
@@ -99,27 +119,79 @@ class FramedTokenizer:
             )
         return self.language_ids[language]
 
-    def encode(self, texts: Sequence[str], language: str | None) -> list[np.ndarray]:
-        first = self.bos if language is None else self.language_id(language)
-        start = [] if first is None else [first]
-        texts = require_texts(texts)
-        sentences = self.cut(texts)
-        # A piece of text may be unknown, but never another special token.
-        room, control = self.limit - len(start) - 1, self.special - {UNK}
-        for text, pieces in zip(texts, sentences, strict=True):
-            # Checked here, since an embedding silently gives NaN for an id beyond its table.
-            if pieces and not (min(pieces) >= 0 and max(pieces) < self.vocab):
-                raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {brief(text)}")
-            # CLIP's unknown token is also its end token, which would end the sentence there.
-            if not control.isdisjoint(pieces):
-                raise ValueError(f"the tokenizer's vocabulary lacks characters of {brief(text)}")
-        # Pieces are cut, not ids: every sentence keeps its frame, whatever its length.
-        if too_long := sum(len(pieces) > room for pieces in sentences):
+    def encode(self, texts: Sequence[str], language: str | None) -> Ragged:
+        flats, lengths = zip(*self.encode_parts(texts, language), strict=True)
+        return Ragged.of(np.concatenate(flats), np.concatenate(lengths))
+
+    def encode_parts(self, texts: Sequence[str], language: str | None) -> Iterator[Part]:
+        start = self._start(language)
+        texts = texts if isinstance(texts, Lines) else require_texts(texts)
+        # At least one part, which may be empty.
+        pieces = [texts[first : first + PART] for first in range(0, len(texts) or 1, PART)]
+        encode, too_long = functools.partial(self._encode_part, start), 0
+        with contextlib.ExitStack() as stack:
+            encoded = map(encode, pieces)
+            if len(pieces) > 1:
+                # Threads are enough: the libraries cut texts without Python's lock.
+                pool = stack.enter_context(futures.ThreadPoolExecutor(os.cpu_count()))
+                encoded = pool.map(encode, pieces)
+            for flat, lengths, count in encoded:
+                too_long += count
+                yield flat, lengths
+        if too_long:
             logging.warning(
                 "%d of %d sentences have more than %d tokens, and are cut there",
-                *(too_long, len(sentences), room),
+                *(too_long, len(texts), self.limit - len(start) - 1),
             )
-        return [np.array([*start, *pieces[:room], self.eos], np.int32) for pieces in sentences]
+
+    def _encode_part(
+        self, start: Sequence[int], texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "B"], int]:
+        """Returns the ids of all texts, their counts, and how many texts were too long."""
+        texts = list(texts)
+        sentences = self.cut(texts)
+        counts = np.fromiter(map(len, sentences), np.int64, len(texts))
+        pieces = np.fromiter(itertools.chain.from_iterable(sentences), np.int64, counts.sum())
+        self._check(texts, counts, pieces)
+        # Pieces are cut, not ids: every sentence keeps its frame, whatever its length.
+        room = self.limit - len(start) - 1
+        too_long = int(np.sum(counts > room))
+        if too_long:
+            places = np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)
+            pieces, counts = pieces[places < room], np.minimum(counts, room)
+        lengths = counts + len(start) + 1
+        ends = np.cumsum(lengths)
+        flat = np.empty(lengths.sum(), np.int32)
+        inner = np.ones(len(flat), bool)
+        for place, token in [*((ends - lengths, token) for token in start), (ends - 1, self.eos)]:
+            flat[place], inner[place] = token, False
+        flat[inner] = pieces
+        return flat, lengths.astype(np.int32), too_long
+
+    def _check(
+        self, texts: Sequence[str], counts: Int64[np.ndarray, "B"], pieces: Int64[np.ndarray, "_"]
+    ) -> None:
+        """Raises ValueError, with the text, for a piece that no text may have."""
+        # Checked here, since an embedding silently gives NaN for an id beyond its table.
+        beyond = (pieces < 0) | (pieces >= self.vocab)
+        # A piece of text may be unknown, but never another special token. CLIP's unknown token is
+        # also its end token, which would end the sentence there.
+        wrong = beyond | np.isin(pieces, [*(self.special - {UNK})])
+        if wrong.any():
+            place = np.argmax(wrong)
+            text = brief(texts[np.searchsorted(np.cumsum(counts), place, side="right")])
+            if beyond[place]:
+                raise ValueError(f"an id beyond the tokenizer's {self.vocab} for {text}")
+            raise ValueError(f"the tokenizer's vocabulary lacks characters of {text}")
+
+    def _start(self, language: str | None) -> list[int]:
+        """Returns the ids before the pieces."""
+        first = self.bos if language is None else self.language_id(language)
+        return [] if first is None else [first]
+
+    def fingerprint(self, language: str | None) -> str:
+        frame = (self._start(language), self.eos, self.limit, self.vocab, sorted(self.special))
+        return hashlib.sha256(repr(frame).encode() + b"\n" + self.definition()).hexdigest()
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         ids = [int(i) for i in ids]

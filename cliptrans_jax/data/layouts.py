@@ -5,16 +5,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from cliptrans_jax.data.corpus import (
     TEXTS_ALONE,
     Corpus,
     FolderImages,
+    Numbered,
     log_empty,
     open_folder,
     read_texts,
     require_aligned,
 )
 from common_jax.inputs.names import listed
+from common_jax.inputs.ragged import Lines, take
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.untrusted import RefusedError, as_text, parse_json, plain
 
@@ -55,8 +59,7 @@ def load_multi30k(root: Path, split: str, languages: Sequence[str], *, with_imag
     lists = (find_text(top / "image_splits" / f"{name}.txt") for name in aliases)
     names_file = next(filter(None, lists), None)
     if names_file is None:
-        size = next(iter(counts.values()))
-        keys = tuple(f"{stem}:{number}" for number in range(1, size + 1))
+        keys = Numbered(stem, next(iter(counts.values())))
         reason = f"{top}/image_splits/{split}.txt, which names them, is missing"
     else:
         keys = tuple(name.split("#")[0] for name in read_lines(names_file))
@@ -126,7 +129,8 @@ def load_coco(
     if with_images:
         folders = [root / split, root / "images" / split, root / "images"]
         images, reason = open_folder(folders, keys)
-    texts = {code: captions if code == language else ("",) * len(keys) for code in languages}
+    sentences = Lines.of(captions)
+    texts = {code: sentences if code == language else ("",) * len(keys) for code in languages}
     return Corpus(f"coco {split}", texts, images, keys, reason)
 
 
@@ -173,7 +177,7 @@ def load_wit(
         raise ValueError(f"wit has no split {split!r}, only {', '.join(WIT_SPLITS)}")
     texts, counts = read_texts(folder, split, languages)
     size = next(iter(counts.values()))
-    keys = tuple(f"{split}:{number}" for number in range(1, size + 1))
+    keys: Sequence[str] = Numbered(split, size)
     if (urls := find_text(folder / f"{split}_url.txt")) is not None:
         counts[str(urls)] = len(read_lines(urls))
     lists = find_text(folder / f"{split}_image.txt")
@@ -181,7 +185,7 @@ def load_wit(
     if lists is not None:
         lines = read_lines(lists)
         counts[f"{lists}, without its first line"] = len(lines) - 1
-        keys = tuple(lines[1:])
+        keys = lines[1:]
     require_aligned(counts)
     name = f"wit {folder.name} {split}"
     if not with_images:
@@ -199,7 +203,7 @@ def load_wit(
     if not rows:
         reason = f"no image that {lists} names is in {folder}/images"
         return log_empty(Corpus(name, texts, None, keys, reason))
-    texts = {language: tuple(lines[i] for i in rows) for language, lines in texts.items()}
+    texts = {language: take(lines, np.array(rows)) for language, lines in texts.items()}
     keys = tuple(keys[i] for i in rows)
     return log_empty(Corpus(name, texts, FolderImages(folder / "images", keys), keys))
 
@@ -221,8 +225,7 @@ def load_wmt(root: Path, split: str, languages: Sequence[str], *, pair: tuple[st
     folder = _pair_folder(root, pair, template="wmt_{}_{}")
     texts, counts = read_texts(folder, split, languages)
     require_aligned(counts)
-    size = next(iter(counts.values()))
-    keys = tuple(f"{split}:{number}" for number in range(1, size + 1))
+    keys = Numbered(split, next(iter(counts.values())))
     reason = "WMT is text; use another config.data.source for a stage that needs images"
     return log_empty(Corpus(f"wmt {folder.name} {split}", texts, None, keys, reason))
 

@@ -11,16 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cliptrans_jax.data.corpus import (
     PICTURES,
     TEXTS_ALONE,
     Corpus,
+    Numbered,
     log_empty,
     open_folder,
     read_texts,
     require_aligned,
 )
 from common_jax.inputs.names import listed
+from common_jax.inputs.ragged import Lines, lengths_of, take
 from common_jax.inputs.tables import find_table, is_table, read_table, table_names
 from common_jax.inputs.texts import find_text, read_lines
 from common_jax.ranges import did_you_mean
@@ -48,12 +52,13 @@ def load_text(root: Path, split: str, languages: Sequence[str], *, with_images: 
     texts, counts = read_texts(root, split, languages)
     size = next(iter(counts.values()))
     path = find_text(root / f"{split}.{PICTURES}")
-    names, reason = ("",) * size, f"{root / split}.{PICTURES}, which names them, is missing"
+    names: Sequence[str] = ("",) * size
+    keys, reason = Numbered(split, size), f"{root / split}.{PICTURES}, which names them, is missing"
     if path is not None:
         names, reason = read_lines(path), ""
         counts[str(path)] = len(names)
+        keys = tuple(name or f"{split}:{line}" for line, name in enumerate(names, start=1))
     require_aligned(counts)
-    keys = [name or f"{split}:{number}" for number, name in enumerate(names, start=1)]
     roots = (root, root / "images") if with_images else ()
     return _choose(f"text {split}", texts, names, keys, roots=roots, reason=reason)
 
@@ -91,9 +96,10 @@ def load_table(path: Path, split: str, languages: Sequence[str], *, with_images:
         )
     for language in languages:
         table.require(language, f"sentences in {language!r}")
-    texts = {code: tuple(row[code] for _, row in rows) for code in languages}
+    texts = {code: Lines.of([row[code] for _, row in rows]) for code in languages}
     names = tuple(row.get(PICTURE, "") for _, row in rows)
-    keys = [name or f"{file.name}:{number}" for name, (number, _) in zip(names, rows, strict=True)]
+    numbers = (number for number, _ in rows)
+    keys = tuple(name or f"{file.name}:{line}" for name, line in zip(names, numbers, strict=True))
     reason = "" if PICTURE in table.columns else f"{file} has no column {PICTURE!r}"
     roots = (folder, folder / "images") if with_images else ()
     return _choose(f"table {split}", texts, names, keys, roots=roots, reason=reason)
@@ -171,17 +177,17 @@ def _choose(
       reason: why there are no pictures; "" where there are.
     """
     needs_picture = bool(roots) and not reason
-    rows = [
-        row
-        for row in range(len(keys))
-        if any(texts[code][row] for code in texts) and (names[row] or not needs_picture)
-    ]
+    kept = np.any([lengths_of(sentences) > 0 for sentences in texts.values()], axis=0)
+    if needs_picture:
+        kept &= lengths_of(names) > 0
+    rows = np.flatnonzero(kept)
     if left_out := len(keys) - len(rows):
         what = "a sentence or a picture" if needs_picture else "any sentence"
         logging.info("%s: %d of %d examples lack %s", name, left_out, len(keys), what)
     images, reason = None, reason if roots else TEXTS_ALONE
     if needs_picture:
         images, reason = open_folder(roots, [names[row] for row in rows])
-    chosen = {code: tuple(sentences[row] for row in rows) for code, sentences in texts.items()}
-    keys = tuple(keys[row] for row in rows)
-    return log_empty(Corpus(name, chosen, images, keys, reason, sparse=True))
+    if left_out:
+        texts = {code: take(sentences, rows) for code, sentences in texts.items()}
+        keys = take(keys, rows)
+    return log_empty(Corpus(name, texts, images, keys, reason, sparse=True))

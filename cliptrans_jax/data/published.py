@@ -2,9 +2,11 @@
 from the folder of their files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -224,7 +226,12 @@ def _sentencepiece(
     places = {name: first + place for place, name in enumerate(published.last)}
 
     def cut(texts: list[str]) -> list[list[int]]:
-        return [[ids_of_pieces[i] for i in ids] for ids in processor.encode(texts)]
+        ids = processor.encode(texts, num_threads=1)
+        return [[ids_of_pieces[i] for i in pieces] for pieces in ids]
+
+    def definition() -> bytes:
+        version = f"sentencepiece {sentencepiece.__version__} {ids_of_pieces}\n"
+        return version.encode() + processor.serialized_model_proto()
 
     def join(ids: list[int]) -> str:
         pieces = (names[i] for i in ids if 0 <= i < len(names))
@@ -233,6 +240,7 @@ def _sentencepiece(
     return FramedTokenizer(
         cut=cut,
         join=join,
+        definition=definition,
         vocab=len(names),
         language_ids={language: places[code] for language, code in published.codes.items()},
         special=frozenset({*range(len(SPECIAL)), *range(first, len(names))}),
@@ -241,7 +249,7 @@ def _sentencepiece(
 
 
 def _cut(tokenizer: tokenizers.Tokenizer) -> Callable[[list[str]], list[list[int]]]:
-    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
 
 def _clip(folder: Path, limit: int) -> FramedTokenizer:
@@ -264,6 +272,7 @@ def _clip(folder: Path, limit: int) -> FramedTokenizer:
     return FramedTokenizer(
         cut=_cut(tokenizer),
         join=join,
+        definition=functools.partial(byte_pairs.define, tokenizer),
         vocab=len(vocab),
         language_ids={},
         special=frozenset({bos, eos}),
@@ -283,6 +292,7 @@ def _siglip2(folder: Path, limit: int) -> FramedTokenizer:
     return FramedTokenizer(
         cut=_cut(tokenizer),
         join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        definition=functools.partial(byte_pairs.define, tokenizer),
         vocab=len(vocab),
         language_ids={},
         special=frozenset(range(len(byte_pairs.GEMMA_CONTROLS))),
@@ -307,6 +317,7 @@ def _labse(folder: Path, limit: int) -> FramedTokenizer:
     return FramedTokenizer(
         cut=_cut(tokenizer),
         join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        definition=functools.partial(byte_pairs.define, tokenizer),
         vocab=len(vocab),
         language_ids={},
         special=frozenset({bos, eos, pad}),

@@ -4,25 +4,36 @@ All frame a sentence in the same way, see `cliptrans_jax/data/framing.py`.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import os
+import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
+import jax
+import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
 from cliptrans_jax.data import byte_pairs
+from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
 from cliptrans_jax.data.published import load_published
+from common_jax import hosts
 from common_jax.config import FieldError, Section
+from common_jax.inputs.ragged import Chain, Lines, Ragged, joined
 from common_jax.ranges import Size, key_of, shown
 from common_jax.untrusted import plain
-from common_jax.workdir import read_json, write_bytes
+from common_jax.workdir import read_arrays, read_json, write_arrays, write_bytes
 
+# Sentences of a split. Two cores encode fewer in about 2 s, so that a file would save little.
+LARGE = 1 << 17
 # Byte-level pieces start from all bytes, so no character is unknown.
 BYTES = 256
 
@@ -88,6 +99,92 @@ def load_tokenizer(
     return KINDS[config.kind](config, key, sentences, languages, path)
 
 
+def encode_corpus(
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    language: str,
+    *,
+    frame: str | None,
+    folder: os.PathLike | str,
+) -> Ragged:
+    """Returns the ids of a corpus's sentences in a language.
+
+    Those of LARGE corpora are memory-mapped from a file in `folder`, with a fingerprint of texts
+    and tokenizer. If it is missing or damaged, the first host makes it while the others wait; a
+    host that does not see that file makes its own. Processes that are not of one run may make the
+    same file at the same time: each replaces it as a whole. A bucket has no such files.
+
+    Args:
+      tokenizer: the tokenizer.
+      corpus: has the sentences.
+      language: of the sentences.
+      frame: language of the frame; None for that of a text tower.
+      folder: created if missing.
+
+    Raises:
+      ValueError: as `Tokenizer.encode`.
+    """
+    texts = corpus.texts[language]
+    if len(texts) < LARGE or "://" in os.fspath(folder):
+        return tokenizer.encode(texts, frame)
+    texts = texts if isinstance(texts, Lines) else Lines.of(texts)
+    digest = hashlib.sha256(f"ids 1 {tokenizer.fingerprint(frame)}".encode())
+    for array in (texts.utf8.lengths, texts.utf8.starts, texts.utf8.flat):
+        digest.update(np.ascontiguousarray(array).data)
+    # Part of the name, so that no run replaces the file of another one that reads it.
+    fingerprint = digest.hexdigest()
+    path = epath.Path(folder) / f"{corpus.slug}.{language}.{fingerprint[:16]}.ids.npz"
+    make = functools.partial(_write_ids, path, fingerprint, tokenizer, texts, frame)
+    ids = None
+    if jax.process_index() == 0:
+        ids = _read_ids(path, fingerprint) or make()
+    hosts.agree(0)
+    return ids or _read_ids(path, fingerprint) or make()
+
+
+def _read_ids(path: epath.Path, fingerprint: str) -> Ragged | None:
+    """Returns the ids in an intact file with this fingerprint, else None; the log says why."""
+    if not path.exists():
+        return None
+    try:
+        kinds = {"lengths": (np.int32, 1), "ids": (np.int32, 1)}
+        stored, arrays = read_arrays(path, kinds, mapped=True)
+        ids = Ragged.of(arrays["ids"], arrays["lengths"])
+        if stored != fingerprint or ids.lengths.min() < 1 or ids.lengths.sum() != len(ids.flat):
+            raise ValueError(f"{path} is damaged (its arrays do not fit each other or its name)")
+    except (OSError, ValueError) as error:
+        logging.warning("%s; the ids are made again", error)
+        return None
+    return ids
+
+
+def _write_ids(
+    path: epath.Path, fingerprint: str, tokenizer: Tokenizer, texts: Lines, frame: str | None
+) -> Ragged:
+    start = time.perf_counter()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # An npz begins with the size of an array, so ids wait for the last of them on the disk.
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            lengths = []
+            for ids, counts in tokenizer.encode_parts(texts, frame):
+                file.write(ids)
+                lengths.append(counts)
+            file.flush()
+            arrays = {"lengths": np.concatenate(lengths), "ids": np.memmap(file, np.int32, "r")}
+            write_arrays(path, fingerprint, arrays)
+    except OSError as error:
+        logging.warning(
+            "%s cannot be written (%s): its ids stay in memory, and every start makes them again; "
+            "make room there, or give another folder as config.features",
+            *(path, error),
+        )
+        return tokenizer.encode(texts, frame)
+    seconds = time.perf_counter() - start
+    logging.info("%s: %d sentences encoded in %.0f s", path, len(texts), seconds)
+    return _read_ids(path, fingerprint) or tokenizer.encode(texts, frame)
+
+
 def load_or_train_tokenizer(
     config: TokenizerConfig,
     sentences: Iterable[str] | None,
@@ -112,7 +209,7 @@ def load_or_train_tokenizer(
     """
     path, languages = epath.Path(path), tuple(languages)
     if sentences is not None:
-        sentences = list(sentences)
+        sentences = sentences if isinstance(sentences, Chain) else list(sentences)
     if not path.exists():
         if sentences is None:
             raise FileNotFoundError(f"{path} is missing and there is nothing to train it on")
@@ -157,16 +254,18 @@ def _read(path: epath.Path) -> tuple[dict[str, Any], tokenizers.Tokenizer]:
 
 
 def _origin(
-    config: TokenizerConfig, sentences: list[str] | None, languages: tuple[str, ...]
+    config: TokenizerConfig, sentences: Sequence[str] | None, languages: tuple[str, ...]
 ) -> dict:
     """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
     origin: dict = {"vocab": config.vocab, "languages": list(languages)}
     if sentences is not None:
-        origin["sentences"] = zlib.crc32("\n".join(sentences).encode())
+        origin["sentences"] = functools.reduce(
+            lambda checksum, piece: zlib.crc32(piece, checksum), joined(sentences), 0
+        )
     return origin
 
 
-def _train(config: TokenizerConfig, sentences: list[str], languages: tuple[str, ...]) -> dict:
+def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[str, ...]) -> dict:
     room = config.vocab - len(languages) - 1
     if room < BYTES + len(SPECIAL):
         raise ValueError(
@@ -201,7 +300,7 @@ def _add_frame(
     vocab = pieces + len(languages) + 1
 
     def cut(texts: list[str]) -> list[list[int]]:
-        encodings = tokenizer.encode_batch(
+        encodings = tokenizer.encode_batch_fast(  # which does not compute places in the text
             [_add_space(text) for text in texts], add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]
@@ -209,6 +308,7 @@ def _add_frame(
     return FramedTokenizer(
         cut=cut,
         join=lambda ids: tokenizer.decode(ids, skip_special_tokens=False).removeprefix(" "),
+        definition=functools.partial(byte_pairs.define, tokenizer),
         vocab=vocab,
         language_ids={language: pieces + i for i, language in enumerate(languages)},
         special=frozenset({*range(len(SPECIAL)), *range(pieces, vocab)}),

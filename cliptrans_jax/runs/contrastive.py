@@ -34,6 +34,7 @@ from cliptrans_jax.runs.text_side import text_side
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
+from common_jax.inputs.ragged import lengths_of
 from common_jax.mesh import Rules
 from common_jax.step import Evaluate
 from common_jax.task import Task
@@ -239,7 +240,7 @@ class _Pairs:
 
     @property
     def longest(self) -> int:
-        return max(len(ids) for names in self.names.values() for ids in names)
+        return max(int(lengths_of(names).max()) for names in self.names.values())
 
     def __len__(self) -> int:
         return len(self.corpus)

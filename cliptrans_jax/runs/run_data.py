@@ -18,7 +18,7 @@ from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.framing import Tokenizer, require_fits
-from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
 from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,
@@ -33,6 +33,7 @@ from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
+from common_jax.inputs.ragged import Chain
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
@@ -203,9 +204,10 @@ class RunData:
         """
         config, side = self.config, feature_side(self.config, train=train)
         corpus = self._corpus(split, side)
+        folder = features_folder(config, self.workdir)
         tokens = {
-            language: self.tokenizer.encode(texts, language)
-            for language, texts in corpus.texts.items()
+            name: encode_corpus(self.tokenizer, corpus, name, frame=name, folder=folder)
+            for name in corpus.texts
         }
         examples = choose_examples(
             STAGES[config.stage],
@@ -229,7 +231,7 @@ class RunData:
             raise ValueError(f"{corpus.name} is empty")
         corpus.require_sentences(used_languages(config), reader=f"stage {config.stage!r}")
         for pair in _pairs(config):
-            if not corpus.rows_with(pair):
+            if not len(corpus.rows_with(pair)):
                 raise ValueError(
                     f"{corpus.name} has no example with sentences in both {' and '.join(pair)}; "
                     "correct config.data.source_language or config.data.target_language"
@@ -244,8 +246,11 @@ class RunData:
         if not config.has_prefix:
             return Inputs(examples, None, None, *framed)
         if config.encodes_texts and examples.side is Side.TEXT:
-            tower, texts = self.text_tower, corpus.texts
-            tokens = {name: tower.tokenizer.encode(texts[name], None) for name in examples.read}
+            tower, folder = self.text_tower, features_folder(config, self.workdir)
+            tokens = {
+                name: encode_corpus(tower.tokenizer, corpus, name, frame=None, folder=folder)
+                for name in examples.read
+            }
             return Inputs(examples, None, examples.of_source(tokens), *framed, tower.longest)
         place = {"folder": features_folder(config, self.workdir), "mesh": self.mesh}
         images, texts = None, {}
@@ -344,7 +349,7 @@ def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str
     languages, sentences = config.known_languages, None
     if config.tokenizer.kind == "trained":
         corpus = load_corpus(config.data, config.data.train_split, languages)
-        sentences = [text for language in languages for text in corpus.texts[language]]
+        sentences = Chain(tuple(corpus.texts[language] for language in languages))
     cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
     with tempfile.TemporaryDirectory() as folder:
         path = workdir / TOKENIZER

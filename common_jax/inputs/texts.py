@@ -2,13 +2,25 @@
 
 import gzip
 import io
+import itertools
 import zlib
 from pathlib import Path
 
+import numpy as np
+
+from common_jax.inputs.ragged import Lines, Ragged
+
 MOST_INFLATED = 200  # largest ratio of a text to its gzip file
+CHECKED = 1 << 16  # lines that are decoded at a time to see whether they are UTF-8
+# White space of ASCII, as `str.strip` has it.
+BLANK = np.isin(np.arange(256), [*range(9, 14), *range(28, 33)])
+# First bytes of characters that may be white space (U+0085, U+00A0, U+1680, U+2000 to U+205F,
+# U+3000), and bytes that these may end with.
+WIDE_FIRST = np.isin(np.arange(256), [0xC2, 0xE1, 0xE2, 0xE3])
+WIDE_LAST = np.isin(np.arange(256), [*range(0x80, 0x8B), 0x9F, 0xA0, 0xA8, 0xA9, 0xAF])
 
 
-def read_lines(path: Path) -> tuple[str, ...]:
+def read_lines(path: Path) -> Lines:
     """Reads the lines of a UTF-8 text file, plain or gzipped (by its name), and strips them.
 
     Only a line feed ends a line, since a sentence may contain any other separator of Unicode.
@@ -17,11 +29,24 @@ def read_lines(path: Path) -> tuple[str, ...]:
       ValueError: a line that is not UTF-8 or has a zero byte, with its number; lines that end with
         carriage returns alone; a damaged gzip file.
     """
-    return tuple(line.strip() for line in read_whole_lines(path))
+    content = _read(path)
+    utf8 = np.frombuffer(content, np.uint8)
+    ends = np.flatnonzero(utf8 == ord("\n"))
+    if len(utf8) and utf8[-1] != ord("\n"):
+        ends = np.append(ends, len(utf8))
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else ends
+    if not _is_text(content, starts):
+        _decode(path, content)  # raises, with the number of the line
+    return Lines(_stripped(utf8, starts, ends))
 
 
 def read_whole_lines(path: Path) -> tuple[str, ...]:
     """Does what `read_lines` does, but strips only a line's end."""
+    return _decode(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    """Returns the text, unpacked and without a byte order mark."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         limit = MOST_INFLATED * len(content) + 1024
@@ -42,7 +67,42 @@ def read_whole_lines(path: Path) -> tuple[str, ...]:
             f"{path} ends its lines with carriage returns alone, so all of it would be one line; "
             "convert it, for example with tr '\\r' '\\n'"
         )
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _is_text(content: bytes, starts: np.ndarray) -> bool:
+    """Returns True for UTF-8 without zero bytes, whose lines begin at `starts`."""
+    if b"\0" in content:
+        return False
+    view = memoryview(content)
+    # In pieces, since Python's text of a whole file may be four times its size.
+    bounds = [*starts[::CHECKED].tolist(), len(content)]
+    try:
+        for first, last in itertools.pairwise(bounds):
+            str(view[first:last], "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _stripped(utf8: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Ragged:
+    """Returns the lines from `starts` to `ends` without white space at both ends."""
+    # A line that ends with a carriage return or a space is common, so those of ASCII are stripped
+    # in all lines at once, twice; what is left is rare.
+    for _ in range(2):
+        starts = starts + ((starts < ends) & BLANK[utf8[np.minimum(starts, len(utf8) - 1)]])
+        ends = ends - ((starts < ends) & BLANK[utf8[ends - 1]])
+    filled = np.flatnonzero(starts < ends)
+    first, last = utf8[starts[filled]], utf8[ends[filled] - 1]
+    for row in filled[BLANK[first] | WIDE_FIRST[first] | BLANK[last] | WIDE_LAST[last]]:
+        text = utf8[starts[row] : ends[row]].tobytes().decode()
+        starts[row] = ends[row] - len(text.lstrip().encode())
+        ends[row] = starts[row] + len(text.strip().encode())
+    return Ragged(utf8, starts, (ends - starts).astype(np.int32))
+
+
+def _decode(path: Path, content: bytes) -> tuple[str, ...]:
+    lines = content.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     decoded = []

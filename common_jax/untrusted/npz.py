@@ -21,8 +21,15 @@ HEADER = re.compile(
 )
 
 
-def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray]:
+def read_npz(
+    path: epath.PathLike, names: Iterable[str], *, mapped: bool = False
+) -> dict[str, np.ndarray]:
     """Reads the arrays of these names from a `.npz` file that `numpy.savez` wrote.
+
+    Args:
+      path: the file.
+      names: of the arrays.
+      mapped: leaves the numbers in the file, which then must not be changed, only replaced.
 
     Raises:
       ValueError: naming the file, when it is damaged, lacks an array, or has anything but plain
@@ -31,7 +38,8 @@ def read_npz(path: epath.PathLike, names: Iterable[str]) -> dict[str, np.ndarray
     """
     try:
         with open_archive(path) as archive:
-            return {name: _array(name, archive.read(f"{name}.npy")) for name in names}
+            read = archive.view if mapped else archive.read
+            return {name: _array(name, read(f"{name}.npy")) for name in names}
     except RefusedError as refused:
         raise ValueError(f"{path} {refused}") from None
 
@@ -42,11 +50,11 @@ def full_size(shape: Sequence[int], itemsize: int) -> int:
     return math.prod(max(axis, 1) for axis in shape) * itemsize
 
 
-def _array(name: str, content: bytearray) -> np.ndarray:
+def _array(name: str, content: bytearray | memoryview) -> np.ndarray:
     start = len(MAGIC) + 2
     end = start + int.from_bytes(content[len(MAGIC) : start], "little")
-    match = HEADER.fullmatch(content[start:end].decode("latin-1"))
-    if not content.startswith(MAGIC) or match is None:
+    match = HEADER.fullmatch(str(content[start:end], "latin-1"))
+    if content[: len(MAGIC)] != MAGIC or match is None:
         raise RefusedError(f"holds {brief(name)} in a form that numpy does not write")
     try:
         dtype = np.dtype(match["dtype"])

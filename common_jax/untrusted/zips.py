@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import errno
 import io
+import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -32,6 +34,7 @@ PIECE = 1 << 24  # bytes per read
 # that inflates to more than this many times its size is a bomb.
 MOST_INFLATED = 16
 SMALL = 1 << 24  # bytes that are always allowed: text packs better than numbers
+LOCAL_HEADER = struct.Struct("<26xHH")  # ends with the lengths of what lies before the content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,25 @@ class Archive:
                 content[start : start + len(piece)] = piece
                 start += len(piece)
             file.read(1)  # compares the checksum, also of an empty entry
+        return content
+
+    def view(self, name: str) -> memoryview:
+        """Maps an entry that is not compressed into memory, and reads it once to compare its
+        checksum; other entries, and those of a file that is not on a disk, are read. Raises
+        RefusedError as `read`."""
+        entry = self.entries.get(name)
+        descriptor = _descriptor(self.zip)
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED or descriptor is None:
+            return memoryview(self.read(name))
+        self.require_room([name], limit=self.size)
+        with _damaged():
+            self.zip.open(entry).close()  # compares the header before the entry with the directory
+            header = os.pread(descriptor, LOCAL_HEADER.size, entry.header_offset)
+            start = entry.header_offset + len(header) + sum(LOCAL_HEADER.unpack(header))
+            mapped = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+            content = mapped[start : start + entry.file_size]
+            if len(content) < entry.file_size or zlib.crc32(content) != entry.CRC:
+                raise zipfile.BadZipFile(f"Bad CRC-32 for {brief(name)}")
         return content
 
     def require_room(self, names: Sequence[str], *, limit: int | None = None) -> None:
@@ -102,6 +124,13 @@ def open_archive(path: epath.PathLike) -> Iterator[Archive]:
             if len(entries) != len(archive.infolist()):
                 raise RefusedError(f"is damaged (it has two entries of one name); {AGAIN}")
             yield Archive(archive, size, entries)
+
+
+def _descriptor(archive: zipfile.ZipFile) -> int | None:
+    try:
+        return archive.fp.fileno()
+    except (AttributeError, OSError):  # an object store's
+        return None
 
 
 @contextlib.contextmanager

@@ -206,7 +206,7 @@ def test_texts_need_no_images(tmp_path):
         corpus.require_images()
     (tmp_path / "image_splits/val.txt").unlink()
     corpus = load_corpus(config, "val", ("en",), with_images=True)
-    assert corpus.texts == {"en": ENGLISH} and corpus.keys == ("val:1", "val:2", "val:3")
+    assert corpus.texts == {"en": ENGLISH} and [*corpus.keys] == ["val:1", "val:2", "val:3"]
     with pytest.raises(ValueError, match=r"image_splits/val\.txt, which names them, is missing"):
         corpus.require_images()
 

@@ -106,6 +106,7 @@ def numbers(bos=0, eos=2):
     return FramedTokenizer(
         cut=lambda texts: [[int(word) for word in text.split()] for text in texts],
         join=lambda ids: " ".join(map(str, ids)),
+        definition=lambda: b"words are ids",
         vocab=60,
         language_ids={"en": 57, "de": 58},
         special=frozenset({bos, PAD, eos, 57, 58}),

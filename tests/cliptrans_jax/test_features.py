@@ -1,5 +1,6 @@
 """Features are equal on every mesh and host; a cache is only used for the same inputs."""
 
+import dataclasses
 import io
 import logging
 import os
@@ -15,8 +16,11 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_cliptrans import number_tokenizer
 
 from cliptrans_jax import features as cache
+from cliptrans_jax.data import tokens
+from cliptrans_jax.data.corpus import Corpus, Numbered
 from cliptrans_jax.features import cached, encode_all, fingerprint
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.mesh import MeshConfig, constrain, make_mesh
@@ -351,6 +355,18 @@ def failing(*arguments, **settings):
 # Several hosts.
 
 
+def numbers_of(folder, calls):
+    """The ids of a corpus that counts as large, and a call for every time they are made."""
+    tokens.LARGE, tokenizer = 3, number_tokenizer(limit=6)
+    corpus = Corpus("x", {"en": ("3 4", "5", "6")}, None, Numbered("x", 3))
+    counted = dataclasses.replace(
+        tokenizer, cut=lambda texts: [calls.append(1), *tokenizer.cut(texts)][1:]
+    )
+    ids = tokens.encode_corpus(counted, corpus, "en", frame=None, folder=folder)
+    assert [row.tolist() for row in ids] == [[0, 3, 4, 2], [0, 5, 2], [0, 6, 2]]
+    return ids.flat.tolist()
+
+
 def two_hosts(port, host, folder):
     """What each of two hosts of two devices does, with folders of their own."""
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=host)
@@ -373,6 +389,16 @@ def two_hosts(port, host, folder):
     assert np.array_equal(cached(own, "x", "beef", compute), features)
     assert len(calls) == 2
     assert own.exists() == (host == 0)
+    cache.MAPPED_BYTES = WANTED.nbytes  # the first host maps its file, and the other cannot
+    np.testing.assert_array_equal(cached(own, "x", "beef", compute), features)
+    shared = pathlib.Path(folder) / "shared"
+    made = cached(shared, "x", "f00d", compute)
+    read = cached(shared, "x", "f00d", compute)
+    np.testing.assert_array_equal(made, features)
+    np.testing.assert_array_equal(read, features)
+    assert len(calls) == 3 and not read.flags.writeable and made.flags.writeable == (host == 1)
+    assert numbers_of(shared, calls) == numbers_of(own, calls) == numbers_of(shared, calls)
+    assert len(calls) == (5 if host == 0 else 4)  # both see one of the files of the first host
     sharding = NamedSharding(mesh, P(None, ("fsdp",)))
     whole = np.arange(12, dtype=np.float32).reshape(3, 4)
     split = jax.make_array_from_callback((3, 4), sharding, lambda index: whole[index])
@@ -385,7 +411,7 @@ def test_two_hosts_agree(tmp_path):
         port = free.getsockname()[1]
     root = pathlib.Path(__file__).parents[2]
     flags = "--xla_force_host_platform_device_count=2"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(root)}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{root}:{root / 'tests'}"}
     hosts = [
         subprocess.Popen(
             [sys.executable, __file__, str(port), str(host), str(tmp_path)],

@@ -362,11 +362,37 @@ def test_npz_files_are_read_as_numpy_writes_them(tmp_path):
     }
     np.savez(tmp_path / "a.npz", **arrays)
     assert_same(read_npz(tmp_path / "a.npz", arrays), arrays)
+    mapped = read_npz(tmp_path / "a.npz", arrays, mapped=True)
+    assert_same(mapped, arrays)
+    assert not any(array.flags.writeable for array in mapped.values())
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    assert_same(read_npz(tmp_path / "packed.npz", arrays, mapped=True), arrays)
     with pytest.raises(ValueError, match=r"a\.npz lacks 'other\.npy'"):
         read_npz(tmp_path / "a.npz", ["other"])
     np.savez(tmp_path / "a.npz", odd=np.array([Call(1, ())], object))
     with pytest.raises(ValueError, match=r"a\.npz holds 'odd' in a form that numpy does not"):
         read_npz(tmp_path / "a.npz", ["odd"])
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_every_damaged_byte_of_an_npz_file_is_noticed_or_without_effect(tmp_path, mapped):
+    arrays, path = {"x": np.arange(40, dtype=np.int32)}, tmp_path / "a.npz"
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    damaged = [content[:size] for size in range(0, len(content), 7)]
+    damaged += [
+        content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+        for place in range(0, len(content), 3)
+    ]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert_same(read_npz(path, ["x"], mapped=mapped), arrays)
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > len(damaged) / 2
 
 
 def test_texts_of_characters_that_there_are_not_are_refused(tmp_path):

@@ -76,8 +76,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/examples.py",
         "text features are of the target, which is what has to be found",
-        "return [by_language[source][row] for (source, _), row in pairs]",
-        "return [by_language[target][row] for (_, target), row in pairs]",
+        "Picked.of(by_language, [source for source, _ in self.languages], self.rows)",
+        "Picked.of(by_language, [target for _, target in self.languages], self.rows)",
         FEED,
     ),
     Mistake(
@@ -95,10 +95,24 @@ MISTAKES: tuple[Mistake, ...] = (
         TEXTS,
     ),
     Mistake(
+        f"{PACKAGE}/data/tokens.py",
+        "stored ids of another tokenizer are taken",
+        'f"ids 1 {tokenizer.fingerprint(frame)}"',
+        'f"ids 1 {frame}"',
+        f"{TESTS}/test_encode_corpus.py",
+    ),
+    Mistake(
+        "common_jax/untrusted/zips.py",
+        "damage of a mapped file goes unnoticed",
+        "or zlib.crc32(content) != entry.CRC:",
+        "or not content:",
+        f"{TESTS}/test_encode_corpus.py::test_a_damaged_file_is_named_and_made_again",
+    ),
+    Mistake(
         f"{PACKAGE}/data/framing.py",
         "a sentence that is cut is longer than the limit",
-        "room, control = self.limit - len(start) - 1, self.special - {UNK}",
-        "room, control = self.limit - len(start), self.special - {UNK}",
+        "room = self.limit - len(start) - 1\n        too_long",
+        "room = self.limit - len(start)\n        too_long",
         TEXTS,
     ),
     Mistake(

@@ -1,0 +1,247 @@
+"""Text of a large corpus: encoding against `tokenizers.encode_batch`, and the start of a run on it.
+
+Ours is `encode` of this project's tokenizers, which also checks and frames ids and makes one array;
+the peer is `encode_batch` of the library `tokenizers` with the same pieces. Both use all threads.
+"bpe" is a tokenizer trained here, "unigram" is SentencePiece's in the files of mBART-50.
+
+Then two processes start a run of stage "translate" on --pairs pairs, one after the other: the first
+makes the file with ids, the second finds it. Both read the corpus as a run does, and make a batch.
+Memory is the largest growth since the imports: of what only this process has, and of everything,
+with those pages of mapped files that the system may drop.
+
+    python benchmarks/corpus.py --multi30k FOLDER
+"""
+
+import argparse
+import dataclasses
+import gzip
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+import sentencepiece
+import timing
+import tokenizers
+from etils import epath
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import models, normalizers, pre_tokenizers
+
+from cliptrans_jax.config import Config
+from cliptrans_jax.data import emoji_set
+from cliptrans_jax.data.corpora import DataConfig
+from cliptrans_jax.data.feed import TrainFeed
+from cliptrans_jax.data.framing import Tokenizer
+from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
+from cliptrans_jax.runs.run_data import RunData
+from common_jax.mesh import MeshConfig, make_mesh
+
+PAIR = ("en", "de")
+BATCH = 256
+PIECES = 8000
+PART = 20_000  # sentences per call of the peer, whose results take kilobytes each
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = timing.parser(__doc__, repeats=5)
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="of the large corpus")
+    parser.add_argument("--sentences", type=int, default=40_000, help="that are encoded in turns")
+    parser.add_argument(
+        "--multi30k",
+        type=pathlib.Path,
+        help="folder of Multi30k, whose training sentences are repeated with other words in them; "
+        "without it, sentences are rows of emoji's names",
+    )
+    parser.add_argument("--start", nargs=2, metavar="FOLDER", help="only starts a run, for itself")
+    return parser.parse_args()
+
+
+def base_sentences(multi30k: pathlib.Path | None) -> dict[str, list[str]]:
+    """Aligned sentences by language, to be repeated."""
+    if multi30k is None:
+        names = emoji_set.load_emoji("train", PAIR, size=None, flags=False).texts
+        return {
+            code: [", ".join(names[code][row : row + 5]) for row in range(len(names[code]) - 5)]
+            for code in PAIR
+        }
+    files = {code: multi30k / "raw" / f"train.{code}.gz" for code in PAIR}
+    return {code: gzip.open(path).read().decode().splitlines() for code, path in files.items()}
+
+
+def vary(sentences: list[str], count: int) -> "itertools.chain[str]":
+    """Yields `count` sentences; each repetition has another number in place of one word."""
+    for number, sentence in zip(range(count), itertools.cycle(sentences), strict=False):
+        turn, words = number // len(sentences), sentence.split()
+        if turn:
+            words[turn % len(words)] = str(turn)
+        yield " ".join(words)
+
+
+def write_corpus(folder: pathlib.Path, sentences: dict[str, list[str]], pairs: int) -> None:
+    """Writes splits train, val and test in the layout of `wmt`."""
+    root = folder / f"wmt_{'_'.join(PAIR)}"
+    root.mkdir(parents=True)
+    for code, (split, count) in itertools.product(
+        PAIR, {"train": pairs, "val": BATCH, "test": BATCH}.items()
+    ):
+        with open(root / f"{split}.{code}", "w") as file:
+            file.writelines(f"{text}\n" for text in vary(sentences[code], count))
+
+
+def write_unigram(folder: pathlib.Path, texts: list[str]) -> pathlib.Path:
+    """Trains SentencePiece's unigram model, and writes it as mBART-50's; returns its file."""
+    folder.mkdir()
+    path = folder / "sentencepiece.bpe.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=PIECES,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    return path
+
+
+def peer_of_unigram(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """The same model in the library `tokenizers`."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    peer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    peer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
+    )
+    peer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return peer
+
+
+def compare_encoding(
+    name: str, ours: Tokenizer, peer: tokenizers.Tokenizer, texts: list[str], repeats: int
+) -> tuple[timing.Times, timing.Claim]:
+    """Times of both in turns, and the claim."""
+    spaced = [f" {text}" for text in texts] if name == "bpe" else texts
+
+    def encode_batches() -> list[int]:
+        counts = []
+        for first in range(0, len(texts), PART):
+            part = peer.encode_batch(spaced[first : first + PART], add_special_tokens=False)
+            counts += map(len, part)
+        return counts
+
+    lengths = ours.encode(texts, "de").lengths - 2  # without the frame
+    same = np.mean(lengths == encode_batches())
+    print(f"{name}: {same:.2%} of the sentences have as many pieces in both")
+    cases = {
+        f"{name}, ours": lambda: ours.encode(texts, "de").flat,
+        f"encode_batch, {name}": encode_batches,
+    }
+    times = timing.take_turns(cases, repeats)
+    claim = f"ids of sentences, {name}"
+    return times, timing.compare(times, *cases, claim=claim, target=1.0)
+
+
+class Peaks(threading.Thread):
+    """Watches the memory of this process, in bytes: `anonymous` and `all`."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.first = self.largest = self.now()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.largest = {key: max(self.largest[key], size) for key, size in self.now().items()}
+            time.sleep(0.01)
+
+    @property
+    def growth(self) -> dict[str, int]:
+        return {key: size - self.first[key] for key, size in self.largest.items()}
+
+    @staticmethod
+    def now() -> dict[str, int]:
+        """Memory in use at present."""
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        pairs = (line.split(":") for line in lines if line.endswith(" kB"))
+        sizes = {key: 1024 * int(size.split()[0]) for key, size in pairs}
+        return {"anonymous": sizes["RssAnon"], "all": sizes["VmRSS"]}
+
+
+def start_run(corpus: str, workdir: str) -> None:
+    """Starts a run up to its first batch, and prints its seconds and memory as JSON."""
+    import jax
+
+    base = Config()
+    sizes = dataclasses.replace(base.model.mbart, vocab=2 * PIECES)
+    mapper = dataclasses.replace(base.model.mapper, prefix=0)
+    config = dataclasses.replace(
+        base,
+        data=DataConfig(source="wmt", path=corpus),
+        tokenizer=TokenizerConfig("mbart50", f"{corpus}/unigram"),
+        model=dataclasses.replace(base.model, mapper=mapper, mbart=sizes),
+    )
+    mesh, peaks = make_mesh(MeshConfig(), jax.devices()[:1]), Peaks()
+    clock, processor = time.perf_counter(), time.process_time()
+    data = RunData(config, epath.Path(workdir), mesh)
+    pairs = data.check(train=True)
+    inputs = data.load(config.data.train_split, train=True).inputs
+    batching = dataclasses.replace(config.batching, window=16)
+    feed = TrainFeed(inputs, config.noise, batching, BATCH, config.seed, (0, 1))
+    next(feed.batches(0))
+    seconds = {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}
+    print(json.dumps(seconds | {key: size / pairs for key, size in peaks.growth.items()}))
+
+
+def start_twice(folder: pathlib.Path, threads: int) -> dict[str, dict[str, float]]:
+    """Starts a run in a process of its own, and then again."""
+    starts = {}
+    for name in ("first", "second"):
+        flags = [f"--threads={threads}", "--start", str(folder), str(folder / "run")]
+        done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        starts[name] = json.loads(done.stdout.splitlines()[-1])
+        print(
+            "{} start: {clock:.1f} s, {processor:.1f} by processor; bytes a pair: {anonymous:.0f}, "
+            "{all:.0f} with mapped files".format(name, **starts[name])
+        )
+    return starts
+
+
+def main() -> None:
+    sizes = parse_sizes()
+    timing.start(sizes.threads)
+    os.environ["RAYON_NUM_THREADS"] = str(sizes.threads)
+    if sizes.start:
+        start_run(*sizes.start)
+        return
+    sentences = base_sentences(sizes.multi30k)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        texts = list(vary(sentences["de"], sizes.sentences))
+        bpe = load_tokenizer(
+            TokenizerConfig(vocab=PIECES), sentences=texts, languages=PAIR, path=folder / "bpe.json"
+        )
+        record = json.loads((folder / "bpe.json").read_text())
+        bpe_peer = tokenizers.Tokenizer.from_str(record["bpe"])
+        path = write_unigram(folder / "unigram", texts)
+        unigram = load_tokenizer(TokenizerConfig("mbart50", str(path.parent)))
+        times, claims = {}, []
+        for case in (("bpe", bpe, bpe_peer), ("unigram", unigram, peer_of_unigram(path))):
+            own_times, claim = compare_encoding(*case, texts, sizes.repeats)
+            times, claims = times | own_times, [*claims, claim]
+        write_corpus(folder, sentences, sizes.pairs)
+        starts = start_twice(folder, sizes.threads)
+    timing.report("corpus", claims, times=times, starts=starts, pairs=sizes.pairs)
+
+
+if __name__ == "__main__":
+    main()
