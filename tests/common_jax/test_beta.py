@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import quickly
 
-from common_jax.beta import beta
+from common_jax.nn.beta import beta
 
 KEYS = jax.random.split(jax.random.key(5), 2000)
 

@@ -237,7 +237,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/translation.py",
         "the test set is translated with the last parameters and not their average",
-        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules, average=True)",
         "rules=model.rules)",
         AVERAGED,
     ),
@@ -293,7 +293,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/loading.py",
         "a loaded model has the last parameters and not their average",
-        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules, average=True)",
         "rules=model.rules)",
         AVERAGED,
     ),
