@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tokenizers
 from etils import epath
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.framing import SPECIAL, FramedTokenizer, Tokenizer
@@ -35,12 +35,14 @@ class TokenizerConfig(Section):
       kind: a key of KINDS.
       path: the folder of a published tokenizer's files; empty for `trained`.
       vocab: of `trained`: largest number of ids, languages included.
+      lower: of `trained`: lower-cases all texts, so that outputs are in lower case too.
       max_length: most tokens of a sentence, frame included; None for the kind's limit.
     """
 
     kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
     path: str = ""
     vocab: Size = 2000
+    lower: bool = False
     max_length: Size | None = None
 
     def __post_init__(self):
@@ -55,6 +57,11 @@ class TokenizerConfig(Section):
             raise FieldError(
                 f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
                 f"{len(SPECIAL)} special tokens, a mask; and the languages"
+            )
+        if self.lower and self.kind != "trained":
+            raise FieldError(
+                f"lower=True is for kind='trained': {self.kind!r} is published, and lower-cases "
+                "texts or does not"
             )
         if (self.path == "") != (self.kind == "trained"):
             rule = "must be empty" if self.kind == "trained" else "must be its folder"
@@ -120,6 +127,7 @@ def load_or_train_tokenizer(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
+    made_from = {"lower": False} | made_from  # files of earlier versions do not say
     expected = _origin(config, sentences, languages)
     if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
@@ -129,6 +137,8 @@ def load_or_train_tokenizer(
             f"{path} was made from other input: {changes}; remove it to train it again, or restore "
             "the config"
         )
+    if config.lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     return _add_frame(tokenizer, languages, config.limit)
 
 
@@ -160,7 +170,7 @@ def _origin(
     config: TokenizerConfig, sentences: list[str] | None, languages: tuple[str, ...]
 ) -> dict:
     """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
-    origin: dict = {"vocab": config.vocab, "languages": list(languages)}
+    origin: dict = {"vocab": config.vocab, "languages": list(languages), "lower": config.lower}
     if sentences is not None:
         origin["sentences"] = zlib.crc32("\n".join(sentences).encode())
     return origin
@@ -174,6 +184,8 @@ def _train(config: TokenizerConfig, sentences: list[str], languages: tuple[str, 
             f"special tokens, {len(languages)} languages and a mask"
         )
     tokenizer = byte_pairs.byte_level(models.BPE())
+    if config.lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         show_progress=False,
