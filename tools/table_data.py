@@ -9,10 +9,10 @@ The file says where the numbers are, and this tool adds them, in full precision:
      "columns": [{"title": "BLEU", "file": "scores.json", "key": "bleu"}, {"title": "hours"}],
      "values": {"text only": [[17.21], []]}}
 
-Rows and columns are titled as in the table. `rows` has the folders of a row's seeds, below the second
-argument; `key` is of the line with `epoch` where the file is a metrics.jsonl; `times` is a factor,
-100 for shares shown in percent. A column without `file` is not checked. A value that no run of a
-row has leaves the cell empty. tests/test_results.py compares the tables in README.md and
+Rows and columns are titled as in the table. `rows` has the folders of a row's runs, below the
+second argument; `key` is of the line with `epoch` where the file is a metrics.jsonl; `times` is a
+factor, 100 for shares shown in percent. A column without `file` is not checked. A value that no run
+of a row has leaves the cell empty. tests/test_results.py compares the tables in README.md and
 docs/results.md with these files.
 """
 
@@ -29,10 +29,8 @@ from common_jax.workdir import read_json
 def main(arguments: Sequence[str] | None = None) -> None:
     """Adds the values to a file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "file", type=pathlib.Path, help="docs/data/NAME.json, without values or not"
-    )
-    parser.add_argument("runs", type=pathlib.Path, help="the folder that its rows are below")
+    parser.add_argument("file", type=pathlib.Path, help="docs/data/NAME.json")
+    parser.add_argument("runs", type=pathlib.Path, help="folder that its rows are below")
     flags = parser.parse_args(arguments)
     data = json.loads(flags.file.read_text())
     data["values"] = collect(data, flags.runs)

@@ -286,8 +286,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/evaluate.py",
         "a run is scored again with its last parameters and not their average",
-        "rules=model.rules, average=True)",
-        "rules=model.rules)",
+        "checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)",
+        "checkpoint.load(step, mesh=mesh, rules=model.rules)",
         AVERAGED,
     ),
     Mistake(
