@@ -26,7 +26,7 @@ class RunConfig(Section):
       best: metric whose highest value keeps its checkpoint as well; None for none.
       average_last: checkpoints by epoch, counted back from the last step, whose parameters' mean is
         evaluated at the end and loaded from the last checkpoint; 1 for the last step's own. They
-        need not stay: the mean is kept up while the run trains.
+        need not stay: the mean is updated while the run trains.
       nan_patience: steps in a row with a non-finite gradient after which the run stops.
       profile: first and last step to trace with jax.profiler into WORKDIR/profile; () for none.
       compilation_cache: folder of compiled programs that later runs reuse; None for none.

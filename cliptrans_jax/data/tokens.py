@@ -127,8 +127,8 @@ def load_or_train_tokenizer(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
-    made_from = {"lower": False} | made_from  # files of earlier versions do not say
-    expected = _origin(config, sentences, languages)
+    made_from = {"lower": False} | made_from
+    expected = {"lower": config.lower} | _origin(config, sentences, languages)
     if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
             f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in changed
@@ -170,7 +170,9 @@ def _origin(
     config: TokenizerConfig, sentences: list[str] | None, languages: tuple[str, ...]
 ) -> dict:
     """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
-    origin: dict = {"vocab": config.vocab, "languages": list(languages), "lower": config.lower}
+    origin: dict = {"vocab": config.vocab, "languages": list(languages)}
+    if config.lower:  # otherwise not named: files of earlier versions are to stay the same
+        origin["lower"] = True
     if sentences is not None:
         origin["sentences"] = zlib.crc32("\n".join(sentences).encode())
     return origin

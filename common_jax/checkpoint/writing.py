@@ -30,7 +30,7 @@ from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# The item of an average that later steps of the run still change, and that none but it may read.
+# The item of an average that later steps still change; only the run itself reads it, to resume.
 PARTIAL_AVERAGE = "partial_average"
 
 

@@ -119,6 +119,9 @@ def test_lower_case_texts_make_the_same_pieces_as_any_others(tmp_path):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match=r"lower True not False"):
         load_or_train_tokenizer(CONFIG, None, LANGUAGES, tmp_path / "low")
+    load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, tmp_path / "any")
+    made = json.loads((tmp_path / "any").read_text())["made_from"]
+    assert set(made) == {"vocab", "languages", "sentences"}  # as in earlier versions
     with pytest.raises(ValueError, match=r"^lower=True is for kind='trained': 'mbart50'"):
         TokenizerConfig(kind="mbart50", path="x", lower=True)
 
