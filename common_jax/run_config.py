@@ -50,11 +50,6 @@ class RunConfig(Section):
         super().__post_init__()
         if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
             raise FieldError(f"profile={self.profile} must be () or (first step, last step)")
-        if self.average_last > 1 and self.best is not None:
-            raise FieldError(
-                f"average_last={self.average_last} makes the average the run's result, and "
-                f"best={self.best!r} would choose a single checkpoint; set best=None"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +86,8 @@ class Due:
         return not self.averaged or step == self.total
 
     def check_average(self, optim: OptimConfig, *, title: str, key: str) -> None:
-        """Raises ValueError for an average of more checkpoints than there will be, or two averages.
+        """Raises ValueError for an average of more checkpoints than there will be, or one beside a
+        best checkpoint or a running average.
 
         Args:
           optim: the run's, in the config's section `key`.
@@ -100,6 +96,11 @@ class Due:
         if self.run.average_last == 1:
             return
         last = f"config.run.average_last={self.run.average_last}"
+        if self.run.best is not None:
+            raise ValueError(
+                f"{last} makes the average the run's result, and config.run.best={self.run.best!r} "
+                "would choose a single checkpoint; set --config.run.best=None"
+            )
         if optim.ema:
             raise ValueError(
                 f"{last} and {key}.optim.ema={optim.ema} are two averages of the same parameters; "

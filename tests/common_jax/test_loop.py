@@ -54,10 +54,6 @@ def test_only_passing_fields_may_change(tmp_path):
         ),
         ({"profile": (4, 3)}, r"^profile=\(4, 3\)"),
         ({"average_last": 0}, r"^average_last=0 must be at least 1"),
-        (
-            {"average_last": 3, "best": "val/bleu"},
-            r"^average_last=3 .* best='val/bleu' would choose .* set best=None",
-        ),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
@@ -149,16 +145,17 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed
 
 
 @pytest.mark.parametrize(
-    ("last", "ema", "message"),
+    ("last", "ema", "best", "message"),
     [
-        (4, 0.0, r"config\.run\.average_last=4 is more than the 3 checkpoints of descent"),
-        (2, 0.9, r"config\.run\.average_last=2 and config\.optim\.ema=0\.9 are two averages"),
+        (2, 0.0, "test/w", r"config\.run\.average_last=2 .*\.best='test/w' would choose"),
+        (4, 0.0, None, r"config\.run\.average_last=4 is more than the 3 checkpoints of descent"),
+        (2, 0.9, None, r"config\.run\.average_last=2 and config\.optim\.ema=0\.9 are two averages"),
     ],
 )
-def test_an_average_that_cannot_be_is_refused(last, ema, message, tmp_path):
+def test_an_average_that_cannot_be_is_refused(last, ema, best, message, tmp_path):
     optim = dataclasses.replace(OPTIM, ema=ema)
     with pytest.raises(ValueError, match=message):
-        descend(tmp_path / "run", optim=optim, average_last=last)
+        descend(tmp_path / "run", optim=optim, average_last=last, best=best)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
