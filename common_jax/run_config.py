@@ -108,7 +108,7 @@ class Due:
             )
         if len(self.averaged) < self.run.average_last:
             raise ValueError(
-                f"{last} is more than the {len(self.averaged)} checkpoints of {title}, which has "
+                f"{last} is more than {title} has checkpoints, {len(self.averaged)}: "
                 f"one every {self.run.checkpoint_every} epochs "
                 f"(config.run.checkpoint_every) of {self.steps_per_epoch} steps and one at its "
                 f"last step, {self.total}; lower it, or save more often"
