@@ -167,7 +167,7 @@ def load_finished(run: Finished, *, mesh: Mesh | None = None) -> LoadedModel:
     tokenizer = run.load_tokenizer()
     data = RunData(config, run.workdir, mesh, known=tokenizer)
     model = Model.of(config, data)
-    params = checkpoint.load(run.step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    params = checkpoint.load(run.step, mesh=mesh, rules=model.rules, average=True)
     search = make_translate(
         Search(model.translator, config.decode), model.encode, tokenizer, mesh=mesh
     )

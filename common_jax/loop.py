@@ -1,9 +1,8 @@
 """The one train loop. A `Task` says what is trained, on what, and by which loss."""
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,15 +12,21 @@ from jax.sharding import Mesh
 from common_jax import hosts, signals
 from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
-from common_jax.config import FieldError, Section
 from common_jax.log import Alarm, Console, Log, introduce
 from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
-from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
+from common_jax.ranges import SEEDS
 from common_jax.report import refresh
+from common_jax.run_config import Due, RunConfig
 from common_jax.state import TrainState, merge
 from common_jax.step import Programs
-from common_jax.task import Task, abstract_state, create_program, step_program
+from common_jax.task import (
+    Task,
+    abstract_state,
+    average_program,
+    create_program,
+    step_program,
+)
 from common_jax.weights import WarmStart
 from common_jax.workdir import (
     LockLost,
@@ -34,46 +39,6 @@ from common_jax.workdir import (
     write_json,
     write_result,
 )
-
-FAILED_SAVE = ("stop", "go_on")
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig(Section):
-    """How a run logs, evaluates and saves.
-
-    Attributes:
-      log_every: steps per line of metrics.jsonl, which has their averages.
-      eval_every: epochs between evaluations; the last step is always evaluated.
-      checkpoint_every: epochs between checkpoints; the last step is always saved.
-      checkpoint_minutes: time since the last checkpoint after which a further one is written, at
-        the next line of the log; None for never.
-      on_failed_save: "stop" ends the run when a checkpoint or a line of the log could not be
-        written, "go_on" warns and tries again at the next one. The last ones must be written.
-      keep: newest checkpoints that stay.
-      best: metric whose highest value keeps its checkpoint as well; None for none.
-      nan_patience: steps in a row with a non-finite gradient after which the run stops.
-      profile: first and last step to trace with jax.profiler into WORKDIR/profile; () for none.
-      compilation_cache: folder of compiled programs that later runs reuse; None for none.
-      wandb: project of Weights & Biases that gets the scalars too; None for none.
-    """
-
-    log_every: Size = 50
-    eval_every: Size = 1
-    checkpoint_every: Size = 1
-    checkpoint_minutes: Positive | None = 30.0
-    on_failed_save: Annotated[str, one_of(*FAILED_SAVE)] = "stop"
-    keep: Size = 2
-    best: Name | None = "test/accuracy"
-    nan_patience: Size = 10
-    profile: tuple[Size, ...] = ()
-    compilation_cache: Name | None = "~/.cache/modular_jax"
-    wandb: Name | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.profile and (len(self.profile) != 2 or self.profile[0] > self.profile[1]):
-            raise FieldError(f"profile={self.profile} must be () or (first step, last step)")
 
 
 def train(
@@ -149,7 +114,7 @@ def check(
     """
     check_settings(task, run, optim, seed=seed, mesh=mesh, key=key)
     with jax.set_mesh(mesh):
-        return abstract_state(task, optim, mesh)
+        return abstract_state(task, optim, mesh, averaged=run.average_last > 1)
 
 
 def check_settings(
@@ -159,13 +124,16 @@ def check_settings(
 
     Raises:
       ValueError: for a batch that does not divide, a seed out of range, a warm-up that is not
-        shorter than the run, a metric that is never measured, or a tracker that is not installed.
+        shorter than the run, an average of more checkpoints than there will be, a metric that is
+        never measured, or a tracker that is not installed.
     """
     batch = f"{key}.optim.batch / {key}.optim.accumulate"
     meshes.check_batch(mesh, batch, optim.micro_batch)
     if not 0 <= seed < SEEDS:
         raise ValueError(f"config.seed={seed} must be at least 0 and below 2**32")
     optim.check_warmup(task.steps_per_epoch, key=f"{key}.optim")
+    total = optim.total_steps(task.steps_per_epoch)
+    Due(run, task.steps_per_epoch, total).check_average(optim, title=task.title, key=key)
     check_tracker(run.wandb)
     measured = list(task.evaluators)
     if run.best is not None and measured and run.best.partition("/")[0] not in measured:
@@ -192,8 +160,10 @@ def _train(
     # ----------------------------------------------------------------------------------------------
     abstract = check(task, run, optim, seed=seed, mesh=mesh)
     total = optim.total_steps(task.steps_per_epoch)
-    due = _Due(run, task.steps_per_epoch, total)
+    due = Due(run, task.steps_per_epoch, total)
+    averaged = due.averaged
     update = programs.keep("step", step_program(task, optim, abstract, log_every=run.log_every))
+    include = programs.keep("average", average_program(task, abstract))
     # The checkpoints are looked at first: where they are another run's, nothing is written.
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()
@@ -216,6 +186,7 @@ def _train(
         on_failed=run.on_failed_save,
         run_id=identity.id,
         foreign=stock.foreign,
+        averaged_from=averaged[-1] if averaged else 0,
     )
     if fresh:
         _write_account(task, workdir, warm)
@@ -257,7 +228,7 @@ def _train(
         # ------------------------------------------------------------------------------------------
         evaluations = _read_evaluations(task, workdir)
         if start and due.evaluation(start) and not hosts.agree(start in evaluations).any():
-            evaluations[start] = evaluation = _evaluate(task, state, log)
+            evaluations[start] = evaluation = _evaluate(task, state, log, due)
         for step, values in evaluations.items():
             if due.checkpoint(step):
                 checkpoints.score(step, values)
@@ -275,6 +246,9 @@ def _train(
                 jax.profiler.start_trace(str(workdir / "profile"))
             # The state is donated: nothing else may refer to the old one from here on.
             state, report = update(state, task.helpers, next(batches), seed_there)
+            if done in averaged:
+                # Before the step can be saved: a start that resumes there does not include it.
+                state = include(state, np.float32(1 / (1 + averaged.index(done))))
             log.add(done, report, line=due.line(done))
             if traced and done == traced[-1]:
                 jax.block_until_ready(state)
@@ -282,7 +256,7 @@ def _train(
             # Before the evaluation, which may take long; the next start catches up on it.
             hosts.check()
             if due.evaluation(done):
-                evaluation = _evaluate(task, state, log)
+                evaluation = _evaluate(task, state, log, due)
             if due.checkpoint(done):
                 saver.save(state, done, evaluation if due.evaluation(done) else None)
             elif due.line(done) and saver.is_late():
@@ -294,7 +268,7 @@ def _train(
         # Result.
         # ------------------------------------------------------------------------------------------
         if evaluation is None:  # killed between the last checkpoint and result.json
-            evaluation = _measure(task, state)
+            evaluation = _measure(task, state, due)
     except signals.Stopped:
         if done > saver.step:
             saver.save(state, done, None)
@@ -310,27 +284,6 @@ def _train(
     return write_result(
         workdir, phase=task.title, steps=total, skipped=int(state.skipped), metrics=evaluation
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Due:
-    """What a run does after which steps. After the last one it does all."""
-
-    run: RunConfig
-    steps_per_epoch: int
-    total: int
-
-    def line(self, step: int) -> bool:
-        return step == self.total or step % self.run.log_every == 0
-
-    def evaluation(self, step: int) -> bool:
-        return self._epochs(step, self.run.eval_every)
-
-    def checkpoint(self, step: int) -> bool:
-        return self._epochs(step, self.run.checkpoint_every)
-
-    def _epochs(self, step: int, epochs: int) -> bool:
-        return step == self.total or step % (epochs * self.steps_per_epoch) == 0
 
 
 class _Saver:
@@ -410,20 +363,21 @@ def _read_evaluations(task: Task, workdir: epath.Path) -> dict[int, dict[str, fl
     }
 
 
-def _evaluate(task: Task, state: TrainState, log: Log) -> dict[str, float]:
+def _evaluate(task: Task, state: TrainState, log: Log, due: Due) -> dict[str, float]:
     """The metrics of an evaluation, written after the line of its step and shown in the report."""
     log.flush()
-    values, step = _measure(task, state), int(state.step)
+    values, step = _measure(task, state, due), int(state.step)
     log.write_evaluation(step, values)
     refresh()
     log.restart_clock(step)
     return values
 
 
-def _measure(task: Task, state: TrainState) -> dict[str, float]:
+def _measure(task: Task, state: TrainState, due: Due) -> dict[str, float]:
     """Runs all evaluators, on the average of the parameters where there is one."""
-    params = state.params if state.ema is None else merge(state.params, state.ema)
     step = int(state.step)
+    averaged = state.ema is not None and due.whole_average(step)
+    params = merge(state.params, state.ema) if averaged else state.params
     return {
         f"{prefix}/{name}": value
         for prefix, evaluate in task.evaluators.items()

@@ -21,7 +21,7 @@ class TrainState:
       step: updates done so far, those skipped for a non-finite gradient included.
       params: nested dict of all parameters that the run saves, trained or not.
       opt_state: optax state over the trained parameters.
-      ema: running average of the trained parameters, or None.
+      ema: average of the trained parameters, running or of the last checkpoints, or None.
       sums: metrics summed over the steps since the last line of the log.
       skipped: steps skipped so far for a non-finite loss or gradient.
       skipped_in_row: how many of these were the latest steps.

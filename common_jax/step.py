@@ -94,7 +94,7 @@ def make_step(
         direction, opt_state = optimizer.update(gradient, state.opt_state, trained)
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
         ema = state.ema
-        if ema is not None:
+        if config.ema:
             ema = optax.incremental_update(updated, ema, 1 - config.ema)
         keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
         trained, opt_state, ema = jax.tree.map(
@@ -128,9 +128,22 @@ def part_norms(gradient: Any, depth: int) -> dict[str, jax.Array]:
 
 
 def init_state(
-    params: Any, config: OptimConfig, *, trainable: str, metrics: dict[str, Any]
+    params: Any,
+    config: OptimConfig,
+    *,
+    trainable: str,
+    metrics: dict[str, Any],
+    averaged: bool = False,
 ) -> TrainState:
-    """The state before the first step; `metrics` are shapes of what the loss reports."""
+    """The state before the first step.
+
+    Args:
+      params: all that the run saves.
+      config: optimizer settings.
+      trainable: regex of the paths of the parameters that are updated.
+      metrics: shapes of what the loss reports.
+      averaged: gives the state an average of the trained parameters even without `config.ema`.
+    """
     trained, _ = partition(params, trainable)
     shapes = metrics | {
         name: jax.ShapeDtypeStruct((), jnp.float32)
@@ -141,7 +154,7 @@ def init_state(
         step=zero,
         params=params,
         opt_state=make_optimizer(config).init(trained),
-        ema=jax.tree.map(jnp.copy, trained) if config.ema else None,
+        ema=jax.tree.map(jnp.copy, trained) if config.ema or averaged else None,
         sums={name: jnp.zeros(shape.shape, jnp.float32) for name, shape in shapes.items()},
         skipped=jnp.copy(zero),
         skipped_in_row=jnp.copy(zero),

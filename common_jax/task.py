@@ -63,8 +63,14 @@ class Task:
     files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
+def abstract_state(
+    task: Task, optim: OptimConfig, mesh: Mesh, *, averaged: bool = False
+) -> TrainState:
     """Shapes and shardings of the whole state, as ShapeDtypeStructs; no array exists yet.
+
+    Args:
+      task, optim, mesh: of the run.
+      averaged: as for `common_jax.step.init_state`.
 
     Raises:
       ValueError: for parameters that the mesh does not divide.
@@ -77,7 +83,10 @@ def abstract_state(task: Task, optim: OptimConfig, mesh: Mesh) -> TrainState:
     trained, _ = partition(params, task.trainable)
     metrics |= jax.eval_shape(lambda tree: part_norms(tree, task.clip_depth), trained)
     state = jax.eval_shape(
-        lambda params: init_state(params, optim, trainable=task.trainable, metrics=metrics), params
+        lambda params: init_state(
+            params, optim, trainable=task.trainable, metrics=metrics, averaged=averaged
+        ),
+        params,
     )
     trained, _ = partition(shardings, task.trainable)
     whole = meshes.replicated(mesh)
@@ -115,6 +124,23 @@ def step_program(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def average_program(
+    task: Task, abstract: TrainState
+) -> Callable[[TrainState, jax.Array], TrainState]:
+    """include(state, share), jitted: the state, which is donated, with its average moved towards
+    its parameters:  a <- (1 - share) a + share p.
+
+    A share of 1 / k for the k-th of several steps gives the mean over them.
+    """
+
+    def include(state: TrainState, share: jax.Array) -> TrainState:
+        trained, _ = partition(state.params, task.trainable)
+        return state.replace(ema=optax.incremental_update(trained, state.ema, share))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(include, donate_argnums=0, out_shardings=shardings)
+
+
 # Drawing parameters happens once and is three times quicker to compile without optimisation.
 RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
@@ -129,7 +155,13 @@ def create_program(
         # Under jit the parameters that `warm` replaces are never computed, and each of the others
         # is born on its own shards.
         params = merge(task.init(fold_name(jax.random.key(seed), "init")), warm)
-        return init_state(params, optim, trainable=task.trainable, metrics=abstract.sums)
+        return init_state(
+            params,
+            optim,
+            trainable=task.trainable,
+            metrics=abstract.sums,
+            averaged=abstract.ema is not None,
+        )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = RUN_ONCE.get(jax.default_backend())

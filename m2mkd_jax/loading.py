@@ -36,8 +36,8 @@ def load_model(
       `apply(params, x)` and `params`. For a whole network x is a batch of images (B, I, J,
       channels) with pixels from 0 to 255, and the result is logits (B, labels). For a single
       module, `apply` runs only that stage, on images if it is the first and else on tokens
-      (B, T, D). If the run kept a running average (config.optim.ema), `params` are that average,
-      as in evaluation.
+      (B, T, D). If the run has an average (config.optim.ema, config.run.average_last), `params`
+      are that average, as in evaluation.
 
     Raises:
       FileNotFoundError: when there is no finished checkpoint.
@@ -58,7 +58,7 @@ def load_model(
         subtree=f"{role}/{name}" if name else role,
         mesh=mesh,
         rules=family_of_role(config, role).rules,
-        average=config.optim.ema > 0,
+        average=True,
     )
     if stage is None:
         whole = whole_network(config, role)

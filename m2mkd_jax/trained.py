@@ -96,9 +96,7 @@ def open_run(run: epath.PathLike, settings: Mapping[str, str] | None = None) -> 
     mesh, phase = make_mesh(config.mesh), PHASES[config.phase]
     role, family = phase.role, family_of_role(config, phase.role)
     params = {
-        role: checkpoint.load(
-            source, subtree=role, mesh=mesh, rules=family.rules, average=config.optim.ema > 0
-        )
+        role: checkpoint.load(source, subtree=role, mesh=mesh, rules=family.rules, average=True)
     }
     if phase.modular:
         training = phase.describe(config, mesh)

@@ -152,6 +152,7 @@ SOME = (
     ("cliptrans/[mw]", r"data\.path", TEXT, "a folder"),
     ("cliptrans/(multi30k$|wit|wmt)", r"(clip_)?tokenizer\.path", TEXT, "a folder"),
     ("cliptrans(/emoji|/multi30k_tiny)?$", r"(clip_)?tokenizer\.path", ("",), "trained here"),
+    ("cliptrans(/emoji|/multi30k_tiny)?$", r"(clip_)?tokenizer\.lower", (True,), "trained here"),
     ("cliptrans/", r"all_languages", (True,), "a switch, of pipelines and captioning stages"),
     ("cliptrans", r"clip\.lock_text", (True,), "a switch of stage clip; translation ignores it"),
     (

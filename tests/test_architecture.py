@@ -61,7 +61,7 @@ LAYERS = {
         ("app",),
         ("command_line",),
         ("loop",),
-        ("report", "task", "log"),
+        ("report", "task", "log", "run_config"),
         ("metrics",),
         ("weights",),
         ("checkpoint", "step"),

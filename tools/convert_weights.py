@@ -254,7 +254,7 @@ def _export_cliptrans(
 ) -> tuple[dict[str, np.ndarray], Account]:
     """The tensors of a translation model, with the shared embedding under all its names."""
     config = freeze_stored(cliptrans_config.Config, saved, command.source)
-    params = checkpoint.load(command.source, average=config.optim.ema > 0)
+    params = checkpoint.load(command.source, average=True)
     model = {config.model.architecture.subtree, "mapper"}  # the part of a run that the file has
     if not model & params.keys():
         raise ValueError(

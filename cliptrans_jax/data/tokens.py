@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from cliptrans_jax.data import byte_pairs
 from cliptrans_jax.data.corpus import Corpus
@@ -46,12 +46,14 @@ class TokenizerConfig(Section):
       kind: a key of KINDS.
       path: the folder of a published tokenizer's files; empty for `trained`.
       vocab: of `trained`: largest number of ids, languages included.
+      lower: of `trained`: lower-cases all texts, so that outputs are in lower case too.
       max_length: most tokens of a sentence, frame included; None for the kind's limit.
     """
 
     kind: Annotated[str, key_of(lambda: KINDS)] = "trained"
     path: str = ""
     vocab: Size = 2000
+    lower: bool = False
     max_length: Size | None = None
 
     def __post_init__(self):
@@ -66,6 +68,11 @@ class TokenizerConfig(Section):
             raise FieldError(
                 f"vocab={self.vocab} must be above {BYTES + len(SPECIAL) + 1}: {BYTES} bytes, "
                 f"{len(SPECIAL)} special tokens, a mask; and the languages"
+            )
+        if self.lower and self.kind != "trained":
+            raise FieldError(
+                f"lower=True is for kind='trained': {self.kind!r} is published, and lower-cases "
+                "texts or does not"
             )
         if (self.path == "") != (self.kind == "trained"):
             rule = "must be empty" if self.kind == "trained" else "must be its folder"
@@ -217,7 +224,8 @@ def load_or_train_tokenizer(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, json.dumps(record, ensure_ascii=False).encode())
     made_from, tokenizer = _read(path)
-    expected = _origin(config, sentences, languages)
+    made_from = {"lower": False} | made_from
+    expected = {"lower": config.lower} | _origin(config, sentences, languages)
     if changed := [key for key in expected if expected[key] != made_from.get(key)]:
         changes = ", ".join(
             f"{key} {plain(repr(made_from.get(key)))} not {expected[key]!r}" for key in changed
@@ -226,6 +234,8 @@ def load_or_train_tokenizer(
             f"{path} was made from other input: {changes}; remove it to train it again, or restore "
             "the config"
         )
+    if config.lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     return _add_frame(tokenizer, languages, config.limit)
 
 
@@ -258,6 +268,8 @@ def _origin(
 ) -> dict:
     """Returns the origin of a trained tokenizer, with its sentences as a checksum."""
     origin: dict = {"vocab": config.vocab, "languages": list(languages)}
+    if config.lower:  # otherwise not named: files of earlier versions are to stay the same
+        origin["lower"] = True
     if sentences is not None:
         origin["sentences"] = functools.reduce(
             lambda checksum, piece: zlib.crc32(piece, checksum), joined(sentences), 0
@@ -273,6 +285,8 @@ def _train(config: TokenizerConfig, sentences: Sequence[str], languages: tuple[s
             f"special tokens, {len(languages)} languages and a mask"
         )
     tokenizer = byte_pairs.byte_level(models.BPE())
+    if config.lower:
+        tokenizer.normalizer = normalizers.Lowercase()
     trainer = trainers.BpeTrainer(
         vocab_size=room,
         show_progress=False,

@@ -64,7 +64,7 @@ def export(run: Finished, out: Path) -> list[str]:
 
 def _write_translator(folder: Path, run: Finished) -> None:
     config = run.config
-    params = checkpoint.load(run.step, average=config.optim.ema > 0)
+    params = checkpoint.load(run.step, average=True)
     params = jax.tree.map(np.asarray, params)
     pretrained.save(folder, params[config.model.architecture.subtree], config.model.sizes)
     _write_json(folder / "generation_config.json", _generation(run))

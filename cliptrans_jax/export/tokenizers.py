@@ -64,7 +64,7 @@ def write_tokenizer(
     settings: dict[str, Any] = {"model_max_length": limit, "clean_up_tokenization_spaces": False}
     if config.kind == "trained":
         first = SPECIAL[BOS] if pair is None else language_token(pair[0])
-        _build(trained, languages, first).save(str(folder / FILE))
+        _build(trained, languages, first, lower=config.lower).save(str(folder / FILE))
         tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "unk": UNK}
         settings |= {f"{name}_token": SPECIAL[place] for name, place in tokens.items()}
         settings |= {
@@ -84,12 +84,13 @@ def write_tokenizer(
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def _build(trained: epath.Path, languages: Sequence[str], first: str) -> Tokenizer:
+def _build(trained: epath.Path, languages: Sequence[str], first: str, *, lower: bool) -> Tokenizer:
     """A trained tokenizer with the ids and the frame of `data.tokens`."""
     vocab, merges = byte_pairs.parse(json.loads(read_json(trained, {"bpe": str})["bpe"]))
     tokenizer = byte_pairs.byte_tokenizer(vocab, merges)
     # The first word is cut like the others: with a space before it.
-    tokenizer.normalizer = normalizers.Prepend(" ")
+    lowering = [normalizers.Lowercase()] if lower else []
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(" "), *lowering])
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     # In this order the languages and the mask get the ids after the pieces.
     names = [*SPECIAL, *map(language_token, languages), MASK]

@@ -118,7 +118,7 @@ def text_tower(run: Finished, mesh: Mesh) -> TextTower:
     tower = RunData(config, run.workdir, mesh, known=known).text_tower
     if not config.unfreeze_clip:
         return tower
-    params = checkpoint.load(run.step, subtree="clip", average=config.optim.ema > 0)
+    params = checkpoint.load(run.step, subtree="clip", average=True)
     return dataclasses.replace(tower, params=jax.tree.map(np.asarray, params))
 
 

@@ -85,7 +85,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         seed=config.seed, workdir=workdir, mesh=mesh, config=user_config,
     )  # fmt: skip
     step = best_step(workdir, config.run.best)
-    params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=config.optim.ema > 0)
+    params = checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)
     params = {**task.helpers, **params}
     further = score_further(config, workdir, data, translate, params, step=step.name)
     scores = score_split(config, workdir, test, translate, params, step=step.name)

@@ -16,7 +16,7 @@ from common_jax.mesh import Rules, match_rules, replicated, with_shardings
 from common_jax.state import merge
 from common_jax.workdir import read_json
 
-AVERAGE = "average"  # a further item, of runs with a running average
+AVERAGE = "average"  # a further item, of runs that evaluate an average of their parameters
 PATTERN = re.compile(r"[*?\[\]\\]")  # valid in file names, but special in patterns
 
 
@@ -38,8 +38,8 @@ def load(
       subtree: path of keys, such as "encoder/block_2"; empty for all.
       mesh: devices to put them on; None for the first device alone.
       rules: their partition over `mesh`; None replicates them.
-      average: uses the running average of trained parameters, which was evaluated, if the run has
-        one (config.optim.ema).
+      average: uses the average of trained parameters that was evaluated, if the checkpoint has one
+        (config.optim.ema, or config.run.average_last at the last step).
 
     Returns:
       The nested dict below `subtree`.

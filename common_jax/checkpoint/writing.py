@@ -30,6 +30,8 @@ from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# The item of an average that later steps still change; only the run itself reads it, to resume.
+PARTIAL_AVERAGE = "partial_average"
 
 
 class SaveError(OSError):
@@ -51,6 +53,8 @@ class Checkpoints:
       on_failed: "stop" raises SaveError when a save has failed, "go_on" warns.
       run_id: of the run's run.json, written to every checkpoint; None for checkpoints of no run.
       foreign: reasons why checkpoints are not the run's, by step; they are put aside.
+      averaged_from: first step whose average is whole; before it, a checkpoint has its average
+        under another name, for resuming alone.
     """
 
     def __init__(
@@ -62,10 +66,12 @@ class Checkpoints:
         on_failed: str = "stop",
         run_id: str | None = None,
         foreign: Mapping[int, str] | None = None,
+        averaged_from: int = 0,
     ):
         refuse_pattern(workdir, "workdir")
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
+        self._averaged_from = averaged_from
         self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
         # Step and expected content of the save in progress, for the check in orbax's thread.
         self._step = None
@@ -104,7 +110,7 @@ class Checkpoints:
             )
         arrays = {"params": state.params, "trainer": _trainer(state)}
         if state.ema is not None:
-            arrays[AVERAGE] = state.ema
+            arrays[self._average_item(step)] = state.ema
         texts = {"config": dict(config)}
         if self._run_id is not None:
             texts[MARK] = {"id": self._run_id, "step": step}
@@ -262,11 +268,14 @@ class Checkpoints:
             "trainer": ocp.args.StandardRestore(_trainer(abstract)),
         }
         if abstract.ema is not None:
-            items[AVERAGE] = ocp.args.StandardRestore(abstract.ema)
+            items[self._average_item(step)] = ocp.args.StandardRestore(abstract.ema)
         read_mark(self.folder / str(step))  # raises if it is damaged
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        average = restored[AVERAGE] if abstract.ema is not None else None
+        average = restored[self._average_item(step)] if abstract.ema is not None else None
         return TrainState(params=restored["params"], ema=average, **restored["trainer"])
+
+    def _average_item(self, step: int) -> str:
+        return AVERAGE if step >= self._averaged_from else PARTIAL_AVERAGE
 
     def _put_aside(self, steps: Collection[int], why: str) -> None:
         """Renames folders to WHY_STEP: nothing is lost, and the run can save these steps again."""

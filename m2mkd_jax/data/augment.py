@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from common_jax.beta import beta
 from common_jax.config import Section
+from common_jax.nn.beta import beta
 from common_jax.ranges import BelowOne, Count, Fraction, NonNegative, Size, within
 
 # Up to this side the original pads and crops instead of resizing; the device can do that.

@@ -109,16 +109,14 @@ def circuit_regularizer(
     return regularizer
 
 
-def draw_circuit(
-    model: NacConfig, circuit: Circuit, workdir: epath.Path, optim: OptimConfig
-) -> None:
+def draw_circuit(model: NacConfig, circuit: Circuit, workdir: epath.Path) -> None:
     """Writes connectivity.png, the mediators' graph before and after training, unless it exists; a
-    failure is a warning. Where `optim` keeps a running average of parameters, that is drawn."""
+    failure is a warning. Of a run with an average of its parameters, that is drawn."""
     path = workdir / PICTURE
     if jax.process_index() != 0 or is_picture(path):
         return
     with dispensable(path):
-        learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=optim.ema > 0)
+        learned = checkpoint.load(workdir, subtree="student/graph/mediator", average=True)
         before = circuit.signatures["mediator"]
         groups = np.zeros(len(before), int) if circuit.prior is None else circuit.prior.communities
         truncation = model.kernel.truncation

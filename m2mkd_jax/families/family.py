@@ -76,7 +76,7 @@ class Preparation:
       trainable: section -> regex of the parameters to update.
       regularizer: (section, start, config.regularizers, config.optim, steps per epoch) -> a term
         of the loss.
-      draw: (section, start, workdir, config.optim) -> None; draws the trained network.
+      draw: (section, start, workdir) -> None; draws the trained network.
       picture: file name of the picture.
       caption: its caption in the report.
     """
@@ -87,7 +87,7 @@ class Preparation:
     init: Callable[[Any, Any], Callable[[jax.Array], Any]]
     trainable: Callable[[Any], str]
     regularizer: Callable[[Any, Any, RegularizersConfig, OptimConfig, int], Regularizer]
-    draw: Callable[[Any, Any, epath.Path, OptimConfig], None]
+    draw: Callable[[Any, Any, epath.Path], None]
     picture: str
     caption: str
 

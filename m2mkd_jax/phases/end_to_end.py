@@ -55,7 +55,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
         training, workdir, mesh, helpers=helpers, warm_start=warm_start, feed=feed, files=files
     )
     if preparation is not None:
-        preparation.draw(config.model, start, workdir, config.optim)
+        preparation.draw(config.model, start, workdir)
     return result
 
 

@@ -72,8 +72,7 @@ def load_run(source: epath.PathLike, *, stage: int | None = None) -> Pretrained:
                 "its number (export: --module=K; tools/convert_weights.py: --config.module=K)"
             )
         config = dataclasses.replace(config, module=stages[0].removeprefix("stage_"))
-    subtree, average = "/".join((kind.role, *stages)), config.optim.ema > 0
-    tree = checkpoint.load(source, subtree=subtree, average=average)
+    tree = checkpoint.load(source, subtree="/".join((kind.role, *stages)), average=True)
     tree = {stages[0]: tree} if stages else tree
     # A conversion left out what config.sources.fresh names; a run drew it, and has it.
     there = traverse_util.flatten_dict(tree, sep="/")

@@ -20,6 +20,7 @@ from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES, Side
 from cliptrans_jax.translators.mbart import MBartConfig
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh, match_rules
+from common_jax.run_config import Due
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "cliptrans"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
@@ -208,6 +209,35 @@ def test_unknown_arguments_are_refused(name, arg, said):
 
 
 # The published settings.
+
+
+def test_the_recipe_of_the_text_only_literature():
+    config = load("multi30k_tiny", "target=fr")
+    optim, sizes = config.optim, config.model.mbart
+    assert (optim.steps, optim.batch, 29_000 // optim.batch, optim.clip) == (8000, 464, 62, 25)
+    assert (optim.schedule, optim.peak_lr, optim.warmup_steps) == ("inverse_sqrt", 0.005, 2000)
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-8, 0)
+    assert (optim.ema, config.run.average_last, config.run.best) == (0, 10, None)
+    assert config.run.checkpoint_every == 1 and config.label_smoothing == 0.1
+    assert (sizes.width, sizes.encoder_layers, sizes.decoder_layers, sizes.dropout) == (
+        128,
+        4,
+        4,
+        0.3,
+    )
+    assert (sizes.encoder_heads, sizes.encoder_hidden) == (4, 256)
+    assert config.tokenizer.lower and config.tokenizer.vocab == sizes.vocab == 10_000
+    assert (config.decode.beams, config.decode.length_penalty) == (5, 1)
+    assert config.data.pair == ("en", "fr")
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.04, 0.1, 0.5, 3])
+def test_a_short_run_has_the_checkpoints_that_it_averages(scale):
+    config = load("multi30k_tiny", f"scale={scale}")
+    optim = config.optim
+    due = Due(config.run, 62, optim.total_steps(62))
+    assert due.check_average(optim, title="translate", key="config") is None
+    assert config.run.average_last == {0.1: 1, 0.5: 5, 3: 10}.get(scale, 1)
 
 
 @pytest.mark.parametrize("stage", ["caption", "text_recon", "translate", "triplet"])

@@ -106,6 +106,26 @@ def test_long_sentences_are_cut_before_their_end(tmp_path):
         np.testing.assert_array_equal(row, [*long_row[:5], EOS])
 
 
+def test_lower_case_texts_make_the_same_pieces_as_any_others(tmp_path):
+    config = dataclasses.replace(CONFIG, lower=True)
+    raised = [text.upper() for text in SENTENCES]
+    lowered = [text.lower() for text in raised]
+    low, high = (
+        load_or_train_tokenizer(config, texts, LANGUAGES, tmp_path / name)
+        for name, texts in (("low", lowered), ("high", raised))
+    )
+    assert low.decode(low.encode(["Ein MÄNNCHEN, İ"], "de")[0]) == "ein männchen, i̇"
+    for a, b in zip(low.encode(raised, "en"), high.encode(lowered, "en"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"lower True not False"):
+        load_or_train_tokenizer(CONFIG, None, LANGUAGES, tmp_path / "low")
+    load_or_train_tokenizer(CONFIG, SENTENCES, LANGUAGES, tmp_path / "any")
+    made = json.loads((tmp_path / "any").read_text())["made_from"]
+    assert set(made) == {"vocab", "languages", "sentences"}  # as in earlier versions
+    with pytest.raises(ValueError, match=r"^lower=True is for kind='trained': 'mbart50'"):
+        TokenizerConfig(kind="mbart50", path="x", lower=True)
+
+
 def test_training_is_the_same_every_time(tmp_path):
     sentences = emoji_set.load_emoji("test", ("en", "de")).texts
     sentences = [*sentences["en"], *sentences["de"]]
@@ -150,6 +170,7 @@ def test_a_trained_tokenizer_is_read_from_its_file(tmp_path, trained):
         (CONFIG, SENTENCES[1:], LANGUAGES, r"t\.json was made from other input: sentences \d+ not"),
         (CONFIG, None, ("en", "de"), r"languages \['en', 'de', 'fr', 'cs'\] not \['en', 'de'\]"),
         (TokenizerConfig(vocab=400), None, LANGUAGES, r"vocab 420 not 400; remove it"),
+        (dataclasses.replace(CONFIG, lower=True), None, LANGUAGES, r"lower False not True"),
     ],
 )
 def test_a_file_of_other_input_is_refused(tmp_path, config, sentences, languages, message):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from common_jax.beta import beta
+from common_jax.nn.beta import beta
 
 KEYS = jax.random.split(jax.random.key(5), 2000)
 

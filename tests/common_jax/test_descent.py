@@ -134,6 +134,54 @@ def test_a_resumed_run_has_the_same_average_to_the_bit(averaged, stopped, tmp_pa
         np.testing.assert_array_equal(found["w"], want["w"])
 
 
+MEAN = {"optim": PLAIN, "average_last": 2, "keep": 9, "checkpoint_minutes": None}
+
+
+@pytest.fixture(scope="module")
+def mean(tmp_path_factory):
+    """A run whose result is the mean of its last two checkpoints; its folder and its result."""
+    workdir = tmp_path_factory.mktemp("mean") / "run"
+    return workdir, descend(workdir, task=task(), **MEAN)
+
+
+def test_the_mean_of_the_last_checkpoints_is_evaluated_and_loaded_at_the_end(mean):
+    workdir, result = mean
+    _, values, _ = by_hand()
+    wanted = np.mean([values[8], values[12]])
+    evaluated = lines(workdir, "test/w")
+    close([evaluated[4], evaluated[8], evaluated[12]], [values[4], values[8], wanted])
+    assert abs(wanted - values[12]) > 1e-2 and result["test/w"] == evaluated[12]
+    close(checkpoint.load(workdir, average=True)["w"], wanted)
+    close(checkpoint.load(workdir)["w"], values[12])
+    earlier = checkpoint.load(workdir / "checkpoints" / "8", average=True)
+    close(earlier["w"], values[8])  # not what there is of the mean so far
+
+
+@pytest.mark.parametrize("stopped", [7, 8, 9])
+def test_a_resumed_run_has_the_same_mean_to_the_bit(mean, stopped, tmp_path, monkeypatch):
+    """Stopped before, right after and past a step that counts, in a run that keeps one file."""
+    workdir, settings = tmp_path / "run", MEAN | {"keep": 1}
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
+        stop_after(stopped, patch)
+        descend(workdir, task=task(), **settings)
+    assert descend(workdir, task=task(), **settings) == mean[1]
+    assert finished_steps(workdir / "checkpoints") == [12]
+    for average in (False, True):
+        found, want = (checkpoint.load(x, average=average) for x in (workdir, mean[0]))
+        np.testing.assert_array_equal(found["w"], want["w"])
+    (workdir / "result.json").unlink()
+    assert descend(workdir, task=task(), **settings) == mean[1]
+
+
+def test_saves_by_the_clock_are_not_in_the_mean(ticking, mean, tmp_path):
+    """Saves after steps 6 and 12; a batch takes ten seconds."""
+    settings = MEAN | {"checkpoint_minutes": 1.0, "log_every": 2, "checkpoint_every": 2}
+    descend(tmp_path, task=ticking(10.0), **settings)
+    assert finished_steps(tmp_path / "checkpoints") == [6, 8, 12]
+    loaded = (checkpoint.load(x, average=True)["w"] for x in (tmp_path, mean[0]))
+    np.testing.assert_array_equal(*loaded)
+
+
 def test_without_an_average_the_parameters_are_evaluated(tmp_path):
     """Of a run of another seed, with longer stretches, epochs between evaluations and saves."""
     settings = {"log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep": 9}

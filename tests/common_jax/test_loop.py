@@ -1,16 +1,18 @@
 """Details of the loop that whole runs do not show."""
 
+import dataclasses
 import json
 import types
 
 import numpy as np
 import pytest
-from descent import OPTIM, make_task
+from descent import OPTIM, descend, make_task
 from meshes import one_device
 
 from common_jax import log, loop
 from common_jax.log import clocks
 from common_jax.loop import RunConfig
+from common_jax.run_config import Due
 from common_jax.workdir import refuse_other_config
 
 
@@ -51,6 +53,7 @@ def test_only_passing_fields_may_change(tmp_path):
             r"^profile=\(3,\) must be \(\) or \(first step, last step\)",
         ),
         ({"profile": (4, 3)}, r"^profile=\(4, 3\)"),
+        ({"average_last": 0}, r"^average_last=0 must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
@@ -59,10 +62,22 @@ def test_settings_out_of_range_are_named(change, message):
 
 
 def test_lines_and_epochs_fall_due_at_their_multiples_and_at_the_end():
-    due = loop._Due(RunConfig(log_every=3, eval_every=2, checkpoint_every=3), 3, 14)
+    due = Due(RunConfig(log_every=3, eval_every=2, checkpoint_every=3), 3, 14)
     assert [step for step in range(1, 15) if due.line(step)] == [3, 6, 9, 12, 14]
     assert [step for step in range(1, 15) if due.evaluation(step)] == [6, 12, 14]
     assert [step for step in range(1, 15) if due.checkpoint(step)] == [9, 14]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "total", "steps"),
+    [(1, 1, 14, ()), (2, 1, 14, (12, 14)), (2, 3, 18, (9, 18)), (4, 1, 12, (3, 6, 9, 12))],
+)
+def test_the_last_checkpoints_by_epoch_are_averaged(last, every, total, steps):
+    run = RunConfig(average_last=last, checkpoint_every=every, best=None)
+    due = Due(run, 3, total)
+    assert due.averaged == steps and set(steps) <= set(filter(due.checkpoint, range(total + 1)))
+    whole = [step for step in range(1, total + 1) if due.whole_average(step)]
+    assert whole == ([total] if steps else [*range(1, total + 1)])
 
 
 def test_a_line_has_means_over_the_steps_that_counted():
@@ -127,6 +142,21 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(changes, seed
     settings = {"mesh": one_device(), "seed": seed}
     with pytest.raises(ValueError, match=message):
         loop.check_settings(task, RunConfig(**{"best": None} | changes), OPTIM, **settings)
+
+
+@pytest.mark.parametrize(
+    ("last", "ema", "best", "message"),
+    [
+        (2, 0.0, "test/w", r"config\.run\.average_last=2 .*\.best='test/w' would choose"),
+        (4, 0.0, None, r"config\.run\.average_last=4 is more than descent has checkpoints, 3: "),
+        (2, 0.9, None, r"config\.run\.average_last=2 and config\.optim\.ema=0\.9 are two averages"),
+    ],
+)
+def test_an_average_that_cannot_be_is_refused(last, ema, best, message, tmp_path):
+    optim = dataclasses.replace(OPTIM, ema=ema)
+    with pytest.raises(ValueError, match=message):
+        descend(tmp_path / "run", optim=optim, average_last=last, best=best)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_all_seeds_and_the_metrics_of_an_evaluation_are_taken():

@@ -13,7 +13,7 @@ from common_jax.commands.plan.steps import step_arguments
 from common_jax.optim import OptimConfig
 from common_jax.state import fold_name
 from common_jax.step import Programs
-from common_jax.task import Task, abstract_state, create_program, step_program
+from common_jax.task import Task, abstract_state, average_program, create_program, step_program
 
 OPTIM = OptimConfig(steps=4, batch=16, accumulate=2, lr=0.1, lr_per=None, schedule="constant")
 
@@ -58,6 +58,7 @@ def test_moments_and_averages_lie_as_their_parameters_and_the_rest_is_whole(task
     ]
     assert abstract.sums["load"].shape == (3,)
     assert abstract_state(task, OPTIM, split_mesh()).ema is None
+    assert abstract_state(task, OPTIM, split_mesh(), averaged=True).ema == abstract.ema
 
 
 def test_norms_of_parts_are_among_the_sums(task):
@@ -93,6 +94,22 @@ def test_what_is_warm_is_not_drawn(task):
     np.testing.assert_array_equal(state.params["body"]["kernel"], 7)
     np.testing.assert_array_equal(state.ema["body"]["kernel"], 7)  # the average starts there, too
     assert float(jnp.std(state.params["head"]["kernel"])) > 0.1
+
+
+def test_an_average_of_shares_is_the_mean_where_the_parameters_lie(task):
+    mesh, values = split_mesh(), (1.0, 4.0, 7.0)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(task, OPTIM, mesh, averaged=True)
+        include = average_program(task, abstract)
+        state = create_program(task, OPTIM, abstract)(np.uint32(0), {})
+        for count, value in enumerate(values, start=1):
+            params = jax.tree.map(lambda x, value=value: jnp.full_like(x, value), state.params)
+            params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract.params))
+            state = include(state.replace(params=params), np.float32(1 / count))
+    assert list(state.ema) == ["body"]  # the head is not trained
+    np.testing.assert_allclose(state.ema["body"]["kernel"], 4, rtol=1e-6)
+    np.testing.assert_array_equal(state.params["body"]["kernel"], 7)
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def test_a_step_is_called_with_the_whole_batch(task):

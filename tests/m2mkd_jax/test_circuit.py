@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from tiny import NAC, OPTIM, tiny_config
+from tiny import NAC, tiny_config
 
 from common_jax import checkpoint
 from common_jax.optim import OptimConfig
@@ -161,27 +161,24 @@ class Drawn:
         return {"signatures": self.learned}
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_the_picture_is_of_the_start_and_of_what_was_learned(monkeypatch, tmp_path, ema):
+def test_the_picture_is_of_the_start_and_of_what_was_learned(monkeypatch, tmp_path):
     before, learned = np.random.default_rng(0).normal(size=(2, 8, 8))
     drawn = Drawn(monkeypatch, learned)
     communities = np.arange(8) % 3
     prior = Prior(np.eye(8, dtype=bool), communities, before, 0.0, 0, 0, 0)
-    config = config_of(optim=OptimConfig(ema=ema))
-    draw_circuit(config.model, Circuit({"mediator": before}, prior), tmp_path, config.optim)
+    draw_circuit(NAC, Circuit({"mediator": before}, prior), tmp_path)
     ((start, after, groups, settings),) = drawn.calls
     assert start is before and groups is communities
     np.testing.assert_array_equal(after, learned)
     assert settings == {"truncation": 0.9, "path": tmp_path / "connectivity.png"}
-    want = {"subtree": "student/graph/mediator", "average": ema > 0}
-    assert drawn.loaded == [want]
+    assert drawn.loaded == [{"subtree": "student/graph/mediator", "average": True}]
 
 
 def test_the_picture_without_prior_and_truncation(monkeypatch, tmp_path):
     before = np.ones((8, 8))
     drawn = Drawn(monkeypatch, before)
     model = dataclasses.replace(FREE, kernel=KernelConfig(truncation=None))
-    draw_circuit(model, Circuit({"mediator": before}, None), tmp_path, OPTIM)
+    draw_circuit(model, Circuit({"mediator": before}, None), tmp_path)
     ((_, _, groups, settings),) = drawn.calls
     assert not np.any(groups) and len(groups) == 8
     assert settings["truncation"] == 2.0  # the largest distance there is: all are connected
@@ -191,7 +188,7 @@ def test_a_picture_that_is_there_stays(monkeypatch, tmp_path):
     drawn = Drawn(monkeypatch, np.ones((8, 8)))
     started = Circuit({"mediator": np.ones((8, 8))}, None)
     monkeypatch.setattr(circuit, "is_picture", lambda path: path.name == "connectivity.png")
-    draw_circuit(NAC, started, tmp_path, OPTIM)
+    draw_circuit(NAC, started, tmp_path)
     assert not drawn.calls
 
 
@@ -201,5 +198,5 @@ def test_a_picture_that_fails_is_a_warning(monkeypatch, tmp_path, caplog):
 
     Drawn(monkeypatch, np.ones((8, 8)))
     monkeypatch.setattr(circuit, "draw_connectivity", fail)
-    draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path, OPTIM)
+    draw_circuit(NAC, Circuit({"mediator": np.ones((8, 8))}, None), tmp_path)
     assert "no ink" in caplog.text

@@ -151,7 +151,7 @@ def drawing(monkeypatch, tmp_path):
     monkeypatch.setattr(circuit, "draw_connectivity", draw)
 
     def run(config, start=START):
-        circuit.draw_circuit(config.model, start, epath.Path(tmp_path), config.optim)
+        circuit.draw_circuit(config.model, start, epath.Path(tmp_path))
         return calls
 
     return run
@@ -167,10 +167,8 @@ def test_the_picture_is_of_mediators_before_and_after(drawing, tmp_path):
     assert calls["path"] == tmp_path / "connectivity.png"
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_the_picture_is_of_the_average_where_there_is_one(drawing, ema):
-    calls = drawing(config_of(optim=dataclasses.replace(OPTIM, ema=ema)))
-    assert calls["average"] is (ema > 0)
+def test_the_picture_is_of_the_average_where_there_is_one(drawing):
+    assert drawing(config_of())["average"] is True
 
 
 def test_without_truncation_all_are_connected(drawing):

@@ -303,7 +303,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="m2mkd_jax/loading.py",
         what="the last parameters in place of their average",
-        right="average=config.optim.ema > 0",
+        right="average=True",
         wrong="average=False",
         tests=LOADING,
     ),

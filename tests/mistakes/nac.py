@@ -285,7 +285,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "m2mkd_jax/families/circuit.py",
         "the picture is of raw parameters where there is an average",
-        "average=optim.ema > 0",
+        "average=True",
         "average=False",
         f"{TESTS}circuit.py::test_the_picture_is_of_the_average_where_there_is_one",
     ),

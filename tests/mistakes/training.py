@@ -186,8 +186,29 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/loop.py",
         "the average is never evaluated",
-        "params = state.params if state.ema is None else merge(state.params, state.ema)",
+        "params = merge(state.params, state.ema) if averaged else state.params",
         "params = state.params",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/loop.py",
+        "a mean over two checkpoints starts at the first parameters",
+        "np.float32(1 / (1 + averaged.index(done)))",
+        "np.float32(1 / (2 + averaged.index(done)))",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/run_config.py",
+        "a mean is evaluated before it is whole",
+        "return not self.averaged or step == self.total",
+        "return True",
+        DESCENT,
+    ),
+    Mistake(
+        "common_jax/checkpoint/writing.py",
+        "a mean is loaded before it is whole",
+        "return AVERAGE if step >= self._averaged_from else PARTIAL_AVERAGE",
+        "return AVERAGE",
         DESCENT,
     ),
     Mistake(

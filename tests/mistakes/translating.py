@@ -251,7 +251,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/translation.py",
         "the test set is translated with the last parameters and not their average",
-        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules, average=True)",
         "rules=model.rules)",
         AVERAGED,
     ),
@@ -300,14 +300,14 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/runs/evaluate.py",
         "a run is scored again with its last parameters and not their average",
-        "rules=model.rules, average=True)",
-        "rules=model.rules)",
+        "checkpoint.load(step, mesh=mesh, rules=model.rules, average=True)",
+        "checkpoint.load(step, mesh=mesh, rules=model.rules)",
         AVERAGED,
     ),
     Mistake(
         f"{PACKAGE}/loading.py",
         "a loaded model has the last parameters and not their average",
-        "rules=model.rules, average=config.optim.ema > 0)",
+        "rules=model.rules, average=True)",
         "rules=model.rules)",
         AVERAGED,
     ),

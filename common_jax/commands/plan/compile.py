@@ -121,7 +121,10 @@ def train_step(
     flops: Flops,
 ) -> Step:
     """The step of a task."""
-    lowered, abstract = lower_step(task, optim, mesh, log_every=config.run.log_every)
+    run = config.run
+    lowered, abstract = lower_step(
+        task, optim, mesh, log_every=run.log_every, averaged=run.average_last > 1
+    )
     state, helpers, batch, _ = step_arguments(task, optim, abstract, mesh)
     parts = {name: getattr(state, name) for name in ("params", "opt_state", "ema")}
 

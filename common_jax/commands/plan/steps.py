@@ -32,7 +32,7 @@ def step_arguments(
 
 
 def lower_step(
-    task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int
+    task: Task, optim: OptimConfig, mesh: Mesh, *, log_every: int, averaged: bool = False
 ) -> tuple[jax.stages.Lowered, TrainState]:
     """The lowered update of a run and its abstract state; the devices of `mesh` may be described.
 
@@ -40,7 +40,7 @@ def lower_step(
       ValueError: as `abstract_state`.
     """
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        abstract = abstract_state(task, optim, mesh)
+        abstract = abstract_state(task, optim, mesh, averaged=averaged)
         step = step_program(task, optim, abstract, log_every=log_every)
         return step.lower(*step_arguments(task, optim, abstract, mesh)), abstract
 

@@ -1,0 +1,184 @@
+"""Numbers in README.md and docs/results.md are those of the runs that they report."""
+
+import functools
+import json
+import pathlib
+import re
+import statistics
+
+import pytest
+import table_data
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "results.md")
+# The values of a table, by the first title in its header.
+DATA = {"emoji, English to German": "emoji.json"}
+# Tables whose runs are gone. A table that is measured again moves to DATA; none is added here.
+WITHOUT_DATA = (
+    "accuracy on digits",
+    "CIFAR-10, 500 images a class",
+    "CIFAR-10, all images",
+    "CIFAR-10, 100 images a class",
+    "finds each other among 64, new words (validation set)",
+    "exact",
+    "layer",
+    "milliseconds",
+    "sentences per second, median of 3 (all)",
+    "case",
+)
+VERDICTS = ("holds", "does not hold", "not testable here")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+CELL = re.compile(r"(-?[\d,]+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))?(?: %)?")
+
+Table = list[list[str]]  # the header, then the rows
+
+
+def tables(page: pathlib.Path) -> list[Table]:
+    found, rows = [], []
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif rows:
+            found.append([rows[0], *rows[2:]])
+            rows = []
+    return found
+
+
+def title(table: Table) -> str:
+    return next(cell for cell in table[0] if cell)
+
+
+def results(page: pathlib.Path) -> list[Table]:
+    """The tables of a page with a number in some cell, whatever follows it."""
+    return [
+        table
+        for table in tables(page)
+        if any(re.match(r"-?\d", cell) for row in table[1:] for cell in row[1:])
+        and title(table) != "claim"
+    ]
+
+
+def differences(table: Table, data: dict) -> list[str]:
+    """The cells of a table that are not the mean, and the deviation of several, of its data."""
+    titles = [column["title"] for column in data["columns"]]
+    if table[0][1:] != titles:
+        return [f"the columns are {table[0][1:]} and not {titles}"]
+    if [row[0] for row in table[1:]] != list(data["values"]):
+        return [f"the rows are {[row[0] for row in table[1:]]} and not {list(data['values'])}"]
+    return [
+        f"{row[0]}, {column['title']}: {cell!r} and not {values}"
+        for row in table[1:]
+        for column, cell, values in zip(
+            data["columns"], row[1:], data["values"][row[0]], strict=True
+        )
+        if "file" in column and not shows(cell, values)
+    ]
+
+
+def shows(cell: str, values: list[float]) -> bool:
+    match = CELL.fullmatch(cell)
+    if match is None or not values:
+        return cell == "" and not values
+    mean, deviation = match.groups()
+    places = len(mean.partition(".")[2])
+    if mean.replace(",", "") != f"{statistics.mean(values):.{places}f}":
+        return False
+    wanted = f"{statistics.stdev(values):.{places}f}" if len(values) > 1 else None
+    return deviation == wanted
+
+
+@functools.cache
+def read(name: str) -> dict:
+    return json.loads((DOCS / "data" / name).read_text())
+
+
+def test_every_table_of_results_has_its_data_or_is_known_to_have_none():
+    found = [[title(table) for table in results(page)] for page in PAGES]
+    for titles in found:
+        assert len(set(titles)) == len(titles)
+    assert {name for titles in found for name in titles} == {*DATA, *WITHOUT_DATA}
+    assert not set(DATA) & set(WITHOUT_DATA)
+    assert {path.name for path in (DOCS / "data").iterdir()} == set(DATA.values())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_their_data(page):
+    with_data = [table for table in results(page) if title(table) in DATA]
+    assert with_data
+    for table in with_data:
+        assert differences(table, read(DATA[title(table)])) == []
+
+
+@pytest.mark.parametrize("name", DATA.values())
+def test_a_file_of_data_is_as_the_tool_writes_it(name):
+    data = read(name)
+    assert (DOCS / "data" / name).read_text() == table_data.dump(data)
+    assert list(data["values"]) == list(data["rows"])
+    for row, values in data["values"].items():
+        counts = {len(one) for one in values}
+        assert len(values) == len(data["columns"]) and counts <= {0, len(data["rows"][row])}
+
+
+def test_a_cell_that_differs_is_named():
+    columns = [{"title": "BLEU", "file": "scores.json", "key": "bleu"}, {"title": "hours"}]
+    data = {"columns": columns, "values": {"a": [[1234.56, 1235.56], []], "b": [[0.5], []]}}
+    table = [["x", "BLEU", "hours"], ["a", "1,235.1 ± 0.7 %", "3"], ["b", "0.5", ""]]
+    assert differences(table, data) == []
+    for place, cell in (((1, 1), "1,235.2 ± 0.7"), ((1, 1), "1,235.1 ± 0.5"), ((2, 1), "")):
+        changed = [list(row) for row in table]
+        changed[place[0]][place[1]] = cell
+        assert len(differences(changed, data)) == 1
+    assert not shows("1,235.1", [1234.56, 1235.56]) and not shows("0.5 ± 0.1", [0.5])
+    assert "rows" in differences(table[:2], data)[0]
+    assert "columns" in differences([["x", "chrF", "hours"], *table[1:]], data)[0]
+
+
+def test_the_tool_reads_the_values_of_runs(tmp_path):
+    for seed, accuracy in ((0, 0.25), (1, 0.75)):
+        run = tmp_path / f"a_{seed}"
+        run.mkdir()
+        lines = [
+            {"step": 4, "epoch": 2.0, "test/accuracy": accuracy / 2},
+            {"step": 6, "epoch": 3.0},
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "result.json").write_text(json.dumps({"test/accuracy": accuracy}))
+    early = {"title": "early", "file": "metrics.jsonl", "key": "test/accuracy", "epoch": 2}
+    end = {"title": "end", "file": "result.json", "key": "test/accuracy", "times": 100}
+    none = {"title": "OOD", "file": "result.json", "key": "ood/accuracy"}
+    data = {"rows": {"a": ["a_0", "a_1"]}, "columns": [early, end, none, {"title": "hours"}]}
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(data))
+    table_data.main([str(file), str(tmp_path)])
+    assert json.loads(file.read_text()) == data | {
+        "values": {"a": [[0.125, 0.375], [25, 75], [], []]}
+    }
+    with pytest.raises(FileNotFoundError, match=r"row 'a' needs \['.*a_2'\]"):
+        table_data.collect(data | {"rows": {"a": ["a_0", "a_2"]}}, tmp_path)
+    (tmp_path / "a_1" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"row 'a': 1 of 2 runs have 'test/accuracy' in result"):
+        table_data.collect(data, tmp_path)
+
+
+# The page's first table.
+
+
+def section(link: str) -> str:
+    """The text of the section that a link in docs/results.md leads to."""
+    file, _, anchor = link.partition("#")
+    text = (DOCS / (file or "results.md")).read_text()
+    parts = re.split(r"(?m)^#+ ", text)
+    anchors = [re.sub(r"[^\w -]", "", part.partition("\n")[0]).lower() for part in parts]
+    return parts[[one.replace(" ", "-") for one in anchors].index(anchor)] if anchor else text
+
+
+def test_results_begin_with_claims_and_verdicts():
+    claims = tables(DOCS / "results.md")[0]
+    assert claims[0] == ["claim", "paper", "here, small scale", "verdict"]
+    for claim, _, here, verdict in claims[1:]:
+        link = re.search(r"\]\(([^)]+)\)", claim)
+        assert link and verdict in VERDICTS, claim
+        missing = set(NUMBER.findall(here)) - set(NUMBER.findall(section(link[1])))
+        assert not missing, f"{claim}: its section has no {missing}"
+    assert {row[3] for row in claims[1:]} == set(VERDICTS)

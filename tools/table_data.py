@@ -1,0 +1,100 @@
+"""Keeps the numbers of a table in docs/ beside it, as read from the runs that it reports.
+
+    python tools/table_data.py docs/data/emoji.json runs/demo/cliptrans
+
+The file says where the numbers are, and this tool adds them, in full precision:
+
+    {"command": "python tools/demo_cliptrans.py --workdir runs/demo/cliptrans",
+     "rows": {"text only": ["text_only_0/translate"]},
+     "columns": [{"title": "BLEU", "file": "scores.json", "key": "bleu"}, {"title": "hours"}],
+     "values": {"text only": [[17.21], []]}}
+
+Rows and columns are titled as in the table. `rows` has the folders of a row's runs, below the
+second argument; `key` is of the line with `epoch` where the file is a metrics.jsonl; `times` is a
+factor, 100 for shares shown in percent. A column without `file` is not checked. A value that no run
+of a row has leaves the cell empty. tests/test_results.py compares the tables in README.md and
+docs/results.md with these files.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common_jax.metrics import read_metrics
+from common_jax.workdir import read_json
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Adds the values to a file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=pathlib.Path, help="docs/data/NAME.json")
+    parser.add_argument("runs", type=pathlib.Path, help="folder that its rows are below")
+    flags = parser.parse_args(arguments)
+    data = json.loads(flags.file.read_text())
+    data["values"] = collect(data, flags.runs)
+    flags.file.write_text(dump(data))
+
+
+def collect(data: Mapping[str, Any], runs: pathlib.Path) -> dict[str, list[list[float]]]:
+    """The values of every row: for each column a list, one value a run.
+
+    Raises:
+      FileNotFoundError: for a run that does not exist.
+      ValueError: for a value that some runs of a row have and others do not.
+    """
+    values = {}
+    for row, names in data["rows"].items():
+        folders = [runs / name for name in names]
+        if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+            raise FileNotFoundError(f"row {row!r} needs {missing}, which do not exist")
+        values[row] = []
+        for column in data["columns"]:
+            found = [value for folder in folders for value in _read(folder, column)]
+            if len(found) not in (0, len(folders)):
+                raise ValueError(
+                    f"row {row!r}: {len(found)} of {len(folders)} runs have {column['key']!r} in "
+                    f"{column['file']}"
+                )
+            values[row].append(found)
+    return values
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """The text of a file: JSON with a line for each row and column."""
+    parts = []
+    for name, content in data.items():
+        if isinstance(content, dict):
+            lines = [f"    {_json(key)}: {_json(value)}" for key, value in content.items()]
+            text = "{\n" + ",\n".join(lines) + "\n  }"
+        elif name == "columns":
+            text = "[\n" + ",\n".join(f"    {_json(one)}" for one in content) + "\n  ]"
+        else:
+            text = _json(content)
+        parts.append(f"  {_json(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _read(folder: pathlib.Path, column: Mapping[str, Any]) -> list[float]:
+    """The value of a run in a column; none where it has no such file or metric."""
+    path = folder / column.get("file", "")
+    if not path.is_file():
+        return []
+    if path.suffix == ".jsonl":
+        content = {}
+        for line in read_metrics(path):
+            content |= line if line.get("epoch") == column["epoch"] else {}
+    else:
+        content = read_json(path)
+    if column["key"] not in content:
+        return []
+    return [content[column["key"]] * column.get("times", 1)]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()
