@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from cliptrans_jax.data import byte_pairs, emoji_set
 from cliptrans_jax.data.framing import BOS, EOS, PAD, SPECIAL, FramedTokenizer, Tokenizer
@@ -15,6 +16,7 @@ from cliptrans_jax.data.tokens import (
     load_or_train_tokenizer,
     load_tokenizer,
 )
+from cliptrans_jax.export.tokenizers import write_tokenizer
 from common_jax.config import freeze
 
 SENTENCES = (
@@ -124,6 +126,15 @@ def test_lower_case_texts_make_the_same_pieces_as_any_others(tmp_path):
     assert set(made) == {"vocab", "languages", "sentences"}  # as in earlier versions
     with pytest.raises(ValueError, match=r"^lower=True is for kind='trained': 'mbart50'"):
         TokenizerConfig(kind="mbart50", path="x", lower=True)
+
+
+def test_an_exported_tokenizer_lower_cases_as_well(tmp_path):
+    config, file = dataclasses.replace(CONFIG, lower=True), tmp_path / "t.json"
+    trained = load_or_train_tokenizer(config, SENTENCES, LANGUAGES, file)
+    write_tokenizer(tmp_path, config, file, LANGUAGES, limit=64, pair=("en", "de"))
+    exported = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text, ids in zip(SENTENCES, trained.encode(SENTENCES, "en"), strict=True):
+        np.testing.assert_array_equal(exported.encode(text.title()).ids, ids)
 
 
 def test_training_is_the_same_every_time(tmp_path):
