@@ -209,18 +209,13 @@ def _train(
     # their place.
     # ----------------------------------------------------------------------------------------------
     identity = keep_identity(workdir, adopt=stock.id, unmarked=stock.unmarked)
-    checkpoints = Checkpoints(
-        workdir,
-        keep=run.keep,
-        best=run.best,
-        on_failed=run.on_failed_save,
-        run_id=identity.id,
-        foreign=stock.foreign,
-    )
+    kept = {"keep": run.keep, "best": run.best, "on_failed": run.on_failed_save}
+    checkpoints = Checkpoints(workdir, **kept, run_id=identity.id, foreign=stock.foreign)
     if fresh:
         _write_account(task, workdir, warm)
         create = programs.keep("create", create_program(task, optim, abstract))
         state = create(np.uint32(seed), {} if warm is None else warm.params)
+        del warm  # what was not donated would stay in memory as long as the run
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
@@ -388,7 +383,7 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}
-    counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
+    counts["taken"] = sum(entry["arrays"] for entry in warm.account["taken"])
     logging.info(
         "%s starts from other weights: %d arrays as they are, %d adapted, %d left out, %d from "
         "scratch",

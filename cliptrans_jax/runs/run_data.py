@@ -140,6 +140,11 @@ class RunData:
             published = self._load_published("clip_image", IMAGE_TOWERS)
         return ImageTower(published.config, published.params, config.dtype)
 
+    def release_towers(self) -> None:
+        """Frees the towers' memory. They are read again where they are used again."""
+        for name in ("text_tower", "image_tower"):
+            vars(self).pop(name, None)
+
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
         """One of these towers, from the source in the field `name` of config.sources."""
         config, sources = self.config, self.config.sources

@@ -208,7 +208,7 @@ def test_the_account_names_what_was_taken_left_and_drawn(workdir):
         fresh=(Allowance(r"student/extra", "new"),),
     )
     assert list(warm.params["student"]) == ["kernel"]
-    assert [entry["parameters"] for entry in warm.account["taken"]] == [1, 0]
+    assert [entry["arrays"] for entry in warm.account["taken"]] == [1, 0]
     assert warm.account["left"] == [{"name": "student/bias", "reason": "not in this network"}]
     assert warm.account["fresh"] == [{"name": "student/extra", "reason": "new"}]
 
