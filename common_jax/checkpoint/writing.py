@@ -86,7 +86,8 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to write `state`; returns when the arrays are copied, before they are on disk.
+        """Starts to write `state`; returns when the arrays are copied, before they are on disk; on
+        a CPU when they are.
 
         Args:
           state, step: the state, and the number of its updates.
@@ -122,6 +123,10 @@ class Checkpoints:
                 force=True,  # orbax must not skip it by a rule of its own
             )
         )
+        if jax.default_backend() == "cpu":
+            # There orbax reads the state's own memory, and the next step, which cannot write over
+            # it meanwhile, would make a second state.
+            self._attempt(self._finish)
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of a checkpoint that was saved without them."""
