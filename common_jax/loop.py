@@ -269,6 +269,7 @@ def _train(
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             # The state is donated: nothing else may refer to the old one from here on.
+            checkpoints.release()
             state, report = update(state, task.helpers, next(batches), seed_there)
             log.add(done, report, line=due.line(done))
             if traced and done == traced[-1]:

@@ -67,6 +67,7 @@ class Checkpoints:
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
+        self._reads = False  # whether orbax may be reading the memory of a state
         # Step and expected content of the save in progress, for the check in orbax's thread.
         self._step = None
         self._arrays: dict[str, Outline] = {}
@@ -86,8 +87,8 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to write `state`; returns when the arrays are copied, before they are on disk; on
-        a CPU when they are.
+        """Starts to write `state`; returns when the arrays are copied, before they are on disk. On
+        a CPU they are not copied: call `release` before the next step.
 
         Args:
           state, step: the state, and the number of its updates.
@@ -123,9 +124,13 @@ class Checkpoints:
                 force=True,  # orbax must not skip it by a rule of its own
             )
         )
-        if jax.default_backend() == "cpu":
-            # There orbax reads the state's own memory, and the next step, which cannot write over
-            # it meanwhile, would make a second state.
+        self._reads = jax.default_backend() == "cpu"
+
+    def release(self) -> None:
+        """Waits until the saved state's own memory is no longer read; raises as `save`. A step that
+        cannot write over that memory would make a second state."""
+        if self._reads:
+            self._reads = False
             self._attempt(self._finish)
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
