@@ -277,11 +277,14 @@ def _skipping(
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, whose direction is computed from the settled moments."""
+    """`optax.scale_by_adam`, whose direction is computed from the moments that are kept."""
     adam = _skipping(optax.scale_by_adam(b1, b2, eps))
 
     def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
-        state = settle(adam.update(gradient, state, params, finite=finite)[1])
+        # optax's direction is of the moments before `keep`, which XLA for CPUs computes once more
+        # for it, from the old ones. Since the kept ones are written in the place of these, it then
+        # copies them first: twice the size of the parameters.
+        state = adam.update(gradient, state, params, finite=finite)[1]
         mean = optax.tree.bias_correction(state.mu, b1, state.count)
         square = optax.tree.bias_correction(state.nu, b2, state.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
@@ -293,17 +296,6 @@ def keep(finite: jax.Array | bool, new: Any, old: Any) -> Any:
     """The new tree if `finite`, else the old one, chosen element by element: both branches of a
     conditional would keep their own copy."""
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-
-
-def settle(tree: Any) -> Any:
-    """The tree, which later operations on a CPU read from memory.
-
-    XLA for CPUs has no fusion with several results, and would compute a new value that two results
-    need once for each, from the old value. As the new one is written in the place of the old one,
-    it would copy the old one first: of all moments, twice the parameters. On other devices one
-    fusion writes all results.
-    """
-    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:

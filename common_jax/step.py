@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from common_jax import hosts
 from common_jax.mesh import AXES, to_devices
-from common_jax.optim import OptimConfig, Schedule, keep, make_optimizer, settle
+from common_jax.optim import OptimConfig, Schedule, keep, make_optimizer
 from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs, subtrees
 
 Batch = dict[str, jax.Array]
@@ -93,7 +93,6 @@ def make_step(
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
         updated, ema = keep(finite, updated, trained), state.ema
         if ema is not None:
-            updated = settle(updated)
             ema = keep(finite, optax.incremental_update(updated, ema, 1 - config.ema), ema)
         sums = _add_metrics(state, metrics, finite, log_every)
         skipped = 1 - finite.astype(jnp.int32)
