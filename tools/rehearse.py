@@ -44,6 +44,8 @@ from m2mkd_jax.config import Config as M2mkdConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools"
+# What a process of either program takes before it has read anything.
+ALONE = Part(("-c", "import jax, cliptrans_jax.main, m2mkd_jax.main; jax.devices()"), ".")
 HEADER = ("part", "seconds", "peak memory of the process", "ideal", "ratio")
 SMALL_MCLIP = MClipConfig(vocab=1002, width=64, layers=1, heads=4, hidden=64)
 SMALL_CLIP = ClipVisionConfig(width=64, layers=1, heads=4, hidden=64)
@@ -67,7 +69,8 @@ def main() -> None:
         if flags.only not in (None, method):
             continue
         folder = root / method
-        rehearse(folder, dict(list_parts(folder, small=flags.small)), make, small=flags.small)
+        listed = {"imports alone": ALONE} | dict(list_parts(folder, small=flags.small))
+        rehearse(folder, listed, make, small=flags.small)
         if not flags.keep:
             for made in ("weights", "runs", "exported"):
                 shutil.rmtree(folder / made, ignore_errors=True)
@@ -95,7 +98,7 @@ def as_row(name: str, found: Mapping[str, float]) -> str:
     """A row of the table; sizes in GB of 1e9 bytes."""
     peak, ideal = found["peak"], found["ideal"]
     numbers = (f"{found['seconds']:.0f}", f"{peak / 1e9:.2f} GB", f"{ideal / 1e9:.2f} GB")
-    return " | ".join((name, *numbers, f"{peak / ideal:.2f}"))
+    return " | ".join((name, *numbers, f"{peak / ideal:.2f}" if ideal else "-"))
 
 
 def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
