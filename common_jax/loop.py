@@ -15,6 +15,7 @@ from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.log import Alarm, Console, Log, introduce
+from common_jax.memory import give_back
 from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
@@ -219,6 +220,7 @@ def _train(
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
+    give_back()
     if not fresh:
         place = workdir / FOLDER / str(start)
         logging.info("%s resumes at step %d from %s", task.title, start, place)

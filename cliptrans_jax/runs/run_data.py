@@ -33,6 +33,7 @@ from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
+from common_jax.memory import give_back
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
@@ -144,6 +145,7 @@ class RunData:
         """Frees the towers' memory. They are read again where they are used again."""
         for name in ("text_tower", "image_tower"):
             vars(self).pop(name, None)
+        give_back()
 
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
         """One of these towers, from the source in the field `name` of config.sources."""
