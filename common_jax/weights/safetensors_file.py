@@ -44,7 +44,7 @@ NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a file with the bytes that the library would write, one tensor after the other. Raises
-    KeyError for a dtype that the format lacks."""
+    ValueError for a dtype that the format lacks."""
     # Hugging Face's loader requires the format in the metadata.
     header, end = {"__metadata__": {"format": "pt"}}, 0
     # The widest types first, so that all numbers are aligned.
