@@ -15,7 +15,6 @@ from common_jax import mesh as meshes
 from common_jax.checkpoint import FOLDER, Checkpoints, refuse_pattern, take_stock
 from common_jax.config import FieldError, Section
 from common_jax.log import Alarm, Console, Log, introduce
-from common_jax.memory import give_back
 from common_jax.metrics import Recorder, check_tracker, open_tracker, read_metrics
 from common_jax.optim import OptimConfig
 from common_jax.ranges import SEEDS, Name, Positive, Size, one_of
@@ -24,6 +23,7 @@ from common_jax.state import TrainState, merge
 from common_jax.step import Programs
 from common_jax.task import Task, abstract_state, create_program, step_program
 from common_jax.weights import WarmStart
+from common_jax.weights.memory import give_back
 from common_jax.workdir import (
     LockLost,
     claim,

@@ -69,7 +69,7 @@ LAYERS = {
         ("workdir",),
         ("state", "mesh", "config"),
         ("hosts",),
-        ("nn", "signals", "ranges", "ranking", "memory"),
+        ("nn", "signals", "ranges", "ranking"),
         ("untrusted",),
     ),
 }

@@ -33,7 +33,7 @@ from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
-from common_jax.memory import give_back
+from common_jax.weights.memory import give_back
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 

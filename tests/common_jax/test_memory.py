@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from common_jax.memory import give_back
+from common_jax.weights.memory import give_back
 
 STATUS = pathlib.Path("/proc/self/status")
 
