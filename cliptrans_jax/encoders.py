@@ -17,7 +17,7 @@ from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
-from cliptrans_jax.features import cached, encode_all, fingerprint
+from cliptrans_jax.features import cached, encode_all, fingerprint, move_to_devices
 from cliptrans_jax.towers.table import tower_of
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.inputs.ragged import Ragged, lengths_of, take
@@ -34,7 +34,7 @@ class TextTower:
 
     Attributes:
       config: sizes of a text tower of `TOWERS`.
-      params: numpy arrays, not on a device yet.
+      params: numpy arrays, until features are computed, which moves them to the devices.
       tokenizer: frames sentences for it; None if the tower only has shapes.
     """
 
@@ -172,6 +172,7 @@ def text_features(
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language, read from `folder` if it has those of the same tower
     and sentences."""
+    move_to_devices(tower.params, mesh)
     ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
     content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
     title = f"features of {corpus.name}, {language}"
@@ -214,6 +215,7 @@ def image_features(
             tower.apply_batch, tower.params, batches, mesh=mesh, size=len(firsts), title=title
         )
 
+    move_to_devices(tower.params, mesh)
     keys = (corpus.keys[row] for row in firsts)
     content = fingerprint(
         tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys

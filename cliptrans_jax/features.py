@@ -7,6 +7,7 @@ the texts or pictures, and is used only if the fingerprint matches.
 import functools
 import hashlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,7 @@ Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 
 Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
 
+BLOCK = 1 << 22  # values of a leaf whose checksum is computed at once
 LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
 # Larger files stay on the disk, and batches read their rows from it; smaller ones are read whole.
 MAPPED_BYTES = 1 << 26
@@ -111,6 +113,16 @@ def encode_all(
     collect(pending)
     features, real = np.concatenate(parts), np.concatenate(masks) > 0
     return _checked(features, real, size, title)
+
+
+def move_to_devices(params: dict[str, Any], mesh: Mesh) -> None:
+    """Replaces the numpy arrays in a nested dict by arrays on all devices of `mesh`, one by one, so
+    that a host's memory has all of them only once."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            move_to_devices(value, mesh)
+        elif isinstance(value, np.ndarray):
+            params[name] = jax.block_until_ready(jax.device_put(value, replicated(mesh)))
 
 
 def fingerprint(params: Any, *content: Any) -> str:
@@ -216,17 +228,27 @@ def _checksum_of(leaf: Any) -> UInt32[Array, "2"]:
     assert np.dtype(leaf.dtype).itemsize <= 4, leaf.dtype
     sharding = getattr(leaf, "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return _checksum_on(mesh)(leaf)
+    checksum = _checksum_on(mesh)
+    rows = BLOCK // max(1, math.prod(leaf.shape[1:]))
+    if leaf.ndim == 0 or len(leaf) <= rows or (mesh is not None and mesh.size > 1):
+        return checksum(leaf, np.uint32(0))
+    # XLA for CPUs keeps what it sums in memory, twice the size of the leaf.
+    rows = max(1, rows)
+    stride = leaf.size // len(leaf)
+    firsts = range(0, len(leaf), rows)
+    parts = (checksum(leaf[i : i + rows], np.uint32(i * stride % 2**32)) for i in firsts)
+    return functools.reduce(jnp.add, parts)
 
 
 # Cached, since a new jitted function for every leaf would compile equal shapes again.
 @functools.lru_cache(maxsize=8)
-def _checksum_on(mesh: Mesh | None) -> Callable[[Any], UInt32[Array, "2"]]:
+def _checksum_on(mesh: Mesh | None) -> Callable[[Any, np.uint32], UInt32[Array, "2"]]:
     return jax.jit(_checksum, out_shardings=None if mesh is None else replicated(mesh))
 
 
-def _checksum(x: Array) -> UInt32[Array, "2"]:
-    """Two sums, modulo 2^32, of the bit patterns of all values, each mixed with its position.
+def _checksum(x: Array, first: UInt32[Array, ""]) -> UInt32[Array, "2"]:
+    """Two sums, modulo 2^32, of the bit patterns of all values, each mixed with its position, of
+    which `first` is that of the first value.
 
     Mixing is a bijection, so a single changed value always changes both sums, and sums do not
     depend on the sharding. With a product instead, two values could change signs unnoticed.
@@ -236,7 +258,7 @@ def _checksum(x: Array) -> UInt32[Array, "2"]:
     unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     # The position in row-major order, which does not depend on the sharding.
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    place, stride = jnp.full(x.shape, first), 1
     for axis in reversed(range(x.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
         stride *= x.shape[axis]

@@ -28,6 +28,7 @@ from common_jax.task import (
     step_program,
 )
 from common_jax.weights import WarmStart
+from common_jax.weights.memory import give_back
 from common_jax.workdir import (
     LockLost,
     claim,
@@ -192,9 +193,11 @@ def _train(
         _write_account(task, workdir, warm)
         create = programs.keep("create", create_program(task, optim, abstract))
         state = create(np.uint32(seed), {} if warm is None else warm.params)
+        del warm  # what was not donated would stay in memory as long as the run
     else:
         state = checkpoints.restore_latest(abstract)
     start = int(state.step)
+    give_back()
     if not fresh:
         place = workdir / FOLDER / str(start)
         logging.info("%s resumes at step %d from %s", task.title, start, place)
@@ -245,6 +248,7 @@ def _train(
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             # The state is donated: nothing else may refer to the old one from here on.
+            checkpoints.release()
             state, report = update(state, task.helpers, next(batches), seed_there)
             if done in averaged:
                 # Before the step can be saved: a start that resumes there does not include it.
@@ -341,7 +345,7 @@ def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> N
             (workdir / "warm_start.json").unlink(missing_ok=True)
         return
     counts = {key: len(entries) for key, entries in warm.account.items()}
-    counts["taken"] = sum(entry["parameters"] for entry in warm.account["taken"])
+    counts["taken"] = sum(entry["arrays"] for entry in warm.account["taken"])
     logging.info(
         "%s starts from other weights: %d arrays as they are, %d adapted, %d left out, %d from "
         "scratch",

@@ -239,8 +239,11 @@ def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:
     return SCHEDULES[config.schedule](config, steps_per_epoch)
 
 
-def make_optimizer(config: OptimConfig, *, clip_depth: int = 0) -> optax.GradientTransformation:
-    """AdamW's or SGD's direction u, of the clipped gradient.
+def make_optimizer(
+    config: OptimConfig, *, clip_depth: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW's or SGD's direction u, of the clipped gradient. Where the argument `finite` of its
+    update is False, its state stays as it is and u has no meaning.
 
     The learning rate is not part of it: the step computes p <- p - lr u, with the rate of the run's
     step and not of the optimizer's own count, which skipped steps do not advance.
@@ -255,10 +258,44 @@ def make_optimizer(config: OptimConfig, *, clip_depth: int = 0) -> optax.Gradien
     decay = optax.add_decayed_weights(config.weight_decay, mask)
     parts = [clip_by_norm(config.clip, clip_depth)] if config.clip is not None else []
     if config.optimizer == "adamw":
-        parts += [optax.scale_by_adam(config.b1, config.b2, config.eps), decay]
+        parts += [_adam(config.b1, config.b2, config.eps), decay]
     else:
-        parts += [decay, optax.trace(config.momentum, nesterov=True)]
+        parts += [decay, _skipping(optax.trace(config.momentum, nesterov=True))]
     return optax.chain(*parts)
+
+
+def _skipping(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, whose state stays as it is unless `finite`."""
+
+    def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
+        direction, new = optimizer.update(gradient, state, params)
+        return direction, keep(finite, new, state)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose direction is computed from the moments that are kept."""
+    adam = _skipping(optax.scale_by_adam(b1, b2, eps))
+
+    def update(gradient: Any, state: Any, params: Any = None, *, finite: Any = True):
+        # optax's direction is of the moments before `keep`, which XLA for CPUs computes once more
+        # for it, from the old ones. Since the kept ones are written in the place of these, it then
+        # copies them first: twice the size of the parameters.
+        state = adam.update(gradient, state, params, finite=finite)[1]
+        mean = optax.tree.bias_correction(state.mu, b1, state.count)
+        square = optax.tree.bias_correction(state.nu, b2, state.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def keep(finite: jax.Array | bool, new: Any, old: Any) -> Any:
+    """The new tree if `finite`, else the old one, chosen element by element: both branches of a
+    conditional would keep their own copy."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
 def clip_by_norm(largest: float, depth: int) -> optax.GradientTransformation:

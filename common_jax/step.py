@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from common_jax import hosts
 from common_jax.mesh import AXES, to_devices
-from common_jax.optim import OptimConfig, Schedule, make_optimizer
+from common_jax.optim import OptimConfig, Schedule, keep, make_optimizer
 from common_jax.state import TrainState, evaluation_key, merge, partition, step_rngs, subtrees
 
 Batch = dict[str, jax.Array]
@@ -89,22 +89,16 @@ def make_step(
         metrics |= part_norms(gradient, clip_depth)
         # A loss may be infinite where its gradient is not, and the other way round.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        # The update is computed in any case and then chosen element by element: both branches of
-        # a conditional would keep their own copy of the state.
-        direction, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        direction, opt_state = optimizer.update(gradient, state.opt_state, trained, finite=finite)
         updated = jax.tree.map(lambda p, u: p - rate * u, trained, direction)
-        ema = state.ema
+        updated, ema = keep(finite, updated, trained), state.ema
         if config.ema:
-            ema = optax.incremental_update(updated, ema, 1 - config.ema)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        trained, opt_state, ema = jax.tree.map(
-            keep, (updated, opt_state, ema), (trained, state.opt_state, state.ema)
-        )
+            ema = keep(finite, optax.incremental_update(updated, ema, 1 - config.ema), ema)
         sums = _add_metrics(state, metrics, finite, log_every)
         skipped = 1 - finite.astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
-            params=merge(fixed, trained),
+            params=merge(fixed, updated),
             opt_state=opt_state,
             ema=ema,
             sums=sums,

@@ -75,7 +75,9 @@ _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _compute(task: "_Task", matrix: Any, bias: Any, states: Any, labels: Any):
     low = matrix.astype(states.dtype)
-    over = task.run if jax.sharding.get_abstract_mesh().empty else _over_mesh(task)
+    mesh = jax.sharding.get_abstract_mesh()
+    # XLA for CPUs would copy the matrix and its gradient in every collective over one device.
+    over = task.run if mesh.empty or mesh.size == 1 else _over_mesh(task)
     total, by_matrix, by_bias, by_states = over(low, bias, states, labels)
     by_matrix = None if by_matrix is None else by_matrix.astype(matrix.dtype)
     return total, by_matrix, None if by_bias is None else by_bias.astype(bias.dtype), by_states

@@ -18,7 +18,7 @@ from cliptrans_jax.runs.run_data import check_weights
 from common_jax import checkpoint
 from common_jax.state import merge
 from common_jax.step import Loss
-from common_jax.weights import Allowance, Origin, WarmStart, take
+from common_jax.weights import Allowance, Origin, WarmStart, size_of, take
 
 
 def make_encode(tower: TextTower | None) -> Encode:
@@ -94,15 +94,18 @@ def make_warm_start(
             parts.append(_published(published, {name: published.params}, {name: rest[name]}))
         if tower is not None and "clip" not in rest:
             params = pretrained.place(tower.params, shapes["clip"])
-            account = [{"source": "text tower", "as": "clip", "parameters": _count(params)}]
+            account = [{"source": "text tower", "as": "clip"} | size_of(params)]
             parts.append(WarmStart({"clip": params}, {"taken": account}))
-        return WarmStart(
-            merge(*(part.params for part in parts)),
-            {
-                key: [entry for part in parts for entry in part.account.get(key, ())]
-                for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
-            },
-        )
+        params = merge(*(part.params for part in parts))
+        account = {
+            key: [entry for part in parts for entry in part.account.get(key, ())]
+            for key in ("taken", "adapted", "left", "fresh", "notes", "assumed")
+        }
+        listed = {entry["name"] for entry in account["fresh"]}
+        flat = (set(traverse_util.flatten_dict(tree, sep="/")) for tree in (shapes, params))
+        rest = sorted(set.difference(*flat) - listed)
+        account["fresh"] += [{"name": name, "reason": "in none of the sources"} for name in rest]
+        return WarmStart(params, account)
 
     return warm_start
 
@@ -143,7 +146,7 @@ def _take_run(config: Config, shapes: Mapping[str, Any], *, read: bool = True) -
 def _published(published: Any, params: Mapping[str, Any], shapes: Mapping[str, Any]) -> WarmStart:
     arrays = pretrained.place(params, shapes)
     account = {
-        "taken": [{"source": published.source, "as": published.kind, "parameters": _count(arrays)}],
+        "taken": [{"source": published.source, "as": published.kind} | size_of(arrays)],
         "left": [{"name": name, "reason": why} for name, why in published.account.dropped],
         "notes": [*published.account.notes],
         "assumed": [{"field": name, "value": value} for name, value in published.account.assumed],
@@ -166,10 +169,6 @@ def _require_sizes(config: Config, file_sizes: Any) -> None:
             + ". Set these fields to those of the file; a vocabulary may be larger than the "
             "tokenizer's"
         )
-
-
-def _count(params: Mapping[str, Any]) -> int:
-    return len(traverse_util.flatten_dict(params))
 
 
 def is_run(source: str) -> bool:

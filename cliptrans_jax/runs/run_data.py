@@ -34,6 +34,7 @@ from common_jax import checkpoint
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
 from common_jax.inputs.ragged import Chain
+from common_jax.weights.memory import give_back
 from common_jax.weights.table import Pretrained
 from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
 
@@ -140,6 +141,12 @@ class RunData:
         else:
             published = self._load_published("clip_image", IMAGE_TOWERS)
         return ImageTower(published.config, published.params, config.dtype)
+
+    def release_towers(self) -> None:
+        """Frees the towers' memory. They are read again where they are used again."""
+        for name in ("text_tower", "image_tower"):
+            vars(self).pop(name, None)
+        give_back()
 
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:
         """One of these towers, from the source in the field `name` of config.sources."""

@@ -66,6 +66,7 @@ def run(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
     train = data.load(config.data.train_split, train=True)
     valid = data.load(config.data.valid_split, train=False)
     test = data.load(config.data.test_split, train=False)
+    data.release_towers()
     translate = model.translate(data)
     beams = config.valid_beams
     valid_translate = model.translate(data, beams=beams) if beams else translate

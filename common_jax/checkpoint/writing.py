@@ -30,6 +30,8 @@ from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# Bytes of a state. On a CPU, steps wait until one as large is written, and do not make a second.
+LARGE = 1 << 30
 # The item of an average that later steps still change; only the run itself reads it, to resume.
 PARTIAL_AVERAGE = "partial_average"
 
@@ -73,6 +75,7 @@ class Checkpoints:
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._averaged_from = averaged_from
         self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
+        self._reads = False  # whether orbax may be reading the memory of a state
         # Step and expected content of the save in progress, for the check in orbax's thread.
         self._step = None
         self._arrays: dict[str, Outline] = {}
@@ -92,7 +95,8 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
-        """Starts to write `state`; returns when the arrays are copied, before they are on disk.
+        """Starts to write `state`; returns when the arrays are copied, before they are on disk. On
+        a CPU they are not copied: call `release` before the next step, which waits for large ones.
 
         Args:
           state, step: the state, and the number of its updates.
@@ -128,6 +132,15 @@ class Checkpoints:
                 force=True,  # orbax must not skip it by a rule of its own
             )
         )
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self._reads = jax.default_backend() == "cpu" and size >= LARGE
+
+    def release(self) -> None:
+        """Waits until a large saved state's own memory is no longer read; raises as `save`. A step
+        that cannot write over that memory makes a second state."""
+        if self._reads:
+            self._reads = False
+            self._attempt(self._finish)
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of a checkpoint that was saved without them."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from common_jax.untrusted import RefusedError, brief, parse_json, plain
 from common_jax.weights import safetensors_file, torch_archive, torch_writer
@@ -125,13 +124,8 @@ def write_tensors(
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the format that is written")
-    # Hugging Face's loader requires the format in the metadata.
-    whole = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    _write(
-        Path(path),
-        lambda part: safetensors.numpy.save_file(whole, part, metadata={"format": "pt"}),
-        replace,
-    )
+    arrays = {name: np.asarray(x) for name, x in tensors.items()}
+    _write(Path(path), lambda part: safetensors_file.write(part, arrays), replace)
 
 
 def write_torch(path: str | os.PathLike, value: Any, *, replace: bool = False) -> None:

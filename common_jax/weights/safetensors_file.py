@@ -1,8 +1,10 @@
-"""Reads safetensors files, whose header the library checks against the file.
+"""Reads safetensors files, whose header the library checks against the file, and writes them.
 
-The numbers are read here, since the library has no numpy types for all of fewer than 16 bits.
+The numbers are read here, since the library has no numpy types for all of fewer than 16 bits, and
+written here, since it would copy all of them first.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,30 +14,54 @@ import safetensors
 
 from common_jax.untrusted import RefusedError, parse_json, plain
 
+# In the library's order, from narrow to wide.
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
         "BOOL": np.bool_,
         "U8": np.uint8,
         "I8": np.int8,
-        "U16": np.uint16,
-        "I16": np.int16,
-        "U32": np.uint32,
-        "I32": np.int32,
-        "U64": np.uint64,
-        "I64": np.int64,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
         "F8_E5M2": ml_dtypes.float8_e5m2,
-        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "I16": np.int16,
+        "U16": np.uint16,
         "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "I32": np.int32,
+        "U32": np.uint32,
         "F32": np.float32,
-        "F64": np.float64,
         "C64": np.complex64,
+        "F64": np.float64,
+        "I64": np.int64,
+        "U64": np.uint64,
     }.items()
 }
+NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file with the bytes that the library would write, one tensor after the other. Raises
+    ValueError for a dtype that the format lacks."""
+    # Hugging Face's loader requires the format in the metadata.
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    # The widest types first, so that all numbers are aligned.
+    kinds = [*reversed(NAMES)]
+    order = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    for name in order:
+        x, begin = tensors[name], end
+        end += x.nbytes
+        entry = {"dtype": NAMES[x.dtype], "shape": [*x.shape], "data_offsets": [begin, end]}
+        header[name] = entry
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            # Not all dtypes can be written as they are.
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Warm starts from the weights of other runs, with an account of every parameter."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -36,7 +37,7 @@ class Origin:
 class WarmStart:
     """Parameters from other runs, on their devices, and the account of them.
 
-    The account is JSON: `taken`, one entry per origin with its number of parameters; `adapted`,
+    The account is JSON: `taken`, one entry per origin with the size of what it gave; `adapted`,
     parameters whose shape was changed; `left` and `fresh`, with the reasons, those of the origins
     that are not used and those that start from scratch.
     """
@@ -105,7 +106,7 @@ def take(
         params |= values
         covered |= set(matches)
         entry = {"source": str(step), "subtree": origin.subtree, "as": origin.target}
-        account["taken"].append(entry | {"parameters": len(values)})
+        account["taken"].append(entry | size_of(values))
     for path in sorted(set(flat) - covered):
         if reason := _allowed(path, fresh):
             account["fresh"].append({"name": path, "reason": reason})
@@ -118,6 +119,12 @@ def take(
             "config.sources.fresh and what may be left in config.sources.leave"
         )
     return WarmStart(traverse_util.unflatten_dict(params, sep="/"), account)
+
+
+def size_of(params: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of `arrays` and of `parameters` in a nested dict, for an account."""
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
+    return {"arrays": len(sizes), "parameters": sum(sizes)}
 
 
 def _below(shapes: Mapping[str, Any], subtree: str, step: epath.Path) -> dict[str, Any]:

@@ -297,7 +297,11 @@ def test_a_model_gives_all_of_its_weights(sources, source):
 def test_a_published_mbart_leaves_the_mapper_fresh(sources):
     found = start(config_of(mbart=sources / "mbart"))
     assert_same(jax.tree.map(np.asarray, found.params), {"mbart": OURS["mbart"]})
-    assert [entry["as"] for entry in found.account["taken"]] == ["mbart"]
+    sizes = [leaf.size for leaf in jax.tree.leaves(OURS["mbart"])]
+    (taken,) = found.account["taken"]
+    assert (taken["as"], taken["arrays"], taken["parameters"]) == ("mbart", len(sizes), sum(sizes))
+    mapper = traverse_util.flatten_dict(OURS["mapper"], sep="/")
+    assert {entry["name"] for entry in found.account["fresh"]} == {f"mapper/{x}" for x in mapper}
 
 
 def test_a_published_mbart_of_other_sizes_is_refused(sources):

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from meshes import split_mesh
 
 from common_jax import checkpoint
-from common_jax.checkpoint import Checkpoints, contents
+from common_jax.checkpoint import Checkpoints, contents, writing
 from common_jax.state import TrainState
 from common_jax.weights import Allowance, Origin, take
 
@@ -142,6 +142,19 @@ def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
     assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
 
 
+@pytest.mark.parametrize(("large", "waits"), [(1, True), (1 << 30, False)])
+def test_a_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch, large, waits):
+    monkeypatch.setattr(writing, "LARGE", large)
+    checkpoints, finished = Checkpoints(tmp_path, keep=1, best=None), []
+    checkpoints.save(state(1, 0.0), step=1, config={}, metrics=None)
+    monkeypatch.setattr(checkpoints, "_finish", lambda: finished.append(1))
+    for _ in range(2):  # the second step has nothing to wait for
+        checkpoints.release()
+    assert finished == [1] * waits
+    monkeypatch.undo()
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(("scheme", "driver"), [("gs", "gcs"), ("s3", "s3")])
 def test_arrays_of_a_bucket_are_looked_for_in_the_bucket(scheme, driver):
     found = contents._kvstore(epath.Path(f"{scheme}://bucket/run/checkpoints/4/params"))
@@ -208,7 +221,7 @@ def test_the_account_names_what_was_taken_left_and_drawn(workdir):
         fresh=(Allowance(r"student/extra", "new"),),
     )
     assert list(warm.params["student"]) == ["kernel"]
-    assert [entry["parameters"] for entry in warm.account["taken"]] == [1, 0]
+    assert [entry["arrays"] for entry in warm.account["taken"]] == [1, 0]
     assert warm.account["left"] == [{"name": "student/bias", "reason": "not in this network"}]
     assert warm.account["fresh"] == [{"name": "student/extra", "reason": "new"}]
 

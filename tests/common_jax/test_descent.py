@@ -296,7 +296,7 @@ def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
 
     def warm_start(wanted):
         starts.append(wanted["w"].shape)
-        account = {"taken": [{"parameters": 1}], "adapted": [], "left": [], "fresh": []}
+        account = {"taken": [{"arrays": 1}], "adapted": [], "left": [], "fresh": []}
         return WarmStart({"w": jax.device_put(jnp.float32(5.0), wanted["w"].sharding)}, account)
 
     warm = task(warm_start=warm_start)
@@ -309,7 +309,7 @@ def test_a_warm_start_takes_the_place_of_the_draw_once(tmp_path, monkeypatch):
     close(checkpoint.load(tmp_path)["w"], values[12])
     close(lines(tmp_path, "test/w")[12], averages[12])
     account = json.loads((tmp_path / "warm_start.json").read_text())
-    assert account["taken"] == [{"parameters": 1}]
+    assert account["taken"] == [{"arrays": 1}]
 
 
 def test_losses_and_evaluations_are_given_what_helps_them(tmp_path):

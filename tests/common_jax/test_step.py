@@ -340,3 +340,21 @@ def test_evaluation_shares_no_key_with_training():
     ]
     words = {tuple(np.asarray(jax.random.key_data(key))) for key in trained + drawn}
     assert len(words) == len(trained) + len(drawn)
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_compiled_step_copies_no_moments(average):
+    config = dataclasses.replace(CONFIG, ema=average)
+    params = {f"layer_{i}": jnp.ones((256, 256)) for i in range(8)}
+
+    def product(params, helpers, batch, rngs, step):
+        x = functools.reduce(lambda x, kernel: jnp.tanh(x @ kernel), params.values(), batch["x"])
+        return jnp.mean(x**2), {}
+
+    step = make_step(product, config, make_schedule(config, 8), trainable=".*", log_every=1)
+    state = init_state(params, config, trainable=".*", metrics={})
+    batch, seed = {"x": jnp.ones((8, 256))}, np.uint32(0)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, {}, batch, seed).compile()
+    # The gradient and little else; with copies of both moments it would be three times its size.
+    size = sum(leaf.nbytes for leaf in params.values())
+    assert size <= compiled.memory_analysis().temp_size_in_bytes < 1.5 * size

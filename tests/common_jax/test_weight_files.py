@@ -283,6 +283,10 @@ def test_safetensors_are_read_and_written_whole(tmp_path):
     assert_same(read_tensors(tmp_path), ARRAYS | columns)
     write_tensors(path, ARRAYS | columns)  # the same once more
     before = path.read_bytes()
+    whole = {name: np.asarray(x, order="C") for name, x in (ARRAYS | columns).items()}
+    save_file(whole, tmp_path / "library", metadata={"format": "pt"})
+    assert (tmp_path / "library").read_bytes() == before
+    (tmp_path / "library").unlink()
     with pytest.raises(FileExistsError, match=r"model\.safetensors exists and holds something"):
         write_tensors(path, ARRAYS)
     assert path.read_bytes() == before

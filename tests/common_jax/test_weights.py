@@ -65,7 +65,7 @@ def test_parameters_of_one_shape_keep_their_names_and_their_sources(sources):
         "a/first": 1, "a/second": 2, "a/third": 3, "b/first": 4, "b/second": 5, "c/first": 10,
         "c/second": 20,
     }  # fmt: skip
-    assert [(entry["as"], entry["subtree"], entry["parameters"]) for entry in _taken(warm)] == [
+    assert [(entry["as"], entry["subtree"], entry["arrays"]) for entry in _taken(warm)] == [
         ("a", "net/stage_1", 3),
         ("b", "net/stage_1", 2),
         ("c", "net/stage_10", 2),
@@ -127,7 +127,7 @@ def test_a_subtree_is_of_whole_keys(sources):
 def test_only_looking_reads_nothing_and_still_finds_what_is_wrong(sources):
     origins = [Origin(sources / "two", "net/stage_1", "a")]
     warm = take(wanted("a/first", "a/second"), origins, read=False)
-    assert (warm.params, [entry["parameters"] for entry in _taken(warm)]) == ({}, [0])
+    assert (warm.params, [entry["arrays"] for entry in _taken(warm)]) == ({}, [0])
     with pytest.raises(ValueError, match=r"a/first should be \(3, 2\) and is \(4, 2\)"):
         take(wanted("a/first", "a/second", shape=(3, 2)), origins, read=False)
 
@@ -157,4 +157,4 @@ def test_the_first_adaption_whose_path_matches_whole_is_taken(sources):
         {"name": "a/first", "from": [4, 2], "to": [6, 2]},
         {"name": "a/second", "from": [4, 2], "to": [6, 2]},
     ]
-    assert [entry["parameters"] for entry in _taken(warm)] == [2]
+    assert [entry["arrays"] for entry in _taken(warm)] == [2]

@@ -112,7 +112,7 @@ def test_every_expert_is_the_mlp_and_the_record_says_so(dense):
     assert adapted["student/stage_1/block_0/moe/up"] == ([16, 32], [EXPERTS, 16, 32])
     assert len(adapted) == 8
     (taken,) = found.account["taken"]
-    assert taken["parameters"] == len(jax.tree.leaves(params)) == len(flat)
+    assert taken["arrays"] == len(jax.tree.leaves(params)) == len(flat)
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,15 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         "common_jax/step.py",
         "the average keeps what is not finite",
-        "(updated, opt_state, ema), (trained, state.opt_state, state.ema)",
-        "(updated, opt_state, ema), (trained, state.opt_state, ema)",
+        "ema = keep(finite, optax.incremental_update(updated, ema, 1 - config.ema), ema)",
+        "ema = optax.incremental_update(updated, ema, 1 - config.ema)",
+        STEP,
+    ),
+    Mistake(
+        "common_jax/optim.py",
+        "the optimizer keeps what is not finite",
+        "return direction, keep(finite, new, state)",
+        "return direction, new",
         STEP,
     ),
     Mistake(

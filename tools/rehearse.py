@@ -1,0 +1,197 @@
+"""Runs the published commands of both methods at published sizes on one machine, and measures them.
+
+Makes files of the published shapes with random weights (mBART-large-50, M-CLIP XLM-R-Large, CLIP
+ViT-B/32, ViT-Large, V-MoE-Base), then trains, resumes, evaluates and exports with few steps on
+small batches. Prints of each part
+
+    part | seconds | peak memory of the process | ideal | ratio
+
+where the ideal is parameters, optimizer, gradients and activations in float32 as the compiled step
+plans them, or the weights that a command without a step holds. A part that is done is skipped when
+the command is given again. Needs 24 GB of memory; files take up to 20 GB in --workdir, of which
+each method's are deleted when its parts are done, unless --keep. A process that runs out of memory
+is ended before any other.
+
+    python tools/rehearse.py --workdir runs/rehearsal
+    python tools/rehearse.py --workdir /tmp/try --small       the same on narrow networks
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from rehearsal import files, parts
+from rehearsal.parts import Part
+
+from cliptrans_jax.config import Config as CliptransConfig
+from cliptrans_jax.towers.clip import ClipVisionConfig
+from cliptrans_jax.towers.mclip import MClipConfig
+from common_jax import app
+from common_jax.config import freeze
+from common_jax.signals import ends_quietly
+from common_jax.weights import write_torch
+from common_jax.workdir import write_json
+from m2mkd_jax import pretrained
+from m2mkd_jax.config import Config as M2mkdConfig
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools"
+# What a process of either program takes before it has read anything.
+ALONE = Part(("-c", "import jax, cliptrans_jax.main, m2mkd_jax.main; jax.devices()"), ".")
+HEADER = ("part", "seconds", "peak memory of the process", "ideal", "ratio")
+SMALL_MCLIP = MClipConfig(vocab=1002, width=64, layers=1, heads=4, hidden=64)
+SMALL_CLIP = ClipVisionConfig(width=64, layers=1, heads=4, hidden=64)
+
+
+@ends_quietly
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/rehearsal"))
+    parser.add_argument("--small", action="store_true", help="narrow networks, for a quick try")
+    parser.add_argument("--keep", action="store_true", help="delete no files")
+    parser.add_argument("--only", choices=("cliptrans", "m2mkd"), help="one method")
+    flags = parser.parse_args()
+    root = flags.workdir.resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    methods = {"cliptrans": (make_cliptrans, parts.cliptrans), "m2mkd": (make_m2mkd, parts.m2mkd)}
+    print(" | ".join(HEADER), flush=True)
+    for method, (make, list_parts) in methods.items():
+        if flags.only not in (None, method):
+            continue
+        folder = root / method
+        listed = {"imports alone": ALONE} | dict(list_parts(folder, small=flags.small))
+        rehearse(folder, listed, make, small=flags.small)
+        if not flags.keep:
+            for made in ("weights", "runs", "exported"):
+                shutil.rmtree(folder / made, ignore_errors=True)
+
+
+def rehearse(folder: pathlib.Path, listed: Mapping[str, Part], make, *, small: bool) -> None:
+    """Runs the parts that are not done, and prints the rows of all."""
+    folder.mkdir(exist_ok=True)
+    record = folder / "rehearsal.json"
+    rows = json.loads(record.read_text()) if record.exists() else {}
+    if not all(name in rows for name in listed) and "files" not in rows:
+        make(folder, small)
+        write_json(record, rows := rows | {"files": True})
+    for name, part in listed.items():
+        missing = [x for x in part.packages if importlib.util.find_spec(x) is None]
+        if missing:
+            print(f"{name} | skipped: {' and '.join(missing)} not installed", flush=True)
+            continue
+        if name not in rows:
+            write_json(record, rows := rows | {name: measure(folder, name, part)})
+        print(as_row(name, rows[name]), flush=True)
+
+
+def as_row(name: str, found: Mapping[str, float]) -> str:
+    """A row of the table; sizes in GB of 1e9 bytes."""
+    peak, ideal = found["peak"], found["ideal"]
+    numbers = (f"{found['seconds']:.0f}", f"{peak / 1e9:.2f} GB", f"{ideal / 1e9:.2f} GB")
+    return " | ".join((name, *numbers, f"{peak / ideal:.2f}" if ideal else "-"))
+
+
+def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
+    """Runs a part; returns its seconds, peak and ideal."""
+    if part.step:
+        command = ("-m", "rehearsal.ideal", str(parts.TOKENS), *part.step)
+        ideal = int(
+            subprocess.check_output([sys.executable, *command], env=environment(), cwd=ROOT)
+        )
+    else:
+        ideal = sum(size_of(folder / held) for held in part.holds)
+    if available() < ideal:
+        sys.exit(
+            f"{name} needs at least {ideal / 1e9:.1f} GB of memory, and {available() / 1e9:.1f} GB "
+            "are free; the same command continues from here"
+        )
+    start = time.monotonic()
+    with (folder / f"{name.replace(' ', '_')}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], env=environment(), cwd=ROOT, stdout=log, stderr=log
+        )
+        # So that the kernel, where memory runs out, ends this process and no other.
+        pathlib.Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        if part.stopped:
+            stop_after_first_step(process, (folder / part.made).parent / "metrics.jsonl")
+        _, status, usage = os.wait4(process.pid, 0)
+    if status or not (folder / part.made).exists():
+        sys.exit(f"{name} failed with status {os.waitstatus_to_exitcode(status)}; see {log.name}")
+    return {
+        "seconds": time.monotonic() - start,
+        "peak": 1024 * usage.ru_maxrss,
+        "ideal": ideal,
+    }
+
+
+def stop_after_first_step(process: subprocess.Popen, log: pathlib.Path) -> None:
+    """Asks a run to stop when its log has a line."""
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if log.exists() and log.read_text():
+            process.send_signal(signal.SIGTERM)
+            return
+        time.sleep(0.2)
+
+
+def environment() -> dict[str, str]:
+    """Of the measured processes."""
+    paths = [str(ROOT), str(TOOLS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def available() -> int:
+    """Bytes of memory that no process uses."""
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("MemAvailable"))
+    return 1024 * int(line.split()[1])
+
+
+def size_of(path: pathlib.Path) -> int:
+    """Bytes of a file of weights, or of those in a folder."""
+    found = [path] if path.is_file() else [*path.glob("*.bin"), *path.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in found)
+
+
+def make_cliptrans(folder: pathlib.Path, small: bool) -> None:
+    """Translator, towers, tokenizers and corpus."""
+    flags = parts.cliptrans_sizes(small)
+    config = freeze(
+        CliptransConfig,
+        app.read_config(["", "--workdir=x", f"--config={parts.CLIPTRANS}:stage=caption", *flags]),
+    )
+    weights = folder / "weights"
+    files.write_mbart(weights / "mbart", config.model.mbart)
+    files.write_mclip(weights / "mclip", SMALL_MCLIP if small else MClipConfig())
+    files.write_clip(weights / "clip", SMALL_CLIP if small else ClipVisionConfig())
+    pieces = 1000 if small else files.PUBLISHED_PIECES
+    files.write_pieces([weights / "mbart", weights / "mclip"], pieces)
+    files.write_multi30k(folder / "multi30k")
+
+
+def make_m2mkd(folder: pathlib.Path, small: bool) -> None:
+    """Teacher and student in the original's format, and images."""
+    flags = (f"--config.data.labels={parts.CLASSES}", *parts.m2mkd_sizes(small))
+    config = freeze(
+        M2mkdConfig,
+        app.read_config(["", "--workdir=x", f"--config={parts.M2MKD}:phase=assemble", *flags]),
+    )
+    (folder / "weights").mkdir(exist_ok=True)
+    for kind in ("teacher", "vmoe"):
+        names = pretrained.KINDS[kind]
+        tensors = files.random_tensors(names.table(config, None), names.shapes(config, None))
+        write_torch(folder / "weights" / f"{kind}.pth", {"model": tensors}, replace=True)
+    files.write_imagenet(folder / "imagenet", classes=parts.CLASSES, per_class=parts.IMAGES)
+
+
+if __name__ == "__main__":
+    main()
