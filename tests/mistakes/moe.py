@@ -159,17 +159,17 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=DEPTH,
     ),
     Mistake(
-        file="m2mkd_jax/models/encoder.py",
+        file="common_jax/nn/norm.py",
         what="variances as differences of large numbers",
-        right="nn.LayerNorm(encoder.norm_eps, use_fast_variance=False",
-        wrong="nn.LayerNorm(encoder.norm_eps, use_fast_variance=True",
+        right="use_fast_variance=fast_variance",
+        wrong="use_fast_variance=True",
         tests=EQUATIONS,
     ),
     Mistake(
-        file="m2mkd_jax/models/encoder.py",
+        file="common_jax/nn/norm.py",
         what="norms without the config's epsilon",
-        right="nn.LayerNorm(encoder.norm_eps, ",
-        wrong="nn.LayerNorm(1e-6, ",
+        right="return _LayerNorm(epsilon, ",
+        wrong="return _LayerNorm(1e-6, ",
         tests=EQUATIONS,
     ),
     Mistake(
