@@ -15,9 +15,13 @@ from common_jax.nn import dense
 INIT = nn.initializers.normal(0.02)
 
 
-# The backward pass computes activations again from their input, instead of keeping four arrays of
-# the hidden width.
-@jax.checkpoint
+# A loop over layers keeps the input of an activation and computes it again in the backward pass;
+# as jax derives it, four arrays of the hidden width were kept. Elsewhere XLA may choose, since
+# without `prevent_cse` it can share the arithmetic of both passes.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_again
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2.
 
@@ -27,13 +31,13 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-@jax.checkpoint
+@_again
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """The GELU's approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
     return jax.nn.gelu(x, approximate=True)
 
 
-@jax.checkpoint
+@_again
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x sigmoid(1.702 x), OpenAI's approximation of the GELU."""
     return x * jax.nn.sigmoid(1.702 * x)

@@ -3,7 +3,8 @@
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-_LayerNorm = nn.remat(nn.LayerNorm)
+# XLA may share the arithmetic of both passes, except in a loop over layers, where it cannot.
+_LayerNorm = nn.remat(nn.LayerNorm, prevent_cse=False)
 
 
 def layer_norm(
@@ -11,8 +12,8 @@ def layer_norm(
 ) -> nn.LayerNorm:
     """flax's LayerNorm over the last axis, with statistics in float32 for any `dtype`.
 
-    It keeps its input for the backward pass, which computes the rest again: three arrays in
-    float32, each twice as large as an input in bfloat16.
+    A loop over layers keeps the input for the backward pass, which computes the rest again. As jax
+    derives it, three arrays in float32 were kept.
 
     Args:
       epsilon: added to the variance.

@@ -113,7 +113,7 @@ def serve_slots(
     return slots.combine(answers).astype(x.dtype)
 
 
-@partial(jax.checkpoint, static_argnums=1)  # keeps `hidden` in its own dtype
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=1)  # keeps `hidden` in its own dtype
 def _activate(hidden: Float[Array, "E R F"], dtype: DTypeLike) -> Float[Array, "E R F"]:
     """gelu(hidden) in `dtype`, computed in float32."""
     return gelu(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))).astype(dtype)
