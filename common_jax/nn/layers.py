@@ -7,6 +7,18 @@ import jax
 from flax import linen as nn
 from jax import numpy as jnp
 
+# Operations on single elements, cheaper to compute again than to read: what a loop's backward pass
+# would otherwise keep of a layer is for the most part their results, some of them in float32.
+_CHEAP = frozenset(
+    "abs add broadcast_in_dim convert_element_type div erf exp integer_pow log logistic max min mul "
+    "neg pow reshape rsqrt select_n sign sqrt square squeeze sub tanh".split()
+)
+
+
+def _keep(operation: Any, *_: Any, **__: Any) -> bool:
+    """Whether a loop keeps the results of an operation that its backward pass needs."""
+    return operation.name not in _CHEAP
+
 
 def scan(
     layers: Sequence[nn.Module],
@@ -48,6 +60,7 @@ def scan(
         x, sown = single.apply(variables, x, *arguments, *own, rngs=keys, mutable=mutable)
         return x, (x, sown)
 
+    run = jax.checkpoint(run, prevent_cse=False, policy=_keep)
     x, (outputs, sown) = jax.lax.scan(run, x, (stacked, keys, tuple(each)))
     for i, layer in enumerate(layers):
         for collection, values in jax.tree.map(lambda leaf, i=i: leaf[i], sown).items():

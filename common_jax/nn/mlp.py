@@ -15,13 +15,6 @@ from common_jax.nn import dense
 INIT = nn.initializers.normal(0.02)
 
 
-# A loop over layers keeps the input of an activation and computes it again in the backward pass;
-# as jax derives it, four arrays of the hidden width were kept. Elsewhere XLA may choose, since
-# without `prevent_cse` it can share the arithmetic of both passes.
-_again = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@_again
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x (1 + erf(x / sqrt 2)) / 2.
 
@@ -31,13 +24,11 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-@_again
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """The GELU's approximation x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
     return jax.nn.gelu(x, approximate=True)
 
 
-@_again
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x sigmoid(1.702 x), OpenAI's approximation of the GELU."""
     return x * jax.nn.sigmoid(1.702 * x)

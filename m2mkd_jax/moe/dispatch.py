@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from common_jax.mesh import AXES
@@ -106,17 +105,11 @@ def serve_slots(
     if peers > 1:
         rows = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
     hidden = jnp.einsum("ERD,EDF->ERF", rows, experts.up) + experts.up_bias[:, None]
-    active = _activate(hidden, x.dtype)
+    active = gelu(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))).astype(x.dtype)
     answers = jnp.einsum("ERF,EFD->ERD", active, experts.down) + experts.down_bias[:, None]
     if peers > 1:
         answers = jax.lax.all_to_all(answers, "expert", split_axis=1, concat_axis=0, tiled=True)
     return slots.combine(answers).astype(x.dtype)
-
-
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=1)  # keeps `hidden` in its own dtype
-def _activate(hidden: Float[Array, "E R F"], dtype: DTypeLike) -> Float[Array, "E R F"]:
-    """gelu(hidden) in `dtype`, computed in float32."""
-    return gelu(hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))).astype(dtype)
 
 
 def over_mesh(

@@ -168,8 +168,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="common_jax/nn/norm.py",
         what="norms without the config's epsilon",
-        right="return _LayerNorm(epsilon, ",
-        wrong="return _LayerNorm(1e-6, ",
+        right="return nn.LayerNorm(epsilon, ",
+        wrong="return nn.LayerNorm(1e-6, ",
         tests=EQUATIONS,
     ),
     Mistake(
