@@ -9,10 +9,11 @@ from jax import numpy as jnp
 
 # Operations on single elements, cheaper to compute again than to read: what a loop's backward pass
 # would otherwise keep of a layer is for the most part their results, some of them in float32.
-_CHEAP = frozenset(
-    "abs add broadcast_in_dim convert_element_type div erf exp integer_pow log logistic max min mul "
-    "neg pow reshape rsqrt select_n sign sqrt square squeeze sub tanh".split()
-)
+_CHEAP = {
+    "abs", "add", "broadcast_in_dim", "convert_element_type", "div", "erf", "exp", "integer_pow",
+    "log", "logistic", "max", "min", "mul", "neg", "pow", "reshape", "rsqrt", "select_n", "sign",
+    "sqrt", "square", "squeeze", "sub", "tanh",
+}  # fmt: skip
 
 
 def _keep(operation: Any, *_: Any, **__: Any) -> bool:
