@@ -222,7 +222,9 @@ class _Half(nn.Module):
         x = self.drop(x, deterministic=not train)
         # Initialisation unrolls the layers, so that parameters have the same paths either way.
         if self.config.scan_layers and not self.is_initializing():
-            return self.norm(layers.scan(self.layer, x, *visible, train, streams=("dropout",))[0])
+            remat = self.config.remat
+            x, _ = layers.scan(self.layer, x, *visible, train, remat=remat, streams=("dropout",))
+            return self.norm(x)
         return self.norm(functools.reduce(lambda x, one: one(x, *visible, train), self.layer, x))
 
 

@@ -25,6 +25,7 @@ def scan(
     layers: Sequence[nn.Module],
     x: jax.Array,
     *arguments: Any,
+    remat: bool,
     each: Sequence[jax.Array] = (),
     streams: Sequence[str] = (),
 ) -> tuple[jax.Array, jax.Array]:
@@ -32,12 +33,14 @@ def scan(
 
     Parameters remain those of the single layers and are stacked in the program: a copy of them,
     sharded like them. Layers sow as if they ran one by one; their random draws differ from that.
+    The backward pass computes operations on single elements again.
 
     Args:
       layers: modules bound to their parent, with parameters, that differ only in these and in
         their names; called as layer(x, *arguments, *own_entries_of_each).
       x: of the shape and the type that a layer returns.
       arguments: the same for all layers; those that are not arrays are constants of the program.
+      remat: whether the layers keep only their inputs, so that nothing else is to be decided.
       each: arrays with one entry per layer.
       streams: of random numbers that the layers draw from, where they are given.
 
@@ -61,7 +64,8 @@ def scan(
         x, sown = single.apply(variables, x, *arguments, *own, rngs=keys, mutable=mutable)
         return x, (x, sown)
 
-    run = jax.checkpoint(run, prevent_cse=False, policy=_keep)
+    if not remat:
+        run = jax.checkpoint(run, prevent_cse=False, policy=_keep)
     x, (outputs, sown) = jax.lax.scan(run, x, (stacked, keys, tuple(each)))
     for i, layer in enumerate(layers):
         for collection, values in jax.tree.map(lambda leaf, i=i: leaf[i], sown).items():

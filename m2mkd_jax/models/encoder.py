@@ -214,7 +214,8 @@ class EncoderStage(nn.Module):
             if loops and len(modules) > 1:
                 rates = [config.drop_path for config in configs]
                 each = (jnp.asarray(rates),) if any(rates) else ()
-                x, outputs = layers.scan(modules, x, train, each=each, streams=STREAMS)
+                remat = self.encoder.remat
+                x, outputs = layers.scan(modules, x, train, remat=remat, each=each, streams=STREAMS)
             else:
                 outputs = [x := module(x, train) for module in modules]
             for output in outputs:

@@ -26,7 +26,7 @@ class _Stack(nn.Module):
             for layer in self.layer:
                 x = layer(x)
             return x
-        return layers.scan(self.layer, x)[0]
+        return layers.scan(self.layer, x, remat=False)[0]
 
 
 def test_a_loop_keeps_inputs_and_products_of_its_layers():
