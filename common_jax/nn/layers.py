@@ -17,7 +17,7 @@ _CHEAP = {
 
 
 def _keep(operation: Any, *_: Any, **__: Any) -> bool:
-    """Whether a loop keeps the results of an operation that its backward pass needs."""
+    """True if a loop keeps the results of an operation for its backward pass."""
     return operation.name not in _CHEAP
 
 
@@ -40,7 +40,7 @@ def scan(
         their names; called as layer(x, *arguments, *own_entries_of_each).
       x: of the shape and the type that a layer returns.
       arguments: the same for all layers; those that are not arrays are constants of the program.
-      remat: whether the layers keep only their inputs, so that nothing else is to be decided.
+      remat: whether the layers are under `nn.remat`, which keeps their inputs alone.
       each: arrays with one entry per layer.
       streams: of random numbers that the layers draw from, where they are given.
 

@@ -271,6 +271,21 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=LOOPS,
     ),
     Mistake(
+        file="common_jax/nn/layers.py",
+        what="a loop keeps all that its layers compute",
+        right="return operation.name not in _CHEAP",
+        wrong="return True",
+        tests="tests/common_jax/test_layers.py",
+    ),
+    Mistake(
+        file="common_jax/nn/layers.py",
+        what="a loop keeps the products of layers that are computed again",
+        right="if not remat:",
+        wrong="if True:",
+        tests="tests/test_remat_and_scan.py::"
+        "test_a_loop_over_layers_changes_no_loss_and_no_gradient[mbart]",
+    ),
+    Mistake(
         file="common_jax/nn/mlp.py",
         what="the GELU by tanh",
         right="return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))",
