@@ -283,7 +283,7 @@ MISTAKES: tuple[Mistake, ...] = (
         right="if not remat:",
         wrong="if True:",
         tests="tests/test_remat_and_scan.py::"
-        "test_a_loop_over_layers_changes_no_loss_and_no_gradient[mbart]",
+        "test_a_loop_over_layers_changes_no_loss_and_no_gradient",
     ),
     Mistake(
         file="common_jax/nn/mlp.py",
