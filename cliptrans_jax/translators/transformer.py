@@ -325,6 +325,8 @@ class Transformer(nn.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings without positions."""
         x = jnp.asarray(self.embedding, self.dtype)[ids]
+        # Otherwise every device gathers the gradients of all tokens and columns for the table's.
+        x = constrain(x, "looked_up", "tokens", "columns")
         # As torch's padding_idx: a pad's row learns from the logits only.
         x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x * self.config.width**0.5 if self.config.scale_embedding else x
