@@ -30,6 +30,9 @@ ACTIVATIONS = {
     "tokens": None,
     "width": None,
     "labels": None,
+    # Of vectors from a table whose columns are split over `fsdp`.
+    "looked_up": ("data", "expert"),
+    "columns": "fsdp",
 }
 
 # Devices along an axis.

@@ -68,11 +68,6 @@ TRANSFORMER_RULES: Rules = (
 )
 
 
-def norm(eps: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """A LayerNorm whose variance is that of torch's, not E[x^2] - E[x]^2."""
-    return nn.LayerNorm(eps, use_fast_variance=False, dtype=dtype, name=name)
-
-
 def require_heads(width: int, heads: int) -> None:
     """Raises FieldError unless the width splits into heads."""
     if width % heads:

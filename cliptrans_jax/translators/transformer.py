@@ -25,6 +25,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import Mlp, gelu
+from common_jax.nn.norm import layer_norm
 from common_jax.ranges import BelowOne, Count, Size
 
 EPSILON = 1e-5  # torch's default; flax has 1e-6
@@ -221,7 +222,9 @@ class _Half(nn.Module):
         x = self.drop(x, deterministic=not train)
         # Initialisation unrolls the layers, so that parameters have the same paths either way.
         if self.config.scan_layers and not self.is_initializing():
-            return self.norm(layers.scan(self.layer, x, *visible, train, streams=("dropout",))[0])
+            remat = self.config.remat
+            x, _ = layers.scan(self.layer, x, *visible, train, remat=remat, streams=("dropout",))
+            return self.norm(x)
         return self.norm(functools.reduce(lambda x, one: one(x, *visible, train), self.layer, x))
 
 
@@ -322,6 +325,8 @@ class Transformer(nn.Module):
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings without positions."""
         x = jnp.asarray(self.embedding, self.dtype)[ids]
+        # Otherwise every device gathers the gradients of all tokens and columns for the table's.
+        x = constrain(x, "looked_up", "tokens", "columns")
         # As torch's padding_idx: a pad's row learns from the logits only.
         x = jnp.where((ids == self.config.pad)[..., None], jax.lax.stop_gradient(x), x)
         x = x * self.config.width**0.5 if self.config.scale_embedding else x
@@ -389,7 +394,7 @@ def sinusoids(
 
 
 def _norm(dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, name=name)
+    return layer_norm(EPSILON, dtype, name, fast_variance=True)
 
 
 # Published vocabularies are not divisible by device counts, so tables are split along the width.

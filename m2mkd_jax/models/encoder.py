@@ -15,6 +15,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import ACTIVATIONS, INIT, Mlp
+from common_jax.nn.norm import layer_norm
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.nn.pooling import AttentionPool
 from m2mkd_jax.models.pooling import ATTENTION, POOLS
@@ -149,7 +150,7 @@ class Block(nn.Module):
         return x
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return layer_norm(self.encoder, self.dtype, name)(x)
+        return layer_norm(self.encoder.norm_eps, self.dtype, name)(x)
 
     def _scale(self, name: str, branch: jax.Array) -> jax.Array:
         start = self.encoder.layer_scale
@@ -213,7 +214,8 @@ class EncoderStage(nn.Module):
             if loops and len(modules) > 1:
                 rates = [config.drop_path for config in configs]
                 each = (jnp.asarray(rates),) if any(rates) else ()
-                x, outputs = layers.scan(modules, x, train, each=each, streams=STREAMS)
+                remat = self.encoder.remat
+                x, outputs = layers.scan(modules, x, train, remat=remat, each=each, streams=STREAMS)
             else:
                 outputs = [x := module(x, train) for module in modules]
             for output in outputs:
@@ -240,7 +242,7 @@ class EncoderStage(nn.Module):
                 f"{expected - encoder.leading} patches, and {x.shape[1]} tokens came: config.meta, "
                 "config.teacher and config.model need the same patch, class_token and registers"
             )
-        norm = layer_norm(encoder, self.dtype, "norm")
+        norm = layer_norm(encoder.norm_eps, self.dtype, "norm")
         if encoder.pool == "class" or encoder.norm_after_pool:
             # Only the class token is read, so the norms of all others are saved.
             return norm(self._pool_tokens(x))
@@ -284,7 +286,7 @@ class EncoderStage(nn.Module):
         x = jnp.concatenate([*batched, patches], axis=1)
         x = x + self._pad_positions(jnp.asarray(positions)).astype(patches.dtype)
         if encoder.norm_pre:
-            x = layer_norm(encoder, self.dtype, "norm_pre")(x)
+            x = layer_norm(encoder.norm_eps, self.dtype, "norm_pre")(x)
         return constrain(x, "batch", "tokens", "width")
 
     def _pad_positions(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:
@@ -373,8 +375,3 @@ def drop_path(
 def tokens(encoder: EncoderConfig, interface: Interface) -> int:
     """Number of tokens in a network's blocks: class token, registers and patches."""
     return encoder.leading + (interface.image_size // encoder.patch) ** 2
-
-
-def layer_norm(encoder: EncoderConfig, dtype: DTypeLike, name: str) -> nn.LayerNorm:
-    """The encoder's LayerNorm, with two-pass statistics in float32 for any `dtype`."""
-    return nn.LayerNorm(encoder.norm_eps, use_fast_variance=False, dtype=dtype, name=name)

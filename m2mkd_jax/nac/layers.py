@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from common_jax.config import Section
 from common_jax.nn import dense
 from common_jax.nn.mlp import gelu
+from common_jax.nn.norm import layer_norm
 from common_jax.ranges import BelowOne, Finite, Positive, one_of
 
 NORM_EPS = 1e-5
@@ -181,9 +182,8 @@ class Linear(nn.Module):
 
 
 def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> nn.LayerNorm:
-    """Returns a LayerNorm over the last axis, with two-pass statistics in float32."""
-    # The fast variance, E[x^2] - E[x]^2, cancels where the mean is large against the spread.
-    return nn.LayerNorm(epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    """A LayerNorm with the epsilon of a NAC."""
+    return layer_norm(epsilon, dtype, name)
 
 
 def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:

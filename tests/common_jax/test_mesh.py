@@ -156,8 +156,15 @@ def test_rows_are_taken_of_every_share_and_put_back_where_they_were():
 
 
 def test_every_activation_but_examples_is_whole_on_its_device():
-    assert set(meshes.ACTIVATIONS) == {"batch", "tokens", "width", "labels"}
+    lookups = {"looked_up", "columns"}
+    assert set(meshes.ACTIVATIONS) == {"batch", "tokens", "width", "labels", *lookups}
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
         for name in ("tokens", "width", "labels"):
             x = jax.jit(lambda x, name=name: constrain(2 * x, "batch", name))(jnp.ones((16, 8)))
             assert x.sharding.shard_shape(x.shape) == (2, 8)
+
+
+def test_vectors_from_a_table_stay_with_its_columns():
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
+        x = jax.jit(lambda x: constrain(2 * x, "looked_up", "columns"))(jnp.ones((16, 8)))
+        assert x.sharding.shard_shape(x.shape) == (4, 4)

@@ -159,17 +159,17 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=DEPTH,
     ),
     Mistake(
-        file="m2mkd_jax/models/encoder.py",
+        file="common_jax/nn/norm.py",
         what="variances as differences of large numbers",
-        right="nn.LayerNorm(encoder.norm_eps, use_fast_variance=False",
-        wrong="nn.LayerNorm(encoder.norm_eps, use_fast_variance=True",
+        right="use_fast_variance=fast_variance",
+        wrong="use_fast_variance=True",
         tests=EQUATIONS,
     ),
     Mistake(
-        file="m2mkd_jax/models/encoder.py",
+        file="common_jax/nn/norm.py",
         what="norms without the config's epsilon",
-        right="nn.LayerNorm(encoder.norm_eps, ",
-        wrong="nn.LayerNorm(1e-6, ",
+        right="return nn.LayerNorm(epsilon, ",
+        wrong="return nn.LayerNorm(1e-6, ",
         tests=EQUATIONS,
     ),
     Mistake(
@@ -269,6 +269,21 @@ MISTAKES: tuple[Mistake, ...] = (
         right="jnp.stack([layer.make_rng(name) for layer in layers])",
         wrong="jnp.stack([first.make_rng(name)] * len(layers))",
         tests=LOOPS,
+    ),
+    Mistake(
+        file="common_jax/nn/layers.py",
+        what="a loop keeps all that its layers compute",
+        right="return operation.name not in _CHEAP",
+        wrong="return True",
+        tests="tests/common_jax/test_layers.py",
+    ),
+    Mistake(
+        file="common_jax/nn/layers.py",
+        what="a loop keeps the products of layers that are computed again",
+        right="if not remat:",
+        wrong="if True:",
+        tests="tests/test_remat_and_scan.py::"
+        "test_a_loop_over_layers_changes_no_loss_and_no_gradient",
     ),
     Mistake(
         file="common_jax/nn/mlp.py",
