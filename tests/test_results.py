@@ -13,7 +13,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "results.md")
 # The values of a table, by the first title in its header.
-DATA = {"emoji, English to German": "emoji.json"}
+DATA = {
+    "emoji, English to German": "emoji.json",
+    "text tower": "emoji_text_tower.json",
+}
 # Tables whose runs are gone. A table that is measured again moves to DATA; none is added here.
 WITHOUT_DATA = (
     "accuracy on digits",
