@@ -164,7 +164,8 @@ def _train(
     due = Due(run, task.steps_per_epoch, total)
     averaged = due.averaged
     update = programs.keep("step", step_program(task, optim, abstract, log_every=run.log_every))
-    include = programs.keep("average", average_program(task, abstract))
+    if averaged:
+        include = programs.keep("average", average_program(task, abstract))
     # The checkpoints are looked at first: where they are another run's, nothing is written.
     stock, config = take_stock(workdir, config=config, total=total), plain(config)
     fresh = not hosts.agree(bool(stock.steps)).any()

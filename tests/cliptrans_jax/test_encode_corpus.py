@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -190,7 +191,10 @@ def test_threads_keep_the_order_of_the_sentences(monkeypatch):
 def test_two_processes_that_make_the_same_file_have_the_same_ids(tmp_path):
     ready = tmp_path / "ready"
     other = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
     def cut(texts):
