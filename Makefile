@@ -74,7 +74,7 @@ bench: $(VENV)/.installed-bench
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/run_all.py
 
 # The published commands at published sizes, with random weights: what each needs of time and
-# memory. About an hour on two cores, 24 GB of memory, 20 GB of disk; resumed where it was stopped.
+# memory. 24 GB of memory, 20 GB of disk; resumed where it was stopped.
 rehearse: $(VENV)/.installed
 	$(BIN)/python tools/rehearse.py --workdir runs/rehearsal
 

@@ -246,10 +246,10 @@ def _train(
         seed_there = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
         traced = _traced_steps(run, start, total)
         for done in range(start + 1, total + 1):
+            checkpoints.release()
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             # The state is donated: nothing else may refer to the old one from here on.
-            checkpoints.release()
             state, report = update(state, task.helpers, next(batches), seed_there)
             if done in averaged:
                 # Before the step can be saved: a start that resumes there does not include it.

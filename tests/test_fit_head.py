@@ -108,7 +108,7 @@ def test_what_cannot_be_done_is_refused(folder, tmp_path, capsys):
     for change, error in (
         (["--patch=3"], r"--patch=3 must divide config.data.image_size=8"),
         (["--config.data.image=8"], "image"),
-        (["--config.seed"], "--config.seed: write --config.x=y"),
+        (["--config.seed"], "--config.seed lacks a value; write --config.seed=VALUE"),
     ):
         with pytest.raises(SystemExit):
             fit_head.main([*flags, *change])

@@ -271,7 +271,9 @@ def _export_cliptrans(
 def _only_module(command: Command) -> int | None:
     """K of --config.module=K, the only override accepted when converting a run."""
     if command.weights:
-        raise ValueError("--weights is for files; of a run with a running average, that is written")
+        raise ValueError(
+            "--weights is for files; of a run with an average of its parameters, that is written"
+        )
     if command.config is not None or command.settings.keys() - {"module"}:
         raise ValueError(
             "the config is that of the run; of --config, only --config.module=K may be given here"

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 
 from common_jax.app import USER_ERRORS
-from common_jax.command_line import read_config_file, set_field
+from common_jax.command_line import read_config_file, read_settings, set_field
 from common_jax.config import freeze
 from common_jax.inputs import eval_batches
 from common_jax.signals import ends_quietly
@@ -64,10 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args([arg for arg in argv if arg not in settings])
     try:
         config = read_config_file(flags.config)
-        for setting in settings:
-            name, equals, text = setting.removeprefix("--config.").partition("=")
-            if not equals:
-                parser.error(f"{setting}: write --config.x=y")
+        for name, text in read_settings(settings).items():
             set_field(config, name, text)
         add_head(flags.source, flags.target, freeze(Config, config).data, flags.patch)
     except USER_ERRORS as error:
@@ -90,7 +87,8 @@ def add_head(source: Path, target: Path, data: DataConfig, patch: int | None) ->
     if BIAS not in tensors:
         raise ValueError(f"{source} has no {BIAS}, which makes up for another mean")
     config = pretrained.infer_config(read(source)).config
-    tensors = resize(tensors, config.teacher, patch or config.teacher.patch, data.image_size)
+    patch = config.teacher.patch if patch is None else patch
+    tensors = resize(tensors, config.teacher, patch, data.image_size)
     tensors = renormalise(tensors, config.data, data)
     images = {"mean": data.mean, "std": data.std}
     stated = {"num_classes": data.labels, "pretrained_cfg": images}
@@ -116,7 +114,7 @@ def resize(tensors: Tensors, vit: ViTConfig, patch: int, side: int) -> dict[str,
     Raises:
       ValueError: when the patch does not divide the side.
     """
-    if side % patch:
+    if patch < 1 or side % patch:
         raise ValueError(f"--patch={patch} must divide config.data.image_size={side}")
     kernel, table = tensors[KERNEL], tensors[POSITIONS]
     # Enlarging a patch is linear, so the kernel of the enlarged one takes it over.

@@ -68,12 +68,14 @@ def main() -> None:
     for method, (make, list_parts) in methods.items():
         if flags.only not in (None, method):
             continue
-        folder = root / method
+        folder = root / (f"{method}_small" if flags.small else method)
         listed = {"imports alone": ALONE} | dict(list_parts(folder, small=flags.small))
         rehearse(folder, listed, make, small=flags.small)
         if not flags.keep:
             for made in ("weights", "runs", "exported"):
                 shutil.rmtree(folder / made, ignore_errors=True)
+            record = folder / "rehearsal.json"
+            write_json(record, json.loads(record.read_text()) | {"deleted": True})
 
 
 def rehearse(folder: pathlib.Path, listed: Mapping[str, Part], make, *, small: bool) -> None:
@@ -90,6 +92,11 @@ def rehearse(folder: pathlib.Path, listed: Mapping[str, Part], make, *, small: b
             print(f"{name} | skipped: {' and '.join(missing)} not installed", flush=True)
             continue
         if name not in rows:
+            if "deleted" in rows:
+                sys.exit(
+                    f"{name} reads files that were deleted when the other parts were done; give "
+                    "another --workdir, and --keep if a part is to follow later"
+                )
             write_json(record, rows := rows | {name: measure(folder, name, part)})
         print(as_row(name, rows[name]), flush=True)
 

@@ -133,7 +133,9 @@ class FramedTokenizer:
             encoded = map(encode, pieces)
             if len(pieces) > 1:
                 # Threads are enough: the libraries cut texts without Python's lock.
-                pool = stack.enter_context(futures.ThreadPoolExecutor(os.cpu_count()))
+                pool = futures.ThreadPoolExecutor(os.cpu_count())
+                # Whoever stops early, as where the disk is full, does not wait for the rest.
+                stack.callback(pool.shutdown, cancel_futures=True)
                 encoded = pool.map(encode, pieces)
             for flat, lengths, count in encoded:
                 too_long += count

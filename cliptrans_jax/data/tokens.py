@@ -142,10 +142,14 @@ def encode_corpus(
     fingerprint = digest.hexdigest()
     path = epath.Path(folder) / f"{corpus.slug}.{language}.{fingerprint[:16]}.ids.npz"
     make = functools.partial(_write_ids, path, fingerprint, tokenizer, texts, frame)
-    ids = None
+    ids, refusal = None, None
     if jax.process_index() == 0:
-        ids = _read_ids(path, fingerprint) or make()
-    hosts.agree(0)
+        try:
+            ids = _read_ids(path, fingerprint) or make()
+        except ValueError as error:
+            refusal = error
+    if hosts.agree(refusal is not None).any():
+        raise refusal or ValueError(f"{corpus.name}, {language}, is refused; process 0 says why")
     return ids or _read_ids(path, fingerprint) or make()
 
 

@@ -63,6 +63,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             _Pairs.encoded, tower=tower, folder=features_folder(config, workdir), mesh=mesh
         )
         train, evaluated = encode(train), {name: encode(one) for name, one in evaluated.items()}
+        del tower, encode  # or its weights would stay in memory as long as the run
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
         return train_batches(

@@ -47,7 +47,8 @@ def evaluate(user_config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, 
     test = data.load(config.data.test_split, train=False)
     claim(workdir, user_config)
     params = {**model.frozen(mesh), **params}
-    data.release_towers()
+    if not config.data.further_tests:  # whose features need the towers again
+        data.release_towers()
     translate = model.translate(data)
     further = score_further(config, workdir, data, translate, params, step=name)
     scores = score_split(config, workdir, test, translate, params, step=name)

@@ -143,9 +143,10 @@ class RunData:
         return ImageTower(published.config, published.params, config.dtype)
 
     def release_towers(self) -> None:
-        """Frees the towers' memory. They are read again where they are used again."""
-        for name in ("text_tower", "image_tower"):
-            vars(self).pop(name, None)
+        """Frees the towers, but a text tower that the model runs. Further uses read them again."""
+        if not encodes_texts(self.config):
+            vars(self).pop("text_tower", None)
+        vars(self).pop("image_tower", None)
         give_back()
 
     def _load_published(self, name: str, towers: Sequence[Tower], base: str = "") -> Pretrained:

@@ -191,7 +191,8 @@ def lengths_of(items: Sequence) -> Int[np.ndarray, "B"]:
 
 
 def elements(items: Sequence, rows: Int[np.ndarray, "_"]) -> list:
-    """Returns `[items[row] for row in rows]`, which takes a third of the time for flat arrays."""
+    """Returns `[items[row] for row in rows]`; of flat arrays, the places of all rows are looked up
+    at once."""
     if isinstance(items, Ragged):
         starts = items.starts[rows]
         ends = (starts + items.lengths[rows]).tolist()

@@ -45,6 +45,12 @@ NAMES: Mapping[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a file with the bytes that the library would write, one tensor after the other. Raises
     ValueError for a dtype that the format lacks."""
+    for name, x in tensors.items():
+        if x.dtype not in NAMES:
+            raise ValueError(
+                f"{name} is {x.dtype.str}, which safetensors lacks; convert it to one of "
+                f"{', '.join(DTYPES)}"
+            )
     # Hugging Face's loader requires the format in the metadata.
     header, end = {"__metadata__": {"format": "pt"}}, 0
     # The widest types first, so that all numbers are aligned.
