@@ -136,8 +136,8 @@ class Checkpoints:
         self._reads = jax.default_backend() == "cpu" and size >= LARGE
 
     def release(self) -> None:
-        """Waits until a large saved state's own memory is no longer read; raises as `save`. A step
-        that cannot write over that memory makes a second state."""
+        """Waits until a large state has been written; raises as `save`. Until then a step cannot
+        reuse the state's memory, and would make a second one."""
         if self._reads:
             self._reads = False
             self._attempt(self._finish)
