@@ -120,9 +120,13 @@ def pair(
 def finish_pair(
     workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
 ) -> list[str]:
-    """The outputs of two processes of a run that is not disturbed."""
+    """The outputs of two processes of a run that is not disturbed. If one fails, the error has
+    both: the first often says only that the other one is missing."""
     with pair(workdir, *more, run=run, devices=devices) as processes:
-        return [process.finish() for process in processes]
+        statuses = [process.end() for process in processes]
+    outputs = [process.output() for process in processes]
+    assert statuses == [0, 0], "\n\n".join(outputs)
+    return outputs
 
 
 def says(path: pathlib.Path, text: str) -> bool:

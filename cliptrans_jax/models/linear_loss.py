@@ -18,6 +18,7 @@ import jax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cliptrans_jax.models.chunks import counts
@@ -26,6 +27,8 @@ from common_jax.mesh import AXES, BATCH
 # Tokens of the vocabulary per block. Blocks are a loop of Python, not of the program: XLA for GPUs
 # would copy every block that a loop slices.
 BLOCK = 32768
+# Precisions at which a TPU's products round float32 to bfloat16; None is JAX's default.
+ROUNDING = (None, "default", "fastest", "bfloat16")
 
 
 def linear_loss(
@@ -89,8 +92,7 @@ def _over_mesh(task: "_Task"):
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 
     def local(matrix, bias, states, labels):
-        # Here and not by XLA, which would gather it before it is rounded.
-        matrix = jax.lax.all_gather(matrix, "fsdp", axis=1, tiled=True)
+        matrix = _gather(matrix)
         total, by_matrix, by_bias, by_states = task.run(matrix, bias, states, labels)
         total, by_bias = jax.lax.psum((total, by_bias), AXES)
         if by_matrix is not None:
@@ -105,6 +107,25 @@ def _over_mesh(task: "_Task"):
         out_specs=(whole, split, whole, BATCH),
         check_vma=False,
     )
+
+
+def _gather(matrix: Float[Array, "V d"]) -> Float[Array, "V D"]:
+    """The whole matrix, from the columns of all devices. It is sent here and not by XLA, which
+    would send it before it is rounded.
+
+    In bfloat16 if the products round it to that anyway, as those of float32 do on TPUs unless the
+    precision of products says otherwise.
+    """
+
+    def send(dtype: DTypeLike, x: Float[Array, "V d"]) -> Float[Array, "V D"]:
+        whole = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=1, tiled=True)
+        return whole.astype(x.dtype)
+
+    own = functools.partial(send, matrix.dtype)
+    if matrix.dtype != jnp.float32 or jax.config.jax_default_matmul_precision not in ROUNDING:
+        return own(matrix)
+    rounded = functools.partial(send, jnp.bfloat16)
+    return jax.lax.platform_dependent(matrix, tpu=rounded, default=own)
 
 
 def _scatter(x: Float[Array, "V D"]) -> Float[Array, "V d"]:

@@ -145,11 +145,21 @@ def test_chunks_of_eight_devices_are_summed(chunk):
     assert_close(found, plain(*case))
 
 
-def test_the_matrix_is_sent_in_half_precision():
-    with jax.set_mesh(split_mesh()):
-        text = in_chunks(4).lower(*readout_case("bfloat16")).as_text()
-    sent = [line for line in text.splitlines() if "all_gather" in line]
-    assert sent and all("xbf16>" in line for line in sent)
+@pytest.mark.parametrize(
+    ("states", "platform", "precision", "sent"),
+    [
+        ("bfloat16", "cpu", None, "bf16"),
+        ("float32", "cpu", None, "f32"),
+        ("float32", "tpu", None, "bf16"),
+        ("float32", "tpu", "highest", "f32"),
+    ],
+)
+def test_the_matrix_is_sent_as_it_is_multiplied(states, platform, precision, sent):
+    with jax.set_mesh(split_mesh()), jax.default_matmul_precision(precision):
+        program = in_chunks(4).trace(*readout_case(states))
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+    gathers = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
+    assert gathers and all(f"x{sent}>" in line for line in gathers)
 
 
 def test_products_of_half_precision_are_close():
