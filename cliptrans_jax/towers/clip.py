@@ -44,8 +44,8 @@ class ClipVisionConfig(Section):
       eps: epsilon of every LayerNorm.
       features: width M of a feature.
       activation: one of `ACTIVATIONS`.
-      attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
-        XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
+        faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       kind: "clip_vision".
     """
 

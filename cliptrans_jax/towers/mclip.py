@@ -38,8 +38,8 @@ class MClipConfig(Section):
       features: width M of a feature.
       dropout: rate in training, for embeddings and branches but not for attention weights.
       activation: one of `ACTIVATIONS`.
-      attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
-        XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
+        faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       kind: "mclip".
     """
 

@@ -46,8 +46,8 @@ class SiglipVisionConfig(Section):
       heads: attention heads, of the blocks and of the pool.
       hidden: hidden width F of the MLPs.
       eps: epsilon of every LayerNorm.
-      attention: implementation of attention: "auto", cuDNN's kernel on GPUs where it is faster and
-        XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of attention: "auto", a fused kernel on GPUs and TPUs where it is
+        faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
     """
 
     kind: Annotated[str, one_of("siglip_vision")] = "siglip_vision"

@@ -52,8 +52,8 @@ class TransformerConfig(Section):
       dropout: rate for embeddings and the output of every branch, in training.
       scale_embedding: whether token embeddings are multiplied by sqrt(width).
       pad, eos, start: ids of padding, end of sentence, and the first token of decoding.
-      attention: implementation of attention, except in decoding: "auto", cuDNN's kernel on GPUs
-        where it is faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of attention, except in decoding: "auto", a fused kernel on GPUs and
+        TPUs where it is faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes every layer in the backward pass instead of storing its activations.
       scan_layers: runs the layers of the encoder, and those of the decoder, as one loop each, which
         compiles faster but draws other random numbers. Decoding never does.

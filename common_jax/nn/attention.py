@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from common_jax.nn import dense
+from common_jax.nn.attention_tpu import splash
 from common_jax.ranges import one_of
 
 INIT = nn.initializers.normal(0.02)
@@ -21,15 +22,16 @@ INIT = nn.initializers.normal(0.02)
 # compiled for, not the one that compiles it.
 PLATFORMS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
     {
-        "auto": {"cuda": "cudnn", "default": "xla"},
+        "auto": {"cuda": "cudnn", "tpu": "splash", "default": "xla"},
         "xla": {"default": "xla"},
         "cudnn": {"cuda": "cudnn"},
     }
 )
 Implementation = Annotated[str, one_of(*PLATFORMS)]  # of config fields
 # "auto" leaves shorter attention to XLA: cuDNN's kernel takes 0.4 times as long as XLA at 197
-# tokens, and 1.5 times as long at 64 with a mask (docs/gpu.md).
-FEWEST_KEYS = 128
+# tokens, and 1.5 times as long at 64 with a mask (docs/gpu.md). On TPUs the kernel moves a quarter
+# of XLA's bytes at 577 tokens; 257 tokens would be padded to 384 (docs/performance.md).
+FEWEST_KEYS = {"cudnn": 128, "splash": 512}
 WIDEST_HEAD = 128  # of all cards that cuDNN's kernel runs on
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
@@ -59,7 +61,13 @@ def attend(
     def cudnn(query, keys, values, visible):
         return fused(query, keys, values, visible=visible)
 
+    def on_tpu(query, keys, values, visible):
+        return splash(query, keys, values, visible=visible)
+
     forms = {"xla": plain, "cudnn": cudnn}
+    one_for_all = visible is None or visible.shape[2] == 1
+    if one_for_all and query.shape[1] >= FEWEST_KEYS["splash"]:
+        forms["splash"] = on_tpu
     return by_platform(attention, forms, query, keys, values, visible)
 
 
@@ -75,6 +83,7 @@ def by_platform(
     Args:
       attention: a key of PLATFORMS.
       forms: by implementation, functions of `query`, `keys` and `others` with the same result.
+        Where "auto" would choose one that is missing, "xla" takes its place.
       query, keys: all that the choice depends on.
       others: further operands.
 
@@ -84,6 +93,7 @@ def by_platform(
     chosen = {
         platform: forms[name]
         for platform, name in choose(attention, query.dtype, keys.shape[1], keys.shape[3]).items()
+        if name in forms or attention != "auto"
     }
     if set(chosen) == {"default"}:
         return chosen["default"](query, keys, *others)
@@ -96,15 +106,16 @@ def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[s
     Raises:
       ValueError: when cuDNN is asked for and cannot compute it.
     """
-    chosen = PLATFORMS[attention]
-    if "cudnn" not in chosen.values():
-        return chosen
-    problem = refusal(dtype, width)
+    if attention == "cudnn" and (problem := refusal(dtype, width)):
+        raise ValueError(f"attention={attention!r} {problem}, or set attention to 'auto'")
     if attention != "auto":
-        if problem:
-            raise ValueError(f"attention={attention!r} {problem}, or set attention to 'auto'")
-        return chosen
-    return PLATFORMS["xla"] if problem or keys < FEWEST_KEYS else chosen
+        return PLATFORMS[attention]
+    suitable = {"xla"} | {name for name, fewest in FEWEST_KEYS.items() if keys >= fewest}
+    if refusal(dtype, width):
+        suitable.discard("cudnn")
+    if dtype != jnp.bfloat16 or width % 8 or width > WIDEST_HEAD:
+        suitable.discard("splash")
+    return {platform: name for platform, name in PLATFORMS["auto"].items() if name in suitable}
 
 
 def refusal(dtype: DTypeLike, width: int) -> str:

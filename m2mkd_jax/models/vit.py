@@ -45,8 +45,8 @@ class ViTConfig(Section):
       norm_after_pool: applies the last LayerNorm to the pooled vector instead of the tokens (timm's
         fc_norm).
       depths: blocks in each stage.
-      attention: implementation of the blocks' attention: "auto", cuDNN's kernel on GPUs where it is
-        faster and XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
+      attention: implementation of the blocks' attention: "auto", a fused kernel on GPUs and TPUs
+        where it is faster, XLA elsewhere; "xla"; or "cudnn", in bfloat16 on GPUs only.
       remat: recomputes each block in the backward pass instead of keeping its activations.
       scan_layers: runs a stage's blocks that are alike as one loop, which compiles faster; random
         draws differ.

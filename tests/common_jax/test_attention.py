@@ -63,7 +63,8 @@ def test_both_matrices_start_as_they_are_told_and_biases_at_zero():
 
 # The choice of an implementation.
 
-PLAIN, EITHER = attention.PLATFORMS["xla"], attention.PLATFORMS["auto"]
+PLAIN = {"default": "xla"}
+CUDNN, SPLASH = PLAIN | {"cuda": "cudnn"}, PLAIN | {"tpu": "splash"}
 
 
 @pytest.fixture
@@ -75,19 +76,21 @@ def with_cuda(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "keys", "width", "chosen"),
     [
-        ("auto", "bfloat16", 197, 64, EITHER),
-        ("auto", "float16", 128, 128, EITHER),
+        ("auto", "bfloat16", 197, 64, CUDNN),
+        ("auto", "float16", 128, 128, CUDNN),
+        ("auto", "bfloat16", 512, 128, CUDNN | SPLASH),
+        ("auto", "float16", 512, 64, CUDNN),
         ("auto", "bfloat16", 127, 64, PLAIN),
-        ("auto", "bfloat16", 197, 60, PLAIN),
-        ("auto", "bfloat16", 197, 136, PLAIN),
-        ("auto", "float32", 197, 64, PLAIN),
-        ("auto", "float64", 197, 64, PLAIN),
-        ("xla", "bfloat16", 197, 64, PLAIN),
-        ("cudnn", "bfloat16", 8, 64, attention.PLATFORMS["cudnn"]),
+        ("auto", "bfloat16", 577, 60, PLAIN),
+        ("auto", "bfloat16", 577, 136, PLAIN),
+        ("auto", "float32", 577, 64, PLAIN),
+        ("auto", "float64", 577, 64, PLAIN),
+        ("xla", "bfloat16", 577, 64, PLAIN),
+        ("cudnn", "bfloat16", 8, 64, {"cuda": "cudnn"}),
     ],
 )
 def test_the_choice_depends_on_dtype_length_and_width(with_cuda, name, dtype, keys, width, chosen):
-    assert attention.choose(name, jnp.dtype(dtype), keys, width) is chosen
+    assert attention.choose(name, jnp.dtype(dtype), keys, width) == chosen
 
 
 @pytest.mark.parametrize(
@@ -103,16 +106,33 @@ def test_cudnn_is_refused_with_the_way_out(monkeypatch, plugin, dtype, width, me
     monkeypatch.setattr(attention, "CUDA_PLUGINS", (plugin,))
     with pytest.raises(ValueError, match=message):
         attention.choose("cudnn", jnp.dtype(dtype), 256, width)
-    assert attention.choose("auto", jnp.dtype(dtype), 256, width) is PLAIN
+    assert attention.choose("auto", jnp.dtype(dtype), 256, width) == PLAIN
 
 
-@pytest.mark.parametrize(("platform", "found"), [("cuda", "tanh"), ("cpu", "cos"), ("tpu", "cos")])
-def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, platform, found):
-    forms = {"xla": lambda query, keys: jnp.cos(query), "cudnn": lambda query, keys: jnp.tanh(keys)}
-    x = jnp.ones((1, 128, 1, 8), jnp.bfloat16)
-    choose = jax.jit(lambda x: attention.by_platform("auto", forms, x, x))
-    text = choose.trace(x).lower(lowering_platforms=(platform,)).as_text()
-    assert [name for name in ("cos", "tanh") if f".{name}" in text] == [found]
+@pytest.mark.parametrize(
+    ("length", "found"),
+    [
+        (128, {"cuda": "tanh", "cpu": "abs", "tpu": "abs"}),
+        (512, {"cuda": "tanh", "cpu": "abs", "tpu": "floor"}),
+    ],
+)
+def test_the_platform_is_that_which_a_program_is_lowered_for(with_cuda, length, found):
+    forms = {
+        "xla": lambda query, keys: jnp.abs(query),
+        "cudnn": lambda query, keys: jnp.tanh(keys),
+        "splash": lambda query, keys: jnp.floor(keys),
+    }
+    x = jnp.ones((1, length, 1, 8), jnp.bfloat16)
+    program = jax.jit(lambda x: attention.by_platform("auto", forms, x, x)).trace(x)
+    for platform, wanted in found.items():
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        assert re.findall(r"stablehlo\.(abs|tanh|floor)\b", text) == [wanted]
+
+
+def test_a_form_that_a_network_lacks_is_left_to_xla(with_cuda):
+    x = jnp.ones((1, 512, 1, 8), jnp.bfloat16)
+    choose = jax.jit(lambda x: attention.by_platform("auto", {"xla": lambda q, k: q}, x, x))
+    assert "case" not in choose.lower(x).as_text()
 
 
 @pytest.mark.parametrize(("queries", "senders"), [(4, 7), (5, 6)])

@@ -257,6 +257,20 @@ MISTAKES: tuple[Mistake, ...] = (
         tests=PADDING,
     ),
     Mistake(
+        file="common_jax/nn/attention_tpu.py",
+        what="on TPUs, keys that fill up a block are attended to",
+        right="seen = jnp.broadcast_to(_pad(seen, axis=1, block=of_keys)",
+        wrong="seen = jnp.broadcast_to(~_pad(~seen, axis=1, block=of_keys)",
+        tests="tests/common_jax/test_attention_tpu.py",
+    ),
+    Mistake(
+        file="common_jax/nn/attention_tpu.py",
+        what="on TPUs, scores are not divided by the root of the width",
+        right="(query * width**-0.5, of_query)",
+        wrong="(query, of_query)",
+        tests="tests/common_jax/test_attention_tpu.py",
+    ),
+    Mistake(
         file="common_jax/nn/dense.py",
         what="the gradient by a kernel forgets the precision",
         right="functools.partial(_plain, count, precision, x)",
