@@ -67,9 +67,10 @@ LAYERS = {
         ("checkpoint", "step"),
         ("inputs", "optim"),
         ("workdir",),
+        ("nn",),
         ("state", "mesh", "config"),
         ("hosts",),
-        ("nn", "signals", "ranges", "ranking"),
+        ("signals", "ranges", "ranking"),
         ("untrusted",),
     ),
 }
