@@ -18,7 +18,6 @@ import jax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from cliptrans_jax.models.chunks import counts
@@ -48,7 +47,8 @@ def linear_loss(
     their gradients are not computed. Chunks of nothing but pads are skipped.
 
     Args:
-      matrix: sent to the devices in the dtype of `states`, in which products are computed.
+      matrix: sent to the devices in the dtype of `states`, in which products are computed; if that
+        is float32, in bfloat16 on TPUs, unless the precision of products says otherwise.
       chunk: labels per device and chunk, whose numerators of p are in memory at once.
     """
     return _total(_Task(pad, smoothing, chunk), matrix, bias, states, labels)
@@ -91,41 +91,31 @@ def _over_mesh(task: "_Task"):
     along their last axis, as embeddings are."""
     whole, split = PartitionSpec(), PartitionSpec(None, "fsdp")
 
-    def local(matrix, bias, states, labels):
-        matrix = _gather(matrix)
+    def local(sent, matrix, bias, states, labels):
+        # Here and not by XLA, which would gather it before it is rounded.
+        matrix = jax.lax.all_gather(matrix.astype(sent), "fsdp", axis=1, tiled=True)
         total, by_matrix, by_bias, by_states = task.run(matrix, bias, states, labels)
         total, by_bias = jax.lax.psum((total, by_bias), AXES)
         if by_matrix is not None:
             by_matrix = _scatter(by_matrix)
         return total, by_matrix, by_bias, by_states
 
+    def by_platform(matrix, *others):
+        own = functools.partial(local, matrix.dtype)
+        if matrix.dtype != jnp.float32 or jax.config.jax_default_matmul_precision not in ROUNDING:
+            return own(matrix, *others)
+        # The products round it to bfloat16 on TPUs.
+        rounded = functools.partial(local, jnp.bfloat16)
+        return jax.lax.platform_dependent(matrix, *others, tpu=rounded, default=own)
+
     # check_vma would require the constants that sums start from to be cast to varying ones. Tests
     # compare the result with that of no mesh instead.
     return jax.shard_map(
-        local,
+        by_platform,
         in_specs=(split, whole, BATCH, BATCH),
         out_specs=(whole, split, whole, BATCH),
         check_vma=False,
     )
-
-
-def _gather(matrix: Float[Array, "V d"]) -> Float[Array, "V D"]:
-    """The whole matrix, from the columns of all devices. It is sent here and not by XLA, which
-    would send it before it is rounded.
-
-    In bfloat16 if the products round it to that anyway, as those of float32 do on TPUs unless the
-    precision of products says otherwise.
-    """
-
-    def send(dtype: DTypeLike, x: Float[Array, "V d"]) -> Float[Array, "V D"]:
-        whole = jax.lax.all_gather(x.astype(dtype), "fsdp", axis=1, tiled=True)
-        return whole.astype(x.dtype)
-
-    own = functools.partial(send, matrix.dtype)
-    if matrix.dtype != jnp.float32 or jax.config.jax_default_matmul_precision not in ROUNDING:
-        return own(matrix)
-    rounded = functools.partial(send, jnp.bfloat16)
-    return jax.lax.platform_dependent(matrix, tpu=rounded, default=own)
 
 
 def _scatter(x: Float[Array, "V D"]) -> Float[Array, "V d"]:
