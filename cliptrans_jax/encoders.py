@@ -124,6 +124,11 @@ class ImageTower:
     params: Mapping[str, Any]
     dtype: DTypeLike
 
+    @classmethod
+    def described(cls, config: Any, dtype: DTypeLike) -> "ImageTower":
+        """The tower with shapes instead of parameters."""
+        return cls(config, tower_of(config).shapes(config), dtype)
+
     def apply(self, params: Any, images: Float[Array, "B I J 3"]) -> Float[Array, "B M"]:
         """Features of prepared pictures."""
         return tower_of(self.config).apply(self.config, self.dtype, params, images)
@@ -135,6 +140,14 @@ class ImageTower:
     def apply_batch(self, params: Any, batch: Mapping[str, jax.Array]) -> Float[Array, "B M"]:
         """Features of a batch of prepared examples."""
         return self.apply(params, batch["image"])
+
+    def batch_shapes(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of prepared pictures over all hosts."""
+        batch, side = _whole(IMAGE_BATCH, mesh), self.config.image
+        return {
+            "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
+            "_mask": jax.ShapeDtypeStruct((batch,), np.float32),
+        }
 
     def prepare_example(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """An example with its picture prepared."""

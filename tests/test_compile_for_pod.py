@@ -7,16 +7,22 @@ import pathlib
 
 import compile_for_pod
 import jax
+import numpy as np
 import pytest
 from tiny import AUGMENT, MOE, OPTIM, fill, tiny_config
 from tiny_cliptrans import tiny_config as tiny_stage
 from tiny_cliptrans import write_corpus
 
+from cliptrans_jax.commands import plan as cliptrans_plan
+from cliptrans_jax.config import ClipConfig
 from cliptrans_jax.config import Config as StageConfig
 from cliptrans_jax.config import SourcesConfig as StageSources
+from cliptrans_jax.encoders import ImageTower
 from cliptrans_jax.runs import translation
 from cliptrans_jax.runs.contrastive import init as init_clip
 from cliptrans_jax.runs.run_data import describe_text
+from cliptrans_jax.towers.mclip import MClipConfig
+from cliptrans_jax.towers.siglip import SiglipVisionConfig
 from common_jax import checkpoint, loop
 from common_jax.commands.plan import compile as program
 from common_jax.commands.plan.steps import lower_step
@@ -127,6 +133,29 @@ def test_the_published_text_tower_is_described_by_the_kind_of_its_tokenizer():
     assert sum(leaf.size for leaf in jax.tree.leaves(tower.params)) == encoder + projection
 
 
+def test_a_program_of_sentences_takes_their_length():
+    sizes = MClipConfig(vocab=11, positions=20, width=8, layers=1, heads=2, hidden=16, features=4)
+    trained = dataclasses.replace(StageConfig().clip_tokenizer, kind="trained")
+    config = dataclasses.replace(StageConfig(), clip=ClipConfig(sizes), clip_tokenizer=trained)
+    step = cliptrans_plan.make_step(config, mesh_of_two(), program.Options(encode="texts"))
+    assert step.title == "features of 256 sentences of 18 tokens"
+    assert step.lowered.out_info[0].shape == (256, 4)
+
+
+def test_a_program_of_pictures_takes_them_as_they_are_prepared():
+    sizes = SiglipVisionConfig(image=10, patch=4, width=8, layers=1, heads=2, hidden=16)
+    clip = ClipConfig(image=sizes)
+    config = dataclasses.replace(StageConfig(), clip=clip)
+    step = cliptrans_plan.make_step(config, mesh_of_two(), program.Options(encode="pictures"))
+    assert step.title == "features of 128 pictures of 10 x 10 pixels"
+    tower, batch = ImageTower.described(sizes, config.dtype), step.arguments["batch"]
+    prepared = tower.prepare(np.zeros((20, 30, 3), np.uint8))
+    assert (batch["image"].shape[1:], batch["image"].dtype) == (prepared.shape, prepared.dtype)
+    assert step.lowered.out_info[0].shape == (128, 8)
+    patches, tokens = 4 * 4 * 3 * 8, 2 * 2
+    assert step.flops.model > 128 * tokens * 2 * patches
+
+
 # The command.
 
 
@@ -156,6 +185,11 @@ def eight_devices(monkeypatch):
             "config.mesh=data -1 x fsdp 3 x expert 8 needs a divisor of the 8 devices",
         ),
         ((VMOE, "--topology=v5e:2x4", "--slices=0"), "--slices=0 must be a number from 1"),
+        (
+            (VMOE, "--topology=v5e:2x4", "--encode=sounds"),
+            "--encode=sounds must be one of ['texts'",
+        ),
+        ((VMOE, "--topology=v5e:2x4", "--encode"), "--encode is for CLIPTrans"),
         (
             (VMOE, "--topology=v5e:2x4", "--config.mesh.fsdp=3"),
             "config.mesh=data -1 x fsdp 3 x expert 8 needs a divisor of the 8 devices",

@@ -25,7 +25,7 @@ def planner() -> "Planner":
 
 
 def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
-    """The train step of a stage of the table, or the program of the frozen text tower."""
+    """The train step of a stage of the table, or the program of a frozen tower."""
     import dataclasses
 
     from cliptrans_jax.main import check_run
@@ -54,23 +54,37 @@ def make_step(asked: "Config", mesh: "Mesh", options: "Options") -> "Step":
 
 
 def encode_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
-    """The program of features of sentences, with all parameters on every device."""
-    import jax
+    """The program of features of sentences or pictures, with all parameters on every device.
 
+    Towers have the sizes of config.clip, and published ones their default sizes.
+    """
+    import jax
+    import numpy as np
+
+    from cliptrans_jax.encoders import ImageTower
     from cliptrans_jax.features import encode_program
     from cliptrans_jax.runs.run_data import describe_text
+    from cliptrans_jax.towers import siglip
     from common_jax.commands.plan.compile import Step, placed_on, precision_savers
     from common_jax.commands.plan.flops import count_flops
     from common_jax.mesh import batched, replicated
 
-    tower = describe_text(config)
-    batch = tower.batch_shapes(mesh, tokens=options.tokens)
-    placed, rows = placed_on(batch, batched(mesh)), placed_on(batch["_mask"], batched(mesh))
+    if options.encode == "texts":
+        tower = describe_text(config)
+        batch = tower.batch_shapes(mesh, tokens=options.tokens)
+        title = "features of {} sentences of {} tokens".format(*batch["ids"].shape)
+    else:
+        sizes = siglip.VISION.config() if config.sources.siglip else config.clip.image
+        tower = ImageTower.described(sizes, config.dtype)
+        batch = tower.batch_shapes(mesh)
+        title = "features of {} pictures of {} x {} pixels".format(*batch["image"].shape)
+    row = jax.ShapeDtypeStruct(batch["_mask"].shape, np.int32)
+    placed, row = placed_on((batch, row), batched(mesh))
     params = placed_on(tower.params, replicated(mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = encode_program(tower.apply_batch, mesh).lower(params, placed, rows)
+        lowered = encode_program(tower.apply_batch, mesh).lower(params, placed, row)
     return Step(
-        title=f"features of {len(batch['ids'])} sentences of {batch['ids'].shape[1]} tokens",
+        title=title,
         lowered=lowered,
         arguments={"params": params, "batch": placed},
         flops=count_flops(tower.apply_batch, tower.params, batch),

@@ -35,6 +35,8 @@ def make_step(config: "Config", mesh: "Mesh", options: "Options") -> "Step":
     from m2mkd_jax.phases import PHASES
     from m2mkd_jax.phases.pipeline import describe
 
+    if options.encode:
+        raise ValueError("--encode is for CLIPTrans, whose towers compute features in advance")
     training = describe(config, mesh)
     check_run(config, mesh)
     examples = options.examples or max(IMAGENET, config.optim.batch)

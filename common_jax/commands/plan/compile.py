@@ -10,7 +10,8 @@ with that argument.
   --slices=N             of TPUs: so many slices, over which the data axis runs (default 1)
   --examples=N           size of the training set, which schedules need (default: the usual one)
   --tokens=N             of runs on sentences: length to which all are padded (default 64)
-  --encode               of runs on frozen features: their program, not the train step
+  --encode[=texts]       of runs on frozen features: their program, not the train step
+  --encode=pictures      the same for pictures
   --json=PATH            also writes the numbers as JSON
   --hlo=PATH             also writes the compiled program's text
 
@@ -56,6 +57,7 @@ from common_jax.task import Task
 
 NOWHERE = "plan"  # a workdir that is never written
 NO_ROOM = "RESOURCE_EXHAUSTED"
+ENCODED = ("texts", "pictures")  # what frozen towers read
 SAVERS = ("config.optim.accumulate", "config.mesh.fsdp")  # that lower the memory of any run
 
 
@@ -67,7 +69,7 @@ class Options:
     slices: int = 1
     examples: int | None = None
     tokens: int = 64
-    encode: bool = False
+    encode: str = ""
     json: str = ""
     hlo: str = ""
 
@@ -308,7 +310,7 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     """The tool's flags, as --name=value or --name value, and the others.
 
     Raises:
-      ValueError: for a value that is no number from 1.
+      ValueError: for a value that is no number from 1, or that no tower reads.
     """
     known = {field.name: field for field in dataclasses.fields(Options)}
     values, rest, pending = {}, [], list(arguments)
@@ -319,7 +321,9 @@ def read_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
             rest.append(argument)
             continue
         if name == "encode":
-            values[name] = True
+            values[name] = value if equals else ENCODED[0]
+            if values[name] not in ENCODED:
+                raise ValueError(f"--encode={value} must be one of {list(ENCODED)}")
             continue
         value = value if equals else pending.pop(0) if pending else ""
         if name in ("slices", "examples", "tokens"):
