@@ -336,6 +336,21 @@ ENTRY %main (p: f32[64,16]) -> f32[64,16] {
     assert hbm_bytes(program) - comparisons == size + 2 * size + 10 * (2 * 64 + 8)
 
 
+def test_rows_that_are_converted_and_looked_up_are_all_that_is_read():
+    text = """%looked_up (p.0: f32[1000,16], p.1: s32[8,1]) -> bf16[8,16] {
+  %p.0 = f32[1000,16]{1,0} parameter(0)
+  %low = bf16[1000,16]{1,0} convert(%p.0)
+  %p.1 = s32[8,1]{1,0} parameter(1)
+  ROOT %rows = bf16[8,16]{1,0} gather(%low, %p.1), offset_dims={1}
+}
+ENTRY %main (table: f32[1000,16], ids: s32[8,1]) -> bf16[8,16] {
+  %table = f32[1000,16]{1,0} parameter(0)
+  %ids = s32[8,1]{1,0} parameter(1)
+  ROOT %rows = bf16[8,16]{1,0} fusion(%table, %ids), kind=kLoop, calls=%looked_up
+}"""
+    assert hbm_bytes(read_program(text)) == 8 * 16 * 4 + 8 * 4 + 8 * 16 * 2
+
+
 def test_the_roofline_is_the_longest_of_three_times():
     sizing = Sizing(
         chip=CHIPS["v5e"], devices=4, flops=Flops(model=int(4 * 197e12), again=int(197e12)),

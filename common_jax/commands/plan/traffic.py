@@ -157,8 +157,9 @@ def _used(program: Program, fused: Computation, name: str) -> int:
     for one in fused.values():
         if name not in one.operands:
             continue
-        if one.kind == "bitcast":
-            total += _used(program, fused, one.name)
+        if one.kind in ("bitcast", "convert"):  # computed where it is used
+            share = whole / sum(array.bytes for array in one.result)
+            total += round(share * _used(program, fused, one.name))
         elif one.kind in PARTS and one.operands[0] == name:
             total += sum(array.bytes for array in one.result)
         elif one.kind == "dynamic-update-slice" and one.operands[0] == name:
