@@ -76,6 +76,15 @@ def test_products_are_counted_with_the_length_of_their_loops():
     assert count_flops(lax.ragged_dot, x, FLOAT((2, 8, 3)), sizes).model == 2 * 4 * 8 * 3
 
 
+def test_products_that_no_result_needs_are_not_counted():
+    @jax.jit
+    def both(x):
+        return x @ x, x @ x.T
+
+    found = count_flops(lambda x: both(x)[0], jnp.ones((3, 3)))
+    assert found == Flops(model=2 * 3 * 3 * 3)
+
+
 def test_products_of_batches_and_convolutions_of_groups_are_counted_by_hand():
     product = functools.partial(jnp.einsum, "bij,bjk->bik")
     assert count_flops(product, FLOAT((5, 2, 3)), FLOAT((5, 3, 7))).model == 5 * 2 * 2 * 3 * 7
@@ -98,7 +107,8 @@ def test_ragged_products_count_all_rows_whichever_axis_is_ragged():
         return jnp.sum(lax.ragged_dot(x, w, sizes))
 
     # Forward, and backward by the rows and by the weights: each 4 rows of 8 by 3.
-    assert count_flops(jax.grad(loss, (0, 1)), x, w, sizes).model == 3 * 2 * 4 * 8 * 3
+    both = jax.value_and_grad(loss, (0, 1))
+    assert count_flops(both, x, w, sizes).model == 3 * 2 * 4 * 8 * 3
 
 
 def test_what_is_computed_again_is_counted_apart():

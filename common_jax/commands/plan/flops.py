@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 # In jax's name stack, the part of a backward pass that recomputes values.
 AGAIN = "rematted_computation"
@@ -55,7 +56,10 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
     Raises:
       UnknownLength: for a `while` loop with products, unless a conditional has another branch.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    # XLA removes what no result needs, such as the teacher of a student that learns from labels.
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
 
 
 def _count(jaxpr: core.Jaxpr) -> Flops:
