@@ -57,7 +57,7 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> Flops:
       UnknownLength: for a `while` loop with products, unless a conditional has another branch.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    # XLA removes what no result needs, such as the teacher of a student that learns from labels.
+    # XLA removes what no result needs, such as a frozen network whose output the loss ignores.
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(needed)
 
