@@ -27,7 +27,7 @@ from cliptrans_jax.models import prefix
 from cliptrans_jax.models.cliptrans import Params, Translator
 from cliptrans_jax.translators.translator import Cache, cache_slots, grow_cache
 from common_jax.config import Section
-from common_jax.mesh import BATCH, batch_shards, put_rows, take_rows
+from common_jax.mesh import batch_shards, on_own_examples, put_rows, take_rows
 from common_jax.ranges import Count, Size, at_least, within
 
 NEVER = -1e9  # score of the beams that do not exist yet, as in the original
@@ -397,9 +397,7 @@ def _top_k(
     """
     few = count <= LONG_SORT or x.shape[-1] <= count * SPAN
     choose = functools.partial(jax.lax.top_k if few else _top_k_of_spans, k=count)
-    if batch_shards() > 1:
-        choose = jax.shard_map(choose, in_specs=BATCH, out_specs=BATCH)
-    best, place = choose(x)
+    best, place = on_own_examples(choose)(x)
     return best, place
 
 

@@ -127,6 +127,13 @@ def agree(*values: float) -> np.ndarray:
     return np.ascontiguousarray(everyone).view(np.float64).max(axis=0)
 
 
+def raise_everywhere(failure: Exception | None, elsewhere: Exception) -> None:
+    """Raises in all processes if one has failed: its `failure` in that one, `elsewhere` in the
+    others, which would wait for it forever. All of them must call it at the same place."""
+    if agree(failure is not None).any():
+        raise failure or elsewhere
+
+
 def leave(status: int) -> NoReturn:
     """Ends this process. Where it is one of several and has failed, it does not wait for the
     others, which would wait for it: they notice within HEARTBEAT seconds that it is gone."""

@@ -335,8 +335,8 @@ def _require_all(workdir: epath.Path) -> None:
         require(workdir)
     except OSError as error:
         lost = error
-    if hosts.agree(lost is not None).any():
-        raise lost or LockLost(f"{workdir} is no longer this run's; process 0 says why")
+    elsewhere = LockLost(f"{workdir} is no longer this run's; process 0 says why")
+    hosts.raise_everywhere(lost, elsewhere)
 
 
 def _write_account(task: Task, workdir: epath.Path, warm: WarmStart | None) -> None:

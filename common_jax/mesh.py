@@ -10,7 +10,7 @@ import importlib.util
 import math
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -153,6 +153,20 @@ def batch_shards() -> int:
     """Devices of the mesh that is set, over all of which batches are split; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.size
+
+
+def on_own_examples(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, of arrays with examples along the first axis, as each device of the mesh computes
+    it for its own examples; for all of them where they cannot be split evenly."""
+    if batch_shards() == 1:
+        return function
+
+    def run(*arrays: jax.Array) -> Any:
+        split = BATCH if len(arrays[0]) % batch_shards() == 0 else PartitionSpec()
+        # check_vma would ask the results of a Pallas kernel on which axes they vary.
+        return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*arrays)
+
+    return run
 
 
 def take_rows(tree: Any, rows: jax.Array) -> Any:

@@ -148,8 +148,8 @@ def encode_corpus(
             ids = _read_ids(path, fingerprint) or make()
         except ValueError as error:
             refusal = error
-    if hosts.agree(refusal is not None).any():
-        raise refusal or ValueError(f"{corpus.name}, {language}, is refused; process 0 says why")
+    elsewhere = ValueError(f"{corpus.name}, {language}, is refused; process 0 says why")
+    hosts.raise_everywhere(refusal, elsewhere)
     return ids or _read_ids(path, fingerprint) or make()
 
 

@@ -107,8 +107,8 @@ def take_stock(workdir: epath.PathLike, *, config: Any, total: int) -> Stock:
             )
     except (ValueError, OSError) as error:
         failure = error
-    if hosts.agree(failure is not None).any():
-        raise failure or ValueError(f"{folder} is not this run's; another process says why")
+    elsewhere = ValueError(f"{folder} is not this run's; another process says why")
+    hosts.raise_everywhere(failure, elsewhere)
     return stock
 
 

@@ -12,8 +12,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from common_jax.nn import dense
-from common_jax.nn.attention_tpu import splash
+from common_jax.nn import attention_tpu, dense
 from common_jax.ranges import one_of
 
 INIT = nn.initializers.normal(0.02)
@@ -62,7 +61,7 @@ def attend(
         return fused(query, keys, values, visible=visible)
 
     def on_tpu(query, keys, values, visible):
-        return splash(query, keys, values, visible=visible)
+        return attention_tpu.splash(query, keys, values, visible=visible)
 
     forms = {"xla": plain, "cudnn": cudnn}
     one_for_all = visible is None or visible.shape[2] == 1
@@ -110,12 +109,12 @@ def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[s
         raise ValueError(f"attention={attention!r} {problem}, or set attention to 'auto'")
     if attention != "auto":
         return PLATFORMS[attention]
-    suitable = {"xla"} | {name for name, fewest in FEWEST_KEYS.items() if keys >= fewest}
-    if refusal(dtype, width):
-        suitable.discard("cudnn")
-    if dtype != jnp.bfloat16 or width % 8 or width > WIDEST_HEAD:
-        suitable.discard("splash")
-    return {platform: name for platform, name in PLATFORMS["auto"].items() if name in suitable}
+    fits = {
+        "xla": True,
+        "cudnn": keys >= FEWEST_KEYS["cudnn"] and not refusal(dtype, width),
+        "splash": keys >= FEWEST_KEYS["splash"] and attention_tpu.fits(dtype, width),
+    }
+    return {platform: name for platform, name in PLATFORMS["auto"].items() if fits[name]}
 
 
 def refusal(dtype: DTypeLike, width: int) -> str:

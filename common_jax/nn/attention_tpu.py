@@ -2,13 +2,19 @@
 
 import jax
 from jax import numpy as jnp
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Shaped
 
-from common_jax.mesh import BATCH, batch_shards
+from common_jax.mesh import on_own_examples
 
 # Sizes of the blocks of queries and of keys. A core's memory holds the scores of 768 x 768.
 BLOCKS = (768, 640, 512, 384)
+WIDEST_HEAD = 128
+
+
+def fits(dtype: DTypeLike, width: int) -> bool:
+    """True if the kernel is for arrays of this dtype, and heads of this width."""
+    return dtype == jnp.bfloat16 and width % 8 == 0 and width <= WIDEST_HEAD
 
 
 def splash(
@@ -33,13 +39,13 @@ def splash(
     senders = keys.shape[1]
     of_query, of_keys = _block(queries), _block(senders)
     query, keys, values = (
-        _pad(x, axis=1, block=block).swapaxes(1, 2)
+        _pad(x, block).swapaxes(1, 2)
         for x, block in ((query * width**-0.5, of_query), (keys, of_keys), (values, of_keys))
     )
     # A query attends to the keys of its segment: 1. Queries that fill up the last block are in it
     # too, and are cut off below; keys that do so are not.
     seen = jnp.ones((1, senders), bool) if visible is None else visible[:, 0, 0]
-    seen = jnp.broadcast_to(_pad(seen, axis=1, block=of_keys), (batch, keys.shape[2]))
+    seen = jnp.broadcast_to(_pad(seen, of_keys), (batch, keys.shape[2]))
     kernel = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask(
             [splash_attention.FullMask((query.shape[2], keys.shape[2]))] * heads
@@ -58,12 +64,7 @@ def splash(
         segments = jnp.ones(query.shape[1], jnp.int32), seen.astype(jnp.int32)
         return kernel(query, keys, values, segment_ids=splash_attention.SegmentIds(*segments))
 
-    run = jax.vmap(of_one)
-    if batch_shards() > 1:
-        split = BATCH if batch % batch_shards() == 0 else PartitionSpec()
-        # XLA cannot split a kernel. check_vma would ask for the kernel's results to say on which
-        # axes they vary.
-        run = jax.shard_map(run, in_specs=split, out_specs=split, check_vma=False)
+    run = on_own_examples(jax.vmap(of_one))  # XLA cannot split a kernel
     return run(query, keys, values, seen).swapaxes(1, 2)[:, :queries]
 
 
@@ -72,8 +73,6 @@ def _block(length: int) -> int:
     return min(BLOCKS, key=lambda block: (-(-length // block) * block, -block))
 
 
-def _pad(x: jax.Array, *, axis: int, block: int) -> jax.Array:
-    """`x` with zeros up to a multiple of `block`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths)
+def _pad(x: Shaped[Array, "B T ..."], block: int) -> Shaped[Array, "B U ..."]:
+    """`x` with zeros along its second axis, up to a multiple of `block`."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)))

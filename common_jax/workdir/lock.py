@@ -123,9 +123,9 @@ def _acquire(path: str) -> "_Lock | None":
             lock = _Lock.of(path)
         except Locked as error:
             refusal = error
-    # All processes must agree before any raises: the others would wait for it forever.
-    if several and hosts.agree(refusal is not None).any():
-        refusal = refusal or Locked(f"{path} is in use by another run; process 0 says whose")
+    if several:
+        elsewhere = Locked(f"{path} is in use by another run; process 0 says whose")
+        hosts.raise_everywhere(refusal, elsewhere)
     if refusal is not None:
         raise refusal
     return lock

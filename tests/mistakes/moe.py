@@ -259,8 +259,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="common_jax/nn/attention_tpu.py",
         what="on TPUs, keys that fill up a block are attended to",
-        right="seen = jnp.broadcast_to(_pad(seen, axis=1, block=of_keys)",
-        wrong="seen = jnp.broadcast_to(~_pad(~seen, axis=1, block=of_keys)",
+        right="seen = jnp.broadcast_to(_pad(seen, of_keys)",
+        wrong="seen = jnp.broadcast_to(~_pad(~seen, of_keys)",
         tests="tests/common_jax/test_attention_tpu.py",
     ),
     Mistake(
