@@ -33,7 +33,7 @@ from fault_bench import (
     moments,
     unfinished,
 )
-from processes import DIGITS, Started, finish_pair, pair, says, start
+from processes import DIGITS, Started, finish_all, finish_pair, pair, says, start
 
 from common_jax.checkpoint import finished_steps
 from common_jax.commands.sweep.jobs import show
@@ -163,8 +163,7 @@ def two_processes(bench: Bench) -> Iterator[Row]:
         workdir, row = bench.new(), Row(f"SIGTERM to one of two processes, {where}")
         with pair(workdir, OFTEN) as (first, second):
             second.send(signal.SIGTERM, lambda w=workdir, p=second, m=moment: m(w, p))
-            first.finish()
-            second.finish()
+            finish_all((first, second))
         lost = lost_steps(workdir)
         finish_pair(workdir, OFTEN)
         row.count(workdir, undisturbed, lost)
@@ -207,8 +206,7 @@ def decoding(bench: Bench) -> Iterator[Row]:
     with pair(workdir, OFTEN, run=run) as (first, second):
         # At the last save, since it takes a second until a signal is noticed.
         second.send(signal.SIGTERM, lambda: any((workdir / "checkpoints").glob(f"{steps}*")))
-        first.finish()
-        second.finish()
+        finish_all((first, second))
     if (workdir / "scores.json").exists():
         row.note = "too late: it was decoded already"
     finish_pair(workdir, OFTEN, run=run)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -120,13 +120,21 @@ def pair(
 def finish_pair(
     workdir: pathlib.Path, *more: str, run: tuple[str, ...] = DIGITS, devices: int = 4
 ) -> list[str]:
-    """The outputs of two processes of a run that is not disturbed. If one fails, the error has
-    both: the first often says only that the other one is missing."""
+    """The outputs of two processes of a run that is not disturbed."""
     with pair(workdir, *more, run=run, devices=devices) as processes:
-        statuses = [process.end() for process in processes]
-    outputs = [process.output() for process in processes]
-    assert statuses == [0, 0], "\n\n".join(outputs)
-    return outputs
+        return finish_all(processes)
+
+
+def finish_all(processes: Sequence[Started]) -> list[str]:
+    """The outputs of the processes of a run, once they have ended as they should. If one fails or
+    hangs, the error has all: the first often says only that another one is missing."""
+    for process in processes:
+        try:
+            ended = process.end() == 0
+        except subprocess.TimeoutExpired:
+            ended = False
+        assert ended, "\n\n".join(one.output() for one in processes)
+    return [process.output() for process in processes]
 
 
 def says(path: pathlib.Path, text: str) -> bool:

@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from processes import finish_pair, pair, says, start
+from processes import finish_all, finish_pair, pair, says, start
 
 from common_jax import hosts, signals
 from common_jax.checkpoint import finished_steps
@@ -52,7 +52,7 @@ def test_stopped_in_compiling_then_killed_two_resume_to_the_bit(undisturbed, tmp
     workdir = tmp_path / "run"
     with pair(workdir, TWO_EPOCHS, devices=2) as (first, second):
         second.send(signal.SIGTERM, when=lambda: "process 1 of 2" in second.output())
-        outputs = [first.finish(), second.finish()]
+        outputs = finish_all((first, second))
     (step,) = finished_steps(workdir / "checkpoints")
     assert step < 5
     assert all(f"is saved at step {step}" in output for output in outputs)
