@@ -91,7 +91,7 @@ setup(
             "transformers>=5.3",
         ],
         # What benchmarks are measured against.
-        "bench": ["torch>=2.6", "transformers>=5.23"],
+        "bench": ["ctranslate2>=4.5", "torch>=2.6", "transformers>=5.23"],
         # The compiler for TPUs, with which tools/compile_for_pod.py needs no TPU.
         "pods": ["libtpu==0.0.52"],
         # The compiler for GPUs, with which the same tool needs no GPU: 5.5 GB in an environment.

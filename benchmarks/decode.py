@@ -1,18 +1,21 @@
-"""The beam search of `cliptrans_jax.decode` against that of `transformers` on the same CPU.
+"""The beam search of `cliptrans_jax.decode` against those of `transformers` and CTranslate2 on the
+same CPU.
 
-Both translate the same sentences with the same weights (mBART, random), the same settings and the
+All translate the same sentences with the same weights (mBART, random), the same settings and the
 same batches, sorted by length, in turns, on the same number of threads. torch pads a batch to its
 longest sentence, ours to 16, 32 or 64 tokens as in a run. First all translations are compared
-token by token; those that differ are printed with both scores and with the margin between our two
-best, which is tiny if rounding decides. Compilation is timed separately. Then follow sentences per
-second, the time of the matrix products at the speed of one large product, measured in the same
-turns, and the ratio; the last line is JSON.
+token by token; those that differ from torch's are printed with both scores and with the margin
+between our two best, which is tiny if rounding decides. Compilation is timed separately. Then
+follow sentences per second, the time of the matrix products at the speed of one large product,
+measured in the same turns, and the ratios; the last line is JSON. CTranslate2 computes in float32
+and, for the record, in int8; it is left out if it is not installed.
 
-    pip install torch "transformers>=5.23"
+    pip install torch "transformers>=5.23" ctranslate2
     python benchmarks/decode.py
 """
 
 import argparse
+import importlib.util
 import itertools
 import math
 import statistics
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import decode_ctranslate2
 import jax
 import numpy as np
 import timing
@@ -33,6 +37,8 @@ from cliptrans_jax.translators import mbart_names, transformer_names
 from cliptrans_jax.translators.mbart import OFFSET, MBartConfig
 from common_jax.weights import table as tables
 
+CTRANSLATE2 = {"CTranslate2": "float32", "CTranslate2, int8": "int8"}
+TARGETS = {"torch": 1.5, "CTranslate2": 1.0, "CTranslate2, int8": None}
 LANGUAGE = 9  # the only language code
 FIRST_WORD = 10
 # Scales that make random weights behave like trained ones: peaked distributions, and translations
@@ -169,12 +175,9 @@ def make_network(
 
 
 def make_theirs(
-    translator: Translator, params: Params, config: DecodeConfig, threads: int
+    torch: Any, network: Any, ours: MBartConfig, config: DecodeConfig
 ) -> tuple[Translate, Translate]:
     """Two functions from a batch to the result of `generate`: ids, and ids with scores."""
-    torch, transformers = timing.import_torch(threads)
-    ours = translator.config.mbart
-    network = make_network(torch, transformers, ours, params).eval()
 
     def generate(batch: Batch, scores: bool) -> Any:
         source = torch.tensor(batch, dtype=torch.int64)
@@ -290,17 +293,32 @@ def main() -> None:
     )
     batches = make_batches(sizes, mbart)
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {sizes.threads} threads")
-    theirs, theirs_scored = make_theirs(translator, params, config, sizes.threads)
+    torch, transformers = timing.import_torch(sizes.threads)
+    # CTranslate2 asks for `normalize_before`; transformers' mBART always does.
+    network = make_network(torch, transformers, mbart, params, normalize_before=True).eval()
+    theirs, theirs_scored = make_theirs(torch, network, mbart, config)
+    others = {}
+    if importlib.util.find_spec("ctranslate2"):
+        others = {
+            name: decode_ctranslate2.make_peer(
+                network, mbart, config, language=LANGUAGE, compute=compute, threads=sizes.threads
+            )
+            for name, compute in CTRANSLATE2.items()
+        }
+    else:
+        print("CTranslate2 is not installed and left out (pip install ctranslate2)")
     ours, compiling = compile_ours(translator, params, config, batches)
     shapes = ", ".join(f"{seconds:.0f} s for {shape}" for shape, seconds in compiling.items())
     print(f"ours compiled in {sum(compiling.values()):.0f} s: {shapes}\n")
 
-    lines, written, counts = [], [], []
+    lines, written, counts, same = [], [], [], dict.fromkeys(others, 0)
     for number, batch in enumerate(batches):
         mine = ours(batch)
         unequal = differences(mine, theirs_scored(batch), mbart.eos)
         lines += [f"  batch {number}, {line}" for line in unequal]
         written += mine.lengths[:, 0].tolist()
+        for name, other in others.items():
+            same[name] += decode_ctranslate2.count_equal(other(batch), mine.tokens, mine.lengths)
         steps = work(mine, config)
         counts.append(
             products(sizes, config, steps, BatchingConfig(config.bucket).padded(batch.shape[1]))
@@ -311,17 +329,19 @@ def main() -> None:
         )
     equal = len(written) - len(lines)
     print("\n".join([f"equal: {equal} of {len(written)} translations", *lines]))
+    for name, count in same.items():
+        print(f"equal to {name}: {count} of {len(written)}")
     print(
         f"of {min(written)} to {max(written)} tokens, {statistics.mean(written):.0f} on average\n"
     )
 
     product, single_flops = make_product(sizes)
-    cases = {"ours": ours, "torch": theirs}
+    cases = {"ours": ours, "torch": theirs} | others
     times, single = take_turns(cases, product, batches, sizes.repeats)
     rates = {name: (sizes.sentences / turns[:, 0]).tolist() for name, turns in times.items()}
     for name, rate in rates.items():
         middle = statistics.median(rate)
-        print(f"{name:6s}{middle:7.2f} sentences/s  ({min(rate):.2f} to {max(rate):.2f})")
+        print(f"{name:18s}{middle:7.2f} sentences/s  ({min(rate):.2f} to {max(rate):.2f})")
     flops = {name: sum(count[name] for count in counts) for name in counts[0]}
     total = sum(flops.values())
     speed = single_flops / single
@@ -329,19 +349,23 @@ def main() -> None:
     print("  ".join(f"{name} {count / 1e9:.0f}" for name, count in flops.items()), "GFLOP")
     print(f"one product runs at {speed / 1e9:.0f} GFLOP/s, at which all would take {share:.0%}")
     print("  of our time")
-    claim = timing.compare(times, "ours", "torch", claim="beam search of mBART", target=1.5)
+    claims = [
+        timing.compare(times, "ours", name, claim="beam search of mBART", target=TARGETS[name])
+        for name in cases
+        if name != "ours"
+    ]
     details = {
         "sentences": sizes.sentences,
         "batch": sizes.batch,
         "beams": sizes.beams,
-        "equal": equal,
+        "equal": {"torch": equal} | same,
         "sentences_per_second": rates,
         "compile_seconds": sum(compiling.values()),
         "gflop": total / 1e9,
         "product_gflop_per_second": speed / 1e9,
         "share_of_products": share,
     }
-    timing.report("decode", [claim], times=times, **details)
+    timing.report("decode", claims, times=times, **details)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A training step of a dense ViT against two in torch: plain, and with transformers.
+"""A training step of a dense ViT against three in torch: plain, compiled, and with transformers.
 
 Forward pass, cross entropy, backward pass and AdamW in float32, without stochastic depth; the same
 weights, images and settings. Ours is the step of a run, which also computes the gradient's norm,
 checks for numbers that are not finite and sums metrics. The plain one is written out below, with
-torch's fused attention and fused AdamW; the third is `ViTForImageClassification` with the same two.
-The losses of the first three steps are compared first.
+torch's fused attention and fused AdamW; another is the same by `torch.compile`, which needs a C++
+compiler; and one is `ViTForImageClassification` with the same two. The losses of the first three
+steps are compared first.
 
     pip install torch "transformers>=5.23"
     python benchmarks/vit_step.py
@@ -154,8 +155,10 @@ def main() -> None:
     )
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor(batch["label"]).long()
+    compiled, parameters = plain(torch, config, weights)
     peers = {
         "torch": plain(torch, config, weights),
+        "torch.compile": (torch.compile(compiled), parameters),
         "transformers": published(transformers, torch, config, interface, weights),
     }
     cases = {"ours": ours}

@@ -157,7 +157,7 @@ class Search:
           source: source tokens with pads.
           language: the code that each translation starts with.
         """
-        states = self.translator.encode(params, source)
+        states = self._encode(params, source)
         state, logits = self.start(params, features, source, states, language, steps=0)
         # The first word needs no step: `start` has computed its scores.
         state, _ = self.advance(state, logits)
@@ -183,6 +183,24 @@ class Search:
                 state = state.replace(cache=self._grow(state.cache, steps))
                 state = self._search(params, source, state, steps=steps, enough=enough)
         return put_rows(finished, state.finished, rows)
+
+    def _encode(self, params: Params, source: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """`Translator.encode`, of three quarters of the columns if no sentence is longer.
+
+        Sources are padded to 16, 32, 64, ... tokens, so that few programs are compiled, and at the
+        full length the encoder takes up to a quarter of a search. A second encoder in the same
+        program compiles much faster than a second program.
+        """
+        full = source.shape[1]
+        short = full - full // 4
+        beyond = source[:, short:] != self.translator.config.sizes.pad
+
+        def encode_short(source: jax.Array) -> jax.Array:
+            states = self.translator.encode(params, source[:, :short])
+            return jnp.pad(states, ((0, 0), (0, full - short), (0, 0)))
+
+        encode = functools.partial(self.translator.encode, params)
+        return jax.lax.cond(jnp.any(beyond), encode, encode_short, source)
 
     def _search(
         self,

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from common_jax.nn import attention_tpu, dense
+from common_jax.nn import attention_cpu, attention_tpu, dense
 from common_jax.ranges import one_of
 
 INIT = nn.initializers.normal(0.02)
@@ -21,7 +21,7 @@ INIT = nn.initializers.normal(0.02)
 # compiled for, not the one that compiles it.
 PLATFORMS: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
     {
-        "auto": {"cuda": "cudnn", "tpu": "splash", "default": "xla"},
+        "auto": {"cuda": "cudnn", "tpu": "splash", "cpu": "cpu", "default": "xla"},
         "xla": {"default": "xla"},
         "cudnn": {"cuda": "cudnn"},
     }
@@ -63,7 +63,7 @@ def attend(
     def on_tpu(query, keys, values, visible):
         return attention_tpu.splash(query, keys, values, visible=visible)
 
-    forms = {"xla": plain, "cudnn": cudnn}
+    forms = {"xla": plain, "cudnn": cudnn, "cpu": attention_cpu.attend}
     one_for_all = visible is None or visible.shape[2] == 1
     if one_for_all and query.shape[1] >= FEWEST_KEYS["splash"]:
         forms["splash"] = on_tpu
@@ -113,6 +113,7 @@ def choose(attention: str, dtype: DTypeLike, keys: int, width: int) -> Mapping[s
         "xla": True,
         "cudnn": keys >= FEWEST_KEYS["cudnn"] and not refusal(dtype, width),
         "splash": keys >= FEWEST_KEYS["splash"] and attention_tpu.fits(dtype, width),
+        "cpu": attention_cpu.fits(dtype),
     }
     return {platform: name for platform, name in PLATFORMS["auto"].items() if fits[name]}
 

@@ -1,19 +1,87 @@
-"""Layer normalisation."""
+"""Layer normalisation, with a backward pass of its own."""
 
+import functools
+from typing import NamedTuple
+
+import jax
 from flax import linen as nn
+from jax import numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, as flax's LayerNorm.
+
+    Statistics are in float32 at least, for any `dtype`. Parameters: `scale` (D), `bias` (D).
+
+    Attributes:
+      epsilon: added to the variance.
+      dtype: of the result.
+      fast_variance: takes E[x^2] - E[x]^2 as the variance, which cancels where the mean is large
+        against the spread.
+    """
+
+    epsilon: float
+    dtype: DTypeLike
+    fast_variance: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return _normalise(_Settings(self.epsilon, self.dtype, self.fast_variance), x, scale, bias)
 
 
 def layer_norm(
     epsilon: float, dtype: DTypeLike, name: str | None = None, *, fast_variance: bool = False
-) -> nn.LayerNorm:
-    """flax's LayerNorm over the last axis, with statistics in float32 for any `dtype`.
+) -> LayerNorm:
+    """A `LayerNorm`; `name` is None in `setup`."""
+    return LayerNorm(epsilon, dtype, fast_variance, name=name)
 
-    Args:
-      epsilon: added to the variance.
-      dtype: of the result.
-      name: None in `setup`.
-      fast_variance: takes E[x^2] - E[x]^2 as the variance, which cancels where the mean is large
-        against the spread.
-    """
-    return nn.LayerNorm(epsilon, use_fast_variance=fast_variance, dtype=dtype, name=name)
+
+class _Settings(NamedTuple):
+    """See `LayerNorm`."""
+
+    epsilon: float
+    dtype: DTypeLike
+    fast_variance: bool
+
+
+# As jax derives it, the gradient of x is a sum of three terms, from the mean, the variance and x
+# itself. XLA's CPU compiler writes the broadcast operands of each, and computes the sum again where
+# it is read: a fifth of a ViT's step. The closed form reads x and dy once.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalise(settings, x, scale, bias):
+    """The norm of x [..., D]; parameters [D] may be numpy's."""
+    return _forward(settings, x, scale, bias)[0]
+
+
+def _forward(settings, x, scale, bias):
+    """The result, and what the backward pass reads."""
+    wide = x.astype(jnp.promote_types(settings.dtype, jnp.float32))
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    if settings.fast_variance:
+        square = jnp.mean(wide**2, axis=-1, keepdims=True)
+        variance = jnp.maximum(square - mean**2, 0)  # rounding can make it negative
+    else:
+        variance = jnp.mean((wide - mean) ** 2, axis=-1, keepdims=True)
+    rate = jax.lax.rsqrt(variance + settings.epsilon)
+    y = (wide - mean) * (rate * scale) + bias
+    return y.astype(settings.dtype), (x, mean, rate, scale)
+
+
+def _backward(settings, kept, dy):
+    del settings
+    x, mean, rate, scale = kept
+    dy = dy.astype(rate.dtype)
+    normal = (x.astype(rate.dtype) - mean) * rate
+    tokens = tuple(range(x.ndim - 1))
+    by_scale, by_bias = jnp.sum(dy * normal, axis=tokens), jnp.sum(dy, axis=tokens)
+    dy = dy * scale
+    along = jnp.mean(dy * normal, axis=-1, keepdims=True)
+    by_x = rate * (dy - jnp.mean(dy, axis=-1, keepdims=True) - normal * along)
+    return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(scale.dtype)
+
+
+_normalise.defvjp(_forward, _backward)

@@ -201,6 +201,15 @@ def test_neither_other_examples_nor_pads_matter():
     assert_same_hypotheses(alone, jax.tree.map(lambda x: x[one], together))
 
 
+@pytest.mark.parametrize("width", [7, 8, 12])
+def test_columns_of_pads_do_not_matter(width):
+    features, source, language = inputs(model("training")[0])
+    assert np.any(source[:, -1] != PAD)  # so the encoder cannot leave a column out
+    wanted = search("training", features, source, language)
+    padded = np.pad(source, ((0, 0), (0, width - source.shape[1])), constant_values=PAD)
+    assert_same_hypotheses(search("training", features, padded, language), wanted)
+
+
 def test_how_the_cache_grows_does_not_matter():
     arguments = inputs(model("none")[0])
     wanted = search("none", *arguments)

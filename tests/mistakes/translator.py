@@ -206,6 +206,13 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "cliptrans_jax/decode.py",
+        "the encoder leaves out a column that has a token",
+        "source[:, short:]",
+        "source[:, short + 1 :]",
+        f"{TESTS}/test_decode.py::test_columns_of_pads_do_not_matter",
+    ),
+    Mistake(
+        "cliptrans_jax/decode.py",
         "the length of what ends counts the end",
         "values = best[:, :beams] / state.length.astype(best.dtype) ** self.config.length_penalty",
         "values = best[:, :beams] / (state.length + 1.0) ** self.config.length_penalty",

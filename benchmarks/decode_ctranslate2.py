@@ -1,0 +1,88 @@
+"""CTranslate2's beam search of a network of transformers, for `decode.py`."""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cliptrans_jax.decode import DecodeConfig
+from cliptrans_jax.translators.mbart import MBartConfig
+
+
+class Peer(NamedTuple):
+    """Translates batches with CTranslate2.
+
+    Attributes:
+      translator: of CTranslate2.
+      settings: of its search.
+      language: the code that each translation starts with.
+      pad: id of padding.
+    """
+
+    translator: Any
+    settings: dict[str, Any]
+    language: int
+    pad: int
+
+    def __call__(self, batch: np.ndarray) -> list[list[int]]:
+        """The best translation of each source [B, S], without start and end token.
+
+        CTranslate2 takes tokens as strings, here the digits of their ids.
+        """
+        sources = [[str(token) for token in row if token != self.pad] for row in batch.tolist()]
+        language = [[str(self.language)]] * len(sources)
+        found = self.translator.translate_batch(sources, language, **self.settings)
+        return [[int(token) for token in one.hypotheses[0]] for one in found]
+
+
+def make_peer(
+    network: Any,
+    mbart: MBartConfig,
+    config: DecodeConfig,
+    *,
+    language: int,
+    compute: str,
+    threads: int,
+) -> Peer:
+    """CTranslate2 with the weights of a network, whose config has `normalize_before=True`.
+
+    Args:
+      network: `MBartForConditionalGeneration`.
+      mbart: its sizes and ids.
+      config: the search.
+      language: code of the translations.
+      compute: "float32" or "int8".
+      threads: number of threads.
+    """
+    import ctranslate2
+    from ctranslate2.converters.transformers import MBartLoader
+
+    # Not the converter, which wants a tokenizer from a hub.
+    loader = MBartLoader()
+    spec = loader.get_model_spec(copy.deepcopy(network))  # quantisation writes into its tensors
+    loader.set_vocabulary(spec, [str(token) for token in range(mbart.vocab)])
+    spec.config.bos_token = str(0)
+    spec.config.eos_token = str(mbart.eos)
+    spec.config.unk_token = str(3)
+    spec.config.decoder_start_token = str(mbart.start)
+    spec.validate()
+    spec.optimize(quantization=None if compute == "float32" else compute)
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        translator = ctranslate2.Translator(
+            folder, device="cpu", compute_type=compute, intra_threads=threads
+        )
+    settings = {
+        "beam_size": config.beams,
+        "length_penalty": config.length_penalty,
+        "max_decoding_length": config.max_new_tokens,
+    }
+    return Peer(translator, settings, language, mbart.pad)
+
+
+def count_equal(found: Sequence[Sequence[int]], tokens: np.ndarray, lengths: np.ndarray) -> int:
+    """How many translations are ours: the best of `decode.Hypotheses`, [B, W, T] and [B, W]."""
+    ours = [row[1:length].tolist() for row, length in zip(tokens[:, 0], lengths[:, 0], strict=True)]
+    return sum(mine == list(one) for mine, one in zip(ours, found, strict=True))
