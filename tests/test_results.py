@@ -16,6 +16,7 @@ PAGES = (ROOT / "README.md", DOCS / "results.md")
 DATA = {
     "emoji, English to German": "emoji.json",
     "teacher: DINOv2-S": "cifar10_dinov2.json",
+    "two small teachers, a and b": "cifar10_two_teachers.json",
     "text tower": "emoji_text_tower.json",
 }
 # Tables whose runs are gone. A table that is measured again moves to DATA; none is added here.
