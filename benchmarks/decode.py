@@ -232,13 +232,14 @@ def work(mine: Hypotheses, config: DecodeConfig) -> np.ndarray:
 
 
 def products(
-    sizes: argparse.Namespace, config: DecodeConfig, steps: np.ndarray, source: int
+    sizes: argparse.Namespace, config: DecodeConfig, steps: np.ndarray, source: int, encoded: int
 ) -> dict[str, int]:
     """Operations of our matrix products for a batch, with a multiply-add counted as two.
 
     Args:
       steps: see `work`.
       source: padded length of the source.
+      encoded: the columns of it that the encoder computes.
     """
     examples, room = steps.T
     batch, rows = int(examples[0]), int(config.beams * examples.sum())
@@ -246,7 +247,7 @@ def products(
     attended = int(np.sum(examples * (2 + config.beams * room + source)))
     return {
         # The encoder's layers have 12 D^2 weights, the keys and values of its states 2 D^2.
-        "encoder": batch * source * (linear * (12 + 2) + 4 * source * width),
+        "encoder": batch * (encoded * (linear * 12 + 4 * encoded * width) + source * linear * 2),
         "decoder": (rows + 2 * batch) * linear * 14,
         "attention": 4 * config.beams * attended * width,
         "vocabulary": 2 * (rows + batch) * sizes.width * sizes.vocab,
@@ -320,9 +321,10 @@ def main() -> None:
         for name, other in others.items():
             same[name] += decode_ctranslate2.count_equal(other(batch), mine.tokens, mine.lengths)
         steps = work(mine, config)
-        counts.append(
-            products(sizes, config, steps, BatchingConfig(config.bucket).padded(batch.shape[1]))
-        )
+        padded = BatchingConfig(config.bucket).padded(batch.shape[1])
+        short = padded - padded // 4  # as `Search` has it
+        encoded = short if batch.shape[1] <= short else padded
+        counts.append(products(sizes, config, steps, padded, encoded))
         print(
             f"batch {number}: {len(batch)} sources of up to {batch.shape[1]} tokens, {len(steps)} "
             f"steps of {steps[:, 0].mean():.0f} examples on average"
