@@ -30,7 +30,7 @@ import timing
 from flax import traverse_util
 
 from cliptrans_jax.data.feed import BatchingConfig
-from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search
+from cliptrans_jax.decode import FIRST, DecodeConfig, Hypotheses, Search, short_length
 from cliptrans_jax.models.cliptrans import ModelConfig, Params, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.translators import mbart_names, transformer_names
@@ -322,7 +322,7 @@ def main() -> None:
             same[name] += decode_ctranslate2.count_equal(other(batch), mine.tokens, mine.lengths)
         steps = work(mine, config)
         padded = BatchingConfig(config.bucket).padded(batch.shape[1])
-        short = padded - padded // 4  # as `Search` has it
+        short = short_length(padded)
         encoded = short if batch.shape[1] <= short else padded
         counts.append(products(sizes, config, steps, padded, encoded))
         print(

@@ -2,39 +2,13 @@
 
 import copy
 import tempfile
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.translators.mbart import MBartConfig
-
-
-class Peer(NamedTuple):
-    """Translates batches with CTranslate2.
-
-    Attributes:
-      translator: of CTranslate2.
-      settings: of its search.
-      language: the code that each translation starts with.
-      pad: id of padding.
-    """
-
-    translator: Any
-    settings: dict[str, Any]
-    language: int
-    pad: int
-
-    def __call__(self, batch: np.ndarray) -> list[list[int]]:
-        """The best translation of each source [B, S], without start and end token.
-
-        CTranslate2 takes tokens as strings, here the digits of their ids.
-        """
-        sources = [[str(token) for token in row if token != self.pad] for row in batch.tolist()]
-        language = [[str(self.language)]] * len(sources)
-        found = self.translator.translate_batch(sources, language, **self.settings)
-        return [[int(token) for token in one.hypotheses[0]] for one in found]
 
 
 def make_peer(
@@ -45,11 +19,11 @@ def make_peer(
     language: int,
     compute: str,
     threads: int,
-) -> Peer:
-    """CTranslate2 with the weights of a network, whose config has `normalize_before=True`.
+) -> Callable[[np.ndarray], list[list[int]]]:
+    """A function from sources [B, S] to the best translation of each, without start and end token.
 
     Args:
-      network: `MBartForConditionalGeneration`.
+      network: `MBartForConditionalGeneration`, whose config has `normalize_before=True`.
       mbart: its sizes and ids.
       config: the search.
       language: code of the translations.
@@ -79,7 +53,15 @@ def make_peer(
         "length_penalty": config.length_penalty,
         "max_decoding_length": config.max_new_tokens,
     }
-    return Peer(translator, settings, language, mbart.pad)
+
+    def translate(batch: np.ndarray) -> list[list[int]]:
+        # CTranslate2 takes tokens as strings, here the digits of their ids.
+        sources = [[str(token) for token in row if token != mbart.pad] for row in batch.tolist()]
+        first = [[str(language)]] * len(sources)
+        found = translator.translate_batch(sources, first, **settings)
+        return [[int(token) for token in one.hypotheses[0]] for one in found]
+
+    return translate
 
 
 def count_equal(found: Sequence[Sequence[int]], tokens: np.ndarray, lengths: np.ndarray) -> int:

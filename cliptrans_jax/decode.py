@@ -191,8 +191,7 @@ class Search:
         full length the encoder takes up to a quarter of a search. A second encoder in the same
         program compiles much faster than a second program.
         """
-        full = source.shape[1]
-        short = full - full // 4
+        full, short = source.shape[1], short_length(source.shape[1])
         beyond = source[:, short:] != self.translator.config.sizes.pad
 
         def encode_short(source: jax.Array) -> jax.Array:
@@ -404,6 +403,11 @@ class Search:
     def _grow(self, cache: Cache, steps: int) -> tuple[tuple, ...]:
         """The cache with room for so many steps."""
         return grow_cache(cache, self._slots(steps))
+
+
+def short_length(full: int) -> int:
+    """The columns that the encoder computes of `full`, where the others are pads."""
+    return full - full // 4
 
 
 def _top_k(
