@@ -74,6 +74,14 @@ def test_a_part_is_measured_once(tmp_path, capsys):
     assert skipped == "peer | skipped: no_such_package not installed"
 
 
+def test_a_part_has_its_own_peak_and_not_that_of_the_files(tmp_path):
+    (tmp_path / "made").touch()
+    before = rehearse.measure(tmp_path, "before", Part(("-c", "1"), "made"))["peak"]
+    most = before + 1_000_000_000
+    assert len(bytearray(b"x") * most) == most  # freed at once, but it is this process's peak
+    assert rehearse.measure(tmp_path, "after", Part(("-c", "1"), "made"))["peak"] < most
+
+
 def test_a_part_that_fails_ends_the_rehearsal(tmp_path):
     part = Part(("-c", "import sys; sys.exit('no')"), "made")
     with pytest.raises(SystemExit, match=r"bad failed with status 1; see .*bad\.log"):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from common_jax.config import Section
 from common_jax.mesh import constrain
 from common_jax.nn.attention import SelfAttention
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Count, Size, key_of
 
 EPSILON = 1e-5
@@ -82,7 +82,7 @@ class TransformerMapper(nn.Module):
     def __call__(self, features: Float[Array, "B M"], train: bool) -> Float[Array, "B P D"]:
         config, width = self.config, self.width
         drop = nn.Dropout(config.dropout, deterministic=not train)
-        norm = functools.partial(layer_norm, EPSILON, self.dtype, fast_variance=True)
+        norm = functools.partial(LayerNorm, EPSILON, self.dtype, fast_variance=True)
         project = _linear(config.features, config.prefix * width, self.dtype, "project")
         x = _cut(project(features), config.prefix)
         attention = SelfAttention(
@@ -93,10 +93,10 @@ class TransformerMapper(nn.Module):
             out_init=_uniform(1 / math.sqrt(width)),
             name="attention",
         )
-        x = norm("attention_norm")(x + drop(attention(x)))
+        x = norm(name="attention_norm")(x + drop(attention(x)))
         hidden = nn.relu(_linear(width, width // 3, self.dtype, "up")(x))
         branch = _linear(width // 3, width, self.dtype, "down")(drop(hidden))
-        return norm("mlp_norm")(x + drop(branch))
+        return norm(name="mlp_norm")(x + drop(branch))
 
 
 MAPPERS = {"mlp": MlpMapper, "hidden_mlp": HiddenMlpMapper, "transformer": TransformerMapper}

@@ -23,7 +23,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.ranges import Positive, Size, one_of
 
@@ -124,12 +124,12 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], visible: Bool[Array, "#B 1 T T"] | None
     ) -> Float[Array, "B T D"]:
         config = self.config
-        y = layer_norm(config.eps, self.dtype, "attention_norm")(x)
+        y = LayerNorm(config.eps, self.dtype, name="attention_norm")(x)
         attention = SelfAttention(
             config.heads, True, self.dtype, attention=config.attention, name="attention"
         )
         x = x + attention(y, visible)
-        y = layer_norm(config.eps, self.dtype, "mlp_norm")(x)
+        y = LayerNorm(config.eps, self.dtype, name="mlp_norm")(x)
         activation = mlp.ACTIVATIONS[config.activation]
         y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(y)
         return constrain(x + y, "batch", "tokens", "width")
@@ -162,12 +162,14 @@ class ClipVision(nn.Module):
         positions = self.param("positions", INIT, (config.tokens, config.width))
         first = jnp.broadcast_to(class_token, (images.shape[0], 1, config.width))
         x = jnp.concatenate([first, patches], axis=1) + positions.astype(patches.dtype)
-        x = constrain(layer_norm(config.eps, self.dtype, "pre_norm")(x), "batch", "tokens", "width")
+        x = constrain(
+            LayerNorm(config.eps, self.dtype, name="pre_norm")(x), "batch", "tokens", "width"
+        )
         self.sow("intermediates", "embedded", x)
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
         self.sow("intermediates", "last_hidden", x)
-        x = layer_norm(config.eps, self.dtype, "post_norm")(x[:, 0])
+        x = LayerNorm(config.eps, self.dtype, name="post_norm")(x[:, 0])
         self.sow("intermediates", "pooled", x)
         return _projection(config, self.dtype)(x)
 
@@ -211,7 +213,7 @@ class ClipText(nn.Module):
             visible = visible & (mask != 0)[:, None, None, :]
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, visible)
-        x = layer_norm(config.eps, self.dtype, "final_norm")(x)
+        x = LayerNorm(config.eps, self.dtype, name="final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
         pooled = jnp.take_along_axis(x, end_position(ids)[:, None, None], axis=1)[:, 0]
         return _projection(config, self.dtype)(pooled)

@@ -15,7 +15,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import INIT
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Count, Positive, Size, one_of
 
 ACTIVATIONS = ("gelu",)  # keys of `common_jax.nn.mlp.ACTIVATIONS`
@@ -108,7 +108,7 @@ class Embeddings(nn.Module):
         kinds = self.param("types", INIT, (config.types, config.width))
         x = jnp.take(words, ids, axis=0, mode="fill")
         x = x + jnp.take(positions, config.places(ids), axis=0)
-        x = layer_norm(config.eps, self.dtype, "norm")(x + kinds[0])
+        x = LayerNorm(config.eps, self.dtype, name="norm")(x + kinds[0])
         return nn.Dropout(config.dropout, deterministic=not train)(x)
 
 
@@ -128,10 +128,10 @@ class Block(nn.Module):
             config.heads, True, self.dtype, attention=config.attention, name="attention"
         )
         y = attention(x, visible)
-        x = layer_norm(config.eps, self.dtype, "attention_norm")(x + drop(y))
+        x = LayerNorm(config.eps, self.dtype, name="attention_norm")(x + drop(y))
         activation = mlp.ACTIVATIONS[config.activation]
         y = mlp.Mlp(config.hidden, self.dtype, activation, name="mlp")(x)
-        x = layer_norm(config.eps, self.dtype, "mlp_norm")(x + drop(y))
+        x = LayerNorm(config.eps, self.dtype, name="mlp_norm")(x + drop(y))
         return constrain(x, "batch", "tokens", "width")
 
 

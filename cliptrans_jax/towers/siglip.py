@@ -25,7 +25,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import mlp
 from common_jax.nn.attention import Implementation
 from common_jax.nn.mlp import INIT
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.nn.pooling import AttentionPool
 from common_jax.ranges import Count, Positive, Size, one_of
@@ -160,7 +160,7 @@ class SiglipVision(nn.Module):
         x = constrain(x, "batch", "tokens", "width")
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
-        x = layer_norm(config.eps, self.dtype, "final_norm")(x)
+        x = LayerNorm(config.eps, self.dtype, name="final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
         return AttentionPool(
             config.heads,
@@ -209,7 +209,7 @@ class SiglipText(nn.Module):
         x = constrain(x.astype(self.dtype), "batch", "tokens", "width")
         for i in range(config.layers):
             x = Block(config, self.dtype, name=f"layer_{i}")(x, None)
-        x = layer_norm(config.eps, self.dtype, "final_norm")(x)
+        x = LayerNorm(config.eps, self.dtype, name="final_norm")(x)
         self.sow("intermediates", "last_hidden", x)
         exact = jnp.promote_types(self.dtype, jnp.float32)
         return nn.Dense(config.features, kernel_init=INIT, dtype=exact, name="projection")(x[:, -1])

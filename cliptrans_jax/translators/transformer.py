@@ -25,7 +25,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import Implementation, SelfAttention
 from common_jax.nn.mlp import Mlp, gelu
-from common_jax.nn.norm import LayerNorm, layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Count, Size
 
 EPSILON = 1e-5  # torch's default; flax has 1e-6
@@ -394,7 +394,7 @@ def sinusoids(
 
 
 def _norm(dtype: DTypeLike, name: str | None = None) -> LayerNorm:
-    return layer_norm(EPSILON, dtype, name, fast_variance=True)
+    return LayerNorm(EPSILON, dtype, fast_variance=True, name=name)
 
 
 # Published vocabularies are not divisible by device counts, so tables are split along the width.

@@ -1,7 +1,6 @@
 """Layer normalisation, with a backward pass of its own."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 from flax import linen as nn
@@ -30,49 +29,34 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return _normalise(_Settings(self.epsilon, self.dtype, self.fast_variance), x, scale, bias)
-
-
-def layer_norm(
-    epsilon: float, dtype: DTypeLike, name: str | None = None, *, fast_variance: bool = False
-) -> LayerNorm:
-    """A `LayerNorm`; `name` is None in `setup`."""
-    return LayerNorm(epsilon, dtype, fast_variance, name=name)
-
-
-class _Settings(NamedTuple):
-    """See `LayerNorm`."""
-
-    epsilon: float
-    dtype: DTypeLike
-    fast_variance: bool
+        return _normalise(self.epsilon, self.dtype, self.fast_variance, x, scale, bias)
 
 
 # As jax derives it, the gradient of x is a sum of three terms, from the mean, the variance and x
 # itself. XLA's CPU compiler writes the broadcast operands of each, and computes the sum again where
 # it is read: a fifth of a ViT's step. The closed form reads x and dy once.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalise(settings, x, scale, bias):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalise(epsilon, dtype, fast_variance, x, scale, bias):
     """The norm of x [..., D]; parameters [D] may be numpy's."""
-    return _forward(settings, x, scale, bias)[0]
+    return _forward(epsilon, dtype, fast_variance, x, scale, bias)[0]
 
 
-def _forward(settings, x, scale, bias):
+def _forward(epsilon, dtype, fast_variance, x, scale, bias):
     """The result, and what the backward pass reads."""
-    wide = x.astype(jnp.promote_types(settings.dtype, jnp.float32))
+    wide = x.astype(jnp.promote_types(dtype, jnp.float32))
     mean = jnp.mean(wide, axis=-1, keepdims=True)
-    if settings.fast_variance:
+    if fast_variance:
         square = jnp.mean(wide**2, axis=-1, keepdims=True)
         variance = jnp.maximum(square - mean**2, 0)  # rounding can make it negative
     else:
         variance = jnp.mean((wide - mean) ** 2, axis=-1, keepdims=True)
-    rate = jax.lax.rsqrt(variance + settings.epsilon)
+    rate = jax.lax.rsqrt(variance + epsilon)
     y = (wide - mean) * (rate * scale) + bias
-    return y.astype(settings.dtype), (x, mean, rate, scale)
+    return y.astype(dtype), (x, mean, rate, scale)
 
 
-def _backward(settings, kept, dy):
-    del settings
+def _backward(epsilon, dtype, fast_variance, kept, dy):
+    del epsilon, dtype, fast_variance
     x, mean, rate, scale = kept
     dy = dy.astype(rate.dtype)
     normal = (x.astype(rate.dtype) - mean) * rate

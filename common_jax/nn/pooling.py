@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from common_jax.nn import dense
 from common_jax.nn.mlp import INIT, Mlp
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 
 
 class AttentionPool(nn.Module):
@@ -33,7 +33,7 @@ class AttentionPool(nn.Module):
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, 1, width))
         attention = ProbeAttention(self.heads, self.dtype, self.stacked, name="attention")
         y = attention(jnp.asarray(probe), tokens)
-        norm = layer_norm(self.norm_eps, self.dtype, "norm")
+        norm = LayerNorm(self.norm_eps, self.dtype, name="norm")
         y = y + Mlp(self.hidden, self.dtype, self.activation, name="mlp")(norm(y))
         return y[:, 0]
 

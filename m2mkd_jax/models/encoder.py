@@ -15,7 +15,7 @@ from common_jax.mesh import constrain
 from common_jax.nn import layers
 from common_jax.nn.attention import SelfAttention
 from common_jax.nn.mlp import ACTIVATIONS, INIT, Mlp
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.nn.patches import PatchEmbedding
 from common_jax.nn.pooling import AttentionPool
 from m2mkd_jax.models.pooling import ATTENTION, POOLS
@@ -150,7 +150,7 @@ class Block(nn.Module):
         return x
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        return layer_norm(self.encoder.norm_eps, self.dtype, name)(x)
+        return LayerNorm(self.encoder.norm_eps, self.dtype, name=name)(x)
 
     def _scale(self, name: str, branch: jax.Array) -> jax.Array:
         start = self.encoder.layer_scale
@@ -242,7 +242,7 @@ class EncoderStage(nn.Module):
                 f"{expected - encoder.leading} patches, and {x.shape[1]} tokens came: config.meta, "
                 "config.teacher and config.model need the same patch, class_token and registers"
             )
-        norm = layer_norm(encoder.norm_eps, self.dtype, "norm")
+        norm = LayerNorm(encoder.norm_eps, self.dtype, name="norm")
         if encoder.pool == "class" or encoder.norm_after_pool:
             # Only the class token is read, so the norms of all others are saved.
             return norm(self._pool_tokens(x))
@@ -286,7 +286,7 @@ class EncoderStage(nn.Module):
         x = jnp.concatenate([*batched, patches], axis=1)
         x = x + self._pad_positions(jnp.asarray(positions)).astype(patches.dtype)
         if encoder.norm_pre:
-            x = layer_norm(encoder.norm_eps, self.dtype, "norm_pre")(x)
+            x = LayerNorm(encoder.norm_eps, self.dtype, name="norm_pre")(x)
         return constrain(x, "batch", "tokens", "width")
 
     def _pad_positions(self, positions: Float[Array, "1 _ D"]) -> Float[Array, "1 T D"]:

@@ -5,7 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from common_jax.nn.mlp import INIT
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 
 NORM_EPS = 1e-5  # not the encoder's: the original has its framework's default here
 
@@ -18,5 +18,5 @@ class Stitch(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T _"]) -> Float[Array, "B T D"]:
-        x = layer_norm(NORM_EPS, self.dtype, "norm")(x)
+        x = LayerNorm(NORM_EPS, self.dtype, name="norm")(x)
         return nn.Dense(self.width, kernel_init=INIT, dtype=self.dtype, name="linear")(x)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from common_jax.config import Section
 from common_jax.nn import dense
 from common_jax.nn.mlp import gelu
-from common_jax.nn.norm import LayerNorm, layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Finite, Positive, one_of
 
 NORM_EPS = 1e-5
@@ -183,7 +183,7 @@ class Linear(nn.Module):
 
 def norm(name: str | None, dtype: DTypeLike, epsilon: float = NORM_EPS) -> LayerNorm:
     """A LayerNorm with the epsilon of a NAC."""
-    return layer_norm(epsilon, dtype, name)
+    return LayerNorm(epsilon, dtype, name=name)
 
 
 def uniform_init(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:

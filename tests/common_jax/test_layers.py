@@ -6,7 +6,7 @@ from jax import numpy as jnp
 
 from common_jax.nn import layers
 from common_jax.nn.mlp import Mlp
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 
 LAYERS, BATCH, WIDTH, HIDDEN = 3, 4, 16, 64
 
@@ -14,7 +14,9 @@ LAYERS, BATCH, WIDTH, HIDDEN = 3, 4, 16, 64
 class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x + Mlp(HIDDEN, jnp.bfloat16, name="mlp")(layer_norm(1e-6, jnp.bfloat16, "norm")(x))
+        return x + Mlp(HIDDEN, jnp.bfloat16, name="mlp")(
+            LayerNorm(1e-6, jnp.bfloat16, name="norm")(x)
+        )
 
 
 class _Stack(nn.Module):

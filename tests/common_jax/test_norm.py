@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 
 EPSILON = 1e-2  # large enough to be missed
 
@@ -16,7 +16,7 @@ def draw(*shape):
 
 
 def pair(dtype, *, fast):
-    ours = layer_norm(EPSILON, dtype, fast_variance=fast)
+    ours = LayerNorm(EPSILON, dtype, fast_variance=fast)
     return ours, nn.LayerNorm(EPSILON, use_fast_variance=fast, dtype=dtype)
 
 

@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax import numpy as jnp
 from tiny import SIZES, fill
 
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.weights import table as tables
 from m2mkd_jax.models import encoder, vit, vit_names, vmoe
 from m2mkd_jax.models.stitch import Stitch
@@ -61,7 +61,7 @@ def test_norms_hold_where_the_mean_is_large():
     wanted = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     norm = {"scale": np.ones(64), "bias": np.zeros(64)}
     linear = {"kernel": np.eye(64), "bias": np.zeros(64)}
-    plain = layer_norm(1e-6, jnp.float32, "norm")
+    plain = LayerNorm(1e-6, jnp.float32, name="norm")
     for module, params in (
         (plain, norm),
         (Stitch(64, jnp.float32), {"norm": norm, "linear": linear}),

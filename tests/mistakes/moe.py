@@ -161,15 +161,15 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         file="common_jax/nn/norm.py",
         what="variances as differences of large numbers",
-        right="if settings.fast_variance:",
+        right="if fast_variance:",
         wrong="if True:",
         tests=EQUATIONS,
     ),
     Mistake(
         file="common_jax/nn/norm.py",
         what="norms without the config's epsilon",
-        right="_Settings(self.epsilon, ",
-        wrong="_Settings(1e-6, ",
+        right="_normalise(self.epsilon, ",
+        wrong="_normalise(1e-6, ",
         tests=EQUATIONS,
     ),
     Mistake(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from common_jax.nn.norm import layer_norm
+from common_jax.nn.norm import LayerNorm
 from common_jax.nn.patches import PatchEmbedding
 from m2mkd_jax import losses
 from m2mkd_jax.hybrid import Pair, pair_logits
@@ -43,7 +43,7 @@ def run_vit(case: Case) -> Iterator[Comparison]:
         {"params": params["stage_0"]["patches"]}, images
     )
     # The original's forward(images, 0, 0): no block, but final norm and choice of the class token.
-    normed = layer_norm(shared.norm_eps, jnp.float32, "norm").apply(
+    normed = LayerNorm(shared.norm_eps, jnp.float32, name="norm").apply(
         {"params": params[stage_name(len(network) - 1)]["norm"]}, embedded[:, 0]
     )
     results = {
