@@ -109,7 +109,7 @@ class TextTower:
 
     def batch_shapes(self, mesh: Mesh, *, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of `encode` over all hosts, with sentences padded to `tokens`."""
-        batch = _whole(TEXT_BATCH, mesh)
+        batch = whole_batch(TEXT_BATCH, mesh)
         return {
             "ids": jax.ShapeDtypeStruct((batch, min(tokens, self.longest)), np.int32),
             "_mask": jax.ShapeDtypeStruct((batch,), np.float32),
@@ -143,7 +143,7 @@ class ImageTower:
 
     def batch_shapes(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of prepared pictures over all hosts."""
-        batch, side = _whole(IMAGE_BATCH, mesh), self.config.image
+        batch, side = whole_batch(IMAGE_BATCH, mesh), self.config.image
         return {
             "image": jax.ShapeDtypeStruct((batch, side, side, 3), np.float32),
             "_mask": jax.ShapeDtypeStruct((batch,), np.float32),
@@ -219,7 +219,7 @@ def image_features(
         batches = eval_batches(
             _Pictures(images, firsts),
             transform=tower.prepare_example,
-            batch=_whole(IMAGE_BATCH, mesh),
+            batch=whole_batch(min(len(firsts), IMAGE_BATCH), mesh),
             shard=host_shard(),
             workers=workers,
         )
@@ -262,7 +262,7 @@ def _text_batches(
     ids: Sequence[np.ndarray], pad_id: int, room: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's rows of each batch, padded to its longest sentence but to at most `room`."""
-    batch = _whole(TEXT_BATCH, mesh)
+    batch = whole_batch(min(len(ids), TEXT_BATCH), mesh)
     count = batch // jax.process_count()
     first_row = jax.process_index() * count
     for first in range(0, len(ids), batch):
@@ -277,9 +277,9 @@ def _text_batches(
         }
 
 
-def _whole(batch: int, mesh: Mesh) -> int:
-    """A batch size near `batch` that divides over all devices."""
-    return max(1, batch // mesh.size) * mesh.size
+def whole_batch(count: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `count` examples that divides over all devices."""
+    return -(-count // mesh.size) * mesh.size
 
 
 def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:

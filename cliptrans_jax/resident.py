@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.encoders import BUCKET, ImageTower, TextTower, by_length
+from cliptrans_jax.features import move_to_devices
 from common_jax.mesh import replicated, to_devices
 
 
@@ -51,7 +52,8 @@ class Resident:
 
     @functools.cached_property
     def _params(self) -> Any:
-        return jax.device_put(self.tower.params, replicated(self.mesh))
+        move_to_devices(self.tower.params, self.mesh)
+        return self.tower.params
 
     @functools.cached_property
     def _apply(self) -> Any:

@@ -9,7 +9,7 @@ import tqdm
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from cliptrans_jax.encoders import IMAGE_BATCH, TEXT_BATCH
+from cliptrans_jax.encoders import IMAGE_BATCH, TEXT_BATCH, whole_batch
 from cliptrans_jax.lines import open_picture, read_sentences
 from cliptrans_jax.resident import Resident
 from cliptrans_jax.runs.finished import Finished, image_tower, text_tower
@@ -67,14 +67,16 @@ def encode_items(run: Finished, items: Sequence[Item], mesh: Mesh) -> Float32[np
     texts = [row for row, item in enumerate(items) if item.picture is None]
     pictures = [row for row, item in enumerate(items) if item.picture is not None]
     if texts:
-        tower = Resident(text_tower(run, mesh), mesh, _batch(len(texts), TEXT_BATCH, mesh))
+        batch = whole_batch(min(len(texts), TEXT_BATCH), mesh)
+        tower = Resident(text_tower(run, mesh), mesh, batch)
         found = tower.sentences([items[row].text for row in texts])
         vectors |= dict(zip(texts, found, strict=True))
     if pictures:
-        tower = Resident(image_tower(run, mesh), mesh, _batch(len(pictures), IMAGE_BATCH, mesh))
-        firsts = range(0, len(pictures), tower.batch)
+        batch = whole_batch(min(len(pictures), IMAGE_BATCH), mesh)
+        tower = Resident(image_tower(run, mesh), mesh, batch)
+        firsts = range(0, len(pictures), batch)
         for first in tqdm.tqdm(firsts, desc="pictures", unit="batch", disable=None):
-            rows = pictures[first : first + tower.batch]
+            rows = pictures[first : first + batch]
             pixels = [open_picture(items[row].picture, items[row].name) for row in rows]
             vectors |= dict(zip(rows, tower.pictures(pixels), strict=True))
     return np.stack([vectors[row] for row in range(len(items))])
@@ -87,8 +89,3 @@ def as_arrays(items: Sequence[Item], vectors: Float32[np.ndarray, "B M"]) -> dic
         "names": np.array([item.name for item in items]),
         "texts": np.array([item.text for item in items]),
     }
-
-
-def _batch(count: int, most: int, mesh: Mesh) -> int:
-    """A batch for `count` items that divides over all devices."""
-    return -(-min(count, most) // mesh.size) * mesh.size

@@ -175,6 +175,7 @@ def test_batches_are_padded_to_multiples_of_a_bucket_within_the_room(monkeypatch
     ids = [np.full(length, length, np.int32) for length in (2, 8, 8, 9, 17, 18, 25)]
     found = batches_of(ids, 20 + 10)
     assert [batch["ids"].shape for batch in found] == [(2, 8), (2, 16), (2, 24), (2, 30)]
+    assert [batch["ids"].shape for batch in batches_of(ids[:1], 30)] == [(1, 8)]
     assert [batch["_mask"].tolist() for batch in found] == [[1, 1], [1, 1], [1, 1], [1, 0]]
     assert found[0]["ids"].tolist() == [[2, 2, *[PAD] * 6], [8] * 8]
     np.testing.assert_array_equal(found[3]["ids"][0], found[3]["ids"][1])
@@ -196,7 +197,7 @@ def test_hosts_bring_their_rows_of_the_same_batches(monkeypatch):
 
 
 def test_a_batch_splits_over_all_devices():
-    assert [encoders._whole(batch, split_mesh()) for batch in (256, 20, 8, 3)] == [256, 16, 8, 8]
+    assert [encoders.whole_batch(size, split_mesh()) for size in (256, 20, 8, 3)] == [256, 24, 8, 8]
     shapes = text_tower("mclip").batch_shapes(split_mesh(), tokens=10)
     assert (shapes["ids"].shape, shapes["_mask"].shape) == ((256, 10), (256,))
     assert text_tower("clip").batch_shapes(one_device(), tokens=50)["ids"].shape == (256, ROOM)
