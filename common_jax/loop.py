@@ -86,7 +86,7 @@ def train(
             logging.info("%s is finished already: %s", task.title, workdir)
             return result
         with jax.set_mesh(mesh), signals.deferred():
-            return _train(
+            result = _train(
                 task,
                 run,
                 optim,
@@ -96,6 +96,8 @@ def train(
                 mesh=mesh,
                 config=config,
             )
+        give_back()  # the state's memory, for what the caller reads next
+        return result
 
 
 def check(
