@@ -191,6 +191,8 @@ def _train(
         run_id=identity.id,
         foreign=stock.foreign,
         averaged_from=averaged[-1] if averaged else 0,
+        # Where devices have no memory of their own, less is left for files.
+        at_once=_largest(abstract) if jax.default_backend() == "cpu" else None,
     )
     if fresh:
         _write_account(task, workdir, warm)
@@ -248,7 +250,8 @@ def _train(
         seed_there = jax.device_put(np.uint32(seed), meshes.replicated(mesh))
         traced = _traced_steps(run, start, total)
         for done in range(start + 1, total + 1):
-            checkpoints.release()
+            if checkpoints.release():
+                give_back()  # what the files took until they were written
             if traced and done == traced[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             # The state is donated: nothing else may refer to the old one from here on.
@@ -390,6 +393,11 @@ def _measure(task: Task, state: TrainState, due: Due) -> dict[str, float]:
         for prefix, evaluate in task.evaluators.items()
         for name, value in evaluate(params, task.helpers, step).items()
     }
+
+
+def _largest(abstract: TrainState) -> int:
+    """Bytes of the largest array."""
+    return max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
 
 
 def _prefetch(

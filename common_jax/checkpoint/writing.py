@@ -57,6 +57,9 @@ class Checkpoints:
       foreign: reasons why checkpoints are not the run's, by step; they are put aside.
       averaged_from: first step whose average is whole; before it, a checkpoint has its average
         under another name, for resuming alone.
+      at_once: bytes of one item's arrays, parameters or trainer, that are being compressed and
+        written at a time, at least those of the largest array; None for all. Files wait in memory
+        until they are written, almost as large as the arrays.
     """
 
     def __init__(
@@ -69,11 +72,12 @@ class Checkpoints:
         run_id: str | None = None,
         foreign: Mapping[int, str] | None = None,
         averaged_from: int = 0,
+        at_once: int | None = None,
     ):
         refuse_pattern(workdir, "workdir")
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
-        self._averaged_from = averaged_from
+        self._averaged_from, self._at_once = averaged_from, at_once
         self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
         self._reads = False  # whether orbax may be reading the memory of a state
         # Step and expected content of the save in progress, for the check in orbax's thread.
@@ -135,12 +139,13 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._reads = jax.default_backend() == "cpu" and size >= LARGE
 
-    def release(self) -> None:
-        """Waits until a large state has been written; raises as `save`. Until then a step cannot
-        reuse the state's memory, and would make a second one."""
-        if self._reads:
-            self._reads = False
+    def release(self) -> bool:
+        """Waits until a large state has been written, and returns whether there was one; raises as
+        `save`. Until then a step cannot reuse the state's memory, and would make a second one."""
+        reads, self._reads = self._reads, False
+        if reads:
             self._attempt(self._finish)
+        return reads
 
     def score(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds the metrics of a checkpoint that was saved without them."""
@@ -211,7 +216,18 @@ class Checkpoints:
             enable_async_checkpointing=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._look),
         )
-        return _Manager(self.folder, options=options)
+        return _Manager(self.folder, options=options, handler_registry=self._handlers())
+
+    def _handlers(self) -> ocp.handlers.CheckpointHandlerRegistry:
+        """orbax's handlers, of which those for arrays keep to `at_once`."""
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        if self._at_once is not None:
+            limit = -(-self._at_once // 10**9)  # whole GB
+            for name in ("params", "trainer", AVERAGE, PARTIAL_AVERAGE):
+                handler = ocp.StandardCheckpointHandler(save_concurrent_gb=limit)
+                registry.add(name, ocp.args.StandardSave, handler)
+                registry.add(name, ocp.args.StandardRestore, handler)
+        return registry
 
     def _look(self) -> None:
         """Raises OSError unless a save's files have the expected content.

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from jax import numpy as jnp
@@ -148,10 +149,34 @@ def test_a_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch,
     checkpoints, finished = Checkpoints(tmp_path, keep=1, best=None), []
     checkpoints.save(state(1, 0.0), step=1, config={}, metrics=None)
     monkeypatch.setattr(checkpoints, "_finish", lambda: finished.append(1))
-    for _ in range(2):  # the second step has nothing to wait for
-        checkpoints.release()
+    # The second step has nothing to wait for.
+    assert [checkpoints.release(), checkpoints.release()] == [waits, False]
     assert finished == [1] * waits
     monkeypatch.undo()
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("at_once", "limit"), [(8, 1), (10**9 + 1, 2)])
+def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, limit):
+    used = []
+
+    class Handler(ocp.StandardCheckpointHandler):
+        def __init__(self, *, save_concurrent_gb):
+            super().__init__(save_concurrent_gb=save_concurrent_gb)
+            self.limit = save_concurrent_gb
+
+        async def async_save(self, directory, *others, **more):
+            used.append((directory.name.partition(".")[0], self.limit))
+            return await super().async_save(directory, *others, **more)
+
+    monkeypatch.setattr(ocp, "StandardCheckpointHandler", Handler)
+    checkpoints = Checkpoints(tmp_path, keep=1, best=None, at_once=at_once)
+    checkpoints.save(state(1, 0.5), step=1, config={}, metrics=None)
+    checkpoints.wait()
+    assert sorted(used) == [("params", limit), ("trainer", limit)]
+    jax.tree.map(
+        np.testing.assert_array_equal, checkpoints.restore_latest(abstract()), state(1, 0.5)
+    )
     checkpoints.close()
 
 
