@@ -183,7 +183,7 @@ def collate(
     sources = elements(examples.source, indices)
     if examples.drops:
         sources = [
-            _drop(ids, example_generator(seed, epoch, int(i)), noise.mask_prob)
+            _drop(ids, (seed, epoch, int(i)), noise.mask_prob)
             for ids, i in zip(sources, indices, strict=True)
         ]
     targets = elements(examples.target, indices)
@@ -262,8 +262,14 @@ def evaluation_batches(
         }
 
 
-def _drop(ids: np.ndarray, generator: np.random.Generator, mask_prob: float) -> np.ndarray:
-    return drop_tokens(ids, generator.random(len(ids), dtype=np.float32), mask_prob)
+def _drop(ids: np.ndarray, place: tuple[int, int, int], mask_prob: float) -> np.ndarray:
+    """The tokens that stay; `place` is (seed, epoch, example)."""
+    # No draw is above 1, and making a generator takes most of the time of a batch.
+    if mask_prob == 1:
+        draws = np.zeros(len(ids), np.float32)
+    else:
+        draws = example_generator(*place).random(len(ids), dtype=np.float32)
+    return drop_tokens(ids, draws, mask_prob)
 
 
 def _padded_length(sentences: Sequence[np.ndarray], batching: BatchingConfig, room: int) -> int:

@@ -76,8 +76,10 @@ def rescore(run: Finished, folder: epath.Path, mesh: Mesh) -> dict[str, Any]:
     data.check(train=False)
     model = Model.of(config, data)
     test = data.load(config.data.test_split, train=False)
+    frozen = model.frozen(mesh)
+    data.release_towers()
     params = checkpoint.load(run.step, mesh=mesh, rules=model.rules, average=True)
-    params = {**model.frozen(mesh), **params}
+    params = {**frozen, **params}
     return score_split(config, folder, test, model.translate(data), params, step=run.step.name)
 
 

@@ -69,8 +69,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/data/feed.py",
         "all sentences lose their tokens by the same draws",
-        "example_generator(seed, epoch, int(i))",
-        "example_generator(seed, epoch, 0)",
+        "(seed, epoch, int(i))",
+        "(seed, epoch, 0)",
         FEED,
     ),
     Mistake(
