@@ -29,7 +29,6 @@ WITHOUT_DATA = (
     "exact",
     "layer",
     "milliseconds",
-    "sentences per second, median of 3 (all)",
     "case",
 )
 VERDICTS = ("holds", "does not hold", "not testable here")
