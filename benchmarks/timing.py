@@ -230,8 +230,9 @@ def check_losses(cases: Mapping[str, Callable[[], Any]], tolerance: float) -> fl
     """Runs three steps of each case, and returns the largest difference between the losses of the
     first one and the others; fails if that is above `tolerance`."""
     losses = {name: np.asarray([float(case()) for _ in range(3)]) for name, case in cases.items()}
+    width = max(map(len, losses)) + 2
     for name, values in losses.items():
-        print(f"{name:14s}losses " + ", ".join(f"{value:.6f}" for value in values))
+        print(f"{name:{width}s}losses " + ", ".join(f"{value:.6f}" for value in values))
     first, *others = losses.values()
     wrong = max(float(abs(first - values).max()) for values in others)
     assert wrong < tolerance, f"losses differ by {wrong}"

@@ -10,9 +10,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from flax import traverse_util
 
 from common_jax import checkpoint
+from m2mkd_jax.models.encoder import Interface
+from m2mkd_jax.nac import model
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -41,6 +45,27 @@ def test_a_training_step_of_mbart_has_a_loss(load):
     batch = mbart_step.make_batch(sizes, translator.config.mbart)
     step = mbart_step.training_step(translator, params, batch, dropout=0.1)
     assert float(step()) > 0
+
+
+def test_a_step_of_a_nac_is_given_all_its_random_numbers(load):
+    nac_step, (config, side, labels) = load("nac_step"), model.preset("tinyimagenet")
+    network = model.build(config, Interface(side, 3, labels), drop_path=nac_step.DROP_PATH)
+    noise = traverse_util.unflatten_dict(nac_step.make_noise(config, 2), sep="/")
+
+    def logits(images, noise):
+        # Without keys, numbers that are missing or of another shape are an error.
+        params = network.init(jax.random.key(0))
+        return network.apply(params, images, train=True, noise=noise)[0]
+
+    images = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
+    assert jax.eval_shape(logits, images, noise).shape == (2, labels)
+
+
+def test_without_torch_the_peers_of_a_nac_are_left_out(load, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    sizes = argparse.Namespace(dtype="float32", threads=1)
+    assert load("nac_step").make_peers(sizes, model.NacConfig(), {}, {}, {}) == {}
+    assert capsys.readouterr().out.startswith("torch is left out: import of torch halted")
 
 
 def test_untrained_sources_of_a_distillation_are_found(load, tmp_path):
