@@ -373,8 +373,7 @@ def write_params(
         step=zero, params=params, opt_state={}, ema=None, sums={}, skipped=zero, skipped_in_row=zero
     )
     run_id = keep_identity(workdir).id
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id, at_once=largest)
+    checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
     try:
         checkpoints.save(state, step=0, config=config, metrics=None)
         checkpoints.wait()

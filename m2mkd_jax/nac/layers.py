@@ -18,6 +18,7 @@ from common_jax.nn import dense
 from common_jax.nn.mlp import gelu
 from common_jax.nn.norm import LayerNorm
 from common_jax.ranges import BelowOne, Finite, Positive, one_of
+from m2mkd_jax.nac.products import scale_by
 
 NORM_EPS = 1e-5
 L2_EPS = 1e-12
@@ -135,7 +136,7 @@ class CodeLinear(nn.Module):
             y = jnp.matvec(self._matrices(codes).astype(self.dtype), x)
         else:
             if config.kind == "modulated":
-                x = x * self.scales(codes, train=train).astype(self.dtype)
+                x = scale_by(x, self.scales(codes, train=train).astype(self.dtype))
                 x = NORMALISATIONS[config.renormalization](x)
             y = dense.matmul(x, self.kernel.astype(self.dtype))
         if self.use_bias:

@@ -16,6 +16,7 @@ from common_jax.nn import dense
 from common_jax.nn.mlp import INIT, gelu
 from common_jax.ranges import Count, Size, one_of
 from m2mkd_jax.nac.layers import norm
+from m2mkd_jax.nac.products import Depthwise
 
 NORM_EPS = 1e-6  # of the trunk; the rest of NAC has 1e-5
 STEM = 4
@@ -142,15 +143,7 @@ class ConvNeXtBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B I J _"]) -> Float[Array, "B I J _"]:
         width = x.shape[-1]
-        y = nn.Conv(
-            width,
-            (DEPTHWISE, DEPTHWISE),
-            padding=DEPTHWISE // 2,
-            feature_group_count=width,
-            kernel_init=INIT,
-            dtype=self.dtype,
-            name="depthwise",
-        )(x)
+        y = Depthwise(DEPTHWISE, self.dtype, name="depthwise")(x)
         y = norm("norm", self.dtype, NORM_EPS)(y)
         layer = functools.partial(
             nn.Dense, kernel_init=INIT, dtype=self.dtype, dot_general=dense.product
