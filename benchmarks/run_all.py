@@ -38,7 +38,6 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("decode", ("--sentences", "64")),
     ("mclip_features", ()),
     ("cold_start", ()),
-    ("compilation", ()),
     ("checkpoint", ()),
     ("input_pipeline", ("--images", "1024")),
     ("corpus", ()),

@@ -31,17 +31,37 @@ from m2mkd_jax.moe.layer import MoeMlp
 from m2mkd_jax.moe.routers import Routes, rank_in_expert
 
 TOLERANCE = 1e-4
+NORM_EPS = 1e-6
 
 
-def parse_sizes() -> argparse.Namespace:
-    parser = timing.parser(__doc__)
+def block_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the sizes of a block."""
+    parser = timing.parser(doc)
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--chosen", type=int, default=2, help="experts per token")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=768, help="hidden width of an expert")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=197, help="tokens of an example")
+    return parser
+
+
+def make_block(sizes: argparse.Namespace, moe: MoeConfig) -> Block:
+    """A V-MoE block in float32."""
+    encoder = EncoderConfig(
+        patch=16,
+        width=sizes.width,
+        heads=sizes.heads,
+        hidden=sizes.hidden,
+        qkv_bias=True,
+        norm_eps=NORM_EPS,
+    )
+    return Block(encoder, BlockConfig(moe=moe), jnp.float32)
+
+
+def parse_sizes() -> argparse.Namespace:
+    parser = block_parser(__doc__)
+    parser.add_argument("--chosen", type=int, default=2, help="experts per token")
     parser.add_argument("--capacity-factor", type=float, default=1.05, help="as V-MoE trains")
     parser.add_argument("--groups", type=int, default=4, help="routing groups of the batch")
     return parser.parse_args()
@@ -99,21 +119,12 @@ def main() -> None:
         "capacity": capacity,
         "dropless": dataclasses.replace(capacity, dispatch="dropless"),
     }
-    encoder = EncoderConfig(
-        patch=16,
-        width=sizes.width,
-        heads=sizes.heads,
-        hidden=sizes.hidden,
-        qkv_bias=True,
-        norm_eps=1e-6,
-    )
     shape = (sizes.examples, sizes.tokens, sizes.width)
     x = jax.random.normal(jax.random.key(0), shape)
-    params = Block(encoder, BlockConfig(moe=capacity), jnp.float32).init(jax.random.key(1), x, True)
-    params = params["params"]
+    params = make_block(sizes, capacity).init(jax.random.key(1), x, True)["params"]
 
     def block(moe: MoeConfig) -> Callable:
-        network = Block(encoder, BlockConfig(moe=moe), jnp.float32)
+        network = make_block(sizes, moe)
         return lambda params, x: network.apply({"params": params}, x, True)
 
     def layer(moe: MoeConfig) -> Callable:

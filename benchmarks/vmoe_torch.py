@@ -10,7 +10,6 @@ parameters, float32. All outputs and gradients are compared first.
     python benchmarks/vmoe_torch.py
 """
 
-import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,24 +17,11 @@ import jax
 import numpy as np
 import timing
 from flax import traverse_util
-from jax import numpy as jnp
+from vmoe_block import NORM_EPS, block_parser, make_block
 
-from m2mkd_jax.models.encoder import Block, BlockConfig, EncoderConfig
 from m2mkd_jax.moe.config import MoeConfig
 
 TOLERANCE = 1e-4
-EPS = 1e-6
-
-
-def parse_sizes() -> argparse.Namespace:
-    parser = timing.parser(__doc__)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=768, help="hidden width of an expert")
-    parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=197, help="tokens of an example")
-    return parser.parse_args()
 
 
 def plain(torch: Any, p: Mapping[str, Any], heads: int, chosen: int) -> Callable[[Any], Any]:
@@ -43,7 +29,7 @@ def plain(torch: Any, p: Mapping[str, Any], heads: int, chosen: int) -> Callable
     f = torch.nn.functional
 
     def norm(x: Any, name: str) -> Any:
-        return f.layer_norm(x, x.shape[-1:], p[f"{name}/scale"], p[f"{name}/bias"], EPS)
+        return f.layer_norm(x, x.shape[-1:], p[f"{name}/scale"], p[f"{name}/bias"], NORM_EPS)
 
     def attention(x: Any) -> Any:
         batch, tokens, width = x.shape
@@ -79,19 +65,11 @@ def plain(torch: Any, p: Mapping[str, Any], heads: int, chosen: int) -> Callable
 
 
 def main() -> None:
-    sizes = parse_sizes()
+    sizes = block_parser(__doc__).parse_args()
     timing.start(sizes.threads, keep_memory=True)
     torch, _ = timing.import_torch(sizes.threads)
     moe = MoeConfig(experts=sizes.experts, expert_init="fan_in")
-    encoder = EncoderConfig(
-        patch=16,
-        width=sizes.width,
-        heads=sizes.heads,
-        hidden=sizes.hidden,
-        qkv_bias=True,
-        norm_eps=EPS,
-    )
-    network = Block(encoder, BlockConfig(moe=moe), jnp.float32)
+    network = make_block(sizes, moe)
     x, dy = jax.random.normal(jax.random.key(0), (2, sizes.examples, sizes.tokens, sizes.width))
     params = network.init(jax.random.key(1), x, True)["params"]
     # Initial gates are nearly even; larger ones choose experts as differently as trained ones do.

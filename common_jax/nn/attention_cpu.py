@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def fits(dtype: DTypeLike) -> bool:
-    """True if `attend` is for arrays of this dtype."""
+    """True if sums in this dtype need no wider one, which forms for CPUs take for granted."""
     return dtype in (jnp.float32, jnp.float64)
 
 

@@ -11,12 +11,13 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from common_jax.nn.attention_cpu import fits
 from common_jax.nn.mlp import INIT
 
 
 def scale_by(x: Float[Array, "*B T D"], scales: Float[Array, "#T D"]) -> Float[Array, "*B T D"]:
     """x * scales, the same scales for all examples."""
-    if x.ndim < 3 or scales.shape != x.shape[-2:] or not _fits(x.dtype):
+    if x.ndim < 3 or scales.shape != x.shape[-2:] or not fits(x.dtype):
         return x * scales
     return jax.lax.platform_dependent(x, scales, cpu=_scale, default=jnp.multiply)
 
@@ -36,15 +37,10 @@ class Depthwise(nn.Module):
         kernel = self.param("kernel", INIT, (self.side, self.side, 1, width))
         bias = self.param("bias", nn.initializers.zeros, (width,))
         x, kernel, bias = (part.astype(self.dtype) for part in (x, kernel, bias))
-        if _fits(x.dtype):
+        if fits(x.dtype):
             forms = {"cpu": _convolve_by_shifts, "default": _convolve}
             return jax.lax.platform_dependent(x, kernel, **forms) + bias
         return _convolve(x, kernel) + bias
-
-
-def _fits(dtype: DTypeLike) -> bool:
-    """True if sums in this dtype need no wider one."""
-    return dtype in (jnp.float32, jnp.float64)
 
 
 @jax.custom_vjp
