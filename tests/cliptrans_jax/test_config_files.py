@@ -200,6 +200,8 @@ def test_every_item_of_a_sweep_is_understood(name):
         ("multi30k", "prefix=-1", r"^prefix=-1"),
         ("multi30k", "translator=t5", "translator='t5' must be one of"),
         ("multi30k_tiny", "stage=caption", "stage='caption' has no recipe here"),
+        ("multi30k_tiny", "stage=text_recon", "needs features of sentences: give text_tower="),
+        ("multi30k_tiny", "stage=pipeline", "needs features of sentences: give text_tower="),
         ("wit", "pair=en_ru", "pair='en_ru' must be one of"),
     ],
 )
@@ -229,6 +231,20 @@ def test_the_recipe_of_the_text_only_literature():
     assert config.tokenizer.lower and config.tokenizer.vocab == sizes.vocab == 10_000
     assert (config.decode.beams, config.decode.length_penalty) == (5, 1)
     assert config.data.pair == ("en", "fr")
+
+
+def test_stages_on_texts_alone_share_a_frozen_text_tower():
+    pipeline = load("multi30k_tiny", "stage=pipeline,text_tower=weights/e5,scale=0.5")
+    assert list(pipeline.recipes) == ["text_recon", "translate"]
+    assert [recipe.optim.steps for recipe in pipeline.recipes.values()] == [2000, 4000]
+    assert [recipe.optim.warmup_steps for recipe in pipeline.recipes.values()] == [500, 1000]
+    single = load("multi30k_tiny", "stage=text_recon,text_tower=weights/e5")
+    assert single.optim.steps == 4000 and single.label_smoothing == 0.1
+    for config in (pipeline, single):
+        assert config.sources.clip_text == config.clip_tokenizer.path == "weights/e5"
+        assert (config.model.mapper.prefix, config.model.mapper.features) == (10, 384)
+        assert (config.freeze, config.caption_language) == ("nothing", "de")
+    assert load("multi30k_tiny", "").model.mapper.prefix == 0
 
 
 @pytest.mark.parametrize("scale", [0.002, 0.04, 0.1, 0.5, 3])
