@@ -34,6 +34,7 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vmoe_torch", ()),
     ("nac_read_in", ()),
     ("nac_step", ("--batch", "2")),
+    ("kept_memory", ("--threads", "1")),
     ("mbart_step", ()),
     ("decode", ("--sentences", "64")),
     ("mclip_features", ()),

@@ -278,6 +278,17 @@ def test_a_run_that_another_process_is_at_is_let_alone(tmp_path, capsys, stand_i
     assert "alpha=0.3,seed=0  is being run by another process" in capsys.readouterr().out
 
 
+def test_a_demo_s_runs_keep_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+    said = "import os; print(os.environ['GLIBC_TUNABLES'], os.environ['JAX_PLATFORMS'])"
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    jobs.run_all({"ours": jobs.Job(("-c", said))}, tmp_path, at_a_time=1)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
+    jobs.run_all({"theirs": jobs.Job(("-c", said))}, tmp_path, at_a_time=1)
+    (settings,) = jobs.KEPT_MEMORY.values()
+    assert (tmp_path / "ours.log").read_text() == f"{settings} cpu\n"
+    assert (tmp_path / "theirs.log").read_text() == "glibc.malloc.perturb=0 cpu\n"
+
+
 def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, capsys, stand_in):
     give, take = stand_in
     flags = ("--config.seed=0",)

@@ -26,8 +26,8 @@ from their own features, for half as many updates; "pipeline" is that stage and 
     python -m cliptrans_jax.main --workdir=runs/tiny_e5 --config.data.path=/data/multi30k \\
         --config=configs/cliptrans/multi30k_tiny.py:stage=pipeline,text_tower=weights/e5
 
-On a CPU `--config.optim.accumulate=4` makes updates a quarter faster: what a smaller batch computes
-stays in its caches.
+On a CPU `--config.optim.accumulate=4` makes updates faster: what a smaller batch computes stays in
+the caches.
 """
 
 import dataclasses

@@ -24,6 +24,13 @@ from common_jax.report import Table
 from common_jax.workdir import check_output, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+# XLA allocates a step's buffers in every step on a CPU. With these settings, which a process reads
+# when it starts, glibc keeps them from step to step: in one heap that never shrinks, with no
+# mappings beside it, and in pages of 2 MB. `benchmarks/kept_memory.py` compares.
+KEPT_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=1000000000000:glibc.malloc.hugetlb=1"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +203,7 @@ def _start(job: Job, workdir: pathlib.Path, name: str, core: int) -> subprocess.
     with open(workdir / f"{name}.log", "a") as log:
         # Most of the time is compilation, a fifth shorter at this level; steps are as fast.
         xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1"
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+        environment = KEPT_MEMORY | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
         # Networks this small are quickest on a core each; two threads would wait for each other.
         return subprocess.Popen(
             _on_cores(str(core), command), stdout=log, stderr=log, cwd=ROOT, env=environment
