@@ -6,14 +6,15 @@ A benchmark prints for people and, as its last line, JSON:
 
 where CLAIM has `claim` and `peer` in words, `ratio` of the peer's seconds to ours (above 1: ours is
 faster), the median over turns, `low` and `high`, the smallest and the largest of these ratios,
-`processor`, the median in processor seconds, which depend less on other work on the machine,
-`repeats`, the number of turns, and `target`, the expected ratio, or null.
+`processor`, the median in processor seconds, which depend less on other work on the machine, or
+null, `repeats`, the number of turns, and `target`, the expected ratio, or null.
 """
 
 import argparse
 import ctypes
 import json
 import os
+import resource
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -54,7 +55,7 @@ def start(threads: int, *, keep_memory: bool = False) -> None:
       threads: cores that the process may use.
       keep_memory: whether glibc keeps freed memory on a CPU, for all cases. XLA allocates and frees
         all buffers in every step, and requesting a gigabyte of pages each time takes a fifth of it.
-        Runs do not do this, since other processes may need the memory.
+        Of runs only those of demos do this, since other processes may need the memory.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if keep_memory:
@@ -92,9 +93,16 @@ def import_torch(threads: int) -> tuple[Any, Any]:
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
     """Seconds until the result is ready: of the clock, and of processors."""
-    start = np.asarray([time.perf_counter(), time.process_time()])
+    start = clocks()
     jax.block_until_ready(function(*arguments))
-    return np.asarray([time.perf_counter(), time.process_time()]) - start
+    return clocks() - start
+
+
+def clocks() -> np.ndarray:
+    """Seconds of the clock, and of processors, with those of processes that were waited for."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processors = time.process_time() + ended.ru_utime + ended.ru_stime
+    return np.asarray([time.perf_counter(), processors])
 
 
 def take_turns(cases: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
@@ -139,10 +147,11 @@ def report(
         print(f"{name:{width}s}{describe(seconds)}")
     for claim in claims:
         target = "" if claim["target"] is None else f", target {claim['target']}"
+        processor = "" if claim["processor"] is None else f"{claim['processor']:.2f}"
         print(
             f"{claim['claim']}: {claim['peer']} / ours {claim['ratio']:.2f} "
-            f"({claim['low']:.2f} to {claim['high']:.2f}, {claim['repeats']} turns{target}); by "
-            f"processor seconds {claim['processor']:.2f}"
+            f"({claim['low']:.2f} to {claim['high']:.2f}, {claim['repeats']} turns{target})"
+            f"{processor and f'; by processor seconds {processor}'}"
         )
     seconds = {name: float(np.median(turns[:, 0])) for name, turns in times.items()}
     print(json.dumps({"benchmark": benchmark, "claims": claims, "seconds": seconds} | details))
