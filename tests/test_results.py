@@ -28,7 +28,8 @@ WITHOUT_DATA = (
     "CIFAR-10, 100 images a class",
     "found among 64, new words (validation set)",
     "exact",
-    "case",
+    "case, ViT and V-MoE",
+    "case, CLIPTrans",
 )
 VERDICTS = ("holds", "does not hold", "not testable here")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
