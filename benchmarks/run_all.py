@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from common_jax.signals import ends_quietly
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
 NOTES = ROOT / "benchmarks" / "notes.md"
@@ -223,6 +225,7 @@ def page(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     flags.results.mkdir(parents=True, exist_ok=True)

@@ -87,17 +87,25 @@ def status() -> int:
 
 
 def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """A tool's main function, which Ctrl-C ends with a line in place of a traceback."""
+    """A tool's main function. Ctrl-C ends it with a line in place of a traceback, and SIGTERM as
+    sys.exit does: what waits for a process that it has started can end that, too."""
 
     @functools.wraps(main)
     def wrapped(*arguments: object) -> int | None:
+        before = signal.signal(signal.SIGTERM, _leave)
         try:
             return main(*arguments)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(STATUSES[signal.SIGINT])
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return wrapped
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _stop(number: int, frame: object) -> None:

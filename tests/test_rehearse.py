@@ -1,6 +1,8 @@
 """The rehearsal at published sizes: its files are read, its parts measured and not run twice."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 import rehearse
@@ -102,3 +104,21 @@ def test_a_run_is_stopped_after_its_first_line(tmp_path):
     run.mkdir()
     part = Part(("-c", code, str(run / "checkpoints")), "run/checkpoints", stopped=True)
     assert rehearse.measure(tmp_path, "stopped", part)["seconds"] < 30
+
+
+def test_a_part_ends_with_the_rehearsal(tmp_path, monkeypatch):
+    started, real = [], subprocess.Popen
+
+    def start(*arguments, **settings):
+        started.append(real(*arguments, **settings))
+        return started[-1]
+
+    def asked_to_stop(pid, options):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(rehearse.subprocess, "Popen", start)
+    monkeypatch.setattr(rehearse.os, "wait4", asked_to_stop)
+    with pytest.raises(SystemExit, match="143"):
+        rehearse.measure(tmp_path, "sleep", Part(("-c", "import time; time.sleep(60)"), "made"))
+    (process,) = started
+    assert process.returncode == -signal.SIGTERM

@@ -12,7 +12,10 @@ import pathlib
 import re
 import runpy
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import sweep
@@ -287,6 +290,33 @@ def test_a_demo_s_runs_keep_memory_unless_the_user_says_otherwise(tmp_path, monk
     (settings,) = jobs.KEPT_MEMORY.values()
     assert (tmp_path / "ours.log").read_text() == f"{settings} cpu\n"
     assert (tmp_path / "theirs.log").read_text() == "glibc.malloc.perturb=0 cpu\n"
+
+
+DEMO = """
+import pathlib, sys
+from common_jax.commands.sweep import jobs
+from common_jax.signals import ends_quietly
+SAVE = "import os, pathlib, signal, sys, time; place = pathlib.Path(sys.argv[1][10:] + '.pid')\\n"
+SAVE += "signal.signal(signal.SIGTERM, lambda *_: (place.unlink(), sys.exit()))\\n"
+SAVE += "place.touch(); time.sleep(60)"
+
+@ends_quietly
+def main():
+    jobs.run_all({"run": jobs.Job(("-c", SAVE))}, pathlib.Path(sys.argv[1]), at_a_time=1)
+
+main()
+"""
+
+
+def test_a_demo_waits_for_its_runs_after_sigterm(tmp_path):
+    running = tmp_path / "run.pid"  # as long as the run lives
+    demo = subprocess.Popen([sys.executable, "-c", DEMO, tmp_path])
+    while not running.exists():
+        assert demo.poll() is None
+        time.sleep(0.1)
+    demo.terminate()
+    assert demo.wait(30) == 143
+    assert not running.exists()
 
 
 def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, capsys, stand_in):

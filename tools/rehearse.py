@@ -128,11 +128,16 @@ def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
         process = subprocess.Popen(
             [sys.executable, *part.command], env=environment(), cwd=ROOT, stdout=log, stderr=log
         )
-        # So that the kernel, where memory runs out, ends this process and no other.
-        pathlib.Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        if part.stopped:
-            stop_after_first_step(process, (folder / part.made).parent / "metrics.jsonl")
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            # So that the kernel, where memory runs out, ends this process and no other.
+            pathlib.Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+            if part.stopped:
+                stop_after_first_step(process, (folder / part.made).parent / "metrics.jsonl")
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # Ctrl-C or SIGTERM: the part ends with us
+            process.terminate()
+            process.wait()
+            raise
     if status or not (folder / part.made).exists():
         sys.exit(f"{name} failed with status {os.waitstatus_to_exitcode(status)}; see {log.name}")
     return {

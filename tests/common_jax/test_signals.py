@@ -117,3 +117,20 @@ def test_a_tool_says_a_line():
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+
+
+def test_a_tool_ends_at_sigterm_as_at_an_exit():
+    ended, before = [], signal.getsignal(signal.SIGTERM)
+
+    @signals.ends_quietly
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            ended.append(True)
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 143 and ended
+    assert signal.getsignal(signal.SIGTERM) is before

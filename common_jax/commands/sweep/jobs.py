@@ -91,8 +91,9 @@ def run_all(
     after_each: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure. After Ctrl-C it waits until the runs
-    have saved. `after_each` is called with the name of every job that is finished."""
+    output in WORKDIR/NAME.log; exits at the first failure. Then, and after Ctrl-C or SIGTERM, it
+    waits until the runs have saved. `after_each` is called with the name of every job that is
+    finished."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -109,14 +110,11 @@ def run_all(
                 sys.exit(f"{name} failed; see {workdir / name}.log")
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
             after_each(name)
-    except SystemExit:  # of `after_each`, too
+    except (SystemExit, KeyboardInterrupt) as end:  # of `after_each`, too
+        # If a terminal has sent SIGINT to them already, the two count as one request.
+        number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM
         for process, _ in running.values():
-            process.terminate()
-        raise
-    except KeyboardInterrupt:
-        # If a terminal has sent it to them already, the two count as one request.
-        for process, _ in running.values():
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         for process, _ in running.values():
             process.wait()
         raise
