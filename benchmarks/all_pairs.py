@@ -36,6 +36,7 @@ from common_jax import checkpoint
 from common_jax.command_line import read_config_file
 from common_jax.config import freeze
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.signals import ends_quietly
 from common_jax.state import step_rngs
 from m2mkd_jax.config import Config
 from m2mkd_jax.phases.networks import meta_network, teacher_network
@@ -190,6 +191,7 @@ def compare_runs(
     }
 
 
+@ends_quietly
 def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--steps", type=int, default=88, help="updates of a whole run")

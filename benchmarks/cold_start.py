@@ -17,6 +17,8 @@ import tempfile
 
 import timing
 
+from common_jax.signals import ends_quietly
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = ("--config=configs/m2mkd/digits.py:phase=end_to_end", "--config.run.log_every=1")
 IMPORT = "import m2mkd_jax.main"
@@ -49,6 +51,7 @@ def launch(code: str, *arguments: str, cached: bool = False) -> None:
         raise SystemExit(done.stderr)
 
 
+@ends_quietly
 def main() -> None:
     sizes = parse_sizes()
     timing.start(sizes.threads)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import timing
 
+from common_jax.signals import ends_quietly
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PIPELINES = {
     "V-MoE on digits": ("m2mkd_jax", "configs/m2mkd/digits.py:phase=pipeline,scale=0.01"),
@@ -119,6 +121,7 @@ def show(pipeline: str, runs: dict[str, list[Program]]) -> None:
         print(f"{phase} | {count} | {large} | {twice} | {seconds:.1f}")
 
 
+@ends_quietly
 def main() -> None:
     flags = parse_flags()
     timing.start(flags.threads)

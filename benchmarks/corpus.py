@@ -41,6 +41,7 @@ from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.tokens import TokenizerConfig, load_tokenizer
 from cliptrans_jax.runs.run_data import RunData
 from common_jax.mesh import MeshConfig, make_mesh
+from common_jax.signals import ends_quietly
 
 PAIR = ("en", "de")
 BATCH = 256
@@ -216,6 +217,7 @@ def start_twice(folder: pathlib.Path, threads: int) -> dict[str, dict[str, float
     return starts
 
 
+@ends_quietly
 def main() -> None:
     sizes = parse_sizes()
     timing.start(sizes.threads)

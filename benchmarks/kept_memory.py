@@ -10,6 +10,7 @@ this variable alone take turns, step by step. Their losses must be equal.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -75,7 +76,8 @@ class Peer:
 
     def __call__(self) -> np.ndarray:
         """Seconds of a step, of the clock and of processors."""
-        print(file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # if it has ended, it gives no answer
+            print(file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().split()
         if not answer:
             raise SystemExit(f"a process ended with status {self.process.wait()}")

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 import textwrap
@@ -107,7 +108,10 @@ def parse_flags() -> argparse.Namespace:
     names = [name for name, _ in BENCHMARKS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument(
-        "--threads", type=int, default=2, help="of benchmarks and peers, where nothing else is set"
+        "--threads",
+        type=int,
+        default=2,
+        help="of benchmark and peers, if BENCHMARKS has none",
     )
     parser.add_argument("--results", default=ROOT / "build" / "bench", type=pathlib.Path)
     return parser.parse_args()
@@ -118,14 +122,20 @@ def run(name: str, flags: tuple[str, ...]) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *flags]
     load, start = round(os.getloadavg()[0], 1), time.perf_counter()
     print(f"{name} {' '.join(flags)}", flush=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
+        output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return {"benchmark": name, "claims": [], "error": f"took more than {LIMIT} seconds"}
-    print(textwrap.indent(done.stdout, "    "), flush=True)
-    if done.returncode:
-        return {"benchmark": name, "claims": [], "error": f"ended with status {done.returncode}"}
-    result = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        if process.returncode is None:  # with what it has started, which would disturb the next
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    print(textwrap.indent(output, "    "), flush=True)
+    if process.returncode:
+        return {"benchmark": name, "claims": [], "error": f"ended with status {process.returncode}"}
+    result = json.loads(output.splitlines()[-1])
     took = time.perf_counter() - start
     return result | {"flags": flags, "load_before": load, "took": took}
 
@@ -231,7 +241,7 @@ def main() -> None:
     flags.results.mkdir(parents=True, exist_ok=True)
     for name, arguments in BENCHMARKS:
         if name in flags.only:
-            # Of two --threads the last counts.
+            # The last --threads wins.
             result = run(name, ("--threads", str(flags.threads), *arguments))
             (flags.results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     files = [flags.results / f"{name}.json" for name, _ in BENCHMARKS]

@@ -55,7 +55,8 @@ def start(threads: int, *, keep_memory: bool = False) -> None:
       threads: cores that the process may use.
       keep_memory: whether glibc keeps freed memory on a CPU, for all cases. XLA allocates and frees
         all buffers in every step, and requesting a gigabyte of pages each time takes a fifth of it.
-        Of runs only those of demos do this, since other processes may need the memory.
+        Of runs only those of demos and of tools/compare_m2mkd.py do this (`jobs.KEPT_MEMORY`),
+        since other processes may need the memory.
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if keep_memory:
@@ -99,7 +100,8 @@ def seconds_of(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
 
 
 def clocks() -> np.ndarray:
-    """Seconds of the clock, and of processors, with those of processes that were waited for."""
+    """Seconds of the clock, and of processors: this process's, and those of children that it has
+    waited for."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     processors = time.process_time() + ended.ru_utime + ended.ru_stime
     return np.asarray([time.perf_counter(), processors])

@@ -37,14 +37,20 @@ class Stopped(BaseException):
     is no Exception, so that nothing handles it as a failure."""
 
 
+def heeded() -> list[signal.Signals]:
+    """The signals that ask this process to stop: SIGTERM, and those that it was not started to
+    ignore, as SIGHUP is under nohup."""
+    return [x for x in REQUESTS if x == signal.SIGTERM or signal.getsignal(x) != signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Accepts requests to stop, until the end of the block; in the main thread, elsewhere it does
-    nothing. A signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
+    nothing. A signal that was ignored before stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [x for x in REQUESTS if x == signal.SIGTERM or signal.getsignal(x) != signal.SIG_IGN]
+    numbers = heeded()
     receive, send = os.pipe()
     os.set_blocking(send, False)
     _received.clear()
@@ -87,11 +93,14 @@ def status() -> int:
 
 
 def ends_quietly(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """A tool's main function. Ctrl-C ends it with a line in place of a traceback, and SIGTERM as
-    sys.exit does: what waits for a process that it has started can end that, too."""
+    """A tool's main function. Ctrl-C ends it with a line in place of a traceback. SIGTERM raises
+    SystemExit in it, so that `except` and `finally` blocks can end processes that it has started.
+    """
 
     @functools.wraps(main)
     def wrapped(*arguments: object) -> int | None:
+        if threading.current_thread() is not threading.main_thread():
+            return main(*arguments)  # signals do not reach it
         before = signal.signal(signal.SIGTERM, _leave)
         try:
             return main(*arguments)

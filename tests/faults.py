@@ -1,6 +1,7 @@
 """What runs survive: kills, requests to stop, damaged files, a full disk, a host that dies.
 
-    python tests/faults.py [--kills 20] [--seed 0] [--only kills full_disk]
+    make test-faults
+    PYTHONPATH=.:tests:tools python tests/faults.py [--kills 20] [--seed 0] [--only kills full_disk]
 
 Every fault is injected for real into processes of their own, and the run is started again until it
 is finished. It has survived when metrics.jsonl and result.json (and CLIPTrans' translations) are
@@ -38,11 +39,13 @@ from processes import DIGITS, Started, finish_all, finish_pair, pair, says, star
 from common_jax.checkpoint import finished_steps
 from common_jax.commands.sweep.jobs import show
 from common_jax.report import Table
+from common_jax.signals import ends_quietly
 
 # Wider, so that a checkpoint is large beside the log and events of a run.
 WIDE = (*DIGITS, "--config.model.width=96", OFTEN)
 
 
+@ends_quietly
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -2,8 +2,8 @@
 rightly or refused clearly.
 
     make fuzz
-    PYTHONPATH=tests python tests/fuzz.py --format='PyTorch archive' --count=200 --seed=1
-    PYTHONPATH=tests python tests/fuzz.py --format=image --only=17 --keep=FOLDER
+    PYTHONPATH=. python tests/fuzz.py --format='PyTorch archive' --count=200 --seed=1
+    PYTHONPATH=. python tests/fuzz.py --format=image --only=17 --keep=FOLDER
 
 A mutant is a function of format, seed and number. Wrong is any exception but the documented ones,
 a message without the file's name or of more than 2,000 characters, more than 256 MB or 5 s of

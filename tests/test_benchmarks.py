@@ -142,3 +142,48 @@ def test_a_peer_that_fails_is_named_and_left_out(load, capsys):
     assert "timm is left out: ValueError: no bits" in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):
         in_turns({"ours": lambda: 1 / 0}, 1)
+
+
+STAND_IN = """
+import os, sys
+kept = "GLIBC_TUNABLES" in os.environ
+for number, _ in enumerate(sys.stdin):
+    print(2.5 - number, *((1, 2) if kept else (3, 3)), flush=True)
+"""
+
+
+def test_steps_with_memory_kept_are_compared_with_those_without(load, tmp_path, monkeypatch):
+    kept_memory, stand_in = load("kept_memory"), tmp_path / "steps.py"
+    stand_in.write_text(STAND_IN)
+    monkeypatch.setattr(kept_memory, "__file__", str(stand_in))
+    flags = argparse.Namespace(threads=1, batch=2, repeats=5)
+    claim, times = kept_memory.compare("NAC", flags)
+    assert (claim["ratio"], claim["processor"], claim["repeats"]) == (3, 1.5, 5)
+    assert {name: turns.shape for name, turns in times.items()} == {
+        "NAC, memory kept": (5, 2),
+        "NAC, glibc's defaults": (5, 2),
+    }
+    stand_in.write_text("raise SystemExit(7)")
+    with pytest.raises(SystemExit, match="ended with status 7"):
+        kept_memory.compare("NAC", flags)
+
+
+def test_a_ratio_that_was_not_measured_leaves_its_cell_empty(load, capsys):
+    run_all, timing = load("run_all"), load("timing")
+    claim = {"claim": "reading", "peer": "PIL", "ratio": 1.5, "low": 1.0, "high": 2.0}
+    claim |= {"processor": None, "repeats": 5, "target": 1.0}
+    timing.report("reading", [claim])
+    said = "reading: PIL / ours 1.50 (1.00 to 2.00, 5 turns, target 1.0)"
+    assert capsys.readouterr().out.splitlines()[0] == said
+    flags = ["--threads", "2", "--repeats", "5", "--threads", "1"]
+    result = {"benchmark": "reading", "claims": [claim], "flags": flags, "load_before": 0.5}
+    (row,) = run_all.rows(result)
+    cells = ["reading", "PIL", "1.50 (1.00 to 2.00)", "", "5", "1", "0.5", "1.0", "yes"]
+    assert [cell.strip() for cell in row.split("|")][1:10] == cells
+
+
+def test_processor_seconds_count_processes_that_were_waited_for(load):
+    timing = load("timing")
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    clock, processor = timing.seconds_of(lambda: subprocess.run([sys.executable, "-c", busy]))
+    assert 0.5 <= processor <= clock + 0.2

@@ -1,4 +1,4 @@
-"""Every field of both configs states what it takes; the whole table is `python tests/flags.py`."""
+"""Every field of both configs states what it takes; the whole table is `make test-flags`."""
 
 import dataclasses
 import types

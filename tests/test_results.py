@@ -21,7 +21,8 @@ DATA = {
     "two small teachers, a and b": "cifar10_two_teachers.json",
     "text tower": "emoji_text_tower.json",
 }
-# Tables whose runs are gone. A table that is measured again moves to DATA; none is added here.
+# Tables whose runs are gone, which move to DATA when they are measured again, and those that
+# tools/parity.py prints.
 WITHOUT_DATA = (
     "CIFAR-10, 500 images a class",
     "CIFAR-10, all images",

@@ -297,7 +297,8 @@ import pathlib, sys
 from common_jax.commands.sweep import jobs
 from common_jax.signals import ends_quietly
 SAVE = "import os, pathlib, signal, sys, time; place = pathlib.Path(sys.argv[1][10:] + '.pid')\\n"
-SAVE += "signal.signal(signal.SIGTERM, lambda *_: (place.unlink(), sys.exit()))\\n"
+SAVE += "end = lambda *_: (time.sleep(1), place.unlink(), sys.exit())\\n"
+SAVE += "signal.signal(signal.SIGTERM, end)\\n"
 SAVE += "place.touch(); time.sleep(60)"
 
 @ends_quietly
@@ -310,13 +311,24 @@ main()
 
 def test_a_demo_waits_for_its_runs_after_sigterm(tmp_path):
     running = tmp_path / "run.pid"  # as long as the run lives
-    demo = subprocess.Popen([sys.executable, "-c", DEMO, tmp_path])
-    while not running.exists():
-        assert demo.poll() is None
-        time.sleep(0.1)
-    demo.terminate()
-    assert demo.wait(30) == 143
+    with subprocess.Popen([sys.executable, "-c", DEMO, tmp_path]) as demo:
+        until(running.exists)
+        demo.terminate()
+    assert demo.returncode == 143
     assert not running.exists()
+
+
+def test_a_demo_ends_its_runs_whatever_happens(tmp_path):
+    def fail(name):
+        raise KeyError(name)
+
+    long = jobs.Job(("-c", "import time; time.sleep(60)"))
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="short"):
+        jobs.run_all(
+            {"long": long, "short": jobs.Job(("-c", ""))}, tmp_path, at_a_time=2, after_each=fail
+        )
+    assert time.monotonic() - start < 30
 
 
 def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, capsys, stand_in):
@@ -335,8 +347,9 @@ def test_a_demo_s_runs_wait_for_what_they_need_and_end_at_a_failure(tmp_path, ca
     assert re.findall(r"s  (\w+) done", capsys.readouterr().out) == ["first", "third"]
     take()
     give({"first": "fail"})
-    with pytest.raises(SystemExit, match=f"first failed; see {tmp_path}/runs/first.log"):
+    with pytest.raises(SystemExit, match="1"):
         jobs.run_all(plan, tmp_path / "runs", at_a_time=2)
+    assert capsys.readouterr().err == f"first failed; see {tmp_path}/runs/first.log\n"
     assert take() == ["first"]
 
 

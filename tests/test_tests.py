@@ -2,7 +2,11 @@
 
 import ast
 import functools
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 from quick import SLOW, is_slow
@@ -89,3 +93,22 @@ def test_a_test_that_asks_nothing_is_found(tmp_path):
         "test_c",
         "test_d",
     }
+
+
+def commands() -> dict[str, str]:
+    """The commands of the Makefile that run a file of tests/ -> their PYTHONPATH."""
+    lines = (FOLDER.parent / "Makefile").read_text().splitlines()
+    found = (re.fullmatch(r"\tPYTHONPATH=(\S+) .* tests/(\w+)\.py", line) for line in lines)
+    return {match[2]: match[1] for match in found if match}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_a_command_of_the_makefile_finds_its_modules(name):
+    """Though tests/ has folders with the packages' names, which an editable install comes after."""
+    environment = os.environ | {"PYTHONPATH": commands()[name]}
+    load = f"import runpy, sys; sys.path[0] = 'tests'; runpy.run_path('tests/{name}.py')"
+    command = (sys.executable, "-c", load)
+    done = subprocess.run(
+        command, cwd=FOLDER.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

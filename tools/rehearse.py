@@ -9,8 +9,8 @@ small batches. Prints of each part
 where the ideal is parameters, optimizer, gradients and activations in float32 as the compiled step
 plans them, or the weights that a command without a step holds. A part that is done is skipped when
 the command is given again. Needs 24 GB of memory; files take up to 20 GB in --workdir, of which
-each method's are deleted when its parts are done, unless --keep. A process that runs out of memory
-is ended before any other.
+each method's are deleted when its parts are done, unless --keep. Where memory runs out, the kernel
+kills the part and nothing else.
 
     python tools/rehearse.py --workdir runs/rehearsal
     python tools/rehearse.py --workdir /tmp/try --small       the same on narrow networks
@@ -129,7 +129,7 @@ def measure(folder: pathlib.Path, name: str, part: Part) -> dict[str, float]:
             [sys.executable, *part.command], env=environment(), cwd=ROOT, stdout=log, stderr=log
         )
         try:
-            # So that the kernel, where memory runs out, ends this process and no other.
+            # Where memory runs out, the kernel should kill the part and nothing else.
             pathlib.Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
             if part.stopped:
                 stop_after_first_step(process, (folder / part.made).parent / "metrics.jsonl")

