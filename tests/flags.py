@@ -165,7 +165,7 @@ SOME = (
 # Fields whose refusal depends on other sections, so that theirs alone takes more.
 ABOVE = (
     r"init\.upcycle|distill\.teachers|run\.best|data\.(source|target)_language"
-    r"|model\.moe\.balance\.load|mesh\.\w+"
+    r"|model\.moe\.balance\.load|clip\.lock_text|mesh\.\w+"
 )
 
 
