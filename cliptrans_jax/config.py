@@ -293,6 +293,11 @@ class Config(Section):
         return min(self.tokenizer.limit, room)
 
     @property
+    def bleu(self) -> str:
+        """The BLEU to watch: "bleu_lower" of a model that writes in lower case alone."""
+        return "bleu_lower" if self.tokenizer.lower else "bleu"
+
+    @property
     def has_prefix(self) -> bool:
         """True if the model takes features."""
         return self.model.mapper.prefix > 0

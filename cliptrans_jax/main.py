@@ -64,7 +64,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:
     """The last lines of the command: the scores, and the command that uses the run."""
     scores = result.get("test", result)  # of the test split, where it is translated
-    shown = ("bleu", "chrf", "val/loss", "val/accuracy")
+    shown = (config.bleu, "chrf", "val/loss", "val/accuracy")
     use = USES.get(trains(config.stage), "")
     conclude(
         {name: scores[name] for name in shown if name in scores}, use.format(shlex.quote(str(run)))

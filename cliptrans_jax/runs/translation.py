@@ -184,7 +184,7 @@ class Model:
             rules=self.rules,
             trainable=trainable(stage, config.freeze, config.model.architecture),
             streams=("dropout",),
-            shown=("train/loss", "train/skipped", "val/loss", "val/bleu", "val/chrf"),
+            shown=("train/loss", "train/skipped", "val/loss", f"val/{config.bleu}", "val/chrf"),
             loss=loss,
             batch=batch,
             steps_per_epoch=steps_per_epoch(examples, config.optim.batch),

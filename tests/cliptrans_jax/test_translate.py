@@ -183,6 +183,13 @@ def test_the_batch_that_a_step_is_compiled_for(stage, changes, with_tower, wante
         assert longer["clip_tokens"].shape == (3, 30)  # its 32 positions but 2
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_model_that_writes_in_lower_case_is_watched_by_lower_cased_bleu(lower):
+    tokenizer = dataclasses.replace(tiny_config("translate", None).tokenizer, lower=lower)
+    task = model_of("translate", None, tokenizer=tokenizer).bare_task(one_device(), examples=21)
+    assert ("val/bleu_lower" in task.shown, "val/bleu" in task.shown) == (lower, not lower)
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "runs"),
     [
