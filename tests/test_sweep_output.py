@@ -176,8 +176,10 @@ def test_the_slurm_array_runs_a_cell_a_task_and_queues_again_when_stopped(
     (tmp_path / "script").write_text(script)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1"}
     process = subprocess.Popen(["bash", tmp_path / "script"], env=os.environ | task | path)
-    until(lambda: (workdir / "alpha=0.5,seed=0" / "started").exists())
-    process.terminate()
+    try:
+        until(lambda: (workdir / "alpha=0.5,seed=0" / "started").exists())
+    finally:
+        process.terminate()
     assert process.wait(30) == 143
     assert (workdir / "alpha=0.5,seed=0" / "saved").exists()
     assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
