@@ -95,11 +95,7 @@ def compare_updates(name: str, config: Config, repeats: int) -> tuple[timing.Cla
     """Returns claim, times and further details."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(config, mesh).task(steps_per_epoch=100)
-    rng = np.random.default_rng(0)
-    batch = {
-        part: rng.integers(10, size=shape.shape).astype(shape.dtype)
-        for part, shape in task.batch.items()
-    }
+    batch = timing.random_batch(task)
     helpers = jax.device_put(random_like(task.helpers))
     together = Program(config, batch, helpers)
     apart = [

@@ -1,7 +1,7 @@
 """A training step with memory that glibc keeps between steps against one with its defaults.
 
-On a CPU, XLA allocates the buffers of a step and frees them in every step. By default glibc gives
-large ones back to the kernel, which maps and clears their pages anew in the next step. With the
+On a CPU, XLA allocates a step's buffers in every step, and frees them. By default glibc gives large
+ones back to the kernel, which maps and clears their pages again in the next step. With the
 environment variable `GLIBC_TUNABLES` that runs of demos get (`common_jax/commands/sweep/jobs.py`)
 it keeps them, in pages of 2 MB where Linux has transparent huge pages. Two processes that differ in
 this variable alone take turns, step by step. Their losses must be equal.
@@ -45,25 +45,20 @@ def parse_flags() -> argparse.Namespace:
 
 
 def serve(case: str, batch: int) -> None:
-    """Makes a step for every line of standard input; prints its loss and its seconds."""
+    """Takes a step for every line of standard input; prints its loss and its seconds."""
     config = freeze(Config, read_config_file(str(ROOT / CASES[case])))
     optim = dataclasses.replace(config.optim, batch=batch)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = describe(dataclasses.replace(config, optim=optim), mesh).task(steps_per_epoch=100)
-    rng = np.random.default_rng(0)
-    inputs = {
-        part: rng.integers(10, size=shape.shape).astype(shape.dtype)
-        for part, shape in task.batch.items()
-    }
-    step = timing.Training(task, optim, inputs)
-    losses: list[jax.Array] = []
+    step = timing.Training(task, optim, timing.random_batch(task))
     for _ in sys.stdin:
-        seconds = timing.seconds_of(lambda: losses.append(step()) or losses[-1])
-        print(float(losses[-1]), *seconds, flush=True)
+        start = timing.clocks()
+        loss = float(step())
+        print(loss, *(timing.clocks() - start), flush=True)
 
 
 class Peer:
-    """A process that makes steps of a case when it is asked to."""
+    """A process that takes a step of a case when it is asked to."""
 
     def __init__(self, case: str, flags: argparse.Namespace, environment: Mapping[str, str]):
         command = [sys.executable, __file__, "--step-of", case]
@@ -75,7 +70,7 @@ class Peer:
         self.losses: list[float] = []
 
     def __call__(self) -> np.ndarray:
-        """Seconds of a step, of the clock and of processors."""
+        """Wall-clock and processor seconds of a step."""
         with contextlib.suppress(BrokenPipeError):  # if it has ended, it gives no answer
             print(file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().split()

@@ -180,6 +180,15 @@ def make_task(
     )
 
 
+def random_batch(task: Task) -> dict[str, np.ndarray]:
+    """Inputs and labels of a step, below 10."""
+    rng = np.random.default_rng(0)
+    return {
+        part: rng.integers(10, size=shape.shape).astype(shape.dtype)
+        for part, shape in task.batch.items()
+    }
+
+
 class Training:
     """A run's training step on one device, compiled as the loop does it.
 

@@ -18,7 +18,6 @@ import pathlib
 import queue
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -64,29 +63,23 @@ class Copy:
     def run(self, tests: str) -> Outcome:
         """Runs tests until the first one fails."""
         flags = ("-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider")
-        process = subprocess.Popen(
-            (sys.executable, "-m", "pytest", *flags, *tests.split()),
-            cwd=self.folder,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
         try:
-            output, _ = process.communicate(timeout=SECONDS)
+            process = subprocess.run(
+                (sys.executable, "-m", "pytest", *flags, *tests.split()),
+                cwd=self.folder,
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
         except subprocess.TimeoutExpired:
             return Outcome("noticed", f"no end within {SECONDS} s")
-        finally:
-            if process.returncode is None:  # with what a hanging test has started
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
         if process.returncode == 0:
             return Outcome("passed")
-        failed = FAILED.search(output)
+        failed = FAILED.search(process.stdout)
         if process.returncode == 1 and failed:
             return Outcome("noticed", failed[1])
-        said = output.strip().splitlines()
+        said = (process.stdout + process.stderr).strip().splitlines()
         return Outcome("broken", f"pytest ends with {process.returncode}: {' '.join(said[-3:])}")
 
     def run_with(self, mistake: Mistake) -> Outcome:

@@ -25,7 +25,7 @@ from common_jax.signals import heeded
 from common_jax.workdir import check_output, read_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-# On a CPU, XLA allocates a step's buffers anew in every step. With these settings, which a process
+# On a CPU, XLA allocates a step's buffers in every step. With these settings, which a process
 # reads when it starts, glibc keeps freed memory: in one heap that never shrinks, without mappings
 # beside it, in pages of 2 MB. `benchmarks/kept_memory.py` measures the gain.
 KEPT_MEMORY = {
