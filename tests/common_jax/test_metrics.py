@@ -1,5 +1,6 @@
 """A run's metrics: lines, TensorBoard events, and nothing partial on a full disk."""
 
+import contextlib
 import json
 import resource
 import struct
@@ -79,26 +80,26 @@ def test_the_first_process_alone_writes(tmp_path, monkeypatch):
     assert text_of(tmp_path) == '{"step": 8}\n'
 
 
-@pytest.fixture
-def files_of_at_most():
-    """files_of_at_most(bytes): what is written beyond fails, as on a full disk."""
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """What is written beyond `size` bytes fails, as on a full disk. Not a fixture: pytest would
+    still be under the limit when it writes to its own log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_line_that_finds_no_room_leaves_nothing_of_itself(tmp_path, files_of_at_most):
+def test_a_line_that_finds_no_room_leaves_nothing_of_itself(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics._add_to_end(path, "1" * 60 + "\n")
-    files_of_at_most(100)
-    with pytest.raises(OSError, match="File too large"):
-        metrics._add_to_end(path, "2" * 60 + "\n")
-    assert path.read_text() == "1" * 60 + "\n"
-    metrics._add_to_end(path, "3" * 30 + "\n")
+    with files_of_at_most(100):
+        with pytest.raises(OSError, match="File too large"):
+            metrics._add_to_end(path, "2" * 60 + "\n")
+        assert path.read_text() == "1" * 60 + "\n"
+        metrics._add_to_end(path, "3" * 30 + "\n")
     assert path.read_text().splitlines()[1:] == ["3" * 30]
 
 
