@@ -119,7 +119,7 @@ class SearchState:
     scores: Float[Array, "B W"]
     origins: Int[Array, "B W T"]
     finished: Hypotheses
-    done: Bool[Array, "B"]
+    done: Bool[Array, " B"]
     cache: Cache
 
 
@@ -148,7 +148,7 @@ class Search:
         params: Params,
         features: Float[Array, "B M"] | None,
         source: Int[Array, "B S"],
-        language: Int[Array, "B"],
+        language: Int[Array, " B"],
     ) -> Hypotheses:
         """The whole search; to be jitted.
 
@@ -228,7 +228,7 @@ class Search:
         features: Float[Array, "B M"] | None,
         source: Int[Array, "B S"],
         states: Float[Array, "B S D"],
-        language: Int[Array, "B"],
+        language: Int[Array, " B"],
         *,
         steps: int | None = None,
     ) -> tuple[SearchState, Float[Array, "B W V"]]:
@@ -267,7 +267,7 @@ class Search:
         features: Float[Array, "B M"] | None,
         source: Int[Array, "B S"],
         states: Float[Array, "B S D"],
-        language: Int[Array, "B"],
+        language: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """The decoder's states at `</s>`, prefix and language code, and their cache."""
         sizes = self.translator.config.sizes

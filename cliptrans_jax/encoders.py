@@ -17,10 +17,11 @@ from cliptrans_jax.data.feed import host_shard
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
-from cliptrans_jax.features import cached, encode_all, fingerprint, move_to_devices
+from cliptrans_jax.features import cached, encode_all, fingerprint
 from cliptrans_jax.towers.table import tower_of
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.inputs.ragged import Ragged, lengths_of, take
+from common_jax.mesh import move_to_devices, replicated
 from common_jax.weights.table import Pretrained
 
 # Sentences are padded to multiples of this many tokens, so that few lengths are compiled.
@@ -185,7 +186,7 @@ def text_features(
 ) -> Float32[np.ndarray, "B M"]:
     """One feature per sentence of a language, read from `folder` if it has those of the same tower
     and sentences."""
-    move_to_devices(tower.params, mesh)
+    move_to_devices(tower.params, replicated(mesh))
     ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
     content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
     title = f"features of {corpus.name}, {language}"
@@ -228,7 +229,7 @@ def image_features(
             tower.apply_batch, tower.params, batches, mesh=mesh, size=len(firsts), title=title
         )
 
-    move_to_devices(tower.params, mesh)
+    move_to_devices(tower.params, replicated(mesh))
     keys = (corpus.keys[row] for row in firsts)
     content = fingerprint(
         tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys
@@ -242,7 +243,7 @@ class _Pictures:
     """The pictures of a corpus at `rows`; `arrays` is None: they are read one by one."""
 
     images: Images
-    rows: Int[np.ndarray, "B"]
+    rows: Int[np.ndarray, " B"]
 
     arrays = None
 
@@ -253,7 +254,7 @@ class _Pictures:
         return {"image": self.images[int(self.rows[index])]}
 
 
-def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, "B"]:
+def by_length(ids: Sequence[np.ndarray]) -> Int[np.ndarray, " B"]:
     """Indices of sentences from the shortest to the longest; the order is stable."""
     return np.argsort(lengths_of(ids), kind="stable")
 
@@ -282,7 +283,7 @@ def whole_batch(count: int, mesh: Mesh) -> int:
     return -(-count // mesh.size) * mesh.size
 
 
-def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, "_"], Int64[np.ndarray, "B"]]:
+def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " B"]]:
     """Arrays that are unique to these sentences: their ids and lengths."""
     return ids.flat, ids.lengths.astype(np.int64)
 

@@ -32,7 +32,7 @@ Batch = Mapping[str, Any]
 # apply(params, batch) -> feature vectors of any float dtype
 Apply = Callable[[Any, Batch], Float[Array, "B M"]]
 
-Encoded = tuple[Float[Array, "B M"], Float[Array, "B"], Int[Array, "B"]]  # features, mask, rows
+Encoded = tuple[Float[Array, "B M"], Float[Array, " B"], Int[Array, " B"]]  # features, mask, rows
 
 BLOCK = 1 << 22  # values of a leaf whose checksum is computed at once
 LOG_SECONDS = 20  # between log lines, if there is no terminal for a progress bar
@@ -48,7 +48,7 @@ def encode_program(apply: Apply, mesh: Mesh) -> Callable[..., Encoded]:
     """
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def encode(params: Any, batch: Batch, row: Int[Array, "B"]) -> Encoded:
+    def encode(params: Any, batch: Batch, row: Int[Array, " B"]) -> Encoded:
         return apply(params, batch).astype(jnp.float32), batch["_mask"], row
 
     return encode
@@ -113,16 +113,6 @@ def encode_all(
     collect(pending)
     features, real = np.concatenate(parts), np.concatenate(masks) > 0
     return _checked(features, real, size, title)
-
-
-def move_to_devices(params: dict[str, Any], mesh: Mesh) -> None:
-    """Replaces the numpy arrays in a nested dict by arrays on all devices of `mesh`, one by one, so
-    that a host's memory has all of them only once."""
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            move_to_devices(value, mesh)
-        elif isinstance(value, np.ndarray):
-            params[name] = jax.block_until_ready(jax.device_put(value, replicated(mesh)))
 
 
 def fingerprint(params: Any, *content: Any) -> str:
@@ -201,7 +191,7 @@ def _progress(batches: Iterable[Batch], title: str) -> Iterable[Batch]:
 
 
 def _checked(
-    features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, "_"], size: int | None, title: str
+    features: Float32[np.ndarray, "_ M"], real: Bool[np.ndarray, " _"], size: int | None, title: str
 ) -> Float32[np.ndarray, "B M"]:
     count = int(real.sum())
     # Padding may only follow the last example: a gap would shift all later features.

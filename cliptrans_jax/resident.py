@@ -12,8 +12,7 @@ from jaxtyping import Float32
 
 from cliptrans_jax.data.examples import pad
 from cliptrans_jax.encoders import BUCKET, ImageTower, TextTower, by_length
-from cliptrans_jax.features import move_to_devices
-from common_jax.mesh import replicated, to_devices
+from common_jax.mesh import move_to_devices, replicated, to_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Resident:
 
     @functools.cached_property
     def _params(self) -> Any:
-        move_to_devices(self.tower.params, self.mesh)
+        move_to_devices(self.tower.params, replicated(self.mesh))
         return self.tower.params
 
     @functools.cached_property

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from common_jax.config import FieldError, Section
 from common_jax.ranges import LARGEST_INT, Interval
@@ -233,6 +233,16 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
         name: jax.make_array_from_process_local_data(batched(mesh), rows)
         for name, rows in batch.items()
     }
+
+
+def move_to_devices(params: dict[str, Any], sharding: Sharding) -> None:
+    """Replaces the numpy arrays in a nested dict by arrays on devices, one by one, so that a host's
+    memory has all of them only once."""
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            move_to_devices(value, sharding)
+        elif isinstance(value, np.ndarray):
+            params[name] = jax.block_until_ready(jax.device_put(value, sharding))
 
 
 def batched(mesh: Mesh) -> NamedSharding:

@@ -26,7 +26,7 @@ INK, EDGE = "#333333", "#555555"
 def draw_connectivity(
     signatures_before: Float[Array | np.ndarray, "T Y"],
     signatures_after: Float[Array | np.ndarray, "T Y"],
-    communities: Int[np.ndarray, "T"],
+    communities: Int[np.ndarray, " T"],
     *,
     truncation: float,
     path: epath.PathLike,

@@ -20,7 +20,7 @@ def soft_cross_entropy(
 
 
 def smoothed_cross_entropy(
-    logits: Float[Array, "B L"], labels: Int[Array, "B"], smoothing: float
+    logits: Float[Array, "B L"], labels: Int[Array, " B"], smoothing: float
 ) -> Float[Array, ""]:
     r"""Label loss without mixing:  1/B sum_b [(1 - s) (-log p_b,label) + s/L sum_l (-log p_bl)].
 

@@ -122,9 +122,9 @@ def hinge_repulsion(
 class Mixture:
     """A mixture of one-dimensional Gaussians, in float32."""
 
-    weights: Float[np.ndarray, "components"]
-    means: Float[np.ndarray, "components"]
-    sigmas: Float[np.ndarray, "components"]
+    weights: Float[np.ndarray, " components"]
+    means: Float[np.ndarray, " components"]
+    sigmas: Float[np.ndarray, " components"]
 
 
 def mixture_loss(

@@ -43,7 +43,7 @@ from m2mkd_jax.stages import stage_name
 
 Tensors = Mapping[str, np.ndarray]
 Features = Float[np.ndarray, "N B D"]  # of N views of B images
-Labels = Int[np.ndarray, "B"]
+Labels = Int[np.ndarray, " B"]
 KERNEL, BIAS, POSITIONS = "patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"
 HEAD = ("head.weight", "head.bias")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # inverse weight decays

@@ -78,7 +78,7 @@ class Corpus:
             language: int(np.sum(lengths_of(texts) == 0)) for language, texts in self.texts.items()
         }
 
-    def rows_with(self, languages: Collection[str]) -> Int[np.ndarray, "_"]:
+    def rows_with(self, languages: Collection[str]) -> Int[np.ndarray, " _"]:
         """Returns the examples that can be trained and scored in all of the languages."""
         if not self.sparse:
             return np.arange(len(self))

@@ -46,7 +46,7 @@ class Examples:
     source: Tokens
     target: Tokens
     side: Side
-    rows: Int32[np.ndarray, "B"]
+    rows: Int32[np.ndarray, " B"]
     languages: tuple[tuple[str, str], ...]
     drops: bool
 
@@ -153,14 +153,14 @@ def empties_source(stage: Stage, noise: NoiseConfig) -> bool:
 
 
 def drop_tokens(
-    ids: Int32[np.ndarray, "S"], draws: Float32[np.ndarray, "S"], mask_prob: float
-) -> Int32[np.ndarray, "_"]:
+    ids: Int32[np.ndarray, " S"], draws: Float32[np.ndarray, " S"], mask_prob: float
+) -> Int32[np.ndarray, " _"]:
     """Keeps the tokens whose draw, uniform in [0, 1), is above `mask_prob`, and the first and last
     (mask_inputs_). Dropped tokens leave no gap."""
     return ids[keep_mask(draws, mask_prob)]
 
 
-def keep_mask(draws: Float32[np.ndarray, "S"], mask_prob: float) -> Bool[np.ndarray, "S"]:
+def keep_mask(draws: Float32[np.ndarray, " S"], mask_prob: float) -> Bool[np.ndarray, " S"]:
     """Returns True for tokens that stay."""
     keep = draws > np.float32(mask_prob)
     keep[0] = keep[-1] = True

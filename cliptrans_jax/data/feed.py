@@ -128,7 +128,7 @@ class TrainFeed:
             for name, x in example.items()
         }
 
-    def _order(self, epoch: int) -> Int64[np.ndarray, "B"]:
+    def _order(self, epoch: int) -> Int64[np.ndarray, " B"]:
         order = epoch_permutation(self.seed, epoch, len(self.inputs))
         if self.batching.window == 1:
             return order
@@ -137,7 +137,7 @@ class TrainFeed:
 
 # Cached, since sorting takes longer than a batch; two entries for batches made ahead of an epoch.
 @functools.lru_cache(maxsize=2)
-def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
+def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, " B"]:
     """Sorts the sentences of each window of batches by length, then shuffles its batches."""
     order = epoch_permutation(feed.seed, epoch, len(feed.inputs))
     examples, batch = feed.inputs.examples, feed.batch
@@ -156,7 +156,7 @@ def _sort_windows(feed: TrainFeed, epoch: int) -> Int64[np.ndarray, "B"]:
 
 def collate(
     inputs: Inputs,
-    indices: Int64[np.ndarray, "B"],
+    indices: Int64[np.ndarray, " B"],
     rows: slice,
     batching: BatchingConfig,
     *,

@@ -26,7 +26,7 @@ from common_jax.untrusted import brief
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PART = 4096  # sentences that a thread encodes at a time
-Part = tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "_"]]  # ids of sentences, and their counts
+Part = tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " _"]]  # ids of sentences, and their counts
 
 
 @runtime_checkable
@@ -148,7 +148,7 @@ class FramedTokenizer:
 
     def _encode_part(
         self, start: Sequence[int], texts: Sequence[str]
-    ) -> tuple[Int32[np.ndarray, "_"], Int32[np.ndarray, "B"], int]:
+    ) -> tuple[Int32[np.ndarray, " _"], Int32[np.ndarray, " B"], int]:
         """Returns the ids of all texts, their counts, and how many texts were too long."""
         texts = list(texts)
         sentences = self.cut(texts)
@@ -171,7 +171,7 @@ class FramedTokenizer:
         return flat, lengths.astype(np.int32), too_long
 
     def _check(
-        self, texts: Sequence[str], counts: Int64[np.ndarray, "B"], pieces: Int64[np.ndarray, "_"]
+        self, texts: Sequence[str], counts: Int64[np.ndarray, " B"], pieces: Int64[np.ndarray, " _"]
     ) -> None:
         """Raises ValueError, with the text, for a piece that no text may have."""
         # Checked here, since an embedding silently gives NaN for an id beyond its table.

@@ -34,7 +34,7 @@ class PairSet:
 
 
 def retrieval_sums(
-    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, "B"]
+    texts: Float[Array, "B M"], images: Float[Array, "B M"], mask: Float[Array, " B"]
 ) -> dict[str, Float[Array, ""]]:
     """The number of pairs in a batch, and the sum of their accuracies: 1 if text and image retrieve
     each other, 1/2 if one retrieves the other, else 0.

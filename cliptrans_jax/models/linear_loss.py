@@ -32,7 +32,7 @@ ROUNDING = (None, "default", "fastest", "bfloat16")
 
 def linear_loss(
     matrix: Float[Array, "V D"],
-    bias: Float[Array, "V"],
+    bias: Float[Array, " V"],
     states: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     *,
@@ -143,9 +143,9 @@ class _Sums(NamedTuple):
 
     total: Float[Array, ""]
     by_matrix: tuple[Float[Array, "V D"], ...]
-    by_bias: tuple[Float[Array, "V"], ...]
+    by_bias: tuple[Float[Array, " V"], ...]
     by_rows: Float[Array, "T D"]
-    by_labels: Float[Array, "T"]
+    by_labels: Float[Array, " T"]
 
 
 class _Block(NamedTuple):
@@ -153,15 +153,15 @@ class _Block(NamedTuple):
 
     first: int
     vectors: Float[Array, "V D"]
-    bias: Float[Array, "V"]
+    bias: Float[Array, " V"]
 
 
 class _Readout(NamedTuple):
     """Matrix and bias, whole and in blocks, and the mean of the matrix's rows."""
 
     matrix: Float[Array, "V D"]
-    bias: Float[Array, "V"]
-    mean: Float[Array, "D"]
+    bias: Float[Array, " V"]
+    mean: Float[Array, " D"]
     blocks: list[_Block]
 
 
@@ -287,13 +287,13 @@ class _Part(NamedTuple):
       vectors: sum of these times the block's vectors.
     """
 
-    top: Float[Array, "T"]
+    top: Float[Array, " T"]
     weights: Float[Array, "T V"]
-    total: Float[Array, "T"]
+    total: Float[Array, " T"]
     vectors: Float[Array, "T D"]
 
 
-def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, "T"]) -> _Part:
+def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, " T"]) -> _Part:
     kind = block.bias.dtype
     logits = jnp.einsum("TD,VD->TV", rows, block.vectors, preferred_element_type=kind) + block.bias
     tokens = block.first + jnp.arange(len(block.bias), dtype=labels.dtype)
@@ -305,7 +305,7 @@ def _weigh(block: _Block, rows: Float[Array, "T D"], labels: Int[Array, "T"]) ->
     return _Part(top, low, jnp.sum(weights, axis=1), vectors)
 
 
-def _cut(matrix: Float[Array, "V D"], bias: Float[Array, "V"]) -> list[_Block]:
+def _cut(matrix: Float[Array, "V D"], bias: Float[Array, " V"]) -> list[_Block]:
     """Blocks of one size, a multiple of 128, and a last one that is smaller."""
     count = -(-len(matrix) // BLOCK)
     size = min(-(-len(matrix) // (128 * count)) * 128, len(matrix))

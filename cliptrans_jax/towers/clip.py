@@ -219,7 +219,7 @@ class ClipText(nn.Module):
         return _projection(config, self.dtype)(pooled)
 
 
-def end_position(ids: Int[Array, "B S"]) -> Int[Array, "B"]:
+def end_position(ids: Int[Array, "B S"]) -> Int[Array, " B"]:
     """The position of the end token: the first of the largest ids, since pads may be end tokens
     too."""
     return jnp.argmax(ids, axis=1)

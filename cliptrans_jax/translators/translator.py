@@ -24,7 +24,7 @@ class Readout(NamedTuple):
     """The parameters of `Network.logits`: hidden matrix^T + bias."""
 
     matrix: Float[Array, "V D"]
-    bias: Float[Array, "V"] | None = None
+    bias: Float[Array, " V"] | None = None
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from common_jax import hosts
@@ -26,12 +27,16 @@ from common_jax.checkpoint.contents import (
     read_mark,
 )
 from common_jax.checkpoint.reading import AVERAGE, absolute, refuse_pattern
+from common_jax.mesh import move_to_devices
 from common_jax.state import TrainState
 from common_jax.workdir import keep_identity, read_identity
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Bytes of a state. On a CPU, steps wait until one as large is written, and do not make a second.
 LARGE = 1 << 30
+# Bytes of a file of arrays on a disk, unless one array is larger. orbax's own choice, 2 GiB, keeps
+# up to that much of a state in memory, compressed, until a file is full.
+FILE = 1 << 27
 # The item of an average that later steps still change; only the run itself reads it, to resume.
 PARTIAL_AVERAGE = "partial_average"
 
@@ -122,7 +127,11 @@ class Checkpoints:
         texts = {"config": dict(config)}
         if self._run_id is not None:
             texts[MARK] = {"id": self._run_id, "step": step}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        size = self._file_size(arrays)
+        items = {
+            name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=size)
+            for name, tree in arrays.items()
+        }
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}
         # First the save before this one, since the fields below describe a single save.
         self._attempt(self._finish)
@@ -138,6 +147,13 @@ class Checkpoints:
         )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         self._reads = jax.default_backend() == "cpu" and size >= LARGE
+
+    def _file_size(self, arrays: Any) -> int | None:
+        """Bytes of a file, None for orbax's choice."""
+        # An array larger than a file is cut into chunks, with which a save took 1.4 times as long;
+        # and for buckets orbax has a size of its own.
+        largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        return FILE if largest <= FILE and "://" not in str(self.folder) else None
 
     def release(self) -> bool:
         """Waits until a large state has been written, and returns whether there was one; raises as
@@ -224,9 +240,9 @@ class Checkpoints:
         if self._at_once is not None:
             limit = -(-self._at_once // 10**9)  # whole GB
             for name in ("params", "trainer", AVERAGE, PARTIAL_AVERAGE):
-                handler = ocp.StandardCheckpointHandler(save_concurrent_gb=limit)
-                registry.add(name, ocp.args.StandardSave, handler)
-                registry.add(name, ocp.args.StandardRestore, handler)
+                handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit)
+                registry.add(name, ocp.args.PyTreeSave, handler)
+                registry.add(name, ocp.args.PyTreeRestore, handler)
         return registry
 
     def _look(self) -> None:
@@ -292,12 +308,15 @@ class Checkpoints:
         logging.warning("%s; the run continues", message)
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
-        items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "trainer": ocp.args.StandardRestore(_trainer(abstract)),
-        }
+        trees = {"params": abstract.params, "trainer": _trainer(abstract)}
         if abstract.ema is not None:
-            items[self._average_item(step)] = ocp.args.StandardRestore(abstract.ema)
+            trees[self._average_item(step)] = abstract.ema
+        items = {
+            name: ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
+            for name, tree in trees.items()
+        }
         read_mark(self.folder / str(step))  # raises if it is damaged
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         average = restored[self._average_item(step)] if abstract.ema is not None else None
@@ -355,25 +374,28 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 
 
 def write_params(
-    workdir: epath.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]
+    workdir: epath.PathLike, params: dict[str, Any], config: Mapping[str, Any]
 ) -> None:
     """Makes a workdir for other runs to start from: a checkpoint of step 0, with only parameters.
 
     Args:
       workdir: a new folder; raises as `refuse_pattern`.
-      params: nested dict of arrays.
+      params: nested dict of arrays; those of numpy are replaced by arrays on the device, one by
+        one, since orbax would make a copy of all of them.
       config: JSON of a run with such parameters.
 
     Raises:
       SaveError: when it cannot be written, or does not read back.
     """
     refuse_pattern(workdir, "workdir")
+    move_to_devices(params, SingleDeviceSharding(jax.devices()[0]))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     zero = np.zeros((), np.int32)
     state = TrainState(
         step=zero, params=params, opt_state={}, ema=None, sums={}, skipped=zero, skipped_in_row=zero
     )
     run_id = keep_identity(workdir).id
-    checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id)
+    checkpoints = Checkpoints(workdir, keep=1, best=None, run_id=run_id, at_once=largest)
     try:
         checkpoints.save(state, step=0, config=config, metrics=None)
         checkpoints.wait()

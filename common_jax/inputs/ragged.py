@@ -27,12 +27,12 @@ class Ragged(Sequence):
       lengths: count of numbers of each.
     """
 
-    flat: Integer[np.ndarray, "_"]
-    starts: Int[np.ndarray, "B"]
-    lengths: Int[np.ndarray, "B"]
+    flat: Integer[np.ndarray, " _"]
+    starts: Int[np.ndarray, " B"]
+    lengths: Int[np.ndarray, " B"]
 
     @classmethod
-    def of(cls, flat: Integer[np.ndarray, "_"], lengths: Int[np.ndarray, "B"]) -> "Ragged":
+    def of(cls, flat: Integer[np.ndarray, " _"], lengths: Int[np.ndarray, " B"]) -> "Ragged":
         """The arrays that lie one after the other in `flat`."""
         return cls(flat, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
 
@@ -48,7 +48,7 @@ class Ragged(Sequence):
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.__getitem__, range(len(self)))
 
-    def take(self, rows: Int[np.ndarray, "_"] | slice) -> "Ragged":
+    def take(self, rows: Int[np.ndarray, " _"] | slice) -> "Ragged":
         """The arrays at `rows`, of the same numbers."""
         return Ragged(self.flat, self.starts[rows], self.lengths[rows])
 
@@ -71,7 +71,7 @@ class Lines(Sequence):
         return cls(Ragged.of(np.frombuffer(b"".join(encoded), np.uint8), lengths))
 
     @property
-    def lengths(self) -> Int[np.ndarray, "B"]:
+    def lengths(self) -> Int[np.ndarray, " B"]:
         """Bytes of each text."""
         return self.utf8.lengths
 
@@ -91,7 +91,7 @@ class Lines(Sequence):
             return NotImplemented
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
-    def take(self, rows: Int[np.ndarray, "_"] | slice) -> "Lines":
+    def take(self, rows: Int[np.ndarray, " _"] | slice) -> "Lines":
         """The texts at `rows`."""
         return Lines(self.utf8.take(rows))
 
@@ -107,12 +107,12 @@ class Picked(Sequence):
     """
 
     parts: tuple[Any, ...]
-    part: UInt8[np.ndarray, "B"]
-    rows: Int32[np.ndarray, "B"]
+    part: UInt8[np.ndarray, " B"]
+    rows: Int32[np.ndarray, " B"]
 
     @classmethod
     def of(
-        cls, by_name: Mapping[str, Any], names: Sequence[str], rows: Int32[np.ndarray, "B"]
+        cls, by_name: Mapping[str, Any], names: Sequence[str], rows: Int32[np.ndarray, " B"]
     ) -> "Picked":
         """From the sequence of each name the element at each row."""
         places = {name: place for place, name in enumerate(by_name)}
@@ -120,7 +120,7 @@ class Picked(Sequence):
         return cls(tuple(by_name.values()), part, rows)
 
     @property
-    def lengths(self) -> Int[np.ndarray, "B"]:
+    def lengths(self) -> Int[np.ndarray, " B"]:
         """Length of each element."""
         lengths = np.zeros(len(self), np.int64)
         for place, part in enumerate(self.parts):
@@ -136,7 +136,7 @@ class Picked(Sequence):
             return self.take(index)
         return self.parts[self.part[index]][self.rows[index]]
 
-    def take(self, rows: Int[np.ndarray, "_"] | slice) -> "Picked":
+    def take(self, rows: Int[np.ndarray, " _"] | slice) -> "Picked":
         """The elements at `rows`."""
         return Picked(self.parts, self.part[rows], self.rows[rows])
 
@@ -183,14 +183,14 @@ def _joined(texts: Sequence[str]) -> bytes | memoryview:
     return "\n".join(texts).encode()
 
 
-def lengths_of(items: Sequence) -> Int[np.ndarray, "B"]:
+def lengths_of(items: Sequence) -> Int[np.ndarray, " B"]:
     """Returns the length of every element; of texts, some measure that is 0 for "" alone."""
     if isinstance(items, Ragged | Lines | Picked):
         return items.lengths
     return np.fromiter(map(len, items), np.int64, len(items))
 
 
-def elements(items: Sequence, rows: Int[np.ndarray, "_"]) -> list:
+def elements(items: Sequence, rows: Int[np.ndarray, " _"]) -> list:
     """Returns `[items[row] for row in rows]`; of flat arrays, the places of all rows are looked up
     at once."""
     if isinstance(items, Ragged):
@@ -208,7 +208,7 @@ def elements(items: Sequence, rows: Int[np.ndarray, "_"]) -> list:
     return found
 
 
-def take(items: Items, rows: Int[np.ndarray, "_"]) -> Items | tuple:
+def take(items: Items, rows: Int[np.ndarray, " _"]) -> Items | tuple:
     """Returns the elements at `rows`."""
     if isinstance(items, Ragged | Lines | Picked):
         return items.take(rows)

@@ -165,8 +165,8 @@ def random_affine(
 def affine(
     images: Shaped[Array, "B I J X"],
     *,
-    angle: Float[Array, "B"],
-    size: Float[Array, "B"],
+    angle: Float[Array, " B"],
+    size: Float[Array, " B"],
     shift: Float[Array, "B 2"],
 ) -> Shaped[Array, "B I J X"]:
     """Rotates, scales and shifts images about their centre, with bilinear interpolation.
@@ -248,7 +248,7 @@ def box_mask(box: tuple, height: int, width: int) -> Shaped[Array, "I J"]:
     return inside_rows[:, None] & inside_columns
 
 
-def soft_targets(labels: Int[Array, "B"], count: int, smoothing: float) -> Float[Array, "B L"]:
+def soft_targets(labels: Int[Array, " B"], count: int, smoothing: float) -> Float[Array, "B L"]:
     """Returns 1 - smoothing + smoothing / L at the label, smoothing / L elsewhere; L = count."""
     return jax.nn.one_hot(labels, count) * (1 - smoothing) + smoothing / count
 
@@ -295,7 +295,7 @@ def cutmix(
 
 def mix(
     images: Float[Array, "B I J X"],
-    labels: Int[Array, "B"],
+    labels: Int[Array, " B"],
     key: Array,
     *,
     config: AugmentConfig,

@@ -19,7 +19,7 @@ FINE = 8  # strokes are one or two pixels wide: they are rotated and thickened a
 RENDERED = tuple("01234578")
 
 
-def load_split(split: str) -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, "B"]]:
+def load_split(split: str) -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, " B"]]:
     """Returns images and labels of "train" (1,437) or "test" (360), read-only, labels as in NAMES.
 
     The set's values 0 to 16 are stretched to 0 to 255 (v * 255 / 16, rounded).
@@ -29,7 +29,7 @@ def load_split(split: str) -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarr
 
 
 @functools.cache
-def load_renditions() -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, "B"]]:
+def load_renditions() -> tuple[UInt8[np.ndarray, "B I J 1"], Int32[np.ndarray, " B"]]:
     """Returns every test image of the classes RENDERED in each of RENDITIONS, with its label.
 
     Images are sorted by rendition; the arrays are read-only, labels as in RENDERED.

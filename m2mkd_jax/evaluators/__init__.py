@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from m2mkd_jax.evaluators.classification import classification_sums
 
 Totals = Callable[
-    [Float[Array, "B L"], Int[Array, "B"], Float[Array, "B"]], dict[str, Float[Array, ""]]
+    [Float[Array, "B L"], Int[Array, " B"], Float[Array, " B"]], dict[str, Float[Array, ""]]
 ]
 
 

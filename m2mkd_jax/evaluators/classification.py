@@ -16,7 +16,7 @@ def restrict_logits(
 
 
 def classification_sums(
-    logits: Float[Array, "B L"], labels: Int[Array, "B"], mask: Float[Array, "B"]
+    logits: Float[Array, "B L"], labels: Int[Array, " B"], mask: Float[Array, " B"]
 ) -> dict[str, Float[Array, ""]]:
     """Top-1 hits, top-5 hits and cross entropy, summed over the examples whose `mask` is 1.
 

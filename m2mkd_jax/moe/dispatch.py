@@ -180,8 +180,8 @@ class PairSlots(NamedTuple):
     groups, tokens, experts: G, N and E.
     """
 
-    token: Int[Array, "slots"]
-    weight: Float[Array, "slots"]
+    token: Int[Array, " slots"]
+    weight: Float[Array, " slots"]
     groups: int
     tokens: int
     experts: int
@@ -203,7 +203,7 @@ class PairSlots(NamedTuple):
 
 def _capacity_local(
     x: Float[Array, "G N D"], routes: Routes, experts: Experts, *, peers: int, slots: int
-) -> tuple[Float[Array, "G N D"], Float[Array, "G"]]:
+) -> tuple[Float[Array, "G N D"], Float[Array, " G"]]:
     groups, tokens, _ = x.shape
     count = experts.up.shape[0] * peers
 

@@ -95,7 +95,7 @@ def _has_triton(kind: str) -> bool:
 
 
 def arrange(
-    token: Int[Array, "P"], expert: Int[Array, "P"], *, tokens: int, experts: int, block: int
+    token: Int[Array, " P"], expert: Int[Array, " P"], *, tokens: int, experts: int, block: int
 ) -> Rows:
     """Rows for the pairs of experts 0..experts-1; pairs of other experts get none."""
     pairs = expert.shape[0]
@@ -124,11 +124,11 @@ def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _pick(values: Array, index: Int[Array, "R"]) -> Array:
+def _pick(values: Array, index: Int[Array, " R"]) -> Array:
     return values.at[index].get(mode="fill", fill_value=0)
 
 
-def _add(total: Array, index: Int[Array, "R"], rows: Array, *, unique: bool) -> Array:
+def _add(total: Array, index: Int[Array, " R"], rows: Array, *, unique: bool) -> Array:
     return total.at[index].add(rows, mode="drop", unique_indices=unique)
 
 
@@ -139,7 +139,7 @@ def _sum_by_token(x: Float[Array, "N D"], rows: Rows, values: Float[Array, "R D"
     return total.astype(x.dtype)
 
 
-def _by_pair(weight: Float[Array, "P"], rows: Rows, values: Float[Array, "R"]) -> Array:
+def _by_pair(weight: Float[Array, " P"], rows: Rows, values: Float[Array, " R"]) -> Array:
     """The values of the rows of pairs, 0 for pairs without a row."""
     return _add(jnp.zeros_like(weight), rows.pair, values.astype(weight.dtype), unique=True)
 
@@ -166,7 +166,7 @@ def _backward_rows(
     x: Float[Array, "R D"],
     hidden: Float[Array, "R F"],
     dy: Float[Array, "R D"],
-    weight: Float[Array, "R"],
+    weight: Float[Array, " R"],
     experts: Experts,
     products: Products,
 ) -> tuple[Array, Array, Experts]:
@@ -197,7 +197,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
 
 
 def _block_forward(
-    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+    x: Float[Array, "N D"], weight: Float[Array, " P"], experts: Experts, rows: Rows
 ) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
     block = rows.block
     row_weight = _pick(weight, rows.pair)
@@ -223,12 +223,12 @@ def _block_forward(
 
 def _block_backward(
     x: Float[Array, "N D"],
-    weight: Float[Array, "P"],
+    weight: Float[Array, " P"],
     experts: Experts,
     rows: Rows,
     saved: Float[Array, "R F"],
     dy: Float[Array, "N D"],
-) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+) -> tuple[Float[Array, "N D"], Float[Array, " P"], Experts]:
     block = rows.block
     row_weight = _pick(weight, rows.pair)
     products = Products(
@@ -261,7 +261,7 @@ def _block_backward(
 
 
 def _ragged(
-    a: Array, b: Array, sizes: Int[Array, "E"], contract: tuple[int, int], groups: list[int]
+    a: Array, b: Array, sizes: Int[Array, " E"], contract: tuple[int, int], groups: list[int]
 ) -> Array:
     dims = RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
@@ -280,7 +280,7 @@ def _for_all_rows(experts: Experts, rows: Rows) -> Experts:
 
 
 def _ragged_forward(
-    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+    x: Float[Array, "N D"], weight: Float[Array, " P"], experts: Experts, rows: Rows
 ) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
     def times(a: Array, b: Array) -> Array:
         return _ragged(a, b, rows.sizes, (1, 1), [0])
@@ -295,12 +295,12 @@ def _ragged_forward(
 
 def _ragged_backward(
     x: Float[Array, "N D"],
-    weight: Float[Array, "P"],
+    weight: Float[Array, " P"],
     experts: Experts,
     rows: Rows,
     saved: Float[Array, "R F"],
     dy: Float[Array, "N D"],
-) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+) -> tuple[Float[Array, "N D"], Float[Array, " P"], Experts]:
     def outer(a: Array, b: Array) -> Array:
         return _ragged(a, b, rows.sizes, (0, 0), [])
 
@@ -335,7 +335,7 @@ def tiles_of(rows: Rows) -> Tiles:
 
 
 def _kernel_forward(
-    x: Float[Array, "N D"], weight: Float[Array, "P"], experts: Experts, rows: Rows
+    x: Float[Array, "N D"], weight: Float[Array, " P"], experts: Experts, rows: Rows
 ) -> tuple[Float[Array, "N D"], Float[Array, "R F"]]:
     if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
         return _block_forward(x, weight, experts, rows)
@@ -351,12 +351,12 @@ def _kernel_forward(
 
 def _kernel_backward(
     x: Float[Array, "N D"],
-    weight: Float[Array, "P"],
+    weight: Float[Array, " P"],
     experts: Experts,
     rows: Rows,
     saved: Float[Array, "R F"],
     dy: Float[Array, "N D"],
-) -> tuple[Float[Array, "N D"], Float[Array, "P"], Experts]:
+) -> tuple[Float[Array, "N D"], Float[Array, " P"], Experts]:
     if not grouped_gpu.fits(x.dtype, rows.block, *experts.up.shape[1:]):
         return _block_backward(x, weight, experts, rows, saved, dy)
     tiles = tiles_of(rows)
@@ -413,7 +413,7 @@ BY_PLATFORM = Engine(
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def grouped_mlp(
     x: Float[Array, "N D"],
-    weight: Float[Array, "P"],
+    weight: Float[Array, " P"],
     experts: Experts,
     rows: Rows,
     engine: Engine = BY_PLATFORM,

@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
     used: `[1]` int32.
     """
 
-    expert: Int[Array, "tiles"]
+    expert: Int[Array, " tiles"]
     used: Int[Array, "1"]
 
     def in_use(self) -> Array:
@@ -73,7 +73,7 @@ def forward_down(
     active: Float[Array, "R F"],
     down: Float[Array, "E F D"],
     bias: Float[Array, "E D"],
-    weight: Float[Array, "R"],
+    weight: Float[Array, " R"],
     tiles: Tiles,
 ) -> Float[Array, "R D"]:
     """weight * (active down + bias) of each row's expert, in float32."""
@@ -85,7 +85,7 @@ def backward_down(
     dy: Float[Array, "R D"],
     down: Float[Array, "E F D"],
     hidden: Float[Array, "R F"],
-    weight: Float[Array, "R"],
+    weight: Float[Array, " R"],
     tiles: Tiles,
 ) -> tuple[
     Float[Array, "R F"],
@@ -120,7 +120,7 @@ def backward_up(
 
 
 def outer(
-    a: Float[Array, "R K"], b: Float[Array, "R N"], sizes: Int[Array, "E"], dtype: jnp.dtype
+    a: Float[Array, "R K"], b: Float[Array, "R N"], sizes: Int[Array, " E"], dtype: jnp.dtype
 ) -> Float[Array, "E K N"]:
     """a^T b summed over the rows of each expert, of which there are `sizes`."""
     height, width, experts = a.shape[1], b.shape[1], sizes.shape[0]

@@ -112,8 +112,8 @@ def by_token(routes: Routes, chosen: int) -> tuple[Int[Array, "G N A"], Float[Ar
 
 
 def rank_in_expert(
-    expert: Int[Array, "P"], experts: int
-) -> tuple[Int[Array, "P"], Int[Array, "E"]]:
+    expert: Int[Array, " P"], experts: int
+) -> tuple[Int[Array, " P"], Int[Array, " E"]]:
     """Number of earlier pairs of the same expert, for each pair, and of all pairs, for each expert.
 
     Pairs of an expert outside 0..experts-1 are not counted; their own rank is meaningless.
@@ -173,12 +173,12 @@ def z_loss(logits: Float[Array, "... E"]) -> Float[Array, ""]:
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) ** 2)
 
 
-def _variation(amount: Float[Array, "E"]) -> Float[Array, ""]:
+def _variation(amount: Float[Array, " E"]) -> Float[Array, ""]:
     # Variance over squared mean: the gradient of a standard deviation is undefined at balance.
     return jnp.var(amount) / jnp.mean(amount) ** 2
 
 
-def load(routes: Routes, experts: int) -> Float[Array, "E"]:
+def load(routes: Routes, experts: int) -> Float[Array, " E"]:
     """Share of all pairs that go to each expert, before any is dropped; sums to 1."""
     dtype = routes.weight.dtype
     return jnp.mean(jax.nn.one_hot(routes.expert, experts, dtype=dtype), axis=(0, 1))

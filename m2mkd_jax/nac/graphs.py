@@ -77,7 +77,7 @@ def make_graph(config: PriorConfig, *, nodes: int, seed: int) -> Bool[np.ndarray
 
 def find_communities(
     config: PriorConfig, adjacency: Bool[np.ndarray, "T T"], *, seed: int
-) -> Int[np.ndarray, "T"]:
+) -> Int[np.ndarray, " T"]:
     """Returns a community number per node, by which plots order the nodes.
 
     These are the blocks or cliques that the graph was built from; for other graphs, the

@@ -112,7 +112,7 @@ def fit_signatures(
     adjacency: Bool[np.ndarray, "T T"],
     init: Float[Array | np.ndarray, "T Y"],
     config: PriorConfig,
-) -> tuple[Float[Array, "T Y"], Float[Array, "_"]]:
+) -> tuple[Float[Array, "T Y"], Float[Array, " _"]]:
     r"""Minimises 1/T^2 sum_ts [A_ts max(tau, d_ts) + (1 - A_ts) max(-tau, -d_ts)] with Adam.
 
     A = `adjacency`, d = cosine distances of the signatures, tau = `config.truncation`; a node with

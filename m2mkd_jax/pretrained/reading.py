@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import traverse_util
 
 from common_jax.config import did_you_mean
@@ -230,7 +228,6 @@ def _load_file(
     taken = tuple((tensor, f"{kind.role}/{path}", s) for tensor, path, s in account.taken)
     notes = tuple(f"{kind.role}/{path} is left out: config.sources.fresh" for path in fresh)
     params = as_float32(params, str(file.path))
-    params = jax.tree.map(lambda x: np.asarray(x, order="C"), params)
     account = dataclasses.replace(account, taken=taken, notes=(*account.notes, *notes))
     return params, join(file.others, Account((), dropped=others), account)
 

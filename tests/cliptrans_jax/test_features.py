@@ -16,13 +16,12 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import one_device
 from tiny_cliptrans import number_tokenizer
 
 from cliptrans_jax import features as cache
 from cliptrans_jax.data import tokens
 from cliptrans_jax.data.corpus import Corpus, Numbered
-from cliptrans_jax.features import cached, encode_all, fingerprint, move_to_devices
+from cliptrans_jax.features import cached, encode_all, fingerprint
 from common_jax.inputs import BadExample, eval_batches
 from common_jax.mesh import MeshConfig, constrain, make_mesh
 
@@ -150,17 +149,6 @@ def test_a_fingerprint_does_not_depend_on_the_blocks_of_its_checksums(monkeypatc
     for block in (1, 6, 13):  # less than a row, a row, two rows
         monkeypatch.setattr(cache, "BLOCK", block)
         assert fingerprint({"x": values}) == fingerprint({"x": jnp.asarray(values)}) == whole
-
-
-def test_a_tower_s_arrays_are_replaced_by_those_on_the_devices():
-    tree = {"a": np.ones(2), "b": {"c": np.zeros((2, 3), np.float32)}}
-    before = jax.tree.map(np.array, tree)
-    move_to_devices(tree, one_device())
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
-    jax.tree.map(np.testing.assert_array_equal, tree, before)
-    there = tree["b"]["c"]
-    move_to_devices(tree, one_device())
-    assert tree["b"]["c"] is there
 
 
 def test_any_change_of_the_weights_gives_another_fingerprint():

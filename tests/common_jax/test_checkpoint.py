@@ -160,8 +160,8 @@ def test_a_step_waits_for_the_checkpoint_of_a_large_state(tmp_path, monkeypatch,
 def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, limit):
     used = []
 
-    class Handler(ocp.StandardCheckpointHandler):
-        def __init__(self, *, save_concurrent_gb):
+    class Handler(ocp.PyTreeCheckpointHandler):
+        def __init__(self, *, save_concurrent_gb=None):
             super().__init__(save_concurrent_gb=save_concurrent_gb)
             self.limit = save_concurrent_gb
 
@@ -169,7 +169,7 @@ def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, lim
             used.append((directory.name.partition(".")[0], self.limit))
             return await super().async_save(directory, *others, **more)
 
-    monkeypatch.setattr(ocp, "StandardCheckpointHandler", Handler)
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", Handler)
     checkpoints = Checkpoints(tmp_path, keep=1, best=None, at_once=at_once)
     checkpoints.save(state(1, 0.5), step=1, config={}, metrics=None)
     checkpoints.wait()
@@ -178,6 +178,21 @@ def test_arrays_are_written_a_part_at_a_time(tmp_path, monkeypatch, at_once, lim
         np.testing.assert_array_equal, checkpoints.restore_latest(abstract()), state(1, 0.5)
     )
     checkpoints.close()
+
+
+@pytest.mark.parametrize("largest", [1, 1.5])
+def test_a_file_is_small_unless_an_array_is_larger(tmp_path, monkeypatch, largest):
+    monkeypatch.setattr(writing, "FILE", 1 << 16)
+    rng = np.random.default_rng(0)
+    params = {f"{i}": rng.random(int(largest * (1 << 14)), np.float32) for i in range(8)}
+    checkpoint.write_params(tmp_path, params, config={})
+    assert {isinstance(leaf, jax.Array) for leaf in params.values()} == {True}
+    files = [path.stat().st_size for path in (tmp_path / "checkpoints/0/params").rglob("d/*")]
+    # One process' files, and their copy for readers that see all processes as one.
+    assert (max(files) <= 1 << 17) == (largest == 1), files
+    stored = ocp.PyTreeCheckpointHandler().metadata(tmp_path / "checkpoints/0/params").tree
+    for name, array in params.items():
+        assert stored[name].storage.chunk_shape == array.shape  # not cut
 
 
 @pytest.mark.parametrize(("scheme", "driver"), [("gs", "gcs"), ("s3", "s3")])

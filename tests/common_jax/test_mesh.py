@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec as P
-from meshes import idle_rules
+from meshes import idle_rules, one_device
 
 from common_jax import mesh as meshes
 from common_jax.mesh import (
@@ -17,7 +17,9 @@ from common_jax.mesh import (
     count_slices,
     make_mesh,
     match_rules,
+    move_to_devices,
     put_rows,
+    replicated,
     take_rows,
     to_devices,
     with_shardings,
@@ -168,3 +170,14 @@ def test_vectors_from_a_table_stay_with_its_columns():
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, expert=2))):
         x = jax.jit(lambda x: constrain(2 * x, "looked_up", "columns"))(jnp.ones((16, 8)))
         assert x.sharding.shard_shape(x.shape) == (4, 4)
+
+
+def test_arrays_of_numpy_are_replaced_by_those_on_the_devices():
+    tree = {"a": np.ones(2), "b": {"c": np.zeros((2, 3), np.float32)}}
+    before = jax.tree.map(np.array, tree)
+    move_to_devices(tree, replicated(one_device()))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(tree))
+    jax.tree.map(np.testing.assert_array_equal, tree, before)
+    there = tree["b"]["c"]
+    move_to_devices(tree, replicated(one_device()))
+    assert tree["b"]["c"] is there
