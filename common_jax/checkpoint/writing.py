@@ -150,8 +150,8 @@ class Checkpoints:
 
     def _file_size(self, arrays: Any) -> int | None:
         """Bytes of a file, None for orbax's choice."""
-        # An array larger than a file is cut into chunks, with which a save took 1.4 times as long;
-        # and for buckets orbax has a size of its own.
+        # An array larger than a file is cut into chunks, with which a save took up to 1.4 times as
+        # long; and for buckets orbax has a size of its own.
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         return FILE if largest <= FILE and "://" not in str(self.folder) else None
 
