@@ -20,7 +20,7 @@ from cliptrans_jax.decode import DecodeConfig
 from cliptrans_jax.models.cliptrans import ModelConfig, Translator
 from cliptrans_jax.models.mapper import MapperConfig
 from cliptrans_jax.runs import contrastive
-from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
+from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from cliptrans_jax.towers.clip import ClipVisionConfig
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.translators.mbart import MBartConfig

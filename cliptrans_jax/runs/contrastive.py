@@ -24,12 +24,8 @@ from cliptrans_jax.evaluators.evaluator import evaluate_all
 from cliptrans_jax.evaluators.retrieval import PairSet
 from cliptrans_jax.evaluators.table import evaluators_of
 from cliptrans_jax.models.rules import rules_below
-from cliptrans_jax.runs.run_data import (
-    RunData,
-    features_folder,
-    save_tokenizer,
-    train_tokenizer,
-)
+from cliptrans_jax.runs.run_data import RunData, features_folder
+from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from cliptrans_jax.runs.text_side import text_side
 from cliptrans_jax.towers.table import tower_of
 from common_jax import loop

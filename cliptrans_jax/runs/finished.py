@@ -12,7 +12,8 @@ from cliptrans_jax.config import SYSTEM, Config
 from cliptrans_jax.data.framing import Tokenizer
 from cliptrans_jax.data.tokens import load_tokenizer
 from cliptrans_jax.encoders import ImageTower, TextTower
-from cliptrans_jax.runs.run_data import TOKENIZER, RunData
+from cliptrans_jax.runs.run_data import RunData
+from cliptrans_jax.runs.run_tokenizer import TOKENIZER
 from cliptrans_jax.runs.translation import best_step
 from cliptrans_jax.stages import STAGES, Trains, trains
 from cliptrans_jax.translators.table import TRANSLATORS

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,13 +17,18 @@ from cliptrans_jax.data.corpus import Corpus
 from cliptrans_jax.data.examples import choose_examples, default_caption_language
 from cliptrans_jax.data.feed import Inputs
 from cliptrans_jax.data.framing import Tokenizer, require_fits
-from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus, load_tokenizer
+from cliptrans_jax.data.tokens import TokenizerConfig, encode_corpus
 from cliptrans_jax.encoders import (
     ImageTower,
     TextTower,
     image_features,
     published_text,
     text_features,
+)
+from cliptrans_jax.runs.run_tokenizer import (
+    require_same_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
 )
 from cliptrans_jax.stages import STAGES, Side, Trains, trains
 from cliptrans_jax.towers import siglip
@@ -33,12 +37,10 @@ from cliptrans_jax.towers.tower import Tower
 from common_jax import checkpoint
 from common_jax.config import renamed
 from common_jax.inputs import steps_per_epoch
-from common_jax.inputs.ragged import Chain
 from common_jax.weights.memory import give_back
 from common_jax.weights.table import Pretrained
-from common_jax.workdir import check_input, freeze_stored, holds_results, write_bytes
+from common_jax.workdir import check_input, freeze_stored
 
-TOKENIZER = "tokenizer.json"
 PUBLISHED = "a folder or a file of weights, or config.sources.fetch=True for a name on the hub"
 # Messages about a text tower and its tokenizer name the one flag that gives both.
 SIGLIP_KEYS = {
@@ -105,7 +107,7 @@ class RunData:
         special = {"pad": sizes.pad, "eos": sizes.eos}
         require_fits(tokenizer, vocab=sizes.vocab, special=special, key=config.model.key)
         for name in ("model", "clip"):
-            _require_same_tokenizer(config, name, text)
+            require_same_tokenizer(config, name, text)
         return tokenizer, text
 
     def save_tokenizer(self) -> None:
@@ -344,68 +346,6 @@ def check_weights(config: Config) -> None:
     if not source or not path.with_name(f"{path.stem}_1{path.suffix}").is_file():
         check_input("config.sources.model", source, "a workdir, or a released checkpoint")
     _check_published(config, "mbart")
-
-
-def train_tokenizer(config: Config, workdir: epath.Path) -> tuple[Tokenizer, str]:
-    """The translation model's tokenizer, and the content of its file if it is trained.
-
-    If the workdir has results, its tokenizer is loaded; else one is trained, but not written yet.
-
-    Raises:
-      ValueError: for more tokens than the translator's vocabulary.
-    """
-    languages, sentences = config.known_languages, None
-    if config.tokenizer.kind == "trained":
-        corpus = load_corpus(config.data, config.data.train_split, languages)
-        sentences = Chain(tuple(corpus.texts[language] for language in languages))
-    cut = dataclasses.replace(config.tokenizer, max_length=config.sentence_limit)
-    with tempfile.TemporaryDirectory() as folder:
-        path = workdir / TOKENIZER
-        resumes = path.exists() and holds_results(workdir)
-        path = path if resumes else epath.Path(folder) / TOKENIZER
-        tokenizer = load_tokenizer(cut, sentences=sentences, languages=languages, path=path)
-        text = path.read_text() if sentences is not None else ""
-    require_fits(tokenizer, vocab=config.model.sizes.vocab, special={}, key=config.model.key)
-    return tokenizer, text
-
-
-def save_tokenizer(text: str, workdir: epath.Path) -> None:
-    """Writes the file of a trained tokenizer atomically, unless it exists with this content."""
-    path = workdir / TOKENIZER
-    if not text or jax.process_index() or (path.exists() and path.read_text() == text):
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, text.encode())
-
-
-def _require_same_tokenizer(config: Config, name: str, text: str) -> None:
-    """Raises ValueError if a run in config.sources has another tokenizer.
-
-    Args:
-      name: field of `config.sources`.
-      text: content of this run's tokenizer file; "" for a published tokenizer.
-    """
-    source = getattr(config.sources, name)
-    try:
-        step = checkpoint.find_step(source) if source else None
-    except FileNotFoundError:  # raised again when weights are loaded
-        return
-    # With a published text tower, a run of stage "clip" has no tokenizer of its own.
-    if step is None or (name == "clip" and config.sources.clip_text):
-        return
-    kind = (checkpoint.load_config(step).get("tokenizer") or {}).get("kind")
-    if kind not in (None, config.tokenizer.kind):
-        raise ValueError(
-            f"config.sources.{name}={source!r} is a run with config.tokenizer.kind={kind!r}, whose "
-            f"ids mean other words than those of config.tokenizer.kind={config.tokenizer.kind!r}; "
-            "give the config.tokenizer of that run"
-        )
-    other = step.parent.parent / TOKENIZER
-    if text and other.exists() and other.read_text() != text:
-        raise ValueError(
-            f"config.sources.{name}: {other} is another tokenizer than the one for this config; "
-            "give the config.data, config.languages and config.tokenizer of that run"
-        )
 
 
 def load_trained(config: Config, name: str) -> tuple[Any, Any]:

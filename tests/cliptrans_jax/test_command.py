@@ -13,7 +13,7 @@ from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
 from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.runs.objective import check_start
-from cliptrans_jax.runs.run_data import save_tokenizer, train_tokenizer
+from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
 from common_jax import app
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from tiny_cliptrans import TEST, read_split, tiny_config
 from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.evaluators import retrieval
 from cliptrans_jax.runs import contrastive, text_side
-from cliptrans_jax.runs.run_data import train_tokenizer
+from cliptrans_jax.runs.run_tokenizer import train_tokenizer
 from cliptrans_jax.towers.table import tower_of
 
 PAD, LENGTH = 1, 8

@@ -20,7 +20,8 @@ from cliptrans_jax.export.folder import _has_published_text
 from cliptrans_jax.runs import contrastive
 from cliptrans_jax.runs.finished import Finished, _with_own_towers
 from cliptrans_jax.runs.pipeline import plan
-from cliptrans_jax.runs.run_data import TOKENIZER, RunData, load_trained
+from cliptrans_jax.runs.run_data import RunData, load_trained
+from cliptrans_jax.runs.run_tokenizer import TOKENIZER
 from cliptrans_jax.towers.mclip import MClipConfig
 from cliptrans_jax.towers.table import tower_of
 from common_jax import checkpoint

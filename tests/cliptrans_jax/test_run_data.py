@@ -3,13 +3,12 @@
 import dataclasses
 import json
 import types
-import zlib
 
 import numpy as np
 import pytest
 from etils import epath
 from meshes import one_device
-from tiny_cliptrans import FEATURES, PREFIX, TEST, number_tokenizer, read_split, tiny_config
+from tiny_cliptrans import FEATURES, TEST, number_tokenizer, read_split, tiny_config
 
 from cliptrans_jax.config import SourcesConfig
 from cliptrans_jax.data.corpus import Corpus
@@ -26,6 +25,7 @@ from cliptrans_jax.runs.run_data import (
     feature_side,
     used_languages,
 )
+from cliptrans_jax.runs.run_tokenizer import train_tokenizer
 from cliptrans_jax.stages import Side
 from cliptrans_jax.towers.clip import ClipTextConfig
 from cliptrans_jax.towers.labse import LabseConfig
@@ -274,7 +274,7 @@ def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):
 def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_path):
     """Whatever sizes stage "clip" has in this config."""
     config = config_of("translate", corpus, sources=SourcesConfig(clip="trained"))
-    tokenizer, _ = run_data.train_tokenizer(config, epath.Path(tmp_path))
+    tokenizer, _ = train_tokenizer(config, epath.Path(tmp_path))
     sizes = {"heads": 4, "eps": 1e-3}
     trained = config_of(
         "clip",
@@ -296,25 +296,6 @@ def test_towers_of_a_run_have_the_sizes_of_that_run(corpus, monkeypatch, tmp_pat
     assert (text.config, image.config) == (trained.clip.text, trained.clip.image)
     assert text.params == {"trained": len("clip/text")}
     assert image.params == {"trained": len("clip/image")}
-
-
-def test_a_tokenizer_is_trained_on_the_training_split_in_all_languages(corpus, tmp_path):
-    english, german, _ = read_split(corpus, "train")
-    config = config_of("translate", corpus, languages=("de", "en"))
-    _, text = run_data.train_tokenizer(config, epath.Path(tmp_path))
-    made_from = json.loads(text)["made_from"]
-    assert made_from["languages"] == ["de", "en"]
-    assert made_from["sentences"] == zlib.crc32("\n".join([*german, *english]).encode())
-
-
-@pytest.mark.parametrize(("given", "limit"), [(20, 20), (None, 32 - PREFIX)])
-def test_sentences_are_cut_to_the_model_behind_its_prefix(corpus, tmp_path, given, limit):
-    config = config_of("translate", corpus)
-    config = dataclasses.replace(
-        config, tokenizer=dataclasses.replace(config.tokenizer, max_length=given)
-    )
-    tokenizer, _ = run_data.train_tokenizer(config, epath.Path(tmp_path))
-    assert tokenizer.limit == config.sentence_limit == limit
 
 
 def test_a_corpus_names_what_is_missing():

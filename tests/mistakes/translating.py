@@ -277,11 +277,11 @@ MISTAKES: tuple[Mistake, ...] = (
         RUN_DATA,
     ),
     Mistake(
-        f"{PACKAGE}/runs/run_data.py",
+        f"{PACKAGE}/runs/run_tokenizer.py",
         "the tokenizer learns its pieces from the test set",
         "corpus = load_corpus(config.data, config.data.train_split, languages)",
         "corpus = load_corpus(config.data, config.data.test_split, languages)",
-        RUN_DATA,
+        f"{TESTS}/test_run_tokenizer.py",
     ),
     Mistake(
         f"{PACKAGE}/runs/scoring.py",
