@@ -127,9 +127,9 @@ class Checkpoints:
         texts = {"config": dict(config)}
         if self._run_id is not None:
             texts[MARK] = {"id": self._run_id, "step": step}
-        size = self._file_size(arrays)
+        file_size = self._file_size(arrays)
         items = {
-            name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=size)
+            name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=file_size)
             for name, tree in arrays.items()
         }
         items |= {name: ocp.args.JsonSave(value) for name, value in texts.items()}

@@ -188,7 +188,6 @@ def test_a_file_is_small_unless_an_array_is_larger(tmp_path, monkeypatch, larges
     checkpoint.write_params(tmp_path, params, config={})
     assert {isinstance(leaf, jax.Array) for leaf in params.values()} == {True}
     files = [path.stat().st_size for path in (tmp_path / "checkpoints/0/params").rglob("d/*")]
-    # One process' files, and their copy for readers that see all processes as one.
     assert (max(files) <= 1 << 17) == (largest == 1), files
     stored = ocp.PyTreeCheckpointHandler().metadata(tmp_path / "checkpoints/0/params").tree
     for name, array in params.items():
