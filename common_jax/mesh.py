@@ -100,9 +100,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if free and len(devices) % fixed == 0:
         shape[AXES.index(free[0])] = len(devices) // fixed
     if math.prod(shape) != len(devices):
+        need = (
+            f"needs a divisor of the {len(devices)} devices here, and its fixed axes make {fixed}"
+            if free
+            else f"makes {fixed}, and must make the {len(devices)} devices here"
+        )
         raise ValueError(
-            f"config.mesh={_describe(shape)} needs a divisor of the {len(devices)} devices here, "
-            f"and its fixed axes make {fixed}; change config.mesh, or give -1 for config.mesh.data"
+            f"config.mesh={_describe(shape)} {need}; change config.mesh, or give -1 for "
+            "config.mesh.data"
         )
     slices = count_slices(devices)
     if shape[0] % slices:
@@ -242,7 +247,10 @@ def move_to_devices(params: dict[str, Any], sharding: Sharding) -> None:
         if isinstance(value, Mapping):
             move_to_devices(value, sharding)
         elif isinstance(value, np.ndarray):
-            params[name] = jax.block_until_ready(jax.device_put(value, sharding))
+            # Not device_put: where devices are of several processes, it gathers the array of each
+            # to compare them.
+            moved = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+            params[name] = jax.block_until_ready(moved)
 
 
 def batched(mesh: Mesh) -> NamedSharding:

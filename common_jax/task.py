@@ -120,8 +120,10 @@ def step_program(
         log_every=log_every,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # The metrics are replicated, as the step's number is: every process reads them.
+    outputs = (shardings, shardings.step)
     # Donated, so that the new state takes the memory of the old one.
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
 
 
 def average_program(

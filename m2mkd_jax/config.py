@@ -30,6 +30,7 @@ from common_jax.ranges import (
 from m2mkd_jax.data.augment import AugmentConfig
 from m2mkd_jax.data.ood import OodConfig
 from m2mkd_jax.data.sources import DataConfig
+from m2mkd_jax.evaluators import EVALUATORS
 from m2mkd_jax.families import FAMILIES, Context, family_of, kind_of, section_type
 from m2mkd_jax.losses import COMBINATIONS, DISTILLATIONS
 from m2mkd_jax.models.encoder import Interface
@@ -281,11 +282,14 @@ class Config(Section):
             )
         if unknown := set(self.recipes) - set(PHASE_NAMES):
             raise FieldError(f"recipes has no phases {shown(unknown)}, only {PHASE_NAMES}")
-        if self.run.best is not None and not self.run.best.startswith(("test/", "ood/")):
-            raise FieldError(
-                f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, such as "
-                "'test/accuracy', or None"
-            )
+        if self.run.best is not None:
+            split, _, name = self.run.best.partition("/")
+            names = [metric for one in EVALUATORS.values() for metric in one.shown]
+            if split not in ("test", "ood") or name.rpartition("/")[2] not in names:
+                raise FieldError(
+                    f"run.best={shown(self.run.best)} must be a metric of test/ or ood/, "
+                    f"{' or '.join(names)}, such as 'test/accuracy', or None"
+                )
         self.modules()
         self.taught_by()
 

@@ -289,5 +289,6 @@ def _resize(
                 f"{flat[path].shape if path in flat else 'missing'} in the checkpoint: the network "
                 "takes images of another size, or none but those it was trained on"
             )
-        flat[path] = jax.device_put(way(np.asarray(flat[path]), shape.shape), placed[path])
+        adapted = way(np.asarray(flat[path]), shape.shape)
+        flat[path] = jax.make_array_from_callback(adapted.shape, placed[path], adapted.__getitem__)
     return traverse_util.unflatten_dict(flat, sep="/")

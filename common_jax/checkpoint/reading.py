@@ -67,14 +67,19 @@ def load(
         whole = first if mesh is None else replicated(mesh)
         shardings = jax.tree.map(lambda _: whole, abstract)
     abstract = with_shardings(abstract, shardings)
-    restored = read(step, abstract)
     # The average has only parameters that were trained; frozen ones come from `params`.
     averages = _shapes(step, AVERAGE) if average and (step / AVERAGE).exists() else {}
-    averaged = traverse_util.flatten_dict(averages)
-    flat = traverse_util.flatten_dict(abstract).items()
-    if chosen := {path: leaf for path, leaf in flat if path in averaged}:
-        chosen = read(step, traverse_util.unflatten_dict(chosen), item=AVERAGE)
-        restored = merge(restored, chosen)
+    averaged = traverse_util.flatten_dict(averages).keys()
+    items = {AVERAGE: {}, "params": {}}
+    for path, leaf in traverse_util.flatten_dict(abstract).items():
+        items[AVERAGE if path in averaged else "params"][path] = leaf
+    restored = merge(
+        *(
+            read(step, traverse_util.unflatten_dict(leaves), item=item)
+            for item, leaves in items.items()
+            if leaves
+        )
+    )
     for key in filter(None, subtree.split("/")):
         restored = restored[key]
     return restored

@@ -62,9 +62,9 @@ class Checkpoints:
       foreign: reasons why checkpoints are not the run's, by step; they are put aside.
       averaged_from: first step whose average is whole; before it, a checkpoint has its average
         under another name, for resuming alone.
-      at_once: bytes of one item's arrays, parameters or trainer, that are being compressed and
-        written at a time, at least those of the largest array; None for all. Files wait in memory
-        until they are written, almost as large as the arrays.
+      at_once: bytes of one item, parameters or trainer, that may be compressed and written at a
+        time, never less than the largest array; None for no limit. Files wait in memory until they
+        are written, almost as large as the arrays.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Checkpoints:
         self.folder = absolute(workdir) / FOLDER
         self._keep, self._best, self._on_failed, self._run_id = keep, best, on_failed, run_id
         self._averaged_from, self._at_once = averaged_from, at_once
-        self._scores: dict[int, float] = {}  # of steps that were evaluated after they were saved
+        self._scores: dict[int, float] = {}  # of evaluated steps, by `best`
         self._reads = False  # whether orbax may be reading the memory of a state
         # Step and expected content of the save in progress, for the check in orbax's thread.
         self._step = None
@@ -121,6 +121,8 @@ class Checkpoints:
                 f"config.run.best={self._best!r} is none of the metrics {sorted(metrics)}; "
                 "None keeps no best checkpoint"
             )
+        if metrics:
+            self.score(step, metrics)  # a manager that replaces this one knows no scores
         arrays = {"params": state.params, "trainer": _trainer(state)}
         if state.ema is not None:
             arrays[self._average_item(step)] = state.ema
@@ -295,7 +297,11 @@ class Checkpoints:
         message = (
             f"the checkpoint of step {failed} could not be written to {self.folder} "
             f"({failure or 'another process says why'}); "
-            + (f"the newest whole one is of step {steps[-1]}" if steps else "there is none before")
+            + (
+                f"the newest whole one is of step {steps[-1]}"
+                if steps
+                else "there is no earlier one"
+            )
         )
         if last or self._on_failed == "stop":
             # tensorstore's own errors have no errno, only text.
@@ -332,9 +338,7 @@ class Checkpoints:
         hosts.agree(0)  # a barrier: the others must not list the folder before
 
     def _metric(self, checkpoint: Any) -> float:
-        # orbax stores metrics with the save; those of a later evaluation live in this process only.
-        if checkpoint.metrics is not None and self._best in checkpoint.metrics:
-            return checkpoint.metrics[self._best]
+        # Not orbax's metrics, which live as long as one manager.
         return self._scores.get(checkpoint.step, float("-inf"))
 
 

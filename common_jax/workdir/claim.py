@@ -97,10 +97,10 @@ def plain(config: Any) -> dict[str, Any]:
     return dict(config)
 
 
-# Fields that change nothing but the rounding of the results: a run may resume with other values.
-# `remat` and `attention` are fields of networks in any section.
+# Fields that change nothing but the rounding of the results, and which checkpoints are kept: a run
+# may resume with other values. `remat` and `attention` are fields of networks in any section.
 PASSING = re.compile(
-    r"run\.(profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
+    r"run\.(best|profile|compilation_cache|checkpoint_minutes|on_failed_save|wandb)"
     r"|mesh\.(data|fsdp|expert)"
     r"|data\.workers"
     r"|(.+\.)?(remat|attention)"

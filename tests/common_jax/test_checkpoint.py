@@ -5,11 +5,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from flax import traverse_util
 from jax import numpy as jnp
 from meshes import split_mesh
 
 from common_jax import checkpoint
-from common_jax.checkpoint import Checkpoints, contents, writing
+from common_jax.checkpoint import Checkpoints, contents, reading, writing
 from common_jax.state import TrainState
 from common_jax.weights import Allowance, Origin, take
 
@@ -80,7 +81,7 @@ def test_a_part_is_loaded_by_its_path(workdir):
     np.testing.assert_array_equal(older, np.full((4, 2), 0.9, np.float32))
 
 
-def test_the_running_average_is_loaded_where_there_is_one(tmp_path):
+def test_the_running_average_is_loaded_where_there_is_one(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1, best=None)
     average = {"net": {"stage_0": {"kernel": jnp.full((4, 2), 7.0)}}}
     with_average = state(1, 0.5).replace(ema=average)
@@ -95,6 +96,15 @@ def test_the_running_average_is_loaded_where_there_is_one(tmp_path):
     np.testing.assert_array_equal(
         checkpoint.load(tmp_path)["net"]["stage_0"]["kernel"], np.full((4, 2), 0.5, np.float32)
     )
+    read, asked = reading.read, {}
+
+    def record(step, abstract, *, item="params"):
+        asked[item] = sorted(traverse_util.flatten_dict(abstract, sep="/"))
+        return read(step, abstract, item=item)
+
+    monkeypatch.setattr(reading, "read", record)
+    checkpoint.load(tmp_path, average=True)
+    assert asked == {"average": ["net/stage_0/kernel"], "params": ["net/stage_1/bias"]}
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SHARDING), with_average
     )
@@ -141,6 +151,23 @@ def test_a_checkpoint_evaluated_later_may_be_the_best(tmp_path):
     checkpoints.save(state(4, 0.0), step=4, config={}, metrics={"test/w": 0.5, "test/loss": 9.0})
     checkpoints.close()
     assert checkpoint.finished_steps(tmp_path / "checkpoints") == [2, 4]
+
+
+def test_the_best_stays_where_a_later_save_fails(tmp_path, monkeypatch):
+    """A failed save replaces orbax's manager, which knew the scores."""
+    checkpoints = Checkpoints(tmp_path, keep=1, best="test/w", on_failed="go_on")
+    check = writing.check_written
+
+    def fail(folder, *others):
+        if folder.name.startswith("2"):
+            raise OSError("it is not there")
+        check(folder, *others)
+
+    monkeypatch.setattr(writing, "check_written", fail)
+    for step, value in enumerate((0.9, 0.3, 0.1, 0.2), 1):
+        checkpoints.save(state(step, 0.0), step=step, config={}, metrics={"test/w": value})
+    checkpoints.close()
+    assert checkpoint.finished_steps(tmp_path / "checkpoints") == [1, 4]
 
 
 @pytest.mark.parametrize(("large", "waits"), [(1, True), (1 << 30, False)])

@@ -56,6 +56,7 @@ def episodes(**changes):
         ("data.labels", 9, r"config\.data\.labels=9"),
         ("seed", 2**32, r"config\.seed=4294967296"),
         ("run.best", "val/bleu", r"config\.run\.best='val/bleu' must be a metric of test/"),
+        ("run.best", "test/acuracy", r"best='test/acuracy' must be .* accuracy or accuracy_top5"),
         ("sources.teacher", "/nowhere", r"no finished checkpoint at /nowhere"),
     ],
 )
