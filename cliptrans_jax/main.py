@@ -15,11 +15,12 @@ from cliptrans_jax.curves import CURVES
 from cliptrans_jax.runs.pipeline import plan, run_stage
 from cliptrans_jax.runs.run_data import check_weights
 from cliptrans_jax.runs.scoring import galleries, scores_table
-from cliptrans_jax.stages import Trains, trains
+from cliptrans_jax.stages import STAGES, Side, Trains, trains
 from common_jax import app, checkpoint
 from common_jax.config import freeze
 from common_jax.log import conclude
 from common_jax.mesh import check_batch, make_mesh
+from common_jax.optim import idle_optim
 from common_jax.report import reporting, write_report
 from common_jax.workdir import check_output, hold, holds_results
 
@@ -41,12 +42,14 @@ USES = {
     Trains.TOWERS: "cliptrans features {} FILE",
     Trains.TRANSLATOR: 'cliptrans translate {} "SENTENCE"',
 }
+CAPTIONS = " --pictures PICTURE"  # what to add for a stage that looks at pictures
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Checks the config and runs the stage."""
     frozen = freeze(Config, config)
     check_places(frozen, workdir)
+    app.warn_of_idle(idle(frozen))
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.stage == "pipeline"
@@ -61,11 +64,24 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         _conclude(result, last, workdir / folder)
 
 
+def idle(config: Config) -> dict[str, str]:
+    """The fields, by path, that are set and change nothing beside the others; and why."""
+    if config.stage == "evaluate":
+        return {}
+    sections = idle_optim(config, pipeline=config.stage == "pipeline")
+    return {
+        f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
+    }
+
+
 def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:
     """The last lines of the command: the scores, and the command that uses the run."""
     scores = result.get("test", result)  # of the test split, where it is translated
     shown = (config.bleu, "chrf", "val/loss", "val/accuracy")
     use = USES.get(trains(config.stage), "")
+    stage = STAGES.get(config.stage)
+    if stage is not None and stage.captioning and stage.test is Side.IMAGE:
+        use += CAPTIONS
     conclude(
         {name: scores[name] for name in shown if name in scores}, use.format(shlex.quote(str(run)))
     )

@@ -106,6 +106,12 @@ def _warn_of_unread(
         logging.warning("--config.%s changes nothing: %s=%r does not read it", path, field, kind)
 
 
+def warn_of_idle(fields: Mapping[str, str]) -> None:
+    """Warns of fields of the config, by path, that are set and change nothing; with the reasons."""
+    for path, why in fields.items():
+        logging.warning("config.%s changes nothing: %s", path, why)
+
+
 def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder` for later runs; None keeps none.
 

@@ -93,6 +93,21 @@ class OptimConfig(Section):
             )
 
     @property
+    def idle(self) -> dict[str, str]:
+        """The fields that are set and change nothing beside the others, and why; 0 is not set."""
+        unread = {
+            "schedule": [name for name, by in READ_BY.items() if self.schedule not in by],
+            "optimizer": ["momentum"] if self.optimizer == "adamw" else ["b1", "b2", "eps"],
+        }
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: f"{choice}={getattr(self, choice)!r} does not read it"
+            for choice, names in unread.items()
+            for name in names
+            if getattr(self, name) and getattr(self, name) != fields[name]
+        }
+
+    @property
     def micro_batch(self) -> int:
         """Examples that are on the devices at once, over all hosts."""
         return self.batch // self.accumulate
@@ -128,6 +143,13 @@ class OptimConfig(Section):
         """Updates of the warm-up, for schedules per step."""
         in_epochs = self.warmup_epochs * steps_per_epoch
         return in_epochs if self.warmup_steps is None else self.warmup_steps
+
+
+def idle_optim(config: Any, *, pipeline: bool) -> dict[str, dict[str, str]]:
+    """`OptimConfig.idle` of `optim`, or of each recipe's in a pipeline, by path."""
+    if not pipeline:
+        return {"optim": config.optim.idle}
+    return {f"recipes.{name}.optim": one.optim.idle for name, one in config.recipes.items()}
 
 
 Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`
@@ -232,6 +254,14 @@ SCHEDULES = {
 
 BY_EPOCH = ("epoch_cosine", "epoch_cosine_unlagged")  # which know no warmup_steps
 WARMING = (*BY_EPOCH, "warmup_cosine", "inverse_sqrt")
+# The schedules that read a field, of the fields that not all of them do.
+READ_BY = {
+    "warmup_epochs": WARMING,
+    "warmup_steps": ("warmup_cosine", "inverse_sqrt"),
+    "warmup_lr": (*BY_EPOCH, "warmup_cosine"),
+    "min_lr": (*BY_EPOCH, "warmup_cosine", "polynomial"),
+    "power": ("polynomial",),
+}
 
 
 def make_schedule(config: OptimConfig, steps_per_epoch: int) -> Schedule:

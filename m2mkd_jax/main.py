@@ -19,7 +19,7 @@ from m2mkd_jax.config import SYSTEM, Config
 from m2mkd_jax.curves import CURVES
 from m2mkd_jax.evaluators import show
 from m2mkd_jax.phases import PHASES
-from m2mkd_jax.phases.fields import check_sources, reads, used_sources
+from m2mkd_jax.phases.fields import check_sources, idle, reads, used_sources
 from m2mkd_jax.phases.networks import SECTIONS, family_of_role
 from m2mkd_jax.phases.phase import Phase
 from m2mkd_jax.phases.pipeline import plan, result_folder, run_phase
@@ -42,6 +42,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     frozen = freeze(Config, config)
     check_sources(frozen)
     check_places(frozen, workdir)
+    app.warn_of_idle(idle(frozen))
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.phase == "pipeline"
@@ -60,6 +61,8 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 def _conclude(result: Mapping[str, Any], phase: Phase, run: epath.Path) -> None:
     """The last lines of the command: the scores, and the command that uses the run."""
     command = "show {}" if phase.modular else "predict {} PICTURE"
+    if "episodes" in result:
+        run = run / "episode_0"
     shown = ("test/loss", "test/accuracy", "ood/accuracy")
     scores = {name: result[name] for name in shown if result.get(name) is not None}
     conclude(scores, f"m2mkd {command.format(shlex.quote(str(run)))}")

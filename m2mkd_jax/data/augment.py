@@ -29,7 +29,8 @@ class AugmentConfig(Section):
       repeats: copies of an image in an epoch, each augmented independently. They are consecutive,
         so nearly always in one batch; the number of steps stays the same. 1 turns it off, DeiT uses
         3.
-      padding: black pixels around a small image before a random crop of its own size.
+      padding: black pixels around a small image, of at most 32 pixels, before a random crop of its
+        own size. Larger images are cropped and resized instead.
       flip: mirror left to right with probability 0.5.
       randaugment: RandAugment on the host (m2mkd_jax/data/randaugment.py).
       operations, magnitude, magnitude_std: of RandAugment: operations per image, their mean
@@ -39,7 +40,8 @@ class AugmentConfig(Section):
       switch: probability of cutmix where both are on.
       mix_probability: probability that a batch is mixed.
       smoothing: label smoothing, in [0, 1).
-      rotate: largest rotation, in degrees, of small images.
+      rotate: largest rotation, in degrees, of small images; this and the next two are not combined
+        with RandAugment.
       scale: largest relative change of size of small images; 0.1 draws from [0.9, 1.1].
       shift: largest translation of small images, in pixels.
     """
@@ -70,6 +72,17 @@ class AugmentConfig(Section):
     def moves(self) -> bool:
         """True where small images are rotated, scaled or shifted."""
         return bool(self.rotate or self.scale or self.shift)
+
+
+def idle_fields(config: AugmentConfig, image_size: int) -> dict[str, str]:
+    """The fields that are set and change nothing, and why."""
+    if geometry_on_device(config, image_size):
+        return {}
+    why, names = "it is for images that RandAugment does not change", ("rotate", "scale", "shift")
+    if image_size > SMALL_SIDE:
+        why = f"it is for images of at most {SMALL_SIDE} pixels, and these have {image_size}"
+        names = ("padding", *names)
+    return {name: why for name in names if getattr(config, name)}
 
 
 def geometry_on_device(config: AugmentConfig, image_size: int) -> bool:

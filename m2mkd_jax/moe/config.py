@@ -94,6 +94,16 @@ class MoeConfig(PairsConfig, SoftConfig):
         """True if training adds noise to the gate."""
         return ROUTERS[self.router].noisy(self)
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields that have another value than their default and change nothing, and why."""
+        reasons = ROUTERS[self.router].idle(self)
+        return {
+            field.name: reasons[field.name]
+            for field in fields(self)
+            if field.name in reasons and getattr(self, field.name) != field.default
+        }
+
     def _refuse_fields_of_other_routers(self) -> None:
         own = {field.name for field in fields(ROUTERS[self.router].config)}
         for name, other in ROUTERS.items():

@@ -135,6 +135,15 @@ def pair_router(
     def grouped(config: PairsConfig) -> bool:
         return not tokens_choose or DISPATCHERS[config.dispatch].grouped
 
+    def idle(config: PairsConfig) -> Mapping[str, str]:
+        found = {} if noisy else {"noise_std": "this router adds no noise"}
+        if not grouped(config):
+            served = f"with dispatch={config.dispatch!r} every pair is served"
+            found |= dict.fromkeys(("capacity_factor", "groups", "order"), served)
+        elif not tokens_choose:
+            found["order"] = "experts choose, so no token comes first"
+        return found
+
     def route(
         config: PairsConfig, logits: Float[Array, "B T E"], key: PRNGKeyArray | None
     ) -> PairRouting:
@@ -154,4 +163,5 @@ def pair_router(
         balance=balance,
         noisy=lambda config: noisy and config.noise_std > 0,
         grouped=grouped,
+        idle=idle,
     )

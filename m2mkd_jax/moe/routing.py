@@ -64,6 +64,12 @@ def never(config: RouterConfig) -> bool:
     return False
 
 
+def none(config: RouterConfig) -> Mapping[str, str]:
+    """No field, for any config."""
+    del config
+    return {}
+
+
 @dataclass(frozen=True)
 class Router:
     """An entry of `ROUTERS`.
@@ -76,6 +82,7 @@ class Router:
       balance: the balance losses that apply to it.
       noisy: config -> whether training draws a key for it from the stream `gate`.
       grouped: config -> whether the tokens of a group compete.
+      idle: config -> the fields of its own that it does not read under this config, and why.
     """
 
     config: type[RouterConfig]
@@ -84,3 +91,4 @@ class Router:
     balance: tuple[str, ...] = ()
     noisy: Callable[[Any], bool] = never
     grouped: Callable[[Any], bool] = never
+    idle: Callable[[Any], Mapping[str, str]] = none

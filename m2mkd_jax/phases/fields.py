@@ -1,7 +1,10 @@
 """The fields of the config that each phase reads, and those that name sources of weights."""
 
+from common_jax.command_line import unread
+from common_jax.optim import idle_optim
 from common_jax.ranges import shown
 from m2mkd_jax.config import Config
+from m2mkd_jax.data.augment import idle_fields
 from m2mkd_jax.phases import PHASES
 from m2mkd_jax.phases.phase import ALLOWANCES, ALWAYS, WeightSource
 
@@ -18,6 +21,22 @@ def reads() -> dict[str, tuple[str, ...]]:
     del sections["module"]  # a pipeline trains all of them
     paths = tuple(source.path for source in (*replacing_sources(), *given_sources()))
     return table | {"pipeline": (*ALWAYS, *sections, *paths, *ALLOWANCES, "recipes")}
+
+
+def idle(config: Config) -> dict[str, str]:
+    """The fields, by path, that are set, that the phase reads, and that change nothing beside the
+    other fields; and why."""
+    sections = {"augment": idle_fields(config.augment, config.data.image_size)}
+    if hasattr(config.model, "moe"):
+        sections["model.moe"] = config.model.moe.idle
+    sections |= idle_optim(config, pipeline=config.phase == "pipeline")
+    paths = reads()[config.phase]
+    return {
+        f"{section}.{name}": why
+        for section, fields in sections.items()
+        for name, why in fields.items()
+        if not unread([f"{section}.{name}"], paths)
+    }
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:

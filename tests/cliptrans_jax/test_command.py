@@ -1,6 +1,7 @@
 """The command line: every error is one message, before anything is written."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from etils import epath
 from tiny_cliptrans import TEST, VOCAB, tiny_config, write_run
 
+from cliptrans_jax import main as command
 from cliptrans_jax.main import DESCRIPTION, main
 from cliptrans_jax.runs.objective import check_start
 from cliptrans_jax.runs.run_tokenizer import save_tokenizer, train_tokenizer
@@ -320,3 +322,11 @@ def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
         env=dict(os.environ),
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("stage", "pictures"), [("caption", True), ("text_recon", False)])
+def test_the_command_says_what_uses_a_captioning_run(stage, pictures, caplog):
+    with caplog.at_level(logging.INFO):
+        command._conclude({}, tiny_config(stage, None), epath.Path("runs/x"))
+    wanted = 'cliptrans translate runs/x "SENTENCE"' + " --pictures PICTURE" * pictures
+    assert caplog.messages[-1].endswith(wanted)

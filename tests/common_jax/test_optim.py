@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
+from common_jax import optim
 from common_jax.optim import (
     OptimConfig,
     clip_by_norm,
@@ -368,3 +369,29 @@ def test_a_scale_of_one_changes_nothing_and_none_is_refused():
     for scale in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"scale=.* must be positive, such as 0\.1"):
             scale_lengths(recipes, scale)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"warmup_steps": 5}, ["warmup_steps"]),
+        ({"schedule": "warmup_cosine", "warmup_steps": 5, "min_lr": 1e-3, "warmup_lr": 0.1}, []),
+        ({"schedule": "inverse_sqrt", "min_lr": 1e-3, "warmup_lr": 0.1}, ["min_lr", "warmup_lr"]),
+        ({"schedule": "polynomial", "warmup_epochs": 5, "power": 3.0}, ["warmup_epochs"]),
+        ({"schedule": "polynomial", "warmup_epochs": 0, "min_lr": 0.0}, []),
+        ({"power": 3.0, "momentum": 0.5}, ["momentum", "power"]),
+        ({"optimizer": "sgd", "b1": 0.5, "momentum": 0.5}, ["b1"]),
+    ],
+)
+def test_fields_that_schedule_and_optimizer_do_not_read_are_known(fields, names):
+    assert sorted(OptimConfig(**fields).idle) == names
+
+
+@pytest.mark.parametrize("name", ["warmup_epochs", "warmup_steps", "warmup_lr", "min_lr", "power"])
+@pytest.mark.parametrize("schedule", optim.SCHEDULES)
+def test_a_schedule_reads_the_fields_that_it_is_said_to_read(schedule, name):
+    start = OptimConfig(schedule=schedule, steps=40, warmup_epochs=1, warmup_steps=None)
+    values = {"warmup_epochs": 2, "warmup_steps": 7, "warmup_lr": 0.1, "min_lr": 1e-4, "power": 3.0}
+    other = dataclasses.replace(start, **{name: values[name]})
+    rates = [[float(make_schedule(one, 10)(step)) for step in range(40)] for one in (start, other)]
+    assert (rates[0] != rates[1]) == (schedule in optim.READ_BY[name])

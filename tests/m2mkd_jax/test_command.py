@@ -2,6 +2,7 @@
 trace."""
 
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -10,11 +11,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import m2mkd_jax
 from common_jax import app
+from m2mkd_jax import main as command
 from m2mkd_jax.main import DESCRIPTION, main
+from m2mkd_jax.phases import PHASES
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIGITS = f"--config={ROOT}/configs/m2mkd/digits.py:phase=end_to_end"
@@ -209,3 +213,10 @@ def test_a_start_imports_neither_other_frameworks_nor_what_takes_seconds():
         env=dict(os.environ),
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("result", "run"), [({}, "x"), ({"episodes": 3}, "x/episode_0")])
+def test_the_command_says_which_folder_can_be_used(result, run, caplog):
+    with caplog.at_level(logging.INFO):
+        command._conclude(result, PHASES["few_shot"], epath.Path("x"))
+    assert caplog.messages[-1].endswith(f"m2mkd predict {run} PICTURE")

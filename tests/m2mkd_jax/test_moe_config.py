@@ -147,3 +147,23 @@ def test_no_other_file_asks_for_a_router_s_name():
     }
     assert len(names) >= 3
     assert asking == {"moe/config.py"}
+
+
+CAPACITY = {"capacity_factor": 2.0, "groups": 8}
+ORDER = {"order": "priority"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"noise_std": 0.5}, {"noise_std"}),
+        (CAPACITY | ORDER, {*CAPACITY, *ORDER}),
+        ({"router": "softmax_topk", "noise_std": 0.5, "groups": 8}, {"groups"}),
+        ({"dispatch": "capacity", **CAPACITY, **ORDER}, set()),
+        ({"router": "expert_choice", **CAPACITY}, set()),
+        ({"router": "expert_choice", "noise_std": 0.5, **ORDER}, {"noise_std", "order"}),
+        ({"router": "soft", "slots_per_expert": 2}, set()),
+    ],
+)
+def test_fields_that_change_nothing_beside_others_are_known(fields, names):
+    assert MoeConfig(**fields).idle.keys() == names
