@@ -214,8 +214,8 @@ class Config(Section):
       valid_decode: whether evaluations translate the validation set, as choosing a checkpoint by
         BLEU requires; otherwise they only compute loss and token accuracy.
       valid_beams: beams of that search; 0 for those of `decode`.
-      label_chunk: memory of the label loss, as labels per device whose logits would take it in
-        float32; fewer take more time on a TPU or GPU.
+      label_chunk: memory of the label loss, in training and validation: the number of labels per
+        device whose float32 logits would fill it. Fewer take more time on a TPU or GPU.
       sources: weights to start from.
       optim, label_smoothing: training of the stage, see Recipe; the pipeline has recipes instead.
       recipes: training of each stage of the pipeline.

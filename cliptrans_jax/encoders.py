@@ -188,7 +188,7 @@ def text_features(
     and sentences."""
     move_to_devices(tower.params, replicated(mesh))
     ids = encode_corpus(tower.tokenizer, corpus, language, frame=None, folder=folder)
-    content = fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))
+    content = fingerprint(tower.params, *_settings(tower), *_bytes(ids))
     title = f"features of {corpus.name}, {language}"
     return cached(
         folder,
@@ -231,9 +231,7 @@ def image_features(
 
     move_to_devices(tower.params, replicated(mesh))
     keys = (corpus.keys[row] for row in firsts)
-    content = fingerprint(
-        tower.params, repr(tower.config), str(tower.dtype), *_samples(images), *keys
-    )
+    content = fingerprint(tower.params, *_settings(tower), *_samples(images), *keys)
     features = cached(folder, f"{corpus.slug}.pictures", content, compute)
     return features if len(firsts) == len(rows) else features[rows]
 
@@ -281,6 +279,12 @@ def _text_batches(
 def whole_batch(count: int, mesh: Mesh) -> int:
     """The smallest batch of at least `count` examples that divides over all devices."""
     return -(-count // mesh.size) * mesh.size
+
+
+def _settings(tower: TextTower | ImageTower) -> list[str]:
+    """What features depend on besides weights and inputs."""
+    precision = jax.config.jax_default_matmul_precision  # config.matmul_precision sets it
+    return [repr(tower.config), str(tower.dtype), *([precision] if precision else [])]
 
 
 def _bytes(ids: Ragged) -> tuple[Int32[np.ndarray, " _"], Int64[np.ndarray, " B"]]:

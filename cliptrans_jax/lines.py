@@ -12,6 +12,7 @@ import numpy as np
 from cliptrans_jax.data.corpus import read_lines
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.loading import LoadedModel
+from cliptrans_jax.stages import STAGES
 from common_jax.inputs.pictures import decode_picture, read_file
 
 ENDLESS = 2**31  # tokens, more than any sentence has
@@ -140,7 +141,9 @@ def _translate(model: LoadedModel, lines: list[Line]) -> list[list[Hypothesis]]:
 def _warn_of_cuts(model: LoadedModel, lines: list[Line]) -> None:
     tokenizer = model.tokenizer
     whole = dataclasses.replace(tokenizer, limit=ENDLESS)
-    source = model.config.data.source_language
+    if STAGES[model.config.stage].captioning:
+        return  # whose encoder reads no sentence
+    source = model.pair[0]
     for line, ids in zip(lines, whole.encode([x.text for x in lines], source), strict=True):
         if len(ids) > tokenizer.limit:
             logging.warning(

@@ -20,10 +20,10 @@ from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import Translate, make_translate
 from cliptrans_jax.resident import Resident
 from cliptrans_jax.runs.finished import Finished, find
-from cliptrans_jax.runs.run_data import RunData
+from cliptrans_jax.runs.run_data import RunData, caption_language
 from cliptrans_jax.runs.scoring import decode_batches
 from cliptrans_jax.runs.translation import Model
-from cliptrans_jax.stages import TRANSLATION_STAGES, Side
+from cliptrans_jax.stages import STAGES, TRANSLATION_STAGES, Side
 from common_jax import checkpoint
 from common_jax.mesh import MeshConfig, make_mesh
 
@@ -45,16 +45,25 @@ class LoadedModel:
     search: Translate
     mesh: Mesh
 
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The languages of sentences and outputs; in captioning both are that of the captions."""
+        if STAGES[self.config.stage].captioning:
+            return (caption_language(self.config),) * 2
+        return self.config.data.pair
+
     def translate(
         self, sentences: Iterable[str], *, pictures: Iterable[np.ndarray] | None = None
     ) -> list[list[Hypothesis]]:
         """The hypotheses of every sentence, best first, with their scores.
 
         As in training, sentences are stripped, and line breaks become spaces. Sentences with more
-        tokens than positions are truncated, with a line in the log.
+        tokens than positions are truncated, with a line in the log. A run of a captioning stage
+        writes captions: of pictures or, without them, of the sentences' features. As in its
+        training, its encoder sees what config.noise leaves of a sentence, by default nothing.
 
         Args:
-          sentences: a list in the source language of the run. With pictures they may be empty.
+          sentences: a list in the first language of `pair`. With pictures they may be empty.
           pictures: uint8 (I, J, 3) RGB, (I, J, 4) or (I, J), one per sentence; features are then
             computed from the pictures, not from the sentences.
 
@@ -69,7 +78,7 @@ class LoadedModel:
                 "this model takes no pictures: config.model.mapper.prefix is 0 in its run; leave "
                 "them out"
             )
-        source, target = self.config.data.pair
+        source, target = self.pair
         code = np.array([self.tokenizer.language_id(target)], np.int32)
         examples = Examples(
             source=self.tokenizer.encode(sentences, source),
@@ -77,7 +86,7 @@ class LoadedModel:
             side=Side.TEXT if pictures is None else Side.IMAGE,
             rows=np.arange(len(sentences), dtype=np.int32),
             languages=((source, target),) * len(sentences),
-            drops=False,
+            drops=STAGES[self.config.stage].captioning,
         )
         features, tokens = self._encode(sentences, pictures)
         clip_room = None if tokens is None else self.data.text_tower.longest

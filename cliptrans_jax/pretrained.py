@@ -22,8 +22,14 @@ import numpy as np
 from PIL import Image
 
 from cliptrans_jax.models.cliptrans import ModelConfig
-from cliptrans_jax.tensors import kinds
-from cliptrans_jax.tensors.beside import PREPROCESSOR, Beside, picture_numbers, read_beside
+from cliptrans_jax.tensors import kinds, open_clip
+from cliptrans_jax.tensors.beside import (
+    PREPROCESSOR,
+    Beside,
+    open_clip_pictures,
+    picture_numbers,
+    read_beside,
+)
 from cliptrans_jax.tensors.config_json import CONFIG
 from cliptrans_jax.tensors.kinds import KINDS, Layout
 from cliptrans_jax.towers.tower import Pictures
@@ -209,13 +215,30 @@ def _activation(layout: Layout, path: Path, choice: str) -> tuple[str, tuple[str
 
 
 def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
-    """Raises ValueError if a file beside the weights says another mean, std or filter."""
+    """Raises ValueError if a file beside the weights says another mean, std, filter or crop."""
     resample, ours = about.get(PREPROCESSOR, {}).get("resample"), pictures.resampling
     if resample not in (None, Image.Resampling[ours]):
         raise ValueError(
             f"{file}: {PREPROCESSOR} says resample={brief(resample)}, and the tower's pictures are "
             f"resized with {int(Image.Resampling[ours])}, {ours}; take a model with this filter"
         )
+    crops = about.get(PREPROCESSOR, {}).get("do_center_crop", pictures.crops)
+    if bool(crops) != pictures.crops:
+        raise ValueError(
+            f"{file}: {PREPROCESSOR} says do_center_crop={brief(crops)}, and the tower's pictures "
+            f"are {_cut(pictures)}; take a model with pictures like these"
+        )
+    asked = open_clip_pictures(about)
+    wanted = {
+        "interpolation": ours.lower(),
+        "resize_mode": "shortest" if pictures.crops else "squash",
+    }
+    for key, value in wanted.items():
+        if asked.get(key, value) != value:
+            raise ValueError(
+                f"{file}: {open_clip.FILE} says {key}={brief(asked[key])}, and the tower's "
+                f"pictures are resized with {ours} and {_cut(pictures)}; take one with {value!r}"
+            )
     name, *statistics = picture_numbers(about)
     expected = {"mean": pictures.mean, "std": pictures.std}
     for (key, ours), numbers in zip(expected.items(), statistics, strict=True):
@@ -228,6 +251,10 @@ def _require_pictures(about: Beside, pictures: Pictures, file: str) -> None:
                 f"{file}: {name} says {key}={brief(numbers)}, and the tower's pictures are "
                 f"prepared with {[round(x, 6) for x in ours]}; take a model with these"
             )
+
+
+def _cut(pictures: Pictures) -> str:
+    return "cropped to a square" if pictures.crops else "resized to a square without a crop"
 
 
 def save(

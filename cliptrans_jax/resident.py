@@ -30,9 +30,12 @@ class Resident:
     batch: int
 
     def sentences(self, texts: Sequence[str]) -> Float32[np.ndarray, "B M"]:
-        """One feature per sentence."""
+        """One feature per sentence; longer ones than the tower reads are cut, with a warning."""
         tower = self.tower
-        ids = tower.tokenizer.encode(texts, None)
+        # A trained tower has as few positions as its longest training sentence may need, and the
+        # tokenizer is the translator's.
+        limit = min(tower.tokenizer.limit, tower.longest)
+        ids = dataclasses.replace(tower.tokenizer, limit=limit).encode(texts, None)
         order = by_length(ids)
         parts = []
         for first in range(0, len(order), self.batch):

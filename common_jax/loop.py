@@ -158,7 +158,7 @@ def _train(
     config: Any,
 ) -> dict[str, Any]:
     # ----------------------------------------------------------------------------------------------
-    # Checks. What a user can have got wrong fails here, or when weights are read, before
+    # Checks. Mistakes that a user can make are caught here, or when weights are read, before
     # config.json is written: the folder is still free for a corrected start.
     # ----------------------------------------------------------------------------------------------
     abstract = check(task, run, optim, seed=seed, mesh=mesh)
@@ -191,7 +191,7 @@ def _train(
         run_id=identity.id,
         foreign=stock.foreign,
         averaged_from=averaged[-1] if averaged else 0,
-        # Where devices have no memory of their own, less is left for files.
+        # On a CPU the state and the files being written share one memory.
         at_once=_largest(abstract) if jax.default_backend() == "cpu" else None,
     )
     if fresh:

@@ -2,8 +2,9 @@
 
 The first one stops the run in good order. Where a run has something to lose (`deferred`), the
 request is only noted, and `common_jax.hosts.check` stops at the next step; anywhere else the run
-stops at once. The second one ends the process, unless it comes together with the first, since one
-Ctrl-C may arrive by two routes, or is SIGHUP: a terminal that goes away sends it several times.
+stops at once. A second request ends the process, with two exceptions: one that comes together with
+the first, since one Ctrl-C may arrive by two routes, and SIGHUP, which a closing terminal sends
+several times.
 
 Python calls handlers between two of its own instructions, so never during a compilation. A thread
 therefore reads the numbers of signals from a pipe, into which Python's C code writes them at once.

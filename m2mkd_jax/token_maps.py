@@ -31,7 +31,7 @@ def check_maps(trained: Trained, stage: int | None) -> int:
     """The stage whose tokens are maps; the last for None.
 
     Raises:
-      ValueError: for a network or module without them, and a stage that there is not.
+      ValueError: for a network or module without them, and a stage that does not exist.
     """
     config, role = trained.config, trained.role
     if PHASES[config.phase].modular:

@@ -232,6 +232,14 @@ def test_the_file_gets_the_number_of_chips_where_it_takes_it():
         assert program.with_chips(text, 16) == text
 
 
+def test_it_gets_it_however_the_flag_is_written():
+    file, more = f"{ROOT}/configs/m2mkd/vmoe_base.py", ["--config.seed=1", "--configs=x"]
+    wanted = [f"--config={file}:chips=16", *more]
+    for flag in ([f"--config={file}"], ["--config", file], [f"-config={file}"], ["-config", file]):
+        assert program._config_with_chips([*flag, *more], 16) == wanted
+    assert program._config_with_chips(["--config"], 16) == ["--config"]
+
+
 @dataclasses.dataclass
 class Compiled:
     """What the compiler gives, of a size of choice."""

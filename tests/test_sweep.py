@@ -53,7 +53,7 @@ def test_a_grid_is_a_product_and_brackets_keep_commas():
         ("distill.alpha", "'distill.alpha' must be KEY=VALUE"),
         ("distill.alpha=", "'distill.alpha=' must be KEY=VALUE"),
         ("distill.alpha=1,,2", "no value left empty"),
-        ("a=1;a=2", "'a' stands twice"),
+        ("a=1;a=2", "'a' is given twice"),
         ("a=(1,2", r"lacks a closing '\)'"),
         ("a=1]", r"closes a bracket '\]' that is not open"),
         (" ; ", "sweeps nothing"),
@@ -132,7 +132,7 @@ def test_a_config_of_neither_system_is_refused(tmp_path):
         ("optim.lr=None,1", ["config.optim.lr=None must be of type float"]),
         ("model.depths=1,(1.5,2)", ["config.model.depths[0]=1.5 must be of type int"]),
         ("distill=1", ["config.distill is a section", "'alpha'"]),
-        ("baseline.alpha=1,1.0", ["alpha=1.0: the cell stands twice"]),
+        ("baseline.alpha=1,1.0", ["alpha=1.0: two cells have the same settings"]),
         ("seed=1,2", ["--seeds N"]),
         ("optim.epochs=1", ["'optim.epochs' is swept, and --config.optim.epochs=2 sets it"]),
     ],
@@ -264,7 +264,8 @@ def test_a_signal_is_passed_on_and_the_sweep_goes_on_later(tmp_path, capsys, sta
     assert locked, "a run must keep its log to itself"
     assert take() == [first] and (workdir / first / "saved").exists()
     printed, said = capsys.readouterr()
-    assert "SIGTERM: passed on to 1 runs" in said
+    assert "SIGTERM: passed on to 1 run, which is waited for" in said
+    assert f"{first} stopped\n" in printed
     assert f"{first}  stopped early" in printed and "alpha=0.5,seed=0  not started" in printed
     give({})
     assert start(workdir) == 0 and len(take()) == 2

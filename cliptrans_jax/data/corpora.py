@@ -103,8 +103,8 @@ def load_corpus(
         if config.source in PAIRED and language not in config.pair:
             raise ValueError(
                 f"language {language!r} is not of the pair {config.pair} of "
-                f"config.data.source={config.source!r}; set config.data.source_language or "
-                "config.data.target_language to it"
+                f"config.data.source={config.source!r}; leave it out of config.languages, or set "
+                "config.data.source_language or config.data.target_language to it"
             )
     return SOURCES[config.source](config, split, tuple(languages), with_images)
 

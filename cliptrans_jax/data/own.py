@@ -1,4 +1,4 @@
-"""Readers of a user's own sentences: parallel text files, and tables with a column a language.
+"""Readers of a user's own sentences: parallel text files, and tables with a column per language.
 
 An example may lack sentences in some languages, or its picture. An example without a sentence in
 any language that is read is left out, and where pictures are read, an example without one is, too.
@@ -64,7 +64,7 @@ def load_text(root: Path, split: str, languages: Sequence[str], *, with_images: 
 
 
 def load_table(path: Path, split: str, languages: Sequence[str], *, with_images: bool) -> Corpus:
-    """Loads a table (TSV, CSV or JSONL, plain or gzipped) with a column a language.
+    """Loads a table (TSV, CSV or JSONL, plain or gzipped) with a column per language.
 
     PATH is a folder with a table for each split, `SPLIT.tsv` and so on, or one table with a column
     `split`. The column `picture` has paths relative to the table's folder or to `images` in it; the
@@ -136,7 +136,7 @@ def settings_of(path: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _columns(root: Path, train_split: str) -> tuple[list[str], Sequence[str]]:
-    """Returns languages and splits of a table, or of a folder with a table a split."""
+    """Returns languages and splits of a table, or of a folder with a table per split."""
     splits, file = [], root
     if root.is_dir():
         splits = table_names(root)

@@ -13,6 +13,7 @@ from cliptrans_jax.decode import Hypotheses, Search
 from cliptrans_jax.evaluators.evaluator import Evaluator
 from cliptrans_jax.evaluators.scores import METRICS, as_metrics, score
 from cliptrans_jax.evaluators.show import Hypothesis
+from cliptrans_jax.models.chunks import CHUNK
 from cliptrans_jax.models.cliptrans import Translator
 from common_jax import hosts
 from common_jax.mesh import replicated, to_devices
@@ -42,6 +43,7 @@ class Translate:
 
         Raises:
           common_jax.signals.Stopped: on a request to stop.
+          FloatingPointError: for an example whose outputs have no finite score.
         """
         hypotheses, pending = {}, None
         with jax.set_mesh(self.mesh):
@@ -61,7 +63,7 @@ class Translate:
         tokens, lengths, scores = (
             np.asarray(x) for x in (hypotheses.tokens, hypotheses.lengths, hypotheses.scores)
         )
-        return {
+        found = {
             int(number): [
                 Hypothesis(self.tokenizer.decode(ids[:length].tolist()), float(score))
                 for ids, length, score in zip(tokens[row], lengths[row], scores[row], strict=True)
@@ -70,6 +72,12 @@ class Translate:
             for row, number in enumerate(np.asarray(index))
             if np.asarray(mask)[row] > 0
         }
+        if lost := sorted(number for number, outputs in found.items() if not outputs):
+            raise FloatingPointError(
+                f"the model's logits for sentence {lost[0]}, counted from 0, are not finite; check "
+                "its weights, or take an earlier checkpoint"
+            )
+        return found
 
 
 def make_translate(
@@ -118,6 +126,7 @@ class SentenceSet:
       search_batches: starts a pass in batches of the search.
       references: one translation per sentence.
       language: of the references.
+      label_chunk: labels per device whose logits are computed at a time.
     """
 
     translator: Translator
@@ -129,6 +138,7 @@ class SentenceSet:
     search_batches: Callable[[], Batches]
     references: Sequence[str]
     language: str
+    label_chunk: int = CHUNK
 
 
 def evaluate_translations(sentences: SentenceSet) -> Evaluate:

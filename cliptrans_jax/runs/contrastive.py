@@ -159,7 +159,6 @@ def describe(config: Config, *, steps: int, length: int) -> Task:
         shown=(
             "train/loss",
             "train/skipped",
-            "val/loss",
             *(f"{name}/accuracy" for name in ("val", *config.data.further)),
         ),
         loss=functools.partial(_loss, config),

@@ -22,7 +22,7 @@ from common_jax.command_line import change_config, check_system
 from common_jax.mesh import MeshConfig
 from common_jax.workdir import freeze_stored, read_json
 
-# Sections and fields of a run's config that may be others when its network is used.
+# Sections and fields of a run's config that may be changed when its network is used.
 CHANGEABLE = (
     *("data", "decode", "noise", "test_side", "precision", "sources"),
     *("tokenizer.path", "clip_tokenizer.path", "mesh"),

@@ -119,9 +119,21 @@ def check(user_config: Config, workdir: epath.Path, mesh: Mesh, *, key: str) -> 
     """
     config = user_config.apply_parity()
     data = RunData(config, workdir, mesh)
-    count = data.check(train=True, towers=False)
+    count = data.check(train=True, towers=not _awaits_towers(config))
+    data.release_towers()
     task = describe(user_config, mesh, examples=count, tokens=config.sentence_limit)
     loop.check(task, config.run, config.optim, seed=config.seed, mesh=mesh, key=key)
+
+
+def _awaits_towers(config: Config) -> bool:
+    """True if an earlier stage has yet to train the towers."""
+    if not config.sources.clip:
+        return False
+    try:
+        checkpoint.find_step(config.sources.clip)
+    except FileNotFoundError:
+        return True
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +249,7 @@ def validate(
         search_batches=functools.partial(decode_batches, config, valid.inputs),
         references=[valid.reference(index) for index in range(len(valid.inputs))],
         language=valid.inputs.examples.languages[0][1],
+        label_chunk=config.label_chunk,
     )
     chosen = [x for x in evaluators_of(config.stage) if config.valid_decode or not x.searches]
     return evaluate_all([x.make(sentences) for x in chosen])

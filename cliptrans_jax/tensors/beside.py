@@ -39,7 +39,12 @@ def picture_numbers(beside: Beside) -> tuple[str, Any, Any]:
     if PREPROCESSOR in beside:
         content, keys = beside[PREPROCESSOR], ("image_mean", "image_std")
         return PREPROCESSOR, *(content.get(key) for key in keys)
-    content = beside.get(open_clip.FILE, {}).get("preprocess_cfg")
-    if isinstance(content, dict):
+    if content := open_clip_pictures(beside):
         return open_clip.FILE, content.get("mean"), content.get("std")
     return "", None, None
+
+
+def open_clip_pictures(beside: Beside) -> Mapping[str, Any]:
+    """OpenCLIP's settings of pictures; empty if there are none."""
+    content = beside.get(open_clip.FILE, {}).get("preprocess_cfg")
+    return content if isinstance(content, dict) else {}

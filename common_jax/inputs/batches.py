@@ -190,8 +190,8 @@ def eval_batches(
 
     `_mask` [B] float32 is 1 for real rows and 0 for padding. Every host yields ceil(size / batch)
     batches of batch / hosts rows, even if it has no examples left. A bad example is counted,
-    reported and masked out while at most `bad_share` of the source is bad. Arguments are as in
-    `train_batches`, except that the transform takes no generator.
+    reported and masked out while at most `bad_share` of those that this host reads are bad.
+    Arguments are as in `train_batches`, except that the transform takes no generator.
 
     Raises:
       ValueError: an empty source, a batch that does not divide among the hosts; more than
@@ -202,7 +202,9 @@ def eval_batches(
         raise ValueError("nothing to evaluate: the source is empty; check config.data.test_split")
     if source.arrays is not None and transform is None:
         return _gather_eval_batches(source.arrays, len(source), batch, rows)
-    bad = BadExamples(len(source), bad_share, host_report_path(report_path, shard))
+    # Of the examples that this host reads: no other host counts them.
+    own = sum(len(places) for places in _eval_places(len(source), batch, rows))
+    bad = BadExamples(own, bad_share, host_report_path(report_path, shard))
     return _read_eval_batches(source, transform, batch, rows, workers, bad)
 
 

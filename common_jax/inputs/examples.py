@@ -44,8 +44,8 @@ class Source(Protocol):
 class BadExamples:
     """The bad examples so far: each is counted once and reported by name; too many raise an error.
 
-    The limit is the share of distinct bad examples in the whole source (`size`): neither one bad
-    file early in a run nor the same file in every epoch stops it.
+    The limit is the share of distinct bad examples in all that may be read (`size`): neither one
+    bad file early in a run nor the same file in every epoch stops it.
     """
 
     def __init__(self, size: int, bad_share: float, report_path: os.PathLike | str | None):

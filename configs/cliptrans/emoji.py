@@ -102,7 +102,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
                 source_language=args.source,
                 target_language=args.target,
                 train_split="rest",
-                # A trained model is scored on one split at a time.
+                # Stage evaluate scores the split that is asked for.
                 further_tests=() if args.stage == "evaluate" else ("compositions",),
                 emoji_size=32,
             ),

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument("pictures", metavar="PICTURE_OR_FOLDER", nargs="+")
     parser.add_argument("--top", type=count, default=5, metavar="N", help="classes (default 5)")
-    for form, about in (("json", "one object a line and picture"), ("csv", "one row a class")):
+    for form, about in (("json", "a JSON object per picture"), ("csv", "a row per class")):
         parser.add_argument(
             f"--{form}", action="store_const", dest="form", const=form, default="table", help=about
         )

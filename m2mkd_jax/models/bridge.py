@@ -41,7 +41,7 @@ def convert_tokens(x: Float[Array, "B T D"], own: Layout, other: Layout) -> Floa
     """The tokens in another layout.
 
     The map of the patches is resized: linearly to a larger grid, by means weighted with a triangle
-    to a smaller one. A class token or register that there is not is the mean of the patches; a
+    to a smaller one. A missing class token or register is replaced by the mean of the patches; a
     surplus one is dropped.
     """
     if own == other:

@@ -92,7 +92,7 @@ def compare_images(config: Config, source: str, *, frozen: bool) -> None:
         message = f"{source} was made for images normalised with {said}"
         if frozen:
             raise ValueError(
-                f"{message}: it would see other numbers than it knows. Give {flags}, or another "
+                f"{message}: its inputs would be scaled otherwise. Give {flags}, or another "
                 "source; weights of others whose numbers were only assumed are converted again "
                 "with the right ones as flags"
             )

@@ -70,7 +70,7 @@ def find_source(files: tuple[File, ...], kind: str | None = None) -> Source:
 
     Raises:
       ValueError: for no such kind, tensors of no kind, several files where one holds all, and a
-        network that there is none of here.
+        network that this project does not have.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} is none of {sorted(KINDS)}{did_you_mean(kind, KINDS)}")

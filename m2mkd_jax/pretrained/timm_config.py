@@ -23,7 +23,7 @@ def timm_config(config: Config, sizes: ViTConfig, classes: Sequence[str]) -> dic
       classes: names by label.
 
     Raises:
-      ValueError: for a network that timm has not, with the field that makes it another.
+      ValueError: for a network that timm does not have, with the field that makes it another.
     """
     if odd := _unlike_timm(sizes):
         raise ValueError(f"timm has no ViT with {', '.join(odd)}")

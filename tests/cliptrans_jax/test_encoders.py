@@ -18,6 +18,7 @@ from cliptrans_jax.data.pictures import prepare_picture
 from cliptrans_jax.encoders import ImageTower, TextTower, image_features, text_features
 from cliptrans_jax.towers.clip import ClipText, ClipTextConfig, ClipVision
 from cliptrans_jax.towers.mclip import MClip, MClipConfig
+from common_jax.nn.dense import matmul_precision
 
 NAMES = ("b.png", "a.png", "b.png", "c.png", "a.png", "b.png")
 DRAWN = {"a.png": "a red square", "b.png": "a blue cross", "c.png": "a green bar above"}
@@ -270,6 +271,12 @@ def test_text_features_are_kept_for_one_tower_and_one_text(fingerprints, tmp_pat
         text_features(one, corpus, "en", folder=tmp_path, mesh=one_device())
     assert len(set(fingerprints)) == len(cases)
     assert fingerprints[: len(cases)] == fingerprints[len(cases) :]
+    with matmul_precision("highest"):
+        text_features(tower, text_corpus(), "en", folder=tmp_path, mesh=one_device())
+    assert fingerprints[-1] not in fingerprints[:-1]
+    with matmul_precision("default"):
+        text_features(tower, text_corpus(), "en", folder=tmp_path, mesh=one_device())
+    assert fingerprints[-1] == fingerprints[0]
 
 
 def test_picture_features_are_kept_for_one_tower_and_one_set(tower, corpus, fingerprints, tmp_path):

@@ -89,6 +89,24 @@ def test_every_picture_stands_with_its_sentence():
     assert [outputs[0].score for outputs in empty] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["caption", "text_recon"])
+def test_a_captioning_run_writes_captions_and_reads_no_words(stage):
+    model, fed = loaded(stage=stage, caption_language="en")
+    found = model.translate(SENTENCES[:2], pictures=PICTURES[:2])
+    assert model.pair == ("en", "en")
+    assert [outputs[0].text for outputs in found] == [f"{ENGLISH} 2"] * 2  # the frame alone
+    assert {int(code) for batch in fed for code in batch["labels"][:, 0]} == {ENGLISH}
+    wanted = [2 * prepare_picture(picture, 8)[..., 0].mean() for picture in PICTURES[:2]]
+    assert [outputs[0].score for outputs in found] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_sentence_is_cut_for_a_tower_that_reads_less(monkeypatch):
+    monkeypatch.setattr(TextTower, "longest", 4)
+    found = loaded()[0].translate(["4 5 6 7 8"])
+    assert found[0][0].text == framed("4 5 6 7 8")
+    assert found[0][0].score == 4.0 + 5.0 + 2.0  # "<s>" is 0, and "</s>" 2
+
+
 def test_a_tower_that_was_trained_gets_the_tokens():
     model, fed = loaded(unfreeze_clip=True)
     model.translate(SENTENCES[:2])

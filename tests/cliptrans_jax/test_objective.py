@@ -125,9 +125,9 @@ def test_training_drops_out_by_the_key_of_dropout():
 # The sums of an evaluation.
 
 
-def sums(mask, params=PARAMS):
+def sums(mask, params=PARAMS, **settings):
     model = Model()
-    found = make_sums(model, make_encode(None))(
+    found = make_sums(model, make_encode(None), **settings)(
         params, {}, BATCH | {"_mask": jnp.asarray(mask, jnp.float32)}, jax.random.key(0)
     )
     assert model.keys == [None]  # it drops nothing out
@@ -141,6 +141,10 @@ def test_an_evaluation_adds_up_the_tokens_of_real_examples(mask):
     assert found["count"] == real.sum()
     assert found["loss"] == pytest.approx(-of_labels(log_p())[real].sum(), rel=1e-5)
     assert found["token_accuracy"] == (log_p().argmax(axis=-1) == LABELS)[real].sum()
+
+
+def test_an_evaluation_may_take_a_label_at_a_time():
+    assert sums((1, 0, 1), chunk=1) == pytest.approx(sums((1, 0, 1)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("token", "count"), [(8, 3), (2, 3), (7, 1), (PAD, 0), (0, 0)])

@@ -16,7 +16,7 @@ from cliptrans_jax.data.examples import NoiseConfig
 from cliptrans_jax.data.tokens import TokenizerConfig
 from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis, Row, read_translations, write_translations
-from cliptrans_jax.runs import run_data, scoring
+from cliptrans_jax.runs import run_data, scoring, translation
 from cliptrans_jax.runs.run_data import (
     RunData,
     caption_language,
@@ -243,6 +243,19 @@ def test_a_text_tower_is_described_by_where_it_is_from(sources, kind, sizes):
     tokenizer = TokenizerConfig(kind, "" if kind == "trained" else "folder")
     config = config_of("translate", sources=SourcesConfig(**sources), clip_tokenizer=tokenizer)
     assert describe_text(config).config == (sizes or config.clip.text)
+
+
+BOTH = {"clip_image": "/no", "clip_text": "/no"}
+
+
+@pytest.mark.parametrize("given", [{"clip_image": "there"}, BOTH])
+def test_a_pipeline_asks_for_every_tower_at_its_start(corpus, tmp_path, given):
+    """Not when the stage that needs it begins, after hours of captioning."""
+    config = config_of("translate", corpus, sources=SourcesConfig(**given))
+    with pytest.raises((ValueError, OSError), match=r"sources\.clip_text|clip_tokenizer"):
+        translation.check(config, epath.Path(tmp_path), one_device(), key="config")
+    later = dataclasses.replace(config, sources=SourcesConfig(clip=str(tmp_path / "clip")))
+    translation.check(later, epath.Path(tmp_path), one_device(), key="config")
 
 
 def test_published_towers_are_read_as_the_config_says(monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ from cliptrans_jax.runs.run_data import RunData, describe_text, text_tokenizer
 from cliptrans_jax.tensors.siglip_json import text_config, vision_config
 from cliptrans_jax.towers import siglip, siglip_names
 from cliptrans_jax.towers.siglip import SiglipTextConfig, SiglipVisionConfig
+from cliptrans_jax.towers.tower import CLIP_PICTURES
 from common_jax.command_line.fields import set_field
 from common_jax.config import freeze, unfreeze
 from common_jax.mesh import BATCH, MeshConfig, make_mesh, match_rules
@@ -232,6 +233,30 @@ def test_other_pictures_are_refused(folder):
         else:
             with pytest.raises(ValueError, match=message):
                 pretrained.load(folder, kind="siglip_vision")
+
+
+def test_pictures_that_are_cut_otherwise_are_refused(folder):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_center_crop": True}))
+    with pytest.raises(ValueError, match=r"do_center_crop=True, .* resized to a square without a"):
+        pretrained.load(folder, kind="siglip_vision")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"interpolation": "bicubic", "resize_mode": "shortest"}, None),
+        ({"interpolation": "bilinear"}, "interpolation='bilinear', .* resized with BICUBIC"),
+        ({"resize_mode": "squash"}, r"resize_mode='squash', .* cropped to a square; take one with"),
+    ],
+)
+def test_openclip_s_words_for_pictures_are_read_too(changes, message):
+    about = {"open_clip_config.json": {"preprocess_cfg": changes}}
+    if message is None:
+        pretrained._require_pictures(about, CLIP_PICTURES, "file")
+    else:
+        with pytest.raises(ValueError, match=f"^file: open_clip_config.json says {message}"):
+            pretrained._require_pictures(about, CLIP_PICTURES, "file")
 
 
 def test_pictures_are_resized_to_a_square_without_a_crop():

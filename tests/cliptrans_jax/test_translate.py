@@ -23,6 +23,7 @@ from cliptrans_jax.evaluators.scores import score
 from cliptrans_jax.evaluators.show import Hypothesis
 from cliptrans_jax.evaluators.translation import (
     SentenceSet,
+    Translate,
     best_texts,
     evaluate_translations,
     make_translate,
@@ -280,6 +281,17 @@ def test_translations_are_scored_by_the_best_outputs():
     ((params, batches),) = seen
     assert params == {"a": 1.0, "b": 10.0}
     assert sorted(batches[0]["_index"][batches[0]["_mask"] > 0].tolist()) == [0, 1, 2]
+
+
+def test_outputs_without_a_finite_score_stop_it():
+    tokens, lengths = np.full((2, 2, 3), 4), np.full((2, 2), 3)
+    scores = np.array([[-1.0, np.nan], [np.nan, -np.inf]])
+    hypotheses = types.SimpleNamespace(tokens=tokens, lengths=lengths, scores=scores)
+    read = Translate(None, NUMBERS, one_device())._read
+    found = read(hypotheses, np.array([7, 3]), np.array([1.0, 0.0]))
+    assert [len(outputs) for outputs in found.values()] == [1] and list(found) == [7]
+    with pytest.raises(FloatingPointError, match=r"logits for sentence 3, .* are not finite"):
+        read(hypotheses, np.array([7, 3]), np.array([1.0, 1.0]))
 
 
 def test_evaluators_are_one_evaluation():

@@ -282,6 +282,14 @@ def test_evaluation_masks_bad_examples_below_the_share(tmp_path):
         )
 
 
+def test_bad_examples_of_an_evaluation_are_a_share_of_those_of_the_host():
+    source, other = OnDisk(size=16, bad=(0, 1)), {"transform": None, "batch": 8}
+    assert len(list(inputs.eval_batches(source, **other, bad_share=0.2))) == 2
+    with pytest.raises(ValueError, match=r"2 bad examples of 8, more than .*bad_share=0.2 allows"):
+        list(inputs.eval_batches(source, **other, bad_share=0.2, shard=(0, 2)))
+    assert len(list(inputs.eval_batches(source, **other, bad_share=0.2, shard=(1, 2)))) == 2
+
+
 class Pictures(Numbers):
     @property
     def arrays(self):

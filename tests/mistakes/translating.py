@@ -34,8 +34,8 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake(
         f"{PACKAGE}/encoders.py",
         "text features of another precision are taken from the cache",
-        "fingerprint(tower.params, repr(tower.config), str(tower.dtype), *_bytes(ids))",
-        "fingerprint(tower.params, repr(tower.config), *_bytes(ids))",
+        "return [repr(tower.config), str(tower.dtype), *([precision] if precision else [])]",
+        "return [repr(tower.config), *([precision] if precision else [])]",
         KEPT,
     ),
     Mistake(

@@ -294,6 +294,18 @@ def as_json(sizing: Sizing) -> dict[str, Any]:
     }
 
 
+def _config_with_chips(arguments: Sequence[str], chips: int) -> list[str]:
+    """The command line with the value of --config as `with_chips` makes it."""
+    found, pending = [], list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and (equals or pending):
+            argument = f"--config={with_chips(value if equals else pending.pop(0), chips)}"
+        found.append(argument)
+    return found
+
+
 def with_chips(text: str, chips: int) -> str:
     """FILE:ARGS of --config, with `chips` added where the file has it and it is not given."""
     file, _, args = text.partition(":")
@@ -346,12 +358,7 @@ def main(argv: Sequence[str], planners: Planners) -> None:
         options, rest = read_options(argv[1:])
         if not {"--help", "-h"} & set(rest):
             chips = read_topology(options.topology, slices=options.slices).devices
-            rest = [
-                f"--config={with_chips(one.removeprefix('--config='), chips)}"
-                if one.startswith("--config=")
-                else one
-                for one in rest
-            ]
+            rest = _config_with_chips(rest, chips)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

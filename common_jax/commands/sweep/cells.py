@@ -79,7 +79,7 @@ def parse_grid(text: str) -> list[dict[str, str]]:
         if not key or not all(found):
             raise ValueError(f"--grid: {part!r} must be KEY=VALUE,VALUE with no value left empty")
         if key in grid:
-            raise ValueError(f"--grid: {key!r} stands twice; give it all of its values at once")
+            raise ValueError(f"--grid: {key!r} is given twice; list all of its values in one place")
         grid[key] = found
     if not grid:
         raise ValueError(f"--grid={text!r} sweeps nothing; write KEY=VALUE,VALUE;KEY=VALUE,VALUE")
@@ -138,7 +138,7 @@ def plan_cells(
             problems.setdefault(str(error), label)
             continue
         if cell.name in cells:
-            problems.setdefault("the cell stands twice; leave one out", cell.name)
+            problems.setdefault("two cells have the same settings; leave one out", cell.name)
         cells[cell.name] = cell
     if problems:
         lines = [f"{label}: {reason}" for reason, label in problems.items()]

@@ -1,7 +1,5 @@
-"""Runs of a demo or a sweep: one process each, a few at a time, each after the one it needs.
-
-And a demo's flags and the numbers in its tables.
-"""
+"""Runs the processes of a demo or a sweep, a few at a time, each once the run that it needs has
+finished. Also the flags of a demo, and the numbers in its tables."""
 
 import argparse
 import contextlib
@@ -149,12 +147,15 @@ def run_each(jobs: Mapping[str, Job], workdir: pathlib.Path, *, at_a_time: int) 
             process.send_signal(number)
         name = signal.Signals(number).name
         # Not to standard output, which the signal may have found in the middle of a line.
-        print(f"{name}: passed on to {len(living)} runs, which are waited for", file=sys.stderr)
+        runs = "1 run, which is" if len(living) == 1 else f"{len(living)} runs, which are"
+        print(f"{name}: passed on to {runs} waited for", file=sys.stderr)
 
     with _handling(heeded(), pass_on):
         for name, status in _ends(waiting, {}, begin, at_a_time=at_a_time):
             statuses[name] = status
-            print(f"{time.time() - start:5.0f} s  {name} {describe(status)}", flush=True)
+            # A run that stops as asked ends with 0, as one that is done.
+            end = "stopped" if caught and status == 0 else describe(status)
+            print(f"{time.time() - start:5.0f} s  {name} {end}", flush=True)
     return Outcome(statuses, caught[-1] if caught else None)
 
 

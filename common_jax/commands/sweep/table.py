@@ -95,7 +95,7 @@ def missing_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> str:
     known = sorted({name for row in rows for result in row.results for name in result})
     missing = [metric for metric in metrics if known and metric not in known]
     lines = [f"--metric={one}: no finished run has it{did_you_mean(one, known)}" for one in missing]
-    there = f"there are {', '.join(known)}; start again with one of these for its table"
+    there = f"there are {', '.join(known)}; run the command again with one of these"
     return "; ".join([*lines, there]) if missing else ""
 
 
@@ -189,7 +189,7 @@ def plot(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
 
 
 def _numbers(values: Sequence[float]) -> tuple[str, str, str]:
-    """Mean, spread and n as text; empty what there is not."""
+    """Mean, spread and n as text; "" for what there is not."""
     mean = repr(statistics.mean(values)) if values else ""
     spread = repr(deviation(values)) if len(values) > 1 else ""
     return mean, spread, str(len(values))
