@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from common_jax import hosts
-from common_jax.mesh import move_to_devices, replicated, to_devices
+from common_jax.mesh import put, replicated, to_devices
 from common_jax.untrusted import plain
 from common_jax.workdir import read_arrays, write_arrays
 
@@ -80,9 +80,9 @@ def encode_all(
       FloatingPointError: for features that are not finite.
     """
     encode = encode_program(apply, mesh)
-    # Else every call would transfer them again. A copy, since move_to_devices changes its dicts.
-    params = jax.tree.map(lambda leaf: leaf, params)
-    move_to_devices(params, replicated(mesh))
+    # Else every call would transfer them again.
+    whole = replicated(mesh)
+    params = jax.tree.map(lambda x: put(x, whole) if isinstance(x, np.ndarray) else x, params)
     parts, masks = [], []
 
     def collect(encoded: Encoded) -> None:

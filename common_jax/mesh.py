@@ -247,10 +247,14 @@ def move_to_devices(params: dict[str, Any], sharding: Sharding) -> None:
         if isinstance(value, Mapping):
             move_to_devices(value, sharding)
         elif isinstance(value, np.ndarray):
-            # Not device_put: where devices are of several processes, it gathers the array of each
-            # to compare them.
-            moved = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
-            params[name] = jax.block_until_ready(moved)
+            params[name] = jax.block_until_ready(put(value, sharding))
+
+
+def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """The array, which every process has whole, on devices."""
+    # Not device_put: where devices are of several processes, it gathers the array of each to
+    # compare them.
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def batched(mesh: Mesh) -> NamedSharding:

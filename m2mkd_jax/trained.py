@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from common_jax import checkpoint
 from common_jax.command_line import change_config, check_system
 from common_jax.inputs import eval_batches
-from common_jax.mesh import MeshConfig, check_batch, make_mesh, match_rules, to_devices
+from common_jax.mesh import MeshConfig, check_batch, make_mesh, match_rules, put, to_devices
 from common_jax.state import evaluation_key
 from common_jax.weights import Adapt, Origin
 from common_jax.workdir import freeze_stored, read_json
@@ -290,5 +290,5 @@ def _resize(
                 "takes images of another size, or none but those it was trained on"
             )
         adapted = way(np.asarray(flat[path]), shape.shape)
-        flat[path] = jax.make_array_from_callback(adapted.shape, placed[path], adapted.__getitem__)
+        flat[path] = put(adapted, placed[path])
     return traverse_util.unflatten_dict(flat, sep="/")
