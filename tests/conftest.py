@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import gc
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import pathlib
@@ -28,7 +29,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # In pieces, or with fusions by MLIR, XLA takes half as long again to compile the same program.
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 version = importlib.metadata.version("jax").split(".")
-if (int(version[0]), int(version[1])) < (0, 11):  # later versions have only MLIR's
+# Later versions have only MLIR's; libtpu does not know the flag, and ends the process that has it.
+if (int(version[0]), int(version[1])) < (0, 11) and not importlib.util.find_spec("libtpu"):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
