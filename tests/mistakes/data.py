@@ -256,4 +256,12 @@ MISTAKES: tuple[Mistake, ...] = (
         wrong="grain.MapDataset.range(0, positions.stop",
         tests="tests/common_jax/test_inputs.py::test_a_resumed_run_sees_the_same_pixels",
     ),
+    Mistake(
+        file=f"{INPUTS}/batches.py",
+        what="bad examples of an evaluation are a share of those of all hosts",
+        right="bad = BadExamples(own, bad_share",
+        wrong="bad = BadExamples(len(source), bad_share",
+        tests="tests/common_jax/test_inputs.py::"
+        "test_bad_examples_of_an_evaluation_are_a_share_of_those_of_the_host",
+    ),
 )

@@ -311,6 +311,20 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     Mistake(
         "common_jax/checkpoint/writing.py",
+        "after a failed save the best checkpoint is forgotten",
+        "self.score(step, metrics)  # a manager that replaces this one knows no scores",
+        "pass",
+        "tests/common_jax/test_checkpoint.py::test_the_best_stays_where_a_later_save_fails",
+    ),
+    Mistake(
+        "common_jax/checkpoint/writing.py",
+        "files wait in memory until they have 2 GiB",
+        "return FILE if largest <= FILE and",
+        "return None if largest <= FILE and",
+        "tests/common_jax/test_checkpoint.py::test_a_file_is_small_unless_an_array_is_larger",
+    ),
+    Mistake(
+        "common_jax/checkpoint/writing.py",
         "of a checkpoint that was evaluated later the score is not looked for",
         'return self._scores.get(checkpoint.step, float("-inf"))',
         'return float("-inf")',

@@ -318,4 +318,18 @@ MISTAKES: tuple[Mistake, ...] = (
         'expected = {"mean": pictures.mean, "std": statistics[1] or pictures.std}',
         f"{TESTS}/test_beside.py::test_pictures_that_were_normalised_otherwise_are_refused",
     ),
+    Mistake(
+        f"{PACKAGE}/loading.py",
+        "a loaded captioning run reads the sentence's words",
+        "drops=STAGES[self.config.stage].captioning,",
+        "drops=False,",
+        f"{TESTS}/test_loading.py",
+    ),
+    Mistake(
+        f"{PACKAGE}/runs/translation.py",
+        "a pipeline looks for its towers when the stage begins that needs them",
+        "towers=not _awaits_towers(config)",
+        "towers=False",
+        RUN_DATA,
+    ),
 )
