@@ -1,7 +1,7 @@
 """A training step with memory that glibc keeps between steps against one with its defaults.
 
-On a CPU, XLA allocates a step's buffers in every step, and frees them. By default glibc gives large
-ones back to the kernel, which maps and clears their pages again in the next step. With the
+On a CPU, XLA allocates and frees a step's buffers in every step. By default glibc gives large ones
+back to the kernel, which maps and clears their pages again in the next step. With the
 environment variable `GLIBC_TUNABLES` that runs of demos get (`common_jax/commands/sweep/jobs.py`)
 it keeps them, in pages of 2 MB where Linux has transparent huge pages. Two processes that differ in
 this variable alone take turns, step by step. Their losses must be equal.
@@ -45,7 +45,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def serve(case: str, batch: int) -> None:
-    """Takes a step for every line of standard input; prints its loss and its seconds."""
+    """Takes a step for each line of standard input; prints its loss and seconds."""
     config = freeze(Config, read_config_file(str(ROOT / CASES[case])))
     optim = dataclasses.replace(config.optim, batch=batch)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -58,7 +58,7 @@ def serve(case: str, batch: int) -> None:
 
 
 class Peer:
-    """A process that takes a step of a case when it is asked to."""
+    """A process that takes a step of a case when asked."""
 
     def __init__(self, case: str, flags: argparse.Namespace, environment: Mapping[str, str]):
         command = [sys.executable, __file__, "--step-of", case]

@@ -49,7 +49,8 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Checks the config and runs the stage."""
     frozen = freeze(Config, config)
     check_places(frozen, workdir)
-    app.warn_of_idle(idle(frozen))
+    if frozen.stage != "evaluate":
+        app.warn_of_idle(idle_optim(frozen, pipeline=frozen.stage == "pipeline"))
     mesh = make_mesh(frozen.mesh)
     with hold(workdir):
         pipeline = frozen.stage == "pipeline"
@@ -62,16 +63,6 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             result = run_stage(frozen, workdir, mesh)
         folder, last = runs[-1]
         _conclude(result, last, workdir / folder)
-
-
-def idle(config: Config) -> dict[str, str]:
-    """The fields, by path, that are set and change nothing beside the others; and why."""
-    if config.stage == "evaluate":
-        return {}
-    sections = idle_optim(config, pipeline=config.stage == "pipeline")
-    return {
-        f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
-    }
 
 
 def _conclude(result: Mapping[str, Any], config: Config, run: epath.Path) -> None:

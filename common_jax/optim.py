@@ -145,11 +145,15 @@ class OptimConfig(Section):
         return in_epochs if self.warmup_steps is None else self.warmup_steps
 
 
-def idle_optim(config: Any, *, pipeline: bool) -> dict[str, dict[str, str]]:
-    """`OptimConfig.idle` of `optim`, or of each recipe's in a pipeline, by path."""
-    if not pipeline:
-        return {"optim": config.optim.idle}
-    return {f"recipes.{name}.optim": one.optim.idle for name, one in config.recipes.items()}
+def idle_optim(config: Any, *, pipeline: bool) -> dict[str, str]:
+    """`OptimConfig.idle` of `optim`, or of each recipe's in a pipeline, by the fields' paths."""
+    recipes = {f"recipes.{name}.optim": one.optim for name, one in config.recipes.items()}
+    sections = recipes if pipeline else {"optim": config.optim}
+    return {
+        f"{section}.{name}": why
+        for section, optim in sections.items()
+        for name, why in optim.idle.items()
+    }
 
 
 Recipe = TypeVar("Recipe")  # a dataclass with a field `optim`

@@ -143,7 +143,6 @@ class Checkpoints:
             lambda: self._manager.save(
                 step,
                 args=ocp.args.Composite(**items),
-                metrics=dict(metrics) if metrics else None,
                 force=True,  # orbax must not skip it by a rule of its own
             )
         )

@@ -29,14 +29,12 @@ def idle(config: Config) -> dict[str, str]:
     sections = {"augment": idle_fields(config.augment, config.data.image_size)}
     if hasattr(config.model, "moe"):
         sections["model.moe"] = config.model.moe.idle
-    sections |= idle_optim(config, pipeline=config.phase == "pipeline")
-    paths = reads()[config.phase]
-    return {
-        f"{section}.{name}": why
-        for section, fields in sections.items()
-        for name, why in fields.items()
-        if not unread([f"{section}.{name}"], paths)
+    found = {
+        f"{section}.{name}": why for section, own in sections.items() for name, why in own.items()
     }
+    found |= idle_optim(config, pipeline=config.phase == "pipeline")
+    read = reads()[config.phase]
+    return {path: why for path, why in found.items() if not unread([path], read)}
 
 
 def replacing_sources() -> tuple[WeightSource, ...]:
