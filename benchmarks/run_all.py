@@ -53,21 +53,21 @@ BENCHMARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Why a claim misses its target, by benchmark and claim; printed only if it misses.
 REASONS: dict[tuple[str, str], str] = {
     ("vit_step", "training step of a dense ViT"): (
-        "In processor seconds the ratio is above 1. With two threads, XLA keeps the second one "
-        "busy during less of the step than torch does."
+        "In CPU time, the ratio is above 1. With two threads, XLA keeps the second one busy during "
+        "less of the step than torch does."
     ),
     ("decode", "beam search of mBART"): (
-        "In processor seconds both take the same, though our products take 636 GFLOP where 463 "
-        "would do: sources are padded to 64 tokens, of which the encoder computes 48, and the "
-        "longest has 34; and an example that is done is computed until half of its batch is."
+        "Both take the same CPU time, though our products take 636 GFLOP where 463 would be "
+        "enough: sources are padded to 64 tokens, of which the encoder computes 48, while the "
+        "longest has 34; and a finished example is computed until half of its batch is finished."
     ),
     ("mclip_features", "text features of M-CLIP, sentences sorted"): (
-        "We pad to a multiple of 8 tokens, torch to the longest sentence, which is 2 % less to "
-        "compute here."
+        "We pad to a multiple of 8 tokens, torch to the longest sentence, which saves 2 % of the "
+        "computation here."
     ),
     ("corpus", "ids of sentences, bpe"): (
-        "Both call the same library, which takes nine tenths of the time; ours then makes an array "
-        "of the ids, checks and frames them."
+        "Both call the same library, which takes nine tenths of the time; ours then puts the ids "
+        "into an array, checks and frames them."
     ),
 }
 
@@ -75,23 +75,22 @@ VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "tran
 
 HEADER = """# Performance
 
-Written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py). A benchmark that is run
-again, by `run_all.py --only`, replaces its rows. The notes at the end come from
-[notes.md](../benchmarks/notes.md).
+This page is written by `make bench`, which runs [run_all.py](../benchmarks/run_all.py).
+`run_all.py --only` runs some benchmarks again and replaces their rows. The notes at the end come
+from [notes.md](../benchmarks/notes.md).
 
 Each row is a claim of one benchmark: the peer's time divided by ours, as the median over the
-repeats of one run, with the smallest and the largest in brackets. Above 1 we are faster. The next
-column is the same ratio in processor seconds, where they were measured; other work on the machine
-affects them less. With several threads, torch's threads wait for each other by spinning: if other
-work takes a core from one of them, the rest burn time, and the ratios flatter us. Ratios with one
-thread are valid on a busy machine too. "Load" is the one-minute load average before the benchmark
-started.
+repeats of one run, with the smallest and the largest in brackets. Above 1, we are faster. The next
+column is the same ratio in CPU time, where it was measured; other work on the machine affects it
+less. With several threads, torch's threads wait for each other by spinning: if other work takes a
+core from one of them, the others burn CPU time, and the ratios favour us. Ratios with one thread
+are valid on a busy machine too. "Load" is the one-minute load average before the benchmark started.
 """
 COLUMNS = (
     "claim",
     "peer",
     "peer / ours",
-    "by processor",
+    "by CPU time",
     "repeats",
     "threads",
     "load",
