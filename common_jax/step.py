@@ -163,6 +163,7 @@ def make_evaluator(
     seed: int,
     fold_step: bool = False,
     programs: Programs | None = None,
+    name: str = "evaluate",
 ) -> Evaluate:
     """evaluate(params, helpers, step) -> means over all examples, each counted once.
 
@@ -175,8 +176,8 @@ def make_evaluator(
       mesh: where batches go.
       seed: of everything random.
       fold_step: whether every evaluation draws other numbers, or all the same.
-      programs: of whoever evaluates several tasks that differ in data alone; for one evaluator of
-        a task.
+      programs: shared by the evaluations of several tasks or sets that differ in data alone.
+      name: of the program in `programs`; evaluations with other `sums` need another one.
     """
 
     @jax.jit
@@ -185,7 +186,7 @@ def make_evaluator(
         return sums(params, helpers, batch, key)
 
     if programs is not None:
-        add_up = programs.keep("evaluate", add_up)
+        add_up = programs.keep(name, add_up)
 
     def evaluate(params: Any, helpers: Any, step: int) -> dict[str, float]:
         total = None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from cliptrans_jax.contrastive.objective import unit
 from cliptrans_jax.evaluators.evaluator import Evaluator
 from common_jax.ranking import rank_of
-from common_jax.step import Evaluate, make_evaluator
+from common_jax.step import Evaluate, Programs, make_evaluator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,14 @@ class PairSet:
       batches: starts a pass over the set.
       mesh: devices.
       seed: random seed.
+      programs: shared by the sets of a run, which differ in data alone.
     """
 
     embed: Callable[[Any, Mapping[str, jax.Array]], tuple[Float[Array, "B M"], Float[Array, "B M"]]]
     batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]
     mesh: Mesh
     seed: int
+    programs: Programs
 
 
 def retrieval_sums(
@@ -57,7 +59,14 @@ def evaluate_retrieval(pairs: PairSet) -> Evaluate:
     def sums(params: Any, helpers: Any, batch: Any, key: jax.Array) -> dict[str, jax.Array]:
         return retrieval_sums(*pairs.embed(params, batch), batch["_mask"])
 
-    return make_evaluator(sums, pairs.batches, mesh=pairs.mesh, seed=pairs.seed)
+    return make_evaluator(
+        sums,
+        pairs.batches,
+        mesh=pairs.mesh,
+        seed=pairs.seed,
+        programs=pairs.programs,
+        name="retrieval",
+    )
 
 
 EVALUATOR = Evaluator(evaluate_retrieval)

@@ -32,7 +32,7 @@ from common_jax import loop
 from common_jax.inputs import eval_batches, steps_per_epoch, train_batches
 from common_jax.inputs.ragged import lengths_of
 from common_jax.mesh import Rules
-from common_jax.step import Evaluate
+from common_jax.step import Evaluate, Programs
 from common_jax.task import Task
 from common_jax.workdir import refuse_other_config
 
@@ -74,6 +74,8 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             report_path=workdir / "bad_examples.jsonl",
         )
 
+    programs = Programs()
+
     def evaluate(pairs: _Pairs) -> Evaluate:
         chosen = PairSet(
             embed=functools.partial(_embed, config, dropout=None),
@@ -88,6 +90,7 @@ def run(config: Config, workdir: epath.Path, mesh: Mesh) -> dict[str, Any]:
             ),
             mesh=mesh,
             seed=config.seed,
+            programs=programs,
         )
         return evaluate_all([one.make(chosen) for one in evaluators_of(config.stage)])
 

@@ -163,6 +163,7 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     def evaluator(sums, batches, **more):
         batches()
         seen["more"] = more
+        seen.setdefault("programs", []).append(more["programs"])
         batch, key = {"_mask": jnp.asarray(MASK)}, jax.random.key(0)
         return lambda params, helpers, step: {
             "count": float(sums(params, helpers, batch, key)["count"])
@@ -187,6 +188,7 @@ def test_a_run_trains_on_one_split_and_validates_on_another(corpus, tmp_path, mo
     assert seen["more"]["seed"] == 7
     assert seen["dropout"] is None  # an evaluation drops nothing out
     assert task.evaluators[f"test_{TEST}"]({}, {}, 3) == {"count": 3}
+    assert seen["programs"][0] is seen["programs"][1]  # compiled once for both sets
     assert f"test_{TEST}/accuracy" in task.shown
     assert (task.steps_per_epoch, seen["seed"], seen["run"].best) == (3, 7, None)
     assert task.batch["image"].shape == (8, 16, 16, 3)

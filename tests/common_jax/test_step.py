@@ -308,6 +308,11 @@ def test_evaluations_of_runs_that_share_programs_compile_once():
             totals, lambda: batches, mesh=one_device(), seed=0, programs=programs
         )
         assert evaluator({}, {}, 1) == {"v": 2.0}
+    double = lambda *given: sums(*given) | {"v": 8.0}  # noqa: E731
+    evaluator = make_evaluator(
+        double, lambda: batches, mesh=one_device(), seed=0, programs=programs, name="another"
+    )
+    assert evaluator({}, {}, 1) == {"v": 4.0}
 
 
 @pytest.mark.parametrize("fold_step", [False, True])
